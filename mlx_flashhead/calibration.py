@@ -1,0 +1,185 @@
+"""Hidden states to fit on, recorded where they enter the head.
+
+By default the model writes its own text, so no data is needed: answers to varied requests through
+its chat template, and free continuations of single random tokens. A text can be given instead.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.sample_utils import make_sampler
+from tqdm import tqdm
+
+from .locate import HeadLocation, recorded_hidden
+
+SEQUENCE_TOKENS = 128
+BATCH_SIZE = 32
+WINDOW_TOKENS = 512
+
+SUBJECTS = (
+    "the history of bridges", "a walk in the rain", "sorting a list in Python", "baking bread",
+    "how vaccines work", "a detective in a small town", "learning the violin", "black holes",
+    "a shell script that renames files", "the French Revolution", "training for a marathon",
+    "an SQL query over orders", "a letter to an old friend", "photosynthesis", "negotiating a rent",
+    "the rules of chess", "a REST API in JavaScript", "growing tomatoes", "compound interest",
+    "a dragon who is afraid of heights", "unit tests in C", "the water cycle", "a job interview",
+    "Italian cooking", "how a compiler works", "the moons of Jupiter", "a poem about winter",
+    "travelling by night train", "linear algebra", "a cover letter for a nurse", "recycling",
+    "regular expressions", "jazz and its origins", "first aid for burns", "a bank's terms of use",
+    "the human heart", "climate and oceans", "a product description of a lamp", "HTML tables",
+    "parenting a teenager", "probability and dice", "ancient Egypt", "a conversation at a market",
+)  # fmt: skip
+REQUESTS = (
+    "Write a short story about {}.", "Explain {} to a beginner.", "Give me five facts about {}.",
+    "What are common mistakes with {}?", "Write a dialogue about {}.", "Summarise {} in a table.",
+    "Show me a worked example of {}.", "List the steps to get started with {}.",
+    "Why does {} matter?", "Translate a sentence about {} into Spanish and French.",
+)  # fmt: skip
+
+
+def generated_states(
+    model: nn.Module,
+    tokenizer,
+    location: HeadLocation,
+    positions: int,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    progress: bool = True,
+) -> np.ndarray:
+    """Hidden states of text that the model writes itself, in batches.
+
+    Args:
+        model: A dense mlx-lm model.
+        tokenizer: Its tokenizer.
+        location: Its head.
+        positions: How many states.
+        seed: Seed of the prompts and of the sampling.
+        temperature: Of the sampling.
+        progress: Show a bar.
+
+    Returns:
+        (positions, D) float32, in the order in which they were generated.
+    """
+    mx.random.seed(seed)
+    vocab_size = location.rows().vocab_size
+    prompts = _prompts(tokenizer, vocab_size, np.random.default_rng(seed))
+    collected: list[np.ndarray] = []
+    count = 0
+    generator = BatchGenerator(
+        model,
+        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
+        sampler=make_sampler(temp=temperature),
+        completion_batch_size=BATCH_SIZE,
+    )
+    n_sequences = min(BATCH_SIZE, -(-positions // SEQUENCE_TOKENS))
+    generator.insert([next(prompts) for _ in range(n_sequences)], [SEQUENCE_TOKENS] * n_sequences)
+    with (
+        recorded_hidden(location) as recorded,
+        tqdm(total=positions, desc="Calibrating", unit="token", disable=not progress) as bar,
+    ):
+        while count < positions:
+            responses = generator.next_generated()
+            for array in recorded:
+                # prompts are padded to one length, so only steps of one token are taken
+                if array.shape[1] == 1 and count < positions:
+                    states = np.array(array[:, 0].astype(mx.float32))[: positions - count]
+                    collected.append(states)
+                    count += len(states)
+                    bar.update(len(states))
+            recorded.clear()
+            finished = sum(response.finish_reason is not None for response in responses)
+            if finished and count < positions:
+                fresh = [next(prompts) for _ in range(finished)]
+                generator.insert(fresh, [SEQUENCE_TOKENS] * finished)
+    generator.close()
+    return np.concatenate(collected)
+
+
+def text_states(
+    model: nn.Module,
+    tokenizer,
+    location: HeadLocation,
+    text: str,
+    *,
+    positions: int | None = None,
+    description: str = "Reading",
+    progress: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states of a text, in windows of 512 tokens that each start afresh.
+
+    Args:
+        model: A dense or FlashHead model.
+        tokenizer: Its tokenizer.
+        location: Its head.
+        text: The text; special tokens in it, such as chat markup, are understood.
+        positions: How many states at most; None: all.
+        description: What the bar says.
+        progress: Show a bar.
+
+    Returns:
+        States (N, D) float32 and the true next tokens (N,) int64.
+
+    Raises:
+        ValueError: If the text has fewer than two tokens.
+    """
+    token_ids = np.array(tokenizer.encode(text), dtype=np.int64)
+    if positions is not None:
+        token_ids = token_ids[: positions + 1]
+    if len(token_ids) < 2:
+        raise ValueError("The text is too short to measure anything on: give one of some pages.")
+    collected = []
+    with (
+        recorded_hidden(location) as recorded,
+        tqdm(
+            total=len(token_ids) - 1, desc=description, unit="token", disable=not progress
+        ) as bar,
+    ):
+        for start in range(0, len(token_ids) - 1, WINDOW_TOKENS):
+            window = token_ids[start : min(start + WINDOW_TOKENS, len(token_ids) - 1)]
+            model(mx.array(window[None]))
+            # only the states are evaluated: the logits of the window are never made
+            collected.append(np.array(recorded[-1][0].astype(mx.float32)))
+            recorded.clear()
+            bar.update(len(window))
+    return np.concatenate(collected), token_ids[1:]
+
+
+def read_text(path: str | Path) -> str:
+    """A calibration or evaluation text.
+
+    Raises:
+        ValueError: If the file cannot be read, is not UTF-8 text, or is empty.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text: give a plain text file.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): check the path.") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty: give a text of some pages.")
+    return text
+
+
+def _prompts(tokenizer, vocab_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Chat requests and single random tokens in turn, without end."""
+    special = set(tokenizer.all_special_ids)
+    beginning = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    while True:
+        request = REQUESTS[rng.integers(len(REQUESTS))].format(
+            SUBJECTS[rng.integers(len(SUBJECTS))]
+        )
+        if tokenizer.has_chat_template:
+            messages = [{"role": "user", "content": request}]
+            yield list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        else:
+            yield list(tokenizer.encode(request))
+        token = int(rng.integers(min(vocab_size, len(tokenizer))))
+        while token in special:
+            token = int(rng.integers(min(vocab_size, len(tokenizer))))
+        yield [*beginning, token]

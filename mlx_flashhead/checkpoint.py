@@ -1,0 +1,125 @@
+"""Reads and writes what makes an mlx-lm folder a FlashHead checkpoint.
+
+The folder stays an ordinary one: ``flash_head.safetensors`` lies beside the weights and
+``config.json`` has one more key, both of which plain mlx-lm ignores.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .config import FlashHeadConfig
+from .prototypes import Prototypes
+
+FILE_NAME = "flash_head.safetensors"
+CONFIG_KEY = "flash_head"
+
+
+@dataclass(frozen=True)
+class FlashHeadIndex:
+    """A FlashHead without its rows.
+
+    Attributes:
+        config: Settings and measured report.
+        token_ids: (C, cluster_size) uint32, V in padded slots.
+        prototypes: Centroids, bias and tail offset.
+    """
+
+    config: FlashHeadConfig
+    token_ids: np.ndarray
+    prototypes: Prototypes
+
+
+def is_flash_head_checkpoint(folder: Path) -> bool:
+    """Whether the folder's config.json has a FlashHead entry."""
+    return CONFIG_KEY in _read_config(folder)
+
+
+def write_index(folder: Path, index: FlashHeadIndex) -> None:
+    """Adds ``index`` to an mlx-lm folder; one that was there is replaced."""
+    prototypes = index.prototypes
+    arrays = {
+        "token_ids": mx.array(index.token_ids),
+        "centroids.weight": prototypes.weight,
+        "centroid_bias": prototypes.bias,
+        "tail_offset": prototypes.tail_offset,
+    }
+    if prototypes.scales is not None:
+        arrays |= {"centroids.scales": prototypes.scales, "centroids.biases": prototypes.biases}
+    mx.save_safetensors(str(folder / FILE_NAME), arrays)
+    config = _read_config(folder) | {CONFIG_KEY: index.config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n")
+
+
+def read_index(folder: Path) -> FlashHeadIndex:
+    """Reads the FlashHead of a checkpoint.
+
+    Raises:
+        ValueError: If the folder is no FlashHead checkpoint, the file is missing, damaged or of
+            another version, or its arrays do not fit its settings.
+    """
+    entry = _read_config(folder).get(CONFIG_KEY)
+    if entry is None:
+        raise ValueError(
+            f"{folder} holds a model without FlashHead: convert it with "
+            f"`mlx_flashhead.convert --model {folder} --mlx-path NEW_FOLDER`."
+        )
+    config = FlashHeadConfig.from_dict(entry)
+    path = folder / FILE_NAME
+    if not path.exists():
+        raise ValueError(
+            f"{path} is missing, though config.json speaks of a FlashHead: fetch the file, or "
+            "convert the model again with mlx_flashhead.convert."
+        )
+    try:
+        arrays = mx.load(str(path))
+        mx.eval(arrays)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read, it is damaged or incomplete: fetch the file again, or "
+            "convert the model again with mlx_flashhead.convert."
+        ) from error
+    index = _index_of(arrays, config)
+    if index is None:
+        raise ValueError(
+            f"{path} does not hold the arrays that config.json describes "
+            f"({config.n_clusters} clusters of {config.cluster_size}): convert the model again "
+            "with mlx_flashhead.convert."
+        )
+    return index
+
+
+def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
+    try:
+        token_ids = np.array(arrays["token_ids"])
+        quantized = config.centroid_group_size > 0
+        prototypes = Prototypes(
+            weight=arrays["centroids.weight"],
+            scales=arrays["centroids.scales"] if quantized else None,
+            biases=arrays["centroids.biases"] if quantized else None,
+            group_size=config.centroid_group_size,
+            bits=config.centroid_bits,
+            bias=arrays["centroid_bias"],
+            tail_offset=arrays["tail_offset"],
+        )
+    except KeyError:
+        return None
+    shape = (config.n_clusters, config.cluster_size)
+    per_cluster = (prototypes.weight, prototypes.bias, prototypes.tail_offset)
+    fits = token_ids.shape == shape and all(a.shape[0] == shape[0] for a in per_cluster)
+    if not fits or not 1 <= config.n_probes <= config.n_clusters:
+        return None
+    return FlashHeadIndex(config, token_ids, prototypes)
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no model folder: it has no config.json.") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is not valid JSON: fetch the model again.") from None

@@ -1,0 +1,117 @@
+"""A head's rows in cluster order, with what stage 1 needs to route among them.
+
+This is what both paths read: the portable one (`portable.py`) and the Metal kernels (`kernels.py`).
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .prototypes import Prototypes
+from .rows import HeadRows
+
+# Added to the bias of clusters that are always probed: above every real score, yet finite and
+# exact in float32, so that no separate step has to force them in.
+ALWAYS_PROBED = 1e30
+
+
+@dataclass(frozen=True)
+class ClusteredRows:
+    """Rows kept once, each cluster one contiguous block.
+
+    Attributes:
+        rows: Arrays of shape (C, cluster_size, …); a padded slot repeats a real row.
+        token_ids: (C, cluster_size) uint32; V marks a padded slot.
+        slot_of: (V,) uint32, the slot c·cluster_size + i that holds a token.
+        prototypes: Centroids, their bias and the tail's offset.
+        route_bias: (C,) float32, the prototypes' bias, ALWAYS_PROBED for the forced clusters.
+        padded: Whether any slot is padded.
+    """
+
+    rows: HeadRows
+    token_ids: mx.array
+    slot_of: mx.array
+    prototypes: Prototypes
+    route_bias: mx.array
+    padded: bool
+
+    @property
+    def vocab_size(self) -> int:
+        return self.slot_of.shape[0]
+
+    @property
+    def n_clusters(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def cluster_size(self) -> int:
+        return self.token_ids.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.rows.hidden_size
+
+    @classmethod
+    def build(
+        cls,
+        rows: HeadRows,
+        token_ids: np.ndarray,
+        prototypes: Prototypes,
+        always_probed_ids: tuple[int, ...] = (),
+    ) -> "ClusteredRows":
+        """Reorders ``rows`` (lazily; for a moment both orders exist).
+
+        Args:
+            rows: The head's rows in token order.
+            token_ids: (C, cluster_size) integers, a permutation of 0 … V-1 padded with V.
+            prototypes: Fitted for these clusters.
+            always_probed_ids: Tokens whose clusters are always among the probes.
+
+        Raises:
+            ValueError: If ``token_ids`` is not such a permutation, or shapes do not fit.
+        """
+        vocab_size = rows.vocab_size
+        n_clusters, cluster_size = token_ids.shape
+        flat = np.asarray(token_ids, dtype=np.int64).ravel()
+        real = np.flatnonzero(flat < vocab_size)
+        slot_of = np.full(vocab_size, -1, dtype=np.int64)
+        slot_of[flat[real]] = real
+        if len(real) != vocab_size or (slot_of < 0).any() or flat.max() > vocab_size:
+            raise ValueError(
+                f"token_ids must hold each of the {vocab_size} tokens exactly once "
+                f"(padded with {vocab_size}): convert the model again."
+            )
+        if prototypes.bias.shape[0] != n_clusters:
+            raise ValueError(
+                f"There are {prototypes.bias.shape[0]} centroids for {n_clusters} clusters: "
+                "convert the model again."
+            )
+        forced = np.unique(slot_of[[i for i in always_probed_ids if 0 <= i < vocab_size]])
+        route_bias = np.array(prototypes.bias, dtype=np.float32)
+        route_bias[np.unique(forced // cluster_size)] = ALWAYS_PROBED
+        ids = mx.array(token_ids.astype(np.uint32))
+        return cls(
+            rows=rows.take(mx.minimum(ids, vocab_size - 1)),
+            token_ids=ids,
+            slot_of=mx.array(slot_of.astype(np.uint32)),
+            prototypes=prototypes,
+            route_bias=mx.array(route_bias),
+            padded=len(real) != flat.size,
+        )
+
+    def arrays(self) -> list[mx.array]:
+        """Every array held, for evaluation and for counting bytes."""
+        prototypes = self.prototypes
+        stage_1 = (prototypes.weight, prototypes.scales, prototypes.biases)
+        per_cluster = (prototypes.bias, prototypes.tail_offset, self.route_bias)
+        held = (*self.rows.arrays().values(), self.token_ids, self.slot_of, *stage_1, *per_cluster)
+        return [array for array in held if array is not None]
+
+    def flat_rows(self) -> HeadRows:
+        """The rows with the two leading axes as one: (C·cluster_size, …), slot order."""
+        return self.rows.map(lambda array: array.reshape(-1, *array.shape[2:]))
+
+    def token_rows(self) -> HeadRows:
+        """The rows in the model's own order, gathered anew (lazily) at each call."""
+        return self.flat_rows().take(self.slot_of)

@@ -1,0 +1,320 @@
+"""Balanced k-means over the rows of a head: (V, D) floats → ``token_ids`` (C, cluster_size).
+
+Clusters are balanced in every iteration, not at the end only, which ruins them: each row keeps a
+shortlist of its best centroids, prices make crowded centroids dearer, and a fill with hard
+capacities places every row. One dense product of rows and centroids per iteration is nearly all of
+the work. Knows arrays only: no model, no hidden states.
+
+Worse when tried on SmolLM2-135M: shortlists from PCA, IVF or neighbour graphs, fewer than six dense
+passes, unbalanced iterations first, and clustering in the metric of the hidden states (better only
+where many clusters are probed).
+"""
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+BACKENDS = {"numpy": np, "mlx": mx}
+
+LIST_LENGTH = 24  # centroids in a row's shortlist
+BUCKETS = 256  # a shortlist holds at most one centroid of each bucket
+BLOCK_ROWS = 2048  # rows scored at once: bounds the memory of the dense product
+PASSES = 6  # dense passes over all rows
+PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
+# Above this many multiply-adds a dense pass takes minutes on a CPU. Then four passes are spread
+# over iterations that each refresh the shortlists of every fourth row.
+LARGE_PRODUCT = 5e12
+LARGE_PASSES, LARGE_PARTS = 4, 4
+
+# Near-duplicates: rows whose squared distance is at most this share of the squared norm (unit rows:
+# a cosine of 0.9). They are looked for around a sample of the rows.
+DUPLICATE_DISTANCE = 0.2
+DUPLICATE_SAMPLE = 1024
+
+
+def cluster_rows(
+    rows: np.ndarray | mx.array,
+    cluster_size: int = 16,
+    *,
+    seed: int = 0,
+    spherical: bool = True,
+    progress: bool = True,
+    backend: str | None = None,
+) -> np.ndarray:
+    """Groups the rows of a head into clusters of equal size.
+
+    Where ``cluster_size`` does not divide V, the last clusters hold one row less (several less
+    where there are fewer clusters than slots to spare).
+
+    Args:
+        rows: (V, D), any float dtype.
+        cluster_size: Rows per cluster, 1 … V.
+        seed: The same seed gives the same clusters.
+        spherical: Cluster by direction; otherwise by Euclidean distance.
+        progress: Show a progress bar.
+        backend: "numpy" or "mlx", which computes the dense products; None is MLX where its default
+            device is a GPU, else numpy.
+
+    Returns:
+        (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 exactly once,
+        ascending within a cluster; V marks the padded slots at a cluster's end.
+
+    Raises:
+        ValueError: If an argument is not as described, or a row is not finite.
+
+    Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means; how the
+        balance is reached here is this project's own.
+    """
+    rows = as_float32(rows)
+    if rows.ndim != 2 or rows.size == 0:
+        raise ValueError(f"The rows have shape {rows.shape}, but (V, D) is needed.")
+    vocab_size = len(rows)
+    if not 1 <= cluster_size <= vocab_size:
+        raise ValueError(
+            f"cluster_size is {cluster_size}, but the head has {vocab_size} rows: "
+            f"choose 1 to {vocab_size}."
+        )
+    if not np.isfinite(rows).all():
+        raise ValueError("The rows hold NaN or infinity: check the model's output weights.")
+    if backend is None:
+        backend = "mlx" if mx.default_device().type == mx.gpu else "numpy"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, but must be 'numpy' or 'mlx'.")
+
+    rng = np.random.default_rng(seed)
+    points = _unit(rows, rng) if spherical else rows
+    grouped, others = _group_duplicates(points, cluster_size, rng)
+    n_clusters = -(-len(others) // cluster_size)
+    token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
+    token_ids[: len(grouped)] = grouped
+    if n_clusters:
+        capacity = len(others) // n_clusters + (np.arange(n_clusters) < len(others) % n_clusters)
+        if len(grouped):
+            points = points[others]
+        members = _balanced_kmeans(points, capacity, spherical, rng, progress, BACKENDS[backend])
+        for column, ids in enumerate(members):
+            token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
+    return np.sort(token_ids, axis=1)
+
+
+def as_float32(array: np.ndarray | mx.array) -> np.ndarray:
+    """The array as numpy float32, whatever its float dtype (numpy itself has no bfloat16)."""
+    if isinstance(array, mx.array):
+        array = array.astype(mx.float32)
+    return np.asarray(array, dtype=np.float32)
+
+
+def _unit(vectors: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Vectors of norm 1: (R, D) → (R, D).
+
+    A zero vector has no direction. With ``rng`` all of them get the same random one, so that zero
+    rows are near-duplicates of each other; without, they stay zero.
+    """
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = vectors / np.where(norms > 0, norms, 1)
+    if rng is not None and not norms.all():
+        direction = rng.standard_normal((1, vectors.shape[1]), dtype=np.float32)
+        unit[norms[:, 0] == 0] = _unit(direction)
+    return unit
+
+
+def _group_duplicates(
+    points: np.ndarray, cluster_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Groups large sets of nearly identical rows, such as those of unused tokens.
+
+    Thousands of them would all list the same few centroids, and the fill would have to list them
+    anew for every few hundred that it places. Sets no larger than the clusters of one shortlist do
+    no harm and are left alone.
+
+    Returns:
+        (G, cluster_size) ids of the grouped rows, and the ascending ids of all others.
+    """
+    sample = rng.permutation(len(points))[:DUPLICATE_SAMPLE]
+    smallest = LIST_LENGTH * cluster_size
+    n_near = np.zeros(len(sample), dtype=np.int64)
+    for start in range(0, len(points), BLOCK_ROWS):
+        n_near += _near(points[start : start + BLOCK_ROWS], points[sample]).sum(axis=0)
+    groups = [np.empty((0, cluster_size), dtype=np.int64)]
+    left = np.ones(len(points), dtype=bool)
+    for i in np.argsort(-n_near, kind="stable"):
+        if n_near[i] <= smallest:
+            break
+        if left[sample[i]]:
+            near = np.flatnonzero(left & _near(points, points[sample[i], None])[:, 0])
+            if len(near) > smallest:
+                near = near[: len(near) // cluster_size * cluster_size]
+                groups.append(near.reshape(-1, cluster_size))
+                left[near] = False
+    return np.concatenate(groups), np.flatnonzero(left)
+
+
+def _near(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Whether points (R, D) are near-duplicates of centres (M, D): (R, M) bool."""
+    own, central = np.square(points).sum(axis=1), np.square(centres).sum(axis=1)
+    # |x - y|² <= share · |y|², solved for x · y
+    return points @ centres.T >= 0.5 * (own[:, None] + (1 - DUPLICATE_DISTANCE) * central)
+
+
+def _balanced_kmeans(
+    points: np.ndarray,
+    capacity: np.ndarray,
+    spherical: bool,
+    rng: np.random.Generator,
+    progress: bool,
+    xp,
+) -> list[np.ndarray]:
+    """Balanced k-means.
+
+    Args:
+        points: (V, D), of norm 1 if ``spherical``.
+        capacity: (C,) integers, the points that each cluster must hold: V in all, descending.
+        xp: numpy or mlx.core.
+
+    Returns:
+        Members by column: entry j holds the j-th member of each cluster that has so many, and these
+        are the first ones.
+    """
+    n_points, n_clusters = len(points), len(capacity)
+    large = n_points * points.shape[1] * n_clusters > LARGE_PRODUCT
+    passes, parts = (LARGE_PASSES, LARGE_PARTS) if large else (PASSES, 1)
+    if not spherical:  # the product with (c, -|c|²/2) is the greater the nearer a point is to c
+        points = np.concatenate([points, np.ones((n_points, 1), np.float32)], axis=1)
+
+    members = [rng.permutation(n_points)[:n_clusters]]
+    prices = np.zeros(n_clusters, dtype=np.float32)
+    length = min(LIST_LENGTH, n_clusters)
+    ids = np.empty((n_points, length), dtype=np.int64)
+    scores = np.empty((n_points, length), dtype=np.float32)
+    for iteration in tqdm(
+        range((passes - 1) * parts + 1), desc="Clustering", disable=not progress
+    ):
+        centroids = _centroids(points, members, spherical)
+        # The first iteration lists all points, a later one every ``parts``-th: others stay stale.
+        part = slice((iteration - 1) % parts, None, parts) if iteration else slice(None)
+        ids[part], scores[part] = _shortlists(points[part], centroids, length, xp)
+        _update_prices(prices, ids, scores, capacity, PRICE_STEPS[min(iteration, 1)])
+        assigned = _fill(points, centroids, prices, ids, scores, capacity, xp)
+        order = np.argsort(assigned, kind="stable")
+        first = np.cumsum(capacity) - capacity
+        members = [order[first[capacity > j] + j] for j in range(capacity[0])]
+    return members
+
+
+def _centroids(points: np.ndarray, members: list[np.ndarray], spherical: bool) -> np.ndarray:
+    """Means of norm 1, or (c, -|c|²/2) for plain means c of points that end with a one: (C, D)."""
+    sums = points[members[0]]
+    for column in members[1:]:
+        sums[: len(column)] += points[column]
+    if spherical:
+        return _unit(sums)
+    means = sums[:, :-1] / sums[:, -1:]
+    return np.concatenate([means, -0.5 * np.square(means).sum(axis=1, keepdims=True)], axis=1)
+
+
+def _shortlists(
+    points: np.ndarray, centroids: np.ndarray, length: int, xp
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best centroids of each point: ids (R, length) int64 and scores (R, length), unordered.
+
+    The centroids are dealt into buckets, and only the best of each bucket is a candidate: selecting
+    from the full width would take longer than the product.
+    """
+    n_clusters = len(centroids)
+    n_buckets = min(BUCKETS, n_clusters)
+    padding = -n_clusters % n_buckets
+    columns = xp.array(np.pad(centroids, ((0, padding), (0, 0))).T)
+    ids = np.empty((len(points), length), dtype=np.int64)
+    scores = np.empty((len(points), length), dtype=np.float32)
+    for start in range(0, len(points), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        products = xp.array(points[block]) @ columns
+        if padding:
+            products[:, n_clusters:] = -np.inf
+        products = products.reshape(products.shape[0], -1, n_buckets)
+        best = xp.max(products, axis=1)
+        buckets = xp.argpartition(best, n_buckets - length, axis=1)[:, n_buckets - length :]
+        within = xp.argmax(xp.take_along_axis(products, buckets[:, None, :], axis=2), axis=1)
+        ids[block] = np.asarray(within * n_buckets + buckets)
+        scores[block] = np.asarray(xp.take_along_axis(best, buckets, axis=1))
+    return ids, scores
+
+
+def _update_prices(
+    prices: np.ndarray, ids: np.ndarray, scores: np.ndarray, capacity: np.ndarray, n_steps: int
+) -> None:
+    """Moves the prices (C,) in place until each centroid is wanted about as often as it can hold."""
+    step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
+    for _ in range(n_steps):
+        best = (scores - prices[ids]).argmax(axis=1)
+        wanted = np.bincount(ids[np.arange(len(ids)), best], minlength=len(prices))
+        prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
+        step *= 0.95
+
+
+def _fill(
+    points: np.ndarray,
+    centroids: np.ndarray,
+    prices: np.ndarray,
+    ids: np.ndarray,
+    scores: np.ndarray,
+    capacity: np.ndarray,
+    xp,
+) -> np.ndarray:
+    """The cluster of each point, (V,): cluster c gets exactly ``capacity[c]`` points.
+
+    Points that find all clusters of their shortlist full are listed anew among those still open.
+    """
+    free = capacity.copy()
+    assigned = np.full(len(points), -1)
+    waiting = np.arange(len(points))
+    utilities = scores - prices[ids]
+    while True:
+        _place(waiting, ids, utilities, free, assigned)
+        waiting = np.flatnonzero(assigned < 0)
+        if not len(waiting):
+            return assigned
+        opened = np.flatnonzero(free)
+        listed, scores = _shortlists(
+            points[waiting], centroids[opened], min(LIST_LENGTH, len(opened)), xp
+        )
+        ids = opened[listed]
+        utilities = scores - prices[ids]
+
+
+def _place(
+    waiting: np.ndarray,
+    ids: np.ndarray,
+    utilities: np.ndarray,
+    free: np.ndarray,
+    assigned: np.ndarray,
+) -> None:
+    """Assigns points to clusters of their shortlists for as long as one of these is open.
+
+    Each point proposes to its best open cluster, which accepts those who have most to lose.
+
+    Args:
+        waiting: (R,) points to place.
+        ids: (R, length) the clusters they list.
+        utilities: (R, length) score less price.
+        free: (C,) slots left; updated in place.
+        assigned: (V,) clusters of all points, -1 for none; updated in place.
+    """
+    while len(waiting):
+        utilities = np.where(free[ids] > 0, utilities, -np.inf)
+        rows = np.arange(len(waiting))
+        best = utilities.argmax(axis=1)
+        most, choice = utilities[rows, best], ids[rows, best]
+        utilities[rows, best] = -np.inf
+        with np.errstate(invalid="ignore"):  # inf - inf, where no cluster is open
+            regret = most - utilities.max(axis=1)
+        utilities[rows, best] = most
+        can = np.flatnonzero(most > -np.inf)
+        order = can[np.lexsort((-regret[can], choice[can]))]
+        wanted = np.bincount(choice[order], minlength=len(free))
+        place = np.arange(len(order)) - (np.cumsum(wanted) - wanted)[choice[order]]
+        accepted = order[place < free[choice[order]]]
+        assigned[waiting[accepted]] = choice[accepted]
+        free -= np.minimum(wanted, free)
+        left = can[assigned[waiting[can]] < 0]
+        waiting, ids, utilities = waiting[left], ids[left], utilities[left]

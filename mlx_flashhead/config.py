@@ -1,0 +1,64 @@
+"""What ``config.json["flash_head"]`` holds: everything about a FlashHead that is not an array."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FlashHeadConfig:
+    """Settings of a FlashHead checkpoint.
+
+    Attributes:
+        n_clusters: Number of clusters C.
+        cluster_size: Tokens per cluster n.
+        n_probes: Clusters scored per position, 1 … C.
+        eos_token_ids: Tokens whose clusters are always among the probes.
+        centroid_bits: Bits per centroid weight (4), or 16/32 for unquantized centroids.
+        centroid_group_size: Quantization group of the centroids, 0 when unquantized.
+        calibration: Where the hidden states came from: ``source``, ``positions``, ``seed``.
+        report: Measured on held-out calibration positions: ``agreement``, ``coverage`` (shares of
+            positions) and ``probes_needed`` at p50, p90 and p99.
+        fingerprint: SHA-256 over 64 evenly spaced rows as stored.
+        version: Version of the file format.
+    """
+
+    n_clusters: int
+    cluster_size: int
+    n_probes: int
+    fingerprint: str
+    eos_token_ids: tuple[int, ...] = ()
+    centroid_bits: int = 4
+    centroid_group_size: int = 64
+    calibration: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form written to ``config.json``."""
+        return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "FlashHeadConfig":
+        """Reads the form written by :meth:`to_dict`.
+
+        Raises:
+            ValueError: If the version is not this package's, or a key is missing.
+        """
+        version = values.get("version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint's FlashHead format is version {version!r}, but this package reads "
+                f"version {FORMAT_VERSION}: convert the model again with mlx_flashhead.convert."
+            )
+        known = {f.name for f in fields(cls)}
+        given = {key: value for key, value in values.items() if key in known}
+        missing = {"n_clusters", "cluster_size", "n_probes", "fingerprint"} - given.keys()
+        if missing:
+            raise ValueError(
+                f"config.json's flash_head entry lacks {', '.join(sorted(missing))}: "
+                "convert the model again with mlx_flashhead.convert."
+            )
+        given["eos_token_ids"] = tuple(given.get("eos_token_ids", ()))
+        return cls(**given)

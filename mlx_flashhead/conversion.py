@@ -1,0 +1,340 @@
+"""Conversion: an mlx-lm or Hugging Face model becomes a FlashHead checkpoint.
+
+Everything is written into a temporary folder beside the target, which takes the target's place at
+the very end: a failed or interrupted conversion leaves nothing behind.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+from mlx.utils import tree_map_with_path
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+from mlx_lm.utils import dequantize_model, save
+
+from .calibration import generated_states, read_text, text_states
+from .checkpoint import CONFIG_KEY, FlashHeadIndex, write_index
+from .clustering import cluster_rows
+from .config import FlashHeadConfig
+from .load import resolve
+from .locate import HeadLocation, check_plain_product, find_head
+from .measures import Routing, measure
+from .prototypes import choose_probes, fit_prototypes, probes_needed
+from .quantization import HEAD_BITS, BodyRecipe, set_bits
+from .rows import HeadRows
+
+HELD_OUT_SHARE = 0.15
+SELF_GENERATED, NO_CALIBRATION = "self", "none"
+
+
+def convert(
+    hf_path: str,
+    mlx_path: str = "mlx_model",
+    quantize: bool = False,
+    q_group_size: int | None = None,
+    q_bits: int | None = None,
+    q_mode: str = "affine",
+    dtype: str | None = None,
+    revision: str | None = None,
+    dequantize: bool = False,
+    quant_predicate: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    head_bits: int | None = None,
+    cluster_size: int = 16,
+    n_probes: int | None = None,
+    target_agreement: float = 0.99,
+    calibration: str = SELF_GENERATED,
+    calibration_positions: int = 12_000,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> FlashHeadConfig:
+    """Converts a model; the first arguments are those of ``mlx_lm.convert``.
+
+    Args:
+        hf_path: A local folder (Hugging Face or mlx-lm, also quantized) or a Hub repository.
+        mlx_path: Folder to write.
+        quantize: Quantize the model.
+        q_group_size: Quantization group.
+        q_bits: Bits per weight.
+        q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
+        dtype: Of the weights that are not quantized; default: an mlx-lm folder's own, else what
+            its configuration names.
+        revision: Branch, tag or commit of the repository.
+        dequantize: Undo the model's quantization.
+        quant_predicate: One of mlx-lm's mixed-bit recipes.
+        trust_remote_code: Allow the repository's own Python code.
+        head_bits: Bits of the head's rows, 4, 8 or 16; default: as the model has it.
+        cluster_size: Tokens per cluster.
+        n_probes: Clusters scored per token; default: chosen for ``target_agreement``.
+        target_agreement: Agreement with the dense head to reach on held-out positions, 0 … 1.
+        calibration: "self" (text that the model writes), "none", or a text file.
+        calibration_positions: Positions to calibrate on.
+        seed: Of the clustering and of the generated text.
+        overwrite: Replace a target that exists.
+        progress: Show bars and what is being done.
+
+    Returns:
+        The settings and the measured report, as stored.
+
+    Raises:
+        ValueError: If an argument, the model or the target is not valid. Nothing is written then.
+        OSError: If the disk is full. Nothing is left behind then.
+    """
+    _check_arguments(
+        cluster_size, n_probes, target_agreement, calibration_positions, head_bits, dtype
+    )
+    if quantize and dequantize:
+        raise ValueError("Choose either --quantize or --dequantize, not both.")
+    text = None
+    if calibration not in (SELF_GENERATED, NO_CALIBRATION):
+        text = read_text(calibration)
+    say = print if progress else (lambda *_: None)
+    target = Path(mlx_path).expanduser()
+    with _folder_taking_the_place_of(target, overwrite) as folder:
+        source = resolve(hf_path, revision)
+        say(f"Loading {hf_path}")
+        model, tokenizer, config = mlx_lm.load(
+            str(source),
+            return_config=True,
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            lazy=True,
+            trust_remote_code=trust_remote_code,
+        )
+        head = find_head(model)
+        _check_size(head.rows(), cluster_size, n_probes)
+        _cast(model, dtype or _named_dtype(source, config))
+        if dequantize:
+            config.pop("quantization", None)
+            config.pop("quantization_config", None)
+            model = dequantize_model(model)
+        body = (
+            BodyRecipe(q_group_size, q_bits, q_mode, quant_predicate) if quantize else None
+        )
+        if head_bits is not None and head.tied:
+            say(f"The head is tied to the embedding: both get {head_bits} bits.")
+        model, config = set_bits(model, config, head.path, body, head_bits)
+        location = find_head(model)
+        check_plain_product(location)
+        mx.eval(model.parameters())
+        index = _build_index(
+            model,
+            tokenizer,
+            location,
+            cluster_size=cluster_size,
+            n_probes=n_probes,
+            target_agreement=target_agreement,
+            calibration=calibration,
+            text=text,
+            positions=calibration_positions,
+            seed=seed,
+            progress=progress,
+            say=say,
+        )
+        say(f"Writing {target}")
+        config.pop(CONFIG_KEY, None)
+        save(folder, str(source), model, tokenizer, config, donate_model=False)
+        write_index(folder, index)
+    return index.config
+
+
+def _build_index(
+    model: nn.Module,
+    tokenizer,
+    location: HeadLocation,
+    *,
+    cluster_size: int,
+    n_probes: int | None,
+    target_agreement: float,
+    calibration: str,
+    text: str | None,
+    positions: int,
+    seed: int,
+    progress: bool,
+    say,
+) -> FlashHeadIndex:
+    rows = location.rows()
+    weight = np.array(rows.dequantized().astype(mx.float32))
+    head_bias = None if rows.bias is None else np.array(rows.bias.astype(mx.float32))
+    if text is not None:
+        states, _ = text_states(
+            model,
+            tokenizer,
+            location,
+            text,
+            positions=positions,
+            description="Calibrating",
+            progress=progress,
+        )
+    elif calibration == SELF_GENERATED:
+        states = generated_states(
+            model, tokenizer, location, positions, seed=seed, progress=progress
+        )
+    else:
+        states = None
+    token_ids = cluster_rows(weight, cluster_size, seed=seed, progress=progress)
+    n_clusters = len(token_ids)
+    report = {}
+    fit_states = states
+    if states is not None:
+        n_held_out = max(1, round(len(states) * HELD_OUT_SHARE))
+        fit_states, held_out = states[:-n_held_out], states[-n_held_out:]
+        if len(fit_states) == 0:
+            raise ValueError(
+                f"{len(states)} calibration positions are too few: give 100 or more "
+                "(--calibration-positions, or a longer text)."
+            )
+    prototypes = fit_prototypes(
+        weight, token_ids, fit_states, head_bias=head_bias, progress=progress
+    )
+    if states is not None:
+        needed = probes_needed(prototypes, weight, token_ids, held_out, head_bias=head_bias)
+        n_probes = n_probes or choose_probes(needed, n_clusters, target_agreement)
+        report = _report(prototypes, weight, head_bias, token_ids, held_out, needed, n_probes)
+        say(
+            f"{n_probes} of {n_clusters} clusters per token: {report['agreement']:.2%} agreement "
+            f"with the dense head on {n_held_out} held-out positions"
+        )
+    else:
+        n_probes = n_probes or default_probes(n_clusters)
+        say(f"{n_probes} of {n_clusters} clusters per token, not calibrated")
+    config = FlashHeadConfig(
+        n_clusters=n_clusters,
+        cluster_size=cluster_size,
+        n_probes=n_probes,
+        fingerprint=rows.fingerprint(),
+        eos_token_ids=tuple(sorted(i for i in tokenizer.eos_token_ids if i < rows.vocab_size)),
+        centroid_bits=prototypes.bits,
+        centroid_group_size=prototypes.group_size,
+        calibration={
+            "source": "file" if text is not None else calibration,
+            "positions": 0 if states is None else len(states),
+            "seed": seed,
+        },
+        report=report,
+    )
+    return FlashHeadIndex(config, token_ids, prototypes)
+
+
+def default_probes(n_clusters: int) -> int:
+    """Probes where nothing was calibrated: a sixth of the clusters, which plain means need for 99 %
+    agreement on SmolLM2-135M (512 of 3072)."""
+    return max(1, round(n_clusters / 6))
+
+
+def _report(prototypes, weight, head_bias, token_ids, held_out, needed, n_probes) -> dict:
+    """Measured on held-out positions; see `config.py`."""
+    centroids, bias = np.array(prototypes.dequantized()), np.array(prototypes.bias)
+    routing = Routing("FlashHead", lambda h: h @ centroids.T + bias, None)
+
+    def logits_of(h):
+        return h @ weight.T if head_bias is None else h @ weight.T + head_bias
+
+    (measured,), _ = measure(
+        held_out, logits_of, token_ids, [routing], [n_probes], progress=False
+    )
+    p50, p90, p99 = (int(v) for v in np.percentile(needed, [50, 90, 99], method="higher"))
+    return {
+        "positions": len(held_out),
+        "agreement": round(measured.agreement, 5),
+        # of text that the model writes itself, the share of next tokens among the candidates
+        "coverage": round(measured.covered_mass, 5),
+        "probes_needed": {"p50": p50, "p90": p90, "p99": p99},
+    }
+
+
+def _check_arguments(
+    cluster_size, n_probes, target_agreement, positions, head_bits, dtype
+) -> None:
+    if cluster_size < 1:
+        raise ValueError(f"cluster_size is {cluster_size}: it must be 1 or more (16 is usual).")
+    if n_probes is not None and n_probes < 1:
+        raise ValueError(f"n_probes is {n_probes}: it must be 1 or more.")
+    if not 0 < target_agreement <= 1:
+        raise ValueError(
+            f"target_agreement is {target_agreement}: it is a share, above 0 and at most 1 (0.99)."
+        )
+    if positions < 2:
+        raise ValueError(
+            f"calibration_positions is {positions}: give 100 or more, or --calibration none."
+        )
+    if head_bits is not None and head_bits not in HEAD_BITS:
+        raise ValueError(f"head_bits is {head_bits}: choose 4, 8 or 16.")
+    if dtype is not None and dtype not in MODEL_CONVERSION_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: choose {', '.join(MODEL_CONVERSION_DTYPES)}.")
+
+
+def _check_size(rows: HeadRows, cluster_size: int, n_probes: int | None) -> None:
+    vocab_size = rows.vocab_size
+    if cluster_size > vocab_size:
+        raise ValueError(
+            f"cluster_size is {cluster_size}, but the model has {vocab_size} tokens: "
+            f"choose at most {vocab_size} (16 is usual)."
+        )
+    n_clusters = -(-vocab_size // cluster_size)
+    if n_probes is not None and n_probes > n_clusters:
+        raise ValueError(
+            f"n_probes is {n_probes}, but clusters of {cluster_size} make only {n_clusters} of "
+            f"them: choose 1 to {n_clusters}."
+        )
+
+
+def _named_dtype(source: Path, config: dict) -> str | None:
+    """The dtype a Hugging Face configuration names; None for weights that MLX has stored."""
+    for file in source.glob("model*.safetensors"):
+        _, metadata = mx.load(str(file), return_metadata=True)
+        if metadata.get("format") == "mlx":
+            return None
+    text_config = config.get("text_config") or {}
+    name = config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
+    return name if name in MODEL_CONVERSION_DTYPES else None
+
+
+def _cast(model: nn.Module, dtype: str | None) -> None:
+    if dtype is None:
+        return
+    may_cast = getattr(model, "cast_predicate", lambda _: True)
+
+    def cast(name, array):
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(getattr(mx, dtype)) if floating and may_cast(name) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+@contextmanager
+def _folder_taking_the_place_of(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that becomes it when the block succeeds."""
+    if target.exists() and not overwrite:
+        raise ValueError(
+            f"{target} exists already: choose another --mlx-path, or pass --overwrite to replace it."
+        )
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, not a folder: choose another --mlx-path.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be written ({error.strerror}): choose another --mlx-path."
+        ) from None
+    try:
+        folder.chmod(0o755)  # mkdtemp's are private
+        yield folder
+        if target.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, replaced / target.name)
+            os.replace(folder, target)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,174 @@
+"""Puts a FlashHead on a model's output projection, and takes it off again.
+
+The module keeps its identity, its parameter names and its place in the model; only its class becomes
+a subclass. Its rows move into the FlashHead, in cluster order, so that they exist once; what reads
+``module.weight`` gets the rows in the model's own order, gathered at that moment.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .head import FlashHead
+from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
+from .prototypes import Prototypes
+
+
+def get_flash_head(model: nn.Module) -> FlashHead | None:
+    """The FlashHead installed on ``model``, or None when the model is dense."""
+    module = _installed_module(model)
+    return None if module is None else module._flash_head
+
+
+def install(
+    model: nn.Module,
+    token_ids: np.ndarray,
+    prototypes: Prototypes,
+    *,
+    n_probes: int,
+    eos_token_ids: tuple[int, ...] = (),
+    backend: str | None = None,
+    max_rows: int = 32,
+    location: HeadLocation | None = None,
+) -> FlashHead:
+    """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
+
+    Order matters: load, cast, quantize, apply adapters and shard first, then install.
+
+    Args:
+        model: Any mlx-lm model whose head :func:`find_head` finds.
+        token_ids: (C, cluster_size) integers, V in padded slots.
+        prototypes: Centroids fitted for these clusters.
+        n_probes: Clusters scored per position, 1 … C.
+        eos_token_ids: Tokens whose clusters are always scored.
+        backend: "metal", "mlx" or None to choose.
+        max_rows: More positions than this at once are computed densely.
+        location: The head, where it is already known.
+
+    Returns:
+        The installed head.
+
+    Raises:
+        ValueError: If one is installed already, or the head is not supported, or an argument is
+            not valid. The model is then unchanged.
+    """
+    if _installed_module(model) is not None:
+        raise ValueError("FlashHead is already installed on this model: uninstall it first.")
+    location = location or find_head(model)
+    check_plain_product(location)
+    rows = location.rows()
+    head = FlashHead(
+        rows,
+        token_ids,
+        prototypes,
+        n_probes=n_probes,
+        eos_token_ids=eos_token_ids,
+        backend=backend,
+        max_rows=max_rows,
+    )
+    mx.eval(head.arrays())
+    module = location.module
+    # A None keeps each parameter's place, so that names and their order stay as they were.
+    for name in rows.arrays():
+        module[name] = None
+    base = type(module)
+    mixin = _FlashEmbedding if location.method == EMBEDDING else _FlashLinear
+    module._flash_head = head
+    module.__class__ = type(base.__name__, (mixin, base), {"__module__": base.__module__})
+    return head
+
+
+def uninstall(model: nn.Module) -> None:
+    """Restores the dense model, bit for bit.
+
+    Raises:
+        ValueError: If no FlashHead is installed.
+    """
+    module = _installed_module(model)
+    if module is None:
+        raise ValueError("There is no FlashHead on this model to uninstall.")
+    arrays = module._flash_head.clustered.token_rows().arrays()
+    mx.eval(arrays)
+    del module.__dict__["_flash_head"]
+    module.__class__ = type(module).__bases__[1]
+    for name, array in arrays.items():
+        module[name] = array
+
+
+def _installed_module(model: nn.Module) -> nn.Module | None:
+    return next((m for m in model.modules() if isinstance(m, _FlashModule)), None)
+
+
+class _FlashModule:
+    """What an installed module does otherwise than its class.
+
+    Its dict holds None in place of each array that the FlashHead keeps; reading gives the array in
+    the model's own order, lazily, and writing is refused.
+    """
+
+    _flash_head: FlashHead
+
+    def _arrays(self) -> dict[str, mx.array]:
+        return self._flash_head.clustered.token_rows().arrays()
+
+    def __getitem__(self, key):
+        arrays = self._arrays()
+        return arrays[key] if key in arrays else super().__getitem__(key)
+
+    def get(self, key, default=None):
+        arrays = self._arrays()
+        return arrays[key] if key in arrays else super().get(key, default)
+
+    def items(self):
+        arrays = self._arrays()
+        return [(key, arrays.get(key, value)) for key, value in super().items()]
+
+    def values(self):
+        return [value for _, value in self.items()]
+
+    def __setitem__(self, key, value):
+        self._refuse_change(key)
+        super().__setitem__(key, value)
+
+    def __setattr__(self, key, value):
+        self._refuse_change(key)
+        super().__setattr__(key, value)
+
+    def __delattr__(self, key):
+        self._refuse_change(key)
+        super().__delattr__(key)
+
+    def to_quantized(self, *args, **kwargs):
+        self._refuse_change("weight")
+
+    def _refuse_change(self, key):
+        if key in self._flash_head.clustered.rows.arrays():
+            raise ValueError(
+                f"The {key} of an output projection under FlashHead cannot be changed: call "
+                "mlx_flashhead.uninstall(model) first, then change it, then install again."
+            )
+
+    def __deepcopy__(self, memo):
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        dict.update(copied, dict.items(self))
+        copied.__dict__.update(self.__dict__, _no_grad=set(self._no_grad))
+        copied.__dict__["_flash_head"] = self._flash_head.copy()
+        return copied
+
+
+class _FlashLinear(_FlashModule):
+    """A linear layer whose product is a FlashHead's."""
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        return self._flash_head(hidden)
+
+
+class _FlashEmbedding(_FlashModule):
+    """A tied embedding: looks tokens up in the reordered rows, projects through a FlashHead."""
+
+    def __call__(self, token_ids: mx.array) -> mx.array:
+        return self._flash_head.embedding(token_ids)
+
+    def as_linear(self, hidden: mx.array) -> mx.array:
+        return self._flash_head(hidden)

@@ -1,0 +1,166 @@
+"""The four steps of a FlashHead in plain MLX operations: the CPU path, the fallback and the
+reference that the Metal kernels are tested against.
+
+    hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
+                  ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token ─▶ (R,)
+
+Nothing here evaluates: a prompt's logits are never asked for, so they must stay lazy.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .clustered import ClusteredRows
+
+# The tail stays this far below the best candidate, so that greedy decoding always ends on a scored
+# token: a cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
+MARGIN_SHARE = 1 / 64
+
+
+class Selection(NamedTuple):
+    """The clusters to score.
+
+    Attributes:
+        probes: (R, p) uint32, distinct clusters of each row.
+        ranks: (R, C) uint32, a cluster's place among the row's probes and at least p for all others;
+            None on the portable path, which does not need it.
+    """
+
+    probes: mx.array
+    ranks: mx.array | None = None
+
+
+class Candidates(NamedTuple):
+    """The scored rows.
+
+    Attributes:
+        logits: (R, p, n) in the dense head's dtype; a padded slot holds the lowest finite value.
+        best: (R, p) float32, each probed cluster's best logit; None on the portable path.
+    """
+
+    logits: mx.array
+    best: mx.array | None = None
+
+
+def tail_cap(best: mx.array) -> mx.array:
+    """The highest logit a token that was not scored may get: m - max(1, |m|/64), float32."""
+    best = best.astype(mx.float32)
+    return best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
+
+
+class Steps:
+    """What both paths share.
+
+    Args:
+        clustered: The rows and the index.
+    """
+
+    def __init__(self, clustered: ClusteredRows):
+        self.clustered = clustered
+
+    def token_ids(self, probes: mx.array) -> mx.array:
+        """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""
+        return mx.take(self.clustered.token_ids, probes, axis=0)
+
+
+class PortableSteps(Steps):
+    """Route, select, score, expand and token as MLX operations.
+
+    Args:
+        clustered: The rows and the index.
+    """
+
+    name = "mlx"
+
+    def __init__(self, clustered: ClusteredRows):
+        super().__init__(clustered)
+        self._on_cpu = mx.default_device().type == mx.cpu
+        # The CPU build multiplies float32 far faster than 4-bit weights, so it keeps the centroids
+        # (and only them) dequantised.
+        self._centroids = clustered.prototypes.dequantized() if self._on_cpu else None
+
+    def arrays(self) -> list[mx.array]:
+        """Arrays held besides those of ``clustered``."""
+        return [] if self._centroids is None else [self._centroids]
+
+    def route(self, hidden: mx.array) -> mx.array:
+        """Scores of all clusters: hidden (R, D) → (R, C) float32."""
+        prototypes = self.clustered.prototypes
+        if self._centroids is not None:
+            scores = hidden.astype(mx.float32) @ self._centroids.T
+        else:
+            scores = prototypes.matmul(hidden).astype(mx.float32)
+        return scores + self.clustered.route_bias
+
+    def select(self, scores: mx.array, n_probes: int) -> Selection:
+        """The ``n_probes`` best clusters of each row, in no particular order: (R, C) → (R, p)."""
+        n_clusters = scores.shape[-1]
+        if n_probes == n_clusters:
+            every = mx.arange(n_clusters, dtype=mx.uint32)
+            return Selection(mx.broadcast_to(every, scores.shape))
+        order = mx.argpartition(-scores, kth=n_probes - 1, axis=-1)
+        return Selection(order[..., :n_probes].astype(mx.uint32))
+
+    def score(self, hidden: mx.array, selection: Selection) -> Candidates:
+        """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
+        rows, probes = self.clustered.rows, selection.probes
+        stacked = hidden[:, None, None, :]  # (R, 1, 1, D) against (R, p) blocks of (n, D)
+        if rows.quantized:
+            logits = mx.gather_qmm(
+                stacked,
+                rows.weight,
+                rows.scales,
+                rows.biases,
+                rhs_indices=probes,
+                transpose=True,
+                **rows.quantization,
+            ).squeeze(-2)
+        elif rows.weight.dtype == hidden.dtype and not (
+            # the CPU build's gather_mm takes float32 only
+            self._on_cpu and hidden.dtype != mx.float32
+        ):
+            blocks = rows.weight.swapaxes(-1, -2)
+            logits = mx.gather_mm(stacked, blocks, rhs_indices=probes).squeeze(-2)
+        else:
+            blocks = mx.take(rows.weight, probes, axis=0)  # (R, p, n, D)
+            logits = (blocks @ hidden[:, None, :, None]).squeeze(-1)
+        if rows.bias is not None:
+            logits = logits + mx.take(rows.bias, probes, axis=0)
+        if self.clustered.padded:
+            padded = self.token_ids(probes) == self.clustered.vocab_size
+            logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
+        return Candidates(logits)
+
+    def expand(
+        self, scores: mx.array, selection: Selection, candidates: Candidates
+    ) -> mx.array:
+        """Full logits: a probed token keeps its own, every other gets its cluster's estimate.
+
+        The estimate is min(S_c - ln n_c + s2_c/2, m - max(1, |m|/64)) with the cluster's score S_c
+        and the best candidate logit m: the mean of a log-normal spread over the cluster's tokens.
+
+        Args:
+            scores: (R, C) float32 from which the tail is estimated.
+            selection: The probed clusters.
+            candidates: Their logits.
+
+        Returns:
+            (R, V) in the dtype of the candidates' logits.
+        """
+        logits = candidates.logits
+        n_rows, n_clusters = scores.shape
+        best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1)  # (R, 1)
+        tail = mx.minimum(scores + self.clustered.prototypes.tail_offset, tail_cap(best))
+        blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))
+        blocks = mx.put_along_axis(
+            blocks.astype(logits.dtype), selection.probes[..., None], logits, axis=1
+        )
+        return mx.take(blocks.reshape(n_rows, -1), self.clustered.slot_of, axis=-1)
+
+    def token(self, selection: Selection, candidates: Candidates) -> mx.array:
+        """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
+        logits = candidates.logits
+        best = mx.max(logits, axis=(-2, -1), keepdims=True)
+        ids = mx.where(logits == best, self.token_ids(selection.probes), self.clustered.vocab_size)
+        return mx.min(ids, axis=(-2, -1))

@@ -1,0 +1,231 @@
+"""Compiles kernels and the runtime with the clang of the ``ziglang`` package, once for each text."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from .faults import KernelFault
+from .frontend import check_syntax_tree, translate
+
+FOLDER = Path(__file__).parent
+
+# What MLX puts before a kernel: metal::utils(), as far as kernels may rely on it.
+MLX_PRELUDE = """\
+#define METAL_EMULATOR_MLX 1
+#include <metal_stdlib>
+using namespace metal;
+typedef half float16_t;
+typedef bfloat bfloat16_t;
+"""
+
+# Optimised, but not vectorised: an access stays an access of the kernel's own width.
+KERNEL_FLAGS = [
+    *("-x", "clcpp", "-cl-std=clc++2021"),
+    # No double: a literal 1.0 is a float, as in Metal. A generic address space exists only for the
+    # `this` of structs; the syntax tree is searched for any other use of it.
+    "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space",
+    *("-mrelocation-model", "pic", "-pic-level", "2", "-ffp-contract=off", "-O2"),
+    *("-ffloat16-excess-precision=none", "-fbfloat16-excess-precision=none"),
+    *("-Wno-everything", "-fno-caret-diagnostics", "-fmessage-length=0"),
+    *("-I", str(FOLDER / "shim"), "-include", "emulator/language.h"),
+]
+# The same barrier or simd operation in two branches stays two operations.
+KERNEL_FLAGS += [
+    *("-mllvm", "-hoist-common-insts=false", "-mllvm", "-sink-common-insts=false"),
+    *("-mllvm", "-enable-tail-merge=false"),
+]
+# Calls before each load, store, memcpy and memset; see runtime/memory.cpp.
+CHECK_FLAGS = [
+    "-fsanitize=kernel-address",
+    *("-mllvm", "-asan-instrumentation-with-call-threshold=0"),
+    *("-mllvm", "-asan-kernel-mem-intrinsic-prefix=1"),
+    *("-mllvm", "-asan-opt-same-temp=0"),
+    *("-mllvm", "-asan-stack=0"),
+    *("-mllvm", "-asan-globals=0"),
+]
+RUNTIME_FLAGS = [
+    *("-std=c++20", "-O2", "-fPIC", "-ffreestanding", "-fno-exceptions", "-fno-rtti"),
+    *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+]
+
+
+@cache
+def zig() -> str:
+    """Path of the ``zig`` program, which contains clang and a linker.
+
+    Raises:
+        RuntimeError: If it is not installed, or the machine is none the emulator runs on.
+    """
+    try:
+        import ziglang
+    except ImportError:
+        raise RuntimeError(
+            "The Metal emulator needs the compiler of the 'ziglang' package, which is not "
+            "installed: run pip install ziglang."
+        ) from None
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64", "arm64"):
+        raise RuntimeError(
+            f"The Metal emulator runs on Linux on x86-64 and arm64, not on {sys.platform} on "
+            f"{platform.machine()}: on a Mac run the kernels on the GPU."
+        )
+    return str(Path(ziglang.__file__).parent / "zig")
+
+
+@cache
+def target() -> str:
+    """The target triple of this machine."""
+    return f"{platform.machine().replace('arm64', 'aarch64')}-unknown-linux-gnu"
+
+
+@cache
+def fingerprint() -> str:
+    """Hash of everything but the kernel's text that decides what comes out of the compiler."""
+    digest = hashlib.sha256(f"{target()} {KERNEL_FLAGS} {CHECK_FLAGS} {RUNTIME_FLAGS}".encode())
+    version = subprocess.run([zig(), "version"], capture_output=True, check=True)
+    digest.update(version.stdout)
+    for path in sorted(FOLDER.rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def cache_folder() -> Path:
+    """This user's folder of compiled kernels."""
+    folder = Path(tempfile.gettempdir()).resolve() / f"metal_emulator_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} belongs to another user: set TMPDIR to a folder of your own.")
+    return folder
+
+
+def cached(text: str, suffix: str, build) -> Path:
+    """Path of a built file; ``build(path)`` makes it beside its place, and it is moved there."""
+    key = hashlib.sha256((fingerprint() + text).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{key}{suffix}"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            made = Path(scratch) / path.name
+            build(made)
+            os.replace(made, path)
+    return path
+
+
+def link(objects: list[Path], path: Path) -> None:
+    """Links a shared library; names it lacks are found in the process when it is loaded."""
+    command = [zig(), "ld.lld", "-shared", "--unresolved-symbols=ignore-all", "-o", str(path)]
+    subprocess.run([*command, *map(str, objects)], check=True, capture_output=True)
+
+
+def build_runtime(path: Path) -> None:
+    """Compiles ``runtime/*.cpp``."""
+    objects = []
+    for source in sorted((FOLDER / "runtime").glob("*.cpp")):
+        objects.append(path.with_name(f"{source.stem}.o"))
+        command = [zig(), "clang", "-target", target(), *RUNTIME_FLAGS, "-c", str(source)]
+        subprocess.run([*command, "-o", str(objects[-1])], check=True, capture_output=True)
+    link(objects, path)
+
+
+@cache
+def runtime() -> ctypes.CDLL:
+    """The loaded runtime, whose functions the kernels find by name."""
+    return ctypes.CDLL(str(cached("runtime", ".so", build_runtime)), mode=ctypes.RTLD_GLOBAL)
+
+
+def start_clang(source: Path, *flags: str) -> subprocess.Popen:
+    """Starts clang's front end proper, which takes exactly these flags."""
+    command = [zig(), "clang", "-cc1", "-triple", target(), *KERNEL_FLAGS, *flags, str(source)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def compile_error(messages: str, name: str) -> KernelFault:
+    """A fault that holds clang's errors, in Metal's words."""
+    for theirs, ours in (
+        ("__global", "device"),
+        ("__local", "threadgroup"),
+        ("__constant", "constant"),
+        ("__private", "thread"),
+        ("__generic ", ""),
+        ("__bf16", "bfloat"),
+    ):
+        messages = messages.replace(theirs, ours)
+    messages = messages.replace(f"{FOLDER}/", "")
+    lines = [line for line in messages.splitlines() if not line.startswith("entry.metal")]
+    types = [re.findall(r"type '([^']*)'", line) for line in lines]
+    same_but_for_space = any(
+        len(pair) == 2 and len({re.sub(r"\b(device|threadgroup|constant|thread) ?", "", t) for t in pair}) == 1
+        for pair in types
+    )
+    about_space = same_but_for_space or "address space" in messages
+    kind = "address-space" if about_space else "compile"
+    return KernelFault(kind, "\n".join([f"{name} does not compile.", *lines]))
+
+
+def check_text(text: str, name: str, prelude: str, scratch: Path, *flags: str) -> None:
+    """Compiles a text and checks its syntax tree.
+
+    Args:
+        text: Metal.
+        name: Name of the file in messages.
+        prelude: Text before it.
+        scratch: Folder for the source.
+        flags: What clang shall make beside the tree; the syntax is checked in any case.
+
+    Raises:
+        KernelFault: If the compiler refuses it.
+    """
+    source = scratch / "kernel.metal"
+    source.write_text(f'{prelude}#line 1 "{name}"\n{text}')
+    compiler = start_clang(source, *flags)
+    tree, _ = start_clang(source, "-ast-dump").communicate()
+    _, messages = compiler.communicate()
+    if compiler.returncode:
+        raise compile_error(messages, name)
+    check_syntax_tree(tree.splitlines(), name)
+
+
+def compile_kernel(text: str, entry: str, name: str, check: bool) -> Path:
+    """Compiles a kernel as MLX writes it to a shared library.
+
+    Args:
+        text: Header, signature and source.
+        entry: C++ appended to it: the function that the runtime calls for each thread.
+        name: The kernel's name.
+        check: Whether accesses are checked and counted.
+
+    Raises:
+        KernelFault: If Apple's compiler would refuse it.
+    """
+
+    def build(path: Path) -> None:
+        made = path.with_suffix(".o")
+        whole = f'{translate(text, file_name)}\n#line 1 "entry.metal"\n{entry}'
+        flags = [*(CHECK_FLAGS if check else []), "-emit-obj", "-o", str(made)]
+        check_text(whole, file_name, MLX_PRELUDE, path.parent, *flags)
+        link([made], path)
+
+    file_name = f"{name}.metal"
+    return cached(f"{check} {name} {text} {entry}", ".so", build)
+
+
+def check_standalone(path) -> None:
+    """Compiles a ``.metal`` file by itself, as ``xcrun metal -c`` would.
+
+    Args:
+        path: The file.
+
+    Raises:
+        KernelFault: With the compiler's messages, if it would be refused.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        text = translate(path.read_text(), path.name)
+        check_text(text, path.name, "", Path(scratch), "-fsyntax-only")

@@ -1,0 +1,389 @@
+"""Launches a compiled kernel on arrays, counts its traffic and words its faults."""
+
+import ctypes
+import threading
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from . import build
+from .faults import KernelFault
+
+ORDERS = ("forward", "reverse", "shuffle")
+INPUT, OUTPUT = 0, 1
+GUARD_BYTES = 1 << 16  # around each buffer, so that an index past its end meets no other buffer
+ALIGNMENT = 256
+NOBODY, SEVERAL, ATOMIC, MAX_THREADS = 2002, 2000, 2001, 1024
+NOWHERE = 0xFFFFFFFF
+INITIALISED = 1
+
+MEETINGS = {
+    0: "threadgroup_barrier",
+    1: "simdgroup_barrier",
+    2: "the end of the kernel",
+    16: "simd_sum",
+    17: "simd_product",
+    18: "simd_min",
+    19: "simd_max",
+    20: "simd_and",
+    21: "simd_or",
+    22: "simd_xor",
+    23: "a simd_prefix operation",
+    24: "a simd_shuffle operation",
+    25: "simd_broadcast",
+    26: "a simd vote",
+    27: "a quad operation",
+}
+
+_u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
+_launch_lock = threading.Lock()  # the runtime runs one launch at a time
+
+
+class _Region(ctypes.Structure):
+    """Mirrors ``Region`` of runtime/state.h."""
+
+    _fields_ = [
+        ("base", _u64),
+        ("bytes", _u64),
+        ("kind", _u32),
+        ("granule", _u32),
+        ("cells", _pointer),
+        ("read_bits", _pointer),
+        ("write_bits", _pointer),
+        ("n_read", _u64),
+        ("n_written", _u64),
+        ("distinct_read", _u64),
+        ("distinct_written", _u64),
+        ("lines_read", _u64),
+        ("lines_written", _u64),
+        ("name", ctypes.c_char_p),
+        ("id", _u64),
+    ]
+
+
+class _Fault(ctypes.Structure):
+    """Mirrors ``Fault`` of runtime/state.h."""
+
+    _fields_ = [
+        *[(name, _u32) for name in ("kind", "region", "thread", "other", "size", "write")],
+        ("offset", _u64),
+        ("group", _u32 * 3),
+        ("meetings", _u32 * 2),
+        ("other_threadgroup", _u32),
+        ("unused", _u32),
+        ("name", ctypes.c_char_p),
+    ]
+
+
+class _Launch(ctypes.Structure):
+    """Mirrors ``Launch`` of runtime/state.h."""
+
+    _fields_ = [
+        ("kernel", _pointer),
+        ("arguments", _pointer),
+        ("regions", ctypes.POINTER(_Region)),
+        ("groups", _pointer),
+        ("n_groups", _u64),
+        ("image_start", _u64),
+        ("image_end", _u64),
+        ("seed", _u64),
+        ("n_regions", _u32),
+        ("order", _u32),
+        ("check", _u32),
+        ("grid", _u32 * 3),
+        ("threadgroup", _u32 * 3),
+        ("barriers", _u32),
+        ("threadgroup_bytes", _u64),
+        ("fault", _Fault),
+    ]
+
+
+# Where the attributes stand in ``Indices`` of runtime/state.h, or how they follow from it.
+INDICES = {
+    "thread_position_in_grid": 0,
+    "thread_position_in_threadgroup": 3,
+    "threadgroup_position_in_grid": 6,
+    "threads_per_threadgroup": 9,
+    "dispatch_threads_per_threadgroup": 12,
+    "threads_per_grid": 15,
+    "grid_size": 15,
+    "threadgroups_per_grid": 18,
+    "thread_index_in_threadgroup": "i[21]",
+    "thread_index_in_simdgroup": "i[22]",
+    "simdgroup_index_in_threadgroup": "i[23]",
+    "simdgroups_per_threadgroup": "i[24]",
+    "dispatch_simdgroups_per_threadgroup": "i[25]",
+    "thread_index_in_quadgroup": "i[21] % 4",
+    "quadgroup_index_in_threadgroup": "i[21] / 4",
+    "quadgroups_per_threadgroup": "(i[9] * i[10] * i[11] + 3) / 4",
+    "dispatch_quadgroups_per_threadgroup": "(i[12] * i[13] * i[14] + 3) / 4",
+    "thread_execution_width": "32u",
+    "threads_per_simdgroup": "32u",
+    "grid_origin": "uint3(0u)",
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a dispatch moves to and from one buffer.
+
+    Attributes:
+        bytes: Size of the buffer.
+        reads, writes: Bytes read and written, repeats included.
+        distinct_bytes_read, distinct_bytes_written: The same, each byte counted once.
+        lines_read, lines_written: Distinct 128-byte lines, from the buffer's start.
+    """
+
+    bytes: int
+    reads: int = 0
+    writes: int = 0
+    distinct_bytes_read: int = 0
+    distinct_bytes_written: int = 0
+    lines_read: int = 0
+    lines_written: int = 0
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One launch.
+
+    Attributes:
+        name: The kernel's name as given to ``metal_kernel``.
+        grid, threadgroup: In threads.
+        barriers: Threadgroup barriers passed by the threadgroup that passed most.
+        threadgroup_bytes: Threadgroup memory.
+        buffers: Traffic of each buffer; all zero but for the size without checks.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    barriers: int
+    threadgroup_bytes: int
+    buffers: dict[str, Traffic] = field(default_factory=dict)
+
+
+class Buffer:
+    """Memory of one argument, with a guard on both sides.
+
+    Attributes:
+        name: Name in the kernel.
+        kind: ``INPUT`` or ``OUTPUT``.
+        itemsize: Bytes of an element.
+        data: The bytes, uint8.
+        initialised: Whether reading it before writing is allowed.
+    """
+
+    def __init__(self, name, kind, itemsize, n_bytes, initialised):
+        self.name, self.kind, self.itemsize, self.initialised = name, kind, itemsize, initialised
+        memory = np.empty(n_bytes + 2 * GUARD_BYTES + ALIGNMENT, np.uint8)
+        start = GUARD_BYTES + -(memory.ctypes.data + GUARD_BYTES) % ALIGNMENT
+        self.data = memory[start : start + n_bytes]
+
+    def region(self, check: bool, keep: list) -> _Region:
+        """The runtime's view; arrays it points to are added to ``keep``."""
+        region = _Region(self.data.ctypes.data, self.data.size, self.kind, self.itemsize)
+        region.name = self.name.encode()
+        if check:
+            for bits in ("read_bits", "write_bits"):
+                array = np.zeros(-(-self.data.size // 64), np.uint64)
+                keep.append(array)
+                setattr(region, bits, array.ctypes.data)
+            if self.kind == OUTPUT:
+                cells = np.zeros((self.data.size // self.itemsize, 3), np.uint32)
+                cells[:, 0] = INITIALISED if self.initialised else 0
+                keep.append(cells)
+                region.cells = cells.ctypes.data
+                self.cells = cells
+        return region
+
+
+def entry_text(signature) -> str:
+    """C++ that calls a kernel with the runtime's arguments: buffers ``a`` and indices ``i``."""
+    arguments = []
+    for index, buffer in enumerate(signature.parameters):
+        if buffer.declaration.endswith("&"):
+            arguments.append(f"*({buffer.declaration[:-1]}*)a[{index}]")
+        else:
+            arguments.append(f"({buffer.declaration})a[{index}]")
+    for attribute in signature.attributes:
+        at = INDICES[attribute]
+        arguments.append(f"uint3(i[{at}], i[{at + 1}], i[{at + 2}])" if isinstance(at, int) else at)
+    return (
+        'extern "C" __attribute__((no_sanitize("kernel-address")))\n'
+        "void metal_emulator_entry(const thread ulong* a, const thread uint* i) {\n"
+        f"  {signature.instance}({', '.join(arguments)});\n}}\n"
+    )
+
+
+@cache
+def load(library) -> tuple[int, int, int]:
+    """Loads a compiled kernel: the address of its entry, and the start and end of its image."""
+    build.runtime()
+    entry = ctypes.cast(ctypes.CDLL(str(library)).metal_emulator_entry, _pointer).value
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [fields[0].split("-") for fields in mapped if fields[-1] == str(library)]
+    return entry, min(int(r[0], 16) for r in ranges), max(int(r[1], 16) for r in ranges)
+
+
+def launch(name, library, buffers, grid, threadgroup, order, seed, sample, check) -> Dispatch:
+    """Runs a kernel over a grid.
+
+    Args:
+        name: The kernel's name.
+        library: Path of the compiled kernel.
+        buffers: Its arguments in order.
+        grid, threadgroup: In threads; the threadgroup not larger than the grid.
+        order: One of ``ORDERS``.
+        seed: Of the shuffled order.
+        sample: Number of evenly spaced threadgroups to run, or None for all.
+        check: Whether the kernel was compiled with checks.
+
+    Raises:
+        KernelFault: For the first fault found.
+    """
+    entry, image_start, image_end = load(library)
+    keep = []
+    regions = (_Region * len(buffers))(*[buffer.region(check, keep) for buffer in buffers])
+    arguments = np.array([buffer.data.ctypes.data for buffer in buffers], np.uint64)
+    n_groups = int(np.prod([-(-g // t) for g, t in zip(grid, threadgroup, strict=True)]))
+    groups = np.arange(n_groups, dtype=np.uint64)
+    if sample is not None and sample < n_groups:
+        groups = np.arange(sample, dtype=np.uint64) * np.uint64(n_groups) // np.uint64(sample)
+    if order == "reverse":
+        groups = groups[::-1].copy()
+    elif order == "shuffle":
+        groups = np.random.default_rng(seed).permutation(groups)
+
+    state = _Launch(
+        kernel=entry,
+        arguments=arguments.ctypes.data,
+        regions=regions,
+        groups=groups.ctypes.data,
+        n_groups=len(groups),
+        image_start=image_start,
+        image_end=image_end,
+        seed=seed,
+        n_regions=len(buffers),
+        order=ORDERS.index(order),
+        check=check,
+        grid=(_u32 * 3)(*grid),
+        threadgroup=(_u32 * 3)(*threadgroup),
+    )
+    with _launch_lock:
+        if not build.runtime().metal_emulator_launch(ctypes.byref(state)):
+            raise MemoryError("The Metal emulator could not reserve 256 MB of address space.")
+    if state.fault.kind:
+        raise fault_of(name, state, buffers, threadgroup)
+    if check and len(groups) == n_groups:
+        find_unwritten(name, buffers)
+    traffic = {
+        buffer.name: Traffic(
+            buffer.data.size,
+            region.n_read,
+            region.n_written,
+            region.distinct_read,
+            region.distinct_written,
+            region.lines_read,
+            region.lines_written,
+        )
+        for buffer, region in zip(buffers, regions, strict=True)
+    }
+    return Dispatch(name, grid, threadgroup, state.barriers, state.threadgroup_bytes, traffic)
+
+
+def find_unwritten(name: str, buffers: list[Buffer]) -> None:
+    """Raises a KernelFault for an output of which the kernel left a part unwritten."""
+    for buffer in buffers:
+        if buffer.kind != OUTPUT or buffer.initialised:
+            continue
+        unwritten = np.flatnonzero(buffer.cells[:, 0] == 0)
+        if len(unwritten):
+            raise KernelFault(
+                "uninitialised",
+                f"Kernel '{name}' leaves {len(unwritten)} of {len(buffer.cells)} elements of "
+                f"output '{buffer.name}' unwritten, the first at index {unwritten[0]}.",
+            )
+
+
+def position(index: int, shape) -> tuple[int, int, int]:
+    """Position (x, y, z) of a flat thread index in a threadgroup of this shape."""
+    x, y, _ = shape
+    return index % x, index // x % y, index // (x * y)
+
+
+def actor_text(actor: int) -> str:
+    """Who made an access, as the runtime's shadow memory remembers it."""
+    if actor == ATOMIC:
+        return "an atomic operation"
+    if actor == SEVERAL:
+        return "several threads"
+    if actor >= MAX_THREADS:
+        return f"several threads of simdgroup {actor - MAX_THREADS}"
+    return f"thread {actor}"
+
+
+def fault_of(name, state, buffers, threadgroup) -> KernelFault:
+    """Words the runtime's fault.
+
+    Args:
+        name: The kernel's name.
+        state: The launch that failed.
+        buffers: Its arguments.
+        threadgroup: Threads of a full threadgroup.
+    """
+    fault = state.fault
+    group = tuple(fault.group)
+    left = [g - p * t for g, p, t in zip(state.grid, group, threadgroup, strict=True)]
+    shape = [min(n, t) for n, t in zip(left, threadgroup, strict=True)]
+    who = (
+        f"Kernel '{name}': thread {fault.thread} {position(fault.thread, shape)} of "
+        f"threadgroup {group}"
+    )
+    verb = "writes" if fault.write else "reads"
+    where = "an address that belongs to no buffer"
+    if fault.region != NOWHERE:
+        offset = ctypes.c_int64(fault.offset).value
+        label = fault.name.decode()
+        if fault.region < len(buffers):
+            buffer = buffers[fault.region]
+            size = buffer.data.size
+            where = f"buffer '{label}' of {size // buffer.itemsize} elements"
+            where += f", at index {offset // buffer.itemsize}"
+        else:
+            where = f"threadgroup array '{label}', at byte {offset}"
+    if fault.kind == 1:
+        kind, what = "out-of-bounds", f"{verb} {fault.size} bytes outside {where}"
+    elif fault.kind == 2:
+        kind, what = "read-only", f"writes to input {where}"
+    elif fault.kind == 3:
+        kind, what = "misaligned", f"{verb} {fault.size} bytes across their alignment in {where}"
+    elif fault.kind == 4:
+        kind = "uninitialised"
+        what = f"reads {where}, which nothing has written yet: it lacks an initial value, or a barrier"
+    elif fault.kind == 5:
+        other = actor_text(fault.other)
+        if fault.other_threadgroup:
+            other += " of another threadgroup"
+        kind = "race"
+        what = (
+            f"{verb} {where}, which {other} has accessed with no barrier for this memory between "
+            "the two"
+        )
+    elif fault.kind == 6:
+        kind = "divergent-barrier"
+        theirs, mine = (MEETINGS[meeting] for meeting in fault.meetings)
+        same = " (another one in the source)" if theirs == mine else ""
+        what = f"waits at {mine} while thread {fault.other} is at {theirs}{same}"
+    elif fault.kind == 7:
+        kind = "inactive-lane"
+        what = f"reads the value of lane {fault.offset}, which the simdgroup does not have"
+    else:
+        kind = "threadgroup-memory"
+        what = (
+            f"declares '{fault.name.decode()}', which brings threadgroup memory to {fault.offset} "
+            "bytes: the limit is 32768"
+        )
+    return KernelFault(kind, f"{who} {what}.")
