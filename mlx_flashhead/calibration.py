@@ -50,7 +50,7 @@ def generated_states(
     seed: int = 0,
     temperature: float = 1.0,
     progress: bool = True,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Hidden states of text that the model writes itself, in batches.
 
     Args:
@@ -63,41 +63,50 @@ def generated_states(
         progress: Show a bar.
 
     Returns:
-        (positions, D) float32, in the order in which they were generated.
+        States (positions, D) float32 in the order of generation, and the tokens drawn from them
+        (positions,) int64.
     """
     mx.random.seed(seed)
     vocab_size = location.rows().vocab_size
     prompts = _prompts(tokenizer, vocab_size, np.random.default_rng(seed))
-    collected: list[np.ndarray] = []
+    draw = make_sampler(temp=temperature)
+    steps: list[tuple[mx.array, mx.array]] = []
+    states: list[np.ndarray] = []
+    drawn: list[np.ndarray] = []
     count = 0
-    generator = BatchGenerator(
-        model,
-        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
-        sampler=make_sampler(temp=temperature),
-        completion_batch_size=BATCH_SIZE,
-    )
-    n_sequences = min(BATCH_SIZE, -(-positions // SEQUENCE_TOKENS))
-    generator.insert([next(prompts) for _ in range(n_sequences)], [SEQUENCE_TOKENS] * n_sequences)
     with (
         recorded_hidden(location) as recorded,
         tqdm(total=positions, desc="Calibrating", unit="token", disable=not progress) as bar,
     ):
-        while count < positions:
-            responses = generator.next_generated()
-            for array in recorded:
-                # prompts are padded to one length, so only steps of one token are taken
-                if array.shape[1] == 1 and count < positions:
-                    states = np.array(array[:, 0].astype(mx.float32))[: positions - count]
-                    collected.append(states)
-                    count += len(states)
-                    bar.update(len(states))
+
+        def sampler(logprobs):
+            # prompts are padded to one length, so only what is sampled from is a real state
+            tokens = draw(logprobs)
+            steps.append((recorded[-1][:, -1].astype(mx.float32), tokens))
             recorded.clear()
-            finished = sum(response.finish_reason is not None for response in responses)
-            if finished and count < positions:
-                fresh = [next(prompts) for _ in range(finished)]
-                generator.insert(fresh, [SEQUENCE_TOKENS] * finished)
-    generator.close()
-    return np.concatenate(collected)
+            return tokens
+
+        generator = BatchGenerator(
+            model,
+            stop_tokens=[[token] for token in tokenizer.eos_token_ids],
+            sampler=sampler,
+            completion_batch_size=BATCH_SIZE,
+        )
+        missing = min(BATCH_SIZE, -(-positions // SEQUENCE_TOKENS))
+        while count < positions:
+            if missing:
+                fresh = [next(prompts) for _ in range(missing)]
+                generator.insert(fresh, [SEQUENCE_TOKENS] * missing)
+            responses = generator.next_generated()
+            missing = sum(response.finish_reason is not None for response in responses)
+            for hidden, tokens in steps:
+                states.append(np.array(hidden))
+                drawn.append(np.array(tokens, dtype=np.int64))
+                bar.update(min(len(hidden), positions - count))
+                count += len(hidden)
+            steps.clear()
+        generator.close()
+    return np.concatenate(states)[:positions], np.concatenate(drawn)[:positions]
 
 
 def text_states(

@@ -186,9 +186,7 @@ def _balanced_kmeans(
     length = min(LIST_LENGTH, n_clusters)
     ids = np.empty((n_points, length), dtype=np.int64)
     scores = np.empty((n_points, length), dtype=np.float32)
-    for iteration in tqdm(
-        range((passes - 1) * parts + 1), desc="Clustering", disable=not progress
-    ):
+    for iteration in tqdm(range((passes - 1) * parts + 1), desc="Clustering", disable=not progress):
         centroids = _centroids(points, members, spherical)
         # The first iteration lists all points, a later one every ``parts``-th: others stay stale.
         part = slice((iteration - 1) % parts, None, parts) if iteration else slice(None)
@@ -243,7 +241,7 @@ def _shortlists(
 def _update_prices(
     prices: np.ndarray, ids: np.ndarray, scores: np.ndarray, capacity: np.ndarray, n_steps: int
 ) -> None:
-    """Moves the prices (C,) in place until each centroid is wanted about as often as it can hold."""
+    """Moves the prices (C,) in place towards as many wanting each centroid as it can hold."""
     step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
     for _ in range(n_steps):
         best = (scores - prices[ids]).argmax(axis=1)

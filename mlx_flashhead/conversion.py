@@ -13,24 +13,20 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
-import numpy as np
 from mlx.utils import tree_map_with_path
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.utils import dequantize_model, save
 
 from .calibration import generated_states, read_text, text_states
-from .checkpoint import CONFIG_KEY, FlashHeadIndex, write_index
-from .clustering import cluster_rows
+from .checkpoint import CONFIG_KEY, write_index
 from .config import FlashHeadConfig
-from .load import resolve
-from .locate import HeadLocation, check_plain_product, find_head
-from .measures import Routing, measure
-from .prototypes import choose_probes, fit_prototypes, probes_needed
+from .hub import upload
+from .indexing import build_index
+from .load import load_dense, resolve
+from .locate import check_plain_product, find_head
 from .quantization import HEAD_BITS, BodyRecipe, set_bits
 from .rows import HeadRows
 
-HELD_OUT_SHARE = 0.15
 SELF_GENERATED, NO_CALIBRATION = "self", "none"
 
 
@@ -42,6 +38,7 @@ def convert(
     q_bits: int | None = None,
     q_mode: str = "affine",
     dtype: str | None = None,
+    upload_repo: str | None = None,
     revision: str | None = None,
     dequantize: bool = False,
     quant_predicate: str | None = None,
@@ -68,6 +65,7 @@ def convert(
         q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
         dtype: Of the weights that are not quantized; default: an mlx-lm folder's own, else what
             its configuration names.
+        upload_repo: Hub repository to upload the checkpoint to, "owner/name".
         revision: Branch, tag or commit of the repository.
         dequantize: Undo the model's quantization.
         quant_predicate: One of mlx-lm's mixed-bit recipes.
@@ -102,9 +100,8 @@ def convert(
     with _folder_taking_the_place_of(target, overwrite) as folder:
         source = resolve(hf_path, revision)
         say(f"Loading {hf_path}")
-        model, tokenizer, config = mlx_lm.load(
-            str(source),
-            return_config=True,
+        model, tokenizer, config = load_dense(
+            source,
             tokenizer_config={"trust_remote_code": trust_remote_code},
             lazy=True,
             trust_remote_code=trust_remote_code,
@@ -125,130 +122,40 @@ def convert(
         location = find_head(model)
         check_plain_product(location)
         mx.eval(model.parameters())
-        index = _build_index(
-            model,
-            tokenizer,
-            location,
+        states = next_ids = None
+        if text is not None:
+            states, next_ids = text_states(
+                model,
+                tokenizer,
+                location,
+                text,
+                positions=calibration_positions,
+                description="Calibrating",
+                progress=progress,
+            )
+        elif calibration == SELF_GENERATED:
+            states, next_ids = generated_states(
+                model, tokenizer, location, calibration_positions, seed=seed, progress=progress
+            )
+        index = build_index(
+            location.rows(),
+            states,
+            next_ids,
             cluster_size=cluster_size,
             n_probes=n_probes,
             target_agreement=target_agreement,
-            calibration=calibration,
-            text=text,
-            positions=calibration_positions,
+            eos_token_ids=tuple(tokenizer.eos_token_ids),
+            source="file" if text is not None else calibration,
             seed=seed,
             progress=progress,
-            say=say,
         )
         say(f"Writing {target}")
         config.pop(CONFIG_KEY, None)
         save(folder, str(source), model, tokenizer, config, donate_model=False)
         write_index(folder, index)
+    if upload_repo is not None:
+        say(f"Uploaded to {upload(target, upload_repo)}")
     return index.config
-
-
-def _build_index(
-    model: nn.Module,
-    tokenizer,
-    location: HeadLocation,
-    *,
-    cluster_size: int,
-    n_probes: int | None,
-    target_agreement: float,
-    calibration: str,
-    text: str | None,
-    positions: int,
-    seed: int,
-    progress: bool,
-    say,
-) -> FlashHeadIndex:
-    rows = location.rows()
-    weight = np.array(rows.dequantized().astype(mx.float32))
-    head_bias = None if rows.bias is None else np.array(rows.bias.astype(mx.float32))
-    if text is not None:
-        states, _ = text_states(
-            model,
-            tokenizer,
-            location,
-            text,
-            positions=positions,
-            description="Calibrating",
-            progress=progress,
-        )
-    elif calibration == SELF_GENERATED:
-        states = generated_states(
-            model, tokenizer, location, positions, seed=seed, progress=progress
-        )
-    else:
-        states = None
-    token_ids = cluster_rows(weight, cluster_size, seed=seed, progress=progress)
-    n_clusters = len(token_ids)
-    report = {}
-    fit_states = states
-    if states is not None:
-        n_held_out = max(1, round(len(states) * HELD_OUT_SHARE))
-        fit_states, held_out = states[:-n_held_out], states[-n_held_out:]
-        if len(fit_states) == 0:
-            raise ValueError(
-                f"{len(states)} calibration positions are too few: give 100 or more "
-                "(--calibration-positions, or a longer text)."
-            )
-    prototypes = fit_prototypes(
-        weight, token_ids, fit_states, head_bias=head_bias, progress=progress
-    )
-    if states is not None:
-        needed = probes_needed(prototypes, weight, token_ids, held_out, head_bias=head_bias)
-        n_probes = n_probes or choose_probes(needed, n_clusters, target_agreement)
-        report = _report(prototypes, weight, head_bias, token_ids, held_out, needed, n_probes)
-        say(
-            f"{n_probes} of {n_clusters} clusters per token: {report['agreement']:.2%} agreement "
-            f"with the dense head on {n_held_out} held-out positions"
-        )
-    else:
-        n_probes = n_probes or default_probes(n_clusters)
-        say(f"{n_probes} of {n_clusters} clusters per token, not calibrated")
-    config = FlashHeadConfig(
-        n_clusters=n_clusters,
-        cluster_size=cluster_size,
-        n_probes=n_probes,
-        fingerprint=rows.fingerprint(),
-        eos_token_ids=tuple(sorted(i for i in tokenizer.eos_token_ids if i < rows.vocab_size)),
-        centroid_bits=prototypes.bits,
-        centroid_group_size=prototypes.group_size,
-        calibration={
-            "source": "file" if text is not None else calibration,
-            "positions": 0 if states is None else len(states),
-            "seed": seed,
-        },
-        report=report,
-    )
-    return FlashHeadIndex(config, token_ids, prototypes)
-
-
-def default_probes(n_clusters: int) -> int:
-    """Probes where nothing was calibrated: a sixth of the clusters, which plain means need for 99 %
-    agreement on SmolLM2-135M (512 of 3072)."""
-    return max(1, round(n_clusters / 6))
-
-
-def _report(prototypes, weight, head_bias, token_ids, held_out, needed, n_probes) -> dict:
-    """Measured on held-out positions; see `config.py`."""
-    centroids, bias = np.array(prototypes.dequantized()), np.array(prototypes.bias)
-    routing = Routing("FlashHead", lambda h: h @ centroids.T + bias, None)
-
-    def logits_of(h):
-        return h @ weight.T if head_bias is None else h @ weight.T + head_bias
-
-    (measured,), _ = measure(
-        held_out, logits_of, token_ids, [routing], [n_probes], progress=False
-    )
-    p50, p90, p99 = (int(v) for v in np.percentile(needed, [50, 90, 99], method="higher"))
-    return {
-        "positions": len(held_out),
-        "agreement": round(measured.agreement, 5),
-        # of text that the model writes itself, the share of next tokens among the candidates
-        "coverage": round(measured.covered_mass, 5),
-        "probes_needed": {"p50": p50, "p90": p90, "p99": p99},
-    }
 
 
 def _check_arguments(
@@ -262,7 +169,7 @@ def _check_arguments(
         raise ValueError(
             f"target_agreement is {target_agreement}: it is a share, above 0 and at most 1 (0.99)."
         )
-    if positions < 2:
+    if positions < 10:
         raise ValueError(
             f"calibration_positions is {positions}: give 100 or more, or --calibration none."
         )

@@ -76,17 +76,31 @@ def load(
     """
     folder = resolve(path_or_hf_repo, revision)
     index = read_index(folder)
-    model, tokenizer, config = mlx_lm.load(
-        str(folder),
+    model, tokenizer, config = load_dense(
+        folder,
         tokenizer_config=tokenizer_config,
         model_config=model_config,
         adapter_path=adapter_path,
         lazy=lazy,
-        return_config=True,
         trust_remote_code=trust_remote_code,
     )
     install_index(model, index, n_probes=n_probes, backend=backend)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def load_dense(folder: Path, **kwargs: Any):
+    """``mlx_lm.load`` of a local folder: the dense model, its tokenizer and its configuration.
+
+    Raises:
+        ValueError: If mlx-lm cannot load it, in one sentence.
+    """
+    try:
+        return mlx_lm.load(str(folder), return_config=True, **kwargs)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"mlx-lm cannot load the model in {folder} ({reason}): check or fetch it again."
+        ) from error
 
 
 def install_index(

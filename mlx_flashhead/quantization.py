@@ -55,10 +55,10 @@ def set_bits(
     Raises:
         ValueError: If the head has fewer bits than asked for, or its width does not fit a group.
     """
-    if body is None and head_bits is None:
-        return model, config
     head = dict(model.named_modules())[head_path]
     stored_bits = head.bits if "scales" in head else 16
+    if body is None and head_bits in (None, stored_bits):
+        return model, config
     if head_bits is not None and head_bits > stored_bits:
         raise ValueError(
             f"--head-bits {head_bits} is more than the {stored_bits} bits that this model's head "

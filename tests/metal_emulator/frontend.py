@@ -27,6 +27,8 @@ KNOWN_ATTRIBUTES = set(ATTRIBUTES) | {
     "nodiscard",
 }
 
+ATTRIBUTE = re.compile(r"\[\[\s*([a-z_]\w*(?:[^\[\]]|\[[^\]]*\])*?)\]\]")
+
 
 def blank(text: str) -> str:
     """Spaces in place of everything but newlines."""
@@ -36,9 +38,7 @@ def blank(text: str) -> str:
 def strip_comments(text: str) -> str:
     """Blanks comments, leaves strings alone."""
     pattern = r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*")'
-    return re.sub(
-        pattern, lambda match: match[1] or blank(match[0]), text, flags=re.DOTALL
-    )
+    return re.sub(pattern, lambda match: match[1] or blank(match[0]), text, flags=re.DOTALL)
 
 
 def line_of(text: str, position: int) -> int:
@@ -74,9 +74,10 @@ def split_commas(text: str) -> list[str]:
 
 def check_kernel_parameters(text: str, name: str) -> None:
     """Each parameter of a kernel needs an attribute that says what it is bound to."""
-    for match in re.finditer(r"\[\[\s*kernel\s*\]\]|\bkernel\b(?!\s*\]\])", text):
-        start = text.find("(", match.end())
-        if start < 0 or re.search(r"[;{}]", text[match.end() : start]):
+    bare = ATTRIBUTE.sub(lambda match: blank(match[0]), text)
+    for match in re.finditer(r"\bkernel\b", text):
+        start = bare.find("(", match.end())
+        if start < 0 or re.search(r"[;{}]", bare[match.end() : start]):
             continue
         end = matching(text, start, "(", ")")
         if text[end + 1 :].lstrip()[:1] != "{":  # an instantiation, or another declaration
@@ -97,7 +98,7 @@ def blank_attributes(text: str, name: str) -> str:
                 refuse(name, text, match.start(), "compile", f"unknown attribute '{word}'")
         return blank(match[0])
 
-    return re.sub(r"\[\[\s*([a-z_]\w*(?:[^\[\]]|\[[^\]]*\])*?)\]\]", replace, text)
+    return ATTRIBUTE.sub(replace, text)
 
 
 def in_kernel(text: str, position: int) -> bool:
@@ -126,28 +127,27 @@ def rewrite_threadgroup_variables(text: str, original: str, name: str) -> str:
         head = declaration.split("[", 1)[0]
         if (before and before[-1] not in ";{}") or end < 0 or re.search(r"[*&=(){}]", head):
             continue
-        if not in_kernel(original, match.start()):
+        at = match.start()
+        if not in_kernel(original, at):
+            reason = "a threadgroup variable can only be declared in the body of a kernel"
+            refuse(name, text, at, "address-space", reason)
+        first, *others = split_commas(declaration)
+        matches = [re.fullmatch(r"\s*(.*\S)\s+(\w+)\s*((?:\[.*\])?)\s*", first, re.DOTALL)]
+        matches += [re.fullmatch(r"(\s*)(\w+)\s*((?:\[.*\])?)\s*", x, re.DOTALL) for x in others]
+        if not all(matches):
             refuse(
-                name,
-                text,
-                match.start(),
-                "address-space",
-                "a threadgroup variable can only be declared in the body of a kernel",
+                name, text, at, "compile", "declaration of a threadgroup variable not understood"
             )
-        declarators = split_commas(declaration)
-        first = re.fullmatch(r"\s*(.*?)\s*\b(\w+)\s*((?:\[.*\])?)\s*", declarators[0], re.DOTALL)
-        if not first:
-            refuse(name, text, match.start(), "compile", "threadgroup variable not understood")
-        found = [(first[2], first[3])]
-        for declarator in declarators[1:]:
-            more = re.fullmatch(r"\s*(\w+)\s*((?:\[.*\])?)\s*", declarator, re.DOTALL)
-            found.append((more[1], more[2]))
-        pieces.append(text[done : match.start()])
-        for variable, dimensions in found:
+        pieces.append(text[done:at])
+        element = matches[0][1]
+        for _, variable, dimensions in (found.groups() for found in matches):
             pieces.append(
-                f"METAL_EMULATOR_THREADGROUP({index}, {first[1]}, {variable}, {dimensions});"
+                f"threadgroup {element} (&{variable}){dimensions} = "
+                f"*(threadgroup {element} (*){dimensions})metal_emulator_threadgroup("
+                f'"{variable}", {index}, sizeof({element}{dimensions})); '
             )
             index += 1
+        pieces.append("\n" * text.count("\n", at, end))  # lines keep their numbers
         done = end + 1
     return "".join(pieces) + text[done:]
 
@@ -173,12 +173,16 @@ DECLARATION = re.compile(
     r"(?:ParmVarDecl|VarDecl|FieldDecl|TypedefDecl|TypeAliasDecl) 0x\w+ [^']*? ([a-zA-Z_]\w*) "
     r"'[^']*__generic "
 )
-RETURN_TYPE = re.compile(r"(?:FunctionDecl|CXXMethodDecl) 0x\w+ [^']*? (\w+) '[^'(]*__generic [^'(]*\(")
+RETURN_TYPE = re.compile(
+    r"(?:FunctionDecl|CXXMethodDecl) 0x\w+ [^']*? (\w+) '[^'(]*__generic [^'(]*\("
+)
 CAST = re.compile(r"(?:CStyleCastExpr|CXXReinterpretCastExpr) 0x\w+ [^']*'([^']*__generic [^']*)'")
 TO_BFLOAT = re.compile(
     r"ImplicitCastExpr 0x\w+ [^']*'[^']*'?:?'?__bf16' <(?:FloatingCast|IntegralToFloating)>"
 )
-COMPOUND = re.compile(r"CompoundAssignOperator .*__bf16' lvalue.*ComputeResultTy='(?!\w*bf)([^']*)'")
+COMPOUND = re.compile(
+    r"CompoundAssignOperator .*__bf16' lvalue.*ComputeResultTy='(?!\w*bf)([^']*)'"
+)
 LOCATION = re.compile(r"(?:line|\w+\.metal):(\d+):\d+")
 
 

@@ -1,4 +1,4 @@
-"""Launches a compiled kernel on arrays, counts its traffic and words its faults."""
+"""Launches a compiled kernel on its buffers and counts its traffic."""
 
 import ctypes
 import threading
@@ -9,33 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from . import build
-from .faults import KernelFault
+from .faults import KernelFault, runtime_fault
 
 ORDERS = ("forward", "reverse", "shuffle")
 INPUT, OUTPUT = 0, 1
 GUARD_BYTES = 1 << 16  # around each buffer, so that an index past its end meets no other buffer
 ALIGNMENT = 256
-NOBODY, SEVERAL, ATOMIC, MAX_THREADS = 2002, 2000, 2001, 1024
-NOWHERE = 0xFFFFFFFF
 INITIALISED = 1
-
-MEETINGS = {
-    0: "threadgroup_barrier",
-    1: "simdgroup_barrier",
-    2: "the end of the kernel",
-    16: "simd_sum",
-    17: "simd_product",
-    18: "simd_min",
-    19: "simd_max",
-    20: "simd_and",
-    21: "simd_or",
-    22: "simd_xor",
-    23: "a simd_prefix operation",
-    24: "a simd_shuffle operation",
-    25: "simd_broadcast",
-    26: "a simd vote",
-    27: "a quad operation",
-}
 
 _u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 _launch_lock = threading.Lock()  # the runtime runs one launch at a time
@@ -276,7 +256,7 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, sample, check
         if not build.runtime().metal_emulator_launch(ctypes.byref(state)):
             raise MemoryError("The Metal emulator could not reserve 256 MB of address space.")
     if state.fault.kind:
-        raise fault_of(name, state, buffers, threadgroup)
+        raise runtime_fault(name, state, buffers, threadgroup)
     if check and len(groups) == n_groups:
         find_unwritten(name, buffers)
     traffic = {
@@ -306,84 +286,3 @@ def find_unwritten(name: str, buffers: list[Buffer]) -> None:
                 f"Kernel '{name}' leaves {len(unwritten)} of {len(buffer.cells)} elements of "
                 f"output '{buffer.name}' unwritten, the first at index {unwritten[0]}.",
             )
-
-
-def position(index: int, shape) -> tuple[int, int, int]:
-    """Position (x, y, z) of a flat thread index in a threadgroup of this shape."""
-    x, y, _ = shape
-    return index % x, index // x % y, index // (x * y)
-
-
-def actor_text(actor: int) -> str:
-    """Who made an access, as the runtime's shadow memory remembers it."""
-    if actor == ATOMIC:
-        return "an atomic operation"
-    if actor == SEVERAL:
-        return "several threads"
-    if actor >= MAX_THREADS:
-        return f"several threads of simdgroup {actor - MAX_THREADS}"
-    return f"thread {actor}"
-
-
-def fault_of(name, state, buffers, threadgroup) -> KernelFault:
-    """Words the runtime's fault.
-
-    Args:
-        name: The kernel's name.
-        state: The launch that failed.
-        buffers: Its arguments.
-        threadgroup: Threads of a full threadgroup.
-    """
-    fault = state.fault
-    group = tuple(fault.group)
-    left = [g - p * t for g, p, t in zip(state.grid, group, threadgroup, strict=True)]
-    shape = [min(n, t) for n, t in zip(left, threadgroup, strict=True)]
-    who = (
-        f"Kernel '{name}': thread {fault.thread} {position(fault.thread, shape)} of "
-        f"threadgroup {group}"
-    )
-    verb = "writes" if fault.write else "reads"
-    where = "an address that belongs to no buffer"
-    if fault.region != NOWHERE:
-        offset = ctypes.c_int64(fault.offset).value
-        label = fault.name.decode()
-        if fault.region < len(buffers):
-            buffer = buffers[fault.region]
-            size = buffer.data.size
-            where = f"buffer '{label}' of {size // buffer.itemsize} elements"
-            where += f", at index {offset // buffer.itemsize}"
-        else:
-            where = f"threadgroup array '{label}', at byte {offset}"
-    if fault.kind == 1:
-        kind, what = "out-of-bounds", f"{verb} {fault.size} bytes outside {where}"
-    elif fault.kind == 2:
-        kind, what = "read-only", f"writes to input {where}"
-    elif fault.kind == 3:
-        kind, what = "misaligned", f"{verb} {fault.size} bytes across their alignment in {where}"
-    elif fault.kind == 4:
-        kind = "uninitialised"
-        what = f"reads {where}, which nothing has written yet: it lacks an initial value, or a barrier"
-    elif fault.kind == 5:
-        other = actor_text(fault.other)
-        if fault.other_threadgroup:
-            other += " of another threadgroup"
-        kind = "race"
-        what = (
-            f"{verb} {where}, which {other} has accessed with no barrier for this memory between "
-            "the two"
-        )
-    elif fault.kind == 6:
-        kind = "divergent-barrier"
-        theirs, mine = (MEETINGS[meeting] for meeting in fault.meetings)
-        same = " (another one in the source)" if theirs == mine else ""
-        what = f"waits at {mine} while thread {fault.other} is at {theirs}{same}"
-    elif fault.kind == 7:
-        kind = "inactive-lane"
-        what = f"reads the value of lane {fault.offset}, which the simdgroup does not have"
-    else:
-        kind = "threadgroup-memory"
-        what = (
-            f"declares '{fault.name.decode()}', which brings threadgroup memory to {fault.offset} "
-            "bytes: the limit is 32768"
-        )
-    return KernelFault(kind, f"{who} {what}.")

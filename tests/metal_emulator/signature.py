@@ -4,6 +4,7 @@ Source of every rule: ``mlx/backend/common/metal_kernel.cpp`` of MLX 0.32. The t
 module with MLX itself, which writes the same text while it traces ``mx.export_function``.
 """
 
+import re
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -161,9 +162,7 @@ def write_signature(
     kernel_name = f"custom_kernel_{name}"
     arguments = f"<{', '.join(template_text(value) for _, value in template)}>" if template else ""
     if template:
-        kernel_name += "_" + arguments.translate({ord("<"): "_", ord(">"): "_"})[:-1].replace(
-            ", ", "_"
-        )
+        kernel_name += "_" + re.sub("[<>-]", "_", arguments[:-1].replace(", ", "_"))
     for array in inputs:
         kernel_name += "_" + TYPE_STRINGS[array.dtype]
         if array.ndim == 0:

@@ -13,13 +13,16 @@
 #define thread __private
 #define kernel  // an ordinary function here: a kernel of OpenCL cannot be a template
 
-// Keywords of OpenCL that are ordinary names in Metal.
+// Keywords and types of OpenCL that are ordinary names in Metal.
 #define global metal_name_global
 #define local metal_name_local
 #define generic metal_name_generic
 #define read_only metal_name_read_only
 #define write_only metal_name_write_only
 #define read_write metal_name_read_write
+#define atomic_int metal_name_atomic_int
+#define atomic_uint metal_name_atomic_uint
+#define atomic_float metal_name_atomic_float
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -72,8 +75,3 @@ void metal_emulator_threadgroup_barrier(uint flags);
 void metal_emulator_simdgroup_barrier(uint flags);
 uint metal_emulator_atomic(ulong address, uint operation, uint operand, uint expected);
 }
-
-// `threadgroup TYPE NAME DIMENSIONS;` as the front end rewrites it (frontend.py).
-#define METAL_EMULATOR_THREADGROUP(id, type, name, dimensions)        \
-  threadgroup type(&name) dimensions = *(threadgroup type(*) dimensions) \
-      metal_emulator_threadgroup(#name, id, sizeof(type dimensions))

@@ -1,0 +1,42 @@
+"""FlashHead for MLX: faster decoding of small language models by retrieval in the output projection.
+
+    from mlx_flashhead import load, generate
+    model, tokenizer = load("folder-or-repository")
+    text = generate(model, tokenizer, prompt="…", max_tokens=100)
+"""
+
+import sys
+from types import ModuleType
+
+from .config import FlashHeadConfig
+from .conversion import convert
+from .generation import batch_generate, generate, stream_generate
+from .head import FlashHead
+from .install import get_flash_head, uninstall
+from .load import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlashHead",
+    "FlashHeadConfig",
+    "batch_generate",
+    "convert",
+    "generate",
+    "get_flash_head",
+    "load",
+    "stream_generate",
+    "uninstall",
+]
+
+
+class _Package(ModuleType):
+    """Keeps the public functions public: importing a command's module of the same name, such as
+    ``mlx_flashhead.generate``, would otherwise put the module in the function's place."""
+
+    def __setattr__(self, name, value):
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,69 @@
+"""Converts a model: the flags of ``mlx_lm.convert`` and those of FlashHead."""
+
+from mlx_lm.convert import configure_parser
+
+from ..conversion import convert
+from ..indexing import HELD_OUT_SHARE
+from ..quantization import HEAD_BITS
+from .console import command
+
+
+def make_parser():
+    """mlx-lm's parser, extended."""
+    parser = configure_parser()
+    parser.prog = "mlx_flashhead.convert"
+    parser.description = "Convert a model to a FlashHead checkpoint."
+    for action in parser._actions:
+        if action.dest == "hf_path":
+            action.help = "Model to convert: a Hugging Face or mlx-lm folder, or a Hub repository."
+    group = parser.add_argument_group("FlashHead")
+    group.add_argument(
+        "--head-bits",
+        type=int,
+        choices=HEAD_BITS,
+        help="Bits of the head's rows, apart from the body's (default: as the model has it).",
+    )
+    group.add_argument(
+        "--cluster-size", type=int, default=16, help="Tokens per cluster (default: %(default)s)."
+    )
+    group.add_argument(
+        "--n-probes",
+        type=int,
+        help="Clusters scored per token (default: chosen for --target-agreement).",
+    )
+    group.add_argument(
+        "--target-agreement",
+        type=float,
+        default=0.99,
+        help="Share of positions that must keep the dense head's best token, measured on the "
+        f"held-out {HELD_OUT_SHARE:.0%} of the calibration (default: %(default)s).",
+    )
+    group.add_argument(
+        "--calibration",
+        default="self",
+        metavar="self|none|FILE",
+        help="Text to calibrate on: written by the model itself, none, or a file "
+        "(default: %(default)s).",
+    )
+    group.add_argument(
+        "--calibration-positions",
+        type=int,
+        default=12_000,
+        help="Positions to calibrate on (default: %(default)s).",
+    )
+    group.add_argument("--seed", type=int, default=0, help="Seed (default: %(default)s).")
+    group.add_argument(
+        "--overwrite", action="store_true", help="Replace the target folder if it exists."
+    )
+    return parser
+
+
+@command
+def main() -> None:
+    """Entry point of ``mlx_flashhead.convert``."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.hf_path is None:
+        parser.error("--model is needed: the folder or repository of the model to convert")
+    convert(**vars(args))
+

@@ -1,0 +1,137 @@
+"""Measures a checkpoint on a text and prints the table: agreement, coverage, perplexity, bytes."""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..calibration import read_text
+from ..evaluation import FLASH_HEAD, Evaluation, evaluate
+from ..load import load
+from .console import command
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_flashhead.evaluate",
+        description="Measure how close a FlashHead model comes to its dense head on a text.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="Folder or Hugging Face repository of a FlashHead checkpoint."
+    )
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
+    parser.add_argument(
+        "--probes",
+        type=_numbers,
+        metavar="48,96,…",
+        help="Numbers of clusters scored per token (default: the usual ones and the model's own).",
+    )
+    parser.add_argument("--positions", type=int, help="Positions to measure (default: all).")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the drawn probes.")
+    parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
+    parser.add_argument("--plot", metavar="OUT.png", help="Draw the curves into a picture.")
+    return parser
+
+
+@command
+def main() -> None:
+    """Entry point of ``mlx_flashhead.evaluate``."""
+    args = make_parser().parse_args()
+    if args.positions is not None and args.positions < 1:
+        raise ValueError(f"--positions is {args.positions}: give 1 or more.")
+    text = read_text(args.text)
+    model, tokenizer = load(args.model)
+    evaluation = evaluate(
+        model,
+        tokenizer,
+        text,
+        probe_counts=args.probes,
+        positions=args.positions,
+        seed=args.seed,
+    )
+    print_table(evaluation)
+    if args.json:
+        Path(args.json).write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n")
+    if args.plot:
+        draw(evaluation, args.plot)
+
+
+def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
+    """Prints the evaluation as one table."""
+    table = Table(
+        title=f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, "
+        f"dense perplexity {evaluation.dense_perplexity:.2f}",
+        caption="agreement: same best token as the dense head · coverage: the true next token is "
+        "scored · perplexity: relative to dense, with the tail's estimates · drawn: relative to "
+        "dense, probes drawn by probability as in the paper · bytes: read per token, relative to "
+        "dense",
+    )
+    headings = ("probes", "agreement", "coverage", "mass", "KL", "perplexity", "drawn", "bytes")
+    table.add_column("routing")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    previous = None
+    for measured in evaluation.measures:
+        if previous not in (None, measured.routing):
+            table.add_section()
+        previous = measured.routing
+        own = measured.routing == FLASH_HEAD and measured.n_probes == evaluation.n_probes
+        table.add_row(
+            measured.routing,
+            f"{measured.n_probes}",
+            f"{measured.agreement:.2%}",
+            f"{measured.coverage:.2%}",
+            f"{measured.covered_mass:.2%}",
+            _or_dash(measured.kl, "{:.3f}"),
+            _or_dash(measured.perplexity / evaluation.dense_perplexity, "{:.3f} x"),
+            _or_dash(measured.drawn_perplexity / evaluation.dense_perplexity, "{:.2f} x"),
+            f"{evaluation.bytes_share[measured.n_probes]:.1%}",
+            style="bold" if own else None,
+        )
+    (console or Console()).print(table)
+
+
+def draw(evaluation: Evaluation, path: str) -> None:
+    """Draws agreement and coverage over the number of probes into a picture.
+
+    Raises:
+        ValueError: If the file's ending names no picture format.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, (field, title) in zip(
+        axes,
+        (("agreement", "Agreement with the dense head"), ("coverage", "True next token scored")),
+        strict=True,
+    ):
+        for routing in dict.fromkeys(m.routing for m in evaluation.measures):
+            chosen = [m for m in evaluation.measures if m.routing == routing]
+            values = [100 * getattr(m, field) for m in chosen]
+            axis.plot([m.n_probes for m in chosen], values, marker="o", label=routing)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.set(title=title, xlabel=f"clusters scored of {evaluation.n_clusters}", ylabel="%")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _or_dash(value: float, form: str) -> str:
+    return "–" if value != value else form.format(value)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of whole numbers such as 48,96,256"
+        ) from None

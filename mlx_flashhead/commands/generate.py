@@ -1,0 +1,84 @@
+"""Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and three more."""
+
+import importlib
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+
+from ..generation import head_settings
+from ..load import load, load_dense, resolve
+from .console import command
+
+# The attribute mlx_lm.generate is the function; the module has to be asked for by name.
+mlx_lm_generate = importlib.import_module("mlx_lm.generate")
+
+
+def make_parser():
+    """mlx-lm's parser, extended."""
+    parser = mlx_lm_generate.setup_arg_parser()
+    parser.prog = "mlx_flashhead.generate"
+    parser.description = "Generate text with a FlashHead checkpoint."
+    for action in parser._actions:
+        if action.dest == "model":
+            action.help = "Folder or Hugging Face repository of a FlashHead checkpoint."
+    group = parser.add_argument_group("FlashHead")
+    group.add_argument(
+        "--n-probes",
+        type=int,
+        help="Clusters scored per token (default: the number chosen at conversion).",
+    )
+    group.add_argument(
+        "--dense", action="store_true", help="Score every token: the dense model, for comparison."
+    )
+    group.add_argument(
+        "--draw-probes",
+        action="store_true",
+        help="Draw the clusters by probability at --temp, as in the paper, instead of sampling "
+        "from full logits.",
+    )
+    return parser
+
+
+@command
+def main() -> None:
+    """Entry point of ``mlx_flashhead.generate``."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.model is None and args.prompt_cache_file is None:
+        parser.error("--model is needed: the folder or repository of a FlashHead checkpoint")
+    if args.max_tokens == 0 or args.max_tokens < -1:
+        parser.error(f"--max-tokens is {args.max_tokens}: it must be 1 or more, or -1 for no limit")
+    if args.draw_probes and (args.dense or not args.temp > 0):
+        parser.error("--draw-probes needs --temp above 0, and no --dense")
+    if args.dense and args.n_probes is not None:
+        parser.error("--dense scores every token: leave --n-probes out")
+
+    with ExitStack() as stack:
+
+        def load_for_main(path, **kwargs):
+            if path == args.draft_model or args.dense:
+                return_config = kwargs.pop("return_config", False)
+                loaded = load_dense(resolve(path), **kwargs)
+                return loaded if return_config else loaded[:2]
+            loaded = load(path, n_probes=args.n_probes, **kwargs)
+            temperature = args.temp if args.draw_probes else None
+            stack.enter_context(head_settings(loaded[0], draw_probes=temperature))
+            return loaded
+
+        parsed = SimpleNamespace(parse_args=lambda: args)
+        with _replaced(mlx_lm_generate, load=load_for_main, setup_arg_parser=lambda: parsed):
+            mlx_lm_generate.main()
+
+
+@contextmanager
+def _replaced(module, **names):
+    """Within the block, mlx-lm's own main program finds our functions under its names."""
+    originals = {name: getattr(module, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(module, name, value)
+
+

@@ -1,0 +1,150 @@
+"""Measures a FlashHead model on a text, beside the paper's routing on the same clusters.
+
+The measures are taken at the head's output: a model that scales or caps its logits afterwards has
+the same agreement and coverage, but another perplexity.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .calibration import text_states
+from .head import FlashHead
+from .install import get_flash_head
+from .locate import find_head
+from .measures import Measures, Routing, measure
+from .prototypes import unit_means
+
+USUAL_PROBES = (48, 96, 128, 192, 256, 512)
+FLASH_HEAD, UNIT_MEANS = "FlashHead", "unit means (paper)"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one text.
+
+    Attributes:
+        positions: Number of positions.
+        dense_perplexity: Of the true next tokens under the dense head.
+        n_probes: The checkpoint's own number of probes.
+        n_clusters: Number of clusters.
+        measures: One entry a routing and number of probes.
+        bytes_share: Bytes read per token relative to the dense head, by number of probes.
+    """
+
+    positions: int
+    dense_perplexity: float
+    n_probes: int
+    n_clusters: int
+    measures: list[Measures]
+    bytes_share: dict[int, float]
+
+    def to_dict(self) -> dict:
+        """JSON-ready."""
+        rows = [
+            measured.to_dict() | {"bytes_share": self.bytes_share[measured.n_probes]}
+            for measured in self.measures
+        ]
+        return {
+            "positions": self.positions,
+            "dense_perplexity": self.dense_perplexity,
+            "n_probes": self.n_probes,
+            "n_clusters": self.n_clusters,
+            "rows": rows,
+        }
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer,
+    text: str,
+    *,
+    probe_counts: Sequence[int] | None = None,
+    positions: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Measures ``model`` on ``text``.
+
+    Args:
+        model: A model loaded by ``mlx_flashhead.load``.
+        tokenizer: Its tokenizer.
+        text: A text that calibration has not seen.
+        probe_counts: Numbers of probes, 1 … C; default: the usual ones and the model's own.
+        positions: How many positions at most; default: all of the text's.
+        seed: Seed of the drawn probes.
+        progress: Show bars.
+
+    Raises:
+        ValueError: If the model has no FlashHead, a number of probes is not valid, or the text is
+            too short.
+    """
+    head = get_flash_head(model)
+    if head is None:
+        raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
+    if probe_counts is None:
+        probe_counts = {*(p for p in USUAL_PROBES if p <= head.n_clusters), head.n_probes}
+    probe_counts = sorted(set(probe_counts))
+    for n_probes in probe_counts:
+        if not 1 <= n_probes <= head.n_clusters:
+            raise ValueError(
+                f"--probes {n_probes} is not possible: this model has {head.n_clusters} clusters, "
+                f"so choose 1 to {head.n_clusters}."
+            )
+    states, next_ids = text_states(
+        model, tokenizer, find_head(model), text, positions=positions, progress=progress
+    )
+    token_ids = np.array(head.clustered.token_ids)
+    rows = head.clustered.token_rows()
+    weight = np.array(rows.dequantized().astype(mx.float32))
+    bias = 0.0 if rows.bias is None else np.array(rows.bias.astype(mx.float32))
+    paper_centroids = _as_stage_1(unit_means(weight, token_ids), head)
+    routings = [
+        Routing(
+            FLASH_HEAD,
+            lambda h: np.array(head.cluster_scores(mx.array(h))),
+            np.array(head.clustered.prototypes.tail_offset),
+            drawn=True,
+        ),
+        Routing(UNIT_MEANS, lambda h: h @ paper_centroids.T, None),
+    ]
+    measures, dense_perplexity = measure(
+        states,
+        lambda h: h @ weight.T + bias,
+        token_ids,
+        routings,
+        probe_counts,
+        next_ids,
+        seed=seed,
+        progress=progress,
+    )
+    return Evaluation(
+        positions=len(states),
+        dense_perplexity=dense_perplexity,
+        n_probes=head.n_probes,
+        n_clusters=head.n_clusters,
+        measures=measures,
+        bytes_share={p: bytes_share(head, p) for p in probe_counts},
+    )
+
+
+def bytes_share(head: FlashHead, n_probes: int) -> float:
+    """Bytes of weights read per token, relative to the dense head: (stage 1 + p clusters) / all."""
+    prototypes = head.clustered.prototypes
+    stage_1 = (prototypes.weight, prototypes.scales, prototypes.biases, prototypes.bias)
+    stage_1_bytes = sum(array.nbytes for array in stage_1 if array is not None)
+    rows_bytes = sum(array.nbytes for array in head.clustered.rows.arrays().values())
+    per_slot = rows_bytes / (head.n_clusters * head.cluster_size)
+    return (stage_1_bytes + n_probes * head.cluster_size * per_slot) / (per_slot * head.vocab_size)
+
+
+def _as_stage_1(centroids: np.ndarray, head: FlashHead) -> np.ndarray:
+    """Other centroids at the precision of the head's own, rounded to nearest."""
+    prototypes = head.clustered.prototypes
+    if not prototypes.quantized:
+        return centroids
+    form = {"group_size": prototypes.group_size, "bits": prototypes.bits}
+    return np.array(mx.dequantize(*mx.quantize(mx.array(centroids), **form), **form))

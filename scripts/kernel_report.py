@@ -1,0 +1,252 @@
+"""Counts what the Metal kernels move: per kernel and buffer, beside the dense head's own kernel.
+
+    python scripts/kernel_report.py [--head-bits 4|8|16] [--n-probes 256] [--json FILE]
+
+The kernels run on the tests' emulator, whole, at the head shapes of four models, with random
+weights. Counted are accesses: these are no times, and no Apple GPU is involved. The dense head is
+not run: its figures follow from the definition of MLX's matrix-vector kernel.
+"""
+
+import argparse
+import json
+import sys
+from itertools import zip_longest
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mlx_flashhead.clustered import ClusteredRows
+from mlx_flashhead.kernels import MetalSteps
+from mlx_flashhead.prototypes import Prototypes
+from mlx_flashhead.rows import HeadRows
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+
+SHAPES = {  # vocab_size, hidden_size
+    "Llama-3.2-1B": (128256, 2048),
+    "Qwen3-0.6B": (151936, 1024),
+    "Gemma-3-270M": (262144, 640),
+    "SmolLM2-135M": (49152, 576),
+}
+CLUSTER_SIZE = 16
+GROUP_SIZE = 64
+LINE = 128
+
+
+def random_rows(rng, shape: tuple[int, ...], hidden_size: int, bits: int) -> HeadRows:
+    """Rows of the given leading axes, random in every bit that costs nothing to make random."""
+    if bits == 16:
+        return HeadRows(mx.random.normal((*shape, hidden_size)).astype(mx.bfloat16))
+    words = rng.integers(2**32, size=(*shape, hidden_size * bits // 32), dtype=np.uint32)
+    scales = mx.full((*shape, hidden_size // GROUP_SIZE), 0.01, dtype=mx.bfloat16)
+    offsets = mx.full(scales.shape, -0.075, dtype=mx.bfloat16)
+    return HeadRows(mx.array(words), scales, offsets, group_size=GROUP_SIZE, bits=bits)
+
+
+def random_head(vocab_size: int, hidden_size: int, bits: int) -> ClusteredRows:
+    """A head in random clusters of 16."""
+    rng = np.random.default_rng(0)
+    n_clusters = vocab_size // CLUSTER_SIZE
+    centroids = random_rows(rng, (n_clusters,), hidden_size, 4)
+    prototypes = Prototypes(
+        centroids.weight,
+        centroids.scales,
+        centroids.biases,
+        mx.zeros(n_clusters),
+        mx.full((n_clusters,), -2.0),
+        GROUP_SIZE,
+        4,
+    )
+    order = rng.permutation(vocab_size).astype(np.uint32)
+    return ClusteredRows(
+        rows=random_rows(rng, (n_clusters, CLUSTER_SIZE), hidden_size, bits),
+        token_ids=mx.array(order.reshape(n_clusters, CLUSTER_SIZE)),
+        slot_of=mx.array(np.argsort(order).astype(np.uint32)),
+        prototypes=prototypes,
+        route_bias=prototypes.bias,
+        padded=False,
+    )
+
+
+def count(clustered: ClusteredRows, n_probes: int) -> list[dict]:
+    """One decode step, full logits and greedy token: what each kernel does."""
+    from metal_emulator import Emulator
+
+    hidden = mx.random.normal((1, clustered.hidden_size)).astype(mx.bfloat16)
+    with Emulator().installed() as emulator:
+        steps = MetalSteps(clustered)
+        scores = steps.route(hidden)
+        selection = steps.select(scores, n_probes)
+        candidates = steps.score(hidden, selection)
+        steps.expand(scores, selection, candidates)
+        steps.token(selection, candidates)
+    return [
+        {
+            "kernel": dispatch.name.removeprefix("flash_head_"),
+            "dispatches": 1,
+            "threadgroups": int(np.prod(dispatch.grid) // np.prod(dispatch.threadgroup)),
+            "threads_per_threadgroup": int(np.prod(dispatch.threadgroup)),
+            "barriers": dispatch.barriers,
+            "threadgroup_memory_bytes": dispatch.threadgroup_bytes,
+            "buffers": {
+                name: {
+                    "size_bytes": traffic.bytes,
+                    "read_bytes": traffic.reads,
+                    "distinct_read_bytes": traffic.distinct_bytes_read,
+                    "distinct_read_lines": traffic.lines_read,
+                    "written_bytes": traffic.writes,
+                    "distinct_written_lines": traffic.lines_written,
+                }
+                for name, traffic in dispatch.buffers.items()
+            },
+        }
+        for dispatch in emulator.dispatches
+    ]
+
+
+def dense(vocab_size: int, hidden_size: int, bits: int) -> dict:
+    """The same figures of the dense head, from the definition of MLX's kernel; nothing is run.
+
+    A simdgroup of qmv (or of gemv, for 16 bits) computes 4 rows: it reads each byte of weights
+    once, the hidden state once for its 4 rows, and a group's scale and offset once per lane that
+    holds a part of the group.
+
+    Source: mlx/backend/metal/kernels/quantized.h, qmv_fast_impl; gemv.h.
+    """
+    sizes = {"weight": vocab_size * hidden_size * bits // 8}
+    reads = dict(sizes)
+    if bits < 16:
+        lanes_per_group = GROUP_SIZE * bits // 64  # a lane holds 8 bytes
+        for name in ("scales", "biases"):
+            sizes[name] = 2 * vocab_size * hidden_size // GROUP_SIZE
+            reads[name] = sizes[name] * lanes_per_group
+    sizes["hidden"] = 2 * hidden_size
+    reads["hidden"] = sizes["hidden"] * -(-vocab_size // 4)
+    buffers = {
+        name: {
+            "size_bytes": size,
+            "read_bytes": reads[name],
+            "distinct_read_bytes": size,
+            "distinct_read_lines": -(-size // LINE),
+            "written_bytes": 0,
+            "distinct_written_lines": 0,
+        }
+        for name, size in sizes.items()
+    }
+    written = 2 * vocab_size
+    buffers["logits"] = {
+        "size_bytes": written,
+        "read_bytes": 0,
+        "distinct_read_bytes": 0,
+        "distinct_read_lines": 0,
+        "written_bytes": written,
+        "distinct_written_lines": -(-written // LINE),
+    }
+    return {
+        "kernel": "dense qmv" if bits < 16 else "dense gemv",
+        "dispatches": 1,
+        "threadgroups": -(-vocab_size // 8),
+        "threads_per_threadgroup": 64,
+        "barriers": 0,
+        "threadgroup_memory_bytes": 0,
+        "buffers": buffers,
+    }
+
+
+def lines_mb(kernels: list[dict]) -> float:
+    """Megabytes of distinct lines that these kernels read and write."""
+    lines = sum(
+        buffer["distinct_read_lines"] + buffer["distinct_written_lines"]
+        for kernel in kernels
+        for buffer in kernel["buffers"].values()
+    )
+    return lines * LINE / 1e6
+
+
+def table(name: str, report: dict) -> Table:
+    """The model's figures for the screen."""
+    sizes = f"V={report['vocab_size']}, D={report['hidden_size']}, C={report['n_clusters']}"
+    drawn = Table(title=f"{name}: {sizes}, p={report['n_probes']}", title_justify="left")
+    drawn.add_column("kernel")
+    drawn.add_column("buffer")
+    for heading in ("size", "read", "distinct", "lines", "written", "lines"):
+        drawn.add_column(heading, justify="right")
+    for kernel in report["kernels"]:
+        about = [
+            kernel["kernel"],
+            f"{kernel['threadgroups']:,} groups of {kernel['threads_per_threadgroup']} threads",
+            f"barriers: {kernel['barriers']}",
+            f"threadgroup memory: {kernel['threadgroup_memory_bytes']:,}",
+        ]
+        rows = zip_longest(about, kernel["buffers"].items(), fillvalue="")
+        for left, (buffer, counts) in ((left, item or ("", {})) for left, item in rows):
+            drawn.add_row(
+                left, buffer, *(f"{value:,}" if value else "" for value in counts.values())
+            )
+        drawn.add_section()
+    return drawn
+
+
+def summary(report: dict) -> str:
+    """What a step moves, beside the dense head."""
+    full, greedy = report["full_logits_mb"], report["greedy_token_mb"]
+    return (
+        f"Distinct lines, read and written: full logits {full:.2f} MB in 4 dispatches, "
+        f"greedy token {greedy:.2f} MB in 4, dense {report['dense_mb']:.2f} MB in 1."
+    )
+
+
+def make_report(vocab_size: int, hidden_size: int, bits: int, n_probes: int) -> dict:
+    """All figures of one head."""
+    kernels = count(random_head(vocab_size, hidden_size, bits), n_probes)
+    dense_kernel = dense(vocab_size, hidden_size, bits)
+    named = {kernel["kernel"]: kernel for kernel in kernels}
+    common = [named[name] for name in ("route", "select", "score")]
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "n_clusters": vocab_size // CLUSTER_SIZE,
+        "cluster_size": CLUSTER_SIZE,
+        "n_probes": n_probes,
+        "head_bits": bits,
+        "kernels": [*kernels, dense_kernel],
+        "full_logits_mb": lines_mb([*common, named["expand"]]),
+        "greedy_token_mb": lines_mb([*common, named["token"]]),
+        "dense_mb": lines_mb([dense_kernel]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Count what the Metal kernels move.")
+    parser.add_argument("--head-bits", type=int, choices=(4, 8, 16), default=4)
+    parser.add_argument("--n-probes", type=int, default=256, help="clusters scored (default: 256)")
+    parser.add_argument("--model", choices=SHAPES, action="append", help="only this head's shape")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    arguments = parser.parse_args()
+    names = arguments.model or list(SHAPES)
+    fewest = min(SHAPES[name][0] // CLUSTER_SIZE for name in names)
+    if not 1 <= arguments.n_probes <= fewest:
+        parser.error(f"--n-probes is {arguments.n_probes}: choose 1 to {fewest}.")
+    sys.path.insert(0, str(TESTS))
+    console = Console()
+    reports = {}
+    try:
+        for name in names:
+            report = make_report(*SHAPES[name], arguments.head_bits, arguments.n_probes)
+            reports[name] = report
+            console.print(table(name, report), summary(report), "", sep="\n")
+    except RuntimeError as error:  # no compiler, or a machine the emulator does not run on
+        parser.error(str(error))
+    console.print(
+        "Bytes; a line is 128 bytes. Every threadgroup was run, on the emulator, with random "
+        "weights. The dense rows follow from the definition of MLX's kernel."
+    )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+# Sourced by demo.sh and test.sh: one .venv in the checkout serves both. Runs in the bash 3.2 of macOS.
+
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# The first Python that is new enough and can make a virtual environment; PYTHON=… overrides.
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+    if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' \
+      >/dev/null 2>&1; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: ${PYTHON:-python3} is no Python 3.11 or newer with venv and ensurepip;" \
+    "install one (Debian: python3-venv) or name it with PYTHON=/path/to/python3." >&2
+  return 1
+}
+
+# Makes .venv and installs the checkout into it, editable; a second call finds it done.
+#   $1  an extra of pyproject.toml, or nothing
+make_venv() {
+  local extra="$1" python
+  local stamp=".venv/.installed-${extra:-plain}"
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    python="$(find_python)" || return 1
+    "$python" -m venv --clear .venv || return 1
+  fi
+  # A copied or moved checkout, or a changed pyproject.toml, is installed anew.
+  if [ ! "$stamp" -nt pyproject.toml ] || [ "$(cat "$stamp")" != "$PWD" ]; then
+    echo "Installing mlx_flashhead${extra:+ with its $extra extra} into .venv …"
+    if ! .venv/bin/python -m pip install -q -e ".${extra:+[$extra]}"; then
+      echo "error: pip could not install mlx_flashhead into $PWD/.venv; its reason stands above." >&2
+      return 1
+    fi
+    echo "$PWD" >"$stamp"
+  fi
+}

