@@ -89,8 +89,8 @@ def uninstall(model: nn.Module) -> None:
         raise ValueError("There is no FlashHead on this model to uninstall.")
     arrays = module._flash_head.clustered.token_rows().arrays()
     mx.eval(arrays)
-    del module.__dict__["_flash_head"]
     module.__class__ = type(module).__bases__[1]
+    del module._flash_head
     for name, array in arrays.items():
         module[name] = array
 

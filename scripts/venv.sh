@@ -5,7 +5,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 # The first Python that is new enough and can make a virtual environment; PYTHON=… overrides.
 find_python() {
   local candidate
-  for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+  if [ -n "$PYTHON" ]; then
+    set -- "$PYTHON"
+  else
+    set -- python3 python3.14 python3.13 python3.12 python3.11
+  fi
+  for candidate in "$@"; do
     if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' \
       >/dev/null 2>&1; then
       echo "$candidate"
