@@ -1,8 +1,8 @@
 """FlashHead for MLX: faster decoding of small language models by retrieval in the output projection.
 
-    from mlx_flashhead import load, generate
-    model, tokenizer = load("folder-or-repository")
-    text = generate(model, tokenizer, prompt="…", max_tokens=100)
+from mlx_flashhead import load, generate
+model, tokenizer = load("folder-or-repository")
+text = generate(model, tokenizer, prompt="…", max_tokens=100)
 """
 
 import sys

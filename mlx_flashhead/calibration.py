@@ -144,9 +144,7 @@ def text_states(
     collected = []
     with (
         recorded_hidden(location) as recorded,
-        tqdm(
-            total=len(token_ids) - 1, desc=description, unit="token", disable=not progress
-        ) as bar,
+        tqdm(total=len(token_ids) - 1, desc=description, unit="token", disable=not progress) as bar,
     ):
         for start in range(0, len(token_ids) - 1, WINDOW_TOKENS):
             window = token_ids[start : min(start + WINDOW_TOKENS, len(token_ids) - 1)]

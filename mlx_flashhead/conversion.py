@@ -113,9 +113,7 @@ def convert(
             config.pop("quantization", None)
             config.pop("quantization_config", None)
             model = dequantize_model(model)
-        body = (
-            BodyRecipe(q_group_size, q_bits, q_mode, quant_predicate) if quantize else None
-        )
+        body = BodyRecipe(q_group_size, q_bits, q_mode, quant_predicate) if quantize else None
         if head_bits is not None and head.tied:
             say(f"The head is tied to the embedding: both get {head_bits} bits.")
         model, config = set_bits(model, config, head.path, body, head_bits)
@@ -158,9 +156,7 @@ def convert(
     return index.config
 
 
-def _check_arguments(
-    cluster_size, n_probes, target_agreement, positions, head_bits, dtype
-) -> None:
+def _check_arguments(cluster_size, n_probes, target_agreement, positions, head_bits, dtype) -> None:
     if cluster_size < 1:
         raise ValueError(f"cluster_size is {cluster_size}: it must be 1 or more (16 is usual).")
     if n_probes is not None and n_probes < 1:

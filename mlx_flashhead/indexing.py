@@ -57,7 +57,9 @@ def build_index(
     prototypes = fit_prototypes(
         weight, token_ids, fitted_on, head_bias=head_bias, progress=progress
     )
-    said = [] if prototypes.quantized else ["The width fits no quantization group: 16-bit centroids."]
+    said = (
+        [] if prototypes.quantized else ["The width fits no quantization group: 16-bit centroids."]
+    )
     report = {}
     if states is None:
         n_probes = uncalibrated_probes(n_clusters) if n_probes is None else n_probes

@@ -132,9 +132,7 @@ class PortableSteps(Steps):
             logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
         return Candidates(logits)
 
-    def expand(
-        self, scores: mx.array, selection: Selection, candidates: Candidates
-    ) -> mx.array:
+    def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         """Full logits: a probed token keeps its own, every other gets its cluster's estimate.
 
         The estimate is min(S_c - ln n_c + s2_c/2, m - max(1, |m|/64)) with the cluster's score S_c

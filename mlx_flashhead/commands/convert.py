@@ -66,4 +66,3 @@ def main() -> None:
     if args.hf_path is None:
         parser.error("--model is needed: the folder or repository of the model to convert")
     convert(**vars(args))
-

@@ -20,7 +20,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Measure how close a FlashHead model comes to its dense head on a text.",
     )
     parser.add_argument(
-        "--model", required=True, help="Folder or Hugging Face repository of a FlashHead checkpoint."
+        "--model",
+        required=True,
+        help="Folder or Hugging Face repository of a FlashHead checkpoint.",
     )
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
     parser.add_argument(

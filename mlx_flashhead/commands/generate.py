@@ -80,5 +80,3 @@ def _replaced(module, **names):
     finally:
         for name, value in originals.items():
             setattr(module, name, value)
-
-
