@@ -1,0 +1,200 @@
+"""Tiny models for the tests: random mlx-lm models, heads, clusters, a tokenizer, whole folders."""
+
+import importlib
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from mlx_flashhead.checkpoint import FlashHeadIndex, write_index
+from mlx_flashhead.config import FlashHeadConfig
+from mlx_flashhead.locate import find_head
+from mlx_flashhead.prototypes import Prototypes, fit_prototypes
+from mlx_flashhead.rows import HeadRows
+
+VOCAB_SIZE, HIDDEN_SIZE = 203, 64
+EOS = "<|end|>"
+
+_COMMON = {
+    "hidden_size": HIDDEN_SIZE,
+    "num_hidden_layers": 1,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB_SIZE,
+}
+_WITH_HEAD_DIM = _COMMON | {"head_dim": 32}
+# What each architecture needs besides ``vocab_size`` and, where it has the choice, the tying.
+CONFIGS = {
+    "llama": _COMMON,
+    "qwen2": _COMMON,
+    "qwen3": _WITH_HEAD_DIM | {"max_position_embeddings": 512, "rope_theta": 10000.0},
+    "gemma2": _WITH_HEAD_DIM,
+    "gemma3_text": _WITH_HEAD_DIM | {"query_pre_attn_scalar": 32, "sliding_window_pattern": 1},
+    "cohere": _COMMON,
+    "phi": _COMMON | {"partial_rotary_factor": 0.5},
+    "gptj": {"n_embd": HIDDEN_SIZE, "n_layer": 1, "n_head": 2, "rotary_dim": 16, "vocab_size": 203},
+    "helium": _WITH_HEAD_DIM
+    | {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+    },
+    "llama4_text": _WITH_HEAD_DIM
+    | {
+        "intermediate_size_mlp": 96,
+        "rope_theta": 10000.0,
+        "no_rope_layers": [1],
+        "use_qk_norm": False,
+    },
+    "seed_oss": _WITH_HEAD_DIM,
+    "minicpm": _COMMON | {"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 12},
+}
+
+
+def tiny_config(arch: str = "llama", *, tied: bool = True, **overrides) -> dict:
+    """The ``config.json`` of a tiny model."""
+    return {"model_type": arch, "tie_word_embeddings": tied, **CONFIGS[arch], **overrides}
+
+
+def tiny_model(
+    arch: str = "llama",
+    *,
+    tied: bool = True,
+    dtype: mx.Dtype = mx.float32,
+    bits: int | None = None,
+    group_size: int = 32,
+    mode: str = "affine",
+    seed: int = 0,
+    **overrides,
+) -> nn.Module:
+    """A random model, evaluated: weights and biases large enough for logits that differ.
+
+    Args:
+        arch: A module of ``mlx_lm.models``.
+        tied: Whether the head is the embedding.
+        dtype: Of everything that is not quantized.
+        bits: Quantizes the head and the linear layers.
+        group_size: Quantization group.
+        mode: MLX's quantization mode.
+        seed: Of the weights.
+        **overrides: Keys of the configuration.
+    """
+    architecture = importlib.import_module(f"mlx_lm.models.{arch}")
+    args = architecture.ModelArgs.from_dict(tiny_config(arch, tied=tied, **overrides))
+    model = architecture.Model(args)
+    if arch == "gemma3_text" and tied:
+        model.sanitize({})  # tells by the checkpoint's keys, not by the configuration
+    rng = np.random.default_rng(seed)
+
+    def draw(array):
+        scale = 0.3 if array.ndim > 1 else 0.1
+        values = rng.normal(scale=scale, size=array.shape).astype(np.float32)
+        return mx.array(values + (array.ndim == 1)).astype(dtype)
+
+    model.update(tree_map(draw, model.parameters()))
+    if bits is not None:
+        nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def random_rows(
+    rng: np.random.Generator,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    dtype: mx.Dtype = mx.float32,
+    bits: int | None = None,
+    group_size: int = 32,
+    mode: str = "affine",
+    bias: bool = False,
+) -> HeadRows:
+    """The rows of a random head."""
+    weight = mx.array(rng.normal(scale=0.5, size=(vocab_size, hidden_size)).astype(np.float32))
+    weight = weight.astype(dtype)
+    bias = mx.array(rng.normal(size=vocab_size).astype(np.float32)).astype(dtype) if bias else None
+    if bits is None:
+        return HeadRows(weight, bias=bias)
+    arrays = mx.quantize(weight, group_size=group_size, bits=bits, mode=mode)
+    scales, biases = (*arrays[1:], None)[:2]
+    return HeadRows(arrays[0], scales, biases, bias, group_size=group_size, bits=bits, mode=mode)
+
+
+def random_clusters(rng: np.random.Generator, vocab_size: int, cluster_size: int) -> np.ndarray:
+    """Token ids (C, cluster_size) uint32 in random order; padded slots anywhere, hold V."""
+    n_clusters = -(-vocab_size // cluster_size)
+    padded = n_clusters * cluster_size - vocab_size
+    # at most one padded slot per cluster, where there are clusters enough
+    slots = np.full((n_clusters, cluster_size), -1)
+    for i in range(padded):
+        slots[i % n_clusters, rng.choice(np.flatnonzero(slots[i % n_clusters] < 0))] = vocab_size
+    slots[slots < 0] = rng.permutation(vocab_size)
+    return rng.permutation(slots).astype(np.uint32)
+
+
+def fitted(rows: HeadRows, token_ids: np.ndarray, *, seed: int = 0, **kwargs) -> Prototypes:
+    """Prototypes fitted to random states."""
+    rng = np.random.default_rng(seed)
+    states = rng.normal(size=(50, rows.hidden_size)).astype(np.float32)
+    weight = rows.dequantized().astype(mx.float32)
+    bias = None if rows.bias is None else rows.bias.astype(mx.float32)
+    return fit_prototypes(
+        weight, token_ids, states, head_bias=bias, group_size=32, progress=False, **kwargs
+    )
+
+
+def tiny_index(
+    model: nn.Module, *, cluster_size: int = 8, n_probes: int = 4, eos_token_ids=(), seed: int = 0
+) -> FlashHeadIndex:
+    """A FlashHead for ``model``: random clusters, fitted prototypes."""
+    rows = find_head(model).rows()
+    token_ids = random_clusters(np.random.default_rng(seed), rows.vocab_size, cluster_size)
+    prototypes = fitted(rows, token_ids)
+    config = FlashHeadConfig(
+        n_clusters=len(token_ids),
+        cluster_size=cluster_size,
+        n_probes=n_probes,
+        eos_token_ids=tuple(eos_token_ids),
+        centroid_bits=prototypes.bits,
+        centroid_group_size=prototypes.group_size,
+        calibration={"source": "none"},
+        report={"agreement": 0.5},
+        fingerprint=rows.fingerprint(),
+    )
+    return FlashHeadIndex(config, token_ids, prototypes)
+
+
+def tiny_tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-level tokenizer: one token per byte, as far as ``vocab_size`` goes, the last is EOS."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = (letters + [f"<{i}>" for i in range(vocab_size)])[: vocab_size - 1] + [EOS]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    return tokenizer
+
+
+def save_folder(
+    folder: Path, model: nn.Module, config: dict, *, index: FlashHeadIndex | None = None
+) -> Path:
+    """Writes an mlx-lm folder, with a FlashHead if ``index`` is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = tree_flatten(model.parameters(), destination={})
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    eos = config["vocab_size"] - 1
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
+    tiny_tokenizer(config["vocab_size"]).save(str(folder / "tokenizer.json"))
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    if index is not None:
+        write_index(folder, index)
+    return folder
