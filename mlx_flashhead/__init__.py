@@ -1,4 +1,4 @@
-"""FlashHead for MLX: faster decoding of small language models by retrieval in the output projection.
+"""FlashHead for MLX: faster decoding of small language models, by retrieval in the output layer.
 
 from mlx_flashhead import load, generate
 model, tokenizer = load("folder-or-repository")

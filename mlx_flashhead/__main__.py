@@ -1,4 +1,4 @@
-"""``python -m mlx_flashhead COMMAND``; the console scripts start here too."""
+"""``python -m mlx_flashhead COMMAND``."""
 
 import importlib
 import sys

@@ -1,14 +1,9 @@
 """Conversion: an mlx-lm or Hugging Face model becomes a FlashHead checkpoint.
 
-Everything is written into a temporary folder beside the target, which takes the target's place at
-the very end: a failed or interrupted conversion leaves nothing behind.
+A failed or interrupted conversion leaves nothing behind.
 """
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,10 +19,12 @@ from .hub import upload
 from .indexing import build_index
 from .load import load_dense, resolve
 from .locate import check_plain_product, find_head
+from .new_folder import new_folder
 from .quantization import HEAD_BITS, BodyRecipe, set_bits
 from .rows import HeadRows
 
 SELF_GENERATED, NO_CALIBRATION = "self", "none"
+MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
 
 
 def convert(
@@ -41,7 +38,7 @@ def convert(
     upload_repo: str | None = None,
     revision: str | None = None,
     dequantize: bool = False,
-    quant_predicate: str | None = None,
+    quant_predicate: Callable | str | None = None,
     trust_remote_code: bool = False,
     *,
     head_bits: int | None = None,
@@ -64,11 +61,11 @@ def convert(
         q_bits: Bits per weight.
         q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
         dtype: Of the weights that are not quantized; default: an mlx-lm folder's own, else what
-            its configuration names.
+            its configuration names as ``torch_dtype``.
         upload_repo: Hub repository to upload the checkpoint to, "owner/name".
         revision: Branch, tag or commit of the repository.
         dequantize: Undo the model's quantization.
-        quant_predicate: One of mlx-lm's mixed-bit recipes.
+        quant_predicate: One of mlx-lm's mixed-bit recipes, or a function as mlx-lm takes it.
         trust_remote_code: Allow the repository's own Python code.
         head_bits: Bits of the head's rows, 4, 8 or 16; default: as the model has it.
         cluster_size: Tokens per cluster.
@@ -85,10 +82,10 @@ def convert(
 
     Raises:
         ValueError: If an argument, the model or the target is not valid. Nothing is written then.
-        OSError: If the disk is full. Nothing is left behind then.
+        OSError: If the checkpoint cannot be written. Nothing is left behind then.
     """
     _check_arguments(
-        cluster_size, n_probes, target_agreement, calibration_positions, head_bits, dtype
+        cluster_size, n_probes, target_agreement, calibration_positions, head_bits, dtype, seed
     )
     if quantize and dequantize:
         raise ValueError("Choose either --quantize or --dequantize, not both.")
@@ -97,7 +94,7 @@ def convert(
         text = read_text(calibration)
     say = print if progress else (lambda *_: None)
     target = Path(mlx_path).expanduser()
-    with _folder_taking_the_place_of(target, overwrite) as folder:
+    with new_folder(target, overwrite) as folder:
         source = resolve(hf_path, revision)
         say(f"Loading {hf_path}")
         model, tokenizer, config = load_dense(
@@ -131,6 +128,11 @@ def convert(
                 description="Calibrating",
                 progress=progress,
             )
+            if len(states) < MIN_POSITIONS:
+                raise ValueError(
+                    f"{calibration} has only {len(states)} positions to calibrate on: give a text "
+                    "of some pages."
+                )
         elif calibration == SELF_GENERATED:
             states, next_ids = generated_states(
                 model, tokenizer, location, calibration_positions, seed=seed, progress=progress
@@ -149,14 +151,22 @@ def convert(
         )
         say(f"Writing {target}")
         config.pop(CONFIG_KEY, None)
-        save(folder, str(source), model, tokenizer, config, donate_model=False)
-        write_index(folder, index)
+        try:
+            save(folder, str(source), model, tokenizer, config, donate_model=False)
+            write_index(folder, index)
+        except RuntimeError as error:  # what MLX raises when a disk is full
+            raise OSError(
+                f"{target} cannot be written ({error}): free some space or choose another "
+                "--mlx-path."
+            ) from error
     if upload_repo is not None:
         say(f"Uploaded to {upload(target, upload_repo)}")
     return index.config
 
 
-def _check_arguments(cluster_size, n_probes, target_agreement, positions, head_bits, dtype) -> None:
+def _check_arguments(
+    cluster_size, n_probes, target_agreement, positions, head_bits, dtype, seed
+) -> None:
     if cluster_size < 1:
         raise ValueError(f"cluster_size is {cluster_size}: it must be 1 or more (16 is usual).")
     if n_probes is not None and n_probes < 1:
@@ -165,12 +175,14 @@ def _check_arguments(cluster_size, n_probes, target_agreement, positions, head_b
         raise ValueError(
             f"target_agreement is {target_agreement}: it is a share, above 0 and at most 1 (0.99)."
         )
-    if positions < 10:
+    if positions < MIN_POSITIONS:
         raise ValueError(
             f"calibration_positions is {positions}: give 100 or more, or --calibration none."
         )
     if head_bits is not None and head_bits not in HEAD_BITS:
         raise ValueError(f"head_bits is {head_bits}: choose 4, 8 or 16.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: it must be 0 or more.")
     if dtype is not None and dtype not in MODEL_CONVERSION_DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose {', '.join(MODEL_CONVERSION_DTYPES)}.")
 
@@ -191,13 +203,13 @@ def _check_size(rows: HeadRows, cluster_size: int, n_probes: int | None) -> None
 
 
 def _named_dtype(source: Path, config: dict) -> str | None:
-    """The dtype a Hugging Face configuration names; None for weights that MLX has stored."""
+    """The dtype that ``mlx_lm.convert`` would take; None for weights that MLX has stored."""
     for file in source.glob("model*.safetensors"):
         _, metadata = mx.load(str(file), return_metadata=True)
         if metadata.get("format") == "mlx":
             return None
     text_config = config.get("text_config") or {}
-    name = config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
+    name = config.get("torch_dtype") or text_config.get("dtype")
     return name if name in MODEL_CONVERSION_DTYPES else None
 
 
@@ -211,33 +223,3 @@ def _cast(model: nn.Module, dtype: str | None) -> None:
         return array.astype(getattr(mx, dtype)) if floating and may_cast(name) else array
 
     model.update(tree_map_with_path(cast, model.parameters()))
-
-
-@contextmanager
-def _folder_taking_the_place_of(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that becomes it when the block succeeds."""
-    if target.exists() and not overwrite:
-        raise ValueError(
-            f"{target} exists already: choose another --mlx-path, or pass --overwrite to replace it."
-        )
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, not a folder: choose another --mlx-path.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ValueError(
-            f"{target} cannot be written ({error.strerror}): choose another --mlx-path."
-        ) from None
-    try:
-        folder.chmod(0o755)  # mkdtemp's are private
-        yield folder
-        if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, replaced / target.name)
-            os.replace(folder, target)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ With few rows read per token, a finer head costs little under FlashHead, so its 
 apart from the body's.
 """
 
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -24,13 +25,13 @@ class BodyRecipe:
         group_size: Weights that share a scale; None: the mode's usual number.
         bits: Bits per weight; None: the mode's usual number.
         mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
-        predicate: Name of one of mlx-lm's mixed-bit recipes, or None.
+        predicate: One of mlx-lm's mixed-bit recipes, a function as mlx-lm takes it, or None.
     """
 
     group_size: int | None
     bits: int | None
     mode: str
-    predicate: str | None
+    predicate: Callable | str | None
 
 
 def set_bits(
@@ -67,7 +68,7 @@ def set_bits(
     if head_bits is not None and head_bits < stored_bits < 16:
         head = dequantize_model(nn.Sequential(head)).layers[0]
         model.update_modules(tree_unflatten([(head_path, head)]))
-    head_group = body.group_size if body and body.group_size else None
+    head_group = body.group_size if body and body.mode == "affine" else None
     if head_bits in (4, 8) and head_bits < stored_bits:
         head_group = _group_size(head.weight.shape[-1], head_group)
     of_body = _body_predicate(model, body)
@@ -78,7 +79,7 @@ def set_bits(
         return head_bits < 16 and {"group_size": head_group, "bits": head_bits, "mode": "affine"}
 
     with redirect_stdout(StringIO()):  # mlx-lm prints a line of its own
-        return quantize_model(
+        model, config = quantize_model(
             model,
             config,
             body.group_size if body else head_group,
@@ -86,11 +87,20 @@ def set_bits(
             mode=body.mode if body else "affine",
             quant_predicate=predicate,
         )
+    head = dict(model.named_modules())[head_path]
+    if head_bits is not None and head_bits != (head.bits if "scales" in head else 16):
+        raise ValueError(
+            "The head's width is no multiple of the body's quantization group, so mlx-lm leaves it "
+            "out: choose a smaller --q-group-size, or leave --head-bits out."
+        )
+    return model, config
 
 
 def _body_predicate(model: nn.Module, body: BodyRecipe | None):
     if body is None:
         return lambda path, module: False
+    if callable(body.predicate):
+        return body.predicate
     if body.predicate is not None:
         if body.mode != "affine":
             raise ValueError("Mixed-bit recipes (--quant-predicate) need --q-mode affine.")

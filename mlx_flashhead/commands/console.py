@@ -1,9 +1,20 @@
 """What all commands share: one clear sentence and exit code 2 for what a user can mend."""
 
+import errno
 import functools
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another place",
+    errno.EDQUOT: "free some space or choose another place",
+    errno.EFBIG: "free some space or choose another place",
+    errno.EACCES: "choose another place, or get the permission",
+    errno.EPERM: "choose another place, or get the permission",
+    errno.EROFS: "choose another place, or get the permission",
+}
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -11,8 +22,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def run(*args, **kwargs):
-        # a terminated conversion cleans up after itself, as an interrupted one does
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        _end_as_if_interrupted()
         try:
             main(*args, **kwargs)
         except KeyboardInterrupt:
@@ -27,8 +37,35 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def check_writable(option: str, path: str) -> None:
+    """Makes sure, before long work, that an output file can be written; it is not changed.
+
+    Raises:
+        ValueError: If it cannot, naming the option.
+    """
+    file = Path(path).expanduser()
+    existed = file.exists()
+    try:
+        with file.open("ab"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path} cannot be written ({error.strerror}): choose another place."
+        ) from None
+    if not existed:
+        file.unlink()
+
+
+def _end_as_if_interrupted() -> None:
+    """A terminated command cleans up after itself, as an interrupted one does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has reasons of its own
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}: free some space or choose another place."
-    return str(error).strip().split("\n")[0]
+        remedy = _REMEDIES.get(error.errno, "check the path and the disk")
+        return f"{where}{error.strerror}: {remedy}."
+    return str(error).strip().split("\n")[0] or type(error).__name__

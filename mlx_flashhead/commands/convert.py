@@ -36,7 +36,7 @@ def make_parser():
         type=float,
         default=0.99,
         help="Share of positions that must keep the dense head's best token, measured on the "
-        f"held-out {HELD_OUT_SHARE:.0%} of the calibration (default: %(default)s).",
+        f"held-out {HELD_OUT_SHARE:.0%}% of the calibration (default: %(default)s).",
     )
     group.add_argument(
         "--calibration",

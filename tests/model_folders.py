@@ -1,0 +1,87 @@
+"""Tiny models in real folders, with a tokenizer: what conversion reads and the commands load."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+# One token a byte, a beginning and an end; the model has some rows that the tokenizer never uses.
+BOS, EOS = "<s>", "</s>"
+VOCAB_SIZE = 270
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """Saves a byte-level tokenizer of 258 tokens into ``folder``."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([BOS, EOS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
+    wrapped.chat_template = chat_template
+    wrapped.save_pretrained(folder)
+
+
+def write_model(
+    folder: Path,
+    *,
+    tied: bool = True,
+    dtype: mx.Dtype = mx.float32,
+    by_mlx: bool = True,
+    hidden_size: int = 64,
+    vocab_size: int = VOCAB_SIZE,
+    seed: int = 0,
+    chat_template: str | None = CHAT_TEMPLATE,
+    further: dict | None = None,
+) -> Path:
+    """Writes a random two-layer llama.
+
+    Args:
+        folder: Folder to make.
+        tied: Tie the head to the embedding.
+        dtype: Of the weights.
+        by_mlx: Mark the weights as MLX's, as mlx-lm does, or as PyTorch's.
+        hidden_size: Width D.
+        vocab_size: Rows V.
+        seed: Of the weights.
+        chat_template: Of the tokenizer.
+        further: More entries of config.json.
+
+    Returns:
+        The folder.
+    """
+    config = {
+        "model_type": "llama",
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 2,
+        "intermediate_size": 2 * hidden_size,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    } | (further or {})
+    mx.random.seed(seed)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    weights = {
+        # larger than a fresh layer's, so that the logits differ from token to token
+        name: (array * 4 if array.ndim == 2 else array).astype(dtype)
+        for name, array in tree_flatten(model.parameters())
+    }
+    folder.mkdir(parents=True)
+    metadata = {"format": "mlx" if by_mlx else "pt"}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata=metadata)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder, chat_template)
+    return folder
