@@ -26,10 +26,11 @@ PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later
 LARGE_PRODUCT = 5e12
 LARGE_PASSES, LARGE_PARTS = 4, 4
 
-# Near-duplicates: rows whose squared distance is at most this share of the squared norm (unit rows:
-# a cosine of 0.9). They are looked for around a sample of the rows.
+# Near-duplicates: rows whose squared distance is at most this share of their squared distance to
+# the mean of all rows, which many heads have in common. They are looked for around a sample.
 DUPLICATE_DISTANCE = 0.2
 DUPLICATE_SAMPLE = 1024
+ROUNDING = 1e-5  # of a squared distance, relative to the squared norm
 
 
 def cluster_rows(
@@ -132,16 +133,17 @@ def _group_duplicates(
     """
     sample = rng.permutation(len(points))[:DUPLICATE_SAMPLE]
     smallest = LIST_LENGTH * cluster_size
+    middle = points.mean(axis=0, dtype=np.float64).astype(np.float32)
     n_near = np.zeros(len(sample), dtype=np.int64)
     for start in range(0, len(points), BLOCK_ROWS):
-        n_near += _near(points[start : start + BLOCK_ROWS], points[sample]).sum(axis=0)
+        n_near += _near(points[start : start + BLOCK_ROWS], points[sample], middle).sum(axis=0)
     groups = [np.empty((0, cluster_size), dtype=np.int64)]
     left = np.ones(len(points), dtype=bool)
     for i in np.argsort(-n_near, kind="stable"):
         if n_near[i] <= smallest:
             break
         if left[sample[i]]:
-            near = np.flatnonzero(left & _near(points, points[sample[i], None])[:, 0])
+            near = np.flatnonzero(left & _near(points, points[sample[i], None], middle)[:, 0])
             if len(near) > smallest:
                 near = near[: len(near) // cluster_size * cluster_size]
                 groups.append(near.reshape(-1, cluster_size))
@@ -149,11 +151,12 @@ def _group_duplicates(
     return np.concatenate(groups), np.flatnonzero(left)
 
 
-def _near(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+def _near(points: np.ndarray, centres: np.ndarray, middle: np.ndarray) -> np.ndarray:
     """Whether points (R, D) are near-duplicates of centres (M, D): (R, M) bool."""
     own, central = np.square(points).sum(axis=1), np.square(centres).sum(axis=1)
-    # |x - y|² <= share · |y|², solved for x · y
-    return points @ centres.T >= 0.5 * (own[:, None] + (1 - DUPLICATE_DISTANCE) * central)
+    limit = DUPLICATE_DISTANCE * np.square(centres - middle).sum(axis=1) + ROUNDING * central
+    # |x - y|² <= limit, solved for x · y
+    return points @ centres.T >= 0.5 * (own[:, None] + central - limit)
 
 
 def _balanced_kmeans(
