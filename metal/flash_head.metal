@@ -31,6 +31,9 @@ using namespace metal;
 typedef bfloat bfloat16_t;
 #endif
 
+// An array stays in registers only where every loop over it is unrolled.
+#define FLASH_HEAD_UNROLL _Pragma("clang loop unroll(full)")
+
 namespace flash_head {
 
 constant constexpr int LANES = 32;
@@ -113,6 +116,7 @@ struct AffineRows {
   template <typename Hidden>
   static float prepare(Hidden hidden, thread float* x) {
     float sum = 0.0f;
+    FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
       const float value = float(hidden[i]);
       sum += value;
@@ -123,6 +127,7 @@ struct AffineRows {
 
   static float dot(Chunk chunk, const thread float* x, float sum) {
     float total = 0.0f;
+    FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
       const uint word = i < VALUES / 2 ? chunk.words.x : chunk.words.y;
       const uint bits = word >> (16 * (i / PER_HALF % 2));
@@ -157,6 +162,7 @@ struct Mxfp4Rows {
 
   template <typename Hidden>
   static float prepare(Hidden hidden, thread float* x) {
+    FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
       x[i] = float(hidden[i]);
     }
@@ -172,6 +178,7 @@ struct Mxfp4Rows {
 
   static float dot(Chunk chunk, const thread float* x, float) {
     float total = 0.0f;
+    FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
       const uint word = i < VALUES / 2 ? chunk.words.x : chunk.words.y;
       total += x[i] * decode(word >> (4 * (i % 8)));
@@ -195,6 +202,7 @@ struct DenseRows {
   Chunk load(size_t row, uint chunk) const {
     const size_t first = row * D + chunk * VALUES;
     Chunk loaded;
+    FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
       loaded.values[i] = float(weight[first + i]);
     }
@@ -203,6 +211,7 @@ struct DenseRows {
 
   template <typename Hidden>
   static float prepare(Hidden hidden, thread float* x) {
+    FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
       x[i] = float(hidden[i]);
     }
@@ -211,6 +220,7 @@ struct DenseRows {
 
   static float dot(Chunk chunk, const thread float* x, float) {
     float total = 0.0f;
+    FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
       total += x[i] * chunk.values[i];
     }
@@ -247,23 +257,28 @@ inline void dot_rows(
     int last_hidden,
     uint lane,
     thread float* totals) {
+  FLASH_HEAD_UNROLL
   for (int i = 0; i < H * ROWS; i++) {
     totals[i] = 0.0f;
   }
   for (uint chunk = lane; chunk < uint(Rows::CHUNKS); chunk += LANES) {
     typename Rows::Chunk loaded[ROWS];
+    FLASH_HEAD_UNROLL
     for (int row = 0; row < ROWS; row++) {
       loaded[row] = rows.load(first_row + min(row, last_row), chunk);
     }
+    FLASH_HEAD_UNROLL
     for (int h = 0; h < H; h++) {
       float x[Rows::VALUES];
       const size_t start = size_t(first_hidden + min(h, last_hidden)) * D;
       const float sum = Rows::prepare(hidden + (start + chunk * Rows::VALUES), x);
+      FLASH_HEAD_UNROLL
       for (int row = 0; row < ROWS; row++) {
         totals[h * ROWS + row] += Rows::dot(loaded[row], x, sum);
       }
     }
   }
+  FLASH_HEAD_UNROLL
   for (int i = 0; i < H * ROWS; i++) {
     totals[i] = simd_sum(totals[i]);
   }
@@ -297,7 +312,9 @@ inline void route(
   const int last_hidden = min(H, int(n_hidden - position)) - 1;
   float totals[H * ROWS];
   dot_rows<D, H>(centroids, cluster, last_row, hidden, position, last_hidden, lane, totals);
+  FLASH_HEAD_UNROLL
   for (int h = 0; h < H; h++) {
+    FLASH_HEAD_UNROLL
     for (int row = 0; row < ROWS; row++) {
       if (lane == 0 && h <= last_hidden && row <= last_row) {
         scores[size_t(position + h) * C + cluster + row] =
@@ -343,6 +360,7 @@ inline void select_probes(
   const uint first_id = simdgroup * (LANES * KEYS) + lane;
   const size_t row = size_t(position) * C;
   uint keys[KEYS];
+  FLASH_HEAD_UNROLL
   for (int i = 0; i < KEYS; i++) {
     const uint id = first_id + i * LANES;
     keys[i] = id < uint(C) ? order_key(scores[row + id]) : 0u;
@@ -358,6 +376,7 @@ inline void select_probes(
       atomic_store_explicit(&histogram[i], 0u, memory_order_relaxed);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    FLASH_HEAD_UNROLL
     for (int i = 0; i < KEYS; i++) {
       if ((keys[i] & decided) == threshold) {
         const uint bin = copy + ((keys[i] >> shift) & (DIGITS - 1));
@@ -394,6 +413,7 @@ inline void select_probes(
 
   uint above = 0;
   uint equal = 0;
+  FLASH_HEAD_UNROLL
   for (int i = 0; i < KEYS; i++) {
     above += keys[i] > threshold ? 1u : 0u;
     equal += keys[i] == threshold ? 1u : 0u;
@@ -407,6 +427,7 @@ inline void select_probes(
   threadgroup_barrier(mem_flags::mem_threadgroup);
   above = simd_sum(lane < simdgroup ? totals[lane] : 0u);
   equal = simd_sum(lane < simdgroup ? totals[SELECT_SIMDGROUPS + lane] : 0u);
+  FLASH_HEAD_UNROLL
   for (int i = 0; i < KEYS; i++) {
     const uint is_above = keys[i] > threshold ? 1u : 0u;
     const uint is_equal = keys[i] == threshold ? 1u : 0u;
@@ -492,6 +513,7 @@ inline void score(
   float totals[ROWS];
   dot_rows<D, 1>(rows, slot, last_row, hidden, group.y, 0, lane, totals);
   float highest = -Finite<T>::highest();
+  FLASH_HEAD_UNROLL
   for (int row = 0; row < ROWS; row++) {
     if (row <= last_row) {
       float logit = totals[row] + bias_at(bias, slot + row);
@@ -552,6 +574,7 @@ inline void expand(
   highest = threadgroup_max<WIDE_SIMDGROUPS>(highest, shared, simdgroup, lane);
   const float cap = highest - max(1.0f, fabs(highest) / 64.0f);
   const uint first = group.x * (WIDE_THREADS * EXPAND_TOKENS) + thread_id;
+  FLASH_HEAD_UNROLL
   for (int i = 0; i < EXPAND_TOKENS; i++) {
     const uint token = first + i * WIDE_THREADS;
     if (token < uint(V)) {

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from .clustered import ClusteredRows
-from .portable import Candidates, PortableSteps, Selection
+from .portable import Candidates, PortableSteps, Selection, Steps
 from .prototypes import Prototypes
 from .rows import HeadRows
 
@@ -48,18 +48,15 @@ def choose_backend(asked: str | None = None) -> str:
     return name
 
 
-def _make_steps(clustered: ClusteredRows, asked: str | None) -> PortableSteps:
-    name = choose_backend(asked)
-    if name == "mlx":
+def _make_steps(clustered: ClusteredRows, asked: str | None) -> Steps:
+    if choose_backend(asked) == "mlx":
         return PortableSteps(clustered)
     from .kernels import MetalSteps, supports
 
-    reason = supports(clustered)
-    if reason is None:
-        return MetalSteps(clustered)
-    if asked == "metal":
-        raise ValueError(f"{reason} Use backend='mlx' for this head.")
-    return PortableSteps(clustered)
+    by_name = asked or os.environ.get(BACKEND_VARIABLE)
+    if not by_name and supports(clustered) is not None:
+        return PortableSteps(clustered)
+    return MetalSteps(clustered)  # which says why, if it does not read such rows
 
 
 class FlashHead:

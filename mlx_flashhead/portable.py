@@ -59,6 +59,10 @@ class Steps:
     def __init__(self, clustered: ClusteredRows):
         self.clustered = clustered
 
+    def arrays(self) -> list[mx.array]:
+        """Arrays held besides those of ``clustered``."""
+        return []
+
     def token_ids(self, probes: mx.array) -> mx.array:
         """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""
         return mx.take(self.clustered.token_ids, probes, axis=0)
@@ -81,7 +85,6 @@ class PortableSteps(Steps):
         self._centroids = clustered.prototypes.dequantized() if self._on_cpu else None
 
     def arrays(self) -> list[mx.array]:
-        """Arrays held besides those of ``clustered``."""
         return [] if self._centroids is None else [self._centroids]
 
     def route(self, hidden: mx.array) -> mx.array:
