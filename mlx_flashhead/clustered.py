@@ -74,18 +74,19 @@ class ClusteredRows:
         vocab_size = rows.vocab_size
         n_clusters, cluster_size = token_ids.shape
         flat = np.asarray(token_ids, dtype=np.int64).ravel()
-        real = np.flatnonzero(flat < vocab_size)
+        real = np.flatnonzero((flat >= 0) & (flat < vocab_size))
         slot_of = np.full(vocab_size, -1, dtype=np.int64)
         slot_of[flat[real]] = real
-        if len(real) != vocab_size or (slot_of < 0).any() or flat.max() > vocab_size:
+        beyond = flat.min() < 0 or flat.max() > vocab_size
+        if len(real) != vocab_size or (slot_of < 0).any() or beyond:
             raise ValueError(
                 f"token_ids must hold each of the {vocab_size} tokens exactly once "
                 f"(padded with {vocab_size}): convert the model again."
             )
-        if prototypes.bias.shape[0] != n_clusters:
+        if not _fit(prototypes, n_clusters, rows.hidden_size):
             raise ValueError(
-                f"There are {prototypes.bias.shape[0]} centroids for {n_clusters} clusters: "
-                "convert the model again."
+                f"The centroids do not fit {n_clusters} clusters of rows with {rows.hidden_size} "
+                "columns: convert the model again."
             )
         forced = np.unique(slot_of[[i for i in always_probed_ids if 0 <= i < vocab_size]])
         route_bias = np.array(prototypes.bias, dtype=np.float32)
@@ -115,3 +116,16 @@ class ClusteredRows:
     def token_rows(self) -> HeadRows:
         """The rows in the model's own order, gathered anew (lazily) at each call."""
         return self.flat_rows().take(self.slot_of)
+
+
+def _fit(prototypes: Prototypes, n_clusters: int, hidden_size: int) -> bool:
+    """Whether the prototypes' arrays are those of so many clusters of rows (V, D)."""
+    width = hidden_size
+    shapes = [(prototypes.bias, (n_clusters,)), (prototypes.tail_offset, (n_clusters,))]
+    if prototypes.quantized:
+        width = hidden_size * prototypes.bits / 32
+        groups = (n_clusters, hidden_size / prototypes.group_size)
+        shapes += [(prototypes.scales, groups), (prototypes.biases, groups)]
+    shapes.append((prototypes.weight, (n_clusters, width)))
+    stored_as_words = prototypes.weight.dtype == mx.uint32
+    return stored_as_words == prototypes.quantized and all(a.shape == s for a, s in shapes)

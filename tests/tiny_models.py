@@ -132,7 +132,7 @@ def random_clusters(rng: np.random.Generator, vocab_size: int, cluster_size: int
     """Token ids (C, cluster_size) uint32 in random order; padded slots anywhere, hold V."""
     n_clusters = -(-vocab_size // cluster_size)
     padded = n_clusters * cluster_size - vocab_size
-    # at most one padded slot per cluster, where there are clusters enough
+    # dealt out one by one: no cluster is all padding
     slots = np.full((n_clusters, cluster_size), -1)
     for i in range(padded):
         slots[i % n_clusters, rng.choice(np.flatnonzero(slots[i % n_clusters] < 0))] = vocab_size
@@ -173,9 +173,10 @@ def tiny_index(
 
 
 def tiny_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level tokenizer: one token per byte, as far as ``vocab_size`` goes, the last is EOS."""
+    """A byte-level tokenizer: a token per byte, as far as ``vocab_size`` goes; the last is EOS."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = (letters + [f"<{i}>" for i in range(vocab_size)])[: vocab_size - 1] + [EOS]
+    fillers = [f"<{i}>" for i in range(vocab_size)]
+    tokens = [*[*letters, *fillers][: vocab_size - 1], EOS]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
     tokenizer.decoder = decoders.ByteLevel()
