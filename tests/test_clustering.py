@@ -217,6 +217,23 @@ def test_shortlists_hold_the_best_of_each_bucket():
         assert set(listed) == set(expected)
 
 
+def test_prices_spread_the_demand():
+    points, centroids = normal_rows(800, 6), normal_rows(50, 6, seed=1)
+    centroids[:5] *= 4  # nearly all points would have one of these
+    ids, scores = clustering._shortlists(points, centroids, 24, np)
+    prices, capacity = np.zeros(50, np.float32), np.full(50, 16)
+
+    def wanted():
+        choice = np.take_along_axis(ids, (scores - prices[ids]).argmax(axis=1)[:, None], axis=1)
+        return np.bincount(choice[:, 0], minlength=50)
+
+    before = wanted()
+    clustering._update_prices(prices, ids, scores, capacity, 40)
+    assert before.max() > 100
+    assert wanted().max() < 40
+    assert prices[before.argmax()] > prices[before.argmin()]
+
+
 @pytest.mark.parametrize(
     ("rows", "arguments", "sentence"),
     [
