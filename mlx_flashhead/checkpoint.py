@@ -51,7 +51,7 @@ def write_index(folder: Path, index: FlashHeadIndex) -> None:
         arrays |= {"centroids.scales": prototypes.scales, "centroids.biases": prototypes.biases}
     mx.save_safetensors(str(folder / FILE_NAME), arrays)
     config = _read_config(folder) | {CONFIG_KEY: index.config.to_dict()}
-    (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
 
 def read_index(folder: Path) -> FlashHeadIndex:
@@ -118,8 +118,8 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
 def _read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} is no model folder: it has no config.json.") from None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{path} is not valid JSON: fetch the model again.") from None

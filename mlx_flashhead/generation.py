@@ -80,8 +80,14 @@ def stream_generate(
     Raises:
         ValueError: As in :func:`head_settings`.
     """
-    with head_settings(model, n_probes=n_probes, dense=dense, draw_probes=draw_probes):
-        yield from mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
+    stream = mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
+    while True:
+        # only while a token is made: streams may take turns, and may be abandoned
+        with head_settings(model, n_probes=n_probes, dense=dense, draw_probes=draw_probes):
+            response = next(stream, None)
+        if response is None:
+            return
+        yield response
 
 
 def generate(

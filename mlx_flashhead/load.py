@@ -96,7 +96,7 @@ def load_dense(folder: Path, **kwargs: Any):
     """
     try:
         return mlx_lm.load(str(folder), return_config=True, **kwargs)
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
             f"mlx-lm cannot load the model in {folder} ({reason}): check or fetch it again."

@@ -9,9 +9,9 @@ from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-# One token a byte, a beginning and an end; the model has some rows that the tokenizer never uses.
+# One token a byte, a beginning and an end: no multiple of 16.
 BOS, EOS = "<s>", "</s>"
-VOCAB_SIZE = 270
+VOCAB_SIZE = 258
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n"
     "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
-    """Saves a byte-level tokenizer of 258 tokens into ``folder``."""
+    """Saves a byte-level tokenizer into ``folder``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([BOS, EOS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

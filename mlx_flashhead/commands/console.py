@@ -43,7 +43,7 @@ def check_writable(option: str, path: str) -> None:
     Raises:
         ValueError: If it cannot, naming the option.
     """
-    file = Path(path).expanduser()
+    file = Path(path)
     existed = file.exists()
     try:
         with file.open("ab"):

@@ -10,7 +10,9 @@ from rich.table import Table
 from ..calibration import read_text
 from ..evaluation import FLASH_HEAD, Evaluation, evaluate
 from ..load import load
-from .console import command
+from .console import check_writable, command
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,6 +46,12 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.positions is not None and args.positions < 1:
         raise ValueError(f"--positions is {args.positions}: give 1 or more.")
+    if args.json:
+        check_writable("--json", args.json)
+    if args.plot:
+        if Path(args.plot).suffix.lower() not in PICTURES:
+            raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
+        check_writable("--plot", args.plot)
     text = read_text(args.text)
     model, tokenizer = load(args.model)
     evaluation = evaluate(
@@ -97,11 +105,7 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
 
 
 def draw(evaluation: Evaluation, path: str) -> None:
-    """Draws agreement and coverage over the number of probes into a picture.
-
-    Raises:
-        ValueError: If the file's ending names no picture format.
-    """
+    """Draws agreement and coverage over the number of probes into a picture."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,9 @@
 """Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and three more."""
 
 import importlib
+import json
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 from ..generation import head_settings
@@ -43,14 +45,7 @@ def main() -> None:
     """Entry point of ``mlx_flashhead.generate``."""
     parser = make_parser()
     args = parser.parse_args()
-    if args.model is None and args.prompt_cache_file is None:
-        parser.error("--model is needed: the folder or repository of a FlashHead checkpoint")
-    if args.max_tokens == 0 or args.max_tokens < -1:
-        parser.error(f"--max-tokens is {args.max_tokens}: it must be 1 or more, or -1 for no limit")
-    if args.draw_probes and (args.dense or not args.temp > 0):
-        parser.error("--draw-probes needs --temp above 0, and no --dense")
-    if args.dense and args.n_probes is not None:
-        parser.error("--dense scores every token: leave --n-probes out")
+    _check_arguments(parser, args)
 
     with ExitStack() as stack:
 
@@ -67,6 +62,24 @@ def main() -> None:
         parsed = SimpleNamespace(parse_args=lambda: args)
         with _replaced(mlx_lm_generate, load=load_for_main, setup_arg_parser=lambda: parsed):
             mlx_lm_generate.main()
+
+
+def _check_arguments(parser, args) -> None:
+    if args.model is None and args.prompt_cache_file is None:
+        parser.error("--model is needed: the folder or repository of a FlashHead checkpoint")
+    if args.max_tokens == 0 or args.max_tokens < -1:
+        parser.error(f"--max-tokens is {args.max_tokens}: it must be 1 or more, or -1 for no limit")
+    if args.draw_probes and (args.dense or not args.temp > 0):
+        parser.error("--draw-probes needs --temp above 0, and no --dense")
+    if args.dense and args.n_probes is not None:
+        parser.error("--dense scores every token: leave --n-probes out")
+    if args.prompt_cache_file is not None and not Path(args.prompt_cache_file).is_file():
+        parser.error(f"--prompt-cache-file {args.prompt_cache_file}: there is no such file")
+    if args.chat_template_config is not None:
+        try:
+            json.loads(args.chat_template_config)
+        except json.JSONDecodeError:
+            parser.error('--chat-template-config must be JSON, such as {"enable_thinking": false}')
 
 
 @contextmanager
