@@ -323,18 +323,20 @@ def test_every_step_agrees_with_the_portable_path(bits):
     clustered = cluster(rng, rows, prototypes, 16, (5,))
     hidden = mx.array(rng.normal(size=(3, 320)).astype(np.float32))
     scores, selection, candidates, full, token = run(clustered, hidden, 11)
-    steps = PortableSteps(clustered)
     close = {"rtol": 1e-5, "atol": 1e-5}
-    np.testing.assert_allclose(to_numpy(scores), to_numpy(steps.route(hidden)), **close)
-    probes = to_numpy(steps.select(scores, 11).probes)
-    np.testing.assert_array_equal(to_numpy(selection.probes), np.sort(probes, axis=-1))
-    only_probes = Selection(selection.probes)
-    logits = steps.score(hidden, only_probes).logits
-    np.testing.assert_allclose(to_numpy(candidates.logits), to_numpy(logits), **close)
-    only_logits = Candidates(candidates.logits)
-    expanded = steps.expand(scores, only_probes, only_logits)
-    np.testing.assert_array_equal(to_numpy(full), to_numpy(expanded))
-    np.testing.assert_array_equal(to_numpy(token), to_numpy(steps.token(only_probes, only_logits)))
+    with mx.stream(mx.cpu):  # on a Mac, too
+        steps = PortableSteps(clustered)
+        np.testing.assert_allclose(to_numpy(scores), to_numpy(steps.route(hidden)), **close)
+        probes = to_numpy(steps.select(scores, 11).probes)
+        np.testing.assert_array_equal(to_numpy(selection.probes), np.sort(probes, axis=-1))
+        only_probes = Selection(selection.probes)
+        logits = steps.score(hidden, only_probes).logits
+        np.testing.assert_allclose(to_numpy(candidates.logits), to_numpy(logits), **close)
+        only_logits = Candidates(candidates.logits)
+        expanded = steps.expand(scores, only_probes, only_logits)
+        np.testing.assert_array_equal(to_numpy(full), to_numpy(expanded))
+        tokens = steps.token(only_probes, only_logits)
+        np.testing.assert_array_equal(to_numpy(token), to_numpy(tokens))
 
 
 @pytest.mark.parametrize(
