@@ -1,7 +1,8 @@
 """Puts a FlashHead on a model's output projection, and takes it off again.
 
-The module keeps its identity, its parameter names and its place in the model; only its class becomes
-a subclass. Its rows move into the FlashHead, in cluster order, so that they exist once; what reads
+The module keeps its identity, its parameter names and its place in the model; only its class
+becomes a subclass, as do the classes of the modules around it, which then refuse to update it. Its
+rows move into the FlashHead, in cluster order, so that they exist once; what reads
 ``module.weight`` gets the rows in the model's own order, gathered at that moment.
 """
 
@@ -68,13 +69,14 @@ def install(
     )
     mx.eval(head.arrays())
     module = location.module
+    around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
     # A None keeps each parameter's place, so that names and their order stay as they were.
     for name in rows.arrays():
         module[name] = None
-    base = type(module)
-    mixin = _FlashEmbedding if location.method == EMBEDDING else _FlashLinear
     module._flash_head = head
-    module.__class__ = type(base.__name__, (mixin, base), {"__module__": base.__module__})
+    _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
+    for parent in around:
+        _subclass(parent, _FlashParent)
     return head
 
 
@@ -89,14 +91,46 @@ def uninstall(model: nn.Module) -> None:
         raise ValueError("There is no FlashHead on this model to uninstall.")
     arrays = module._flash_head.clustered.token_rows().arrays()
     mx.eval(arrays)
-    module.__class__ = type(module).__bases__[1]
+    for changed in model.modules():
+        if isinstance(changed, _FlashModule | _FlashParent):
+            changed.__class__ = type(changed).__bases__[1]
     del module._flash_head
     for name, array in arrays.items():
         module[name] = array
 
 
+def _prefix(path: str) -> str:
+    return f"{path}." if path else ""
+
+
+def _subclass(module: nn.Module, mixin: type) -> None:
+    base = type(module)
+    module.__class__ = type(base.__name__, (mixin, base), {"__module__": base.__module__})
+
+
 def _installed_module(model: nn.Module) -> nn.Module | None:
     return next((m for m in model.modules() if isinstance(m, _FlashModule)), None)
+
+
+def _refuse_update(target, parameters) -> None:
+    """Refuses ``target.update(parameters)`` where it would change an installed head."""
+    if isinstance(target, dict) and isinstance(parameters, dict):
+        for key in parameters:
+            if isinstance(target, _FlashModule):
+                target._refuse_change(key)
+            elif key in target:
+                _refuse_update(target[key], parameters[key])
+    elif isinstance(target, list) and isinstance(parameters, list):
+        for part, given in zip(target, parameters, strict=False):
+            _refuse_update(part, given)
+
+
+class _FlashParent:
+    """A module around an installed one: refuses to update it before anything else is changed."""
+
+    def update(self, parameters, strict=True):
+        _refuse_update(self, parameters)
+        return super().update(parameters, strict)
 
 
 class _FlashModule:
@@ -129,6 +163,14 @@ class _FlashModule:
     def __setitem__(self, key, value):
         self._refuse_change(key)
         super().__setitem__(key, value)
+
+    def __delitem__(self, key):
+        self._refuse_change(key)
+        super().__delitem__(key)
+
+    def pop(self, key, *default):
+        self._refuse_change(key)
+        return super().pop(key, *default)
 
     def __setattr__(self, key, value):
         self._refuse_change(key)

@@ -22,7 +22,7 @@ EOS = "<|end|>"
 _COMMON = {
     "hidden_size": HIDDEN_SIZE,
     "num_hidden_layers": 1,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5,
@@ -48,7 +48,7 @@ CONFIGS = {
     },
     "llama4_text": _WITH_HEAD_DIM
     | {
-        "intermediate_size_mlp": 96,
+        "intermediate_size_mlp": 128,
         "rope_theta": 10000.0,
         "no_rope_layers": [1],
         "use_qk_norm": False,
