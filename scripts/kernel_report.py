@@ -2,20 +2,21 @@
 
     python scripts/kernel_report.py [--head-bits 4|8|16] [--n-probes 256] [--json FILE]
 
-The kernels run on the tests' emulator, whole, at the head shapes of four models, with random
-weights. Counted are accesses: these are no times, and no Apple GPU is involved. The dense head is
-not run: its figures follow from the definition of MLX's matrix-vector kernel.
+The kernels run on the tests' emulator, every threadgroup of them, at the head shapes of four models
+with random weights. Counted are accesses: these are no times, and no Apple GPU is involved. The
+dense head is not run: its figures follow from the definition of MLX's matrix-vector kernels.
 """
 
 import argparse
 import json
 import sys
-from itertools import zip_longest
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from mlx_flashhead.clustered import ClusteredRows
@@ -112,9 +113,10 @@ def dense(vocab_size: int, hidden_size: int, bits: int) -> dict:
 
     A simdgroup of qmv (or of gemv, for 16 bits) computes 4 rows: it reads each byte of weights
     once, the hidden state once for its 4 rows, and a group's scale and offset once per lane that
-    holds a part of the group.
+    holds a part of the group. A threadgroup of qmv has 2 simdgroups, one of gemv 8.
 
-    Source: mlx/backend/metal/kernels/quantized.h, qmv_fast_impl; gemv.h.
+    Source: mlx/backend/metal/kernels/quantized.h, qmv_fast_impl; kernels/gemv.h, GEMVKernel, with
+    the sizes that backend/metal/matmul.cpp gives it.
     """
     sizes = {"weight": vocab_size * hidden_size * bits // 8}
     reads = dict(sizes)
@@ -145,11 +147,12 @@ def dense(vocab_size: int, hidden_size: int, bits: int) -> dict:
         "written_bytes": written,
         "distinct_written_lines": -(-written // LINE),
     }
+    simdgroups = 2 if bits < 16 else 8
     return {
         "kernel": "dense qmv" if bits < 16 else "dense gemv",
         "dispatches": 1,
-        "threadgroups": -(-vocab_size // 8),
-        "threads_per_threadgroup": 64,
+        "threadgroups": -(-vocab_size // (4 * simdgroups)),
+        "threads_per_threadgroup": 32 * simdgroups,
         "barriers": 0,
         "threadgroup_memory_bytes": 0,
         "buffers": buffers,
@@ -166,36 +169,51 @@ def lines_mb(kernels: list[dict]) -> float:
     return lines * LINE / 1e6
 
 
-def table(name: str, report: dict) -> Table:
-    """The model's figures for the screen."""
-    sizes = f"V={report['vocab_size']}, D={report['hidden_size']}, C={report['n_clusters']}"
-    drawn = Table(title=f"{name}: {sizes}, p={report['n_probes']}", title_justify="left")
-    drawn.add_column("kernel")
-    drawn.add_column("buffer")
+def stored_ratio(kernel: dict, share: float) -> float:
+    """Bytes of the distinct lines of weights, scales and offsets read, over the bytes needed.
+
+    Args:
+        kernel: One entry of the report.
+        share: Of the stored rows that the kernel needs.
+    """
+    stored = [kernel["buffers"].get(name) for name in ("weight", "scales", "biases")]
+    stored = [buffer for buffer in stored if buffer is not None]
+    lines = sum(buffer["distinct_read_lines"] for buffer in stored)
+    return lines * LINE / (share * sum(buffer["size_bytes"] for buffer in stored))
+
+
+def table(kernel: dict) -> Table:
+    """One kernel's figures for a screen of 80 columns."""
+    title = (
+        f"{kernel['kernel']}: dispatches {kernel['dispatches']}, threads "
+        f"{kernel['threadgroups']:,} × {kernel['threads_per_threadgroup']}, barriers "
+        f"{kernel['barriers']}, threadgroup memory {kernel['threadgroup_memory_bytes']:,} B"
+    )
+    drawn = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=0,
+    )
+    drawn.add_column("buffer", min_width=12)
     for heading in ("size", "read", "distinct", "lines", "written", "lines"):
-        drawn.add_column(heading, justify="right")
-    for kernel in report["kernels"]:
-        about = [
-            kernel["kernel"],
-            f"{kernel['threadgroups']:,} groups of {kernel['threads_per_threadgroup']} threads",
-            f"barriers: {kernel['barriers']}",
-            f"threadgroup memory: {kernel['threadgroup_memory_bytes']:,}",
-        ]
-        rows = zip_longest(about, kernel["buffers"].items(), fillvalue="")
-        for left, (buffer, counts) in ((left, item or ("", {})) for left, item in rows):
-            drawn.add_row(
-                left, buffer, *(f"{value:,}" if value else "" for value in counts.values())
-            )
-        drawn.add_section()
+        width = 9 if heading == "lines" else 11
+        drawn.add_column(heading, justify="right", min_width=width, no_wrap=True)
+    for buffer, counts in kernel["buffers"].items():
+        drawn.add_row(buffer, *(f"{value:,}" if value else "" for value in counts.values()))
     return drawn
 
 
 def summary(report: dict) -> str:
     """What a step moves, beside the dense head."""
-    full, greedy = report["full_logits_mb"], report["greedy_token_mb"]
     return (
-        f"Distinct lines, read and written: full logits {full:.2f} MB in 4 dispatches, "
-        f"greedy token {greedy:.2f} MB in 4, dense {report['dense_mb']:.2f} MB in 1."
+        f"Distinct lines, read and written: full logits {report['full_logits_mb']:.2f} MB and "
+        f"greedy token {report['greedy_token_mb']:.2f} MB, in 4 dispatches each; dense "
+        f"{report['dense_mb']:.2f} MB in 1.\nLines read over bytes needed: route "
+        f"{report['route_lines_over_bytes']:.3f}, score {report['score_lines_over_bytes']:.3f}."
     )
 
 
@@ -203,19 +221,23 @@ def make_report(vocab_size: int, hidden_size: int, bits: int, n_probes: int) -> 
     """All figures of one head."""
     kernels = count(random_head(vocab_size, hidden_size, bits), n_probes)
     dense_kernel = dense(vocab_size, hidden_size, bits)
+    n_clusters = vocab_size // CLUSTER_SIZE
     named = {kernel["kernel"]: kernel for kernel in kernels}
     common = [named[name] for name in ("route", "select", "score")]
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "n_clusters": vocab_size // CLUSTER_SIZE,
+        "n_clusters": n_clusters,
         "cluster_size": CLUSTER_SIZE,
         "n_probes": n_probes,
         "head_bits": bits,
+        "sampled": False,
         "kernels": [*kernels, dense_kernel],
         "full_logits_mb": lines_mb([*common, named["expand"]]),
         "greedy_token_mb": lines_mb([*common, named["token"]]),
         "dense_mb": lines_mb([dense_kernel]),
+        "route_lines_over_bytes": stored_ratio(named["route"], 1.0),
+        "score_lines_over_bytes": stored_ratio(named["score"], n_probes / n_clusters),
     }
 
 
@@ -234,15 +256,19 @@ def main() -> None:
     console = Console()
     reports = {}
     try:
-        for name in names:
-            report = make_report(*SHAPES[name], arguments.head_bits, arguments.n_probes)
-            reports[name] = report
-            console.print(table(name, report), summary(report), "", sep="\n")
+        for name in track(names, "Counting", console=Console(stderr=True), transient=True):
+            reports[name] = make_report(*SHAPES[name], arguments.head_bits, arguments.n_probes)
     except RuntimeError as error:  # no compiler, or a machine the emulator does not run on
         parser.error(str(error))
+    for name, report in reports.items():
+        sizes = f"V={report['vocab_size']:,}, D={report['hidden_size']:,}"
+        console.rule(f"{name}: {sizes}, C={report['n_clusters']:,}, p={report['n_probes']}")
+        for kernel in report["kernels"]:
+            console.print(table(kernel), "", sep="\n")
+        console.print(summary(report), "", sep="\n")
     console.print(
-        "Bytes; a line is 128 bytes. Every threadgroup was run, on the emulator, with random "
-        "weights. The dense rows follow from the definition of MLX's kernel."
+        "Bytes; a line is 128 bytes. Every threadgroup was run, none sampled, on the emulator with "
+        "random weights. The dense kernel's figures follow from its definition."
     )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
