@@ -20,8 +20,9 @@ from .portable import MARGIN_SHARE
 
 CHUNK = 128
 DRAWS = 32
-# Averaged over a finite number of draws, a token can have probability 0; it then counts as this.
-LEAST_PROBABILITY = 1e-6
+# A token that cannot be drawn, because the clusters that are always probed leave no room for its
+# own, counts as this.
+LEAST_PROBABILITY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Measures:
         covered_mass: Mean probability, 0 … 1.
         kl: Nats per position.
         perplexity: With the tail; NaN without true next tokens.
-        drawn_perplexity: With probes drawn by probability, averaged over draws; NaN if not measured.
+        drawn_perplexity: With probes drawn by probability; NaN if not measured.
     """
 
     routing: str
@@ -198,16 +199,21 @@ class _DenseView:
         return result
 
     def drawn_nll(self, scores: np.ndarray, n_probes: int, rng: np.random.Generator) -> float:
-        """Negative log-likelihood when probes are drawn by Gumbel noise, averaged over draws."""
+        """Negative log-likelihood when probes are drawn by Gumbel noise, averaged over draws.
+
+        Only the noise of the clusters other than the true token's is drawn. Its own cluster is
+        probed when it exceeds the p-th of them, which has a known probability, beside the first
+        p - 1 of them: so no token's probability hangs on whether it was hit.
+        """
+        own_score = scores[self.rows, self.truth_cluster]
+        own_sum = self.cluster_sum[self.rows, self.truth_cluster]
         probability = np.zeros(len(scores))
         for _ in range(DRAWS):
-            noisy = scores + rng.gumbel(size=scores.shape)
-            if n_probes < scores.shape[1]:
-                kth = np.partition(noisy, -n_probes, axis=1)[:, -n_probes, None]
-                probed = noisy >= kth
-            else:
-                probed = np.ones(scores.shape, bool)
-            norm = (self.cluster_sum * probed).sum(-1)
-            hit = probed[self.rows, self.truth_cluster]
-            probability += hit * np.exp(self.truth_logit - self.total_max) / norm
+            others = scores + rng.gumbel(size=scores.shape)
+            others[self.rows, self.truth_cluster] = -np.inf
+            threshold = np.partition(others, -n_probes, axis=1)[:, -n_probes]
+            # P(own score + Gumbel > threshold); beyond 50 it is 1
+            probed = -np.expm1(-np.exp(np.minimum(own_score - threshold, 50)))
+            total = own_sum + (self.cluster_sum * (others > threshold[:, None])).sum(-1)
+            probability += probed * np.exp(self.truth_logit - self.total_max) / total
         return float(-np.log(np.maximum(probability / DRAWS, LEAST_PROBABILITY)).sum())

@@ -157,6 +157,14 @@ def test_large_products_are_clustered_as_well(monkeypatch):
     assert spherical_quality(rows, token_ids) > usual - 0.01
 
 
+def test_prices_make_better_clusters(monkeypatch):
+    rows = normal_rows(2500, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
+    priced = spherical_quality(rows, cluster_rows(rows, 16, progress=False))
+    monkeypatch.setattr(clustering, "PRICE_STEPS", (0, 0))
+    free = spherical_quality(rows, cluster_rows(rows, 16, progress=False))
+    assert priced > free + 0.002
+
+
 def test_better_than_unbalanced_k_means_cut_to_size():
     """Balance is kept in every iteration; cutting k-means to size afterwards costs much."""
     rows = normal_rows(1600, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
