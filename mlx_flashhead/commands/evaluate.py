@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +13,14 @@ from ..evaluation import FLASH_HEAD, Evaluation, evaluate
 from ..load import load
 from .console import check_writable, command
 
+LEGEND = """\
+agreement   same best token as the dense head
+coverage    the true next token is scored
+mass        the dense head's probability of all scored tokens
+KL          from the dense head's distribution, in nats
+perplexity  relative to dense, with the tail's estimates
+drawn       relative to dense, probes drawn by probability as in the paper
+bytes       read per token, relative to the dense head"""
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
@@ -46,6 +55,8 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.positions is not None and args.positions < 1:
         raise ValueError(f"--positions is {args.positions}: give 1 or more.")
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}: give 0 or more.")
     if args.json:
         check_writable("--json", args.json)
     if args.plot:
@@ -70,37 +81,37 @@ def main() -> None:
 
 
 def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
-    """Prints the evaluation as one table."""
+    """Prints the evaluation as one table, which fits 80 columns."""
     table = Table(
         title=f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, "
         f"dense perplexity {evaluation.dense_perplexity:.2f}",
-        caption="agreement: same best token as the dense head · coverage: the true next token is "
-        "scored · perplexity: relative to dense, with the tail's estimates · drawn: relative to "
-        "dense, probes drawn by probability as in the paper · bytes: read per token, relative to "
-        "dense",
+        caption=LEGEND,
+        caption_justify="left",
+        box=box.SIMPLE,
+        padding=0,
     )
     headings = ("probes", "agreement", "coverage", "mass", "KL", "perplexity", "drawn", "bytes")
     table.add_column("routing")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for measured in evaluation.measures:
         if previous not in (None, measured.routing):
             table.add_section()
-        previous = measured.routing
         own = measured.routing == FLASH_HEAD and measured.n_probes == evaluation.n_probes
         table.add_row(
-            measured.routing,
+            "" if measured.routing == previous else measured.routing,
             f"{measured.n_probes}",
             f"{measured.agreement:.2%}",
             f"{measured.coverage:.2%}",
             f"{measured.covered_mass:.2%}",
             _or_dash(measured.kl, "{:.3f}"),
-            _or_dash(measured.perplexity / evaluation.dense_perplexity, "{:.3f} x"),
-            _or_dash(measured.drawn_perplexity / evaluation.dense_perplexity, "{:.2f} x"),
+            _or_dash(measured.perplexity / evaluation.dense_perplexity, "{:.3f}"),
+            _or_dash(measured.drawn_perplexity / evaluation.dense_perplexity, "{:.2f}"),
             f"{evaluation.bytes_share[measured.n_probes]:.1%}",
             style="bold" if own else None,
         )
+        previous = measured.routing
     (console or Console()).print(table)
 
 
@@ -136,8 +147,9 @@ def _or_dash(value: float, form: str) -> str:
 
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of whole numbers such as 48,96,256"
-        ) from None
+        numbers = []
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 48,96,256")
+    return numbers

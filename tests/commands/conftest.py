@@ -1,0 +1,75 @@
+"""Runs the commands in this process, on a tiny model."""
+
+import importlib
+import signal
+import sys
+
+import huggingface_hub.constants
+import pytest
+
+import mlx_flashhead
+from model_folders import write_model
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs a command: → (exit code, standard output, standard error)."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def run(command, *arguments):
+        argv = [f"mlx_flashhead.{command}", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", argv)
+        capsys.readouterr()
+        code = 0
+        try:
+            importlib.import_module(f"mlx_flashhead.commands.{command}").main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def refused(run):
+    """A function that runs a command which must end with one sentence, and returns that."""
+
+    def refused(command, *arguments):
+        code, _, errors = run(command, *arguments)
+        lines = errors.strip().splitlines()
+        assert code == 2
+        assert "Traceback" not in errors
+        if lines[0].startswith("usage:"):
+            assert sum("error:" in line for line in lines) == 1
+        else:
+            assert len(lines) == 1
+            assert lines[0].startswith("error: ")
+        assert lines[-1].rstrip().endswith((".", ")")) or lines[0].startswith("usage:")
+        return lines[-1]
+
+    return refused
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A model's folder, not converted."""
+    return write_model(tmp_path_factory.mktemp("dense") / "model", tied=False, hidden_size=128)
+
+
+@pytest.fixture(scope="module")
+def converted(dense, tmp_path_factory):
+    """The folder of the same model with a FlashHead of 4 probes."""
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    mlx_flashhead.convert(str(dense), str(folder), n_probes=4, calibration="none", progress=False)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A text to calibrate or to measure on."""
+    file = tmp_path / "text.txt"
+    file.write_text("The bridge over the river was old, and nobody knew who had built it. " * 4)
+    return file

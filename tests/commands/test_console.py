@@ -1,0 +1,25 @@
+"""How commands end."""
+
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("command", ["generate", "convert", "evaluate"])
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
+        (BrokenPipeError(), 141, ""),
+        (ValueError("One sentence.\nAnd a second line."), 2, "error: One sentence.\n"),
+        (ValueError(), 2, "error: ValueError\n"),
+        (OSError("No disk."), 2, "error: No disk.\n"),
+    ],
+)
+def test_how_commands_end(run, monkeypatch, command, error, code, said):
+    def parser():
+        raise error
+
+    module = importlib.import_module(f"mlx_flashhead.commands.{command}")
+    monkeypatch.setattr(module, "make_parser", parser)
+    assert run(command) == (code, "", said)

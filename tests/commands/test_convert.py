@@ -1,0 +1,143 @@
+"""``convert``: what it prints, mlx-lm's flags, and what it refuses."""
+
+import errno
+import os
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+import mlx_flashhead
+from mlx_flashhead import conversion
+from mlx_flashhead.checkpoint import CONFIG_KEY
+from mlx_flashhead.commands import convert as convert_command
+from model_folders import VOCAB_SIZE, write_model
+
+N_CLUSTERS = -(-VOCAB_SIZE // 16)
+
+UNSUPPORTED = '''
+"""A model whose logits come from no layer of its own."""
+
+from mlx_lm.models import llama
+
+ModelArgs = llama.ModelArgs
+
+
+class Model(llama.Model):
+    def __call__(self, inputs, cache=None, input_embeddings=None):
+        return self.model(inputs, cache, input_embeddings) @ self.lm_head.weight.T
+'''
+
+
+def test_convert_says_what_it_does(run, dense, tmp_path, text):
+    target = tmp_path / "model"
+    code, output, errors = run(
+        "convert", "--hf-path", dense, "--mlx-path", target, "--calibration", text, "-q",
+        "--q-bits", 8, "--head-bits", 16, "--cluster-size", 8, "--target-agreement", 0.9,
+        "--calibration-positions", 150, "--seed", 2, "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert code == 0
+    assert output.splitlines()[0] == f"Loading {dense}"
+    assert output.splitlines()[-1] == f"Writing {target}"
+    assert "agreement with the dense head on" in output
+    assert "Calibrating" in errors and "Fitting" in errors
+    model, _, config = mlx_flashhead.load(str(target), return_config=True)
+    entry = config[CONFIG_KEY]
+    assert entry["cluster_size"] == 8
+    assert entry["calibration"] == {"source": "file", "positions": 150, "seed": 2}
+    assert config["quantization"]["bits"] == 8
+    rows = mlx_flashhead.get_flash_head(model).clustered.rows
+    assert (rows.quantized, rows.weight.dtype) == (False, mx.bfloat16)
+    mlx_lm.load(str(target))
+
+
+def test_convert_passes_every_flag_of_mlx_lms(run, monkeypatch):
+    given = {}
+    monkeypatch.setattr(convert_command, "convert", lambda **arguments: given.update(arguments))
+    run(
+        "convert", "--model", "m", "--mlx-path", "p", "-q", "--q-group-size", 32, "--q-bits", 4,
+        "--q-mode", "mxfp4", "--quant-predicate", "mixed_4_6", "--dtype", "float16",
+        "--upload-repo", "me/tiny", "-d", "--trust-remote-code", "--overwrite",
+    )  # fmt: skip
+    assert given == {
+        "hf_path": "m", "mlx_path": "p", "quantize": True, "q_group_size": 32, "q_bits": 4,
+        "q_mode": "mxfp4", "quant_predicate": "mixed_4_6", "dtype": "float16",
+        "upload_repo": "me/tiny", "dequantize": True, "trust_remote_code": True,
+        "head_bits": None, "cluster_size": 16, "n_probes": None, "target_agreement": 0.99,
+        "calibration": "self", "calibration_positions": 12_000, "seed": 0, "overwrite": True,
+    }  # fmt: skip
+
+
+def test_convert_says_that_tied_rows_change_together(run, tmp_path):
+    source = write_model(tmp_path / "source", tied=True)
+    arguments = ("--model", source, "--mlx-path", tmp_path / "x", "--calibration", "none")
+    code, output, _ = run("convert", *arguments, "--head-bits", 8)
+    assert code == 0 and "tied" in output and "both get 8 bits" in output
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--cluster-size", VOCAB_SIZE + 1), f"at most {VOCAB_SIZE}"),
+        (("--cluster-size", 0), "cluster_size is 0"),
+        (("--n-probes", 0), "n_probes is 0"),
+        (("--n-probes", N_CLUSTERS + 1), f"1 to {N_CLUSTERS}"),
+        (("--target-agreement", 2), "target_agreement is 2.0"),
+        (("--calibration-positions", -1), "calibration_positions is -1"),
+        (("--head-bits", 5), "invalid choice: 5"),
+        (("--calibration", "absent.txt"), "absent.txt cannot be read"),
+        (("-q", "-d"), "not both"),
+    ],
+)
+def test_convert_refuses_arguments(refused, dense, tmp_path, arguments, said):
+    given = ("--model", dense, "--mlx-path", tmp_path / "model", *arguments)
+    assert said in refused("convert", *given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_needs_a_model(refused):
+    assert "--model is needed" in refused("convert")
+
+
+def test_convert_refuses_an_unsupported_head(refused, tmp_path):
+    source = write_model(tmp_path / "source", tied=False, further={"model_file": "custom.py"})
+    (source / "custom.py").write_text(UNSUPPORTED)
+    arguments = ("--model", source, "--mlx-path", tmp_path / "model")
+    assert "trust_remote_code" in refused("convert", *arguments)
+    said = refused("convert", *arguments, "--trust-remote-code")
+    assert "cannot be intercepted" in said
+    assert not (tmp_path / "model").exists()
+
+
+def test_convert_refuses_places(refused, dense, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for place, said in (
+        (tmp_path, "exists already"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "model", "cannot be written"),
+        (tmp_path / ("long" * 100), "File name too long"),
+    ):
+        assert said in refused("convert", "--model", dense, "--mlx-path", place)
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        (errno.ENOSPC, "free some space or choose another place."),
+        (errno.EDQUOT, "free some space or choose another place."),
+        (errno.EACCES, "choose another place, or get the permission."),
+        (errno.EROFS, "choose another place, or get the permission."),
+        (errno.EIO, "check the path and the disk."),
+    ],
+)
+def test_convert_names_what_is_wrong_with_the_disk(run, dense, tmp_path, monkeypatch, code, said):
+    def save(folder, *_, **__):
+        raise OSError(code, os.strerror(code), "model.safetensors")
+
+    monkeypatch.setattr(conversion, "save", save)
+    arguments = ("--model", dense, "--mlx-path", tmp_path / "model", "--calibration", "none")
+    exit_code, _, errors = run("convert", *arguments)
+    assert exit_code == 2 and "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last == f"error: model.safetensors: {os.strerror(code)}: {said}"
+    assert list(tmp_path.iterdir()) == []

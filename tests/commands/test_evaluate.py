@@ -1,0 +1,90 @@
+"""``evaluate``: the table, the files, and what is refused before the work."""
+
+import json
+
+import pytest
+
+from mlx_flashhead.commands import evaluate as evaluate_command
+from model_folders import VOCAB_SIZE
+
+N_CLUSTERS = -(-VOCAB_SIZE // 16)
+
+
+def test_evaluate_prints_and_writes(run, converted, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, output, errors = run(
+        "evaluate", "--model", converted, "--text", text, "--probes", f"2,4,{N_CLUSTERS}",
+        "--positions", 100, "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png",
+    )  # fmt: skip
+    assert code == 0
+    assert "Warning" not in errors
+    assert max(len(line) for line in output.splitlines()) <= 80
+    for word in ("100 positions", "FlashHead", "unit means", "agreement ", "coverage ", "drawn "):
+        assert word in output
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["positions"] == 100 and figures["n_clusters"] == N_CLUSTERS
+    rows = {(row["routing"], row["n_probes"]): row for row in figures["rows"]}
+    assert len(rows) == 6
+    # the table shows the figures that the file has
+    few = rows["FlashHead", 2]
+    assert few["agreement"] < 1
+    assert f"{few['agreement']:.2%}" in output and f"{few['bytes_share']:.1%}" in output
+    assert rows["FlashHead", N_CLUSTERS]["agreement"] == 1
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "option, name, said",
+    [
+        ("--plot", "out.xyz", "must end in .png"),
+        ("--plot", "out", "must end in .png"),
+        ("--plot", "absent/out.png", "cannot be written"),
+        ("--json", "absent/out.json", "cannot be written"),
+        ("--json", ".", "cannot be written"),
+    ],
+)
+def test_evaluate_checks_its_outputs_first(
+    refused, converted, text, tmp_path, monkeypatch, option, name, said
+):
+    def load(*_, **__):
+        raise AssertionError("the outputs come first")
+
+    monkeypatch.setattr(evaluate_command, "load", load)
+    arguments = ("--model", converted, "--text", text, option, tmp_path / name)
+    line = refused("evaluate", *arguments)
+    assert said in line and option in line
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_evaluate_leaves_outputs_alone_until_it_has_them(refused, text, tmp_path):
+    (tmp_path / "old.json").write_text("old")
+    for name in ("old.json", "new.json"):
+        refused("evaluate", "--model", "./absent", "--text", text, "--json", tmp_path / name)
+    assert (tmp_path / "old.json").read_text() == "old"
+    assert not (tmp_path / "new.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--probes", "0"), f"1 to {N_CLUSTERS}"),
+        (("--probes", f"2,{N_CLUSTERS + 1}"), f"1 to {N_CLUSTERS}"),
+        (("--probes", "many"), "no list of whole numbers"),
+        (("--probes", ","), "no list of whole numbers"),
+        (("--positions", 0), "--positions is 0"),
+        (("--seed", -1), "--seed is -1"),
+    ],
+)
+def test_evaluate_refuses_arguments(refused, converted, text, arguments, said):
+    assert said in refused("evaluate", "--model", converted, "--text", text, *arguments)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [(b"", "is empty"), (b"\xff\xfe", "not UTF-8"), (b"a", "too short"), (None, "cannot be read")],
+)
+def test_evaluate_refuses_texts(refused, converted, tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    arguments = ("--model", converted, "--text", tmp_path / "text.txt")
+    assert said in refused("evaluate", *arguments)

@@ -1,0 +1,110 @@
+"""``generate``: the text, the flags, and flags that do not go together."""
+
+import importlib
+import io
+import sys
+
+import mlx.core as mx
+import pytest
+from mlx_lm.sample_utils import make_sampler
+
+import mlx_flashhead
+from model_folders import VOCAB_SIZE, write_model
+
+N_CLUSTERS = -(-VOCAB_SIZE // 16)
+
+
+def test_generate_prints_the_text(run, converted):
+    model, tokenizer = mlx_flashhead.load(str(converted))
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "One day"}], add_generation_prompt=True
+    )
+    arguments = ("--model", converted, "--prompt", "One day", "--max-tokens", 8)
+    code, output, errors = run("generate", *arguments, "--verbose", "F")
+    assert (code, errors) == (0, "")
+    assert output == mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=8) + "\n"
+    few = run("generate", *arguments, "--verbose", "F", "--n-probes", 1)[1]
+    assert few == mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=8, n_probes=1) + "\n"
+    assert few != output
+    code, verbose, errors = run("generate", *arguments)
+    assert (code, errors) == (0, "")
+    assert output.strip() in verbose and "Generation: 8 tokens" in verbose
+
+
+def test_generate_dense_is_mlx_lms_output(run, dense, converted, monkeypatch, capsys):
+    arguments = ["--prompt", "One day", "--max-tokens", "8", "--verbose", "F", "--model"]
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.generate", *arguments, str(dense)])
+    importlib.import_module("mlx_lm.generate").main()
+    expected = capsys.readouterr().out
+    assert run("generate", *arguments, converted, "--dense") == (0, expected, "")
+    # without a FlashHead there is nothing to convert first
+    assert run("generate", *arguments, dense, "--dense") == (0, expected, "")
+
+
+def test_generate_reads_standard_input(run, converted, monkeypatch):
+    arguments = ("--model", converted, "--max-tokens", 8, "--verbose", "F", "--prompt")
+    expected = run("generate", *arguments, "One day")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One day"))
+    assert run("generate", *arguments, "-") == expected
+
+
+def test_generate_draws_probes(run, converted):
+    arguments = ("--model", converted, "--prompt", "One day", "--ignore-chat-template")
+    arguments += ("--max-tokens", 8, "--verbose", "F", "--temp", 1, "--seed", 3)
+    code, drawn, errors = run("generate", *arguments, "--draw-probes")
+    assert (code, errors) == (0, "")
+    mx.random.seed(3)
+    model, tokenizer = mlx_flashhead.load(str(converted))  # an empty model's weights are drawn
+    sampler = make_sampler(temp=1.0)
+    expected = mlx_flashhead.generate(
+        model, tokenizer, "One day", max_tokens=8, draw_probes=1.0, sampler=sampler
+    )
+    assert drawn == expected + "\n"
+    assert run("generate", *arguments)[1] != drawn
+
+
+def test_generate_with_a_draft_model(run, dense, converted):
+    arguments = ("--model", converted, "--prompt", "One day", "--max-tokens", 8, "--verbose", "F")
+    expected = run("generate", *arguments)
+    assert run("generate", *arguments, "--draft-model", dense) == expected
+
+
+def test_generate_without_a_chat_template(run, tmp_path):
+    source = write_model(tmp_path / "source", chat_template=None)
+    code, _, errors = run(
+        "convert",
+        "--model",
+        source,
+        "--mlx-path",
+        tmp_path / "model",
+        "--calibration-positions",
+        99,
+    )
+    assert code == 0 and "rror" not in errors
+    code, output, errors = run("generate", "--model", tmp_path / "model", "--prompt", "One day")
+    assert (code, errors) == (0, "")
+    assert "Prompt: 7 tokens" in output
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ((), "--model is needed"),
+        (("--model", "x", "--max-tokens", 0), "--max-tokens is 0"),
+        (("--model", "x", "--max-tokens", "many"), "invalid int value"),
+        (("--model", "x", "--draw-probes"), "--temp above 0"),
+        (("--model", "x", "--draw-probes", "--temp", 1, "--dense"), "no --dense"),
+        (("--model", "x", "--dense", "--n-probes", 4), "leave --n-probes out"),
+        (("--model", "x", "--prompt-cache-file", "absent"), "no such file"),
+        (("--model", "x", "--chat-template-config", "{"), "must be JSON"),
+        (("--model", "x", "--no-such-flag"), "unrecognized arguments"),
+    ],
+)
+def test_generate_refuses_flags(refused, arguments, said):
+    assert said in refused("generate", *arguments)
+
+
+@pytest.mark.parametrize("n_probes", [0, -1, N_CLUSTERS + 1])
+def test_generate_refuses_probes(refused, converted, n_probes):
+    said = refused("generate", "--model", converted, "--n-probes", n_probes)
+    assert f"n_probes is {n_probes}" in said and f"1 to {N_CLUSTERS}" in said

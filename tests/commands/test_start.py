@@ -1,0 +1,117 @@
+"""How the commands are started: as modules, by the console scripts and by the scripts folder."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+COMMANDS = ("generate", "convert", "evaluate")
+
+IMPORTS = (
+    "import mlx_flashhead.{name}",
+    "import mlx_flashhead.{name} as module",
+    "import importlib; importlib.import_module('mlx_flashhead.{name}')",
+    "import mlx_flashhead, importlib; importlib.import_module('mlx_flashhead.{name}')",
+    "import runpy; runpy.run_module('mlx_flashhead.{name}', run_name='__main__')",
+    "import runpy; runpy.run_module('mlx_flashhead', run_name='__main__')",
+    "from mlx_flashhead.commands.{name} import main; main()",
+)
+# Each way of importing starts from a process that has not seen the package yet.
+IMPORT_ALL = f"""
+import sys
+from inspect import isfunction
+
+for way in {IMPORTS!r}:
+    for name in {COMMANDS!r}:
+        for module in [m for m in sys.modules if m.split('.')[0] == 'mlx_flashhead']:
+            del sys.modules[module]
+        run_package = "run_module('mlx_flashhead'," in way
+        sys.argv = ['mlx_flashhead', *[name] * run_package, '--help']
+        try:
+            exec(way.format(name=name), {{}})
+        except SystemExit as end:
+            assert end.code == 0, (way, name)
+        from mlx_flashhead import convert, generate, load
+        import mlx_flashhead
+        for function in (convert, generate, load):
+            assert isfunction(function), (way, name)
+            assert getattr(mlx_flashhead, function.__name__) is function
+        assert sys.modules['mlx_flashhead'] is mlx_flashhead
+"""
+
+
+def start(*command, **options):
+    """(exit code, standard output, standard error) of a process that sees this checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
+    # what a user's shell does not have set
+    for name in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY"):
+        environment.pop(name, None)
+    result = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env=environment, **options
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_module_says_how_it_is_used_without_a_warning(command):
+    module = f"mlx_flashhead.{command}"
+    code, output, errors = start(
+        sys.executable, "-W", "error::RuntimeWarning", "-m", module, "--help"
+    )
+    assert (code, errors) == (0, "")
+    assert output.startswith(f"usage: {module} ")
+    options = {"generate": "--draw-probes", "convert": "--head-bits", "evaluate": "--probes"}
+    assert options[command] in output and "--model" in output
+
+
+def test_package_names_its_commands():
+    code, output, errors = start(sys.executable, "-m", "mlx_flashhead", "--help")
+    assert (code, errors) == (0, "")
+    assert all(f"  {command}" in output for command in COMMANDS)
+
+
+def test_functions_stay_functions_whatever_is_imported():
+    code, _, errors = start(sys.executable, "-c", IMPORT_ALL)
+    assert (code, errors) == (0, "")
+
+
+def test_console_script_generates_and_prints_nothing_else(converted):
+    """No library's notice: all that is on the screen is the answer."""
+    script = Path(sysconfig.get_path("scripts")) / "mlx_flashhead.generate"
+    assert script.exists(), "install the package first: pip install -e ."
+    arguments = ("--model", converted, "--max-tokens", 5, "--verbose", "F", "--prompt")
+    code, output, errors = start(script, *arguments, "-", input="One day")
+    assert (code, errors) == (0, "")
+    expected = start(sys.executable, "-m", "mlx_flashhead.generate", *arguments, "One day")
+    assert (code, output, errors) == expected
+
+
+def test_scripts_convert_and_evaluate(dense, text, tmp_path):
+    """From another folder, as `python scripts/convert.py` of a clone."""
+    code, output, _ = start(
+        sys.executable, CHECKOUT / "scripts" / "convert.py", "--model", dense,
+        "--mlx-path", "model", "--calibration", "none", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0 and "Writing model" in output
+    code, output, _ = start(
+        sys.executable, CHECKOUT / "scripts" / "evaluate.py", "--model", "model",
+        "--text", text, "--json", "out.json", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0 and "unit means" in output
+    assert json.loads((tmp_path / "out.json").read_text())["rows"]
+
+
+def test_mistakes_end_with_one_line(tmp_path):
+    code, output, errors = start(
+        sys.executable, "-m", "mlx_flashhead", "generate", "--model", "./absent", cwd=tmp_path
+    )
+    assert (code, output) == (2, "")
+    assert errors == "error: There is no folder ./absent: check the path of the model.\n"
+    code, output, errors = start(sys.executable, "-m", "mlx_flashhead", "no-such-command")
+    assert (code, output) == (2, "")
+    assert errors.startswith("usage: ")
