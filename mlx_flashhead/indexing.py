@@ -14,6 +14,7 @@ from .prototypes import choose_probes, fit_prototypes, probes_needed
 from .rows import HeadRows
 
 HELD_OUT_SHARE = 0.15
+CENTROID_GROUP = 64  # columns that share a scale
 
 
 def build_index(
@@ -48,6 +49,11 @@ def build_index(
     Raises:
         ValueError: If an argument is not valid.
     """
+    if states is not None and len(states) < 2:
+        raise ValueError(
+            f"{len(states)} calibration positions are too few, since some are held out: "
+            "give hundreds, or none."
+        )
     weight = np.array(rows.dequantized().astype(mx.float32))
     head_bias = None if rows.bias is None else np.array(rows.bias.astype(mx.float32))
     token_ids = cluster_rows(weight, cluster_size, seed=seed, progress=progress)
@@ -55,11 +61,24 @@ def build_index(
     n_held_out = 0 if states is None else max(1, round(len(states) * HELD_OUT_SHARE))
     fitted_on = None if states is None else states[:-n_held_out]
     prototypes = fit_prototypes(
-        weight, token_ids, fitted_on, head_bias=head_bias, progress=progress
+        weight,
+        token_ids,
+        fitted_on,
+        head_bias=head_bias,
+        group_size=CENTROID_GROUP,
+        progress=progress,
     )
-    said = (
-        [] if prototypes.quantized else ["The width fits no quantization group: 16-bit centroids."]
-    )
+    said = []
+    if prototypes.group_size != CENTROID_GROUP:
+        instead = (
+            f"are quantized in groups of {prototypes.group_size}"
+            if prototypes.quantized
+            else f"stay at {prototypes.bits} bits"
+        )
+        said.append(
+            f"The width {rows.hidden_size} is no multiple of {CENTROID_GROUP}: "
+            f"the centroids {instead}."
+        )
     report = {}
     if states is None:
         n_probes = uncalibrated_probes(n_clusters) if n_probes is None else n_probes

@@ -1,0 +1,190 @@
+"""From rows and states to an index: what is chosen, reported and said."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.clustering import cluster_rows
+from mlx_flashhead.head import FlashHead
+from mlx_flashhead.indexing import build_index, uncalibrated_probes
+from mlx_flashhead.prototypes import fit_prototypes, raw_means
+from tiny_models import random_rows
+
+
+def make_states(n_states, hidden_size, seed=1):
+    rng = np.random.default_rng(seed)
+    states = rng.normal(size=(n_states, hidden_size)) + 0.5
+    return states.astype(np.float32)
+
+
+def make_case(vocab_size=403, hidden_size=64, n_states=400, **kwargs):
+    """Rows, states, and the tokens that followed: drawn from the head's distribution."""
+    rng = np.random.default_rng(0)
+    rows = random_rows(rng, vocab_size, hidden_size, **kwargs)
+    states = make_states(n_states, hidden_size)
+    logits = np.array(rows.matmul(mx.array(states)).astype(mx.float32))
+    return rows, states, (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+
+
+def build(*args, **kwargs):
+    return build_index(*args, **{"cluster_size": 8, "progress": False} | kwargs)
+
+
+def head_on(rows, index, n_probes):
+    return FlashHead(
+        rows,
+        index.token_ids,
+        index.prototypes,
+        n_probes=n_probes,
+        backend="mlx",
+        max_rows=10_000,
+    )
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"bias": True}, {"bits": 4}, {"dtype": mx.bfloat16}])
+def test_report_is_what_the_head_does_on_held_out_states(kwargs):
+    """The last 15 % of the states; the head itself serves as the reference."""
+    rows, states, next_ids = make_case(**kwargs)
+    index = build(rows, states, next_ids, target_agreement=0.9)
+    config, report = index.config, index.config.report
+    held_out, followed = mx.array(states[-60:]), next_ids[-60:]
+    dense = np.array(rows.matmul(held_out).astype(mx.float32)).argmax(axis=1)
+    head = head_on(rows, index, config.n_probes)
+    assert report["positions"] == 60
+    assert report["agreement"] == pytest.approx((np.array(head.token(held_out)) == dense).mean())
+    ids, _ = head.candidates(held_out)
+    covered = (np.array(ids) == followed[:, None]).any(axis=1).mean()
+    assert report["coverage"] == pytest.approx(covered)
+
+    # the fewest probes that find the winner, by trying
+    needed = np.full(60, 0)
+    for n_probes in range(1, config.n_clusters + 1):
+        head.n_probes = n_probes
+        found = np.array(head.token(held_out)) == dense
+        needed[(needed == 0) & found] = n_probes
+    in_order = np.sort(needed).tolist()
+    assert report["probes_needed"] == {
+        "p50": in_order[29],
+        "p90": in_order[53],
+        "p99": in_order[59],
+    }
+    assert config.n_probes == min(-(-in_order[53] // 8) * 8, config.n_clusters)
+
+
+def test_the_held_out_states_are_not_fitted_on():
+    rows, states, next_ids = make_case()
+    index = build(rows, states, next_ids)
+    weight = np.array(rows.weight)
+    expected = fit_prototypes(weight, index.token_ids, states[:-60], progress=False)
+    np.testing.assert_array_equal(np.array(index.prototypes.weight), np.array(expected.weight))
+    np.testing.assert_array_equal(np.array(index.prototypes.bias), np.array(expected.bias))
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9, 1.0])
+def test_reaches_the_target_on_held_out_states(target):
+    rows, states, next_ids = make_case()
+    config = build(rows, states, next_ids, target_agreement=target).config
+    assert config.report["agreement"] >= target
+    assert config.n_probes % 8 == 0 or config.n_probes == config.n_clusters
+
+
+def test_a_higher_target_takes_more_probes():
+    rows, states, next_ids = make_case()
+    chosen = [
+        build(rows, states, next_ids, target_agreement=target).config.n_probes
+        for target in (0.5, 1.0)
+    ]
+    assert chosen[0] < chosen[1]
+
+
+def test_n_probes_overrides_the_target():
+    rows, states, next_ids = make_case()
+    index = build(rows, states, next_ids, n_probes=5, target_agreement=1.0)
+    assert index.config.n_probes == 5
+    assert index.config.report["agreement"] < 1
+    dense = np.array(rows.matmul(mx.array(states[-60:]))).argmax(axis=1)
+    found = np.array(head_on(rows, index, 5).token(mx.array(states[-60:]))) == dense
+    assert index.config.report["agreement"] == pytest.approx(found.mean())
+
+
+def test_settings_are_recorded():
+    rows, states, next_ids = make_case()
+    index = build(
+        rows, states, next_ids, eos_token_ids=(9, 2, 1000), source="file", seed=7, cluster_size=16
+    )
+    config = index.config
+    assert (config.n_clusters, config.cluster_size) == (26, 16) == index.token_ids.shape
+    assert config.eos_token_ids == (2, 9)  # 1000 is no row of this head
+    assert config.calibration == {"source": "file", "positions": 400, "seed": 7}
+    assert config.fingerprint == rows.fingerprint()
+    assert (config.centroid_bits, config.centroid_group_size) == (4, 64)
+    assert json.loads(json.dumps(config.to_dict(), allow_nan=False)) == config.to_dict()
+    expected = cluster_rows(np.array(rows.weight), 16, seed=7, progress=False)
+    np.testing.assert_array_equal(index.token_ids, expected)
+
+
+@pytest.mark.parametrize("n_probes", [None, 3])
+def test_without_states(n_probes):
+    rows, _, _ = make_case()
+    index = build(rows, n_probes=n_probes)
+    config = index.config
+    assert config.n_clusters == 51
+    assert config.n_probes == (n_probes or 8)  # 51 / 6
+    assert config.calibration == {"source": "none", "positions": 0, "seed": 0}
+    assert config.report == {}
+    means = raw_means(np.array(rows.weight), index.token_ids)
+    assert np.abs(np.array(index.prototypes.dequantized()) - means).max() < 0.08
+    assert uncalibrated_probes(1) == uncalibrated_probes(2) == 1
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "stored", "said"),
+    [
+        (64, (4, 64), None),
+        (128, (4, 64), None),
+        (96, (4, 32), "The width 96 is no multiple of 64: "
+         "the centroids are quantized in groups of 32."),
+        (48, (16, 0), "The width 48 is no multiple of 64: the centroids stay at 16 bits."),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_width_without_the_usual_group_is_said_once(
+    capsys, hidden_size, stored, said, calibrated
+):
+    rows, states, next_ids = make_case(100, hidden_size, 40)
+    arguments = (rows, states, next_ids) if calibrated else (rows,)
+    config = build(*arguments, progress=True).config
+    assert (config.centroid_bits, config.centroid_group_size) == stored
+    output = capsys.readouterr().out
+    assert output.count("The width") == (0 if said is None else 1)
+    assert said is None or output.splitlines().count(said) == 1
+
+
+def test_says_what_was_chosen(capsys):
+    rows, states, next_ids = make_case()
+    config = build(rows, states, next_ids, progress=True).config
+    agreement = config.report["agreement"]
+    assert capsys.readouterr().out == (
+        f"{config.n_probes} of 51 clusters per token: {agreement:.2%} agreement with the dense "
+        "head on 60 held-out positions\n"
+    )
+    build(rows, progress=True)
+    assert capsys.readouterr().out == "8 of 51 clusters per token, not calibrated\n"
+    build(rows, states, next_ids)
+    shown = capsys.readouterr()
+    assert shown.out == shown.err == ""
+
+
+@pytest.mark.parametrize("n_states", [2, 3, 10])
+def test_few_states(n_states):
+    rows, states, next_ids = make_case(n_states=n_states)
+    assert build(rows, states, next_ids).config.report["positions"] == max(1, n_states // 5)
+
+
+@pytest.mark.parametrize("n_states", [0, 1])
+def test_too_few_states(n_states):
+    rows, states, next_ids = make_case()
+    with pytest.raises(ValueError, match=f"{n_states} calibration positions are too few"):
+        build(rows, states[:n_states], next_ids[:n_states])
