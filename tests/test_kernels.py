@@ -318,9 +318,7 @@ def test_every_step_agrees_with_the_portable_path(bits):
     """In float32, where the CPU build is exact; each step is given the kernels' inputs."""
     rng = np.random.default_rng(8)
     rows = make_rows(rng, 797, 320, bits=bits, group_size=64, dtype=mx.float32)
-    # mx.dequantize rounds to the dtype of the scales, the kernels do not
-    prototypes = make_prototypes(rng, 50, 320, group_size=64, dtype=mx.float32)
-    clustered = cluster(rng, rows, prototypes, 16, (5,))
+    clustered = cluster(rng, rows, make_prototypes(rng, 50, 320, group_size=64), 16, (5,))
     hidden = mx.array(rng.normal(size=(3, 320)).astype(np.float32))
     scores, selection, candidates, full, token = run(clustered, hidden, 11)
     close = {"rtol": 1e-5, "atol": 1e-5}
