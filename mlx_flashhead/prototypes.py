@@ -60,10 +60,11 @@ class Prototypes:
         """The centroids as floats: (C, D) float32."""
         if not self.quantized:
             return self.weight.astype(mx.float32)
-        weight = mx.dequantize(
-            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+        # mx.dequantize rounds to the dtype of the scales, as no product with the weights does
+        scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
+        return mx.dequantize(
+            self.weight, scales, biases, group_size=self.group_size, bits=self.bits
         )
-        return weight.astype(mx.float32)
 
     def matmul(self, hidden: mx.array) -> mx.array:
         """Products with all centroids, without the bias: hidden (..., D) → (..., C)."""
