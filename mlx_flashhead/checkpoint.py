@@ -5,12 +5,14 @@ The folder stays an ordinary one: ``flash_head.safetensors`` lies beside the wei
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from .clustered import prototypes_fit
 from .config import FlashHeadConfig
 from .prototypes import Prototypes
 
@@ -33,11 +35,6 @@ class FlashHeadIndex:
     prototypes: Prototypes
 
 
-def is_flash_head_checkpoint(folder: Path) -> bool:
-    """Whether the folder's config.json has a FlashHead entry."""
-    return CONFIG_KEY in _read_config(folder)
-
-
 def write_index(folder: Path, index: FlashHeadIndex) -> None:
     """Adds ``index`` to an mlx-lm folder; one that was there is replaced."""
     prototypes = index.prototypes
@@ -49,7 +46,9 @@ def write_index(folder: Path, index: FlashHeadIndex) -> None:
     }
     if prototypes.scales is not None:
         arrays |= {"centroids.scales": prototypes.scales, "centroids.biases": prototypes.biases}
-    mx.save_safetensors(str(folder / FILE_NAME), arrays)
+    # the file says for which rows it is, so that it cannot be mistaken for another model's
+    metadata = {"format": "mlx", "fingerprint": index.config.fingerprint}
+    mx.save_safetensors(str(folder / FILE_NAME), arrays, metadata=metadata)
     config = _read_config(folder) | {CONFIG_KEY: index.config.to_dict()}
     (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
@@ -59,7 +58,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
 
     Raises:
         ValueError: If the folder is no FlashHead checkpoint, the file is missing, damaged or of
-            another version, or its arrays do not fit its settings.
+            another version or model, or its arrays do not fit its settings.
     """
     entry = _read_config(folder).get(CONFIG_KEY)
     if entry is None:
@@ -75,13 +74,18 @@ def read_index(folder: Path) -> FlashHeadIndex:
             "convert the model again with mlx_flashhead.convert."
         )
     try:
-        arrays = mx.load(str(path))
+        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(arrays)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read, it is damaged or incomplete: fetch the file again, or "
             "convert the model again with mlx_flashhead.convert."
         ) from error
+    if metadata.get("fingerprint") != config.fingerprint:
+        raise ValueError(
+            f"{path} belongs to other rows than config.json describes: fetch both files again, or "
+            "convert the model again with mlx_flashhead.convert."
+        )
     index = _index_of(arrays, config)
     if index is None:
         raise ValueError(
@@ -94,7 +98,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
 
 def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
     try:
-        token_ids = np.array(arrays["token_ids"])
+        token_ids = arrays["token_ids"]
         quantized = config.centroid_group_size > 0
         prototypes = Prototypes(
             weight=arrays["centroids.weight"],
@@ -107,19 +111,27 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
         )
     except KeyError:
         return None
-    shape = (config.n_clusters, config.cluster_size)
-    per_cluster = (prototypes.weight, prototypes.bias, prototypes.tail_offset)
-    fits = token_ids.shape == shape and all(a.shape[0] == shape[0] for a in per_cluster)
-    if not fits or not 1 <= config.n_probes <= config.n_clusters:
+    groups = prototypes.scales if quantized else prototypes.weight
+    hidden_size = math.prod(groups.shape[1:]) * max(config.centroid_group_size, 1)
+    fits = (
+        token_ids.shape == (config.n_clusters, config.cluster_size)
+        and token_ids.dtype == mx.uint32
+        and prototypes_fit(prototypes, config.n_clusters, hidden_size)
+        and 1 <= config.n_probes <= config.n_clusters
+    )
+    if not fits:
         return None
-    return FlashHeadIndex(config, token_ids, prototypes)
+    return FlashHeadIndex(config, np.array(token_ids), prototypes)
 
 
 def _read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} is no model folder: it has no config.json.") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path} is not valid JSON: fetch the model again.") from None
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged, it holds no JSON object: fetch the model again.")
+    return config

@@ -83,7 +83,7 @@ class ClusteredRows:
                 f"token_ids must hold each of the {vocab_size} tokens exactly once "
                 f"(padded with {vocab_size}): convert the model again."
             )
-        if not _fit(prototypes, n_clusters, rows.hidden_size):
+        if not prototypes_fit(prototypes, n_clusters, rows.hidden_size):
             raise ValueError(
                 f"The centroids do not fit {n_clusters} clusters of rows with {rows.hidden_size} "
                 "columns: convert the model again."
@@ -118,8 +118,8 @@ class ClusteredRows:
         return self.flat_rows().take(self.slot_of)
 
 
-def _fit(prototypes: Prototypes, n_clusters: int, hidden_size: int) -> bool:
-    """Whether the prototypes' arrays are those of so many clusters of rows (V, D)."""
+def prototypes_fit(prototypes: Prototypes, n_clusters: int, hidden_size: int) -> bool:
+    """Whether the shapes are those of prototypes for so many clusters of rows (V, D)."""
     width = hidden_size
     shapes = [(prototypes.bias, (n_clusters,)), (prototypes.tail_offset, (n_clusters,))]
     if prototypes.quantized:

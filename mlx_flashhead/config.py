@@ -44,13 +44,14 @@ class FlashHeadConfig:
         """Reads the form written by :meth:`to_dict`.
 
         Raises:
-            ValueError: If the version is not this package's, or a key is missing.
+            ValueError: If the version is not this package's, or a key is missing or not valid.
         """
-        version = values.get("version")
+        version = values.get("version") if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"This checkpoint's FlashHead format is version {version!r}, but this package reads "
-                f"version {FORMAT_VERSION}: convert the model again with mlx_flashhead.convert."
+                f"config.json's flash_head entry is of version {version!r}, but this package reads "
+                f"version {FORMAT_VERSION}: update mlx_flashhead, or convert the model again with "
+                "mlx_flashhead.convert."
             )
         known = {f.name for f in fields(cls)}
         given = {key: value for key, value in values.items() if key in known}
@@ -60,5 +61,16 @@ class FlashHeadConfig:
                 f"config.json's flash_head entry lacks {', '.join(sorted(missing))}: "
                 "convert the model again with mlx_flashhead.convert."
             )
-        given["eos_token_ids"] = tuple(given.get("eos_token_ids", ()))
+        given["eos_token_ids"] = _whole_numbers(given.get("eos_token_ids", ()))
+        numbers = [given.get(f.name, f.default) for f in fields(cls) if f.type is int]
+        if given["eos_token_ids"] is None or _whole_numbers(numbers) is None:
+            raise ValueError(
+                "config.json's flash_head entry holds other things than whole numbers: "
+                "convert the model again with mlx_flashhead.convert."
+            )
         return cls(**given)
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...] | None:
+    is_list = isinstance(values, list | tuple)
+    return tuple(values) if is_list and all(type(v) is int for v in values) else None

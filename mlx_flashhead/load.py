@@ -1,6 +1,7 @@
 """Loads FlashHead checkpoints: mlx-lm loads the model, then the FlashHead is installed on it."""
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import mlx.nn as nn
@@ -33,11 +34,15 @@ def resolve(path_or_repo: str, revision: str | None = None) -> Path:
             allow_patterns=[*DEFAULT_ALLOW_PATTERNS, FILE_NAME],
         )
     except Exception as error:  # the Hub's client raises many unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"There is no folder {path_or_repo!r} here, and it cannot be had from the Hugging Face "
-            f"Hub ({reason.rstrip('.')}): check the name and the network."
+            f"Hub ({_reason(error)}): check the name and the network."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the error says, on one line that goes into a sentence."""
+    return shorten(str(error), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
 
 def load(
@@ -97,9 +102,8 @@ def load_dense(folder: Path, **kwargs: Any):
     try:
         return mlx_lm.load(str(folder), return_config=True, **kwargs)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
-            f"mlx-lm cannot load the model in {folder} ({reason}): check or fetch it again."
+            f"mlx-lm cannot load the model in {folder} ({_reason(error)}): check or fetch it again."
         ) from error
 
 

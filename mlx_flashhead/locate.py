@@ -143,11 +143,19 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
         for name in (LINEAR, EMBEDDING)
         if hasattr(cls, name)
     }
+    under_way: set[tuple[int, str]] = set()
     own = {key: key[0].__dict__.get(key[1]) for key in originals}
 
     def observer(name, original):
         def call(self, *args, **kwargs):
-            output = original(self, *args, **kwargs)
+            key = (id(self), name)
+            if key in under_way:  # a method that calls its parent's is one call
+                return original(self, *args, **kwargs)
+            under_way.add(key)
+            try:
+                output = original(self, *args, **kwargs)
+            finally:
+                under_way.remove(key)
             record(self, name, args, output)
             return output
 
