@@ -62,8 +62,8 @@ def _make_steps(clustered: ClusteredRows, asked: str | None) -> Steps:
 class FlashHead:
     """An output projection by retrieval.
 
-    Shapes: hidden states (B, L, D), or any leading axes; V tokens in C clusters of ``cluster_size``;
-    p = ``n_probes`` clusters scored per position.
+    Shapes: hidden states (B, L, D), or any leading axes; V tokens in C clusters of
+    ``cluster_size``; p = ``n_probes`` clusters scored per position.
 
     Args:
         rows: The dense head's rows in token order. They are reordered; the caller drops its own.

@@ -23,8 +23,8 @@ class Selection(NamedTuple):
 
     Attributes:
         probes: (R, p) uint32, distinct clusters of each row.
-        ranks: (R, C) uint32, a cluster's place among the row's probes and at least p for all others;
-            None on the portable path, which does not need it.
+        ranks: (R, C) uint32, a cluster's place among the row's probes and at least p for all
+            others; None on the portable path, which does not need it.
     """
 
     probes: mx.array

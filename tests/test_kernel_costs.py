@@ -1,5 +1,7 @@
 """What the Metal kernels cost, in dispatches and bytes, and the forms their file is taken in."""
 
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +14,12 @@ from mlx_flashhead import kernels as module
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.kernels import SELECT_SOURCE, MetalSteps, kernel_source
 
+XCODE = (
+    shutil.which("xcrun")
+    and not subprocess.run(
+        ["xcrun", "-sdk", "macosx", "metal", "--version"], capture_output=True
+    ).returncode
+)
 emulator_only = pytest.mark.skipif(on_gpu(), reason="counts and checks of the emulator")
 LINE = 128
 
@@ -170,6 +178,16 @@ class TestText:
         path.write_text(kernel_source().replace("scores, n_hidden, group,", "scores, group,"))
         with pytest.raises(KernelFault):  # so the wrappers at its end were compiled, too
             check_standalone(path)
+
+    @pytest.mark.skipif(not XCODE, reason="no Metal compiler: that takes a Mac with Xcode")
+    def test_compiles_with_apples_compiler(self, tmp_path):
+        path, made = tmp_path / "flash_head.metal", tmp_path / "flash_head.air"
+        path.write_text(kernel_source())
+        for sdk in ("macosx", "iphoneos"):
+            command = ["xcrun", "-sdk", sdk, "metal", "-c", path, "-o", made]
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            assert made.stat().st_size > 0
 
     def test_is_the_file_of_this_installation(self):
         folder = Path(module.__file__).parent
