@@ -1,23 +1,19 @@
-"""Tiny models for the tests: random mlx-lm models, heads, clusters, a tokenizer, whole folders."""
+"""Tiny models for the tests: random mlx-lm models, heads, clusters and what is fitted to them."""
 
 import importlib
-import json
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from mlx.utils import tree_map
 
-from mlx_flashhead.checkpoint import FlashHeadIndex, write_index
+from mlx_flashhead.checkpoint import FlashHeadIndex
 from mlx_flashhead.config import FlashHeadConfig
 from mlx_flashhead.locate import find_head
 from mlx_flashhead.prototypes import Prototypes, fit_prototypes
 from mlx_flashhead.rows import HeadRows
 
 VOCAB_SIZE, HIDDEN_SIZE = 203, 64
-EOS = "<|end|>"
 
 _COMMON = {
     "hidden_size": HIDDEN_SIZE,
@@ -58,11 +54,6 @@ CONFIGS = {
 }
 
 
-def tiny_config(arch: str = "llama", *, tied: bool = True, **overrides) -> dict:
-    """The ``config.json`` of a tiny model."""
-    return {"model_type": arch, "tie_word_embeddings": tied, **CONFIGS[arch], **overrides}
-
-
 def tiny_model(
     arch: str = "llama",
     *,
@@ -87,8 +78,8 @@ def tiny_model(
         **overrides: Keys of the configuration.
     """
     architecture = importlib.import_module(f"mlx_lm.models.{arch}")
-    args = architecture.ModelArgs.from_dict(tiny_config(arch, tied=tied, **overrides))
-    model = architecture.Model(args)
+    config = {"model_type": arch, "tie_word_embeddings": tied, **CONFIGS[arch], **overrides}
+    model = architecture.Model(architecture.ModelArgs.from_dict(config))
     if arch == "gemma3_text" and tied:
         model.sanitize({})  # tells by the checkpoint's keys, not by the configuration
     rng = np.random.default_rng(seed)
@@ -170,32 +161,3 @@ def tiny_index(
         fingerprint=rows.fingerprint(),
     )
     return FlashHeadIndex(config, token_ids, prototypes)
-
-
-def tiny_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level tokenizer: a token per byte, as far as ``vocab_size`` goes; the last is EOS."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fillers = [f"<{i}>" for i in range(vocab_size)]
-    tokens = [*[*letters, *fillers][: vocab_size - 1], EOS]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
-    return tokenizer
-
-
-def save_folder(
-    folder: Path, model: nn.Module, config: dict, *, index: FlashHeadIndex | None = None
-) -> Path:
-    """Writes an mlx-lm folder, with a FlashHead if ``index`` is given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = tree_flatten(model.parameters(), destination={})
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    eos = config["vocab_size"] - 1
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
-    tiny_tokenizer(config["vocab_size"]).save(str(folder / "tokenizer.json"))
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    if index is not None:
-        write_index(folder, index)
-    return folder
