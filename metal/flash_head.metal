@@ -7,9 +7,9 @@
 // position. A slot is c·n + i, row i of cluster c; a padded slot has the token id V.
 //
 // One text, three users. `mx.fast.metal_kernel` in Python and `MLXFast.metalKernel` in Swift take it
-// as their header with FLASH_HEAD_JIT defined, and call one function below per kernel; `metal -c`
-// takes it as it is and finds the [[kernel]] wrappers at the end, which also state the order of the
-// arguments. Nothing is included, and every size is a template argument.
+// as their header, without what FLASH_HEAD_JIT hides, and call one function below per kernel;
+// `metal -c` takes it as it is and finds the [[kernel]] wrappers at the end, which also state the
+// order of the arguments. Nothing else is included, and every size is a template argument.
 //
 // Arguments are templates on the pointer, not on the element, because MLX passes an array of fewer
 // than 8 elements in `constant` and any other in `device`. All sums are float32. No value written
