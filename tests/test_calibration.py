@@ -122,6 +122,13 @@ def test_same_seed_same_states(loaded):
     assert (first[1] != other[1]).any()
 
 
+def test_the_seed_draws_other_tokens_after_the_same_prompts(loaded, endless, monkeypatch):
+    monkeypatch.setattr(calibration, "_prompts", lambda *_: iter([[0, 5]]))
+    drawn = [generate(loaded[0], endless, 30, seed=seed)[1] for seed in (0, 1, 0)]
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    assert (drawn[0] != drawn[1]).any()
+
+
 @pytest.mark.parametrize("positions", [1, 2, 10, 129])
 def test_as_many_positions_as_asked_for(loaded, positions):
     states, drawn = generate(*loaded, positions)
