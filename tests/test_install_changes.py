@@ -127,6 +127,9 @@ def test_deepcopy_is_independent(how):
         copied.set_dtype(mx.float16)
     copied.load_weights([(n, a) for n, a in doubled(copied) if "norm" in n], strict=False)
     assert mx.array_equal(model(TOKENS), sparse)
+    trainable = len(tree_flatten(model.trainable_parameters()))
+    copied.freeze()
+    assert len(tree_flatten(model.trainable_parameters())) == trainable
 
     uninstall(model)
     assert get_flash_head(copied) is other

@@ -193,13 +193,19 @@ class Subclassed(nn.Linear):
         return super().__call__(hidden)
 
 
+class Inheriting(nn.Linear):
+    """Has no method of its own, and must have none afterwards."""
+
+
 def test_layer_that_calls_its_parent():
     model = tiny_model(tied=False)
     head = Subclassed(64, 203, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
-    model.model.layers[0].mlp.gate_proj = nn.Linear(64, 128, bias=False)
+    model.model.layers[0].mlp.gate_proj = Inheriting(64, 128, bias=False)
+    before = classes(model)
     location = find_head(model)
+    assert classes(model) == before
     assert (location.path, location.module) == ("lm_head", head)
     with recorded_hidden(location) as states:
         model(TOKENS)
