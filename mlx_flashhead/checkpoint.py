@@ -81,7 +81,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
             f"{path} cannot be read, it is damaged or incomplete: fetch the file again, or "
             "convert the model again with mlx_flashhead.convert."
         ) from error
-    if metadata.get("fingerprint") != config.fingerprint:
+    if metadata.get("fingerprint", config.fingerprint) != config.fingerprint:
         raise ValueError(
             f"{path} belongs to other rows than config.json describes: fetch both files again, or "
             "convert the model again with mlx_flashhead.convert."

@@ -1,0 +1,207 @@
+"""Two models answer the same prompt: their texts side by side, then a table of measurements."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from statistics import median
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from rich.columns import Columns
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from mlx_flashhead import FlashHead, get_flash_head
+from mlx_flashhead.locate import find_head, recorded_hidden
+
+TITLES = ("dense", "FlashHead")
+HEAD_ROUNDS = 5
+
+
+@dataclass
+class Answer:
+    """What a model generated.
+
+    Attributes:
+        text: The text.
+        token_ids: Its tokens.
+        seconds: Time of each token but the first, whose time is that of the prompt.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.seconds) / max(sum(self.seconds), 1e-9)
+
+
+def answers(model: nn.Module, tokenizer, prompt: list[int], max_tokens: int) -> Iterator[Answer]:
+    """Generates greedily; yields the growing answer after each token."""
+    answer = Answer()
+    before = None
+    for response in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=max_tokens):
+        now = time.perf_counter()
+        if before is not None:
+            answer.seconds.append(now - before)
+        before = now
+        answer.text += response.text
+        if response.finish_reason != "stop":
+            answer.token_ids.append(response.token)
+        yield answer
+
+
+def compare(
+    dense: nn.Module,
+    flash: nn.Module,
+    tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    runs: int,
+    console: Console,
+) -> None:
+    """Streams both models' answers, then prints speed and agreement.
+
+    Args:
+        dense: The dense model.
+        flash: The same model with a FlashHead.
+        tokenizer: Their tokenizer.
+        prompt: What the user asks.
+        max_tokens: Longest answer.
+        runs: How often each model generates; the first time is shown.
+        console: Where to print.
+    """
+    models = (dense, flash)
+    messages = [{"role": "user", "content": prompt}]
+    prompt_ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    for model in models:  # warms up
+        list(answers(model, tokenizer, prompt_ids, 2))
+
+    console.print(f"\n[bold]Prompt:[/] {prompt}")
+    last: list[Answer] = [Answer(), Answer()]
+    speeds: tuple[list[float], list[float]] = ([], [])
+    with _two_panels(console) as show:
+        for column, model in enumerate(models):
+            for last[column] in answers(model, tokenizer, prompt_ids, max_tokens):
+                show(column, last[column].text)
+            speeds[column].append(last[column].tokens_per_second)
+    for _ in tqdm(range(runs - 1), desc="Timing", unit="run", leave=False):
+        for column, model in enumerate(models):
+            *_, answer = answers(model, tokenizer, prompt_ids, max_tokens)
+            speeds[column].append(answer.tokens_per_second)
+
+    dense_ids, flash_ids = (answer.token_ids for answer in last)
+    states = captured_states(dense, prompt_ids, dense_ids)
+    location, head = find_head(dense), get_flash_head(flash)
+    seconds = head_seconds((getattr(location.module, location.method), head), states)
+    console.print(_table(speeds, seconds))
+    console.print(_agreement(head, states, dense_ids, flash_ids))
+
+
+def captured_states(model: nn.Module, prompt: list[int], token_ids: list[int]) -> mx.array:
+    """States (L, D), captured at the head, from which the L tokens after the prompt were drawn."""
+    with recorded_hidden(find_head(model)) as recorded:
+        model(mx.array([[*prompt, *token_ids[:-1]]]))
+    states = mx.contiguous(recorded[-1][0, len(prompt) - 1 :])
+    mx.eval(states)
+    return states
+
+
+def head_seconds(heads: tuple[Callable, ...], states: mx.array) -> tuple[list[float], ...]:
+    """Times heads, from one hidden state to full logits.
+
+    Args:
+        heads: Hidden states (1, 1, D) → logits (1, 1, V).
+        states: (L, D).
+
+    Returns:
+        For each head its median time per state in each of some rounds, in which they take turns.
+    """
+    medians: tuple[list[float], ...] = tuple([] for _ in heads)
+    for _ in range(HEAD_ROUNDS):
+        for head, rounds in zip(heads, medians, strict=True):
+            seconds = []
+            for i in range(len(states)):
+                start = time.perf_counter()
+                mx.eval(head(states[None, i : i + 1]))
+                seconds.append(time.perf_counter() - start)
+            rounds.append(median(seconds))
+    return medians
+
+
+def _table(speeds: tuple[list[float], ...], seconds: tuple[list[float], ...]) -> Table:
+    table = Table(title="median (range) of the runs", title_justify="left")
+    for heading in ("", *TITLES, "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    faster = median(speeds[1]) / median(speeds[0])
+    table.add_row("tokens/s", *map(_spread, speeds), f"{faster:.2f} x")
+    milliseconds = [[1000 * value for value in rounds] for rounds in seconds]
+    faster = median(seconds[0]) / median(seconds[1])
+    table.add_row("ms per token in the head", *map(_spread, milliseconds), f"{faster:.1f} x")
+    shares = (median(s) * median(v) for s, v in zip(seconds, speeds, strict=True))
+    table.add_row("share of the time in the head", *(f"{share:.0%}" for share in shares), "")
+    return table
+
+
+def _spread(values: list[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def _agreement(
+    head: FlashHead, states: mx.array, dense_ids: list[int], flash_ids: list[int]
+) -> str:
+    pairs = zip(dense_ids, flash_ids, strict=False)
+    n_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if dense_ids == flash_ids:
+        texts = f"The two texts are the same, token for token ({n_same})."
+    else:
+        texts = f"The two texts are the same for {n_same} of {len(dense_ids)} tokens."
+    # one state at a time: many at once would be computed densely
+    chosen = [head.token(state[None]).item() for state in states]
+    agreement = sum(map(int.__eq__, chosen, dense_ids)) / len(dense_ids)
+    return (
+        f"{texts}\nFlashHead scored {head.n_probes} of {head.n_clusters} clusters per token; "
+        f"given the dense text so far, it chooses the same next token at {agreement:.1%} of the "
+        "positions."
+    )
+
+
+@contextmanager
+def _two_panels(console: Console) -> Iterator[Callable[[int, str], None]]:
+    """Two panels whose texts grow; without a terminal, one text after the other."""
+    texts = ["", ""]
+
+    def print_more(column: int, text: str) -> None:
+        if not texts[column]:
+            console.print(f"\n[bold]{TITLES[column]}:[/]")
+        console.out(text[len(texts[column]) :], end="", highlight=False)
+        console.file.flush()
+        texts[column] = text
+
+    def panels() -> Columns:
+        width = (console.width - 1) // 2
+        return Columns(
+            Panel(Text(text), title=title, width=width)
+            for title, text in zip(TITLES, texts, strict=True)
+        )
+
+    if not console.is_terminal:
+        yield print_more
+        console.print("\n")
+        return
+    with Live(panels(), console=console, refresh_per_second=12) as live:
+
+        def update(column: int, text: str) -> None:
+            texts[column] = text
+            live.update(panels())
+
+        yield update
