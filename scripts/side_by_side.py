@@ -86,7 +86,7 @@ def compare(
     for model in models:  # warms up
         list(answers(model, tokenizer, prompt_ids, 2))
 
-    console.print(f"\n[bold]Prompt:[/] {prompt}")
+    console.print("\n[bold]Prompt:[/]", prompt, markup=True, highlight=False)
     last: list[Answer] = [Answer(), Answer()]
     speeds: tuple[list[float], list[float]] = ([], [])
     with _two_panels(console) as show:
@@ -104,7 +104,7 @@ def compare(
     location, head = find_head(dense), get_flash_head(flash)
     seconds = head_seconds((getattr(location.module, location.method), head), states)
     console.print(_table(speeds, seconds))
-    console.print(_agreement(head, states, dense_ids, flash_ids))
+    console.print(_agreement(head, states, dense_ids, flash_ids), highlight=False)
 
 
 def captured_states(model: nn.Module, prompt: list[int], token_ids: list[int]) -> mx.array:
@@ -146,9 +146,9 @@ def _table(speeds: tuple[list[float], ...], seconds: tuple[list[float], ...]) ->
     table.add_row("tokens/s", *map(_spread, speeds), f"{faster:.2f} x")
     milliseconds = [[1000 * value for value in rounds] for rounds in seconds]
     faster = median(seconds[0]) / median(seconds[1])
-    table.add_row("ms per token in the head", *map(_spread, milliseconds), f"{faster:.1f} x")
+    table.add_row("ms/token in the head", *map(_spread, milliseconds), f"{faster:.1f} x")
     shares = (median(s) * median(v) for s, v in zip(seconds, speeds, strict=True))
-    table.add_row("share of the time in the head", *(f"{share:.0%}" for share in shares), "")
+    table.add_row("the head's share", *(f"{share:.0%}" for share in shares), "")
     return table
 
 
