@@ -284,6 +284,30 @@ def test_the_lowest_of_equal_tokens_wins(n_probes):
     check_all(clustered, hidden, n_probes, run(clustered, hidden, n_probes))
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_the_tail_is_capped_below_the_best_candidate(dtype):
+    """By 1, or a 64th of it where that is more; for bests of either sign, and forced clusters."""
+    rng = np.random.default_rng(11)
+    clustered, _ = small_head(rng, dtype=dtype, n_tokens=299)
+    bests = mx.array([-3e4, -300.0, -5.0, 0.0, 0.5, 40.0, 700.0, 6e4])
+    n_rows, n_clusters = bests.size, clustered.n_clusters
+    logits = (bests[:, None, None] - mx.arange(3 * 8).reshape(1, 3, 8)).astype(dtype)
+    scores = bests[:, None] + mx.array(rng.normal(scale=500, size=(n_rows, n_clusters)))
+    scores[:, -1] = ALWAYS_PROBED
+    probes = mx.broadcast_to(mx.array([4, 9, 11], dtype=mx.uint32), (n_rows, 3))
+    ranks = mx.full((n_rows, n_clusters), NOT_PROBED, dtype=mx.uint32)
+    ranks[:, mx.array([4, 9, 11])] = mx.arange(3, dtype=mx.uint32)
+    candidates = Candidates(logits, logits.max(axis=-1).astype(mx.float32))
+    with kernels():
+        steps = MetalSteps(clustered)
+        full = steps.expand(scores.astype(mx.float32), Selection(probes, ranks), candidates)
+        mx.eval(full)
+    check_full(clustered, scores, Selection(probes), candidates, full)
+    scored = np.isin(to_numpy(clustered.slot_of) // 8, [4, 9, 11])
+    found, best = to_numpy(full), to_numpy(logits).max(axis=(1, 2))
+    assert (found[:, ~scored].max(axis=-1) < best).all()
+
+
 def test_forced_clusters_are_always_probed():
     rng = np.random.default_rng(6)
     forced = (7, 100, 299)
