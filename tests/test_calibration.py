@@ -142,16 +142,18 @@ def test_sixteen_bit_models_give_float32_states(endless):
     assert states.dtype == np.float32
 
 
-def test_prompts_are_requests_and_single_tokens_in_turn(tokenizer):
+def test_prompts_are_requests_beginnings_and_single_tokens_in_turn(tokenizer):
     prompts = list(
-        islice(calibration._prompts(tokenizer, VOCAB_SIZE, np.random.default_rng(0)), 200)
+        islice(calibration._prompts(tokenizer, VOCAB_SIZE, np.random.default_rng(0)), 300)
     )
-    requests, singles = prompts[::2], prompts[1::2]
+    requests, beginnings, singles = prompts[::3], prompts[1::3], prompts[2::3]
     for prompt in requests:
         text = tokenizer.decode(prompt)
         assert text.startswith(f"{BOS}[user] ")
         assert text.endswith("[assistant] ")
     assert len({tuple(prompt) for prompt in requests}) > 60
+    texts = {tokenizer.decode(prompt) for prompt in beginnings}
+    assert len(texts) > 40 and texts <= set(calibration.BEGINNINGS)
     beginning = tokenizer.bos_token_id
     special = set(tokenizer.all_special_ids)
     assert all(p[0] == beginning and len(p) == 2 and p[1] not in special for p in singles)
@@ -168,7 +170,7 @@ def test_prompts_without_a_chat_template(plain_tokenizer):
 def test_random_tokens_have_a_row(tokenizer):
     """A head may have fewer rows than the tokenizer has tokens."""
     prompts = calibration._prompts(tokenizer, 50, np.random.default_rng(0))
-    singles = [p for i, p in enumerate(islice(prompts, 100)) if i % 2]
+    singles = [p for i, p in enumerate(islice(prompts, 150)) if i % 3 == 2]
     assert max(p[1] for p in singles) < 50
 
 
