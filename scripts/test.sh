@@ -9,4 +9,4 @@ make_venv test
 
 .venv/bin/python -m ruff check --quiet
 .venv/bin/python -m ruff format --check --quiet
-.venv/bin/python -m pytest -q "$@"
+.venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Before anything imports transformers or tokenizers: notices would hide a test's own output, and
 # tokenizers warns whenever a test starts a process after it has used its threads.
@@ -20,8 +21,11 @@ def real_model_folder() -> Path:
 
     It is kept in ``$MLX_FLASHHEAD_TEST_CACHE``, by default ``~/.cache/mlx_flashhead``.
     """
-    cache = os.environ.get("MLX_FLASHHEAD_TEST_CACHE") or Path.home() / ".cache" / "mlx_flashhead"
+    named = os.environ.get("MLX_FLASHHEAD_TEST_CACHE")
+    cache = Path(named) if named else Path.home() / ".cache" / "mlx_flashhead"
     try:
-        return fetch_smollm2(Path(cache) / "smollm2")
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / "smollm2.lock"):  # the tests run in several processes
+            return fetch_smollm2(cache / "smollm2")
     except (ValueError, OSError) as error:
         pytest.fail(f"{error} (Tests without the real model: -m 'not real'.)", pytrace=False)

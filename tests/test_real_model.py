@@ -1,0 +1,139 @@
+"""The real model once, end to end: convert it, load it, generate with it, measure it."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_flashhead import FlashHeadConfig, convert, generate, get_flash_head, load
+from mlx_flashhead.calibration import read_text, text_states
+from mlx_flashhead.evaluation import FLASH_HEAD, UNIT_MEANS, evaluate
+from mlx_flashhead.locate import find_head
+from mlx_flashhead.measures import Routing, measure
+from mlx_flashhead.prototypes import raw_means
+
+pytestmark = pytest.mark.real
+
+# Few, since a token takes a tenth of a second on the CPU build: the default is 12,000.
+CALIBRATION_POSITIONS = 1_500
+EVALUATED_POSITIONS = 1_000
+TEXT = Path(__file__).parent / "data" / "heldout.txt"
+PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def converted(real_model_folder, tmp_path_factory) -> tuple[Path, FlashHeadConfig]:
+    """The checkpoint, and what conversion reports."""
+    folder = tmp_path_factory.mktemp("real") / "flash"
+    config = convert(
+        str(real_model_folder),
+        str(folder),
+        calibration_positions=CALIBRATION_POSITIONS,
+        progress=False,
+    )
+    return folder, config
+
+
+@pytest.fixture(scope="module")
+def loaded(converted):
+    return load(str(converted[0]))
+
+
+@pytest.fixture(scope="module")
+def some_of_all() -> str:
+    """Every sixth paragraph of the held-out text: some of its prose, documents, code and chat."""
+    return "\n\n".join(read_text(TEXT).split("\n\n")[::6])
+
+
+@pytest.fixture(scope="module")
+def evaluation(loaded, some_of_all):
+    return evaluate(
+        *loaded, some_of_all, probe_counts=[96, 256, 512], positions=EVALUATED_POSITIONS
+    )
+
+
+@pytest.fixture(scope="module")
+def states(loaded, some_of_all):
+    """Hidden states and true next tokens of a part of that text."""
+    return text_states(*loaded, find_head(loaded[0]), some_of_all, positions=300, progress=False)
+
+
+def test_conversion_reaches_the_target_with_few_probes(converted):
+    _, config = converted
+    assert (config.n_clusters, config.cluster_size) == (3072, 16)
+    assert config.report["agreement"] >= 0.99
+    assert config.n_probes < config.n_clusters / 6
+
+
+def test_plain_mlx_lm_loads_the_same_model(converted, real_model_folder):
+    source, tokenizer = mlx_lm.load(str(real_model_folder))
+    dense, _ = mlx_lm.load(str(converted[0]))
+    of_source = tree_flatten(source.parameters(), destination={})
+    of_dense = tree_flatten(dense.parameters(), destination={})
+    assert of_source.keys() == of_dense.keys()
+    assert all(mx.array_equal(of_source[name], of_dense[name]).item() for name in of_source)
+    prompt = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True)
+    texts = [mlx_lm.generate(m, tokenizer, prompt, max_tokens=12) for m in (source, dense)]
+    assert texts[0] == texts[1] and "Paris" in texts[0]
+
+
+def test_says_what_the_dense_model_says(loaded):
+    model, tokenizer = loaded
+    prompt = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True)
+    text = generate(model, tokenizer, prompt, max_tokens=12)
+    assert text == generate(model, tokenizer, prompt, max_tokens=12, dense=True)
+    assert "Paris" in text
+
+
+def test_quality_on_a_text_that_calibration_has_not_seen(evaluation):
+    """The bounds leave room for the few positions; `evaluate` on the whole text is the measure."""
+    measured = {(m.routing, m.n_probes): m for m in evaluation.measures}
+    at_256, at_512 = measured[FLASH_HEAD, 256], measured[FLASH_HEAD, 512]
+    assert at_256.agreement >= 0.98
+    assert at_512.agreement >= 0.988
+    assert at_256.coverage >= 0.93
+    assert at_256.perplexity <= 1.33 * evaluation.dense_perplexity
+    assert at_512.perplexity <= 1.18 * evaluation.dense_perplexity
+    for n_probes in (96, 256, 512):
+        of_paper = measured[UNIT_MEANS, n_probes]
+        assert measured[FLASH_HEAD, n_probes].agreement > of_paper.agreement
+        assert measured[FLASH_HEAD, n_probes].coverage > of_paper.coverage
+
+
+def test_measures_are_those_of_the_head(loaded, states):
+    """The head itself, state by state, against what is computed from sums over clusters."""
+    head, (hidden, _) = get_flash_head(loaded[0]), states
+    logits = np.array(head.dense_logits(mx.array(hidden)))
+    tokens = [head.token(mx.array(state)[None]).item() for state in hidden]
+    prototypes = head.clustered.prototypes
+    centroids, bias = np.array(prototypes.dequantized()), np.array(head.clustered.route_bias)
+    (measured,), _ = measure(
+        hidden,
+        lambda h: np.array(head.dense_logits(mx.array(h))),
+        np.array(head.clustered.token_ids),
+        [Routing("head", lambda h: h @ centroids.T + bias, None)],
+        [head.n_probes],
+        progress=False,
+    )
+    assert measured.agreement == pytest.approx(np.mean(tokens == logits.argmax(axis=1)), abs=0.004)
+
+
+def test_clusters_are_good_whatever_routes_among_them(loaded, states):
+    """Means of their rows, nothing fitted: 95 % and 97.5 % agreement, give or take two points."""
+    head, (hidden, _) = get_flash_head(loaded[0]), states
+    token_ids = np.array(head.clustered.token_ids)
+    weight = np.array(head.clustered.token_rows().weight)
+    means = raw_means(weight, token_ids)
+    few, many = measure(
+        hidden,
+        lambda h: h @ weight.T,
+        token_ids,
+        [Routing("raw means", lambda h: h @ means.T, None)],
+        [96, 256],
+        progress=False,
+    )[0]
+    assert few.agreement >= 0.93
+    assert many.agreement >= 0.955
