@@ -172,7 +172,8 @@ class FlashHead:
         The p clusters are drawn without replacement from softmax(S / temperature) by Gumbel noise,
         and only their tokens can be sampled: all others get a logit of about -10,000. Sampling with
         the same temperature from these logits is the paper's "sampling over the full vocabulary".
-        It is an approximation; plain full logits with the tail come closer to the dense model.
+        It is an approximation, measured beside full logits with the tail by `evaluate`. A model
+        that caps its logits brings the others back to a small probability.
 
         Args:
             temperature: Temperature of the draw, above 0.

@@ -115,8 +115,9 @@ def measure(
             for n_probes in probe_counts:
                 total = sums[routing.name, n_probes]
                 total[:5] += view.compare(scores, ranks < n_probes, routing.tail_offset)
-                if routing.drawn and truth is not None:
-                    total[5] += view.drawn_nll(scores, n_probes, rng)
+            if routing.drawn and truth is not None:
+                for n_probes, nll in view.drawn_nll(scores, probe_counts, rng).items():
+                    sums[routing.name, n_probes][5] += nll
     nan = float("nan")
     results = []
     for routing in routings:
@@ -198,22 +199,40 @@ class _DenseView:
             result[4] = (log_total - np.where(found, self.truth_logit, estimate)).sum()
         return result
 
-    def drawn_nll(self, scores: np.ndarray, n_probes: int, rng: np.random.Generator) -> float:
+    def drawn_nll(
+        self, scores: np.ndarray, probe_counts: Sequence[int], rng: np.random.Generator
+    ) -> dict[int, float]:
         """Negative log-likelihood when probes are drawn by Gumbel noise, averaged over draws.
 
         Only the noise of the clusters other than the true token's is drawn. Its own cluster is
         probed when it exceeds the p-th of them, which has a known probability, beside the first
-        p - 1 of them: so no token's probability hangs on whether it was hit.
+        p - 1 of them: so no token's probability hangs on whether it was hit. All numbers of probes
+        share the noise.
+
+        Returns:
+            Number of probes → sum over the states.
         """
+        n_listed = min(max(probe_counts), scores.shape[1])
         own_score = scores[self.rows, self.truth_cluster]
         own_sum = self.cluster_sum[self.rows, self.truth_cluster]
-        probability = np.zeros(len(scores))
+        own_weight = np.exp(self.truth_logit - self.total_max)
+        probability = {n_probes: np.zeros(len(scores)) for n_probes in probe_counts}
         for _ in range(DRAWS):
-            others = scores + rng.gumbel(size=scores.shape)
+            noise = -np.log(rng.standard_exponential(scores.shape, dtype=np.float32))  # Gumbel
+            others = scores + noise
             others[self.rows, self.truth_cluster] = -np.inf
-            threshold = np.partition(others, -n_probes, axis=1)[:, -n_probes]
-            # P(own score + Gumbel > threshold); beyond 50 it is 1
-            probed = -np.expm1(-np.exp(np.minimum(own_score - threshold, 50)))
-            total = own_sum + (self.cluster_sum * (others > threshold[:, None])).sum(-1)
-            probability += probed * np.exp(self.truth_logit - self.total_max) / total
-        return float(-np.log(np.maximum(probability / DRAWS, LEAST_PROBABILITY)).sum())
+            listed = np.argpartition(-others, n_listed - 1, axis=1)[:, :n_listed]
+            found = np.take_along_axis(others, listed, axis=1)
+            order = np.argsort(-found, axis=1)
+            thresholds = np.take_along_axis(found, order, axis=1)
+            listed = np.take_along_axis(listed, order, axis=1)
+            totals = np.cumsum(np.take_along_axis(self.cluster_sum, listed, axis=1), axis=1)
+            for n_probes, sum_of_draws in probability.items():
+                # P(own score + Gumbel > threshold); beyond 50 it is 1
+                ahead = np.minimum(own_score - thresholds[:, n_probes - 1], 50)
+                total = own_sum + (totals[:, n_probes - 2] if n_probes > 1 else 0.0)
+                sum_of_draws += -np.expm1(-np.exp(ahead)) * own_weight / total
+        return {
+            n_probes: float(-np.log(np.maximum(total / DRAWS, LEAST_PROBABILITY)).sum())
+            for n_probes, total in probability.items()
+        }

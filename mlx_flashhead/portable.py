@@ -153,6 +153,7 @@ class PortableSteps(Steps):
         n_rows, n_clusters = scores.shape
         best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1)  # (R, 1)
         tail = mx.minimum(scores + self.clustered.prototypes.tail_offset, tail_cap(best))
+        tail = mx.maximum(tail, mx.finfo(logits.dtype).min)  # finite in float16 too
         blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))
         blocks = mx.put_along_axis(
             blocks.astype(logits.dtype), selection.probes[..., None], logits, axis=1
