@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .portable import MARGIN_SHARE
 
-CHUNK = 128
+CHUNK_STATES, CHUNK_LOGITS = 128, 1 << 23  # handled at once: bounds memory
 DRAWS = 32
 # A token that cannot be drawn, because the clusters that are always probed leave no room for its
 # own, counts as this.
@@ -98,14 +98,15 @@ def measure(
         The measures, routing by routing, and the dense perplexity (NaN without ``next_ids``).
     """
     n_states = len(states)
+    size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
     rng = np.random.default_rng(seed)
     sums = {(r.name, p): np.zeros(6) for r in routings for p in probe_counts}
     dense_nll = 0.0
     for start in tqdm(
-        range(0, n_states, CHUNK), desc="Measuring", unit="chunk", disable=not progress
+        range(0, n_states, size), desc="Measuring", unit="chunk", disable=not progress
     ):
-        chunk = states[start : start + CHUNK]
-        truth = None if next_ids is None else next_ids[start : start + CHUNK]
+        chunk = states[start : start + size]
+        truth = None if next_ids is None else next_ids[start : start + size]
         view = _DenseView(logits_of(chunk), token_ids, truth)
         if truth is not None:
             dense_nll += float((view.log_total - view.truth_logit).sum())

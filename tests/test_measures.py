@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_flashhead import measures
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.measures import Measures, Routing, measure
 from tiny_models import fitted, random_clusters, random_rows
@@ -264,3 +265,20 @@ def test_progress_bar(capsys, progress):
     case = Case()
     measure(case.states, case.logits_of, case.token_ids, [case.routing()], [2], progress=progress)
     assert ("Measuring: 100%" in capsys.readouterr().err) == progress
+
+
+def test_large_vocabularies_are_measured_in_smaller_chunks(monkeypatch):
+    case = Case()
+    expected = case.measure(case.routing(), 3)
+    sizes = []
+
+    def logits_of(states):
+        sizes.append(len(states))
+        return np.array(case.rows.matmul(mx.array(states)))
+
+    monkeypatch.setattr(measures, "CHUNK_LOGITS", 4 * case.token_ids.size - 1)
+    monkeypatch.setattr(case, "logits_of", logits_of)
+    found = case.measure(case.routing(), 3)
+    assert set(sizes) == {3}
+    assert found[0].to_dict() == pytest.approx(expected[0].to_dict(), nan_ok=True)
+    assert found[1] == pytest.approx(expected[1])
