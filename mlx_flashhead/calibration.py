@@ -122,7 +122,8 @@ def generated_states(
         missing = min(BATCH_SIZE, -(-positions // SEQUENCE_TOKENS))
         while count < positions:
             if missing:
-                fresh = [next(prompts) for _ in range(missing)]
+                # by length, since prompts that are read together are padded to the longest
+                fresh = sorted((next(prompts) for _ in range(missing)), key=len)
                 generator.insert(fresh, [SEQUENCE_TOKENS] * missing)
             responses = generator.next_generated()
             missing = sum(response.finish_reason is not None for response in responses)
