@@ -149,6 +149,8 @@ def text_states(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hidden states of a text, in windows of 1,024 tokens that each start afresh.
 
+    Where the tokenizer begins a text with a token of its own (BOS), each window begins with it.
+
     Args:
         model: A dense or FlashHead model.
         tokenizer: Its tokenizer.
@@ -169,6 +171,8 @@ def text_states(
         token_ids = token_ids[: positions + 1]
     if len(token_ids) < 2:
         raise ValueError("The text is too short to measure anything on: give one of some pages.")
+    bos = tokenizer.bos_token_id
+    beginning = [bos] if bos is not None and bos in tokenizer.encode("") else []
     collected = []
     with (
         recorded_hidden(location) as recorded,
@@ -176,9 +180,10 @@ def text_states(
     ):
         for start in range(0, len(token_ids) - 1, WINDOW_TOKENS):
             window = token_ids[start : min(start + WINDOW_TOKENS, len(token_ids) - 1)]
-            model(mx.array(window[None]))
+            further = beginning if start else []  # the first window has it
+            model(mx.array([[*further, *window.tolist()]]))
             # only the states are evaluated: the logits of the window are never made
-            collected.append(np.array(recorded[-1][0].astype(mx.float32)))
+            collected.append(np.array(recorded[-1][0, len(further) :].astype(mx.float32)))
             recorded.clear()
             bar.update(len(window))
     return np.concatenate(collected), token_ids[1:]

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from mlx_flashhead import calibration
 from mlx_flashhead.calibration import generated_states, read_text, text_states
@@ -204,6 +205,25 @@ def test_text_states_enter_the_head(arch, window, tokenizer, monkeypatch):
     np.testing.assert_array_equal(next_ids, token_ids[1:])
     assert states.dtype == np.float32
     assert next_ids.dtype == np.int64
+
+
+def test_every_window_begins_as_a_text_does(loaded, tmp_path, monkeypatch):
+    """Models that were trained with BOS before every text are lost without it."""
+    model = loaded[0]
+    _, tokenizer = mlx_lm.load(str(write_model(tmp_path / "model")))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
+    token_ids = tokenizer.encode(TEXT)
+    monkeypatch.setattr(calibration, "WINDOW_TOKENS", len(token_ids) // 3)
+    states, next_ids = text_states(model, tokenizer, find_head(model), TEXT, progress=False)
+    np.testing.assert_array_equal(next_ids, token_ids[1:])
+    start = len(token_ids) // 3
+    windows = [token_ids[i : i + start] for i in range(0, len(token_ids) - 1, start)]
+    windows[-1] = windows[-1][: len(token_ids) - 1 - (len(windows) - 1) * start]
+    expected = [hidden_of(model, windows[0])]
+    expected += [hidden_of(model, [tokenizer.bos_token_id, *w])[1:] for w in windows[1:]]
+    np.testing.assert_allclose(states, np.concatenate(expected), atol=2e-4)
 
 
 @pytest.mark.parametrize("positions", [1, 5, 40, 10_000])
