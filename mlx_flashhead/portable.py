@@ -18,6 +18,12 @@ from .clustered import ClusteredRows
 MARGIN_SHARE = 1 / 64
 
 
+# Multiply-adds of one product. OpenBLAS (0.3.29, AVX-512) reads a matrix as it lies up to about a
+# million of them and first copies it into another order above, which takes three times as long when
+# the other side has few rows. The reference BLAS is indifferent.
+BLOCK_PRODUCTS = 500_000
+
+
 class Selection(NamedTuple):
     """The clusters to score.
 
@@ -47,6 +53,22 @@ def tail_cap(best: mx.array) -> mx.array:
     """The highest logit a token that was not scored may get: m - max(1, |m|/64), float32."""
     best = best.astype(mx.float32)
     return best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
+
+
+def blocked_product(hidden: mx.array, weight: mx.array) -> mx.array:
+    """``hidden @ weight.T`` in blocks of rows, which a CPU does fastest: (R, D), (V, D) → (R, V)."""
+    n_states, hidden_size = hidden.shape
+    block = max(1, BLOCK_PRODUCTS // (n_states * hidden_size))
+    n_blocks = len(weight) // block
+    if n_blocks < 2:
+        return hidden @ weight.T
+    in_blocks = weight[: n_blocks * block].reshape(n_blocks, block, hidden_size)
+    products = hidden @ in_blocks.swapaxes(-1, -2)  # (n_blocks, R, block)
+    products = products.swapaxes(0, 1).reshape(n_states, -1)
+    if n_blocks * block == len(weight):
+        return products
+    rest = hidden @ weight[n_blocks * block :].T
+    return mx.concatenate([products, rest], axis=-1)
 
 
 class Steps:
@@ -91,7 +113,7 @@ class PortableSteps(Steps):
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
         prototypes = self.clustered.prototypes
         if self._centroids is not None:
-            scores = hidden.astype(mx.float32) @ self._centroids.T
+            scores = blocked_product(hidden.astype(mx.float32), self._centroids)
         else:
             scores = prototypes.matmul(hidden).astype(mx.float32)
         return scores + self.clustered.route_bias
