@@ -1,6 +1,7 @@
 """Conversion: an mlx-lm or Hugging Face model becomes a FlashHead checkpoint.
 
-A failed or interrupted conversion leaves nothing behind.
+A failed or interrupted conversion leaves nothing behind, unless it was asked to keep what it had
+finished.
 """
 
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map_with_path
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.utils import dequantize_model, save
@@ -22,6 +24,7 @@ from .locate import check_plain_product, find_head
 from .new_folder import new_folder
 from .quantization import HEAD_BITS, BodyRecipe, set_bits
 from .rows import HeadRows
+from .stages import CALIBRATION, Stages, fingerprint, model_fingerprint, stages_folder
 
 SELF_GENERATED, NO_CALIBRATION = "self", "none"
 MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
@@ -49,6 +52,7 @@ def convert(
     calibration_positions: int = 12_000,
     seed: int = 0,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool = True,
 ) -> FlashHeadConfig:
     """Converts a model; the first arguments are those of ``mlx_lm.convert``.
@@ -75,6 +79,9 @@ def convert(
         calibration_positions: Positions to calibrate on.
         seed: Of the clustering and of the generated text.
         overwrite: Replace a target that exists.
+        resume: Keep the finished calibration and clusters beside the target until the conversion
+            has succeeded, and begin with those of an earlier run that was given this too, as far
+            as they were made from the same model and settings.
         progress: Show bars and what is being done.
 
     Returns:
@@ -82,7 +89,8 @@ def convert(
 
     Raises:
         ValueError: If an argument, the model or the target is not valid. Nothing is written then.
-        OSError: If the checkpoint cannot be written. Nothing is left behind then.
+        OSError: If the checkpoint cannot be written. Nothing is left behind then, except finished
+            stages with ``resume``.
     """
     _check_arguments(
         cluster_size, n_probes, target_agreement, calibration_positions, head_bits, dtype, seed
@@ -94,6 +102,9 @@ def convert(
         text = read_text(calibration)
     say = print if progress else (lambda *_: None)
     target = Path(mlx_path).expanduser()
+    stages = Stages(stages_folder(target), say)
+    if not resume and stages.kept():
+        say(f"An earlier run left its {' and '.join(stages.kept())}: not used without --resume")
     with new_folder(target, overwrite) as folder:
         source = resolve(hf_path, revision)
         say(f"Loading {hf_path}")
@@ -117,36 +128,31 @@ def convert(
         location = find_head(model)
         check_plain_product(location)
         mx.eval(model.parameters())
-        states = next_ids = None
-        if text is not None:
-            states, next_ids = text_states(
-                model,
-                tokenizer,
-                location,
-                text,
-                positions=calibration_positions,
-                description="Calibrating",
-                progress=progress,
-            )
-            if len(states) < MIN_POSITIONS:
-                raise ValueError(
-                    f"{calibration} has only {len(states)} positions to calibrate on: give a text "
-                    "of some pages."
-                )
-        elif calibration == SELF_GENERATED:
-            states, next_ids = generated_states(
-                model, tokenizer, location, calibration_positions, seed=seed, progress=progress
+        in_use = stages if resume else Stages()
+        calibrated = {}
+        if calibration != NO_CALIBRATION:
+            calibrated = in_use.run(
+                CALIBRATION,
+                lambda: fingerprint(
+                    model_fingerprint(model, source),
+                    text,
+                    calibration_positions,
+                    None if text is not None else seed,
+                ),
+                lambda: _calibrate(
+                    model, tokenizer, text, calibration, calibration_positions, seed, progress
+                ),
             )
         index = build_index(
             location.rows(),
-            states,
-            next_ids,
+            **calibrated,
             cluster_size=cluster_size,
             n_probes=n_probes,
             target_agreement=target_agreement,
             eos_token_ids=tuple(tokenizer.eos_token_ids),
             source="file" if text is not None else calibration,
             seed=seed,
+            stages=in_use,
             progress=progress,
         )
         say(f"Writing {target}")
@@ -159,9 +165,43 @@ def convert(
                 f"{target} cannot be written ({error}): free some space or choose another "
                 "--mlx-path."
             ) from error
+    stages.delete()
     if upload_repo is not None:
         say(f"Uploaded to {upload(target, upload_repo)}")
     return index.config
+
+
+def _calibrate(
+    model: nn.Module,
+    tokenizer,
+    text: str | None,
+    calibration: str,
+    positions: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, np.ndarray]:
+    """States and next tokens of the text, or of one that the model writes itself."""
+    location = find_head(model)
+    if text is None:
+        states, next_ids = generated_states(
+            model, tokenizer, location, positions, seed=seed, progress=progress
+        )
+    else:
+        states, next_ids = text_states(
+            model,
+            tokenizer,
+            location,
+            text,
+            positions=positions,
+            description="Calibrating",
+            progress=progress,
+        )
+    if len(states) < MIN_POSITIONS:
+        raise ValueError(
+            f"{calibration} has only {len(states)} positions to calibrate on: give a text of some "
+            "pages."
+        )
+    return {"states": states, "next_ids": next_ids}
 
 
 def _check_arguments(

@@ -12,6 +12,7 @@ from .config import FlashHeadConfig
 from .measures import Routing, measure
 from .prototypes import choose_probes, fit_prototypes, probes_needed
 from .rows import HeadRows
+from .stages import CLUSTERS, Stages, array_fingerprint, fingerprint
 
 HELD_OUT_SHARE = 0.15
 CENTROID_GROUP = 64  # columns that share a scale
@@ -28,6 +29,7 @@ def build_index(
     eos_token_ids: tuple[int, ...] = (),
     source: str = "none",
     seed: int = 0,
+    stages: Stages | None = None,
     progress: bool = True,
 ) -> FlashHeadIndex:
     """Builds the index of a head.
@@ -44,6 +46,7 @@ def build_index(
         eos_token_ids: Tokens whose clusters are always scored.
         source: What the states came from: "self", "file" or "none".
         seed: Of the clustering.
+        stages: Where finished clusters are kept; None: nowhere.
         progress: Show bars and what was chosen.
 
     Raises:
@@ -56,7 +59,11 @@ def build_index(
         )
     weight = np.array(rows.dequantized().astype(mx.float32))
     head_bias = None if rows.bias is None else np.array(rows.bias.astype(mx.float32))
-    token_ids = cluster_rows(weight, cluster_size, seed=seed, progress=progress)
+    token_ids = (stages or Stages()).run(
+        CLUSTERS,
+        lambda: fingerprint(array_fingerprint(weight), cluster_size, seed),
+        lambda: {"token_ids": cluster_rows(weight, cluster_size, seed=seed, progress=progress)},
+    )["token_ids"]
     n_clusters = len(token_ids)
     n_held_out = 0 if states is None else max(1, round(len(states) * HELD_OUT_SHARE))
     fitted_on = None if states is None else states[:-n_held_out]

@@ -55,6 +55,14 @@ def make_parser():
     group.add_argument(
         "--overwrite", action="store_true", help="Replace the target folder if it exists."
     )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="Continue a conversion that was killed: with this flag, finished calibration and "
+        "clusters are kept beside the target, in .NAME.stages, until a conversion succeeds, and "
+        "those left by an earlier run with it are used if model and settings are the same. Without "
+        "it, a conversion that does not succeed leaves nothing behind.",
+    )
     return parser
 
 
