@@ -4,6 +4,7 @@ The measures are taken at the head's output: a model that scales or caps its log
 the same agreement and coverage, but another perplexity.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from .install import get_flash_head
 from .locate import find_head
 from .measures import Measures, Routing, measure
 from .prototypes import unit_means
+from .rows import HeadRows
 
 USUAL_PROBES = (48, 96, 128, 192, 256, 512)
 FLASH_HEAD, UNIT_MEANS = "FlashHead", "unit means (paper)"
@@ -82,18 +84,10 @@ def evaluate(
         ValueError: If the model has no FlashHead, a number of probes is not valid, or the text is
             too short.
     """
-    head = get_flash_head(model)
-    if head is None:
-        raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
+    head = installed_head(model)
     if probe_counts is None:
-        probe_counts = {*(p for p in USUAL_PROBES if p <= head.n_clusters), head.n_probes}
-    probe_counts = sorted(set(probe_counts))
-    for n_probes in probe_counts:
-        if not 1 <= n_probes <= head.n_clusters:
-            raise ValueError(
-                f"--probes {n_probes} is not possible: this model has {head.n_clusters} clusters, "
-                f"so choose 1 to {head.n_clusters}."
-            )
+        probe_counts = [*(p for p in USUAL_PROBES if p <= head.n_clusters), head.n_probes]
+    probe_counts = check_probe_counts(head, probe_counts)
     states, next_ids = text_states(
         model, tokenizer, find_head(model), text, positions=positions, progress=progress
     )
@@ -131,14 +125,52 @@ def evaluate(
     )
 
 
-def bytes_share(head: FlashHead, n_probes: int) -> float:
-    """Bytes of weights read per token, relative to the dense head: (stage 1 + p clusters) / all."""
+def installed_head(model: nn.Module) -> FlashHead:
+    """The FlashHead of ``model``.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    head = get_flash_head(model)
+    if head is None:
+        raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
+    return head
+
+
+def check_probe_counts(head: FlashHead, probe_counts: Sequence[int]) -> list[int]:
+    """The numbers of probes, each once and ascending.
+
+    Raises:
+        ValueError: If one of them is not 1 … C.
+    """
+    probe_counts = sorted(set(probe_counts))
+    for n_probes in probe_counts:
+        if not 1 <= n_probes <= head.n_clusters:
+            raise ValueError(
+                f"--probes {n_probes} is not possible: this model has {head.n_clusters} clusters, "
+                f"so choose 1 to {head.n_clusters}."
+            )
+    return probe_counts
+
+
+def row_bytes(rows: HeadRows) -> float:
+    """Bytes that are stored for each row."""
+    slots = math.prod(rows.weight.shape[:-1])
+    return sum(array.nbytes for array in rows.arrays().values()) / slots
+
+
+def bytes_read(head: FlashHead, n_probes: int, bytes_per_row: float) -> float:
+    """Bytes of weights read per token with rows of a given size: stage 1 + p clusters."""
     prototypes = head.clustered.prototypes
     stage_1 = (prototypes.weight, prototypes.scales, prototypes.biases, prototypes.bias)
     stage_1_bytes = sum(array.nbytes for array in stage_1 if array is not None)
-    rows_bytes = sum(array.nbytes for array in head.clustered.rows.arrays().values())
-    per_slot = rows_bytes / (head.n_clusters * head.cluster_size)
-    return (stage_1_bytes + n_probes * head.cluster_size * per_slot) / (per_slot * head.vocab_size)
+    return stage_1_bytes + n_probes * head.cluster_size * bytes_per_row
+
+
+def bytes_share(head: FlashHead, n_probes: int) -> float:
+    """Bytes of weights read per token, relative to the dense head."""
+    bytes_per_row = row_bytes(head.clustered.rows)
+    return bytes_read(head, n_probes, bytes_per_row) / (bytes_per_row * head.vocab_size)
 
 
 def _as_stage_1(centroids: np.ndarray, head: FlashHead) -> np.ndarray:

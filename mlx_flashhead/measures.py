@@ -141,6 +141,21 @@ def measure(
     return results, dense_perplexity
 
 
+def tail_logits(scores: np.ndarray, tail_offset: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """What `portable.py` estimates for the tokens of each cluster, if it is not probed.
+
+    Args:
+        scores: (n, C).
+        tail_offset: (C,).
+        best: (n,) logits of the best candidates.
+
+    Returns:
+        (n, C).
+    """
+    cap = best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)
+    return np.minimum(scores + tail_offset, cap[:, None])
+
+
 class _DenseView:
     """The dense logits of some states, summed up per cluster.
 
@@ -187,8 +202,7 @@ class _DenseView:
         if tail_offset is None:
             return result
         best = np.where(probed, self.best, -np.inf).max(-1)
-        cap = best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)
-        tail = np.minimum(scores + tail_offset, cap[:, None])
+        tail = tail_logits(scores, tail_offset, best)
         exact_sum = (self.cluster_sum * probed).sum(-1)
         tail_sum = (self.sizes * np.exp(tail - self.total_max[:, None]) * ~probed).sum(-1)
         log_total = self.total_max + np.log(exact_sum + tail_sum)

@@ -1,4 +1,7 @@
-"""Measures a checkpoint on a text and prints the table: agreement, coverage, perplexity, bytes."""
+"""Measures a checkpoint on a text and prints a table.
+
+Of numbers of probes, beside the paper's routing, or with ``--precisions`` of the bits of the head.
+"""
 
 import argparse
 import json
@@ -11,6 +14,7 @@ from rich.table import Table
 from ..calibration import read_text
 from ..evaluation import FLASH_HEAD, Evaluation, evaluate
 from ..load import load
+from ..precision import PrecisionEvaluation, evaluate_precisions
 from .console import check_writable, command
 
 LEGEND = """\
@@ -21,6 +25,14 @@ KL          from the dense head's distribution, in nats
 perplexity  relative to dense, with the tail's estimates
 drawn       relative to dense, probes drawn by probability as in the paper
 bytes       read per token, relative to the dense head"""
+PRECISION_LEGEND = """\
+agreement   same best token as the reference: the first line
+KL          from the reference's distribution, in nats
+perplexity  relative to the reference, with the tail's estimates
+MB          read per token
+bytes       read per token, relative to a dense head of 16 bits
+Only the head's rows differ: 8 and 4 bits are MLX's affine form of the
+16-bit rows. All else is the checkpoint's own."""
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
@@ -40,7 +52,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--probes",
         type=_numbers,
         metavar="48,96,…",
-        help="Numbers of clusters scored per token (default: the usual ones and the model's own).",
+        help="Numbers of clusters scored per token (default: the usual ones and the model's own, "
+        "with --precisions only the latter).",
+    )
+    parser.add_argument(
+        "--precisions",
+        action="store_true",
+        help="Compare the head at 16, 8 and 4 bits instead, dense and FlashHead, with the dense "
+        "head at full precision.",
     )
     parser.add_argument("--positions", type=int, help="Positions to measure (default: all).")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the drawn probes.")
@@ -59,21 +78,21 @@ def main() -> None:
         raise ValueError(f"--seed is {args.seed}: give 0 or more.")
     if args.json:
         check_writable("--json", args.json)
+    if args.plot and args.precisions:
+        raise ValueError("--plot draws numbers of probes: leave it out with --precisions.")
     if args.plot:
         if Path(args.plot).suffix.lower() not in PICTURES:
             raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
         check_writable("--plot", args.plot)
     text = read_text(args.text)
     model, tokenizer = load(args.model)
-    evaluation = evaluate(
-        model,
-        tokenizer,
-        text,
-        probe_counts=args.probes,
-        positions=args.positions,
-        seed=args.seed,
-    )
-    print_table(evaluation)
+    options = {"probe_counts": args.probes, "positions": args.positions}
+    if args.precisions:
+        evaluation = evaluate_precisions(model, tokenizer, text, **options)
+        print_precisions(evaluation)
+    else:
+        evaluation = evaluate(model, tokenizer, text, seed=args.seed, **options)
+        print_table(evaluation)
     if args.json:
         Path(args.json).write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n")
     if args.plot:
@@ -112,6 +131,39 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
             style="bold" if own else None,
         )
         previous = measured.routing
+    (console or Console()).print(table)
+
+
+def print_precisions(evaluation: PrecisionEvaluation, console: Console | None = None) -> None:
+    """Prints the forms of the head as one table, which fits 80 columns."""
+    reference = evaluation.reference
+    table = Table(
+        title=f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, perplexity of "
+        f"the {reference.bits}-bit dense head {reference.perplexity:.2f}",
+        caption=PRECISION_LEGEND,
+        caption_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("head", no_wrap=True)
+    for heading in ("bits", "probes", "agreement", "KL", "perplexity", "MB", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = (reference.head, reference.n_probes)
+    for measured in evaluation.measures:
+        kind = (measured.head, measured.n_probes)
+        if kind != previous:
+            table.add_section()
+        table.add_row(
+            measured.head,
+            f"{measured.bits}",
+            "–" if measured.n_probes is None else f"{measured.n_probes}",
+            f"{measured.agreement:.2%}",
+            f"{measured.kl:.5f}",
+            f"{measured.perplexity / reference.perplexity:.4f}",
+            f"{measured.bytes_read / 1e6:.2f}",
+            f"{measured.bytes_share:.1%}",
+        )
+        previous = kind
     (console or Console()).print(table)
 
 

@@ -33,6 +33,36 @@ def test_evaluate_prints_and_writes(run, converted, text, tmp_path, monkeypatch)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_evaluate_precisions(run, converted, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, output, _ = run(
+        "evaluate", "--model", converted, "--text", text, "--precisions",
+        "--positions", 50, "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert code == 0
+    assert max(len(line) for line in output.splitlines()) <= 80
+    for word in ("50 positions", "32-bit dense head", "FlashHead", "agreement ", "bytes "):
+        assert word in output
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert [(m["head"], m["bits"], m["n_probes"]) for m in figures["measures"]] == [
+        (head, bits, p)
+        for head, p in (("dense", None), ("FlashHead", 4))
+        for bits in (32, 16, 8, 4)
+    ]
+    # the table shows the figures that the file has
+    reference, last = figures["measures"][0], figures["measures"][-1]
+    assert f"{last['agreement']:.2%}" in output and f"{last['kl']:.5f}" in output
+    assert f"{last['perplexity'] / reference['perplexity']:.4f}" in output
+    assert f"{last['bytes_share']:.1%}" in output
+
+
+def test_evaluate_precisions_at_other_probes(run, converted, text, tmp_path):
+    file = tmp_path / "out.json"
+    arguments = ("--model", converted, "--text", text, "--precisions", "--probes", "2,9")
+    assert run("evaluate", *arguments, "--positions", 20, "--json", file)[0] == 0
+    assert {m["n_probes"] for m in json.loads(file.read_text())["measures"]} == {None, 2, 9}
+
+
 @pytest.mark.parametrize(
     "option, name, said",
     [
@@ -73,6 +103,8 @@ def test_evaluate_leaves_outputs_alone_until_it_has_them(refused, text, tmp_path
         (("--probes", ","), "no list of whole numbers"),
         (("--positions", 0), "--positions is 0"),
         (("--seed", -1), "--seed is -1"),
+        (("--precisions", "--plot", "out.png"), "leave it out with --precisions"),
+        (("--precisions", "--probes", "99"), f"1 to {N_CLUSTERS}"),
     ],
 )
 def test_evaluate_refuses_arguments(refused, converted, text, arguments, said):
