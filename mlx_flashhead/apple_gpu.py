@@ -63,7 +63,7 @@ def bandwidth(chip: str) -> float:
         ValueError: If there is no such chip.
     """
     if chip not in PEAK_GB_S:
-        raise ValueError(f"There is no chip {chip!r}: choose one of {', '.join(PEAK_GB_S)}.")
+        raise ValueError(f"Unknown chip {chip!r}: choose one of {', '.join(PEAK_GB_S)}.")
     return MEASURED_GB_S.get(chip, PEAK_GB_S[chip] * GEMV_SHARE)
 
 
