@@ -3,11 +3,10 @@
 Knows arrays only: no model.
 """
 
-import mlx.core as mx
 import numpy as np
 
 from .checkpoint import FlashHeadIndex
-from .clustering import cluster_rows
+from .clustering import as_float32, cluster_rows
 from .config import FlashHeadConfig
 from .measures import Routing, measure
 from .prototypes import choose_probes, fit_prototypes, probes_needed
@@ -57,8 +56,8 @@ def build_index(
             f"{len(states)} calibration positions are too few, since some are held out: "
             "give hundreds, or none."
         )
-    weight = np.array(rows.dequantized().astype(mx.float32))
-    head_bias = None if rows.bias is None else np.array(rows.bias.astype(mx.float32))
+    weight = as_float32(rows.dequantized())
+    head_bias = None if rows.bias is None else as_float32(rows.bias)
     token_ids = (stages or Stages()).run(
         CLUSTERS,
         lambda: fingerprint(array_fingerprint(weight), cluster_size, seed),

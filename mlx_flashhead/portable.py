@@ -56,7 +56,7 @@ def tail_cap(best: mx.array) -> mx.array:
 
 
 def blocked_product(hidden: mx.array, weight: mx.array) -> mx.array:
-    """``hidden @ weight.T`` in blocks of rows, which a CPU does fastest: (R, D), (V, D) → (R, V)."""
+    """``hidden @ weight.T`` in blocks of rows, fastest on a CPU: (R, D), (V, D) → (R, V)."""
     n_states, hidden_size = hidden.shape
     block = max(1, BLOCK_PRODUCTS // (n_states * hidden_size))
     n_blocks = len(weight) // block

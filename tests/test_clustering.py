@@ -1,5 +1,7 @@
 """Balanced clusters of a head's rows."""
 
+import tracemalloc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -212,6 +214,21 @@ def test_equal_rows_share_clusters():
     rows = np.repeat(normal_rows(50, 12), 16, axis=0)[np.random.default_rng(0).permutation(800)]
     token_ids = cluster_rows(rows, 16, progress=False)
     assert spherical_quality(rows, token_ids) > 0.95
+
+
+@pytest.mark.parametrize("n_alike", [0, 2000])
+def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike):
+    """And half of another for all else, so that rows and all are 2.5 heads."""
+    monkeypatch.setattr(clustering, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(clustering, "DUPLICATE_SAMPLE", 64)
+    rows = normal_rows(4096, 1024)
+    rows[:n_alike] = rows[0]
+    tracemalloc.start()
+    token_ids = cluster_rows(rows, 16, progress=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    check_balanced(token_ids, len(rows), 16)
+    assert peak < 1.5 * rows.nbytes
 
 
 def test_shortlists_hold_the_best_of_each_bucket():
