@@ -160,6 +160,7 @@ def measure_precisions(
                         full = retrieval.full_logits(own, scores_of_part[row], n_probes)
                     sums[i, k] += view.compare(full)
             bar.update()
+        del product  # before the next one's rows are made
     bar.close()
     of_16_bits = rows.vocab_size * 2 * rows.hidden_size
     measures = []
@@ -213,7 +214,7 @@ class _Product:
                 scales=rows.scales.astype(mx.float32),
                 biases=rows.biases.astype(mx.float32),
             )
-        self.weight = np.array(rows.dequantized().astype(mx.float32))
+        self.weight = np.asarray(rows.dequantized().astype(mx.float32))  # no second copy
         self.bias = None if rows.bias is None else np.array(rows.bias.astype(mx.float32))
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
