@@ -199,3 +199,17 @@ def test_missing_reader_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"gguf.* is missing: pip install gguf\."):
         script.fetch_gemma3(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "stored, expected",
+    [
+        ("attn_norm", "input_layernorm"),
+        ("post_attention_norm", "post_attention_layernorm"),
+        ("ffn_norm", "pre_feedforward_layernorm"),
+        ("post_ffw_norm", "post_feedforward_layernorm"),
+    ],
+)
+def test_the_four_norms_of_a_layer(stored, expected):
+    """All have one shape: nothing else would tell that two are swapped."""
+    assert script.hugging_face_name(f"blk.3.{stored}.weight") == f"model.layers.3.{expected}.weight"
