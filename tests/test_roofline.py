@@ -115,7 +115,8 @@ def test_chips():
 
 @pytest.mark.parametrize("chip", ["m4-ultra", "m5-ultra", "m0", "m6", "", "a18"])
 def test_chips_that_do_not_exist(chip):
-    with pytest.raises(ValueError, match=f"Unknown chip '{chip}': choose one of m1, .*, m5-max") as told:
+    sentence = f"Unknown chip '{chip}': choose one of m1, .*, m5-max"
+    with pytest.raises(ValueError, match=sentence) as told:
         bandwidth(chip)
     assert f"{chip}," not in str(told.value) or not chip
 
