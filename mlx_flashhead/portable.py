@@ -124,16 +124,15 @@ class PortableSteps(Steps):
         if n_probes == n_clusters:
             every = mx.arange(n_clusters, dtype=mx.uint32)
             return Selection(mx.broadcast_to(every, scores.shape))
-        order = mx.argpartition(-scores, kth=n_probes - 1, axis=-1)
-        return Selection(order[..., :n_probes].astype(mx.uint32))
+        order = mx.argpartition(scores, kth=n_clusters - n_probes, axis=-1)
+        return Selection(order[..., n_clusters - n_probes :])
 
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
         """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
         rows, probes = self.clustered.rows, selection.probes
-        stacked = hidden[:, None, None, :]  # (R, 1, 1, D) against (R, p) blocks of (n, D)
         if rows.quantized:
             logits = mx.gather_qmm(
-                stacked,
+                hidden[:, None, None, :],  # (R, 1, 1, D) against (R, p) blocks of (n, D)
                 rows.weight,
                 rows.scales,
                 rows.biases,
@@ -145,8 +144,14 @@ class PortableSteps(Steps):
             # the CPU build's gather_mm takes float32 only
             self._on_cpu and hidden.dtype != mx.float32
         ):
-            blocks = rows.weight.swapaxes(-1, -2)
-            logits = mx.gather_mm(stacked, blocks, rhs_indices=probes).squeeze(-2)
+            # (n, D) times (D, 1): on a CPU a quarter faster than the other way round
+            states = mx.arange(len(hidden), dtype=mx.uint32)[:, None]
+            logits = mx.gather_mm(
+                rows.weight,
+                hidden[:, :, None],
+                lhs_indices=probes,
+                rhs_indices=mx.broadcast_to(states, probes.shape),
+            ).squeeze(-1)
         else:
             blocks = mx.take(rows.weight, probes, axis=0)  # (R, p, n, D)
             logits = (blocks @ hidden[:, None, :, None]).squeeze(-1)
@@ -175,12 +180,15 @@ class PortableSteps(Steps):
         n_rows, n_clusters = scores.shape
         best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1)  # (R, 1)
         tail = mx.minimum(scores + self.clustered.prototypes.tail_offset, tail_cap(best))
-        tail = mx.maximum(tail, mx.finfo(logits.dtype).min)  # finite in float16 too
+        if logits.dtype == mx.float16:
+            tail = mx.maximum(tail, mx.finfo(mx.float16).min)  # finite here too
         blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))
         blocks = mx.put_along_axis(
             blocks.astype(logits.dtype), selection.probes[..., None], logits, axis=1
         )
-        return mx.take(blocks.reshape(n_rows, -1), self.clustered.slot_of, axis=-1)
+        # `take` along an axis gives the same and is five times slower on a CPU
+        slots = self.clustered.slot_of[None]
+        return mx.take_along_axis(blocks.reshape(n_rows, -1), slots, axis=-1)
 
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
