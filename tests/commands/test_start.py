@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-COMMANDS = ("generate", "convert", "evaluate")
+COMMANDS = ("generate", "convert", "evaluate", "benchmark")
 
 IMPORTS = (
     "import mlx_flashhead.{name}",
@@ -65,8 +65,13 @@ def test_module_says_how_it_is_used_without_a_warning(command):
     )
     assert (code, errors) == (0, "")
     assert output.startswith(f"usage: {module} ")
-    options = {"generate": "--draw-probes", "convert": "--head-bits", "evaluate": "--probes"}
-    assert options[command] in output and "--model" in output
+    options = {
+        "generate": ("--draw-probes", "--model"),
+        "convert": ("--head-bits", "--model"),
+        "evaluate": ("--probes", "--model"),
+        "benchmark": ("head", "model", "convert", "estimate"),
+    }
+    assert all(option in output for option in options[command])
 
 
 def test_package_names_its_commands():

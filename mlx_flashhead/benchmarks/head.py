@@ -1,0 +1,202 @@
+"""The head alone: from hidden states to candidates, to a token or to full logits, beside dense."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from .. import roofline
+from ..head import FlashHead
+from ..portable import blocked_product
+from ..prototypes import Prototypes, quantization_group
+from ..rows import HeadRows
+from ..timing import ColdCaches, Spread, in_turns
+
+SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in roofline.SHAPES.items()}
+CLUSTER_SIZE, GROUP_SIZE = 16, 64
+CHAIN = 16  # calls of a chain, see `chained`
+
+DENSE, DENSE_BLOCKS = "dense (mlx-lm)", "dense in blocks"
+CANDIDATES, TOKEN, LOGITS = "FlashHead candidates", "FlashHead token", "FlashHead full logits"
+
+
+def random_head(
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    n_probes: int,
+    dtype: mx.Dtype = mx.float32,
+    bits: int = 16,
+    cluster_size: int = CLUSTER_SIZE,
+    seed: int = 0,
+) -> FlashHead:
+    """A head of random rows in random clusters: it takes the time of a real one.
+
+    Args:
+        vocab_size: Rows V.
+        hidden_size: Width D.
+        n_probes: Clusters scored.
+        dtype: Of the rows, or of their scales when they are quantized.
+        bits: Of the rows, 4 or 8; 16 leaves them as ``dtype``, whatever that is.
+        cluster_size: Tokens per cluster.
+        seed: Of everything.
+
+    Raises:
+        ValueError: If the rows cannot be quantized, or ``n_probes`` is too large.
+    """
+    n_clusters = -(-vocab_size // cluster_size)
+    if not 1 <= n_probes <= n_clusters:
+        raise ValueError(f"--n-probes is {n_probes}: this head has {n_clusters} clusters.")
+    if bits != 16 and hidden_size % GROUP_SIZE:
+        raise ValueError(f"A width of {hidden_size} cannot be quantized: give --head-bits 16.")
+    mx.random.seed(seed)
+    weight = mx.random.normal((vocab_size, hidden_size), scale=0.05).astype(dtype)
+    rows = HeadRows(weight)
+    if bits != 16:
+        form = {"group_size": GROUP_SIZE, "bits": bits}
+        rows = HeadRows(*mx.quantize(weight, **form), **form)
+    del weight
+    centroids = mx.random.normal((n_clusters, hidden_size), scale=0.05)
+    group = quantization_group(hidden_size)
+    stored, scales, biases, centroid_bits = centroids, None, None, 32
+    if group:
+        centroid_bits = 4
+        stored, scales, biases = mx.quantize(
+            centroids.astype(mx.float16), group_size=group, bits=centroid_bits
+        )
+    prototypes = Prototypes(
+        stored,
+        scales,
+        biases,
+        bias=mx.zeros(n_clusters),
+        tail_offset=mx.full((n_clusters,), -2.0),
+        group_size=group,
+        bits=centroid_bits,
+    )
+    slots = np.full(n_clusters * cluster_size, vocab_size, np.uint32)
+    slots[:vocab_size] = np.random.default_rng(seed).permutation(vocab_size)
+    head = FlashHead(rows, slots.reshape(n_clusters, -1), prototypes, n_probes=n_probes)
+    mx.eval(head.arrays())
+    return head
+
+
+def forms(head: FlashHead) -> dict[str, Callable[[mx.array], mx.array]]:
+    """The ways to use a head, by name: hidden (R, D) → what it gives.
+
+    The dense forms read the same rows, in the order in which the FlashHead holds them: what a dense
+    head does takes the same time in any order.
+    """
+    vocab_size = head.vocab_size
+    rows = head.clustered.flat_rows().map(lambda array: array[:vocab_size])
+    mx.eval(rows.arrays())
+    found = {DENSE: rows.matmul}
+    if not rows.quantized and mx.default_device().type == mx.cpu:
+        found[DENSE_BLOCKS] = lambda hidden: blocked_product(hidden, rows.weight)
+    return found | {CANDIDATES: head.candidates, TOKEN: head.token, LOGITS: head}
+
+
+def read_mb(head: FlashHead, n_rows: int = 1) -> float:
+    """Megabytes of weights that a call reads here, if no two states share a cluster."""
+    prototypes = head.clustered.prototypes
+    stored = (prototypes.weight, prototypes.scales, prototypes.biases)
+    stage_1 = sum(array.nbytes for array in stored if array is not None)
+    if mx.default_device().type == mx.cpu:  # where the centroids are held as float32
+        stage_1 = 4 * head.n_clusters * head.hidden_size
+    rows = sum(array.nbytes for array in head.clustered.rows.arrays().values())
+    probed = min(n_rows * head.n_probes, head.n_clusters)
+    return (stage_1 + rows * probed / head.n_clusters) / 1e6
+
+
+def head_benchmark(
+    head: FlashHead,
+    states: mx.array,
+    *,
+    n_rows: int = 1,
+    rounds: int = 20,
+    progress: bool = True,
+    description: str = "Timing the head",
+) -> dict:
+    """Times all forms of a head in turns, with cold caches.
+
+    Args:
+        head: The head.
+        states: (N, D) hidden states, of which each round takes others.
+        n_rows: States at once: the batch.
+        rounds: Runs that count.
+        progress: Show a bar.
+        description: Of the bar.
+
+    Returns:
+        Shapes, milliseconds and ratios, JSON-ready.
+    """
+    numbers = np.arange((rounds + 1) * n_rows).reshape(rounds + 1, n_rows) % len(states)
+    batches = [mx.contiguous(mx.take(states, mx.array(row), axis=0)) for row in numbers]
+    mx.eval(batches)
+    named = forms(head)
+    seconds = in_turns(
+        {name: lambda i, form=form: form(batches[i]) for name, form in named.items()},
+        rounds,
+        before=ColdCaches(),
+        progress=progress,
+        description=description,
+    )
+    spreads = {name: Spread.of(taken).scaled(1000) for name, taken in seconds.items()}
+    best_dense = min(
+        (DENSE, DENSE_BLOCKS), key=lambda n: spreads[n].median if n in spreads else 1e9
+    )
+    rows = head.clustered.rows
+    result = {
+        "vocab_size": head.vocab_size,
+        "hidden_size": head.hidden_size,
+        "n_clusters": head.n_clusters,
+        "cluster_size": head.cluster_size,
+        "n_probes": head.n_probes,
+        "rows": n_rows,
+        "dtype": str(states.dtype).removeprefix("mlx.core."),
+        "head_bits": rows.bits if rows.quantized else 8 * rows.weight.dtype.size,
+        "backend": head.backend,
+        "head_mb": sum(array.nbytes for array in rows.arrays().values()) / 1e6,
+        "read_mb": read_mb(head, n_rows),
+        "best_dense": best_dense,
+        "ms": {name: spread.to_dict() for name, spread in spreads.items()},
+        "times_faster": {
+            f"{name} against {dense}": spreads[dense].median / spreads[name].median
+            for dense in dict.fromkeys((DENSE, best_dense))
+            for name in (CANDIDATES, TOKEN, LOGITS)
+        },
+    }
+    if mx.default_device().type != mx.cpu:
+        result["gpu_ms"] = chained(named, batches[:CHAIN], rounds)
+    return result
+
+
+def chained(
+    named: dict[str, Callable], batches: list[mx.array], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a call within one submission to the GPU, which leaves the host's time out.
+
+    Each call's hidden state depends on the result of the one before. What that costs by itself is
+    timed too, and taken off. Caches are warm: less than the last cache is read as if from it.
+    """
+
+    def chain(form):
+        def run(_):
+            link = mx.zeros((), batches[0].dtype)
+            for hidden in batches:
+                made = form(hidden + 0 * link)
+                made = made[-1] if isinstance(made, tuple) else made
+                link = made.reshape(-1)[0].astype(hidden.dtype)
+            return link
+
+        return run
+
+    nothing = "nothing"
+    runs = {nothing: chain(lambda hidden: hidden)}
+    runs |= {name: chain(form) for name, form in named.items()}
+    seconds = in_turns(runs, rounds, progress=False)
+    alone = np.median(seconds.pop(nothing))
+    per_call = 1000 / len(batches)
+    return {
+        name: Spread.of([max(0.0, s - alone) for s in taken]).scaled(per_call).to_dict()
+        for name, taken in seconds.items()
+    }

@@ -1,0 +1,171 @@
+"""A whole model: decode speed through mlx-lm's own generation, dense, FlashHead and without a head.
+
+The model without a head gives the same logits for every state. It cannot be used, but it shows what
+a head that costs nothing would save, and so which share of that a FlashHead saves.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.sample_utils import make_sampler
+from tqdm import tqdm
+
+from ..locate import find_head, recorded_hidden
+from ..timing import Spread, in_turns
+
+DENSE, FLASH_HEAD, NO_HEAD = "dense", "FlashHead", "no head"
+SAMPLERS = {"greedy": {"temp": 0.0}, "top-p": {"temp": 0.8, "top_p": 0.95}}
+PROMPT = (
+    "The old bridge over the river had been closed for years, and nobody in the village could say "
+    "who had built it. One morning in spring, a stranger came and"
+)
+
+
+@contextmanager
+def without_head(model: nn.Module) -> Iterator[None]:
+    """Within the block, a dense model's head gives stored logits, and waits for its hidden state.
+
+    The state is computed all the same: the logits depend on it.
+    """
+    location = find_head(model)
+    module, base = location.module, type(location.module)
+    with recorded_hidden(location) as states:
+        model(mx.array([[0]]))
+    row = getattr(module, location.method)(states[-1])[:, -1:]  # (1, 1, V)
+    mx.eval(row)
+    stored: dict[tuple[int, ...], mx.array] = {}
+
+    def free(self, hidden):
+        shape = (*hidden.shape[:-1], row.shape[-1])
+        if shape not in stored:
+            stored[shape] = mx.contiguous(mx.broadcast_to(row, shape))
+            mx.eval(stored[shape])
+        return mx.depends([stored[shape]], [hidden])[0]
+
+    module.__class__ = type(base.__name__, (base,), {location.method: free})
+    try:
+        yield
+    finally:
+        module.__class__ = base
+
+
+def decode_seconds(
+    model: nn.Module, prompt: list[int], batch: int, tokens: int, sampler: Callable
+) -> float:
+    """Seconds of one decode step of a batch, over ``tokens`` steps after the first."""
+    times = []
+    if batch == 1:
+        steps = generate_step(mx.array(prompt), model, max_tokens=tokens + 1, sampler=sampler)
+        for _ in steps:
+            times.append(time.perf_counter())
+    else:
+        generator = BatchGenerator(model, sampler=sampler)
+        generator.insert([prompt] * batch, [tokens + 1] * batch)
+        while generator.next_generated():
+            times.append(time.perf_counter())
+        generator.close()
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def sampling_seconds(
+    model: nn.Module, prompt: list[int], batch: int, sampler: Callable, rounds: int
+) -> list[float]:
+    """Seconds that normalising and sampling take, as mlx-lm does it, on logits of the model."""
+    logits = mx.repeat(model(mx.array([prompt]))[:, -1], batch, axis=0)
+    mx.eval(logits)
+
+    def sample(_):
+        return sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+    return in_turns({"sampling": sample}, rounds, progress=False)["sampling"]
+
+
+def model_benchmark(
+    dense: nn.Module,
+    flash: nn.Module,
+    tokenizer,
+    *,
+    samplers: Sequence[str] = tuple(SAMPLERS),
+    batches: Sequence[int] = (1, 4, 8),
+    tokens: int = 40,
+    rounds: int = 5,
+    progress: bool = True,
+) -> list[dict]:
+    """Times decoding for each sampler and batch, the three models in turns.
+
+    Args:
+        dense: The dense model.
+        flash: The same with a FlashHead.
+        tokenizer: Their tokenizer.
+        samplers: Names of ``SAMPLERS``.
+        batches: Numbers of sequences at once.
+        tokens: Steps of one run.
+        rounds: Runs that count.
+        progress: Show a bar.
+
+    Returns:
+        One entry a sampler and batch, JSON-ready: tokens/s of all sequences together, milliseconds
+        of a step split into body, head and sampling, and the share saved of what a free head would
+        save, (t_dense − t_flash) / (t_dense − t_no_head).
+    """
+    prompt = tokenizer.encode(PROMPT)
+    models = (
+        (DENSE, dense, nullcontext),
+        (FLASH_HEAD, flash, nullcontext),
+        (NO_HEAD, dense, lambda: without_head(dense)),
+    )
+    total = len(samplers) * len(batches) * (rounds + 1) * len(models)
+    results = []
+    with tqdm(
+        total=total, desc="Timing the model", unit="run", leave=False, disable=not progress
+    ) as bar:
+        for name in samplers:
+            for batch in batches:
+                steps: dict[str, list[float]] = {title: [] for title, *_ in models}
+                for number in range(rounds + 1):
+                    for title, model, context in models:
+                        sampler = make_sampler(**SAMPLERS[name])
+                        with context():
+                            seconds = decode_seconds(model, prompt, batch, tokens, sampler)
+                        if number:  # the first warms up
+                            steps[title].append(seconds)
+                        bar.update()
+                sampler = make_sampler(**SAMPLERS[name])
+                sampling = sampling_seconds(dense, prompt, batch, sampler, rounds)
+                results.append(_summary(name, batch, tokens, steps, sampling))
+    return results
+
+
+def _summary(
+    sampler: str, batch: int, tokens: int, steps: dict[str, list[float]], sampling: list[float]
+) -> dict:
+    milliseconds = {title: Spread.of(taken).scaled(1000) for title, taken in steps.items()}
+    step = {title: spread.median for title, spread in milliseconds.items()}
+    sampling_ms = Spread.of(sampling).scaled(1000)
+    body = step[NO_HEAD] - sampling_ms.median
+    free = step[DENSE] - step[NO_HEAD]
+    return {
+        "sampler": sampler,
+        "batch": batch,
+        "tokens": tokens,
+        "tokens_per_second": {
+            title: Spread.of([batch / s for s in taken]).to_dict() for title, taken in steps.items()
+        },
+        "step_ms": {title: spread.to_dict() for title, spread in milliseconds.items()},
+        "sampling_ms": sampling_ms.to_dict(),
+        "split_ms": {
+            title: {
+                "body": body,
+                "head": step[title] - step[NO_HEAD],
+                "sampling": sampling_ms.median,
+            }
+            for title in (DENSE, FLASH_HEAD)
+        },
+        "times_faster": step[DENSE] / step[FLASH_HEAD],
+        "times_faster_with_a_free_head": step[DENSE] / step[NO_HEAD],
+        "share_of_free_head_saved": (step[DENSE] - step[FLASH_HEAD]) / free,
+    }

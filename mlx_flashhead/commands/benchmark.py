@@ -1,0 +1,246 @@
+"""Measures speed: a head, a model, a conversion; or estimates it for an Apple chip."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..benchmarks.convert import convert_benchmark, index_benchmark
+from ..benchmarks.head import SHAPES, head_benchmark, random_head
+from ..benchmarks.model import SAMPLERS, model_benchmark
+from ..install import get_flash_head
+from ..load import load, load_dense, resolve
+from ..quantization import HEAD_BITS
+from ..timing import machine
+from . import estimate
+from .benchmark_output import draw, print_result
+from .console import check_writable, command
+from .evaluate import PICTURES
+
+DTYPES = ("float32", "float16", "bfloat16")
+HEAD, MODEL, CONVERT, ESTIMATE = "head", "model", "convert", "estimate"
+REPORT = """\
+Please send this to the project as an issue, with the template "Benchmark":
+
+```json
+{figures}
+```"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="mlx_flashhead.benchmark", description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
+    _add_head(kinds)
+    _add_model(kinds)
+    _add_convert(kinds)
+    estimate.add_parser(kinds)
+    return parser
+
+
+def _add_head(kinds) -> None:
+    parser = kinds.add_parser(
+        HEAD,
+        help="time a head",
+        description="Time a head alone: dense, and FlashHead to candidates, a token, full logits.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="NAME|V,D",
+        help=f"Random weights of the shape {', '.join(SHAPES)} or V,D; may be given several times.",
+    )
+    what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
+    parser.add_argument(
+        "--n-probes", type=int, help="Clusters scored (default: 256, or the model's own)."
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of random weights.")
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=HEAD_BITS,
+        default=16,
+        help="Bits of random rows; 16 leaves them in --dtype (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=1, help="Hidden states at once (default: %(default)s)."
+    )
+    _add_common(parser, rounds=20)
+
+
+def _add_model(kinds) -> None:
+    parser = kinds.add_parser(
+        MODEL,
+        help="time a model's decoding",
+        description="Time decoding through mlx-lm: dense, with FlashHead, and without any head.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="Folder or repository of a FlashHead checkpoint."
+    )
+    parser.add_argument("--n-probes", type=int, help="Clusters scored (default: the model's own).")
+    parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        action="append",
+        help="May be given several times (default: all).",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        action="append",
+        help="Sequences at once; may be given several times (default: 1, 4 and 8).",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=40, help="Steps of a run (default: %(default)s)."
+    )
+    _add_common(parser, rounds=5)
+
+
+def _add_convert(kinds) -> None:
+    parser = kinds.add_parser(
+        CONVERT,
+        help="time a conversion",
+        description="Time each stage of a conversion, into a temporary folder.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="Folder or repository of the model to convert.")
+    what.add_argument(
+        "--shape",
+        type=_shape,
+        metavar="NAME|V,D",
+        help="A random head and random states instead: all stages but the model's.",
+    )
+    parser.add_argument(
+        "--calibration-positions",
+        type=int,
+        default=12_000,
+        help="Positions to calibrate on (default: %(default)s).",
+    )
+    _add_common(parser, rounds=None)
+
+
+def _add_common(parser: argparse.ArgumentParser, rounds: int | None) -> None:
+    if rounds is not None:
+        parser.add_argument(
+            "--rounds",
+            type=int,
+            default=rounds,
+            help="Runs that count, all forms in turns (default: %(default)s).",
+        )
+    parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
+    parser.add_argument("--plot", metavar="OUT.png", help="Draw the figures into a picture.")
+    parser.add_argument(
+        "--report", action="store_true", help="Print the figures as JSON, to be sent as an issue."
+    )
+
+
+@command
+def main() -> None:
+    """Entry point of ``mlx_flashhead.benchmark``."""
+    args = make_parser().parse_args()
+    if args.kind == ESTIMATE:
+        estimate.run(args)
+        return
+    for name in ("rounds", "rows", "tokens", "calibration_positions", "n_probes"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more.")
+    for batch in getattr(args, "batch", None) or ():
+        if batch < 1:
+            raise ValueError(f"--batch is {batch}: give 1 or more.")
+    if args.json:
+        check_writable("--json", args.json)
+    if args.plot:
+        if Path(args.plot).suffix.lower() not in PICTURES:
+            raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
+        check_writable("--plot", args.plot)
+    found = {HEAD: _head, MODEL: _model, CONVERT: _convert}[args.kind](args)
+    result = {
+        "kind": args.kind,
+        "machine": machine(),
+        "command": " ".join(["mlx_flashhead.benchmark", *sys.argv[1:]]),
+        "results": found,
+    }
+    print_result(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    if args.plot:
+        draw(result, args.plot)
+    if args.report:
+        print(REPORT.format(figures=json.dumps(result, indent=1)))
+
+
+def _head(args: argparse.Namespace) -> list[dict]:
+    if args.model is not None:
+        model, _ = load(args.model, n_probes=args.n_probes)
+        head = get_flash_head(model)
+        rows = head.clustered.rows
+        dtype = rows.scales.dtype if rows.quantized else rows.weight.dtype
+        return [_timed(Path(args.model).name, head, dtype, args)]
+    results = []
+    for name, (vocab_size, hidden_size) in args.shape:
+        dtype = getattr(mx, args.dtype)
+        head = random_head(
+            vocab_size,
+            hidden_size,
+            n_probes=args.n_probes or min(256, -(-vocab_size // 16)),
+            dtype=dtype,
+            bits=args.head_bits,
+        )
+        results.append(_timed(name, head, dtype, args))
+    return results
+
+
+def _timed(name: str, head, dtype: mx.Dtype, args: argparse.Namespace) -> dict:
+    states = np.random.default_rng(0).normal(size=(64, head.hidden_size)).astype(np.float32)
+    measured = head_benchmark(
+        head,
+        mx.array(states).astype(dtype),
+        n_rows=args.rows,
+        rounds=args.rounds,
+        description=f"Timing {name}",
+    )
+    return {"name": name} | measured
+
+
+def _model(args: argparse.Namespace) -> list[dict]:
+    flash, tokenizer = load(args.model, n_probes=args.n_probes)
+    dense, _, _ = load_dense(resolve(args.model))
+    head = get_flash_head(flash)
+    measured = model_benchmark(
+        dense,
+        flash,
+        tokenizer,
+        samplers=args.sampler or tuple(SAMPLERS),
+        batches=args.batch or (1, 4, 8),
+        tokens=args.tokens,
+        rounds=args.rounds,
+    )
+    about = {"model": Path(args.model).name, "n_probes": head.n_probes}
+    about["n_clusters"] = head.n_clusters
+    return [about | one for one in measured]
+
+
+def _convert(args: argparse.Namespace) -> list[dict]:
+    positions = args.calibration_positions
+    if args.model is not None:
+        return [convert_benchmark(args.model, calibration_positions=positions)]
+    name, (vocab_size, hidden_size) = args.shape
+    return [{"name": name} | index_benchmark(vocab_size, hidden_size, positions)]
+
+
+def _shape(text: str) -> tuple[str, tuple[int, int]]:
+    """ "qwen3-0.6b" or "151936,1024" → its name and (V, D)."""
+    if text.lower() in SHAPES:
+        return text.lower(), SHAPES[text.lower()]
+    parts = text.split(",")
+    if len(parts) == 2 and all(p.strip().isdecimal() and int(p) > 0 for p in parts):
+        return text, (int(parts[0]), int(parts[1]))
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no shape: give {', '.join(SHAPES)}, or V,D such as 32000,512"
+    )

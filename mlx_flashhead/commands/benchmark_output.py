@@ -1,0 +1,144 @@
+"""What ``benchmark`` shows: tables that fit 80 columns, and pictures."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..benchmarks.convert import TOTAL
+from ..benchmarks.head import CANDIDATES, DENSE_BLOCKS, LOGITS, TOKEN
+from ..benchmarks.model import DENSE, FLASH_HEAD, NO_HEAD
+
+PARTS = ("body", "head", "sampling")
+
+
+def print_result(result: dict, console: Console | None = None) -> None:
+    """Prints the tables of one benchmark, then the machine."""
+    console = console or Console()
+    tables = {"head": _head_table, "model": _model_table, "convert": _convert_table}
+    for one in result["results"]:
+        console.print(tables[result["kind"]](one))
+    about = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    console.print(
+        f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
+        f"{versions}; {about['date']}",
+        highlight=False,
+    )
+
+
+def _new_table(title: str, headings: tuple[str, ...], caption: str | None = None) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def _head_table(one: dict) -> Table:
+    table = _new_table(
+        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['head_bits']}-bit "
+        f"rows, {one['dtype']}, {one['n_probes']} of {one['n_clusters']:,} clusters, "
+        f"batch {one['rows']}",
+        ("", "ms", "quartiles", "vs mlx-lm", "vs best dense"),
+        f"Reads {one['read_mb']:.1f} MB of weights, dense {one['head_mb']:.1f} MB; cold caches.",
+    )
+    for name, ms in one["ms"].items():
+        ratios = ("", "")
+        if name in (CANDIDATES, TOKEN, LOGITS):
+            mlx_lm = next(v for k, v in one["times_faster"].items() if k.startswith(name))
+            best = one["times_faster"][f"{name} against {one['best_dense']}"]
+            ratios = (f"{mlx_lm:.1f} x", f"{best:.1f} x")
+        table.add_row(name, f"{ms['median']:.2f}", _quartiles(ms), *ratios)
+    for name, ms in one.get("gpu_ms", {}).items():
+        table.add_row(f"{name}, GPU alone", f"{ms['median']:.3f}", _quartiles(ms), "", "")
+    return table
+
+
+def _model_table(one: dict) -> Table:
+    table = _new_table(
+        f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes']} of "
+        f"{one['n_clusters']:,} clusters",
+        ("", "tokens/s", "quartiles", "ms", "body", "head", "sampling"),
+        f"{one['times_faster']:.2f} times as fast; a free head: "
+        f"{one['times_faster_with_a_free_head']:.2f}; of what that saves, "
+        f"{one['share_of_free_head_saved']:.1%} is saved.",
+    )
+    for name in (DENSE, FLASH_HEAD, NO_HEAD):
+        speed = one["tokens_per_second"][name]
+        split = one["split_ms"].get(name)
+        table.add_row(
+            name,
+            f"{speed['median']:.1f}",
+            _quartiles(speed),
+            f"{one['step_ms'][name]['median']:.2f}",
+            *(f"{split[part]:.2f}" if split else "" for part in PARTS),
+        )
+    return table
+
+
+def _convert_table(one: dict) -> Table:
+    name = one.get("name") or one["model"]
+    table = _new_table(
+        f"Conversion of {name}", ("stage", "s"), f"Peak of memory: {one['peak_memory_mb']:,.0f} MB"
+    )
+    for stage, seconds in one["seconds"].items():
+        table.add_row(stage, f"{seconds:.1f}", style="bold" if stage == TOTAL else None)
+    return table
+
+
+def _quartiles(spread: dict) -> str:
+    return f"{spread['lower']:.2f}–{spread['upper']:.2f}"
+
+
+def draw(result: dict, path: str) -> None:
+    """Draws one benchmark's figures as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = result["results"]
+    figure, axes = plt.subplots(
+        len(results), figsize=(8, 0.6 + 2.2 * len(results)), layout="constrained", squeeze=False
+    )
+    draw_one = {"head": _draw_head, "model": _draw_model, "convert": _draw_convert}
+    for axis, one in zip(axes[:, 0], results, strict=True):
+        draw_one[result["kind"]](axis, one)
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_head(axis, one: dict) -> None:
+    for name, ms in one["ms"].items():
+        dense = name == DENSE_BLOCKS or not name.startswith(FLASH_HEAD)
+        bar = axis.barh(name, ms["median"], color="tab:gray" if dense else "tab:blue")
+        axis.bar_label(bar, fmt=" %.2f")
+    axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="ms per call")
+    axis.margins(x=0.1)
+
+
+def _draw_model(axis, one: dict) -> None:
+    for name, split in one["split_ms"].items():
+        left = 0.0
+        for part, color in zip(PARTS, ("tab:gray", "tab:orange", "tab:green"), strict=True):
+            label = part if name == DENSE else None
+            axis.barh(name, split[part], left=left, color=color, label=label)
+            left += split[part]
+    axis.set(title=f"{one['model']}, {one['sampler']}, batch {one['batch']}", xlabel="ms per step")
+    axis.legend()
+
+
+def _draw_convert(axis, one: dict) -> None:
+    for stage, seconds in one["seconds"].items():
+        if stage != TOTAL:
+            axis.bar_label(axis.barh(stage, seconds, color="tab:blue"), fmt=" %.1f")
+    axis.set(title=f"Conversion of {one.get('name') or one['model']}", xlabel="s")
+    axis.margins(x=0.1)

@@ -1,0 +1,123 @@
+"""``benchmark``: tables, files, the report, and what is refused before the work."""
+
+import json
+
+import pytest
+
+from mlx_flashhead.commands import benchmark as benchmark_command
+
+HEAD = ("head", "--shape", "320,64", "--n-probes", 3, "--rounds", 1)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def check_outputs(run, tmp_path, *arguments):
+    """Runs a benchmark with all outputs; returns the screen and the figures."""
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png", "--report")
+    code, output, errors = run("benchmark", *arguments, *files)
+    assert (code, "Traceback" in errors) == (0, False)
+    screen, _, report = output.partition("```json\n")
+    if arguments[0] != "convert":  # which has sentences to say
+        assert max(len(line) for line in screen.splitlines()) <= 80
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert json.loads(report.removesuffix("\n```\n")) == figures
+    assert figures["kind"] == arguments[0]
+    assert figures["machine"]["versions"]["mlx"] in screen
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    return screen, figures["results"]
+
+
+def test_head_of_shapes(run, tmp_path):
+    screen, results = check_outputs(run, tmp_path, *HEAD, "--shape", "203,128", "--rows", 2)
+    assert [(one["vocab_size"], one["hidden_size"]) for one in results] == [(320, 64), (203, 128)]
+    assert {(one["n_probes"], one["rows"], one["dtype"]) for one in results} == {(3, 2, "float32")}
+    for one in results:
+        ms = one["ms"]["FlashHead candidates"]["median"]
+        assert f" {ms:.2f} " in screen
+
+
+@pytest.mark.parametrize("bits, dtype, stored", [(8, "float16", 8), (16, "bfloat16", 16)])
+def test_head_of_other_precisions(run, tmp_path, bits, dtype, stored):
+    _, (one,) = check_outputs(run, tmp_path, *HEAD, "--head-bits", bits, "--dtype", dtype)
+    assert (one["head_bits"], one["dtype"]) == (stored, dtype)
+
+
+def test_head_of_a_model(run, converted, tmp_path):
+    _, (one,) = check_outputs(
+        run, tmp_path, "head", "--model", converted, "--n-probes", 2, "--rounds", 1
+    )
+    assert (one["n_probes"], one["hidden_size"], one["name"]) == (2, 128, "model")
+
+
+def test_known_shape_has_256_probes(monkeypatch):
+    parsed = benchmark_command.make_parser().parse_args(["head", "--shape", "Qwen3-0.6B"])
+    assert parsed.shape == [("qwen3-0.6b", (151936, 1024))]
+    made = []
+    monkeypatch.setattr(
+        benchmark_command, "random_head", lambda *shape, **form: made.append((shape, form))
+    )
+    monkeypatch.setattr(benchmark_command, "_timed", lambda *_: {})
+    benchmark_command._head(parsed)
+    ((shape, form),) = made
+    assert shape == (151936, 1024) and form["n_probes"] == 256
+
+
+def test_model(run, converted, tmp_path):
+    screen, results = check_outputs(
+        run, tmp_path, "model", "--model", converted, "--n-probes", 2, "--rounds", 1,
+        "--tokens", 3, "--batch", 1, "--batch", 2, "--sampler", "greedy",
+    )  # fmt: skip
+    assert [(one["sampler"], one["batch"]) for one in results] == [("greedy", 1), ("greedy", 2)]
+    assert all(one["n_probes"] == 2 for one in results)
+    for word in ("tokens/s", "body", "head", "sampling", "no head", "is saved"):
+        assert word in screen
+
+
+def test_convert(run, dense, tmp_path):
+    screen, (one,) = check_outputs(
+        run, tmp_path, "convert", "--model", dense, "--calibration-positions", 40
+    )
+    assert one["calibration"]["positions"] == 40
+    assert "clustering" in screen and "total" in screen
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.png"]
+
+
+def test_convert_of_a_shape(run, tmp_path):
+    _, (one,) = check_outputs(
+        run, tmp_path, "convert", "--shape", "320,64", "--calibration-positions", 40
+    )
+    assert (one["vocab_size"], one["positions"]) == (320, 40)
+
+
+def test_estimate(run, tmp_path):
+    code, output, _ = run("benchmark", "estimate", "--shape", "llama-3.2-1b", "--chip", "m3-max")
+    assert code == 0 and "ESTIMATE" in output
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("head",), "--shape --model is required"),
+        (("head", "--shape", "llama"), "is no shape"),
+        (("head", "--shape", "320,0"), "is no shape"),
+        (("head", "--shape", "320,64", "--n-probes", 21), "20 clusters"),
+        (("head", "--shape", "320,64", "--n-probes", 0), "--n-probes is 0"),
+        (("head", "--shape", "320,72", "--head-bits", 4), "width of 72"),
+        ((*HEAD[:3], "--rounds", 0), "--rounds is 0"),
+        ((*HEAD, "--rows", 0), "--rows is 0"),
+        ((*HEAD, "--plot", "a.xyz"), "must end in .png"),
+        ((*HEAD, "--json", "absent/a.json"), "cannot be written"),
+        (("head", "--model", "./absent"), "no folder"),
+        (("model", "--model", "./absent"), "no folder"),
+        (("model", "--model", "./absent", "--batch", 0), "--batch is 0"),
+        (("model", "--model", "./absent", "--tokens", 0), "--tokens is 0"),
+        (("convert", "--model", "./absent"), "no folder"),
+        (("convert", "--shape", "320,64", "--calibration-positions", 0), "positions is 0"),
+        ((), "COMMAND"),
+    ],
+)
+def test_mistakes(refused, arguments, said):
+    assert said in refused("benchmark", *arguments)

@@ -1,0 +1,264 @@
+"""The benchmarks: what is timed computes what it should, and the summaries are right."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.benchmarks import convert as convert_module
+from mlx_flashhead.benchmarks import model as model_module
+from mlx_flashhead.benchmarks.convert import convert_benchmark, index_benchmark, stage_times
+from mlx_flashhead.benchmarks.head import (
+    CANDIDATES,
+    DENSE,
+    DENSE_BLOCKS,
+    LOGITS,
+    SHAPES,
+    TOKEN,
+    chained,
+    forms,
+    head_benchmark,
+    random_head,
+)
+from mlx_flashhead.benchmarks.model import (
+    FLASH_HEAD,
+    NO_HEAD,
+    decode_seconds,
+    model_benchmark,
+    sampling_seconds,
+    without_head,
+)
+from mlx_flashhead.install import install
+from model_folders import write_model
+from tiny_models import VOCAB_SIZE, tiny_index, tiny_model
+
+
+class Tokenizer:
+    def encode(self, text):
+        return [1, 5, 9]
+
+
+@pytest.fixture
+def models():
+    """A dense tiny model, and the same with a FlashHead."""
+    flash = tiny_model()
+    index = tiny_index(flash)
+    install(flash, index.token_ids, index.prototypes, n_probes=4)
+    return tiny_model(), flash
+
+
+def test_shapes_are_those_of_the_models():
+    assert SHAPES["llama-3.2-1b"] == (128256, 2048)
+    assert SHAPES["qwen3-0.6b"] == (151936, 1024)
+    assert SHAPES["gemma-3-270m"] == (262144, 640)
+    assert SHAPES["gemma-3-1b"] == (262144, 1152)
+    assert SHAPES["smollm2"] == (49152, 576)
+
+
+@pytest.mark.parametrize("bits, dtype", [(16, mx.float32), (16, mx.bfloat16), (4, mx.float16)])
+@pytest.mark.parametrize("vocab_size, hidden_size", [(320, 64), (203, 128)])
+def test_forms_agree_with_the_rows(bits, dtype, vocab_size, hidden_size):
+    head = random_head(vocab_size, hidden_size, n_probes=5, dtype=dtype, bits=bits)
+    assert (head.vocab_size, head.hidden_size, head.n_probes) == (vocab_size, hidden_size, 5)
+    assert head.clustered.rows.quantized == (bits != 16)
+    named = forms(head)
+    assert (DENSE_BLOCKS in named) == (bits == 16 and mx.default_device().type == mx.cpu)
+    hidden = mx.random.normal((2, hidden_size)).astype(dtype)
+    ids, logits = named[CANDIDATES](hidden)
+    assert ids.shape == logits.shape == (2, 5 * 16)
+    slots = head.clustered.flat_rows().dequantized().astype(mx.float32)[:vocab_size]
+    dense = np.array(hidden.astype(mx.float32) @ slots.T)
+    loose = {"rtol": 5e-2, "atol": 5e-2} if dtype != mx.float32 else {"rtol": 1e-4, "atol": 1e-4}
+    for name in {DENSE, DENSE_BLOCKS} & named.keys():
+        np.testing.assert_allclose(np.array(named[name](hidden).astype(mx.float32)), dense, **loose)
+    full = np.array(named[LOGITS](hidden).astype(mx.float32))
+    assert full.shape == (2, vocab_size)
+    assert (np.array(named[TOKEN](hidden)) == full.argmax(-1)).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"n_probes": 21}, "20 clusters"),
+        ({"n_probes": 0}, "20 clusters"),
+        ({"n_probes": 4, "hidden_size": 72, "bits": 4}, "width of 72"),
+    ],
+)
+def test_random_head_refuses(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        random_head(**{"vocab_size": 320, "hidden_size": 64} | arguments)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_head_benchmark_reports(n_rows):
+    head = random_head(320, 64, n_probes=5)
+    states = mx.random.normal((7, 64))
+    found = head_benchmark(head, states, n_rows=n_rows, rounds=3, progress=False)
+    json.dumps(found)
+    assert (found["rows"], found["n_clusters"], found["head_bits"]) == (n_rows, 20, 32)
+    assert found["dtype"] == "float32" and found["head_mb"] == pytest.approx(320 * 64 * 4 / 1e6)
+    # float32 centroids on a CPU, and the probed clusters' rows
+    stage_1 = 20 * 64 * 4 if mx.default_device().type == mx.cpu else 20 * 64 * 9 / 16
+    assert found["read_mb"] == pytest.approx((stage_1 + 5 * n_rows * 16 * 64 * 4) / 1e6)
+    ms = {name: spread["median"] for name, spread in found["ms"].items()}
+    assert all(found["ms"][name]["runs"] == 3 for name in ms)
+    best = found["best_dense"]
+    assert ms[best] == min(ms[name] for name in (DENSE, DENSE_BLOCKS) if name in ms)
+    for name in (CANDIDATES, TOKEN, LOGITS):
+        for dense in (DENSE, best):
+            ratio = found["times_faster"][f"{name} against {dense}"]
+            assert ratio == pytest.approx(ms[dense] / ms[name])
+
+
+def test_chain_calls_the_form_with_each_state():
+    states = [mx.full((1, 4), value) for value in (1.0, 2.0, 5.0)]
+    seen = []
+
+    def form(hidden):
+        seen.append(hidden)
+        return mx.zeros(1), hidden * 1e30
+
+    found = chained({"form": form}, states, 2)
+    assert found["form"]["runs"] == 2
+    assert [h[0, 0].item() for h in seen] == [1, 2, 5] * 3
+
+
+def test_without_head_the_state_is_still_computed(models):
+    dense, _ = models
+    ids = mx.array([[3, 4]])
+    expected, kind = dense(ids), type(dense.model.embed_tokens)
+    with without_head(dense):
+        first, second = dense(ids), dense(mx.array([[7, 8]]))
+        graph = io.StringIO()
+        mx.export_to_dot(graph, first)
+        assert "Depends" in graph.getvalue() and "Matmul" in graph.getvalue()
+        assert first.shape == (1, 2, VOCAB_SIZE)
+        assert mx.array_equal(first, second) and mx.array_equal(first[:, 0], first[:, 1])
+    assert mx.array_equal(dense(ids), expected)
+    assert type(dense.model.embed_tokens) is kind
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_takes_the_steps_asked_for(models, monkeypatch, batch):
+    times = iter(np.cumsum([0, 4, 4, 1, 3]))
+    clock = SimpleNamespace(perf_counter=lambda: next(times))  # mlx-lm looks at the real one
+    monkeypatch.setattr(model_module, "time", clock)
+    shapes = []
+
+    def sampler(logprobs):
+        shapes.append(logprobs.shape)
+        return mx.argmax(logprobs, axis=-1)
+
+    dense, _ = models
+    assert decode_seconds(dense, [1, 2], batch, 4, sampler) == pytest.approx(12 / 4)
+    assert set(shapes) == {(batch, VOCAB_SIZE)}
+
+
+def test_end_of_text_does_not_end_a_run(models):
+    dense, _ = models
+    drawn = []
+
+    def sampler(logprobs):
+        drawn.append(1)
+        return mx.zeros(logprobs.shape[:-1], mx.uint32)
+
+    for batch in (1, 2):
+        drawn.clear()
+        decode_seconds(dense, [1], batch, 6, sampler)
+        assert len(drawn) >= 7
+
+
+def test_sampler_gets_normalised_logits_of_the_batch(models):
+    dense, _ = models
+    seen = []
+
+    def sampler(logprobs):
+        seen.append(logprobs)
+        return mx.argmax(logprobs, axis=-1)
+
+    assert len(sampling_seconds(dense, [1, 2], 3, sampler, 2)) == 2
+    sums = mx.exp(seen[-1]).sum(axis=-1)
+    assert seen[-1].shape == (3, VOCAB_SIZE) and mx.allclose(sums, mx.ones(3), atol=1e-4)
+
+
+def test_model_benchmark_sums_up(models, monkeypatch):
+    dense, flash = models
+    steps = {"dense": 0.010, "flash": 0.004, "none": 0.003}
+    order = []
+
+    def decode(model, prompt, batch, tokens, sampler):
+        which = "flash" if model is flash else "dense"
+        logits = model(mx.array([[1], [2]]))
+        if which == "dense" and mx.array_equal(logits[0], logits[1]):
+            which = "none"
+        order.append(which)
+        return steps[which]
+
+    monkeypatch.setattr(model_module, "decode_seconds", decode)
+    monkeypatch.setattr(model_module, "sampling_seconds", lambda *a: [0.001, 0.001])
+    found = model_benchmark(
+        dense, flash, Tokenizer(), samplers=("greedy", "top-p"), batches=(1, 2), rounds=2,
+        progress=False,
+    )  # fmt: skip
+    assert [(f["sampler"], f["batch"]) for f in found] == [
+        ("greedy", 1), ("greedy", 2), ("top-p", 1), ("top-p", 2),
+    ]  # fmt: skip
+    assert order == ["dense", "flash", "none"] * 3 * 4
+    one = json.loads(json.dumps(found))[1]
+    assert one["step_ms"]["dense"]["runs"] == 2
+    assert one["tokens_per_second"]["dense"]["median"] == pytest.approx(200)
+    assert one["tokens_per_second"][NO_HEAD]["median"] == pytest.approx(2 / 0.003)
+    assert one["split_ms"][FLASH_HEAD] == pytest.approx({"body": 2, "head": 1, "sampling": 1})
+    assert one["split_ms"]["dense"] == pytest.approx({"body": 2, "head": 7, "sampling": 1})
+    assert one["times_faster"] == pytest.approx(2.5)
+    assert one["share_of_free_head_saved"] == pytest.approx(6 / 7)
+
+
+def test_model_benchmark_runs(models):
+    found = model_benchmark(
+        *models, Tokenizer(), samplers=("top-p",), batches=(1, 2), tokens=3, rounds=1,
+        progress=False,
+    )  # fmt: skip
+    assert [one["batch"] for one in found] == [1, 2]
+
+
+def test_stages_of_a_conversion(tmp_path):
+    folder = write_model(tmp_path / "dense")
+    found = convert_benchmark(str(folder), calibration_positions=40, n_probes=3, progress=False)
+    json.dumps(found)
+    seconds = found["seconds"]
+    expected = {stage for stage, *_ in convert_module.STAGES} | {"total", "other"}
+    assert seconds.keys() | {"probes"} == expected | {"probes"}
+    parts = sum(value for name, value in seconds.items() if name != "total")
+    assert parts == pytest.approx(seconds["total"]) and min(seconds.values()) >= 0
+    assert found["n_probes"] == 3 and found["peak_memory_mb"] > 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+def test_stage_times_count_only_within_the_block(monkeypatch):
+    from mlx_flashhead import indexing
+
+    clock = iter(range(100))
+    monkeypatch.setattr(convert_module.time, "perf_counter", lambda: next(clock))
+    original = indexing.fit_prototypes
+    monkeypatch.setattr(
+        indexing, "fit_prototypes", lambda ticks: [next(clock) for _ in range(ticks)]
+    )
+    with stage_times() as seconds:  # 0
+        indexing.fit_prototypes(2)  # 1, …, 4
+        indexing.fit_prototypes(0)  # 5, 6
+    # the block ends at 7
+    assert seconds == {"centroids": 3 + 1, "other": 3, "total": 7}
+    indexing.fit_prototypes(1)
+    assert seconds["centroids"] == 4
+    monkeypatch.undo()
+    assert indexing.fit_prototypes is original
+
+
+def test_index_of_a_random_head():
+    found = index_benchmark(320, 64, 50, progress=False)
+    assert {"clustering", "centroids", "total"} <= found["seconds"].keys()
+    assert found["head_mb"] == pytest.approx(320 * 64 * 4 / 1e6)
