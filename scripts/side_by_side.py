@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
-from statistics import median
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from mlx_flashhead import FlashHead, get_flash_head
 from mlx_flashhead.locate import find_head, recorded_hidden
+from mlx_flashhead.timing import Spread, in_turns
 
 TITLES = ("dense", "FlashHead")
 HEAD_ROUNDS = 5
@@ -124,36 +124,33 @@ def head_seconds(heads: tuple[Callable, ...], states: mx.array) -> tuple[list[fl
         states: (L, D).
 
     Returns:
-        For each head its median time per state in each of some rounds, in which they take turns.
+        For each head the seconds of each state, some times over; the heads take turns.
     """
-    medians: tuple[list[float], ...] = tuple([] for _ in heads)
-    for _ in range(HEAD_ROUNDS):
-        for head, rounds in zip(heads, medians, strict=True):
-            seconds = []
-            for i in range(len(states)):
-                start = time.perf_counter()
-                mx.eval(head(states[None, i : i + 1]))
-                seconds.append(time.perf_counter() - start)
-            rounds.append(median(seconds))
-    return medians
+    runs = {
+        str(number): lambda i, head=head: head(states[None, i % len(states), None])
+        for number, head in enumerate(heads)
+    }
+    return tuple(in_turns(runs, HEAD_ROUNDS * len(states), progress=False).values())
 
 
 def _table(speeds: tuple[list[float], ...], seconds: tuple[list[float], ...]) -> Table:
-    table = Table(title="median (range) of the runs", title_justify="left")
+    table = Table(title="median (quartiles)", title_justify="left")
     for heading in ("", *TITLES, "ratio"):
         table.add_column(heading, justify="right" if heading else "left")
-    faster = median(speeds[1]) / median(speeds[0])
-    table.add_row("tokens/s", *map(_spread, speeds), f"{faster:.2f} x")
-    milliseconds = [[1000 * value for value in rounds] for rounds in seconds]
-    faster = median(seconds[0]) / median(seconds[1])
+    of_speeds = [Spread.of(values) for values in speeds]
+    of_seconds = [Spread.of(values) for values in seconds]
+    faster = of_speeds[1].median / of_speeds[0].median
+    table.add_row("tokens/s", *map(_spread, of_speeds), f"{faster:.2f} x")
+    faster = of_seconds[0].median / of_seconds[1].median
+    milliseconds = [spread.scaled(1000) for spread in of_seconds]
     table.add_row("ms/token in the head", *map(_spread, milliseconds), f"{faster:.1f} x")
-    shares = (median(s) * median(v) for s, v in zip(seconds, speeds, strict=True))
+    shares = (s.median * v.median for s, v in zip(of_seconds, of_speeds, strict=True))
     table.add_row("the head's share", *(f"{share:.0%}" for share in shares), "")
     return table
 
 
-def _spread(values: list[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+def _spread(spread: Spread) -> str:
+    return f"{spread.median:.2f} ({spread.lower:.2f}–{spread.upper:.2f})"
 
 
 def _agreement(

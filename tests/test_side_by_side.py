@@ -74,7 +74,10 @@ def test_agreement_is_that_of_the_head_position_by_position(models):
 
 def test_heads_take_turns(models):
     calls = []
-    heads = (lambda h: calls.append(0) or h, lambda h: calls.append(1) or h)
-    seconds = head_seconds(heads, mx.zeros((3, 8)))
-    assert [len(s) for s in seconds] == [5, 5]
-    assert calls == ([0] * 3 + [1] * 3) * 5
+    heads = (lambda h: calls.append((0, h)) or h, lambda h: calls.append((1, h)) or h)
+    states = mx.arange(24.0).reshape(3, 8)
+    seconds = head_seconds(heads, states)
+    assert [len(s) for s in seconds] == [15, 15]
+    assert [number for number, _ in calls] == [0, 1] * 16  # one round warms up
+    assert all(h.shape == (1, 1, 8) for _, h in calls)
+    assert {h[0, 0, 0].item() for _, h in calls} == {0, 8, 16}
