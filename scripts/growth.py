@@ -16,7 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(CHECKOUT)  # works uninstalled too
+if __name__ == "__main__":
+    sys.path[0] = str(CHECKOUT)  # works uninstalled too
 
 from mlx_flashhead.benchmarks.head import head_benchmark, random_head  # noqa: E402
 from mlx_flashhead.commands.console import check_writable, command  # noqa: E402

@@ -14,7 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(CHECKOUT)  # works uninstalled too
+if __name__ == "__main__":
+    sys.path[0] = str(CHECKOUT)  # works uninstalled too
 
 from mlx_flashhead.benchmarks.head import CANDIDATES, DENSE, DENSE_BLOCKS, LOGITS  # noqa: E402
 from mlx_flashhead.benchmarks.model import DENSE as DENSE_MODEL  # noqa: E402
