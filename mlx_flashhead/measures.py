@@ -233,7 +233,8 @@ class _DenseView:
         own_weight = np.exp(self.truth_logit - self.total_max)
         probability = {n_probes: np.zeros(len(scores)) for n_probes in probe_counts}
         for _ in range(DRAWS):
-            noise = -np.log(rng.standard_exponential(scores.shape, dtype=np.float32))  # Gumbel
+            drawn = rng.standard_exponential(scores.shape, dtype=np.float32)
+            noise = -np.log(np.maximum(drawn, np.finfo(drawn.dtype).tiny))  # Gumbel; 0 is drawn too
             others = scores + noise
             others[self.rows, self.truth_cluster] = -np.inf
             listed = np.argpartition(-others, n_listed - 1, axis=1)[:, :n_listed]

@@ -167,6 +167,20 @@ def test_drawn_perplexity_is_that_of_simulated_draws(n_probes):
     assert got.drawn_perplexity == pytest.approx(simulated, rel=0.1)
 
 
+@pytest.mark.filterwarnings("error")
+def test_draws_of_zero_are_usual_ones(monkeypatch):
+    """One of 2²³ is zero: of a large vocabulary's clusters, some are in every evaluation."""
+
+    class Generator:
+        def standard_exponential(self, shape, dtype):
+            return np.zeros(shape, dtype)
+
+    case = Case()
+    monkeypatch.setattr(np.random, "default_rng", lambda _: Generator())
+    got, _ = case.measure(case.routing(drawn=True), 3)
+    assert np.isfinite(got.drawn_perplexity)
+
+
 def test_one_drawn_probe_has_a_known_distribution():
     """softmax of the scores, times softmax within the cluster; also for tokens rarely drawn."""
     case = Case()
