@@ -18,8 +18,7 @@ from mlx_flashhead.prototypes import raw_means
 pytestmark = pytest.mark.real
 
 # Few, since a token takes a tenth of a second on the CPU build: the default is 12,000.
-CALIBRATION_POSITIONS = 1_500
-EVALUATED_POSITIONS = 1_000
+CALIBRATION_POSITIONS = 1_000
 TEXT = Path(__file__).parent / "data" / "heldout.txt"
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -42,23 +41,23 @@ def loaded(converted):
     return load(str(converted[0]))
 
 
-@pytest.fixture(scope="module")
-def some_of_all() -> str:
-    """Every sixth paragraph of the held-out text: some of its prose, documents, code and chat."""
-    return "\n\n".join(read_text(TEXT).split("\n\n")[::6])
+def some_of_all(n_characters: int) -> str:
+    """As much of each kind in the held-out text: prose, documentation, code and chat."""
+    text = read_text(TEXT)
+    beginnings = [(2 * part + 1) * len(text) // 8 for part in range(4)]
+    return "\n\n".join(text[start : start + n_characters] for start in beginnings)
 
 
 @pytest.fixture(scope="module")
-def evaluation(loaded, some_of_all):
-    return evaluate(
-        *loaded, some_of_all, probe_counts=[96, 256, 512], positions=EVALUATED_POSITIONS
-    )
+def evaluation(loaded):
+    """Of about 800 positions."""
+    return evaluate(*loaded, some_of_all(800), probe_counts=[96, 256, 512])
 
 
 @pytest.fixture(scope="module")
-def states(loaded, some_of_all):
-    """Hidden states and true next tokens of a part of that text."""
-    return text_states(*loaded, find_head(loaded[0]), some_of_all, positions=300, progress=False)
+def states(loaded):
+    """Some 200 hidden states."""
+    return text_states(*loaded, find_head(loaded[0]), some_of_all(200), progress=False)[0]
 
 
 def test_conversion_reaches_the_target_with_few_probes(converted):
@@ -94,18 +93,18 @@ def test_quality_on_a_text_that_calibration_has_not_seen(evaluation):
     at_256, at_512 = measured[FLASH_HEAD, 256], measured[FLASH_HEAD, 512]
     assert at_256.agreement >= 0.98
     assert at_512.agreement >= 0.988
-    assert at_256.coverage >= 0.93
-    assert at_256.perplexity <= 1.33 * evaluation.dense_perplexity
+    assert at_256.coverage >= 0.92
+    assert at_256.perplexity <= 1.35 * evaluation.dense_perplexity
     assert at_512.perplexity <= 1.18 * evaluation.dense_perplexity
     for n_probes in (96, 256, 512):
         of_paper = measured[UNIT_MEANS, n_probes]
         assert measured[FLASH_HEAD, n_probes].agreement > of_paper.agreement
-        assert measured[FLASH_HEAD, n_probes].coverage > of_paper.coverage
+        assert measured[FLASH_HEAD, n_probes].coverage > of_paper.coverage + 0.01
 
 
 def test_measures_are_those_of_the_head(loaded, states):
     """The head itself, state by state, against what is computed from sums over clusters."""
-    head, (hidden, _) = get_flash_head(loaded[0]), states
+    head, hidden = get_flash_head(loaded[0]), states
     logits = np.array(head.dense_logits(mx.array(hidden)))
     tokens = [head.token(mx.array(state)[None]).item() for state in hidden]
     prototypes = head.clustered.prototypes
@@ -122,8 +121,11 @@ def test_measures_are_those_of_the_head(loaded, states):
 
 
 def test_clusters_are_good_whatever_routes_among_them(loaded, states):
-    """Means of their rows, nothing fitted: 95 % and 97.5 % agreement, give or take two points."""
-    head, (hidden, _) = get_flash_head(loaded[0]), states
+    """Means of their rows, nothing fitted: 95 % and 97.5 % agreement on more positions.
+
+    The bounds are three standard errors below, and far above those of random clusters.
+    """
+    head, hidden = get_flash_head(loaded[0]), states
     token_ids = np.array(head.clustered.token_ids)
     weight = np.array(head.clustered.token_rows().weight)
     means = raw_means(weight, token_ids)
@@ -135,5 +137,5 @@ def test_clusters_are_good_whatever_routes_among_them(loaded, states):
         [96, 256],
         progress=False,
     )[0]
-    assert few.agreement >= 0.93
-    assert many.agreement >= 0.955
+    assert few.agreement >= 0.90
+    assert many.agreement >= 0.94
