@@ -67,7 +67,8 @@ def draw_growth(figures: dict, path: Path) -> None:
             axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(_short))
     axes[0, 0].set_ylabel("ms per call")
     axes[1, 0].set_ylabel("MB of weights read per call")
-    axes[0, 0].legend(fontsize="small")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     usual = figures["usual"]
     figure.suptitle(
         f"A float32 head; V={usual['vocab_size']:,}, D={usual['hidden_size']:,}, "
@@ -93,7 +94,7 @@ def draw_heads(figures: dict, path: Path) -> None:
     axis.set_xscale("log")
     axis.set(xlabel="ms per call, float32, one state, cold caches")
     axis.set_title(measured_on(figures), fontsize="medium")
-    axis.legend(fontsize="small", loc="lower right")
+    axis.legend(fontsize="small", loc="upper right")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
