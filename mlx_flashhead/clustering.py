@@ -23,7 +23,7 @@ PASSES = 6  # dense passes over all rows
 PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
 # Above this many multiply-adds a dense pass takes minutes on a CPU. Then four passes are spread
 # over iterations that each refresh the shortlists of every fourth row.
-LARGE_PRODUCT = 5e12
+LARGE_PRODUCT = 4e12
 LARGE_PASSES, LARGE_PARTS = 4, 4
 
 # Near-duplicates: rows whose squared distance is at most this share of their squared distance to
@@ -239,7 +239,9 @@ def _shortlists(
     n_clusters = len(centroids)
     n_buckets = min(BUCKETS, n_clusters)
     padding = -n_clusters % n_buckets
-    columns = xp.array(np.pad(centroids, ((0, padding), (0, 0))).T)
+    columns = (np.pad(centroids, ((0, padding), (0, 0))) if padding else centroids).T
+    if xp is not np:  # where it would be one more copy
+        columns = xp.array(columns)
     ids = np.empty((len(points), length), dtype=np.int64)
     scores = np.empty((len(points), length), dtype=np.float32)
     for start in range(0, len(points), BLOCK_ROWS):
