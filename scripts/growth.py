@@ -1,6 +1,6 @@
 """Measures how a head's cost grows with V, D, p and the batch; writes what `plots.py` draws.
 
-    python scripts/growth.py [--json benchmarks/growth.json] [--rounds 10]
+    python scripts/growth.py [--json docs/benchmarks/growth.json] [--rounds 10]
 
 Random float32 heads, cold caches, in turns, as `python -m mlx_flashhead.benchmark head` measures
 them. For figures to be quoted: an idle machine, one thread, OpenBLAS.
@@ -64,7 +64,9 @@ def measure_growth(usual: dict, axes: dict, rounds: int, progress: bool = True) 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", default="benchmarks/growth.json", help="default: %(default)s")
+    parser.add_argument(
+        "--json", default="docs/benchmarks/growth.json", help="default: %(default)s"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
     args = parser.parse_args()
     if args.rounds < 1:

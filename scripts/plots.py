@@ -1,4 +1,4 @@
-"""Draws the README's plots into docs/ from the figures in benchmarks/.
+"""Draws the README's plots into docs/ from the figures in docs/benchmarks/.
 
 python scripts/plots.py [--figures benchmarks] [--docs docs]
 """
@@ -91,10 +91,9 @@ def draw_heads(figures: dict, path: Path) -> None:
         axis.bar_label(bars, fmt=" %.1f", fontsize="x-small")
     axis.set_yticks([i + 0.3 for i in range(len(results))], [one["name"] for one in results])
     axis.invert_yaxis()
-    axis.set_xscale("log")
     axis.set(xlabel="ms per call, float32, one state, cold caches")
     axis.set_title(measured_on(figures), fontsize="medium")
-    axis.legend(fontsize="small", loc="upper right")
+    axis.legend(fontsize="small", loc="center right")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -133,7 +132,7 @@ DRAW = {"growth": draw_growth, "head": draw_heads, "model": draw_model}
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--figures", type=Path, default=CHECKOUT / "benchmarks")
+    parser.add_argument("--figures", type=Path, default=CHECKOUT / "docs" / "benchmarks")
     parser.add_argument("--docs", type=Path, default=CHECKOUT / "docs")
     args = parser.parse_args()
     files = sorted(args.figures.glob("*.json"))
