@@ -93,7 +93,7 @@ def draw_heads(figures: dict, path: Path) -> None:
     axis.invert_yaxis()
     axis.set(xlabel="ms per call, float32, one state, cold caches")
     axis.set_title(measured_on(figures), fontsize="medium")
-    axis.legend(fontsize="small", loc="center right")
+    axis.legend(fontsize="small", loc="upper right")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
