@@ -115,7 +115,7 @@ def draw_model(figures: dict, path: Path) -> None:
     axis.set_xticks([i + width for i in range(len(results))], names)
     axis.set(ylabel="tokens/s, all sequences")
     axis.set_title(f"{results[0]['model']}. {measured_on(figures)}", fontsize="medium")
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="lower center")
     axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=90)
     plt.close(figure)
