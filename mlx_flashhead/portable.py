@@ -162,8 +162,8 @@ class PortableSteps(Steps):
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         """Full logits: a probed token keeps its own, every other gets its cluster's estimate.
 
-        The estimate is min(S_c - ln n_c + s2_c/2, m - max(1, |m|/64)) with the cluster's score S_c
-        and the best candidate logit m: the mean of a log-normal spread over the cluster's tokens.
+        The estimate is min(S_c - ln n_c, m - max(1, |m|/64)) with the cluster's score S_c, the log
+        of its expected mass, over its n_c tokens, and the best candidate logit m.
 
         Args:
             scores: (R, C) float32 from which the tail is estimated.

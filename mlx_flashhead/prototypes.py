@@ -2,11 +2,16 @@
 
 A cluster should be probed when it holds the winning token, so each centroid is fitted in closed
 form, by ridge regression on calibration hidden states, to the logsumexp of its tokens' logits. It
-is then rounded to few bits with the errors fed forward (GPTQ), and the residual that remains gives
-the bias b_c and the spread s2_c:
+is then rounded to few bits with the errors fed forward (GPTQ), and the residual that remains, of
+mean m_c and variance s2_c over the states, gives the bias:
 
-    S_c = h · mu_c + b_c          the score by which clusters are chosen
-    S_c - ln n_c + s2_c / 2       the logit of each of the n_c tokens of a cluster not chosen
+    S_c = h · mu_c + m_c + s2_c / 2     the score by which clusters are chosen
+    S_c - ln n_c                        the logit of each of the n_c tokens of a cluster not chosen
+
+With a normal residual exp(S_c) is the cluster's expected share of the probability, up to a factor
+that all clusters have in common. On SmolLM2-135M, choosing by it rather than by the expected
+logsumexp covers 0.06 points more of the true next tokens at 256 probes, in the mean of seven sets
+of states and in six of them.
 
 The states enter only through sums over them, so that neither their (N, V) logits nor the (N, C)
 targets are ever held whole. Knows arrays only: no model.
@@ -184,12 +189,11 @@ def fit_prototypes(
         tail_offset = np.zeros(len(means))
     else:
         change = rounded - means
-        bias = moments.mean - change @ moments.state_mean
         variance = moments.variance + np.sum(
             (change @ covariance - 2 * moments.cross) * change, axis=1
         )
-        n_tokens = (token_ids < vocab_size).sum(axis=1)
-        tail_offset = np.maximum(variance, 0) / 2 - np.log(n_tokens)
+        bias = moments.mean - change @ moments.state_mean + np.maximum(variance, 0) / 2
+        tail_offset = -np.log((token_ids < vocab_size).sum(axis=1))
     return Prototypes(
         **arrays,
         bias=mx.array(bias.astype(np.float32)),
