@@ -14,10 +14,10 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
+from .compat import BatchGenerator
 from .locate import HeadLocation, recorded_hidden
 
 SEQUENCE_TOKENS = 128

@@ -11,11 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map_with_path
-from mlx_lm.convert import MODEL_CONVERSION_DTYPES
-from mlx_lm.utils import dequantize_model, save
 
 from .calibration import generated_states, read_text, text_states
 from .checkpoint import CONFIG_KEY, write_index
+from .compat import MODEL_CONVERSION_DTYPES, dequantize_model, save
 from .config import FlashHeadConfig
 from .hub import upload
 from .indexing import build_index

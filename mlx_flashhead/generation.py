@@ -11,8 +11,8 @@ from typing import Any
 
 import mlx.nn as nn
 import mlx_lm
-from mlx_lm.generate import BatchResponse, GenerationResponse
 
+from .compat import BatchResponse, GenerationResponse
 from .install import get_flash_head
 
 

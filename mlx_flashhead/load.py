@@ -6,9 +6,9 @@ from typing import Any
 
 import mlx.nn as nn
 import mlx_lm
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _download
 
 from .checkpoint import FILE_NAME, FlashHeadIndex, read_index
+from .compat import DEFAULT_ALLOW_PATTERNS, download
 from .head import FlashHead
 from .install import install
 from .locate import find_head
@@ -28,7 +28,7 @@ def resolve(path_or_repo: str, revision: str | None = None) -> Path:
     if len(path.parts) > 2 or path.is_absolute() or str(path_or_repo).startswith((".", "~")):
         raise ValueError(f"There is no folder {path_or_repo}: check the path of the model.")
     try:
-        return _download(
+        return download(
             str(path_or_repo),
             revision=revision,
             allow_patterns=[*DEFAULT_ALLOW_PATTERNS, FILE_NAME],

@@ -11,8 +11,8 @@ from io import StringIO
 
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.convert import mixed_quant_predicate_builder
-from mlx_lm.utils import dequantize_model, quantize_model
+
+from .compat import dequantize_model, mixed_quant_predicate_builder, quantize_model
 
 HEAD_BITS = (4, 8, 16)
 

@@ -98,7 +98,7 @@ def test_folder_without_flash_head(tmp_path):
 
 
 def test_no_such_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_download", pytest.fail)  # the Hub is not asked
+    monkeypatch.setattr(module, "download", pytest.fail)  # the Hub is not asked
     refused(lambda: load(str(tmp_path / "nowhere")), "There is no folder .*nowhere", "check")
     refused(lambda: load("./nowhere"), "There is no folder", "check")
     refused(lambda: load("~/nowhere/at/all"), "There is no folder", "check")
@@ -118,7 +118,7 @@ def test_repository_that_cannot_be_had(monkeypatch):
     def fail(repository, **_):
         raise OSError(f"We couldn't connect to the Hub\nfor {repository}.\n")
 
-    monkeypatch.setattr(module, "_download", fail)
+    monkeypatch.setattr(module, "download", fail)
     refused(
         lambda: load("owner/name"),
         r"no folder 'owner/name' here.*\(We couldn't connect to the Hub for owner/name\)",
@@ -133,7 +133,7 @@ def test_repository_is_downloaded_with_its_flash_head(original, monkeypatch):
         asked.update(repository=repository, **kwargs)
         return original
 
-    monkeypatch.setattr(module, "_download", download)
+    monkeypatch.setattr(module, "download", download)
     model, _ = load("owner/name", revision="v1")
     assert get_flash_head(model) is not None
     assert (asked["repository"], asked["revision"]) == ("owner/name", "v1")

@@ -11,10 +11,10 @@ from contextlib import contextmanager, nullcontext
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
+from ..compat import BatchGenerator, generate_step
 from ..locate import find_head, recorded_hidden
 from ..timing import Spread, in_turns
 

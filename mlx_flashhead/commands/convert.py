@@ -1,7 +1,6 @@
 """Converts a model: the flags of ``mlx_lm.convert`` and those of FlashHead."""
 
-from mlx_lm.convert import configure_parser
-
+from ..compat import configure_parser
 from ..conversion import convert
 from ..indexing import HELD_OUT_SHARE
 from ..quantization import HEAD_BITS

@@ -1,22 +1,19 @@
 """Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and three more."""
 
-import importlib
 import json
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
+from ..compat import generate_module, replaced
 from ..generation import head_settings
 from ..load import load, load_dense, resolve
 from .console import command
 
-# The attribute mlx_lm.generate is the function; the module has to be asked for by name.
-mlx_lm_generate = importlib.import_module("mlx_lm.generate")
-
 
 def make_parser():
     """mlx-lm's parser, extended."""
-    parser = mlx_lm_generate.setup_arg_parser()
+    parser = generate_module.setup_arg_parser()
     parser.prog = "mlx_flashhead.generate"
     parser.description = "Generate text with a FlashHead checkpoint."
     for action in parser._actions:
@@ -60,8 +57,8 @@ def main() -> None:
             return loaded
 
         parsed = SimpleNamespace(parse_args=lambda: args)
-        with _replaced(mlx_lm_generate, load=load_for_main, setup_arg_parser=lambda: parsed):
-            mlx_lm_generate.main()
+        with replaced(generate_module, load=load_for_main, setup_arg_parser=lambda: parsed):
+            generate_module.main()
 
 
 def _check_arguments(parser, args) -> None:
@@ -80,16 +77,3 @@ def _check_arguments(parser, args) -> None:
             json.loads(args.chat_template_config)
         except json.JSONDecodeError:
             parser.error('--chat-template-config must be JSON, such as {"enable_thinking": false}')
-
-
-@contextmanager
-def _replaced(module, **names):
-    """Within the block, mlx-lm's own main program finds our functions under its names."""
-    originals = {name: getattr(module, name) for name in names}
-    try:
-        for name, value in names.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in originals.items():
-            setattr(module, name, value)

@@ -1,0 +1,56 @@
+"""The names of mlx-lm that may move from one version to the next, all in this place.
+
+What ``mlx_lm`` itself exports and its samplers (``mlx_lm.sample_utils``) are used wherever they are
+needed. Everything else that is imported from its modules by name comes through here: names with an
+underscore, and those that it does not document. `tests/test_compat.py` says which of them a version
+of mlx-lm has renamed or changed, and what here uses them.
+"""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES, configure_parser, mixed_quant_predicate_builder
+from mlx_lm.generate import BatchGenerator, BatchResponse, GenerationResponse, generate_step
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, dequantize_model, quantize_model, save
+from mlx_lm.utils import _download as download
+
+__all__ = [
+    "DEFAULT_ALLOW_PATTERNS",
+    "MODEL_CONVERSION_DTYPES",
+    "BatchGenerator",
+    "BatchResponse",
+    "GenerationResponse",
+    "configure_parser",
+    "dequantize_model",
+    "download",
+    "generate_module",
+    "generate_step",
+    "mixed_quant_predicate_builder",
+    "quantize_model",
+    "replaced",
+    "save",
+]
+
+# The attribute mlx_lm.generate is the function; the module has to be asked for by name.
+generate_module = importlib.import_module("mlx_lm.generate")
+
+
+@contextmanager
+def replaced(module: ModuleType, **names: Any) -> Iterator[None]:
+    """Within the block, mlx-lm's own main program finds our functions under its names.
+
+    Args:
+        module: The module of the main program.
+        **names: What the program shall find under its globals of these names.
+    """
+    originals = {name: getattr(module, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(module, name, value)
