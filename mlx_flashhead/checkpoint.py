@@ -53,6 +53,15 @@ def write_index(folder: Path, index: FlashHeadIndex) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
 
+def holds_index(folder: Path) -> bool:
+    """Whether a model's folder is a FlashHead checkpoint, sound or not.
+
+    Raises:
+        ValueError: If it is no model's folder.
+    """
+    return CONFIG_KEY in _read_config(folder)
+
+
 def read_index(folder: Path) -> FlashHeadIndex:
     """Reads the FlashHead of a checkpoint.
 

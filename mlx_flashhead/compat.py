@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from mlx_lm.chat import setup_arg_parser as chat_parser
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, configure_parser, mixed_quant_predicate_builder
 from mlx_lm.generate import BatchGenerator, BatchResponse, GenerationResponse, generate_step
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, dequantize_model, quantize_model, save
 from mlx_lm.utils import _download as download
 
@@ -23,15 +25,19 @@ __all__ = [
     "BatchGenerator",
     "BatchResponse",
     "GenerationResponse",
+    "can_trim_prompt_cache",
+    "chat_parser",
     "configure_parser",
     "dequantize_model",
     "download",
     "generate_module",
     "generate_step",
+    "make_prompt_cache",
     "mixed_quant_predicate_builder",
     "quantize_model",
     "replaced",
     "save",
+    "trim_prompt_cache",
 ]
 
 # The attribute mlx_lm.generate is the function; the module has to be asked for by name.

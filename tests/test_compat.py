@@ -19,6 +19,7 @@ SOURCES = sorted([*CHECKOUT.glob("mlx_flashhead/**/*.py"), *CHECKOUT.glob("scrip
 
 # How each function is called here: the parameters that are filled in order, then those by name.
 CALLS = {
+    "mlx_lm.chat.setup_arg_parser": ((), ()),
     "mlx_lm.convert.configure_parser": ((), ()),
     "mlx_lm.convert.mixed_quant_predicate_builder": (("recipe", "model", "group_size"), ()),
     "mlx_lm.generate.BatchGenerator": (
@@ -34,6 +35,9 @@ CALLS = {
     ),
     "mlx_lm.generate.main": ((), ()),
     "mlx_lm.generate.setup_arg_parser": ((), ()),
+    "mlx_lm.models.cache.can_trim_prompt_cache": (("cache",), ()),
+    "mlx_lm.models.cache.make_prompt_cache": (("model", "max_kv_size"), ()),
+    "mlx_lm.models.cache.trim_prompt_cache": (("cache", "num_tokens"), ()),
     "mlx_lm.utils._download": (("path_or_hf_repo",), ("revision", "allow_patterns")),
     "mlx_lm.utils.dequantize_model": (("model",), ()),
     "mlx_lm.utils.quantize_model": (
