@@ -14,28 +14,37 @@ from typing import Any
 
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, configure_parser, mixed_quant_predicate_builder
 from mlx_lm.generate import BatchGenerator, BatchResponse, GenerationResponse, generate_step
+from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, get_system_fingerprint
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, dequantize_model, quantize_model, save
 from mlx_lm.utils import _download as download
 
 __all__ = [
     "DEFAULT_ALLOW_PATTERNS",
     "MODEL_CONVERSION_DTYPES",
+    "APIHandler",
     "BatchGenerator",
     "BatchResponse",
     "GenerationResponse",
+    "LRUPromptCache",
+    "ModelProvider",
+    "ResponseGenerator",
     "configure_parser",
     "dequantize_model",
     "download",
     "generate_module",
     "generate_step",
+    "get_system_fingerprint",
     "mixed_quant_predicate_builder",
     "quantize_model",
     "replaced",
     "save",
+    "server_module",
 ]
 
 # The attribute mlx_lm.generate is the function; the module has to be asked for by name.
 generate_module = importlib.import_module("mlx_lm.generate")
+server_module = importlib.import_module("mlx_lm.server")
 
 
 @contextmanager
