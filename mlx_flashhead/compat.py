@@ -32,6 +32,7 @@ __all__ = [
     "configure_parser",
     "dequantize_model",
     "download",
+    "evaluate_module",
     "generate_module",
     "generate_step",
     "get_system_fingerprint",
@@ -47,19 +48,28 @@ generate_module = importlib.import_module("mlx_lm.generate")
 server_module = importlib.import_module("mlx_lm.server")
 
 
+def evaluate_module() -> ModuleType:
+    """``mlx_lm.evaluate``, imported only when asked for.
+
+    Raises:
+        ModuleNotFoundError: If lm-eval, which it needs, is not installed.
+    """
+    return importlib.import_module("mlx_lm.evaluate")
+
+
 @contextmanager
-def replaced(module: ModuleType, **names: Any) -> Iterator[None]:
-    """Within the block, mlx-lm's own main program finds our functions under its names.
+def replaced(owner: Any, **names: Any) -> Iterator[None]:
+    """Within the block, mlx-lm's own code finds something else under its names.
 
     Args:
-        module: The module of the main program.
-        **names: What the program shall find under its globals of these names.
+        owner: The module of a main program, or an object.
+        **names: What the code shall find under its globals, or the attributes, of these names.
     """
-    originals = {name: getattr(module, name) for name in names}
+    originals = {name: getattr(owner, name) for name in names}
     try:
         for name, value in names.items():
-            setattr(module, name, value)
+            setattr(owner, name, value)
         yield
     finally:
         for name, value in originals.items():
-            setattr(module, name, value)
+            setattr(owner, name, value)

@@ -21,6 +21,15 @@ SOURCES = sorted([*CHECKOUT.glob("mlx_flashhead/**/*.py"), *CHECKOUT.glob("scrip
 CALLS = {
     "mlx_lm.convert.configure_parser": ((), ()),
     "mlx_lm.convert.mixed_quant_predicate_builder": (("recipe", "model", "group_size"), ()),
+    "mlx_lm.evaluate.MLXLM": (
+        ("path_or_hf_repo",),
+        ("max_tokens", "batch_size", "use_chat_template", "sampler"),
+    ),
+    "mlx_lm.evaluate.MLXLM._score_fn": (("self", "inputs"), ("cache", "step_size")),
+    "mlx_lm.evaluate.MLXLM.generate_until": (("self", "requests"), ()),
+    "mlx_lm.evaluate.MLXLM.loglikelihood": (("self", "requests"), ()),
+    "mlx_lm.evaluate.MLXLM.loglikelihood_rolling": (("self", "requests"), ()),
+    "mlx_lm.evaluate.chat_template_fn": ((), ()),
     "mlx_lm.generate.BatchGenerator": (
         ("model",),
         ("stop_tokens", "sampler", "completion_batch_size"),
@@ -177,6 +186,13 @@ def test_mlx_lm_looks_up_what_is_replaced(dotted):
             f"{dotted} does not look {name!r} up any more, which a command in "
             "mlx_flashhead/commands puts another under."
         )
+
+
+def test_adapter_to_lm_eval_looks_up_what_is_replaced():
+    adapter = found("mlx_lm.evaluate.MLXLM")
+    assert "load" in adapter.__init__.__code__.co_names, "see TaskModel in mlx_flashhead/tasks.py"
+    names = adapter.loglikelihood.__code__.co_names
+    assert "_max_tokens" in names, "see TaskModel in mlx_flashhead/tasks.py"
 
 
 def test_every_name_of_compat_is_checked_here():

@@ -140,14 +140,17 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
             assert found.read(name) == expected.read(name)
 
 
-@pytest.mark.parametrize("extra", ["", "test"])
+@pytest.mark.parametrize("extra", ["", "evaluate", "test"])
 @pytest.mark.parametrize("platform, machine", [("linux", "x86_64"), ("darwin", "arm64")])
 def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine, extra):
     found = requirements(metadata, platform, machine, extra)
     assert found["mlx"] == ({"cpu"} if platform == "linux" else set())
     expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm", "rich", "matplotlib"}
-    if extra:
+    if extra == "evaluate":
+        expected |= {"lm-eval"}
+    if extra == "test":
         expected |= {
+            "lm-eval",
             "pytest",
             "pytest-xdist",
             "openai",

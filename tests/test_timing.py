@@ -89,7 +89,7 @@ def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
     assert read_bandwidth_gb_s() == pytest.approx((512 << 20) / 0.25 / 1e9)
 
 
-def test_heads_take_turns(models):
+def test_heads_take_turns():
     calls = []
     heads = (lambda h: calls.append((0, h)) or h, lambda h: calls.append((1, h)) or h)
     states = mx.arange(24.0).reshape(3, 8)
