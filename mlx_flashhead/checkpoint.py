@@ -53,13 +53,13 @@ def write_index(folder: Path, index: FlashHeadIndex) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
 
-def holds_index(folder: Path) -> bool:
-    """Whether a model's folder is a FlashHead checkpoint, sound or not.
+def has_flash_head(folder: Path) -> bool:
+    """Whether a model's folder says that it is a FlashHead checkpoint.
 
     Raises:
-        ValueError: If it is no model's folder.
+        ValueError: If it is no model folder.
     """
-    return CONFIG_KEY in _read_config(folder)
+    return _read_config(folder).get(CONFIG_KEY) is not None
 
 
 def read_index(folder: Path) -> FlashHeadIndex:

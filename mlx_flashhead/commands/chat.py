@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
-from ..checkpoint import holds_index
+from ..checkpoint import has_flash_head
 from ..compat import chat_parser
 from ..conversation import STOPPED, Answer, Conversation
 from ..install import get_flash_head
@@ -252,7 +252,7 @@ def _load(args) -> tuple[nn.Module, object]:
         "tokenizer_config": {"trust_remote_code": args.trust_remote_code},
         "trust_remote_code": args.trust_remote_code,
     }
-    if args.dense and not holds_index(folder):
+    if args.dense and not has_flash_head(folder):
         return load_dense(folder, **options)[:2]
     return load(str(folder), n_probes=args.n_probes, **options)
 

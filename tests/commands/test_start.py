@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-COMMANDS = ("generate", "chat", "convert", "evaluate", "benchmark")
+COMMANDS = ("generate", "chat", "server", "convert", "evaluate", "benchmark")
 
 IMPORTS = (
     "import mlx_flashhead.{name}",
@@ -68,6 +68,7 @@ def test_module_says_how_it_is_used_without_a_warning(command):
     options = {
         "generate": ("--draw-probes", "--model"),
         "chat": ("--n-probes", "--system-prompt"),
+        "server": ("--n-probes", "--model", "--prompt-cache-size"),
         "convert": ("--head-bits", "--model"),
         "evaluate": ("--probes", "--model"),
         "benchmark": ("head", "model", "convert", "estimate"),
