@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     "convert": "turn a model into a FlashHead checkpoint",
+    "upload": "publish a FlashHead checkpoint on the Hugging Face Hub",
     "generate": "generate text",
     "evaluate": "measure how close FlashHead comes to the dense head",
     "benchmark": "measure speed, or estimate it for an Apple chip",
