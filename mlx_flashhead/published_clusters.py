@@ -39,8 +39,8 @@ def read_clusters(path: str | Path, vocab_size: int, hidden_size: int) -> np.nda
     if centroids.ndim != 2 or centroids.shape[0] != hidden_size:
         raise ValueError(
             f"--clusters {path} has centroids of shape {centroids.shape}, but the model's rows "
-            f"have {hidden_size} columns, so ({hidden_size}, C) is needed: give the file that was made "
-            "for this model."
+            f"have {hidden_size} columns, so ({hidden_size}, C) is needed: give the file that was "
+            "made for this model."
         )
     n_clusters = centroids.shape[1]
     in_range = assignments.min() >= 0 and assignments.max() < n_clusters
