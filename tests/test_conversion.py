@@ -9,7 +9,6 @@ import pytest
 from mlx_lm.utils import load_model
 
 import mlx_flashhead
-from mlx_flashhead import conversion
 from mlx_flashhead.checkpoint import CONFIG_KEY, FILE_NAME, read_index
 from mlx_flashhead.conversion import convert
 from mlx_flashhead.install import get_flash_head
