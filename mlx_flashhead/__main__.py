@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     "convert": "turn a model into a FlashHead checkpoint",
+    "upload": "publish a FlashHead checkpoint on the Hugging Face Hub",
     "generate": "generate text",
     "chat": "talk with a model at the terminal",
     "server": "serve over the OpenAI API",
