@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "convert": "turn a model into a FlashHead checkpoint",
     "generate": "generate text",
+    "server": "serve over the OpenAI API",
     "evaluate": "measure how close FlashHead comes to the dense head",
     "benchmark": "measure speed, or estimate it for an Apple chip",
 }

@@ -53,6 +53,15 @@ def write_index(folder: Path, index: FlashHeadIndex) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
 
+def has_flash_head(folder: Path) -> bool:
+    """Whether a model's folder says that it is a FlashHead checkpoint.
+
+    Raises:
+        ValueError: If it is no model folder.
+    """
+    return _read_config(folder).get(CONFIG_KEY) is not None
+
+
 def read_index(folder: Path) -> FlashHeadIndex:
     """Reads the FlashHead of a checkpoint.
 
