@@ -46,6 +46,7 @@ CALLS = {
     "mlx_lm.models.cache.LRUPromptCache": (("max_size",), ()),
     "mlx_lm.server.APIHandler": (("response_generator", "args"), ("system_fingerprint",)),
     "mlx_lm.server.APIHandler._set_completion_headers": (("self", "status_code"), ()),
+    "mlx_lm.server.APIHandler._set_cors_headers": (("self",), ()),
     "mlx_lm.server.APIHandler.do_GET": (("self",), ()),
     "mlx_lm.server.APIHandler.do_POST": (("self",), ()),
     "mlx_lm.server.APIHandler.generate_response": (

@@ -102,7 +102,8 @@ def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         assert archive.read("mlx_flashhead/metal/flash_head.metal") == KERNELS.read_bytes()
-    files = (CHECKOUT / "mlx_flashhead").rglob("*.py")
+    package = CHECKOUT / "mlx_flashhead"
+    files = [*package.rglob("*.py"), *(package / "web" / "page").iterdir()]
     modules = {path.relative_to(CHECKOUT).as_posix() for path in files}
     assert modules <= names
     top = {name.split("/")[0] for name in names}

@@ -12,7 +12,7 @@ from typing import Any
 from .access import COOKIE, Access, Refusal, given_tokens, path_of, query_token, without_token
 from .files import PageFile, locked_page, page_file
 
-MAX_CONNECTIONS = 64
+MAX_CONNECTIONS = 128
 IDLE_SECONDS = 30
 INFO_PATH = "/page/info.json"
 _COOKIE_SECONDS = 365 * 24 * 3600
@@ -118,6 +118,7 @@ class BoundedServer(ThreadingHTTPServer):
     """A thread for each connection, and no more than `MAX_CONNECTIONS` of them."""
 
     daemon_threads = True
+    request_queue_size = MAX_CONNECTIONS  # several clients may come at once
 
     def __init__(self, *args, **kwargs):
         self._free = BoundedSemaphore(MAX_CONNECTIONS)

@@ -67,7 +67,7 @@ def test_module_says_how_it_is_used_without_a_warning(command):
     assert output.startswith(f"usage: {module} ")
     options = {
         "generate": ("--draw-probes", "--model"),
-        "server": ("--n-probes", "--model", "--prompt-cache-size"),
+        "server": ("--n-probes", "--model", "--prompt-cache-size", "--lan"),
         "convert": ("--head-bits", "--model"),
         "evaluate": ("--probes", "--model"),
         "benchmark": ("head", "model", "convert", "estimate"),

@@ -8,6 +8,8 @@ from threading import Event, Thread
 from mlx_flashhead.web.access import Access
 from mlx_flashhead.web.handler import BoundedServer, GuardedHandler
 
+# The name of a machine on a network: plain http, so no secure context. The browser maps it here.
+LAN_NAME = "studio.local"
 INFO = {
     "model": "SmolLM2-135M-Instruct",
     "temperature": 0.0,
@@ -106,7 +108,7 @@ def scripted_server(access: Access = Access(), *, script: Script | None = None, 
     log = []
 
     class Handler(GuardedHandler, ScriptedAPI):
-        access = script.access
+        access = property(lambda self: script.access)  # a test may change it
 
         def page_info(self):
             return INFO

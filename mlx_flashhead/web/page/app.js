@@ -144,7 +144,12 @@ document.getElementById("new-chat").addEventListener("click", () => {
   open(current.messages.length ? store.newChat() : current);
   input.focus();
 });
-window.addEventListener("pagehide", () => runs.forEach((_, chat) => save(chat)));
+window.addEventListener("pagehide", () => {
+  runs.forEach((run, chat) => {
+    save(chat);
+    run.stop(); // else the browser breaks it off, which looks like a lost server
+  });
+});
 
 // The token came in the address once; the browser has it as a cookie now.
 if (location.search) history.replaceState(null, "", location.pathname);

@@ -163,7 +163,8 @@ function buildCode({ lines, language }) {
 function buildList({ type, lines }, depth) {
   const list = element(type);
   const first = lines[0].match(ITEM);
-  if (type === "ol") list.start = Number.parseInt(first[2], 10);
+  const start = Number.parseInt(first[2], 10);
+  if (start !== 1 && type === "ol") list.start = start;
   let item = [];
   let width = 0;
   const finish = () => {

@@ -4,7 +4,7 @@ import { loadSettings, saveSettings } from "./store.js";
 
 const dialog = document.getElementById("settings");
 const sliders = ["temperature", "top_p", "n_probes", "max_tokens"];
-const dense = document.getElementById("dense");
+const denseSwitch = document.getElementById("dense");
 let chosen = loadSettings();
 let defaults = {};
 
@@ -16,8 +16,13 @@ export function requestSettings() {
   for (const name of sliders) {
     if (chosen[name] !== undefined) settings[name] = chosen[name];
   }
-  if (chosen.dense) {
-    settings.dense = true;
+  if (defaults.model !== undefined && !defaults.n_clusters) {
+    delete settings.n_probes; // chosen for a model with a FlashHead
+    return settings;
+  }
+  const dense = chosen.dense ?? defaults.dense;
+  if (chosen.dense !== undefined) settings.dense = dense;
+  if (dense) {
     delete settings.n_probes; // of no meaning without clusters
   } else if (settings.n_probes > (defaults.n_clusters ?? Infinity)) {
     settings.n_probes = defaults.n_clusters; // chosen for another model
@@ -30,7 +35,7 @@ export function useDefaults(info) {
   defaults = info;
   const flash = Boolean(info.n_clusters);
   document.getElementById("probes-field").hidden = !flash;
-  dense.closest(".field").hidden = !flash;
+  denseSwitch.closest(".field").hidden = !flash;
   if (flash) input("n_probes").max = info.n_clusters;
   show();
 }
@@ -45,9 +50,9 @@ function show() {
     const suffix = chosen[name] === undefined ? " (default)" : "";
     document.querySelector(`output[for="${name}"]`).textContent = `${value}${suffix}`;
   }
-  dense.checked = Boolean(chosen.dense);
-  document.getElementById("probes-field").classList.toggle("off", dense.checked);
-  input("n_probes").disabled = dense.checked;
+  denseSwitch.checked = chosen.dense ?? defaults.dense ?? false;
+  document.getElementById("probes-field").classList.toggle("off", denseSwitch.checked);
+  input("n_probes").disabled = denseSwitch.checked;
 }
 
 function choose(name, value) {
@@ -59,7 +64,7 @@ function choose(name, value) {
 for (const name of sliders) {
   input(name).addEventListener("input", () => choose(name, Number(input(name).value)));
 }
-dense.addEventListener("change", () => choose("dense", dense.checked));
+denseSwitch.addEventListener("change", () => choose("dense", denseSwitch.checked));
 document.getElementById("reset-settings").addEventListener("click", () => {
   chosen = {};
   saveSettings(chosen);
