@@ -53,7 +53,7 @@ VALUES = {
     "mlx_lm.utils.DEFAULT_ALLOW_PATTERNS": list,
 }
 # Globals that mlx_lm.generate's main program looks up, and that the command puts others under.
-REPLACED_IN_MAIN = ("load", "setup_arg_parser")
+REPLACED_IN_MAIN = ("load", "make_sampler", "setup_arg_parser")
 
 
 def parsed(path):
