@@ -1,5 +1,7 @@
 """Loads FlashHead checkpoints: mlx-lm loads the model, then the FlashHead is installed on it."""
 
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -40,7 +42,7 @@ def resolve(path_or_repo: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception | str) -> str:
     """What the error says, on one line that goes into a sentence."""
     return shorten(str(error), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
@@ -99,12 +101,21 @@ def load_dense(folder: Path, **kwargs: Any):
     Raises:
         ValueError: If mlx-lm cannot load it, in one sentence.
     """
+    printed = StringIO()
     try:
-        return mlx_lm.load(str(folder), return_config=True, **kwargs)
+        with redirect_stdout(printed):
+            loaded = mlx_lm.load(str(folder), return_config=True, **kwargs)
+    except SystemExit as error:  # an architecture that misses a package says so and exits
+        raise ValueError(
+            f"mlx-lm cannot load the model in {folder} ({_reason(printed.getvalue())}): install "
+            "what it needs."
+        ) from error
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise ValueError(
             f"mlx-lm cannot load the model in {folder} ({_reason(error)}): check or fetch it again."
         ) from error
+    print(printed.getvalue(), end="")
+    return loaded
 
 
 def install_index(
