@@ -1,7 +1,7 @@
 """Loads FlashHead checkpoints: mlx-lm loads the model, then the FlashHead is installed on it."""
 
-from contextlib import redirect_stdout
-from io import StringIO
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -42,7 +42,7 @@ def resolve(path_or_repo: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def _reason(error: Exception | str) -> str:
+def _reason(error: Exception) -> str:
     """What the error says, on one line that goes into a sentence."""
     return shorten(str(error), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
@@ -101,21 +101,31 @@ def load_dense(folder: Path, **kwargs: Any):
     Raises:
         ValueError: If mlx-lm cannot load it, in one sentence.
     """
-    printed = StringIO()
+    with loading(folder):
+        return mlx_lm.load(str(folder), return_config=True, **kwargs)
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Within the block mlx-lm loads ``folder``; its errors become one sentence.
+
+    Raises:
+        ValueError: If mlx-lm fails.
+    """
     try:
-        with redirect_stdout(printed):
-            loaded = mlx_lm.load(str(folder), return_config=True, **kwargs)
-    except SystemExit as error:  # an architecture that misses a package says so and exits
+        yield
+    except SystemExit as error:
+        if error.code != 1:  # the user's own end of the program
+            raise
+        # mlx-lm's code of an architecture that lacks a package prints so and exits.
         raise ValueError(
-            f"mlx-lm cannot load the model in {folder} ({_reason(printed.getvalue())}): install "
-            "what it needs."
+            f"mlx-lm cannot load the model in {folder}, for the reason that it printed above: "
+            "install what it asks for, or use another model."
         ) from error
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise ValueError(
             f"mlx-lm cannot load the model in {folder} ({_reason(error)}): check or fetch it again."
         ) from error
-    print(printed.getvalue(), end="")
-    return loaded
 
 
 def install_index(
