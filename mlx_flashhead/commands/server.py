@@ -11,6 +11,7 @@ from huggingface_hub import CacheNotFound, scan_cache_dir
 from ..compat import replaced, server_module
 from ..install import get_flash_head
 from ..load import resolve
+from ..sampling import make_sampler
 from ..serving import serve
 from ..serving_page import PageHandler, default_settings
 from ..serving_provider import FlashHeadProvider, canonical
@@ -105,4 +106,8 @@ def _run(host: str, port: int, provider: FlashHeadProvider) -> None:
         if args.access.token is not None:
             announce_on_network(host, urlsplit(url).port, args.access.token, sys.stdout)
 
-    serve(host, port, provider, handler_class=PageHandler, announce=announce)
+    def sampler_of_request(*arguments, **named):
+        return make_sampler(*arguments, **named, model=provider.model)
+
+    with replaced(server_module, make_sampler=sampler_of_request):
+        serve(host, port, provider, handler_class=PageHandler, announce=announce)
