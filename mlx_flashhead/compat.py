@@ -12,45 +12,74 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from mlx_lm.chat import setup_arg_parser as chat_parser
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, configure_parser, mixed_quant_predicate_builder
 from mlx_lm.generate import BatchGenerator, BatchResponse, GenerationResponse, generate_step
+from mlx_lm.models.cache import (
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, get_system_fingerprint
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, dequantize_model, quantize_model, save
 from mlx_lm.utils import _download as download
 
 __all__ = [
     "DEFAULT_ALLOW_PATTERNS",
     "MODEL_CONVERSION_DTYPES",
+    "APIHandler",
     "BatchGenerator",
     "BatchResponse",
     "GenerationResponse",
+    "LRUPromptCache",
+    "ModelProvider",
+    "ResponseGenerator",
+    "can_trim_prompt_cache",
+    "chat_parser",
     "configure_parser",
     "dequantize_model",
     "download",
+    "evaluate_module",
     "generate_module",
     "generate_step",
+    "get_system_fingerprint",
+    "make_prompt_cache",
     "mixed_quant_predicate_builder",
     "quantize_model",
     "replaced",
     "save",
+    "server_module",
+    "trim_prompt_cache",
 ]
 
 # The attribute mlx_lm.generate is the function; the module has to be asked for by name.
 generate_module = importlib.import_module("mlx_lm.generate")
+server_module = importlib.import_module("mlx_lm.server")
+
+
+def evaluate_module() -> ModuleType:
+    """``mlx_lm.evaluate``, imported only when asked for.
+
+    Raises:
+        ModuleNotFoundError: If lm-eval, which it needs, is not installed.
+    """
+    return importlib.import_module("mlx_lm.evaluate")
 
 
 @contextmanager
-def replaced(module: ModuleType, **names: Any) -> Iterator[None]:
-    """Within the block, mlx-lm's own main program finds our functions under its names.
+def replaced(owner: Any, **names: Any) -> Iterator[None]:
+    """Within the block, mlx-lm's own code finds something else under its names.
 
     Args:
-        module: The module of the main program.
-        **names: What the program shall find under its globals of these names.
+        owner: The module of a main program, or an object.
+        **names: What the code shall find under its globals, or the attributes, of these names.
     """
-    originals = {name: getattr(module, name) for name in names}
+    originals = {name: getattr(owner, name) for name in names}
     try:
         for name, value in names.items():
-            setattr(module, name, value)
+            setattr(owner, name, value)
         yield
     finally:
         for name, value in originals.items():
-            setattr(module, name, value)
+            setattr(owner, name, value)

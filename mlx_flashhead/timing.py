@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .apple_gpu import PEAK_GB_S
 
+HEAD_ROUNDS = 5
 CACHES_BYTES = 128 << 20  # more than the last cache of the machines that this is meant for
 PACKAGES = ("mlx", "mlx-lm", "numpy")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -106,6 +107,23 @@ def in_turns(
                     seconds[name].append(taken)
                 bar.update()
     return seconds
+
+
+def head_seconds(heads: tuple[Callable, ...], states: mx.array) -> tuple[list[float], ...]:
+    """Times heads, from one hidden state to full logits.
+
+    Args:
+        heads: Hidden states (1, 1, D) → logits (1, 1, V).
+        states: (L, D).
+
+    Returns:
+        For each head the seconds of each state, some times over; the heads take turns.
+    """
+    runs = {
+        str(number): lambda i, head=head: head(states[None, i % len(states), None])
+        for number, head in enumerate(heads)
+    }
+    return tuple(in_turns(runs, HEAD_ROUNDS * len(states), progress=False).values())
 
 
 def machine() -> dict:

@@ -19,10 +19,9 @@ from tqdm import tqdm
 
 from mlx_flashhead import FlashHead, get_flash_head
 from mlx_flashhead.locate import find_head, recorded_hidden
-from mlx_flashhead.timing import Spread, in_turns
+from mlx_flashhead.timing import Spread, head_seconds
 
 TITLES = ("dense", "FlashHead")
-HEAD_ROUNDS = 5
 
 
 @dataclass
@@ -114,23 +113,6 @@ def captured_states(model: nn.Module, prompt: list[int], token_ids: list[int]) -
     states = mx.contiguous(recorded[-1][0, len(prompt) - 1 :])
     mx.eval(states)
     return states
-
-
-def head_seconds(heads: tuple[Callable, ...], states: mx.array) -> tuple[list[float], ...]:
-    """Times heads, from one hidden state to full logits.
-
-    Args:
-        heads: Hidden states (1, 1, D) → logits (1, 1, V).
-        states: (L, D).
-
-    Returns:
-        For each head the seconds of each state, some times over; the heads take turns.
-    """
-    runs = {
-        str(number): lambda i, head=head: head(states[None, i % len(states), None])
-        for number, head in enumerate(heads)
-    }
-    return tuple(in_turns(runs, HEAD_ROUNDS * len(states), progress=False).values())
 
 
 def _table(speeds: tuple[list[float], ...], seconds: tuple[list[float], ...]) -> Table:

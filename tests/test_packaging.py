@@ -121,13 +121,15 @@ def test_installed_wheel_finds_its_kernels(installed):
     assert source == KERNELS.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["generate", "convert", "evaluate", "benchmark"])
+@pytest.mark.parametrize(
+    "name", ["generate", "server", "convert", "upload", "evaluate", "benchmark"]
+)
 def test_console_scripts_run(installed, name):
     printed = output_of(installed / "bin" / f"mlx_flashhead.{name}", "--help", cwd=installed)
     assert printed.startswith("usage:")
     (distribution,) = installed.glob("lib/python*/site-packages/mlx_flashhead-*.dist-info")
     entries = PathDistribution(distribution).entry_points.select(group="console_scripts")
-    assert len(entries) == 4 and f"mlx_flashhead.{name}" in entries.names
+    assert len(entries) == 6 and f"mlx_flashhead.{name}" in entries.names
 
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
@@ -140,14 +142,26 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
             assert found.read(name) == expected.read(name)
 
 
-@pytest.mark.parametrize("extra", ["", "test"])
+@pytest.mark.parametrize("extra", ["", "evaluate", "test"])
 @pytest.mark.parametrize("platform, machine", [("linux", "x86_64"), ("darwin", "arm64")])
 def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine, extra):
     found = requirements(metadata, platform, machine, extra)
     assert found["mlx"] == ({"cpu"} if platform == "linux" else set())
     expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm", "rich", "matplotlib"}
-    if extra:
-        expected |= {"pytest", "pytest-xdist", "filelock", "gguf", "ruff", "hatchling", "ziglang"}
+    if extra == "evaluate":
+        expected |= {"lm-eval"}
+    if extra == "test":
+        expected |= {
+            "lm-eval",
+            "pytest",
+            "pytest-xdist",
+            "openai",
+            "filelock",
+            "gguf",
+            "ruff",
+            "hatchling",
+            "ziglang",
+        }
     assert set(found) == expected
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from mlx_flashhead import convert, load
 from mlx_flashhead.load import load_dense
 from model_folders import write_model
-from side_by_side import answers, captured_states, compare, head_seconds
+from side_by_side import answers, captured_states, compare
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,3 @@ def test_agreement_is_that_of_the_head_position_by_position(models):
     same = np.mean(np.array(chosen) == np.array(answer.token_ids))
     assert 0 < same < 1
     assert f"at {same:.1%}" in shown(models, terminal=False, max_tokens=40, runs=1)
-
-
-def test_heads_take_turns(models):
-    calls = []
-    heads = (lambda h: calls.append((0, h)) or h, lambda h: calls.append((1, h)) or h)
-    states = mx.arange(24.0).reshape(3, 8)
-    seconds = head_seconds(heads, states)
-    assert [len(s) for s in seconds] == [15, 15]
-    assert [number for number, _ in calls] == [0, 1] * 16  # one round warms up
-    assert all(h.shape == (1, 1, 8) for _, h in calls)
-    assert {h[0, 0, 0].item() for _, h in calls} == {0, 8, 16}

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from mlx_flashhead import timing
-from mlx_flashhead.timing import ColdCaches, Spread, in_turns, machine, read_bandwidth_gb_s
+from mlx_flashhead.timing import (
+    ColdCaches,
+    Spread,
+    head_seconds,
+    in_turns,
+    machine,
+    read_bandwidth_gb_s,
+)
 
 
 def test_spread_is_median_and_quartiles():
@@ -80,3 +87,14 @@ def test_chip_of_a_processor(processor, chip):
 def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
     monkeypatch.setattr(timing, "in_turns", lambda *a, **k: {"read": [0.5, 0.25, 1.0]})
     assert read_bandwidth_gb_s() == pytest.approx((512 << 20) / 0.25 / 1e9)
+
+
+def test_heads_take_turns():
+    calls = []
+    heads = (lambda h: calls.append((0, h)) or h, lambda h: calls.append((1, h)) or h)
+    states = mx.arange(24.0).reshape(3, 8)
+    seconds = head_seconds(heads, states)
+    assert [len(s) for s in seconds] == [15, 15]
+    assert [number for number, _ in calls] == [0, 1] * 16  # one round warms up
+    assert all(h.shape == (1, 1, 8) for _, h in calls)
+    assert {h[0, 0, 0].item() for _, h in calls} == {0, 8, 16}

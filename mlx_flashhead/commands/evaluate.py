@@ -1,6 +1,7 @@
-"""Measures a checkpoint on a text and prints a table.
+"""Measures a checkpoint on a text, or by the tasks of lm-eval, and prints a table.
 
-Of numbers of probes, beside the paper's routing, or with ``--precisions`` of the bits of the head.
+Of numbers of probes, beside the paper's routing, or with ``--precisions`` of the bits of the head,
+or with ``--tasks`` of the tasks' own metrics.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from ..evaluation import FLASH_HEAD, Evaluation, evaluate
 from ..load import load
 from ..precision import PrecisionEvaluation, evaluate_precisions
 from .console import check_writable, command
+from .evaluate_tasks import add_task_options, check_task_options, run_tasks
 
 LEGEND = """\
 agreement   same best token as the dense head
@@ -40,20 +42,21 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="mlx_flashhead.evaluate",
-        description="Measure how close a FlashHead model comes to its dense head on a text.",
+        description="Measure how close a FlashHead model comes to its dense head on a text, or "
+        "what it reaches in the tasks of lm-eval.",
     )
     parser.add_argument(
         "--model",
         required=True,
         help="Folder or Hugging Face repository of a FlashHead checkpoint.",
     )
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on.")
     parser.add_argument(
         "--probes",
         type=_numbers,
         metavar="48,96,…",
         help="Numbers of clusters scored per token (default: the usual ones and the model's own, "
-        "with --precisions only the latter).",
+        "with --precisions or --tasks only the latter).",
     )
     parser.add_argument(
         "--precisions",
@@ -62,9 +65,15 @@ def make_parser() -> argparse.ArgumentParser:
         "head at full precision.",
     )
     parser.add_argument("--positions", type=int, help="Positions to measure (default: all).")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the drawn probes.")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="Seed of the drawn probes, or of the examples and the sampling of tasks.",
+    )
     parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
     parser.add_argument("--plot", metavar="OUT.png", help="Draw the curves into a picture.")
+    add_task_options(parser)
     return parser
 
 
@@ -72,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.evaluate``."""
     args = make_parser().parse_args()
+    check_task_options(args)
     if args.positions is not None and args.positions < 1:
         raise ValueError(f"--positions is {args.positions}: give 1 or more.")
     if args.seed < 0:
@@ -84,6 +94,9 @@ def main() -> None:
         if Path(args.plot).suffix.lower() not in PICTURES:
             raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
         check_writable("--plot", args.plot)
+    if args.tasks:
+        run_tasks(args)
+        return
     text = read_text(args.text)
     model, tokenizer = load(args.model)
     options = {"probe_counts": args.probes, "positions": args.positions}

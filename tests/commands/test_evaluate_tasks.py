@@ -1,0 +1,102 @@
+"""``evaluate --tasks``: the table, the file, and what is refused before the work."""
+
+import json
+import sys
+
+import pytest
+
+from local_tasks import CHOICE, GENERATE, PERPLEXITY, write_tasks
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks") / "local")
+
+
+@pytest.fixture
+def arguments(converted, task_folder):
+    return ("--model", converted, "--include-path", task_folder)
+
+
+def test_tasks_are_printed_and_written(run, arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    file = tmp_path / "out.json"
+    code, output, errors = run(
+        "evaluate", *arguments, "--tasks", f"{CHOICE},{GENERATE}", PERPLEXITY,
+        "--json", file, "--limit", 2, "--num-shots", 1,
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "Traceback" not in errors
+    assert max(len(line) for line in output.splitlines()) <= 80
+    assert "batch_generate" not in output and "batch_generate" in errors
+    results = json.loads(file.read_text())["results"]
+    assert [(r["task"], r["head"], r["metric"]) for r in results] == [
+        (CHOICE, "dense", "acc"),
+        (GENERATE, "FlashHead", "exact_match"),
+        (PERPLEXITY, "dense", "byte_perplexity"),
+        (PERPLEXITY, "dense", "bits_per_byte"),
+        (PERPLEXITY, "FlashHead", "byte_perplexity"),
+        (PERPLEXITY, "FlashHead", "bits_per_byte"),
+    ]
+    # the table shows the figures that the file has
+    for result in results:
+        (line,) = (
+            line
+            for line in output.splitlines()
+            if f"{result['head']} " in line and f"{result['metric']} " in line
+        )
+        assert f"{result['value']:.4f}" in line
+    assert "approximation" in output
+    assert {result["samples"] for result in results} == {2}
+
+
+def test_probes_of_tasks(run, arguments, tmp_path):
+    """With all clusters FlashHead's perplexity is the dense one."""
+    values = {}
+    for probes in (1, 17):
+        file = tmp_path / f"{probes}.json"
+        tasks = ("--tasks", PERPLEXITY, "--probes", probes, "--json", file)
+        assert run("evaluate", *arguments, *tasks)[0] == 0
+        results = json.loads(file.read_text())["results"]
+        values[probes] = {r["head"]: r["value"] for r in results if "byte_p" in r["metric"]}
+    assert values[1]["dense"] == values[17]["dense"] != pytest.approx(values[1]["FlashHead"])
+    assert values[17]["FlashHead"] == pytest.approx(values[17]["dense"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "further, said",
+    [
+        (("--text", "text.txt"), "--text is about a text"),
+        (("--precisions",), "--precisions is about a text"),
+        (("--positions", 3), "--positions is about a text"),
+        (("--plot", "out.png"), "--plot is about a text"),
+        (("--probes", "2,3"), "give --probes one number"),
+        (("--probes", "18"), "choose 1 to 17"),
+        (("--limit", 0), "--limit is 0: give 1 or more"),
+        (("--num-shots", -1), "--num-shots is -1: give 0 or more"),
+        (("--max-tokens", 0), "--max-tokens is 0: give 1 or more"),
+        (("--batch-size", 33), "--batch-size is 33: give 1 to 32"),
+        (("--temp", -1), "--temp is -1.0: give 0 or more"),
+        (("--top-p", 0), "--top-p is 0.0"),
+        (("--seed", -1), "--seed is -1"),
+        (("--chat-template-args", "[1]"), "is no JSON object such as"),
+        (("--include-path", "absent"), "there is no such folder"),
+        (("--json", "absent/out.json"), "cannot be written"),
+    ],
+)
+def test_refused_arguments(refused, arguments, further, said):
+    assert said in refused("evaluate", *arguments, "--tasks", CHOICE, *further)
+
+
+def test_neither_a_text_nor_tasks(refused, converted):
+    line = refused("evaluate", "--model", converted)
+    assert "--text FILE" in line and "--tasks TASK" in line
+
+
+def test_lm_eval_is_not_installed(refused, arguments, monkeypatch):
+    for name in ("mlx_flashhead.tasks", "mlx_lm.evaluate"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr("mlx_flashhead.tasks", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    line = refused("evaluate", *arguments, "--tasks", CHOICE)
+    assert "needs lm-eval" in line and "pip install 'mlx_flashhead[evaluate]'" in line
