@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-COMMANDS = ("generate", "server", "convert", "evaluate", "benchmark")
+COMMANDS = ("generate", "server", "convert", "upload", "evaluate", "benchmark")
 
 IMPORTS = (
     "import mlx_flashhead.{name}",
