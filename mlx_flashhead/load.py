@@ -114,6 +114,14 @@ def loading(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except SystemExit as error:
+        if error.code != 1:  # the user's own end of the program
+            raise
+        # mlx-lm's code of an architecture that lacks a package prints so and exits.
+        raise ValueError(
+            f"mlx-lm cannot load the model in {folder}, for the reason that it printed above: "
+            "install what it asks for, or use another model."
+        ) from error
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise ValueError(
             f"mlx-lm cannot load the model in {folder} ({_reason(error)}): check or fetch it again."

@@ -19,6 +19,7 @@ SOURCES = sorted([*CHECKOUT.glob("mlx_flashhead/**/*.py"), *CHECKOUT.glob("scrip
 
 # How each function is called here: the parameters that are filled in order, then those by name.
 CALLS = {
+    "mlx_lm.chat.setup_arg_parser": ((), ()),
     "mlx_lm.convert.configure_parser": ((), ()),
     "mlx_lm.convert.mixed_quant_predicate_builder": (("recipe", "model", "group_size"), ()),
     "mlx_lm.evaluate.MLXLM": (
@@ -43,6 +44,9 @@ CALLS = {
     ),
     "mlx_lm.generate.main": ((), ()),
     "mlx_lm.generate.setup_arg_parser": ((), ()),
+    "mlx_lm.models.cache.can_trim_prompt_cache": (("cache",), ()),
+    "mlx_lm.models.cache.make_prompt_cache": (("model", "max_kv_size"), ()),
+    "mlx_lm.models.cache.trim_prompt_cache": (("cache", "num_tokens"), ()),
     "mlx_lm.models.cache.LRUPromptCache": (("max_size",), ()),
     "mlx_lm.server.APIHandler": (("response_generator", "args"), ("system_fingerprint",)),
     "mlx_lm.server.APIHandler._set_completion_headers": (("self", "status_code"), ()),
@@ -97,11 +101,12 @@ VALUES = {
 }
 # Globals that mlx-lm's code looks up, and that a command puts others under.
 REPLACED = {
-    "mlx_lm.generate.main": ("load", "setup_arg_parser"),
+    "mlx_lm.generate.main": ("load", "make_sampler", "setup_arg_parser"),
     "mlx_lm.server.main": ("argparse", "ModelProvider", "run"),
     "mlx_lm.server.ToolCallFormatter._format": ("json",),
     "mlx_lm.server.APIHandler.do_POST": ("json",),
     "mlx_lm.server.APIHandler.handle_completion": ("json",),
+    "mlx_lm.server._make_sampler": ("make_sampler",),
     "mlx_lm.server.APIHandler.handle_models_request": ("scan_cache_dir",),
 }
 

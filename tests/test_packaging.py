@@ -121,13 +121,15 @@ def test_installed_wheel_finds_its_kernels(installed):
     assert source == KERNELS.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["generate", "server", "convert", "evaluate", "benchmark"])
+@pytest.mark.parametrize(
+    "name", ["generate", "server", "convert", "upload", "evaluate", "benchmark"]
+)
 def test_console_scripts_run(installed, name):
     printed = output_of(installed / "bin" / f"mlx_flashhead.{name}", "--help", cwd=installed)
     assert printed.startswith("usage:")
     (distribution,) = installed.glob("lib/python*/site-packages/mlx_flashhead-*.dist-info")
     entries = PathDistribution(distribution).entry_points.select(group="console_scripts")
-    assert len(entries) == 5 and f"mlx_flashhead.{name}" in entries.names
+    assert len(entries) == 6 and f"mlx_flashhead.{name}" in entries.names
 
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-COMMANDS = ("generate", "server", "convert", "evaluate", "benchmark")
+COMMANDS = ("generate", "chat", "server", "convert", "evaluate", "benchmark")
 
 IMPORTS = (
     "import mlx_flashhead.{name}",
@@ -67,6 +67,7 @@ def test_module_says_how_it_is_used_without_a_warning(command):
     assert output.startswith(f"usage: {module} ")
     options = {
         "generate": ("--draw-probes", "--model"),
+        "chat": ("--n-probes", "--system-prompt"),
         "server": ("--n-probes", "--model", "--prompt-cache-size"),
         "convert": ("--head-bits", "--model"),
         "evaluate": ("--probes", "--model"),
