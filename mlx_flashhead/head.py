@@ -148,6 +148,11 @@ class FlashHead:
             )
         self._n_probes = int(value)
 
+    @property
+    def exact(self) -> bool:
+        """Whether every token is scored: within ``dense()``, or with ``n_probes`` = C."""
+        return self._dense or self.n_probes == self.n_clusters
+
     def arrays(self) -> list[mx.array]:
         """Everything this head holds in memory, for ``mx.eval`` and for measuring it."""
         return [*self.clustered.arrays(), *self._steps.arrays()]
@@ -217,6 +222,33 @@ class FlashHead:
         ids = self._steps.token_ids(selection.probes)
         return ids.reshape(shape), candidates.logits.reshape(shape)
 
+    def likeliest(self, values: mx.array, n_clusters: int) -> tuple[mx.array, mx.array]:
+        """The tokens of the clusters in which the highest values are.
+
+        The clusters are chosen by their tokens' best value, so the ``n_clusters`` tokens of highest
+        value are all among the result, and whatever has raised or ruled out single tokens since
+        the head made their logits counts.
+
+        Args:
+            values: (R, V), a value for each token, such as log-probabilities.
+            n_clusters: Clusters to choose for each row.
+
+        Returns:
+            Ids (R, K) uint32 and values (R, K), K = n_clusters·cluster_size. A padded slot has the
+            id V and the value -inf.
+        """
+        slots = self.clustered.token_ids.reshape(1, -1)
+        if self.clustered.padded:
+            in_slots = mx.take_along_axis(values, mx.minimum(slots, self.vocab_size - 1), axis=-1)
+            in_slots = mx.where(slots == self.vocab_size, -mx.inf, in_slots)
+        else:
+            in_slots = mx.take_along_axis(values, slots, axis=-1)
+        blocks = in_slots.reshape(-1, self.n_clusters, self.cluster_size)
+        best = mx.max(blocks, axis=-1).astype(mx.float32)
+        chosen = self._steps.select(best, n_clusters).probes
+        kept = mx.take_along_axis(blocks, chosen[..., None], axis=1)  # (R, n_clusters, n)
+        return self._steps.token_ids(chosen).flatten(1), kept.flatten(1)
+
     def token(self, hidden: mx.array) -> mx.array:
         """The greedy token: hidden (..., D) → (...) uint32, without full logits.
 
@@ -244,7 +276,7 @@ class FlashHead:
 
     def _is_dense(self, hidden: mx.array) -> bool:
         n_rows = math.prod(hidden.shape[:-1])
-        return self._dense or self.n_probes == self.n_clusters or n_rows > self.max_rows
+        return self.exact or n_rows > self.max_rows
 
     def _retrieve(self, rows: mx.array) -> tuple[mx.array, Selection, Candidates]:
         """(R, D) → scores (R, C), the probed clusters, and their logits."""

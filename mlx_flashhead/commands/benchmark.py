@@ -1,4 +1,4 @@
-"""Measures speed: a head, a model, a conversion; or estimates it for an Apple chip."""
+"""Measures speed: a head, a model, a conversion, samplers; or estimates it for an Apple chip."""
 
 import argparse
 import json
@@ -9,8 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..benchmarks.convert import convert_benchmark, index_benchmark
-from ..benchmarks.head import SHAPES, head_benchmark, random_head
+from ..benchmarks.head import CLUSTER_SIZE, SHAPES, head_benchmark, random_head
 from ..benchmarks.model import SAMPLERS, model_benchmark
+from ..benchmarks.sampler import sampler_benchmark
 from ..install import get_flash_head
 from ..load import load, load_dense, resolve
 from ..quantization import HEAD_BITS
@@ -21,7 +22,8 @@ from .console import check_writable, command
 from .evaluate import PICTURES
 
 DTYPES = ("float32", "float16", "bfloat16")
-HEAD, MODEL, CONVERT, ESTIMATE = "head", "model", "convert", "estimate"
+HEAD, MODEL, CONVERT, SAMPLER, ESTIMATE = "head", "model", "convert", "sampler", "estimate"
+SAMPLER_WIDTH = 64  # of the random heads: a sampler reads the clusters, not the rows
 REPORT = """\
 Please send this to the project as an issue, with the template "Benchmark":
 
@@ -37,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_head(kinds)
     _add_model(kinds)
     _add_convert(kinds)
+    _add_sampler(kinds)
     estimate.add_parser(kinds)
     return parser
 
@@ -124,6 +127,29 @@ def _add_convert(kinds) -> None:
     _add_common(parser, rounds=None)
 
 
+def _add_sampler(kinds) -> None:
+    parser = kinds.add_parser(
+        SAMPLER,
+        help="time samplers",
+        description="Time sampling from logits alone: mlx-lm's samplers and this package's.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--vocab-size",
+        type=int,
+        action="append",
+        help="Of random clusters; may be given several times (default: 128256).",
+    )
+    what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
+    parser.add_argument(
+        "--n-probes", type=int, help="Clusters scored (default: 256, or the model's own)."
+    )
+    parser.add_argument(
+        "--rows", type=int, default=1, help="Rows of logits at once (default: %(default)s)."
+    )
+    _add_common(parser, rounds=20)
+
+
 def _add_common(parser: argparse.ArgumentParser, rounds: int | None) -> None:
     if rounds is not None:
         parser.add_argument(
@@ -150,16 +176,18 @@ def main() -> None:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more.")
-    for batch in getattr(args, "batch", None) or ():
-        if batch < 1:
-            raise ValueError(f"--batch is {batch}: give 1 or more.")
+    for name in ("batch", "vocab_size"):
+        for value in getattr(args, name, None) or ():
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more.")
     if args.json:
         check_writable("--json", args.json)
     if args.plot:
         if Path(args.plot).suffix.lower() not in PICTURES:
             raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
         check_writable("--plot", args.plot)
-    found = {HEAD: _head, MODEL: _model, CONVERT: _convert}[args.kind](args)
+    measure = {HEAD: _head, MODEL: _model, CONVERT: _convert, SAMPLER: _sampler}
+    found = measure[args.kind](args)
     result = {
         "kind": args.kind,
         "machine": machine(),
@@ -188,7 +216,7 @@ def _head(args: argparse.Namespace) -> list[dict]:
         head = random_head(
             vocab_size,
             hidden_size,
-            n_probes=args.n_probes or min(256, -(-vocab_size // 16)),
+            n_probes=args.n_probes or _usual_probes(vocab_size),
             dtype=dtype,
             bits=args.head_bits,
         )
@@ -232,6 +260,25 @@ def _convert(args: argparse.Namespace) -> list[dict]:
         return [convert_benchmark(args.model, calibration_positions=positions)]
     name, (vocab_size, hidden_size) = args.shape
     return [{"name": name} | index_benchmark(vocab_size, hidden_size, positions)]
+
+
+def _sampler(args: argparse.Namespace) -> list[dict]:
+    if args.model is not None:
+        model, _ = load(args.model, n_probes=args.n_probes)
+        heads = [(Path(args.model).name, get_flash_head(model))]
+    else:
+        heads = []
+        for size in args.vocab_size or (128_256,):
+            n_probes = args.n_probes or _usual_probes(size)
+            heads.append(("random clusters", random_head(size, SAMPLER_WIDTH, n_probes=n_probes)))
+    return [
+        {"name": name} | sampler_benchmark(head, n_rows=args.rows, rounds=args.rounds)
+        for name, head in heads
+    ]
+
+
+def _usual_probes(vocab_size: int) -> int:
+    return min(256, -(-vocab_size // CLUSTER_SIZE))
 
 
 def _shape(text: str) -> tuple[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ from rich.table import Table
 from ..benchmarks.convert import TOTAL
 from ..benchmarks.head import CANDIDATES, DENSE_BLOCKS, LOGITS, TOKEN
 from ..benchmarks.model import DENSE, FLASH_HEAD, NO_HEAD
+from ..benchmarks.sampler import MLX_LM, OURS
 
 PARTS = ("body", "head", "sampling")
 
@@ -14,7 +15,12 @@ PARTS = ("body", "head", "sampling")
 def print_result(result: dict, console: Console | None = None) -> None:
     """Prints the tables of one benchmark, then the machine."""
     console = console or Console()
-    tables = {"head": _head_table, "model": _model_table, "convert": _convert_table}
+    tables = {
+        "head": _head_table,
+        "model": _model_table,
+        "convert": _convert_table,
+        "sampler": _sampler_table,
+    }
     for one in result["results"]:
         console.print(tables[result["kind"]](one))
     about = result["machine"]
@@ -66,7 +72,7 @@ def _model_table(one: dict) -> Table:
         f"{one['n_clusters']:,} clusters",
         ("", "tokens/s", "quartiles", "ms", "body", "head", "sampling"),
         f"{one['times_faster']:.2f} times as fast; a free head: "
-        f"{one['times_faster_with_a_free_head']:.2f}; of what that saves, "
+        f"{one['times_faster_with_a_free_head']:.2f}; of the dense head's time "
         f"{one['share_of_free_head_saved']:.1%} is saved.",
     )
     for name in (DENSE, FLASH_HEAD, NO_HEAD):
@@ -92,6 +98,20 @@ def _convert_table(one: dict) -> Table:
     return table
 
 
+def _sampler_table(one: dict) -> Table:
+    table = _new_table(
+        f"{one['name']}: V={one['vocab_size']:,}, {one['n_probes']} of {one['n_clusters']:,} "
+        f"clusters, batch {one['rows']}",
+        ("sampler", "mlx-lm ms", "quartiles", "FlashHead ms", "quartiles", "ratio"),
+    )
+    for name, ms in one["ms"].items():
+        cells = []
+        for form in (MLX_LM, OURS):
+            cells += [f"{ms[form]['median']:.2f}", _quartiles(ms[form])]
+        table.add_row(name, *cells, f"{one['times_faster'][name]:.1f} x")
+    return table
+
+
 def _quartiles(spread: dict) -> str:
     return f"{spread['lower']:.2f}–{spread['upper']:.2f}"
 
@@ -107,7 +127,12 @@ def draw(result: dict, path: str) -> None:
     figure, axes = plt.subplots(
         len(results), figsize=(8, 0.6 + 2.2 * len(results)), layout="constrained", squeeze=False
     )
-    draw_one = {"head": _draw_head, "model": _draw_model, "convert": _draw_convert}
+    draw_one = {
+        "head": _draw_head,
+        "model": _draw_model,
+        "convert": _draw_convert,
+        "sampler": _draw_sampler,
+    }
     for axis, one in zip(axes[:, 0], results, strict=True):
         draw_one[result["kind"]](axis, one)
         axis.invert_yaxis()
@@ -141,4 +166,13 @@ def _draw_convert(axis, one: dict) -> None:
         if stage != TOTAL:
             axis.bar_label(axis.barh(stage, seconds, color="tab:blue"), fmt=" %.1f")
     axis.set(title=f"Conversion of {one.get('name') or one['model']}", xlabel="s")
+    axis.margins(x=0.1)
+
+
+def _draw_sampler(axis, one: dict) -> None:
+    for name, ms in one["ms"].items():
+        for form, color in ((MLX_LM, "tab:gray"), (OURS, "tab:blue")):
+            bar = axis.barh(f"{name}, {form}", ms[form]["median"], color=color)
+            axis.bar_label(bar, fmt=" %.2f")
+    axis.set(title=f"{one['name']}, batch {one['rows']}", xlabel="ms per call")
     axis.margins(x=0.1)

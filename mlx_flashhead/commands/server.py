@@ -9,6 +9,7 @@ from huggingface_hub import CacheNotFound, scan_cache_dir
 from ..compat import replaced, server_module
 from ..install import get_flash_head
 from ..load import resolve
+from ..sampling import make_sampler
 from ..serving import serve
 from ..serving_provider import FlashHeadProvider, canonical
 from .console import command
@@ -94,4 +95,8 @@ def _run(host: str, port: int, provider: FlashHeadProvider) -> None:
         how = "dense" if dense else "with FlashHead"
         print(f"Serving {args.model} {how} at {url} (Ctrl-C ends it)", flush=True)
 
-    serve(host, port, provider, announce=announce)
+    def sampler_of_request(*arguments, **named):
+        return make_sampler(*arguments, **named, model=provider.model)
+
+    with replaced(server_module, make_sampler=sampler_of_request):
+        serve(host, port, provider, announce=announce)

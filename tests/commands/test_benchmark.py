@@ -76,6 +76,33 @@ def test_model(run, converted, tmp_path):
         assert word in screen
 
 
+def test_sampler_of_sizes(run, tmp_path):
+    screen, results = check_outputs(
+        run, tmp_path, "sampler", "--vocab-size", 320, "--vocab-size", 100, "--rounds", 1
+    )
+    assert [(one["vocab_size"], one["n_probes"]) for one in results] == [(320, 20), (100, 7)]
+    for name, ratio in results[0]["times_faster"].items():
+        assert name in screen and f" {ratio:.1f} x" in screen
+
+
+def test_sampler_of_a_model(run, converted, tmp_path):
+    _, (one,) = check_outputs(
+        run, tmp_path, "sampler", "--model", converted, "--n-probes", 2, "--rows", 3, "--rounds", 1
+    )
+    assert (one["n_probes"], one["rows"], one["name"]) == (2, 3, "model")
+
+
+def test_samplers_have_the_usual_vocabulary(monkeypatch):
+    parsed = benchmark_command.make_parser().parse_args(["sampler"])
+    made = []
+    monkeypatch.setattr(
+        benchmark_command, "random_head", lambda *shape, **form: made.append((*shape, form))
+    )
+    monkeypatch.setattr(benchmark_command, "sampler_benchmark", lambda *_, **__: {})
+    benchmark_command._sampler(parsed)
+    assert made == [(128256, 64, {"n_probes": 256})]
+
+
 def test_convert(run, dense, tmp_path):
     screen, (one,) = check_outputs(
         run, tmp_path, "convert", "--model", dense, "--calibration-positions", 40
@@ -116,6 +143,10 @@ def test_estimate(run, tmp_path):
         (("model", "--model", "./absent", "--tokens", 0), "--tokens is 0"),
         (("convert", "--model", "./absent"), "no folder"),
         (("convert", "--shape", "320,64", "--calibration-positions", 0), "positions is 0"),
+        (("sampler", "--model", "./absent"), "no folder"),
+        (("sampler", "--vocab-size", 0), "--vocab-size is 0"),
+        (("sampler", "--vocab-size", 320, "--n-probes", 21), "20 clusters"),
+        (("sampler", "--rows", 0), "--rows is 0"),
         ((), "COMMAND"),
     ],
 )
