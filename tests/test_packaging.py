@@ -148,7 +148,7 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
 def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine, extra):
     found = requirements(metadata, platform, machine, extra)
     assert found["mlx"] == ({"cpu"} if platform == "linux" else set())
-    expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm", "rich", "matplotlib"}
+    expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm", "rich", "matplotlib", "segno"}
     if extra == "evaluate":
         expected |= {"lm-eval"}
     if extra == "test":
@@ -157,6 +157,8 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
             "pytest",
             "pytest-xdist",
             "openai",
+            "playwright",
+            "zxing-cpp",
             "pexpect",
             "filelock",
             "gguf",

@@ -81,6 +81,7 @@ def test_keyboard_does_not_hide_the_input(show, screen):
             follow(viewport);
             Object.assign(viewport, { height: height * 0.55, offsetTop: 30 });
             viewport.dispatchEvent(new Event("resize"));
+            for (let i = 0; i < 3; i += 1) await new Promise(requestAnimationFrame);
             const box = document.getElementById("composer").getBoundingClientRect();
             return [box.top, box.bottom, document.documentElement.className];
         }""",

@@ -144,12 +144,15 @@ document.getElementById("new-chat").addEventListener("click", () => {
   open(current.messages.length ? store.newChat() : current);
   input.focus();
 });
-window.addEventListener("pagehide", () => {
-  runs.forEach((run, chat) => {
-    save(chat);
-    run.stop(); // else the browser breaks it off, which looks like a lost server
+// Some browsers break answers off before the page is hidden, which would look like a lost server.
+for (const event of ["beforeunload", "pagehide"]) {
+  window.addEventListener(event, () => {
+    runs.forEach((run, chat) => {
+      save(chat);
+      run.stop();
+    });
   });
-});
+}
 
 // The token came in the address once; the browser has it as a cookie now.
 if (location.search) history.replaceState(null, "", location.pathname);

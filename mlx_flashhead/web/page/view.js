@@ -8,13 +8,16 @@ const list = document.getElementById("messages");
 const toEnd = document.getElementById("to-end");
 const NEAR = 80; // pixels from the end that still count as being there
 
-let following = true;
+let following = true; // until the reader scrolls up
+let lastTop = 0;
 const drawn = new WeakMap(); // message → its element
 
 const atEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR;
 
 scroller.addEventListener("scroll", () => {
-  following = atEnd();
+  const up = scroller.scrollTop < lastTop;
+  lastTop = scroller.scrollTop;
+  if (up || atEnd()) following = atEnd(); // what grows at the end moves nobody
   toEnd.hidden = following;
 });
 toEnd.addEventListener("click", () => scrollToEnd());
