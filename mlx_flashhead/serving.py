@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from http.server import ThreadingHTTPServer
 
-from .compat import LRUPromptCache, get_system_fingerprint
+from .compat import LRUPromptCache, get_system_fingerprint, replaced, server_module
 from .serving_generator import FlashHeadGenerator
 from .serving_handler import FlashHeadHandler
+from .serving_json import STRICT_JSON
 from .serving_provider import FlashHeadProvider
 
 
@@ -33,7 +34,7 @@ def serve(
     Raises:
         ValueError: If the port cannot be had, or the default model cannot be loaded.
     """
-    with _listen(host, port) as server:
+    with _listen(host, port) as server, replaced(server_module, json=STRICT_JSON):
         prompt_cache = LRUPromptCache(provider.cli_args.prompt_cache_size)
         generator = FlashHeadGenerator(provider, prompt_cache)
         try:
