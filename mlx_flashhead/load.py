@@ -14,6 +14,7 @@ from .compat import DEFAULT_ALLOW_PATTERNS, download
 from .head import FlashHead
 from .install import install
 from .locate import find_head
+from .redaction import redact
 
 
 def resolve(path_or_repo: str, revision: str | None = None) -> Path:
@@ -39,12 +40,12 @@ def resolve(path_or_repo: str, revision: str | None = None) -> Path:
         raise ValueError(
             f"There is no folder {path_or_repo!r} here, and it cannot be had from the Hugging Face "
             f"Hub ({_reason(error)}): check the name and the network."
-        ) from error
+        ) from None  # whose text may hold the token
 
 
 def _reason(error: Exception) -> str:
     """What the error says, on one line that goes into a sentence."""
-    return shorten(str(error), 400, placeholder=" …").rstrip(".:") or type(error).__name__
+    return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
 
 def load(

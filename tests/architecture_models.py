@@ -1,6 +1,7 @@
 """Tiny models of every architecture that mlx-lm has, and what FlashHead says to their heads."""
 
 import importlib
+import json
 import re
 from contextlib import redirect_stdout
 from io import StringIO
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm import models
 
 from architecture_configs import COMMON, OVERRIDES, VOCAB_SIZE
 from mlx_flashhead.compat import quantize_model
 from mlx_flashhead.locate import find_head
 from mlx_flashhead.quantization import set_bits
+from model_folders import write_tokenizer
 
 TYING_FLAGS = ("tie_word_embeddings", "share_input_output_layers", "weight_tying")
 GROUP_SIZE = 64
@@ -54,7 +56,7 @@ def tiny_architecture(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
         _tie_by_checkpoint(model)
     if name == "phi3small":  # it writes to tokens that lie beyond a small vocabulary
         model._dummy_tokenizer_ids = mx.array([VOCAB_SIZE - 3, VOCAB_SIZE - 1])
-    model.update(tree_map(_stirred, model.parameters()))
+    model.update(tree_map_with_path(_stirred, model.parameters()))
     model.eval()
     return model
 
@@ -66,6 +68,19 @@ def quantized(model: nn.Module) -> nn.Module:
             path = find_head(model).path
             return set_bits(model, {}, path, None, 4)[0]
         return quantize_model(model, {}, GROUP_SIZE, 4)[0]
+
+
+def write_architecture(folder: Path, name: str, *, tied: bool) -> Path:
+    """Writes a tiny model as mlx-lm does, or a stand-in where mlx-lm cannot import its code."""
+    try:
+        weights = tree_flatten(tiny_architecture(name, tied=tied).parameters(), destination={})
+    except ImportError:
+        weights = {"weight": mx.zeros((1,))}
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(_config(name, tied)))
+    write_tokenizer(folder)
+    return folder
 
 
 def _config(name: str, tied: bool) -> dict:
@@ -82,10 +97,10 @@ def _tie_by_checkpoint(model: nn.Module) -> None:
             getattr(module, "sanitize", dict)({})
 
 
-def _stirred(array: mx.array) -> mx.array:
+def _stirred(path: str, array: mx.array) -> mx.array:
     """Random values in place of those that start as zeros or ones, such as biases and scales."""
-    if array.dtype == mx.uint8:  # ternary weights, four a byte
-        return mx.random.randint(0, 256, array.shape).astype(mx.uint8)
-    if not mx.issubdtype(array.dtype, mx.floating):
+    if array.dtype in (mx.uint8, mx.uint32):  # packed weights
+        return mx.random.randint(0, 2**31 - 1, array.shape).astype(array.dtype)
+    if not mx.issubdtype(array.dtype, mx.floating) or path.endswith(".signs"):
         return array
     return array + 0.05 * mx.random.normal(array.shape, dtype=array.dtype)

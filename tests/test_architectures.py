@@ -4,6 +4,9 @@ The cases are those that docs/architectures.md names, and that document is compa
 installed mlx-lm gives: an architecture that is new there makes the comparison fail.
 """
 
+import json
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,10 +14,18 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import architectures as script
 from architecture_configs import VOCAB_SIZE
-from architecture_models import architectures, quantized, tiny_architecture
+from architecture_models import (
+    architectures,
+    quantized,
+    tiny_architecture,
+    write_architecture,
+)
 from emulated_mlx_lm import emulated
+from mlx_flashhead.conversion import convert
+from mlx_flashhead.errors import UnsupportedHeadError
 from mlx_flashhead.indexing import build_index
-from mlx_flashhead.load import install_index
+from mlx_flashhead.install import get_flash_head, install
+from mlx_flashhead.load import install_index, load
 from mlx_flashhead.locate import find_head, recorded_hidden
 
 CLUSTER_SIZE, N_PROBES = 16, 4
@@ -117,3 +128,87 @@ def test_flash_head(name, tied, bits):
         assert (ids == EOS).any(axis=-1).all()
         estimated += (mx.abs(actual - expected) > 1e-3).sum().item()
     assert estimated > 0
+
+
+IMPORTED = [form for form in REFUSED if form[0] != "olmo"]  # whose code mlx-lm cannot import here
+
+
+@pytest.mark.parametrize("name, tied", IMPORTED, **form_ids)
+def test_refused_model_stays_as_it_was(name, tied):
+    model = tiny_architecture(name, tied=tied)
+    before = [(path, type(module), dict(module)) for path, module in model.named_modules()]
+    token_ids = np.arange(-VOCAB_SIZE % CLUSTER_SIZE + VOCAB_SIZE).reshape(-1, CLUSTER_SIZE)
+    with pytest.raises(UnsupportedHeadError):
+        install(model, token_ids, None, n_probes=1)
+    assert get_flash_head(model) is None
+    after = [(path, type(module), dict(module)) for path, module in model.named_modules()]
+    assert after == before
+
+
+@pytest.mark.parametrize("name, tied", REFUSED, **form_ids)
+def test_refused_model_is_one_sentence_and_no_folder(name, tied, tmp_path):
+    source = write_architecture(tmp_path / "source", name, tied=tied)
+    with pytest.raises(ValueError) as raised:
+        convert(str(source), str(tmp_path / "found"), calibration="none", progress=False)
+    assert re.fullmatch(r"[^\n]+[^.]\.", str(raised.value))
+    assert re.search(r"FlashHead|mlx-lm cannot load", str(raised.value))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+UNKNOWN_ARCHITECTURE = """
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import BaseModelArgs
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    model_type: str
+    vocab_size: int
+    width: int
+
+
+class Decoder(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.read = nn.Embedding(args.vocab_size, args.width)
+        self.write = nn.Linear(args.width, args.vocab_size)
+
+
+class Model(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.model_type = args.model_type
+        self.layers = [nn.Linear(args.width, args.width)]
+        self.parts = [Decoder(args)]
+
+    def __call__(self, tokens, cache=None):
+        hidden = mx.tanh(self.layers[0](self.parts[0].read(tokens)))
+        if cache is not None:
+            cache[0].update_and_fetch(hidden[:, None], hidden[:, None])
+        return 3 * mx.sin(self.parts[0].write(hidden) / 3)
+"""
+
+
+def test_unknown_architecture_needs_no_code_of_ours(tmp_path):
+    """A model's own code, with its head in a list and a curve after it that no model has."""
+    source = write_architecture(tmp_path / "source", "llama", tied=False)
+    (source / "unknown.py").write_text(UNKNOWN_ARCHITECTURE)
+    own = {"model_type": "unknown", "model_file": "unknown.py", "vocab_size": VOCAB_SIZE}
+    (source / "config.json").write_text(json.dumps(own | {"width": 64}))
+    code = {}
+    exec(UNKNOWN_ARCHITECTURE, code)
+    model = code["Model"](code["ModelArgs"]("unknown", VOCAB_SIZE, 64))
+    model.save_weights(str(source / "model.safetensors"))
+
+    found, quick = str(tmp_path / "found"), {"calibration_positions": 100, "progress": False}
+    convert(str(source), found, trust_remote_code=True, **quick)
+    served, _ = load(found, trust_remote_code=True)
+    tokens = mx.array([[3, 1, 200]])
+    assert find_head(model).path == "parts.0.write"
+    get_flash_head(served).n_probes = 1
+    assert not close(served(tokens), model(tokens))
+    get_flash_head(served).n_probes = get_flash_head(served).n_clusters
+    assert close(served(tokens), model(tokens))

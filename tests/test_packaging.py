@@ -14,6 +14,8 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
+from mlx_flashhead.__main__ import COMMANDS
+
 CHECKOUT = Path(__file__).parent.parent
 KERNELS = CHECKOUT / "metal" / "flash_head.metal"
 
@@ -121,15 +123,13 @@ def test_installed_wheel_finds_its_kernels(installed):
     assert source == KERNELS.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "name", ["generate", "server", "convert", "upload", "evaluate", "benchmark"]
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_console_scripts_run(installed, name):
     printed = output_of(installed / "bin" / f"mlx_flashhead.{name}", "--help", cwd=installed)
     assert printed.startswith("usage:")
     (distribution,) = installed.glob("lib/python*/site-packages/mlx_flashhead-*.dist-info")
     entries = PathDistribution(distribution).entry_points.select(group="console_scripts")
-    assert len(entries) == 6 and f"mlx_flashhead.{name}" in entries.names
+    assert entries.names == {f"mlx_flashhead.{command}" for command in COMMANDS}
 
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
@@ -156,6 +156,7 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
             "pytest",
             "pytest-xdist",
             "openai",
+            "pexpect",
             "filelock",
             "gguf",
             "ruff",
