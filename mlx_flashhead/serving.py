@@ -6,7 +6,8 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from .compat import LRUPromptCache, get_system_fingerprint, replaced, server_module
+from .compat import get_system_fingerprint, replaced, server_module
+from .serving_cache import PromptCaches
 from .serving_generator import FlashHeadGenerator
 from .serving_handler import FlashHeadHandler
 from .serving_json import STRICT_JSON
@@ -35,7 +36,7 @@ def serve(
         ValueError: If the port cannot be had, or the default model cannot be loaded.
     """
     with _listen(host, port) as server, replaced(server_module, json=STRICT_JSON):
-        prompt_cache = LRUPromptCache(provider.cli_args.prompt_cache_size)
+        prompt_cache = PromptCaches(provider.cli_args.prompt_cache_size)
         generator = FlashHeadGenerator(provider, prompt_cache)
         try:
             provider.ready.result()

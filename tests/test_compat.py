@@ -48,6 +48,11 @@ CALLS = {
     "mlx_lm.models.cache.make_prompt_cache": (("model", "max_kv_size"), ()),
     "mlx_lm.models.cache.trim_prompt_cache": (("cache", "num_tokens"), ()),
     "mlx_lm.models.cache.LRUPromptCache": (("max_size",), ()),
+    "mlx_lm.models.cache.LRUPromptCache.fetch_nearest_cache": (("self", "model", "tokens"), ()),
+    "mlx_lm.models.cache.LRUPromptCache.insert_cache": (
+        ("self", "model", "tokens", "prompt_cache"),
+        ("cache_type",),
+    ),
     "mlx_lm.server.APIHandler": (("response_generator", "args"), ("system_fingerprint",)),
     "mlx_lm.server.APIHandler._set_completion_headers": (("self", "status_code"), ()),
     "mlx_lm.server.APIHandler._set_cors_headers": (("self",), ()),
