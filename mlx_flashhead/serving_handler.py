@@ -1,16 +1,13 @@
 """Answers HTTP requests: mlx-lm's API, with JSON in every answer."""
 
-import json
 import logging
-import math
 from contextlib import contextmanager
-from typing import Any
 
 from .compat import APIHandler
+from .serving_json import dumps
+from .serving_provider import RequestError
 from .serving_requests import POST_PATHS, check_body
 
-# What OpenAI's API gives a token that is too unlikely to have a logprob.
-VERY_UNLIKELY = -9999.0
 # A bias beyond this is as good as infinite, and would be infinite in float16.
 MAX_BIAS = 1e4
 
@@ -19,6 +16,7 @@ class FlashHeadHandler(APIHandler):
     """One request; further pages are added by a subclass that extends ``do_GET``."""
 
     _headers_sent = False
+    _request = None
     stream = False
 
     def do_GET(self) -> None:
@@ -32,7 +30,9 @@ class FlashHeadHandler(APIHandler):
     def do_POST(self) -> None:
         """Answers chat and text completions."""
         with self.problems_told():
-            if self.path in POST_PATHS:
+            if self.headers.get("Content-Length", "").strip().startswith("-"):
+                self.send_problem(400, "Content-Length must not be negative.")
+            elif self.path in POST_PATHS:
                 super().do_POST()
             else:
                 places = ", ".join(POST_PATHS)
@@ -46,6 +46,7 @@ class FlashHeadHandler(APIHandler):
         """
         self.head_settings = check_body(self.body, POST_PATHS[self.path])
         super().validate_model_parameters()
+        self.logprobs = self.logprobs or self.top_logprobs > 0
         if self.seed is not None:
             self.seed %= 2**64  # OpenAI's seeds may be negative
         if self.stream_options is not None:
@@ -56,17 +57,42 @@ class FlashHeadHandler(APIHandler):
 
     def handle_completion(self, request, stop_words) -> None:
         """As mlx-lm's, with what the request asks of the FlashHead."""
-        request.head_settings = self.head_settings
+        request.head_settings, request.problem = self.head_settings, None
+        self._request = request
         super().handle_completion(request, stop_words)
 
     def generate_response(self, *args, **kwargs) -> dict:
-        """As mlx-lm's, with numbers that JSON can hold."""
+        """As mlx-lm's, with complete logprobs."""
         response = super().generate_response(*args, **kwargs)
         for choice in response["choices"]:
-            message = choice.get("message") or choice.get("delta") or {}
-            for call in message.get("tool_calls", ()):
-                call["function"]["arguments"] = _strict(call["function"]["arguments"])
-        return _finite(response)
+            if "logprobs" in choice:
+                content = self._logprobs(kwargs["tokens"], kwargs["token_logprobs"], choice)
+                choice["logprobs"]["content"] = content
+        return response
+
+    def _logprobs(self, tokens, token_logprobs, choice) -> list[dict]:
+        """Each token that was chosen, and the likeliest ones at its place, in order."""
+        names = self._request.tokenizer.convert_ids_to_tokens(tokens)
+        found = zip(tokens, names, token_logprobs, choice["logprobs"]["content"], strict=True)
+        return [
+            {
+                "id": token,
+                "token": name,
+                "logprob": logprob,
+                "bytes": None,
+                "top_logprobs": sorted(
+                    ({**top, "bytes": None} for top in entry.get("top_logprobs", ())),
+                    key=lambda top: -top["logprob"],
+                ),
+            }
+            for token, name, logprob, entry in found
+        ]
+
+    def _set_completion_headers(self, status_code=200):
+        # mlx-lm answers 404 to whatever fails before the first token, not to unknown models alone
+        if status_code == 404 and self._request and isinstance(self._request.problem, RequestError):
+            status_code = 400
+        super()._set_completion_headers(status_code)
 
     def end_headers(self) -> None:
         super().end_headers()
@@ -76,8 +102,8 @@ class FlashHeadHandler(APIHandler):
         logging.info("%s %s", self.address_string(), format % args)
 
     def send_problem(self, status: int, message: str) -> None:
-        """Answers with ``{"error": message}``; in a stream that has begun, as its last event."""
-        problem = json.dumps({"error": message})
+        """Answers with an error; in a stream that has begun, as its last event."""
+        problem = dumps({"error": message})
         if self._headers_sent:
             if self.stream:
                 self.wfile.write(f"data: {problem}\n\n".encode())
@@ -98,19 +124,3 @@ class FlashHeadHandler(APIHandler):
             logging.info("%s could not be answered", self.path, exc_info=True)
             status = 400 if isinstance(error, ValueError | TypeError | RecursionError) else 500
             self.send_problem(status, str(error) or type(error).__name__)
-
-
-def _finite(value: Any) -> Any:
-    """A JSON value without -inf (which is what a ruled-out token's logprob may be) and NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else math.copysign(VERY_UNLIKELY, value)
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
-
-
-def _strict(text: str) -> str:
-    """JSON text with null in place of NaN and Infinity."""
-    return json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)

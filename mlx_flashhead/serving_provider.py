@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+
 from .checkpoint import has_flash_head, read_index
 from .compat import ModelProvider
 from .generation import head_settings
@@ -40,6 +42,10 @@ class ModelRequest:
     settings: HeadSettings = HeadSettings()
 
 
+class RequestError(ValueError):
+    """A mistake in a request, other than the model's name."""
+
+
 class FlashHeadProvider(ModelProvider):
     """Loads models on demand, with a FlashHead where the checkpoint has one.
 
@@ -48,6 +54,7 @@ class FlashHeadProvider(ModelProvider):
 
     Attributes:
         ready: Done as soon as the default model is loaded, or has failed to.
+        vocab_size: Tokens V of the current model.
     """
 
     def __init__(self, cli_args):
@@ -78,19 +85,25 @@ class FlashHeadProvider(ModelProvider):
             ``(model, tokenizer)``.
 
         Raises:
-            ValueError: If it cannot be loaded, or has no such setting.
+            ValueError: If it cannot be loaded.
+            RequestError: If its head cannot be set so.
         """
         request = model_path if isinstance(model_path, ModelRequest) else ModelRequest(model_path)
         self._settings.close()
         super().load(canonical(request.name), adapter_path, draft_model_path)
-        wanted = request.settings
-        dense = wanted.n_probes is None and self.cli_args.dense
-        if wanted.dense is not None:
-            dense = wanted.dense
-        self._settings.enter_context(
-            head_settings(self.model, n_probes=wanted.n_probes, dense=dense)
-        )
+        self._apply(request.settings)
         return self.model, self.tokenizer
+
+    def _apply(self, settings: HeadSettings) -> None:
+        dense = settings.dense
+        if dense is None:
+            dense = self.cli_args.dense and settings.n_probes is None
+        try:
+            self._settings.enter_context(
+                head_settings(self.model, n_probes=settings.n_probes, dense=dense)
+            )
+        except ValueError as error:
+            raise RequestError(str(error)) from None
 
     def _load(self, model_path, adapter_path=None, draft_model_path=None):
         # these come first: while they fail, the model of the other requests stays
@@ -111,6 +124,8 @@ class FlashHeadProvider(ModelProvider):
                 n_probes = self.cli_args.n_probes if is_default else None
                 head = install_index(self.model, index, n_probes=n_probes)
                 logging.info("%s is served with %r", model_path, head)
+            # a shape alone: nothing is computed
+            self.vocab_size = self.model(mx.array([[0]])).shape[-1]
         except Exception:
             self.reset()
             raise

@@ -48,8 +48,14 @@ CALLS = {
     "mlx_lm.models.cache.make_prompt_cache": (("model", "max_kv_size"), ()),
     "mlx_lm.models.cache.trim_prompt_cache": (("cache", "num_tokens"), ()),
     "mlx_lm.models.cache.LRUPromptCache": (("max_size",), ()),
+    "mlx_lm.models.cache.LRUPromptCache.fetch_nearest_cache": (("self", "model", "tokens"), ()),
+    "mlx_lm.models.cache.LRUPromptCache.insert_cache": (
+        ("self", "model", "tokens", "prompt_cache"),
+        ("cache_type",),
+    ),
     "mlx_lm.server.APIHandler": (("response_generator", "args"), ("system_fingerprint",)),
     "mlx_lm.server.APIHandler._set_completion_headers": (("self", "status_code"), ()),
+    "mlx_lm.server.APIHandler._set_cors_headers": (("self",), ()),
     "mlx_lm.server.APIHandler.do_GET": (("self",), ()),
     "mlx_lm.server.APIHandler.do_POST": (("self",), ()),
     "mlx_lm.server.APIHandler.generate_response": (
@@ -101,8 +107,12 @@ VALUES = {
 }
 # Globals that mlx-lm's code looks up, and that a command puts others under.
 REPLACED = {
-    "mlx_lm.generate.main": ("load", "setup_arg_parser"),
+    "mlx_lm.generate.main": ("load", "make_sampler", "setup_arg_parser"),
     "mlx_lm.server.main": ("argparse", "ModelProvider", "run"),
+    "mlx_lm.server.ToolCallFormatter._format": ("json",),
+    "mlx_lm.server.APIHandler.do_POST": ("json",),
+    "mlx_lm.server.APIHandler.handle_completion": ("json",),
+    "mlx_lm.server._make_sampler": ("make_sampler",),
     "mlx_lm.server.APIHandler.handle_models_request": ("scan_cache_dir",),
 }
 
@@ -187,8 +197,7 @@ def test_mlx_lm_looks_up_what_is_replaced(dotted):
     looked_up = found(dotted).__code__.co_names
     for name in REPLACED[dotted]:
         assert name in looked_up, (
-            f"{dotted} does not look {name!r} up any more, which a command in "
-            "mlx_flashhead/commands puts another under."
+            f"{dotted} does not look {name!r} up any more, under which mlx_flashhead puts another."
         )
 
 

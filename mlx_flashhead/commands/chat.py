@@ -4,7 +4,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.sample_utils import make_sampler
 
 from ..checkpoint import has_flash_head
 from ..compat import chat_parser
@@ -12,6 +11,7 @@ from ..conversation import STOPPED, Answer, Conversation
 from ..install import get_flash_head
 from ..load import load, load_dense, resolve
 from ..messages import read_conversation, write_conversation
+from ..sampling import make_sampler
 from .console import command, sentence
 from .terminal import StopKey, Terminal
 
@@ -72,6 +72,7 @@ def main() -> None:
         xtc_probability=args.xtc_probability,
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+        model=model,
     )
     options = {
         "max_tokens": args.max_tokens,

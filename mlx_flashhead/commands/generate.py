@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from ..compat import generate_module, replaced
 from ..generation import head_settings
 from ..load import load, load_dense, resolve
+from ..sampling import make_sampler
 from .console import command
 
 
@@ -44,20 +45,31 @@ def main() -> None:
     args = parser.parse_args()
     _check_arguments(parser, args)
 
+    flash = None  # the model, once it is loaded
     with ExitStack() as stack:
 
         def load_for_main(path, **kwargs):
+            nonlocal flash
             if path == args.draft_model or args.dense:
                 return_config = kwargs.pop("return_config", False)
                 loaded = load_dense(resolve(path), **kwargs)
                 return loaded if return_config else loaded[:2]
             loaded = load(path, n_probes=args.n_probes, **kwargs)
+            flash = loaded[0]
             temperature = args.temp if args.draw_probes else None
-            stack.enter_context(head_settings(loaded[0], draw_probes=temperature))
+            stack.enter_context(head_settings(flash, draw_probes=temperature))
             return loaded
 
+        def sampler_for_main(*arguments, **named):
+            return make_sampler(*arguments, **named, model=flash)
+
         parsed = SimpleNamespace(parse_args=lambda: args)
-        with replaced(generate_module, load=load_for_main, setup_arg_parser=lambda: parsed):
+        with replaced(
+            generate_module,
+            load=load_for_main,
+            make_sampler=sampler_for_main,
+            setup_arg_parser=lambda: parsed,
+        ):
             generate_module.main()
 
 
