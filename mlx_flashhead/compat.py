@@ -14,7 +14,13 @@ from typing import Any
 
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, configure_parser, mixed_quant_predicate_builder
 from mlx_lm.generate import BatchGenerator, BatchResponse, GenerationResponse, generate_step
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, dequantize_model, quantize_model, save
+from mlx_lm.utils import (
+    DEFAULT_ALLOW_PATTERNS,
+    dequantize_model,
+    quantize_model,
+    save,
+    sharded_load,
+)
 from mlx_lm.utils import _download as download
 
 __all__ = [
@@ -33,6 +39,7 @@ __all__ = [
     "quantize_model",
     "replaced",
     "save",
+    "sharded_load",
 ]
 
 # The attribute mlx_lm.generate is the function; the module has to be asked for by name.

@@ -84,6 +84,7 @@ def find_head(model: nn.Module) -> HeadLocation:
     ]
     name = type(model).__module__.rsplit(".", 1)[-1]
     if not found:
+        _refuse_split(calls, vocab_size, name)
         raise ValueError(
             f"The output projection of this {name!r} model cannot be intercepted (its {vocab_size} "
             "logits come from no layer of its own): use it with mlx_lm, without FlashHead."
@@ -171,6 +172,18 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
                 delattr(cls, name)
             else:
                 setattr(cls, name, method)
+
+
+def _refuse_split(calls: list[tuple[nn.Module, str, int]], vocab_size: int, name: str) -> None:
+    for module, _, width in calls:
+        if isinstance(module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
+            processes = module.group.size()
+            if width * processes == vocab_size:
+                raise ValueError(
+                    f"Each of the {processes} processes holds a part of this {name!r} model's "
+                    f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
+                    "by layers instead (--pipeline, or a pipeline_group), or use one process."
+                )
 
 
 def _refuse_wrapped(model: nn.Module, module: nn.Module, path: str) -> None:
