@@ -14,6 +14,7 @@ from .generation import batch_generate, generate, stream_generate
 from .head import FlashHead
 from .install import get_flash_head, uninstall
 from .load import load
+from .sampling import make_sampler
 from .sharded import sharded_load
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "generate",
     "get_flash_head",
     "load",
+    "make_sampler",
     "sharded_load",
     "stream_generate",
     "uninstall",

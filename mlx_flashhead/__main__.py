@@ -5,7 +5,10 @@ import sys
 
 COMMANDS = {
     "convert": "turn a model into a FlashHead checkpoint",
+    "upload": "publish a FlashHead checkpoint on the Hugging Face Hub",
     "generate": "generate text",
+    "chat": "talk with a model at the terminal",
+    "server": "serve over the OpenAI API",
     "evaluate": "measure how close FlashHead comes to the dense head",
     "benchmark": "measure speed, or estimate it for an Apple chip",
 }

@@ -12,8 +12,16 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from mlx_lm.chat import setup_arg_parser as chat_parser
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, configure_parser, mixed_quant_predicate_builder
 from mlx_lm.generate import BatchGenerator, BatchResponse, GenerationResponse, generate_step
+from mlx_lm.models.cache import (
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, get_system_fingerprint
 from mlx_lm.utils import (
     DEFAULT_ALLOW_PATTERNS,
     dequantize_model,
@@ -26,24 +34,35 @@ from mlx_lm.utils import _download as download
 __all__ = [
     "DEFAULT_ALLOW_PATTERNS",
     "MODEL_CONVERSION_DTYPES",
+    "APIHandler",
     "BatchGenerator",
     "BatchResponse",
     "GenerationResponse",
+    "LRUPromptCache",
+    "ModelProvider",
+    "ResponseGenerator",
+    "can_trim_prompt_cache",
+    "chat_parser",
     "configure_parser",
     "dequantize_model",
     "download",
     "evaluate_module",
     "generate_module",
     "generate_step",
+    "get_system_fingerprint",
+    "make_prompt_cache",
     "mixed_quant_predicate_builder",
     "quantize_model",
     "replaced",
     "save",
+    "server_module",
     "sharded_load",
+    "trim_prompt_cache",
 ]
 
 # The attribute mlx_lm.generate is the function; the module has to be asked for by name.
 generate_module = importlib.import_module("mlx_lm.generate")
+server_module = importlib.import_module("mlx_lm.server")
 
 
 def evaluate_module() -> ModuleType:

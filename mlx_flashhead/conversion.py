@@ -4,6 +4,7 @@ A failed or interrupted conversion leaves nothing behind, unless it was asked to
 finished.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,21 +13,30 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map_with_path
 
-from .calibration import generated_states, read_text, text_states
+from .calibration import generated_states, text_states
 from .checkpoint import CONFIG_KEY, write_index
 from .compat import MODEL_CONVERSION_DTYPES, dequantize_model, save
 from .config import FlashHeadConfig
-from .hub import upload
+from .conversion_arguments import (
+    MIN_POSITIONS,
+    NO_CALIBRATION,
+    SELF_GENERATED,
+    calibration_text,
+    check_arguments,
+    check_size,
+    check_upload,
+)
+from .hub import full_name, reserve, sign_in
 from .indexing import build_index
 from .load import load_dense, resolve
 from .locate import check_plain_product, find_head
 from .new_folder import new_folder
-from .quantization import HEAD_BITS, BodyRecipe, set_bits
-from .rows import HeadRows
+from .origin import card_metadata, find_origin
+from .published_clusters import read_clusters
+from .publishing import add_documents, check_licence, checkpoint_name, publish
+from .quantization import BodyRecipe, body_label, set_bits
+from .recipe import make_recipe
 from .stages import CALIBRATION, Stages, fingerprint, model_fingerprint, stages_folder
-
-SELF_GENERATED, NO_CALIBRATION = "self", "none"
-MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
 
 
 def convert(
@@ -50,6 +60,10 @@ def convert(
     calibration: str = SELF_GENERATED,
     calibration_positions: int = 12_000,
     seed: int = 0,
+    clusters: str | None = None,
+    upload: bool = False,
+    private: bool = False,
+    base_model: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -65,7 +79,8 @@ def convert(
         q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
         dtype: Of the weights that are not quantized; default: an mlx-lm folder's own, else what
             its configuration names as ``torch_dtype``.
-        upload_repo: Hub repository to upload the checkpoint to, "owner/name".
+        upload_repo: Hub repository to upload the checkpoint to, "owner/name", or "name" under the
+            user's own.
         revision: Branch, tag or commit of the repository.
         dequantize: Undo the model's quantization.
         quant_predicate: One of mlx-lm's mixed-bit recipes, or a function as mlx-lm takes it.
@@ -77,6 +92,13 @@ def convert(
         calibration: "self" (text that the model writes), "none", or a text file.
         calibration_positions: Positions to calibrate on.
         seed: Of the clustering and of the generated text.
+        clusters: File of clusters in the format of FlashHead's authors, in place of own ones; the
+            checkpoint cannot be uploaded then.
+        upload: Upload the checkpoint; without ``upload_repo``, as
+            "<user>/<model>-FlashHead-<precision>".
+        private: Make a new repository a private one.
+        base_model: Repository of the model, "owner/name", where ``hf_path`` is a folder that does
+            not say so; for the card.
         overwrite: Replace a target that exists.
         resume: Keep the finished calibration and clusters beside the target until the conversion
             has succeeded, and begin with those of an earlier run that was given this too, as far
@@ -87,25 +109,34 @@ def convert(
         The settings and the measured report, as stored.
 
     Raises:
-        ValueError: If an argument, the model or the target is not valid. Nothing is written then.
+        ValueError: If an argument, the model or the target is not valid, or the Hub would refuse
+            an upload; nothing is written then. Also if the upload itself fails, which keeps the
+            checkpoint.
         OSError: If the checkpoint cannot be written. Nothing is left behind then, except finished
             stages with ``resume``.
     """
-    _check_arguments(
+    arguments = dict(locals())
+    check_arguments(
         cluster_size, n_probes, target_agreement, calibration_positions, head_bits, dtype, seed
     )
     if quantize and dequantize:
         raise ValueError("Choose either --quantize or --dequantize, not both.")
-    text = None
-    if calibration not in (SELF_GENERATED, NO_CALIBRATION):
-        text = read_text(calibration)
+    text = calibration_text(calibration)
+    upload = upload or upload_repo is not None
+    check_upload(upload, private, clusters, base_model)
     say = print if progress else (lambda *_: None)
     target = Path(mlx_path).expanduser()
     stages = Stages(stages_folder(target), say)
     if not resume and stages.kept():
         say(f"An earlier run left its {' and '.join(stages.kept())}: not used without --resume")
     with new_folder(target, overwrite) as folder:
+        # before long work: what the Hub would refuse at its end
+        user = sign_in() if upload else None
+        repo_id = full_name(upload_repo, user) if upload_repo else None
         source = resolve(hf_path, revision)
+        origin = find_origin(hf_path, source, base_model)
+        if upload:
+            check_licence(origin, repo_id, target)
         say(f"Loading {hf_path}")
         model, tokenizer, config = load_dense(
             source,
@@ -114,7 +145,12 @@ def convert(
             trust_remote_code=trust_remote_code,
         )
         head = find_head(model)
-        _check_size(head.rows(), cluster_size, n_probes)
+        token_ids = None
+        if clusters is not None:
+            rows = head.rows()
+            token_ids = read_clusters(clusters, rows.vocab_size, rows.hidden_size)
+            cluster_size = token_ids.shape[1]
+        check_size(head.rows(), cluster_size, n_probes)
         _cast(model, dtype or _named_dtype(source, config))
         if dequantize:
             config.pop("quantization", None)
@@ -126,6 +162,10 @@ def convert(
         model, config = set_bits(model, config, head.path, body, head_bits)
         location = find_head(model)
         check_plain_product(location)
+        name = checkpoint_name(origin, location.rows(), body_label(body, config))
+        if upload:
+            repo_id = repo_id or full_name(name, user)
+            reserve(repo_id, user, private)
         mx.eval(model.parameters())
         in_use = stages if resume else Stages()
         calibrated = {}
@@ -152,6 +192,15 @@ def convert(
             source="file" if text is not None else calibration,
             seed=seed,
             stages=in_use,
+            token_ids=token_ids,
+            recipe=make_recipe(
+                arguments,
+                {key: p.default for key, p in inspect.signature(convert).parameters.items()},
+                model=origin.repo_id or origin.name,
+                revision=origin.revision,
+                name=name,
+            )
+            | {"metadata": card_metadata(origin)},
             progress=progress,
         )
         say(f"Writing {target}")
@@ -159,14 +208,15 @@ def convert(
         try:
             save(folder, str(source), model, tokenizer, config, donate_model=False)
             write_index(folder, index)
+            add_documents(folder, origin, index.config, target)
         except RuntimeError as error:  # what MLX raises when a disk is full
             raise OSError(
                 f"{target} cannot be written ({error}): free some space or choose another "
                 "--mlx-path."
             ) from error
     stages.delete()
-    if upload_repo is not None:
-        say(f"Uploaded to {upload(target, upload_repo)}")
+    if upload:
+        say(f"Uploaded to {publish(target, repo_id, private=private, say=say)}")
     return index.config
 
 
@@ -201,44 +251,6 @@ def _calibrate(
             "pages."
         )
     return {"states": states, "next_ids": next_ids}
-
-
-def _check_arguments(
-    cluster_size, n_probes, target_agreement, positions, head_bits, dtype, seed
-) -> None:
-    if cluster_size < 1:
-        raise ValueError(f"cluster_size is {cluster_size}: it must be 1 or more (16 is usual).")
-    if n_probes is not None and n_probes < 1:
-        raise ValueError(f"n_probes is {n_probes}: it must be 1 or more.")
-    if not 0 < target_agreement <= 1:
-        raise ValueError(
-            f"target_agreement is {target_agreement}: it is a share, above 0 and at most 1 (0.99)."
-        )
-    if positions < MIN_POSITIONS:
-        raise ValueError(
-            f"calibration_positions is {positions}: give 100 or more, or --calibration none."
-        )
-    if head_bits is not None and head_bits not in HEAD_BITS:
-        raise ValueError(f"head_bits is {head_bits}: choose 4, 8 or 16.")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}: it must be 0 or more.")
-    if dtype is not None and dtype not in MODEL_CONVERSION_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: choose {', '.join(MODEL_CONVERSION_DTYPES)}.")
-
-
-def _check_size(rows: HeadRows, cluster_size: int, n_probes: int | None) -> None:
-    vocab_size = rows.vocab_size
-    if cluster_size > vocab_size:
-        raise ValueError(
-            f"cluster_size is {cluster_size}, but the model has {vocab_size} tokens: "
-            f"choose at most {vocab_size} (16 is usual)."
-        )
-    n_clusters = -(-vocab_size // cluster_size)
-    if n_probes is not None and n_probes > n_clusters:
-        raise ValueError(
-            f"n_probes is {n_probes}, but clusters of {cluster_size} make only {n_clusters} of "
-            f"them: choose 1 to {n_clusters}."
-        )
 
 
 def _named_dtype(source: Path, config: dict) -> str | None:

@@ -16,11 +16,10 @@ from .calibration import text_states
 from .head import FlashHead
 from .install import get_flash_head
 from .locate import find_head
-from .measures import Measures, Routing, measure
+from .measures import USUAL_PROBES, Measures, Routing, measure
 from .prototypes import unit_means
 from .rows import HeadRows
 
-USUAL_PROBES = (48, 96, 128, 192, 256, 512)
 FLASH_HEAD, UNIT_MEANS = "FlashHead", "unit means (paper)"
 
 
@@ -161,10 +160,8 @@ def row_bytes(rows: HeadRows) -> float:
 
 def bytes_read(head: FlashHead, n_probes: int, bytes_per_row: float) -> float:
     """Bytes of weights read per token with rows of a given size: stage 1 + p clusters."""
-    prototypes = head.clustered.prototypes
-    stage_1 = (prototypes.weight, prototypes.scales, prototypes.biases, prototypes.bias)
-    stage_1_bytes = sum(array.nbytes for array in stage_1 if array is not None)
-    return stage_1_bytes + n_probes * head.cluster_size * bytes_per_row
+    routing_bytes = head.clustered.prototypes.routing_bytes
+    return routing_bytes + n_probes * head.cluster_size * bytes_per_row
 
 
 def bytes_share(head: FlashHead, n_probes: int) -> float:

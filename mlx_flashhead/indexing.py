@@ -8,8 +8,8 @@ import numpy as np
 from .checkpoint import FlashHeadIndex
 from .clustering import as_float32, cluster_rows
 from .config import FlashHeadConfig
-from .measures import Routing, measure
-from .prototypes import choose_probes, fit_prototypes, probes_needed
+from .measures import USUAL_PROBES, Routing, measure
+from .prototypes import Prototypes, choose_probes, fit_prototypes, probes_needed
 from .rows import HeadRows
 from .stages import CLUSTERS, Stages, array_fingerprint, fingerprint
 
@@ -29,6 +29,8 @@ def build_index(
     source: str = "none",
     seed: int = 0,
     stages: Stages | None = None,
+    token_ids: np.ndarray | None = None,
+    recipe: dict | None = None,
     progress: bool = True,
 ) -> FlashHeadIndex:
     """Builds the index of a head.
@@ -46,6 +48,9 @@ def build_index(
         source: What the states came from: "self", "file" or "none".
         seed: Of the clustering.
         stages: Where finished clusters are kept; None: nowhere.
+        token_ids: (C, cluster_size) uint32 clusters from a file, V in padded slots, in place of
+            own ones.
+        recipe: How the checkpoint is made, to be stored.
         progress: Show bars and what was chosen.
 
     Raises:
@@ -58,12 +63,14 @@ def build_index(
         )
     weight = as_float32(rows.dequantized())
     head_bias = None if rows.bias is None else as_float32(rows.bias)
-    token_ids = (stages or Stages()).run(
-        CLUSTERS,
-        lambda: fingerprint(array_fingerprint(weight), cluster_size, seed),
-        lambda: {"token_ids": cluster_rows(weight, cluster_size, seed=seed, progress=progress)},
-    )["token_ids"]
-    n_clusters = len(token_ids)
+    clusters_from_file = token_ids is not None
+    if token_ids is None:
+        token_ids = (stages or Stages()).run(
+            CLUSTERS,
+            lambda: fingerprint(array_fingerprint(weight), cluster_size, seed),
+            lambda: {"token_ids": cluster_rows(weight, cluster_size, seed=seed, progress=progress)},
+        )["token_ids"]
+    n_clusters, cluster_size = token_ids.shape
     n_held_out = 0 if states is None else max(1, round(len(states) * HELD_OUT_SHARE))
     fitted_on = None if states is None else states[:-n_held_out]
     prototypes = fit_prototypes(
@@ -94,25 +101,14 @@ def build_index(
         needed = probes_needed(prototypes, weight, token_ids, held_out, head_bias)
         if n_probes is None:
             n_probes = choose_probes(needed, n_clusters, target_agreement)
-        centroids, bias = np.array(prototypes.dequantized()), np.array(prototypes.bias)
-        (measured,), _ = measure(
-            held_out,
-            lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
-            token_ids,
-            [Routing("FlashHead", lambda h: h @ centroids.T + bias, None)],
-            [n_probes],
+        report = _report(
+            rows, weight, head_bias, token_ids, prototypes, n_probes, held_out,
             next_ids[-n_held_out:],
-            progress=False,
-        )
+        )  # fmt: skip
         p50, p90, p99 = np.percentile(needed, (50, 90, 99), method="inverted_cdf")
-        report = {
-            "positions": n_held_out,
-            "agreement": measured.agreement,
-            "coverage": measured.coverage,
-            "probes_needed": {"p50": int(p50), "p90": int(p90), "p99": int(p99)},
-        }
+        report["probes_needed"] = {"p50": int(p50), "p90": int(p90), "p99": int(p99)}
         said.append(
-            f"{n_probes} of {n_clusters} clusters per token: {measured.agreement:.2%} agreement "
+            f"{n_probes} of {n_clusters} clusters per token: {report['agreement']:.2%} agreement "
             f"with the dense head on {n_held_out} held-out positions"
         )
     if progress:
@@ -131,8 +127,72 @@ def build_index(
             "seed": seed,
         },
         report=report,
+        recipe=recipe or {},
+        clusters_from_file=clusters_from_file,
     )
     return FlashHeadIndex(config, token_ids, prototypes)
+
+
+def _report(
+    rows: HeadRows,
+    weight: np.ndarray,
+    head_bias: np.ndarray | None,
+    token_ids: np.ndarray,
+    prototypes: Prototypes,
+    n_probes: int,
+    states: np.ndarray,
+    next_ids: np.ndarray,
+) -> dict:
+    """What is measured on held-out states, at the chosen and at the usual numbers of probes.
+
+    Returns:
+        JSON-ready; a perplexity too large for a float is None.
+    """
+    n_clusters, cluster_size = token_ids.shape
+    centroids, bias = np.array(prototypes.dequantized()), np.array(prototypes.bias)
+    routing = Routing(
+        "FlashHead", lambda h: h @ centroids.T + bias, np.array(prototypes.tail_offset)
+    )
+    around = (max(1, n_probes // 2), n_probes, 2 * n_probes)
+    counts = sorted({p for p in (*around, *USUAL_PROBES) if p <= n_clusters})
+    measured, dense_perplexity = measure(
+        states,
+        lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
+        token_ids,
+        [routing],
+        counts,
+        next_ids,
+        progress=False,
+    )
+    dense_bytes = sum(array.nbytes for array in rows.arrays().values())
+    by_probes = []
+    for found in measured:
+        n_bytes = prototypes.routing_bytes + dense_bytes / rows.vocab_size * (
+            found.n_probes * cluster_size
+        )
+        by_probes.append(
+            {
+                "n_probes": found.n_probes,
+                "agreement": found.agreement,
+                "coverage": found.coverage,
+                "perplexity_ratio": _finite(found.perplexity / dense_perplexity),
+                "bytes_per_token": round(n_bytes),
+                "bytes_share": n_bytes / dense_bytes,
+            }
+        )
+    chosen = by_probes[counts.index(n_probes)]
+    return {
+        "positions": len(states),
+        "agreement": chosen["agreement"],
+        "coverage": chosen["coverage"],
+        "dense_perplexity": _finite(dense_perplexity),
+        "dense_bytes": dense_bytes,
+        "by_probes": by_probes,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def uncalibrated_probes(n_clusters: int) -> int:

@@ -1,5 +1,7 @@
 """Loads FlashHead checkpoints: mlx-lm loads the model, then the FlashHead is installed on it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,6 +14,7 @@ from .compat import DEFAULT_ALLOW_PATTERNS, download
 from .head import FlashHead
 from .install import install
 from .locate import find_head
+from .redaction import redact
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
@@ -42,12 +45,12 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
         raise ValueError(
             f"There is no folder {path_or_repo!r} here, and it cannot be had from the Hugging Face "
             f"Hub ({reason(error)}): check the name and the network."
-        ) from error
+        ) from None  # whose text may hold the token
 
 
 def reason(error: Exception) -> str:
     """What the error says, on one line that goes into a sentence."""
-    return shorten(str(error), 400, placeholder=" …").rstrip(".:") or type(error).__name__
+    return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
 
 def load(
@@ -104,8 +107,27 @@ def load_dense(folder: Path, **kwargs: Any):
     Raises:
         ValueError: If mlx-lm cannot load it, in one sentence.
     """
-    try:
+    with loading(folder):
         return mlx_lm.load(str(folder), return_config=True, **kwargs)
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Within the block mlx-lm loads ``folder``; its errors become one sentence.
+
+    Raises:
+        ValueError: If mlx-lm fails.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != 1:  # the user's own end of the program
+            raise
+        # mlx-lm's code of an architecture that lacks a package prints so and exits.
+        raise ValueError(
+            f"mlx-lm cannot load the model in {folder}, for the reason that it printed above: "
+            "install what it asks for, or use another model."
+        ) from error
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise ValueError(
             f"mlx-lm cannot load the model in {folder} ({reason(error)}): check or fetch it again."

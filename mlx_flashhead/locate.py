@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from .errors import UnsupportedHeadError
 from .rows import HeadRows
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
@@ -63,18 +64,27 @@ def find_head(model: nn.Module) -> HeadLocation:
     Works on lazily loaded models: shapes alone are looked at.
 
     Raises:
-        ValueError: If no module's output is the logits, or it cannot be intercepted.
+        UnsupportedHeadError: If no module's output is the logits, it cannot be intercepted, or the
+            model itself does not run.
     """
     modules = [m for m in model.modules() if _matrix(m) is not None]
     calls: list[tuple[nn.Module, str, int]] = []
 
     def record(module, method, args, output):
         hidden = args[0] if args else None
-        if isinstance(hidden, mx.array) and mx.issubdtype(hidden.dtype, mx.floating):
+        arrays = isinstance(hidden, mx.array) and isinstance(output, mx.array)
+        if arrays and mx.issubdtype(hidden.dtype, mx.floating):
             calls.append((module, method, output.shape[-1]))
 
-    with _observed({type(m) for m in modules}, record):
-        output = model(mx.array([[0]]))
+    name = type(model).__module__.rsplit(".", 1)[-1]
+    try:
+        with _observed({type(m) for m in modules}, record):
+            output = model(mx.array([[0]]))
+    except Exception as error:  # whatever the model's code raises
+        raise UnsupportedHeadError(
+            f"mlx-lm's code of this {name!r} model fails on a token by itself "
+            f"({type(error).__name__}: {error}), so it cannot be served with FlashHead either."
+        ) from error
     logits = output[0] if isinstance(output, tuple) else output
     vocab_size = logits.shape[-1]
     found = [
@@ -82,16 +92,18 @@ def find_head(model: nn.Module) -> HeadLocation:
         for module, method, width in calls
         if width == vocab_size and _matrix(module).shape[0] == vocab_size
     ]
-    name = type(model).__module__.rsplit(".", 1)[-1]
     if not found:
         _refuse_split(calls, vocab_size, name)
-        raise ValueError(
+        for path, adapted in model.named_modules():  # DoRA multiplies the rows itself
+            if _has_adapter(adapted) and adapted.lora_b.shape[-1] == vocab_size:
+                raise _adapted(path)
+        raise UnsupportedHeadError(
             f"The output projection of this {name!r} model cannot be intercepted (its {vocab_size} "
             "logits come from no layer of its own): use it with mlx_lm, without FlashHead."
         )
     module, method = found[-1]
     if sum(other is module for other, _ in found) > 1:
-        raise ValueError(
+        raise UnsupportedHeadError(
             f"This {name!r} model uses its output projection more than once per token, which "
             "FlashHead does not support: use it with mlx_lm, without FlashHead."
         )
@@ -104,14 +116,14 @@ def check_plain_product(location: HeadLocation) -> None:
     """Makes sure that the layer computes what its rows say: evaluates it on one random state.
 
     Raises:
-        ValueError: If it does not (sharded, rotated or otherwise special layers).
+        UnsupportedHeadError: If it does not (sharded, rotated or otherwise special layers).
     """
     rows, module = location.rows(), location.module
     hidden = mx.random.normal((1, rows.hidden_size), key=mx.random.key(0))
     expected = rows.matmul(hidden)
     actual = getattr(module, location.method)(hidden)
     if expected.shape != actual.shape or not mx.allclose(expected, actual, rtol=1e-2, atol=1e-3):
-        raise ValueError(
+        raise UnsupportedHeadError(
             f"The output projection {location.path!r} ({type(module).__name__}) is not a plain "
             "product with its rows, which FlashHead needs: use the model without FlashHead."
         )
@@ -189,8 +201,16 @@ def _refuse_split(calls: list[tuple[nn.Module, str, int]], vocab_size: int, name
 def _refuse_wrapped(model: nn.Module, module: nn.Module, path: str) -> None:
     parent_path, _, _ = path.rpartition(".")
     parent = dict(model.named_modules()).get(parent_path)
-    if parent is not None and {"lora_a", "lora_b"} <= parent.keys():
-        raise ValueError(
-            f"The output projection {parent_path!r} carries a LoRA adapter: fuse it first "
-            "(mlx_lm.fuse), then convert."
-        )
+    if parent is not None and _has_adapter(parent):
+        raise _adapted(parent_path)
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return {"lora_a", "lora_b"} <= module.keys()
+
+
+def _adapted(path: str) -> UnsupportedHeadError:
+    return UnsupportedHeadError(
+        f"The output projection {path!r} carries a LoRA adapter, which must be fused first: run "
+        "mlx_lm.fuse, then convert the fused model."
+    )

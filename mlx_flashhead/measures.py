@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .portable import MARGIN_SHARE
 
+USUAL_PROBES = (48, 96, 128, 192, 256, 512)
 CHUNK_STATES, CHUNK_LOGITS = 128, 1 << 23  # handled at once: bounds memory
 DRAWS = 32
 # A token that cannot be drawn, because the clusters that are always probed leave no room for its

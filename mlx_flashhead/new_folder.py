@@ -1,4 +1,4 @@
-"""A folder that is there completely or not at all.
+"""A folder or a file that is there completely or not at all.
 
 It is written under a temporary name beside its place, which it takes at the very end: whatever
 fails or is interrupted leaves the disk as it was.
@@ -51,6 +51,31 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
             for parent in missing_parents:
                 with suppress(OSError):
                     parent.rmdir()
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A temporary path that becomes the file ``target`` when the block succeeds.
+
+    Args:
+        target: Where the file goes; one that is there is replaced.
+
+    Yields:
+        The path to write to.
+
+    Raises:
+        OSError: If ``target`` cannot be written.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        error.filename = str(target)  # and not that of the temporary folder
+        raise
+    try:
+        yield folder / target.name
+        os.replace(folder / target.name, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_place(target: Path, overwrite: bool) -> None:

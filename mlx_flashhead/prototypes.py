@@ -61,6 +61,12 @@ class Prototypes:
     def quantized(self) -> bool:
         return self.scales is not None
 
+    @property
+    def routing_bytes(self) -> int:
+        """Bytes read to choose the clusters: the centroids and their bias."""
+        read = (self.weight, self.scales, self.biases, self.bias)
+        return sum(array.nbytes for array in read if array is not None)
+
     def dequantized(self) -> mx.array:
         """The centroids as floats: (C, D) float32."""
         if not self.quantized:

@@ -34,6 +34,20 @@ class BodyRecipe:
     predicate: Callable | str | None
 
 
+def body_label(body: BodyRecipe | None, config: dict) -> str | None:
+    """The precision of the body as names of models give it; None where no recipe is applied.
+
+    Args:
+        body: The recipe.
+        config: The configuration that `set_bits` returned.
+    """
+    if body is None:
+        return None
+    if isinstance(body.predicate, str):
+        return body.predicate
+    return f"{config['quantization']['bits']}bit" if body.mode == "affine" else body.mode
+
+
 def set_bits(
     model: nn.Module,
     config: dict,

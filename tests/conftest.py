@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from filelock import FileLock
 
@@ -13,6 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from fetch_smollm2 import fetch_smollm2
+from loopback_hub import TOKEN, Account, LoopbackHub
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,25 @@ def real_model_folder() -> Path:
             return fetch_smollm2(cache / "smollm2")
     except (ValueError, OSError) as error:
         pytest.fail(f"{error} (Tests without the real model: -m 'not real'.)", pytrace=False)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path_factory):
+    """A Hub on this machine, which this process is logged in to as "me" of the group "ours"."""
+    with LoopbackHub() as hub:
+        hub.accounts[TOKEN] = Account("me", organisations=("ours",))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        cache = tmp_path_factory.mktemp("hub_cache")
+        for name, value in (
+            ("ENDPOINT", hub.url),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_HUB_DISABLE_XET", True),
+            ("HF_HUB_CACHE", str(cache)),
+            ("HF_TOKEN_PATH", str(cache / "token")),
+        ):
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        huggingface_hub.close_session()  # its settings are those of when it was opened
+        yield hub
+        huggingface_hub.close_session()

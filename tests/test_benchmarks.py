@@ -10,6 +10,7 @@ import pytest
 
 from mlx_flashhead.benchmarks import convert as convert_module
 from mlx_flashhead.benchmarks import model as model_module
+from mlx_flashhead.benchmarks import rows as rows_module
 from mlx_flashhead.benchmarks.convert import convert_benchmark, index_benchmark, stage_times
 from mlx_flashhead.benchmarks.head import (
     CANDIDATES,
@@ -31,6 +32,9 @@ from mlx_flashhead.benchmarks.model import (
     sampling_seconds,
     without_head,
 )
+from mlx_flashhead.benchmarks.rows import DENSE_PATH, crossover, rows_benchmark
+from mlx_flashhead.benchmarks.sampler import MLX_LM, OURS, sampler_benchmark, zipf_logprobs
+from mlx_flashhead.benchmarks.sampler import SAMPLERS as TIMED_SAMPLERS
 from mlx_flashhead.install import install
 from model_folders import write_model
 from tiny_models import VOCAB_SIZE, tiny_index, tiny_model
@@ -111,6 +115,57 @@ def test_head_benchmark_reports(n_rows):
         for dense in (DENSE, best):
             ratio = found["times_faster"][f"{name} against {dense}"]
             assert ratio == pytest.approx(ms[dense] / ms[name])
+
+
+def test_rows_benchmark_reports():
+    head = random_head(320, 64, n_probes=5)
+    head.max_rows = 4
+    states = mx.random.normal((7, 64))
+    found = rows_benchmark(head, states, counts=(9, 1, 3), rounds=2, progress=False)
+    json.dumps(found)
+    assert (found["counts"], found["max_rows"], head.max_rows) == ([1, 3, 9], 4, 4)
+    assert found["ms"].keys() == {DENSE, DENSE_PATH, LOGITS}
+    assert all(len(spreads) == 3 for spreads in found["ms"].values())
+    assert found["crossover"] == crossover(found["counts"], found["ms"])
+
+
+def test_rows_benchmark_times_what_it_says(monkeypatch):
+    """FlashHead retrieves at every number of rows, beside the path that is taken above max_rows."""
+    head = random_head(320, 64, n_probes=5)
+    seen = {}
+
+    def look(runs, rounds, **_):
+        seen.update({name: np.array(run(1)) for name, run in runs.items()})
+        return {name: [1.0] for name in runs}
+
+    monkeypatch.setattr(rows_module, "in_turns", look)
+    states = mx.random.normal((80, 64))
+    rows_benchmark(head, states, counts=(40,), rounds=1, progress=False)
+    hidden = states[mx.arange(40, 80)]
+    np.testing.assert_allclose(seen[DENSE_PATH], head.dense_logits(hidden), atol=1e-5)
+    retrieving = head.copy()
+    retrieving.max_rows = 40
+    np.testing.assert_allclose(seen[LOGITS], retrieving(hidden), atol=1e-5)
+    assert not np.allclose(seen[LOGITS], seen[DENSE_PATH], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flash, dense, last_faster, slower_from",
+    [
+        ((1, 2, 5), (3, 3, 3), 2, 4),
+        ((4, 2, 2), (3, 3, 3), 4, None),  # a head too small for one row
+        ((1, 1, 1), (3, 3, 3), 4, None),
+        ((4, 4, 4), (3, 3, 3), None, 1),
+        ((3, 3, 3), (3, 3, 3), None, 1),
+    ],
+)
+def test_crossover(flash, dense, last_faster, slower_from):
+    ms = {
+        LOGITS: [{"median": value} for value in flash],
+        DENSE_PATH: [{"median": value} for value in dense],
+    }
+    expected = {"last_faster": last_faster, "slower_from": slower_from}
+    assert crossover((1, 2, 4), ms) == expected
 
 
 def test_chain_calls_the_form_with_each_state():
@@ -198,7 +253,9 @@ def test_model_benchmark_sums_up(models, monkeypatch):
         return steps[which]
 
     monkeypatch.setattr(model_module, "decode_seconds", decode)
-    monkeypatch.setattr(model_module, "sampling_seconds", lambda *a: [0.001, 0.001])
+    monkeypatch.setattr(
+        model_module, "sampling_seconds", lambda model, *a: [0.0004 if model is flash else 0.001]
+    )
     found = model_benchmark(
         dense, flash, Tokenizer(), samplers=("greedy", "top-p"), batches=(1, 2), rounds=2,
         progress=False,
@@ -211,10 +268,10 @@ def test_model_benchmark_sums_up(models, monkeypatch):
     assert one["step_ms"]["dense"]["runs"] == 2
     assert one["tokens_per_second"]["dense"]["median"] == pytest.approx(200)
     assert one["tokens_per_second"][NO_HEAD]["median"] == pytest.approx(2 / 0.003)
-    assert one["split_ms"][FLASH_HEAD] == pytest.approx({"body": 2, "head": 1, "sampling": 1})
+    assert one["split_ms"][FLASH_HEAD] == pytest.approx({"body": 2, "head": 1.6, "sampling": 0.4})
     assert one["split_ms"]["dense"] == pytest.approx({"body": 2, "head": 7, "sampling": 1})
     assert one["times_faster"] == pytest.approx(2.5)
-    assert one["share_of_free_head_saved"] == pytest.approx(6 / 7)
+    assert one["share_of_free_head_saved"] == pytest.approx(1 - 1.6 / 7)
 
 
 def test_model_benchmark_runs(models):
@@ -223,6 +280,42 @@ def test_model_benchmark_runs(models):
         progress=False,
     )  # fmt: skip
     assert [one["batch"] for one in found] == [1, 2]
+
+
+def test_models_are_sampled_with_their_own_samplers(models, monkeypatch):
+    asked = []
+
+    def maker(*, model, **arguments):
+        asked.append("flash" if model is models[1] else "dense")
+        return lambda logprobs: mx.argmax(logprobs, axis=-1)
+
+    monkeypatch.setattr(model_module, "make_sampler", maker)
+    model_benchmark(
+        *models, Tokenizer(), samplers=("top-p",), batches=(1,), tokens=2, rounds=1, progress=False
+    )
+    assert asked == ["dense", "flash", "dense"] * 2 + ["dense", "flash"]
+
+
+def test_zipf_logprobs():
+    logprobs = np.array(zipf_logprobs(1000, 2, 3))
+    np.testing.assert_allclose(np.exp(logprobs).sum(axis=-1), 1, rtol=1e-4)
+    ordered = np.sort(logprobs, axis=-1)[:, ::-1]
+    np.testing.assert_allclose(ordered[0], ordered[1], rtol=1e-5)
+    assert np.exp(ordered[0, 0] - ordered[0, 1]) == pytest.approx(2**1.1, rel=1e-4)
+    assert (logprobs[0] != logprobs[1]).any()
+    assert (logprobs != np.array(zipf_logprobs(1000, 2, 4))).any()
+
+
+def test_sampler_benchmark_reports():
+    head = random_head(9000, 32, n_probes=5)
+    found = sampler_benchmark(head, n_rows=2, rounds=3, progress=False)
+    json.dumps(found)
+    assert (found["vocab_size"], found["rows"], found["n_probes"]) == (9000, 2, 5)
+    assert found["ms"].keys() == found["times_faster"].keys() == TIMED_SAMPLERS.keys()
+    for name, ms in found["ms"].items():
+        assert ms[MLX_LM]["runs"] == ms[OURS]["runs"] == 3
+        ratio = ms[MLX_LM]["median"] / ms[OURS]["median"]
+        assert found["times_faster"][name] == pytest.approx(ratio)
 
 
 def test_stages_of_a_conversion(tmp_path):

@@ -19,6 +19,7 @@ SOURCES = sorted([*CHECKOUT.glob("mlx_flashhead/**/*.py"), *CHECKOUT.glob("scrip
 
 # How each function is called here: the parameters that are filled in order, then those by name.
 CALLS = {
+    "mlx_lm.chat.setup_arg_parser": ((), ()),
     "mlx_lm.convert.configure_parser": ((), ()),
     "mlx_lm.convert.mixed_quant_predicate_builder": (("recipe", "model", "group_size"), ()),
     "mlx_lm.evaluate.MLXLM": (
@@ -43,6 +44,49 @@ CALLS = {
     ),
     "mlx_lm.generate.main": ((), ()),
     "mlx_lm.generate.setup_arg_parser": ((), ()),
+    "mlx_lm.models.cache.can_trim_prompt_cache": (("cache",), ()),
+    "mlx_lm.models.cache.make_prompt_cache": (("model", "max_kv_size"), ()),
+    "mlx_lm.models.cache.trim_prompt_cache": (("cache", "num_tokens"), ()),
+    "mlx_lm.models.cache.LRUPromptCache": (("max_size",), ()),
+    "mlx_lm.models.cache.LRUPromptCache.fetch_nearest_cache": (("self", "model", "tokens"), ()),
+    "mlx_lm.models.cache.LRUPromptCache.insert_cache": (
+        ("self", "model", "tokens", "prompt_cache"),
+        ("cache_type",),
+    ),
+    "mlx_lm.server.APIHandler": (("response_generator", "args"), ("system_fingerprint",)),
+    "mlx_lm.server.APIHandler._set_completion_headers": (("self", "status_code"), ()),
+    "mlx_lm.server.APIHandler._set_cors_headers": (("self",), ()),
+    "mlx_lm.server.APIHandler.do_GET": (("self",), ()),
+    "mlx_lm.server.APIHandler.do_POST": (("self",), ()),
+    "mlx_lm.server.APIHandler.generate_response": (
+        ("self", "text", "finish_reason"),
+        ("token_logprobs", "top_tokens", "tokens", "tool_calls"),
+    ),
+    "mlx_lm.server.APIHandler.handle_completion": (("self", "request", "stop_words"), ()),
+    "mlx_lm.server.APIHandler.validate_model_parameters": (("self",), ()),
+    "mlx_lm.server.ModelProvider": (("cli_args",), ()),
+    "mlx_lm.server.ModelProvider._load": (
+        ("self", "model_path", "adapter_path", "draft_model_path"),
+        (),
+    ),
+    "mlx_lm.server.ModelProvider.load": (
+        ("self", "model_path", "adapter_path", "draft_model_path"),
+        (),
+    ),
+    "mlx_lm.server.ModelProvider.load_default": (("self",), ()),
+    "mlx_lm.server.ModelProvider.reset": (("self",), ()),
+    "mlx_lm.server.ResponseGenerator": (("model_provider", "prompt_cache"), ()),
+    "mlx_lm.server.ResponseGenerator._generate": (("self",), ()),
+    "mlx_lm.server.ResponseGenerator._next_request": (("self",), ("timeout",)),
+    "mlx_lm.server.ResponseGenerator._run_generate": (("self",), ()),
+    "mlx_lm.server.ResponseGenerator._tokenize": (("self", "tokenizer", "request", "args"), ()),
+    "mlx_lm.server.ResponseGenerator.generate": (
+        ("self", "request", "generation_args", "progress_callback"),
+        (),
+    ),
+    "mlx_lm.server.ResponseGenerator.stop_and_join": (("self",), ()),
+    "mlx_lm.server.get_system_fingerprint": ((), ()),
+    "mlx_lm.server.main": ((), ()),
     "mlx_lm.utils._download": (("path_or_hf_repo",), ("revision", "allow_patterns")),
     "mlx_lm.utils.dequantize_model": (("model",), ()),
     "mlx_lm.utils.quantize_model": (
@@ -65,8 +109,16 @@ VALUES = {
     "mlx_lm.generate.GenerationResponse": type,
     "mlx_lm.utils.DEFAULT_ALLOW_PATTERNS": list,
 }
-# Globals that mlx_lm.generate's main program looks up, and that the command puts others under.
-REPLACED_IN_MAIN = ("load", "setup_arg_parser")
+# Globals that mlx-lm's code looks up, and that a command puts others under.
+REPLACED = {
+    "mlx_lm.generate.main": ("load", "make_sampler", "setup_arg_parser"),
+    "mlx_lm.server.main": ("argparse", "ModelProvider", "run"),
+    "mlx_lm.server.ToolCallFormatter._format": ("json",),
+    "mlx_lm.server.APIHandler.do_POST": ("json",),
+    "mlx_lm.server.APIHandler.handle_completion": ("json",),
+    "mlx_lm.server._make_sampler": ("make_sampler",),
+    "mlx_lm.server.APIHandler.handle_models_request": ("scan_cache_dir",),
+}
 
 
 def parsed(path):
@@ -144,12 +196,12 @@ def test_values_are_what_they_were(dotted):
     assert isinstance(found(dotted), VALUES[dotted]), f"{dotted} is used by {users_of(dotted)}"
 
 
-def test_main_program_looks_up_what_is_replaced():
-    looked_up = found("mlx_lm.generate.main").__code__.co_names
-    for name in REPLACED_IN_MAIN:
+@pytest.mark.parametrize("dotted", REPLACED)
+def test_mlx_lm_looks_up_what_is_replaced(dotted):
+    looked_up = found(dotted).__code__.co_names
+    for name in REPLACED[dotted]:
         assert name in looked_up, (
-            f"mlx_lm.generate.main does not look {name!r} up any more, which "
-            "mlx_flashhead/commands/generate.py puts another function under."
+            f"{dotted} does not look {name!r} up any more, under which mlx_flashhead puts another."
         )
 
 

@@ -9,7 +9,6 @@ import pytest
 from mlx_lm.utils import load_model
 
 import mlx_flashhead
-from mlx_flashhead import conversion
 from mlx_flashhead.checkpoint import CONFIG_KEY, FILE_NAME, read_index
 from mlx_flashhead.conversion import convert
 from mlx_flashhead.install import get_flash_head
@@ -231,22 +230,6 @@ def test_converts_a_folder_onto_itself(tmp_path, name, sources):
     assert read_index(place).config.cluster_size == 8
     mlx_flashhead.load(str(place))
     assert list(tmp_path.iterdir()) == [place]
-
-
-def test_upload_comes_last(sources, tmp_path, monkeypatch):
-    uploaded = []
-
-    def upload(folder, repo_id):
-        uploaded.append((repo_id, sorted(path.name for path in folder.iterdir())))
-        raise ValueError("refused")
-
-    monkeypatch.setattr(conversion, "upload", upload)
-    with pytest.raises(ValueError, match="refused"):
-        convert(str(sources["tied"]), str(tmp_path / "found"), upload_repo="me/tiny", **QUICK)
-    ((repo_id, names),) = uploaded
-    assert repo_id == "me/tiny"
-    assert {FILE_NAME, "config.json", "model.safetensors"} <= set(names)
-    mlx_flashhead.load(str(tmp_path / "found"))
 
 
 @pytest.mark.parametrize(

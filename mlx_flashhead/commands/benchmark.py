@@ -1,16 +1,20 @@
-"""Measures speed: a head, a model, a conversion; or estimates it for an Apple chip."""
+"""Measures speed: a head, rows at once, a model, a conversion, samplers; or estimates it."""
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from ..benchmarks.convert import convert_benchmark, index_benchmark
-from ..benchmarks.head import SHAPES, head_benchmark, random_head
+from ..benchmarks.head import CLUSTER_SIZE, SHAPES, head_benchmark, random_head
 from ..benchmarks.model import SAMPLERS, model_benchmark
+from ..benchmarks.rows import COUNTS, rows_benchmark
+from ..benchmarks.sampler import sampler_benchmark
+from ..head import FlashHead
 from ..install import get_flash_head
 from ..load import load, load_dense, resolve
 from ..quantization import HEAD_BITS
@@ -21,7 +25,9 @@ from .console import check_writable, command
 from .evaluate import PICTURES
 
 DTYPES = ("float32", "float16", "bfloat16")
-HEAD, MODEL, CONVERT, ESTIMATE = "head", "model", "convert", "estimate"
+HEAD, ROWS, MODEL, CONVERT = "head", "rows", "model", "convert"
+SAMPLER, ESTIMATE = "sampler", "estimate"
+SAMPLER_WIDTH = 64  # of the random heads: a sampler reads the clusters, not the rows
 REPORT = """\
 Please send this to the project as an issue, with the template "Benchmark":
 
@@ -35,8 +41,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_flashhead.benchmark", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
     _add_head(kinds)
+    _add_rows(kinds)
     _add_model(kinds)
     _add_convert(kinds)
+    _add_sampler(kinds)
     estimate.add_parser(kinds)
     return parser
 
@@ -47,6 +55,33 @@ def _add_head(kinds) -> None:
         help="time a head",
         description="Time a head alone: dense, and FlashHead to candidates, a token, full logits.",
     )
+    _add_which_head(parser)
+    parser.add_argument(
+        "--rows", type=int, default=1, help="Hidden states at once (default: %(default)s)."
+    )
+    _add_common(parser, rounds=20)
+
+
+def _add_rows(kinds) -> None:
+    parser = kinds.add_parser(
+        ROWS,
+        help="time a head against the number of rows at once",
+        description="Time full logits of more and more hidden states at once, dense and with "
+        "FlashHead, and say from how many on dense is faster: the head's max_rows.",
+    )
+    _add_which_head(parser)
+    parser.add_argument(
+        "--rows",
+        type=int,
+        action="append",
+        dest="counts",
+        help="Hidden states at once; may be given several times "
+        f"(default: {', '.join(map(str, COUNTS))}).",
+    )
+    _add_common(parser, rounds=7)
+
+
+def _add_which_head(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--shape",
@@ -67,10 +102,6 @@ def _add_head(kinds) -> None:
         default=16,
         help="Bits of random rows; 16 leaves them in --dtype (default: %(default)s).",
     )
-    parser.add_argument(
-        "--rows", type=int, default=1, help="Hidden states at once (default: %(default)s)."
-    )
-    _add_common(parser, rounds=20)
 
 
 def _add_model(kinds) -> None:
@@ -124,6 +155,29 @@ def _add_convert(kinds) -> None:
     _add_common(parser, rounds=None)
 
 
+def _add_sampler(kinds) -> None:
+    parser = kinds.add_parser(
+        SAMPLER,
+        help="time samplers",
+        description="Time sampling from logits alone: mlx-lm's samplers and this package's.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--vocab-size",
+        type=int,
+        action="append",
+        help="Of random clusters; may be given several times (default: 128256).",
+    )
+    what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
+    parser.add_argument(
+        "--n-probes", type=int, help="Clusters scored (default: 256, or the model's own)."
+    )
+    parser.add_argument(
+        "--rows", type=int, default=1, help="Rows of logits at once (default: %(default)s)."
+    )
+    _add_common(parser, rounds=20)
+
+
 def _add_common(parser: argparse.ArgumentParser, rounds: int | None) -> None:
     if rounds is not None:
         parser.add_argument(
@@ -150,16 +204,22 @@ def main() -> None:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more.")
-    for batch in getattr(args, "batch", None) or ():
-        if batch < 1:
-            raise ValueError(f"--batch is {batch}: give 1 or more.")
+    for name, option in (
+        ("batch", "--batch"),
+        ("counts", "--rows"),
+        ("vocab_size", "--vocab-size"),
+    ):
+        for value in getattr(args, name, None) or ():
+            if value < 1:
+                raise ValueError(f"{option} is {value}: give 1 or more.")
     if args.json:
         check_writable("--json", args.json)
     if args.plot:
         if Path(args.plot).suffix.lower() not in PICTURES:
             raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
         check_writable("--plot", args.plot)
-    found = {HEAD: _head, MODEL: _model, CONVERT: _convert}[args.kind](args)
+    measure = {HEAD: _head, ROWS: _rows, MODEL: _model, CONVERT: _convert, SAMPLER: _sampler}
+    found = measure[args.kind](args)
     result = {
         "kind": args.kind,
         "machine": machine(),
@@ -176,36 +236,51 @@ def main() -> None:
 
 
 def _head(args: argparse.Namespace) -> list[dict]:
+    return [
+        {"name": name}
+        | head_benchmark(
+            head,
+            _states(head, dtype),
+            n_rows=args.rows,
+            rounds=args.rounds,
+            description=f"Timing {name}",
+        )
+        for name, head, dtype in _heads(args)
+    ]
+
+
+def _rows(args: argparse.Namespace) -> list[dict]:
+    return [
+        {"name": name}
+        | rows_benchmark(
+            head,
+            _states(head, dtype),
+            counts=args.counts or COUNTS,
+            rounds=args.rounds,
+            description=f"Timing rows of {name}",
+        )
+        for name, head, dtype in _heads(args)
+    ]
+
+
+def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
+    """The heads asked for, one at a time: name, head, and the dtype of its hidden states."""
     if args.model is not None:
         model, _ = load(args.model, n_probes=args.n_probes)
         head = get_flash_head(model)
         rows = head.clustered.rows
-        dtype = rows.scales.dtype if rows.quantized else rows.weight.dtype
-        return [_timed(Path(args.model).name, head, dtype, args)]
-    results = []
+        yield Path(args.model).name, head, (rows.scales if rows.quantized else rows.weight).dtype
+        return
     for name, (vocab_size, hidden_size) in args.shape:
         dtype = getattr(mx, args.dtype)
-        head = random_head(
-            vocab_size,
-            hidden_size,
-            n_probes=args.n_probes or min(256, -(-vocab_size // 16)),
-            dtype=dtype,
-            bits=args.head_bits,
-        )
-        results.append(_timed(name, head, dtype, args))
-    return results
+        form = {"dtype": dtype, "bits": args.head_bits}
+        form["n_probes"] = args.n_probes or _usual_probes(vocab_size)
+        yield name, random_head(vocab_size, hidden_size, **form), dtype
 
 
-def _timed(name: str, head, dtype: mx.Dtype, args: argparse.Namespace) -> dict:
+def _states(head: FlashHead, dtype: mx.Dtype) -> mx.array:
     states = np.random.default_rng(0).normal(size=(64, head.hidden_size)).astype(np.float32)
-    measured = head_benchmark(
-        head,
-        mx.array(states).astype(dtype),
-        n_rows=args.rows,
-        rounds=args.rounds,
-        description=f"Timing {name}",
-    )
-    return {"name": name} | measured
+    return mx.array(states).astype(dtype)
 
 
 def _model(args: argparse.Namespace) -> list[dict]:
@@ -232,6 +307,25 @@ def _convert(args: argparse.Namespace) -> list[dict]:
         return [convert_benchmark(args.model, calibration_positions=positions)]
     name, (vocab_size, hidden_size) = args.shape
     return [{"name": name} | index_benchmark(vocab_size, hidden_size, positions)]
+
+
+def _sampler(args: argparse.Namespace) -> list[dict]:
+    if args.model is not None:
+        model, _ = load(args.model, n_probes=args.n_probes)
+        heads = [(Path(args.model).name, get_flash_head(model))]
+    else:
+        heads = []
+        for size in args.vocab_size or (128_256,):
+            n_probes = args.n_probes or _usual_probes(size)
+            heads.append(("random clusters", random_head(size, SAMPLER_WIDTH, n_probes=n_probes)))
+    return [
+        {"name": name} | sampler_benchmark(head, n_rows=args.rows, rounds=args.rounds)
+        for name, head in heads
+    ]
+
+
+def _usual_probes(vocab_size: int) -> int:
+    return min(256, -(-vocab_size // CLUSTER_SIZE))
 
 
 def _shape(text: str) -> tuple[str, tuple[int, int]]:

@@ -6,7 +6,10 @@ from rich.table import Table
 
 from ..benchmarks.convert import TOTAL
 from ..benchmarks.head import CANDIDATES, DENSE_BLOCKS, LOGITS, TOKEN
+from ..benchmarks.head import DENSE as DENSE_HEAD
 from ..benchmarks.model import DENSE, FLASH_HEAD, NO_HEAD
+from ..benchmarks.rows import DENSE_PATH
+from ..benchmarks.sampler import MLX_LM, OURS
 
 PARTS = ("body", "head", "sampling")
 
@@ -14,7 +17,13 @@ PARTS = ("body", "head", "sampling")
 def print_result(result: dict, console: Console | None = None) -> None:
     """Prints the tables of one benchmark, then the machine."""
     console = console or Console()
-    tables = {"head": _head_table, "model": _model_table, "convert": _convert_table}
+    tables = {
+        "head": _head_table,
+        "rows": _rows_table,
+        "model": _model_table,
+        "convert": _convert_table,
+        "sampler": _sampler_table,
+    }
     for one in result["results"]:
         console.print(tables[result["kind"]](one))
     about = result["machine"]
@@ -42,9 +51,7 @@ def _new_table(title: str, headings: tuple[str, ...], caption: str | None = None
 
 def _head_table(one: dict) -> Table:
     table = _new_table(
-        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['head_bits']}-bit "
-        f"rows, {one['dtype']}, {one['n_probes']} of {one['n_clusters']:,} clusters, "
-        f"batch {one['rows']}",
+        f"{_head_title(one)}, batch {one['rows']}",
         ("", "ms", "quartiles", "vs mlx-lm", "vs best dense"),
         f"Reads {one['read_mb']:.1f} MB of weights, dense {one['head_mb']:.1f} MB; cold caches.",
     )
@@ -60,13 +67,58 @@ def _head_table(one: dict) -> Table:
     return table
 
 
+def _head_title(one: dict) -> str:
+    return (
+        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['head_bits']}-bit "
+        f"rows, {one['dtype']}, {one['n_probes']} of {one['n_clusters']:,} clusters"
+    )
+
+
+def _rows_table(one: dict) -> Table:
+    table = _new_table(
+        _head_title(one),
+        ("rows", DENSE_HEAD, "dense here", "quartiles", "FlashHead", "quartiles", "faster"),
+        f"ms for full logits, cold caches. {crossover_sentence(one)}",
+    )
+    ms = one["ms"]
+    forms = (ms[DENSE_HEAD], ms[DENSE_PATH], ms[LOGITS])
+    for count, stock, dense, flash in zip(one["counts"], *forms, strict=True):
+        table.add_row(
+            str(count),
+            _short(stock["median"]),
+            _short(dense["median"]),
+            f"{_short(dense['lower'])}–{_short(dense['upper'])}",
+            _short(flash["median"]),
+            f"{_short(flash['lower'])}–{_short(flash['upper'])}",
+            f"{dense['median'] / flash['median']:.2f} x",
+        )
+    return table
+
+
+def _short(ms: float) -> str:
+    """Milliseconds in five characters: 0.93, 12.34, 123.4, 12345."""
+    return f"{ms:.{max(0, 4 - len(str(int(ms)))) if ms >= 100 else 2}f}"
+
+
+def crossover_sentence(one: dict) -> str:
+    """Says from how many rows on the dense path is faster, as measured."""
+    last, first = one["crossover"]["last_faster"], one["crossover"]["slower_from"]
+    if first is None:
+        said = f"FlashHead is still faster at {last} rows, the most that were measured"
+    elif last is None:
+        said = f"dense is faster from {first} on, the fewest rows that were measured"
+    else:
+        said = f"FlashHead is still faster at {last} rows, dense from {first} on"
+    return f"Crossover: {said} (max_rows: {one['max_rows']})."
+
+
 def _model_table(one: dict) -> Table:
     table = _new_table(
         f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes']} of "
         f"{one['n_clusters']:,} clusters",
         ("", "tokens/s", "quartiles", "ms", "body", "head", "sampling"),
         f"{one['times_faster']:.2f} times as fast; a free head: "
-        f"{one['times_faster_with_a_free_head']:.2f}; of what that saves, "
+        f"{one['times_faster_with_a_free_head']:.2f}; of the dense head's time "
         f"{one['share_of_free_head_saved']:.1%} is saved.",
     )
     for name in (DENSE, FLASH_HEAD, NO_HEAD):
@@ -92,26 +144,48 @@ def _convert_table(one: dict) -> Table:
     return table
 
 
+def _sampler_table(one: dict) -> Table:
+    table = _new_table(
+        f"{one['name']}: V={one['vocab_size']:,}, {one['n_probes']} of {one['n_clusters']:,} "
+        f"clusters, batch {one['rows']}",
+        ("sampler", "mlx-lm ms", "quartiles", "FlashHead ms", "quartiles", "ratio"),
+    )
+    for name, ms in one["ms"].items():
+        cells = []
+        for form in (MLX_LM, OURS):
+            cells += [f"{ms[form]['median']:.2f}", _quartiles(ms[form])]
+        table.add_row(name, *cells, f"{one['times_faster'][name]:.1f} x")
+    return table
+
+
 def _quartiles(spread: dict) -> str:
     return f"{spread['lower']:.2f}–{spread['upper']:.2f}"
 
 
 def draw(result: dict, path: str) -> None:
-    """Draws one benchmark's figures as bars."""
+    """Draws one benchmark's figures: bars, or lines against the number of rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     results = result["results"]
+    height = 3.6 if result["kind"] == "rows" else 2.2
     figure, axes = plt.subplots(
-        len(results), figsize=(8, 0.6 + 2.2 * len(results)), layout="constrained", squeeze=False
+        len(results), figsize=(8, 0.6 + height * len(results)), layout="constrained", squeeze=False
     )
-    draw_one = {"head": _draw_head, "model": _draw_model, "convert": _draw_convert}
+    draw_one = {
+        "head": _draw_head,
+        "rows": _draw_rows,
+        "model": _draw_model,
+        "convert": _draw_convert,
+        "sampler": _draw_sampler,
+    }
     for axis, one in zip(axes[:, 0], results, strict=True):
         draw_one[result["kind"]](axis, one)
-        axis.invert_yaxis()
-        axis.grid(axis="x", alpha=0.3)
+        if result["kind"] != "rows":
+            axis.invert_yaxis()
+            axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -123,6 +197,20 @@ def _draw_head(axis, one: dict) -> None:
         axis.bar_label(bar, fmt=" %.2f")
     axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="ms per call")
     axis.margins(x=0.1)
+
+
+def _draw_rows(axis, one: dict) -> None:
+    colors = {DENSE_HEAD: "tab:gray", DENSE_PATH: "tab:orange", LOGITS: "tab:blue"}
+    for name, spreads in one["ms"].items():
+        medians, lower, upper = ([s[k] for s in spreads] for k in ("median", "lower", "upper"))
+        axis.plot(one["counts"], medians, marker="o", color=colors[name], label=name)
+        axis.fill_between(one["counts"], lower, upper, color=colors[name], alpha=0.2, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(one["counts"], [str(count) for count in one["counts"]])
+    axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="rows at once", ylabel="ms per call")
+    axis.grid(alpha=0.3)
+    axis.legend()
 
 
 def _draw_model(axis, one: dict) -> None:
@@ -141,4 +229,13 @@ def _draw_convert(axis, one: dict) -> None:
         if stage != TOTAL:
             axis.bar_label(axis.barh(stage, seconds, color="tab:blue"), fmt=" %.1f")
     axis.set(title=f"Conversion of {one.get('name') or one['model']}", xlabel="s")
+    axis.margins(x=0.1)
+
+
+def _draw_sampler(axis, one: dict) -> None:
+    for name, ms in one["ms"].items():
+        for form, color in ((MLX_LM, "tab:gray"), (OURS, "tab:blue")):
+            bar = axis.barh(f"{name}, {form}", ms[form]["median"], color=color)
+            axis.bar_label(bar, fmt=" %.2f")
+    axis.set(title=f"{one['name']}, batch {one['rows']}", xlabel="ms per call")
     axis.margins(x=0.1)

@@ -31,7 +31,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             sys.exit(141)
         except (ValueError, OSError) as error:
-            print(f"error: {_sentence(error)}", file=sys.stderr)
+            print(f"error: {sentence(error)}", file=sys.stderr)
             sys.exit(2)
 
     return run
@@ -63,7 +63,8 @@ def _end_as_if_interrupted() -> None:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """What the error says to a user, on one line."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno, "check the path and the disk")

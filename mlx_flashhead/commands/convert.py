@@ -52,6 +52,31 @@ def make_parser():
     )
     group.add_argument("--seed", type=int, default=0, help="Seed (default: %(default)s).")
     group.add_argument(
+        "--clusters",
+        metavar="FILE",
+        help="Read the clusters from a file in the format of FlashHead's authors "
+        "(clustering_cache.safetensors) instead of making them; the result cannot be uploaded.",
+    )
+    group.add_argument(
+        "--revision", help="Branch, tag or commit of the model's repository (default: main)."
+    )
+    group.add_argument(
+        "--base-model",
+        metavar="OWNER/NAME",
+        help="The model's repository, for the card, where --hf-path is a folder.",
+    )
+    group.add_argument(
+        "--upload",
+        nargs="?",
+        const="",
+        metavar="OWNER/NAME",
+        help="Upload the checkpoint to the Hugging Face Hub (without a name: "
+        "USER/MODEL-FlashHead-4bit, or whatever the precision is); the folder is kept.",
+    )
+    group.add_argument(
+        "--private", action="store_true", help="Make the repository private if it is a new one."
+    )
+    group.add_argument(
         "--overwrite", action="store_true", help="Replace the target folder if it exists."
     )
     group.add_argument(
@@ -72,4 +97,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.hf_path is None:
         parser.error("--model is needed: the folder or repository of the model to convert")
+    if args.upload and args.upload_repo and args.upload != args.upload_repo:
+        parser.error("--upload and --upload-repo name two repositories: give one of them")
+    args.upload_repo = args.upload or args.upload_repo
+    args.upload = args.upload is not None
     convert(**vars(args))

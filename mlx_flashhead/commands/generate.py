@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from ..compat import generate_module, replaced
 from ..generation import head_settings
 from ..load import load, load_dense, resolve
+from ..sampling import make_sampler
 from ..sharded import load_dense_part, sharded_load
 from .console import command
 from .processes import draw_alike, first_process_speaks, join_processes, leave_together
@@ -54,22 +55,33 @@ def main() -> None:
         _check_arguments(parser, args)
         _check_processes(parser, args, processes)
 
+    flash = None  # the model, once it is loaded
     with first_process_speaks(processes), ExitStack() as stack:
 
         def load_for_main(path, *, return_config=False, **kwargs):
+            nonlocal flash
             if processes.size() > 1:
                 loaded = _load_part(args, processes, path, **kwargs)
             elif path == args.draft_model or args.dense:
                 loaded = load_dense(resolve(path), **kwargs)
             else:
                 loaded = load(path, n_probes=args.n_probes, return_config=True, **kwargs)
-            if path != args.draft_model:
+            if path != args.draft_model and not args.dense:
+                flash = loaded[0]
                 temperature = args.temp if args.draw_probes else None
-                stack.enter_context(head_settings(loaded[0], draw_probes=temperature))
+                stack.enter_context(head_settings(flash, draw_probes=temperature))
             return loaded if return_config else loaded[:2]
 
+        def sampler_for_main(*arguments, **named):
+            return make_sampler(*arguments, **named, model=flash)
+
         parsed = SimpleNamespace(parse_args=lambda: args)
-        with replaced(generate_module, load=load_for_main, setup_arg_parser=lambda: parsed):
+        with replaced(
+            generate_module,
+            load=load_for_main,
+            make_sampler=sampler_for_main,
+            setup_arg_parser=lambda: parsed,
+        ):
             generate_module.main()
         leave_together(processes, generate_module.generation_stream)
 

@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("command", ["generate", "convert", "evaluate", "benchmark"])
+@pytest.mark.parametrize("command", ["generate", "chat", "convert", "evaluate", "benchmark"])
 @pytest.mark.parametrize(
     "error, code, said",
     [

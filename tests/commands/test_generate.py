@@ -9,6 +9,7 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 
 import mlx_flashhead
+from mlx_flashhead.commands import generate as generate_command
 from model_folders import VOCAB_SIZE, write_model
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -61,6 +62,23 @@ def test_generate_draws_probes(run, converted):
     )
     assert drawn == expected + "\n"
     assert run("generate", *arguments)[1] != drawn
+
+
+def test_generate_samples_with_this_packages_sampler(run, converted, monkeypatch):
+    asked = []
+
+    def maker(*arguments, **named):
+        asked.append((arguments, named))
+        return make_sampler(temp=0.0)
+
+    monkeypatch.setattr(generate_command, "make_sampler", maker)
+    arguments = ("--model", converted, "--prompt", "One day", "--max-tokens", 2)
+    assert run("generate", *arguments, "--temp", 0.8, "--top-p", 0.9, "--top-k", 5)[0] == 0
+    (((temp, top_p, min_p, keep), named),) = asked
+    assert (temp, top_p, min_p, keep, named["top_k"]) == (0.8, 0.9, 0.0, 1, 5)
+    assert mlx_flashhead.get_flash_head(named["model"]) is not None
+    assert run("generate", *arguments, "--dense")[0] == 0
+    assert asked[1][1]["model"] is None
 
 
 def test_generate_with_a_draft_model(run, dense, converted):

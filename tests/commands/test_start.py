@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-COMMANDS = ("generate", "convert", "evaluate", "benchmark")
+COMMANDS = ("generate", "chat", "server", "convert", "upload", "evaluate", "benchmark")
 
 IMPORTS = (
     "import mlx_flashhead.{name}",
@@ -67,7 +67,10 @@ def test_module_says_how_it_is_used_without_a_warning(command):
     assert output.startswith(f"usage: {module} ")
     options = {
         "generate": ("--draw-probes", "--model"),
+        "chat": ("--n-probes", "--system-prompt"),
+        "server": ("--n-probes", "--model", "--prompt-cache-size", "--lan"),
         "convert": ("--head-bits", "--model"),
+        "upload": ("--path", "--repo"),
         "evaluate": ("--probes", "--model"),
         "benchmark": ("head", "model", "convert", "estimate"),
     }

@@ -1,0 +1,258 @@
+"""The model card, README.md: written from what the checkpoint stores, whenever it is needed.
+
+Below a marker a person may add text, which no conversion and no upload changes. The marker holds a
+digest of that text as it was uploaded last, which tells whether it was edited here or on the Hub.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .config import FlashHeadConfig
+from .licences import MODIFIED, Licence
+
+MARKER = "mlx_flashhead: your own text goes below"
+_MARKER = re.compile(rf"^<!-- {MARKER} [^>]*-->[ \t]*\n?", re.MULTILINE)
+SOURCES = {
+    "self": "text that the model wrote itself",
+    "file": "a text that was given",
+}
+BODY = """\
+# {title}
+
+{attribution}{what} with **FlashHead**, a faster output head for language models on Apple
+Silicon. The rows of the head are sorted into {n_clusters} clusters of {cluster_size}; per token the
+best {n_probes} clusters are found by a small product, and only their rows are read. Nothing was
+trained.
+
+Made with mlx_flashhead, an **independent implementation** of
+[FlashHead (arXiv 2603.14591)](https://arxiv.org/abs/2603.14591), not affiliated with its authors.
+
+## Use it
+
+```
+mlx_flashhead.generate --model {model} --prompt "Why is the sky blue?"
+```
+
+```python
+from mlx_flashhead import load, generate
+
+model, tokenizer = load("{model}")
+text = generate(model, tokenizer, prompt="Why is the sky blue?", max_tokens=100)
+```
+
+Plain [mlx-lm](https://github.com/ml-explore/mlx-lm) reads the same files as the ordinary dense
+model, without FlashHead and its speed:
+
+```
+mlx_lm.generate --model {model} --prompt "Why is the sky blue?"
+```
+
+## What conversion measured
+
+{measured}
+
+## How it was made
+
+```
+{command}
+```
+
+{made_with}
+
+## Licence
+
+{licence}
+
+## Citation
+
+```
+@article{{flashhead2026,
+  title   = {{FlashHead: Efficient Drop-In Replacement for the Classification Head in Language
+             Model Inference}},
+  author  = {{Tranheden and Ahmed and Dubhashi and Matthiesen and von Essen}},
+  journal = {{arXiv preprint arXiv:2603.14591}},
+  year    = {{2026}}
+}}
+```
+"""
+LEGEND = """\
+*Agreement*: the same best token as the dense head of this checkpoint. *Coverage*: the true next
+token is among those scored. *Perplexity*: of the true next tokens, as a multiple of the dense
+head's{dense}, with estimates for the tokens that are not scored. *Bytes*: weights that the head
+reads per token; the dense head reads {dense_bytes}. **Bold**: what the checkpoint is set to. Speed
+was not measured."""
+NOT_MEASURED = """\
+Nothing: it was not calibrated. `mlx_flashhead.evaluate --model {model} --text FILE` measures it."""
+NOT_FOR_PUBLICATION = """
+**Not for publication**: its clusters were read from a file (`--clusters`), which may be under a
+licence that forbids it.
+"""
+
+
+def write_card(
+    folder: Path,
+    metadata: dict,
+    config: FlashHeadConfig,
+    licence: Licence | None,
+    *,
+    title: str,
+    model: str,
+    own_text: str = "",
+) -> None:
+    """Writes README.md into a checkpoint's folder.
+
+    Args:
+        folder: The folder.
+        metadata: The card's header.
+        config: What the checkpoint stores.
+        licence: If it is one with conditions.
+        title: What the model is called.
+        model: What ``--model`` is in the examples: a repository or a folder.
+        own_text: What a person wrote.
+    """
+    data = ModelCardData(**metadata, ignore_metadata_errors=True)
+    body = _body(metadata, config, licence, title, model)
+    marker = f"<!-- {MARKER} this line and is kept {_digest(own_text)} -->"
+    text = f"---\n{data.to_yaml()}\n---\n\n{body}\n{marker}\n{own_text}"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def text_below_marker(card: str) -> str:
+    """What a person wrote below the marker; "" on a card that has none."""
+    marker = _MARKER.search(card)
+    return "" if marker is None else card[marker.end() :]
+
+
+def header_of(card: str | None) -> dict:
+    """The header of a card that was written here once; empty for any other."""
+    if card is None or not _MARKER.search(card):
+        return {}
+    return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+
+
+def own_text(card: str) -> str:
+    """What a person wrote on a card: all below the marker, or all of a card that has none."""
+    if _MARKER.search(card):
+        return text_below_marker(card)
+    return ModelCard(card, ignore_metadata_errors=True).text.strip("\n") + "\n" if card else ""
+
+
+def merged_text(here: str | None, there: str | None) -> str:
+    """What persons wrote on the card of the folder and on the one of the repository.
+
+    Args:
+        here: The folder's card, or None.
+        there: The repository's card, or None.
+
+    Raises:
+        ValueError: If both were edited since the last upload.
+    """
+    ours, theirs = own_text(here or ""), own_text(there or "")
+    if there is None or not theirs.strip() or ours == theirs:
+        return ours
+    uploaded = _uploaded(there)
+    if not ours.strip() or _digest(ours) == uploaded:
+        return theirs
+    if _digest(theirs) == uploaded:
+        return ours
+    raise ValueError(
+        "README.md has other text of yours below its marker here than on the Hub, and both were "
+        "edited: put into the folder's README.md what is to stay, and the same on the Hub."
+    )
+
+
+def _uploaded(card: str) -> str | None:
+    marker = _MARKER.search(card)
+    found = re.search(r"\b([0-9a-f]{16}) -->", marker[0]) if marker else None
+    return found[1] if found else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+def _body(
+    metadata: dict, config: FlashHeadConfig, licence: Licence | None, title: str, model: str
+) -> str:
+    recipe = config.recipe
+    base = metadata.get("base_model")
+    known = isinstance(base, str) and metadata.get("base_model_relation") == "quantized"
+    what = f"[{base}](https://huggingface.co/{base})" if known else "A language model"
+    return BODY.format(
+        title=title,
+        attribution=f"**{licence.attribution}**\n\n" if licence and licence.attribution else "",
+        what=f"{what} in the format of MLX,",
+        n_clusters=f"{config.n_clusters:,}",
+        cluster_size=config.cluster_size,
+        n_probes=config.n_probes,
+        model=model,
+        measured=_measured(config, model),
+        command=recipe.get("command", "mlx_flashhead.convert"),
+        made_with=_made_with(config),
+        licence=_licence(metadata, licence),
+    )
+
+
+def _measured(config: FlashHeadConfig, model: str) -> str:
+    report = config.report
+    rows = report.get("by_probes")
+    if not rows:
+        return NOT_MEASURED.format(model=model)
+    lines = [
+        f"On {report['positions']:,} positions of {SOURCES[config.calibration['source']]} that the "
+        "centroids were not fitted on:",
+        "",
+        "| probes | agreement | coverage | perplexity | bytes per token | of dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        probes = f"{row['n_probes']}"
+        own = f"**{probes}**" if row["n_probes"] == config.n_probes else probes
+        ratio = row["perplexity_ratio"]
+        lines.append(
+            f"| {own} | {row['agreement']:.2%} | {row['coverage']:.2%} | "
+            f"{'–' if ratio is None else f'{ratio:.3f}'} | {_size(row['bytes_per_token'])} | "
+            f"{row['bytes_share']:.1%} |"
+        )
+    dense = report["dense_perplexity"]
+    legend = LEGEND.format(
+        dense="" if dense is None else f" {dense:.2f}", dense_bytes=_size(report["dense_bytes"])
+    )
+    return "\n".join([*lines, "", legend])
+
+
+def _made_with(config: FlashHeadConfig) -> str:
+    recipe, calibration = config.recipe, config.calibration
+    versions = ", ".join(f"{name} {v}" for name, v in recipe.get("versions", {}).items())
+    lines = [f"With {versions} on {recipe.get('platform', 'an unknown system')}."]
+    positions = calibration.get("positions", 0)
+    if positions:
+        source = SOURCES[calibration["source"]]
+        lines.append(
+            f"Calibrated on {positions:,} positions of {source}, seed {calibration['seed']}."
+        )
+    else:
+        lines.append(f"Not calibrated, seed {calibration.get('seed', 0)}.")
+    for name, digest in recipe.get("files", {}).items():
+        lines.append(f"SHA-256 of {name}: `{digest}`.")
+    if config.clusters_from_file:
+        lines.append(NOT_FOR_PUBLICATION)
+    return "\n".join(lines)
+
+
+def _licence(metadata: dict, licence: Licence | None) -> str:
+    if licence is not None:
+        return f"[{licence.name}]({licence.link}). {licence.notice.rstrip('.')}. {MODIFIED}"
+    name = metadata.get("license_name") or metadata.get("license")
+    if not name:
+        return "That of the base model, whose files do not name it."
+    link = metadata.get("license_link")
+    is_address = isinstance(link, str) and link.startswith("http")
+    return f"That of the base model: {f'[{name}]({link})' if is_address else name}. {MODIFIED}"
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e6:.2f} MB" if n_bytes >= 1e4 else f"{n_bytes:.0f} B"

@@ -1,0 +1,200 @@
+"""Licences of base models that put conditions on what is made from them.
+
+Which one a model has is read from its card; where the card is silent, from its files, its name and
+its architecture. A licence that a card declares is never doubted.
+
+Source: the licence agreements themselves, Llama's in meta-llama/llama-models (sections 1.b.i and
+1.b.iii), Gemma's at ai.google.dev/gemma/terms (section 3.1).
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+LICENCE_FILES = ("LICEN[CS]E*", "*_LICEN[CS]E*", "USE_POLICY*", "*TERMS*", "NOTICE*", "Notice*")
+NOTICE_FILE = "NOTICE.txt"
+MODIFIED = (
+    "Modified: converted to MLX's format with mlx_flashhead, which may have quantized the weights, "
+    "and which adds flash_head.safetensors and an entry in config.json."
+)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What a licence asks of a model made from a licensed one.
+
+    Attributes:
+        identifier: The card's ``license``.
+        name: In full.
+        link: Address of the text.
+        text: Pattern that a copy of the text matches.
+        notice: Sentence that a file beside the model must hold.
+        attribution: To be displayed on the card, or "".
+        prefix: What the name must begin with, or "".
+    """
+
+    identifier: str
+    name: str
+    link: str
+    text: str
+    notice: str
+    attribution: str = ""
+    prefix: str = ""
+
+
+def _llama(version: str, path: str, attribution: str = "Built with Llama", prefix: str = "Llama"):
+    meta = "Meta " if version == "3" else ""
+    return Licence(
+        identifier=f"llama{version}",
+        name=f"{meta}Llama {version} Community License",
+        link=f"https://www.llama.com/{path}/license",
+        text=rf"llama {re.escape(version)} community license agreement",
+        notice=f"{meta}Llama {version} is licensed under the {meta}Llama {version} Community "
+        "License, Copyright © Meta Platforms, Inc. All Rights Reserved.",
+        attribution=attribution,
+        prefix=prefix,
+    )
+
+
+LICENCES = (
+    _llama("2", "llama2", attribution="", prefix=""),
+    _llama("3", "llama3", attribution="Built with Meta Llama 3", prefix="Llama-3"),
+    _llama("3.1", "llama3_1"),
+    _llama("3.2", "llama3_2"),
+    _llama("3.3", "llama3_3"),
+    _llama("4", "llama4"),
+    Licence(
+        identifier="gemma",
+        name="Gemma Terms of Use",
+        link="https://ai.google.dev/gemma/terms",
+        text=r"gemma terms of use(?! found at)",
+        notice="Gemma is provided under and subject to the Gemma Terms of Use found at "
+        "ai.google.dev/gemma/terms",
+    ),
+)
+# Later ones have another licence.
+GEMMA_ARCHITECTURES = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
+LLAMA_3_VOCABULARY = 128_256
+
+
+def recognise(
+    metadata: dict, settings: dict, names: Iterable[str], files: Iterable[Path]
+) -> Licence | None:
+    """The licence of a model, if it is one of `LICENCES`.
+
+    Args:
+        metadata: Of its card.
+        settings: Its config.json.
+        names: What it and its base models are called.
+        files: The licence's files beside it.
+    """
+    declared = metadata.get("license") or ""
+    declared = (
+        [str(one).lower() for one in declared]
+        if isinstance(declared, list)
+        else [str(declared).lower()]
+    )
+    if any(one not in ("", "other", "unknown") for one in declared):
+        found = map(_by_identifier, declared)
+        return next((licence for licence in found if licence is not None), None)
+    named = _by_identifier(str(metadata.get("license_name") or "").lower())
+    if named is not None:
+        return named
+    text = "\n".join(_beginning(file) for file in files).lower()
+    for licence in LICENCES:
+        if re.search(licence.text, text):
+            return licence
+    return None if any(declared) else _by_name(settings, list(names))
+
+
+def check_name(licence: Licence | None, repo_id: str) -> None:
+    """Makes sure that a repository is called what the licence wants.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    owner, _, name = repo_id.rpartition("/")
+    if licence is not None and not has_prefix(licence, name):
+        suggested = f"{owner}/{licence.prefix}-{name}".lstrip("/")
+        raise ValueError(
+            f"{repo_id} is not a name that the {licence.name} allows: it must begin with "
+            f"{licence.prefix}, so call it {suggested}, for example."
+        )
+
+
+def has_prefix(licence: Licence, name: str) -> bool:
+    """Whether the name begins as the licence wants, whatever its case and hyphens."""
+    return _plain(name).startswith(_plain(licence.prefix))
+
+
+def check_text(
+    licence: Licence | None, files: Iterable[Path], place: str, before: str = ""
+) -> None:
+    """Makes sure that a copy of the licence is there to be handed on.
+
+    Args:
+        licence: The model's.
+        files: Files beside the model.
+        place: Where the copy is to be put, for the sentence.
+        before: What is to be done before that.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if licence is None:
+        return
+    texts = [file for file in files if not file.name.lower().startswith("notice")]
+    if not any(re.search(licence.text, _beginning(file).lower()) for file in texts):
+        raise ValueError(
+            f"The {licence.name} must be handed on with the model, but its text is missing: "
+            f"{before}save {licence.link} as LICENSE.txt in {place}, then upload with "
+            "mlx_flashhead.upload."
+        )
+
+
+def write_notice(licence: Licence | None, folder: Path) -> None:
+    """Puts the licence's notice beside the model, unless a file there holds it."""
+    if licence is None:
+        return
+    if any(licence.notice in _beginning(f) for f in folder.glob("[Nn][Oo][Tt][Ii][Cc][Ee]*")):
+        return
+    file = folder / NOTICE_FILE
+    already = file.read_text(encoding="utf-8").rstrip() + "\n\n" if file.exists() else ""
+    file.write_text(f"{already}{licence.notice}\n\n{MODIFIED}\n", encoding="utf-8")
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that speak of its licence."""
+    found = {file for pattern in LICENCE_FILES for file in folder.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
+
+
+def _by_identifier(identifier: str) -> Licence | None:
+    identifier = re.sub(r"(meta|community|license|licence|agreement|[-_ ])", "", identifier)
+    return next((licence for licence in LICENCES if licence.identifier == identifier), None)
+
+
+def _by_name(settings: dict, names: list[str]) -> Licence | None:
+    architecture = settings.get("model_type")
+    for name in names:
+        plain = name.lower()
+        found = re.search(r"(?:^|[/_-])llama[-_ ]?(2|3\.1|3\.2|3\.3|3|4)(?![.\db])", plain)
+        if found:
+            return _by_identifier(f"llama{found[1]}")
+    if architecture in GEMMA_ARCHITECTURES:
+        return _by_identifier("gemma")
+    if architecture == "llama4":
+        return _by_identifier("llama4")
+    if architecture == "llama" and settings.get("vocab_size") == LLAMA_3_VOCABULARY:
+        return _by_identifier("llama3.1")  # the oldest whose terms all later ones share
+    return None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _beginning(file: Path) -> str:
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        return opened.read(20_000)

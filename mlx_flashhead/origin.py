@@ -1,0 +1,131 @@
+"""Where a model comes from: its repository, its commit, what its card says, its licence."""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, snapshot_download
+
+from . import licences
+from .licences import LICENCE_FILES, Licence
+
+CARD_FILE = "README.md"
+# What of a base model's card is as true of what is made from it.
+KEPT_METADATA = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that is converted.
+
+    Attributes:
+        name: What it is called.
+        repo_id: "owner/name" on the Hub, or None where it is not known.
+        revision: Its commit, or None.
+        metadata: Of its card.
+        licence: If it is one with conditions.
+        files: The licence's files.
+    """
+
+    name: str
+    repo_id: str | None
+    revision: str | None
+    metadata: dict
+    licence: Licence | None
+    files: tuple[Path, ...]
+
+
+def find_origin(hf_path: str, folder: Path, base_model: str | None = None) -> Origin:
+    """What is known of a model.
+
+    Args:
+        hf_path: Its folder or repository, as the user named it.
+        folder: Where it lies.
+        base_model: Its repository, if the user names it.
+
+    Returns:
+        What its folder and, for a repository, its card on the Hub tell.
+    """
+    repo_id, revision = _cached_repository(folder)
+    if repo_id is not None and not Path(hf_path).expanduser().is_dir():
+        # these were not among the files that mlx-lm asks for; the model is there without them
+        with suppress(Exception):  # the Hub's client raises many unrelated types
+            patterns = [CARD_FILE, *LICENCE_FILES]
+            snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+    metadata = read_metadata(folder / CARD_FILE)
+    settings = _read_settings(folder)
+    if repo_id is None:
+        repo_id = base_model or _repository_in(settings, metadata)
+    elif base_model is not None:
+        repo_id = base_model
+    name = (repo_id or folder.resolve().name).rpartition("/")[2]
+    files = tuple(licences.licence_files(folder))
+    names = [repo_id or name, *_as_list(metadata.get("base_model"))]
+    licence = licences.recognise(metadata, settings, names, files)
+    return Origin(name, repo_id, revision, metadata, licence, files)
+
+
+def card_metadata(origin: Origin) -> dict:
+    """What the card of a model made from this one says in its header."""
+    metadata = {key: origin.metadata[key] for key in KEPT_METADATA if origin.metadata.get(key)}
+    if origin.licence is not None and "license" not in metadata:
+        metadata["license"] = origin.licence.identifier
+    metadata["library_name"] = "mlx"
+    metadata["pipeline_tag"] = "text-generation"
+    if origin.repo_id is not None:
+        metadata |= {"base_model": origin.repo_id, "base_model_relation": "quantized"}
+    elif origin.metadata.get("base_model"):
+        # of a folder that does not say which repository it is, only its own lineage is known
+        metadata["base_model"] = origin.metadata["base_model"]
+        if origin.metadata.get("base_model_relation"):
+            metadata["base_model_relation"] = origin.metadata["base_model_relation"]
+    tags = [tag for tag in _as_list(origin.metadata.get("tags")) if isinstance(tag, str)]
+    metadata["tags"] = list(dict.fromkeys([*tags, "mlx", "flashhead"]))
+    return metadata
+
+
+def read_metadata(card: Path) -> dict:
+    """The header of a card; empty where there is none that can be read."""
+    try:
+        text = card.read_text(encoding="utf-8-sig")
+        if not text.lstrip().startswith("---"):
+            return {}
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # whatever its YAML is: a card is no reason not to convert a model
+        return {}
+
+
+def _cached_repository(folder: Path) -> tuple[str | None, str | None]:
+    """The repository and commit of a folder in the Hub's cache: models--o--n/snapshots/commit."""
+    parts = folder.absolute().parts
+    if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/", 1), parts[-1]
+    return None, None
+
+
+def _repository_in(settings: dict, metadata: dict) -> str | None:
+    """The repository that a local folder names as what it is, or is a mere conversion of."""
+    base = _as_list(metadata.get("base_model"))
+    is_conversion = metadata.get("library_name") == "mlx" or (
+        metadata.get("base_model_relation") == "quantized"
+    )
+    if is_conversion and len(base) == 1:
+        return base[0]
+    named = settings.get("_name_or_path")
+    is_repository = isinstance(named, str) and named.count("/") == 1 and named[0] not in "./~"
+    return named if is_repository and named[-1] != "/" else None
+
+
+def _read_settings(folder: Path) -> dict:
+    with suppress(OSError, ValueError):
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return settings if isinstance(settings, dict) else {}
+    return {}
+
+
+def _as_list(value: object) -> list:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]

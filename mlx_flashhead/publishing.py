@@ -1,0 +1,183 @@
+"""A checkpoint and all that is published with it: its name, its card, its licence, the upload."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from . import hub, licences
+from .card import header_of, merged_text, text_below_marker, write_card
+from .checkpoint import read_index
+from .config import FlashHeadConfig
+from .licences import Licence
+from .origin import CARD_FILE, Origin, read_metadata
+from .redaction import holds_secret
+from .rows import HeadRows
+
+DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}
+MAX_NAME = 96
+MAX_TEXT_BYTES = 50_000_000
+
+
+def checkpoint_name(origin: Origin, rows: HeadRows, body: str | None) -> str:
+    """What a checkpoint is called: ``<model>-FlashHead-<precision>``.
+
+    Args:
+        origin: The model that is converted.
+        rows: The checkpoint's head.
+        body: Precision of the body if it is quantized by the conversion, such as "4bit"; else the
+            name ends in the head's.
+    """
+    label = body or precision_label(rows)
+    name = re.sub(r"[^\w.-]+", "-", origin.name, flags=re.ASCII).strip("-.") or "model"
+    name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
+    if origin.licence is not None and not licences.has_prefix(origin.licence, name):
+        name = name.removeprefix("Meta-")
+        if not licences.has_prefix(origin.licence, name):
+            name = f"{origin.licence.prefix}-{name}"
+    ending = f"-FlashHead-{label}"
+    return name[: MAX_NAME - len(ending)] + ending
+
+
+def precision_label(rows: HeadRows) -> str:
+    """The precision of rows as names of models give it: "4bit", "mxfp4", "bf16"."""
+    if not rows.quantized:
+        return DTYPE_LABELS[rows.weight.dtype]
+    return f"{rows.bits}bit" if rows.mode == "affine" else rows.mode
+
+
+def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target: Path) -> None:
+    """Writes a new checkpoint's card and puts the licence's files beside it.
+
+    Args:
+        folder: The checkpoint's, while it is written.
+        origin: The model it was made from.
+        config: What it stores.
+        target: Where the folder goes. Of a checkpoint that is replaced there, the licence's files
+            are kept, and what a person wrote below the marker of its card.
+    """
+    for file in [*licences.licence_files(target), *origin.files]:
+        shutil.copy(file, folder)
+    licences.write_notice(origin.licence, folder)
+    write_card(
+        folder,
+        config.recipe["metadata"],
+        config,
+        origin.licence,
+        title=config.recipe["name"],
+        model=target.name,
+        own_text=text_below_marker(_read(target / CARD_FILE) or ""),
+    )
+
+
+def publish(
+    folder: Path,
+    repo: str | None = None,
+    *,
+    private: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Uploads a checkpoint.
+
+    Args:
+        folder: The checkpoint's.
+        repo: Its repository, with or without its owner; None: the name that conversion derived,
+            under the user's own.
+        private: Make a new repository a private one.
+        say: Told in a sentence what is being done.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ValueError: If the folder is no checkpoint, may not be published, or the Hub refuses; the
+            folder is kept.
+    """
+    config = read_index(folder).config
+    check_clusters(config.clusters_from_file)
+    card = _read(folder / CARD_FILE)
+    metadata = read_metadata(folder / CARD_FILE) or config.recipe.get("metadata", {})
+    licence = _licence_of(folder, metadata)
+    files = licences.licence_files(folder)
+    licences.check_text(licence, files, str(folder))
+    user = hub.sign_in()
+    name = repo or config.recipe.get("name")
+    if name is None:
+        raise ValueError(f"{folder} does not say what it is called: name it by --repo OWNER/NAME.")
+    repo_id = hub.full_name(name, user)
+    licences.check_name(licence, repo_id)
+    check_secrets(folder)
+    if not metadata.get("license"):
+        say("The licence of the base model is not known: make sure that you may publish it, and")
+        say("add `license:` to the header of README.md.")
+    address = hub.reserve(repo_id, user, private)
+    published = hub.read_card(repo_id)
+    own = merged_text(card, published)
+    licences.write_notice(licence, folder)
+    title = repo_id.rpartition("/")[2]
+    metadata = header_of(published) | metadata  # what was added there stays
+    write_card(folder, metadata, config, licence, title=title, model=repo_id, own_text=own)
+    say(f"Uploading {folder} to {repo_id}")
+    hub.upload(folder, repo_id)
+    return address
+
+
+def check_licence(origin: Origin, repo_id: str | None, target: Path) -> None:
+    """Makes sure, before a conversion, that its result may be published under a name.
+
+    Args:
+        origin: The model.
+        repo_id: "owner/name", or None for a derived one.
+        target: The checkpoint's folder.
+
+    Raises:
+        ValueError: If the licence wants another name, or its text is missing.
+    """
+    if repo_id is not None:
+        licences.check_name(origin.licence, repo_id)
+    files = [*origin.files, *licences.licence_files(target)]
+    licences.check_text(origin.licence, files, str(target), "convert without --upload, ")
+
+
+def check_clusters(from_file: bool) -> None:
+    """Makes sure that the clusters may be published.
+
+    Raises:
+        ValueError: If they were read from a file.
+    """
+    if from_file:
+        raise ValueError(
+            "A checkpoint with clusters from a file (--clusters) cannot be uploaded, since their "
+            "licence may forbid it: convert the model without --clusters to publish it."
+        )
+
+
+def check_secrets(folder: Path) -> None:
+    """Makes sure that no file that is uploaded holds the user's token.
+
+    Raises:
+        ValueError: If one does, naming it.
+    """
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if hidden or not file.is_file() or file.suffix == ".safetensors":
+            continue
+        if file.stat().st_size <= MAX_TEXT_BYTES and holds_secret(file.read_bytes()):
+            raise ValueError(
+                f"{file} holds a Hugging Face token, which would be published: delete it there."
+            )
+
+
+def _licence_of(folder: Path, metadata: dict) -> Licence | None:
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base = metadata.get("base_model")
+    names = base if isinstance(base, list) else [base or folder.resolve().name]
+    return licences.recognise(metadata, settings, names, licences.licence_files(folder))
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8-sig") if file.exists() else None

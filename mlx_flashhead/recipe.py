@@ -1,0 +1,77 @@
+"""How a checkpoint was made: the command that makes it again, and with which versions."""
+
+import hashlib
+import platform
+import shlex
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("mlx_flashhead", "mlx", "mlx-lm", "numpy", "transformers")
+# Of the arguments, those that do not change what is made, and those that stand elsewhere.
+NOT_SHOWN = (
+    "hf_path", "mlx_path", "revision", "seed", "upload", "upload_repo", "private", "overwrite",
+    "resume", "progress", "base_model",
+)  # fmt: skip
+SHORT = {"quantize": "-q", "dequantize": "-d"}
+
+
+def make_recipe(
+    arguments: Mapping[str, object],
+    defaults: Mapping[str, object],
+    *,
+    model: str,
+    revision: str | None,
+    name: str,
+) -> dict:
+    """What is stored of a conversion.
+
+    Args:
+        arguments: Of `conversion.convert`.
+        defaults: Their defaults.
+        model: What was converted, as others can name it.
+        revision: Its commit, if it has one.
+        name: What the result is called.
+
+    Returns:
+        ``name``, ``command``, ``versions``, ``platform`` and, where files were read, their SHA-256
+        as ``files``: JSON-ready, and without paths of this machine.
+    """
+    words = ["mlx_flashhead.convert", "--hf-path", model]
+    if revision is not None:
+        words += ["--revision", revision]
+    files = {}
+    for key, value in arguments.items():
+        if key in NOT_SHOWN or value == defaults.get(key):
+            continue
+        flag = SHORT.get(key, "--" + key.replace("_", "-"))
+        if isinstance(value, bool):
+            words.append(flag)
+        elif callable(value):
+            words += [flag, "FUNCTION"]  # given in Python
+        elif key in ("calibration", "clusters") and Path(str(value)).expanduser().is_file():
+            file = Path(str(value)).expanduser()
+            files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            words += [flag, file.name]
+        else:
+            words += [flag, str(value)]
+    words += ["--seed", str(arguments["seed"]), "--mlx-path", name]
+    recipe = {
+        "name": name,
+        "command": shlex.join(words),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+    return recipe | ({"files": files} if files else {})
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # the checkout itself, not installed
+            from . import __version__
+
+            found[package] = __version__
+    return found

@@ -1,0 +1,55 @@
+"""Keeps secrets out of what is said: tokens, signed addresses, passwords of proxies."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import get_token
+
+HIDDEN = "…"
+_PATTERNS = (
+    (re.compile(r"Bearer\s+[^\s'\"]+"), f"Bearer {HIDDEN}"),
+    (re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}"), HIDDEN),
+    (re.compile(r"(://)[^\s/@'\"]+:[^\s/@'\"]+@"), rf"\1{HIDDEN}@"),
+    # the storage behind the Hub is written to by addresses that are signed in their query
+    (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), rf"\1?{HIDDEN}"),
+)
+
+
+def redact(text: str) -> str:
+    """The text without the user's token, or anything else that opens a door."""
+    token = get_token()
+    if token:
+        text = text.replace(token, HIDDEN)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+@contextmanager
+def redacted_logs() -> Iterator[None]:
+    """Within the block, what the Hub's client logs is redacted before it is shown."""
+    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
+
+    def redacted(record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_info, record.exc_text = None, None
+        return True
+
+    for handler in handlers:
+        handler.addFilter(redacted)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(redacted)
+
+
+def holds_secret(content: bytes) -> bool:
+    """Whether a file's content holds the user's token, or what looks like anybody's."""
+    token = get_token()
+    if token and token.encode() in content:
+        return True
+    return re.search(rb"\bhf_[A-Za-z0-9]{34}\b", content) is not None

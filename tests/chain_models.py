@@ -1,0 +1,69 @@
+"""Tiny models that say what a test wants: after each token, one certain other token."""
+
+from pathlib import Path
+
+import mlx.core as mx
+from transformers import PreTrainedTokenizerFast
+
+from model_folders import CHAT_TEMPLATE, VOCAB_SIZE, write_model
+
+# Logit of the token that follows; those of the others are about 1.
+CERTAIN = 40.0
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}"
+    "{% for message in messages %}{% for tool_call in message.tool_calls or [] %}"
+    "<tool_call>{{ tool_call.name }}</tool_call>{% endfor %}{% endfor %}"
+) + CHAT_TEMPLATE
+
+
+def write_chain_model(folder: Path, *chains: list[str], words: tuple[str, ...] = ()) -> Path:
+    """Writes a llama whose next token depends on the last one alone.
+
+    Args:
+        folder: Folder to make.
+        *chains: Texts of one token each, in the order in which they follow each other; a text
+            occurs in one place. The last one is followed by the end.
+        words: Texts that become tokens of the tokenizer, which knows single characters.
+
+    Returns:
+        The folder.
+    """
+    write_model(
+        folder,
+        tied=False,
+        hidden_size=128,
+        vocab_size=VOCAB_SIZE + len(words),
+        chat_template=TOOL_TEMPLATE,
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(list(words))
+    tokenizer.save_pretrained(folder)
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    for name, array in weights.items():
+        if "o_proj" in name or "down_proj" in name:
+            weights[name] = mx.zeros_like(array)  # what comes out is what went in
+    embeddings = weights["model.embed_tokens.weight"]
+    hidden = mx.fast.rms_norm(embeddings, mx.ones(128), 1e-5)
+    rows = mx.random.normal(embeddings.shape, key=mx.random.key(0)) / 128
+    for chain in chains:
+        ids = [tokenizer.encode(text, add_special_tokens=False)[0] for text in chain]
+        for last, following in zip(ids, [*ids[1:], tokenizer.eos_token_id], strict=True):
+            rows[following] += hidden[last] * CERTAIN / 128
+    weights["lm_head.weight"] = rows
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder
+
+
+def write_model_with_ruled_out_tokens(folder: Path, prompt: str, allowed: int) -> Path:
+    """Writes a llama that gives all but the first tokens a logit of -inf after ``prompt``."""
+    write_model(folder, tied=False, hidden_size=128)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    (token,) = tokenizer.encode(prompt)
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    for name, array in weights.items():
+        if "o_proj" in name or "down_proj" in name:
+            weights[name] = mx.zeros_like(array)
+    signs = mx.sign(weights["model.embed_tokens.weight"][token])
+    weights["lm_head.weight"][allowed:] = -3e38 * signs  # the product overflows
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder

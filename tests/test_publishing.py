@@ -1,0 +1,318 @@
+"""Publishing over loopback: `huggingface_hub` itself talks to a small Hub of the tests."""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+
+import huggingface_hub.constants
+import pytest
+
+import mlx_flashhead
+from loopback_hub import TOKEN, Account, Repository
+from mlx_flashhead.checkpoint import FILE_NAME
+from mlx_flashhead.conversion import convert
+from mlx_flashhead.install import get_flash_head
+from mlx_flashhead.publishing import publish
+from model_folders import write_model
+
+QUICK = {"calibration": "none", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("dense") / "Tiny-1B", tied=False)
+
+
+@pytest.fixture
+def converted(dense, tmp_path):
+    """A checkpoint's folder."""
+    folder = tmp_path / "converted"
+    convert(str(dense), str(folder), n_probes=3, **QUICK)
+    return folder
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The client waits between its attempts; not here."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+
+def contents(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def put_model(hub, repo_id, folder, **further):
+    """A model's repository, as if it had been uploaded."""
+    files = contents(folder) | {name: text.encode() for name, text in further.items()}
+    hub.put(repo_id, files)
+
+
+@pytest.mark.parametrize("multipart", [None, 10_000])
+def test_uploads_every_file_and_loads_them_again(hub, converted, multipart):
+    hub.multipart = multipart
+    address = publish(converted)
+    repo_id = "me/Tiny-1B-FlashHead-fp32"
+    assert address == f"{hub.url}/{repo_id}"
+    assert hub.files(repo_id) == contents(converted)
+    whole = [path for method, path in hub.requests if method == "PUT" and path.count("/") == 2]
+    assert bool(whole) == (multipart is None or digest(converted / FILE_NAME) in str(whole))
+    model, _ = mlx_flashhead.load(repo_id)
+    assert get_flash_head(model).n_probes == 3
+
+
+def test_interrupted_upload_continues_with_what_is_missing(hub, converted, impatient):
+    weights, index = converted / "model.safetensors", converted / FILE_NAME
+    # first the smaller file alone, so that it is stored for certain before the connection is lost
+    stored, lost = digest(index), digest(weights)
+    hub.large[stored] = index.read_bytes()
+    hub.down_after = weights.stat().st_size // 2
+    before = contents(converted)
+    with pytest.raises(ValueError, match="could not be uploaded") as caught:
+        publish(converted, "me/tiny")
+    said = str(caught.value)
+    assert f"mlx_flashhead.upload --path {converted} --repo me/tiny" in said
+    assert "\n" not in said and TOKEN not in said and "Signature" not in said
+    assert set(contents(converted)) == set(before)
+    assert 0 < hub.sent[lost] < weights.stat().st_size
+    assert len(hub.repositories["me/tiny"].commits) == 1  # nothing half
+    hub.revive()
+    hub.sent.clear()
+    publish(converted, "me/tiny")
+    assert hub.files("me/tiny") == contents(converted)
+    assert hub.sent == {lost: weights.stat().st_size}
+    hub.sent.clear()
+    publish(converted, "me/tiny")
+    assert hub.sent == {}
+
+
+def test_the_checkpoint_is_kept_if_its_upload_fails(hub, dense, tmp_path, impatient):
+    hub.down_after = 5000
+    with pytest.raises(ValueError, match=r"could not be uploaded .* is kept in"):
+        convert(str(dense), str(tmp_path / "new"), upload_repo="me/tiny", n_probes=4, **QUICK)
+    hub.revive()
+    assert get_flash_head(mlx_flashhead.load(str(tmp_path / "new"))[0]).n_probes == 4
+    publish(tmp_path / "new", "me/tiny")
+    assert hub.files("me/tiny") == contents(tmp_path / "new")
+
+
+def test_signed_addresses_stay_out_of_the_log(hub, converted, impatient, caplog):
+    logger = logging.getLogger("huggingface_hub")
+    lines = []
+
+    class Lines(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    handler = Lines()
+    logger.addHandler(handler)
+    hub.down_after = 5000
+    with pytest.raises(ValueError):
+        publish(converted, "me/tiny")
+    logger.removeHandler(handler)
+    log = "\n".join(lines)
+    assert "thrown while requesting PUT" in log
+    assert "Signature" not in log and TOKEN not in log
+
+
+def test_stale_weights_are_deleted(hub, converted):
+    hub.put("me/tiny", {"model-00001-of-00002.safetensors": b"old", "notes.md": b"kept"})
+    publish(converted, "me/tiny")
+    assert "model-00001-of-00002.safetensors" not in hub.files("me/tiny")
+    assert hub.files("me/tiny")["notes.md"] == b"kept"
+
+
+def test_private(hub, converted):
+    publish(converted, "me/hidden", private=True)
+    publish(converted, "me/open")
+    assert hub.repositories["me/hidden"].private and not hub.repositories["me/open"].private
+    with pytest.raises(ValueError, match="public, so --private cannot hold"):
+        publish(converted, "me/open", private=True)
+
+
+def test_hidden_files_and_secrets_are_not_published(hub, converted):
+    (converted / ".env").write_text(f"HF_TOKEN={TOKEN}")
+    (converted / "train.log").write_text("…")
+    publish(converted, "me/tiny")
+    assert not {".env", "train.log"} & set(hub.files("me/tiny"))
+    notes = converted / "notes.md"
+    notes.write_text(f"my token is {TOKEN}")
+    with pytest.raises(ValueError, match=r"notes\.md holds a Hugging Face token") as caught:
+        publish(converted, "me/tiny")
+    assert TOKEN not in str(caught.value)
+    assert "notes.md" not in hub.files("me/tiny")
+
+
+def test_text_that_was_added_on_the_hub_is_kept(hub, converted):
+    publish(converted, "me/tiny")
+    card = hub.files("me/tiny")["README.md"].decode()
+    hub.put("me/tiny", {"README.md": (card + "Written on the Hub.\n").encode()})
+    publish(converted, "me/tiny")
+    assert hub.files("me/tiny")["README.md"].decode().endswith("-->\nWritten on the Hub.\n")
+    readme = converted / "README.md"
+    readme.write_text(readme.read_text() + "And here.\n")
+    publish(converted, "me/tiny")
+    text = hub.files("me/tiny")["README.md"].decode()
+    assert text.endswith("-->\nWritten on the Hub.\nAnd here.\n")
+    hub.put("me/tiny", {"README.md": (text + "There.\n").encode()})
+    readme.write_text(readme.read_text() + "Here.\n")
+    with pytest.raises(ValueError, match="both were edited"):
+        publish(converted, "me/tiny")
+    assert hub.files("me/tiny")["README.md"].decode().endswith("There.\n")
+
+
+@pytest.mark.parametrize(
+    "change, repo, said",
+    [
+        ("no token", "me/tiny", r"needs a Hugging Face token, but there is none: log in"),
+        ("unknown token", "me/tiny", r"does not accept the token"),
+        ("read token", "me/tiny", r"token may only read"),
+        ("none", "else/tiny", r"me may not write to else/tiny: choose .* such as me/tiny"),
+        ("taken", "else/tiny", r"me may not write to else/tiny"),
+        ("offline", "me/tiny", r"cannot be reached .* unset HF_HUB_OFFLINE"),
+        ("no network", "me/tiny", r"cannot be reached .* check the network"),
+        ("none", "a/b/c", r"'a/b/c' is no name of a repository"),
+        ("none", "me/", r"'me/' is no name of a repository"),
+    ],
+)
+def test_what_the_hub_would_refuse_is_said_before_the_conversion(
+    hub, dense, converted, tmp_path, monkeypatch, change, repo, said
+):
+    if change == "no token":
+        monkeypatch.delenv("HF_TOKEN")
+    elif change == "unknown token":
+        hub.accounts.clear()
+    elif change == "read token":
+        hub.accounts[TOKEN] = Account("me", role="read")
+    elif change == "taken":
+        hub.repositories["else/tiny"] = Repository()
+    elif change == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    elif change == "no network":
+        hub.down = True
+    before = contents(converted)
+    for begin in (
+        lambda: convert(str(dense), str(tmp_path / "new"), upload_repo=repo, **QUICK),
+        lambda: publish(converted, repo),
+    ):
+        with pytest.raises(ValueError, match=said) as caught:
+            begin()
+        sentence = str(caught.value)
+        assert "\n" not in sentence and sentence.endswith(".")
+        assert TOKEN not in sentence
+        # nor in what a traceback would show with it
+        assert caught.value.__context__ is None or caught.value.__suppress_context__
+    assert not (tmp_path / "new").exists()
+    assert contents(converted) == before
+    assert not any(method == "PUT" for method, _ in hub.requests)
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ({}, "Tiny-1B-FlashHead-fp32"),
+        ({"dtype": "bfloat16"}, "Tiny-1B-FlashHead-bf16"),
+        ({"dtype": "float16", "head_bits": 8}, "Tiny-1B-FlashHead-8bit"),
+        ({"quantize": True}, "Tiny-1B-FlashHead-4bit"),
+        ({"quantize": True, "q_bits": 8}, "Tiny-1B-FlashHead-8bit"),
+        ({"quantize": True, "head_bits": 16}, "Tiny-1B-FlashHead-4bit"),
+        ({"quantize": True, "q_mode": "mxfp4"}, "Tiny-1B-FlashHead-mxfp4"),
+        (
+            {"quantize": True, "quant_predicate": "mixed_4_6", "q_group_size": 32},
+            "Tiny-1B-FlashHead-mixed_4_6",
+        ),
+    ],
+)
+def test_derived_name(hub, dense, tmp_path, flags, name):
+    convert(str(dense), str(tmp_path / "new"), upload=True, **flags, **QUICK)
+    assert list(hub.repositories) == [f"me/{name}"]
+    assert hub.files(f"me/{name}") == contents(tmp_path / "new")
+    assert f"# {name}\n" in (tmp_path / "new" / "README.md").read_text()
+
+
+def test_organisation(hub, converted):
+    publish(converted, "ours/tiny")
+    assert "ours/tiny" in hub.repositories
+
+
+def test_clusters_from_a_file_are_not_published(hub, converted):
+    config = json.loads((converted / "config.json").read_text())
+    config["flash_head"]["clusters_from_file"] = True
+    (converted / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="cannot be uploaded"):
+        publish(converted, "me/tiny")
+    assert hub.repositories == {}
+
+
+def program(hub, cache, code, *, check=True, **environment):
+    """Runs Python, as a user's own process, against the Hub."""
+    kept = {k: os.environ[k] for k in ("PATH", "PYTHONPATH", "LD_PRELOAD") if k in os.environ}
+    environment = (
+        kept
+        | {
+            "HOME": str(cache),
+            "HF_HOME": str(cache),
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        | environment
+    )
+    command = [sys.executable, *code] if isinstance(code, list) else [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def test_from_hub_to_hub_as_a_user_does(hub, dense, tmp_path):
+    """The commands themselves: a base model's repository becomes another one that loads."""
+    card = "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- chat\n---\n# Tiny\n"
+    put_model(hub, "maker/Tiny-1B", dense, **{"README.md": card, "LICENSE": "Apache"})
+    cache = tmp_path / "cache"
+    made = program(
+        hub, cache,
+        ["-m", "mlx_flashhead.convert", "--hf-path", "maker/Tiny-1B", "-q", "--upload",
+         "--calibration-positions", "200", "--mlx-path", str(tmp_path / "new")],
+    )  # fmt: skip
+    repo_id = "me/Tiny-1B-FlashHead-4bit"
+    assert made.stdout.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
+    assert TOKEN not in made.stdout + made.stderr
+    files = hub.files(repo_id)
+    assert files == contents(tmp_path / "new")
+    assert files["LICENSE"] == b"Apache"
+    metadata = huggingface_hub.ModelCard(files["README.md"].decode()).data.to_dict()
+    assert metadata == {
+        "license": "apache-2.0",
+        "language": ["en"],
+        "library_name": "mlx",
+        "pipeline_tag": "text-generation",
+        "base_model": "maker/Tiny-1B",
+        "base_model_relation": "quantized",
+        "tags": ["chat", "mlx", "flashhead"],
+    }
+    repository = hub.repositories[repo_id]
+    repository.refs["first"] = len(repository.commits) - 1
+    hub.put(repo_id, {"config.json": b"{}"})
+    say = (
+        "import sys, mlx_flashhead, mlx_lm\n"
+        f"model, tokenizer = mlx_flashhead.load({repo_id!r}, revision='first')\n"
+        "print(mlx_flashhead.get_flash_head(model).n_clusters)\n"
+        "print(mlx_flashhead.generate(model, tokenizer, 'One', max_tokens=4) is not None)\n"
+    )
+    online = program(hub, cache, say)
+    asked = len(hub.requests)
+    offline = program(hub, cache, say, HF_HUB_OFFLINE="1")
+    assert online.stdout == offline.stdout == "17\nTrue\n"
+    assert len(hub.requests) == asked
+    broken = program(
+        hub, cache, f"import mlx_flashhead; mlx_flashhead.load({repo_id!r})", check=False
+    )
+    assert broken.returncode != 0
