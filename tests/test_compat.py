@@ -97,6 +97,10 @@ CALLS = {
         ("dst_path", "src_path_or_repo", "model", "tokenizer", "config"),
         ("donate_model",),
     ),
+    "mlx_lm.utils.sharded_load": (
+        ("repo", "pipeline_group", "tensor_group"),
+        ("return_config", "tokenizer_config", "trust_remote_code"),
+    ),
 }
 # What only has to be there, and what it has to be.
 VALUES = {
