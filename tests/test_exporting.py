@@ -1,11 +1,13 @@
 """Exported heads: read again by MLX, they give what the head gives."""
 
 import re
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_flashhead import kernels
 from mlx_flashhead.exporting import (
     FUNCTIONS,
     ONLY_FULL_LOGITS,
@@ -190,3 +192,14 @@ def test_rows_that_the_kernels_do_not_read_are_refused(tmp_path):
 def test_states_have_the_dtype_of_the_model(dtype):
     assert head_dtype(tiny_model(dtype=dtype)) == dtype
     assert head_dtype(tiny_model("qwen3", tied=False, dtype=dtype, bits=4)) == dtype
+
+
+@pytest.mark.parametrize("name", ["route", "select", "score", "token"])
+def test_the_bodies_for_swift_are_those_of_the_kernels(name):
+    """With rows of 4 bits and no bias, as the page has them."""
+    page = (Path(__file__).parent.parent / "docs" / "ipad.md").read_text(encoding="utf-8")
+    rows = "flash_head::affine_rows<D, BITS, GROUP>(weight, scales, biases)"
+    source = getattr(kernels, f"{name.upper()}_SOURCE")
+    if "{rows}" in source:
+        source = source.format(rows=rows, bias="flash_head::NoBias{}")
+    assert "".join(source.split()) in "".join(page.split())

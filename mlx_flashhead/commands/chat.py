@@ -254,6 +254,8 @@ def _load(args) -> tuple[nn.Module, object]:
         "trust_remote_code": args.trust_remote_code,
     }
     if args.dense and not has_flash_head(folder):
+        if args.n_probes is not None:
+            raise ValueError(NO_FLASH_HEAD)
         return load_dense(folder, **options)[:2]
     return load(str(folder), n_probes=args.n_probes, **options)
 
