@@ -328,3 +328,27 @@ def test_thoughts_are_folded_away(server, open_page):
     ask(page, "More")
     expect(page.locator(".stats")).to_have_count(2)
     assert script.requests[1]["messages"][1] == {"role": "assistant", "content": "Yes."}
+
+
+def test_browser_that_keeps_nothing(server, open_page):
+    port, script = server
+    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
+    page.evaluate("Storage.prototype.setItem = () => { throw new DOMException('full'); }")
+    for number in (1, 2):
+        ask(page, f"Question {number}")
+        expect(page.locator(".stats")).to_have_count(number)
+    expect(page.locator("#full")).to_contain_text("keeps nothing more")
+    assert len(script.requests[1]["messages"]) == 3
+
+
+def test_return_key(server, open_page):
+    """A new line on a touch screen, as its keyboard has no other way; ⌘ with it sends."""
+    port, script = server
+    page = open_page(f"http://127.0.0.1:{port}/", "ipad")
+    page.locator("#input").press_sequentially("one")
+    page.locator("#input").press("Enter")
+    page.locator("#input").press_sequentially("two")
+    page.locator("#input").press("Meta+Enter")
+    expect(page.locator(".message.user .body")).to_have_text("one\ntwo")
+    expect(page.locator("#input")).not_to_be_focused()
+    assert script.requests[0]["messages"][0]["content"] == "one\ntwo"
