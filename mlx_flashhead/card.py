@@ -33,13 +33,13 @@ Made with mlx_flashhead, an **independent implementation** of
 ## Use it
 
 ```
-mlx_flashhead.generate --model {repo} --prompt "Why is the sky blue?"
+mlx_flashhead.generate --model {model} --prompt "Why is the sky blue?"
 ```
 
 ```python
 from mlx_flashhead import load, generate
 
-model, tokenizer = load("{repo}")
+model, tokenizer = load("{model}")
 text = generate(model, tokenizer, prompt="Why is the sky blue?", max_tokens=100)
 ```
 
@@ -47,7 +47,7 @@ Plain [mlx-lm](https://github.com/ml-explore/mlx-lm) reads the same files as the
 model, without FlashHead and its speed:
 
 ```
-mlx_lm.generate --model {repo} --prompt "Why is the sky blue?"
+mlx_lm.generate --model {model} --prompt "Why is the sky blue?"
 ```
 
 ## What conversion measured
@@ -85,7 +85,7 @@ head's{dense}, with estimates for the tokens that are not scored. *Bytes*: weigh
 reads per token; the dense head reads {dense_bytes}. **Bold**: what the checkpoint is set to. Speed
 was not measured."""
 NOT_MEASURED = """\
-Nothing: it was not calibrated. `mlx_flashhead.evaluate --model {repo} --text FILE` measures it."""
+Nothing: it was not calibrated. `mlx_flashhead.evaluate --model {model} --text FILE` measures it."""
 NOT_FOR_PUBLICATION = """
 **Not for publication**: its clusters were read from a file (`--clusters`), which may be under a
 licence that forbids it.
@@ -98,7 +98,8 @@ def write_card(
     config: FlashHeadConfig,
     licence: Licence | None,
     *,
-    repo: str,
+    title: str,
+    model: str,
     own_text: str = "",
 ) -> None:
     """Writes README.md into a checkpoint's folder.
@@ -108,11 +109,12 @@ def write_card(
         metadata: The card's header.
         config: What the checkpoint stores.
         licence: If it is one with conditions.
-        repo: What the model is called in the examples: a repository or a name.
+        title: What the model is called.
+        model: What ``--model`` is in the examples: a repository or a folder.
         own_text: What a person wrote.
     """
     data = ModelCardData(**metadata, ignore_metadata_errors=True)
-    body = _body(metadata, config, licence, repo)
+    body = _body(metadata, config, licence, title, model)
     marker = f"<!-- {MARKER} this line and is kept {_digest(own_text)} -->"
     text = f"---\n{data.to_yaml()}\n---\n\n{body}\n{marker}\n{own_text}"
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -122,6 +124,13 @@ def text_below_marker(card: str) -> str:
     """What a person wrote below the marker; "" on a card that has none."""
     marker = _MARKER.search(card)
     return "" if marker is None else card[marker.end() :]
+
+
+def header_of(card: str | None) -> dict:
+    """The header of a card that was written here once; empty for any other."""
+    if card is None or not _MARKER.search(card):
+        return {}
+    return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
 
 
 def own_text(card: str) -> str:
@@ -165,31 +174,33 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
 
 
-def _body(metadata: dict, config: FlashHeadConfig, licence: Licence | None, repo: str) -> str:
+def _body(
+    metadata: dict, config: FlashHeadConfig, licence: Licence | None, title: str, model: str
+) -> str:
     recipe = config.recipe
     base = metadata.get("base_model")
     known = isinstance(base, str) and metadata.get("base_model_relation") == "quantized"
     what = f"[{base}](https://huggingface.co/{base})" if known else "A language model"
     return BODY.format(
-        title=repo.rpartition("/")[2],
+        title=title,
         attribution=f"**{licence.attribution}**\n\n" if licence and licence.attribution else "",
         what=f"{what} in the format of MLX,",
         n_clusters=f"{config.n_clusters:,}",
         cluster_size=config.cluster_size,
         n_probes=config.n_probes,
-        repo=repo,
-        measured=_measured(config, repo),
+        model=model,
+        measured=_measured(config, model),
         command=recipe.get("command", "mlx_flashhead.convert"),
         made_with=_made_with(config),
         licence=_licence(metadata, licence),
     )
 
 
-def _measured(config: FlashHeadConfig, repo: str) -> str:
+def _measured(config: FlashHeadConfig, model: str) -> str:
     report = config.report
     rows = report.get("by_probes")
     if not rows:
-        return NOT_MEASURED.format(repo=repo)
+        return NOT_MEASURED.format(model=model)
     lines = [
         f"On {report['positions']:,} positions of {SOURCES[config.calibration['source']]} that the "
         "centroids were not fitted on:",

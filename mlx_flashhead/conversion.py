@@ -31,7 +31,7 @@ from .indexing import build_index
 from .load import load_dense, resolve
 from .locate import check_plain_product, find_head
 from .new_folder import new_folder
-from .origin import CARD_FILE, find_origin
+from .origin import card_metadata, find_origin
 from .published_clusters import read_clusters
 from .publishing import add_documents, check_licence, checkpoint_name, publish
 from .quantization import BodyRecipe, body_label, set_bits
@@ -199,7 +199,8 @@ def convert(
                 model=origin.repo_id or origin.name,
                 revision=origin.revision,
                 name=name,
-            ),
+            )
+            | {"metadata": card_metadata(origin)},
             progress=progress,
         )
         say(f"Writing {target}")
@@ -207,7 +208,7 @@ def convert(
         try:
             save(folder, str(source), model, tokenizer, config, donate_model=False)
             write_index(folder, index)
-            add_documents(folder, origin, index.config, target / CARD_FILE)
+            add_documents(folder, origin, index.config, target)
         except RuntimeError as error:  # what MLX raises when a disk is full
             raise OSError(
                 f"{target} cannot be written ({error}): free some space or choose another "

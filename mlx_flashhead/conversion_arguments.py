@@ -60,8 +60,10 @@ def check_upload(upload: bool, private: bool, clusters: str | None, base_model: 
         raise ValueError("--private is for an upload: add --upload, or leave it out.")
     if upload:
         check_clusters(clusters is not None)
-    if base_model is not None and full_name(base_model, "") != base_model:
-        raise ValueError(f"--base-model is {base_model!r}: give OWNER/NAME, as on the Hub.")
+    if base_model is not None:
+        if "/" not in base_model:
+            raise ValueError(f"--base-model is {base_model!r}: give OWNER/NAME, as on the Hub.")
+        full_name(base_model, "")
 
 
 def calibration_text(calibration: str) -> str | None:

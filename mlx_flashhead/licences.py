@@ -89,9 +89,15 @@ def recognise(
         names: What it and its base models are called.
         files: The licence's files beside it.
     """
-    declared = str(metadata.get("license") or "").lower()
-    if declared and declared not in ("other", "unknown"):
-        return _by_identifier(declared)
+    declared = metadata.get("license") or ""
+    declared = (
+        [str(one).lower() for one in declared]
+        if isinstance(declared, list)
+        else [str(declared).lower()]
+    )
+    if any(one not in ("", "other", "unknown") for one in declared):
+        found = map(_by_identifier, declared)
+        return next((licence for licence in found if licence is not None), None)
     named = _by_identifier(str(metadata.get("license_name") or "").lower())
     if named is not None:
         return named
@@ -99,7 +105,7 @@ def recognise(
     for licence in LICENCES:
         if re.search(licence.text, text):
             return licence
-    return None if declared else _by_name(settings, list(names))
+    return None if any(declared) else _by_name(settings, list(names))
 
 
 def check_name(licence: Licence | None, repo_id: str) -> None:
@@ -165,7 +171,7 @@ def licence_files(folder: Path) -> list[Path]:
 
 
 def _by_identifier(identifier: str) -> Licence | None:
-    identifier = re.sub(r"(community|license|licence|[-_ ])", "", identifier)
+    identifier = re.sub(r"(meta|community|license|licence|agreement|[-_ ])", "", identifier)
     return next((licence for licence in LICENCES if licence.identifier == identifier), None)
 
 
@@ -173,7 +179,7 @@ def _by_name(settings: dict, names: list[str]) -> Licence | None:
     architecture = settings.get("model_type")
     for name in names:
         plain = name.lower()
-        found = re.search(r"(?:^|[/_-])llama[-_ ]?(2|3\.1|3\.2|3\.3|3|4)(?![.\d])", plain)
+        found = re.search(r"(?:^|[/_-])llama[-_ ]?(2|3\.1|3\.2|3\.3|3|4)(?![.\db])", plain)
         if found:
             return _by_identifier(f"llama{found[1]}")
     if architecture in GEMMA_ARCHITECTURES:

@@ -9,11 +9,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import hub, licences
-from .card import merged_text, text_below_marker, write_card
+from .card import header_of, merged_text, text_below_marker, write_card
 from .checkpoint import read_index
 from .config import FlashHeadConfig
 from .licences import Licence
-from .origin import CARD_FILE, Origin, card_metadata, read_metadata
+from .origin import CARD_FILE, Origin, read_metadata
 from .redaction import holds_secret
 from .rows import HeadRows
 
@@ -49,29 +49,27 @@ def precision_label(rows: HeadRows) -> str:
     return f"{rows.bits}bit" if rows.mode == "affine" else rows.mode
 
 
-def add_documents(
-    folder: Path, origin: Origin, config: FlashHeadConfig, replaced_card: Path
-) -> None:
+def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target: Path) -> None:
     """Writes a new checkpoint's card and puts the licence's files beside it.
 
     Args:
-        folder: The checkpoint's.
+        folder: The checkpoint's, while it is written.
         origin: The model it was made from.
         config: What it stores.
-        replaced_card: The card of the checkpoint that it replaces, if there is one; what a person
-            wrote below its marker is kept.
+        target: Where the folder goes. Of a checkpoint that is replaced there, the licence's files
+            are kept, and what a person wrote below the marker of its card.
     """
-    for file in origin.files:
+    for file in [*licences.licence_files(target), *origin.files]:
         shutil.copy(file, folder)
     licences.write_notice(origin.licence, folder)
-    kept = text_below_marker(_read(replaced_card) or "")
     write_card(
         folder,
-        card_metadata(origin),
+        config.recipe["metadata"],
         config,
         origin.licence,
-        repo=config.recipe["name"],
-        own_text=kept,
+        title=config.recipe["name"],
+        model=target.name,
+        own_text=text_below_marker(_read(target / CARD_FILE) or ""),
     )
 
 
@@ -101,7 +99,7 @@ def publish(
     config = read_index(folder).config
     check_clusters(config.clusters_from_file)
     card = _read(folder / CARD_FILE)
-    metadata = read_metadata(folder / CARD_FILE)
+    metadata = read_metadata(folder / CARD_FILE) or config.recipe.get("metadata", {})
     licence = _licence_of(folder, metadata)
     files = licences.licence_files(folder)
     licences.check_text(licence, files, str(folder))
@@ -116,10 +114,12 @@ def publish(
         say("The licence of the base model is not known: make sure that you may publish it, and")
         say("add `license:` to the header of README.md.")
     address = hub.reserve(repo_id, user, private)
-    own = merged_text(card, hub.read_card(repo_id))
+    published = hub.read_card(repo_id)
+    own = merged_text(card, published)
     licences.write_notice(licence, folder)
-    metadata.setdefault("library_name", "mlx")
-    write_card(folder, metadata, config, licence, repo=repo_id, own_text=own)
+    title = repo_id.rpartition("/")[2]
+    metadata = header_of(published) | metadata  # what was added there stays
+    write_card(folder, metadata, config, licence, title=title, model=repo_id, own_text=own)
     say(f"Uploading {folder} to {repo_id}")
     hub.upload(folder, repo_id)
     return address
@@ -138,7 +138,8 @@ def check_licence(origin: Origin, repo_id: str | None, target: Path) -> None:
     """
     if repo_id is not None:
         licences.check_name(origin.licence, repo_id)
-    licences.check_text(origin.licence, origin.files, str(target), "convert without --upload, ")
+    files = [*origin.files, *licences.licence_files(target)]
+    licences.check_text(origin.licence, files, str(target), "convert without --upload, ")
 
 
 def check_clusters(from_file: bool) -> None:

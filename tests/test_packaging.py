@@ -14,6 +14,8 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
+from mlx_flashhead.__main__ import COMMANDS
+
 CHECKOUT = Path(__file__).parent.parent
 KERNELS = CHECKOUT / "metal" / "flash_head.metal"
 
@@ -102,7 +104,8 @@ def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         assert archive.read("mlx_flashhead/metal/flash_head.metal") == KERNELS.read_bytes()
-    files = (CHECKOUT / "mlx_flashhead").rglob("*.py")
+    package = CHECKOUT / "mlx_flashhead"
+    files = [*package.rglob("*.py"), *(package / "web" / "page").iterdir()]
     modules = {path.relative_to(CHECKOUT).as_posix() for path in files}
     assert modules <= names
     top = {name.split("/")[0] for name in names}
@@ -121,15 +124,13 @@ def test_installed_wheel_finds_its_kernels(installed):
     assert source == KERNELS.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "name", ["generate", "server", "convert", "upload", "evaluate", "benchmark"]
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_console_scripts_run(installed, name):
     printed = output_of(installed / "bin" / f"mlx_flashhead.{name}", "--help", cwd=installed)
     assert printed.startswith("usage:")
     (distribution,) = installed.glob("lib/python*/site-packages/mlx_flashhead-*.dist-info")
     entries = PathDistribution(distribution).entry_points.select(group="console_scripts")
-    assert len(entries) == 6 and f"mlx_flashhead.{name}" in entries.names
+    assert entries.names == {f"mlx_flashhead.{command}" for command in COMMANDS}
 
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
@@ -147,7 +148,7 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
 def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine, extra):
     found = requirements(metadata, platform, machine, extra)
     assert found["mlx"] == ({"cpu"} if platform == "linux" else set())
-    expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm", "rich", "matplotlib"}
+    expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm", "rich", "matplotlib", "segno"}
     if extra == "evaluate":
         expected |= {"lm-eval"}
     if extra == "test":
@@ -156,6 +157,9 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
             "pytest",
             "pytest-xdist",
             "openai",
+            "playwright",
+            "zxing-cpp",
+            "pexpect",
             "filelock",
             "gguf",
             "ruff",

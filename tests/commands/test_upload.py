@@ -1,0 +1,154 @@
+"""``upload``, and the options of ``convert`` that publish: what they print and refuse."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from loopback_hub import TOKEN
+from mlx_flashhead.checkpoint import CONFIG_KEY, FILE_NAME, read_index
+from model_folders import VOCAB_SIZE, write_model
+
+LLAMA = "---\nlicense: llama3.2\n---\n"
+TEXT = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n"
+
+
+@pytest.fixture(autouse=True)
+def online(run, hub):
+    """In this order: `run` switches the Hub off, and `hub` switches its own on."""
+
+
+def convert(source, target, *further):
+    return ("convert", "--model", source, "--mlx-path", target, "--calibration", "none", *further)
+
+
+def test_upload(run, hub, converted):
+    code, output, errors = run("upload", "--path", converted, "--repo", "me/tiny")
+    assert code == 0, errors
+    lines = output.splitlines()
+    assert lines[-2:] == [f"Uploading {converted} to me/tiny", f"Uploaded to {hub.url}/me/tiny"]
+    assert "licence of the base model is not known" in lines[0]
+    assert FILE_NAME in hub.files("me/tiny")
+    assert TOKEN not in output + errors
+
+
+def test_upload_derives_the_name(run, hub, converted):
+    code, output, _ = run("upload", "--path", converted, "--private")
+    assert code == 0
+    assert output.splitlines()[-1] == f"Uploaded to {hub.url}/me/model-FlashHead-fp32"
+    assert hub.repositories["me/model-FlashHead-fp32"].private
+
+
+def test_upload_refuses(refused, dense, tmp_path):
+    assert "There is no folder absent" in refused("upload", "--path", "absent")
+    assert "without FlashHead: convert it" in refused("upload", "--path", dense)
+    assert "is no model folder" in refused("upload", "--path", tmp_path)
+    assert "--path" in refused("upload")
+
+
+@pytest.mark.parametrize(
+    "flags, repo_id",
+    [
+        (("--upload",), "me/model-FlashHead-fp32"),
+        (("--upload", "-q"), "me/model-FlashHead-4bit"),
+        (("--upload", "ours/x"), "ours/x"),
+        (("--upload", "x"), "me/x"),
+        (("--upload-repo", "me/x"), "me/x"),
+        (("--upload", "--upload-repo", "me/x"), "me/x"),
+        (("--upload", "me/x", "--upload-repo", "me/x"), "me/x"),
+    ],
+)
+def test_convert_uploads(run, hub, dense, tmp_path, flags, repo_id):
+    code, output, errors = run(*convert(dense, tmp_path / "new", *flags))
+    assert code == 0, errors
+    assert output.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
+    assert list(hub.repositories) == [repo_id]
+    assert (tmp_path / "new" / FILE_NAME).exists()
+
+
+def test_convert_refuses_before_it_begins(refused, hub, dense, tmp_path):
+    for flags, said in (
+        (("--upload", "me/a", "--upload-repo", "me/b"), "two repositories"),
+        (("--private",), "--private is for an upload"),
+        (("--upload", "--clusters", "c.safetensors"), "cannot be uploaded"),
+        (("--base-model", "name"), "--base-model is 'name': give OWNER/NAME"),
+        (("--clusters", "absent"), "--clusters absent is no file"),
+    ):
+        assert said in refused(*convert(dense, tmp_path / "new", *flags))
+    assert not (tmp_path / "new").exists() and hub.repositories == {}
+
+
+def test_an_argument_that_is_wrong_makes_no_repository(refused, hub, dense, tmp_path):
+    flags = ("--upload", "--cluster-size", VOCAB_SIZE + 1)
+    assert "cluster_size" in refused(*convert(dense, tmp_path / "new", *flags))
+    assert hub.repositories == {}
+
+
+def test_llama(run, refused, hub, tmp_path):
+    source = write_model(tmp_path / "My-Tune")
+    (source / "README.md").write_text(LLAMA)
+    target = tmp_path / "new"
+    said = refused(*convert(source, target, "--upload"))
+    assert "its text is missing: convert without --upload, save https://www.llama.com" in said
+    (source / "LICENSE.txt").write_text(TEXT)
+    said = refused(*convert(source, target, "--upload", "me/My-Tune"))
+    assert "must begin with Llama, so call it me/Llama-My-Tune" in said
+    assert hub.repositories == {} and not target.exists()
+    code, _, errors = run(*convert(source, target, "--upload"))
+    assert code == 0, errors
+    files = hub.files("me/Llama-My-Tune-FlashHead-fp32")
+    card = files["README.md"].decode()
+    assert "**Built with Llama**" in card and "\nlicense: llama3.2\n" in card
+    assert files["LICENSE.txt"].decode() == TEXT
+    assert files["NOTICE.txt"].startswith(b"Llama 3.2 is licensed under the Llama 3.2 Community")
+    assert "must begin with Llama" in refused("upload", "--path", target, "--repo", "me/other")
+
+
+def test_gemma_with_its_terms_put_there_by_hand(run, refused, hub, tmp_path):
+    source = write_model(tmp_path / "tuned")
+    (source / "README.md").write_text("---\nlicense: gemma\n---\n")
+    target = tmp_path / "new"
+    assert run(*convert(source, target))[0] == 0
+    said = refused("upload", "--path", target, "--repo", "me/tuned")
+    assert f"save https://ai.google.dev/gemma/terms as LICENSE.txt in {target}" in said
+    (target / "LICENSE.txt").write_text("Gemma Terms of Use\n")
+    assert run("upload", "--path", target, "--repo", "me/tuned")[0] == 0
+    assert b"Gemma is provided under" in hub.files("me/tuned")["NOTICE.txt"]
+    # and it stays where the checkpoint is made anew
+    code, _, errors = run(*convert(source, target, "--upload", "me/again", "--overwrite"))
+    assert code == 0, errors
+    assert hub.files("me/again")["LICENSE.txt"] == b"Gemma Terms of Use\n"
+
+
+def test_overwriting_keeps_what_a_person_wrote(run, dense, tmp_path):
+    target = tmp_path / "new"
+    run(*convert(dense, target))
+    card = (target / "README.md").read_text()
+    (target / "README.md").write_text("Above.\n" + card + "My notes.\n")
+    code, _, errors = run(*convert(dense, target, "--overwrite", "-q"))
+    assert code == 0, errors
+    text = (target / "README.md").read_text()
+    assert text.endswith("-->\nMy notes.\n") and "Above." not in text
+    assert "# model-FlashHead-4bit" in text
+
+
+def test_clusters_of_a_file(run, refused, dense, tmp_path):
+    given = np.random.default_rng(0).permutation(VOCAB_SIZE) % 43
+    arrays = {"cluster_assignments": mx.array(given), "centroids": mx.zeros((1, 1, 128, 43))}
+    mx.save_safetensors(str(tmp_path / "c.safetensors"), arrays)
+    target = tmp_path / "new"
+    code, _, errors = run(*convert(dense, target, "--clusters", tmp_path / "c.safetensors"))
+    assert code == 0, errors
+    index = read_index(target)
+    assert index.config.cluster_size == 6
+    for cluster, ids in enumerate(index.token_ids):
+        assert set(ids[ids < VOCAB_SIZE]) == set(np.flatnonzero(given == cluster))
+    assert "Not for publication" in (target / "README.md").read_text()
+    assert run("generate", "--model", target, "--prompt", "a", "--max-tokens", 2)[0] == 0
+    assert "cannot be uploaded" in refused("upload", "--path", target, "--repo", "me/x")
+    # the mark is in the file too, and goes with it
+    config = json.loads((target / "config.json").read_text())
+    del config[CONFIG_KEY]["clusters_from_file"]
+    (target / "config.json").write_text(json.dumps(config))
+    assert "cannot be uploaded" in refused("upload", "--path", target, "--repo", "me/x")

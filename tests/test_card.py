@@ -1,0 +1,156 @@
+"""The model card: what it says, and that nobody's text is lost."""
+
+import dataclasses
+
+import pytest
+from huggingface_hub import ModelCard
+
+from mlx_flashhead.card import header_of, merged_text, own_text, text_below_marker, write_card
+from mlx_flashhead.config import FlashHeadConfig
+from mlx_flashhead.licences import LICENCES
+
+LLAMA = next(licence for licence in LICENCES if licence.identifier == "llama3.2")
+METADATA = {
+    "license": "llama3.2",
+    "language": ["en"],
+    "library_name": "mlx",
+    "pipeline_tag": "text-generation",
+    "base_model": "meta-llama/Llama-3.2-1B",
+    "base_model_relation": "quantized",
+    "tags": ["mlx", "flashhead"],
+}
+REPORT = {
+    "positions": 1800,
+    "agreement": 0.991,
+    "coverage": 0.93,
+    "dense_perplexity": 3.21,
+    "dense_bytes": 139_460_608,
+    "by_probes": [
+        {
+            "n_probes": n_probes,
+            "agreement": agreement,
+            "coverage": 0.9,
+            "perplexity_ratio": ratio,
+            "bytes_per_token": 12_345_678,
+            "bytes_share": 0.0885,
+        }
+        for n_probes, agreement, ratio in ((128, 0.98765, 1.2345), (256, 0.9951, None))
+    ],
+}
+CONFIG = FlashHeadConfig(
+    n_clusters=8016,
+    cluster_size=16,
+    n_probes=256,
+    fingerprint="f",
+    calibration={"source": "self", "positions": 12_000, "seed": 7},
+    report=REPORT,
+    recipe={
+        "command": "mlx_flashhead.convert --hf-path meta-llama/Llama-3.2-1B -q --seed 7",
+        "versions": {"python": "3.11.7", "mlx": "0.32.4"},
+        "platform": "Darwin arm64",
+        "files": {"text.txt": "ab" * 32},
+    },
+)
+
+
+def write(folder, config=CONFIG, metadata=METADATA, licence=LLAMA, **kwargs):
+    named = {"title": "Llama-3.2-1B-FlashHead-4bit", "model": "me/Llama"} | kwargs
+    write_card(folder, metadata, config, licence, **named)
+    return (folder / "README.md").read_text()
+
+
+def test_header_and_text(tmp_path):
+    card = write(tmp_path)
+    assert ModelCard(card).data.to_dict() == METADATA
+    for said in (
+        "# Llama-3.2-1B-FlashHead-4bit\n\n**Built with Llama**\n\n",
+        "[meta-llama/Llama-3.2-1B](https://huggingface.co/meta-llama/Llama-3.2-1B)",
+        "**independent implementation**",
+        "mlx_flashhead.generate --model me/Llama",
+        'load("me/Llama")',
+        "mlx_lm.generate --model me/Llama",
+        "On 1,800 positions",
+        "| 128 | 98.77% | 90.00% | 1.234 | 12.35 MB | 8.8% |",
+        "| **256** | 99.51% | 90.00% | – | 12.35 MB | 8.8% |",
+        "the dense head's 3.21",
+        "dense head reads 139.46 MB",
+        "mlx_flashhead.convert --hf-path meta-llama/Llama-3.2-1B -q --seed 7",
+        "python 3.11.7, mlx 0.32.4 on Darwin arm64",
+        "12,000 positions of text that the model wrote itself, seed 7",
+        f"SHA-256 of text.txt: `{'ab' * 32}`",
+        "[Llama 3.2 Community License](https://www.llama.com/llama3_2/license)",
+        LLAMA.notice.rstrip("."),
+        "arXiv:2603.14591",
+    ):
+        assert " ".join(said.split()) in " ".join(card.split()), said
+
+
+def test_what_was_not_measured_is_not_shown(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, report={}, calibration={"source": "none", "positions": 0, "seed": 0}
+    )
+    card = write(tmp_path, config)
+    assert "| probes |" not in card and "Nothing: it was not calibrated" in card
+    assert "Not calibrated, seed 0." in card
+
+
+def test_estimates_are_no_measurements(tmp_path):
+    card = write(tmp_path)
+    assert "Speed was not measured." in " ".join(card.split())
+    assert "tokens per second" not in card and " ms" not in card and "M2" not in card
+
+
+def test_other_licences(tmp_path):
+    named = {"license": "other", "license_name": "own", "license_link": "https://example.org/l"}
+    assert "That of the base model: [own](https://example.org/l)." in write(
+        tmp_path, metadata=METADATA | named, licence=None
+    )
+    linked = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+    assert "That of the base model: own." in write(
+        tmp_path, metadata=METADATA | linked, licence=None
+    )
+    card = write(tmp_path, metadata={}, licence=None)
+    assert "whose files do not name it" in card and "Built with" not in card
+
+
+def test_clusters_from_a_file_are_marked(tmp_path):
+    marked = "**Not for publication**"
+    assert marked not in write(tmp_path)
+    assert marked in write(tmp_path, dataclasses.replace(CONFIG, clusters_from_file=True))
+
+
+@pytest.mark.parametrize("text", ["", "My text.\n", "# A\n\n---\n<!-- x -->\n", "no newline"])
+def test_own_text_survives_any_number_of_cards(tmp_path, text):
+    card = write(tmp_path, own_text=text)
+    for _ in range(3):
+        assert own_text(card) == text_below_marker(card) == text
+        card = write(tmp_path, own_text=own_text(card))
+
+
+def test_a_card_without_the_marker_is_all_own_text():
+    assert own_text("---\nlicense: mit\n---\n\n# Mine\n") == "# Mine\n"
+    assert text_below_marker("# Mine\n") == ""
+    assert own_text("") == ""
+    assert header_of("---\nlicense: mit\n---\n# Mine\n") == header_of(None) == {}
+
+
+def test_header_of_a_card_of_ours(tmp_path):
+    assert header_of(write(tmp_path)) == METADATA
+
+
+def test_merged_text(tmp_path):
+    def edited(text, uploaded=""):
+        """A card that was uploaded with a text, and edited afterwards."""
+        base = write(tmp_path, own_text=uploaded)
+        return base[: len(base) - len(uploaded)] + text
+
+    assert merged_text(edited(""), None) == ""
+    assert merged_text(edited("Here.\n"), None) == "Here.\n"
+    assert merged_text(edited(""), "# Theirs\n") == "# Theirs\n"
+    same = edited("A\n", "A\n")
+    assert merged_text(same, same) == "A\n"
+    assert merged_text(edited("A here\n", "A\n"), same) == "A here\n"
+    assert merged_text(same, edited("A there\n", "A\n")) == "A there\n"
+    assert merged_text(None, same) == "A\n"
+    with pytest.raises(ValueError, match="both were edited"):
+        merged_text(edited("A here\n", "A\n"), edited("A there\n", "A\n"))

@@ -1,0 +1,124 @@
+"""Licences with conditions: recognised, and what they ask for is there."""
+
+import pytest
+
+from mlx_flashhead.licences import (
+    LICENCES,
+    MODIFIED,
+    check_name,
+    check_text,
+    has_prefix,
+    licence_files,
+    recognise,
+    write_notice,
+)
+
+BY_NAME = {licence.identifier: licence for licence in LICENCES}
+TEXTS = {
+    "llama3.2": "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n\nLlama 3.2 Version Release Date: …",
+    "llama3": "META LLAMA 3 COMMUNITY LICENSE AGREEMENT\n",
+    "gemma": "# Gemma Terms of Use\n\nLast modified: …",
+}
+
+
+@pytest.mark.parametrize(
+    "metadata, settings, names, expected",
+    [
+        ({"license": "llama3.2"}, {}, [], "llama3.2"),
+        ({"license": "llama3"}, {}, [], "llama3"),
+        ({"license": ["llama3.1"]}, {}, [], "llama3.1"),
+        ({"license": "gemma"}, {}, [], "gemma"),
+        ({"license": "other", "license_name": "llama-3.3-community-license"}, {}, [], "llama3.3"),
+        ({"license": "other", "license_name": "meta-llama-3-community"}, {}, [], "llama3"),
+        # a card that declares something else is believed
+        ({"license": "apache-2.0"}, {"model_type": "gemma3"}, ["meta-llama/Llama-3.2-1B"], None),
+        ({"license": "mit"}, {"model_type": "llama", "vocab_size": 128_256}, ["x"], None),
+        ({"license": "other", "license_name": "qwen"}, {}, ["Llama-3.2-1B"], None),
+        # a silent one leaves the name and the architecture
+        ({}, {}, ["meta-llama/Llama-3.2-1B-Instruct"], "llama3.2"),
+        ({}, {}, ["meta-llama/Meta-Llama-3-8B"], "llama3"),
+        ({}, {}, ["someone/tuned", "meta-llama/Llama-2-7b-hf"], "llama2"),
+        ({}, {"model_type": "llama", "vocab_size": 128_256}, ["tuned"], "llama3.1"),
+        ({}, {"model_type": "llama", "vocab_size": 32_000}, ["TinyLlama-1.1B"], None),
+        ({}, {"model_type": "llama"}, ["open_llama_3b"], None),
+        ({}, {"model_type": "gemma3_text"}, ["tuned"], "gemma"),
+        ({}, {"model_type": "gemma4_text"}, ["tuned"], None),
+        ({}, {"model_type": "qwen3"}, ["Qwen/Qwen3-0.6B"], None),
+    ],
+)
+def test_recognise(metadata, settings, names, expected):
+    found = recognise(metadata, settings, names, [])
+    assert (found and found.identifier) == expected
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_recognise_by_its_text(tmp_path, name):
+    (tmp_path / "LICENSE.txt").write_text(TEXTS[name])
+    assert recognise({}, {}, ["tuned"], licence_files(tmp_path)) == BY_NAME[name]
+    declared = {"license": "apache-2.0"}
+    assert recognise(declared, {}, ["tuned"], licence_files(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "licence, name, fits",
+    [
+        ("llama3.2", "Llama-3.2-1B-FlashHead-4bit", True),
+        ("llama3.2", "llama-tuned", True),
+        ("llama3.2", "tuned-Llama", False),
+        ("llama3", "Llama-3-8B", True),
+        ("llama3", "llama3-8B", True),
+        ("llama3", "Llama-8B", False),
+        ("llama2", "anything", True),
+        ("gemma", "anything", True),
+    ],
+)
+def test_prefix(licence, name, fits):
+    assert has_prefix(BY_NAME[licence], name) is fits
+    if fits:
+        check_name(BY_NAME[licence], f"me/{name}")
+    else:
+        suggested = f"me/{BY_NAME[licence].prefix}-{name}"
+        with pytest.raises(ValueError, match=rf"^me/{name} is not .* call it {suggested}, "):
+            check_name(BY_NAME[licence], f"me/{name}")
+        check_name(BY_NAME[licence], suggested)
+
+
+def test_a_copy_of_the_text_is_needed(tmp_path):
+    licence = BY_NAME["llama3.2"]
+    with pytest.raises(ValueError, match=r"save https://www.llama.com/llama3_2/license as LICEN"):
+        check_text(licence, [], "folder")
+    # the notice names the licence, but is no copy of it
+    write_notice(licence, tmp_path)
+    with pytest.raises(ValueError, match="its text is missing"):
+        check_text(licence, licence_files(tmp_path), "folder")
+    (tmp_path / "LICENSE.txt").write_text(TEXTS["llama3"])
+    with pytest.raises(ValueError, match="its text is missing"):
+        check_text(licence, licence_files(tmp_path), "folder")
+    (tmp_path / "LICENSE.txt").write_text(TEXTS["llama3.2"])
+    check_text(licence, licence_files(tmp_path), "folder")
+    check_text(None, [], "folder")
+
+
+@pytest.mark.parametrize("licence", LICENCES, ids=lambda licence: licence.identifier)
+def test_notice(tmp_path, licence):
+    (tmp_path / "NOTICE.txt").write_text("The base model's own.")
+    write_notice(licence, tmp_path)
+    text = (tmp_path / "NOTICE.txt").read_text()
+    assert text == f"The base model's own.\n\n{licence.notice}\n\n{MODIFIED}\n"
+    write_notice(licence, tmp_path)
+    assert (tmp_path / "NOTICE.txt").read_text() == text
+
+
+def test_a_notice_that_is_there_is_not_written_again(tmp_path):
+    (tmp_path / "Notice").write_text(f"\n{BY_NAME['gemma'].notice}.\n")
+    write_notice(BY_NAME["gemma"], tmp_path)
+    write_notice(None, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["Notice"]
+
+
+def test_what_is_a_file_of_a_licence(tmp_path):
+    names = {"LICENSE", "LICENCE.md", "LICENSE.txt", "USE_POLICY.md", "NOTICE", "Notice.txt"}
+    for name in names | {"README.md", "config.json"}:
+        (tmp_path / name).write_text("")
+    (tmp_path / "LICENSES").mkdir()
+    assert {path.name for path in licence_files(tmp_path)} == names

@@ -1,0 +1,103 @@
+"""What is known of a model that is converted, from its folder and from the Hub."""
+
+import json
+
+import pytest
+
+from mlx_flashhead.origin import card_metadata, find_origin, read_metadata
+
+CARD = """---
+license: llama3.2
+license_link: https://example.org/licence
+language: [en, de]
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [chat, mlx]
+base_model: maker/Base
+model-index:
+- name: x
+  results: []
+extra_gated_prompt: Accept.
+---
+# Title
+"""
+
+
+def make(folder, card=None, **settings):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | settings))
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    return folder
+
+
+def test_header_of_the_new_card(tmp_path):
+    folder = make(tmp_path / "models--maker--Tuned" / "snapshots" / ("a" * 40), CARD)
+    origin = find_origin(str(folder), folder)
+    assert (origin.name, origin.repo_id, origin.revision) == ("Tuned", "maker/Tuned", "a" * 40)
+    assert card_metadata(origin) == {
+        "license": "llama3.2",
+        "license_link": "https://example.org/licence",
+        "language": ["en", "de"],
+        "library_name": "mlx",
+        "pipeline_tag": "text-generation",
+        "base_model": "maker/Tuned",
+        "base_model_relation": "quantized",
+        "tags": ["chat", "mlx", "flashhead"],
+    }
+
+
+@pytest.mark.parametrize(
+    "card, settings, base_model, expected",
+    [
+        (None, {}, None, (None, None)),
+        (None, {}, "maker/Model", ("maker/Model", "quantized")),
+        (None, {"_name_or_path": "maker/Model"}, None, ("maker/Model", "quantized")),
+        (None, {"_name_or_path": "/home/ann/model"}, None, (None, None)),
+        (None, {"_name_or_path": "./out"}, None, (None, None)),
+        ("---\nlibrary_name: mlx\nbase_model: maker/M\n---\n", {}, None, ("maker/M", "quantized")),
+        # a copy of a fine-tune's folder does not say its own name, only what it was made from
+        (CARD, {}, None, ("maker/Base", None)),
+        (CARD, {}, "maker/Tuned", ("maker/Tuned", "quantized")),
+    ],
+)
+def test_base_model_of_a_local_folder(tmp_path, card, settings, base_model, expected):
+    folder = make(tmp_path / "Local-Model", card, **settings)
+    origin = find_origin(str(folder), folder, base_model)
+    metadata = card_metadata(origin)
+    assert (metadata.get("base_model"), metadata.get("base_model_relation")) == expected
+    named = origin.repo_id or "Local-Model"
+    assert origin.name == named.rpartition("/")[2]
+    assert origin.revision is None
+
+
+def test_licence_is_named_where_the_card_is_silent(tmp_path):
+    origin = find_origin("x", make(tmp_path / "Llama-3.2-1B"))
+    assert origin.licence.identifier == "llama3.2"
+    assert card_metadata(origin)["license"] == "llama3.2"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no header", "---\n: [\n---\n", "---\n- a list\n---\n", "---\n---\n", "\xff"]
+)
+def test_cards_that_say_nothing(tmp_path, text):
+    (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
+    assert read_metadata(tmp_path / "README.md") == {}
+    assert read_metadata(tmp_path / "absent.md") == {}
+
+
+def test_card_and_licence_are_fetched_beside_the_model(hub, tmp_path):
+    from mlx_flashhead.load import resolve
+
+    files = {"config.json": b"{}", "README.md": CARD.encode(), "LICENSE.txt": b"text"}
+    hub.put("maker/Tuned", files | {"USE_POLICY.md": b"policy", "big.bin": b"no"})
+    origin = find_origin("maker/Tuned", resolve("maker/Tuned"))
+    assert origin.repo_id == "maker/Tuned"
+    assert origin.revision == hub.repositories["maker/Tuned"].sha(1)
+    assert origin.metadata["language"] == ["en", "de"]
+    assert [file.name for file in origin.files] == ["LICENSE.txt", "USE_POLICY.md"]
+    # what was not fetched while there was a network is not missed without it
+    hub.put("maker/Bare", {"config.json": b"{}", "README.md": CARD.encode()})
+    folder = resolve("maker/Bare")
+    hub.down = True
+    assert find_origin("maker/Bare", folder).metadata == {}
