@@ -170,6 +170,7 @@ def test_refused_model_stays_as_it_was(name, tied):
     assert after == before
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers on configuration keys
 @pytest.mark.parametrize("name, tied", REFUSED, **form_ids)
 def test_refused_model_is_one_sentence_and_no_folder(name, tied, tmp_path):
     source = write_architecture(tmp_path / "source", name, tied=tied)
