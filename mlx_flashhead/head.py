@@ -24,6 +24,17 @@ from .rows import HeadRows
 BACKENDS = ("metal", "mlx")
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
 
+# Rows (B·L) above which the head is dense. On a CPU (Xeon, one thread of OpenBLAS, float32, cold
+# caches, `mlx_flashhead.benchmark rows`) FlashHead was 1.07 times as fast as the dense path at 32
+# rows and 0.75 times at 64 at SmolLM2's shape with its 120 probes. The crossover lies lower where a
+# larger share of the clusters is probed (8 to 16 rows with 256 of them) and higher in larger heads:
+# at 32 rows Llama-3.2-1B's (256 probes) and Gemma-3-270M's (192) were 2.1 times as fast, and still
+# 1.25 times at 128; with the BLAS of MLX's wheel all of them, 8 times. For a GPU this is an
+# estimate: where memory bounds both, C/p rows read as much as the dense head, 31 at Llama's shape.
+# It is also as many sequences as mlx-lm's batches have by default, so that none of them is alone
+# dense.
+MAX_ROWS = 32
+
 # Stands in for a cluster's score where tokens that were not scored must never be drawn. Finite,
 # since -inf breaks softcaps, logit_bias and JSON; low enough that exp() of it is 0.
 NEVER_DRAWN = -1e4
@@ -74,7 +85,7 @@ class FlashHead:
             With fewer probes than such clusters, only they are scored.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
             where there is one.
-        max_rows: More positions than this at once are computed densely.
+        max_rows: More positions (B·L) than this at once are computed densely; see ``MAX_ROWS``.
 
     Raises:
         ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
@@ -89,7 +100,7 @@ class FlashHead:
         n_probes: int,
         eos_token_ids: tuple[int, ...] = (),
         backend: str | None = None,
-        max_rows: int = 32,
+        max_rows: int = MAX_ROWS,
     ):
         clustered = ClusteredRows.build(rows, token_ids, prototypes, eos_token_ids)
         self.clustered = clustered
@@ -261,8 +272,8 @@ class FlashHead:
 
     def dense_logits(self, hidden: mx.array) -> mx.array:
         """The dense head's logits: hidden (..., D) → (..., V)."""
-        slots = self.clustered.flat_rows().matmul(hidden)
-        return mx.take(slots, self.clustered.slot_of, axis=-1)
+        logits = self._steps.dense(hidden.reshape(-1, hidden.shape[-1]))
+        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def cluster_scores(self, hidden: mx.array) -> mx.array:
         """Stage 1 alone: hidden (..., D) → (..., C) float32, ALWAYS_PROBED for forced clusters."""

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .head import FlashHead
+from .head import MAX_ROWS, FlashHead
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 from .prototypes import Prototypes
 
@@ -29,7 +29,7 @@ def install(
     n_probes: int,
     eos_token_ids: tuple[int, ...] = (),
     backend: str | None = None,
-    max_rows: int = 32,
+    max_rows: int = MAX_ROWS,
     location: HeadLocation | None = None,
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
@@ -43,7 +43,7 @@ def install(
         n_probes: Clusters scored per position, 1 … C.
         eos_token_ids: Tokens whose clusters are always scored.
         backend: "metal", "mlx" or None to choose.
-        max_rows: More positions than this at once are computed densely.
+        max_rows: More positions (B·L) than this at once are computed densely.
         location: The head, where it is already known.
 
     Returns:

@@ -93,6 +93,10 @@ def find_head(model: nn.Module) -> HeadLocation:
         if width == vocab_size and _matrix(module).shape[0] == vocab_size
     ]
     if not found:
+        _refuse_split(calls, vocab_size, name)
+        for path, adapted in model.named_modules():  # DoRA multiplies the rows itself
+            if _has_adapter(adapted) and adapted.lora_b.shape[-1] == vocab_size:
+                raise _adapted(path)
         raise UnsupportedHeadError(
             f"The output projection of this {name!r} model cannot be intercepted (its {vocab_size} "
             "logits come from no layer of its own): use it with mlx_lm, without FlashHead."
@@ -182,11 +186,31 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
                 setattr(cls, name, method)
 
 
+def _refuse_split(calls: list[tuple[nn.Module, str, int]], vocab_size: int, name: str) -> None:
+    for module, _, width in calls:
+        if isinstance(module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
+            processes = module.group.size()
+            if width * processes == vocab_size:
+                raise ValueError(
+                    f"Each of the {processes} processes holds a part of this {name!r} model's "
+                    f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
+                    "by layers instead (--pipeline, or a pipeline_group), or use one process."
+                )
+
+
 def _refuse_wrapped(model: nn.Module, module: nn.Module, path: str) -> None:
     parent_path, _, _ = path.rpartition(".")
     parent = dict(model.named_modules()).get(parent_path)
-    if parent is not None and {"lora_a", "lora_b"} <= parent.keys():
-        raise UnsupportedHeadError(
-            f"The output projection {parent_path!r} carries a LoRA adapter: fuse it first "
-            "(mlx_lm.fuse), then convert."
-        )
+    if parent is not None and _has_adapter(parent):
+        raise _adapted(parent_path)
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return {"lora_a", "lora_b"} <= module.keys()
+
+
+def _adapted(path: str) -> UnsupportedHeadError:
+    return UnsupportedHeadError(
+        f"The output projection {path!r} carries a LoRA adapter, which must be fused first: run "
+        "mlx_lm.fuse, then convert the fused model."
+    )

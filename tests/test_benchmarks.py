@@ -10,6 +10,7 @@ import pytest
 
 from mlx_flashhead.benchmarks import convert as convert_module
 from mlx_flashhead.benchmarks import model as model_module
+from mlx_flashhead.benchmarks import rows as rows_module
 from mlx_flashhead.benchmarks.convert import convert_benchmark, index_benchmark, stage_times
 from mlx_flashhead.benchmarks.head import (
     CANDIDATES,
@@ -31,6 +32,7 @@ from mlx_flashhead.benchmarks.model import (
     sampling_seconds,
     without_head,
 )
+from mlx_flashhead.benchmarks.rows import DENSE_PATH, crossover, rows_benchmark
 from mlx_flashhead.benchmarks.sampler import MLX_LM, OURS, sampler_benchmark, zipf_logprobs
 from mlx_flashhead.benchmarks.sampler import SAMPLERS as TIMED_SAMPLERS
 from mlx_flashhead.install import install
@@ -113,6 +115,57 @@ def test_head_benchmark_reports(n_rows):
         for dense in (DENSE, best):
             ratio = found["times_faster"][f"{name} against {dense}"]
             assert ratio == pytest.approx(ms[dense] / ms[name])
+
+
+def test_rows_benchmark_reports():
+    head = random_head(320, 64, n_probes=5)
+    head.max_rows = 4
+    states = mx.random.normal((7, 64))
+    found = rows_benchmark(head, states, counts=(9, 1, 3), rounds=2, progress=False)
+    json.dumps(found)
+    assert (found["counts"], found["max_rows"], head.max_rows) == ([1, 3, 9], 4, 4)
+    assert found["ms"].keys() == {DENSE, DENSE_PATH, LOGITS}
+    assert all(len(spreads) == 3 for spreads in found["ms"].values())
+    assert found["crossover"] == crossover(found["counts"], found["ms"])
+
+
+def test_rows_benchmark_times_what_it_says(monkeypatch):
+    """FlashHead retrieves at every number of rows, beside the path that is taken above max_rows."""
+    head = random_head(320, 64, n_probes=5)
+    seen = {}
+
+    def look(runs, rounds, **_):
+        seen.update({name: np.array(run(1)) for name, run in runs.items()})
+        return {name: [1.0] for name in runs}
+
+    monkeypatch.setattr(rows_module, "in_turns", look)
+    states = mx.random.normal((80, 64))
+    rows_benchmark(head, states, counts=(40,), rounds=1, progress=False)
+    hidden = states[mx.arange(40, 80)]
+    np.testing.assert_allclose(seen[DENSE_PATH], head.dense_logits(hidden), atol=1e-5)
+    retrieving = head.copy()
+    retrieving.max_rows = 40
+    np.testing.assert_allclose(seen[LOGITS], retrieving(hidden), atol=1e-5)
+    assert not np.allclose(seen[LOGITS], seen[DENSE_PATH], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flash, dense, last_faster, slower_from",
+    [
+        ((1, 2, 5), (3, 3, 3), 2, 4),
+        ((4, 2, 2), (3, 3, 3), 4, None),  # a head too small for one row
+        ((1, 1, 1), (3, 3, 3), 4, None),
+        ((4, 4, 4), (3, 3, 3), None, 1),
+        ((3, 3, 3), (3, 3, 3), None, 1),
+    ],
+)
+def test_crossover(flash, dense, last_faster, slower_from):
+    ms = {
+        LOGITS: [{"median": value} for value in flash],
+        DENSE_PATH: [{"median": value} for value in dense],
+    }
+    expected = {"last_faster": last_faster, "slower_from": slower_from}
+    assert crossover((1, 2, 4), ms) == expected
 
 
 def test_chain_calls_the_form_with_each_state():

@@ -130,7 +130,9 @@ def adapted(tied: bool) -> nn.Module:
 
 @pytest.mark.parametrize("tied, path", [(True, EMBEDDING), (False, "lm_head")])
 def test_adapted_head_is_refused(tied, path):
-    with pytest.raises(ValueError, match=rf"'{path}' carries a LoRA adapter: fuse it first"):
+    with pytest.raises(
+        ValueError, match=rf"'{path}' carries a LoRA adapter, which must be fused first"
+    ):
         find_head(adapted(tied))
 
 

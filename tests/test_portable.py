@@ -13,6 +13,7 @@ from mlx_flashhead.portable import blocked_product
 @pytest.mark.parametrize("block_products", [1, 50, 500, 100_000])
 def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_size, block_products):
     monkeypatch.setattr(portable, "BLOCK_PRODUCTS", block_products)
+    monkeypatch.setattr(portable, "BLOCKED_ROWS", 3)
     rng = np.random.default_rng(n_rows)
     hidden = rng.normal(size=(n_states, hidden_size)).astype(np.float32)
     weight = rng.normal(size=(n_rows, hidden_size)).astype(np.float32)

@@ -107,6 +107,30 @@ def read_mb(head: FlashHead, n_rows: int = 1) -> float:
     return (stage_1 + rows * probed / head.n_clusters) / 1e6
 
 
+def form_of(head: FlashHead, states: mx.array) -> dict:
+    """What is timed: shapes, precision and backend of a head, JSON-ready."""
+    rows = head.clustered.rows
+    return {
+        "vocab_size": head.vocab_size,
+        "hidden_size": head.hidden_size,
+        "n_clusters": head.n_clusters,
+        "cluster_size": head.cluster_size,
+        "n_probes": head.n_probes,
+        "dtype": str(states.dtype).removeprefix("mlx.core."),
+        "head_bits": rows.bits if rows.quantized else 8 * rows.weight.dtype.size,
+        "backend": head.backend,
+        "head_mb": sum(array.nbytes for array in rows.arrays().values()) / 1e6,
+    }
+
+
+def in_batches(states: mx.array, n_rows: int, n_batches: int) -> list[mx.array]:
+    """Evaluated batches (n_rows, D) that go round the states (N, D)."""
+    numbers = np.arange(n_batches * n_rows).reshape(n_batches, n_rows) % len(states)
+    batches = [mx.contiguous(mx.take(states, mx.array(row), axis=0)) for row in numbers]
+    mx.eval(batches)
+    return batches
+
+
 def head_benchmark(
     head: FlashHead,
     states: mx.array,
@@ -129,9 +153,7 @@ def head_benchmark(
     Returns:
         Shapes, milliseconds and ratios, JSON-ready.
     """
-    numbers = np.arange((rounds + 1) * n_rows).reshape(rounds + 1, n_rows) % len(states)
-    batches = [mx.contiguous(mx.take(states, mx.array(row), axis=0)) for row in numbers]
-    mx.eval(batches)
+    batches = in_batches(states, n_rows, rounds + 1)
     named = forms(head)
     seconds = in_turns(
         {name: lambda i, form=form: form(batches[i]) for name, form in named.items()},
@@ -144,18 +166,8 @@ def head_benchmark(
     best_dense = min(
         (DENSE, DENSE_BLOCKS), key=lambda n: spreads[n].median if n in spreads else 1e9
     )
-    rows = head.clustered.rows
-    result = {
-        "vocab_size": head.vocab_size,
-        "hidden_size": head.hidden_size,
-        "n_clusters": head.n_clusters,
-        "cluster_size": head.cluster_size,
-        "n_probes": head.n_probes,
+    result = form_of(head, states) | {
         "rows": n_rows,
-        "dtype": str(states.dtype).removeprefix("mlx.core."),
-        "head_bits": rows.bits if rows.quantized else 8 * rows.weight.dtype.size,
-        "backend": head.backend,
-        "head_mb": sum(array.nbytes for array in rows.arrays().values()) / 1e6,
         "read_mb": read_mb(head, n_rows),
         "best_dense": best_dense,
         "ms": {name: spread.to_dict() for name, spread in spreads.items()},

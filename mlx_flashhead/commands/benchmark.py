@@ -1,8 +1,9 @@
-"""Measures speed: a head, a model, a conversion, samplers; or estimates it for an Apple chip."""
+"""Measures speed: a head, rows at once, a model, a conversion, samplers; or estimates it."""
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +12,9 @@ import numpy as np
 from ..benchmarks.convert import convert_benchmark, index_benchmark
 from ..benchmarks.head import CLUSTER_SIZE, SHAPES, head_benchmark, random_head
 from ..benchmarks.model import SAMPLERS, model_benchmark
+from ..benchmarks.rows import COUNTS, rows_benchmark
 from ..benchmarks.sampler import sampler_benchmark
+from ..head import FlashHead
 from ..install import get_flash_head
 from ..load import load, load_dense, resolve
 from ..quantization import HEAD_BITS
@@ -22,7 +25,8 @@ from .console import check_writable, command
 from .evaluate import PICTURES
 
 DTYPES = ("float32", "float16", "bfloat16")
-HEAD, MODEL, CONVERT, SAMPLER, ESTIMATE = "head", "model", "convert", "sampler", "estimate"
+HEAD, ROWS, MODEL, CONVERT = "head", "rows", "model", "convert"
+SAMPLER, ESTIMATE = "sampler", "estimate"
 SAMPLER_WIDTH = 64  # of the random heads: a sampler reads the clusters, not the rows
 REPORT = """\
 Please send this to the project as an issue, with the template "Benchmark":
@@ -37,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_flashhead.benchmark", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
     _add_head(kinds)
+    _add_rows(kinds)
     _add_model(kinds)
     _add_convert(kinds)
     _add_sampler(kinds)
@@ -50,6 +55,33 @@ def _add_head(kinds) -> None:
         help="time a head",
         description="Time a head alone: dense, and FlashHead to candidates, a token, full logits.",
     )
+    _add_which_head(parser)
+    parser.add_argument(
+        "--rows", type=int, default=1, help="Hidden states at once (default: %(default)s)."
+    )
+    _add_common(parser, rounds=20)
+
+
+def _add_rows(kinds) -> None:
+    parser = kinds.add_parser(
+        ROWS,
+        help="time a head against the number of rows at once",
+        description="Time full logits of more and more hidden states at once, dense and with "
+        "FlashHead, and say from how many on dense is faster: the head's max_rows.",
+    )
+    _add_which_head(parser)
+    parser.add_argument(
+        "--rows",
+        type=int,
+        action="append",
+        dest="counts",
+        help="Hidden states at once; may be given several times "
+        f"(default: {', '.join(map(str, COUNTS))}).",
+    )
+    _add_common(parser, rounds=7)
+
+
+def _add_which_head(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--shape",
@@ -70,10 +102,6 @@ def _add_head(kinds) -> None:
         default=16,
         help="Bits of random rows; 16 leaves them in --dtype (default: %(default)s).",
     )
-    parser.add_argument(
-        "--rows", type=int, default=1, help="Hidden states at once (default: %(default)s)."
-    )
-    _add_common(parser, rounds=20)
 
 
 def _add_model(kinds) -> None:
@@ -176,17 +204,21 @@ def main() -> None:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more.")
-    for name in ("batch", "vocab_size"):
+    for name, option in (
+        ("batch", "--batch"),
+        ("counts", "--rows"),
+        ("vocab_size", "--vocab-size"),
+    ):
         for value in getattr(args, name, None) or ():
             if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more.")
+                raise ValueError(f"{option} is {value}: give 1 or more.")
     if args.json:
         check_writable("--json", args.json)
     if args.plot:
         if Path(args.plot).suffix.lower() not in PICTURES:
             raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
         check_writable("--plot", args.plot)
-    measure = {HEAD: _head, MODEL: _model, CONVERT: _convert, SAMPLER: _sampler}
+    measure = {HEAD: _head, ROWS: _rows, MODEL: _model, CONVERT: _convert, SAMPLER: _sampler}
     found = measure[args.kind](args)
     result = {
         "kind": args.kind,
@@ -204,36 +236,51 @@ def main() -> None:
 
 
 def _head(args: argparse.Namespace) -> list[dict]:
+    return [
+        {"name": name}
+        | head_benchmark(
+            head,
+            _states(head, dtype),
+            n_rows=args.rows,
+            rounds=args.rounds,
+            description=f"Timing {name}",
+        )
+        for name, head, dtype in _heads(args)
+    ]
+
+
+def _rows(args: argparse.Namespace) -> list[dict]:
+    return [
+        {"name": name}
+        | rows_benchmark(
+            head,
+            _states(head, dtype),
+            counts=args.counts or COUNTS,
+            rounds=args.rounds,
+            description=f"Timing rows of {name}",
+        )
+        for name, head, dtype in _heads(args)
+    ]
+
+
+def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
+    """The heads asked for, one at a time: name, head, and the dtype of its hidden states."""
     if args.model is not None:
         model, _ = load(args.model, n_probes=args.n_probes)
         head = get_flash_head(model)
         rows = head.clustered.rows
-        dtype = rows.scales.dtype if rows.quantized else rows.weight.dtype
-        return [_timed(Path(args.model).name, head, dtype, args)]
-    results = []
+        yield Path(args.model).name, head, (rows.scales if rows.quantized else rows.weight).dtype
+        return
     for name, (vocab_size, hidden_size) in args.shape:
         dtype = getattr(mx, args.dtype)
-        head = random_head(
-            vocab_size,
-            hidden_size,
-            n_probes=args.n_probes or _usual_probes(vocab_size),
-            dtype=dtype,
-            bits=args.head_bits,
-        )
-        results.append(_timed(name, head, dtype, args))
-    return results
+        form = {"dtype": dtype, "bits": args.head_bits}
+        form["n_probes"] = args.n_probes or _usual_probes(vocab_size)
+        yield name, random_head(vocab_size, hidden_size, **form), dtype
 
 
-def _timed(name: str, head, dtype: mx.Dtype, args: argparse.Namespace) -> dict:
+def _states(head: FlashHead, dtype: mx.Dtype) -> mx.array:
     states = np.random.default_rng(0).normal(size=(64, head.hidden_size)).astype(np.float32)
-    measured = head_benchmark(
-        head,
-        mx.array(states).astype(dtype),
-        n_rows=args.rows,
-        rounds=args.rounds,
-        description=f"Timing {name}",
-    )
-    return {"name": name} | measured
+    return mx.array(states).astype(dtype)
 
 
 def _model(args: argparse.Namespace) -> list[dict]:

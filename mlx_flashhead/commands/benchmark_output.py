@@ -6,7 +6,9 @@ from rich.table import Table
 
 from ..benchmarks.convert import TOTAL
 from ..benchmarks.head import CANDIDATES, DENSE_BLOCKS, LOGITS, TOKEN
+from ..benchmarks.head import DENSE as DENSE_HEAD
 from ..benchmarks.model import DENSE, FLASH_HEAD, NO_HEAD
+from ..benchmarks.rows import DENSE_PATH
 from ..benchmarks.sampler import MLX_LM, OURS
 
 PARTS = ("body", "head", "sampling")
@@ -17,6 +19,7 @@ def print_result(result: dict, console: Console | None = None) -> None:
     console = console or Console()
     tables = {
         "head": _head_table,
+        "rows": _rows_table,
         "model": _model_table,
         "convert": _convert_table,
         "sampler": _sampler_table,
@@ -48,9 +51,7 @@ def _new_table(title: str, headings: tuple[str, ...], caption: str | None = None
 
 def _head_table(one: dict) -> Table:
     table = _new_table(
-        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['head_bits']}-bit "
-        f"rows, {one['dtype']}, {one['n_probes']} of {one['n_clusters']:,} clusters, "
-        f"batch {one['rows']}",
+        f"{_head_title(one)}, batch {one['rows']}",
         ("", "ms", "quartiles", "vs mlx-lm", "vs best dense"),
         f"Reads {one['read_mb']:.1f} MB of weights, dense {one['head_mb']:.1f} MB; cold caches.",
     )
@@ -64,6 +65,51 @@ def _head_table(one: dict) -> Table:
     for name, ms in one.get("gpu_ms", {}).items():
         table.add_row(f"{name}, GPU alone", f"{ms['median']:.3f}", _quartiles(ms), "", "")
     return table
+
+
+def _head_title(one: dict) -> str:
+    return (
+        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['head_bits']}-bit "
+        f"rows, {one['dtype']}, {one['n_probes']} of {one['n_clusters']:,} clusters"
+    )
+
+
+def _rows_table(one: dict) -> Table:
+    table = _new_table(
+        _head_title(one),
+        ("rows", DENSE_HEAD, "dense here", "quartiles", "FlashHead", "quartiles", "faster"),
+        f"ms for full logits, cold caches. {crossover_sentence(one)}",
+    )
+    ms = one["ms"]
+    forms = (ms[DENSE_HEAD], ms[DENSE_PATH], ms[LOGITS])
+    for count, stock, dense, flash in zip(one["counts"], *forms, strict=True):
+        table.add_row(
+            str(count),
+            _short(stock["median"]),
+            _short(dense["median"]),
+            f"{_short(dense['lower'])}–{_short(dense['upper'])}",
+            _short(flash["median"]),
+            f"{_short(flash['lower'])}–{_short(flash['upper'])}",
+            f"{dense['median'] / flash['median']:.2f} x",
+        )
+    return table
+
+
+def _short(ms: float) -> str:
+    """Milliseconds in five characters: 0.93, 12.34, 123.4, 12345."""
+    return f"{ms:.{max(0, 4 - len(str(int(ms)))) if ms >= 100 else 2}f}"
+
+
+def crossover_sentence(one: dict) -> str:
+    """Says from how many rows on the dense path is faster, as measured."""
+    last, first = one["crossover"]["last_faster"], one["crossover"]["slower_from"]
+    if first is None:
+        said = f"FlashHead is still faster at {last} rows, the most that were measured"
+    elif last is None:
+        said = f"dense is faster from {first} on, the fewest rows that were measured"
+    else:
+        said = f"FlashHead is still faster at {last} rows, dense from {first} on"
+    return f"Crossover: {said} (max_rows: {one['max_rows']})."
 
 
 def _model_table(one: dict) -> Table:
@@ -117,26 +163,29 @@ def _quartiles(spread: dict) -> str:
 
 
 def draw(result: dict, path: str) -> None:
-    """Draws one benchmark's figures as bars."""
+    """Draws one benchmark's figures: bars, or lines against the number of rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     results = result["results"]
+    height = 3.6 if result["kind"] == "rows" else 2.2
     figure, axes = plt.subplots(
-        len(results), figsize=(8, 0.6 + 2.2 * len(results)), layout="constrained", squeeze=False
+        len(results), figsize=(8, 0.6 + height * len(results)), layout="constrained", squeeze=False
     )
     draw_one = {
         "head": _draw_head,
+        "rows": _draw_rows,
         "model": _draw_model,
         "convert": _draw_convert,
         "sampler": _draw_sampler,
     }
     for axis, one in zip(axes[:, 0], results, strict=True):
         draw_one[result["kind"]](axis, one)
-        axis.invert_yaxis()
-        axis.grid(axis="x", alpha=0.3)
+        if result["kind"] != "rows":
+            axis.invert_yaxis()
+            axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -148,6 +197,20 @@ def _draw_head(axis, one: dict) -> None:
         axis.bar_label(bar, fmt=" %.2f")
     axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="ms per call")
     axis.margins(x=0.1)
+
+
+def _draw_rows(axis, one: dict) -> None:
+    colors = {DENSE_HEAD: "tab:gray", DENSE_PATH: "tab:orange", LOGITS: "tab:blue"}
+    for name, spreads in one["ms"].items():
+        medians, lower, upper = ([s[k] for s in spreads] for k in ("median", "lower", "upper"))
+        axis.plot(one["counts"], medians, marker="o", color=colors[name], label=name)
+        axis.fill_between(one["counts"], lower, upper, color=colors[name], alpha=0.2, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(one["counts"], [str(count) for count in one["counts"]])
+    axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="rows at once", ylabel="ms per call")
+    axis.grid(alpha=0.3)
+    axis.legend()
 
 
 def _draw_model(axis, one: dict) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mlx_flashhead.commands import benchmark as benchmark_command
+from mlx_flashhead.commands.benchmark_output import _short, crossover_sentence
 
 HEAD = ("head", "--shape", "320,64", "--n-probes", 3, "--rounds", 1)
 
@@ -52,6 +53,45 @@ def test_head_of_a_model(run, converted, tmp_path):
     assert (one["n_probes"], one["hidden_size"], one["name"]) == (2, 128, "model")
 
 
+def test_rows(run, tmp_path):
+    screen, (one, other) = check_outputs(
+        run, tmp_path, "rows", "--shape", "320,64", "--shape", "203,64", "--n-probes", 3,
+        "--rounds", 2, "--rows", 8, "--rows", 1, "--rows", 40,
+    )  # fmt: skip
+    assert one["counts"] == other["counts"] == [1, 8, 40]
+    assert "Crossover: " in screen and "(max_rows: 32)" in screen
+    for spreads in one["ms"].values():
+        assert [spread["runs"] for spread in spreads] == [2, 2, 2]
+
+
+def test_rows_of_a_model(run, converted, tmp_path):
+    _, (one,) = check_outputs(
+        run, tmp_path, "rows", "--model", converted, "--rounds", 1, "--rows", 2
+    )
+    assert (one["n_probes"], one["counts"], one["name"]) == (4, [2], "model")
+
+
+@pytest.mark.parametrize(
+    "last, first, said",
+    [
+        (8, 16, "still faster at 8 rows, dense from 16 on"),
+        (64, None, "still faster at 64 rows, the most that were measured"),
+        (None, 1, "dense is faster from 1 on, the fewest rows that were measured"),
+    ],
+)
+def test_crossover_is_said(last, first, said):
+    one = {"crossover": {"last_faster": last, "slower_from": first}, "max_rows": 32}
+    assert said in crossover_sentence(one)
+
+
+@pytest.mark.parametrize(
+    "ms, said",
+    [(0.934, "0.93"), (12.344, "12.34"), (123.44, "123.4"), (1234.4, "1234"), (12345.0, "12345")],
+)
+def test_milliseconds_are_short(ms, said):
+    assert _short(ms) == said
+
+
 def test_known_shape_has_256_probes(monkeypatch):
     parsed = benchmark_command.make_parser().parse_args(["head", "--shape", "Qwen3-0.6B"])
     assert parsed.shape == [("qwen3-0.6b", (151936, 1024))]
@@ -59,8 +99,7 @@ def test_known_shape_has_256_probes(monkeypatch):
     monkeypatch.setattr(
         benchmark_command, "random_head", lambda *shape, **form: made.append((shape, form))
     )
-    monkeypatch.setattr(benchmark_command, "_timed", lambda *_: {})
-    benchmark_command._head(parsed)
+    list(benchmark_command._heads(parsed))
     ((shape, form),) = made
     assert shape == (151936, 1024) and form["n_probes"] == 256
 
@@ -135,6 +174,8 @@ def test_estimate(run, tmp_path):
         (("head", "--shape", "320,72", "--head-bits", 4), "width of 72"),
         ((*HEAD[:3], "--rounds", 0), "--rounds is 0"),
         ((*HEAD, "--rows", 0), "--rows is 0"),
+        (("rows",), "--shape --model is required"),
+        (("rows", "--shape", "320,64", "--rows", 0), "--rows is 0"),
         ((*HEAD, "--plot", "a.xyz"), "must end in .png"),
         ((*HEAD, "--json", "absent/a.json"), "cannot be written"),
         (("head", "--model", "./absent"), "no folder"),

@@ -1,0 +1,72 @@
+"""A tiny model in both forms, and greedy decoding without any cache to compare all modes with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+
+from mlx_flashhead import FlashHead, convert, get_flash_head, load, stream_generate
+from model_folders import write_model
+
+N_PROBES = 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One model, dense and with a FlashHead of few probes."""
+
+    folder: Path
+    dense_folder: Path
+    model: object
+    dense: object
+    tokenizer: object
+
+    @property
+    def head(self) -> FlashHead:
+        return get_flash_head(self.model)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def tokens(self, model, prompt, max_tokens=12, **options) -> list[int]:
+        """What ``stream_generate`` gives."""
+        stream = stream_generate(model, self.tokenizer, prompt, max_tokens=max_tokens, **options)
+        return [response.token for response in stream]
+
+
+def _attend_strongly(folder: Path) -> None:
+    """Makes each token depend on all before it: a fresh model's follows from the last one alone,
+    so that a wrong cache would not show."""
+    file = str(folder / "model.safetensors")
+    weights = {
+        name: array * 6 if name.endswith(("q_proj.weight", "v_proj.weight")) else array
+        for name, array in mx.load(file).items()
+    }
+    mx.eval(weights)
+    mx.save_safetensors(file, weights, metadata={"format": "mlx"})
+
+
+def make_pair(folder: Path, *, tied: bool, seed: int = 4, **options) -> Pair:
+    dense = write_model(folder / "dense", tied=tied, hidden_size=128, seed=seed, **options)
+    _attend_strongly(dense)
+    converted = folder / "converted"
+    convert(str(dense), str(converted), n_probes=N_PROBES, calibration="none", progress=False)
+    model, tokenizer = load(str(converted))
+    return Pair(converted, dense, model, mlx_lm.load(str(dense))[0], tokenizer)
+
+
+def uncached(model, prompt: list[int], n_tokens: int = 12) -> list[int]:
+    """Greedy tokens, each by a forward pass over all tokens before it, whose last state alone
+    goes through the head: a mode that answers otherwise is wrong."""
+    ids = list(prompt)
+    for _ in range(n_tokens):
+        ids.append(mx.argmax(last_logits(model, ids)).item())
+    return ids[len(prompt) :]
+
+
+def last_logits(model, ids: list[int]) -> mx.array:
+    hidden = model.model(mx.array([ids]))[:, -1:]
+    if model.args.tie_word_embeddings:
+        return model.model.embed_tokens.as_linear(hidden)[0, 0]
+    return model.lm_head(hidden)[0, 0]

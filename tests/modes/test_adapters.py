@@ -1,0 +1,81 @@
+"""LoRA and DoRA adapters of the body work; those of the head must be fused first."""
+
+import json
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_flashhead import get_flash_head, load
+from model_pair import uncached
+
+PROMPT = "How do I bake bread"
+HEADS = {"tied": "model.embed_tokens", "untied": "lm_head"}
+
+
+def write_adapters(folder, dense, *, kind="lora", keys=("self_attn.q_proj", "mlp.down_proj")):
+    """Random adapters for a dense model's folder."""
+    parameters = {"rank": 4, "scale": 8.0, "dropout": 0.0, "keys": list(keys)}
+    model, _ = mlx_lm.load(str(dense))
+    linear_to_lora_layers(model, 2, parameters, use_dora=kind == "dora")
+    rng = np.random.default_rng(0)
+    weights = {
+        name: mx.array(rng.normal(scale=0.3, size=array.shape).astype(np.float32))
+        for name, array in tree_flatten(model.parameters())
+        if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b")
+    }
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_of_the_body(pair, tmp_path, kind):
+    adapters = str(write_adapters(tmp_path / "adapters", pair.dense_folder, kind=kind))
+    dense, _ = mlx_lm.load(str(pair.dense_folder), adapter_path=adapters)
+    model, _ = load(str(pair.folder), adapter_path=adapters)
+    ids = pair.encode(PROMPT)
+    assert uncached(dense, ids) != uncached(pair.dense, ids)
+    assert pair.tokens(model, ids) == uncached(model, ids) != uncached(dense, ids)
+    head = get_flash_head(model)
+    assert pair.tokens(model, ids, n_probes=head.n_clusters) == uncached(dense, ids)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_of_the_head_are_refused(pair, tmp_path, kind):
+    path = HEADS["tied" if pair.model.args.tie_word_embeddings else "untied"]
+    adapters = write_adapters(tmp_path / "adapters", pair.dense_folder, kind=kind, keys=(path,))
+    with pytest.raises(ValueError) as error:
+        load(str(pair.folder), adapter_path=str(adapters))
+    said = str(error.value)
+    assert f"{path!r} carries a LoRA adapter" in said and "must be fused first" in said
+    assert "\n" not in said and said.endswith(".")
+
+
+def test_fully_tuned_weights(pair, tmp_path):
+    """Adapters of the kind "full" are weights: those of the body fit, another head does not."""
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full"}))
+    file = str(folder / "adapters.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    changed = dict(tree_flatten(pair.dense.parameters()))[name] * -1
+    mx.save_safetensors(file, {name: changed})
+    ids = pair.encode(PROMPT)
+    dense, _ = mlx_lm.load(str(pair.dense_folder), adapter_path=str(folder))
+    model, _ = load(str(pair.folder), adapter_path=str(folder), n_probes=pair.head.n_clusters)
+    assert pair.tokens(model, ids) == uncached(dense, ids) != uncached(pair.dense, ids)
+    head = HEADS["tied" if pair.model.args.tie_word_embeddings else "untied"] + ".weight"
+    mx.save_safetensors(file, {head: dict(tree_flatten(pair.dense.parameters()))[head] * 2})
+    with pytest.raises(ValueError, match="belongs to other rows than this model's"):
+        load(str(pair.folder), adapter_path=str(folder))
+
+
+def test_adapters_that_are_not_there(pair, tmp_path):
+    with pytest.raises(ValueError, match=r"adapter path does not exist: .*nowhere"):
+        load(str(pair.folder), adapter_path=str(tmp_path / "nowhere"))

@@ -1,0 +1,104 @@
+"""Models that bring their own Python code, as mlx-lm's ``model_file`` names it."""
+
+import json
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+from mlx_flashhead import convert, get_flash_head, load, stream_generate
+from model_folders import write_model
+
+CODE = """
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama
+
+
+@dataclass
+class ModelArgs(llama.ModelArgs):
+    logit_cap: float = 10.0
+
+
+class Model(nn.Module):
+    # a llama whose logits are capped, under other names
+
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        self.body = llama.LlamaModel(args)
+        self.output = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(self, inputs, cache=None):
+        logits = self.output(self.body(inputs, cache))
+        return self.args.logit_cap * mx.tanh(logits / self.args.logit_cap)
+
+    def sanitize(self, weights):
+        names = {"model.": "body.", "lm_head.": "output."}
+        return {
+            next((new + k[len(old):] for old, new in names.items() if k.startswith(old)), k): v
+            for k, v in weights.items()
+        }
+
+    @property
+    def layers(self):
+        return self.body.layers
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """``(dense, converted)``."""
+    folder = tmp_path_factory.mktemp("remote")
+    further = {"model_type": "of_its_own", "model_file": "own_model.py", "logit_cap": 8.0}
+    dense = write_model(folder / "dense", tied=False, hidden_size=128)
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | further))
+    (dense / "own_model.py").write_text(CODE)
+    options = {"n_probes": 3, "calibration_positions": 40, "progress": False}
+    convert(str(dense), str(folder / "converted"), trust_remote_code=True, **options)
+    return dense, folder / "converted"
+
+
+def greedy(model, ids, n_tokens=10):
+    """Without a cache; one state alone goes through the head."""
+    ids = list(ids)
+    for _ in range(n_tokens):
+        hidden = model.body(mx.array([ids]), None)[:, -1:]
+        ids.append(mx.argmax(model.output(hidden)).item())
+    return ids[-n_tokens:]
+
+
+def test_generates(folders):
+    dense, _ = mlx_lm.load(str(folders[0]), trust_remote_code=True)
+    model, tokenizer = load(str(folders[1]), trust_remote_code=True)
+    assert type(model).__module__ == "custom_model" != "mlx_lm"
+    head = get_flash_head(model)
+    ids = tokenizer.encode("How do I bake bread")
+    assert greedy(model, ids) != greedy(dense, ids)
+    for n_probes, reference in ((head.n_probes, model), (head.n_clusters, dense)):
+        options = {"n_probes": n_probes, "max_tokens": 10}
+        found = [response.token for response in stream_generate(model, tokenizer, ids, **options)]
+        assert found == greedy(reference, ids)
+
+
+def test_logits_are_capped_by_the_models_own_code(folders):
+    model, _ = load(str(folders[1]), trust_remote_code=True)
+    logits = model(mx.array([[3, 4]]))
+    assert 1 < mx.max(mx.abs(logits)).item() <= 8
+
+
+def test_own_code_is_not_run_without_leave(folders, tmp_path):
+    dense, converted = folders
+    for call in (
+        lambda: load(str(converted)),
+        lambda: convert(str(dense), str(tmp_path / "new"), progress=False),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        said = str(error.value)
+        assert "own_model.py" in said and "trust" in said and said.endswith(".")
+        assert "\n" not in said
+    assert list(tmp_path.iterdir()) == []
