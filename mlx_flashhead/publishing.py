@@ -32,14 +32,15 @@ def checkpoint_name(origin: Origin, rows: HeadRows, body: str | None) -> str:
             name ends in the head's.
     """
     label = body or precision_label(rows)
-    name = re.sub(r"[^\w.-]+", "-", origin.name, flags=re.ASCII).strip("-.") or "model"
+    # the Hub's names have no others, and neither "--" nor ".."
+    name = re.sub(r"[^\w.]+|\.{2,}", "-", origin.name, flags=re.ASCII).strip("-.") or "model"
     name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
     if origin.licence is not None and not licences.has_prefix(origin.licence, name):
         name = name.removeprefix("Meta-")
         if not licences.has_prefix(origin.licence, name):
             name = f"{origin.licence.prefix}-{name}"
     ending = f"-FlashHead-{label}"
-    return name[: MAX_NAME - len(ending)] + ending
+    return name[: MAX_NAME - len(ending)].rstrip("-.") + ending
 
 
 def precision_label(rows: HeadRows) -> str:
