@@ -5,7 +5,6 @@ import os
 import socket
 from collections.abc import Callable
 from functools import partial
-from http.server import ThreadingHTTPServer
 
 from .compat import get_system_fingerprint, replaced, server_module
 from .serving_cache import PromptCaches
@@ -13,6 +12,7 @@ from .serving_generator import FlashHeadGenerator
 from .serving_handler import FlashHeadHandler
 from .serving_json import STRICT_JSON
 from .serving_provider import FlashHeadProvider
+from .web.handler import BoundedServer
 
 
 def serve(
@@ -49,11 +49,7 @@ def serve(
             generator.stop_and_join()
 
 
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 128  # several clients may come at once
-
-
-def _listen(host: str, port: int) -> ThreadingHTTPServer:
+def _listen(host: str, port: int) -> BoundedServer:
     """A server that listens, and answers once it has a handler.
 
     Raises:
@@ -63,7 +59,7 @@ def _listen(host: str, port: int) -> ThreadingHTTPServer:
         (family, *_, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        server_class = type("_Server", (_Server,), {"address_family": family})
+        server_class = type("_Server", (BoundedServer,), {"address_family": family})
         return server_class(address, FlashHeadHandler)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

@@ -55,6 +55,7 @@ CALLS = {
     ),
     "mlx_lm.server.APIHandler": (("response_generator", "args"), ("system_fingerprint",)),
     "mlx_lm.server.APIHandler._set_completion_headers": (("self", "status_code"), ()),
+    "mlx_lm.server.APIHandler._set_cors_headers": (("self",), ()),
     "mlx_lm.server.APIHandler.do_GET": (("self",), ()),
     "mlx_lm.server.APIHandler.do_POST": (("self",), ()),
     "mlx_lm.server.APIHandler.generate_response": (
@@ -95,6 +96,10 @@ CALLS = {
     "mlx_lm.utils.save": (
         ("dst_path", "src_path_or_repo", "model", "tokenizer", "config"),
         ("donate_model",),
+    ),
+    "mlx_lm.utils.sharded_load": (
+        ("repo", "pipeline_group", "tensor_group"),
+        ("return_config", "tokenizer_config", "trust_remote_code"),
     ),
 }
 # What only has to be there, and what it has to be.

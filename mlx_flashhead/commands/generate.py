@@ -9,7 +9,9 @@ from ..compat import generate_module, replaced
 from ..generation import head_settings
 from ..load import load, load_dense, resolve
 from ..sampling import make_sampler
+from ..sharded import load_dense_part, sharded_load
 from .console import command
+from .processes import draw_alike, first_process_speaks, join_processes, leave_together
 
 
 def make_parser():
@@ -35,30 +37,40 @@ def make_parser():
         help="Draw the clusters by probability at --temp, as in the paper, instead of sampling "
         "from full logits.",
     )
+    group.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="Under mlx.launch, share the layers out instead of splitting each of them.",
+    )
     return parser
 
 
 @command
 def main() -> None:
     """Entry point of ``mlx_flashhead.generate``."""
-    parser = make_parser()
-    args = parser.parse_args()
-    _check_arguments(parser, args)
+    processes = join_processes()
+    with first_process_speaks(processes, errors=True):  # all make the same mistake
+        parser = make_parser()
+        args = parser.parse_args()
+        _check_arguments(parser, args)
+        _check_processes(parser, args, processes)
 
     flash = None  # the model, once it is loaded
-    with ExitStack() as stack:
+    with first_process_speaks(processes), ExitStack() as stack:
 
-        def load_for_main(path, **kwargs):
+        def load_for_main(path, *, return_config=False, **kwargs):
             nonlocal flash
-            if path == args.draft_model or args.dense:
-                return_config = kwargs.pop("return_config", False)
+            if processes.size() > 1:
+                loaded = _load_part(args, processes, path, **kwargs)
+            elif path == args.draft_model or args.dense:
                 loaded = load_dense(resolve(path), **kwargs)
-                return loaded if return_config else loaded[:2]
-            loaded = load(path, n_probes=args.n_probes, **kwargs)
-            flash = loaded[0]
-            temperature = args.temp if args.draw_probes else None
-            stack.enter_context(head_settings(flash, draw_probes=temperature))
-            return loaded
+            else:
+                loaded = load(path, n_probes=args.n_probes, return_config=True, **kwargs)
+            if path != args.draft_model and not args.dense:
+                flash = loaded[0]
+                temperature = args.temp if args.draw_probes else None
+                stack.enter_context(head_settings(flash, draw_probes=temperature))
+            return loaded if return_config else loaded[:2]
 
         def sampler_for_main(*arguments, **named):
             return make_sampler(*arguments, **named, model=flash)
@@ -71,6 +83,21 @@ def main() -> None:
             setup_arg_parser=lambda: parsed,
         ):
             generate_module.main()
+        leave_together(processes, generate_module.generation_stream)
+
+
+def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **_):
+    how = {
+        "pipeline_group": processes if args.pipeline else None,
+        "tokenizer_config": tokenizer_config,
+        "trust_remote_code": trust_remote_code,
+    }
+    if args.dense:
+        loaded = load_dense_part(path, **how)
+    else:
+        loaded = sharded_load(path, n_probes=args.n_probes, return_config=True, **how)
+    draw_alike(processes, args.seed)
+    return loaded
 
 
 def _check_arguments(parser, args) -> None:
@@ -89,3 +116,21 @@ def _check_arguments(parser, args) -> None:
             json.loads(args.chat_template_config)
         except json.JSONDecodeError:
             parser.error('--chat-template-config must be JSON, such as {"enable_thinking": false}')
+
+
+def _check_processes(parser, args, processes) -> None:
+    if processes.size() == 1:
+        if args.pipeline:
+            parser.error("--pipeline needs several processes: start them with mlx.launch")
+        return
+    for option, given in (
+        ("--adapter-path", args.adapter_path),
+        ("--draft-model", args.draft_model),
+        ("--prompt-cache-file", args.prompt_cache_file),
+        ("--image", args.image),
+        ("--quantize-activations", args.quantize_activations),
+    ):
+        if given:
+            parser.error(f"{option} is for one process: start it without mlx.launch")
+    if args.prompt == "-":
+        parser.error("--prompt - reads an input that mlx.launch does not end: give the prompt")
