@@ -23,7 +23,13 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, get_system_fingerprint
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, dequantize_model, quantize_model, save
+from mlx_lm.utils import (
+    DEFAULT_ALLOW_PATTERNS,
+    dequantize_model,
+    quantize_model,
+    save,
+    sharded_load,
+)
 from mlx_lm.utils import _download as download
 
 __all__ = [
@@ -52,6 +58,7 @@ __all__ = [
     "replaced",
     "save",
     "server_module",
+    "sharded_load",
     "trim_prompt_cache",
 ]
 

@@ -5,13 +5,14 @@ import os
 import socket
 from collections.abc import Callable
 from functools import partial
-from http.server import ThreadingHTTPServer
 
-from .compat import LRUPromptCache, get_system_fingerprint, replaced, server_module
+from .compat import get_system_fingerprint, replaced, server_module
+from .serving_cache import PromptCaches
 from .serving_generator import FlashHeadGenerator
 from .serving_handler import FlashHeadHandler
 from .serving_json import STRICT_JSON
 from .serving_provider import FlashHeadProvider
+from .web.handler import BoundedServer
 
 
 def serve(
@@ -35,7 +36,7 @@ def serve(
         ValueError: If the port cannot be had, or the default model cannot be loaded.
     """
     with _listen(host, port) as server, replaced(server_module, json=STRICT_JSON):
-        prompt_cache = LRUPromptCache(provider.cli_args.prompt_cache_size)
+        prompt_cache = PromptCaches(provider.cli_args.prompt_cache_size)
         generator = FlashHeadGenerator(provider, prompt_cache)
         try:
             provider.ready.result()
@@ -48,11 +49,7 @@ def serve(
             generator.stop_and_join()
 
 
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 128  # several clients may come at once
-
-
-def _listen(host: str, port: int) -> ThreadingHTTPServer:
+def _listen(host: str, port: int) -> BoundedServer:
     """A server that listens, and answers once it has a handler.
 
     Raises:
@@ -62,7 +59,7 @@ def _listen(host: str, port: int) -> ThreadingHTTPServer:
         (family, *_, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        server_class = type("_Server", (_Server,), {"address_family": family})
+        server_class = type("_Server", (BoundedServer,), {"address_family": family})
         return server_class(address, FlashHeadHandler)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

@@ -49,8 +49,14 @@ CALLS = {
     "mlx_lm.models.cache.make_prompt_cache": (("model", "max_kv_size"), ()),
     "mlx_lm.models.cache.trim_prompt_cache": (("cache", "num_tokens"), ()),
     "mlx_lm.models.cache.LRUPromptCache": (("max_size",), ()),
+    "mlx_lm.models.cache.LRUPromptCache.fetch_nearest_cache": (("self", "model", "tokens"), ()),
+    "mlx_lm.models.cache.LRUPromptCache.insert_cache": (
+        ("self", "model", "tokens", "prompt_cache"),
+        ("cache_type",),
+    ),
     "mlx_lm.server.APIHandler": (("response_generator", "args"), ("system_fingerprint",)),
     "mlx_lm.server.APIHandler._set_completion_headers": (("self", "status_code"), ()),
+    "mlx_lm.server.APIHandler._set_cors_headers": (("self",), ()),
     "mlx_lm.server.APIHandler.do_GET": (("self",), ()),
     "mlx_lm.server.APIHandler.do_POST": (("self",), ()),
     "mlx_lm.server.APIHandler.generate_response": (
@@ -91,6 +97,10 @@ CALLS = {
     "mlx_lm.utils.save": (
         ("dst_path", "src_path_or_repo", "model", "tokenizer", "config"),
         ("donate_model",),
+    ),
+    "mlx_lm.utils.sharded_load": (
+        ("repo", "pipeline_group", "tensor_group"),
+        ("return_config", "tokenizer_config", "trust_remote_code"),
     ),
 }
 # What only has to be there, and what it has to be.

@@ -104,7 +104,8 @@ def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         assert archive.read("mlx_flashhead/metal/flash_head.metal") == KERNELS.read_bytes()
-    files = (CHECKOUT / "mlx_flashhead").rglob("*.py")
+    package = CHECKOUT / "mlx_flashhead"
+    files = [*package.rglob("*.py"), *(package / "web" / "page").iterdir()]
     modules = {path.relative_to(CHECKOUT).as_posix() for path in files}
     assert modules <= names
     top = {name.split("/")[0] for name in names}
@@ -147,7 +148,7 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
 def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine, extra):
     found = requirements(metadata, platform, machine, extra)
     assert found["mlx"] == ({"cpu"} if platform == "linux" else set())
-    expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm", "rich", "matplotlib"}
+    expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm", "rich", "matplotlib", "segno"}
     if extra == "evaluate":
         expected |= {"lm-eval"}
     if extra == "test":
@@ -156,6 +157,8 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
             "pytest",
             "pytest-xdist",
             "openai",
+            "playwright",
+            "zxing-cpp",
             "pexpect",
             "filelock",
             "gguf",

@@ -119,6 +119,15 @@ def test_completion_is_what_the_package_generates(client, flash, prompt):
     assert complete(client, prompt) == generated(flash, prompt)
 
 
+@pytest.mark.parametrize("options", [{}, {"seed": 1}])
+def test_a_text_is_continued(client, flash, chain_model, options):
+    """The prompt is all that the server has in its cache of the first request."""
+    model = str(chain_model)
+    first = complete(client, "a", model=model, max_tokens=2, **options)
+    assert first == "one two"
+    assert complete(client, "a one two", model=model, **options) == "three four"
+
+
 def test_streams_add_up(client):
     expected = chat(client).choices[0].message.content
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))

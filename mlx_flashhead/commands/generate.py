@@ -10,7 +10,9 @@ from ..compat import generate_module, load_prompt_cache, replaced
 from ..generation import head_settings
 from ..load import load, load_dense, resolve
 from ..sampling import make_sampler
+from ..sharded import load_dense_part, sharded_load
 from .console import command
+from .processes import draw_alike, first_process_speaks, join_processes, leave_together
 
 
 def make_parser():
@@ -38,34 +40,44 @@ def make_parser():
         help="Draw the clusters by probability at --temp, as in the paper, instead of sampling "
         "from full logits.",
     )
+    group.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="Under mlx.launch, share the layers out instead of splitting each of them.",
+    )
     return parser
 
 
 @command
 def main() -> None:
     """Entry point of ``mlx_flashhead.generate``."""
-    parser = make_parser()
-    args = parser.parse_args()
-    _check_arguments(parser, args)
+    processes = join_processes()
+    with first_process_speaks(processes, errors=True):  # all make the same mistake
+        parser = make_parser()
+        args = parser.parse_args()
+        _check_arguments(parser, args)
+        _check_processes(parser, args, processes)
 
-    flash = None  # the model, once it is loaded
-    with ExitStack() as stack:
+    target = None  # the model, once it is loaded
+    with first_process_speaks(processes), ExitStack() as stack:
 
-        def load_for_main(path, **kwargs):
-            nonlocal flash
-            if "return_config" not in kwargs:  # as the main program loads the draft model
+        def load_for_main(path, *, return_config=False, **kwargs):
+            nonlocal target
+            if target is not None:  # the draft model comes second
                 return load_draft(path, trust_remote_code=args.trust_remote_code)
-            if args.dense:
-                kwargs.pop("return_config")
-                return load_dense(resolve(path), **kwargs)
-            loaded = load(path, n_probes=args.n_probes, **kwargs)
-            flash = loaded[0]
-            temperature = args.temp if args.draw_probes else None
-            stack.enter_context(head_settings(flash, draw_probes=temperature))
-            return loaded
+            if processes.size() > 1:
+                loaded = _load_part(args, processes, path, **kwargs)
+            elif args.dense:
+                loaded = load_dense(resolve(path), **kwargs)
+            else:
+                loaded = load(path, n_probes=args.n_probes, return_config=True, **kwargs)
+            target = loaded[0]
+            if args.draw_probes:
+                stack.enter_context(head_settings(target, draw_probes=args.temp))
+            return loaded if return_config else loaded[:2]
 
         def sampler_for_main(*arguments, **named):
-            return make_sampler(*arguments, **named, model=flash)
+            return make_sampler(*arguments, **named, model=None if args.dense else target)
 
         parsed = SimpleNamespace(parse_args=lambda: args)
         with replaced(
@@ -75,6 +87,21 @@ def main() -> None:
             setup_arg_parser=lambda: parsed,
         ):
             generate_module.main()
+        leave_together(processes, generate_module.generation_stream)
+
+
+def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **_):
+    how = {
+        "pipeline_group": processes if args.pipeline else None,
+        "tokenizer_config": tokenizer_config,
+        "trust_remote_code": trust_remote_code,
+    }
+    if args.dense:
+        loaded = load_dense_part(path, **how)
+    else:
+        loaded = sharded_load(path, n_probes=args.n_probes, return_config=True, **how)
+    draw_alike(processes, args.seed)
+    return loaded
 
 
 def load_draft(path: str, **kwargs):
@@ -123,3 +150,21 @@ def _check_prompt_cache(parser, args) -> None:
         parser.error(
             "--prompt-cache-file has no cache of a draft model in it: leave --draft-model out"
         )
+
+
+def _check_processes(parser, args, processes) -> None:
+    if processes.size() == 1:
+        if args.pipeline:
+            parser.error("--pipeline needs several processes: start them with mlx.launch")
+        return
+    for option, given in (
+        ("--adapter-path", args.adapter_path),
+        ("--draft-model", args.draft_model),
+        ("--prompt-cache-file", args.prompt_cache_file),
+        ("--image", args.image),
+        ("--quantize-activations", args.quantize_activations),
+    ):
+        if given:
+            parser.error(f"{option} is for one process: start it without mlx.launch")
+    if args.prompt == "-":
+        parser.error("--prompt - reads an input that mlx.launch does not end: give the prompt")

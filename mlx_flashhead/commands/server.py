@@ -1,8 +1,10 @@
-"""Serves models: ``mlx_lm.server`` with a FlashHead, all its flags and two more."""
+"""Serves models: ``mlx_lm.server`` with a FlashHead, all its flags, a page and more."""
 
 import argparse
 import signal
+import sys
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 from huggingface_hub import CacheNotFound, scan_cache_dir
 
@@ -11,8 +13,11 @@ from ..install import get_flash_head
 from ..load import resolve
 from ..sampling import make_sampler
 from ..serving import serve
+from ..serving_page import PageHandler, default_settings
 from ..serving_provider import FlashHeadProvider, canonical
+from ..web.lan import announce as announce_on_network
 from .console import command
+from .server_access import access_of, add_access_flags, check_access
 
 
 @command
@@ -34,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self):
         self.prog = "mlx_flashhead.server"
-        self.description = "Serve FlashHead checkpoints over the OpenAI API."
+        self.description = "Serve FlashHead checkpoints: a page for browsers, and the OpenAI API."
         self.set_defaults(log_level="WARNING")
         for action in self._actions:
             if action.dest == "model":
@@ -53,6 +58,7 @@ class _Parser(argparse.ArgumentParser):
             action="store_true",
             help="Score every token, unless a request says otherwise: the dense model.",
         )
+        add_access_flags(self)
         args = super().parse_args()
         self._check(args)
         return _fetched(args)
@@ -66,6 +72,7 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"--max-tokens is {args.max_tokens}: it must be 1 or more")
         if args.dense and args.n_probes is not None:
             self.error("--dense scores every token: leave --n-probes out")
+        check_access(self, args)
 
 
 def _fetched(args):
@@ -89,14 +96,18 @@ def _cached():
 def _run(host: str, port: int, provider: FlashHeadProvider) -> None:
     """Takes the place of mlx-lm's function that its main program ends with."""
     args = provider.cli_args
+    args.access = access_of(args)
 
     def announce(url):
+        args.page_info = default_settings(provider)
         dense = args.dense or get_flash_head(provider.model) is None
         how = "dense" if dense else "with FlashHead"
         print(f"Serving {args.model} {how} at {url} (Ctrl-C ends it)", flush=True)
+        if args.access.token is not None:
+            announce_on_network(host, urlsplit(url).port, args.access.token, sys.stdout)
 
     def sampler_of_request(*arguments, **named):
         return make_sampler(*arguments, **named, model=provider.model)
 
     with replaced(server_module, make_sampler=sampler_of_request):
-        serve(host, port, provider, announce=announce)
+        serve(host, port, provider, handler_class=PageHandler, announce=announce)

@@ -68,7 +68,7 @@ def test_module_says_how_it_is_used_without_a_warning(command):
     options = {
         "generate": ("--draw-probes", "--model"),
         "chat": ("--n-probes", "--system-prompt"),
-        "server": ("--n-probes", "--model", "--prompt-cache-size"),
+        "server": ("--n-probes", "--model", "--prompt-cache-size", "--lan"),
         "convert": ("--head-bits", "--model"),
         "upload": ("--path", "--repo"),
         "evaluate": ("--probes", "--model"),

@@ -1,0 +1,199 @@
+"""Who may talk to the server: rules on the token, the Host, the Origin and the size of a request.
+
+On 127.0.0.1 there is no token, and the Host has to be a name of the machine itself: otherwise any
+web page could reach the server by letting its own name point here (DNS rebinding). On a network
+every request but the icon and the manifest needs the token as well.
+"""
+
+import hmac
+import ipaddress
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.message import Message
+from http import HTTPStatus
+from urllib.parse import parse_qs, urlsplit
+
+COOKIE = "flashhead_token"
+MAX_BODY_BYTES = 8 << 20  # 2 million tokens of text, or some photographs
+# An operating system fetches these without cookies when a page is put on the Home Screen.
+PUBLIC_PATHS = frozenset({"/manifest.webmanifest", "/apple-touch-icon.png"})
+# A browser that opens one of these can't send a header; it shall not be done anywhere else, since
+# addresses are kept in histories.
+QUERY_PATHS = frozenset({"/", "/manifest.webmanifest"})
+
+_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # none that looks like another: people type them
+_GROUPS, _GROUP_LENGTH = 5, 4
+_TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
+_TOKEN_IN_TARGET = re.compile(r"(?<=[?&]token=)[^&\s]*")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a request is not served.
+
+    Attributes:
+        status: The HTTP status.
+        reason: A sentence for the person who made the request.
+    """
+
+    status: HTTPStatus
+    reason: str
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rules of one server.
+
+    Attributes:
+        token: What a client has to send; None on 127.0.0.1, where none is needed.
+        hosts: Further host names, in lower case, under which the server may be addressed.
+        origins: Origins of other sites whose scripts may use the API, such as
+            ``https://chat.example``.
+    """
+
+    token: str | None = None
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+
+    def refusal(self, method: str, target: str, headers: Message) -> Refusal | None:
+        """The first reason not to serve a request, None if there is none.
+
+        Args:
+            method: Such as ``GET``.
+            target: Path and query, as requested.
+            headers: Of the request.
+        """
+        return (
+            self._refused_host(headers)
+            or self._refused_origin(method, headers)
+            or self._refused_token(method, target, headers)
+            or _refused_body(method, headers)
+        )
+
+    def knows_host(self, host: str) -> bool:
+        """Whether a Host header names this server, whatever its port."""
+        match = _HOST.fullmatch(host.strip())
+        if match is None:
+            return False
+        name = (match[1] or match[2]).lower().rstrip(".")
+        if name == "localhost" or name in self.hosts:
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            # Names in .local are answered for by machines of the same network, never by the DNS.
+            return self.token is not None and name.endswith(".local")
+        # A page that was loaded from an address is of that address: nothing was rebound.
+        return address.is_loopback or self.token is not None
+
+    def accepts(self, token: str | None) -> bool:
+        """Whether ``token`` is the server's; the time it takes tells nothing about it."""
+        if self.token is None:
+            return True
+        given = (token or "").strip().encode()
+        return hmac.compare_digest(given, self.token.encode())
+
+    def cross_origin(self, headers: Message) -> str | None:
+        """The Origin of another site that is allowed, None for all others."""
+        origin = headers.get("Origin")
+        return origin if origin in self.origins else None
+
+    def _refused_host(self, headers: Message) -> Refusal | None:
+        hosts = headers.get_all("Host", [])
+        if len(hosts) != 1:
+            return Refusal(HTTPStatus.BAD_REQUEST, "A request needs one Host header.")
+        if self.knows_host(hosts[0]):
+            return None
+        return Refusal(
+            HTTPStatus.FORBIDDEN,
+            "This server does not go by that name: use its address, or start it with "
+            "--allowed-hosts and the name.",
+        )
+
+    def _refused_origin(self, method: str, headers: Message) -> Refusal | None:
+        origin = headers.get("Origin")
+        if origin is not None:
+            own = f"http://{headers['Host'].strip()}".lower()
+            allowed = origin.lower() == own or origin in self.origins
+        else:
+            # Opening a link from another site is fine; being asked by its script or image is not.
+            by_script = headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+            allowed = not by_script or headers.get("Sec-Fetch-Mode") == "navigate"
+        if allowed:
+            return None
+        return Refusal(
+            HTTPStatus.FORBIDDEN,
+            "Scripts of other sites may not use this server: start it with --allowed-origins and "
+            "the site's origin to allow one.",
+        )
+
+    def _refused_token(self, method: str, target: str, headers: Message) -> Refusal | None:
+        preflight = method == "OPTIONS" and self.cross_origin(headers) is not None
+        if preflight or (method == "GET" and path_of(target) in PUBLIC_PATHS):
+            return None
+        if any(self.accepts(token) for token in given_tokens(target, headers)):
+            return None
+        return Refusal(
+            HTTPStatus.UNAUTHORIZED,
+            "This server needs the token that it printed when it was started, as "
+            "'Authorization: Bearer TOKEN'.",
+        )
+
+
+def new_token() -> str:
+    """A random token of 99 bits that can be read aloud and typed."""
+    letters = [secrets.choice(_LETTERS) for _ in range(_GROUPS * _GROUP_LENGTH)]
+    groups = range(0, len(letters), _GROUP_LENGTH)
+    return "-".join("".join(letters[i : i + _GROUP_LENGTH]) for i in groups)
+
+
+def is_token(text: str) -> bool:
+    """Whether ``text`` can serve as a token: long enough, and the same in an address."""
+    return _TOKEN.fullmatch(text) is not None
+
+
+def path_of(target: str) -> str:
+    """The path of a request's target, without its query."""
+    return target.partition("?")[0]
+
+
+def query_token(target: str) -> str | None:
+    """The token in the query of a request's target."""
+    values: Mapping[str, list[str]] = parse_qs(urlsplit(target).query)
+    return values.get("token", [None])[0]
+
+
+def given_tokens(target: str, headers: Message) -> list[str | None]:
+    """Every token a request carries, [None] if it carries none."""
+    tokens = [query_token(target)] if path_of(target) in QUERY_PATHS else []
+    scheme, _, credentials = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        tokens.append(credentials)
+    for part in headers.get("Cookie", "").split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == COOKIE:
+            tokens.append(value)
+    return tokens or [None]
+
+
+def without_token(target: str) -> str:
+    """A request line or target as it may stand in a log."""
+    return _TOKEN_IN_TARGET.sub("…", target)
+
+
+def _refused_body(method: str, headers: Message) -> Refusal | None:
+    lengths = headers.get_all("Content-Length", [])
+    if "Transfer-Encoding" in headers or (method == "POST" and not lengths):
+        return Refusal(HTTPStatus.LENGTH_REQUIRED, "A request with a body needs Content-Length.")
+    if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,15}", length) for length in lengths):
+        return Refusal(HTTPStatus.BAD_REQUEST, "Content-Length has to be one whole number.")
+    if lengths and int(lengths[0]) > MAX_BODY_BYTES:
+        return Refusal(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"The request has {int(lengths[0]):,} bytes, and at most {MAX_BODY_BYTES:,} are read: "
+            "send less.",
+        )
+    return None

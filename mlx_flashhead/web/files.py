@@ -1,0 +1,92 @@
+"""The files of the page, as a browser gets them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .access import path_of
+
+FOLDER = Path(__file__).parent / "page"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".png": "image/png",
+    ".webmanifest": "application/manifest+json",
+}
+_MANIFEST_LINK = 'href="/manifest.webmanifest"'
+# Nothing but the page's own files, no script in the text, no frame around it.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+# The page that asks for the token has its few styles inside: it may not load anything.
+_LOCKED_POLICY = _POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
+
+
+@dataclass(frozen=True)
+class PageFile:
+    """A response of the page.
+
+    Attributes:
+        content: The body.
+        headers: Its headers, without the length.
+    """
+
+    content: bytes
+    headers: dict[str, str]
+
+
+def page_file(target: str, token: str | None) -> PageFile | None:
+    """What is served under a request's target, None if it is nothing of the page.
+
+    Args:
+        target: Path and query.
+        token: The token that the client has shown, if the server has one. A Home Screen app does
+            not share the browser's cookies, so the manifest's start address carries it.
+    """
+    path = path_of(target)
+    if path == "/":
+        text = _read("index.html").decode()
+        if token is not None:
+            text = text.replace(_MANIFEST_LINK, f'{_MANIFEST_LINK[:-1]}?token={token}"')
+        return _response(text.encode(), ".html")
+    if path == "/manifest.webmanifest":
+        manifest = json.loads(_read("manifest.webmanifest"))
+        if token is not None:
+            manifest["start_url"] += f"?token={token}"
+        return _response(json.dumps(manifest).encode(), ".webmanifest")
+    if path == "/apple-touch-icon.png":
+        return _response(_read("apple-touch-icon.png"), ".png")
+    folder, _, name = path.rpartition("/")
+    # Looked up in a listing: what a client sends is never joined to a path.
+    if folder == "/page" and name in {file.name for file in FOLDER.iterdir()}:
+        return _response(_read(name), Path(name).suffix)
+    return None
+
+
+def locked_page(wrong: bool) -> PageFile:
+    """The page that asks for the token.
+
+    Args:
+        wrong: Whether one was given that is not the server's.
+    """
+    text = _read("locked.html").decode()
+    if not wrong:
+        text = text.replace('<p class="wrong">', '<p class="wrong" hidden>')
+    return _response(text.encode(), ".html", _LOCKED_POLICY)
+
+
+def _read(name: str) -> bytes:
+    return (FOLDER / name).read_bytes()
+
+
+def _response(content: bytes, suffix: str, policy: str = _POLICY) -> PageFile:
+    headers = {
+        "Content-Type": _TYPES[suffix],
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }
+    return PageFile(content, headers)

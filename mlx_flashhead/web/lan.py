@@ -1,0 +1,125 @@
+"""A server on the local network: its address, its token, and both as a QR code."""
+
+import io
+import ipaddress
+import os
+import socket
+from pathlib import Path
+from typing import TextIO
+
+import segno
+
+from .access import is_token, new_token
+
+TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
+_BLACK_AND_WHITE = "\x1b[97;40m"
+_PLAIN = "\x1b[0m"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server bound to ``host`` can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def own_names() -> frozenset[str]:
+    """Names by which other machines may call this one, in lower case."""
+    name = socket.gethostname().lower().rstrip(".")
+    return frozenset({name, name.partition(".")[0]} - {""})
+
+
+def own_address(host: str) -> str:
+    """The address under which other machines reach a server that is bound to ``host``.
+
+    Without a route to any network it is 127.0.0.1.
+    """
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Chooses the interface towards an address reserved for documentation; sends nothing.
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]
+
+
+def kept_token(path: Path) -> str:
+    """The token in a file, a new one if there is no such file.
+
+    It is kept so that an app on a Home Screen still opens after the server was started anew.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        token = new_token()
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(file, "w", encoding="ascii") as opened:
+            opened.write(token + "\n")
+        return token
+    token = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not is_token(token):
+        raise ValueError(
+            f"{path} holds no token (16 to 128 letters, digits, '-' or '_'): delete it, and a new "
+            "one is made."
+        )
+    return token
+
+
+def url(host: str, port: int, token: str | None = None) -> str:
+    """The page's address."""
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
+
+
+def qr_code(text: str, *, colours: bool, blocks: bool = True) -> str:
+    """A QR code for a terminal.
+
+    Args:
+        text: What it says.
+        colours: Whether the terminal understands colours; without, a dark one is assumed.
+        blocks: Half blocks, two modules to a character; else two characters to a module, ASCII.
+    """
+    code = segno.make(text, error="l", micro=False)
+    if blocks:
+        out = io.StringIO()
+        code.terminal(out, compact=True, border=2)
+        lines = out.getvalue().splitlines()
+    else:
+        rows = code.matrix_iter(border=2)
+        lines = ["".join("  " if dark else "##" for dark in row) for row in rows]
+    if colours:
+        lines = [f"{_BLACK_AND_WHITE}{line}{_PLAIN}" for line in lines]
+    return "\n".join(lines)
+
+
+def announce(host: str, port: int, token: str, out: TextIO) -> None:
+    """Prints how another device opens the page and uses the API.
+
+    Args:
+        host: What the server is bound to.
+        port: Its port.
+        token: Its token.
+        out: The terminal.
+    """
+    address = own_address(host)
+    blocks = (out.encoding or "ascii").lower().replace("-", "").startswith("utf")
+    page = url(address, port, token)
+    lines = [
+        "Open this on an iPad, an iPhone or any computer of the network:",
+        "",
+        qr_code(page, colours=out.isatty(), blocks=blocks),
+        "",
+        f"  {page}",
+        "",
+        f"Programs use {url(address, port)}v1 with the token as their API key: {token}",
+        "Whoever has the token can use the model. The connection is not encrypted.",
+    ]
+    print("\n".join(lines), file=out, flush=True)

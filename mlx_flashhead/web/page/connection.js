@@ -1,0 +1,69 @@
+// Is the server there, and does it know us? The banner, the dialog for the token.
+
+import { serverInfo, unlock } from "./api.js";
+
+const EVERY_MS = 2000;
+const banner = document.getElementById("banner");
+const lock = document.getElementById("lock");
+const wrong = document.getElementById("wrong-token");
+const token = document.getElementById("token");
+
+let timer = null;
+let arrived = () => {};
+
+// onInfo is called with what the server tells about itself, at first and whenever it is back.
+export function connect(onInfo) {
+  arrived = onInfo;
+  check();
+  document.addEventListener("visibilitychange", () => document.hidden || check());
+  window.addEventListener("online", check);
+}
+
+// Called after a request has failed.
+export function lost(error) {
+  if (error.kind === "token") askForToken();
+  if (error.kind === "away") check();
+}
+
+async function check() {
+  clearTimeout(timer);
+  try {
+    const info = await serverInfo();
+    if (!banner.hidden) say("The server is back.", false);
+    arrived(info);
+  } catch (error) {
+    if (error.kind === "token") askForToken();
+    else {
+      say("The server does not answer. Your conversations are safe here; trying again …", true);
+      timer = setTimeout(check, EVERY_MS);
+    }
+  }
+}
+
+function say(text, bad) {
+  banner.textContent = text;
+  banner.classList.toggle("wrong", bad);
+  banner.hidden = false;
+  if (!bad) timer = setTimeout(() => (banner.hidden = true), 3000);
+}
+
+function askForToken() {
+  banner.hidden = true;
+  if (!lock.open) lock.showModal();
+}
+
+document.getElementById("unlock").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  try {
+    await unlock(token.value);
+    token.value = "";
+    wrong.hidden = true;
+    lock.close();
+    check();
+  } catch (error) {
+    wrong.textContent = error.kind === "token" ? "That is not this server’s token." : error.message;
+    wrong.hidden = false;
+  }
+});
+// Without a token there is nothing behind the dialog to go back to.
+lock.addEventListener("cancel", (event) => event.preventDefault());

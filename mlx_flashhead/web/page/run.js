@@ -1,0 +1,74 @@
+// One answer being written: asks the server, fills the message, measures.
+
+import { ask, ServerError } from "./api.js";
+
+export class Run {
+  // message: the answer, still empty. changed() is called whenever it has grown.
+  constructor(messages, message, settings, changed) {
+    this.messages = messages;
+    this.message = message;
+    this.settings = settings;
+    this.changed = changed;
+    this.controller = new AbortController();
+  }
+
+  stop() {
+    this.controller.abort();
+  }
+
+  // Resolves when the answer has ended, however it did; to the ServerError if there was one.
+  async finish() {
+    const clock = new Clock();
+    let failure = null;
+    try {
+      for await (const part of ask(this.messages, this.settings, this.controller.signal)) {
+        this.take(part, clock);
+      }
+    } catch (error) {
+      if (error.name === "AbortError") this.message.stopped = true;
+      else failure = this.fail(error);
+    }
+    this.message.running = false;
+    if (clock.tokens) this.message.stats = clock.stats();
+    this.changed();
+    return failure;
+  }
+
+  take({ text, reasoning, finish, usage }, clock) {
+    if (text || reasoning) clock.tick();
+    if (reasoning) this.message.reasoning = (this.message.reasoning ?? "") + reasoning;
+    if (text) this.message.content += text;
+    if (finish) this.message.finish = finish;
+    if (usage) clock.tokens = usage.completion_tokens;
+    this.changed();
+  }
+
+  fail(error) {
+    const known = error instanceof ServerError;
+    this.message.error = known ? error.message : `Something went wrong: ${error.message}`;
+    return known ? error : null;
+  }
+}
+
+// Counts pieces, each of them a token or a few, until the server says how many tokens there were.
+class Clock {
+  constructor() {
+    this.start = performance.now();
+    this.first = null;
+    this.last = null;
+    this.tokens = 0;
+  }
+
+  tick() {
+    this.last = performance.now();
+    this.first ??= this.last;
+    this.tokens += 1;
+  }
+
+  stats() {
+    const first = this.first ?? this.start;
+    const seconds = (this.last - first) / 1000;
+    const speed = this.tokens > 1 && seconds > 0 ? (this.tokens - 1) / seconds : null;
+    return { tokens: this.tokens, speed, first: (first - this.start) / 1000 };
+  }
+}

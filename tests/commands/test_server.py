@@ -1,0 +1,152 @@
+"""``server``: what it prints, how it ends, its flags, and mistakes before it serves."""
+
+import signal
+import socket
+import threading
+
+import pytest
+
+import mlx_flashhead
+from model_folders import VOCAB_SIZE
+from server_process import serving
+
+N_CLUSTERS = -(-VOCAB_SIZE // 16)
+PROMPT = "One day"
+TOKENS = 8
+
+
+def complete(server, **options):
+    """The text of a completion."""
+    options = {"max_tokens": TOKENS} | options
+    answer = server.client().completions.create(model="default_model", prompt=PROMPT, **options)
+    return answer.choices[0].text
+
+
+@pytest.fixture(scope="module")
+def expected(converted):
+    """What the package generates, densely and with one probe."""
+    model, tokenizer = mlx_flashhead.load(str(converted))
+    texts = {
+        name: mlx_flashhead.generate(model, tokenizer, PROMPT, max_tokens=TOKENS, **settings)
+        for name, settings in {"dense": {"dense": True}, "few": {"n_probes": 1}, "": {}}.items()
+    }
+    assert len(set(texts.values())) == 3
+    return texts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_says_where_it_is_and_ends_when_told(converted, expected, tmp_path, number):
+    with serving(tmp_path, "--model", converted) as server:
+        assert server.line == (
+            f"Serving {converted} with FlashHead at {server.url} (Ctrl-C ends it)\n"
+        )
+        assert complete(server) == expected[""]
+        code, rest = server.end(number)
+        assert (code, rest, server.log()) == (0, "Stopped.\n", "")
+
+
+def test_it_ends_amid_an_answer(converted, tmp_path):
+    """A seed, so that the request runs alone; a bias, so that no end token comes."""
+    with serving(tmp_path, "--model", converted) as server:
+        stream = server.client().completions.create(
+            model="default_model",
+            prompt=PROMPT,
+            max_tokens=1_000_000,
+            seed=1,
+            stream=True,
+            logit_bias={"50": 100},
+        )
+        next(iter(stream))
+        code, rest = server.end()
+        assert (code, rest, server.log()) == (0, "Stopped.\n", "")
+
+
+def test_a_client_that_goes_leaves_no_trace(converted, expected, tmp_path):
+    with serving(tmp_path, "--model", converted) as server:
+        stream = server.client().completions.create(
+            model="default_model", prompt=PROMPT, max_tokens=1_000_000, stream=True, seed=1,
+            logit_bias={"50": 100},
+        )  # fmt: skip
+        next(iter(stream))
+        stream.close()
+        assert complete(server) == expected[""]
+        assert server.log() == ""
+
+
+def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_path):
+    flags = ["--draft-model", dense, "--num-draft-tokens", 2, "--max-tokens", TOKENS]
+    flags += ["--prompt-cache-size", 2, "--decode-concurrency", 4, "--prompt-concurrency", 2]
+    flags += ["--prefill-step-size", 16, "--log-level", "INFO", "--n-probes", 1]
+    flags += ["--chat-template", "{{ messages[0].content }}", "--chat-template-args", "{}"]
+    with serving(tmp_path, "--model", converted, *flags) as server:
+        client = server.client()
+        answer = client.completions.create(model="default_model", prompt=PROMPT)
+        assert answer.usage.completion_tokens == TOKENS
+        assert answer.choices[0].text == expected["few"]
+        messages = [{"role": "user", "content": PROMPT}]
+        chat = client.chat.completions.create(model="default_model", messages=messages)
+        assert chat.choices[0].message.content == expected["few"]
+        assert chat.usage.prompt_tokens == len(PROMPT)
+        assert complete(server, extra_body={"dense": True}) == expected["dense"]
+        assert complete(server, extra_body={"n_probes": 4}) == expected[""]
+        assert "POST /v1/completions" in server.log()
+
+
+def test_dense_may_be_asked_for(converted, expected, tmp_path):
+    with serving(tmp_path, "--model", converted, "--dense") as server:
+        assert f"{converted} dense at http" in server.line
+        assert complete(server) == expected["dense"]
+        assert complete(server, extra_body={"dense": False}) == expected[""]
+        assert complete(server, extra_body={"n_probes": 1}) == expected["few"]
+
+
+def test_dense_models_are_served_and_the_log_says_so(dense, expected, tmp_path):
+    with serving(tmp_path, "--model", dense) as server:
+        assert f"{dense} dense at http" in server.line
+        assert f"{dense} is no FlashHead checkpoint: it is served dense." in server.log()
+        assert complete(server) == expected["dense"]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ((), "--model is needed"),
+        (("--model", "./absent"), "There is no folder ./absent"),
+        (("--model", "x", "--port", 70000), "--port is 70000"),
+        (("--model", "x", "--port", "http"), "invalid int value"),
+        (("--model", "x", "--max-tokens", 0), "--max-tokens is 0"),
+        (("--model", "x", "--dense", "--n-probes", 4), "leave --n-probes out"),
+        (("--model", "x", "--no-such-flag"), "unrecognized arguments"),
+        (("--model", "x", "--chat-template-args", "{"), "--chat-template-args"),
+        (("--model", "x", "--log-level", "LOUD"), "invalid choice"),
+    ],
+)
+def test_server_refuses_flags(refused, arguments, said):
+    assert said in refused("server", *arguments)
+
+
+def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
+    served = ("--model", converted, "--port", 0)
+    assert f"1 to {N_CLUSTERS}" in refused("server", *served, "--n-probes", N_CLUSTERS + 1)
+    assert "no folder ./absent" in refused("server", *served, "--draft-model", "./absent")
+    assert "no such host" in refused("server", *served, "--host", "no.such.host.invalid")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        said = refused("server", "--model", converted, "--port", port)
+    assert f"Port {port} of 127.0.0.1" in said and "in use" in said
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in converted.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "flash_head.safetensors").unlink()
+    assert "flash_head.safetensors is missing" in refused("server", "--model", broken, "--port", 0)
+    (broken / "flash_head.safetensors").write_bytes(
+        (converted / "flash_head.safetensors").read_bytes()
+    )
+    (broken / "model.safetensors").write_bytes(b"none")
+    assert "cannot load the model" in refused("server", "--model", broken, "--port", 0)
+    assert threading.active_count() == 1 or all(
+        thread.daemon or thread is threading.main_thread() for thread in threading.enumerate()
+    )

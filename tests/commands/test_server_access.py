@@ -1,0 +1,71 @@
+"""The flags on who may use the server."""
+
+import argparse
+import re
+
+import pytest
+
+from mlx_flashhead.commands.server_access import access_of, add_access_flags, check_access
+from mlx_flashhead.web.access import is_token
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """A function that parses flags as the server's command does."""
+
+    def parse(*flags):
+        parser = argparse.ArgumentParser()
+        # as mlx-lm's parser has them
+        parser.add_argument("--host", default="127.0.0.1")
+        parser.add_argument("--allowed-origins", type=lambda x: x.split(","), default="*")
+        add_access_flags(parser)
+        args = parser.parse_args(["--token-file", str(tmp_path / "token"), *flags])
+        check_access(parser, args)
+        return args
+
+    return parse
+
+
+def test_this_machine_alone_by_default(parse, tmp_path):
+    args = parse()
+    access = access_of(args)
+    assert (args.host, access.token) == ("127.0.0.1", None)
+    assert not access.origins and not access.knows_host("mac.local")
+    assert not (tmp_path / "token").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--lan"], ["--host", "0.0.0.0"], ["--host", "192.168.1.5"], ["--host", "::"]]
+)
+def test_any_network_needs_the_token(parse, flags):
+    args = parse(*flags)
+    access = access_of(args)
+    assert args.host == (flags[1] if flags[1:] else "0.0.0.0")
+    assert is_token(access.token)
+    assert access_of(args).token == access.token
+
+
+def test_names_and_origins_are_added(parse):
+    args = parse("--allowed-hosts", "Mac.fritz.box,other", "--allowed-origins", "https://a.example")
+    access = access_of(args)
+    assert access.knows_host("mac.fritz.box:8080") and access.knows_host("other")
+    assert access.origins == {"https://a.example"}
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--lan", "--host", "127.0.0.1"], "--host 127.0.0.1 is this machine alone: leave it out"),
+        (["--allowed-origins", "*"], "--allowed-origins *: name each site"),
+        (
+            ["--allowed-origins", "https://a.example/path"],
+            "--allowed-origins https://a.example/path",
+        ),
+        (["--allowed-origins", "null"], "--allowed-origins null: name each site"),
+    ],
+)
+def test_contradictions_are_told(parse, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as end:
+        parse(*flags)
+    assert end.value.code == 2
+    assert sentence in re.sub(r"\s+", " ", capsys.readouterr().err)
