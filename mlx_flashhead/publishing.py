@@ -110,10 +110,12 @@ def publish(
     repo_id = hub.full_name(name, user)
     licences.check_name(licence, repo_id)
     check_secrets(folder)
-    if not metadata.get("license"):
-        say("The licence of the base model is not known: make sure that you may publish it, and")
-        say("add `license:` to the header of README.md.")
     address = hub.reserve(repo_id, user, private)
+    if not metadata.get("license"):
+        say(
+            "The base model's licence is not known: make sure that you may publish it, and add "
+            "`license:` to the header of README.md."
+        )
     published = hub.read_card(repo_id)
     own = merged_text(card, published)
     licences.write_notice(licence, folder)
