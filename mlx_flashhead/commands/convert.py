@@ -55,7 +55,8 @@ def make_parser():
         "--clusters",
         metavar="FILE",
         help="Read the clusters from a file in the format of FlashHead's authors "
-        "(clustering_cache.safetensors) instead of making them; the result cannot be uploaded.",
+        "(clustering_cache.safetensors) instead of making them, whatever --cluster-size is; the "
+        "result cannot be uploaded.",
     )
     group.add_argument(
         "--revision", help="Branch, tag or commit of the model's repository (default: main)."

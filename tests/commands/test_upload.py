@@ -138,7 +138,8 @@ def test_clusters_of_a_file(run, refused, dense, tmp_path):
     arrays = {"cluster_assignments": mx.array(given), "centroids": mx.zeros((1, 1, 128, 43))}
     mx.save_safetensors(str(tmp_path / "c.safetensors"), arrays)
     target = tmp_path / "new"
-    code, _, errors = run(*convert(dense, target, "--clusters", tmp_path / "c.safetensors"))
+    flags = ("--clusters", tmp_path / "c.safetensors", "--n-probes", 43)
+    code, _, errors = run(*convert(dense, target, *flags))
     assert code == 0, errors
     index = read_index(target)
     assert index.config.cluster_size == 6
