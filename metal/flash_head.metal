@@ -3,6 +3,8 @@
 //   hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p), ranks (R, C)
 //                 ─ score ─▶ logits (R, p, n), best (R, p) ─ expand ─▶ (R, V)  or  ─ token ─▶ (R,)
 //
+// For samplers that stop at the logits of score, ids gives the tokens they belong to.
+//
 // R positions (B·L), D hidden size, C clusters of n rows each, V tokens, p clusters probed per
 // position. A slot is c·n + i, row i of cluster c; a padded slot has the token id V.
 //
@@ -21,6 +23,7 @@
 // score    32·⌈n/4⌉·p × R                 32·⌈n/4⌉        1         p·n rows, hidden
 // expand   256·⌈V/1024⌉ × R               256             1         slot_of, scores, ranks, logits
 // token    256 × R                        256             2         best, the winners' logits and ids
+// ids      256·⌈p·n/256⌉ × R              256             0         ids of p clusters
 //
 // H is 1, 2 or 4: how many positions share one reading of the centroids. Grids are whole
 // threadgroups, so that no group is cut off at the edge.
@@ -44,7 +47,7 @@ constant constexpr int SELECT_SIMDGROUPS = SELECT_THREADS / LANES;
 constant constexpr int DIGITS = 256;            // a radix pass looks at 8 bits
 constant constexpr int COPIES = 8;              // of the histogram, against contention
 constant constexpr int COPY_STRIDE = DIGITS + 1;  // puts a digit's copies into different banks
-constant constexpr int WIDE_THREADS = 256;      // of expand and token
+constant constexpr int WIDE_THREADS = 256;      // of expand, token and ids
 constant constexpr int WIDE_SIMDGROUPS = WIDE_THREADS / LANES;
 constant constexpr int EXPAND_TOKENS = 4;       // per thread
 constant constexpr uint NOT_PROBED = 0xffffffffu;
@@ -634,6 +637,22 @@ inline void greedy_token(
   }
 }
 
+///////////////////////////////////////////////////////////////////////////////
+// ids: the token ids of the probed clusters, in the order of their logits. One thread per slot.
+///////////////////////////////////////////////////////////////////////////////
+template <int N, int P, typename Probes, typename Ids>
+inline void candidate_ids(
+    Probes probes,     // (R, P) uint
+    Ids token_ids,     // (slots,) uint, V for a padded slot
+    device uint* ids,  // (R, P, N)
+    uint3 grid_position) {
+  if (grid_position.x < uint(P * N)) {
+    const size_t position = grid_position.y;
+    const uint cluster = probes[position * P + grid_position.x / N];
+    ids[position * (P * N) + grid_position.x] = token_ids[cluster * N + grid_position.x % N];
+  }
+}
+
 }  // namespace flash_head
 
 ///////////////////////////////////////////////////////////////////////////////
@@ -732,6 +751,15 @@ template <typename T, int N, int P>
       group.y, thread_id, simdgroup, lane);
 }
 
+template <int N, int P>
+[[kernel]] void flash_head_ids(
+    const device uint* probes [[buffer(0)]],
+    const device uint* token_ids [[buffer(1)]],
+    device uint* ids [[buffer(2)]],
+    uint3 grid_position [[thread_position_in_grid]]) {
+  flash_head::candidate_ids<N, P>(probes, token_ids, ids, grid_position);
+}
+
 #define FLASH_HEAD_KERNEL(name, kernel_name, ...)    \
   template [[host_name(kernel_name "_" name)]] [[kernel]] \
   decltype(__VA_ARGS__) __VA_ARGS__;
@@ -748,5 +776,6 @@ FLASH_HEAD_KERNELS("qwen3_0_6b", bfloat16_t, 151936, 1024)
 FLASH_HEAD_KERNELS("gemma_3_270m", bfloat16_t, 262144, 640)
 FLASH_HEAD_KERNELS("smollm2_135m", bfloat16_t, 49152, 576)
 FLASH_HEAD_KERNEL("16_256", "flash_head_token", flash_head_token<bfloat16_t, 16, 256>)
+FLASH_HEAD_KERNEL("16_256", "flash_head_ids", flash_head_ids<16, 256>)
 
 #endif  // FLASH_HEAD_JIT

@@ -15,6 +15,7 @@ from .head import FlashHead
 from .install import get_flash_head, uninstall
 from .load import load
 from .sampling import make_sampler
+from .sharded import sharded_load
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "get_flash_head",
     "load",
     "make_sampler",
+    "sharded_load",
     "stream_generate",
     "uninstall",
 ]

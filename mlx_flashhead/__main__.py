@@ -9,6 +9,7 @@ COMMANDS = {
     "generate": "generate text",
     "chat": "talk with a model at the terminal",
     "server": "serve over the OpenAI API",
+    "export": "write the head as functions for an app on an iPad or a Mac",
     "evaluate": "measure how close FlashHead comes to the dense head",
     "benchmark": "measure speed, or estimate it for an Apple chip",
 }

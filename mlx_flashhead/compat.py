@@ -18,11 +18,18 @@ from mlx_lm.generate import BatchGenerator, BatchResponse, GenerationResponse, g
 from mlx_lm.models.cache import (
     LRUPromptCache,
     can_trim_prompt_cache,
+    load_prompt_cache,
     make_prompt_cache,
     trim_prompt_cache,
 )
 from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, get_system_fingerprint
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, dequantize_model, quantize_model, save
+from mlx_lm.utils import (
+    DEFAULT_ALLOW_PATTERNS,
+    dequantize_model,
+    quantize_model,
+    save,
+    sharded_load,
+)
 from mlx_lm.utils import _download as download
 
 __all__ = [
@@ -44,12 +51,14 @@ __all__ = [
     "generate_module",
     "generate_step",
     "get_system_fingerprint",
+    "load_prompt_cache",
     "make_prompt_cache",
     "mixed_quant_predicate_builder",
     "quantize_model",
     "replaced",
     "save",
     "server_module",
+    "sharded_load",
     "trim_prompt_cache",
 ]
 

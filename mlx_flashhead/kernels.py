@@ -60,6 +60,9 @@ flash_head::greedy_token<N, P>(
     probes, token_ids, logits, best, tokens, shared, lowest, threadgroup_position_in_grid.y,
     thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
+IDS_SOURCE = """
+flash_head::candidate_ids<N, P>(probes, token_ids, ids, thread_position_in_grid);
+"""
 
 
 @cache
@@ -196,6 +199,7 @@ class MetalSteps(Steps):
         self._token = _kernel(
             "token", ["probes", "token_ids", "logits", "best"], ["tokens"], TOKEN_SOURCE
         )
+        self._ids = _kernel("ids", ["probes", "token_ids"], ["ids"], IDS_SOURCE)
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
@@ -302,3 +306,17 @@ class MetalSteps(Steps):
             output_dtypes=[mx.uint32],
         )
         return tokens
+
+    def token_ids(self, probes: mx.array) -> mx.array:
+        """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""
+        n_rows, n_probes = probes.shape
+        cluster_size = self.clustered.cluster_size
+        (ids,) = self._ids(
+            inputs=[probes, self.clustered.token_ids],
+            template=[("N", cluster_size), ("P", n_probes)],
+            grid=(WIDE_THREADS * -(-n_probes * cluster_size // WIDE_THREADS), n_rows, 1),
+            threadgroup=(WIDE_THREADS, 1, 1),
+            output_shapes=[(n_rows, n_probes, cluster_size)],
+            output_dtypes=[mx.uint32],
+        )
+        return ids

@@ -17,8 +17,13 @@ from .locate import find_head
 from .redaction import redact
 
 
-def resolve(path_or_repo: str, revision: str | None = None) -> Path:
+def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a model: itself, or its download from the Hugging Face Hub.
+
+    Args:
+        path_or_repo: The folder or the repository.
+        revision: Branch, tag or commit of the repository.
+        files: Patterns of what to download; default: the whole checkpoint.
 
     Raises:
         ValueError: If there is neither such a folder nor such a repository.
@@ -34,16 +39,16 @@ def resolve(path_or_repo: str, revision: str | None = None) -> Path:
         return download(
             str(path_or_repo),
             revision=revision,
-            allow_patterns=[*DEFAULT_ALLOW_PATTERNS, FILE_NAME],
+            allow_patterns=files or [*DEFAULT_ALLOW_PATTERNS, FILE_NAME],
         )
     except Exception as error:  # the Hub's client raises many unrelated types
         raise ValueError(
             f"There is no folder {path_or_repo!r} here, and it cannot be had from the Hugging Face "
-            f"Hub ({_reason(error)}): check the name and the network."
+            f"Hub ({reason(error)}): check the name and the network."
         ) from None  # whose text may hold the token
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What the error says, on one line that goes into a sentence."""
     return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
@@ -124,8 +129,11 @@ def loading(folder: Path) -> Iterator[None]:
             "install what it asks for, or use another model."
         ) from error
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        remedy = "check or fetch it again"
+        if "trust_remote_code" in str(error):
+            remedy = "if you trust its code, add --trust-remote-code"
         raise ValueError(
-            f"mlx-lm cannot load the model in {folder} ({_reason(error)}): check or fetch it again."
+            f"mlx-lm cannot load the model in {folder} ({reason(error)}): {remedy}."
         ) from error
 
 

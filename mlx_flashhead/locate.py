@@ -93,6 +93,7 @@ def find_head(model: nn.Module) -> HeadLocation:
         if width == vocab_size and _matrix(module).shape[0] == vocab_size
     ]
     if not found:
+        _refuse_split(calls, vocab_size, name)
         for path, adapted in model.named_modules():  # DoRA multiplies the rows itself
             if _has_adapter(adapted) and adapted.lora_b.shape[-1] == vocab_size:
                 raise _adapted(path)
@@ -183,6 +184,18 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
                 delattr(cls, name)
             else:
                 setattr(cls, name, method)
+
+
+def _refuse_split(calls: list[tuple[nn.Module, str, int]], vocab_size: int, name: str) -> None:
+    for module, _, width in calls:
+        if isinstance(module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
+            processes = module.group.size()
+            if width * processes == vocab_size:
+                raise UnsupportedHeadError(
+                    f"Each of the {processes} processes holds a part of this {name!r} model's "
+                    f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
+                    "by layers instead (--pipeline, or a pipeline_group), or use one process."
+                )
 
 
 def _refuse_wrapped(model: nn.Module, module: nn.Module, path: str) -> None:

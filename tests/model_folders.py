@@ -1,11 +1,11 @@
 """Tiny models in real folders, with a tokenizer: what conversion reads and the commands load."""
 
+import importlib
 import json
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -33,6 +33,7 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> 
 def write_model(
     folder: Path,
     *,
+    arch: str = "llama",
     tied: bool = True,
     dtype: mx.Dtype = mx.float32,
     by_mlx: bool = True,
@@ -42,10 +43,11 @@ def write_model(
     chat_template: str | None = CHAT_TEMPLATE,
     further: dict | None = None,
 ) -> Path:
-    """Writes a random two-layer llama.
+    """Writes a random two-layer model.
 
     Args:
         folder: Folder to make.
+        arch: A module of ``mlx_lm.models`` that takes a llama's configuration.
         tied: Tie the head to the embedding.
         dtype: Of the weights.
         by_mlx: Mark the weights as MLX's, as mlx-lm does, or as PyTorch's.
@@ -59,7 +61,7 @@ def write_model(
         The folder.
     """
     config = {
-        "model_type": "llama",
+        "model_type": arch,
         "hidden_size": hidden_size,
         "num_hidden_layers": 2,
         "intermediate_size": 2 * hidden_size,
@@ -73,7 +75,8 @@ def write_model(
         "eos_token_id": 1,
     } | (further or {})
     mx.random.seed(seed)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
+    architecture = importlib.import_module(f"mlx_lm.models.{arch}")
+    model = architecture.Model(architecture.ModelArgs.from_dict(config))
     weights = {
         # larger than a fresh layer's, so that the logits differ from token to token
         name: (array * 4 if array.ndim == 2 else array).astype(dtype)
@@ -85,3 +88,8 @@ def write_model(
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder, chat_template)
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The contents of a folder's files, by name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}

@@ -89,8 +89,10 @@ def dispatches_of(clustered, hidden, n_probes):
         candidates = steps.score(hidden, selection)
         steps.expand(scores, selection, candidates)
         steps.token(selection, candidates)
+        steps.token_ids(selection.probes)
     names = [dispatch.name for dispatch in emulator.dispatches]
-    assert names == [f"flash_head_{n}" for n in ("route", "select", "score", "expand", "token")]
+    steps = ("route", "select", "score", "expand", "token", "ids")
+    assert names == [f"flash_head_{step}" for step in steps]
     return {name.split("_")[-1]: d for name, d in zip(names, emulator.dispatches, strict=True)}
 
 
@@ -161,7 +163,7 @@ class TestTraffic:
         hidden = mx.array(rng.normal(size=(2, 64))).astype(mx.bfloat16)
         found = dispatches_of(clustered, hidden, 9)
         barriers = {name: dispatch.barriers for name, dispatch in found.items()}
-        assert barriers == {"route": 0, "select": 17, "score": 1, "expand": 1, "token": 2}
+        assert barriers == {"route": 0, "select": 17, "score": 1, "expand": 1, "token": 2, "ids": 0}
         assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 8360
 
 

@@ -5,7 +5,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "convert", "evaluate", "benchmark"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "convert", "export", "evaluate", "benchmark"]
+)
 @pytest.mark.parametrize(
     "error, code, said",
     [

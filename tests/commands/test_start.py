@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-COMMANDS = ("generate", "chat", "server", "convert", "upload", "evaluate", "benchmark")
+COMMANDS = (
+    "generate",
+    "chat",
+    "server",
+    "convert",
+    "export",
+    "upload",
+    "evaluate",
+    "benchmark",
+)
 
 IMPORTS = (
     "import mlx_flashhead.{name}",
@@ -70,6 +79,7 @@ def test_module_says_how_it_is_used_without_a_warning(command):
         "chat": ("--n-probes", "--system-prompt"),
         "server": ("--n-probes", "--model", "--prompt-cache-size", "--lan"),
         "convert": ("--head-bits", "--model"),
+        "export": ("--include-weights", "--for-mlx", "--model"),
         "upload": ("--path", "--repo"),
         "evaluate": ("--probes", "--model"),
         "benchmark": ("head", "model", "convert", "estimate"),

@@ -1,0 +1,77 @@
+"""A command that runs as several processes under ``mlx.launch``: one speaks, all draw alike."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+
+import mlx.core as mx
+
+
+def join_processes() -> mx.distributed.Group:
+    """All processes that were launched together; a group of one without ``mlx.launch``.
+
+    Raises:
+        ValueError: If they do not find each other.
+    """
+    try:
+        return mx.distributed.init()
+    except RuntimeError as error:
+        raise ValueError(
+            f"The processes cannot be joined ({error}): check the hosts and the ports that "
+            "mlx.launch was given."
+        ) from error
+
+
+@contextmanager
+def first_process_speaks(
+    processes: mx.distributed.Group, *, errors: bool = False
+) -> Iterator[None]:
+    """Within the block, only the first process prints.
+
+    Args:
+        processes: All of them.
+        errors: Standard error too. Otherwise what fails in another process is said there, since it
+            may be the only one that fails.
+
+    Raises:
+        ValueError: In place of a ValueError or an OSError of another process, naming it.
+    """
+    rank = processes.rank()
+    if rank == 0:
+        yield
+        return
+    with ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(redirect_stdout(nowhere))
+        if errors:
+            stack.enter_context(redirect_stderr(nowhere))
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ValueError(f"process {rank}: {error}") from error
+
+
+def draw_alike(processes: mx.distributed.Group, seed: int | None) -> None:
+    """Seeds all processes alike: each samples every token by itself, and all must agree.
+
+    Args:
+        processes: All of them.
+        seed: The user's; default: one that the first process chooses.
+    """
+    if seed is None:
+        chosen = mx.array(secrets.randbits(31) if processes.rank() == 0 else 0)
+        seed = mx.distributed.all_sum(chosen, group=processes, stream=mx.cpu).item()
+    mx.random.seed(seed)
+
+
+def leave_together(processes: mx.distributed.Group, stream) -> None:
+    """Waits for all processes: mlx-lm is always a token ahead, and each needs the others for it.
+
+    Args:
+        processes: All of them.
+        stream: Where the work of this one is under way.
+    """
+    if processes.size() > 1:
+        mx.synchronize(stream)
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=processes, stream=mx.cpu))
