@@ -190,7 +190,7 @@ def _body(
         n_probes=config.n_probes,
         model=model,
         measured=_measured(config, model),
-        command=recipe.get("command", "mlx_flashhead.convert"),
+        command=recipe.get("command", "# the command was not recorded"),
         made_with=_made_with(config),
         licence=_licence(metadata, licence),
     )
@@ -199,6 +199,12 @@ def _body(
 def _measured(config: FlashHeadConfig, model: str) -> str:
     report = config.report
     rows = report.get("by_probes")
+    if not rows and "agreement" in report:
+        return (
+            f"On {report['positions']:,} held-out positions the best token is the dense head's in "
+            f"{report['agreement']:.2%}, and the true next token is scored in "
+            f"{report['coverage']:.2%}."
+        )
     if not rows:
         return NOT_MEASURED.format(model=model)
     lines = [

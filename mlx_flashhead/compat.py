@@ -18,6 +18,7 @@ from mlx_lm.generate import BatchGenerator, BatchResponse, GenerationResponse, g
 from mlx_lm.models.cache import (
     LRUPromptCache,
     can_trim_prompt_cache,
+    load_prompt_cache,
     make_prompt_cache,
     trim_prompt_cache,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "generate_module",
     "generate_step",
     "get_system_fingerprint",
+    "load_prompt_cache",
     "make_prompt_cache",
     "mixed_quant_predicate_builder",
     "quantize_model",

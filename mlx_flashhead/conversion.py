@@ -145,12 +145,12 @@ def convert(
             trust_remote_code=trust_remote_code,
         )
         head = find_head(model)
-        token_ids = None
+        token_ids, n_clusters = None, None
         if clusters is not None:
             rows = head.rows()
             token_ids = read_clusters(clusters, rows.vocab_size, rows.hidden_size)
-            cluster_size = token_ids.shape[1]
-        check_size(head.rows(), cluster_size, n_probes)
+            n_clusters, cluster_size = token_ids.shape
+        check_size(head.rows(), cluster_size, n_probes, n_clusters)
         _cast(model, dtype or _named_dtype(source, config))
         if dequantize:
             config.pop("quantization", None)

@@ -12,8 +12,19 @@ MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good prob
 
 
 def check_arguments(
-    cluster_size, n_probes, target_agreement, positions, head_bits, dtype, seed
+    cluster_size: int,
+    n_probes: int | None,
+    target_agreement: float,
+    positions: int,
+    head_bits: int | None,
+    dtype: str | None,
+    seed: int,
 ) -> None:
+    """Refuses arguments of `conversion.convert` that fit no model.
+
+    Raises:
+        ValueError: If one does, naming it.
+    """
     if cluster_size < 1:
         raise ValueError(f"cluster_size is {cluster_size}: it must be 1 or more (16 is usual).")
     if n_probes is not None and n_probes < 1:
@@ -34,14 +45,27 @@ def check_arguments(
         raise ValueError(f"dtype is {dtype!r}: choose {', '.join(MODEL_CONVERSION_DTYPES)}.")
 
 
-def check_size(rows: HeadRows, cluster_size: int, n_probes: int | None) -> None:
+def check_size(
+    rows: HeadRows, cluster_size: int, n_probes: int | None, n_clusters: int | None = None
+) -> None:
+    """Refuses a cluster size or a number of probes that does not fit the head.
+
+    Args:
+        rows: The head's.
+        cluster_size: Tokens per cluster.
+        n_probes: Clusters scored per token, or None.
+        n_clusters: Of a file; None: as many as the size makes.
+
+    Raises:
+        ValueError: If one does not.
+    """
     vocab_size = rows.vocab_size
     if cluster_size > vocab_size:
         raise ValueError(
             f"cluster_size is {cluster_size}, but the model has {vocab_size} tokens: "
             f"choose at most {vocab_size} (16 is usual)."
         )
-    n_clusters = -(-vocab_size // cluster_size)
+    n_clusters = n_clusters or -(-vocab_size // cluster_size)
     if n_probes is not None and n_probes > n_clusters:
         raise ValueError(
             f"n_probes is {n_probes}, but clusters of {cluster_size} make only {n_clusters} of "

@@ -9,13 +9,10 @@ from textwrap import shorten
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
@@ -124,11 +121,9 @@ def read_card(repo_id: str) -> str | None:
         with redacted_logs():
             path = HfApi().hf_hub_download(repo_id, "README.md")
         return Path(path).read_text(encoding="utf-8-sig")
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError):
-            raise ValueError(_unreachable(error)) from None  # not found in the cache
-        return None
     except Exception as error:  # the Hub's client raises many unrelated types
+        if _status(error) == 404:
+            return None
         raise ValueError(_unreachable(error)) from None
 
 
@@ -162,7 +157,12 @@ def upload(folder: Path, repo_id: str) -> None:
 
 def _other_weights(api: HfApi, repo_id: str, folder: Path) -> list[str] | None:
     """Files of weights in the repository that are not in the folder."""
-    stored = fnmatch.filter(api.list_repo_files(repo_id), WEIGHTS)
+    try:
+        stored = fnmatch.filter(api.list_repo_files(repo_id), WEIGHTS)
+    except HfHubHTTPError as error:
+        if _status(error) != 404:
+            raise
+        return None  # nothing was ever committed
     return [name for name in stored if not (folder / name).exists()] or None
 
 
@@ -176,8 +176,11 @@ def _check_writable(api: HfApi, repo_id: str) -> None:
         # a Hub that cannot answer this says no when it is written to
 
 
-def _status(error: Exception) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+def _status(error: BaseException | None) -> int | None:
+    """The status of the Hub's answer that an error goes back to, if it goes back to one."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return None if error is None else error.response.status_code
 
 
 def _unreachable(error: Exception) -> str:

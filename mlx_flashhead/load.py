@@ -129,8 +129,11 @@ def loading(folder: Path) -> Iterator[None]:
             "install what it asks for, or use another model."
         ) from error
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        remedy = "check or fetch it again"
+        if "trust_remote_code" in str(error):
+            remedy = "if you trust its code, add --trust-remote-code"
         raise ValueError(
-            f"mlx-lm cannot load the model in {folder} ({reason(error)}): check or fetch it again."
+            f"mlx-lm cannot load the model in {folder} ({reason(error)}): {remedy}."
         ) from error
 
 

@@ -191,7 +191,7 @@ def _refuse_split(calls: list[tuple[nn.Module, str, int]], vocab_size: int, name
         if isinstance(module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
             processes = module.group.size()
             if width * processes == vocab_size:
-                raise ValueError(
+                raise UnsupportedHeadError(
                     f"Each of the {processes} processes holds a part of this {name!r} model's "
                     f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
                     "by layers instead (--pipeline, or a pipeline_group), or use one process."

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, snapshot_download
 
 from . import licences
 from .licences import LICENCE_FILES, Licence
+from .redaction import redacted_logs
 
 CARD_FILE = "README.md"
 # What of a base model's card is as true of what is made from it.
@@ -46,22 +47,24 @@ def find_origin(hf_path: str, folder: Path, base_model: str | None = None) -> Or
         base_model: Its repository, if the user names it.
 
     Returns:
-        What its folder and, for a repository, its card on the Hub tell.
+        What its folder and its card on the Hub tell.
     """
     repo_id, revision = _cached_repository(folder)
+    documents = folder
     if repo_id is not None and not Path(hf_path).expanduser().is_dir():
         # these were not among the files that mlx-lm asks for; the model is there without them
-        with suppress(Exception):  # the Hub's client raises many unrelated types
-            patterns = [CARD_FILE, *LICENCE_FILES]
-            snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
-    metadata = read_metadata(folder / CARD_FILE)
+        documents = _fetched_documents(repo_id, revision) or folder
+    elif base_model is not None and not (folder / CARD_FILE).exists():
+        documents = _fetched_documents(base_model, None) or folder
+    metadata = read_metadata(documents / CARD_FILE)
     settings = _read_settings(folder)
     if repo_id is None:
         repo_id = base_model or _repository_in(settings, metadata)
     elif base_model is not None:
         repo_id = base_model
     name = (repo_id or folder.resolve().name).rpartition("/")[2]
-    files = tuple(licences.licence_files(folder))
+    by_name = {file.name: file for f in (documents, folder) for file in licences.licence_files(f)}
+    files = tuple(by_name.values())
     names = [repo_id or name, *_as_list(metadata.get("base_model"))]
     licence = licences.recognise(metadata, settings, names, files)
     return Origin(name, repo_id, revision, metadata, licence, files)
@@ -95,6 +98,14 @@ def read_metadata(card: Path) -> dict:
         return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # whatever its YAML is: a card is no reason not to convert a model
         return {}
+
+
+def _fetched_documents(repo_id: str, revision: str | None) -> Path | None:
+    """A folder with a repository's card and its licence, None if they cannot be had."""
+    with suppress(Exception), redacted_logs():  # the Hub's client raises many unrelated types
+        patterns = [CARD_FILE, *LICENCE_FILES]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    return None
 
 
 def _cached_repository(folder: Path) -> tuple[str | None, str | None]:

@@ -32,14 +32,15 @@ def checkpoint_name(origin: Origin, rows: HeadRows, body: str | None) -> str:
             name ends in the head's.
     """
     label = body or precision_label(rows)
-    name = re.sub(r"[^\w.-]+", "-", origin.name, flags=re.ASCII).strip("-.") or "model"
+    # the Hub's names have no others, and neither "--" nor ".."
+    name = re.sub(r"[^\w.]+|\.{2,}", "-", origin.name, flags=re.ASCII).strip("-.") or "model"
     name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
     if origin.licence is not None and not licences.has_prefix(origin.licence, name):
         name = name.removeprefix("Meta-")
         if not licences.has_prefix(origin.licence, name):
             name = f"{origin.licence.prefix}-{name}"
     ending = f"-FlashHead-{label}"
-    return name[: MAX_NAME - len(ending)] + ending
+    return name[: MAX_NAME - len(ending)].rstrip("-.") + ending
 
 
 def precision_label(rows: HeadRows) -> str:
@@ -110,10 +111,12 @@ def publish(
     repo_id = hub.full_name(name, user)
     licences.check_name(licence, repo_id)
     check_secrets(folder)
-    if not metadata.get("license"):
-        say("The licence of the base model is not known: make sure that you may publish it, and")
-        say("add `license:` to the header of README.md.")
     address = hub.reserve(repo_id, user, private)
+    if not metadata.get("license"):
+        say(
+            "The base model's licence is not known: make sure that you may publish it, and add "
+            "`license:` to the header of README.md."
+        )
     published = hub.read_card(repo_id)
     own = merged_text(card, published)
     licences.write_notice(licence, folder)

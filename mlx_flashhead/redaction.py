@@ -10,7 +10,7 @@ from huggingface_hub import get_token
 HIDDEN = "…"
 _PATTERNS = (
     (re.compile(r"Bearer\s+[^\s'\"]+"), f"Bearer {HIDDEN}"),
-    (re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}"), HIDDEN),
+    (re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"), HIDDEN),
     (re.compile(r"(://)[^\s/@'\"]+:[^\s/@'\"]+@"), rf"\1{HIDDEN}@"),
     # the storage behind the Hub is written to by addresses that are signed in their query
     (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), rf"\1?{HIDDEN}"),

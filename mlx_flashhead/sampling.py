@@ -17,9 +17,11 @@ from mlx_lm import sample_utils
 from .head import FlashHead
 from .install import get_flash_head
 
-# With clusters of 16 tokens, 4,096 candidates: they cost little beside one pass over V, so a head
-# with fewer probes does not get fewer.
-MIN_CLUSTERS = 256
+# With clusters of 16 tokens, 8,192 candidates: they cost little beside one pass over V, so a head
+# with fewer probes does not get fewer. On SmolLM2 with 160 of 3,072 clusters probed, top-p 0.95 at
+# temperature 0.8 and 73 positions of a text, the total variation to mlx-lm's distribution is 0.0009
+# in the mean and nil at 71 of them; with 256 clusters it is 0.0023 and nil at 65.
+MIN_CLUSTERS = 512
 
 
 def make_sampler(
@@ -36,7 +38,7 @@ def make_sampler(
 ) -> Callable[[mx.array], mx.array]:
     """``mlx_lm.sample_utils.make_sampler``, faster for a model with a FlashHead.
 
-    With top-p, min-p or top-k it draws from the tokens of max(n_probes, 256) clusters, those that
+    With top-p, min-p or top-k it draws from the tokens of max(n_probes, 512) clusters, those that
     hold the likeliest tokens; at least as many of the likeliest tokens are all among them. The
     tokens outside are the tail. Its mass is counted where top-p adds up the probabilities and
     where XTC compares them, so the distribution is exactly mlx-lm's wherever all tokens that mlx-lm

@@ -1,12 +1,36 @@
 """The thread that generates: mlx-lm's, which one bad request cannot end."""
 
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
 import mlx.core as mx
 
 from .compat import ResponseGenerator
 from .serving_provider import ModelRequest, RequestError
+
+
+def until_stop(responses: Iterator[Any], stop_words: list[str]) -> Iterator[Any]:
+    """mlx-lm's responses up to a stop word in their text, which ends with that word.
+
+    mlx-lm itself stops at the tokens that the word alone is made of. In a text it may be made of
+    others: a word after a space mostly is.
+    """
+    if not stop_words:
+        yield from responses
+        return
+    longest = max(map(len, stop_words))
+    text = ""
+    for response in responses:
+        text = text[-longest:] + response.text
+        ends = [text.find(word) + len(word) for word in stop_words if word in text]
+        if ends and response.finish_reason != "stop":
+            surplus = len(text) - min(ends)
+            yield replace(response, text=response.text[: len(response.text) - surplus])
+            return
+        yield response
 
 
 class FlashHeadGenerator(ResponseGenerator):
@@ -32,7 +56,7 @@ class FlashHeadGenerator(ResponseGenerator):
             request.problem = error
             raise
         self._contexts[id(context)] = context
-        return context, responses
+        return context, until_stop(responses, generation_args.stop_words)
 
     def stop_and_join(self) -> None:
         """Ends the thread; answers under way end where they are."""

@@ -259,6 +259,15 @@ OVERRIDES = {
         "gegelu_limit": 20.0,
         "mup_width_multiplier": 2.0,
     },
+    "phimoe": {
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 16,
+            "long_factor": [1.0] * 16,
+            "short_mscale": 1.0,
+            "long_mscale": 1.0,
+        }
+    },
     "prism_hadamard_qwen35": lambda tied: {
         "hidden_size": 512,  # its packed layers are rotated in blocks of 512
         "schema_version": 2,

@@ -1,29 +1,41 @@
-"""What mlx-lm cannot do without Metal or a package that is not here, by equal plain operations.
+"""What mlx-lm cannot do without Metal, by equal plain operations.
 
-Two architectures have Metal kernels without another path, and one looks for a package that it does
-not use. Only the tests and `scripts/architectures.py` run them so: their kernels are mlx-lm's own
-business, and their heads are looked at here.
+Two architectures have Metal kernels without another path. Only the tests and
+`scripts/architectures.py` run them so: their kernels are mlx-lm's own business, and their heads are
+looked at here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from unittest import mock
 
 import mlx.core as mx
+from mlx_lm.models import bitlinear_layers
 
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Within the block, all architectures run on this machine."""
-    from mlx_lm.models import bitlinear_layers
+    """Within the block, all architectures run on this machine.
 
+    Replaces what the installed mlx-lm has of these names; versions differ.
+    """
     with ExitStack() as stack:
         if not mx.metal.is_available():
-            layer = bitlinear_layers.BitLinear
-            stack.enter_context(mock.patch.object(layer, "execute_matmul_kernel", ternary_product))
-            for name in FUSED_KERNELS:
-                stack.enter_context(mock.patch(f"mlx_lm.models.muse_spark.{name}", globals()[name]))
+            for owner, replacements in _replacements():
+                for name, replacement in replacements.items():
+                    if hasattr(owner, name):
+                        stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
+
+
+def _replacements() -> list[tuple[object, dict[str, Callable]]]:
+    fused = {name: globals()[name] for name in FUSED_KERNELS}
+    found = [(bitlinear_layers.BitLinear, {"execute_matmul_kernel": ternary_product})]
+    if find_spec("mlx_lm.models.muse_spark"):
+        found.append((import_module("mlx_lm.models.muse_spark"), fused))
+    return found
 
 
 def ternary_product(self, x: mx.array, packed: mx.array) -> mx.array:

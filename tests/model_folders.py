@@ -88,3 +88,8 @@ def write_model(
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder, chat_template)
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The contents of a folder's files, by name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}

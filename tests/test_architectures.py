@@ -10,6 +10,7 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm import models
 from mlx_lm.models.cache import make_prompt_cache
 
 import architectures as script
@@ -69,6 +70,30 @@ def test_nearly_all_architectures_are_served():
     assert {name for name, _ in CELLS} == set(architectures())
     assert len({name for name, _ in SERVED}) >= 120
     assert script.UNTESTED not in CELLS.values()
+
+
+def test_new_architecture_of_mlx_lm(tmp_path, monkeypatch):
+    """A later version's is found and served, or said to be untested: never passed over."""
+    (tmp_path / "brand_new.py").write_text("from mlx_lm.models.llama import Model, ModelArgs\n")
+    (tmp_path / "strange.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from mlx_lm.models.llama import Model\n"
+        "from mlx_lm.models import llama\n"
+        "@dataclass\n"
+        "class ModelArgs(llama.ModelArgs):\n"
+        "    unheard_of: int = None\n"
+        "    def __post_init__(self):\n"
+        "        self.unheard_of + 1\n"
+    )
+    (tmp_path / "helpers.py").write_text("def helper(): pass\n")
+    monkeypatch.setattr(models, "__path__", [str(tmp_path)])
+    found = script.survey(progress=False)
+    assert list(found) == ["brand_new", "strange"]
+    assert [form.cell for form in found["brand_new"]] == ["`lm_head`", "`model.embed_tokens`"]
+    assert {form.cell for form in found["strange"]} == {script.UNTESTED}
+    text = script.document(found)
+    assert "serves 1 of its 2 language-model" in text
+    assert "- strange: tests/architecture_configs.py has no small configuration for it" in text
 
 
 def steps(model, tokens) -> list[mx.array]:
@@ -145,6 +170,7 @@ def test_refused_model_stays_as_it_was(name, tied):
     assert after == before
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers on configuration keys
 @pytest.mark.parametrize("name, tied", REFUSED, **form_ids)
 def test_refused_model_is_one_sentence_and_no_folder(name, tied, tmp_path):
     source = write_architecture(tmp_path / "source", name, tied=tied)

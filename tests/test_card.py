@@ -94,6 +94,13 @@ def test_what_was_not_measured_is_not_shown(tmp_path):
     assert "Not calibrated, seed 0." in card
 
 
+def test_checkpoints_that_recorded_less(tmp_path):
+    report = {"positions": 150, "agreement": 0.99, "coverage": 0.9}
+    card = write(tmp_path, dataclasses.replace(CONFIG, report=report, recipe={}))
+    assert "On 150 held-out positions" in card and "99.00%" in card and "90.00%" in card
+    assert "the command was not recorded" in card
+
+
 def test_estimates_are_no_measurements(tmp_path):
     card = write(tmp_path)
     assert "Speed was not measured." in " ".join(card.split())

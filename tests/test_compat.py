@@ -45,6 +45,7 @@ CALLS = {
     "mlx_lm.generate.main": ((), ()),
     "mlx_lm.generate.setup_arg_parser": ((), ()),
     "mlx_lm.models.cache.can_trim_prompt_cache": (("cache",), ()),
+    "mlx_lm.models.cache.load_prompt_cache": (("file_name",), ("return_metadata",)),
     "mlx_lm.models.cache.make_prompt_cache": (("model", "max_kv_size"), ()),
     "mlx_lm.models.cache.trim_prompt_cache": (("cache", "num_tokens"), ()),
     "mlx_lm.models.cache.LRUPromptCache": (("max_size",), ()),

@@ -73,6 +73,42 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs):
     assert config.n_probes == min(-(-in_order[53] // 8) * 8, config.n_clusters)
 
 
+def test_report_by_probes_is_what_the_head_does_on_held_out_states():
+    rows, states, next_ids = make_case(bits=4)
+    index = build(rows, states, next_ids, n_probes=6)
+    held_out, followed = mx.array(states[-60:]), next_ids[-60:]
+    head = head_on(rows, index, 6)
+    positions = np.arange(60)
+
+    def loss(logits):
+        logits = np.array(logits, dtype=np.float64)
+        return float(np.mean(np.log(np.exp(logits).sum(1)) - logits[positions, followed]))
+
+    with head.dense():
+        dense = head(held_out)
+    report = index.config.report
+    assert report["dense_perplexity"] == pytest.approx(np.exp(loss(dense)), rel=1e-4)
+    assert [row["n_probes"] for row in report["by_probes"]] == [3, 6, 12, 48]
+    stored = sum(array.nbytes for array in rows.arrays().values())
+    prototypes = index.prototypes
+    read = (prototypes.weight, prototypes.scales, prototypes.biases, prototypes.bias)
+    for row in report["by_probes"]:
+        head.n_probes = row["n_probes"]
+        found = np.array(head.token(held_out)) == np.array(dense).argmax(axis=1)
+        ids, _ = head.candidates(held_out)
+        covered = (np.array(ids) == followed[:, None]).any(axis=1)
+        ratio = np.exp(loss(head(held_out)) - loss(dense))
+        n_bytes = sum(array.nbytes for array in read) + stored / 403 * 8 * row["n_probes"]
+        assert row["agreement"] == pytest.approx(found.mean())
+        assert row["coverage"] == pytest.approx(covered.mean())
+        assert row["perplexity_ratio"] == pytest.approx(ratio, rel=1e-3)
+        assert row["bytes_per_token"] == round(n_bytes)
+        assert row["bytes_share"] == pytest.approx(n_bytes / stored)
+    assert report["dense_bytes"] == stored
+    chosen = report["by_probes"][1]
+    assert (report["agreement"], report["coverage"]) == (chosen["agreement"], chosen["coverage"])
+
+
 def test_the_held_out_states_are_not_fitted_on():
     rows, states, next_ids = make_case()
     index = build(rows, states, next_ids)

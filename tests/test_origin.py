@@ -71,6 +71,21 @@ def test_base_model_of_a_local_folder(tmp_path, card, settings, base_model, expe
     assert origin.revision is None
 
 
+def test_card_of_a_base_model_that_is_named(hub, tmp_path):
+    hub.put("maker/Tuned", {"README.md": CARD.encode(), "LICENSE.txt": b"of the Hub"})
+    folder = make(tmp_path / "local")
+    (folder / "NOTICE").write_text("of the folder")
+    origin = find_origin(str(folder), folder, "maker/Tuned")
+    assert card_metadata(origin)["language"] == ["en", "de"]
+    assert {file.read_text() for file in origin.files} == {"of the Hub", "of the folder"}
+    assert origin.revision is None
+    assert find_origin(str(folder), folder, "maker/absent").metadata == {}
+    # the folder's own card comes first
+    (folder / "README.md").write_text("---\nlanguage: fr\n---\n")
+    found = card_metadata(find_origin(str(folder), folder, "maker/Tuned"))
+    assert (found["language"], found["base_model"]) == ("fr", "maker/Tuned")
+
+
 def test_licence_is_named_where_the_card_is_silent(tmp_path):
     origin = find_origin("x", make(tmp_path / "Llama-3.2-1B"))
     assert origin.licence.identifier == "llama3.2"

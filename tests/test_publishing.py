@@ -3,21 +3,22 @@
 import hashlib
 import json
 import logging
-import os
-import subprocess
-import sys
 import time
 
 import huggingface_hub.constants
+import mlx.core as mx
 import pytest
 
 import mlx_flashhead
 from loopback_hub import TOKEN, Account, Repository
+from mlx_flashhead import licences
 from mlx_flashhead.checkpoint import FILE_NAME
 from mlx_flashhead.conversion import convert
 from mlx_flashhead.install import get_flash_head
-from mlx_flashhead.publishing import publish
-from model_folders import write_model
+from mlx_flashhead.origin import Origin
+from mlx_flashhead.publishing import checkpoint_name, publish
+from mlx_flashhead.rows import HeadRows
+from model_folders import contents, write_model
 
 QUICK = {"calibration": "none", "progress": False}
 
@@ -41,18 +42,8 @@ def impatient(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
 
-def contents(folder):
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
-
-
 def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def put_model(hub, repo_id, folder, **further):
-    """A model's repository, as if it had been uploaded."""
-    files = contents(folder) | {name: text.encode() for name, text in further.items()}
-    hub.put(repo_id, files)
 
 
 @pytest.mark.parametrize("multipart", [None, 10_000])
@@ -237,6 +228,28 @@ def test_derived_name(hub, dense, tmp_path, flags, name):
     assert f"# {name}\n" in (tmp_path / "new" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("my  model--v1..2", "my-model-v1-2-FlashHead-fp32"),
+        ("-.x.-", "x-FlashHead-fp32"),
+        ("ß", "model-FlashHead-fp32"),
+        ("Tiny-fp32", "Tiny-FlashHead-fp32"),
+        ("Tiny-FlashHead-fp32", "Tiny-FlashHead-fp32"),
+        ("a" * 200, "a" * 81 + "-FlashHead-fp32"),
+        ("a" * 80 + "-b", "a" * 80 + "-FlashHead-fp32"),
+        ("Meta-Llama-3-8B", "Llama-3-8B-FlashHead-fp32"),
+        ("Meta-Llama-3.1-8B", "Llama-3.1-8B-FlashHead-fp32"),
+    ],
+)
+def test_derived_names_are_names_that_the_hub_takes(name, expected):
+    licence = licences.recognise({}, {}, [name], [])
+    origin = Origin(name, None, None, {}, licence, ())
+    found = checkpoint_name(origin, HeadRows(mx.zeros((2, 2))), None)
+    assert found == expected
+    huggingface_hub.utils.validate_repo_id(f"me/{found}")
+
+
 def test_organisation(hub, converted):
     publish(converted, "ours/tiny")
     assert "ours/tiny" in hub.repositories
@@ -249,70 +262,3 @@ def test_clusters_from_a_file_are_not_published(hub, converted):
     with pytest.raises(ValueError, match="cannot be uploaded"):
         publish(converted, "me/tiny")
     assert hub.repositories == {}
-
-
-def program(hub, cache, code, *, check=True, **environment):
-    """Runs Python, as a user's own process, against the Hub."""
-    kept = {k: os.environ[k] for k in ("PATH", "PYTHONPATH", "LD_PRELOAD") if k in os.environ}
-    environment = (
-        kept
-        | {
-            "HOME": str(cache),
-            "HF_HOME": str(cache),
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        | environment
-    )
-    command = [sys.executable, *code] if isinstance(code, list) else [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
-def test_from_hub_to_hub_as_a_user_does(hub, dense, tmp_path):
-    """The commands themselves: a base model's repository becomes another one that loads."""
-    card = "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- chat\n---\n# Tiny\n"
-    put_model(hub, "maker/Tiny-1B", dense, **{"README.md": card, "LICENSE": "Apache"})
-    cache = tmp_path / "cache"
-    made = program(
-        hub, cache,
-        ["-m", "mlx_flashhead.convert", "--hf-path", "maker/Tiny-1B", "-q", "--upload",
-         "--calibration-positions", "200", "--mlx-path", str(tmp_path / "new")],
-    )  # fmt: skip
-    repo_id = "me/Tiny-1B-FlashHead-4bit"
-    assert made.stdout.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
-    assert TOKEN not in made.stdout + made.stderr
-    files = hub.files(repo_id)
-    assert files == contents(tmp_path / "new")
-    assert files["LICENSE"] == b"Apache"
-    metadata = huggingface_hub.ModelCard(files["README.md"].decode()).data.to_dict()
-    assert metadata == {
-        "license": "apache-2.0",
-        "language": ["en"],
-        "library_name": "mlx",
-        "pipeline_tag": "text-generation",
-        "base_model": "maker/Tiny-1B",
-        "base_model_relation": "quantized",
-        "tags": ["chat", "mlx", "flashhead"],
-    }
-    repository = hub.repositories[repo_id]
-    repository.refs["first"] = len(repository.commits) - 1
-    hub.put(repo_id, {"config.json": b"{}"})
-    say = (
-        "import sys, mlx_flashhead, mlx_lm\n"
-        f"model, tokenizer = mlx_flashhead.load({repo_id!r}, revision='first')\n"
-        "print(mlx_flashhead.get_flash_head(model).n_clusters)\n"
-        "print(mlx_flashhead.generate(model, tokenizer, 'One', max_tokens=4) is not None)\n"
-    )
-    online = program(hub, cache, say)
-    asked = len(hub.requests)
-    offline = program(hub, cache, say, HF_HUB_OFFLINE="1")
-    assert online.stdout == offline.stdout == "17\nTrue\n"
-    assert len(hub.requests) == asked
-    broken = program(
-        hub, cache, f"import mlx_flashhead; mlx_flashhead.load({repo_id!r})", check=False
-    )
-    assert broken.returncode != 0

@@ -18,7 +18,7 @@ TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
         ("Bearer other.token-of~some/kind=", "Bearer …"),
         ("proxy http://ann:pass@proxy:80 refused", "proxy http://…@proxy:80 refused"),
         ("PUT https://s3/x?X-Amz-Signature=1&b=2 failed", "PUT https://s3/x?… failed"),
-        ("hf_xet is missing, see https://huggingface.co/a/b", None),
+        ("hf_transfer is missing, see https://huggingface.co/a/b", None),
         ("", None),
     ],
 )

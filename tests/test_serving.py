@@ -1,6 +1,7 @@
 """The server, driven by OpenAI's client: mlx-lm's answers, with FlashHead models."""
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -210,6 +211,20 @@ def test_stop_words_end_the_text(client, chain_model):
         assert answer.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    "stop, text",
+    [("three", "one two "), (["x", "wo th"], "one t"), (["three", "ne"], "o"), ("five", None)],
+)
+def test_stop_words_are_found_within_tokens(client, chain_model, stop, text):
+    options = {"model": str(chain_model), "prompt": "a", "max_tokens": TOKENS, "stop": stop}
+    answer = client.completions.create(**options)
+    assert answer.choices[0].text == (text or "one two three four")
+    assert answer.choices[0].finish_reason == "stop"
+    chunks = [chunk.choices[0] for chunk in client.completions.create(stream=True, **options)]
+    assert "".join(chunk.text for chunk in chunks) == answer.choices[0].text
+    assert chunks[-1].finish_reason == "stop"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_tools_are_called_with_valid_json(client, chain_model, stream):
     answer = chat(client, model=str(chain_model), tools=TOOLS, stream=stream)
@@ -240,6 +255,20 @@ def test_models_are_listed(client, random_model):
     (model,) = client.models.list().data
     assert model.id == str(random_model / "flash")
     assert complete(client, model=model.id) == complete(client)
+
+
+def test_cached_repositories_are_listed_and_served(server, client, random_model):
+    repository = server.errors.parent / "cache" / "models--someone--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(random_model / "flash", repository / "snapshots" / ("0" * 40))
+    try:
+        names = {model.id for model in client.models.list().data}
+        assert names == {"someone/model", str(random_model / "flash")}
+        assert complete(client, model="someone/model") == complete(client)
+        assert "someone/model" not in server.log()
+    finally:
+        shutil.rmtree(repository)
 
 
 def test_other_models_are_served_dense_and_the_log_says_so(server, client, random_model):

@@ -55,7 +55,8 @@ def make_parser():
         "--clusters",
         metavar="FILE",
         help="Read the clusters from a file in the format of FlashHead's authors "
-        "(clustering_cache.safetensors) instead of making them; the result cannot be uploaded.",
+        "(clustering_cache.safetensors) instead of making them, whatever --cluster-size is; the "
+        "result cannot be uploaded.",
     )
     group.add_argument(
         "--revision", help="Branch, tag or commit of the model's repository (default: main)."
@@ -63,7 +64,8 @@ def make_parser():
     group.add_argument(
         "--base-model",
         metavar="OWNER/NAME",
-        help="The model's repository, for the card, where --hf-path is a folder.",
+        help="The model's repository, where --hf-path is a folder that does not say so: the card "
+        "names it and has its licence and language.",
     )
     group.add_argument(
         "--upload",
@@ -71,7 +73,8 @@ def make_parser():
         const="",
         metavar="OWNER/NAME",
         help="Upload the checkpoint to the Hugging Face Hub (without a name: "
-        "USER/MODEL-FlashHead-4bit, or whatever the precision is); the folder is kept.",
+        "USER/MODEL-FlashHead-4bit, or whatever the precision is). The repository is made before "
+        "the long work, and the folder is kept.",
     )
     group.add_argument(
         "--private", action="store_true", help="Make the repository private if it is a new one."

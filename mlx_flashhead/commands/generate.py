@@ -5,7 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..compat import generate_module, replaced
+from ..checkpoint import has_flash_head
+from ..compat import generate_module, load_prompt_cache, replaced
 from ..generation import head_settings
 from ..load import load, load_dense, resolve
 from ..sampling import make_sampler
@@ -22,6 +23,8 @@ def make_parser():
     for action in parser._actions:
         if action.dest == "model":
             action.help = "Folder or Hugging Face repository of a FlashHead checkpoint."
+        if action.dest == "draft_model":
+            action.help += " A FlashHead checkpoint drafts with its FlashHead."
     group = parser.add_argument_group("FlashHead")
     group.add_argument(
         "--n-probes",
@@ -55,25 +58,26 @@ def main() -> None:
         _check_arguments(parser, args)
         _check_processes(parser, args, processes)
 
-    flash = None  # the model, once it is loaded
+    target = None  # the model, once it is loaded
     with first_process_speaks(processes), ExitStack() as stack:
 
         def load_for_main(path, *, return_config=False, **kwargs):
-            nonlocal flash
+            nonlocal target
+            if target is not None:  # the draft model comes second
+                return load_draft(path, trust_remote_code=args.trust_remote_code)
             if processes.size() > 1:
                 loaded = _load_part(args, processes, path, **kwargs)
-            elif path == args.draft_model or args.dense:
+            elif args.dense:
                 loaded = load_dense(resolve(path), **kwargs)
             else:
                 loaded = load(path, n_probes=args.n_probes, return_config=True, **kwargs)
-            if path != args.draft_model and not args.dense:
-                flash = loaded[0]
-                temperature = args.temp if args.draw_probes else None
-                stack.enter_context(head_settings(flash, draw_probes=temperature))
+            target = loaded[0]
+            if args.draw_probes:
+                stack.enter_context(head_settings(target, draw_probes=args.temp))
             return loaded if return_config else loaded[:2]
 
         def sampler_for_main(*arguments, **named):
-            return make_sampler(*arguments, **named, model=flash)
+            return make_sampler(*arguments, **named, model=None if args.dense else target)
 
         parsed = SimpleNamespace(parse_args=lambda: args)
         with replaced(
@@ -100,6 +104,14 @@ def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **
     return loaded
 
 
+def load_draft(path: str, **kwargs):
+    """A draft model and its tokenizer: with its FlashHead where the folder has one."""
+    folder = resolve(path)
+    if has_flash_head(folder):
+        return load(str(folder), **kwargs)
+    return load_dense(folder, **kwargs)[:2]
+
+
 def _check_arguments(parser, args) -> None:
     if args.model is None and args.prompt_cache_file is None:
         parser.error("--model is needed: the folder or repository of a FlashHead checkpoint")
@@ -109,13 +121,35 @@ def _check_arguments(parser, args) -> None:
         parser.error("--draw-probes needs --temp above 0, and no --dense")
     if args.dense and args.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
-    if args.prompt_cache_file is not None and not Path(args.prompt_cache_file).is_file():
-        parser.error(f"--prompt-cache-file {args.prompt_cache_file}: there is no such file")
+    if args.prompt_cache_file is not None:
+        _check_prompt_cache(parser, args)
+    for name in ("num_draft_tokens", "max_kv_size", "prefill_step_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
     if args.chat_template_config is not None:
         try:
             json.loads(args.chat_template_config)
         except json.JSONDecodeError:
             parser.error('--chat-template-config must be JSON, such as {"enable_thinking": false}')
+
+
+def _check_prompt_cache(parser, args) -> None:
+    file = args.prompt_cache_file
+    if not Path(file).is_file():
+        parser.error(f"--prompt-cache-file {file}: there is no such file")
+    try:
+        _, metadata = load_prompt_cache(file, return_metadata=True)
+        json.loads(metadata["tokenizer_config"]), metadata["model"]
+    except (RuntimeError, ValueError, KeyError, TypeError):
+        parser.error(
+            f"--prompt-cache-file {file} is damaged or no prompt cache: make one with "
+            "mlx_lm.cache_prompt"
+        )
+    if args.draft_model is not None:
+        parser.error(
+            "--prompt-cache-file has no cache of a draft model in it: leave --draft-model out"
+        )
 
 
 def _check_processes(parser, args, processes) -> None:

@@ -96,9 +96,9 @@ def _cached():
 def _run(host: str, port: int, provider: FlashHeadProvider) -> None:
     """Takes the place of mlx-lm's function that its main program ends with."""
     args = provider.cli_args
-    args.access = access_of(args)
 
     def announce(url):
+        args.access = access_of(args)
         args.page_info = default_settings(provider)
         dense = args.dense or get_flash_head(provider.model) is None
         how = "dense" if dense else "with FlashHead"

@@ -45,12 +45,14 @@ class GuardedHandler(BaseHTTPRequestHandler):
         """Reads a request's head; False if it has been answered, with a refusal for example."""
         if not super().parse_request():
             return False
-        self.requestline = without_token(self.requestline)  # it goes to the log
         refusal = self.access.refusal(self.command, self.path, self.headers)
         if refusal is None:
             return True
         self._refuse(refusal)
         return False
+
+    def log_message(self, format: str, *args) -> None:  # the base class's names
+        super().log_message("%s", without_token(format % args))
 
     def do_GET(self) -> None:
         """Answers with a file of the page, or lets the API answer."""

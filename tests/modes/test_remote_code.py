@@ -1,62 +1,18 @@
 """Models that bring their own Python code, as mlx-lm's ``model_file`` names it."""
 
-import json
-
 import mlx.core as mx
 import mlx_lm
 import pytest
 
 from mlx_flashhead import convert, get_flash_head, load, stream_generate
-from model_folders import write_model
-
-CODE = """
-from dataclasses import dataclass
-
-import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models import llama
-
-
-@dataclass
-class ModelArgs(llama.ModelArgs):
-    logit_cap: float = 10.0
-
-
-class Model(nn.Module):
-    # a llama whose logits are capped, under other names
-
-    def __init__(self, args):
-        super().__init__()
-        self.args = args
-        self.body = llama.LlamaModel(args)
-        self.output = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-
-    def __call__(self, inputs, cache=None):
-        logits = self.output(self.body(inputs, cache))
-        return self.args.logit_cap * mx.tanh(logits / self.args.logit_cap)
-
-    def sanitize(self, weights):
-        names = {"model.": "body.", "lm_head.": "output."}
-        return {
-            next((new + k[len(old):] for old, new in names.items() if k.startswith(old)), k): v
-            for k, v in weights.items()
-        }
-
-    @property
-    def layers(self):
-        return self.body.layers
-"""
+from remote_code import write_remote_model
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """``(dense, converted)``."""
     folder = tmp_path_factory.mktemp("remote")
-    further = {"model_type": "of_its_own", "model_file": "own_model.py", "logit_cap": 8.0}
-    dense = write_model(folder / "dense", tied=False, hidden_size=128)
-    config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps(config | further))
-    (dense / "own_model.py").write_text(CODE)
+    dense = write_remote_model(folder / "dense")
     options = {"n_probes": 3, "calibration_positions": 40, "progress": False}
     convert(str(dense), str(folder / "converted"), trust_remote_code=True, **options)
     return dense, folder / "converted"

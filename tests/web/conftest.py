@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from chatting import TOKEN
 from playwright.sync_api import expect, sync_playwright
-from scripted_server import LAN_NAME
+from scripted_server import LAN_NAME, scripted_server
+
+from mlx_flashhead.web.access import Access
 
 CHECKOUT = Path(__file__).parent.parent.parent
 SCREENSHOTS = CHECKOUT / "screenshots"
@@ -88,6 +91,20 @@ def open_page(chromium):
         context.close()
     assert not opener.problems
     assert len(opener.hosts) <= 1
+
+
+@pytest.fixture
+def server():
+    """Port and script of a server on this machine alone."""
+    with scripted_server() as running:
+        yield running
+
+
+@pytest.fixture
+def lan():
+    """Address, with the token, and script of a server on a network."""
+    with scripted_server(Access(TOKEN)) as (port, script):
+        yield f"http://{LAN_NAME}:{port}/", script
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ class Script:
         seen: (method, path, headers) of all requests.
         left: Set as soon as a client has gone before its answer was complete.
         access: The rules.
+        log: Lines of the server's log.
     """
 
     def __init__(self, access: Access):
@@ -38,6 +39,7 @@ class Script:
         self.seen = []
         self.left = Event()
         self.access = access
+        self.log = []
 
 
 BREAK = object()
@@ -47,6 +49,9 @@ class ScriptedAPI(BaseHTTPRequestHandler):
     """An API in the form of mlx-lm's."""
 
     script: Script
+
+    def log_message(self, format, *args):
+        self.script.log.append(format % args)
 
     def do_GET(self):
         self.script.seen.append(("GET", self.path, self.headers))
@@ -105,7 +110,6 @@ class ScriptedAPI(BaseHTTPRequestHandler):
 def scripted_server(access: Access = Access(), *, script: Script | None = None, port: int = 0):  # noqa: B008
     """Runs a server on 127.0.0.1; yields ``(port, script)``."""
     script = script or Script(access)
-    log = []
 
     class Handler(GuardedHandler, ScriptedAPI):
         access = property(lambda self: script.access)  # a test may change it
@@ -113,11 +117,7 @@ def scripted_server(access: Access = Access(), *, script: Script | None = None, 
         def page_info(self):
             return INFO
 
-        def log_message(self, format, *args):
-            log.append(format % args)
-
     Handler.script = script
-    script.log = log
     with BoundedServer(("127.0.0.1", port), Handler) as server:
         thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()

@@ -114,6 +114,9 @@ def test_large_body_is_refused_and_the_reason_read(lan):
 def test_log_holds_no_token(lan):
     ask(lan[0], f"/?token={TOKEN}")
     assert "/?token=…" in lan[1].log[-1]
+    with socket.create_connection(("127.0.0.1", lan[0]), timeout=20) as connection:
+        connection.sendall(f"GET /?token={TOKEN} HTTP/9.9\r\n\r\n".encode())
+        assert b"505" in connection.recv(1000)
     assert not [line for line in lan[1].log if TOKEN in line]
 
 

@@ -14,8 +14,7 @@ async function request(path, options = {}) {
   let response;
   try {
     response = await fetch(path, { cache: "no-store", ...options });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
+  } catch {
     throw new ServerError("away", AWAY);
   }
   if (response.ok) return response;
@@ -76,8 +75,7 @@ async function* events(reader) {
     let part;
     try {
       part = await reader.read();
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
+    } catch {
       throw new ServerError("away", "The answer broke off: the connection to the server is lost.");
     }
     if (part.done) return;

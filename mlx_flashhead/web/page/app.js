@@ -12,6 +12,7 @@ const SAVE_MS = 500; // between savings while an answer grows
 const input = document.getElementById("input");
 const sendButton = document.getElementById("send");
 const stopButton = document.getElementById("stop");
+const hasPointer = matchMedia("(any-pointer: fine)"); // and so, most likely, a keyboard
 
 const chats = store.loadChats();
 const runs = new Map(); // conversation → its running answer
@@ -55,11 +56,7 @@ function drawComposer() {
 
 function save(chat) {
   if (!chats.includes(chat)) return; // deleted meanwhile
-  if (!store.saveChat(chat)) {
-    document.querySelector(".hint").textContent =
-      "This browser keeps nothing more: the latest words will be gone with this window. Delete " +
-      "old conversations, or leave private browsing.";
-  }
+  document.getElementById("full").hidden = store.saveChat(chat);
 }
 
 function send() {
@@ -67,6 +64,7 @@ function send() {
   if (!content || runs.has(current)) return;
   input.value = "";
   store.saveDraft("");
+  if (!hasPointer.matches) input.blur(); // the keyboard makes room for the answer
   current.messages.push({ role: "user", content });
   answer(current);
 }
@@ -133,8 +131,7 @@ input.addEventListener("input", () => {
 // Return sends where there is a keyboard with a pointer; on a touch screen alone it is a new line.
 input.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.isComposing) return;
-  const hardware = matchMedia("(any-pointer: fine)").matches && !event.shiftKey;
-  if (hardware || event.metaKey || event.ctrlKey) {
+  if ((hasPointer.matches && !event.shiftKey) || event.metaKey || event.ctrlKey) {
     event.preventDefault();
     send();
   }

@@ -197,7 +197,9 @@ function buildItem(lines, depth) {
 
 function cells(line) {
   const text = line.trim().replace(/^\|/, "").replace(/\|$/, "");
-  return text.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+  const escaped = "\u0000"; // stands for \|, which is no border
+  const parts = text.replaceAll("\\|", escaped).split("|");
+  return parts.map((cell) => cell.trim().replaceAll(escaped, "|"));
 }
 
 function buildTable([head, rule, ...rows]) {

@@ -25,7 +25,7 @@ export class Run {
         this.take(part, clock);
       }
     } catch (error) {
-      if (error.name === "AbortError") this.message.stopped = true;
+      if (this.controller.signal.aborted) this.message.stopped = true;
       else failure = this.fail(error);
     }
     this.message.running = false;

@@ -4,14 +4,11 @@
 const KEYBOARD = 120; // pixels: more than the bars of a browser, less than any keyboard
 
 export function follow(viewport, root = document.documentElement) {
-  const full = root.clientHeight;
-  let tallest = Math.max(full, viewport.height);
   const fit = () => {
     if (Math.abs(viewport.scale - 1) > 0.01) return; // magnified with two fingers: leave it be
-    tallest = Math.max(root.clientHeight, viewport.height);
     root.style.setProperty("--height", `${viewport.height}px`);
     root.style.setProperty("--top", `${viewport.offsetTop}px`);
-    root.classList.toggle("keyboard", tallest - viewport.height > KEYBOARD);
+    root.classList.toggle("keyboard", root.clientHeight - viewport.height > KEYBOARD);
   };
   viewport.addEventListener("resize", fit);
   viewport.addEventListener("scroll", fit);

@@ -1,0 +1,84 @@
+"""From Hub to Hub as a user does it: the commands, each a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import huggingface_hub
+
+from loopback_hub import TOKEN
+from model_folders import contents, write_model
+
+
+def put_model(hub, repo_id, folder, **further):
+    """A model's repository, as if it had been uploaded."""
+    files = contents(folder) | {name: text.encode() for name, text in further.items()}
+    hub.put(repo_id, files)
+
+
+def program(hub, cache, code, *, check=True, **environment):
+    """Runs Python, as a user's own process, against the Hub."""
+    kept = {k: os.environ[k] for k in ("PATH", "PYTHONPATH", "LD_PRELOAD") if k in os.environ}
+    environment = (
+        kept
+        | {
+            "HOME": str(cache),
+            "HF_HOME": str(cache),
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        | environment
+    )
+    command = [sys.executable, *code] if isinstance(code, list) else [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def test_from_hub_to_hub_as_a_user_does(hub, tmp_path):
+    """The commands themselves: a base model's repository becomes another one that loads."""
+    dense = write_model(tmp_path / "dense", tied=False)
+    card = "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- chat\n---\n# Tiny\n"
+    put_model(hub, "maker/Tiny-1B", dense, **{"README.md": card, "LICENSE": "Apache"})
+    cache = tmp_path / "cache"
+    made = program(
+        hub, cache,
+        ["-m", "mlx_flashhead.convert", "--hf-path", "maker/Tiny-1B", "-q", "--upload",
+         "--calibration-positions", "200", "--mlx-path", str(tmp_path / "new")],
+    )  # fmt: skip
+    repo_id = "me/Tiny-1B-FlashHead-4bit"
+    assert made.stdout.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
+    assert TOKEN not in made.stdout + made.stderr
+    files = hub.files(repo_id)
+    assert files == contents(tmp_path / "new")
+    assert files["LICENSE"] == b"Apache"
+    metadata = huggingface_hub.ModelCard(files["README.md"].decode()).data.to_dict()
+    assert metadata == {
+        "license": "apache-2.0",
+        "language": ["en"],
+        "library_name": "mlx",
+        "pipeline_tag": "text-generation",
+        "base_model": "maker/Tiny-1B",
+        "base_model_relation": "quantized",
+        "tags": ["chat", "mlx", "flashhead"],
+    }
+    repository = hub.repositories[repo_id]
+    repository.refs["first"] = len(repository.commits) - 1
+    hub.put(repo_id, {"config.json": b"{}"})
+    say = (
+        "import sys, mlx_flashhead, mlx_lm\n"
+        f"model, tokenizer = mlx_flashhead.load({repo_id!r}, revision='first')\n"
+        "print(mlx_flashhead.get_flash_head(model).n_clusters)\n"
+        "print(mlx_flashhead.generate(model, tokenizer, 'One', max_tokens=4) is not None)\n"
+    )
+    online = program(hub, cache, say)
+    asked = len(hub.requests)
+    offline = program(hub, cache, say, HF_HUB_OFFLINE="1")
+    assert online.stdout == offline.stdout == "17\nTrue\n"
+    assert len(hub.requests) == asked
+    broken = program(
+        hub, cache, f"import mlx_flashhead; mlx_flashhead.load({repo_id!r})", check=False
+    )
+    assert broken.returncode != 0
