@@ -120,6 +120,15 @@ def test_a_question_stopped_in_the_prompt_is_forgotten(conversation, calls):
     assert answer(conversation, "Go on") == expected_before(conversation, "Go on")
 
 
+def test_a_prompt_that_the_cache_holds_completely_is_answered(conversation):
+    right = answer(conversation, "Hello")
+    conversation.replace([])
+    assert answer(conversation, "Hello") == right
+    asked = conversation.answers[-1]
+    assert asked.n_cached == asked.n_prompt - 1  # one is left to go through the model
+    check_cache(conversation)
+
+
 def test_an_error_amid_a_step_leaves_no_half_filled_cache(conversation):
     answer(conversation, "Hello")
     draws = iter([False] * 8 + [True])
