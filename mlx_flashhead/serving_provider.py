@@ -110,6 +110,9 @@ class FlashHeadProvider(ModelProvider):
         folder = resolve(model_path)
         draft_folder = None if draft_model_path is None else str(resolve(draft_model_path))
         index = read_index(folder) if has_flash_head(folder) else None
+        draft_index = None
+        if draft_folder is not None and has_flash_head(Path(draft_folder)):
+            draft_index = read_index(Path(draft_folder))
         try:
             with loading(folder):
                 super()._load(str(folder), adapter_path, draft_folder)
@@ -124,6 +127,9 @@ class FlashHeadProvider(ModelProvider):
                 n_probes = self.cli_args.n_probes if is_default else None
                 head = install_index(self.model, index, n_probes=n_probes)
                 logging.info("%s is served with %r", model_path, head)
+            if draft_index is not None:
+                head = install_index(self.draft_model, draft_index)
+                logging.info("%s drafts with %r", draft_model_path, head)
             # a shape alone: nothing is computed
             self.vocab_size = self.model(mx.array([[0]])).shape[-1]
         except Exception:

@@ -92,6 +92,14 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_
         assert "POST /v1/completions" in server.log()
 
 
+def test_a_flash_head_checkpoint_drafts_with_its_flash_head(dense, converted, expected, tmp_path):
+    flags = ["--draft-model", converted, "--num-draft-tokens", 2, "--log-level", "INFO"]
+    for model, name in ((converted, ""), (dense, "dense")):
+        with serving(tmp_path, "--model", model, *flags) as server:
+            assert complete(server) == expected[name]
+            assert f"{converted} drafts with FlashHead(" in server.log()
+
+
 def test_dense_may_be_asked_for(converted, expected, tmp_path):
     with serving(tmp_path, "--model", converted, "--dense") as server:
         assert f"{converted} dense at http" in server.line
