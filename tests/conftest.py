@@ -1,6 +1,7 @@
 """What the tests share: the real model's folder, and quiet libraries."""
 
 import os
+import signal
 from pathlib import Path
 
 import huggingface_hub
@@ -12,6 +13,11 @@ from filelock import FileLock
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A script in the background ignores Ctrl-C, and so would every program that a test starts and
+# interrupts: they inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from fetch_smollm2 import fetch_smollm2
 from loopback_hub import TOKEN, Account, LoopbackHub
