@@ -6,8 +6,7 @@ capacities places every row. One dense product of rows and centroids per iterati
 the work. Knows arrays only: no model, no hidden states.
 
 Worse when tried on SmolLM2-135M: shortlists from PCA, IVF or neighbour graphs, fewer than six dense
-passes, unbalanced iterations first, and clustering in the metric of the hidden states (better only
-where many clusters are probed).
+passes, unbalanced iterations first.
 """
 
 import mlx.core as mx
@@ -39,6 +38,7 @@ def cluster_rows(
     *,
     seed: int = 0,
     spherical: bool = True,
+    metric: np.ndarray | None = None,
     progress: bool = True,
     backend: str | None = None,
 ) -> np.ndarray:
@@ -52,6 +52,7 @@ def cluster_rows(
         cluster_size: Rows per cluster, 1 … V.
         seed: The same seed gives the same clusters.
         spherical: Cluster by direction; otherwise by Euclidean distance.
+        metric: (D, D) float32 by which the rows are multiplied first: `metric.py`.
         progress: Show a progress bar.
         backend: "numpy" or "mlx", which computes the dense products; None is MLX where its default
             device is a GPU, else numpy.
@@ -64,7 +65,7 @@ def cluster_rows(
         ValueError: If an argument is not as described, or a row is not finite.
 
     Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means; how the
-        balance is reached here is this project's own.
+        balance is reached here, and the metric, are this project's own.
     """
     rows = as_float32(rows)
     if rows.ndim != 2 or rows.size == 0:
@@ -83,15 +84,17 @@ def cluster_rows(
         raise ValueError(f"backend is {backend!r}, but must be 'numpy' or 'mlx'.")
 
     rng = np.random.default_rng(seed)
-    points = _unit(rows, rng) if spherical else rows
-    grouped, others = _group_duplicates(points, cluster_size, rng)
+    points = _points(rows, metric, spherical, rng, BACKENDS[backend])
+    # only distances matter there, and the last column would hide small ones
+    alike = points if spherical else points[:, :-1]
+    grouped, others = _group_duplicates(alike, cluster_size, rng)
     n_clusters = -(-len(others) // cluster_size)
     token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
     token_ids[: len(grouped)] = grouped
     if n_clusters:
         capacity = len(others) // n_clusters + (np.arange(n_clusters) < len(others) % n_clusters)
         if len(grouped):
-            points = _take(points, others, in_place=points is not rows)
+            points = _to_the_front(points, others)
         members = _balanced_kmeans(points, capacity, spherical, rng, progress, BACKENDS[backend])
         for column, ids in enumerate(members):
             token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
@@ -105,28 +108,49 @@ def as_float32(array: np.ndarray | mx.array) -> np.ndarray:
     return np.asarray(array, dtype=np.float32)
 
 
-def _take(points: np.ndarray, ids: np.ndarray, in_place: bool) -> np.ndarray:
-    """The points ``ids``, ascending, moved to the front if ``in_place``: saves a second copy."""
-    if not in_place:
-        return points[ids]
+def _points(
+    rows: np.ndarray, metric: np.ndarray | None, spherical: bool, rng: np.random.Generator, xp
+) -> np.ndarray:
+    """What is clustered, the only copy of the rows.
+
+    Returns:
+        (V, D) of norm 1 if ``spherical``: a zero vector has no direction, and all of them get the
+        same random one, so that they are near-duplicates of each other. Otherwise (V, D + 1), the
+        rows less their mean and a column of ones.
+    """
+    vocab_size, hidden_size = rows.shape
+    points = np.ones((vocab_size, hidden_size + (not spherical)), dtype=np.float32)
+    mapped = points[:, :hidden_size]
+    if metric is not None:
+        metric = xp.array(metric)
+    for start in range(0, vocab_size, BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        mapped[start : start + len(block)] = (
+            block if metric is None else np.asarray(xp.array(block) @ metric)
+        )
+    if not spherical:  # distances stay as they are, and products lose fewer digits
+        mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
+        return points
+    norms = np.sqrt(_squares(points))
+    points /= np.where(norms > 0, norms, 1)[:, None]
+    if not norms.all():
+        direction = rng.standard_normal((1, hidden_size), dtype=np.float32)
+        points[norms == 0] = _unit(direction)
+    return points
+
+
+def _to_the_front(points: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The points ``ids``, ascending, moved to the front in place: saves a second copy."""
     for start in range(0, len(ids), BLOCK_ROWS):
         block = ids[start : start + BLOCK_ROWS]
         points[start : start + len(block)] = points[block]
     return points[: len(ids)]
 
 
-def _unit(vectors: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Vectors of norm 1: (R, D) → (R, D).
-
-    A zero vector has no direction. With ``rng`` all of them get the same random one, so that zero
-    rows are near-duplicates of each other; without, they stay zero.
-    """
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of norm 1, (R, D) → (R, D); zero stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit = vectors / np.where(norms > 0, norms, 1)
-    if rng is not None and not norms.all():
-        direction = rng.standard_normal((1, vectors.shape[1]), dtype=np.float32)
-        unit[norms[:, 0] == 0] = _unit(direction)
-    return unit
+    return vectors / np.where(norms > 0, norms, 1)
 
 
 def _squares(vectors: np.ndarray) -> np.ndarray:
@@ -185,7 +209,7 @@ def _balanced_kmeans(
     """Balanced k-means.
 
     Args:
-        points: (V, D), of norm 1 if ``spherical``.
+        points: (V, D) or (V, D + 1) from :func:`_points`.
         capacity: (C,) integers, the points that each cluster must hold: V in all, descending.
         xp: numpy or mlx.core.
 
@@ -196,9 +220,6 @@ def _balanced_kmeans(
     n_points, n_clusters = len(points), len(capacity)
     large = n_points * points.shape[1] * n_clusters > LARGE_PRODUCT
     passes, parts = (LARGE_PASSES, LARGE_PARTS) if large else (PASSES, 1)
-    if not spherical:  # the product with (c, -|c|²/2) is the greater the nearer a point is to c
-        points = np.concatenate([points, np.ones((n_points, 1), np.float32)], axis=1)
-
     members = [rng.permutation(n_points)[:n_clusters]]
     prices = np.zeros(n_clusters, dtype=np.float32)
     length = min(LIST_LENGTH, n_clusters)
@@ -218,7 +239,8 @@ def _balanced_kmeans(
 
 
 def _centroids(points: np.ndarray, members: list[np.ndarray], spherical: bool) -> np.ndarray:
-    """Means of norm 1, or (c, -|c|²/2) for plain means c of points that end with a one: (C, D)."""
+    """Means of norm 1, or (c, -|c|²/2) for plain means c of points that end with a one: the product
+    of a point with it is the greater the nearer the point is to c."""
     sums = points[members[0]]
     for column in members[1:]:
         sums[: len(column)] += points[column]

@@ -9,6 +9,7 @@ from .checkpoint import FlashHeadIndex
 from .clustering import as_float32, cluster_rows
 from .config import FlashHeadConfig
 from .measures import USUAL_PROBES, Routing, measure
+from .metric import logit_metric
 from .prototypes import Prototypes, choose_probes, fit_prototypes, probes_needed
 from .rows import HeadRows
 from .stages import CLUSTERS, Stages, array_fingerprint, fingerprint
@@ -63,16 +64,30 @@ def build_index(
         )
     weight = as_float32(rows.dequantized())
     head_bias = None if rows.bias is None else as_float32(rows.bias)
+    n_held_out = 0 if states is None else max(1, round(len(states) * HELD_OUT_SHARE))
+    fitted_on = None if states is None else states[:-n_held_out]
     clusters_from_file = token_ids is not None
     if token_ids is None:
         token_ids = (stages or Stages()).run(
             CLUSTERS,
-            lambda: fingerprint(array_fingerprint(weight), cluster_size, seed),
-            lambda: {"token_ids": cluster_rows(weight, cluster_size, seed=seed, progress=progress)},
+            lambda: fingerprint(
+                array_fingerprint(weight),
+                None if states is None else array_fingerprint(fitted_on),
+                cluster_size,
+                seed,
+            ),
+            lambda: {
+                "token_ids": cluster_rows(
+                    weight,
+                    cluster_size,
+                    seed=seed,
+                    spherical=states is None,
+                    metric=None if states is None else logit_metric(fitted_on, rows.hidden_size),
+                    progress=progress,
+                )
+            },
         )["token_ids"]
     n_clusters, cluster_size = token_ids.shape
-    n_held_out = 0 if states is None else max(1, round(len(states) * HELD_OUT_SHARE))
-    fitted_on = None if states is None else states[:-n_held_out]
     prototypes = fit_prototypes(
         weight,
         token_ids,

@@ -28,8 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .clustering import as_float32
+from .metric import BLOCK_STATES, checked_states, covariance
 
-BLOCK_STATES, BLOCK_CLUSTERS = 2048, 64  # handled at once: bounds memory
+BLOCK_CLUSTERS = 64  # handled at once: bounds memory
 BLOCK_LOGITS = 1 << 24
 DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
 PROBES_MULTIPLE = 8  # n_probes is rounded up to a multiple of it
@@ -174,14 +175,7 @@ def fit_prototypes(
         moments = None
         centroids, covariance = means, np.eye(hidden_size)
     else:
-        states = as_float32(states)
-        if states.ndim != 2 or states.shape[1] != hidden_size or not len(states):
-            raise ValueError(
-                f"The calibration states have shape {states.shape}, but (N, {hidden_size}) with "
-                "N of at least 1 is needed."
-            )
-        if not np.isfinite(states).all():
-            raise ValueError("The calibration states hold NaN or infinity: check the model.")
+        states = checked_states(states, hidden_size)
         moments = _moments(rows, means, token_ids, states, head_bias, progress)
         covariance = moments.covariance
         # max: states that are all alike have no variance, and then the means are kept
@@ -227,7 +221,7 @@ def _moments(
 ) -> _Moments:
     n_states, hidden_size = states.shape
     n_clusters = len(token_ids)
-    state_mean = states.mean(axis=0, dtype=np.float64)
+    state_mean, state_covariance = covariance(states)
     blocks = [states[i : i + BLOCK_STATES] for i in range(0, n_states, BLOCK_STATES)]
     centred = [(block - state_mean).astype(np.float32) for block in blocks]
     total = np.zeros(n_clusters)
@@ -249,7 +243,7 @@ def _moments(
     mean = total / n_states
     return _Moments(
         state_mean=state_mean,
-        covariance=sum((c.T @ c).astype(np.float64) for c in centred) / n_states,
+        covariance=state_covariance,
         mean=mean,
         variance=squares / n_states - np.square(mean),
         cross=cross / n_states,

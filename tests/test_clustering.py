@@ -138,6 +138,29 @@ def test_spherical_ignores_norms_and_euclidean_does_not():
     np.testing.assert_array_equal(by_direction, cluster_rows(4 * stretched, 8, progress=False))
 
 
+@pytest.mark.parametrize("backend", ["numpy", "mlx"])
+@pytest.mark.parametrize("spherical", [True, False])
+def test_a_metric_is_a_product_with_the_rows(spherical, backend):
+    rows, metric = normal_rows(600, 24), normal_rows(24, 24, seed=1)
+    settings = {"spherical": spherical, "backend": backend, "progress": False}
+    by_metric = cluster_rows(rows, 16, metric=metric, **settings)
+    check_balanced(by_metric, 600, 16)
+    objective = spherical_quality if spherical else scatter
+    expected = objective(rows @ metric, cluster_rows(rows @ metric, 16, **settings))
+    assert objective(rows @ metric, by_metric) == pytest.approx(expected, rel=0.01)
+    elsewhere = objective(rows @ metric, cluster_rows(rows, 16, **settings))
+    assert abs(elsewhere - expected) > 0.1 * expected
+
+
+def test_euclidean_clusters_do_not_depend_on_where_the_rows_lie_or_how_long_they_are():
+    rows = normal_rows(1200, 8)
+    found = [
+        scatter(rows, cluster_rows(scale * (rows + shift), 16, spherical=False, progress=False))
+        for scale, shift in ((1, 0), (1, 100), (1e-4, 0), (1e4, 0))
+    ]
+    assert found == pytest.approx([found[0]] * 4, rel=0.01)
+
+
 @pytest.mark.parametrize("spherical", [True, False])
 def test_backends_are_equally_good(spherical):
     rows = normal_rows(1500, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
@@ -216,15 +239,16 @@ def test_equal_rows_share_clusters():
     assert spherical_quality(rows, token_ids) > 0.95
 
 
+@pytest.mark.parametrize("metric", [None, np.eye(1024, dtype=np.float32)])
 @pytest.mark.parametrize("n_alike", [0, 2000])
-def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike):
+def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike, metric):
     """And half of another for all else, so that rows and all are 2.5 heads."""
     monkeypatch.setattr(clustering, "BLOCK_ROWS", 64)
     monkeypatch.setattr(clustering, "DUPLICATE_SAMPLE", 64)
     rows = normal_rows(4096, 1024)
     rows[:n_alike] = rows[0]
     tracemalloc.start()
-    token_ids = cluster_rows(rows, 16, progress=False)
+    token_ids = cluster_rows(rows, 16, spherical=metric is None, metric=metric, progress=False)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     check_balanced(token_ids, len(rows), 16)

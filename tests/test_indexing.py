@@ -9,6 +9,7 @@ import pytest
 from mlx_flashhead.clustering import cluster_rows
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.indexing import build_index, uncalibrated_probes
+from mlx_flashhead.metric import logit_metric
 from mlx_flashhead.prototypes import fit_prototypes, raw_means
 from tiny_models import random_rows
 
@@ -157,8 +158,17 @@ def test_settings_are_recorded():
     assert config.fingerprint == rows.fingerprint()
     assert (config.centroid_bits, config.centroid_group_size) == (4, 64)
     assert json.loads(json.dumps(config.to_dict(), allow_nan=False)) == config.to_dict()
-    expected = cluster_rows(np.array(rows.weight), 16, seed=7, progress=False)
-    np.testing.assert_array_equal(index.token_ids, expected)
+
+
+def test_clusters_are_made_in_the_metric_of_the_states_that_are_fitted_on():
+    rows, states, next_ids = make_case()
+    weight, settings = np.array(rows.weight), {"seed": 7, "progress": False}
+    metric = logit_metric(states[:-60], 64)
+    expected = cluster_rows(weight, 8, spherical=False, metric=metric, **settings)
+    np.testing.assert_array_equal(build(rows, states, next_ids, seed=7).token_ids, expected)
+    by_direction = cluster_rows(weight, 8, **settings)
+    np.testing.assert_array_equal(build(rows, seed=7).token_ids, by_direction)
+    assert (expected != by_direction).any()
 
 
 @pytest.mark.parametrize("n_probes", [None, 3])

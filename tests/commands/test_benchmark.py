@@ -111,7 +111,7 @@ def test_model(run, converted, tmp_path):
     )  # fmt: skip
     assert [(one["sampler"], one["batch"]) for one in results] == [("greedy", 1), ("greedy", 2)]
     assert all(one["n_probes"] == 2 for one in results)
-    for word in ("tokens/s", "body", "head", "sampling", "no head", "is saved"):
+    for word in ("tokens/s", "body", "head", "sampling", "no head", "Saved: "):
         assert word in screen
 
 
