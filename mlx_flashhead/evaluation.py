@@ -1,5 +1,8 @@
 """Measures a FlashHead model on a text, beside the paper's routing on the same clusters.
 
+The paper's clusters are by direction, as those of a conversion without calibration: only there is
+its routing measured as it was meant.
+
 The measures are taken at the head's output: a model that scales or caps its logits afterwards has
 the same agreement and coverage, but another perplexity.
 """

@@ -20,3 +20,11 @@ def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_si
     found = blocked_product(mx.array(hidden), mx.array(weight))
     assert found.shape == (n_states, n_rows)
     np.testing.assert_allclose(np.array(found), hidden @ weight.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "most", "expected"),
+    [(3072, 868, 768), (8016, 244, 167), (9496, 488, 488), (12, 12, 12), (7, 1, 1), (5, 9, 5)],
+)
+def test_blocks_leave_no_rest_where_they_can(n_rows, most, expected):
+    assert portable._block_rows(n_rows, most) == expected

@@ -26,7 +26,9 @@ mass        the dense head's probability of all scored tokens
 KL          from the dense head's distribution, in nats
 perplexity  relative to dense, with the tail's estimates
 drawn       relative to dense, probes drawn by probability as in the paper
-bytes       read per token, relative to the dense head"""
+bytes       read per token, relative to the dense head
+unit means  the paper's routing, here on these clusters; it was made for
+            clusters by direction: see convert --calibration none"""
 PRECISION_LEGEND = """\
 agreement   same best token as the reference: the first line
 KL          from the reference's distribution, in nats
