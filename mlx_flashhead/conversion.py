@@ -26,16 +26,16 @@ from .conversion_arguments import (
     check_size,
     check_upload,
 )
-from .hub import full_name, reserve, sign_in
 from .indexing import build_index
 from .load import load_dense, resolve
 from .locate import check_plain_product, find_head
 from .new_folder import new_folder
-from .origin import card_metadata, find_origin
 from .published_clusters import read_clusters
-from .publishing import add_documents, check_licence, checkpoint_name, publish
+from .publishing.hub import full_name, reserve, sign_in
+from .publishing.origin import card_metadata, find_origin
+from .publishing.publish import add_documents, check_licence, checkpoint_name, publish
+from .publishing.recipe import make_recipe
 from .quantization import BodyRecipe, body_label, set_bits
-from .recipe import make_recipe
 from .stages import CALIBRATION, Stages, fingerprint, model_fingerprint, stages_folder
 
 

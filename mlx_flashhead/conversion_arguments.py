@@ -2,8 +2,8 @@
 
 from .calibration import read_text
 from .compat import MODEL_CONVERSION_DTYPES
-from .hub import full_name
-from .publishing import check_clusters
+from .publishing.hub import full_name
+from .publishing.publish import check_clusters
 from .quantization import HEAD_BITS
 from .rows import HeadRows
 

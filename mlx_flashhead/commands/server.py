@@ -12,9 +12,9 @@ from ..compat import replaced, server_module
 from ..install import get_flash_head
 from ..load import resolve
 from ..sampling import make_sampler
-from ..serving import serve
-from ..serving_page import PageHandler, default_settings
-from ..serving_provider import FlashHeadProvider, canonical
+from ..serving.http import serve
+from ..serving.page import PageHandler, default_settings
+from ..serving.provider import FlashHeadProvider, canonical
 from ..web.lan import announce as announce_on_network
 from .console import command
 from .server_access import access_of, add_access_flags, check_access

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..publishing import publish
+from ..publishing.publish import publish
 from .console import command
 
 

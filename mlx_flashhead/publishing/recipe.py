@@ -71,7 +71,7 @@ def _versions() -> dict[str, str]:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # the checkout itself, not installed
-            from . import __version__
+            from .. import __version__
 
             found[package] = __version__
     return found

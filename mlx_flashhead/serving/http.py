@@ -6,13 +6,13 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from .compat import get_system_fingerprint, replaced, server_module
-from .serving_cache import PromptCaches
-from .serving_generator import FlashHeadGenerator
-from .serving_handler import FlashHeadHandler
-from .serving_json import STRICT_JSON
-from .serving_provider import FlashHeadProvider
-from .web.handler import BoundedServer
+from ..compat import get_system_fingerprint, replaced, server_module
+from ..web.handler import BoundedServer
+from .cache import PromptCaches
+from .generator import FlashHeadGenerator
+from .handler import FlashHeadHandler
+from .provider import FlashHeadProvider
+from .valid_json import STRICT_JSON
 
 
 def serve(

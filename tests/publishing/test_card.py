@@ -5,9 +5,15 @@ import dataclasses
 import pytest
 from huggingface_hub import ModelCard
 
-from mlx_flashhead.card import header_of, merged_text, own_text, text_below_marker, write_card
 from mlx_flashhead.config import FlashHeadConfig
-from mlx_flashhead.licences import LICENCES
+from mlx_flashhead.publishing.card import (
+    header_of,
+    merged_text,
+    own_text,
+    text_below_marker,
+    write_card,
+)
+from mlx_flashhead.publishing.licences import LICENCES
 
 LLAMA = next(licence for licence in LICENCES if licence.identifier == "llama3.2")
 METADATA = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_flashhead.origin import card_metadata, find_origin, read_metadata
+from mlx_flashhead.publishing.origin import card_metadata, find_origin, read_metadata
 
 CARD = """---
 license: llama3.2

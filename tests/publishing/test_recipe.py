@@ -4,7 +4,7 @@ import hashlib
 import shlex
 
 from mlx_flashhead.commands.convert import make_parser
-from mlx_flashhead.recipe import make_recipe
+from mlx_flashhead.publishing.recipe import make_recipe
 
 DEFAULTS = {
     "quantize": False, "q_bits": None, "calibration": "self", "clusters": None, "seed": 0,

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .checkpoint import has_flash_head, read_index
-from .compat import ModelProvider
-from .generation import head_settings
-from .load import install_index, loading, resolve
+from ..checkpoint import has_flash_head, read_index
+from ..compat import ModelProvider
+from ..generation import head_settings
+from ..load import install_index, loading, resolve
 
 DEFAULT_MODEL = "default_model"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_flashhead.licences import (
+from mlx_flashhead.publishing.licences import (
     LICENCES,
     MODIFIED,
     check_name,

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .install import get_flash_head
-from .serving_handler import FlashHeadHandler
-from .serving_provider import FlashHeadProvider
-from .web.access import Access
-from .web.handler import GuardedHandler
+from ..install import get_flash_head
+from ..web.access import Access
+from ..web.handler import GuardedHandler
+from .handler import FlashHeadHandler
+from .provider import FlashHeadProvider
 
 
 class PageHandler(GuardedHandler, FlashHeadHandler):

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_flashhead.serving_cache import PromptCaches
-from mlx_flashhead.serving_generator import FlashHeadGenerator, until_stop
-from mlx_flashhead.serving_provider import HeadSettings
+from mlx_flashhead.serving.cache import PromptCaches
+from mlx_flashhead.serving.generator import FlashHeadGenerator, until_stop
+from mlx_flashhead.serving.provider import HeadSettings
 
 
 class FailingGenerator(FlashHeadGenerator):

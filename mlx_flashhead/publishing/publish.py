@@ -8,14 +8,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..checkpoint import read_index
+from ..config import FlashHeadConfig
+from ..redaction import holds_secret
+from ..rows import HeadRows
 from . import hub, licences
 from .card import header_of, merged_text, text_below_marker, write_card
-from .checkpoint import read_index
-from .config import FlashHeadConfig
 from .licences import Licence
 from .origin import CARD_FILE, Origin, read_metadata
-from .redaction import holds_secret
-from .rows import HeadRows
 
 DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}
 MAX_NAME = 96

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from .serving_provider import HeadSettings
+from .provider import HeadSettings
 
 CHAT = "chat"
 TEXT = "text"

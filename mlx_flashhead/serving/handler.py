@@ -3,10 +3,10 @@
 import logging
 from contextlib import contextmanager
 
-from .compat import APIHandler
-from .serving_json import dumps
-from .serving_provider import RequestError
-from .serving_requests import POST_PATHS, check_body
+from ..compat import APIHandler
+from .provider import RequestError
+from .requests import POST_PATHS, check_body
+from .valid_json import dumps
 
 # A bias beyond this is as good as infinite, and would be infinite in float16.
 MAX_BIAS = 1e4

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mlx_flashhead.serving_json import VERY_UNLIKELY, dumps
+from mlx_flashhead.serving.valid_json import VERY_UNLIKELY, dumps
 
 
 def strict(text):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, snapshot_download
 
+from ..redaction import redacted_logs
 from . import licences
 from .licences import LICENCE_FILES, Licence
-from .redaction import redacted_logs
 
 CARD_FILE = "README.md"
 # What of a base model's card is as true of what is made from it.

@@ -8,8 +8,8 @@ from weakref import WeakSet, WeakValueDictionary
 
 import mlx.core as mx
 
-from .compat import ResponseGenerator
-from .serving_provider import ModelRequest, RequestError
+from ..compat import ResponseGenerator
+from .provider import ModelRequest, RequestError
 
 
 def until_stop(responses: Iterator[Any], stop_words: list[str]) -> Iterator[Any]:

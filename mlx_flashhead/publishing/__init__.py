@@ -1,0 +1,1 @@
+"""A checkpoint's way to the Hugging Face Hub: name, card, licence, upload."""
