@@ -2,6 +2,7 @@
 
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +25,7 @@ _BUSY = (
 )
 
 
-class GuardedHandler(BaseHTTPRequestHandler):
+class GuardedHandler(BaseHTTPRequestHandler, ABC):
     """Goes before the handler of an API in a class's bases.
 
     A subclass gives `access` and `page_info`.
@@ -33,13 +34,13 @@ class GuardedHandler(BaseHTTPRequestHandler):
     timeout = IDLE_SECONDS  # of silence on a connection, in either direction
 
     @property
+    @abstractmethod
     def access(self) -> Access:
         """The server's rules."""
-        raise NotImplementedError
 
+    @abstractmethod
     def page_info(self) -> Mapping[str, Any]:
         """What the page shows and takes for its defaults: the model's name and the settings."""
-        raise NotImplementedError
 
     def parse_request(self) -> bool:
         """Reads a request's head; False if it has been answered, with a refusal for example."""
