@@ -17,7 +17,7 @@ BACKENDS = {"numpy": np, "mlx": mx}
 
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # a shortlist holds at most one centroid of each bucket
-BLOCK_ROWS = 2048  # rows scored at once: bounds the memory of the dense product
+BLOCK_ROWS, BLOCK_SCORES = 2048, 1 << 22  # rows and scores handled at once: bounds memory
 PASSES = 6  # dense passes over all rows
 PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
 # Above this many multiply-adds a dense pass takes minutes on a CPU. Then four passes are spread
@@ -131,12 +131,10 @@ def _points(
     if not spherical:  # distances stay as they are, and products lose fewer digits
         mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
         return points
-    norms = np.sqrt(_squares(points))
-    points /= np.where(norms > 0, norms, 1)[:, None]
-    if not norms.all():
-        direction = rng.standard_normal((1, hidden_size), dtype=np.float32)
-        points[norms == 0] = _unit(direction)
-    return points
+    zero = _squares(points) == 0
+    if zero.any():
+        points[zero] = rng.standard_normal(hidden_size, dtype=np.float32)
+    return _to_unit(points)
 
 
 def _to_the_front(points: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -147,10 +145,11 @@ def _to_the_front(points: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return points[: len(ids)]
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of norm 1, (R, D) → (R, D); zero stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1)
+def _to_unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (R, D) scaled to norm 1 in place; zero stays zero."""
+    norms = np.sqrt(_squares(vectors))
+    vectors /= np.where(norms > 0, norms, 1)[:, None]
+    return vectors
 
 
 def _squares(vectors: np.ndarray) -> np.ndarray:
@@ -225,11 +224,12 @@ def _balanced_kmeans(
     length = min(LIST_LENGTH, n_clusters)
     ids = np.empty((n_points, length), dtype=np.int64)
     scores = np.empty((n_points, length), dtype=np.float32)
+    every = np.arange(n_points)
     for iteration in tqdm(range((passes - 1) * parts + 1), desc="Clustering", disable=not progress):
         centroids = _centroids(points, members, spherical)
         # The first iteration lists all points, a later one every ``parts``-th: others stay stale.
         part = slice((iteration - 1) % parts, None, parts) if iteration else slice(None)
-        ids[part], scores[part] = _shortlists(points[part], centroids, length, xp)
+        ids[part], scores[part] = _shortlists(points, every[part], centroids, length, xp)
         _update_prices(prices, ids, scores, capacity, PRICE_STEPS[min(iteration, 1)])
         assigned = _fill(points, centroids, prices, ids, scores, capacity, xp)
         order = np.argsort(assigned, kind="stable")
@@ -241,19 +241,23 @@ def _balanced_kmeans(
 def _centroids(points: np.ndarray, members: list[np.ndarray], spherical: bool) -> np.ndarray:
     """Means of norm 1, or (c, -|c|²/2) for plain means c of points that end with a one: the product
     of a point with it is the greater the nearer the point is to c."""
-    sums = points[members[0]]
+    centroids = points[members[0]]
     for column in members[1:]:
-        sums[: len(column)] += points[column]
+        for start in range(0, len(column), BLOCK_ROWS):
+            ids = column[start : start + BLOCK_ROWS]
+            centroids[start : start + len(ids)] += points[ids]
     if spherical:
-        return _unit(sums)
-    means = sums[:, :-1] / sums[:, -1:]
-    return np.concatenate([means, -0.5 * np.square(means).sum(axis=1, keepdims=True)], axis=1)
+        return _to_unit(centroids)
+    centroids[:, :-1] /= centroids[:, -1:]
+    centroids[:, -1] = -0.5 * _squares(centroids[:, :-1])
+    return centroids
 
 
 def _shortlists(
-    points: np.ndarray, centroids: np.ndarray, length: int, xp
+    points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, length: int, xp
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best centroids of each point: ids (R, length) int64 and scores (R, length), unordered.
+    """The best centroids of the points ``rows`` (R,): ids (R, length) int64 and scores (R, length),
+    unordered.
 
     The centroids are dealt into buckets, and only the best of each bucket is a candidate: selecting
     from the full width would take longer than the product.
@@ -264,11 +268,13 @@ def _shortlists(
     columns = (np.pad(centroids, ((0, padding), (0, 0))) if padding else centroids).T
     if xp is not np:  # where it would be one more copy
         columns = xp.array(columns)
-    ids = np.empty((len(points), length), dtype=np.int64)
-    scores = np.empty((len(points), length), dtype=np.float32)
-    for start in range(0, len(points), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        products = xp.array(points[block]) @ columns
+    ids = np.empty((len(rows), length), dtype=np.int64)
+    scores = np.empty((len(rows), length), dtype=np.float32)
+    size = max(1, min(BLOCK_ROWS, BLOCK_SCORES // n_clusters))
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
+        listed = points[rows[block]]
+        products = (listed if xp is np else xp.array(listed)) @ columns
         if padding:
             products[:, n_clusters:] = -np.inf
         products = products.reshape(products.shape[0], -1, n_buckets)
@@ -316,7 +322,7 @@ def _fill(
             return assigned
         opened = np.flatnonzero(free)
         listed, scores = _shortlists(
-            points[waiting], centroids[opened], min(LIST_LENGTH, len(opened)), xp
+            points, waiting, centroids[opened], min(LIST_LENGTH, len(opened)), xp
         )
         ids = opened[listed]
         utilities = scores - prices[ids]

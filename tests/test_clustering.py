@@ -257,7 +257,7 @@ def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike, metric):
 
 def test_shortlists_hold_the_best_of_each_bucket():
     points, centroids = normal_rows(300, 8), normal_rows(600, 8, seed=1)
-    ids, scores = clustering._shortlists(points, centroids, 24, np)
+    ids, scores = clustering._shortlists(points, np.arange(len(points)), centroids, 24, np)
     products = points @ centroids.T
     np.testing.assert_allclose(np.take_along_axis(products, ids, axis=1), scores, rtol=1e-5)
     for row, listed in zip(products, ids, strict=True):
@@ -269,7 +269,7 @@ def test_shortlists_hold_the_best_of_each_bucket():
 def test_prices_spread_the_demand():
     points, centroids = normal_rows(800, 6), normal_rows(50, 6, seed=1)
     centroids[:5] *= 4  # nearly all points would have one of these
-    ids, scores = clustering._shortlists(points, centroids, 24, np)
+    ids, scores = clustering._shortlists(points, np.arange(len(points)), centroids, 24, np)
     prices, capacity = np.zeros(50, np.float32), np.full(50, 16)
 
     def wanted():
