@@ -18,9 +18,9 @@ from .head import FlashHead
 from .install import get_flash_head
 
 # With clusters of 16 tokens, 8,192 candidates: they cost little beside one pass over V, so a head
-# with fewer probes does not get fewer. On SmolLM2, top-p 0.95 at temperature 0.8 and 1,018 positions
-# of unseen text, the total variation to mlx-lm's distribution is 0.00013 in the mean and nil at 996
-# of them; with 256 clusters it is 0.0011 and nil at 933.
+# with fewer probes does not get fewer. On SmolLM2, top-p 0.95 at temperature 0.8 and 1,018
+# positions of unseen text, the total variation to mlx-lm's distribution is 0.00013 in the mean and
+# nil at 996 of them; with 256 clusters it is 0.0011 and nil at 933.
 MIN_CLUSTERS = 512
 
 
