@@ -16,12 +16,12 @@ from .install import get_flash_head, uninstall
 from .load import load
 from .sampling import make_sampler
 from .sharded import sharded_load
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "FlashHead",
     "FlashHeadConfig",
+    "__version__",
     "batch_generate",
     "convert",
     "generate",

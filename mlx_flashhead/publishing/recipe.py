@@ -4,10 +4,12 @@ import hashlib
 import platform
 import shlex
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("mlx_flashhead", "mlx", "mlx-lm", "numpy", "transformers")
+from ..version import __version__
+
+PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
 # Of the arguments, those that do not change what is made, and those that stand elsewhere.
 NOT_SHOWN = (
     "hf_path", "mlx_path", "revision", "seed", "upload", "upload_repo", "private", "overwrite",
@@ -66,12 +68,4 @@ def make_recipe(
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # the checkout itself, not installed
-            from .. import __version__
-
-            found[package] = __version__
-    return found
+    return {"mlx_flashhead": __version__} | {package: version(package) for package in PACKAGES}
