@@ -26,7 +26,7 @@ BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
 
 # Rows (B·L) above which the head is dense. On a CPU (Xeon, one thread of OpenBLAS, float32, cold
 # caches, `mlx_flashhead.benchmark rows`) FlashHead was 1.04 times as fast as the dense path at 32
-# rows and 0.76 times at 64 at SmolLM2's shape with 256 probes. With its own 88 probes, and in
+# rows and 0.76 times at 64 at SmolLM2's shape with 256 probes. With 88 probes, and in
 # larger heads, the crossover lies above 128: at 32 rows it was 1.8 times as fast, Llama-3.2-1B's
 # (256 probes) 2.2 times and Gemma-3-270M's (120) 2.9 times. For a GPU this is an estimate: where
 # memory bounds both, C/p rows read as much as the dense head, 31 at Llama's shape. It is also as
