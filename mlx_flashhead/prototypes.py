@@ -33,6 +33,7 @@ from .metric import BLOCK_STATES, checked_states, covariance
 BLOCK_CLUSTERS = 64  # handled at once: bounds memory
 BLOCK_LOGITS = 1 << 24
 DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
+CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
 PROBES_MULTIPLE = 8  # n_probes is rounded up to a multiple of it
 
 
@@ -358,8 +359,8 @@ def probes_needed(
 def choose_probes(needed: np.ndarray, n_clusters: int, target: float = 0.99) -> int:
     """The fewest probes that reach a target agreement, rounded up to a multiple of 8.
 
-    It must be reached by the lower end of Wilson's interval of one standard error around the share
-    of the positions, since few positions may reach it by luck: with 300 of them SmolLM2-135M would
+    It must be reached by the lower end of Wilson's interval around the share of the positions, with
+    95 % confidence, since few positions may reach it by luck: with 300 of them SmolLM2-135M would
     get 48 to 64 probes of the 88 to 104 that 1,800 ask for.
 
     Args:
@@ -372,7 +373,7 @@ def choose_probes(needed: np.ndarray, n_clusters: int, target: float = 0.99) -> 
         ValueError: If ``target`` is not such a share, or there are no positions.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
-        JASA 22 (1927), with z = 1.
+        JASA 22 (1927), one-sided.
     """
     if not 0 < target <= 1:
         raise ValueError(f"The target agreement is {target}, but must be above 0 and at most 1.")
@@ -380,7 +381,9 @@ def choose_probes(needed: np.ndarray, n_clusters: int, target: float = 0.99) -> 
     if not n:
         raise ValueError("There are no held-out positions to choose n_probes by: give it instead.")
     agree = np.arange(n + 1) / n
-    lower = (agree + 0.5 / n - np.sqrt(agree * (1 - agree) / n + 0.25 / n**2)) / (1 + 1 / n)
+    square = CONFIDENCE_Z**2 / n
+    error = np.sqrt(square * agree * (1 - agree) + square**2 / 4)
+    lower = (agree + square / 2 - error) / (1 + square)
     enough = np.flatnonzero(lower >= target)
     rank = max(int(enough[0]), 1) if len(enough) else n
     fewest = int(np.sort(needed)[rank - 1])

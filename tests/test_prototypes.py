@@ -286,13 +286,14 @@ def test_choose_probes_is_the_fewest_multiple_of_8(n_positions, target):
     def reached(n_probes):
         """Wilson's interval: the agreements whose own standard error reaches to what was seen."""
         seen = (needed <= n_probes).mean()
-        return seen == 1 or seen - target >= np.sqrt(target * (1 - target) / n_positions) - 1e-9
+        error = np.sqrt(target * (1 - target) / n_positions)
+        return seen == 1 or seen - target >= 1.645 * error - 1e-9
 
     assert reached(chosen)
     assert chosen == 8 or not reached((chosen - 1) // 8 * 8)
 
 
-@pytest.mark.parametrize(("n_positions", "missed"), [(1800, 13), (450, 2), (300, 1), (150, 0)])
+@pytest.mark.parametrize(("n_positions", "missed"), [(1800, 11), (450, 1), (300, 0), (150, 0)])
 def test_few_positions_may_not_reach_the_target_by_luck(n_positions, missed):
     needed = np.full(n_positions, 8)
     needed[:missed] = 80
