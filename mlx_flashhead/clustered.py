@@ -3,7 +3,7 @@
 This is what both paths read: the portable one (`portable.py`) and the Metal kernels (`kernels.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +27,7 @@ class ClusteredRows:
         prototypes: Centroids, their bias and the tail's offset.
         route_bias: (C,) float32, the prototypes' bias, ALWAYS_PROBED for the forced clusters.
         padded: Whether any slot is padded.
+        by_column: Whether the weight of each cluster lies in memory by columns, see `in_columns`.
     """
 
     rows: HeadRows
@@ -35,6 +36,7 @@ class ClusteredRows:
     prototypes: Prototypes
     route_bias: mx.array
     padded: bool
+    by_column: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -109,13 +111,41 @@ class ClusteredRows:
         held = (*self.rows.arrays().values(), self.token_ids, self.slot_of, *stage_1, *per_cluster)
         return [array for array in held if array is not None]
 
+    def in_columns(self) -> "ClusteredRows":
+        """The same with each cluster's (cluster_size, D) weight laid out as (D, cluster_size).
+
+        A CPU's BLAS multiplies a state with such a block in half to nearly all of the time that it
+        takes by rows (`portable.py`). Shapes stay as they are. Only for rows that are floats. Lazy.
+        """
+        if self.by_column:
+            return self
+        weight = mx.contiguous(self.rows.weight.swapaxes(-1, -2)).swapaxes(-1, -2)
+        return replace(self, rows=replace(self.rows, weight=weight), by_column=True)
+
+    def in_rows(self) -> "ClusteredRows":
+        """The same with each row in one piece, as the kernels and other programs read it. Lazy."""
+        if not self.by_column:
+            return self
+        weight = mx.contiguous(self.rows.weight)
+        return replace(self, rows=replace(self.rows, weight=weight), by_column=False)
+
     def flat_rows(self) -> HeadRows:
-        """The rows with the two leading axes as one: (C·cluster_size, …), slot order."""
+        """The rows with the two leading axes as one: (C·cluster_size, …), slot order.
+
+        A view, but a copy where they lie by columns.
+        """
         return self.rows.map(lambda array: array.reshape(-1, *array.shape[2:]))
+
+    def rows_in(self, slots: mx.array) -> HeadRows:
+        """The rows in ``slots`` (any shape, integer), which become the leading axes. Lazy."""
+        if not self.by_column:
+            return self.flat_rows().take(slots)
+        clusters, places = slots // self.cluster_size, slots % self.cluster_size
+        return self.rows.map(lambda array: array[clusters, places])
 
     def token_rows(self) -> HeadRows:
         """The rows in the model's own order, gathered anew (lazily) at each call."""
-        return self.flat_rows().take(self.slot_of)
+        return self.rows_in(self.slot_of)
 
 
 def prototypes_fit(prototypes: Prototypes, n_clusters: int, hidden_size: int) -> bool:

@@ -53,7 +53,7 @@ def head_weights(clustered: ClusteredRows) -> dict[str, mx.array]:
     those of stage 1; route_bias (C,) is added to the clusters' scores and tail_offset (C,) makes
     them estimates of a token's logit; token_ids (C, n) and slot_of (V,) tell which row is whose.
     """
-    prototypes = clustered.prototypes
+    clustered, prototypes = clustered.in_rows(), clustered.prototypes
     centroids = {name: getattr(prototypes, name) for name in ("weight", "scales", "biases")}
     return (
         {f"rows_{name}": array for name, array in clustered.rows.arrays().items()}
@@ -105,7 +105,7 @@ def export_head(
     reason = supports(head.clustered) if backend == METAL else None
     if reason is not None:
         raise ValueError(f"{reason} Export it with the backend 'mlx'.")
-    clustered = head.clustered
+    clustered = head.clustered.in_rows()
     weights = head_weights(clustered)
     mx.eval(weights)
     steps = _steps(clustered, backend)

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from .clustered import ClusteredRows
-from .portable import Candidates, PortableSteps, Selection, Steps
+from .portable import Candidates, PortableSteps, Selection, Steps, for_portable_steps
 from .prototypes import Prototypes
 from .rows import HeadRows
 
@@ -59,12 +59,12 @@ def choose_backend(asked: str | None = None) -> str:
 
 def _make_steps(clustered: ClusteredRows, asked: str | None) -> Steps:
     if choose_backend(asked) == "mlx":
-        return PortableSteps(clustered)
+        return PortableSteps(for_portable_steps(clustered))
     from .kernels import MetalSteps, supports
 
     by_name = asked or os.environ.get(BACKEND_VARIABLE)
     if not by_name and supports(clustered) is not None:
-        return PortableSteps(clustered)
+        return PortableSteps(for_portable_steps(clustered))
     return MetalSteps(clustered)  # which says why, if it does not read such rows
 
 
@@ -101,11 +101,11 @@ class FlashHead:
         max_rows: int = MAX_ROWS,
     ):
         clustered = ClusteredRows.build(rows, token_ids, prototypes, eos_token_ids)
-        self.clustered = clustered
+        self._steps = _make_steps(clustered, backend)
+        self.clustered = self._steps.clustered  # of which the rows may lie otherwise now
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_rows = max_rows
         self.n_probes = n_probes
-        self._steps = _make_steps(clustered, backend)
         self._dense = False
         self._draw_temperature = None
 
@@ -281,7 +281,7 @@ class FlashHead:
     def embedding(self, token_ids: mx.array) -> mx.array:
         """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""
         slots = mx.take(self.clustered.slot_of, token_ids)
-        return self.clustered.flat_rows().take(slots).dequantized()
+        return self.clustered.rows_in(slots).dequantized()
 
     def _is_dense(self, hidden: mx.array) -> bool:
         n_rows = math.prod(hidden.shape[:-1])

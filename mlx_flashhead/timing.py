@@ -51,22 +51,18 @@ class Spread:
 
 
 class ColdCaches:
-    """A call writes to 128 MB, so that what runs next reads its weights from memory.
+    """A call rewrites 128 MB, so that what runs next reads its weights from memory.
 
-    In a model the body does that between two calls of the head.
+    In a model the body does that between two calls of the head, and as there, MLX does it: on the
+    GPU, or in the thread that runs the head next and is then awake.
     """
 
     def __init__(self):
-        self._on_cpu = mx.default_device().type == mx.cpu
-        words = CACHES_BYTES // 4
-        self._memory = np.zeros(words, np.float32) if self._on_cpu else mx.zeros(words)
+        self._memory = mx.zeros(CACHES_BYTES // 4)
 
     def __call__(self) -> None:
-        if self._on_cpu:
-            self._memory += 1
-        else:
-            self._memory = self._memory + 1
-            mx.eval(self._memory)
+        self._memory = self._memory + 1
+        mx.eval(self._memory)
 
 
 def in_turns(

@@ -42,6 +42,29 @@ def test_each_slot_holds_its_token(vocab_size, cluster_size, bits):
         assert np.array_equal(np.array(array), np.array(rows.arrays()[name])), name
 
 
+@pytest.mark.parametrize("vocab_size, cluster_size", SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_columns_hold_the_same_rows(vocab_size, cluster_size, bias):
+    rows, _, by_row = build(vocab_size, cluster_size, bias=bias)
+    by_column = by_row.in_columns()
+    weight = by_column.rows.weight
+    mx.eval(weight)
+    assert by_column.by_column and weight.shape == (by_row.n_clusters, cluster_size, 32)
+    assert memoryview(weight.swapaxes(-1, -2)).c_contiguous
+    assert mx.array_equal(weight, by_row.rows.weight)
+    slots = by_column.slot_of[mx.array([[3, 0], [8, 3]])]
+    for found in (by_column.rows_in(slots), by_row.rows_in(slots)):
+        for name, array in found.arrays().items():
+            assert np.array_equal(np.array(array), np.array(rows.arrays()[name])[[[3, 0], [8, 3]]])
+    for name, array in by_column.token_rows().arrays().items():
+        assert np.array_equal(np.array(array), np.array(rows.arrays()[name])), name
+    again = by_column.in_rows()
+    mx.eval(again.rows.weight)
+    assert not again.by_column and memoryview(again.rows.weight).c_contiguous
+    assert mx.array_equal(again.rows.weight, by_row.rows.weight)
+    assert again.in_rows() is again and by_column.in_columns() is by_column
+
+
 def test_forced_clusters():
     _, token_ids, clustered = build(61, 8, forced=(5, 60, 1000, -1))
     bias = np.array(clustered.route_bias)

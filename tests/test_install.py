@@ -135,7 +135,8 @@ def test_memory_added_is_the_index():
     gc.collect()
     added = mx.get_active_memory() - before
     rows = sum(array.nbytes for array in head.clustered.rows.arrays().values())
-    assert sum(array.nbytes for array in head.arrays()) - rows <= added
+    counted = sum(array.nbytes for array in head.arrays()) - rows
+    assert counted == pytest.approx(added, abs=50_000)  # others' arrays may come or go meanwhile
     centroids = n_clusters * 64 * (0.5 + 4 / 32)  # 4 bits, and two float16 for 32 of them
     dequantised = n_clusters * 64 * 4
     per_cluster = 3 * 4 * n_clusters

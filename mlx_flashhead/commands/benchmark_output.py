@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..benchmarks.convert import TOTAL
-from ..benchmarks.head import CANDIDATES, DENSE_BLOCKS, LOGITS, TOKEN
+from ..benchmarks.head import CANDIDATES, DENSE_FORMS, LOGITS, TOKEN
 from ..benchmarks.head import DENSE as DENSE_HEAD
 from ..benchmarks.model import DENSE, FLASH_HEAD, NO_HEAD
 from ..benchmarks.rows import DENSE_PATH
@@ -192,8 +192,8 @@ def draw(result: dict, path: str) -> None:
 
 def _draw_head(axis, one: dict) -> None:
     for name, ms in one["ms"].items():
-        dense = name == DENSE_BLOCKS or not name.startswith(FLASH_HEAD)
-        bar = axis.barh(name, ms["median"], color="tab:gray" if dense else "tab:blue")
+        color = "tab:gray" if name in DENSE_FORMS else "tab:blue"
+        bar = axis.barh(name, ms["median"], color=color)
         axis.bar_label(bar, fmt=" %.2f")
     axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="ms per call")
     axis.margins(x=0.1)
