@@ -111,8 +111,10 @@ class Spy:
 
 
 @pytest.fixture
-def spy(monkeypatch) -> Spy:
-    return Spy(monkeypatch)
+def spy(monkeypatch):
+    mx.disable_compile()  # what is made while a function is compiled cannot be looked at
+    yield Spy(monkeypatch)
+    mx.enable_compile()
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -204,6 +206,41 @@ def test_mlx_lms_sampler_where_nothing_is_sorted_or_too_much_kept(head, name):
     tokens = [found(logprobs).tolist() for _ in range(5)]
     mx.random.seed(3)
     assert tokens == [expected(logprobs).tolist() for _ in range(5)]
+
+
+@pytest.mark.parametrize("name", TRUNCATING)
+def test_compiled_draws_are_the_plain_ones(head, name):
+    logprobs = logprobs_of(2.0)
+
+    def tokens() -> list:
+        sampler = make_sampler(temp=0.8, **TRUNCATING[name], model=head)
+        mx.random.seed(7)
+        return [sampler(logprobs).tolist() for _ in range(5)]
+
+    compiled = tokens()
+    mx.disable_compile()
+    try:
+        assert compiled == tokens()
+    finally:
+        mx.enable_compile()
+
+
+def test_one_sampler_follows_the_heads_settings():
+    """What is compiled for one number of clusters, batch or shape is not used for another."""
+    head = make_head()
+    sampler = make_sampler(temp=1.0, top_p=0.9, model=head)
+
+    def drawn(logprobs) -> list:
+        mx.random.seed(11)
+        return sampler(logprobs).tolist()
+
+    logprobs = logprobs_of(0.5)
+    first, many = drawn(logprobs), logprobs_of(0.5, n_rows=5)
+    assert len(drawn(many)) == 5 and drawn(logprobs[None]) == [first]
+    head.n_probes = MIN_CLUSTERS + 8
+    assert drawn(logprobs) != first  # other candidates, other draws
+    head.n_probes = 4
+    assert drawn(logprobs) == first
 
 
 class TestMlxLmsSampler:
