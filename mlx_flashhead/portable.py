@@ -58,12 +58,6 @@ def tail_cap(best: mx.array) -> mx.array:
     return best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
 
 
-@mx.compile  # one step of six: each is scheduled by itself, which takes longer than the step
-def estimated_tail(scores: mx.array, tail_offset: mx.array, best: mx.array) -> mx.array:
-    """Logits of the clusters' tokens: (R, C), (C,), best candidate logits (R, 1) → (R, C)."""
-    return mx.minimum(scores + tail_offset, tail_cap(best))
-
-
 def in_blocks(weight: mx.array) -> mx.array:
     """Rows as ``blocked_product`` takes them: (V, D) → (n_blocks, block, D), zeros at the end."""
     n_rows, hidden_size = weight.shape
@@ -218,7 +212,7 @@ class PortableSteps(Steps):
         logits = candidates.logits
         n_rows, n_clusters = scores.shape
         best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1)  # (R, 1)
-        tail = estimated_tail(scores, self.clustered.prototypes.tail_offset, best)
+        tail = mx.minimum(scores + self.clustered.prototypes.tail_offset, tail_cap(best))
         if logits.dtype == mx.float16:
             tail = mx.maximum(tail, mx.finfo(mx.float16).min)  # finite here too
         blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))
