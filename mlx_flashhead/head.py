@@ -25,12 +25,13 @@ BACKENDS = ("metal", "mlx")
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
 
 # Rows (B·L) above which the head is dense. On a CPU (Xeon, one thread of OpenBLAS, float32, cold
-# caches, `mlx_flashhead.benchmark rows`) FlashHead was 1.04 times as fast as the dense path at 32
-# rows and 0.76 times at 64 at SmolLM2's shape with 256 probes. With 88 probes, and in
-# larger heads, the crossover lies above 128: at 32 rows it was 1.8 times as fast, Llama-3.2-1B's
-# (256 probes) 2.2 times and Gemma-3-270M's (120) 2.9 times. For a GPU this is an estimate: where
-# memory bounds both, C/p rows read as much as the dense head, 31 at Llama's shape. It is also as
-# many sequences as mlx-lm's batches have by default, so that none of them is alone dense.
+# caches, `mlx_flashhead.benchmark rows`) FlashHead was 1.01 times as fast at 32 rows as the faster
+# of mlx-lm's dense head and the dense path, and 0.75 times at 64, at SmolLM2's shape with 256
+# probes. With 160 probes the crossover lies above 64, and in larger heads above 128: at 32 rows
+# Llama-3.2-1B's (256 probes) was 2.4 times as fast and Gemma-3-270M's (120) 2.5 times. For a GPU
+# this is an estimate: where memory bounds both, C/p rows read as much as the dense head, 31 at
+# Llama's shape. It is also as many sequences as mlx-lm's batches have by default, so that none of
+# them is alone dense.
 MAX_ROWS = 32
 
 # Stands in for a cluster's score where tokens that were not scored must never be drawn. Finite,
