@@ -14,7 +14,11 @@ from .prototypes import Prototypes, choose_probes, fit_prototypes, probes_needed
 from .rows import HeadRows
 from .stages import CLUSTERS, Stages, array_fingerprint, fingerprint
 
-HELD_OUT_SHARE = 0.15
+# Held-out positions choose the probes, and few of them choose badly: none of 300 may miss for 99 %
+# to be shown. With 2,000 positions of SmolLM2-135M, in four draws, 300 chose 272 to 672 probes, 667
+# chose 104 to 432, and the centroids fitted on the rest were equally good.
+HELD_OUT_SHARE, HELD_OUT_SHARE_OF_FEW = 0.15, 1 / 3
+HELD_OUT_ENOUGH = 1000  # above which the larger share holds out no more
 CENTROID_GROUP = 64  # columns that share a scale
 
 
@@ -36,7 +40,8 @@ def build_index(
 ) -> FlashHeadIndex:
     """Builds the index of a head.
 
-    The last 15 % of the states are not fitted on: they choose the probes and make the report.
+    The last states, ``n_held_out`` of them, are not fitted on: they choose the probes and make the
+    report.
 
     Args:
         rows: The head's rows in token order, as the checkpoint stores them.
@@ -64,8 +69,8 @@ def build_index(
         )
     weight = as_float32(rows.dequantized())
     head_bias = None if rows.bias is None else as_float32(rows.bias)
-    n_held_out = 0 if states is None else max(1, round(len(states) * HELD_OUT_SHARE))
-    fitted_on = None if states is None else states[:-n_held_out]
+    held_out_count = 0 if states is None else n_held_out(len(states))
+    fitted_on = None if states is None else states[:-held_out_count]
     clusters_from_file = token_ids is not None
     if token_ids is None:
         token_ids = (stages or Stages()).run(
@@ -112,19 +117,19 @@ def build_index(
         n_probes = uncalibrated_probes(n_clusters) if n_probes is None else n_probes
         said.append(f"{n_probes} of {n_clusters} clusters per token, not calibrated")
     else:
-        held_out = states[-n_held_out:]
+        held_out = states[-held_out_count:]
         needed = probes_needed(prototypes, weight, token_ids, held_out, head_bias)
         if n_probes is None:
             n_probes = choose_probes(needed, n_clusters, target_agreement)
         report = _report(
             rows, weight, head_bias, token_ids, prototypes, n_probes, held_out,
-            next_ids[-n_held_out:],
+            next_ids[-held_out_count:],
         )  # fmt: skip
         p50, p90, p99 = np.percentile(needed, (50, 90, 99), method="inverted_cdf")
         report["probes_needed"] = {"p50": int(p50), "p90": int(p90), "p99": int(p99)}
         said.append(
             f"{n_probes} of {n_clusters} clusters per token: {report['agreement']:.2%} agreement "
-            f"with the dense head on {n_held_out} held-out positions"
+            f"with the dense head on {held_out_count:,} held-out positions"
         )
     if progress:
         print("\n".join(said))
@@ -146,6 +151,13 @@ def build_index(
         clusters_from_file=clusters_from_file,
     )
     return FlashHeadIndex(config, token_ids, prototypes)
+
+
+def n_held_out(n_positions: int) -> int:
+    """How many of N calibration positions are not fitted on: a third of them, up to 1,000, and from
+    about 6,700 positions on 15 %."""
+    share, of_few = HELD_OUT_SHARE * n_positions, HELD_OUT_SHARE_OF_FEW * n_positions
+    return max(1, round(max(share, min(of_few, HELD_OUT_ENOUGH))))
 
 
 def _report(

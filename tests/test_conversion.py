@@ -178,7 +178,7 @@ def test_calibration_is_recorded(sources, tmp_path, calibration):
     )
     positions = 0 if calibration == "none" else 100
     assert given.calibration == {"source": calibration, "positions": positions, "seed": 3}
-    assert given.report.get("positions", 0) == (0 if calibration == "none" else 15)
+    assert given.report.get("positions", 0) == (0 if calibration == "none" else 33)
     assert 1 <= given.n_probes <= N_CLUSTERS
 
 

@@ -8,10 +8,12 @@ import pytest
 
 from mlx_flashhead.clustering import cluster_rows
 from mlx_flashhead.head import FlashHead
-from mlx_flashhead.indexing import build_index, uncalibrated_probes
+from mlx_flashhead.indexing import build_index, n_held_out, uncalibrated_probes
 from mlx_flashhead.metric import logit_metric
 from mlx_flashhead.prototypes import fit_prototypes, raw_means
 from tiny_models import random_rows
+
+HELD_OUT = 133  # of 400
 
 
 def make_states(n_states, hidden_size, seed=1):
@@ -46,41 +48,41 @@ def head_on(rows, index, n_probes):
 
 @pytest.mark.parametrize("kwargs", [{}, {"bias": True}, {"bits": 4}, {"dtype": mx.bfloat16}])
 def test_report_is_what_the_head_does_on_held_out_states(kwargs):
-    """The last 15 % of the states; the head itself serves as the reference."""
+    """The last third of few states; the head itself serves as the reference."""
     rows, states, next_ids = make_case(**kwargs)
     index = build(rows, states, next_ids, target_agreement=0.9)
     config, report = index.config, index.config.report
-    held_out, followed = mx.array(states[-60:]), next_ids[-60:]
+    held_out, followed = mx.array(states[-HELD_OUT:]), next_ids[-HELD_OUT:]
     dense = np.array(rows.matmul(held_out).astype(mx.float32)).argmax(axis=1)
     head = head_on(rows, index, config.n_probes)
-    assert report["positions"] == 60
+    assert report["positions"] == HELD_OUT
     assert report["agreement"] == pytest.approx((np.array(head.token(held_out)) == dense).mean())
     ids, _ = head.candidates(held_out)
     covered = (np.array(ids) == followed[:, None]).any(axis=1).mean()
     assert report["coverage"] == pytest.approx(covered)
 
     # the fewest probes that find the winner, by trying
-    needed = np.full(60, 0)
+    needed = np.full(HELD_OUT, 0)
     for n_probes in range(1, config.n_clusters + 1):
         head.n_probes = n_probes
         found = np.array(head.token(held_out)) == dense
         needed[(needed == 0) & found] = n_probes
     in_order = np.sort(needed).tolist()
     assert report["probes_needed"] == {
-        "p50": in_order[29],
-        "p90": in_order[53],
-        "p99": in_order[59],
+        "p50": in_order[66],
+        "p90": in_order[119],
+        "p99": in_order[131],
     }
-    # 58 of 60: 90 % and 1.645 standard errors of 3.9 points
-    assert config.n_probes == min(-(-in_order[57] // 8) * 8, config.n_clusters)
+    # 126 of 133: 90 % and about 1.645 standard errors of 2.6 points
+    assert config.n_probes == min(-(-in_order[125] // 8) * 8, config.n_clusters)
 
 
 def test_report_by_probes_is_what_the_head_does_on_held_out_states():
     rows, states, next_ids = make_case(bits=4)
     index = build(rows, states, next_ids, n_probes=6)
-    held_out, followed = mx.array(states[-60:]), next_ids[-60:]
+    held_out, followed = mx.array(states[-HELD_OUT:]), next_ids[-HELD_OUT:]
     head = head_on(rows, index, 6)
-    positions = np.arange(60)
+    positions = np.arange(HELD_OUT)
 
     def loss(logits):
         logits = np.array(logits, dtype=np.float64)
@@ -111,11 +113,19 @@ def test_report_by_probes_is_what_the_head_does_on_held_out_states():
     assert (report["agreement"], report["coverage"]) == (chosen["agreement"], chosen["coverage"])
 
 
+@pytest.mark.parametrize(
+    "n_positions, expected",
+    [(2, 1), (3, 1), (400, 133), (2000, 667), (3000, 1000), (6000, 1000), (12_000, 1800)],
+)
+def test_more_of_few_positions_are_held_out(n_positions, expected):
+    assert n_held_out(n_positions) == expected
+
+
 def test_the_held_out_states_are_not_fitted_on():
     rows, states, next_ids = make_case()
     index = build(rows, states, next_ids)
     weight = np.array(rows.weight)
-    expected = fit_prototypes(weight, index.token_ids, states[:-60], progress=False)
+    expected = fit_prototypes(weight, index.token_ids, states[:-HELD_OUT], progress=False)
     np.testing.assert_array_equal(np.array(index.prototypes.weight), np.array(expected.weight))
     np.testing.assert_array_equal(np.array(index.prototypes.bias), np.array(expected.bias))
 
@@ -142,8 +152,8 @@ def test_n_probes_overrides_the_target():
     index = build(rows, states, next_ids, n_probes=5, target_agreement=1.0)
     assert index.config.n_probes == 5
     assert index.config.report["agreement"] < 1
-    dense = np.array(rows.matmul(mx.array(states[-60:]))).argmax(axis=1)
-    found = np.array(head_on(rows, index, 5).token(mx.array(states[-60:]))) == dense
+    dense = np.array(rows.matmul(mx.array(states[-HELD_OUT:]))).argmax(axis=1)
+    found = np.array(head_on(rows, index, 5).token(mx.array(states[-HELD_OUT:]))) == dense
     assert index.config.report["agreement"] == pytest.approx(found.mean())
 
 
@@ -164,7 +174,7 @@ def test_settings_are_recorded():
 def test_clusters_are_made_in_the_metric_of_the_states_that_are_fitted_on():
     rows, states, next_ids = make_case()
     weight, settings = np.array(rows.weight), {"seed": 7, "progress": False}
-    metric = logit_metric(states[:-60], 64)
+    metric = logit_metric(states[:-HELD_OUT], 64)
     expected = cluster_rows(weight, 8, spherical=False, metric=metric, **settings)
     np.testing.assert_array_equal(build(rows, states, next_ids, seed=7).token_ids, expected)
     by_direction = cluster_rows(weight, 8, **settings)
@@ -215,7 +225,7 @@ def test_says_what_was_chosen(capsys):
     agreement = config.report["agreement"]
     assert capsys.readouterr().out == (
         f"{config.n_probes} of 51 clusters per token: {agreement:.2%} agreement with the dense "
-        "head on 60 held-out positions\n"
+        "head on 133 held-out positions\n"
     )
     build(rows, progress=True)
     assert capsys.readouterr().out == "8 of 51 clusters per token, not calibrated\n"
@@ -227,7 +237,7 @@ def test_says_what_was_chosen(capsys):
 @pytest.mark.parametrize("n_states", [2, 3, 10])
 def test_few_states(n_states):
     rows, states, next_ids = make_case(n_states=n_states)
-    assert build(rows, states, next_ids).config.report["positions"] == max(1, n_states // 5)
+    assert build(rows, states, next_ids).config.report["positions"] == max(1, n_states // 3)
 
 
 @pytest.mark.parametrize("n_states", [0, 1])

@@ -2,7 +2,6 @@
 
 from ..compat import configure_parser
 from ..conversion import convert
-from ..indexing import HELD_OUT_SHARE
 from ..quantization import HEAD_BITS
 from .console import command
 
@@ -35,7 +34,7 @@ def make_parser():
         type=float,
         default=0.99,
         help="Share of positions that must keep the dense head's best token, measured on the "
-        f"held-out {HELD_OUT_SHARE:.0%}% of the calibration (default: %(default)s).",
+        "held-out part of the calibration (default: %(default)s).",
     )
     group.add_argument(
         "--calibration",
