@@ -127,9 +127,9 @@ def _add_model(kinds) -> None:
         help="Sequences at once; may be given several times (default: 1, 4 and 8).",
     )
     parser.add_argument(
-        "--tokens", type=int, default=40, help="Steps of a run (default: %(default)s)."
+        "--tokens", type=int, default=20, help="Steps of a run (default: %(default)s)."
     )
-    _add_common(parser, rounds=5)
+    _add_common(parser, rounds=12)
 
 
 def _add_convert(kinds) -> None:

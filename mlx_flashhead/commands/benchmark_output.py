@@ -113,13 +113,14 @@ def crossover_sentence(one: dict) -> str:
 
 
 def _model_table(one: dict) -> Table:
+    lower, upper = one["share_of_free_head_saved_quartiles"]
     table = _new_table(
         f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes']} of "
         f"{one['n_clusters']:,} clusters",
         ("", "tokens/s", "quartiles", "ms", "body", "head", "sampling"),
         f"{one['times_faster']:.2f} times as fast; a free head: "
         f"{one['times_faster_with_a_free_head']:.2f}. Saved: {one['share_of_free_head_saved']:.1%} "
-        "of what a free head would save.",
+        f"of what a free head would save (quartiles {lower:.0%}–{upper:.0%}).",
     )
     for name in (DENSE, FLASH_HEAD, NO_HEAD):
         speed = one["tokens_per_second"][name]
