@@ -6,6 +6,8 @@ rows move into the FlashHead, in cluster order, so that they exist once; what re
 ``module.weight`` gets the rows in the model's own order, gathered at that moment.
 """
 
+import copy
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -97,6 +99,20 @@ def uninstall(model: nn.Module) -> None:
     del module._flash_head
     for name, array in arrays.items():
         module[name] = array
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """The dense model of one with a FlashHead: rows of its own, every other array is shared.
+
+    Two models of which the speed is compared should share their arrays: where these lie in memory
+    alone makes a step of a CPU up to a tenth faster or slower.
+
+    Raises:
+        ValueError: If no FlashHead is installed.
+    """
+    dense = copy.deepcopy(model)
+    uninstall(dense)
+    return dense
 
 
 def _prefix(path: str) -> str:

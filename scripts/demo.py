@@ -14,7 +14,7 @@ from rich.console import Console
 import mlx_flashhead
 from fetch_smollm2 import fetch_smollm2
 from mlx_flashhead.commands.console import command
-from mlx_flashhead.load import load_dense
+from mlx_flashhead.install import dense_copy
 from side_by_side import compare
 
 MODELS = Path("models")
@@ -50,10 +50,9 @@ def main() -> None:
             str(FLASH_HEAD_MODEL),
             calibration_positions=CALIBRATION_POSITIONS,
         )
-    dense, tokenizer, _ = load_dense(DENSE_MODEL)
-    flash, _ = mlx_flashhead.load(str(FLASH_HEAD_MODEL))
+    flash, tokenizer = mlx_flashhead.load(str(FLASH_HEAD_MODEL))
     compare(
-        dense,
+        dense_copy(flash),
         flash,
         tokenizer,
         args.prompt,

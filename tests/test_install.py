@@ -3,11 +3,12 @@
 import gc
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
-from mlx_flashhead.install import get_flash_head, install, uninstall
+from mlx_flashhead.install import dense_copy, get_flash_head, install, uninstall
 from mlx_flashhead.locate import find_head, recorded_hidden
 from tiny_models import tiny_index, tiny_model
 
@@ -122,6 +123,25 @@ def test_padding_is_gone_after_uninstalling(how):
     installed(model, cluster_size=200, n_probes=1)
     uninstall(model)
     assert parameters(model) == before
+
+
+@tied_or_not
+def test_dense_copy_shares_all_but_the_rows(how):
+    model = tiny_model(**how)
+    before, logits = parameters(model), model(TOKENS)
+    body = tree_flatten(model.model.layers[0].parameters(), destination={})
+    head = installed(model)
+    sparse = model(TOKENS)
+    dense = dense_copy(model)
+    assert get_flash_head(dense) is None and get_flash_head(model) is head
+    assert parameters(dense) == before
+    assert mx.array_equal(dense(TOKENS), logits) and mx.array_equal(model(TOKENS), sparse)
+    copied = tree_flatten(dense.model.layers[0].parameters(), destination={})
+    for name, array in body.items():
+        here, there = (np.array(a, copy=False).ctypes.data for a in (array, copied[name]))
+        assert here == there, name
+    with pytest.raises(ValueError, match="no FlashHead"):
+        dense_copy(dense)
 
 
 def test_memory_added_is_the_index():

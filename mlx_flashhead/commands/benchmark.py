@@ -15,8 +15,8 @@ from ..benchmarks.model import SAMPLERS, model_benchmark
 from ..benchmarks.rows import COUNTS, rows_benchmark
 from ..benchmarks.sampler import sampler_benchmark
 from ..head import FlashHead
-from ..install import get_flash_head
-from ..load import load, load_dense, resolve
+from ..install import dense_copy, get_flash_head
+from ..load import load
 from ..quantization import HEAD_BITS
 from ..timing import machine
 from . import estimate
@@ -285,10 +285,9 @@ def _states(head: FlashHead, dtype: mx.Dtype) -> mx.array:
 
 def _model(args: argparse.Namespace) -> list[dict]:
     flash, tokenizer = load(args.model, n_probes=args.n_probes)
-    dense, _, _ = load_dense(resolve(args.model))
     head = get_flash_head(flash)
     measured = model_benchmark(
-        dense,
+        dense_copy(flash),
         flash,
         tokenizer,
         samplers=args.sampler or tuple(SAMPLERS),
