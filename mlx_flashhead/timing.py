@@ -1,19 +1,23 @@
 """How time is taken here: in turns, warm, over many runs; and on which machine.
 
-What is compared runs in turns, A B A B, so that a machine that heats up or shares its cores slows
-all alike. The first round warms up and is not counted. Medians and quartiles are kept, never means.
+What is compared runs in turns, one of each in a round, so that a machine that heats up or shares
+its cores slows all alike. Each round has another order, so that none always follows the same: what
+ran before leaves its pages and caches behind. The first round warms up and is not counted. Medians
+and quartiles are kept, never means.
 """
 
 import ctypes
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +28,7 @@ from .apple_gpu import PEAK_GB_S
 HEAD_ROUNDS = 5
 CACHES_BYTES = 128 << 20  # more than the last cache of the machines that this is meant for
 PACKAGES = ("mlx", "mlx-lm", "numpy")
+Item = TypeVar("Item")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -65,6 +70,17 @@ class ColdCaches:
         mx.eval(self._memory)
 
 
+def turns(items: Iterable[Item], rounds: int) -> Iterator[tuple[int, Item]]:
+    """Who runs when: the number of the round, 0 … rounds, and each item in an order drawn anew.
+
+    The orders are the same for the same number of items.
+    """
+    items, draw = list(items), random.Random(0)
+    for number in range(rounds + 1):
+        for item in draw.sample(items, len(items)):
+            yield number, item
+
+
 def in_turns(
     runs: Mapping[str, Callable[[int], object]],
     rounds: int,
@@ -92,16 +108,15 @@ def in_turns(
         disable=not progress,
     )  # fmt: skip
     with bar:
-        for number in range(rounds + 1):
-            for name, run in runs.items():
-                if before is not None:
-                    before()
-                start = time.perf_counter()
-                mx.eval(run(number))
-                taken = time.perf_counter() - start
-                if number:
-                    seconds[name].append(taken)
-                bar.update()
+        for number, name in turns(runs, rounds):
+            if before is not None:
+                before()
+            start = time.perf_counter()
+            mx.eval(runs[name](number))
+            taken = time.perf_counter() - start
+            if number:
+                seconds[name].append(taken)
+            bar.update()
     return seconds
 
 

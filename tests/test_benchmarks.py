@@ -271,8 +271,8 @@ def test_model_benchmark_sums_up(models, monkeypatch):
     assert [(f["sampler"], f["batch"]) for f in found] == [
         ("greedy", 1), ("greedy", 2), ("top-p", 1), ("top-p", 2),
     ]  # fmt: skip
-    turns = ["dense", "flash", "none", "flash", "none", "dense", "none", "dense", "flash"]
-    assert order == turns * 4
+    rounds = [sorted(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert rounds == [["dense", "flash", "none"]] * 3 * 4
     one = json.loads(json.dumps(found))[1]
     assert one["step_ms"]["dense"]["runs"] == 2
     assert one["tokens_per_second"]["dense"]["median"] == pytest.approx(200)
@@ -314,8 +314,9 @@ def test_models_are_sampled_with_their_own_samplers(models, monkeypatch):
     model_benchmark(
         *models, Tokenizer(), samplers=("top-p",), batches=(1,), tokens=2, rounds=1, progress=False
     )
-    turns = ["dense", "flash", "dense", "flash", "dense", "dense"]  # the third without its head
-    assert asked == [*turns, "dense", "flash"]
+    rounds = [sorted(asked[i : i + 3]) for i in (0, 3)]
+    assert rounds == [["dense", "dense", "flash"]] * 2  # one of the two without its head
+    assert asked[6:] == ["dense", "flash"]
 
 
 def test_zipf_logprobs():

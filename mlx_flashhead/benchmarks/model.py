@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..compat import BatchGenerator, generate_step
 from ..locate import find_head, recorded_hidden
 from ..sampling import make_sampler
-from ..timing import Spread, in_turns
+from ..timing import Spread, in_turns, turns
 
 DENSE, FLASH_HEAD, NO_HEAD = "dense", "FlashHead", "no head"
 SAMPLERS = {"greedy": {"temp": 0.0}, "top-p": {"temp": 0.8, "top_p": 0.95}}
@@ -108,8 +108,8 @@ def model_benchmark(
 ) -> list[dict]:
     """Times decoding for each sampler and batch, the three models in turns.
 
-    Runs are short and each round begins with another model, so that what else the machine does
-    comes upon all three alike. Ratios are taken within a round, before their median.
+    Runs are short, so that what else the machine does comes upon all three alike. Ratios are taken
+    within a round, before their median.
 
     Args:
         dense: The dense model.
@@ -141,15 +141,13 @@ def model_benchmark(
         for name in samplers:
             for batch in batches:
                 steps: dict[str, list[float]] = {title: [] for title, *_ in models}
-                for number in range(rounds + 1):
-                    first = number % len(models)
-                    for title, model, context in models[first:] + models[:first]:
-                        sampler = make_sampler(**SAMPLERS[name], model=model)
-                        with context():
-                            seconds = decode_seconds(model, prompt, batch, tokens, sampler)
-                        if number:  # the first warms up
-                            steps[title].append(seconds)
-                        bar.update()
+                for number, (title, model, context) in turns(models, rounds):
+                    sampler = make_sampler(**SAMPLERS[name], model=model)
+                    with context():
+                        seconds = decode_seconds(model, prompt, batch, tokens, sampler)
+                    if number:  # the first warms up
+                        steps[title].append(seconds)
+                    bar.update()
                 sampling = {
                     title: sampling_seconds(
                         model, prompt, batch, make_sampler(**SAMPLERS[name], model=model), rounds
