@@ -151,7 +151,8 @@ class PortableSteps(Steps):
         route_bias = self.clustered.route_bias
         if self._centroids is not None:
             scores = blocked_product(hidden.astype(mx.float32), self._centroids)
-            scores = scores[..., : len(route_bias)]
+            if scores.shape[-1] > len(route_bias):
+                scores = scores[..., : len(route_bias)]
         else:
             scores = self.clustered.prototypes.matmul(hidden).astype(mx.float32)
         return scores + route_bias
@@ -168,7 +169,7 @@ class PortableSteps(Steps):
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
         """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
         rows, probes = self.clustered.rows, selection.probes
-        stacked = hidden[:, None, None, :]  # (R, 1, 1, D) against (R, p) blocks of (n, D)
+        stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
         if rows.quantized:
             logits = mx.gather_qmm(
                 stacked,
