@@ -137,7 +137,7 @@ def test_killed_between_stages(source, tmp_path, computed, uninterrupted):
     [
         ({"n_probes": 3, "target_agreement": 0.5}, []),
         ({"cluster_size": 8}, [CLUSTERS]),
-        ({"calibration_positions": 101}, [CALIBRATION, CLUSTERS]),
+        ({"calibration_positions": 110}, [CALIBRATION, CLUSTERS]),
         ({"calibration": "none"}, [CLUSTERS]),
         ({"seed": 1}, [CALIBRATION, CLUSTERS]),
         ({"head_bits": 8}, [CALIBRATION, CLUSTERS]),
