@@ -8,14 +8,14 @@ text = generate(model, tokenizer, prompt="…", max_tokens=100)
 import sys
 from types import ModuleType
 
-from .config import FlashHeadConfig
-from .conversion import convert
-from .generation import batch_generate, generate, stream_generate
-from .head import FlashHead
-from .install import get_flash_head, uninstall
-from .load import load
-from .sampling import make_sampler
-from .sharded import sharded_load
+from .conversion.pipeline import convert
+from .head.flash_head import FlashHead
+from .index.settings import FlashHeadConfig
+from .models.generation import batch_generate, generate, stream_generate
+from .models.install import get_flash_head, uninstall
+from .models.load import load
+from .models.sampling import make_sampler
+from .models.sharded import sharded_load
 from .version import __version__
 
 __all__ = [

@@ -24,7 +24,7 @@ def main() -> None:
         print(usage, file=sys.stdout if asked_for_help else sys.stderr)
         sys.exit(0 if asked_for_help else 2)
     command = sys.argv.pop(1)
-    importlib.import_module(f"mlx_flashhead.commands.{command}").main()
+    importlib.import_module(f"mlx_flashhead.{command}").main()
 
 
 if __name__ == "__main__":

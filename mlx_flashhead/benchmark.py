@@ -1,6 +1,343 @@
-"""``python -m mlx_flashhead.benchmark``: a shell over `commands/benchmark.py`."""
+"""Measures speed: a head, rows at once, a model, a conversion, samplers; or estimates it."""
 
-from .commands.benchmark import main
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .benchmarks import estimate
+from .benchmarks.conversion import convert_benchmark, index_benchmark
+from .benchmarks.head import CLUSTER_SIZE, SHAPES, head_benchmark, random_head
+from .benchmarks.machine import machine
+from .benchmarks.model import SAMPLERS, model_benchmark
+from .benchmarks.output import draw, print_result
+from .benchmarks.rows import COUNTS, rows_benchmark
+from .benchmarks.sampler import sampler_benchmark
+from .cli.console import check_writable, command
+from .conversion.quantization import HEAD_BITS
+from .evaluate import PICTURES
+from .head.flash_head import FlashHead
+from .models.install import dense_copy, get_flash_head
+from .models.load import load
+
+DTYPES = ("float32", "float16", "bfloat16")
+HEAD, ROWS, MODEL, CONVERT = "head", "rows", "model", "convert"
+SAMPLER, ESTIMATE = "sampler", "estimate"
+SAMPLER_WIDTH = 64  # of the random heads: a sampler reads the clusters, not the rows
+REPORT = """\
+Please send this to the project as an issue, with the template "Benchmark":
+
+```json
+{figures}
+```"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="mlx_flashhead.benchmark", description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
+    _add_head(kinds)
+    _add_rows(kinds)
+    _add_model(kinds)
+    _add_convert(kinds)
+    _add_sampler(kinds)
+    estimate.add_parser(kinds)
+    return parser
+
+
+def _add_head(kinds) -> None:
+    parser = kinds.add_parser(
+        HEAD,
+        help="time a head",
+        description="Time a head alone: dense, and FlashHead to candidates, a token, full logits.",
+    )
+    _add_which_head(parser)
+    parser.add_argument(
+        "--rows", type=int, default=1, help="Hidden states at once (default: %(default)s)."
+    )
+    _add_common(parser, rounds=20)
+
+
+def _add_rows(kinds) -> None:
+    parser = kinds.add_parser(
+        ROWS,
+        help="time a head against the number of rows at once",
+        description="Time full logits of more and more hidden states at once, dense and with "
+        "FlashHead, and say from how many on dense is faster: the head's max_rows.",
+    )
+    _add_which_head(parser)
+    parser.add_argument(
+        "--rows",
+        type=int,
+        action="append",
+        dest="counts",
+        help="Hidden states at once; may be given several times "
+        f"(default: {', '.join(map(str, COUNTS))}).",
+    )
+    _add_common(parser, rounds=7)
+
+
+def _add_which_head(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="NAME|V,D",
+        help=f"Random weights of the shape {', '.join(SHAPES)} or V,D; may be given several times.",
+    )
+    what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
+    parser.add_argument(
+        "--n-probes", type=int, help="Clusters scored (default: 256, or the model's own)."
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of random weights.")
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=HEAD_BITS,
+        default=16,
+        help="Bits of random rows; 16 leaves them in --dtype (default: %(default)s).",
+    )
+
+
+def _add_model(kinds) -> None:
+    parser = kinds.add_parser(
+        MODEL,
+        help="time a model's decoding",
+        description="Time decoding through mlx-lm: dense, with FlashHead, and without any head.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="Folder or repository of a FlashHead checkpoint."
+    )
+    parser.add_argument("--n-probes", type=int, help="Clusters scored (default: the model's own).")
+    parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        action="append",
+        help="May be given several times (default: all).",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        action="append",
+        help="Sequences at once; may be given several times (default: 1, 4 and 8).",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=20, help="Steps of a run (default: %(default)s)."
+    )
+    _add_common(parser, rounds=12)
+
+
+def _add_convert(kinds) -> None:
+    parser = kinds.add_parser(
+        CONVERT,
+        help="time a conversion",
+        description="Time each stage of a conversion, into a temporary folder.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="Folder or repository of the model to convert.")
+    what.add_argument(
+        "--shape",
+        type=_shape,
+        metavar="NAME|V,D",
+        help="A random head and random states instead: all stages but the model's.",
+    )
+    parser.add_argument(
+        "--calibration-positions",
+        type=int,
+        default=12_000,
+        help="Positions to calibrate on (default: %(default)s).",
+    )
+    _add_common(parser, rounds=None)
+
+
+def _add_sampler(kinds) -> None:
+    parser = kinds.add_parser(
+        SAMPLER,
+        help="time samplers",
+        description="Time sampling from logits alone: mlx-lm's samplers and this package's.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--vocab-size",
+        type=int,
+        action="append",
+        help="Of random clusters; may be given several times (default: 128256).",
+    )
+    what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
+    parser.add_argument(
+        "--n-probes", type=int, help="Clusters scored (default: 256, or the model's own)."
+    )
+    parser.add_argument(
+        "--rows", type=int, default=1, help="Rows of logits at once (default: %(default)s)."
+    )
+    _add_common(parser, rounds=20)
+
+
+def _add_common(parser: argparse.ArgumentParser, rounds: int | None) -> None:
+    if rounds is not None:
+        parser.add_argument(
+            "--rounds",
+            type=int,
+            default=rounds,
+            help="Runs that count, all forms in turns (default: %(default)s).",
+        )
+    parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
+    parser.add_argument("--plot", metavar="OUT.png", help="Draw the figures into a picture.")
+    parser.add_argument(
+        "--report", action="store_true", help="Print the figures as JSON, to be sent as an issue."
+    )
+
+
+@command
+def main() -> None:
+    """Entry point of ``mlx_flashhead.benchmark``."""
+    args = make_parser().parse_args()
+    if args.kind == ESTIMATE:
+        estimate.run(args)
+        return
+    for name in ("rounds", "rows", "tokens", "calibration_positions", "n_probes"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more.")
+    for name, option in (
+        ("batch", "--batch"),
+        ("counts", "--rows"),
+        ("vocab_size", "--vocab-size"),
+    ):
+        for value in getattr(args, name, None) or ():
+            if value < 1:
+                raise ValueError(f"{option} is {value}: give 1 or more.")
+    if args.json:
+        check_writable("--json", args.json)
+    if args.plot:
+        if Path(args.plot).suffix.lower() not in PICTURES:
+            raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
+        check_writable("--plot", args.plot)
+    measure = {HEAD: _head, ROWS: _rows, MODEL: _model, CONVERT: _convert, SAMPLER: _sampler}
+    found = measure[args.kind](args)
+    result = {
+        "kind": args.kind,
+        "machine": machine(),
+        "command": " ".join(["mlx_flashhead.benchmark", *sys.argv[1:]]),
+        "results": found,
+    }
+    print_result(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    if args.plot:
+        draw(result, args.plot)
+    if args.report:
+        print(REPORT.format(figures=json.dumps(result, indent=1)))
+
+
+def _head(args: argparse.Namespace) -> list[dict]:
+    return [
+        {"name": name}
+        | head_benchmark(
+            head,
+            _states(head, dtype),
+            n_rows=args.rows,
+            rounds=args.rounds,
+            description=f"Timing {name}",
+        )
+        for name, head, dtype in _heads(args)
+    ]
+
+
+def _rows(args: argparse.Namespace) -> list[dict]:
+    return [
+        {"name": name}
+        | rows_benchmark(
+            head,
+            _states(head, dtype),
+            counts=args.counts or COUNTS,
+            rounds=args.rounds,
+            description=f"Timing rows of {name}",
+        )
+        for name, head, dtype in _heads(args)
+    ]
+
+
+def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
+    """The heads asked for, one at a time: name, head, and the dtype of its hidden states."""
+    if args.model is not None:
+        model, _ = load(args.model, n_probes=args.n_probes)
+        head = get_flash_head(model)
+        rows = head.clustered.rows
+        yield Path(args.model).name, head, (rows.scales if rows.quantized else rows.weight).dtype
+        return
+    for name, (vocab_size, hidden_size) in args.shape:
+        dtype = getattr(mx, args.dtype)
+        form = {"dtype": dtype, "bits": args.head_bits}
+        form["n_probes"] = args.n_probes or _usual_probes(vocab_size)
+        yield name, random_head(vocab_size, hidden_size, **form), dtype
+
+
+def _states(head: FlashHead, dtype: mx.Dtype) -> mx.array:
+    states = np.random.default_rng(0).normal(size=(64, head.hidden_size)).astype(np.float32)
+    return mx.array(states).astype(dtype)
+
+
+def _model(args: argparse.Namespace) -> list[dict]:
+    flash, tokenizer = load(args.model, n_probes=args.n_probes)
+    head = get_flash_head(flash)
+    measured = model_benchmark(
+        dense_copy(flash),
+        flash,
+        tokenizer,
+        samplers=args.sampler or tuple(SAMPLERS),
+        batches=args.batch or (1, 4, 8),
+        tokens=args.tokens,
+        rounds=args.rounds,
+    )
+    about = {"model": Path(args.model).name, "n_probes": head.n_probes}
+    about["n_clusters"] = head.n_clusters
+    return [about | one for one in measured]
+
+
+def _convert(args: argparse.Namespace) -> list[dict]:
+    positions = args.calibration_positions
+    if args.model is not None:
+        return [convert_benchmark(args.model, calibration_positions=positions)]
+    name, (vocab_size, hidden_size) = args.shape
+    return [{"name": name} | index_benchmark(vocab_size, hidden_size, positions)]
+
+
+def _sampler(args: argparse.Namespace) -> list[dict]:
+    if args.model is not None:
+        model, _ = load(args.model, n_probes=args.n_probes)
+        heads = [(Path(args.model).name, get_flash_head(model))]
+    else:
+        heads = []
+        for size in args.vocab_size or (128_256,):
+            n_probes = args.n_probes or _usual_probes(size)
+            heads.append(("random clusters", random_head(size, SAMPLER_WIDTH, n_probes=n_probes)))
+    return [
+        {"name": name} | sampler_benchmark(head, n_rows=args.rows, rounds=args.rounds)
+        for name, head in heads
+    ]
+
+
+def _usual_probes(vocab_size: int) -> int:
+    return min(256, -(-vocab_size // CLUSTER_SIZE))
+
+
+def _shape(text: str) -> tuple[str, tuple[int, int]]:
+    """ "qwen3-0.6b" or "151936,1024" → its name and (V, D)."""
+    if text.lower() in SHAPES:
+        return text.lower(), SHAPES[text.lower()]
+    parts = text.split(",")
+    if len(parts) == 2 and all(p.strip().isdecimal() and int(p) > 0 for p in parts):
+        return text, (int(parts[0]), int(parts[1]))
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no shape: give {', '.join(SHAPES)}, or V,D such as 32000,512"
+    )
+
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,226 @@
-"""``python -m mlx_flashhead.evaluate``: a shell over `commands/evaluate.py`."""
+"""Measures a checkpoint on a text, or by the tasks of lm-eval, and prints a table.
 
-from .commands.evaluate import main
+Of numbers of probes, beside the paper's routing, or with ``--precisions`` of the bits of the head,
+or with ``--tasks`` of the tasks' own metrics.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .cli.console import check_writable, command
+from .conversion.calibration import read_text
+from .evaluation.precision import PrecisionEvaluation, evaluate_precisions
+from .evaluation.task_options import add_task_options, check_task_options, run_tasks
+from .evaluation.text import FLASH_HEAD, Evaluation, evaluate
+from .models.load import load
+
+LEGEND = """\
+agreement   same best token as the dense head
+coverage    the true next token is scored
+mass        the dense head's probability of all scored tokens
+KL          from the dense head's distribution, in nats
+perplexity  relative to dense, with the tail's estimates
+drawn       relative to dense, probes drawn by probability as in the paper
+bytes       read per token, relative to the dense head
+unit means  the paper's routing, here on these clusters; it was made for
+            clusters by direction: see convert --calibration none"""
+PRECISION_LEGEND = """\
+agreement   same best token as the reference: the first line
+KL          from the reference's distribution, in nats
+perplexity  relative to the reference, with the tail's estimates
+MB          read per token
+bytes       read per token, relative to a dense head of 16 bits
+Only the head's rows differ: 8 and 4 bits are MLX's affine form of the
+16-bit rows. All else is the checkpoint's own."""
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_flashhead.evaluate",
+        description="Measure how close a FlashHead model comes to its dense head on a text, or "
+        "what it reaches in the tasks of lm-eval.",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="Folder or Hugging Face repository of a FlashHead checkpoint.",
+    )
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on.")
+    parser.add_argument(
+        "--probes",
+        type=_numbers,
+        metavar="48,96,…",
+        help="Numbers of clusters scored per token (default: the usual ones and the model's own, "
+        "with --precisions or --tasks only the latter).",
+    )
+    parser.add_argument(
+        "--precisions",
+        action="store_true",
+        help="Compare the head at 16, 8 and 4 bits instead, dense and FlashHead, with the dense "
+        "head at full precision.",
+    )
+    parser.add_argument("--positions", type=int, help="Positions to measure (default: all).")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="Seed of the drawn probes, or of the examples and the sampling of tasks.",
+    )
+    parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
+    parser.add_argument("--plot", metavar="OUT.png", help="Draw the curves into a picture.")
+    add_task_options(parser)
+    return parser
+
+
+@command
+def main() -> None:
+    """Entry point of ``mlx_flashhead.evaluate``."""
+    args = make_parser().parse_args()
+    check_task_options(args)
+    if args.positions is not None and args.positions < 1:
+        raise ValueError(f"--positions is {args.positions}: give 1 or more.")
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}: give 0 or more.")
+    if args.json:
+        check_writable("--json", args.json)
+    if args.plot and args.precisions:
+        raise ValueError("--plot draws numbers of probes: leave it out with --precisions.")
+    if args.plot:
+        if Path(args.plot).suffix.lower() not in PICTURES:
+            raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
+        check_writable("--plot", args.plot)
+    if args.tasks:
+        run_tasks(args)
+        return
+    text = read_text(args.text)
+    model, tokenizer = load(args.model)
+    options = {"probe_counts": args.probes, "positions": args.positions}
+    if args.precisions:
+        evaluation = evaluate_precisions(model, tokenizer, text, **options)
+        print_precisions(evaluation)
+    else:
+        evaluation = evaluate(model, tokenizer, text, seed=args.seed, **options)
+        print_table(evaluation)
+    if args.json:
+        Path(args.json).write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n")
+    if args.plot:
+        draw(evaluation, args.plot)
+
+
+def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
+    """Prints the evaluation as one table, which fits 80 columns."""
+    table = Table(
+        title=f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, "
+        f"dense perplexity {evaluation.dense_perplexity:.2f}",
+        caption=LEGEND,
+        caption_justify="left",
+        box=box.SIMPLE,
+        padding=0,
+    )
+    headings = ("probes", "agreement", "coverage", "mass", "KL", "perplexity", "drawn", "bytes")
+    table.add_column("routing")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = None
+    for measured in evaluation.measures:
+        if previous not in (None, measured.routing):
+            table.add_section()
+        own = measured.routing == FLASH_HEAD and measured.n_probes == evaluation.n_probes
+        table.add_row(
+            "" if measured.routing == previous else measured.routing,
+            f"{measured.n_probes}",
+            f"{measured.agreement:.2%}",
+            f"{measured.coverage:.2%}",
+            f"{measured.covered_mass:.2%}",
+            _or_dash(measured.kl, "{:.3f}"),
+            _or_dash(measured.perplexity / evaluation.dense_perplexity, "{:.3f}"),
+            _or_dash(measured.drawn_perplexity / evaluation.dense_perplexity, "{:.2f}"),
+            f"{evaluation.bytes_share[measured.n_probes]:.1%}",
+            style="bold" if own else None,
+        )
+        previous = measured.routing
+    (console or Console()).print(table)
+
+
+def print_precisions(evaluation: PrecisionEvaluation, console: Console | None = None) -> None:
+    """Prints the forms of the head as one table, which fits 80 columns."""
+    reference = evaluation.reference
+    table = Table(
+        title=f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, perplexity of "
+        f"the {reference.bits}-bit dense head {reference.perplexity:.2f}",
+        caption=PRECISION_LEGEND,
+        caption_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("head", no_wrap=True)
+    for heading in ("bits", "probes", "agreement", "KL", "perplexity", "MB", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = (reference.head, reference.n_probes)
+    for measured in evaluation.measures:
+        kind = (measured.head, measured.n_probes)
+        if kind != previous:
+            table.add_section()
+        table.add_row(
+            measured.head,
+            f"{measured.bits}",
+            "–" if measured.n_probes is None else f"{measured.n_probes}",
+            f"{measured.agreement:.2%}",
+            f"{measured.kl:.5f}",
+            f"{measured.perplexity / reference.perplexity:.4f}",
+            f"{measured.bytes_read / 1e6:.2f}",
+            f"{measured.bytes_share:.1%}",
+        )
+        previous = kind
+    (console or Console()).print(table)
+
+
+def draw(evaluation: Evaluation, path: str) -> None:
+    """Draws agreement and coverage over the number of probes into a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, (field, title) in zip(
+        axes,
+        (("agreement", "Agreement with the dense head"), ("coverage", "True next token scored")),
+        strict=True,
+    ):
+        for routing in dict.fromkeys(m.routing for m in evaluation.measures):
+            chosen = [m for m in evaluation.measures if m.routing == routing]
+            values = [100 * getattr(m, field) for m in chosen]
+            axis.plot([m.n_probes for m in chosen], values, marker="o", label=routing)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.set(title=title, xlabel=f"clusters scored of {evaluation.n_clusters}", ylabel="%")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _or_dash(value: float, form: str) -> str:
+    return "–" if value != value else form.format(value)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 48,96,256")
+    return numbers
+
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,149 @@
-"""``python -m mlx_flashhead.export``: a shell over `commands/export.py`."""
+"""Writes a head as functions that an application of MLX calls, on an iPad for example."""
 
-from .commands.export import main
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+
+import mlx.core as mx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .cli.console import command
+from .exporting.functions import (
+    METAL,
+    PORTABLE,
+    ExportedFunction,
+    export_head,
+    head_dtype,
+    head_weights,
+)
+from .exporting.mlxfn import VERSIONS, rewrite_for
+from .index.new_folder import new_file
+from .models.install import get_flash_head
+from .models.load import load
+
+SUFFIX = ".mlxfn"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_flashhead.export",
+        description="Write a FlashHead's functions to a file that mlx-swift's importFunction "
+        "reads: hidden state in; greedy token, candidates or full logits out.",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="Folder or Hugging Face repository of a FlashHead checkpoint.",
+    )
+    parser.add_argument("--output", required=True, metavar="head.mlxfn", help="File to write.")
+    parser.add_argument(
+        "--include-weights",
+        action="store_true",
+        help="Put the weights into the file. Otherwise the functions take them as arguments, and "
+        "they are written to a file beside it that ends in .safetensors.",
+    )
+    parser.add_argument(
+        "--n-probes",
+        type=int,
+        help="Clusters scored per token (default: the number chosen at conversion).",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=(METAL, PORTABLE),
+        default=METAL,
+        help="metal: FlashHead's kernels (default). mlx: plain operations, also for a CPU.",
+    )
+    parser.add_argument(
+        "--for-mlx",
+        choices=VERSIONS,
+        default=VERSIONS[-1],
+        metavar="VERSION",
+        help="MLX that shall read the file: 0.32 for 0.32.1 and later (default), 0.31 for 0.31, "
+        "which mlx-swift had in July 2026. The latter is for the backend metal.",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace files that are there.")
+    return parser
+
+
+@command
+def main() -> None:
+    """Entry point of ``mlx_flashhead.export``."""
+    args = make_parser().parse_args()
+    output = Path(args.output).expanduser()
+    weights_file = None if args.include_weights else output.with_suffix(".safetensors")
+    _check_files(output, weights_file, args.overwrite)
+    if args.for_mlx != VERSIONS[-1] and args.backend != METAL:
+        raise ValueError(f"--for-mlx {args.for_mlx} is for --backend metal: leave one of them out.")
+
+    model, _ = load(args.model, n_probes=args.n_probes, backend=PORTABLE)
+    head = get_flash_head(model)
+    with ExitStack() as stack:
+        path = stack.enter_context(new_file(output))
+        functions = export_head(
+            head,
+            path,
+            dtype=head_dtype(model),
+            backend=args.backend,
+            include_weights=args.include_weights,
+        )
+        if args.for_mlx != VERSIONS[-1]:
+            rewrite_for(args.for_mlx, path)
+        if weights_file is not None:
+            weights = stack.enter_context(new_file(weights_file))
+            mx.save_safetensors(str(weights), head_weights(head.clustered), {"format": "mlx"})
+    print_table(functions, f"{head.n_probes} of {head.n_clusters} clusters, {args.backend}")
+    for file in filter(None, (output, weights_file)):
+        print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
+    print(f"Next: {_next_step(args, output, weights_file)}")
+
+
+def print_table(functions: list[ExportedFunction], title: str) -> None:
+    """Prints the functions, with the shape and dtype of each argument and result."""
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("function", "argument", "shape", "dtype"):
+        table.add_column(heading, no_wrap=True)
+    for function in functions:
+        first = function.name
+        for name, (shape, dtype) in function.inputs.items():
+            table.add_row(first, name, str(shape), _name(dtype))
+            first = ""
+        for shape, dtype in function.outputs:
+            table.add_row("", "→", str(shape), _name(dtype))
+        table.add_section()
+    Console().print(table)
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _next_step(args, output: Path, weights: Path | None) -> str:
+    files = output.name if weights is None else f"{output.name} and {weights.name}"
+    if args.backend == PORTABLE:
+        return f'mx.import_function("{output}") in Python, or importFunction(from:) in Swift.'
+    return (
+        f"add {files} to the app and call importFunction(from:), as docs/ipad.md shows; its MLX "
+        f"must be {'0.31' if args.for_mlx == '0.31' else '0.32.1 or later'}."
+    )
+
+
+def _check_files(output: Path, weights: Path | None, overwrite: bool) -> None:
+    if output.suffix != SUFFIX:
+        raise ValueError(f"--output {output} must end in {SUFFIX}, such as head{SUFFIX}.")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}, make it first.")
+    for file in filter(None, (output, weights)):
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: choose another --output.")
+        if file.exists() and not overwrite:
+            raise ValueError(
+                f"{file} exists already: choose another --output, or pass --overwrite to replace "
+                "it."
+            )
+
 
 if __name__ == "__main__":
     main()

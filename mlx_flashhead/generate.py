@@ -1,6 +1,174 @@
-"""``python -m mlx_flashhead.generate``: a shell over `commands/generate.py`."""
+"""Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and three more."""
 
-from .commands.generate import main
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+from .cli.console import command
+from .cli.processes import draw_alike, first_process_speaks, join_processes, leave_together
+from .index.files import has_flash_head
+from .models.compat import generate_module, load_prompt_cache, replaced
+from .models.generation import head_settings
+from .models.load import load, load_dense, resolve
+from .models.sampling import make_sampler
+from .models.sharded import load_dense_part, sharded_load
+
+
+def make_parser():
+    """mlx-lm's parser, extended."""
+    parser = generate_module.setup_arg_parser()
+    parser.prog = "mlx_flashhead.generate"
+    parser.description = "Generate text with a FlashHead checkpoint."
+    for action in parser._actions:
+        if action.dest == "model":
+            action.help = "Folder or Hugging Face repository of a FlashHead checkpoint."
+        if action.dest == "draft_model":
+            action.help += " A FlashHead checkpoint drafts with its FlashHead."
+    group = parser.add_argument_group("FlashHead")
+    group.add_argument(
+        "--n-probes",
+        type=int,
+        help="Clusters scored per token (default: the number chosen at conversion).",
+    )
+    group.add_argument(
+        "--dense", action="store_true", help="Score every token: the dense model, for comparison."
+    )
+    group.add_argument(
+        "--draw-probes",
+        action="store_true",
+        help="Draw the clusters by probability at --temp, as in the paper, instead of sampling "
+        "from full logits.",
+    )
+    group.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="Under mlx.launch, share the layers out instead of splitting each of them.",
+    )
+    return parser
+
+
+@command
+def main() -> None:
+    """Entry point of ``mlx_flashhead.generate``."""
+    processes = join_processes()
+    with first_process_speaks(processes, errors=True):  # all make the same mistake
+        parser = make_parser()
+        args = parser.parse_args()
+        _check_arguments(parser, args)
+        _check_processes(parser, args, processes)
+
+    target = None  # the model, once it is loaded
+    with first_process_speaks(processes), ExitStack() as stack:
+
+        def load_for_main(path, *, return_config=False, **kwargs):
+            nonlocal target
+            if target is not None:  # the draft model comes second
+                return load_draft(path, trust_remote_code=args.trust_remote_code)
+            if processes.size() > 1:
+                loaded = _load_part(args, processes, path, **kwargs)
+            elif args.dense:
+                loaded = load_dense(resolve(path), **kwargs)
+            else:
+                loaded = load(path, n_probes=args.n_probes, return_config=True, **kwargs)
+            target = loaded[0]
+            if args.draw_probes:
+                stack.enter_context(head_settings(target, draw_probes=args.temp))
+            return loaded if return_config else loaded[:2]
+
+        def sampler_for_main(*arguments, **named):
+            return make_sampler(*arguments, **named, model=None if args.dense else target)
+
+        parsed = SimpleNamespace(parse_args=lambda: args)
+        with replaced(
+            generate_module,
+            load=load_for_main,
+            make_sampler=sampler_for_main,
+            setup_arg_parser=lambda: parsed,
+        ):
+            generate_module.main()
+        leave_together(processes, generate_module.generation_stream)
+
+
+def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **_):
+    how = {
+        "pipeline_group": processes if args.pipeline else None,
+        "tokenizer_config": tokenizer_config,
+        "trust_remote_code": trust_remote_code,
+    }
+    if args.dense:
+        loaded = load_dense_part(path, **how)
+    else:
+        loaded = sharded_load(path, n_probes=args.n_probes, return_config=True, **how)
+    draw_alike(processes, args.seed)
+    return loaded
+
+
+def load_draft(path: str, **kwargs):
+    """A draft model and its tokenizer: with its FlashHead where the folder has one."""
+    folder = resolve(path)
+    if has_flash_head(folder):
+        return load(str(folder), **kwargs)
+    return load_dense(folder, **kwargs)[:2]
+
+
+def _check_arguments(parser, args) -> None:
+    if args.model is None and args.prompt_cache_file is None:
+        parser.error("--model is needed: the folder or repository of a FlashHead checkpoint")
+    if args.max_tokens == 0 or args.max_tokens < -1:
+        parser.error(f"--max-tokens is {args.max_tokens}: it must be 1 or more, or -1 for no limit")
+    if args.draw_probes and (args.dense or not args.temp > 0):
+        parser.error("--draw-probes needs --temp above 0, and no --dense")
+    if args.dense and args.n_probes is not None:
+        parser.error("--dense scores every token: leave --n-probes out")
+    if args.prompt_cache_file is not None:
+        _check_prompt_cache(parser, args)
+    for name in ("num_draft_tokens", "max_kv_size", "prefill_step_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
+    if args.chat_template_config is not None:
+        try:
+            json.loads(args.chat_template_config)
+        except json.JSONDecodeError:
+            parser.error('--chat-template-config must be JSON, such as {"enable_thinking": false}')
+
+
+def _check_prompt_cache(parser, args) -> None:
+    file = args.prompt_cache_file
+    if not Path(file).is_file():
+        parser.error(f"--prompt-cache-file {file}: there is no such file")
+    try:
+        _, metadata = load_prompt_cache(file, return_metadata=True)
+        json.loads(metadata["tokenizer_config"]), metadata["model"]
+    except (RuntimeError, ValueError, KeyError, TypeError):
+        parser.error(
+            f"--prompt-cache-file {file} is damaged or no prompt cache: make one with "
+            "mlx_lm.cache_prompt"
+        )
+    if args.draft_model is not None:
+        parser.error(
+            "--prompt-cache-file has no cache of a draft model in it: leave --draft-model out"
+        )
+
+
+def _check_processes(parser, args, processes) -> None:
+    if processes.size() == 1:
+        if args.pipeline:
+            parser.error("--pipeline needs several processes: start them with mlx.launch")
+        return
+    for option, given in (
+        ("--adapter-path", args.adapter_path),
+        ("--draft-model", args.draft_model),
+        ("--prompt-cache-file", args.prompt_cache_file),
+        ("--image", args.image),
+        ("--quantize-activations", args.quantize_activations),
+    ):
+        if given:
+            parser.error(f"{option} is for one process: start it without mlx.launch")
+    if args.prompt == "-":
+        parser.error("--prompt - reads an input that mlx.launch does not end: give the prompt")
+
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,41 @@
-"""``python -m mlx_flashhead.upload``: a shell over `commands/upload.py`."""
+"""Uploads a checkpoint that was converted before."""
 
-from .commands.upload import main
+import argparse
+from pathlib import Path
+
+from .cli.console import command
+from .publishing.publish import publish
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_flashhead.upload",
+        description="Upload a FlashHead checkpoint to the Hugging Face Hub. An upload that was "
+        "interrupted continues when the same command is run again.",
+    )
+    parser.add_argument("--path", required=True, metavar="DIR", help="Folder of the checkpoint.")
+    parser.add_argument(
+        "--repo",
+        metavar="OWNER/NAME",
+        help="Repository to upload to (default: the name that conversion derived, under your own).",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="Make the repository private if it is a new one."
+    )
+    return parser
+
+
+@command
+def main() -> None:
+    """Entry point of ``mlx_flashhead.upload``."""
+    args = make_parser().parse_args()
+    folder = Path(args.path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {args.path}: check --path.")
+    address = publish(folder, args.repo, private=args.private, say=print)
+    print(f"Uploaded to {address}")
+
 
 if __name__ == "__main__":
     main()

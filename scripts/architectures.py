@@ -20,11 +20,11 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]  # works uninstalled too
 
-from architecture_models import architectures, quantized, tiny_architecture  # noqa: E402
-from emulated_mlx_lm import emulated  # noqa: E402
-from mlx_flashhead.commands.console import check_writable, command  # noqa: E402
-from mlx_flashhead.errors import UnsupportedHeadError  # noqa: E402
-from mlx_flashhead.locate import check_plain_product, find_head  # noqa: E402
+from architecture_models import architectures, quantized, tiny_architecture
+from emulated_mlx_lm import emulated
+from mlx_flashhead.cli.console import check_writable, command
+from mlx_flashhead.models.errors import UnsupportedHeadError
+from mlx_flashhead.models.locate import check_plain_product, find_head
 
 DOCUMENT = CHECKOUT / "docs" / "architectures.md"
 NO_SUCH_FORM, REFUSED, UNTESTED = "–", "refused", "not tested"

@@ -5,6 +5,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout in place of scripts/
-    from mlx_flashhead.commands.convert import main
+    from mlx_flashhead.convert import main
 
     main()

@@ -13,8 +13,8 @@ from rich.console import Console
 
 import mlx_flashhead
 from fetch_smollm2 import fetch_smollm2
-from mlx_flashhead.commands.console import command
-from mlx_flashhead.install import dense_copy
+from mlx_flashhead.cli.console import command
+from mlx_flashhead.models.install import dense_copy
 from side_by_side import compare
 
 MODELS = Path("models")

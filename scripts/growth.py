@@ -19,9 +19,9 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(CHECKOUT)  # works uninstalled too
 
-from mlx_flashhead.benchmarks.head import head_benchmark, random_head  # noqa: E402
-from mlx_flashhead.commands.console import check_writable, command  # noqa: E402
-from mlx_flashhead.timing import machine  # noqa: E402
+from mlx_flashhead.benchmarks.head import head_benchmark, random_head
+from mlx_flashhead.benchmarks.machine import machine
+from mlx_flashhead.cli.console import check_writable, command
 
 USUAL = {"vocab_size": 131072, "hidden_size": 1024, "n_probes": 256, "n_rows": 1}
 AXES = {

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mlx_flashhead.clustered import ClusteredRows
-from mlx_flashhead.kernels import MetalSteps
-from mlx_flashhead.prototypes import Prototypes
-from mlx_flashhead.rows import HeadRows
+from mlx_flashhead.head.centroids import Centroids
+from mlx_flashhead.head.clustered import ClusteredRows
+from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.matrix import HeadRows
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 
@@ -52,7 +52,7 @@ def random_head(vocab_size: int, hidden_size: int, bits: int) -> ClusteredRows:
     rng = np.random.default_rng(0)
     n_clusters = vocab_size // CLUSTER_SIZE
     centroids = random_rows(rng, (n_clusters,), hidden_size, 4)
-    prototypes = Prototypes(
+    centroids = Centroids(
         centroids.weight,
         centroids.scales,
         centroids.biases,
@@ -66,8 +66,8 @@ def random_head(vocab_size: int, hidden_size: int, bits: int) -> ClusteredRows:
         rows=random_rows(rng, (n_clusters, CLUSTER_SIZE), hidden_size, bits),
         token_ids=mx.array(order.reshape(n_clusters, CLUSTER_SIZE)),
         slot_of=mx.array(np.argsort(order).astype(np.uint32)),
-        prototypes=prototypes,
-        route_bias=prototypes.bias,
+        centroids=centroids,
+        route_bias=centroids.bias,
         padded=False,
     )
 

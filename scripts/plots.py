@@ -17,10 +17,10 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(CHECKOUT)  # works uninstalled too
 
-from mlx_flashhead.benchmarks.head import CANDIDATES, DENSE, LOGITS  # noqa: E402
-from mlx_flashhead.benchmarks.model import DENSE as DENSE_MODEL  # noqa: E402
-from mlx_flashhead.benchmarks.model import FLASH_HEAD, NO_HEAD  # noqa: E402
-from mlx_flashhead.commands.console import command  # noqa: E402
+from mlx_flashhead.benchmarks.head import CANDIDATES, DENSE, LOGITS
+from mlx_flashhead.benchmarks.model import DENSE as DENSE_MODEL
+from mlx_flashhead.benchmarks.model import FLASH_HEAD, NO_HEAD
+from mlx_flashhead.cli.console import command
 
 BEST_DENSE = "best dense"
 STYLES = {

@@ -18,8 +18,8 @@ from rich.text import Text
 from tqdm import tqdm
 
 from mlx_flashhead import FlashHead, get_flash_head
-from mlx_flashhead.locate import find_head, recorded_hidden
-from mlx_flashhead.timing import Spread, head_seconds
+from mlx_flashhead.benchmarks.timing import Spread, head_seconds
+from mlx_flashhead.models.locate import find_head, recorded_hidden
 
 TITLES = ("dense", "FlashHead")
 

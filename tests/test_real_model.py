@@ -9,12 +9,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_flashhead import FlashHeadConfig, convert, generate, get_flash_head, load
-from mlx_flashhead.calibration import read_text, text_states
-from mlx_flashhead.clustering import cluster_rows
-from mlx_flashhead.evaluation import FLASH_HEAD, UNIT_MEANS, evaluate
-from mlx_flashhead.locate import find_head
-from mlx_flashhead.measures import Routing, measure
-from mlx_flashhead.prototypes import raw_means
+from mlx_flashhead.conversion.calibration import read_text, text_states
+from mlx_flashhead.conversion.clustering import cluster_rows
+from mlx_flashhead.conversion.fitting import raw_means
+from mlx_flashhead.conversion.measures import Routing, measure
+from mlx_flashhead.evaluation.text import FLASH_HEAD, UNIT_MEANS, evaluate
+from mlx_flashhead.models.locate import find_head
 
 pytestmark = pytest.mark.real
 
@@ -108,13 +108,13 @@ def test_measures_are_those_of_the_head(loaded, states):
     head, hidden = get_flash_head(loaded[0]), states
     logits = np.array(head.dense_logits(mx.array(hidden)))
     tokens = [head.token(mx.array(state)[None]).item() for state in hidden]
-    prototypes = head.clustered.prototypes
-    centroids, bias = np.array(prototypes.dequantized()), np.array(head.clustered.route_bias)
+    centroids = head.clustered.centroids
+    matrix, bias = np.array(centroids.dequantized()), np.array(head.clustered.route_bias)
     (measured,), _ = measure(
         hidden,
         lambda h: np.array(head.dense_logits(mx.array(h))),
         np.array(head.clustered.token_ids),
-        [Routing("head", lambda h: h @ centroids.T + bias, None)],
+        [Routing("head", lambda h: h @ matrix.T + bias, None)],
         [head.n_probes],
         progress=False,
     )

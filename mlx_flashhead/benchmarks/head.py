@@ -5,12 +5,13 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from .. import roofline
-from ..head import FlashHead
-from ..portable import blocked_product, in_blocks
-from ..prototypes import Prototypes, quantization_group
-from ..rows import HeadRows
-from ..timing import ColdCaches, Spread, in_turns
+from ..conversion.fitting import quantization_group
+from ..head.centroids import Centroids
+from ..head.flash_head import FlashHead
+from ..head.matrix import HeadRows
+from ..head.portable import blocked_product, in_blocks
+from . import roofline
+from .timing import ColdCaches, Spread, in_turns
 
 SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in roofline.SHAPES.items()}
 CLUSTER_SIZE, GROUP_SIZE = 16, 64
@@ -65,7 +66,7 @@ def random_head(
         stored, scales, biases = mx.quantize(
             centroids.astype(mx.float16), group_size=group, bits=centroid_bits
         )
-    prototypes = Prototypes(
+    centroids = Centroids(
         stored,
         scales,
         biases,
@@ -76,7 +77,7 @@ def random_head(
     )
     slots = np.full(n_clusters * cluster_size, vocab_size, np.uint32)
     slots[:vocab_size] = np.random.default_rng(seed).permutation(vocab_size)
-    head = FlashHead(rows, slots.reshape(n_clusters, -1), prototypes, n_probes=n_probes)
+    head = FlashHead(rows, slots.reshape(n_clusters, -1), centroids, n_probes=n_probes)
     mx.eval(head.arrays())
     return head
 
@@ -105,8 +106,8 @@ def forms(head: FlashHead) -> dict[str, Callable[[mx.array], mx.array]]:
 
 def read_mb(head: FlashHead, n_rows: int = 1) -> float:
     """Megabytes of weights that a call reads here, if no two states share a cluster."""
-    prototypes = head.clustered.prototypes
-    stored = (prototypes.weight, prototypes.scales, prototypes.biases)
+    centroids = head.clustered.centroids
+    stored = (centroids.weight, centroids.scales, centroids.biases)
     stage_1 = sum(array.nbytes for array in stored if array is not None)
     if mx.default_device().type == mx.cpu:  # where the centroids are held as float32
         stage_1 = 4 * head.n_clusters * head.hidden_size

@@ -15,10 +15,10 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from ..compat import BatchGenerator, generate_step
-from ..locate import find_head, recorded_hidden
-from ..sampling import make_sampler
-from ..timing import Spread, in_turns, turns
+from ..models.compat import BatchGenerator, generate_step
+from ..models.locate import find_head, recorded_hidden
+from ..models.sampling import make_sampler
+from .timing import Spread, in_turns, turns
 
 DENSE, FLASH_HEAD, NO_HEAD = "dense", "FlashHead", "no head"
 SAMPLERS = {"greedy": {"temp": 0.0}, "top-p": {"temp": 0.8, "top_p": 0.95}}

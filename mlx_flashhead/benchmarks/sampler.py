@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import sample_utils
 
-from ..head import FlashHead
-from ..sampling import make_sampler
-from ..timing import Spread, in_turns
+from ..head.flash_head import FlashHead
+from ..models.sampling import make_sampler
+from .timing import Spread, in_turns
 
 MLX_LM, OURS = "mlx-lm", "FlashHead"
 SAMPLERS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..config import FlashHeadConfig
+from ..index.settings import FlashHeadConfig
 from .licences import MODIFIED, Licence
 
 MARKER = "mlx_flashhead: your own text goes below"

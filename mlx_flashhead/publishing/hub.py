@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ..redaction import redact, redacted_logs
+from ..index.redaction import redact, redacted_logs
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"

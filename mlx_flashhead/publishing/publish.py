@@ -8,10 +8,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..checkpoint import read_index
-from ..config import FlashHeadConfig
-from ..redaction import holds_secret
-from ..rows import HeadRows
+from ..head.matrix import HeadRows
+from ..index.files import read_index
+from ..index.redaction import holds_secret
+from ..index.settings import FlashHeadConfig
 from . import hub, licences
 from .card import header_of, merged_text, text_below_marker, write_card
 from .licences import Licence

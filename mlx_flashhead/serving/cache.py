@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..compat import LRUPromptCache
+from ..models.compat import LRUPromptCache
 
 
 class PromptCaches(LRUPromptCache):

@@ -8,7 +8,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 import mlx.core as mx
 
-from ..compat import ResponseGenerator
+from ..models.compat import ResponseGenerator
 from .provider import ModelRequest, RequestError
 
 

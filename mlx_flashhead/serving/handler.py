@@ -3,7 +3,7 @@
 import logging
 from contextlib import contextmanager
 
-from ..compat import APIHandler
+from ..models.compat import APIHandler
 from .provider import RequestError
 from .requests import POST_PATHS, check_body
 from .valid_json import dumps

@@ -6,10 +6,10 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from ..compat import get_system_fingerprint, replaced, server_module
-from ..web.handler import BoundedServer
+from ..models.compat import get_system_fingerprint, replaced, server_module
 from .cache import PromptCaches
 from .generator import FlashHeadGenerator
+from .guard import BoundedServer
 from .handler import FlashHeadHandler
 from .provider import FlashHeadProvider
 from .valid_json import STRICT_JSON

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..checkpoint import has_flash_head, read_index
-from ..compat import ModelProvider
-from ..generation import head_settings
-from ..load import install_index, loading, resolve
+from ..index.files import has_flash_head, read_index
+from ..models.compat import ModelProvider
+from ..models.generation import head_settings
+from ..models.load import install_index, loading, resolve
 
 DEFAULT_MODEL = "default_model"
 

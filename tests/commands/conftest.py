@@ -23,7 +23,7 @@ def run(monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            importlib.import_module(f"mlx_flashhead.commands.{command}").main()
+            importlib.import_module(f"mlx_flashhead.{command}").main()
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()

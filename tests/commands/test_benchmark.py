@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mlx_flashhead.commands import benchmark as benchmark_command
-from mlx_flashhead.commands.benchmark_output import _short, crossover_sentence
+from mlx_flashhead import benchmark as benchmark_command
+from mlx_flashhead.benchmarks.output import _short, crossover_sentence
 
 HEAD = ("head", "--shape", "320,64", "--n-probes", 3, "--rounds", 1)
 

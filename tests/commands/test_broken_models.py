@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from mlx_flashhead.checkpoint import CONFIG_KEY, FILE_NAME
+from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME
 from model_folders import VOCAB_SIZE, write_model
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)

@@ -12,8 +12,8 @@ import pexpect
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.commands.terminal import Terminal
-from mlx_flashhead.conversation import Conversation
+from mlx_flashhead.chatting.conversation import Conversation
+from mlx_flashhead.cli.terminal import Terminal
 from model_folders import VOCAB_SIZE, write_model
 
 CHECKOUT = Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def test_completions(folder, monkeypatch):
     terminal = Terminal(["/save", "/stats", "/exit"], ["/save"])
 
     def completions(line):
-        from mlx_flashhead.commands import terminal as module
+        from mlx_flashhead.cli import terminal as module
 
         monkeypatch.setattr(module.readline, "get_line_buffer", lambda: line)
         word = line.rpartition(" ")[2]

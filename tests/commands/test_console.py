@@ -22,6 +22,6 @@ def test_how_commands_end(run, monkeypatch, command, error, code, said):
     def parser():
         raise error
 
-    module = importlib.import_module(f"mlx_flashhead.commands.{command}")
+    module = importlib.import_module(f"mlx_flashhead.{command}")
     monkeypatch.setattr(module, "make_parser", parser)
     assert run(command) == (code, "", said)

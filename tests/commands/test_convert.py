@@ -8,9 +8,9 @@ import mlx_lm
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead import conversion
-from mlx_flashhead.checkpoint import CONFIG_KEY
-from mlx_flashhead.commands import convert as convert_command
+from mlx_flashhead import convert as convert_command
+from mlx_flashhead.conversion import pipeline as conversion
+from mlx_flashhead.index.files import CONFIG_KEY
 from model_folders import VOCAB_SIZE, write_model
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)

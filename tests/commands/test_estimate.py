@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mlx_flashhead.commands.estimate import add_parser, run
+from mlx_flashhead.benchmarks.estimate import add_parser, run
 from model_folders import VOCAB_SIZE, write_model
 
 

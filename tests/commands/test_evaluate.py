@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_flashhead.commands import evaluate as evaluate_command
+from mlx_flashhead import evaluate as evaluate_command
 from model_folders import VOCAB_SIZE
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)

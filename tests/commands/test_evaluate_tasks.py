@@ -94,9 +94,9 @@ def test_neither_a_text_nor_tasks(refused, converted):
 
 
 def test_lm_eval_is_not_installed(refused, arguments, monkeypatch):
-    for name in ("mlx_flashhead.tasks", "mlx_lm.evaluate"):
+    for name in ("mlx_flashhead.evaluation.tasks", "mlx_lm.evaluate"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr("mlx_flashhead.tasks", raising=False)
+    monkeypatch.delattr("mlx_flashhead.evaluation.tasks", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     line = refused("evaluate", *arguments, "--tasks", CHOICE)
     assert "needs lm-eval" in line and "pip install 'mlx_flashhead[evaluate]'" in line

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.exporting import ONLY_FULL_LOGITS
+from mlx_flashhead.exporting.functions import ONLY_FULL_LOGITS
 
 FUNCTIONS = ("token", "candidates", "logits")
 

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 
 import mlx_flashhead
-from mlx_flashhead.commands import generate as generate_command
+from mlx_flashhead import generate as generate_command
 from model_folders import VOCAB_SIZE, write_model
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)

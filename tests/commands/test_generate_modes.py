@@ -64,7 +64,7 @@ def test_draft_models(run, pair, other, draft):
 
 def test_drafts_come_from_a_flash_head(run, pair, monkeypatch):
     """A draft's FlashHead is used, and a dense folder has none."""
-    module = importlib.import_module("mlx_flashhead.commands.generate")
+    module = importlib.import_module("mlx_flashhead.generate")
     drafts, load_draft = [], module.load_draft
 
     def look(path, **kwargs):

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from mlx_flashhead.commands.server_access import access_of, add_access_flags, check_access
-from mlx_flashhead.web.access import is_token
+from mlx_flashhead.serving.access import is_token
+from mlx_flashhead.serving.access_options import access_of, add_access_flags, check_access
 
 
 @pytest.fixture

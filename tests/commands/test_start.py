@@ -28,7 +28,7 @@ IMPORTS = (
     "import mlx_flashhead, importlib; importlib.import_module('mlx_flashhead.{name}')",
     "import runpy; runpy.run_module('mlx_flashhead.{name}', run_name='__main__')",
     "import runpy; runpy.run_module('mlx_flashhead', run_name='__main__')",
-    "from mlx_flashhead.commands.{name} import main; main()",
+    "from mlx_flashhead.{name} import main; main()",
 )
 # Each way of importing starts from a process that has not seen the package yet.
 IMPORT_ALL = f"""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from loopback_hub import TOKEN
-from mlx_flashhead.checkpoint import CONFIG_KEY, FILE_NAME, read_index
+from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, read_index
 from model_folders import VOCAB_SIZE, write_model
 
 LLAMA = "---\nlicense: llama3.2\n---\n"

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from huggingface_hub import ModelCard
 
-from mlx_flashhead.config import FlashHeadConfig
+from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.publishing.card import (
     header_of,
     merged_text,

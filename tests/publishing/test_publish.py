@@ -11,13 +11,13 @@ import pytest
 
 import mlx_flashhead
 from loopback_hub import TOKEN, Account, Repository
-from mlx_flashhead.checkpoint import FILE_NAME
-from mlx_flashhead.conversion import convert
-from mlx_flashhead.install import get_flash_head
+from mlx_flashhead.conversion.pipeline import convert
+from mlx_flashhead.head.matrix import HeadRows
+from mlx_flashhead.index.files import FILE_NAME
+from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.publishing import licences
 from mlx_flashhead.publishing.origin import Origin
 from mlx_flashhead.publishing.publish import checkpoint_name, publish
-from mlx_flashhead.rows import HeadRows
 from model_folders import contents, write_model
 
 QUICK = {"calibration": "none", "progress": False}

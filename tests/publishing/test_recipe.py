@@ -3,7 +3,7 @@
 import hashlib
 import shlex
 
-from mlx_flashhead.commands.convert import make_parser
+from mlx_flashhead.convert import make_parser
 from mlx_flashhead.publishing.recipe import make_recipe
 
 DEFAULTS = {

@@ -1,0 +1,126 @@
+"""A conversion: the time of each of its stages, and the memory it took."""
+
+import importlib
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..conversion.indexing import build_index
+from ..conversion.pipeline import convert
+from ..head.matrix import HeadRows
+
+# The functions that a stage consists of, where they are called from.
+STAGES = (
+    ("loading", "conversion", "load_dense"),
+    ("bits", "conversion", "set_bits"),
+    ("calibration", "conversion", "generated_states"),
+    ("calibration", "conversion", "text_states"),
+    ("clustering", "indexing", "cluster_rows"),
+    ("centroids", "indexing", "fit_centroids"),
+    ("probes", "indexing", "probes_needed"),
+    ("report", "indexing", "measure"),
+    ("writing", "conversion", "save"),
+    ("writing", "conversion", "write_index"),
+)
+TOTAL, OTHER = "total", "other"
+
+
+@contextmanager
+def stage_times() -> Iterator[dict[str, float]]:
+    """Within the block, adds up the seconds of each stage; the total and the rest at its end."""
+    seconds: dict[str, float] = {}
+
+    def timed(stage, function):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+        return call
+
+    package = __package__.rpartition(".")[0]
+    with ExitStack() as stack:
+        for stage, module_name, name in STAGES:
+            module = importlib.import_module(f"{package}.{module_name}")
+            function = getattr(module, name)
+            stack.callback(setattr, module, name, function)
+            setattr(module, name, timed(stage, function))
+        start = time.perf_counter()
+        yield seconds
+        total = time.perf_counter() - start
+    seconds[OTHER] = total - sum(seconds.values())
+    seconds[TOTAL] = total
+
+
+def convert_benchmark(model: str, *, progress: bool = True, **kwargs: Any) -> dict:
+    """Converts ``model`` into a temporary folder.
+
+    Args:
+        model: A folder or repository, as for ``convert``.
+        progress: Show the conversion's bars.
+        **kwargs: Further arguments of ``convert``.
+
+    Returns:
+        Seconds by stage and the peak of memory, JSON-ready.
+    """
+    with tempfile.TemporaryDirectory() as folder, stage_times() as seconds:
+        config = convert(model, str(Path(folder) / "model"), progress=progress, **kwargs)
+    return {
+        "model": Path(model).name,
+        "n_clusters": config.n_clusters,
+        "cluster_size": config.cluster_size,
+        "n_probes": config.n_probes,
+        "calibration": config.calibration,
+        "report": config.report,
+    } | _cost(seconds)
+
+
+def index_benchmark(
+    vocab_size: int, hidden_size: int, positions: int, *, seed: int = 0, progress: bool = True
+) -> dict:
+    """Builds the index of a random head on random states: all of a conversion but the model.
+
+    Random rows have no clusters to be found, which is the hardest case for the clustering.
+
+    Args:
+        vocab_size: Rows V.
+        hidden_size: Width D.
+        positions: Calibration states.
+        seed: Of rows, states and clustering.
+        progress: Show bars.
+
+    Returns:
+        Seconds by stage and the peak of memory, JSON-ready.
+    """
+    rng = np.random.default_rng(seed)
+    weight = mx.array(rng.standard_normal((vocab_size, hidden_size), dtype=np.float32))
+    states = rng.standard_normal((positions, hidden_size), dtype=np.float32)
+    next_ids = rng.integers(vocab_size, size=positions)
+    rows = HeadRows(weight)
+    mx.eval(weight)
+    with stage_times() as seconds:
+        build_index(rows, states, next_ids, seed=seed, progress=progress)
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "positions": positions,
+        "head_mb": weight.nbytes / 1e6,
+    } | _cost(seconds)
+
+
+def _cost(seconds: dict[str, float]) -> dict:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, but bytes on macOS
+    return {
+        "seconds": seconds,
+        "peak_memory_mb": peak / (1e6 if sys.platform == "darwin" else 1e6 / 1024),
+    }

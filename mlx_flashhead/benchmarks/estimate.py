@@ -1,0 +1,152 @@
+"""``benchmark estimate``: a decode step's time on an Apple chip, computed, never measured."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..cli.console import check_writable
+from ..index.files import CONFIG_KEY, read_index
+from ..models.load import load_dense, resolve
+from .apple_gpu import CONSTANTS, PEAK_GB_S, bandwidth
+from .roofline import (
+    SHAPES,
+    Estimate,
+    ModelShape,
+    checked_measurements,
+    estimates,
+    formula,
+    model_shape,
+)
+
+NOTE = (
+    "AN ESTIMATE, NOT A MEASUREMENT: no Apple GPU was used. One sequence, greedy, short context. "
+    "How far off it is shows in this table of public figures of mlx-lm (4-bit, dense)."
+)
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    """Adds ``estimate`` to the commands of ``benchmark``."""
+    parser = subparsers.add_parser(
+        "estimate",
+        help="estimate the time per token on an Apple chip",
+        description="Estimate milliseconds per token of head and model on an Apple chip, from "
+        "bytes and kernels, beside public measurements. Nothing is run and no weights are read.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--model", help="Folder or Hugging Face repository of any mlx-lm or FlashHead model."
+    )
+    what.add_argument("--shape", help=f"A known shape: {', '.join(SHAPES)}.")
+    parser.add_argument("--chip", required=True, help=f"One of {', '.join(PEAK_GB_S)}.")
+    parser.add_argument(
+        "--n-probes",
+        type=int,
+        help="Clusters scored per token (default: the checkpoint's own number, else 256).",
+    )
+    parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the estimate, and writes it where ``--json`` says.
+
+    Raises:
+        ValueError: If an argument is not valid, or the model cannot be loaded or estimated.
+    """
+    chip = args.chip.strip().lower().replace(" ", "-")
+    bandwidth(chip)  # refuses unknown chips before a model is looked for
+    if args.json:
+        check_writable("--json", args.json)
+    shape = _shape(args)
+    found = list(estimates(shape, chip))
+    print_estimates(shape, chip, found)
+    if args.json:
+        report = to_dict(shape, chip, found)
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def to_dict(shape: ModelShape, chip: str, found: list[Estimate]) -> dict:
+    """JSON-ready; says of itself that it is an estimate."""
+    return {
+        "kind": "estimate",
+        "measured": False,
+        "chip": chip,
+        "peak_gb_s": PEAK_GB_S[chip],
+        "bandwidth_gb_s": bandwidth(chip),
+        "constants": {name: {"value": v, "source": s} for name, (v, s) in CONSTANTS.items()},
+        "formula": formula(shape).splitlines(),
+        "model": asdict(shape),
+        "estimates": [asdict(estimate) for estimate in found],
+        "public_measurements": [
+            asdict(public) | {"measured_ms": measured, "estimated_ms": estimated, "error": error}
+            for public, measured, estimated, error in checked_measurements()
+        ],
+    }
+
+
+def print_estimates(
+    shape: ModelShape, chip: str, found: list[Estimate], console: Console | None = None
+) -> None:
+    """Prints the forms, the formula, its constants, and the public measurements: 80 columns."""
+    console = console or Console()
+    table = Table(
+        title=f"ESTIMATE: {shape.name} on {chip}, ms per token",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("body", "head rows", "head"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("head MB", "head ms", "model ms", "tokens/s", "gain"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for dense, flash in zip(found[::2], found[1::2], strict=True):
+        for one in (dense, flash):
+            table.add_row(
+                *((one.body, one.rows) if one is dense else ("", "")),
+                one.form,
+                f"{one.head_mb:.1f}",
+                f"{one.head_ms:.3f}",
+                f"{one.model_ms:.2f}",
+                f"{1000 / one.model_ms:.0f}",
+                "" if one is dense else f"{dense.model_ms / one.model_ms:.2f}x",
+            )
+        table.add_section()
+    console.print(table)
+    console.print(formula(shape), highlight=False)
+    lines = [
+        f"bandwidth  {bandwidth(chip):.0f} GB/s, of a peak of {PEAK_GB_S[chip]} by Apple",
+        *(f"{name:10} {value:.3g} {source}" for name, (value, source) in CONSTANTS.items()),
+    ]
+    console.print("", *lines, sep="\n", highlight=False)
+    public_table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    public_table.add_column("public measurement", no_wrap=True)
+    for heading in ("tokens/s", "measured ms", "estimated ms", "error"):
+        public_table.add_column(heading, justify="right", no_wrap=True)
+    for public, measured, estimated, error in checked_measurements():
+        public_table.add_row(
+            f"{public.model} on {public.chip}",
+            f"{public.tokens_per_second:g}",
+            f"{measured:.2f}",
+            f"{estimated:.2f}",
+            f"{error:+.0%}",
+        )
+    console.print(f"\n{NOTE}", highlight=False)
+    console.print(public_table)
+
+
+def _shape(args: argparse.Namespace) -> ModelShape:
+    if args.model is not None:
+        folder = resolve(args.model)
+        model, _, config = load_dense(folder, lazy=True)
+        index = read_index(folder) if CONFIG_KEY in config else None
+        shape = model_shape(folder.name, model, index)
+    elif args.shape in SHAPES:
+        shape = SHAPES[args.shape]
+    else:
+        raise ValueError(f"There is no shape {args.shape!r}: choose one of {', '.join(SHAPES)}.")
+    return shape if args.n_probes is None else shape.with_probes(args.n_probes)

@@ -1,0 +1,92 @@
+"""On which machine a figure was taken."""
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+from .apple_gpu import PEAK_GB_S
+from .timing import in_turns
+
+PACKAGES = ("mlx", "mlx-lm", "numpy")
+
+
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+def machine() -> dict:
+    """What the figures were taken on, JSON-ready: processor, memory, versions, BLAS, threads."""
+    found = {
+        "date": time.strftime("%Y-%m-%d"),
+        "system": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+        "processor": _processor(),
+        "cores": _cores(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
+        "versions": {name: version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "blas": _blas(),
+        "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    if mx.metal.is_available():
+        found["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
+        found["peak_bandwidth_gb_s"] = PEAK_GB_S.get(_chip(found["processor"]))
+        found["read_bandwidth_gb_s"] = read_bandwidth_gb_s()
+    return found
+
+
+def read_bandwidth_gb_s(rounds: int = 5) -> float:
+    """Memory read by one reduction over 512 MB on the default device, in GB/s: the best run."""
+    memory = mx.ones((512 << 20) // 4)
+    mx.eval(memory)
+    (seconds,) = in_turns({"read": lambda _: mx.max(memory)}, rounds, progress=False).values()
+    return memory.nbytes / min(seconds) / 1e9
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string") or platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _chip(processor: str) -> str:
+    """ "Apple M3 Max" → "m3-max"."""
+    return processor.lower().removeprefix("apple ").replace(" ", "-")
+
+
+def _sysctl(name: str) -> str:
+    result = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False)
+    return result.stdout.strip()
+
+
+def _blas() -> str:
+    """The BLAS that MLX's CPU products run on, with its threads where it tells them."""
+    if sys.platform == "darwin":
+        return "Accelerate"
+    process = ctypes.CDLL(None)  # what is preloaded is found here
+    if not hasattr(process, "openblas_get_config"):
+        return "the reference BLAS of the mlx wheel"
+    process.openblas_get_config.restype = ctypes.c_char_p
+    threads = process.openblas_get_num_threads()
+    name = " ".join(process.openblas_get_config().decode().split()[:2])
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"

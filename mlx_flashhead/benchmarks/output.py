@@ -1,0 +1,242 @@
+"""What ``benchmark`` shows: tables that fit 80 columns, and pictures."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .conversion import TOTAL
+from .head import CANDIDATES, DENSE_FORMS, LOGITS, TOKEN
+from .head import DENSE as DENSE_HEAD
+from .model import DENSE, FLASH_HEAD, NO_HEAD
+from .rows import DENSE_PATH
+from .sampler import MLX_LM, OURS
+
+PARTS = ("body", "head", "sampling")
+
+
+def print_result(result: dict, console: Console | None = None) -> None:
+    """Prints the tables of one benchmark, then the machine."""
+    console = console or Console()
+    tables = {
+        "head": _head_table,
+        "rows": _rows_table,
+        "model": _model_table,
+        "convert": _convert_table,
+        "sampler": _sampler_table,
+    }
+    for one in result["results"]:
+        console.print(tables[result["kind"]](one))
+    about = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    console.print(
+        f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
+        f"{versions}; {about['date']}",
+        highlight=False,
+    )
+
+
+def _new_table(title: str, headings: tuple[str, ...], caption: str | None = None) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def _head_table(one: dict) -> Table:
+    table = _new_table(
+        f"{_head_title(one)}, batch {one['rows']}",
+        ("", "ms", "quartiles", "vs mlx-lm", "vs best dense"),
+        f"Reads {one['read_mb']:.1f} MB of weights, dense {one['head_mb']:.1f} MB; cold caches.",
+    )
+    for name, ms in one["ms"].items():
+        ratios = ("", "")
+        if name in (CANDIDATES, TOKEN, LOGITS):
+            mlx_lm = next(v for k, v in one["times_faster"].items() if k.startswith(name))
+            best = one["times_faster"][f"{name} against {one['best_dense']}"]
+            ratios = (f"{mlx_lm:.1f} x", f"{best:.1f} x")
+        table.add_row(name, f"{ms['median']:.2f}", _quartiles(ms), *ratios)
+    for name, ms in one.get("gpu_ms", {}).items():
+        table.add_row(f"{name}, GPU alone", f"{ms['median']:.3f}", _quartiles(ms), "", "")
+    return table
+
+
+def _head_title(one: dict) -> str:
+    return (
+        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['head_bits']}-bit "
+        f"rows, {one['dtype']}, {one['n_probes']} of {one['n_clusters']:,} clusters"
+    )
+
+
+def _rows_table(one: dict) -> Table:
+    table = _new_table(
+        _head_title(one),
+        ("rows", DENSE_HEAD, "dense here", "quartiles", "FlashHead", "quartiles", "faster"),
+        f"ms for full logits, cold caches. {crossover_sentence(one)}",
+    )
+    ms = one["ms"]
+    forms = (ms[DENSE_HEAD], ms[DENSE_PATH], ms[LOGITS])
+    for count, stock, dense, flash in zip(one["counts"], *forms, strict=True):
+        table.add_row(
+            str(count),
+            _short(stock["median"]),
+            _short(dense["median"]),
+            f"{_short(dense['lower'])}–{_short(dense['upper'])}",
+            _short(flash["median"]),
+            f"{_short(flash['lower'])}–{_short(flash['upper'])}",
+            f"{dense['median'] / flash['median']:.2f} x",
+        )
+    return table
+
+
+def _short(ms: float) -> str:
+    """Milliseconds in five characters: 0.93, 12.34, 123.4, 12345."""
+    return f"{ms:.{max(0, 4 - len(str(int(ms)))) if ms >= 100 else 2}f}"
+
+
+def crossover_sentence(one: dict) -> str:
+    """Says from how many rows on the dense path is faster, as measured."""
+    last, first = one["crossover"]["last_faster"], one["crossover"]["slower_from"]
+    if first is None:
+        said = f"FlashHead is still faster at {last} rows, the most that were measured"
+    elif last is None:
+        said = f"dense is faster from {first} on, the fewest rows that were measured"
+    else:
+        said = f"FlashHead is still faster at {last} rows, dense from {first} on"
+    return f"Crossover: {said} (max_rows: {one['max_rows']})."
+
+
+def _model_table(one: dict) -> Table:
+    lower, upper = one["share_of_free_head_saved_quartiles"]
+    table = _new_table(
+        f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes']} of "
+        f"{one['n_clusters']:,} clusters",
+        ("", "tokens/s", "quartiles", "ms", "body", "head", "sampling"),
+        f"{one['times_faster']:.2f} times as fast; a free head: "
+        f"{one['times_faster_with_a_free_head']:.2f}. Saved: {one['share_of_free_head_saved']:.1%} "
+        f"of what a free head would save (quartiles {lower:.0%}–{upper:.0%}).",
+    )
+    for name in (DENSE, FLASH_HEAD, NO_HEAD):
+        speed = one["tokens_per_second"][name]
+        split = one["split_ms"].get(name)
+        table.add_row(
+            name,
+            f"{speed['median']:.1f}",
+            _quartiles(speed),
+            f"{one['step_ms'][name]['median']:.2f}",
+            *(f"{split[part]:.2f}" if split else "" for part in PARTS),
+        )
+    return table
+
+
+def _convert_table(one: dict) -> Table:
+    name = one.get("name") or one["model"]
+    table = _new_table(
+        f"Conversion of {name}", ("stage", "s"), f"Peak of memory: {one['peak_memory_mb']:,.0f} MB"
+    )
+    for stage, seconds in one["seconds"].items():
+        table.add_row(stage, f"{seconds:.1f}", style="bold" if stage == TOTAL else None)
+    return table
+
+
+def _sampler_table(one: dict) -> Table:
+    table = _new_table(
+        f"{one['name']}: V={one['vocab_size']:,}, {one['n_probes']} of {one['n_clusters']:,} "
+        f"clusters, batch {one['rows']}",
+        ("sampler", "mlx-lm ms", "quartiles", "FlashHead ms", "quartiles", "ratio"),
+    )
+    for name, ms in one["ms"].items():
+        cells = []
+        for form in (MLX_LM, OURS):
+            cells += [f"{ms[form]['median']:.2f}", _quartiles(ms[form])]
+        table.add_row(name, *cells, f"{one['times_faster'][name]:.1f} x")
+    return table
+
+
+def _quartiles(spread: dict) -> str:
+    return f"{spread['lower']:.2f}–{spread['upper']:.2f}"
+
+
+def draw(result: dict, path: str) -> None:
+    """Draws one benchmark's figures: bars, or lines against the number of rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = result["results"]
+    height = 3.6 if result["kind"] == "rows" else 2.2
+    figure, axes = plt.subplots(
+        len(results), figsize=(8, 0.6 + height * len(results)), layout="constrained", squeeze=False
+    )
+    draw_one = {
+        "head": _draw_head,
+        "rows": _draw_rows,
+        "model": _draw_model,
+        "convert": _draw_convert,
+        "sampler": _draw_sampler,
+    }
+    for axis, one in zip(axes[:, 0], results, strict=True):
+        draw_one[result["kind"]](axis, one)
+        if result["kind"] != "rows":
+            axis.invert_yaxis()
+            axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_head(axis, one: dict) -> None:
+    for name, ms in one["ms"].items():
+        color = "tab:gray" if name in DENSE_FORMS else "tab:blue"
+        bar = axis.barh(name, ms["median"], color=color)
+        axis.bar_label(bar, fmt=" %.2f")
+    axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="ms per call")
+    axis.margins(x=0.1)
+
+
+def _draw_rows(axis, one: dict) -> None:
+    colors = {DENSE_HEAD: "tab:gray", DENSE_PATH: "tab:orange", LOGITS: "tab:blue"}
+    for name, spreads in one["ms"].items():
+        medians, lower, upper = ([s[k] for s in spreads] for k in ("median", "lower", "upper"))
+        axis.plot(one["counts"], medians, marker="o", color=colors[name], label=name)
+        axis.fill_between(one["counts"], lower, upper, color=colors[name], alpha=0.2, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(one["counts"], [str(count) for count in one["counts"]])
+    axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="rows at once", ylabel="ms per call")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _draw_model(axis, one: dict) -> None:
+    for name, split in one["split_ms"].items():
+        left = 0.0
+        for part, color in zip(PARTS, ("tab:gray", "tab:orange", "tab:green"), strict=True):
+            label = part if name == DENSE else None
+            axis.barh(name, split[part], left=left, color=color, label=label)
+            left += split[part]
+    axis.set(title=f"{one['model']}, {one['sampler']}, batch {one['batch']}", xlabel="ms per step")
+    axis.legend()
+
+
+def _draw_convert(axis, one: dict) -> None:
+    for stage, seconds in one["seconds"].items():
+        if stage != TOTAL:
+            axis.bar_label(axis.barh(stage, seconds, color="tab:blue"), fmt=" %.1f")
+    axis.set(title=f"Conversion of {one.get('name') or one['model']}", xlabel="s")
+    axis.margins(x=0.1)
+
+
+def _draw_sampler(axis, one: dict) -> None:
+    for name, ms in one["ms"].items():
+        for form, color in ((MLX_LM, "tab:gray"), (OURS, "tab:blue")):
+            bar = axis.barh(f"{name}, {form}", ms[form]["median"], color=color)
+            axis.bar_label(bar, fmt=" %.2f")
+    axis.set(title=f"{one['name']}, batch {one['rows']}", xlabel="ms per call")
+    axis.margins(x=0.1)

@@ -1,0 +1,274 @@
+"""A conversation with a model: its messages, and the prompt cache that follows them.
+
+The messages are the truth. For each question they go through the tokenizer's chat template as a
+whole; what the cache holds of these tokens is used, and where it holds others it is trimmed, or
+made anew where a cache cannot be. So it never matters how an answer ended.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..benchmarks.timing import Spread, head_seconds
+from ..models.compat import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from ..models.generation import head_settings, stream_generate
+from ..models.locate import HeadLocation, find_head, recorded_hidden
+from .messages import ASSISTANT, SYSTEM, USER, Message
+
+STOP, LENGTH, STOPPED = "stop", "length", "stopped"
+
+
+@dataclass
+class Answer:
+    """What the model answered, and how long it took.
+
+    Attributes:
+        text: The text so far.
+        n_prompt: Tokens of the conversation with the question.
+        n_cached: How many of these were in the cache already.
+        times: When each token was there, in seconds of a clock.
+        finish: "stop" at an end-of-text token, "length" at the limit, "stopped" by the user.
+        seconds_in_head: Seconds the head takes for one token, by itself; None if not measured.
+    """
+
+    text: str = ""
+    n_prompt: int = 0
+    n_cached: int = 0
+    times: list[float] = field(default_factory=list)
+    finish: str = STOPPED
+    seconds_in_head: float | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.times)
+
+    @property
+    def seconds(self) -> float:
+        """From the first token, whose time is that of the prompt, to the last."""
+        return self.times[-1] - self.times[0] if self.times else 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return (self.n_tokens - 1) / self.seconds if self.seconds > 0 else None
+
+    @property
+    def head_share(self) -> float | None:
+        """The head's time of a token relative to the whole time of a token."""
+        if self.seconds_in_head is None or self.tokens_per_second is None:
+            return None
+        return self.seconds_in_head * self.tokens_per_second
+
+
+class _Stopped(Exception):
+    """The user stops while the prompt is read."""
+
+
+class FollowingCache:
+    """A prompt cache and the tokens that it holds.
+
+    Args:
+        model: Whose cache.
+        max_kv_size: Tokens it keeps, the oldest but four give way; default: all.
+
+    Attributes:
+        arrays: mlx-lm's caches, one a layer.
+        token_ids: What they hold, or held before the oldest gave way.
+        limited: Whether ``max_kv_size`` is obeyed: some models make caches of their own.
+    """
+
+    def __init__(self, model: nn.Module, max_kv_size: int | None):
+        self._make = lambda: make_prompt_cache(model, max_kv_size)
+        self.clear()
+        sizes = [getattr(cache, "max_size", None) for cache in self.arrays]
+        self.limited = max_kv_size is not None and max_kv_size in sizes
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.arrays = self._make()
+        self.token_ids: list[int] = []
+
+    def follow(self, prompt: list[int]) -> int:
+        """Leaves in the cache what ``prompt`` begins with, less than all of it.
+
+        Returns:
+            How many tokens that are.
+        """
+        limit = min(len(self.token_ids), len(prompt) - 1)
+        shared = next((i for i in range(limit) if self.token_ids[i] != prompt[i]), limit)
+        too_many = len(self.token_ids) - shared
+        if too_many:
+            if not can_trim_prompt_cache(self.arrays):
+                self.clear()
+                return 0
+            trim_prompt_cache(self.arrays, too_many)
+            del self.token_ids[shared:]
+        return shared
+
+
+class Conversation:
+    """Questions and answers in turn.
+
+    Args:
+        model: A model loaded by ``mlx_flashhead.load``, or any dense one.
+        tokenizer: Its tokenizer, with a chat template.
+        system_prompt: What every conversation begins with.
+        max_kv_size: Tokens the cache keeps; default: all.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template, or it takes no system prompt.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        *,
+        system_prompt: str | None = None,
+        max_kv_size: int | None = None,
+    ):
+        if not tokenizer.has_chat_template:
+            raise ValueError(
+                "This model's tokenizer has no chat template, so it cannot hold a conversation: "
+                "use mlx_flashhead.generate."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = FollowingCache(model, max_kv_size)
+        self.answers: list[Answer] = []
+        self._head = _location(model)
+        self._start = [] if system_prompt is None else [Message(role=SYSTEM, content=system_prompt)]
+        self.messages: list[Message] = list(self._start)
+        if self._start:
+            self._tokens([*self._start, Message(role=USER, content="")])
+
+    def reset(self) -> None:
+        """Begins anew, with the system prompt."""
+        self.messages = list(self._start)
+        self.answers.clear()
+        self.cache.clear()
+
+    def replace(self, messages: list[Message]) -> None:
+        """Continues another conversation, which takes the place of this one.
+
+        Args:
+            messages: As `messages.py` reads them from a file.
+
+        Raises:
+            ValueError: If the chat template refuses them. The conversation is then unchanged.
+        """
+        self._tokens([*messages, Message(role=USER, content="")])
+        self.messages = list(messages)
+        self.answers.clear()
+
+    def ask(
+        self,
+        text: str,
+        *,
+        stopping: Callable[[], bool] = lambda: False,
+        dense: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        """Asks, and streams the answer, which is then the last of ``answers``.
+
+        Args:
+            text: The question.
+            stopping: Asked after each token and each piece of the prompt: whether to stop. What
+                has been answered so far stays; a question without answer is forgotten.
+            dense: Score every token.
+            **kwargs: Of ``mlx_lm.stream_generate``, such as max_tokens and sampler.
+
+        Yields:
+            The answer's text, piece by piece.
+
+        Raises:
+            ValueError: If the chat template refuses the conversation, which is then unchanged.
+        """
+        question = Message(role=USER, content=text)
+        prompt = self._tokens([*self.messages, question])
+        answer = Answer(n_prompt=len(prompt), n_cached=self.cache.follow(prompt))
+
+        def progress(processed: int, total: int) -> None:
+            if processed < total:  # in the end, the cache is a token ahead
+                self.cache.token_ids = prompt[: answer.n_cached + processed]
+                if stopping():
+                    raise _Stopped
+
+        stream = stream_generate(
+            self.model,
+            self.tokenizer,
+            prompt[answer.n_cached :],
+            dense=dense,
+            prompt_cache=self.cache.arrays,
+            prompt_progress_callback=progress,
+            **kwargs,
+        )
+        states: list[mx.array] = []
+        try:
+            for response in self._recorded(stream, states):
+                answer.times.append(time.perf_counter())
+                if answer.n_tokens == 1:
+                    self.cache.token_ids = list(prompt)
+                self.cache.token_ids.append(response.token)  # mlx-lm is a step ahead
+                answer.text += response.text
+                answer.finish = response.finish_reason or STOPPED
+                if response.text:
+                    yield response.text
+                if stopping():
+                    break
+        except _Stopped:
+            pass
+        except BaseException:  # amid a step: some layers may hold a token that others do not
+            self.cache.clear()
+            raise
+        finally:
+            stream.close()
+            if answer.text or answer.finish != STOPPED:
+                self.messages += [question, Message(role=ASSISTANT, content=answer.text)]
+                self.answers.append(answer)
+        answer.seconds_in_head = self._seconds_in_head(states, dense)
+
+    def _tokens(self, messages: list[Message]) -> list[int]:
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        except Exception as error:  # whatever a template raises, or its engine
+            reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+            raise ValueError(
+                f"The model's chat template does not take this conversation ({reason})."
+            ) from error
+
+    def _recorded(self, stream: Iterator, states: list[mx.array]) -> Iterator:
+        """The stream; keeps the state that enters the head for the second token.
+
+        One is enough to time the head on, and recording costs time itself.
+        """
+        number = 0
+        while True:
+            record = number == 1 and self._head is not None
+            with recorded_hidden(self._head) if record else nullcontext([]) as recorded:
+                response = next(stream, None)
+            states += recorded
+            if response is None:
+                return
+            yield response
+            number += 1
+
+    def _seconds_in_head(self, states: list[mx.array], dense: bool) -> float | None:
+        if not states:
+            return None
+        project = getattr(self._head.module, self._head.method)
+        with head_settings(self.model, dense=dense):
+            (seconds,) = head_seconds((project,), states[-1][0, -1:])
+        return Spread.of(seconds).median
+
+
+def _location(model: nn.Module) -> HeadLocation | None:
+    """The head, to be timed; None where a dense model's cannot be told from the rest."""
+    try:
+        return find_head(model)
+    except ValueError:
+        return None

@@ -1,0 +1,94 @@
+"""The messages of a conversation: what they must be, and as a file of JSON."""
+
+import json
+from pathlib import Path
+from typing import TypedDict
+
+from ..index.new_folder import new_file
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+KEY = "messages"
+
+
+class Message(TypedDict):
+    """One message, as chat templates take it."""
+
+    role: str
+    content: str
+
+
+def check_messages(messages: object) -> list[Message]:
+    """Makes sure that these are the messages of a conversation which a question may follow.
+
+    Returns:
+        The roles and contents; anything else that a message held is left out.
+
+    Raises:
+        ValueError: If they are not, in one sentence that says where.
+    """
+    if not isinstance(messages, list):
+        raise ValueError(f"a conversation is a list of messages under the key {KEY!r}")
+    checked = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise ValueError(f"message {number} must have a role and a content, both of text")
+        checked.append(Message(role=message["role"], content=message["content"]))
+    first = 1 if checked and checked[0]["role"] == SYSTEM else 0
+    for number, message in enumerate(checked[first:]):
+        expected = (USER, ASSISTANT)[number % 2]
+        if message["role"] != expected:
+            raise ValueError(
+                f"message {number + first + 1} is of the role {message['role']!r} and not of "
+                f"{expected!r}, who take turns"
+            )
+    if len(checked[first:]) % 2:
+        raise ValueError("its last question has no answer")
+    return checked
+
+
+def read_conversation(path: Path) -> list[Message]:
+    """Reads the messages of a file that ``write_conversation`` wrote, or of a like one.
+
+    Raises:
+        ValueError: If it holds no conversation.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return check_messages(content.get(KEY) if isinstance(content, dict) else content)
+    except json.JSONDecodeError as error:
+        reason = f"it is not JSON: {error.msg} in line {error.lineno}"
+    except UnicodeDecodeError:
+        reason = "it is not text in UTF-8"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"{path} holds no conversation ({reason}): choose a file written by /save.")
+
+
+def write_conversation(path: Path, messages: list[Message], model: str) -> None:
+    """Writes the messages as JSON, completely or not at all.
+
+    Args:
+        path: The file. One that is there is replaced only if it holds a conversation.
+        messages: What was said.
+        model: The model's name, for the reader.
+
+    Raises:
+        ValueError: If there is a file that holds something else.
+        OSError: If it cannot be written.
+    """
+    if path.exists():
+        try:
+            read_conversation(path)
+        except ValueError:
+            raise ValueError(
+                f"{path} is there already and holds something else than a conversation: choose "
+                "another name."
+            ) from None
+    text = json.dumps({"model": model, KEY: messages}, indent=2, ensure_ascii=False) + "\n"
+    with new_file(path) as file:
+        file.write_text(text, encoding="utf-8")

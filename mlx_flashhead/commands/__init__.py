@@ -1,1 +1,0 @@
-"""The commands: arguments and printing, no mathematics."""

@@ -1,0 +1,1 @@
+"""From a model to an index: hidden states, clusters, centroids, probes."""

@@ -1,0 +1,361 @@
+"""Balanced k-means over the rows of a head: (V, D) floats → ``token_ids`` (C, cluster_size).
+
+Clusters are balanced in every iteration, not at the end only, which ruins them: each row keeps a
+shortlist of its best centroids, prices make crowded centroids dearer, and a fill with hard
+capacities places every row. One dense product of rows and centroids per iteration is nearly all of
+the work. Knows arrays only: no model, no hidden states.
+
+Worse when tried on SmolLM2-135M: shortlists from PCA, IVF or neighbour graphs, fewer than six dense
+passes, unbalanced iterations first.
+"""
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from ..head.matrix import as_float32
+
+BACKENDS = {"numpy": np, "mlx": mx}
+
+LIST_LENGTH = 24  # centroids in a row's shortlist
+BUCKETS = 256  # a shortlist holds at most one centroid of each bucket
+BLOCK_ROWS, BLOCK_SCORES = 2048, 1 << 22  # rows and scores handled at once: bounds memory
+PASSES = 6  # dense passes over all rows
+PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
+# Above this many multiply-adds a dense pass takes minutes on a CPU. Then four passes are spread
+# over iterations that each refresh the shortlists of every fourth row.
+LARGE_PRODUCT = 4e12
+LARGE_PASSES, LARGE_PARTS = 4, 4
+
+# Near-duplicates: rows whose squared distance is at most this share of their squared distance to
+# the mean of all rows, which many heads have in common. They are looked for around a sample.
+DUPLICATE_DISTANCE = 0.2
+DUPLICATE_SAMPLE = 1024
+ROUNDING = 1e-5  # of a squared distance, relative to the squared norm
+
+
+def cluster_rows(
+    rows: np.ndarray | mx.array,
+    cluster_size: int = 16,
+    *,
+    seed: int = 0,
+    spherical: bool = True,
+    metric: np.ndarray | None = None,
+    progress: bool = True,
+    backend: str | None = None,
+) -> np.ndarray:
+    """Groups the rows of a head into clusters of equal size.
+
+    Where ``cluster_size`` does not divide V, the last clusters hold one row less (several less
+    where there are fewer clusters than slots to spare).
+
+    Args:
+        rows: (V, D), any float dtype.
+        cluster_size: Rows per cluster, 1 … V.
+        seed: The same seed gives the same clusters.
+        spherical: Cluster by direction; otherwise by Euclidean distance.
+        metric: (D, D) float32 by which the rows are multiplied first: `metric.py`.
+        progress: Show a progress bar.
+        backend: "numpy" or "mlx", which computes the dense products; None is MLX where its default
+            device is a GPU, else numpy.
+
+    Returns:
+        (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 exactly once,
+        ascending within a cluster; V marks the padded slots at a cluster's end.
+
+    Raises:
+        ValueError: If an argument is not as described, or a row is not finite.
+
+    Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means; how the
+        balance is reached here, and the metric, are this project's own.
+    """
+    rows = as_float32(rows)
+    if rows.ndim != 2 or rows.size == 0:
+        raise ValueError(f"The rows have shape {rows.shape}, but (V, D) is needed.")
+    vocab_size = len(rows)
+    if not 1 <= cluster_size <= vocab_size:
+        raise ValueError(
+            f"cluster_size is {cluster_size}, but the head has {vocab_size} rows: "
+            f"choose 1 to {vocab_size}."
+        )
+    if not np.isfinite(rows).all():
+        raise ValueError("The rows hold NaN or infinity: check the model's output weights.")
+    if backend is None:
+        backend = "mlx" if mx.default_device().type == mx.gpu else "numpy"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, but must be 'numpy' or 'mlx'.")
+
+    rng = np.random.default_rng(seed)
+    points = _points(rows, metric, spherical, rng, BACKENDS[backend])
+    # only distances matter there, and the last column would hide small ones
+    alike = points if spherical else points[:, :-1]
+    grouped, others = _group_duplicates(alike, cluster_size, rng)
+    n_clusters = -(-len(others) // cluster_size)
+    token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
+    token_ids[: len(grouped)] = grouped
+    if n_clusters:
+        capacity = len(others) // n_clusters + (np.arange(n_clusters) < len(others) % n_clusters)
+        if len(grouped):
+            points = _to_the_front(points, others)
+        members = _balanced_kmeans(points, capacity, spherical, rng, progress, BACKENDS[backend])
+        for column, ids in enumerate(members):
+            token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
+    return np.sort(token_ids, axis=1)
+
+
+def _points(
+    rows: np.ndarray, metric: np.ndarray | None, spherical: bool, rng: np.random.Generator, xp
+) -> np.ndarray:
+    """What is clustered, the only copy of the rows.
+
+    Returns:
+        (V, D) of norm 1 if ``spherical``: a zero vector has no direction, and all of them get the
+        same random one, so that they are near-duplicates of each other. Otherwise (V, D + 1), the
+        rows less their mean and a column of ones.
+    """
+    vocab_size, hidden_size = rows.shape
+    points = np.ones((vocab_size, hidden_size + (not spherical)), dtype=np.float32)
+    mapped = points[:, :hidden_size]
+    if metric is not None:
+        metric = xp.array(metric)
+    for start in range(0, vocab_size, BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        mapped[start : start + len(block)] = (
+            block if metric is None else np.asarray(xp.array(block) @ metric)
+        )
+    if not spherical:  # distances stay as they are, and products lose fewer digits
+        mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
+        return points
+    zero = _squares(points) == 0
+    if zero.any():
+        points[zero] = rng.standard_normal(hidden_size, dtype=np.float32)
+    return _to_unit(points)
+
+
+def _to_the_front(points: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The points ``ids``, ascending, moved to the front in place: saves a second copy."""
+    for start in range(0, len(ids), BLOCK_ROWS):
+        block = ids[start : start + BLOCK_ROWS]
+        points[start : start + len(block)] = points[block]
+    return points[: len(ids)]
+
+
+def _to_unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (R, D) scaled to norm 1 in place; zero stays zero."""
+    norms = np.sqrt(_squares(vectors))
+    vectors /= np.where(norms > 0, norms, 1)[:, None]
+    return vectors
+
+
+def _squares(vectors: np.ndarray) -> np.ndarray:
+    """Squared norms, (R, D) → (R,), without a temporary copy of the vectors."""
+    return np.einsum("rd,rd->r", vectors, vectors)
+
+
+def _group_duplicates(
+    points: np.ndarray, cluster_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Groups large sets of nearly identical rows, such as those of unused tokens.
+
+    Thousands of them would all list the same few centroids, and the fill would have to list them
+    anew for every few hundred that it places. Sets no larger than the clusters of one shortlist do
+    no harm and are left alone.
+
+    Returns:
+        (G, cluster_size) ids of the grouped rows, and the ascending ids of all others.
+    """
+    sample = rng.permutation(len(points))[:DUPLICATE_SAMPLE]
+    smallest = LIST_LENGTH * cluster_size
+    middle = points.mean(axis=0, dtype=np.float64).astype(np.float32)
+    n_near = np.zeros(len(sample), dtype=np.int64)
+    for start in range(0, len(points), BLOCK_ROWS):
+        n_near += _near(points[start : start + BLOCK_ROWS], points[sample], middle).sum(axis=0)
+    groups = [np.empty((0, cluster_size), dtype=np.int64)]
+    left = np.ones(len(points), dtype=bool)
+    for i in np.argsort(-n_near, kind="stable"):
+        if n_near[i] <= smallest:
+            break
+        if left[sample[i]]:
+            near = np.flatnonzero(left & _near(points, points[sample[i], None], middle)[:, 0])
+            if len(near) > smallest:
+                near = near[: len(near) // cluster_size * cluster_size]
+                groups.append(near.reshape(-1, cluster_size))
+                left[near] = False
+    return np.concatenate(groups), np.flatnonzero(left)
+
+
+def _near(points: np.ndarray, centres: np.ndarray, middle: np.ndarray) -> np.ndarray:
+    """Whether points (R, D) are near-duplicates of centres (M, D): (R, M) bool."""
+    own, central = _squares(points), _squares(centres)
+    limit = DUPLICATE_DISTANCE * _squares(centres - middle) + ROUNDING * central
+    # |x - y|² <= limit, solved for x · y
+    return points @ centres.T >= 0.5 * (own[:, None] + central - limit)
+
+
+def _balanced_kmeans(
+    points: np.ndarray,
+    capacity: np.ndarray,
+    spherical: bool,
+    rng: np.random.Generator,
+    progress: bool,
+    xp,
+) -> list[np.ndarray]:
+    """Balanced k-means.
+
+    Args:
+        points: (V, D) or (V, D + 1) from :func:`_points`.
+        capacity: (C,) integers, the points that each cluster must hold: V in all, descending.
+        xp: numpy or mlx.core.
+
+    Returns:
+        Members by column: entry j holds the j-th member of each cluster that has so many, and these
+        are the first ones.
+    """
+    n_points, n_clusters = len(points), len(capacity)
+    large = n_points * points.shape[1] * n_clusters > LARGE_PRODUCT
+    passes, parts = (LARGE_PASSES, LARGE_PARTS) if large else (PASSES, 1)
+    members = [rng.permutation(n_points)[:n_clusters]]
+    prices = np.zeros(n_clusters, dtype=np.float32)
+    length = min(LIST_LENGTH, n_clusters)
+    ids = np.empty((n_points, length), dtype=np.int64)
+    scores = np.empty((n_points, length), dtype=np.float32)
+    every = np.arange(n_points)
+    for iteration in tqdm(range((passes - 1) * parts + 1), desc="Clustering", disable=not progress):
+        centroids = _centroids(points, members, spherical)
+        # The first iteration lists all points, a later one every ``parts``-th: others stay stale.
+        part = slice((iteration - 1) % parts, None, parts) if iteration else slice(None)
+        ids[part], scores[part] = _shortlists(points, every[part], centroids, length, xp)
+        _update_prices(prices, ids, scores, capacity, PRICE_STEPS[min(iteration, 1)])
+        assigned = _fill(points, centroids, prices, ids, scores, capacity, xp)
+        order = np.argsort(assigned, kind="stable")
+        first = np.cumsum(capacity) - capacity
+        members = [order[first[capacity > j] + j] for j in range(capacity[0])]
+    return members
+
+
+def _centroids(points: np.ndarray, members: list[np.ndarray], spherical: bool) -> np.ndarray:
+    """Means of norm 1, or (c, -|c|²/2) for plain means c of points that end with a one: the product
+    of a point with it is the greater the nearer the point is to c."""
+    centroids = points[members[0]]
+    for column in members[1:]:
+        for start in range(0, len(column), BLOCK_ROWS):
+            ids = column[start : start + BLOCK_ROWS]
+            centroids[start : start + len(ids)] += points[ids]
+    if spherical:
+        return _to_unit(centroids)
+    centroids[:, :-1] /= centroids[:, -1:]
+    centroids[:, -1] = -0.5 * _squares(centroids[:, :-1])
+    return centroids
+
+
+def _shortlists(
+    points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, length: int, xp
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best centroids of the points ``rows`` (R,): ids (R, length) int64 and scores (R, length),
+    unordered.
+
+    The centroids are dealt into buckets, and only the best of each bucket is a candidate: selecting
+    from the full width would take longer than the product.
+    """
+    n_clusters = len(centroids)
+    n_buckets = min(BUCKETS, n_clusters)
+    padding = -n_clusters % n_buckets
+    columns = (np.pad(centroids, ((0, padding), (0, 0))) if padding else centroids).T
+    if xp is not np:  # where it would be one more copy
+        columns = xp.array(columns)
+    ids = np.empty((len(rows), length), dtype=np.int64)
+    scores = np.empty((len(rows), length), dtype=np.float32)
+    size = max(1, min(BLOCK_ROWS, BLOCK_SCORES // n_clusters))
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
+        listed = points[rows[block]]
+        products = (listed if xp is np else xp.array(listed)) @ columns
+        if padding:
+            products[:, n_clusters:] = -np.inf
+        products = products.reshape(products.shape[0], -1, n_buckets)
+        best = xp.max(products, axis=1)
+        buckets = xp.argpartition(best, n_buckets - length, axis=1)[:, n_buckets - length :]
+        within = xp.argmax(xp.take_along_axis(products, buckets[:, None, :], axis=2), axis=1)
+        ids[block] = np.asarray(within * n_buckets + buckets)
+        scores[block] = np.asarray(xp.take_along_axis(best, buckets, axis=1))
+    return ids, scores
+
+
+def _update_prices(
+    prices: np.ndarray, ids: np.ndarray, scores: np.ndarray, capacity: np.ndarray, n_steps: int
+) -> None:
+    """Moves the prices (C,) in place towards as many wanting each centroid as it can hold."""
+    step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
+    for _ in range(n_steps):
+        best = (scores - prices[ids]).argmax(axis=1)
+        wanted = np.bincount(ids[np.arange(len(ids)), best], minlength=len(prices))
+        prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
+        step *= 0.95
+
+
+def _fill(
+    points: np.ndarray,
+    centroids: np.ndarray,
+    prices: np.ndarray,
+    ids: np.ndarray,
+    scores: np.ndarray,
+    capacity: np.ndarray,
+    xp,
+) -> np.ndarray:
+    """The cluster of each point, (V,): cluster c gets exactly ``capacity[c]`` points.
+
+    Points that find all clusters of their shortlist full are listed anew among those still open.
+    """
+    free = capacity.copy()
+    assigned = np.full(len(points), -1)
+    waiting = np.arange(len(points))
+    utilities = scores - prices[ids]
+    while True:
+        _place(waiting, ids, utilities, free, assigned)
+        waiting = np.flatnonzero(assigned < 0)
+        if not len(waiting):
+            return assigned
+        opened = np.flatnonzero(free)
+        listed, scores = _shortlists(
+            points, waiting, centroids[opened], min(LIST_LENGTH, len(opened)), xp
+        )
+        ids = opened[listed]
+        utilities = scores - prices[ids]
+
+
+def _place(
+    waiting: np.ndarray,
+    ids: np.ndarray,
+    utilities: np.ndarray,
+    free: np.ndarray,
+    assigned: np.ndarray,
+) -> None:
+    """Assigns points to clusters of their shortlists for as long as one of these is open.
+
+    Each point proposes to its best open cluster, which accepts those who have most to lose.
+
+    Args:
+        waiting: (R,) points to place.
+        ids: (R, length) the clusters they list.
+        utilities: (R, length) score less price.
+        free: (C,) slots left; updated in place.
+        assigned: (V,) clusters of all points, -1 for none; updated in place.
+    """
+    while len(waiting):
+        utilities = np.where(free[ids] > 0, utilities, -np.inf)
+        rows = np.arange(len(waiting))
+        best = utilities.argmax(axis=1)
+        most, choice = utilities[rows, best], ids[rows, best]
+        utilities[rows, best] = -np.inf
+        with np.errstate(invalid="ignore"):  # inf - inf, where no cluster is open
+            regret = most - utilities.max(axis=1)
+        utilities[rows, best] = most
+        can = np.flatnonzero(most > -np.inf)
+        order = can[np.lexsort((-regret[can], choice[can]))]
+        wanted = np.bincount(choice[order], minlength=len(free))
+        place = np.arange(len(order)) - (np.cumsum(wanted) - wanted)[choice[order]]
+        accepted = order[place < free[choice[order]]]
+        assigned[waiting[accepted]] = choice[accepted]
+        free -= np.minimum(wanted, free)
+        left = can[assigned[waiting[can]] < 0]
+        waiting, ids, utilities = waiting[left], ids[left], utilities[left]

@@ -1,0 +1,254 @@
+"""What routing needs of each cluster: a centroid that predicts the cluster's best, not its middle.
+
+A cluster should be probed when it holds the winning token, so each centroid is fitted in closed
+form, by ridge regression on calibration hidden states, to the logsumexp of its tokens' logits. It
+is then rounded to few bits with the errors fed forward (GPTQ), and the residual that remains, of
+mean m_c and variance s2_c over the states, gives the bias:
+
+    S_c = h · mu_c + m_c + s2_c / 2     the score by which clusters are chosen
+    S_c - ln n_c                        the logit of each of the n_c tokens of a cluster not chosen
+
+With a normal residual exp(S_c) is the cluster's expected share of the probability, up to a factor
+that all clusters have in common. On SmolLM2-135M, choosing by it rather than by the expected
+logsumexp covers 0.06 points more of the true next tokens at 256 probes, in the mean of seven sets
+of states and in six of them.
+
+The states enter only through sums over them, so that neither their (N, V) logits nor the (N, C)
+targets are ever held whole. Knows arrays only: no model.
+
+No gain on SmolLM2-135M: fitting a bias alone, clipped targets, 0.01 or 0.1 for the ridge, a search
+for the scales (a lower error of the weights, but a higher one of the scores).
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from ..head.centroids import Centroids
+from ..head.matrix import as_float32
+from .metric import BLOCK_STATES, checked_states, covariance
+
+BLOCK_CLUSTERS = 64  # handled at once: bounds memory
+DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
+
+
+def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
+    """Mean of each cluster's rows.
+
+    Args:
+        rows: (V, D), any float dtype.
+        token_ids: (C, cluster_size) integers; V marks a padded slot, which does not count.
+
+    Returns:
+        (C, D) float32.
+    """
+    rows = as_float32(rows)
+    sums = np.zeros((len(token_ids), rows.shape[1]), dtype=np.float32)
+    real = token_ids < len(rows)
+    for column in range(token_ids.shape[1]):
+        held = real[:, column]
+        sums[held] += rows[token_ids[held, column]]
+    return sums / real.sum(axis=1, keepdims=True, dtype=np.float32)
+
+
+def unit_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
+    """Means of the unit rows, scaled to norm 1: the paper's routing, here for comparison.
+
+    Takes and returns what :func:`raw_means` does.
+
+    Source: FlashHead, arXiv 2603.14591.
+    """
+    return _unit(raw_means(_unit(as_float32(rows)), token_ids))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1)
+
+
+def fit_centroids(
+    rows: np.ndarray | mx.array,
+    token_ids: np.ndarray,
+    states: np.ndarray | mx.array | None = None,
+    *,
+    head_bias: np.ndarray | mx.array | None = None,
+    ridge: float = 0.03,
+    bits: int = 4,
+    group_size: int = 64,
+    dtype: mx.Dtype = mx.float16,
+    progress: bool = True,
+) -> Centroids:
+    """Fits and quantizes the centroids.
+
+    Without states they are the plain means, b_c is the mean of the head's bias, and a token that
+    is not scored gets its cluster's mean logit (a tail offset of zero).
+
+    Args:
+        rows: (V, D), any float dtype.
+        token_ids: (C, cluster_size) integers, each of 0 … V-1 once, V in padded slots.
+        states: (N, D) calibration hidden states as the head receives them, any float dtype.
+        head_bias: (V,) added to the logits.
+        ridge: Penalty, relative to the states' mean variance per dimension.
+        bits: 4 or 8.
+        group_size: 32, 64 or 128. See :func:`quantization_group` where it does not divide D.
+        dtype: Of scales and offsets, or of the centroids if they stay unquantized.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If an argument is not as described, or a state is not finite.
+
+    Source: GPTQ is arXiv 2210.17323, algorithm 1; the fit is this project's own.
+    """
+    rows = as_float32(rows)
+    vocab_size, hidden_size = rows.shape
+    if bits not in (4, 8) or group_size not in (32, 64, 128):
+        raise ValueError(
+            f"Centroids of {bits} bits in groups of {group_size} are not supported: "
+            "choose 4 or 8 bits and groups of 32, 64 or 128."
+        )
+    if not ridge > 0:
+        raise ValueError(f"ridge is {ridge}, but must be above 0.")
+    head_bias = np.zeros(vocab_size, np.float32) if head_bias is None else as_float32(head_bias)
+    means = raw_means(rows, token_ids)
+    if states is None:
+        moments = None
+        centroids, covariance = means, np.eye(hidden_size)
+    else:
+        states = checked_states(states, hidden_size)
+        moments = _moments(rows, means, token_ids, states, head_bias, progress)
+        covariance = moments.covariance
+        # max: states that are all alike have no variance, and then the means are kept
+        penalty = ridge * max(np.trace(covariance) / hidden_size, 1e-12)
+        penalised = covariance + penalty * np.eye(hidden_size)
+        centroids = means + np.linalg.solve(penalised, moments.cross.T).T
+
+    arrays, rounded = _quantize(centroids, covariance, bits, group_size, dtype)
+    if moments is None:
+        bias = raw_means(head_bias[:, None], token_ids)[:, 0]
+        tail_offset = np.zeros(len(means))
+    else:
+        change = rounded - means
+        variance = moments.variance + np.sum(
+            (change @ covariance - 2 * moments.cross) * change, axis=1
+        )
+        bias = moments.mean - change @ moments.state_mean + np.maximum(variance, 0) / 2
+        tail_offset = -np.log((token_ids < vocab_size).sum(axis=1))
+    return Centroids(
+        **arrays,
+        bias=mx.array(bias.astype(np.float32)),
+        tail_offset=mx.array(tail_offset.astype(np.float32)),
+    )
+
+
+class _Moments(NamedTuple):
+    """Moments over the states h of the residuals r_c = logsumexp_c - h · mean_c, in float64."""
+
+    state_mean: np.ndarray  # (D,)
+    covariance: np.ndarray  # (D, D) of the states
+    mean: np.ndarray  # (C,) of the residuals
+    variance: np.ndarray  # (C,)
+    cross: np.ndarray  # (C, D) covariance of residuals and states
+
+
+def _moments(
+    rows: np.ndarray,
+    means: np.ndarray,
+    token_ids: np.ndarray,
+    states: np.ndarray,
+    head_bias: np.ndarray,
+    progress: bool,
+) -> _Moments:
+    n_states, hidden_size = states.shape
+    n_clusters = len(token_ids)
+    state_mean, state_covariance = covariance(states)
+    blocks = [states[i : i + BLOCK_STATES] for i in range(0, n_states, BLOCK_STATES)]
+    centred = [(block - state_mean).astype(np.float32) for block in blocks]
+    total = np.zeros(n_clusters)
+    squares = np.zeros(n_clusters)
+    cross = np.zeros((n_clusters, hidden_size))
+    slot_bias = np.append(head_bias, -np.inf).astype(np.float32)  # a padded slot never counts
+    for start in tqdm(range(0, n_clusters, BLOCK_CLUSTERS), desc="Fitting", disable=not progress):
+        part = slice(start, start + BLOCK_CLUSTERS)
+        slots = token_ids[part].T  # (cluster_size, c): sums over a cluster run along axis 0
+        columns = rows[np.minimum(slots, len(rows) - 1)].reshape(-1, hidden_size).T
+        for block, centred_block in zip(blocks, centred, strict=True):
+            logits = (block @ columns).reshape(len(block), *slots.shape) + slot_bias[slots]
+            best = logits.max(axis=1)
+            residuals = np.log(np.exp(logits - best[:, None]).sum(axis=1)) + best
+            residuals -= block @ means[part].T
+            total[part] += residuals.sum(axis=0, dtype=np.float64)
+            squares[part] += np.square(residuals, dtype=np.float64).sum(axis=0)
+            cross[part] += residuals.T @ centred_block
+    mean = total / n_states
+    return _Moments(
+        state_mean=state_mean,
+        covariance=state_covariance,
+        mean=mean,
+        variance=squares / n_states - np.square(mean),
+        cross=cross / n_states,
+    )
+
+
+def quantization_group(hidden_size: int, group_size: int = 64) -> int:
+    """The group for rows of D columns: ``group_size``, else 32, else 0: not quantized."""
+    return next((size for size in (group_size, 32) if hidden_size % size == 0), 0)
+
+
+def _quantize(
+    centroids: np.ndarray, covariance: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
+) -> tuple[dict, np.ndarray]:
+    """Rounds centroids (C, D) so that their products with states of this covariance change least.
+
+    The scale spans a group's range exactly: mx.quantize's own, which keeps zero representable,
+    leaves 1.7 times the error on SmolLM2-135M, and without the error fed forward it is 2.7 times
+    more.
+
+    Returns:
+        The fields weight, scales, biases, group_size and bits of :class:`Centroids`, and the
+        (C, D) float64 values that they stand for.
+    """
+    hidden_size = centroids.shape[1]
+    group_size = quantization_group(hidden_size, group_size)
+    if not group_size:
+        weight = mx.array(centroids.astype(np.float32)).astype(dtype)
+        arrays = {"weight": weight, "scales": None, "biases": None}
+        return arrays | {"group_size": 0, "bits": 8 * dtype.size}, as_float32(weight)
+
+    damping = DAMPING * max(np.trace(covariance) / hidden_size, 1e-12)
+    inverse = np.linalg.inv(covariance + damping * np.eye(hidden_size))
+    feed = np.linalg.cholesky(inverse).T  # upper: how a column's error moves the later columns
+    left = centroids.T.astype(np.float64)  # (D, C): the columns of the centroids are contiguous
+    codes = np.empty(left.shape, dtype=np.uint32)
+    rounded = np.empty_like(left)
+    scales, offsets = [], []
+    for start in range(0, hidden_size, group_size):
+        group = slice(start, start + group_size)
+        low, high = left[group].min(axis=0), left[group].max(axis=0)
+        scales.append(mx.array(((high - low) / (2**bits - 1)).astype(np.float32)).astype(dtype))
+        offsets.append(mx.array(low.astype(np.float32)).astype(dtype))
+        scale, offset = as_float32(scales[-1]), as_float32(offsets[-1])
+        step = np.where(scale > 0, scale, 1)  # 0 where a group is constant
+        errors = np.empty((group_size, left.shape[1]))
+        for i in range(start, group.stop):
+            codes[i] = np.clip(np.round((left[i] - offset) / step), 0, 2**bits - 1)
+            rounded[i] = codes[i] * scale + offset
+            errors[i - start] = (left[i] - rounded[i]) / feed[i, i]
+            later = slice(i + 1, group.stop)
+            left[later] -= np.outer(feed[i, later], errors[i - start])
+        left[group.stop :] -= feed[group, group.stop :].T @ errors
+    return {
+        "weight": mx.array(_pack(codes.T, bits)),
+        "scales": mx.stack(scales, axis=1),
+        "biases": mx.stack(offsets, axis=1),
+        "group_size": group_size,
+        "bits": bits,
+    }, rounded.T
+
+
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes (C, D) as MLX packs them: (C, D·bits/32) uint32, the first in the lowest bits."""
+    per_word = 32 // bits
+    words = codes.reshape(len(codes), -1, per_word) << np.arange(0, 32, bits, dtype=np.uint32)
+    return np.bitwise_or.reduce(words, axis=-1)

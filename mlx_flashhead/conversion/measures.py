@@ -1,0 +1,255 @@
+"""How close retrieval comes to the dense head, on given hidden states.
+
+All measures follow from a few sums per cluster, so one pass over the dense logits serves any number
+of probe counts. Knows arrays only.
+
+- agreement: share of positions whose best token is the dense head's.
+- coverage: share of positions whose true next token is among the candidates.
+- covered mass: mean probability, under the dense head, of the candidates.
+- KL: mean divergence of the distribution with the tail from the dense one, in nats.
+- perplexity: of the true next tokens, under the distribution with the tail.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from ..head.portable import MARGIN_SHARE
+
+USUAL_PROBES = (48, 96, 128, 192, 256, 512)
+CHUNK_STATES, CHUNK_LOGITS = 128, 1 << 23  # handled at once: bounds memory
+DRAWS = 32
+# A token that cannot be drawn, because the clusters that are always probed leave no room for its
+# own, counts as this.
+LEAST_PROBABILITY = 1e-12
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Measures of one routing at one number of probes.
+
+    Attributes:
+        routing: What chose the clusters.
+        n_probes: Clusters scored per position.
+        agreement: Share of positions, 0 … 1.
+        coverage: Share of positions, 0 … 1; NaN without true next tokens.
+        covered_mass: Mean probability, 0 … 1.
+        kl: Nats per position.
+        perplexity: With the tail; NaN without true next tokens.
+        drawn_perplexity: With probes drawn by probability; NaN if not measured.
+    """
+
+    routing: str
+    n_probes: int
+    agreement: float
+    coverage: float
+    covered_mass: float
+    kl: float
+    perplexity: float
+    drawn_perplexity: float = float("nan")
+
+    def to_dict(self) -> dict:
+        """JSON-ready: a measure that was not taken is None."""
+        return {k: None if v != v else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A way to choose clusters.
+
+    Attributes:
+        name: Shown in tables.
+        scores: Hidden states (N, D) float32 → scores (N, C) float32.
+        tail_offset: (C,) float32, or None where the tokens of other clusters have no estimate.
+        drawn: Whether to measure sampling with probes drawn by probability too.
+    """
+
+    name: str
+    scores: Callable[[np.ndarray], np.ndarray]
+    tail_offset: np.ndarray | None
+    drawn: bool = False
+
+
+def measure(
+    states: np.ndarray,
+    logits_of: Callable[[np.ndarray], np.ndarray],
+    token_ids: np.ndarray,
+    routings: Sequence[Routing],
+    probe_counts: Sequence[int],
+    next_ids: np.ndarray | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[list[Measures], float]:
+    """Measures each routing at each number of probes.
+
+    Args:
+        states: (N, D) float32 hidden states.
+        logits_of: Dense logits of some states: (n, D) → (n, V) float32, token order.
+        token_ids: (C, cluster_size) integers, V in padded slots.
+        routings: Ways to choose clusters.
+        probe_counts: Numbers of probes, 1 … C.
+        next_ids: (N,) true next tokens, or None.
+        seed: Seed of the draws.
+        progress: Show a bar.
+
+    Returns:
+        The measures, routing by routing, and the dense perplexity (NaN without ``next_ids``).
+    """
+    n_states = len(states)
+    size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
+    rng = np.random.default_rng(seed)
+    sums = {(r.name, p): np.zeros(6) for r in routings for p in probe_counts}
+    dense_nll = 0.0
+    for start in tqdm(
+        range(0, n_states, size), desc="Measuring", unit="chunk", disable=not progress
+    ):
+        chunk = states[start : start + size]
+        truth = None if next_ids is None else next_ids[start : start + size]
+        view = _DenseView(logits_of(chunk), token_ids, truth)
+        if truth is not None:
+            dense_nll += float((view.log_total - view.truth_logit).sum())
+        for routing in routings:
+            scores = routing.scores(chunk).astype(np.float64)
+            ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+            for n_probes in probe_counts:
+                total = sums[routing.name, n_probes]
+                total[:5] += view.compare(scores, ranks < n_probes, routing.tail_offset)
+            if routing.drawn and truth is not None:
+                for n_probes, nll in view.drawn_nll(scores, probe_counts, rng).items():
+                    sums[routing.name, n_probes][5] += nll
+    nan = float("nan")
+    results = []
+    for routing in routings:
+        for n_probes in probe_counts:
+            agree, covered, mass, kl, nll, drawn = sums[routing.name, n_probes] / n_states
+            known, tail = next_ids is not None, routing.tail_offset is not None
+            results.append(
+                Measures(
+                    routing=routing.name,
+                    n_probes=n_probes,
+                    agreement=float(agree),
+                    coverage=float(covered) if known else nan,
+                    covered_mass=float(mass),
+                    kl=float(kl) if tail else nan,
+                    perplexity=float(np.exp(nll)) if known and tail else nan,
+                    drawn_perplexity=float(np.exp(drawn)) if known and routing.drawn else nan,
+                )
+            )
+    dense_perplexity = float(np.exp(dense_nll / n_states)) if next_ids is not None else nan
+    return results, dense_perplexity
+
+
+def tail_logits(scores: np.ndarray, tail_offset: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """What `portable.py` estimates for the tokens of each cluster, if it is not probed.
+
+    Args:
+        scores: (n, C).
+        tail_offset: (C,).
+        best: (n,) logits of the best candidates.
+
+    Returns:
+        (n, C).
+    """
+    cap = best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)
+    return np.minimum(scores + tail_offset, cap[:, None])
+
+
+class _DenseView:
+    """The dense logits of some states, summed up per cluster.
+
+    Shapes: (n, C) per cluster, (n,) per state.
+    """
+
+    def __init__(self, logits: np.ndarray, token_ids: np.ndarray, truth: np.ndarray | None):
+        n_rows, vocab_size = logits.shape
+        self.rows = np.arange(n_rows)
+        flat = token_ids.reshape(-1).astype(np.int64)
+        cluster_of = np.empty(vocab_size, np.int64)
+        real = flat < vocab_size
+        cluster_of[flat[real]] = np.flatnonzero(real) // token_ids.shape[1]
+        self.sizes = (token_ids < vocab_size).sum(1)
+        # a padded slot reads a column of -inf, which adds nothing to any sum
+        padded = np.concatenate([logits, np.full((n_rows, 1), -np.inf, logits.dtype)], axis=1)
+        blocks = padded[:, flat].reshape(n_rows, *token_ids.shape).astype(np.float64)
+        self.best = blocks.max(-1)  # (n, C)
+        self.total_max = self.best.max(-1)
+        weights = np.exp(blocks - self.total_max[:, None, None])
+        cluster_sum = weights.sum(-1)
+        norm = cluster_sum.sum(-1)
+        self.log_total = self.total_max + np.log(norm)
+        self.mass = cluster_sum / norm[:, None]  # probability of each cluster
+        finite = np.where(np.isfinite(blocks), blocks, 0.0)
+        self.mean_logit = (weights * finite).sum(-1) / norm[:, None]  # sum of P_v l_v
+        self.cluster_sum = cluster_sum
+        self.winner = cluster_of[logits.argmax(1)]
+        self.truth_logit = None
+        if truth is not None:
+            self.truth_logit = logits[self.rows, truth].astype(np.float64)
+            self.truth_cluster = cluster_of[truth]
+
+    def compare(
+        self, scores: np.ndarray, probed: np.ndarray, tail_offset: np.ndarray | None
+    ) -> np.ndarray:
+        """Sums over the states of agreement, coverage, mass, KL and negative log-likelihood."""
+        result = np.zeros(5)
+        result[0] = probed[self.rows, self.winner].sum()
+        result[2] = (self.mass * probed).sum()
+        if self.truth_logit is not None:
+            found = probed[self.rows, self.truth_cluster]
+            result[1] = found.sum()
+        if tail_offset is None:
+            return result
+        best = np.where(probed, self.best, -np.inf).max(-1)
+        tail = tail_logits(scores, tail_offset, best)
+        exact_sum = (self.cluster_sum * probed).sum(-1)
+        tail_sum = (self.sizes * np.exp(tail - self.total_max[:, None]) * ~probed).sum(-1)
+        log_total = self.total_max + np.log(exact_sum + tail_sum)
+        # sum over v of P_v (log P_v - log Q_v); probed tokens share their logit with the dense head
+        moved = ((self.mean_logit - self.mass * tail) * ~probed).sum(-1)
+        result[3] = (log_total - self.log_total + moved).sum()
+        if self.truth_logit is not None:
+            estimate = tail[self.rows, self.truth_cluster]
+            result[4] = (log_total - np.where(found, self.truth_logit, estimate)).sum()
+        return result
+
+    def drawn_nll(
+        self, scores: np.ndarray, probe_counts: Sequence[int], rng: np.random.Generator
+    ) -> dict[int, float]:
+        """Negative log-likelihood when probes are drawn by Gumbel noise, averaged over draws.
+
+        Only the noise of the clusters other than the true token's is drawn. Its own cluster is
+        probed when it exceeds the p-th of them, which has a known probability, beside the first
+        p - 1 of them: so no token's probability hangs on whether it was hit. All numbers of probes
+        share the noise.
+
+        Returns:
+            Number of probes → sum over the states.
+        """
+        n_listed = min(max(probe_counts), scores.shape[1])
+        own_score = scores[self.rows, self.truth_cluster]
+        own_sum = self.cluster_sum[self.rows, self.truth_cluster]
+        own_weight = np.exp(self.truth_logit - self.total_max)
+        probability = {n_probes: np.zeros(len(scores)) for n_probes in probe_counts}
+        for _ in range(DRAWS):
+            drawn = rng.standard_exponential(scores.shape, dtype=np.float32)
+            noise = -np.log(np.maximum(drawn, np.finfo(drawn.dtype).tiny))  # Gumbel; 0 is drawn too
+            others = scores + noise
+            others[self.rows, self.truth_cluster] = -np.inf
+            listed = np.argpartition(-others, n_listed - 1, axis=1)[:, :n_listed]
+            found = np.take_along_axis(others, listed, axis=1)
+            order = np.argsort(-found, axis=1)
+            thresholds = np.take_along_axis(found, order, axis=1)
+            listed = np.take_along_axis(listed, order, axis=1)
+            totals = np.cumsum(np.take_along_axis(self.cluster_sum, listed, axis=1), axis=1)
+            for n_probes, sum_of_draws in probability.items():
+                # P(own score + Gumbel > threshold); beyond 50 it is 1
+                ahead = np.minimum(own_score - thresholds[:, n_probes - 1], 50)
+                total = own_sum + (totals[:, n_probes - 2] if n_probes > 1 else 0.0)
+                sum_of_draws += -np.expm1(-np.exp(ahead)) * own_weight / total
+        return {
+            n_probes: float(-np.log(np.maximum(total / DRAWS, LEAST_PROBABILITY)).sum())
+            for n_probes, total in probability.items()
+        }

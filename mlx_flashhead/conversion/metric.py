@@ -1,0 +1,68 @@
+"""How far apart two tokens are: by how differently their logits move over hidden states.
+
+    |(x - y) L|² = variance over the states h of h · (x - y)      L Lᵀ = covariance of the states
+
+Rows that are near in this metric have nearly the same logits up to a constant, so a cluster of them
+is predicted well by one centroid: on SmolLM2-135M clusters in it leave 0.45 of a logit² unexplained
+where clusters by the rows' directions leave 0.61, and 256 of them cover 98.2 % of the true next
+tokens of unseen text rather than 95.6 %. Knows arrays only: no model.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from ..head.matrix import as_float32
+
+BLOCK_STATES = 2048  # handled at once: bounds memory
+# Variance added in all directions, as a share of the mean one. From 0.03 to 0.3 is flat.
+FLOOR = 0.1
+
+
+def checked_states(states: np.ndarray | mx.array, hidden_size: int) -> np.ndarray:
+    """Calibration states as (N, D) float32.
+
+    Raises:
+        ValueError: If they have another shape, or one is not finite.
+    """
+    states = as_float32(states)
+    if states.ndim != 2 or states.shape[1] != hidden_size or not len(states):
+        raise ValueError(
+            f"The calibration states have shape {states.shape}, but (N, {hidden_size}) with "
+            "N of at least 1 is needed."
+        )
+    if not np.isfinite(states).all():
+        raise ValueError("The calibration states hold NaN or infinity: check the model.")
+    return states
+
+
+def covariance(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D) of states (N, D), in float64."""
+    mean = states.mean(axis=0, dtype=np.float64)
+    total = np.zeros((states.shape[1], states.shape[1]))
+    for start in range(0, len(states), BLOCK_STATES):
+        centred = (states[start : start + BLOCK_STATES] - mean).astype(np.float32)
+        total += centred.T @ centred
+    return mean, total / len(states)
+
+
+def logit_metric(states: np.ndarray | mx.array, hidden_size: int) -> np.ndarray:
+    """The matrix by which rows are multiplied so that distances are in the logits' metric.
+
+    It is scaled so that the mean variance is 1. States that are all alike give the rows' own
+    distances, up to a factor.
+
+    Args:
+        states: (N, D) calibration hidden states, any float dtype.
+        hidden_size: D.
+
+    Returns:
+        (D, D) float32, lower triangular: the Cholesky factor of the covariance with a floor.
+
+    Raises:
+        ValueError: If the states have another shape, or one is not finite.
+    """
+    _, variance = covariance(checked_states(states, hidden_size))
+    mean_variance = np.trace(variance) / hidden_size
+    if mean_variance > 0:
+        variance = variance / mean_variance
+    return np.linalg.cholesky(variance + FLOOR * np.eye(hidden_size)).astype(np.float32)

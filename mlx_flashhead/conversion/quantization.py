@@ -1,0 +1,132 @@
+"""The bits of a model's body, and of its head on their own.
+
+With few rows read per token, a finer head costs little under FlashHead, so its precision is chosen
+apart from the body's.
+"""
+
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..models.compat import dequantize_model, mixed_quant_predicate_builder, quantize_model
+
+HEAD_BITS = (4, 8, 16)
+
+
+@dataclass(frozen=True)
+class BodyRecipe:
+    """How ``mlx_lm.convert`` would quantize the model.
+
+    Attributes:
+        group_size: Weights that share a scale; None: the mode's usual number.
+        bits: Bits per weight; None: the mode's usual number.
+        mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
+        predicate: One of mlx-lm's mixed-bit recipes, a function as mlx-lm takes it, or None.
+    """
+
+    group_size: int | None
+    bits: int | None
+    mode: str
+    predicate: Callable | str | None
+
+
+def body_label(body: BodyRecipe | None, config: dict) -> str | None:
+    """The precision of the body as names of models give it; None where no recipe is applied.
+
+    Args:
+        body: The recipe.
+        config: The configuration that `set_bits` returned.
+    """
+    if body is None:
+        return None
+    if isinstance(body.predicate, str):
+        return body.predicate
+    return f"{config['quantization']['bits']}bit" if body.mode == "affine" else body.mode
+
+
+def set_bits(
+    model: nn.Module,
+    config: dict,
+    head_path: str,
+    body: BodyRecipe | None,
+    head_bits: int | None,
+) -> tuple[nn.Module, dict]:
+    """Quantizes the body by its recipe and the head to its own bits.
+
+    Args:
+        model: An mlx-lm model, lazily loaded or not.
+        config: Its configuration.
+        head_path: Name of the head's module.
+        body: The recipe; None leaves the body as it is.
+        head_bits: 4, 8 or 16 (not quantized); None treats the head as a part of the body.
+
+    Returns:
+        The model and a configuration that records what was done.
+
+    Raises:
+        ValueError: If the head has fewer bits than asked for, or its width does not fit a group.
+    """
+    head = dict(model.named_modules())[head_path]
+    stored_bits = head.bits if "scales" in head else 16
+    if body is None and head_bits in (None, stored_bits):
+        return model, config
+    if head_bits is not None and head_bits > stored_bits:
+        raise ValueError(
+            f"--head-bits {head_bits} is more than the {stored_bits} bits that this model's head "
+            "has: convert from a checkpoint with a finer head, or leave the option out."
+        )
+    if head_bits is not None and head_bits < stored_bits < 16:
+        head = dequantize_model(nn.Sequential(head)).layers[0]
+        model.update_modules(tree_unflatten([(head_path, head)]))
+    head_group = body.group_size if body and body.mode == "affine" else None
+    if head_bits in (4, 8) and head_bits < stored_bits:
+        head_group = _group_size(head.weight.shape[-1], head_group)
+    of_body = _body_predicate(model, body)
+
+    def predicate(path, module):
+        if path != head_path or head_bits is None:
+            return of_body(path, module)
+        return head_bits < 16 and {"group_size": head_group, "bits": head_bits, "mode": "affine"}
+
+    with redirect_stdout(StringIO()):  # mlx-lm prints a line of its own
+        model, config = quantize_model(
+            model,
+            config,
+            body.group_size if body else head_group,
+            body.bits if body else head_bits,
+            mode=body.mode if body else "affine",
+            quant_predicate=predicate,
+        )
+    head = dict(model.named_modules())[head_path]
+    if head_bits is not None and head_bits != (head.bits if "scales" in head else 16):
+        raise ValueError(
+            "The head's width is no multiple of the body's quantization group, so mlx-lm leaves it "
+            "out: choose a smaller --q-group-size, or leave --head-bits out."
+        )
+    return model, config
+
+
+def _body_predicate(model: nn.Module, body: BodyRecipe | None):
+    if body is None:
+        return lambda path, module: False
+    if callable(body.predicate):
+        return body.predicate
+    if body.predicate is not None:
+        if body.mode != "affine":
+            raise ValueError("Mixed-bit recipes (--quant-predicate) need --q-mode affine.")
+        return mixed_quant_predicate_builder(body.predicate, model, body.group_size or 64)
+    return getattr(model, "quant_predicate", None) or (lambda path, module: True)
+
+
+def _group_size(width: int, asked: int | None) -> int:
+    for group_size in (asked,) if asked else (64, 32):
+        if width % group_size == 0:
+            return group_size
+    raise ValueError(
+        f"The head's width {width} is no multiple of a quantization group "
+        f"({asked or '64 or 32'}): leave --head-bits out."
+    )

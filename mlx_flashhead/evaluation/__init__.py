@@ -1,0 +1,1 @@
+"""How close FlashHead comes to the dense head."""

@@ -1,0 +1,279 @@
+"""How close a head comes to full precision when its rows have fewer bits, dense and as FlashHead.
+
+Body, text, hidden states, clusters and centroids are the same throughout; only the head's rows are
+rounded. Every form is compared with the dense head at the checkpoint's own precision, over all V
+logits: brute force, in chunks.
+
+The forms are those that mlx-lm would store for a 16-bit model: a float32 head is rounded to
+bfloat16 first. Their products are taken in float32, as MLX's kernels accumulate them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm import tqdm
+
+from ..conversion.calibration import text_states
+from ..conversion.measures import tail_logits
+from ..head.flash_head import FlashHead
+from ..head.matrix import HeadRows
+from ..models.locate import find_head
+from .text import FLASH_HEAD, bytes_read, check_probe_counts, installed_head, row_bytes
+
+DENSE = "dense"
+GROUP_SIZES = (64, 32)
+CHUNK_LOGITS = 1 << 23  # logits handled at once: bounds memory
+
+
+@dataclass(frozen=True)
+class PrecisionMeasures:
+    """One form of the head against the dense head at full precision.
+
+    Attributes:
+        head: "dense" or "FlashHead".
+        bits: Bits per weight of the rows.
+        n_probes: Clusters scored per position; None for dense.
+        agreement: Share of positions with the same best token, 0 … 1.
+        kl: Mean divergence from the reference's distribution, nats; FlashHead's has the tail.
+        perplexity: Of the true next tokens.
+        bytes_read: Bytes of weights read per token.
+        bytes_share: The same relative to a dense head of 16 bits.
+    """
+
+    head: str
+    bits: int
+    n_probes: int | None
+    agreement: float
+    kl: float
+    perplexity: float
+    bytes_read: float
+    bytes_share: float
+
+
+@dataclass(frozen=True)
+class PrecisionEvaluation:
+    """All forms on one text; the first is the reference.
+
+    Attributes:
+        positions: Number of positions.
+        n_clusters: Number of clusters.
+        measures: One entry a form.
+    """
+
+    positions: int
+    n_clusters: int
+    measures: list[PrecisionMeasures]
+
+    @property
+    def reference(self) -> PrecisionMeasures:
+        return self.measures[0]
+
+    def to_dict(self) -> dict:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def evaluate_precisions(
+    model: nn.Module,
+    tokenizer,
+    text: str,
+    *,
+    probe_counts: Sequence[int] | None = None,
+    positions: int | None = None,
+    progress: bool = True,
+) -> PrecisionEvaluation:
+    """Measures the head of ``model`` at full, 16, 8 and 4 bits on ``text``.
+
+    Args:
+        model: A model loaded by ``mlx_flashhead.load``, with a head of 16 or 32 bits.
+        tokenizer: Its tokenizer.
+        text: A text that calibration has not seen.
+        probe_counts: Numbers of probes, 1 … C; default: the model's own.
+        positions: How many positions at most; default: all of the text's.
+        progress: Show bars.
+
+    Raises:
+        ValueError: If the model has no FlashHead, its head is quantized or too narrow to be, a
+            number of probes is not valid, or the text is too short.
+    """
+    head = installed_head(model)
+    rows = head.clustered.token_rows()
+    if rows.quantized:
+        raise ValueError(
+            f"This checkpoint's head has {rows.bits} bits already, so there is no full precision "
+            "to compare with: convert the model again with --head-bits 16."
+        )
+    _group_size(rows)
+    probe_counts = check_probe_counts(head, probe_counts or [head.n_probes])
+    states, next_ids = text_states(
+        model, tokenizer, find_head(model), text, positions=positions, progress=progress
+    )
+    return PrecisionEvaluation(
+        positions=len(states),
+        n_clusters=head.n_clusters,
+        measures=measure_precisions(head, states, next_ids, probe_counts, progress=progress),
+    )
+
+
+def measure_precisions(
+    head: FlashHead,
+    states: np.ndarray,
+    next_ids: np.ndarray,
+    probe_counts: Sequence[int],
+    *,
+    progress: bool = True,
+) -> list[PrecisionMeasures]:
+    """Measures all forms of a head: dense ones first, from fine to coarse.
+
+    At most two precisions' rows are held as floats at a time.
+
+    Args:
+        head: Not quantized.
+        states: (N, D) float32 hidden states.
+        next_ids: (N,) true next tokens.
+        probe_counts: Numbers of probes, 1 … C.
+        progress: Show a bar.
+    """
+    rows = head.clustered.token_rows()
+    forms = list(forms_of(rows))
+    kinds = [(DENSE, None), *((FLASH_HEAD, p) for p in probe_counts)]
+    reference, retrieval = _Product(rows), _Retrieval(head)
+    chunk = max(1, CHUNK_LOGITS // head.vocab_size)
+    parts = [slice(start, start + chunk) for start in range(0, len(states), chunk)]
+    scores = [np.array(head.cluster_scores(mx.array(states[part]))) for part in parts]
+    sums = np.zeros((len(forms), len(kinds), 3))
+    bar = tqdm(total=len(forms) * len(parts), desc="Measuring", unit="chunk", disable=not progress)
+    for i, form in enumerate(forms):
+        product = reference if i == 0 else _Product(form)
+        for part, scores_of_part in zip(parts, scores, strict=True):
+            exact = reference(states[part])
+            logits = exact if i == 0 else product(states[part])
+            for row in range(len(exact)):  # one at a time stays in the caches
+                view = _ReferenceView(exact[row], next_ids[part][row])
+                own = logits[row].astype(np.float64)
+                for k, (_, n_probes) in enumerate(kinds):
+                    full = own
+                    if n_probes is not None:
+                        full = retrieval.full_logits(own, scores_of_part[row], n_probes)
+                    sums[i, k] += view.compare(full)
+            bar.update()
+        del product  # before the next one's rows are made
+    bar.close()
+    of_16_bits = rows.vocab_size * 2 * rows.hidden_size
+    measures = []
+    for k, (name, n_probes) in enumerate(kinds):
+        for i, form in enumerate(forms):
+            agree, kl, nll = sums[i, k] / len(states)
+            read = (
+                row_bytes(form) * rows.vocab_size
+                if n_probes is None
+                else bytes_read(head, n_probes, row_bytes(form))
+            )
+            measures.append(
+                PrecisionMeasures(
+                    head=name,
+                    bits=form.bits or 8 * form.weight.dtype.size,
+                    n_probes=n_probes,
+                    agreement=float(agree),
+                    kl=max(float(kl), 0.0),  # it is 0 but for rounding where nothing differs
+                    perplexity=float(np.exp(nll)),
+                    bytes_read=float(read),
+                    bytes_share=float(read / of_16_bits),
+                )
+            )
+    return measures
+
+
+def forms_of(rows: HeadRows) -> Iterator[HeadRows]:
+    """The rows as they are, in 16 bits if they had more, and quantized to 8 and 4 bits.
+
+    Raises:
+        ValueError: If the rows' width fits no quantization group.
+    """
+    yield rows
+    if rows.weight.dtype == mx.float32:
+        rows = replace(rows, weight=rows.weight.astype(mx.bfloat16))
+        yield rows
+    form = {"group_size": _group_size(rows)}
+    for bits in (8, 4):
+        weight, scales, biases = mx.quantize(rows.weight, bits=bits, **form)
+        yield replace(rows, weight=weight, scales=scales, biases=biases, bits=bits, **form)
+
+
+class _Product:
+    """Logits of all rows: (n, D) float32 → (n, V) float32."""
+
+    def __init__(self, rows: HeadRows):
+        if rows.quantized:
+            # mx.dequantize rounds to the dtype of the scales, as no product with the weights does
+            rows = replace(
+                rows,
+                scales=rows.scales.astype(mx.float32),
+                biases=rows.biases.astype(mx.float32),
+            )
+        self.weight = np.asarray(rows.dequantized().astype(mx.float32))  # no second copy
+        self.bias = None if rows.bias is None else np.array(rows.bias.astype(mx.float32))
+
+    def __call__(self, states: np.ndarray) -> np.ndarray:
+        logits = states @ self.weight.T
+        return logits if self.bias is None else logits + self.bias
+
+
+class _Retrieval:
+    """What FlashHead makes of one state's dense logits; its clusters are given by ``head``."""
+
+    def __init__(self, head: FlashHead):
+        self.token_ids = np.array(head.clustered.token_ids).astype(np.int64)
+        self.cluster_of = np.array(head.clustered.slot_of).astype(np.int64) // head.cluster_size
+        self.tail_offset = np.array(head.clustered.centroids.tail_offset).astype(np.float64)
+
+    def full_logits(self, logits: np.ndarray, scores: np.ndarray, n_probes: int) -> np.ndarray:
+        """(V,) logits and (C,) scores → (V,): estimates for all tokens that are not scored."""
+        probes = np.argpartition(-scores, n_probes - 1)[:n_probes]
+        ids = self.token_ids[probes].ravel()
+        ids = ids[ids < len(logits)]  # without padded slots
+        candidates = logits[ids]
+        tail = tail_logits(scores[None], self.tail_offset, candidates.max(keepdims=True))[0]
+        full = tail[self.cluster_of]
+        full[ids] = candidates
+        return full
+
+
+class _ReferenceView:
+    """The reference's distribution over all tokens at one state.
+
+    Args:
+        logits: (V,).
+        truth: The true next token.
+    """
+
+    def __init__(self, logits: np.ndarray, truth: int):
+        logits = logits.astype(np.float64)
+        log_total = _log_total(logits)
+        self.truth, self.winner = truth, logits.argmax()
+        self.probability = np.exp(logits - log_total)
+        self.negative_entropy = self.probability @ logits - log_total
+
+    def compare(self, logits: np.ndarray) -> tuple[float, float, float]:
+        """Agreement, KL and negative log-likelihood of other logits, (V,) float64."""
+        log_total = _log_total(logits)
+        kl = self.negative_entropy - (self.probability @ logits - log_total)
+        return logits.argmax() == self.winner, kl, log_total - logits[self.truth]
+
+
+def _log_total(logits: np.ndarray) -> float:
+    best = logits.max()
+    return best + np.log(np.exp(logits - best).sum())
+
+
+def _group_size(rows: HeadRows) -> int:
+    for group_size in GROUP_SIZES:
+        if rows.hidden_size % group_size == 0:
+            return group_size
+    raise ValueError(
+        f"The head's width {rows.hidden_size} is no multiple of {GROUP_SIZES[-1]}, so it cannot be "
+        "quantized: use evaluate without --precisions."
+    )

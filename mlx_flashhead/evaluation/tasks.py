@@ -1,0 +1,239 @@
+"""Evaluates a model by the tasks of lm-eval, through mlx-lm's own adapter to it.
+
+Choices are scored by their log-likelihood under the dense head, since that needs exact logits of
+tokens the model would never say; text is generated with FlashHead. Perplexity is taken both ways:
+under the dense head, and under FlashHead's full logits, where tokens that were not scored have
+their cluster's estimate.
+
+The only module that needs lm-eval, which is an extra.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import mlx.core as mx
+import mlx.nn as nn
+from lm_eval.tasks import TaskManager
+
+from ..models.compat import evaluate_module, replaced
+from .text import installed_head
+
+DENSE, FLASH_HEAD = "dense", "FlashHead"
+GENERATED, ROLLING = "generate_until", "loglikelihood_rolling"
+
+
+@dataclass(frozen=True)
+class TaskMeasure:
+    """One metric of one task.
+
+    Attributes:
+        task: The task's or the group's name.
+        head: The head that made it.
+        metric: lm-eval's name of the metric.
+        filter: lm-eval's name of what extracted the answers.
+        value: Its value.
+        stderr: Its standard error, where lm-eval has one.
+        n_shots: Worked examples before each question.
+        samples: Number of questions or documents.
+    """
+
+    task: str
+    head: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+    n_shots: int | None
+    samples: int | None
+
+    def to_dict(self) -> dict:
+        """JSON-ready: what is not finite becomes None."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+
+
+class TaskModel(evaluate_module().MLXLM):
+    """mlx-lm's adapter, on a FlashHead model that is loaded already.
+
+    Args:
+        model: A model with a FlashHead.
+        tokenizer: Its tokenizer.
+        chat_template_args: Keywords of the chat template.
+        **options: The adapter's own.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer, *, chat_template_args: dict | None = None, **options: Any
+    ):
+        with replaced(evaluate_module(), load=lambda *_, **__: (model, tokenizer)):
+            super().__init__("", **options)
+        self.head = installed_head(model)
+        self._estimated = False
+        self._chat_template = evaluate_module().chat_template_fn(**chat_template_args or {})
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        return self._chat_template(self, chat_history, add_generation_prompt)
+
+    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+        # the limit is meant for answers; the adapter would cut questions to it as well
+        with self.head.dense(), replaced(self, _max_tokens=None):
+            return super().loglikelihood(requests)
+
+    def loglikelihood_rolling(self, requests) -> list[float]:
+        if self._estimated:
+            return super().loglikelihood_rolling(requests)
+        with self.head.dense():
+            return super().loglikelihood_rolling(requests)
+
+    @contextmanager
+    def estimated_perplexity(self):
+        """Within the block, documents are scored under FlashHead's full logits."""
+        self._estimated = True
+        try:
+            yield
+        finally:
+            self._estimated = False
+
+    def _score_fn(self, inputs, cache=None, step_size=2048):
+        if self._estimated:  # more rows at once would go through the dense head
+            step_size = self.head.max_rows // len(inputs)
+        return super()._score_fn(inputs, cache=cache, step_size=step_size)
+
+
+def find_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
+    """What knows the tasks: those of a folder, or else lm-eval's own as well.
+
+    Args:
+        names: Tasks, groups or tags.
+        folder: A folder with further tasks, as YAML files.
+
+    Raises:
+        ValueError: If there is no such folder or no such task.
+    """
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise ValueError(f"--include-path {folder}: there is no such folder.")
+        # lm-eval's own tasks take many seconds to list
+        local = TaskManager(include_path=folder, include_defaults=False)
+        if set(names) <= set(local.all_tasks):
+            return local
+    manager = TaskManager(include_path=folder)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f" (near it: {', '.join(near)})" if near else ""
+            raise ValueError(
+                f"There is no task {name!r}{hint}: `lm-eval ls tasks` lists lm-eval's own, and "
+                "--include-path FOLDER adds yours."
+            )
+    return manager
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer,
+    names: Sequence[str],
+    manager: TaskManager,
+    *,
+    num_shots: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    fewshot_as_multiturn: bool = False,
+    confirm_run_unsafe_code: bool = False,
+    batch_size: int = 8,
+    **options: Any,
+) -> list[TaskMeasure]:
+    """Measures ``model`` by tasks.
+
+    Args:
+        model: A model loaded by ``mlx_flashhead.load``.
+        tokenizer: Its tokenizer.
+        names: Tasks, groups or tags that ``manager`` knows.
+        manager: From :func:`find_tasks`.
+        num_shots: Worked examples before each question; default: the task's own number.
+        limit: Questions per task at most.
+        seed: Of the choice of examples, and of sampling.
+        fewshot_as_multiturn: Give the examples as turns of a conversation.
+        confirm_run_unsafe_code: Allow tasks that run code which the model writes.
+        batch_size: Sequences at once.
+        **options: Further ones of :class:`TaskModel`: max_tokens, sampler, use_chat_template,
+            chat_template_args.
+
+    Raises:
+        ValueError: If the model has no FlashHead, a batch is too large for it, or a task cannot be
+            run.
+    """
+    head = installed_head(model)
+    if not 1 <= batch_size <= head.max_rows:
+        raise ValueError(
+            f"--batch-size is {batch_size}: give 1 to {head.max_rows}, since FlashHead hands "
+            "larger batches to the dense head."
+        )
+    lm = TaskModel(model, tokenizer, batch_size=batch_size, **options)
+    mx.random.seed(seed)
+
+    def run(names):
+        return lm_eval.simple_evaluate(
+            model=lm,
+            tasks=list(names),
+            task_manager=manager,
+            num_fewshot=num_shots,
+            limit=limit,
+            log_samples=False,
+            apply_chat_template=lm.use_chat_template,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+
+    results = run(names)
+    measures = list(_measures(results))
+    rolling = [name for name, kind in _output_types(results).items() if kind == ROLLING]
+    if rolling:
+        with lm.estimated_perplexity():
+            measures += _measures(run(rolling), FLASH_HEAD)
+    return measures
+
+
+def _output_types(results: dict) -> dict[str, str]:
+    return {name: config.get("output_type") for name, config in results["configs"].items()}
+
+
+def _head_of(name: str, results: dict) -> str:
+    """The head that made a task's or a group's figures."""
+    kinds = _output_types(results)
+    parts = results.get("group_subtasks", {}).get(name) or []
+    if name in kinds:
+        return FLASH_HEAD if kinds[name] == GENERATED else DENSE
+    heads = sorted({_head_of(part, results) for part in parts})
+    return " + ".join(heads) or DENSE
+
+
+def _measures(results: dict, head: str | None = None) -> Iterable[TaskMeasure]:
+    for name, values in results["results"].items():
+        for key, value in values.items():
+            metric, _, filter_name = key.partition(",")
+            if not filter_name or metric.endswith("_stderr") or isinstance(value, str):
+                continue
+            stderr = values.get(f"{metric}_stderr,{filter_name}")
+            yield TaskMeasure(
+                task=name,
+                head=head or _head_of(name, results),
+                metric=metric,
+                filter=filter_name,
+                value=float(value),
+                stderr=stderr if isinstance(stderr, float) else None,
+                n_shots=results.get("n-shot", {}).get(name),
+                samples=results.get("n-samples", {}).get(name, {}).get("effective"),
+            )

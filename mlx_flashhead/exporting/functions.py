@@ -1,0 +1,184 @@
+"""A head as functions in a file that MLX reads from any language, Swift above all.
+
+The file holds three functions of one hidden state. MLX finds a function by the names of its
+arguments, so each takes the state under a name of its own, which is the function's name:
+
+    token        (1, D) → the greedy token (1,) uint32
+    candidates   (1, D) → token ids (1, p, n) uint32, and their logits (1, p, n)
+    logits       (1, D) → full logits (1, V)
+
+The weights are inside, or further arguments, whose names are those of `head_weights`. With the
+backend "metal" a function is nothing but FlashHead's kernels, so that nothing in it runs anywhere
+else than on the GPU, whatever machine has written the file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..head.clustered import ClusteredRows
+from ..head.flash_head import FlashHead
+from ..head.kernels import MetalSteps, supports
+from ..head.portable import PortableSteps
+from ..head.steps import Steps
+from ..models.locate import find_head, recorded_hidden
+
+TOKEN, CANDIDATES, LOGITS = "token", "candidates", "logits"
+FUNCTIONS = (TOKEN, CANDIDATES, LOGITS)
+METAL, PORTABLE = "metal", "mlx"
+ONLY_FULL_LOGITS = ("slot_of", "tail_offset")  # weights that no other function reads
+
+
+@dataclass(frozen=True)
+class ExportedFunction:
+    """One function of the file.
+
+    Attributes:
+        name: What the hidden state's argument is called.
+        inputs: Arguments by name, with the shape and dtype of each.
+        outputs: Shapes and dtypes of what it returns.
+    """
+
+    name: str
+    inputs: dict[str, tuple[tuple[int, ...], mx.Dtype]]
+    outputs: list[tuple[tuple[int, ...], mx.Dtype]]
+
+
+def head_weights(clustered: ClusteredRows) -> dict[str, mx.array]:
+    """What the functions read besides the hidden state, under the names of their arguments.
+
+    rows_* are the head's rows in the order of the clusters, as the model stores them; centroids_*
+    those of stage 1; route_bias (C,) is added to the clusters' scores and tail_offset (C,) makes
+    them estimates of a token's logit; token_ids (C, n) and slot_of (V,) tell which row is whose.
+    """
+    clustered, centroids = clustered.in_rows(), clustered.centroids
+    stored = {name: getattr(centroids, name) for name in ("weight", "scales", "biases")}
+    return (
+        {f"rows_{name}": array for name, array in clustered.rows.arrays().items()}
+        | {f"centroids_{name}": array for name, array in stored.items() if array is not None}
+        | {
+            "route_bias": clustered.route_bias,
+            "token_ids": clustered.token_ids,
+            "slot_of": clustered.slot_of,
+            "tail_offset": centroids.tail_offset.astype(mx.float32),
+        }
+    )
+
+
+def head_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype of the hidden states that enter the model's head. Nothing is evaluated."""
+    with recorded_hidden(find_head(model)) as states:
+        model(mx.array([[0]]))
+    return states[-1].dtype
+
+
+def export_head(
+    head: FlashHead,
+    path: Path,
+    *,
+    dtype: mx.Dtype,
+    n_probes: int | None = None,
+    backend: str = METAL,
+    include_weights: bool = False,
+) -> list[ExportedFunction]:
+    """Writes the functions of ``head`` into a file.
+
+    Args:
+        head: The head.
+        path: Where to; a file that is there is overwritten.
+        dtype: Of the hidden states.
+        n_probes: Clusters scored; default: as the head is set.
+        backend: "metal" for FlashHead's kernels, "mlx" for plain operations of this machine's
+            device.
+        include_weights: Put the weights into the file, instead of taking them as arguments.
+
+    Returns:
+        What is in the file.
+
+    Raises:
+        ValueError: If the kernels do not read this head, or ``n_probes`` is out of range.
+    """
+    settings = head.copy()
+    settings.n_probes = head.n_probes if n_probes is None else n_probes
+    reason = supports(head.clustered) if backend == METAL else None
+    if reason is not None:
+        raise ValueError(f"{reason} Export it with the backend 'mlx'.")
+    clustered = head.clustered.in_rows()
+    weights = head_weights(clustered)
+    mx.eval(weights)
+    steps = _steps(clustered, backend)
+    mx.eval(steps.arrays())
+
+    def function(**arrays: mx.array) -> list[mx.array]:
+        name = next(name for name in FUNCTIONS if name in arrays)
+        hidden = arrays.pop(name)
+        given = steps
+        if not include_weights:
+            given = _steps(_with_weights(clustered, arrays), backend)
+        return _run(name, given, hidden, settings.n_probes)
+
+    hidden = mx.zeros((1, clustered.hidden_size), dtype)
+    functions = []
+    with mx.exporter(str(path), function) as exporter:
+        for name in FUNCTIONS:
+            arguments = {name: hidden}
+            if not include_weights:
+                arguments |= {
+                    key: array
+                    for key, array in weights.items()
+                    if name == LOGITS or key not in ONLY_FULL_LOGITS
+                }
+            exporter(**arguments)
+            functions.append(_described(function, name, arguments))
+    return functions
+
+
+def _run(name: str, steps: Steps, hidden: mx.array, n_probes: int) -> list[mx.array]:
+    scores = steps.route(hidden)
+    selection = steps.select(scores, n_probes)
+    candidates = steps.score(hidden, selection)
+    if name == TOKEN:
+        return [steps.token(selection, candidates)]
+    if name == CANDIDATES:
+        return [steps.token_ids(selection.probes), candidates.logits]
+    return [steps.expand(scores, selection, candidates)]
+
+
+def _steps(clustered: ClusteredRows, backend: str) -> Steps:
+    return MetalSteps(clustered) if backend == METAL else PortableSteps(clustered)
+
+
+def _with_weights(clustered: ClusteredRows, weights: dict[str, mx.array]) -> ClusteredRows:
+    """The same head on other arrays, those of ``head_weights`` that are given."""
+
+    def named(prefix: str) -> dict[str, mx.array]:
+        return {k.removeprefix(prefix): a for k, a in weights.items() if k.startswith(prefix)}
+
+    own = {
+        key: array
+        for key, array in weights.items()
+        if key in ("route_bias", "token_ids", "slot_of")
+    }
+    offset = {key: array for key, array in weights.items() if key == "tail_offset"}
+    return replace(
+        clustered,
+        rows=replace(clustered.rows, **named("rows_")),
+        centroids=replace(clustered.centroids, **named("centroids_"), **offset),
+        **own,
+    )
+
+
+def _described(function: Callable, name: str, arguments: dict[str, mx.array]) -> ExportedFunction:
+    """The function's arguments and results, as MLX records them."""
+    outputs = []
+
+    def record(entry: dict) -> None:
+        if entry["type"] == "outputs":
+            outputs.extend((tuple(shape), dtype) for _, shape, dtype in entry["outputs"])
+
+    mx.export_function(record, function, **arguments)
+    inputs = {key: (tuple(array.shape), array.dtype) for key, array in arguments.items()}
+    return ExportedFunction(name, inputs, outputs)

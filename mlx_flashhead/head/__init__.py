@@ -1,0 +1,1 @@
+"""The head, per token: from a hidden state to logits. Arrays only."""

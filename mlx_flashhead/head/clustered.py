@@ -1,0 +1,161 @@
+"""A head's rows in cluster order, with what stage 1 needs to route among them.
+
+This is what both paths read: the portable one (`portable.py`) and the Metal kernels (`kernels.py`).
+"""
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from .centroids import Centroids
+from .matrix import HeadRows
+
+# Added to the bias of clusters that are always probed: above every real score, yet finite and
+# exact in float32, so that no separate step has to force them in.
+ALWAYS_PROBED = 1e30
+
+
+@dataclass(frozen=True)
+class ClusteredRows:
+    """Rows kept once, each cluster one contiguous block.
+
+    Attributes:
+        rows: Arrays of shape (C, cluster_size, …); a padded slot repeats a real row.
+        token_ids: (C, cluster_size) uint32; V marks a padded slot.
+        slot_of: (V,) uint32, the slot c·cluster_size + i that holds a token.
+        centroids: Centroids, their bias and the tail's offset.
+        route_bias: (C,) float32, the centroids' bias, ALWAYS_PROBED for the forced clusters.
+        padded: Whether any slot is padded.
+        by_column: Whether the weight of each cluster lies in memory by columns, see `in_columns`.
+    """
+
+    rows: HeadRows
+    token_ids: mx.array
+    slot_of: mx.array
+    centroids: Centroids
+    route_bias: mx.array
+    padded: bool
+    by_column: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return self.slot_of.shape[0]
+
+    @property
+    def n_clusters(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def cluster_size(self) -> int:
+        return self.token_ids.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.rows.hidden_size
+
+    @classmethod
+    def build(
+        cls,
+        rows: HeadRows,
+        token_ids: np.ndarray,
+        centroids: Centroids,
+        always_probed_ids: tuple[int, ...] = (),
+    ) -> "ClusteredRows":
+        """Reorders ``rows`` (lazily; for a moment both orders exist).
+
+        Args:
+            rows: The head's rows in token order.
+            token_ids: (C, cluster_size) integers, a permutation of 0 … V-1 padded with V.
+            centroids: Fitted for these clusters.
+            always_probed_ids: Tokens whose clusters are always among the probes.
+
+        Raises:
+            ValueError: If ``token_ids`` is not such a permutation, or shapes do not fit.
+        """
+        vocab_size = rows.vocab_size
+        n_clusters, cluster_size = token_ids.shape
+        flat = np.asarray(token_ids, dtype=np.int64).ravel()
+        real = np.flatnonzero((flat >= 0) & (flat < vocab_size))
+        slot_of = np.full(vocab_size, -1, dtype=np.int64)
+        slot_of[flat[real]] = real
+        beyond = flat.min() < 0 or flat.max() > vocab_size
+        if len(real) != vocab_size or (slot_of < 0).any() or beyond:
+            raise ValueError(
+                f"token_ids must hold each of the {vocab_size} tokens exactly once "
+                f"(padded with {vocab_size}): convert the model again."
+            )
+        if not centroids_fit(centroids, n_clusters, rows.hidden_size):
+            raise ValueError(
+                f"The centroids do not fit {n_clusters} clusters of rows with {rows.hidden_size} "
+                "columns: convert the model again."
+            )
+        forced = np.unique(slot_of[[i for i in always_probed_ids if 0 <= i < vocab_size]])
+        route_bias = np.array(centroids.bias, dtype=np.float32)
+        route_bias[np.unique(forced // cluster_size)] = ALWAYS_PROBED
+        ids = mx.array(token_ids.astype(np.uint32))
+        return cls(
+            rows=rows.take(mx.minimum(ids, vocab_size - 1)),
+            token_ids=ids,
+            slot_of=mx.array(slot_of.astype(np.uint32)),
+            centroids=centroids,
+            route_bias=mx.array(route_bias),
+            padded=len(real) != flat.size,
+        )
+
+    def arrays(self) -> list[mx.array]:
+        """Every array held, for evaluation and for counting bytes."""
+        centroids = self.centroids
+        stage_1 = (centroids.weight, centroids.scales, centroids.biases)
+        per_cluster = (centroids.bias, centroids.tail_offset, self.route_bias)
+        held = (*self.rows.arrays().values(), self.token_ids, self.slot_of, *stage_1, *per_cluster)
+        return [array for array in held if array is not None]
+
+    def in_columns(self) -> "ClusteredRows":
+        """The same with each cluster's (cluster_size, D) weight laid out as (D, cluster_size).
+
+        A CPU's BLAS multiplies a state with such a block in half to nearly all of the time that it
+        takes by rows (`portable.py`). Shapes stay as they are. Only for rows that are floats. Lazy.
+        """
+        if self.by_column:
+            return self
+        weight = mx.contiguous(self.rows.weight.swapaxes(-1, -2)).swapaxes(-1, -2)
+        return replace(self, rows=replace(self.rows, weight=weight), by_column=True)
+
+    def in_rows(self) -> "ClusteredRows":
+        """The same with each row in one piece, as the kernels and other programs read it. Lazy."""
+        if not self.by_column:
+            return self
+        weight = mx.contiguous(self.rows.weight)
+        return replace(self, rows=replace(self.rows, weight=weight), by_column=False)
+
+    def flat_rows(self) -> HeadRows:
+        """The rows with the two leading axes as one: (C·cluster_size, …), slot order.
+
+        A view, but a copy where they lie by columns.
+        """
+        return self.rows.map(lambda array: array.reshape(-1, *array.shape[2:]))
+
+    def rows_in(self, slots: mx.array) -> HeadRows:
+        """The rows in ``slots`` (any shape, integer), which become the leading axes. Lazy."""
+        if not self.by_column:
+            return self.flat_rows().take(slots)
+        clusters, places = slots // self.cluster_size, slots % self.cluster_size
+        return self.rows.map(lambda array: array[clusters, places])
+
+    def token_rows(self) -> HeadRows:
+        """The rows in the model's own order, gathered anew (lazily) at each call."""
+        return self.rows_in(self.slot_of)
+
+
+def centroids_fit(centroids: Centroids, n_clusters: int, hidden_size: int) -> bool:
+    """Whether the shapes are those of centroids for so many clusters of rows (V, D)."""
+    width = hidden_size
+    shapes = [(centroids.bias, (n_clusters,)), (centroids.tail_offset, (n_clusters,))]
+    if centroids.quantized:
+        width = hidden_size * centroids.bits / 32
+        groups = (n_clusters, hidden_size / centroids.group_size)
+        shapes += [(centroids.scales, groups), (centroids.biases, groups)]
+    shapes.append((centroids.weight, (n_clusters, width)))
+    stored_as_words = centroids.weight.dtype == mx.uint32
+    return stored_as_words == centroids.quantized and all(a.shape == s for a, s in shapes)

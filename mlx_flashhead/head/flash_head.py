@@ -1,0 +1,300 @@
+"""FlashHead: an output projection that scores only the rows worth scoring.
+
+Per position it scores the C centroids, keeps the p best clusters, scores only their rows and, where
+full logits are asked for, estimates the rest. It knows arrays only: what it is installed on is
+`install.py`'s business.
+
+Source: arXiv 2603.14591; centroids, tail and margin as in `centroids.py` and `portable.py`.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+import numpy as np
+
+from .centroids import Centroids
+from .clustered import ClusteredRows
+from .matrix import HeadRows
+from .portable import PortableSteps, for_portable_steps
+from .steps import Candidates, Selection, Steps
+
+BACKENDS = ("metal", "mlx")
+BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
+
+# Rows (B·L) above which the head is dense. On a CPU (Xeon, one thread of OpenBLAS, float32, cold
+# caches, `mlx_flashhead.benchmark rows`) FlashHead was 1.01 times as fast at 32 rows as the faster
+# of mlx-lm's dense head and the dense path, and 0.75 times at 64, at SmolLM2's shape with 256
+# probes. With 160 probes the crossover lies above 64, and in larger heads above 128: at 32 rows
+# Llama-3.2-1B's (256 probes) was 2.4 times as fast and Gemma-3-270M's (120) 2.5 times. For a GPU
+# this is an estimate: where memory bounds both, C/p rows read as much as the dense head, 31 at
+# Llama's shape. It is also as many sequences as mlx-lm's batches have by default, so that none of
+# them is alone dense.
+MAX_ROWS = 32
+
+# Stands in for a cluster's score where tokens that were not scored must never be drawn. Finite,
+# since -inf breaks softcaps, logit_bias and JSON; low enough that exp() of it is 0.
+NEVER_DRAWN = -1e4
+
+
+def choose_backend(asked: str | None = None) -> str:
+    """The path to take: ``asked``, else the environment's, else Metal where there is one.
+
+    Raises:
+        ValueError: If the name is unknown, or Metal is asked for on a machine without it.
+    """
+    name = asked or os.environ.get(BACKEND_VARIABLE) or None
+    if name is None:
+        return "metal" if mx.metal.is_available() else "mlx"
+    if name not in BACKENDS:
+        raise ValueError(f"Unknown FlashHead backend {name!r}: choose {' or '.join(BACKENDS)}.")
+    if name == "metal" and not mx.metal.is_available():
+        raise ValueError(
+            "The FlashHead backend 'metal' needs an Apple GPU and this machine has none: "
+            f"use backend='mlx' or unset {BACKEND_VARIABLE}."
+        )
+    return name
+
+
+def _make_steps(clustered: ClusteredRows, asked: str | None) -> Steps:
+    if choose_backend(asked) == "mlx":
+        return PortableSteps(for_portable_steps(clustered))
+    from .kernels import MetalSteps, supports
+
+    by_name = asked or os.environ.get(BACKEND_VARIABLE)
+    if not by_name and supports(clustered) is not None:
+        return PortableSteps(for_portable_steps(clustered))
+    return MetalSteps(clustered)  # which says why, if it does not read such rows
+
+
+class FlashHead:
+    """An output projection by retrieval.
+
+    Shapes: hidden states (B, L, D), or any leading axes; V tokens in C clusters of
+    ``cluster_size``; p = ``n_probes`` clusters scored per position.
+
+    Args:
+        rows: The dense head's rows in token order. They are reordered; the caller drops its own.
+        token_ids: (C, cluster_size) integers, V in padded slots.
+        centroids: Centroids fitted for these clusters.
+        n_probes: Clusters scored per position, 1 … C.
+        eos_token_ids: Their clusters are always among the probes, so that an answer can end.
+            With fewer probes than such clusters, only they are scored.
+        backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
+            where there is one.
+        max_rows: More positions (B·L) than this at once are computed densely; see ``MAX_ROWS``.
+
+    Raises:
+        ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
+    """
+
+    def __init__(
+        self,
+        rows: HeadRows,
+        token_ids: np.ndarray,
+        centroids: Centroids,
+        *,
+        n_probes: int,
+        eos_token_ids: tuple[int, ...] = (),
+        backend: str | None = None,
+        max_rows: int = MAX_ROWS,
+    ):
+        clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids)
+        self._steps = _make_steps(clustered, backend)
+        self.clustered = self._steps.clustered  # of which the rows may lie otherwise now
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.max_rows = max_rows
+        self.n_probes = n_probes
+        self._dense = False
+        self._draw_temperature = None
+
+    def __repr__(self) -> str:
+        return (
+            f"FlashHead(vocab_size={self.vocab_size}, hidden_size={self.hidden_size}, "
+            f"n_clusters={self.n_clusters}, cluster_size={self.cluster_size}, "
+            f"n_probes={self.n_probes}, backend={self.backend!r})"
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.clustered.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.clustered.hidden_size
+
+    @property
+    def n_clusters(self) -> int:
+        return self.clustered.n_clusters
+
+    @property
+    def cluster_size(self) -> int:
+        return self.clustered.cluster_size
+
+    @property
+    def backend(self) -> str:
+        """The path in use: "metal" or "mlx"."""
+        return self._steps.name
+
+    @property
+    def n_probes(self) -> int:
+        """Clusters scored per position, 1 … C; with C the head is exact.
+
+        Raises:
+            ValueError: When set to anything else.
+        """
+        return self._n_probes
+
+    @n_probes.setter
+    def n_probes(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ValueError(f"n_probes must be a whole number, not {value!r}.")
+        if not 1 <= value <= self.n_clusters:
+            raise ValueError(
+                f"n_probes is {value}, but this head has {self.n_clusters} clusters: "
+                f"choose 1 to {self.n_clusters}."
+            )
+        self._n_probes = int(value)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token is scored: within ``dense()``, or with ``n_probes`` = C."""
+        return self._dense or self.n_probes == self.n_clusters
+
+    def arrays(self) -> list[mx.array]:
+        """Everything this head holds in memory, for ``mx.eval`` and for measuring it."""
+        return [*self.clustered.arrays(), *self._steps.arrays()]
+
+    def copy(self) -> "FlashHead":
+        """A head with settings of its own that shares the arrays, which never change."""
+        return copy.copy(self)
+
+    @contextmanager
+    def dense(self) -> Iterator["FlashHead"]:
+        """Within the block every token is scored: the dense model's logits."""
+        before, self._dense = self._dense, True
+        try:
+            yield self
+        finally:
+            self._dense = before
+
+    @contextmanager
+    def drawn_probes(self, temperature: float) -> Iterator["FlashHead"]:
+        """Within the block the probes are drawn by probability, as in the paper.
+
+        The p clusters are drawn without replacement from softmax(S / temperature) by Gumbel noise,
+        and only their tokens can be sampled: all others get a logit of about -10,000. Sampling with
+        the same temperature from these logits is the paper's "sampling over the full vocabulary".
+        It is an approximation, measured beside full logits with the tail by `evaluate`. A model
+        that caps its logits brings the others back to a small probability.
+
+        Args:
+            temperature: Temperature of the draw, above 0.
+
+        Raises:
+            ValueError: If ``temperature`` is not above 0.
+
+        Source: Efraimidis and Spirakis 2006 / Gumbel top-k: perturbed scores, then the p largest.
+        """
+        if not temperature > 0:
+            raise ValueError(f"The temperature of the draw is {temperature}: it must be above 0.")
+        before, self._draw_temperature = self._draw_temperature, float(temperature)
+        try:
+            yield self
+        finally:
+            self._draw_temperature = before
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype.
+
+        A probed token has its exact logit, every other one its cluster's estimate, below the best
+        candidate. Lazy: nothing is evaluated here.
+        """
+        if self._is_dense(hidden):
+            return self.dense_logits(hidden)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        scores, selection, candidates = self._retrieve(rows)
+        if self._draw_temperature is not None:
+            scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
+        logits = self._steps.expand(scores, selection, candidates)
+        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
+        """The scored tokens: hidden (..., D) → ids (..., K) uint32 and logits (..., K).
+
+        K = p·cluster_size. A padded slot has the id V and the dtype's lowest finite value.
+        """
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        _, selection, candidates = self._retrieve(rows)
+        shape = (*hidden.shape[:-1], -1)
+        ids = self._steps.token_ids(selection.probes)
+        return ids.reshape(shape), candidates.logits.reshape(shape)
+
+    def likeliest(self, values: mx.array, n_clusters: int) -> tuple[mx.array, mx.array]:
+        """The tokens of the clusters in which the highest values are.
+
+        The clusters are chosen by their tokens' best value, so the ``n_clusters`` tokens of highest
+        value are all among the result, and whatever has raised or ruled out single tokens since
+        the head made their logits counts.
+
+        Args:
+            values: (R, V), a value for each token, such as log-probabilities.
+            n_clusters: Clusters to choose for each row.
+
+        Returns:
+            Ids (R, K) uint32 and values (R, K), K = n_clusters·cluster_size. A padded slot has the
+            id V and the value -inf.
+        """
+        slots = self.clustered.token_ids.reshape(1, -1)
+        if self.clustered.padded:
+            in_slots = mx.take_along_axis(values, mx.minimum(slots, self.vocab_size - 1), axis=-1)
+            in_slots = mx.where(slots == self.vocab_size, -mx.inf, in_slots)
+        else:
+            in_slots = mx.take_along_axis(values, slots, axis=-1)
+        blocks = in_slots.reshape(-1, self.n_clusters, self.cluster_size)
+        best = mx.max(blocks, axis=-1).astype(mx.float32)
+        chosen = self._steps.select(best, n_clusters).probes
+        kept = mx.take_along_axis(blocks, chosen[..., None], axis=1)  # (R, n_clusters, n)
+        return self._steps.token_ids(chosen).flatten(1), kept.flatten(1)
+
+    def token(self, hidden: mx.array) -> mx.array:
+        """The greedy token: hidden (..., D) → (...) uint32, without full logits.
+
+        Among equal logits the lowest id wins, as ``argmax`` over the vocabulary does.
+        """
+        if self._is_dense(hidden):
+            return mx.argmax(self.dense_logits(hidden), axis=-1)
+        _, selection, candidates = self._retrieve(hidden.reshape(-1, hidden.shape[-1]))
+        return self._steps.token(selection, candidates).reshape(hidden.shape[:-1])
+
+    def dense_logits(self, hidden: mx.array) -> mx.array:
+        """The dense head's logits: hidden (..., D) → (..., V)."""
+        logits = self._steps.dense(hidden.reshape(-1, hidden.shape[-1]))
+        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def cluster_scores(self, hidden: mx.array) -> mx.array:
+        """Stage 1 alone: hidden (..., D) → (..., C) float32, ALWAYS_PROBED for forced clusters."""
+        scores = self._steps.route(hidden.reshape(-1, hidden.shape[-1]))
+        return scores.reshape(*hidden.shape[:-1], self.n_clusters)
+
+    def embedding(self, token_ids: mx.array) -> mx.array:
+        """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""
+        slots = mx.take(self.clustered.slot_of, token_ids)
+        return self.clustered.rows_in(slots).dequantized()
+
+    def _is_dense(self, hidden: mx.array) -> bool:
+        n_rows = math.prod(hidden.shape[:-1])
+        return self.exact or n_rows > self.max_rows
+
+    def _retrieve(self, rows: mx.array) -> tuple[mx.array, Selection, Candidates]:
+        """(R, D) → scores (R, C), the probed clusters, and their logits."""
+        scores = self._steps.route(rows)
+        ordering = scores
+        if self._draw_temperature is not None:
+            # forced clusters keep their 1e30 and stay on top
+            ordering = scores / self._draw_temperature + mx.random.gumbel(scores.shape)
+        selection = self._steps.select(ordering, self.n_clusters if self._dense else self.n_probes)
+        return scores, selection, self._steps.score(rows, selection)

@@ -1,0 +1,119 @@
+"""The rows of an output projection, dense or quantized, and what is done with them as a whole.
+
+Knows arrays only: no model, no clusters.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+FINGERPRINT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """The rows of a head, as the model stores them.
+
+    Attributes:
+        weight: (V, D) float32/float16/bfloat16, or (V, D·bits/32) uint32 when quantized. Rows in
+            cluster order have the leading axes (C, cluster_size) in place of V.
+        scales: (V, D/group_size), float or uint8 by mode; None when not quantized.
+        biases: (V, D/group_size) quantization offsets of affine rows, else None.
+        bias: (V,) added to the logits, or None.
+        group_size: Columns that share a scale; None when not quantized.
+        bits: Bits per weight; None when not quantized.
+        mode: MLX's quantization mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
+    """
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    bias: mx.array | None = None
+    group_size: int | None = None
+    bits: int | None = None
+    mode: str = "affine"
+
+    @property
+    def quantized(self) -> bool:
+        return self.scales is not None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        width = self.weight.shape[-1]
+        return width * 32 // self.bits if self.quantized else width
+
+    @property
+    def quantization(self) -> dict:
+        """Keywords of ``mx.quantized_matmul`` and its kin; empty when not quantized."""
+        if not self.quantized:
+            return {}
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def arrays(self) -> dict[str, mx.array]:
+        """The arrays present, by their parameter names (weight, scales, biases, bias)."""
+        named = {name: getattr(self, name) for name in ("weight", "scales", "biases", "bias")}
+        return {name: array for name, array in named.items() if array is not None}
+
+    def map(self, function) -> "HeadRows":
+        """The same rows with ``function`` applied to each array."""
+        return replace(self, **{name: function(a) for name, a in self.arrays().items()})
+
+    def take(self, ids: mx.array) -> "HeadRows":
+        """Rows ``ids`` (any shape, integer), which become the leading axes. Lazy."""
+        return self.map(lambda array: mx.take(array, ids, axis=0))
+
+    def logits_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
+        """The dtype of the dense head's logits for hidden states of ``hidden_dtype``."""
+        if not self.quantized:
+            dtype = mx.result_type(mx.zeros((), hidden_dtype), mx.zeros((), self.weight.dtype))
+        elif self.mode == "affine":
+            dtype = mx.result_type(mx.zeros((), hidden_dtype), mx.zeros((), self.scales.dtype))
+        else:
+            dtype = hidden_dtype
+        if self.bias is not None:
+            dtype = mx.result_type(mx.zeros((), dtype), mx.zeros((), self.bias.dtype))
+        return dtype
+
+    def matmul(self, hidden: mx.array) -> mx.array:
+        """Logits of all rows: hidden (..., D) → (..., V)."""
+        if self.quantized:
+            logits = mx.quantized_matmul(
+                hidden, self.weight, self.scales, self.biases, transpose=True, **self.quantization
+            )
+        else:
+            logits = hidden @ self.weight.T
+        return logits if self.bias is None else logits + self.bias
+
+    def dequantized(self) -> mx.array:
+        """The weight as floats, (V, D): as stored, or the dequantised values."""
+        if not self.quantized:
+            return self.weight
+        return mx.dequantize(self.weight, self.scales, self.biases, **self.quantization)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over 64 evenly spaced rows as stored, their dtypes and shapes.
+
+        It tells whether an index belongs to these rows without reading them all.
+        """
+        ids = np.linspace(0, self.vocab_size - 1, FINGERPRINT_ROWS).astype(np.uint32)
+        digest = hashlib.sha256()
+        for name in ("weight", "scales", "biases"):
+            array = getattr(self, name)
+            if array is None:
+                continue
+            digest.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
+            digest.update(bytes(mx.take(array, mx.array(ids), axis=0).view(mx.uint8)))
+        return digest.hexdigest()
+
+
+def as_float32(array: np.ndarray | mx.array) -> np.ndarray:
+    """The array as numpy float32, whatever its float dtype (numpy itself has no bfloat16)."""
+    if isinstance(array, mx.array):
+        array = array.astype(mx.float32)
+    return np.asarray(array, dtype=np.float32)

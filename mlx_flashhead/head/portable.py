@@ -1,0 +1,171 @@
+"""The four steps of a FlashHead in plain MLX operations: the CPU path, the fallback and the
+reference that the Metal kernels are tested against.
+
+    hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
+                  ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token ─▶ (R,)
+
+Nothing here evaluates: a prompt's logits are never asked for, so they must stay lazy.
+"""
+
+import mlx.core as mx
+
+from .clustered import ClusteredRows
+from .steps import Candidates, Selection, Steps, in_token_order
+
+# The tail stays this far below the best candidate, so that greedy decoding always ends on a scored
+# token: a cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
+MARGIN_SHARE = 1 / 64
+
+
+# Multiply-adds of one state's product with a block. OpenBLAS (0.3.29, AVX-512) reads a matrix as it
+# lies up to about a million of them and first copies it into another order above, which takes three
+# times as long when the other side has few rows. With more states the copy pays: at 16 blocks took
+# 0.7 to 0.8 of the time of one product, at 32 1.1 and at 64 1.5 to 2. (The reference BLAS takes
+# half the time in blocks at any number.)
+BLOCK_PRODUCTS = 500_000
+BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
+
+
+def tail_cap(best: mx.array) -> mx.array:
+    """The highest logit a token that was not scored may get: m - max(1, |m|/64), float32."""
+    best = best.astype(mx.float32)
+    return best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
+
+
+def in_blocks(weight: mx.array) -> mx.array:
+    """Rows as ``blocked_product`` takes them: (V, D) → (n_blocks, block, D), zeros at the end."""
+    n_rows, hidden_size = weight.shape
+    n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
+    block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
+    padded = mx.pad(weight, ((0, n_blocks * block - n_rows), (0, 0)))
+    return padded.reshape(n_blocks, block, hidden_size)
+
+
+def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
+    """Products with all rows of all blocks, for few states the fastest on a CPU:
+    (R, D), (n_blocks, block, D) → (R, n_blocks·block)."""
+    return (hidden @ blocks.swapaxes(-1, -2)).swapaxes(0, 1).reshape(len(hidden), -1)
+
+
+def for_portable_steps(clustered: ClusteredRows) -> ClusteredRows:
+    """The rows as the portable path reads them fastest: by columns, where a BLAS multiplies them.
+
+    Against rows (D of 576 to 2,048, one state, 256 clusters, cold caches) gather_mm took half the
+    time with the reference BLAS of MLX's own wheel for Linux, and 0.9 to 1.0 of it with OpenBLAS.
+    The product with all 49,152 x 576 rows took 0.9 of the time of `hidden @ weight.T` at one state
+    and 0.3 at 8 to 512 with the former; 0.4, 0.7 and 2 at 1, 8 and 512 with the latter.
+    """
+    rows = clustered.rows
+    blas = mx.default_device().type == mx.cpu and rows.weight.dtype == mx.float32
+    return clustered.in_columns() if blas else clustered
+
+
+class PortableSteps(Steps):
+    """Route, select, score, expand and token as MLX operations.
+
+    Args:
+        clustered: The rows and the index.
+    """
+
+    name = "mlx"
+
+    def __init__(self, clustered: ClusteredRows):
+        super().__init__(clustered)
+        self._on_cpu = mx.default_device().type == mx.cpu
+        # The CPU build multiplies float32 far faster than 4-bit weights, so it keeps the centroids
+        # (and only them) dequantised.
+        centroids = clustered.centroids
+        self._centroids = in_blocks(centroids.dequantized()) if self._on_cpu else None
+
+    def arrays(self) -> list[mx.array]:
+        return [] if self._centroids is None else [self._centroids]
+
+    def product(self, hidden: mx.array) -> mx.array:
+        if not self.clustered.by_column:
+            return super().product(hidden)
+        rows = self.clustered.rows
+        logits = blocked_product(hidden, rows.weight)
+        return logits if rows.bias is None else logits + rows.bias.reshape(-1)
+
+    def route(self, hidden: mx.array) -> mx.array:
+        """Scores of all clusters: hidden (R, D) → (R, C) float32."""
+        route_bias = self.clustered.route_bias
+        if self._centroids is not None:
+            scores = blocked_product(hidden.astype(mx.float32), self._centroids)
+            if scores.shape[-1] > len(route_bias):
+                scores = scores[..., : len(route_bias)]
+        else:
+            scores = self.clustered.centroids.matmul(hidden).astype(mx.float32)
+        return scores + route_bias
+
+    def select(self, scores: mx.array, n_probes: int) -> Selection:
+        """The ``n_probes`` best clusters of each row, in no particular order: (R, C) → (R, p)."""
+        n_clusters = scores.shape[-1]
+        if n_probes == n_clusters:
+            every = mx.arange(n_clusters, dtype=mx.uint32)
+            return Selection(mx.broadcast_to(every, scores.shape))
+        order = mx.argpartition(scores, kth=n_clusters - n_probes, axis=-1)
+        return Selection(order[..., n_clusters - n_probes :])
+
+    def score(self, hidden: mx.array, selection: Selection) -> Candidates:
+        """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
+        rows, probes = self.clustered.rows, selection.probes
+        stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
+        if rows.quantized:
+            logits = mx.gather_qmm(
+                stacked,
+                rows.weight,
+                rows.scales,
+                rows.biases,
+                rhs_indices=probes,
+                transpose=True,
+                **rows.quantization,
+            ).squeeze(-2)
+        elif rows.weight.dtype == hidden.dtype and not (
+            # the CPU build's gather_mm takes float32 only
+            self._on_cpu and hidden.dtype != mx.float32
+        ):
+            blocks = rows.weight.swapaxes(-1, -2)
+            logits = mx.gather_mm(stacked, blocks, rhs_indices=probes).squeeze(-2)
+        else:
+            blocks = mx.take(rows.weight, probes, axis=0)  # (R, p, n, D)
+            logits = (blocks @ hidden[:, None, :, None]).squeeze(-1)
+        if rows.bias is not None:
+            logits = logits + mx.take(rows.bias, probes, axis=0)
+        if self.clustered.padded:
+            padded = self.token_ids(probes) == self.clustered.vocab_size
+            logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
+        return Candidates(logits)
+
+    def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
+        """Full logits: a probed token keeps its own, every other gets its cluster's estimate.
+
+        The estimate is min(S_c - ln n_c, m - max(1, |m|/64)) with the cluster's score S_c, the log
+        of its expected mass, over its n_c tokens, and the best candidate logit m.
+
+        Args:
+            scores: (R, C) float32 from which the tail is estimated.
+            selection: The probed clusters.
+            candidates: Their logits.
+
+        Returns:
+            (R, V) in the dtype of the candidates' logits.
+        """
+        logits = candidates.logits
+        n_rows, n_clusters = scores.shape
+        best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1)  # (R, 1)
+        tail = mx.minimum(scores + self.clustered.centroids.tail_offset, tail_cap(best))
+        if logits.dtype == mx.float16:
+            tail = mx.maximum(tail, mx.finfo(mx.float16).min)  # finite here too
+        blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))
+        blocks = mx.put_along_axis(
+            blocks.astype(logits.dtype), selection.probes[..., None], logits, axis=1
+        )
+        return in_token_order(blocks.reshape(n_rows, -1), self.clustered.slot_of)
+
+    def token(self, selection: Selection, candidates: Candidates) -> mx.array:
+        """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
+        logits = candidates.logits
+        best = mx.max(logits, axis=(-2, -1), keepdims=True)
+        ids = mx.where(logits == best, self.token_ids(selection.probes), self.clustered.vocab_size)
+        return mx.min(ids, axis=(-2, -1))

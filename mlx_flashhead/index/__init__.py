@@ -1,0 +1,1 @@
+"""A FlashHead as files: its settings, reading and writing, a new folder or nothing."""

@@ -1,0 +1,151 @@
+"""Reads and writes what makes an mlx-lm folder a FlashHead checkpoint.
+
+The folder stays an ordinary one: ``flash_head.safetensors`` lies beside the weights and
+``config.json`` has one more key, both of which plain mlx-lm ignores.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..head.centroids import Centroids
+from ..head.clustered import centroids_fit
+from .settings import FlashHeadConfig
+
+FILE_NAME = "flash_head.safetensors"
+CONFIG_KEY = "flash_head"
+CLUSTERS_FROM_FILE = "read from a file: not for publication"
+
+
+@dataclass(frozen=True)
+class FlashHeadIndex:
+    """A FlashHead without its rows.
+
+    Attributes:
+        config: Settings and measured report.
+        token_ids: (C, cluster_size) uint32, V in padded slots.
+        centroids: Centroids, bias and tail offset.
+    """
+
+    config: FlashHeadConfig
+    token_ids: np.ndarray
+    centroids: Centroids
+
+
+def write_index(folder: Path, index: FlashHeadIndex) -> None:
+    """Adds ``index`` to an mlx-lm folder; one that was there is replaced."""
+    centroids = index.centroids
+    arrays = {
+        "token_ids": mx.array(index.token_ids),
+        "centroids.weight": centroids.weight,
+        "centroid_bias": centroids.bias,
+        "tail_offset": centroids.tail_offset,
+    }
+    if centroids.scales is not None:
+        arrays |= {"centroids.scales": centroids.scales, "centroids.biases": centroids.biases}
+    # the file says for which rows it is, so that it cannot be mistaken for another model's
+    metadata = {"format": "mlx", "fingerprint": index.config.fingerprint}
+    if index.config.clusters_from_file:
+        metadata["clusters"] = CLUSTERS_FROM_FILE
+    mx.save_safetensors(str(folder / FILE_NAME), arrays, metadata=metadata)
+    config = _read_config(folder) | {CONFIG_KEY: index.config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+
+
+def has_flash_head(folder: Path) -> bool:
+    """Whether a model's folder says that it is a FlashHead checkpoint.
+
+    Raises:
+        ValueError: If it is no model folder.
+    """
+    return _read_config(folder).get(CONFIG_KEY) is not None
+
+
+def read_index(folder: Path) -> FlashHeadIndex:
+    """Reads the FlashHead of a checkpoint.
+
+    Raises:
+        ValueError: If the folder is no FlashHead checkpoint, the file is missing, damaged or of
+            another version or model, or its arrays do not fit its settings.
+    """
+    entry = _read_config(folder).get(CONFIG_KEY)
+    if entry is None:
+        raise ValueError(
+            f"{folder} holds a model without FlashHead: convert it with "
+            f"`mlx_flashhead.convert --model {folder} --mlx-path NEW_FOLDER`."
+        )
+    config = FlashHeadConfig.from_dict(entry)
+    path = folder / FILE_NAME
+    if not path.exists():
+        raise ValueError(
+            f"{path} is missing, though config.json speaks of a FlashHead: fetch the file, or "
+            "convert the model again with mlx_flashhead.convert."
+        )
+    try:
+        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        mx.eval(arrays)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read, it is damaged or incomplete: fetch the file again, or "
+            "convert the model again with mlx_flashhead.convert."
+        ) from error
+    if metadata.get("fingerprint", config.fingerprint) != config.fingerprint:
+        raise ValueError(
+            f"{path} belongs to other rows than config.json describes: fetch both files again, or "
+            "convert the model again with mlx_flashhead.convert."
+        )
+    if metadata.get("clusters") == CLUSTERS_FROM_FILE and not config.clusters_from_file:
+        config = replace(config, clusters_from_file=True)
+    index = _index_of(arrays, config)
+    if index is None:
+        raise ValueError(
+            f"{path} does not hold the arrays that config.json describes "
+            f"({config.n_clusters} clusters of {config.cluster_size}): convert the model again "
+            "with mlx_flashhead.convert."
+        )
+    return index
+
+
+def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
+    try:
+        token_ids = arrays["token_ids"]
+        quantized = config.centroid_group_size > 0
+        centroids = Centroids(
+            weight=arrays["centroids.weight"],
+            scales=arrays["centroids.scales"] if quantized else None,
+            biases=arrays["centroids.biases"] if quantized else None,
+            group_size=config.centroid_group_size,
+            bits=config.centroid_bits,
+            bias=arrays["centroid_bias"],
+            tail_offset=arrays["tail_offset"],
+        )
+    except KeyError:
+        return None
+    groups = centroids.scales if quantized else centroids.weight
+    hidden_size = math.prod(groups.shape[1:]) * max(config.centroid_group_size, 1)
+    fits = (
+        token_ids.shape == (config.n_clusters, config.cluster_size)
+        and token_ids.dtype == mx.uint32
+        and centroids_fit(centroids, config.n_clusters, hidden_size)
+        and 1 <= config.n_probes <= config.n_clusters
+    )
+    if not fits:
+        return None
+    return FlashHeadIndex(config, np.array(token_ids), centroids)
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no model folder: it has no config.json.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged, it holds no JSON object: fetch the model again.")
+    return config

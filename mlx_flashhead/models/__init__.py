@@ -1,0 +1,1 @@
+"""Where mlx-lm is touched: finding a model's head, installing a FlashHead, loading, generating."""

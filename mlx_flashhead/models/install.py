@@ -1,0 +1,232 @@
+"""Puts a FlashHead on a model's output projection, and takes it off again.
+
+The module keeps its identity, its parameter names and its place in the model; only its class
+becomes a subclass, as do the classes of the modules around it, which then refuse to update it. Its
+rows move into the FlashHead, in cluster order, so that they exist once; what reads
+``module.weight`` gets the rows in the model's own order, gathered at that moment.
+"""
+
+import copy
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..head.centroids import Centroids
+from ..head.flash_head import MAX_ROWS, FlashHead
+from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
+
+
+def get_flash_head(model: nn.Module) -> FlashHead | None:
+    """The FlashHead installed on ``model``, or None when the model is dense."""
+    module = _installed_module(model)
+    return None if module is None else module._flash_head
+
+
+def install(
+    model: nn.Module,
+    token_ids: np.ndarray,
+    centroids: Centroids,
+    *,
+    n_probes: int,
+    eos_token_ids: tuple[int, ...] = (),
+    backend: str | None = None,
+    max_rows: int = MAX_ROWS,
+    location: HeadLocation | None = None,
+) -> FlashHead:
+    """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
+
+    Order matters: load, cast, quantize, apply adapters and shard first, then install.
+
+    Args:
+        model: Any mlx-lm model whose head :func:`find_head` finds.
+        token_ids: (C, cluster_size) integers, V in padded slots.
+        centroids: Centroids fitted for these clusters.
+        n_probes: Clusters scored per position, 1 … C.
+        eos_token_ids: Tokens whose clusters are always scored.
+        backend: "metal", "mlx" or None to choose.
+        max_rows: More positions (B·L) than this at once are computed densely.
+        location: The head, where it is already known.
+
+    Returns:
+        The installed head.
+
+    Raises:
+        ValueError: If one is installed already, or the head is not supported, or an argument is
+            not valid. The model is then unchanged.
+    """
+    if _installed_module(model) is not None:
+        raise ValueError("FlashHead is already installed on this model: uninstall it first.")
+    location = location or find_head(model)
+    check_plain_product(location)
+    rows = location.rows()
+    head = FlashHead(
+        rows,
+        token_ids,
+        centroids,
+        n_probes=n_probes,
+        eos_token_ids=eos_token_ids,
+        backend=backend,
+        max_rows=max_rows,
+    )
+    mx.eval(head.arrays())
+    module = location.module
+    around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
+    # A None keeps each parameter's place, so that names and their order stay as they were.
+    for name in rows.arrays():
+        module[name] = None
+    module._flash_head = head
+    _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
+    for parent in around:
+        _subclass(parent, _FlashParent)
+    return head
+
+
+def uninstall(model: nn.Module) -> None:
+    """Restores the dense model, bit for bit.
+
+    Raises:
+        ValueError: If no FlashHead is installed.
+    """
+    module = _installed_module(model)
+    if module is None:
+        raise ValueError("There is no FlashHead on this model to uninstall.")
+    arrays = module._flash_head.clustered.token_rows().arrays()
+    mx.eval(arrays)
+    for changed in model.modules():
+        if isinstance(changed, _FlashModule | _FlashParent):
+            changed.__class__ = type(changed).__bases__[1]
+    del module._flash_head
+    for name, array in arrays.items():
+        module[name] = array
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """The dense model of one with a FlashHead: rows of its own, every other array is shared.
+
+    Two models of which the speed is compared should share their arrays: where these lie in memory
+    alone makes a step of a CPU up to a tenth faster or slower.
+
+    Raises:
+        ValueError: If no FlashHead is installed.
+    """
+    dense = copy.deepcopy(model)
+    uninstall(dense)
+    return dense
+
+
+def _prefix(path: str) -> str:
+    return f"{path}." if path else ""
+
+
+def _subclass(module: nn.Module, mixin: type) -> None:
+    base = type(module)
+    module.__class__ = type(base.__name__, (mixin, base), {"__module__": base.__module__})
+
+
+def _installed_module(model: nn.Module) -> nn.Module | None:
+    return next((m for m in model.modules() if isinstance(m, _FlashModule)), None)
+
+
+def _refuse_update(target, parameters) -> None:
+    """Refuses ``target.update(parameters)`` where it would change an installed head."""
+    if isinstance(target, dict) and isinstance(parameters, dict):
+        for key in parameters:
+            if isinstance(target, _FlashModule):
+                target._refuse_change(key)
+            elif key in target:
+                _refuse_update(target[key], parameters[key])
+    elif isinstance(target, list) and isinstance(parameters, list):
+        for part, given in zip(target, parameters, strict=False):
+            _refuse_update(part, given)
+
+
+class _FlashParent:
+    """A module around an installed one: refuses to update it before anything else is changed."""
+
+    def update(self, parameters, strict=True):
+        _refuse_update(self, parameters)
+        return super().update(parameters, strict)
+
+
+class _FlashModule:
+    """What an installed module does otherwise than its class.
+
+    Its dict holds None in place of each array that the FlashHead keeps; reading gives the array in
+    the model's own order, lazily, and writing is refused.
+    """
+
+    _flash_head: FlashHead
+
+    def _arrays(self) -> dict[str, mx.array]:
+        return self._flash_head.clustered.token_rows().arrays()
+
+    def __getitem__(self, key):
+        arrays = self._arrays()
+        return arrays[key] if key in arrays else super().__getitem__(key)
+
+    def get(self, key, default=None):
+        arrays = self._arrays()
+        return arrays[key] if key in arrays else super().get(key, default)
+
+    def items(self):
+        arrays = self._arrays()
+        return [(key, arrays.get(key, value)) for key, value in super().items()]
+
+    def values(self):
+        return [value for _, value in self.items()]
+
+    def __setitem__(self, key, value):
+        self._refuse_change(key)
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key):
+        self._refuse_change(key)
+        super().__delitem__(key)
+
+    def pop(self, key, *default):
+        self._refuse_change(key)
+        return super().pop(key, *default)
+
+    def __setattr__(self, key, value):
+        self._refuse_change(key)
+        super().__setattr__(key, value)
+
+    def __delattr__(self, key):
+        self._refuse_change(key)
+        super().__delattr__(key)
+
+    def to_quantized(self, *args, **kwargs):
+        self._refuse_change("weight")
+
+    def _refuse_change(self, key):
+        if key in self._flash_head.clustered.rows.arrays():
+            raise ValueError(
+                f"The {key} of an output projection under FlashHead cannot be changed: call "
+                "mlx_flashhead.uninstall(model) first, then change it, then install again."
+            )
+
+    def __deepcopy__(self, memo):
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        dict.update(copied, dict.items(self))
+        copied.__dict__.update(self.__dict__, _no_grad=set(self._no_grad))
+        copied.__dict__["_flash_head"] = self._flash_head.copy()
+        return copied
+
+
+class _FlashLinear(_FlashModule):
+    """A linear layer whose product is a FlashHead's."""
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        return self._flash_head(hidden)
+
+
+class _FlashEmbedding(_FlashModule):
+    """A tied embedding: looks tokens up in the reordered rows, projects through a FlashHead."""
+
+    def __call__(self, token_ids: mx.array) -> mx.array:
+        return self._flash_head.embedding(token_ids)
+
+    def as_linear(self, hidden: mx.array) -> mx.array:
+        return self._flash_head(hidden)

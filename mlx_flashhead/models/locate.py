@@ -1,0 +1,216 @@
+"""Finds the output projection of any mlx-lm model, and records what goes into it.
+
+Configuration flags do not tell where the head is, and scanning the modules is ambiguous, so one
+forward pass is traced: the head is the last module with a row for each token whose output has the
+width of the logits. Nothing is evaluated.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..head.matrix import HeadRows
+from .errors import UnsupportedHeadError
+
+LINEAR, EMBEDDING = "__call__", "as_linear"
+
+
+@dataclass(frozen=True)
+class HeadLocation:
+    """Where a model makes its logits.
+
+    Attributes:
+        module: The output projection itself.
+        path: Its dotted name in the model, such as "lm_head" or "model.embed_tokens".
+        method: "__call__" for a linear layer, "as_linear" for a tied embedding.
+    """
+
+    module: nn.Module
+    path: str
+    method: str
+
+    @property
+    def tied(self) -> bool:
+        return self.method == EMBEDDING
+
+    def rows(self) -> HeadRows:
+        """The head's rows as the module stores them."""
+        module = self.module
+        scales = module.get("scales")
+        quantization = (
+            {}
+            if scales is None
+            else {
+                "group_size": module.group_size,
+                "bits": module.bits,
+                "mode": getattr(module, "mode", "affine"),
+            }
+        )
+        return HeadRows(
+            weight=module["weight"],
+            scales=scales,
+            biases=module.get("biases"),
+            bias=module.get("bias"),
+            **quantization,
+        )
+
+
+def find_head(model: nn.Module) -> HeadLocation:
+    """The output projection of ``model``, found by tracing one forward pass of one token.
+
+    Works on lazily loaded models: shapes alone are looked at.
+
+    Raises:
+        UnsupportedHeadError: If no module's output is the logits, it cannot be intercepted, or the
+            model itself does not run.
+    """
+    modules = [m for m in model.modules() if _matrix(m) is not None]
+    calls: list[tuple[nn.Module, str, int]] = []
+
+    def record(module, method, args, output):
+        hidden = args[0] if args else None
+        arrays = isinstance(hidden, mx.array) and isinstance(output, mx.array)
+        if arrays and mx.issubdtype(hidden.dtype, mx.floating):
+            calls.append((module, method, output.shape[-1]))
+
+    name = type(model).__module__.rsplit(".", 1)[-1]
+    try:
+        with _observed({type(m) for m in modules}, record):
+            output = model(mx.array([[0]]))
+    except Exception as error:  # whatever the model's code raises
+        raise UnsupportedHeadError(
+            f"mlx-lm's code of this {name!r} model fails on a token by itself "
+            f"({type(error).__name__}: {error}), so it cannot be served with FlashHead either."
+        ) from error
+    logits = output[0] if isinstance(output, tuple) else output
+    vocab_size = logits.shape[-1]
+    found = [
+        (module, method)
+        for module, method, width in calls
+        if width == vocab_size and _matrix(module).shape[0] == vocab_size
+    ]
+    if not found:
+        _refuse_split(calls, vocab_size, name)
+        for path, adapted in model.named_modules():  # DoRA multiplies the rows itself
+            if _has_adapter(adapted) and adapted.lora_b.shape[-1] == vocab_size:
+                raise _adapted(path)
+        raise UnsupportedHeadError(
+            f"The output projection of this {name!r} model cannot be intercepted (its {vocab_size} "
+            "logits come from no layer of its own): use it with mlx_lm, without FlashHead."
+        )
+    module, method = found[-1]
+    if sum(other is module for other, _ in found) > 1:
+        raise UnsupportedHeadError(
+            f"This {name!r} model uses its output projection more than once per token, which "
+            "FlashHead does not support: use it with mlx_lm, without FlashHead."
+        )
+    path = next(path for path, other in model.named_modules() if other is module)
+    _refuse_wrapped(model, module, path)
+    return HeadLocation(module, path, method)
+
+
+def check_plain_product(location: HeadLocation) -> None:
+    """Makes sure that the layer computes what its rows say: evaluates it on one random state.
+
+    Raises:
+        UnsupportedHeadError: If it does not (sharded, rotated or otherwise special layers).
+    """
+    rows, module = location.rows(), location.module
+    hidden = mx.random.normal((1, rows.hidden_size), key=mx.random.key(0))
+    expected = rows.matmul(hidden)
+    actual = getattr(module, location.method)(hidden)
+    if expected.shape != actual.shape or not mx.allclose(expected, actual, rtol=1e-2, atol=1e-3):
+        raise UnsupportedHeadError(
+            f"The output projection {location.path!r} ({type(module).__name__}) is not a plain "
+            "product with its rows, which FlashHead needs: use the model without FlashHead."
+        )
+
+
+@contextmanager
+def recorded_hidden(location: HeadLocation) -> Iterator[list[mx.array]]:
+    """Within the block, collects every array (B, L, D) that enters the head, unevaluated."""
+    states: list[mx.array] = []
+
+    def record(module, method, args, output):
+        if module is location.module and method == location.method:
+            states.append(args[0])
+
+    with _observed({type(location.module)}, record):
+        yield states
+
+
+def _matrix(module: nn.Module) -> mx.array | None:
+    weight = module.get("weight")
+    return weight if isinstance(weight, mx.array) and weight.ndim == 2 else None
+
+
+@contextmanager
+def _observed(classes: set[type], record: Callable) -> Iterator[None]:
+    """Within the block, calls of the head-like methods of ``classes`` are passed to ``record``."""
+    originals = {
+        (cls, name): getattr(cls, name)
+        for cls in classes
+        for name in (LINEAR, EMBEDDING)
+        if hasattr(cls, name)
+    }
+    under_way: set[tuple[int, str]] = set()
+    own = {key: key[0].__dict__.get(key[1]) for key in originals}
+
+    def observer(name, original):
+        def call(self, *args, **kwargs):
+            key = (id(self), name)
+            if key in under_way:  # a method that calls its parent's is one call
+                return original(self, *args, **kwargs)
+            under_way.add(key)
+            try:
+                output = original(self, *args, **kwargs)
+            finally:
+                under_way.remove(key)
+            record(self, name, args, output)
+            return output
+
+        return call
+
+    try:
+        for (cls, name), original in originals.items():
+            setattr(cls, name, observer(name, original))
+        yield
+    finally:
+        for (cls, name), method in own.items():
+            if method is None:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, method)
+
+
+def _refuse_split(calls: list[tuple[nn.Module, str, int]], vocab_size: int, name: str) -> None:
+    for module, _, width in calls:
+        if isinstance(module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
+            processes = module.group.size()
+            if width * processes == vocab_size:
+                raise UnsupportedHeadError(
+                    f"Each of the {processes} processes holds a part of this {name!r} model's "
+                    f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
+                    "by layers instead (--pipeline, or a pipeline_group), or use one process."
+                )
+
+
+def _refuse_wrapped(model: nn.Module, module: nn.Module, path: str) -> None:
+    parent_path, _, _ = path.rpartition(".")
+    parent = dict(model.named_modules()).get(parent_path)
+    if parent is not None and _has_adapter(parent):
+        raise _adapted(parent_path)
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return {"lora_a", "lora_b"} <= module.keys()
+
+
+def _adapted(path: str) -> UnsupportedHeadError:
+    return UnsupportedHeadError(
+        f"The output projection {path!r} carries a LoRA adapter, which must be fused first: run "
+        "mlx_lm.fuse, then convert the fused model."
+    )

@@ -1,0 +1,111 @@
+"""Loads FlashHead checkpoints in parts: several processes share one model.
+
+mlx-lm splits the body, by layers (pipeline) or within them (tensor). Every process then has the
+same hidden state and the whole head, on which the FlashHead is installed last, so each finds the
+same token by itself.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..index.files import FILE_NAME, read_index
+from .compat import sharded_load as load_part
+from .load import install_index, reason, resolve
+
+
+def sharded_load(
+    path_or_hf_repo: str,
+    pipeline_group: mx.distributed.Group | None = None,
+    tensor_group: mx.distributed.Group | None = None,
+    return_config: bool = False,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    n_probes: int | None = None,
+    backend: str | None = None,
+):
+    """Loads this process's part of a FlashHead checkpoint: ``mlx_lm.utils.sharded_load``, extended.
+
+    Args:
+        path_or_hf_repo: A folder, which each machine has at this place, or a Hugging Face
+            repository.
+        pipeline_group: The processes that share the layers out.
+        tensor_group: The processes that share each layer; without either group all processes do
+            what the model can, tensor first.
+        return_config: Also return the model's configuration.
+        tokenizer_config: Passed to the tokenizer.
+        trust_remote_code: Allow the repository's own Python code.
+        n_probes: Clusters scored per token; default: the number chosen at conversion.
+        backend: "metal", "mlx" or None to choose.
+
+    Returns:
+        ``(model, tokenizer)``, with the configuration as a third item if asked for.
+
+    Raises:
+        ValueError: If the model cannot be split so, or its head is split over the vocabulary, or as
+            in :func:`mlx_flashhead.load`.
+    """
+    folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
+    index = read_index(folder)
+    model, tokenizer, config = load_dense_part(
+        path_or_hf_repo,
+        pipeline_group,
+        tensor_group,
+        tokenizer_config=tokenizer_config,
+        trust_remote_code=trust_remote_code,
+    )
+    install_index(model, index, n_probes=n_probes, backend=backend)
+    return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def load_dense_part(
+    path_or_hf_repo: str,
+    pipeline_group: mx.distributed.Group | None = None,
+    tensor_group: mx.distributed.Group | None = None,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+):
+    """This process's part of the dense model, the tokenizer and the configuration.
+
+    Raises:
+        ValueError: If mlx-lm cannot load it, or it cannot be split so, in one sentence.
+    """
+    folder = Path(path_or_hf_repo).expanduser()
+    try:
+        model, tokenizer, config = load_part(
+            # of a repository only the part's own files are downloaded
+            str(folder) if folder.is_dir() else path_or_hf_repo,
+            pipeline_group,
+            tensor_group,
+            return_config=True,
+            # mlx-lm's default allows a tokenizer's own code
+            tokenizer_config=tokenizer_config or {"trust_remote_code": trust_remote_code},
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # a shard() of its own for each model, each with its own errors
+        raise ValueError(
+            f"mlx-lm cannot split the model {path_or_hf_repo} between these processes "
+            f"({reason(error)}): use another way or number of processes, or one."
+        ) from error
+    if pipeline_group is None and hasattr(model, "shard"):
+        _check_attention_heads(config, (tensor_group or mx.distributed.init()).size())
+    return model, tokenizer, config
+
+
+def _check_attention_heads(config: dict, processes: int) -> None:
+    """mlx-lm rounds down where the heads cannot be shared out: garbage, without an error."""
+    config = config.get("text_config", config)
+    heads = config.get("num_attention_heads")
+    groups = config.get("num_key_value_heads", heads)
+    if not isinstance(heads, int) or not isinstance(groups, int):
+        return
+    # some models repeat their key-value heads where there are fewer than processes
+    if heads % processes or (groups % processes and processes % groups):
+        raise ValueError(
+            f"The model's {heads} attention heads ({groups} of keys and values) cannot be shared "
+            f"out to {processes} processes: use a number that divides both, or --pipeline (a "
+            "pipeline_group) where the model has it."
+        )

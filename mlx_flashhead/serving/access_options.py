@@ -1,0 +1,79 @@
+"""The server's flags on who may use it."""
+
+import argparse
+import re
+from pathlib import Path
+
+from .access import Access
+from .lan import TOKEN_FILE, is_loopback, kept_token, own_names
+
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+_ALL_INTERFACES = "0.0.0.0"
+
+
+def add_access_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds them to mlx-lm's, of which two get another default."""
+    parser.set_defaults(host=None, allowed_origins=[])
+    for action in parser._actions:
+        if action.dest == "host":
+            action.help = (
+                "Address to listen on (default: 127.0.0.1, this machine alone). Any other one "
+                "asks clients for the token, as --lan does."
+            )
+        if action.dest == "allowed_origins":
+            action.help = (
+                "Origins of other sites whose scripts may use the API, with commas between, such "
+                "as https://chat.example (default: none)"
+            )
+    group = parser.add_argument_group("local network")
+    group.add_argument(
+        "--lan",
+        action="store_true",
+        help="Listen on all interfaces, so that an iPad can open the page; prints the address and "
+        "a QR code. Every client needs the token that they carry.",
+    )
+    group.add_argument(
+        "--allowed-hosts",
+        type=lambda text: text.split(","),
+        default=[],
+        help="Further names of this machine, with commas between, such as mac.fritz.box; its "
+        "addresses, host name and names in .local are known.",
+    )
+    group.add_argument(
+        "--token-file",
+        type=Path,
+        default=TOKEN_FILE,
+        help="Keeps the token from one start to the next; made with a random one if it is not "
+        "there (default: %(default)s)",
+    )
+
+
+def check_access(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command with a sentence if the flags contradict each other; fills in the host."""
+    if args.host is None:
+        args.host = _ALL_INTERFACES if args.lan else "127.0.0.1"
+    elif args.lan and is_loopback(args.host):
+        parser.error(
+            f"--host {args.host} is this machine alone: leave it out with --lan, or give the "
+            "address of one interface"
+        )
+    for origin in args.allowed_origins:
+        if not _ORIGIN.fullmatch(origin):
+            parser.error(
+                f"--allowed-origins {origin}: name each site, such as https://chat.example; there "
+                "is no wildcard"
+            )
+
+
+def access_of(args: argparse.Namespace) -> Access:
+    """The rules that the flags ask for.
+
+    Raises:
+        ValueError: If the token file holds no token.
+    """
+    named = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
+    origins = frozenset(args.allowed_origins)
+    if is_loopback(args.host):
+        return Access(hosts=named, origins=origins)
+    token = kept_token(args.token_file)
+    return Access(token, named | own_names() | {args.host.lower()}, origins)

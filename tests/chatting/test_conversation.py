@@ -1,0 +1,263 @@
+"""Conversations: whatever became of an answer, the next one is that of a model without a cache."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.sample_utils import make_sampler
+
+import mlx_flashhead
+from mlx_flashhead.chatting import conversation as module
+from mlx_flashhead.chatting.conversation import LENGTH, STOP, STOPPED, Answer, Conversation
+from mlx_flashhead.models.load import load_dense
+from model_folders import VOCAB_SIZE, write_model, write_tokenizer
+from tiny_models import tiny_model
+
+LIMIT = {"max_tokens": 12}
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role.') }}{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    source = write_model(tmp_path_factory.mktemp("models") / "dense", tied=False, hidden_size=128)
+    target = source.parent / "flash"
+    mlx_flashhead.convert(str(source), str(target), calibration="none", n_probes=4, progress=False)
+    return target
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return mlx_flashhead.load(str(folder))
+
+
+@pytest.fixture
+def conversation(loaded):
+    return Conversation(*loaded)
+
+
+def answer(conversation, text, **options):
+    return "".join(conversation.ask(text, **LIMIT | options))
+
+
+def expected(conversation, text, **options):
+    """The answer of a model that reads the whole conversation anew."""
+    messages = [*conversation.messages, {"role": "user", "content": text}]
+    tokenizer = conversation.tokenizer
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return mlx_flashhead.generate(conversation.model, tokenizer, prompt, **LIMIT | options)
+
+
+def check_cache(conversation):
+    """The cache's keys are those of the tokens it is said to hold."""
+    cache = conversation.cache
+    fresh = module.make_prompt_cache(conversation.model)
+    if cache.token_ids:
+        conversation.model(mx.array([cache.token_ids]), cache=fresh)
+    for held, right in zip(cache.arrays, fresh, strict=True):
+        assert held.offset == right.offset == len(cache.token_ids)
+        if cache.token_ids:
+            for one, other in zip(held.keys_and_values(), right.keys_and_values(), strict=True):
+                assert mx.allclose(one, other, atol=1e-4)
+
+
+def test_answers_are_those_without_a_cache(conversation):
+    for number, text in enumerate(("Hello", "And then?", "Why")):
+        right = expected(conversation, text)
+        pieces = list(conversation.ask(text, **LIMIT))
+        assert len(pieces) > 3 and all(pieces)
+        assert "".join(pieces) == right
+        assert conversation.messages[-2:] == [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": right},
+        ]
+        last = conversation.answers[number]
+        assert (last.text, last.n_tokens, last.finish) == (right, 12, LENGTH)
+        assert (last.n_cached > 0) == (number > 0) and last.n_cached < last.n_prompt
+        check_cache(conversation)
+
+
+def test_settings_are_passed_on(conversation):
+    few = expected(conversation, "Hello", n_probes=1)
+    assert few != expected(conversation, "Hello")
+    assert answer(conversation, "Hello", n_probes=1) == few
+    right = expected(conversation, "More", dense=True)
+    assert right != expected(conversation, "More")
+    assert answer(conversation, "More", dense=True) == right
+
+
+@pytest.mark.parametrize("n_pieces", [1, 5])
+def test_a_stopped_answer_stays_as_far_as_it_came(conversation, n_pieces):
+    right = expected(conversation, "Hello")
+    seen = []
+    for piece in conversation.ask("Hello", stopping=lambda: len(seen) == n_pieces, **LIMIT):
+        seen.append(piece)
+    assert len(seen) == n_pieces
+    assert right.startswith("".join(seen)) and "".join(seen) != right
+    assert conversation.messages[-1] == {"role": "assistant", "content": "".join(seen)}
+    assert conversation.answers[-1].finish == STOPPED
+    check_cache(conversation)
+    assert answer(conversation, "Go on") == expected_before(conversation, "Go on")
+    check_cache(conversation)
+
+
+def expected_before(conversation, text):
+    """The right answer to a question that has been answered already."""
+    assert conversation.messages[-2]["content"] == text
+    earlier = Conversation(conversation.model, conversation.tokenizer)
+    earlier.messages = conversation.messages[:-2]
+    return expected(earlier, text)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_question_stopped_in_the_prompt_is_forgotten(conversation, calls):
+    answer(conversation, "Hello")
+    before = list(conversation.messages)
+    asked = iter([False] * (calls - 1) + [True])
+    left = answer(
+        conversation, "A longer question", stopping=lambda: next(asked), prefill_step_size=8
+    )
+    assert left == ""
+    assert conversation.messages == before and len(conversation.answers) == 1
+    check_cache(conversation)
+    assert answer(conversation, "Go on") == expected_before(conversation, "Go on")
+
+
+def test_a_prompt_that_the_cache_holds_completely_is_answered(conversation):
+    right = answer(conversation, "Hello")
+    conversation.replace([])
+    assert answer(conversation, "Hello") == right
+    asked = conversation.answers[-1]
+    assert asked.n_cached == asked.n_prompt - 1  # one is left to go through the model
+    check_cache(conversation)
+
+
+def test_an_error_amid_a_step_leaves_no_half_filled_cache(conversation):
+    answer(conversation, "Hello")
+    draws = iter([False] * 8 + [True])
+
+    def fails(logprobs):
+        if next(draws):
+            raise KeyboardInterrupt
+        return mx.argmax(logprobs, axis=-1)
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(conversation, "Then", sampler=fails)
+    check_cache(conversation)
+    assert conversation.messages[-2]["content"] == "Then"
+    assert answer(conversation, "Go on") == expected_before(conversation, "Go on")
+
+
+def test_an_abandoned_answer_leaves_a_cache_that_agrees(conversation):
+    stream = conversation.ask("Hello", **LIMIT)
+    first = next(stream)
+    stream.close()
+    assert conversation.messages[-1]["content"] == first
+    check_cache(conversation)
+
+
+def test_a_full_cache_forgets_the_oldest_and_is_made_anew_where_it_cannot_be_trimmed(loaded):
+    model = tiny_model("qwen3", vocab_size=VOCAB_SIZE)  # mlx-lm makes its cache
+    conversation = Conversation(model, loaded[1], max_kv_size=24)
+    assert conversation.cache.limited
+    for text in ("A question of some length", "Another one"):
+        answer(conversation, text)
+        assert all(cache.size() == 24 for cache in conversation.cache.arrays)
+    conversation.replace(conversation.messages[:2])
+    again = answer(conversation, "Another one")
+    assert conversation.answers[-1].n_cached == 0
+    fresh = Conversation(model, loaded[1], max_kv_size=24)
+    fresh.replace(conversation.messages[:2])
+    assert answer(fresh, "Another one") == again
+
+
+def test_a_model_may_choose_the_size_of_its_cache(loaded):
+    assert not Conversation(*loaded, max_kv_size=24).cache.limited
+    assert not Conversation(*loaded).cache.limited
+
+
+def test_a_conversation_continues_elsewhere(loaded, conversation):
+    answer(conversation, "Hello")
+    answer(conversation, "And")
+    other = Conversation(*loaded)
+    answer(other, "Something else")
+    other.replace(conversation.messages)
+    assert answer(other, "Go on") == answer(conversation, "Go on")
+    check_cache(other)
+
+
+def test_reset_begins_anew_with_the_system_prompt(loaded):
+    conversation = Conversation(*loaded, system_prompt="Be brief.")
+    first = answer(conversation, "Hello")
+    assert first == expected_before(conversation, "Hello")
+    assert conversation.messages[0] == {"role": "system", "content": "Be brief."}
+    assert first != answer(Conversation(*loaded), "Hello")
+    conversation.reset()
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+    assert conversation.answers == [] and conversation.cache.token_ids == []
+    assert answer(conversation, "Hello") == first
+
+
+def test_the_head_is_timed_on_a_state_of_the_answer(conversation, monkeypatch):
+    timed = []
+
+    def head_seconds(heads, states):
+        timed.append((heads, states))
+        return ([0.5, 2.0, 9.0],)
+
+    monkeypatch.setattr(module, "head_seconds", head_seconds)
+    answer(conversation, "Hello")
+    (((project,), states),) = timed
+    token_ids = conversation.cache.token_ids[conversation.answers[-1].n_prompt :]
+    assert states.shape == (1, 128)
+    assert mx.argmax(project(states[None])).item() == token_ids[2]
+    assert conversation.answers[-1].seconds_in_head == 2.0
+
+
+def test_figures_of_an_answer():
+    measured = Answer(times=[10.0, 10.5, 11.0], seconds_in_head=0.1)
+    assert (measured.n_tokens, measured.seconds) == (3, 1.0)
+    assert measured.tokens_per_second == 2
+    assert measured.head_share == pytest.approx(0.2)
+    short = Answer(times=[10.0], seconds_in_head=0.1)
+    assert short.tokens_per_second is None and short.head_share is None
+    assert Answer(times=[1.0, 2.0]).head_share is None
+
+
+def test_an_answer_ends_at_the_end_of_text(conversation):
+    biased = mx.zeros((conversation.tokenizer.vocab_size,))
+    biased[1] = 1e4  # the end-of-text token
+    assert answer(conversation, "Hello", sampler=lambda p: mx.argmax(p + biased, axis=-1)) == ""
+    assert conversation.answers[-1].finish == STOP
+    assert conversation.messages[-1] == {"role": "assistant", "content": ""}
+    check_cache(conversation)
+
+
+def test_sampling_differs_and_is_repeatable(conversation):
+    sampler = make_sampler(temp=1.0)
+    texts = []
+    for seed in (1, 1, 2):
+        mx.random.seed(seed)
+        texts.append(answer(conversation, "Hello", sampler=sampler))
+        conversation.reset()
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_dense_model_talks_too(folder):
+    model, tokenizer, _ = load_dense(folder)
+    conversation = Conversation(model, tokenizer)
+    right = expected(conversation, "Hello")
+    assert answer(conversation, "Hello", dense=True) == right
+    assert conversation.answers[-1].head_share > 0
+
+
+def test_templates_that_refuse_are_named_and_nothing_changes(folder, loaded, tmp_path):
+    model, _ = loaded
+    for template, said in ((None, "no chat template"), (STRICT, "No system role")):
+        write_tokenizer(tmp_path, template)
+        tokenizer = loaded[1].__class__(
+            type(loaded[1]._tokenizer).from_pretrained(tmp_path), eos_token_ids=[1]
+        )
+        with pytest.raises(ValueError, match=said):
+            Conversation(model, tokenizer, system_prompt="Be brief.")
+    conversation = Conversation(model, tokenizer)
+    with pytest.raises(ValueError, match="No system role"):
+        conversation.replace([{"role": "system", "content": "Be brief."}])
+    assert conversation.messages == []

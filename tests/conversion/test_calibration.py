@@ -1,0 +1,291 @@
+"""Hidden states for calibration: those that enter the head, with the tokens that follow them."""
+
+from itertools import islice
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from mlx_flashhead.conversion import calibration
+from mlx_flashhead.conversion.calibration import generated_states, read_text, text_states
+from mlx_flashhead.models.locate import find_head
+from model_folders import BOS, VOCAB_SIZE, write_model
+from tiny_models import tiny_model
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 3
+# and whether the head is tied; minicpm scales what enters its head
+ARCHITECTURES = {
+    "llama": False,
+    "qwen3": True,
+    "gemma3_text": True,
+    "cohere": True,
+    "minicpm": False,
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A random llama and a tokenizer with a token a byte and a chat template."""
+    return mlx_lm.load(str(write_model(tmp_path_factory.mktemp("models") / "llama")))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(loaded):
+    return loaded[1]
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tmp_path_factory):
+    """The same without a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "plain"
+    return mlx_lm.load(str(write_model(folder, chat_template=None)))[1]
+
+
+@pytest.fixture
+def endless(tokenizer, monkeypatch):
+    """The tokenizer, where no token ends an answer."""
+    monkeypatch.setattr(tokenizer, "_eos_token_ids", set())
+    return tokenizer
+
+
+def generate(model, tokenizer, positions, **kwargs):
+    location = find_head(model)
+    return generated_states(model, tokenizer, location, positions, progress=False, **kwargs)
+
+
+def hidden_of(model, token_ids):
+    """What enters the head: the model without its head, on a whole sequence (L,) → (L, D)."""
+    return np.array(model.model(mx.array([token_ids])).astype(mx.float32))[0]
+
+
+def logits_of(model, states):
+    return np.array(find_head(model).rows().matmul(mx.array(states)))
+
+
+def test_generated_states_are_those_of_the_text(loaded, endless):
+    """One sequence: replayed in one pass."""
+    model, _ = loaded
+    states, drawn = generate(model, endless, 60, seed=3)
+    assert states.shape == (60, 64)
+    assert states.dtype == np.float32
+    assert drawn.shape == (60,)
+    assert drawn.dtype == np.int64
+    prompt = next(calibration._prompts(endless, VOCAB_SIZE, np.random.default_rng(3)))
+    sequence = [*prompt, *drawn[:-1].tolist()]
+    replayed = hidden_of(model, sequence)[len(prompt) - 1 :]
+    np.testing.assert_allclose(states, replayed, atol=2e-4)
+
+
+def test_sequences_in_a_batch_do_not_mix(loaded, endless, monkeypatch):
+    """Prompts of different lengths, step by step and side by side."""
+    model, _ = loaded
+    monkeypatch.setattr(calibration, "SEQUENCE_TOKENS", 10)
+    states, drawn = generate(model, endless, 40, seed=1)
+    prompts = calibration._prompts(endless, VOCAB_SIZE, np.random.default_rng(1))
+    prompts = sorted(islice(prompts, 4), key=len)  # the order in which they are read
+    assert len({len(prompt) for prompt in prompts}) > 1
+    for i, prompt in enumerate(prompts):
+        own = drawn[i::4]
+        replayed = hidden_of(model, [*prompt, *own[:-1].tolist()])[len(prompt) - 1 :]
+        np.testing.assert_allclose(states[i::4], replayed, atol=2e-4)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tokens_are_drawn_from_their_states(arch, tokenizer, monkeypatch):
+    """Greedily, so that each token is known; answers end and others begin meanwhile."""
+    monkeypatch.setattr(calibration, "SEQUENCE_TOKENS", 6)
+    monkeypatch.setattr(calibration, "BATCH_SIZE", 3)
+    model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
+    ended = generate(model, tokenizer, 20, temperature=0.0)[1][0]
+    monkeypatch.setattr(tokenizer, "_eos_token_ids", {int(ended)})
+    states, drawn = generate(model, tokenizer, 50, temperature=0.0)
+    assert states.shape == (50, 64)
+    assert ended in drawn
+    np.testing.assert_array_equal(logits_of(model, states).argmax(axis=1), drawn)
+
+
+def test_temperature_spreads_the_tokens(loaded, endless):
+    model, _ = loaded
+    cold = generate(model, endless, 50, temperature=1e-3)
+    states, drawn = generate(model, endless, 50, temperature=100.0)
+    assert (logits_of(model, cold[0]).argmax(axis=1) == cold[1]).mean() > 0.9
+    assert (logits_of(model, states).argmax(axis=1) == drawn).mean() < 0.2
+
+
+def test_same_seed_same_states(loaded):
+    model, tokenizer = loaded
+    first = generate(model, tokenizer, 70, seed=5)
+    again = generate(model, tokenizer, 70, seed=5)
+    other = generate(model, tokenizer, 70, seed=6)
+    np.testing.assert_array_equal(first[1], again[1])
+    np.testing.assert_array_equal(first[0], again[0])
+    assert (first[1] != other[1]).any()
+
+
+def test_the_seed_draws_other_tokens_after_the_same_prompts(loaded, endless, monkeypatch):
+    monkeypatch.setattr(calibration, "_prompts", lambda *_: iter([[0, 5]]))
+    drawn = [generate(loaded[0], endless, 30, seed=seed)[1] for seed in (0, 1, 0)]
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    assert (drawn[0] != drawn[1]).any()
+
+
+@pytest.mark.parametrize("positions", [1, 2, 10, 129])
+def test_as_many_positions_as_asked_for(loaded, positions):
+    states, drawn = generate(*loaded, positions)
+    assert len(states) == len(drawn) == positions
+    assert ((drawn >= 0) & (drawn < VOCAB_SIZE)).all()
+
+
+def test_sixteen_bit_models_give_float32_states(endless):
+    model = tiny_model(vocab_size=VOCAB_SIZE, dtype=mx.bfloat16)
+    states, _ = generate(model, endless, 5)
+    assert states.dtype == np.float32
+
+
+def test_prompts_are_requests_beginnings_and_single_tokens_in_turn(tokenizer):
+    prompts = list(
+        islice(calibration._prompts(tokenizer, VOCAB_SIZE, np.random.default_rng(0)), 300)
+    )
+    requests, beginnings, singles = prompts[::3], prompts[1::3], prompts[2::3]
+    for prompt in requests:
+        text = tokenizer.decode(prompt)
+        assert text.startswith(f"{BOS}[user] ")
+        assert text.endswith("[assistant] ")
+    assert len({tuple(prompt) for prompt in requests}) > 60
+    texts = {tokenizer.decode(prompt) for prompt in beginnings}
+    assert len(texts) > 40 and texts <= set(calibration.BEGINNINGS)
+    beginning = tokenizer.bos_token_id
+    special = set(tokenizer.all_special_ids)
+    assert all(p[0] == beginning and len(p) == 2 and p[1] not in special for p in singles)
+    assert len({p[1] for p in singles}) > 60
+
+
+def test_prompts_without_a_chat_template(plain_tokenizer):
+    prompts = calibration._prompts(plain_tokenizer, VOCAB_SIZE, np.random.default_rng(0))
+    text = plain_tokenizer.decode(next(prompts))
+    assert any(text.startswith(r.split("{}")[0]) for r in calibration.REQUESTS)
+    assert "[user]" not in text
+
+
+def test_random_tokens_have_a_row(tokenizer):
+    """A head may have fewer rows than the tokenizer has tokens."""
+    prompts = calibration._prompts(tokenizer, 50, np.random.default_rng(0))
+    singles = [p for i, p in enumerate(islice(prompts, 150)) if i % 3 == 2]
+    assert max(p[1] for p in singles) < 50
+
+
+def test_generating_shows_a_bar(loaded, capsys):
+    model, tokenizer = loaded
+    generated_states(model, tokenizer, find_head(model), 30)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Calibrating: 100%" in shown.err
+    assert "30/30" in shown.err
+    generate(model, tokenizer, 3)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("window", [7, 40, 512])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_text_states_enter_the_head(arch, window, tokenizer, monkeypatch):
+    """In windows that each start afresh; the last token has no successor and so no state."""
+    monkeypatch.setattr(calibration, "WINDOW_TOKENS", window)
+    model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
+    states, next_ids = text_states(model, tokenizer, find_head(model), TEXT, progress=False)
+    token_ids = tokenizer.encode(TEXT)
+    expected = [
+        hidden_of(model, token_ids[start : min(start + window, len(token_ids) - 1)])
+        for start in range(0, len(token_ids) - 1, window)
+    ]
+    if arch == "minicpm":
+        expected = [hidden / (64 / 32) for hidden in expected]
+    np.testing.assert_allclose(states, np.concatenate(expected), atol=2e-4)
+    np.testing.assert_array_equal(next_ids, token_ids[1:])
+    assert states.dtype == np.float32
+    assert next_ids.dtype == np.int64
+
+
+def test_every_window_begins_as_a_text_does(loaded, tmp_path, monkeypatch):
+    """Models that were trained with BOS before every text are lost without it."""
+    model = loaded[0]
+    _, tokenizer = mlx_lm.load(str(write_model(tmp_path / "model")))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
+    token_ids = tokenizer.encode(TEXT)
+    monkeypatch.setattr(calibration, "WINDOW_TOKENS", len(token_ids) // 3)
+    states, next_ids = text_states(model, tokenizer, find_head(model), TEXT, progress=False)
+    np.testing.assert_array_equal(next_ids, token_ids[1:])
+    start = len(token_ids) // 3
+    windows = [token_ids[i : i + start] for i in range(0, len(token_ids) - 1, start)]
+    windows[-1] = windows[-1][: len(token_ids) - 1 - (len(windows) - 1) * start]
+    expected = [hidden_of(model, windows[0])]
+    expected += [hidden_of(model, [tokenizer.bos_token_id, *w])[1:] for w in windows[1:]]
+    np.testing.assert_allclose(states, np.concatenate(expected), atol=2e-4)
+
+
+@pytest.mark.parametrize("positions", [1, 5, 40, 10_000])
+def test_text_states_stop_at_the_positions_asked_for(loaded, positions):
+    model, tokenizer = loaded
+    location = find_head(model)
+    states, next_ids = text_states(
+        model, tokenizer, location, TEXT, positions=positions, progress=False
+    )
+    token_ids = tokenizer.encode(TEXT)
+    count = min(positions, len(token_ids) - 1)
+    assert len(states) == count
+    np.testing.assert_array_equal(next_ids, token_ids[1 : count + 1])
+
+
+def test_reading_shows_a_bar(loaded, capsys):
+    model, tokenizer = loaded
+    text_states(model, tokenizer, find_head(model), TEXT, description="Measuring it")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Measuring it: 100%" in shown.err
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_too_short_a_text(loaded, text):
+    model, tokenizer = loaded
+    with pytest.raises(ValueError, match="too short to measure anything on: give one of some"):
+        text_states(model, tokenizer, find_head(model), text, progress=False)
+
+
+def test_the_model_s_methods_are_left_as_they_were(loaded):
+    model, tokenizer = loaded
+    location = find_head(model)
+    before = type(location.module).__dict__.copy()
+    generate(model, tokenizer, 3)
+    text_states(model, tokenizer, location, TEXT, progress=False)
+    assert dict(type(location.module).__dict__) == before
+
+
+def test_read_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("Zwölf Boxkämpfer\n", encoding="utf-8")
+    assert read_text(path) == read_text(str(path)) == "Zwölf Boxkämpfer\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read .No such file or directory.: check the path"),
+        ("folder", "cannot be read .Is a directory.: check the path"),
+        (b"", "is empty: give a text of some pages"),
+        (b" \n\t ", "is empty: give a text of some pages"),
+        (b"\xff\xfe\x00text", "is not UTF-8 text: give a plain text file"),
+    ],
+)
+def test_unreadable_texts_are_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "text.txt"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as error:
+        read_text(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,310 @@
+"""Balanced clusters of a head's rows."""
+
+import tracemalloc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.conversion import clustering
+from mlx_flashhead.conversion.clustering import cluster_rows
+from mlx_flashhead.head.matrix import as_float32
+
+
+def normal_rows(vocab_size, hidden_size, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((vocab_size, hidden_size)).astype(np.float32)
+
+
+def planted_rows(n_groups, group_size, hidden_size, *, noise=0.1, common=0.0, seed=0):
+    """Rows in random order around group centres, and the group of each."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((n_groups, hidden_size))
+    group_of = rng.permutation(np.repeat(np.arange(n_groups), group_size))
+    rows = centres[group_of] + noise * rng.standard_normal((len(group_of), hidden_size))
+    rows += common * np.eye(hidden_size)[0]
+    return rows.astype(np.float32), group_of
+
+
+def check_balanced(token_ids, vocab_size, cluster_size, spread=1):
+    """Each token once, clusters equally full up to ``spread``, the padding at their ends."""
+    n_clusters = -(-vocab_size // cluster_size)
+    assert token_ids.shape == (n_clusters, cluster_size)
+    assert token_ids.dtype == np.uint32
+    flat = token_ids.ravel()
+    np.testing.assert_array_equal(np.sort(flat[flat < vocab_size]), np.arange(vocab_size))
+    assert (flat <= vocab_size).all()
+    assert (np.diff(token_ids.astype(np.int64), axis=1) >= 0).all()  # so V, the highest, is last
+    held = (token_ids < vocab_size).sum(axis=1)
+    assert held.min() >= max(1, held.max() - spread)
+
+
+def spherical_quality(rows, token_ids):
+    """Mean cosine between a row and the direction of its cluster's unit rows."""
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    total = 0.0
+    for ids in token_ids:
+        members = unit[ids[ids < len(rows)]]
+        direction = members.sum(axis=0)
+        total += (members @ direction / np.linalg.norm(direction)).sum()
+    return total / len(rows)
+
+
+def scatter(rows, token_ids):
+    """Mean squared distance between a row and its cluster's mean."""
+    members = [rows[ids[ids < len(rows)]] for ids in token_ids]
+    return sum(np.square(m - m.mean(axis=0)).sum() for m in members) / len(rows)
+
+
+@pytest.mark.parametrize("spherical", [True, False])
+@pytest.mark.parametrize(
+    ("vocab_size", "cluster_size"),
+    [
+        (1, 1),
+        (7, 7),
+        (7, 1),
+        (17, 16),
+        (31, 16),
+        (33, 16),
+        (100, 99),
+        (257, 2),
+        (263, 1),
+        (1000, 16),
+        (1024, 3),
+        (4211, 16),
+    ],
+)
+def test_balanced_for_any_vocabulary(vocab_size, cluster_size, spherical):
+    rows = normal_rows(vocab_size, 11)
+    token_ids = cluster_rows(rows, cluster_size, spherical=spherical, progress=False)
+    check_balanced(token_ids, vocab_size, cluster_size)
+
+
+def test_one_cluster_holds_everything_in_order():
+    token_ids = cluster_rows(normal_rows(40, 5), 40, progress=False)
+    np.testing.assert_array_equal(token_ids, np.arange(40)[None])
+
+
+def test_clusters_of_one():
+    token_ids = cluster_rows(normal_rows(300, 5), 1, progress=False)
+    np.testing.assert_array_equal(np.sort(token_ids.ravel()), np.arange(300))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "mlx"])
+def test_same_seed_same_clusters(backend):
+    rows = normal_rows(600, 24)
+    first = cluster_rows(rows, 16, seed=3, backend=backend, progress=False)
+    again = cluster_rows(rows, 16, seed=3, backend=backend, progress=False)
+    other = cluster_rows(rows, 16, seed=4, backend=backend, progress=False)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_any_float_dtype(dtype):
+    rows = mx.array(normal_rows(100, 8)).astype(dtype)
+    token_ids = cluster_rows(rows, 8, progress=False)
+    expected = cluster_rows(np.array(rows.astype(mx.float32)), 8, progress=False)
+    np.testing.assert_array_equal(token_ids, expected)
+    assert as_float32(rows).dtype == np.float32
+
+
+@pytest.mark.parametrize("common", [0, 30])
+@pytest.mark.parametrize("spherical", [True, False])
+@pytest.mark.parametrize("large", [False, True])
+def test_recovers_planted_clusters(monkeypatch, large, spherical, common):
+    """Also where all rows have much in common, which says nothing about their differences."""
+    if large:
+        monkeypatch.setattr(clustering, "LARGE_PRODUCT", 0)
+    rows, group_of = planted_rows(120, 16, 24, common=common)
+    token_ids = cluster_rows(rows, 16, spherical=spherical, progress=False)
+    check_balanced(token_ids, len(rows), 16)
+    pure = (group_of[token_ids] == group_of[token_ids[:, :1]]).all(axis=1)
+    assert pure.mean() > 0.8
+    planted = np.argsort(group_of, kind="stable").reshape(-1, 16)
+    assert scatter(rows, planted) < 0.3
+    in_order = scatter(rows, np.arange(len(rows)).reshape(-1, 16))
+    assert scatter(rows, token_ids) < 0.2 * in_order
+
+
+def test_spherical_ignores_norms_and_euclidean_does_not():
+    rows = normal_rows(480, 2)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    stretched = rows * np.random.default_rng(1).choice([1, 20], size=(480, 1)).astype(np.float32)
+    by_direction = cluster_rows(stretched, 8, progress=False)
+    by_distance = cluster_rows(stretched, 8, spherical=False, progress=False)
+    assert scatter(stretched, by_distance) < 0.5 * scatter(stretched, by_direction)
+    loss = 1 - spherical_quality(stretched, by_direction)
+    assert loss < 0.7 * (1 - spherical_quality(stretched, by_distance))
+    np.testing.assert_array_equal(by_direction, cluster_rows(4 * stretched, 8, progress=False))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "mlx"])
+@pytest.mark.parametrize("spherical", [True, False])
+def test_a_metric_is_a_product_with_the_rows(spherical, backend):
+    rows, metric = normal_rows(600, 24), normal_rows(24, 24, seed=1)
+    settings = {"spherical": spherical, "backend": backend, "progress": False}
+    by_metric = cluster_rows(rows, 16, metric=metric, **settings)
+    check_balanced(by_metric, 600, 16)
+    objective = spherical_quality if spherical else scatter
+    expected = objective(rows @ metric, cluster_rows(rows @ metric, 16, **settings))
+    assert objective(rows @ metric, by_metric) == pytest.approx(expected, rel=0.01)
+    elsewhere = objective(rows @ metric, cluster_rows(rows, 16, **settings))
+    assert abs(elsewhere - expected) > 0.1 * expected
+
+
+def test_euclidean_clusters_do_not_depend_on_where_the_rows_lie_or_how_long_they_are():
+    rows = normal_rows(1200, 8)
+    found = [
+        scatter(rows, cluster_rows(scale * (rows + shift), 16, spherical=False, progress=False))
+        for scale, shift in ((1, 0), (1, 100), (1e-4, 0), (1e4, 0))
+    ]
+    assert found == pytest.approx([found[0]] * 4, rel=0.01)
+
+
+@pytest.mark.parametrize("spherical", [True, False])
+def test_backends_are_equally_good(spherical):
+    rows = normal_rows(1500, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
+    objective = spherical_quality if spherical else scatter
+    qualities = [
+        objective(rows, cluster_rows(rows, 16, spherical=spherical, backend=b, progress=False))
+        for b in ("numpy", "mlx")
+    ]
+    assert qualities[0] == pytest.approx(qualities[1], rel=0.01)
+
+
+def test_large_products_are_clustered_as_well(monkeypatch):
+    """Four passes of which three are spread over several iterations."""
+    rows = normal_rows(2501, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
+    usual = spherical_quality(rows, cluster_rows(rows, 16, progress=False))
+    monkeypatch.setattr(clustering, "LARGE_PRODUCT", 0)
+    token_ids = cluster_rows(rows, 16, progress=False)
+    check_balanced(token_ids, len(rows), 16)
+    assert spherical_quality(rows, token_ids) > usual - 0.01
+
+
+def test_prices_make_better_clusters(monkeypatch):
+    rows = normal_rows(2500, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
+    priced = spherical_quality(rows, cluster_rows(rows, 16, progress=False))
+    monkeypatch.setattr(clustering, "PRICE_STEPS", (0, 0))
+    free = spherical_quality(rows, cluster_rows(rows, 16, progress=False))
+    assert priced > free + 0.002
+
+
+def test_better_than_unbalanced_k_means_cut_to_size():
+    """Balance is kept in every iteration; cutting k-means to size afterwards costs much."""
+    rows = normal_rows(1600, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    centroids = unit[np.random.default_rng(0).permutation(1600)[:100]]
+    for _ in range(10):
+        nearest = (unit @ centroids.T).argmax(axis=1)
+        sums = np.stack([unit[nearest == c].sum(axis=0) for c in range(100)])
+        centroids = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
+    cut = np.argsort(nearest, kind="stable").reshape(100, 16)
+    token_ids = cluster_rows(rows, 16, progress=False)
+    assert spherical_quality(rows, token_ids) > spherical_quality(rows, cut) + 0.02
+
+
+@pytest.mark.parametrize("spherical", [True, False])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_all_rows_equal(value, spherical):
+    rows = np.full((5003, 6), value, np.float32)
+    token_ids = cluster_rows(rows, 16, spherical=spherical, progress=False)
+    check_balanced(token_ids, 5003, 16, spread=15)
+
+
+@pytest.mark.parametrize("spherical", [True, False])
+@pytest.mark.parametrize("kind", ["equal", "zero", "nearly equal"])
+def test_thousands_of_unused_tokens_keep_to_themselves(kind, spherical):
+    rows, group_of = planted_rows(60, 16, 24)
+    rng = np.random.default_rng(1)
+    n_unused = 3001
+    unused = np.zeros((n_unused, 24)) if kind == "zero" else np.full((n_unused, 24), 0.5)
+    if kind == "nearly equal":
+        unused += 0.02 * rng.standard_normal(unused.shape)
+    order = rng.permutation(len(rows) + n_unused)
+    rows = np.concatenate([rows, unused])[order].astype(np.float32)
+    group_of = np.concatenate([group_of, np.full(n_unused, -1)])[order]
+    token_ids = cluster_rows(rows, 16, spherical=spherical, progress=False)
+    check_balanced(token_ids, len(rows), 16)
+    groups = np.where(token_ids < len(rows), np.append(group_of, -2)[token_ids], -2)
+    mixed = (groups == -1).any(axis=1) & (groups >= 0).any(axis=1)
+    assert mixed.sum() <= 2
+    of_used = groups[(groups >= 0).all(axis=1)]
+    assert (of_used == of_used[:, :1]).all(axis=1).mean() > 0.8
+
+
+def test_equal_rows_share_clusters():
+    rows = np.repeat(normal_rows(50, 12), 16, axis=0)[np.random.default_rng(0).permutation(800)]
+    token_ids = cluster_rows(rows, 16, progress=False)
+    assert spherical_quality(rows, token_ids) > 0.95
+
+
+@pytest.mark.parametrize("metric", [None, np.eye(1024, dtype=np.float32)])
+@pytest.mark.parametrize("n_alike", [0, 2000])
+def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike, metric):
+    """And half of another for all else, so that rows and all are 2.5 heads."""
+    monkeypatch.setattr(clustering, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(clustering, "DUPLICATE_SAMPLE", 64)
+    rows = normal_rows(4096, 1024)
+    rows[:n_alike] = rows[0]
+    tracemalloc.start()
+    token_ids = cluster_rows(rows, 16, spherical=metric is None, metric=metric, progress=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    check_balanced(token_ids, len(rows), 16)
+    assert peak < 1.5 * rows.nbytes
+
+
+def test_shortlists_hold_the_best_of_each_bucket():
+    points, centroids = normal_rows(300, 8), normal_rows(600, 8, seed=1)
+    ids, scores = clustering._shortlists(points, np.arange(len(points)), centroids, 24, np)
+    products = points @ centroids.T
+    np.testing.assert_allclose(np.take_along_axis(products, ids, axis=1), scores, rtol=1e-5)
+    for row, listed in zip(products, ids, strict=True):
+        bucket_best = {max(range(b, 600, 256), key=lambda c: row[c]) for b in range(256)}
+        expected = sorted(bucket_best, key=lambda c: -row[c])[:24]
+        assert set(listed) == set(expected)
+
+
+def test_prices_spread_the_demand():
+    points, centroids = normal_rows(800, 6), normal_rows(50, 6, seed=1)
+    centroids[:5] *= 4  # nearly all points would have one of these
+    ids, scores = clustering._shortlists(points, np.arange(len(points)), centroids, 24, np)
+    prices, capacity = np.zeros(50, np.float32), np.full(50, 16)
+
+    def wanted():
+        choice = np.take_along_axis(ids, (scores - prices[ids]).argmax(axis=1)[:, None], axis=1)
+        return np.bincount(choice[:, 0], minlength=50)
+
+    before = wanted()
+    clustering._update_prices(prices, ids, scores, capacity, 40)
+    assert before.max() > 100
+    assert wanted().max() < 40
+    assert prices[before.argmax()] > prices[before.argmin()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "sentence"),
+    [
+        (np.zeros(5), {}, r"shape \(5,\), but \(V, D\) is needed"),
+        (np.zeros((0, 4)), {}, r"shape \(0, 4\), but \(V, D\) is needed"),
+        (np.zeros((40, 4)), {"cluster_size": 0}, "cluster_size is 0, .* choose 1 to 40"),
+        (np.zeros((40, 4)), {"cluster_size": 41}, "cluster_size is 41, .* choose 1 to 40"),
+        (np.full((40, 4), np.nan), {}, "NaN or infinity: check the model's output weights"),
+        (np.full((40, 4), -np.inf), {}, "NaN or infinity: check the model's output weights"),
+        (np.zeros((40, 4)), {"backend": "torch"}, "'torch', but must be 'numpy' or 'mlx'"),
+    ],
+)
+def test_bad_input_is_one_sentence(rows, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        cluster_rows(rows, progress=False, **arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_bar(capsys, progress):
+    cluster_rows(normal_rows(100, 4), 8, progress=progress)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert ("Clustering: 100%" in shown.err) == progress

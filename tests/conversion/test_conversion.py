@@ -1,0 +1,295 @@
+"""Conversion: the same model as mlx-lm's own, and an index beside it."""
+
+import json
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.utils import load_model
+
+import mlx_flashhead
+from mlx_flashhead.conversion.pipeline import convert
+from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, read_index
+from mlx_flashhead.models.install import get_flash_head
+from model_folders import VOCAB_SIZE, write_model
+
+QUICK = {"calibration": "none", "progress": False}
+N_CLUSTERS = -(-VOCAB_SIZE // 16)
+
+
+def weights(folder):
+    """{name: (dtype, shape, bytes)} of a model folder's weights."""
+    found = {}
+    for file in folder.glob("model*.safetensors"):
+        for name, array in mx.load(str(file)).items():
+            found[name] = (array.dtype, array.shape, bytes(np.array(array.view(mx.uint8))))
+    return found
+
+
+def settings(folder):
+    """config.json without the FlashHead's entry."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop(CONFIG_KEY, None)
+    return config
+
+
+def greedy_text(folder):
+    model, tokenizer = mlx_lm.load(str(folder))
+    return mlx_lm.generate(model, tokenizer, "One day", max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Folders to convert, by name."""
+    folder = tmp_path_factory.mktemp("sources")
+    found = {
+        "tied": write_model(folder / "tied"),
+        "untied": write_model(folder / "untied", tied=False, seed=1),
+        "half": write_model(folder / "half", tied=False, dtype=mx.bfloat16, seed=2),
+        "original": write_model(
+            folder / "original", tied=False, by_mlx=False, further={"torch_dtype": "bfloat16"}
+        ),
+        "original, tied": write_model(
+            folder / "original tied",
+            dtype=mx.float16,
+            by_mlx=False,
+            further={"torch_dtype": "float16"},
+        ),
+        # Transformers' newer name of the entry, which mlx-lm does not look at.
+        "original, dtype": write_model(
+            folder / "dtype", by_mlx=False, further={"dtype": "bfloat16"}
+        ),
+    }
+    quantized = folder / "quantized"
+    mlx_lm.convert(str(found["untied"]), str(quantized), quantize=True)
+    return found | {"quantized": quantized}
+
+
+@pytest.mark.parametrize(
+    "source, flags",
+    [
+        ("tied", {}),
+        ("untied", {}),
+        ("half", {}),
+        ("quantized", {}),
+        ("original", {}),
+        ("original, tied", {}),
+        ("original, dtype", {}),
+        ("tied", {"quantize": True}),
+        ("untied", {"quantize": True, "q_bits": 8, "q_group_size": 32}),
+        ("untied", {"quantize": True, "q_mode": "mxfp4"}),
+        ("untied", {"quantize": True, "quant_predicate": "mixed_4_6", "q_group_size": 64}),
+        ("half", {"quantize": True, "quant_predicate": lambda path, module: "mlp" in path}),
+        ("original", {"quantize": True}),
+        ("quantized", {"dequantize": True}),
+        ("quantized", {"dtype": "float16"}),
+        ("tied", {"dtype": "bfloat16"}),
+        ("original", {"dtype": "float16"}),
+    ],
+)
+def test_same_model_as_mlx_lms_conversion(sources, tmp_path, source, flags):
+    expected, found = tmp_path / "mlx_lm", tmp_path / "flash_head"
+    mlx_lm.convert(str(sources[source]), str(expected), **flags)
+    convert(str(sources[source]), str(found), **flags, **QUICK)
+    assert weights(found) == weights(expected)
+    assert settings(found) == settings(expected)
+    assert greedy_text(found) == greedy_text(expected)
+    names = {path.name for path in expected.iterdir()}
+    assert {path.name for path in found.iterdir()} == names | {FILE_NAME}
+
+
+def test_mlx_lms_folder_keeps_its_dtype(tmp_path):
+    """Whatever its config.json says: the model generates as before."""
+    source = write_model(tmp_path / "source", further={"torch_dtype": "bfloat16"})
+    convert(str(source), str(tmp_path / "found"), **QUICK)
+    assert weights(tmp_path / "found") == weights(source)
+    assert greedy_text(tmp_path / "found") == greedy_text(source)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "half", "quantized", "original"])
+def test_converted_folder_loads_with_its_head(sources, tmp_path, name):
+    given = convert(str(sources[name]), str(tmp_path / "found"), n_probes=5, **QUICK)
+    model, _ = mlx_flashhead.load(str(tmp_path / "found"))
+    head = get_flash_head(model)
+    assert (head.n_probes, head.n_clusters, head.vocab_size) == (5, N_CLUSTERS, VOCAB_SIZE)
+    assert head.eos_token_ids == given.eos_token_ids == (1,)
+    assert read_index(tmp_path / "found").config == given
+
+
+def head_arrays(folder):
+    module = load_model(folder)[0].lm_head
+    return {name: module[name] for name in ("weight", "scales", "biases") if name in module}
+
+
+@pytest.mark.parametrize(
+    "flags, head_bits",
+    [({"quantize": True}, 8), ({"quantize": True}, 16), ({}, 8), ({}, 4), ({}, 16)],
+)
+def test_head_has_its_own_bits(sources, tmp_path, flags, head_bits):
+    found, body = tmp_path / "found", tmp_path / "body"
+    convert(str(sources["untied"]), str(found), head_bits=head_bits, **flags, **QUICK)
+    mlx_lm.convert(str(sources["untied"]), str(body), **flags)
+    rows = mx.load(str(sources["untied"] / "model.safetensors"))["lm_head.weight"]
+    expected = [rows] if head_bits == 16 else mx.quantize(rows, group_size=64, bits=head_bits)
+    arrays = head_arrays(found)
+    assert len(arrays) == len(expected)
+    for array, other in zip(arrays.values(), expected, strict=True):
+        assert mx.array_equal(array, other)
+    # the body is as if nothing had been said of the head
+    of_body, of_found = weights(body), weights(found)
+    for name in of_body:
+        if not name.startswith("lm_head"):
+            assert of_found[name] == of_body[name]
+    mlx_flashhead.load(str(found))
+
+
+def test_finer_quantized_head_gets_coarser(tmp_path, sources):
+    fine, found = tmp_path / "fine", tmp_path / "found"
+    mlx_lm.convert(str(sources["untied"]), str(fine), quantize=True, q_bits=8)
+    convert(str(fine), str(found), head_bits=4, **QUICK)
+    expected = mx.quantize(
+        mx.dequantize(*head_arrays(fine).values(), group_size=64, bits=8), group_size=64, bits=4
+    )
+    for array, other in zip(head_arrays(found).values(), expected, strict=True):
+        assert mx.array_equal(array, other)
+    mlx_flashhead.load(str(found))
+
+
+def test_dequantized_body_with_a_quantized_head(tmp_path, sources):
+    found = tmp_path / "found"
+    convert(str(sources["quantized"]), str(found), dequantize=True, head_bits=8, **QUICK)
+    model, _ = mlx_flashhead.load(str(found))
+    assert "scales" not in model.layers[0].self_attn.q_proj
+    assert get_flash_head(model).clustered.rows.bits == 8
+
+
+@pytest.mark.parametrize("calibration", ["self", "none", "file"])
+def test_calibration_is_recorded(sources, tmp_path, calibration):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a bridge over a river. " * 3)
+    given = convert(
+        str(sources["tied"]),
+        str(tmp_path / "found"),
+        calibration=str(text) if calibration == "file" else calibration,
+        calibration_positions=100,
+        seed=3,
+        progress=False,
+    )
+    positions = 0 if calibration == "none" else 100
+    assert given.calibration == {"source": calibration, "positions": positions, "seed": 3}
+    assert given.report.get("positions", 0) == (0 if calibration == "none" else 33)
+    assert 1 <= given.n_probes <= N_CLUSTERS
+
+
+def test_a_stricter_target_takes_more_probes(sources, tmp_path):
+    chosen = [
+        convert(
+            str(sources["untied"]),
+            str(tmp_path / f"{target}"),
+            cluster_size=4,
+            target_agreement=target,
+            calibration_positions=200,
+            progress=False,
+        )
+        for target in (0.3, 0.95)
+    ]
+    assert chosen[0].n_probes < chosen[1].n_probes
+    assert chosen[0].report["agreement"] >= 0.3
+    assert chosen[1].report["agreement"] >= 0.95
+
+
+def test_a_seed_gives_one_file(sources, tmp_path):
+    files = []
+    for name, seed in (("first", 5), ("second", 5), ("other", 6)):
+        convert(
+            str(sources["tied"]),
+            str(tmp_path / name),
+            seed=seed,
+            calibration_positions=100,
+            progress=False,
+        )
+        files.append((tmp_path / name / FILE_NAME).read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_tokenizer_without_a_chat_template(tmp_path):
+    source = write_model(tmp_path / "source", chat_template=None)
+    given = convert(str(source), str(tmp_path / "found"), calibration_positions=100, progress=False)
+    assert given.calibration["positions"] == 100
+
+
+@pytest.mark.parametrize("name", ["tied", "quantized"])
+def test_converts_a_folder_onto_itself(tmp_path, name, sources):
+    """The weights are read lazily: they must be in memory before their file goes."""
+    place = tmp_path / "model"
+    convert(str(sources[name]), str(place), **QUICK)
+    before = weights(place)
+    convert(str(place), str(place), cluster_size=8, overwrite=True, **QUICK)
+    assert weights(place) == before
+    assert read_index(place).config.cluster_size == 8
+    mlx_flashhead.load(str(place))
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"n_probes": N_CLUSTERS + 1}, f"choose 1 to {N_CLUSTERS}"),
+        ({"n_probes": 0}, "n_probes is 0"),
+        ({"cluster_size": VOCAB_SIZE + 1}, f"at most {VOCAB_SIZE}"),
+        ({"cluster_size": 0}, "cluster_size is 0"),
+        ({"target_agreement": 0.0}, "target_agreement is 0.0"),
+        ({"target_agreement": 1.01}, "target_agreement is 1.01"),
+        ({"target_agreement": float("nan")}, "target_agreement is nan"),
+        ({"calibration_positions": -5}, "calibration_positions is -5"),
+        ({"head_bits": 3}, "head_bits is 3"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"quantize": True, "dequantize": True}, "either --quantize or --dequantize"),
+        ({"quantize": True, "quant_predicate": "mixed_4_6", "q_mode": "mxfp4"}, "affine"),
+        ({"quantize": True, "q_bits": 7}, "7"),
+        ({"calibration": "absent.txt"}, "absent.txt cannot be read"),
+        ({"calibration": "."}, "cannot be read"),
+    ],
+)
+def test_invalid_arguments_write_nothing(sources, tmp_path, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        convert(str(sources["tied"]), str(tmp_path / "found"), **(QUICK | arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [(b"", "is empty"), (b" \n ", "is empty"), (b"\xff\xfe\x80", "not UTF-8"), (b"a b", "pages")],
+)
+def test_calibration_texts_that_are_none(sources, tmp_path, content, said):
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    with pytest.raises(ValueError, match=said) as caught:
+        convert(
+            str(sources["tied"]), str(tmp_path / "found"), calibration=str(text), progress=False
+        )
+    assert "text.txt" in str(caught.value)
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_more_head_bits_than_there_are(sources, tmp_path):
+    with pytest.raises(ValueError, match="more than the 4 bits"):
+        convert(str(sources["quantized"]), str(tmp_path / "found"), head_bits=8, **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("hidden_size, flags", [(96, {"quantize": True}), (72, {})])
+def test_head_width_that_fits_no_group(tmp_path, hidden_size, flags):
+    source = write_model(tmp_path / "source", hidden_size=hidden_size, tied=False)
+    with pytest.raises(ValueError, match=r"width .* group"):
+        convert(str(source), str(tmp_path / "found"), head_bits=8, **flags, **QUICK)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_width_that_fits_no_group_is_converted_all_the_same(tmp_path):
+    source = write_model(tmp_path / "source", hidden_size=72)
+    given = convert(str(source), str(tmp_path / "found"), **QUICK)
+    assert given.centroid_group_size == 0
+    mlx_flashhead.load(str(tmp_path / "found"))

@@ -1,0 +1,343 @@
+"""Centroids, their quantized form, and the number of probes, against plain numpy."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.conversion.fitting import (
+    _pack,
+    _quantize,
+    fit_centroids,
+    quantization_group,
+    raw_means,
+    unit_means,
+)
+from mlx_flashhead.conversion.probes import choose_probes, probes_needed
+from tiny_models import random_clusters
+
+
+def make_case(vocab_size=203, hidden_size=64, cluster_size=8, n_states=300, seed=0):
+    """Rows, clusters, states that are neither centred nor isotropic, and a head's bias."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(scale=0.3, size=(vocab_size, hidden_size)).astype(np.float32)
+    token_ids = random_clusters(rng, vocab_size, cluster_size)
+    mixing = rng.normal(size=(hidden_size, hidden_size)) * 0.9 ** np.arange(hidden_size)
+    states = rng.normal(size=(n_states, hidden_size)) @ mixing.T / 4 + rng.normal(size=hidden_size)
+    head_bias = rng.normal(size=vocab_size).astype(np.float32)
+    return rows, token_ids, states.astype(np.float32), head_bias
+
+
+def members(token_ids, vocab_size):
+    return [[i for i in ids if i < vocab_size] for ids in token_ids.tolist()]
+
+
+def targets(rows, token_ids, states, head_bias):
+    """T (N, C): each cluster's logsumexp."""
+    logits = states.astype(np.float64) @ rows.T.astype(np.float64) + head_bias
+    clusters = members(token_ids, len(rows))
+    return np.stack([np.log(np.exp(logits[:, ids]).sum(axis=1)) for ids in clusters], axis=1)
+
+
+def dequantized(centroids):
+    return np.array(centroids.dequantized(), dtype=np.float64)
+
+
+def fit(*args, **kwargs):
+    return fit_centroids(*args, progress=False, **kwargs)
+
+
+CASES = [
+    {},
+    {"vocab_size": 64, "cluster_size": 8},
+    {"vocab_size": 37, "cluster_size": 5, "hidden_size": 32, "n_states": 20},
+    {"vocab_size": 15, "cluster_size": 15},
+    {"vocab_size": 40, "cluster_size": 1},
+    {"vocab_size": 1100, "cluster_size": 8, "hidden_size": 32, "n_states": 2500},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_means(case):
+    rows, token_ids, _, _ = make_case(**case)
+    rows[3] = 0
+    clusters = members(token_ids, len(rows))
+    raw = np.stack([rows[ids].mean(axis=0) for ids in clusters])
+    np.testing.assert_allclose(raw_means(rows, token_ids), raw, atol=1e-6)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit_rows = np.divide(rows, norms, where=norms > 0, out=np.zeros_like(rows))
+    unit = np.stack([unit_rows[ids].sum(axis=0) for ids in clusters])
+    lengths = np.linalg.norm(unit, axis=1, keepdims=True)
+    unit = np.divide(unit, lengths, where=lengths > 0, out=np.zeros_like(unit))
+    np.testing.assert_allclose(unit_means(rows, token_ids), unit, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_fit_is_the_ridge_regression_of_the_logsumexp(case, with_bias):
+    """Unquantized, so that nothing but the fit is compared."""
+    rows, token_ids, states, head_bias = make_case(**case)
+    rows, states = rows[:, :-1].copy(), states[:, :-1].copy()  # a width that fits no group
+    n_states, hidden_size = states.shape
+    head_bias = head_bias if with_bias else None
+    fitted = fit(rows, token_ids, states, head_bias=head_bias, ridge=0.05, dtype=mx.float32)
+    assert not fitted.quantized
+    assert (fitted.group_size, fitted.bits) == (0, 32)
+
+    # The bias column is not penalised: it is solved for by an augmented system of its own.
+    target = targets(rows, token_ids, states, 0 if head_bias is None else head_bias)
+    means = np.stack([rows[ids].mean(axis=0) for ids in members(token_ids, len(rows))])
+    residual = target - states @ means.T
+    wide = np.concatenate([states, np.ones((n_states, 1))], axis=1).astype(np.float64)
+    penalty = np.eye(hidden_size + 1) * 0.05 * np.trace(np.cov(states.T, bias=True)) / hidden_size
+    penalty[-1, -1] = 0
+    delta = np.linalg.solve(wide.T @ wide / n_states + penalty, wide.T @ residual / n_states)
+    expected = means + delta[:-1].T
+    np.testing.assert_allclose(dequantized(fitted), expected, atol=2e-4)
+
+    left = target - states @ expected.T
+    np.testing.assert_allclose(left.mean(axis=0), delta[-1], atol=1e-3)
+    bias = left.mean(axis=0) + left.var(axis=0) / 2
+    np.testing.assert_allclose(np.array(fitted.bias), bias, atol=2e-3)
+    n_tokens = np.array([len(ids) for ids in members(token_ids, len(rows))])
+    np.testing.assert_allclose(np.array(fitted.tail_offset), -np.log(n_tokens), atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("case", CASES[:3])
+def test_bias_belongs_to_the_rounded_centroids(case, bits):
+    rows, token_ids, states, head_bias = make_case(**case)
+    fitted = fit(rows, token_ids, states, head_bias=head_bias, bits=bits, group_size=32)
+    left = targets(rows, token_ids, states, head_bias) - states @ dequantized(fitted).T
+    bias = left.mean(axis=0) + left.var(axis=0) / 2
+    np.testing.assert_allclose(np.array(fitted.bias), bias, atol=3e-3)
+    assert fitted.bias.dtype == fitted.tail_offset.dtype == mx.float32
+
+
+def test_fit_predicts_better_than_means_on_other_states():
+    rows, token_ids, states, _ = make_case(n_states=2000)
+    known, other = states[:1500], states[1500:]
+    fitted = fit(rows, token_ids, known)
+    target = targets(rows, token_ids, other, 0)
+    plain = fit(rows, token_ids)
+
+    def error(centroids):
+        return (target - other @ dequantized(centroids).T).var(axis=0).mean()
+
+    assert error(fitted) < 0.7 * error(plain)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_without_states_the_means_are_kept(with_bias):
+    rows, token_ids, _, head_bias = make_case()
+    fitted = fit(rows, token_ids, head_bias=head_bias if with_bias else None)
+    means = raw_means(rows, token_ids)
+    steps = (
+        means.reshape(len(means), -1, 64).max(-1) - means.reshape(len(means), -1, 64).min(-1)
+    ) / 15
+    assert np.abs(dequantized(fitted) - means).max() < 0.51 * steps.max()
+    clusters = members(token_ids, len(rows))
+    mean_bias = [head_bias[ids].mean() if with_bias else 0 for ids in clusters]
+    np.testing.assert_allclose(np.array(fitted.bias), mean_bias, atol=1e-6)
+    np.testing.assert_array_equal(np.array(fitted.tail_offset), 0)
+
+
+def test_equal_states_keep_the_means():
+    rows, token_ids, states, _ = make_case()
+    states = np.repeat(states[:1], 50, axis=0)
+    fitted = fit(rows, token_ids, states, bits=8)
+    assert np.abs(dequantized(fitted) - raw_means(rows, token_ids)).max() < 0.01
+    left = targets(rows, token_ids, states, 0) - states @ dequantized(fitted).T
+    np.testing.assert_allclose(np.array(fitted.bias), left[0], atol=3e-3)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize(
+    ("hidden_size", "group_size", "bits", "expected"),
+    [
+        (128, 128, 4, (128, 4)),
+        (128, 64, 4, (64, 4)),
+        (64, 64, 8, (64, 8)),
+        (64, 128, 4, (32, 4)),
+        (96, 64, 4, (32, 4)),
+        (96, 64, 8, (32, 8)),
+        (48, 64, 4, (0, None)),
+        (33, 64, 8, (0, None)),
+    ],
+)
+def test_group_that_fits_the_width(hidden_size, group_size, bits, expected, dtype):
+    rows, token_ids, states, _ = make_case(vocab_size=50, hidden_size=hidden_size)
+    fitted = fit(rows, token_ids, states, bits=bits, group_size=group_size, dtype=dtype)
+    assert quantization_group(hidden_size, group_size) == expected[0]
+    assert fitted.group_size == expected[0]
+    assert fitted.quantized == (expected[0] > 0)
+    n_clusters = len(token_ids)
+    if fitted.quantized:
+        assert fitted.bits == bits
+        assert fitted.weight.dtype == mx.uint32
+        assert fitted.weight.shape == (n_clusters, hidden_size * bits // 32)
+        assert fitted.scales.shape == fitted.biases.shape
+        assert fitted.scales.shape == (n_clusters, hidden_size // fitted.group_size)
+        assert fitted.scales.dtype == fitted.biases.dtype == dtype
+    else:
+        assert fitted.bits == 8 * dtype.size
+        assert fitted.weight.dtype == dtype
+        assert fitted.weight.shape == (n_clusters, hidden_size)
+        assert fitted.scales is fitted.biases is None
+    hidden = mx.array(states[:5])
+    products = np.array(fitted.matmul(hidden.astype(dtype)).astype(mx.float32))
+    expected = np.array(hidden.astype(dtype).astype(mx.float32)) @ dequantized(fitted).T
+    tolerance = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 2e-1}[dtype]
+    np.testing.assert_allclose(products, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_is_that_of_mlx(bits):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(2**bits, size=(7, 128)).astype(np.uint32)
+    packed = mx.array(_pack(codes, bits))
+    ones, zeros = mx.ones((7, 2)), mx.zeros((7, 2))
+    form = {"group_size": 64, "bits": bits}
+    np.testing.assert_array_equal(np.array(mx.dequantize(packed, ones, zeros, **form)), codes)
+    # and what MLX itself packs
+    rows = codes.astype(np.float32)
+    rows[:, ::64], rows[:, 1::64] = 0, 2**bits - 1
+    weight, scales, biases = mx.quantize(mx.array(rows), **form)
+    values = np.array(mx.dequantize(weight, scales, biases, **form))
+    scales, biases = (np.repeat(np.array(a), 64, axis=1) for a in (scales, biases))
+    own_codes = np.round((values - biases) / scales).astype(np.uint32)
+    np.testing.assert_array_equal(np.array(weight), _pack(own_codes, bits))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_values_are_those_accounted_for(bits):
+    rows, _, states, _ = make_case(hidden_size=96)
+    covariance = np.cov(states.T.astype(np.float64), bias=True)
+    arrays, rounded = _quantize(rows, covariance, bits, 32, mx.float16)
+    form = {"group_size": 32, "bits": bits}
+    stored = (arrays["weight"], arrays["scales"], arrays["biases"])
+    values = mx.dequantize(
+        *(a if a.dtype == mx.uint32 else a.astype(mx.float32) for a in stored), **form
+    )
+    np.testing.assert_allclose(np.array(values), rounded, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_errors_fed_forward_cost_less_where_the_states_are(bits):
+    """GPTQ against rounding to nearest, both with a scale that spans a group, and mx.quantize."""
+    rows, _, states, _ = make_case(vocab_size=400, n_states=2000)
+    covariance = np.cov(states.T.astype(np.float64), bias=True)
+    _, rounded = _quantize(rows, covariance, bits, 64, mx.float32)
+    low, high = rows.min(axis=1, keepdims=True), rows.max(axis=1, keepdims=True)
+    step = (high - low) / (2**bits - 1)
+    nearest = np.round((rows - low) / step) * step + low
+    form = {"group_size": 64, "bits": bits}
+    plain = np.array(mx.dequantize(*mx.quantize(mx.array(rows), **form), **form))
+
+    def cost(values):
+        change = values - rows
+        return np.einsum("cd,de,ce->", change, covariance, change)
+
+    assert cost(rounded) < 0.5 * cost(nearest)
+    assert cost(rounded) < 0.5 * cost(plain)
+
+
+def test_constant_groups():
+    rows = np.repeat(np.float32([[0.0], [0.25], [-3.0]]), 64, axis=1)
+    _, rounded = _quantize(rows, np.eye(64), 4, 64, mx.float16)
+    np.testing.assert_array_equal(rounded, rows)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_probes_needed(case, with_bias):
+    rows, token_ids, states, head_bias = make_case(**case)
+    states = states[:400]
+    fitted = fit(rows, token_ids, states, group_size=32)
+    bias = head_bias if with_bias else np.zeros(len(rows), np.float32)
+    needed = probes_needed(fitted, rows, token_ids, states, head_bias if with_bias else None)
+    scores = states @ dequantized(fitted).T + np.array(fitted.bias)
+    clusters = members(token_ids, len(rows))
+    for i, state in enumerate(states):
+        winner = int((rows @ state + bias).argmax())
+        order = np.argsort(-scores[i], kind="stable").tolist()
+        assert needed[i] == 1 + next(j for j, c in enumerate(order) if winner in clusters[c])
+
+
+def test_probes_needed_takes_ties_in_the_order_of_the_clusters():
+    rows = np.eye(4, 32, dtype=np.float32)
+    token_ids = np.array([[0], [1], [2], [3]], dtype=np.uint32)
+    flat = fit(np.zeros((4, 32), np.float32), token_ids)  # all scores are 0
+    needed = probes_needed(flat, rows, token_ids, 2 * rows[[3, 0, 2, 1]])
+    np.testing.assert_array_equal(needed, [4, 1, 3, 2])
+    # among equal logits the lowest token wins, wherever its cluster is
+    needed = probes_needed(flat, rows, token_ids[::-1], np.ones((1, 32), np.float32))
+    np.testing.assert_array_equal(needed, [4])
+
+
+@pytest.mark.parametrize("target", [0.01, 0.5, 0.55, 0.9, 0.99, 0.999, 1.0])
+@pytest.mark.parametrize("n_positions", [1, 7, 100, 1001])
+def test_choose_probes_is_the_fewest_multiple_of_8(n_positions, target):
+    rng = np.random.default_rng(n_positions)
+    needed = np.minimum(1 + rng.exponential(scale=40, size=n_positions).astype(int), 300)
+    chosen = choose_probes(needed, 300, target)
+    assert chosen % 8 == 0 or chosen == 300
+
+    def reached(n_probes):
+        """Wilson's interval: the agreements whose own standard error reaches to what was seen."""
+        seen = (needed <= n_probes).mean()
+        error = np.sqrt(target * (1 - target) / n_positions)
+        return seen == 1 or seen - target >= 1.645 * error - 1e-9
+
+    assert reached(chosen)
+    assert chosen == 8 or not reached((chosen - 1) // 8 * 8)
+
+
+@pytest.mark.parametrize(("n_positions", "missed"), [(1800, 11), (450, 1), (300, 0), (150, 0)])
+def test_few_positions_may_not_reach_the_target_by_luck(n_positions, missed):
+    needed = np.full(n_positions, 8)
+    needed[:missed] = 80
+    assert choose_probes(needed, 100, 0.99) == 8
+    needed[missed] = 80
+    assert choose_probes(needed, 100, 0.99) == 80
+
+
+def test_choose_probes_never_exceeds_the_clusters():
+    assert choose_probes(np.array([13]), 13, 1.0) == 13
+    assert choose_probes(np.array([1]), 3, 0.5) == 3
+    assert choose_probes(np.array([1, 1, 1, 9]), 50, 1e-9) == 8
+
+
+@pytest.mark.parametrize("target", [0, -0.5, 1.01, float("nan")])
+def test_target_out_of_range(target):
+    with pytest.raises(ValueError, match="must be above 0 and at most 1"):
+        choose_probes(np.array([1]), 8, target)
+
+
+def test_no_held_out_positions():
+    with pytest.raises(ValueError, match="no held-out positions"):
+        choose_probes(np.array([], dtype=int), 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"bits": 3}, "Centroids of 3 bits in groups of 64 are not supported"),
+        ({"group_size": 16}, "Centroids of 4 bits in groups of 16 are not supported"),
+        ({"ridge": 0.0}, "ridge is 0.0, but must be above 0"),
+        ({"states": np.zeros((4, 5))}, r"shape \(4, 5\), but \(N, 64\)"),
+        ({"states": np.zeros((0, 64))}, r"shape \(0, 64\), but \(N, 64\)"),
+        ({"states": np.full((4, 64), np.nan)}, "NaN or infinity: check the model"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, sentence):
+    rows, token_ids, _, _ = make_case()
+    with pytest.raises(ValueError, match=sentence):
+        fit(rows, token_ids, **arguments)
+
+
+def test_progress_bar(capsys):
+    rows, token_ids, states, _ = make_case()
+    fit_centroids(rows, token_ids, states)
+    assert "Fitting: 100%" in capsys.readouterr().err
+    fit(rows, token_ids, states)
+    assert capsys.readouterr().err == ""

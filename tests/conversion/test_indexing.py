@@ -1,0 +1,247 @@
+"""From rows and states to an index: what is chosen, reported and said."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.conversion.clustering import cluster_rows
+from mlx_flashhead.conversion.fitting import fit_centroids, raw_means
+from mlx_flashhead.conversion.indexing import build_index, n_held_out, uncalibrated_probes
+from mlx_flashhead.conversion.metric import logit_metric
+from mlx_flashhead.head.flash_head import FlashHead
+from tiny_models import random_rows
+
+HELD_OUT = 133  # of 400
+
+
+def make_states(n_states, hidden_size, seed=1):
+    rng = np.random.default_rng(seed)
+    states = rng.normal(size=(n_states, hidden_size)) + 0.5
+    return states.astype(np.float32)
+
+
+def make_case(vocab_size=403, hidden_size=64, n_states=400, **kwargs):
+    """Rows, states, and the tokens that followed: drawn from the head's distribution."""
+    rng = np.random.default_rng(0)
+    rows = random_rows(rng, vocab_size, hidden_size, **kwargs)
+    states = make_states(n_states, hidden_size)
+    logits = np.array(rows.matmul(mx.array(states)).astype(mx.float32))
+    return rows, states, (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+
+
+def build(*args, **kwargs):
+    return build_index(*args, **{"cluster_size": 8, "progress": False} | kwargs)
+
+
+def head_on(rows, index, n_probes):
+    return FlashHead(
+        rows,
+        index.token_ids,
+        index.centroids,
+        n_probes=n_probes,
+        backend="mlx",
+        max_rows=10_000,
+    )
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"bias": True}, {"bits": 4}, {"dtype": mx.bfloat16}])
+def test_report_is_what_the_head_does_on_held_out_states(kwargs):
+    """The last third of few states; the head itself serves as the reference."""
+    rows, states, next_ids = make_case(**kwargs)
+    index = build(rows, states, next_ids, target_agreement=0.9)
+    config, report = index.config, index.config.report
+    held_out, followed = mx.array(states[-HELD_OUT:]), next_ids[-HELD_OUT:]
+    dense = np.array(rows.matmul(held_out).astype(mx.float32)).argmax(axis=1)
+    head = head_on(rows, index, config.n_probes)
+    assert report["positions"] == HELD_OUT
+    assert report["agreement"] == pytest.approx((np.array(head.token(held_out)) == dense).mean())
+    ids, _ = head.candidates(held_out)
+    covered = (np.array(ids) == followed[:, None]).any(axis=1).mean()
+    assert report["coverage"] == pytest.approx(covered)
+
+    # the fewest probes that find the winner, by trying
+    needed = np.full(HELD_OUT, 0)
+    for n_probes in range(1, config.n_clusters + 1):
+        head.n_probes = n_probes
+        found = np.array(head.token(held_out)) == dense
+        needed[(needed == 0) & found] = n_probes
+    in_order = np.sort(needed).tolist()
+    assert report["probes_needed"] == {
+        "p50": in_order[66],
+        "p90": in_order[119],
+        "p99": in_order[131],
+    }
+    # 126 of 133: 90 % and about 1.645 standard errors of 2.6 points
+    assert config.n_probes == min(-(-in_order[125] // 8) * 8, config.n_clusters)
+
+
+def test_report_by_probes_is_what_the_head_does_on_held_out_states():
+    rows, states, next_ids = make_case(bits=4)
+    index = build(rows, states, next_ids, n_probes=6)
+    held_out, followed = mx.array(states[-HELD_OUT:]), next_ids[-HELD_OUT:]
+    head = head_on(rows, index, 6)
+    positions = np.arange(HELD_OUT)
+
+    def loss(logits):
+        logits = np.array(logits, dtype=np.float64)
+        return float(np.mean(np.log(np.exp(logits).sum(1)) - logits[positions, followed]))
+
+    with head.dense():
+        dense = head(held_out)
+    report = index.config.report
+    assert report["dense_perplexity"] == pytest.approx(np.exp(loss(dense)), rel=1e-4)
+    assert [row["n_probes"] for row in report["by_probes"]] == [3, 6, 12, 48]
+    stored = sum(array.nbytes for array in rows.arrays().values())
+    centroids = index.centroids
+    read = (centroids.weight, centroids.scales, centroids.biases, centroids.bias)
+    for row in report["by_probes"]:
+        head.n_probes = row["n_probes"]
+        found = np.array(head.token(held_out)) == np.array(dense).argmax(axis=1)
+        ids, _ = head.candidates(held_out)
+        covered = (np.array(ids) == followed[:, None]).any(axis=1)
+        ratio = np.exp(loss(head(held_out)) - loss(dense))
+        n_bytes = sum(array.nbytes for array in read) + stored / 403 * 8 * row["n_probes"]
+        assert row["agreement"] == pytest.approx(found.mean())
+        assert row["coverage"] == pytest.approx(covered.mean())
+        assert row["perplexity_ratio"] == pytest.approx(ratio, rel=1e-3)
+        assert row["bytes_per_token"] == round(n_bytes)
+        assert row["bytes_share"] == pytest.approx(n_bytes / stored)
+    assert report["dense_bytes"] == stored
+    chosen = report["by_probes"][1]
+    assert (report["agreement"], report["coverage"]) == (chosen["agreement"], chosen["coverage"])
+
+
+@pytest.mark.parametrize(
+    "n_positions, expected",
+    [(2, 1), (3, 1), (400, 133), (2000, 667), (3000, 1000), (6000, 1000), (12_000, 1800)],
+)
+def test_more_of_few_positions_are_held_out(n_positions, expected):
+    assert n_held_out(n_positions) == expected
+
+
+def test_the_held_out_states_are_not_fitted_on():
+    rows, states, next_ids = make_case()
+    index = build(rows, states, next_ids)
+    weight = np.array(rows.weight)
+    expected = fit_centroids(weight, index.token_ids, states[:-HELD_OUT], progress=False)
+    np.testing.assert_array_equal(np.array(index.centroids.weight), np.array(expected.weight))
+    np.testing.assert_array_equal(np.array(index.centroids.bias), np.array(expected.bias))
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9, 1.0])
+def test_reaches_the_target_on_held_out_states(target):
+    rows, states, next_ids = make_case()
+    config = build(rows, states, next_ids, target_agreement=target).config
+    assert config.report["agreement"] >= target
+    assert config.n_probes % 8 == 0 or config.n_probes == config.n_clusters
+
+
+def test_a_higher_target_takes_more_probes():
+    rows, states, next_ids = make_case()
+    chosen = [
+        build(rows, states, next_ids, target_agreement=target).config.n_probes
+        for target in (0.5, 1.0)
+    ]
+    assert chosen[0] < chosen[1]
+
+
+def test_n_probes_overrides_the_target():
+    rows, states, next_ids = make_case()
+    index = build(rows, states, next_ids, n_probes=5, target_agreement=1.0)
+    assert index.config.n_probes == 5
+    assert index.config.report["agreement"] < 1
+    dense = np.array(rows.matmul(mx.array(states[-HELD_OUT:]))).argmax(axis=1)
+    found = np.array(head_on(rows, index, 5).token(mx.array(states[-HELD_OUT:]))) == dense
+    assert index.config.report["agreement"] == pytest.approx(found.mean())
+
+
+def test_settings_are_recorded():
+    rows, states, next_ids = make_case()
+    index = build(
+        rows, states, next_ids, eos_token_ids=(9, 2, 1000), source="file", seed=7, cluster_size=16
+    )
+    config = index.config
+    assert (config.n_clusters, config.cluster_size) == (26, 16) == index.token_ids.shape
+    assert config.eos_token_ids == (2, 9)  # 1000 is no row of this head
+    assert config.calibration == {"source": "file", "positions": 400, "seed": 7}
+    assert config.fingerprint == rows.fingerprint()
+    assert (config.centroid_bits, config.centroid_group_size) == (4, 64)
+    assert json.loads(json.dumps(config.to_dict(), allow_nan=False)) == config.to_dict()
+
+
+def test_clusters_are_made_in_the_metric_of_the_states_that_are_fitted_on():
+    rows, states, next_ids = make_case()
+    weight, settings = np.array(rows.weight), {"seed": 7, "progress": False}
+    metric = logit_metric(states[:-HELD_OUT], 64)
+    expected = cluster_rows(weight, 8, spherical=False, metric=metric, **settings)
+    np.testing.assert_array_equal(build(rows, states, next_ids, seed=7).token_ids, expected)
+    by_direction = cluster_rows(weight, 8, **settings)
+    np.testing.assert_array_equal(build(rows, seed=7).token_ids, by_direction)
+    assert (expected != by_direction).any()
+
+
+@pytest.mark.parametrize("n_probes", [None, 3])
+def test_without_states(n_probes):
+    rows, _, _ = make_case()
+    index = build(rows, n_probes=n_probes)
+    config = index.config
+    assert config.n_clusters == 51
+    assert config.n_probes == (n_probes or 8)  # 51 / 6
+    assert config.calibration == {"source": "none", "positions": 0, "seed": 0}
+    assert config.report == {}
+    means = raw_means(np.array(rows.weight), index.token_ids)
+    assert np.abs(np.array(index.centroids.dequantized()) - means).max() < 0.08
+    assert uncalibrated_probes(1) == uncalibrated_probes(2) == 1
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "stored", "said"),
+    [
+        (64, (4, 64), None),
+        (128, (4, 64), None),
+        (96, (4, 32), "The width 96 is no multiple of 64: "
+         "the centroids are quantized in groups of 32."),
+        (48, (16, 0), "The width 48 is no multiple of 64: the centroids stay at 16 bits."),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_width_without_the_usual_group_is_said_once(
+    capsys, hidden_size, stored, said, calibrated
+):
+    rows, states, next_ids = make_case(100, hidden_size, 40)
+    arguments = (rows, states, next_ids) if calibrated else (rows,)
+    config = build(*arguments, progress=True).config
+    assert (config.centroid_bits, config.centroid_group_size) == stored
+    output = capsys.readouterr().out
+    assert output.count("The width") == (0 if said is None else 1)
+    assert said is None or output.splitlines().count(said) == 1
+
+
+def test_says_what_was_chosen(capsys):
+    rows, states, next_ids = make_case()
+    config = build(rows, states, next_ids, progress=True).config
+    agreement = config.report["agreement"]
+    assert capsys.readouterr().out == (
+        f"{config.n_probes} of 51 clusters per token: {agreement:.2%} agreement with the dense "
+        "head on 133 held-out positions\n"
+    )
+    build(rows, progress=True)
+    assert capsys.readouterr().out == "8 of 51 clusters per token, not calibrated\n"
+    build(rows, states, next_ids)
+    shown = capsys.readouterr()
+    assert shown.out == shown.err == ""
+
+
+@pytest.mark.parametrize("n_states", [2, 3, 10])
+def test_few_states(n_states):
+    rows, states, next_ids = make_case(n_states=n_states)
+    assert build(rows, states, next_ids).config.report["positions"] == max(1, n_states // 3)
+
+
+@pytest.mark.parametrize("n_states", [0, 1])
+def test_too_few_states(n_states):
+    rows, states, next_ids = make_case()
+    with pytest.raises(ValueError, match=f"{n_states} calibration positions are too few"):
+        build(rows, states[:n_states], next_ids[:n_states])

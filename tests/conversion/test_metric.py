@@ -1,0 +1,63 @@
+"""The distance of two tokens: how differently their logits move."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.conversion.metric import FLOOR, checked_states, covariance, logit_metric
+
+
+def make_states(n_states=3000, hidden_size=24, seed=0):
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((hidden_size, hidden_size))
+    states = rng.standard_normal((n_states, hidden_size)) @ mixing + 3
+    return states.astype(np.float32)
+
+
+def test_covariance_is_numpys():
+    states = make_states(5000)
+    mean, found = covariance(states)
+    np.testing.assert_allclose(mean, states.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found, np.cov(states.T, bias=True), rtol=1e-3, atol=1e-3)
+
+
+def test_squared_distances_are_variances_of_differences_of_logits():
+    states, rows = make_states(), make_states(40, seed=1)
+    metric = logit_metric(states, 24)
+    assert metric.dtype == np.float32 and (np.triu(metric, 1) == 0).all()
+    of_logits = np.cov((states @ rows.T).T, bias=True)
+    variance = np.diag(of_logits)
+    expected = variance[:, None] + variance - 2 * of_logits
+    expected /= states.var(axis=0, dtype=np.float64).mean()
+    expected += FLOOR * np.square(rows[:, None] - rows).sum(axis=-1)
+    found = np.square((rows[:, None] - rows) @ metric).sum(axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_the_scale_of_the_states_does_not_matter():
+    states = make_states()
+    metric = logit_metric(states, 24)
+    for other in (1000 * states, 1e-3 * states, mx.array(states)):
+        np.testing.assert_allclose(logit_metric(other, 24), metric, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_states", [1, 50])
+def test_states_that_are_all_alike_leave_the_distances_as_they_are(n_states):
+    metric = logit_metric(np.full((n_states, 8), 2, np.float32), 8)
+    np.testing.assert_allclose(metric, metric[0, 0] * np.eye(8), atol=1e-6)
+    assert metric[0, 0] > 0
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (np.zeros((4, 7)), r"shape \(4, 7\), but \(N, 8\)"),
+        (np.zeros((0, 8)), r"shape \(0, 8\)"),
+        (np.zeros(8), r"shape \(8,\)"),
+        (np.full((4, 8), np.inf), "NaN or infinity: check the model"),
+    ],
+)
+def test_bad_states(states, said):
+    for function in (checked_states, logit_metric):
+        with pytest.raises(ValueError, match=said):
+            function(states, 8)

@@ -1,0 +1,242 @@
+"""Tasks of lm-eval: which head makes which figure, and that the figures are right."""
+
+import json
+import math
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+from local_tasks import CHOICE, DOCUMENTS, GENERATE, GROUP, PERPLEXITY, TOKENS, write_tasks
+from mlx_flashhead import convert, generate, get_flash_head, load
+from mlx_flashhead.evaluation import tasks
+from mlx_flashhead.evaluation.tasks import (
+    DENSE,
+    FLASH_HEAD,
+    TaskMeasure,
+    evaluate_tasks,
+    find_tasks,
+)
+from model_folders import write_model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """``(dense, converted)`` folders of a tiny model with few probes and no chat template."""
+    folder = tmp_path_factory.mktemp("models")
+    dense = write_model(folder / "dense", hidden_size=128, seed=4, chat_template=None)
+    convert(str(dense), str(folder / "converted"), n_probes=3, calibration="none", progress=False)
+    return dense, folder / "converted"
+
+
+@pytest.fixture(scope="module")
+def flash(folders):
+    """``(model, tokenizer)`` with a FlashHead."""
+    return load(str(folders[1]))
+
+
+@pytest.fixture(scope="module")
+def dense(folders):
+    """``(model, tokenizer)`` before conversion."""
+    return mlx_lm.load(str(folders[0]))
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks") / "local")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_downloaded(monkeypatch):
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def measured(flash, task_folder, *names, **options):
+    manager = find_tasks(names, str(task_folder))
+    found = evaluate_tasks(*flash, names, manager, **options)
+    return {(m.task, m.head, m.metric): m for m in found}
+
+
+def log_probability(model, tokens, first):
+    """Sum over tokens[first:] in one pass of the whole, in nats."""
+    logits = model(mx.array([tokens]))[0, first - 1 : -1].astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return mx.take_along_axis(logprobs, mx.array(tokens[first:])[:, None], axis=-1).sum().item()
+
+
+def step_by_step(model, tokens):
+    """The same with one position at a time, so that every one goes through FlashHead."""
+    cache = mlx_lm.models.cache.make_prompt_cache(model)
+    total = 0.0
+    for token, following in pairwise(tokens):
+        logits = model(mx.array([[token]]), cache=cache)[0, 0].astype(mx.float32)
+        total += (logits[following] - mx.logsumexp(logits)).item()
+    return total
+
+
+def perplexity_per_byte(totals):
+    return math.exp(-sum(totals) / sum(len(document["text"]) for document in DOCUMENTS))
+
+
+def test_choices_are_scored_by_the_dense_head(flash, dense, task_folder):
+    model, tokenizer = dense
+    right = 0
+    for document in DOCUMENTS:
+        start = len(tokenizer.encode(document["question"]))
+        scores = [
+            log_probability(model, tokenizer.encode(document["question"] + choice), start)
+            for choice in document["choices"]
+        ]
+        right += scores.index(max(scores)) == document["answer"]
+    found = measured(flash, task_folder, CHOICE)
+    assert set(found) == {(CHOICE, DENSE, "acc")}
+    assert found[CHOICE, DENSE, "acc"].value == pytest.approx(right / len(DOCUMENTS))
+
+
+def test_log_likelihoods_are_the_dense_model_s(flash, dense):
+    from lm_eval.api.instance import Instance
+
+    lm = tasks.TaskModel(*flash)
+    requests = [
+        Instance("loglikelihood", {}, (document["question"], choice), 0)
+        for document in DOCUMENTS
+        for choice in document["choices"]
+    ]
+    model, tokenizer = dense
+    for (found, _), request in zip(lm.loglikelihood(requests), requests, strict=True):
+        question, choice = request.args
+        tokens = tokenizer.encode(question + choice)
+        expected = log_probability(model, tokens, len(tokenizer.encode(question)))
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_limit_of_tokens_does_not_cut_the_questions(flash):
+    from lm_eval.api.instance import Instance
+
+    request = Instance("loglikelihood", {}, (DOCUMENTS[0]["question"], " old"), 0)
+    ((limited, _),) = tasks.TaskModel(*flash, max_tokens=2).loglikelihood([request])
+    ((free, _),) = tasks.TaskModel(*flash).loglikelihood([request])
+    assert limited == free and math.isfinite(free)
+
+
+def test_text_is_generated_with_flash_head(flash, dense, task_folder, monkeypatch):
+    said = []
+    original = tasks.TaskModel.generate_until
+
+    def recorded(self, requests):
+        said.extend(original(self, requests))
+        return said
+
+    monkeypatch.setattr(tasks.TaskModel, "generate_until", recorded)
+    found = measured(flash, task_folder, GENERATE)
+    assert set(found) == {(GENERATE, FLASH_HEAD, "exact_match")}
+    questions = [document["question"] for document in DOCUMENTS]
+    assert said == [generate(*flash, question, max_tokens=TOKENS) for question in questions]
+    assert said != [mlx_lm.generate(*dense, question, max_tokens=TOKENS) for question in questions]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_perplexity_both_ways(flash, dense, task_folder, batch_size):
+    texts = [dense[1].encode(document["text"]) for document in DOCUMENTS]
+    assert max(map(len, texts)) > get_flash_head(flash[0]).max_rows
+    found = measured(flash, task_folder, PERPLEXITY, batch_size=batch_size)
+    by_dense = perplexity_per_byte(log_probability(dense[0], tokens, 1) for tokens in texts)
+    by_flash = perplexity_per_byte(step_by_step(flash[0], tokens) for tokens in texts)
+    assert by_dense != pytest.approx(by_flash, rel=1e-2)
+    for head, expected in ((DENSE, by_dense), (FLASH_HEAD, by_flash)):
+        assert found[PERPLEXITY, head, "byte_perplexity"].value == pytest.approx(expected, rel=1e-4)
+        bits = found[PERPLEXITY, head, "bits_per_byte"].value
+        assert bits == pytest.approx(math.log2(expected), rel=1e-3)
+    assert len(found) == 4
+
+
+def test_with_all_clusters_both_perplexities_agree(flash, task_folder):
+    head = get_flash_head(flash[0])
+    before, head.n_probes = head.n_probes, head.n_clusters
+    try:
+        found = measured(flash, task_folder, PERPLEXITY)
+    finally:
+        head.n_probes = before
+    values = [found[PERPLEXITY, by, "byte_perplexity"].value for by in (DENSE, FLASH_HEAD)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_shots_and_limit(flash, task_folder):
+    found = measured(flash, task_folder, CHOICE, num_shots=1, limit=2)[CHOICE, DENSE, "acc"]
+    assert (found.n_shots, found.samples) == (1, 2)
+    usual = measured(flash, task_folder, CHOICE)[CHOICE, DENSE, "acc"]
+    assert (usual.n_shots, usual.samples) == (0, len(DOCUMENTS))
+
+
+def test_groups_name_the_heads_of_their_tasks(flash, task_folder):
+    found = measured(flash, task_folder, GROUP)
+    assert (CHOICE, DENSE, "acc") in found
+    assert (GENERATE, FLASH_HEAD, "exact_match") in found
+    assert (GROUP, f"{FLASH_HEAD} + {DENSE}", "acc") in found
+
+
+def test_chat_template(flash, folders, task_folder):
+    lm = tasks.TaskModel(*flash)
+    assert not lm.use_chat_template
+    model, tokenizer = flash
+    template = "{% for m in messages %}{{ mood }}: {{ m.content }}{% endfor %}"
+    tokenizer.chat_template, before = template, tokenizer.chat_template
+    try:
+        lm = tasks.TaskModel(model, tokenizer, chat_template_args={"mood": "glad"})
+        assert lm.use_chat_template
+        assert lm.apply_chat_template([{"role": "user", "content": "hi"}]) == "glad: hi"
+    finally:
+        tokenizer.chat_template = before
+
+
+def test_the_head_is_left_as_it_was(flash, task_folder):
+    head = get_flash_head(flash[0])
+    before = (head.n_probes, head.max_rows, head._dense)
+    measured(flash, task_folder, CHOICE, PERPLEXITY, limit=1)
+    assert (head.n_probes, head.max_rows, head._dense) == before
+
+
+def test_own_tasks_come_without_lm_eval_s(task_folder, monkeypatch):
+    listed = []
+    original = tasks.TaskManager
+
+    def recorded(include_path=None, include_defaults=True):
+        listed.append(include_defaults)
+        return original(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", recorded)
+    assert CHOICE in find_tasks([CHOICE, GROUP], str(task_folder)).all_tasks
+    assert listed == [False]
+    said = "no task 'local_choise' .*near it: local_choice.*lm-eval ls tasks.*--include-path"
+    with pytest.raises(ValueError, match=said):
+        find_tasks([CHOICE, "local_choise"], str(task_folder))
+    assert listed == [False, False, True]
+
+
+def test_a_folder_of_tasks_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="absent: there is no such folder"):
+        find_tasks([CHOICE], str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("batch_size", [0, 33])
+def test_batches_that_would_not_go_through_flash_head(flash, task_folder, batch_size):
+    with pytest.raises(ValueError, match=f"--batch-size is {batch_size}: give 1 to 32"):
+        measured(flash, task_folder, GENERATE, batch_size=batch_size)
+
+
+def test_a_dense_model_is_refused(dense, task_folder):
+    with pytest.raises(ValueError, match="has no FlashHead"):
+        measured(dense, task_folder, CHOICE)
+
+
+def test_json_has_no_infinities():
+    measure = TaskMeasure(CHOICE, DENSE, "acc", "none", math.inf, math.nan, 0, 3)
+    as_dict = measure.to_dict()
+    assert json.loads(json.dumps(as_dict, allow_nan=False)) == as_dict
+    assert as_dict["value"] is as_dict["stderr"] is None
+    assert as_dict["task"] == CHOICE and as_dict["samples"] == 3

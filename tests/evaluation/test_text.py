@@ -1,0 +1,216 @@
+"""The evaluation of a model with a FlashHead, against its own logits."""
+
+import json
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+
+from mlx_flashhead.conversion.clustering import cluster_rows
+from mlx_flashhead.conversion.fitting import fit_centroids
+from mlx_flashhead.evaluation.text import FLASH_HEAD, UNIT_MEANS, Evaluation, bytes_share, evaluate
+from mlx_flashhead.models.install import get_flash_head, install, uninstall
+from mlx_flashhead.models.locate import find_head
+from model_folders import VOCAB_SIZE, write_model
+from tiny_models import tiny_model
+
+TEXT = "Sphinx of black quartz, judge my vow. The five boxing wizards jump quickly. " * 2
+CLUSTER_SIZE = 8  # does not divide V
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return mlx_lm.load(str(write_model(tmp_path_factory.mktemp("models") / "llama")))[1]
+
+
+def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(), **kwargs):
+    model = tiny_model(arch, vocab_size=VOCAB_SIZE, hidden_size=hidden_size, **kwargs)
+    rows = find_head(model).rows()
+    weight = np.array(rows.dequantized().astype(mx.float32))
+    token_ids = cluster_rows(weight, CLUSTER_SIZE, progress=False)
+    states = np.random.default_rng(0).normal(size=(200, hidden_size)).astype(np.float32)
+    centroids = fit_centroids(weight, token_ids, states, progress=False)
+    install(
+        model,
+        token_ids,
+        centroids,
+        n_probes=n_probes,
+        eos_token_ids=eos_token_ids,
+        backend="mlx",
+        max_rows=1000,
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return installed_model()
+
+
+def run(model, tokenizer, **kwargs):
+    return evaluate(model, tokenizer, TEXT, progress=False, **kwargs)
+
+
+def rows_by(evaluation):
+    return {(m.routing, m.n_probes): m for m in evaluation.measures}
+
+
+def perplexity(logits, next_ids):
+    logits = np.array(logits, dtype=np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return np.exp(-log_p[np.arange(len(next_ids)), next_ids].mean())
+
+
+def test_all_clusters_are_the_dense_head(model, tokenizer):
+    found = run(model, tokenizer, probe_counts=[33])
+    assert found.n_clusters == 33
+    for measured in found.measures:
+        assert (measured.agreement, measured.coverage) == (1, 1)
+        assert measured.covered_mass == pytest.approx(1)
+    own = rows_by(found)[FLASH_HEAD, 33]
+    assert own.kl == pytest.approx(0, abs=1e-9)
+    assert own.perplexity == pytest.approx(found.dense_perplexity)
+    assert own.drawn_perplexity == pytest.approx(found.dense_perplexity)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"tied": False}, {"bits": 8}, {"arch": "qwen3"}])
+def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
+    """The head is at the end of these architectures, so that the model's logits are its own."""
+    model = installed_model(**kwargs)
+    head = get_flash_head(model)
+    token_ids = np.array(tokenizer.encode(TEXT))
+    tokens, next_ids = mx.array(token_ids[None, :-1]), token_ids[1:]
+    found = run(model, tokenizer, probe_counts=[5, 2])
+    with head.dense():
+        dense = np.array(model(tokens)[0])
+    assert found.positions == len(next_ids)
+    assert found.dense_perplexity == pytest.approx(perplexity(dense, next_ids), rel=1e-3)
+    for n_probes in (2, 5):
+        head.n_probes = n_probes
+        logits = np.array(model(tokens)[0])
+        measured = rows_by(found)[FLASH_HEAD, n_probes]
+        agreement = (logits.argmax(axis=1) == dense.argmax(axis=1)).mean()
+        assert measured.agreement == pytest.approx(agreement, abs=1e-9)
+        assert measured.perplexity == pytest.approx(perplexity(logits, next_ids), rel=1e-3)
+    uninstall(model)
+    np.testing.assert_allclose(np.array(model(tokens)[0]), dense, atol=1e-3)
+
+
+def test_the_paper_s_routing_is_measured_on_the_same_clusters(model, tokenizer):
+    """Unit means of the unit rows, in 4 bits as the head's own centroids are."""
+    found = rows_by(run(model, tokenizer, probe_counts=[5]))
+    head = get_flash_head(model)
+    rows = np.array(head.clustered.token_rows().weight)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    clusters = [ids[ids < VOCAB_SIZE] for ids in np.array(head.clustered.token_ids)]
+    means = np.stack([unit[ids].mean(axis=0) for ids in clusters])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    stored = mx.quantize(mx.array(means), group_size=64, bits=4)
+    means = np.array(mx.dequantize(*stored, group_size=64, bits=4))
+
+    token_ids = np.array(tokenizer.encode(TEXT))
+    states = np.array(model.model(mx.array(token_ids[None, :-1])))[0]
+    best = np.argsort(-(states @ means.T), axis=1)[:, :5]
+    winners, next_ids = (states @ rows.T).argmax(axis=1), token_ids[1:]
+
+    def share(tokens):
+        pairs = zip(best, tokens, strict=True)
+        return np.mean([any(t in clusters[c] for c in probes) for probes, t in pairs])
+
+    paper = found[UNIT_MEANS, 5]
+    assert paper.agreement == pytest.approx(share(winners), abs=0.01)
+    assert paper.coverage == pytest.approx(share(next_ids), abs=0.01)
+    assert np.isnan([paper.kl, paper.perplexity, paper.drawn_perplexity]).all()
+    assert paper.agreement != found[FLASH_HEAD, 5].agreement
+
+
+def test_eos_clusters_are_among_the_probes(tokenizer):
+    """As they are in the head: every state's first probe is taken by the EOS token's cluster."""
+    model = installed_model(eos_token_ids=(1,))
+    found = rows_by(run(model, tokenizer, probe_counts=[1]))
+    held = np.array(get_flash_head(model).clustered.token_ids)
+    (own,) = [ids for ids in held if 1 in ids]
+    token_ids = np.array(tokenizer.encode(TEXT))
+    covered = np.isin(token_ids[1:], own).mean()
+    assert found[FLASH_HEAD, 1].coverage == pytest.approx(covered)
+
+
+def test_usual_probes_and_the_model_s_own(tokenizer):
+    model = installed_model(n_probes=7)
+    found = run(model, tokenizer, positions=20)
+    assert found.n_probes == 7
+    assert found.positions == 20
+    assert set(rows_by(found)) == {(FLASH_HEAD, 7), (UNIT_MEANS, 7)}  # the usual ones exceed C
+    given = run(model, tokenizer, positions=20, probe_counts=[9, 3, 9])
+    assert [m.n_probes for m in given.measures] == [3, 9, 3, 9]
+    assert get_flash_head(model).n_probes == 7
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_bytes_by_hand(bits):
+    """Stage 1 and p clusters of 8 rows, relative to V rows."""
+    head = get_flash_head(installed_model(bits=bits, tied=False))
+    row = 64 * 4 if bits is None else 64 + 2 * 2 * 4  # floats; or bytes, scales and offsets
+    centroid = 64 // 2 + 2 * 2 + 4  # 4-bit weights, a 16-bit scale and offset, the bias
+    for n_probes in (1, 10, 33):
+        expected = (33 * centroid + n_probes * 8 * row) / (VOCAB_SIZE * row)
+        assert bytes_share(head, n_probes) == pytest.approx(expected)
+
+
+def test_unquantized_centroids(tokenizer):
+    model = installed_model("qwen3", hidden_size=48)
+    head = get_flash_head(model)
+    assert not head.clustered.centroids.quantized
+    found = run(model, tokenizer, probe_counts=[5])
+    assert 0 < rows_by(found)[UNIT_MEANS, 5].agreement < 1
+    expected = (33 * (2 * 48 + 4) + 5 * 8 * 192) / (VOCAB_SIZE * 192)
+    assert found.bytes_share[5] == pytest.approx(expected)
+
+
+def test_json(model, tokenizer):
+    found = run(model, tokenizer, probe_counts=[3, 33])
+    as_dict = found.to_dict()
+    assert json.loads(json.dumps(as_dict, allow_nan=False)) == as_dict
+    assert as_dict["positions"] == found.positions
+    assert as_dict["dense_perplexity"] == found.dense_perplexity
+    assert (as_dict["n_probes"], as_dict["n_clusters"]) == (5, 33)
+    paper = next(r for r in as_dict["rows"] if r["routing"] == UNIT_MEANS and r["n_probes"] == 3)
+    assert paper["perplexity"] is paper["kl"] is paper["drawn_perplexity"] is None
+    assert paper["bytes_share"] == found.bytes_share[3]
+    assert isinstance(found, Evaluation)
+
+
+def test_same_seed_same_draws(model, tokenizer):
+    drawn = [
+        rows_by(run(model, tokenizer, probe_counts=[3], seed=seed))[FLASH_HEAD, 3].drawn_perplexity
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("n_probes", [0, -1, 34])
+def test_probes_out_of_range(model, tokenizer, n_probes):
+    with pytest.raises(ValueError, match=f"--probes {n_probes} is not possible.* choose 1 to 33"):
+        run(model, tokenizer, probe_counts=[3, n_probes])
+
+
+def test_a_dense_model_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="has no FlashHead: load it with"):
+        run(tiny_model(vocab_size=VOCAB_SIZE), tokenizer)
+
+
+def test_too_short_a_text(model, tokenizer):
+    with pytest.raises(ValueError, match="too short to measure anything on"):
+        evaluate(model, tokenizer, "a", progress=False)
+
+
+def test_bars(model, tokenizer, capsys):
+    evaluate(model, tokenizer, TEXT, probe_counts=[3])
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Reading: 100%" in shown.err
+    assert "Measuring: 100%" in shown.err
+    run(model, tokenizer, probe_counts=[3])
+    assert capsys.readouterr().err == ""

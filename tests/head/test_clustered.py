@@ -1,0 +1,126 @@
+"""Rows in cluster order: every token once, padding, forced clusters, and refusals."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
+from tiny_models import fitted, random_clusters, random_rows
+
+# vocabulary, cluster size: divisible, padded, one cluster, one token per cluster, almost all padded
+SIZES = [(64, 8), (61, 8), (13, 13), (13, 16), (9, 1), (17, 16)]
+
+
+def build(vocab_size, cluster_size, forced=(), **kwargs):
+    rng = np.random.default_rng(vocab_size)
+    rows = random_rows(rng, vocab_size, 32, **kwargs)
+    token_ids = random_clusters(rng, vocab_size, cluster_size)
+    return rows, token_ids, ClusteredRows.build(rows, token_ids, fitted(rows, token_ids), forced)
+
+
+@pytest.mark.parametrize("vocab_size, cluster_size", SIZES)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_each_slot_holds_its_token(vocab_size, cluster_size, bits):
+    rows, token_ids, clustered = build(vocab_size, cluster_size, bits=bits, bias=True)
+    n_clusters = -(-vocab_size // cluster_size)
+    assert (clustered.n_clusters, clustered.cluster_size) == (n_clusters, cluster_size)
+    assert (clustered.vocab_size, clustered.hidden_size) == (vocab_size, 32)
+    assert clustered.padded == (vocab_size % cluster_size > 0)
+    assert np.array_equal(np.array(clustered.token_ids), token_ids)
+    for name, array in clustered.rows.arrays().items():
+        original, array = np.array(rows.arrays()[name]), np.array(array)
+        assert array.shape == (n_clusters, cluster_size, *original.shape[1:])
+        for cluster in range(n_clusters):
+            for slot, token in enumerate(token_ids[cluster]):
+                if token < vocab_size:
+                    assert np.array_equal(array[cluster, slot], original[token])
+    slots = np.array(clustered.slot_of)
+    assert np.array_equal(token_ids.ravel()[slots], np.arange(vocab_size))
+    for name, array in clustered.token_rows().arrays().items():
+        assert np.array_equal(np.array(array), np.array(rows.arrays()[name])), name
+
+
+@pytest.mark.parametrize("vocab_size, cluster_size", SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_columns_hold_the_same_rows(vocab_size, cluster_size, bias):
+    rows, _, by_row = build(vocab_size, cluster_size, bias=bias)
+    by_column = by_row.in_columns()
+    weight = by_column.rows.weight
+    mx.eval(weight)
+    assert by_column.by_column and weight.shape == (by_row.n_clusters, cluster_size, 32)
+    assert memoryview(weight.swapaxes(-1, -2)).c_contiguous
+    assert mx.array_equal(weight, by_row.rows.weight)
+    slots = by_column.slot_of[mx.array([[3, 0], [8, 3]])]
+    for found in (by_column.rows_in(slots), by_row.rows_in(slots)):
+        for name, array in found.arrays().items():
+            assert np.array_equal(np.array(array), np.array(rows.arrays()[name])[[[3, 0], [8, 3]]])
+    for name, array in by_column.token_rows().arrays().items():
+        assert np.array_equal(np.array(array), np.array(rows.arrays()[name])), name
+    again = by_column.in_rows()
+    mx.eval(again.rows.weight)
+    assert not again.by_column and memoryview(again.rows.weight).c_contiguous
+    assert mx.array_equal(again.rows.weight, by_row.rows.weight)
+    assert again.in_rows() is again and by_column.in_columns() is by_column
+
+
+def test_forced_clusters():
+    _, token_ids, clustered = build(61, 8, forced=(5, 60, 1000, -1))
+    bias = np.array(clustered.route_bias)
+    forced = [(token_ids == 5).any(axis=1) | (token_ids == 60).any(axis=1)]
+    assert np.array_equal(bias == np.float32(ALWAYS_PROBED), forced[0])
+    fitted_bias = np.array(clustered.centroids.bias)
+    assert np.array_equal(bias[~forced[0]], fitted_bias[~forced[0]])
+    assert (fitted_bias < 1e3).all()  # the centroids' own bias is left alone
+
+
+def test_arrays_are_all_that_is_held():
+    _, _, clustered = build(61, 8, bits=4, bias=True)
+    held = {id(array) for array in clustered.arrays()}
+    fields = [*clustered.rows.arrays().values(), clustered.token_ids, clustered.slot_of]
+    centroids = clustered.centroids
+    fields += [centroids.weight, centroids.scales, centroids.biases, centroids.bias]
+    fields += [centroids.tail_offset, clustered.route_bias]
+    assert held == {id(array) for array in fields}
+
+
+def without_token(ids):
+    return np.where(ids == 7, 8, ids)
+
+
+def with_padding_for_a_token(ids):
+    return np.where(ids == 7, 61, ids)
+
+
+def beyond_the_vocabulary(ids):
+    return np.where(ids == 61, 62, ids)
+
+
+def negative(ids):
+    return np.where(ids == 60, -1, ids.astype(np.int64))
+
+
+@pytest.mark.parametrize(
+    "spoil", [without_token, with_padding_for_a_token, beyond_the_vocabulary, negative]
+)
+def test_token_ids_must_be_a_permutation(spoil):
+    rows, token_ids, clustered = build(61, 8)
+    with pytest.raises(ValueError, match=r"each of the 61 tokens exactly once.*convert"):
+        ClusteredRows.build(rows, spoil(token_ids), clustered.centroids)
+
+
+def test_centroids_must_fit():
+    rows, token_ids, clustered = build(61, 8)
+    centroids = clustered.centroids
+    unfit = {
+        "clusters": replace(centroids, bias=centroids.bias[:-1]),
+        "tail": replace(centroids, tail_offset=centroids.tail_offset[:-1]),
+        "columns": replace(centroids, weight=mx.zeros((8, 8), dtype=mx.uint32)),
+        "scales": replace(centroids, scales=mx.zeros((8, 2))),
+        "rows": replace(centroids, weight=centroids.weight[:7]),
+    }
+    for what, other in unfit.items():
+        with pytest.raises(ValueError, match=r"centroids.*convert the model again"):
+            ClusteredRows.build(rows, token_ids, other)
+            pytest.fail(what)

@@ -1,0 +1,211 @@
+"""The whole head against a brute-force reference: route, select, score, expand, token."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from head_reference import ROUNDING, Reference, float64
+from mlx_flashhead.head.centroids import Centroids
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.matrix import HeadRows
+from tiny_models import fitted, random_clusters, random_rows
+
+FORMS = {
+    "float32": {},
+    "float16": {"dtype": mx.float16},
+    "bfloat16": {"dtype": mx.bfloat16},
+    "4-bit": {"bits": 4},
+    "4-bit-bfloat16": {"bits": 4, "dtype": mx.bfloat16},
+    "8-bit-float16": {"bits": 8, "dtype": mx.float16},
+    "mxfp4": {"bits": 4, "mode": "mxfp4"},
+    "mxfp4-bfloat16": {"bits": 4, "mode": "mxfp4", "dtype": mx.bfloat16},
+}
+SCORE_SLACK = 1e-3  # of float32 scores
+# V, D, cluster_size, n_probes, leading axes of the hidden states, always scored tokens
+SIZES = [
+    (203, 64, 8, 5, (1, 1), ()),
+    (203, 96, 16, 3, (3, 1), (202,)),
+    (100, 32, 10, 1, (1, 5), ()),
+    (64, 64, 8, 7, (3, 5), (0, 1, 2)),
+    (61, 160, 60, 1, (1, 1), ()),
+    (61, 32, 61, 1, (3,), (4,)),
+    (50, 64, 64, 1, (1, 5), ()),
+    (9, 32, 1, 4, (1, 1), (8,)),
+    (37, 32, 4, 10, (2, 2, 2), ()),
+    (40, 32, 4, 2, (1, 1), (1, 9, 17, 33)),
+]
+FLOAT_SIZES = [
+    (203, 50, 8, 5, (3, 5), (202,)),
+    (61, 33, 16, 2, (1, 1), ()),
+    (30, 8, 7, 4, (2,), ()),
+]
+CASES = [(form, size) for form in FORMS for size in SIZES]
+CASES += [(form, size) for form in ("float32", "float16", "bfloat16") for size in FLOAT_SIZES]
+
+
+def make_head(form, size, *, bias=False, seed=0, **kwargs):
+    """A random head on the portable path, its reference for random states, and these."""
+    vocab_size, hidden_size, cluster_size, n_probes, shape, eos_token_ids = size
+    rng = np.random.default_rng(seed)
+    rows = random_rows(rng, vocab_size, hidden_size, bias=bias, **FORMS[form])
+    token_ids = random_clusters(rng, vocab_size, cluster_size)
+    centroids = fitted(rows, token_ids)
+    head = FlashHead(
+        rows,
+        token_ids,
+        centroids,
+        n_probes=n_probes,
+        eos_token_ids=eos_token_ids,
+        backend="mlx",
+        **kwargs,
+    )
+    hidden = mx.array(rng.normal(size=(*shape, hidden_size)).astype(np.float32))
+    hidden = hidden.astype(FORMS[form].get("dtype", mx.float32))
+    return head, rows, Reference(rows, token_ids, centroids, eos_token_ids, hidden), hidden
+
+
+def close(actual: mx.array, expected: np.ndarray, form: str, slack: float = 1e-4) -> np.ndarray:
+    """Where logits are equal up to summation, rounding to their dtype, and ``slack``."""
+    rounding = ROUNDING[actual.dtype]
+    # MLX's CPU products of 16-bit states with quantized rows are also summed in 16 bits
+    summation = rounding * (150 if "bits" in FORMS[form] else 16)
+    return np.abs(float64(actual) - expected) <= slack + summation + 2 * rounding * np.abs(expected)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("form, size", CASES)
+def test_head_computes_the_formula(form, size, bias):
+    vocab_size, _, cluster_size, n_probes, shape, _ = size
+    head, rows, reference, hidden = make_head(form, size, bias=bias)
+    ids, candidates = head.candidates(hidden)
+    logits = head(hidden)
+    tokens = head.token(hidden)
+    assert ids.dtype == tokens.dtype == mx.uint32
+    assert logits.dtype == candidates.dtype == rows.matmul(hidden).dtype
+    assert ids.shape == candidates.shape == (*shape, n_probes * cluster_size)
+    assert logits.shape == (*shape, vocab_size)
+    assert tokens.shape == shape
+    assert np.isfinite(float64(logits)).all()
+
+    blocks = np.array(ids).reshape(-1, n_probes, cluster_size)
+    candidates = candidates.reshape(len(blocks), -1)
+    logits = logits.reshape(len(blocks), -1)
+    for row, block in enumerate(blocks):
+        clusters = {int(reference.cluster_of[b[b < vocab_size][0]]) for b in block}
+        assert len(clusters) == n_probes
+        assert {tuple(b) for b in block} == {tuple(reference.token_ids[c]) for c in clusters}
+        assert reference.is_a_best_choice(row, clusters, SCORE_SLACK)
+
+        real = block.ravel() < vocab_size
+        scored = block.ravel()[real]
+        assert np.isin(scored, np.arange(vocab_size)).all()
+        assert (float64(candidates[row])[~real] == mx.finfo(candidates.dtype).min).all()
+        found = candidates[row][mx.array(np.flatnonzero(real))]
+        assert close(found, reference.logits[row, scored], form).all()
+        assert np.array_equal(float64(logits[row])[scored], float64(found))
+
+        if n_probes < head.n_clusters:
+            expected = reference.expanded(row, clusters)
+            assert close(logits[row], expected, form, slack=SCORE_SLACK).all()
+
+        best = float64(found).max()
+        assert tokens.reshape(-1)[row].item() == scored[float64(found) == best].min()
+        assert np.argmax(float64(logits[row])) == tokens.reshape(-1)[row].item()
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", SIZES[:4] + SIZES[7:9])
+def test_all_probes_give_the_dense_logits(form, size, bias):
+    head, rows, reference, hidden = make_head(form, size, bias=bias)
+    head.n_probes = head.n_clusters
+    dense = rows.matmul(hidden)
+    logits = head(hidden)
+    assert logits.dtype == dense.dtype
+    assert logits.shape == dense.shape
+    assert close(logits.reshape(-1, logits.shape[-1]), reference.logits, form).all()
+    assert mx.array_equal(mx.argmax(logits, -1), mx.argmax(dense, -1))
+    assert mx.array_equal(head.token(hidden), mx.argmax(dense, -1))
+    ids, candidates = head.candidates(hidden)
+    order = mx.argsort(ids, axis=-1)[..., : rows.vocab_size]  # padded slots come last
+    every = mx.take_along_axis(candidates, order, axis=-1)
+    assert close(every.reshape(-1, rows.vocab_size), reference.logits, form).all()
+
+
+def known_head(rows, token_ids, scores, *, n_probes, offset=0.0, **kwargs):
+    """A head whose stage 1 gives ``scores`` (C,) whatever the state."""
+    n_clusters = len(token_ids)
+    centroids = Centroids(
+        mx.zeros((n_clusters, rows.hidden_size)),
+        None,
+        None,
+        mx.array(scores, dtype=mx.float32),
+        mx.full((n_clusters,), offset, dtype=mx.float32),
+        0,
+        32,
+    )
+    return FlashHead(rows, token_ids, centroids, n_probes=n_probes, backend="mlx", **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("best", [-900.0, -64.0, -1.0, 0.0, 0.5, 63.0, 100.0, 1000.0, 6000.0])
+@pytest.mark.parametrize("estimate", [1e9, 0.0])
+def test_tail_stays_below_the_best_candidate(dtype, best, estimate):
+    """Greedy ends on a scored token, even where the estimate of all others is far higher."""
+    rows = HeadRows(mx.array([[best], [best - 7], [1e4], [1e4]]).astype(dtype))
+    token_ids = np.array([[1, 0], [3, 2]], dtype=np.uint32)
+    head = known_head(rows, token_ids, [2e9, estimate], n_probes=1)
+    logits = float64(head(mx.ones((1, 1), dtype=dtype)))[0]
+    stored = float64(rows.weight)[:, 0]
+    assert np.array_equal(logits[:2], stored[:2])
+    expected = min(estimate, stored[0] - max(1, abs(stored[0]) / 64))
+    assert logits[2] == logits[3] == pytest.approx(expected, rel=ROUNDING[dtype], abs=1e-6)
+    assert logits[2] < logits[0]
+    assert head.token(mx.ones((1, 1), dtype=dtype)).item() == 0
+
+
+def test_tail_adds_the_offset_to_the_score():
+    rows = HeadRows(mx.array([[10.0], [1.0], [2.0], [3.0]]))
+    token_ids = np.array([[0, 1], [2, 3]], dtype=np.uint32)
+    head = known_head(rows, token_ids, [5.0, 4.0], n_probes=1, offset=-1.5)
+    assert head(mx.ones((1, 1))).tolist() == [[10.0, 1.0, 2.5, 2.5]]
+
+
+@pytest.mark.parametrize("n_probes", [1, 2, 3])
+def test_greedy_takes_the_lowest_id_among_equals(n_probes):
+    rows = HeadRows(mx.array([[1.0], [3.0], [3.0], [0.0], [3.0], [2.0], [3.0]]))
+    token_ids = np.array([[4, 2, 7], [6, 1, 0], [5, 3, 7]], dtype=np.uint32)
+    head = known_head(rows, token_ids, [3.0, 2.0, 1.0], n_probes=n_probes)
+    hidden = mx.ones((1, 1))
+    expected = 2 if n_probes == 1 else 1
+    assert head.token(hidden).item() == expected
+    assert mx.argmax(head(hidden), axis=-1).item() == expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_embedding_is_the_dense_embedding(form):
+    head, rows, _, _ = make_head(form, (203, 64, 8, 5, (1,), ()))
+    tokens = mx.array([[0, 202, 7], [7, 7, 100]])
+    expected = rows.take(tokens).dequantized()
+    actual = head.embedding(tokens)
+    assert actual.dtype == expected.dtype
+    assert mx.array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_is_evaluated(form):
+    """Within a transformation MLX refuses to evaluate, so a head that did would raise."""
+    head, _, _, hidden = make_head(form, (203, 64, 8, 5, (3, 5), (202,)))
+
+    def everything(hidden):
+        logits, tokens = head(hidden), head.token(hidden)
+        with head.dense():
+            dense = head(hidden)
+        with head.drawn_probes(1.0):
+            drawn = head(hidden)
+        return logits, tokens, dense, drawn, *head.candidates(hidden), head.cluster_scores(hidden)
+
+    outputs = mx.compile(everything)(hidden)
+    assert [output.shape for output in outputs[:2]] == [(3, 5, 203), (3, 5)]
+    with pytest.raises(ValueError, match="eval"):  # what it looks like when something is
+        mx.compile(lambda x: head(x).max().item())(hidden)

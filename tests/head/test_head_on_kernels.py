@@ -1,0 +1,197 @@
+"""FlashHead on the Metal kernels: positions of any shape, and the path chosen on installation.
+
+On a Mac they run on the GPU, elsewhere on the emulator, with the same assertions.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from kernel_cases import (
+    ROUNDING,
+    kernels,
+    make_centroids,
+    make_rows,
+    on_gpu,
+    products,
+    to_numpy,
+)
+from mlx_flashhead import get_flash_head
+from mlx_flashhead.head.flash_head import BACKEND_VARIABLE, FlashHead
+from mlx_flashhead.models.install import install
+
+VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS, N_PROBES = 157, 128, 8, 20, 9
+SHAPES = [(), (1, 1), (2, 1), (1, 2), (5, 1), (1, 5), (32, 1), (1, 32), (4, 8), (2, 1, 3)]
+
+
+def parts(*, bits=4, dtype=mx.float32, mode="affine", group_size=64):
+    """Rows, clusters and centroids; three slots are padded."""
+    rng = np.random.default_rng(0)
+    rows = make_rows(
+        rng, VOCAB_SIZE, HIDDEN_SIZE, bits=bits, group_size=group_size, mode=mode, dtype=dtype
+    )
+    token_ids = rng.permutation(N_CLUSTERS * CLUSTER_SIZE).reshape(N_CLUSTERS, CLUSTER_SIZE)
+    centroids = make_centroids(rng, N_CLUSTERS, HIDDEN_SIZE, group_size=64)
+    return rows, np.minimum(token_ids, VOCAB_SIZE), centroids
+
+
+def make_head(backend=None, n_probes=N_PROBES, **form) -> FlashHead:
+    return FlashHead(*parts(**form), n_probes=n_probes, eos_token_ids=(3,), backend=backend)
+
+
+@pytest.fixture
+def no_variable(monkeypatch):
+    """The environment does not name a path."""
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+
+
+class TestShapes:
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+    def test_every_shape_gives_what_its_positions_give_one_by_one(self, dtype):
+        """A position's result depends on nothing beside it: not on B, on L, or on their product."""
+        hidden = mx.random.normal((32, HIDDEN_SIZE), key=mx.random.key(1)).astype(dtype)
+        # a compiler may contract sums otherwise where positions share a reading of the centroids
+        close = {"rtol": 4 * ROUNDING[dtype], "atol": 1e-5}
+        with kernels():
+            head = make_head("metal", dtype=dtype)
+            assert head.backend == "metal"
+            single = [hidden[i : i + 1] for i in range(32)]
+            full = np.concatenate([to_numpy(head(h)) for h in single])
+            tokens = np.concatenate([to_numpy(head.token(h)) for h in single])
+            np.testing.assert_array_equal(tokens, full.argmax(axis=-1))
+            assert len(set(tokens.tolist())) > 8
+            for shape in SHAPES:
+                n_rows = int(np.prod(shape))
+                states = hidden[:n_rows].reshape(*shape, HIDDEN_SIZE)
+                logits, ids = head(states), head.token(states)
+                assert logits.shape == (*shape, VOCAB_SIZE) and ids.shape == shape
+                flat = to_numpy(logits).reshape(n_rows, VOCAB_SIZE)
+                np.testing.assert_allclose(flat, full[:n_rows], **close)
+                np.testing.assert_array_equal(to_numpy(ids).ravel(), tokens[:n_rows])
+
+    def test_scored_logits_are_the_dense_ones(self):
+        hidden = mx.random.normal((3, 2, HIDDEN_SIZE), key=mx.random.key(2))
+        rows, *rest = parts()
+        with kernels():
+            head = FlashHead(rows, *rest, n_probes=N_PROBES, backend="metal")
+            ids, logits = map(to_numpy, head.candidates(hidden))
+            full = to_numpy(head(hidden))
+        dense, error = products(rows, hidden.reshape(-1, HIDDEN_SIZE))
+        ids, logits = ids.reshape(6, -1), logits.reshape(6, -1)
+        assert ids.shape == (6, N_PROBES * CLUSTER_SIZE)
+        row, column = np.nonzero(ids < VOCAB_SIZE)
+        found, tokens = logits[row, column], ids[row, column]
+        assert (np.abs(found - dense[row, tokens]) <= error[row, tokens] + 1e-6).all()
+        np.testing.assert_array_equal(full.reshape(6, -1)[row, tokens], found)
+
+    def test_clusters_of_the_highest_values(self):
+        """As samplers ask for them: grammars rule tokens out by -inf."""
+        values = mx.random.normal((3, VOCAB_SIZE), key=mx.random.key(2))
+        values = mx.where(values < -0.5, -mx.inf, values)
+        values[0, 1:] = -mx.inf  # fewer clusters than are asked for hold anything
+        with kernels():
+            found = make_head("metal").likeliest(values, 5)
+            mx.eval(found)
+        expected = make_head("mlx").likeliest(values, 5)
+        for ids, kept in (found, expected):
+            assert ids.shape == kept.shape == (3, 5 * CLUSTER_SIZE)
+            for row in range(3):
+                real = np.array(ids[row]) < VOCAB_SIZE
+                token_ids, given = np.array(ids[row])[real], to_numpy(kept[row])
+                assert (given[real] == to_numpy(values[row])[token_ids]).all()
+                assert (given[~real] == -np.inf).all()
+        for row in range(1, 3):
+            assert set(found[0][row].tolist()) == set(expected[0][row].tolist())
+        best = np.argsort(-to_numpy(values), axis=-1)[:, :5]
+        assert all(set(best[row]) <= set(found[0][row].tolist()) for row in (1, 2))
+        assert 0 in found[0][0].tolist()
+
+    def test_views_with_strides(self):
+        """The last of several positions, as generation takes it, and every second feature."""
+        states = mx.random.normal((2, 3, 2 * HIDDEN_SIZE), key=mx.random.key(3))
+        for view in (states[:, -1:, :HIDDEN_SIZE], states[:, 1, ::2]):
+            with kernels():
+                head = make_head("metal")
+                packed = mx.array(np.array(view))
+                np.testing.assert_array_equal(to_numpy(head(view)), to_numpy(head(packed)))
+                np.testing.assert_array_equal(head.token(view), head.token(packed))
+
+    def test_kernels_are_left_alone_where_the_head_is_dense(self):
+        """More positions than max_rows, all clusters probed, or a dense block."""
+        hidden = mx.random.normal((1, 33, HIDDEN_SIZE), key=mx.random.key(4))
+        with kernels() as emulator:
+            head = make_head("metal")
+            exact = make_head("metal", n_probes=N_CLUSTERS)
+            dense = head.dense_logits(hidden)
+            assert mx.array_equal(head(hidden), dense)
+            few = hidden[:, :2]
+            assert mx.array_equal(exact(few), exact.dense_logits(few))
+            with head.dense():
+                assert mx.array_equal(head(few), exact.dense_logits(few))
+            assert emulator is None or emulator.dispatches == []
+
+
+class TestChoice:
+    def test_metal_where_there_is_one(self, no_variable):
+        with kernels():
+            assert make_head().backend == "metal"
+            assert make_head("mlx").backend == "mlx"
+
+    @pytest.mark.skipif(on_gpu(), reason="this machine has Metal")
+    def test_portable_where_there_is_none(self, no_variable):
+        assert make_head().backend == "mlx"
+
+    @pytest.mark.skipif(on_gpu(), reason="this machine has Metal")
+    @pytest.mark.parametrize("by", ["argument", "environment"])
+    def test_metal_where_there_is_none_is_one_clear_sentence(self, monkeypatch, by):
+        monkeypatch.setenv(BACKEND_VARIABLE, "metal" if by == "environment" else "mlx")
+        with pytest.raises(ValueError) as error:
+            make_head("metal" if by == "argument" else None)
+        assert str(error.value) == (
+            "The FlashHead backend 'metal' needs an Apple GPU and this machine has none: "
+            "use backend='mlx' or unset MLX_FLASHHEAD_BACKEND."
+        )
+
+    def test_rows_that_the_kernels_do_not_read(self, monkeypatch, no_variable):
+        """Portable without a word where nobody asked; an error where somebody did."""
+        form = {"bits": 8, "group_size": 32, "mode": "mxfp8"}
+        with kernels():
+            assert make_head(**form).backend == "mlx"
+            with pytest.raises(ValueError, match="do not read rows quantized as mxfp8"):
+                make_head("metal", **form)
+            monkeypatch.setenv(BACKEND_VARIABLE, "metal")
+            with pytest.raises(ValueError, match="do not read rows quantized as mxfp8"):
+                make_head(**form)
+
+    def test_chosen_once_on_installation(self, monkeypatch, no_variable):
+        """Neither a call nor a new environment chooses again, or makes kernels anew."""
+        rows, token_ids, centroids = parts(bits=32)
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lm_head = nn.Linear(HIDDEN_SIZE, VOCAB_SIZE, bias=False)
+                self.lm_head.weight = rows.weight
+                self.embed = nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE)
+
+            def __call__(self, ids, cache=None):
+                return self.lm_head(self.embed(ids))
+
+        model = Model()
+        ids = mx.array([[5, 7, 11]])
+        with kernels():
+            install(model, token_ids, centroids, n_probes=N_PROBES)
+            head = get_flash_head(model)
+            assert head.backend == "metal"
+            first = to_numpy(model(ids))
+
+            def refuse(*args, **kwargs):
+                raise AssertionError("a kernel is made, or a path chosen, after the installation")
+
+            with monkeypatch.context() as patch:
+                patch.setenv(BACKEND_VARIABLE, "mlx")
+                patch.setattr(mx.fast, "metal_kernel", refuse)
+                patch.setattr(mx.metal, "is_available", refuse)
+                np.testing.assert_array_equal(to_numpy(model(ids)), first)
+                assert head.copy().backend == head.backend == "metal"

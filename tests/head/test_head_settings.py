@@ -1,0 +1,236 @@
+"""A head's settings: always scored tokens, drawn probes, dense blocks, probes, backends."""
+
+from itertools import permutations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.head.centroids import Centroids
+from mlx_flashhead.head.flash_head import BACKEND_VARIABLE, NEVER_DRAWN, FlashHead, choose_backend
+from mlx_flashhead.head.matrix import HeadRows
+from mlx_flashhead.head.portable import tail_cap
+from tiny_models import fitted, random_clusters, random_rows
+
+VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS = 203, 64, 8, 26
+
+
+def make_head(*, n_probes=4, seed=0, **kwargs):
+    rng = np.random.default_rng(seed)
+    rows = random_rows(rng, VOCAB_SIZE, HIDDEN_SIZE)
+    token_ids = random_clusters(rng, VOCAB_SIZE, CLUSTER_SIZE)
+    centroids = fitted(rows, token_ids)
+    head = FlashHead(rows, token_ids, centroids, n_probes=n_probes, backend="mlx", **kwargs)
+    return head, rows, mx.array(rng.normal(size=(3, 5, HIDDEN_SIZE)).astype(np.float32))
+
+
+def head_of_scores(scores, *, cluster_size=2, **kwargs):
+    """A head whose stage 1 gives ``scores`` (C,), whatever the state; tokens c·n … belong to c."""
+    n_clusters = len(scores)
+    vocab_size = n_clusters * cluster_size
+    rows = HeadRows(mx.random.normal((vocab_size, 32), key=mx.random.key(0)))
+    centroids = Centroids(
+        mx.zeros((n_clusters, 32)),
+        None,
+        None,
+        mx.array(scores, dtype=mx.float32),
+        mx.zeros((n_clusters,)),
+        0,
+        32,
+    )
+    token_ids = np.arange(vocab_size).reshape(n_clusters, cluster_size)
+    return FlashHead(rows, token_ids, centroids, backend="mlx", **kwargs), rows
+
+
+def scored(head, hidden) -> list[set[int]]:
+    """The tokens that are scored for each state."""
+    ids, _ = head.candidates(hidden)
+    return [set(row) - {head.vocab_size} for row in np.array(ids).reshape(-1, ids.shape[-1])]
+
+
+def test_eos_is_always_scored():
+    head, _ = head_of_scores([5.0, 4, 3, 2, -1e6, 1], n_probes=2, eos_token_ids=(9, 8, -1, 500))
+    assert scored(head, mx.zeros((3, 32))) == [{0, 1, 8, 9}] * 3
+    logits = head(mx.ones((1, 32)))
+    dense = head.dense_logits(mx.ones((1, 32)))
+    assert mx.array_equal(logits[:, 8:10], dense[:, 8:10])
+
+
+def test_more_eos_clusters_than_probes():
+    head, _ = head_of_scores([5.0, 4, 3, 2, -1e6, 1], n_probes=1, eos_token_ids=(4, 9))
+    (tokens,) = scored(head, mx.zeros((1, 32)))
+    assert tokens in ({4, 5}, {8, 9})
+    assert np.isfinite(np.array(head(mx.ones((1, 32))))).all()
+
+
+@pytest.mark.parametrize("n_probes", [1, 2, 3])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_drawn_probes_have_the_papers_distribution(n_probes, temperature):
+    """Without replacement from softmax(S / T): all ordered draws are enumerated."""
+    scores = np.array([1.0, 0.5, 0.0, -0.5, 2.0])
+    share = np.exp(scores / temperature)
+    expected: dict[frozenset, float] = {}
+    for order in permutations(range(5), n_probes):
+        probability, left = 1.0, share.sum()
+        for cluster in order:
+            probability *= share[cluster] / left
+            left -= share[cluster]
+        chosen = frozenset(order)
+        expected[chosen] = expected.get(chosen, 0) + probability
+    n_draws = 4000
+    head, _ = head_of_scores(scores, n_probes=n_probes, max_rows=n_draws)
+    mx.random.seed(0)
+    with head.drawn_probes(temperature):
+        draws = scored(head, mx.zeros((n_draws, 32)))
+    found = [frozenset(token // 2 for token in draw) for draw in draws]
+    assert set(found) <= set(expected)
+    for chosen, probability in expected.items():
+        deviation = 5 * np.sqrt(probability * (1 - probability) / n_draws)
+        assert found.count(chosen) / n_draws == pytest.approx(probability, abs=deviation + 1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_only_drawn_tokens_can_be_sampled(temperature):
+    head, rows, hidden = make_head(n_probes=3, eos_token_ids=(17,), max_rows=2000)
+    hidden = mx.tile(hidden[0, :1], (2000, 1))
+    mx.random.seed(1)
+    with head.drawn_probes(temperature):
+        logits = head(hidden)
+    mx.eval(logits)
+    values, dense = np.array(logits), np.array(rows.matmul(hidden))
+    assert np.isfinite(values).all()
+    can_be_drawn = values > NEVER_DRAWN / 2
+    counts = can_be_drawn.sum(axis=1)
+    assert counts.min() >= 3 * (CLUSTER_SIZE - 1)
+    assert counts.max() <= 3 * CLUSTER_SIZE
+    assert can_be_drawn[:, 17].all()
+    assert np.allclose(values[can_be_drawn], dense[can_be_drawn], atol=1e-4)
+    tokens = np.array(mx.random.categorical(logits / temperature))
+    assert can_be_drawn[np.arange(2000), tokens].all()
+    assert len({row.tobytes() for row in can_be_drawn}) > 1
+
+
+def test_drawn_probes_ends_with_its_block():
+    head, _, hidden = make_head(n_probes=3)
+    before = head(hidden)
+    with head.drawn_probes(1.0):
+        with pytest.raises(RuntimeError), head.drawn_probes(2.0):
+            raise RuntimeError
+        assert not mx.array_equal(head(hidden), before)
+    assert mx.array_equal(head(hidden), before)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+def test_drawn_probes_needs_a_temperature(temperature):
+    head, _, _ = make_head()
+    with pytest.raises(ValueError, match=r"temperature of the draw.*must be above 0"):
+        head.drawn_probes(temperature).__enter__()
+
+
+def test_dense_block():
+    head, rows, hidden = make_head(eos_token_ids=(3,))
+    sparse, expected = head(hidden), rows.matmul(hidden)
+    with head.dense() as same:
+        assert same is head
+        assert mx.allclose(head(hidden), expected, rtol=0, atol=1e-4)
+        assert mx.array_equal(head.token(hidden), mx.argmax(expected, axis=-1))
+        assert scored(head, hidden) == [set(range(VOCAB_SIZE))] * 15
+        with pytest.raises(RuntimeError), head.dense():
+            raise RuntimeError
+        assert mx.allclose(head(hidden), expected, rtol=0, atol=1e-4)
+    assert mx.array_equal(head(hidden), sparse)
+    assert head.n_probes == 4
+
+
+@pytest.mark.parametrize("max_rows", [1, 14, 15])
+def test_many_positions_are_dense(max_rows):
+    head, rows, hidden = make_head(n_probes=2, max_rows=max_rows)
+    expected = rows.matmul(hidden)
+    is_dense = mx.allclose(head(hidden), expected, rtol=0, atol=1e-4).item()
+    assert is_dense == (max_rows < 15)
+    together = head(hidden[:, :1]) if max_rows >= 3 else head(hidden[:1, :1])
+    assert not mx.allclose(together, expected[: together.shape[0], :1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_probes", [1, 7, N_CLUSTERS, np.int64(3)])
+def test_n_probes_that_are_allowed(n_probes):
+    head, _, hidden = make_head()
+    head.n_probes = n_probes
+    assert type(head.n_probes) is int
+    assert head.candidates(hidden)[0].shape == (3, 5, n_probes * CLUSTER_SIZE)
+
+
+@pytest.mark.parametrize("n_probes", [0, -1, N_CLUSTERS + 1, 10**9])
+def test_n_probes_out_of_range(n_probes):
+    head, _, _ = make_head()
+    with pytest.raises(ValueError, match=rf"{n_probes}, but .* 26 clusters: choose 1 to 26\.$"):
+        head.n_probes = n_probes
+    assert head.n_probes == 4
+    with pytest.raises(ValueError, match="choose 1 to 26"):
+        make_head(n_probes=n_probes)
+
+
+@pytest.mark.parametrize("n_probes", [True, 2.0, "4", None])
+def test_n_probes_of_another_type(n_probes):
+    head, _, _ = make_head()
+    with pytest.raises(ValueError, match="n_probes must be a whole number, not"):
+        head.n_probes = n_probes
+
+
+def test_copy_shares_arrays_but_not_settings():
+    head, _, hidden = make_head()
+    copied = head.copy()
+    copied.n_probes = 9
+    assert head.n_probes == 4
+    assert copied.candidates(hidden)[0].shape[-1] == 9 * CLUSTER_SIZE
+    assert [id(a) for a in copied.arrays()] == [id(a) for a in head.arrays()]
+    with copied.dense():
+        assert head.candidates(hidden)[0].shape[-1] == 4 * CLUSTER_SIZE
+
+
+def test_repr_says_what_it_is():
+    head, _, _ = make_head()
+    assert repr(head) == (
+        "FlashHead(vocab_size=203, hidden_size=64, n_clusters=26, cluster_size=8, n_probes=4, "
+        "backend='mlx')"
+    )
+
+
+def test_tail_cap():
+    best = mx.array([-6400.0, -64.0, -10.0, 0.0, 64.0, 128.0, 6400.0])
+    assert tail_cap(best).tolist() == [-6500, -65, -11, -1, 63, 126, 6300]
+    assert tail_cap(best.astype(mx.float16)).dtype == mx.float32
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+
+
+def test_backend_is_chosen(monkeypatch, no_gpu):
+    assert choose_backend() == choose_backend("mlx") == "mlx"
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert choose_backend() == choose_backend("metal") == "metal"
+    monkeypatch.setenv(BACKEND_VARIABLE, "mlx")
+    assert choose_backend() == "mlx"
+    assert choose_backend("metal") == "metal"  # an argument goes before the environment
+    monkeypatch.setenv(BACKEND_VARIABLE, "")
+    assert choose_backend() == "metal"
+
+
+def test_unknown_backend(monkeypatch, no_gpu):
+    with pytest.raises(ValueError, match="Unknown FlashHead backend 'cuda': choose metal or mlx"):
+        choose_backend("cuda")
+    monkeypatch.setenv(BACKEND_VARIABLE, "gpu")
+    with pytest.raises(ValueError, match="Unknown FlashHead backend 'gpu'"):
+        choose_backend()
+
+
+def test_metal_without_a_gpu(monkeypatch, no_gpu):
+    message = rf"needs an Apple GPU.*use backend='mlx' or unset {BACKEND_VARIABLE}\.$"
+    with pytest.raises(ValueError, match=message):
+        choose_backend("metal")
+    monkeypatch.setenv(BACKEND_VARIABLE, "metal")
+    with pytest.raises(ValueError, match=message):
+        choose_backend()

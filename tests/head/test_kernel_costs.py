@@ -1,0 +1,229 @@
+"""What the Metal kernels cost, in dispatches and bytes, and the forms their file is taken in."""
+
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
+from mlx_flashhead.head import kernels as module
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.kernels import SELECT_SOURCE, MetalSteps, kernel_source
+
+XCODE = (
+    shutil.which("xcrun")
+    and not subprocess.run(
+        ["xcrun", "-sdk", "macosx", "metal", "--version"], capture_output=True
+    ).returncode
+)
+emulator_only = pytest.mark.skipif(on_gpu(), reason="counts and checks of the emulator")
+LINE = 128
+
+
+class TestGraph:
+    """What stands between hidden states and result, in MLX's own graph.
+
+    Exporting records custom kernels on a machine without Metal too, and lists every primitive: so
+    it is MLX itself that is asked, with the text and the arguments that a Mac would get.
+    """
+
+    @staticmethod
+    def primitives(function, *inputs) -> Counter:
+        found = Counter()
+
+        def note(event):
+            if event["type"] == "primitive":
+                found[event["name"]] += 1
+
+        mx.export_function(note, function, *inputs)
+        return found
+
+    @staticmethod
+    def head(monkeypatch, dtype, bits) -> FlashHead:
+        rng = np.random.default_rng(0)
+        rows = make_rows(rng, 157, 128, bits=bits, group_size=64, dtype=dtype)
+        bias = mx.array(rng.normal(size=157)).astype(dtype)
+        rows = type(rows)(**{**rows.__dict__, "bias": bias})
+        centroids = make_centroids(rng, 20, 128, group_size=64)
+        token_ids = np.minimum(rng.permutation(160), 157).reshape(20, 8)
+        monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+        head = FlashHead(
+            rows, token_ids, centroids, n_probes=6, eos_token_ids=(3,), backend="metal"
+        )
+        clustered = head.clustered
+        mx.eval(clustered.rows.arrays(), vars(centroids), clustered.route_bias)
+        return head
+
+    @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 5), (4, 8)])
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+    @pytest.mark.parametrize("bits", [4, 8, 16])
+    def test_four_kernels_and_views(self, monkeypatch, shape, dtype, bits):
+        """Nothing else: no cast, copy, fill, sort, gather or scatter."""
+        head = self.head(monkeypatch, mx.bfloat16, bits)
+        hidden = mx.zeros((*shape, 128), dtype=dtype)
+        for function in (head, head.token):
+            found = self.primitives(function, hidden)
+            assert found.pop("CustomKernel") == 4
+            assert set(found) <= {"Reshape"}, found  # a view, since the arrays are contiguous
+
+    def test_kernels_get_contiguous_arrays(self, monkeypatch):
+        """MLX would copy any other before each call."""
+        clustered = self.head(monkeypatch, mx.float32, 4).clustered
+        centroids = clustered.centroids
+        arrays = [*clustered.rows.arrays().values(), clustered.token_ids, clustered.slot_of]
+        arrays += [centroids.weight, centroids.tail_offset, clustered.route_bias]
+        for array in arrays:
+            assert memoryview(array).c_contiguous
+
+
+def dispatches_of(clustered, hidden, n_probes):
+    """The emulator's records of a full step and of a greedy one."""
+    with kernels() as emulator:
+        steps = MetalSteps(clustered)
+        scores = steps.route(hidden)
+        selection = steps.select(scores, n_probes)
+        candidates = steps.score(hidden, selection)
+        steps.expand(scores, selection, candidates)
+        steps.token(selection, candidates)
+        steps.token_ids(selection.probes)
+    names = [dispatch.name for dispatch in emulator.dispatches]
+    steps = ("route", "select", "score", "expand", "token", "ids")
+    assert names == [f"flash_head_{step}" for step in steps]
+    return {name.split("_")[-1]: d for name, d in zip(names, emulator.dispatches, strict=True)}
+
+
+def stored_lines(dispatch) -> int:
+    """Bytes of the distinct lines of weights, scales and biases that were read."""
+    stored = [dispatch.buffers.get(name) for name in ("weight", "scales", "biases")]
+    return LINE * sum(traffic.lines_read for traffic in stored if traffic)
+
+
+@emulator_only
+class TestTraffic:
+    @pytest.mark.parametrize(
+        ("hidden_size", "cluster_size", "bits", "group_size", "limit"),
+        [
+            (2048, 16, 4, 64, 1.05),
+            (1024, 16, 4, 64, 1.05),
+            (640, 16, 4, 64, 1.05),
+            (576, 16, 4, 64, 1.05),
+            (1152, 16, 4, 32, 1.05),
+            (2048, 16, 4, 128, 1.05),
+            (2048, 16, 8, 64, 1.05),
+            (576, 16, 16, 0, 1.05),
+            (1024, 8, 4, 64, 1.05),
+            (384, 8, 4, 64, 1.25),  # 96 bytes of scales to a cluster: less than a line
+        ],
+    )
+    def test_bytes_of_route_and_score(self, hidden_size, cluster_size, bits, group_size, limit):
+        """Distinct lines near the bytes needed, and no byte of weights twice."""
+        rng = np.random.default_rng(1)
+        n_clusters, n_probes = 256, 24
+        rows = make_rows(
+            rng,
+            n_clusters * cluster_size,
+            hidden_size,
+            bits=bits,
+            group_size=group_size,
+            dtype=mx.bfloat16,
+        )
+        centroids = make_centroids(rng, n_clusters, hidden_size, group_size=64)
+        clustered = cluster(rng, rows, centroids, cluster_size)
+        hidden = mx.array(rng.normal(size=(1, hidden_size))).astype(mx.bfloat16)
+        found = dispatches_of(clustered, hidden, n_probes)
+
+        centroid_bytes = sum(
+            array.nbytes for array in (centroids.weight, centroids.scales, centroids.biases)
+        )
+        row_bytes = sum(array.nbytes for array in clustered.rows.arrays().values())
+        needed = {"route": centroid_bytes, "score": row_bytes * n_probes // n_clusters}
+        for name, n_bytes in needed.items():
+            assert stored_lines(found[name]) <= limit * n_bytes, name
+            weight = found[name].buffers["weight"]
+            assert weight.reads == weight.distinct_bytes_read
+
+    def test_positions_share_one_reading_of_the_centroids(self):
+        rng = np.random.default_rng(2)
+        rows = make_rows(rng, 16 * 32, 576, bits=4, group_size=64, dtype=mx.bfloat16)
+        clustered = cluster(rng, rows, make_centroids(rng, 32, 576, group_size=64), 16)
+        for n_rows, readings in ((1, 1), (2, 1), (4, 1), (5, 2), (32, 8)):
+            hidden = mx.array(rng.normal(size=(n_rows, 576))).astype(mx.bfloat16)
+            weight = dispatches_of(clustered, hidden, 4)["route"].buffers["weight"]
+            assert weight.reads == readings * weight.bytes
+
+    def test_threadgroup_memory_and_barriers(self):
+        """As the file's head states them."""
+        rng = np.random.default_rng(3)
+        rows = make_rows(rng, 16 * 40, 64, bits=4, group_size=64, dtype=mx.bfloat16)
+        clustered = cluster(rng, rows, make_centroids(rng, 40, 64, group_size=64), 16)
+        hidden = mx.array(rng.normal(size=(2, 64))).astype(mx.bfloat16)
+        found = dispatches_of(clustered, hidden, 9)
+        barriers = {name: dispatch.barriers for name, dispatch in found.items()}
+        assert barriers == {"route": 0, "select": 17, "score": 1, "expand": 1, "token": 2, "ids": 0}
+        assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 8360
+
+
+class TestText:
+    """The file itself, in the forms in which others than this package take it."""
+
+    @emulator_only
+    def test_compiles_by_itself(self, tmp_path):
+        from metal_emulator import KernelFault, check_standalone
+
+        path = tmp_path / "flash_head.metal"
+        path.write_text(kernel_source())
+        check_standalone(path)
+        path.write_text(kernel_source().replace("scores, n_hidden, group,", "scores, group,"))
+        with pytest.raises(KernelFault):  # so the wrappers at its end were compiled, too
+            check_standalone(path)
+
+    @pytest.mark.skipif(not XCODE, reason="no Metal compiler: that takes a Mac with Xcode")
+    def test_compiles_with_apples_compiler(self, tmp_path):
+        path, made = tmp_path / "flash_head.metal", tmp_path / "flash_head.air"
+        path.write_text(kernel_source())
+        for sdk in ("macosx", "iphoneos"):
+            command = ["xcrun", "-sdk", sdk, "metal", "-c", path, "-o", made]
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            assert made.stat().st_size > 0
+
+    def test_is_the_file_of_this_installation(self):
+        folder = Path(module.__file__).parents[1]
+        texts = [
+            path.read_text(encoding="utf-8")
+            for path in (
+                folder / "metal" / "flash_head.metal",
+                folder.parent / "metal" / "flash_head.metal",
+            )
+            if path.is_file()
+        ]
+        assert kernel_source() == texts[0]
+        assert "#include <metal_stdlib>" in texts[0] and texts[0].count("#include") == 1
+
+    def test_serves_as_a_header_with_the_macro(self):
+        """As an application takes it: unchanged, behind one line."""
+        rng = np.random.default_rng(4)
+        scores = mx.array(rng.normal(size=(2, 70)).astype(np.float32))
+        with kernels():
+            kernel = mx.fast.metal_kernel(
+                name="select_of_an_application",
+                input_names=["scores"],
+                output_names=["probes", "ranks"],
+                header=f"#define FLASH_HEAD_JIT 1\n{kernel_source()}",
+                source=SELECT_SOURCE,
+            )
+            probes, ranks = kernel(
+                inputs=[scores],
+                template=[("C", 70), ("P", 9)],
+                grid=(512, 2, 1),
+                threadgroup=(512, 1, 1),
+                output_shapes=[(2, 9), (2, 70)],
+                output_dtypes=[mx.uint32, mx.uint32],
+            )
+            mx.eval(probes, ranks)
+        best = np.sort(np.argsort(-to_numpy(scores), axis=-1)[:, :9], axis=-1)
+        np.testing.assert_array_equal(to_numpy(probes), best)

@@ -1,0 +1,77 @@
+"""Products in blocks and by columns, for CPUs; the steps are tested in `test_head.py`."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.head import portable
+from mlx_flashhead.head.clustered import ClusteredRows
+from mlx_flashhead.head.portable import (
+    PortableSteps,
+    blocked_product,
+    for_portable_steps,
+    in_blocks,
+)
+from tiny_models import fitted, random_clusters, random_rows
+
+
+@pytest.mark.parametrize("n_states", [1, 3, 32])
+@pytest.mark.parametrize("n_rows, hidden_size", [(1, 8), (12, 8), (13, 8), (97, 24), (256, 16)])
+@pytest.mark.parametrize("block_products", [1, 50, 500, 100_000])
+def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_size, block_products):
+    monkeypatch.setattr(portable, "BLOCK_PRODUCTS", block_products)
+    rng = np.random.default_rng(n_rows)
+    hidden = rng.normal(size=(n_states, hidden_size)).astype(np.float32)
+    weight = rng.normal(size=(n_rows, hidden_size)).astype(np.float32)
+    found = np.array(blocked_product(mx.array(hidden), in_blocks(mx.array(weight))))
+    assert len(found) == n_states and n_rows <= found.shape[1]
+    np.testing.assert_allclose(found[:, :n_rows], hidden @ weight.T, rtol=1e-4, atol=1e-5)
+    assert not found[:, n_rows:].any()
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "hidden_size", "blocks", "rows"),
+    [(3072, 576, 4, 768), (8016, 2048, 33, 256), (7, 8, 1, 16), (49152, 576, 57, 864)],
+)
+def test_blocks_are_equal_and_of_whole_vectors(n_rows, hidden_size, blocks, rows):
+    assert in_blocks(mx.zeros((n_rows, hidden_size))).shape == (blocks, rows, hidden_size)
+
+
+def test_blocks_stay_within_what_is_read_as_it_lies():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        n_rows, hidden_size = int(rng.integers(1, 9000)), int(rng.integers(8, 4097))
+        n_blocks, block, _ = in_blocks(mx.zeros((n_rows, hidden_size))).shape
+        assert block * hidden_size <= portable.BLOCK_PRODUCTS + 16 * hidden_size
+        assert n_rows <= n_blocks * block
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "by_column"),
+    [(None, mx.float32, True), (None, mx.bfloat16, False), (None, mx.float16, False),
+     (4, mx.float32, False)],
+)  # fmt: skip
+def test_columns_are_for_what_a_blas_multiplies(bits, dtype, by_column):
+    rng = np.random.default_rng(0)
+    rows = random_rows(rng, 61, 32, bits=bits, dtype=dtype)
+    token_ids = random_clusters(rng, 61, 8)
+    clustered = ClusteredRows.build(rows, token_ids, fitted(rows, token_ids))
+    on_cpu = mx.default_device().type == mx.cpu
+    assert for_portable_steps(clustered).by_column == (by_column and on_cpu)
+
+
+@pytest.mark.parametrize("n_states", [1, 2, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_both_layouts_give_the_same(n_states, bias):
+    rng = np.random.default_rng(n_states)
+    rows = random_rows(rng, 61, 32, bias=bias)
+    token_ids = random_clusters(rng, 61, 8)
+    clustered = ClusteredRows.build(rows, token_ids, fitted(rows, token_ids))
+    hidden = mx.array(rng.normal(size=(n_states, 32)).astype(np.float32))
+    found = []
+    for layout in (clustered, clustered.in_columns()):
+        steps = PortableSteps(layout)
+        selection = steps.select(steps.route(hidden), 3)
+        found.append((steps.dense(hidden), steps.score(hidden, selection).logits))
+    for by_row, by_column in zip(*found, strict=True):
+        np.testing.assert_allclose(np.array(by_row), np.array(by_column), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,106 @@
+"""Tiny models of every architecture that mlx-lm has, and what FlashHead says to their heads."""
+
+import importlib
+import json
+import re
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm import models
+
+from architecture_configs import COMMON, OVERRIDES, VOCAB_SIZE
+from mlx_flashhead.conversion.quantization import set_bits
+from mlx_flashhead.models.compat import quantize_model
+from mlx_flashhead.models.locate import find_head
+from model_folders import write_tokenizer
+
+TYING_FLAGS = ("tie_word_embeddings", "share_input_output_layers", "weight_tying")
+GROUP_SIZE = 64
+# Its fused layers do not take mlx-lm's own arguments: the head alone is quantized.
+NOT_QUANTIZED_BY_MLX_LM = ("afm7",)
+
+
+def architectures() -> list[str]:
+    """The names of mlx-lm's architectures, found without importing them."""
+    files = [path for folder in models.__path__ for path in Path(folder).glob("*.py")]
+    defines = re.compile(r"^class ModelArgs\b|^from .+ import .*\bModelArgs\b", re.MULTILINE)
+    return sorted(path.stem for path in files if defines.search(path.read_text(encoding="utf-8")))
+
+
+def tiny_architecture(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
+    """A random float32 model of a few layers, not evaluated.
+
+    Args:
+        name: A module of ``mlx_lm.models``.
+        tied: What the configuration asks for; some architectures do not care.
+        seed: Of the weights.
+
+    Raises:
+        ImportError: If mlx-lm cannot import the architecture here.
+    """
+    printed = StringIO()
+    try:
+        with redirect_stdout(printed):
+            architecture = importlib.import_module(f"mlx_lm.models.{name}")
+    except SystemExit:
+        raise ImportError(printed.getvalue().strip()) from None
+    mx.random.seed(seed)
+    known = architecture.ModelArgs.__dataclass_fields__
+    config = {key: value for key, value in _config(name, tied).items() if key in known}
+    model = architecture.Model(architecture.ModelArgs.from_dict(config))
+    if tied:
+        _tie_by_checkpoint(model)
+    if name == "phi3small":  # it writes to tokens that lie beyond a small vocabulary
+        model._dummy_tokenizer_ids = mx.array([VOCAB_SIZE - 3, VOCAB_SIZE - 1])
+    model.update(tree_map_with_path(_stirred, model.parameters()))
+    model.eval()
+    return model
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """The model as ``mlx_lm.convert -q`` quantizes it, to 4 bits but for what it says itself."""
+    with redirect_stdout(StringIO()):
+        if model.model_type in NOT_QUANTIZED_BY_MLX_LM:
+            path = find_head(model).path
+            return set_bits(model, {}, path, None, 4)[0]
+        return quantize_model(model, {}, GROUP_SIZE, 4)[0]
+
+
+def write_architecture(folder: Path, name: str, *, tied: bool) -> Path:
+    """Writes a tiny model as mlx-lm does, or a stand-in where mlx-lm cannot import its code."""
+    try:
+        weights = tree_flatten(tiny_architecture(name, tied=tied).parameters(), destination={})
+    except ImportError:
+        weights = {"weight": mx.zeros((1,))}
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(_config(name, tied)))
+    write_tokenizer(folder)
+    return folder
+
+
+def _config(name: str, tied: bool) -> dict:
+    own = OVERRIDES.get(name, {})
+    own = own(tied) if callable(own) else own
+    config = COMMON | dict.fromkeys(TYING_FLAGS, tied) | {"model_type": name} | own
+    return config | {"text_config": config}
+
+
+def _tie_by_checkpoint(model: nn.Module) -> None:
+    """Some architectures drop their head when the checkpoint has none, whatever is configured."""
+    for module in model.modules():
+        if type(module).__module__.endswith((".gemma3_text", ".recurrent_gemma")):
+            getattr(module, "sanitize", dict)({})
+
+
+def _stirred(path: str, array: mx.array) -> mx.array:
+    """Random values in place of those that start as zeros or ones, such as biases and scales."""
+    if array.dtype in (mx.uint8, mx.uint32):  # packed weights
+        return mx.random.randint(0, 2**31 - 1, array.shape).astype(array.dtype)
+    if not mx.issubdtype(array.dtype, mx.floating) or path.endswith(".signs"):
+        return array
+    return array + 0.05 * mx.random.normal(array.shape, dtype=array.dtype)

@@ -1,0 +1,139 @@
+"""Heads for the kernels' tests and report: random ones, and what they must compute, in numpy."""
+
+import contextlib
+from itertools import combinations, product
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashhead.head.centroids import Centroids
+from mlx_flashhead.head.clustered import ClusteredRows
+from mlx_flashhead.head.matrix import HeadRows
+
+# Half a unit in the last place, relative.
+ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
+# Error of a float32 sum, relative to the sum of its terms' magnitudes. A lane adds D/32 terms one
+# after the other, and the simdgroup 32 sums, so that this holds with room for D up to 2,560.
+SUMMATION = 2e-6
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def on_gpu() -> bool:
+    """Whether the tests of this run use a real GPU."""
+    return mx.metal.is_available()
+
+
+@contextlib.contextmanager
+def kernels(**options):
+    """Within the block kernels run: on the GPU if there is one, else on the emulator.
+
+    Yields:
+        The emulator, or None on a GPU.
+    """
+    if on_gpu():
+        yield None
+        return
+    from metal_emulator import Emulator
+
+    with Emulator(**options).installed() as emulator:
+        yield emulator
+
+
+def to_numpy(array: mx.array) -> np.ndarray:
+    """The array as numpy; 16-bit floats as float32, exactly."""
+    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+
+
+def make_rows(rng, n_rows, hidden_size, *, bits, group_size, mode="affine", dtype, scale=0.05):
+    """Random HeadRows in token order; ``bits`` of 16 or 32 are not quantized."""
+    weight = mx.array(rng.normal(scale=scale, size=(n_rows, hidden_size)).astype(np.float32))
+    if bits >= 16:
+        return HeadRows(weight.astype(dtype))
+    arrays = mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits, mode=mode)
+    return HeadRows(*arrays, group_size=group_size, bits=bits, mode=mode)
+
+
+def make_centroids(rng, n_clusters, hidden_size, *, group_size, dtype=mx.bfloat16):
+    """Random centroids, 4-bit in groups of ``group_size``; 0 for floats."""
+    bits = 4 if group_size else 16
+    stored = make_rows(rng, n_clusters, hidden_size, bits=bits, group_size=group_size, dtype=dtype)
+    return Centroids(
+        stored.weight,
+        stored.scales,
+        stored.biases,
+        mx.array(rng.normal(size=n_clusters).astype(np.float32)),
+        mx.array(rng.normal(loc=-2.0, size=n_clusters).astype(np.float32)),
+        group_size,
+        bits,
+    )
+
+
+def cluster(rng, rows: HeadRows, centroids: Centroids, cluster_size, forced=()) -> ClusteredRows:
+    """The rows in random clusters; the padded slots are spread over them at random, too."""
+    n_clusters = -(-rows.vocab_size // cluster_size)
+    token_ids = np.full(n_clusters * cluster_size, rows.vocab_size)
+    token_ids[: rows.vocab_size] = np.arange(rows.vocab_size)
+    token_ids = rng.permutation(token_ids).reshape(n_clusters, cluster_size)
+    return ClusteredRows.build(rows, token_ids, centroids, forced)
+
+
+def dequantized(stored) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in float64 and a bound on the magnitudes that are added up for each weight."""
+    weight = to_numpy(stored.weight)
+    if stored.scales is None:
+        weight = weight.astype(np.float64)
+        return weight, np.abs(weight)
+    shifts = np.arange(0, 32, stored.bits, dtype=np.uint32)
+    q = (weight[..., None] >> shifts) & np.uint32(2**stored.bits - 1)
+    q = q.reshape(*weight.shape[:-1], -1)
+    scales = np.repeat(to_numpy(stored.scales).astype(np.float64), stored.group_size, axis=-1)
+    if stored.biases is None:  # mxfp4
+        weight = E2M1[q] * 2.0 ** (scales - 127)
+        return weight, np.abs(weight)
+    biases = np.repeat(to_numpy(stored.biases).astype(np.float64), stored.group_size, axis=-1)
+    return scales * q + biases, np.abs(scales * q) + np.abs(biases)
+
+
+def products(stored, hidden: mx.array) -> tuple[np.ndarray, np.ndarray]:
+    """float64 (R, ...) products with all rows (..., D), and the error float32 sums may have."""
+    weight, magnitude = dequantized(stored)
+    x = to_numpy(hidden).astype(np.float64)
+    return (
+        np.tensordot(x, weight, axes=(1, -1)),
+        SUMMATION * np.tensordot(np.abs(x), magnitude, axes=(1, -1)),
+    )
+
+
+def pairs_of(case: dict) -> set:
+    """All pairs of the case's (factor, value) items."""
+    return set(combinations(case.items(), 2))
+
+
+def covering_cases(factors: dict[str, tuple], valid, cost) -> list[dict]:
+    """Few cases in which each pair of values occurs that any valid case has.
+
+    Greedy: the case with most pairs that are still missing, the cheapest of several.
+
+    Args:
+        factors: Values of each factor.
+        valid: Whether a case may be run.
+        cost: Orders cases that cover equally much.
+    """
+    names = list(factors)
+    cases = [dict(zip(names, values, strict=True)) for values in product(*factors.values())]
+    cases = sorted(filter(valid, cases), key=cost)
+    numbers: dict = {}
+    pairs = np.array(
+        [
+            [numbers.setdefault(pair, len(numbers)) for pair in combinations(case.items(), 2)]
+            for case in cases
+        ]
+    )
+    missing = np.ones(len(numbers), dtype=bool)
+    chosen = []
+    while missing.any():
+        best = int(np.argmax(missing[pairs].sum(axis=1)))
+        missing[pairs[best]] = False
+        chosen.append(cases[best])
+    return chosen

@@ -1,0 +1,74 @@
+"""A server in a process of its own, as a user starts it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from openai import OpenAI
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@dataclass
+class Server:
+    """A server under way.
+
+    Attributes:
+        process: Its process.
+        line: What it printed when it was ready.
+        url: Its address.
+        errors: The file of its standard error.
+    """
+
+    process: subprocess.Popen
+    line: str
+    url: str
+    errors: Path
+
+    def client(self) -> OpenAI:
+        """OpenAI's own client of this server."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def log(self) -> str:
+        """What it has written to standard error."""
+        return self.errors.read_text(encoding="utf-8")
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Ends it by a signal: → (exit code, the rest of its standard output)."""
+        self.process.send_signal(number)
+        output, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, output
+
+
+@contextmanager
+def serving(folder: Path, *arguments) -> Iterator[Server]:
+    """A server on a free port of the loopback interface.
+
+    Args:
+        folder: Where its standard error goes.
+        *arguments: Of ``mlx_flashhead.server``.
+    """
+    command = [sys.executable, "-m", "mlx_flashhead.server", "--port", "0", *map(str, arguments)]
+    cache = folder / "cache"  # no models but those that are named
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HUB_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+    errors = folder / "errors.txt"
+    with errors.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
+        )
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+", line)
+        assert found, f"the server did not start: {errors.read_text()}"
+        yield Server(process, line, found[0], errors)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()

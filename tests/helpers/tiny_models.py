@@ -1,0 +1,164 @@
+"""Tiny models for the tests: random mlx-lm models, heads, clusters and what is fitted to them."""
+
+import importlib
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_flashhead.conversion.fitting import fit_centroids
+from mlx_flashhead.head.centroids import Centroids
+from mlx_flashhead.head.matrix import HeadRows
+from mlx_flashhead.index.files import FlashHeadIndex
+from mlx_flashhead.index.settings import FlashHeadConfig
+from mlx_flashhead.models.locate import find_head
+
+VOCAB_SIZE, HIDDEN_SIZE = 203, 64
+
+_COMMON = {
+    "hidden_size": HIDDEN_SIZE,
+    "num_hidden_layers": 1,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB_SIZE,
+}
+_WITH_HEAD_DIM = _COMMON | {"head_dim": 32}
+# What each architecture needs besides ``vocab_size`` and, where it has the choice, the tying.
+CONFIGS = {
+    "llama": _COMMON,
+    "qwen2": _COMMON,
+    "qwen3": _WITH_HEAD_DIM | {"max_position_embeddings": 512, "rope_theta": 10000.0},
+    "gemma2": _WITH_HEAD_DIM,
+    "gemma3_text": _WITH_HEAD_DIM | {"query_pre_attn_scalar": 32, "sliding_window_pattern": 1},
+    "cohere": _COMMON,
+    "phi": _COMMON | {"partial_rotary_factor": 0.5},
+    "gptj": {"n_embd": HIDDEN_SIZE, "n_layer": 1, "n_head": 2, "rotary_dim": 16, "vocab_size": 203},
+    "helium": _WITH_HEAD_DIM
+    | {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+    },
+    "llama4_text": _WITH_HEAD_DIM
+    | {
+        "intermediate_size_mlp": 128,
+        "rope_theta": 10000.0,
+        "no_rope_layers": [1],
+        "use_qk_norm": False,
+    },
+    "seed_oss": _WITH_HEAD_DIM,
+    "minicpm": _COMMON | {"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 12},
+}
+
+
+def tiny_model(
+    arch: str = "llama",
+    *,
+    tied: bool = True,
+    dtype: mx.Dtype = mx.float32,
+    bits: int | None = None,
+    group_size: int = 32,
+    mode: str = "affine",
+    seed: int = 0,
+    **overrides,
+) -> nn.Module:
+    """A random model, evaluated: weights and biases large enough for logits that differ.
+
+    Args:
+        arch: A module of ``mlx_lm.models``.
+        tied: Whether the head is the embedding.
+        dtype: Of everything that is not quantized.
+        bits: Quantizes the head and the linear layers.
+        group_size: Quantization group.
+        mode: MLX's quantization mode.
+        seed: Of the weights.
+        **overrides: Keys of the configuration.
+    """
+    architecture = importlib.import_module(f"mlx_lm.models.{arch}")
+    config = {"model_type": arch, "tie_word_embeddings": tied, **CONFIGS[arch], **overrides}
+    model = architecture.Model(architecture.ModelArgs.from_dict(config))
+    if arch == "gemma3_text" and tied:
+        model.sanitize({})  # tells by the checkpoint's keys, not by the configuration
+    rng = np.random.default_rng(seed)
+
+    def draw(array):
+        scale = 0.3 if array.ndim > 1 else 0.1
+        values = rng.normal(scale=scale, size=array.shape).astype(np.float32)
+        return mx.array(values + (array.ndim == 1)).astype(dtype)
+
+    model.update(tree_map(draw, model.parameters()))
+    if bits is not None:
+        nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def random_rows(
+    rng: np.random.Generator,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    dtype: mx.Dtype = mx.float32,
+    bits: int | None = None,
+    group_size: int = 32,
+    mode: str = "affine",
+    bias: bool = False,
+) -> HeadRows:
+    """The rows of a random head."""
+    weight = mx.array(rng.normal(scale=0.5, size=(vocab_size, hidden_size)).astype(np.float32))
+    weight = weight.astype(dtype)
+    bias = mx.array(rng.normal(size=vocab_size).astype(np.float32)).astype(dtype) if bias else None
+    if bits is None:
+        return HeadRows(weight, bias=bias)
+    arrays = mx.quantize(weight, group_size=group_size, bits=bits, mode=mode)
+    scales, biases = (*arrays[1:], None)[:2]
+    return HeadRows(arrays[0], scales, biases, bias, group_size=group_size, bits=bits, mode=mode)
+
+
+def random_clusters(rng: np.random.Generator, vocab_size: int, cluster_size: int) -> np.ndarray:
+    """Token ids (C, cluster_size) uint32 in random order; padded slots anywhere, hold V."""
+    n_clusters = -(-vocab_size // cluster_size)
+    padded = n_clusters * cluster_size - vocab_size
+    # dealt out one by one: no cluster is all padding
+    slots = np.full((n_clusters, cluster_size), -1)
+    for i in range(padded):
+        slots[i % n_clusters, rng.choice(np.flatnonzero(slots[i % n_clusters] < 0))] = vocab_size
+    slots[slots < 0] = rng.permutation(vocab_size)
+    return rng.permutation(slots).astype(np.uint32)
+
+
+def fitted(rows: HeadRows, token_ids: np.ndarray, *, seed: int = 0, **kwargs) -> Centroids:
+    """Centroids fitted to random states."""
+    rng = np.random.default_rng(seed)
+    states = rng.normal(size=(50, rows.hidden_size)).astype(np.float32)
+    weight = rows.dequantized().astype(mx.float32)
+    bias = None if rows.bias is None else rows.bias.astype(mx.float32)
+    return fit_centroids(
+        weight, token_ids, states, head_bias=bias, group_size=32, progress=False, **kwargs
+    )
+
+
+def tiny_index(
+    model: nn.Module, *, cluster_size: int = 8, n_probes: int = 4, eos_token_ids=(), seed: int = 0
+) -> FlashHeadIndex:
+    """A FlashHead for ``model``: random clusters, fitted centroids."""
+    rows = find_head(model).rows()
+    token_ids = random_clusters(np.random.default_rng(seed), rows.vocab_size, cluster_size)
+    centroids = fitted(rows, token_ids)
+    config = FlashHeadConfig(
+        n_clusters=len(token_ids),
+        cluster_size=cluster_size,
+        n_probes=n_probes,
+        eos_token_ids=tuple(eos_token_ids),
+        centroid_bits=centroids.bits,
+        centroid_group_size=centroids.group_size,
+        calibration={"source": "none"},
+        report={"agreement": 0.5},
+        fingerprint=rows.fingerprint(),
+    )
+    return FlashHeadIndex(config, token_ids, centroids)

@@ -1,0 +1,271 @@
+"""The FlashHead file: what is written is read back, and what is damaged is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+
+from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, read_index, write_index
+from mlx_flashhead.models.install import get_flash_head
+from mlx_flashhead.models.load import load_dense
+from model_folders import write_model
+from tiny_models import tiny_index
+
+CONVERT = r"convert (it|the model)( again)? with `?mlx_flashhead\.convert"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A folder with FlashHead: 258 tokens in clusters of 8, the last one padded; and its index."""
+    folder = write_model(tmp_path_factory.mktemp("checkpoint") / "model")
+    model = load_dense(folder)[0]
+    index = tiny_index(model, eos_token_ids=(1,))
+    write_index(folder, index)
+    return folder, index
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(original[0], tmp_path / "model")
+
+
+def equal(actual: mx.array | None, expected: mx.array | None) -> bool:
+    if expected is None:
+        return actual is None
+    return actual.dtype == expected.dtype and mx.array_equal(actual, expected)
+
+
+def same(actual, expected) -> bool:
+    centroids = vars(expected.centroids).items()
+    arrays = {name: a for name, a in centroids if a is None or isinstance(a, mx.array)}
+    return (
+        actual.config == expected.config
+        and actual.token_ids.dtype == expected.token_ids.dtype
+        and np.array_equal(actual.token_ids, expected.token_ids)
+        and all(equal(getattr(actual.centroids, name), a) for name, a in arrays.items())
+        and actual.centroids.group_size == expected.centroids.group_size
+        and actual.centroids.bits == expected.centroids.bits
+    )
+
+
+def test_round_trip(original):
+    folder, index = original
+    assert same(read_index(folder), index)
+
+
+@pytest.mark.parametrize("hidden_size", [40, 96])
+def test_round_trip_of_other_widths(hidden_size, tmp_path):
+    """40 is not divisible by any quantization group: the centroids are floats."""
+    folder = write_model(tmp_path / "model", hidden_size=hidden_size)
+    index = tiny_index(load_dense(folder)[0], cluster_size=60)
+    assert index.centroids.quantized == (hidden_size == 96)
+    write_index(folder, index)
+    assert same(read_index(folder), index)
+
+
+def test_writing_again_replaces(folder, original):
+    other = replace(original[1], config=replace(original[1].config, n_probes=7))
+    write_index(folder, other)
+    assert same(read_index(folder), other)
+
+
+def test_configuration_keeps_its_other_keys(original):
+    config = json.loads((original[0] / "config.json").read_text())
+    entry = config.pop(CONFIG_KEY)
+    assert config["model_type"] == "llama"
+    assert config["vocab_size"] == 258
+    assert entry["version"] == 1
+    assert (entry["n_clusters"], entry["cluster_size"], entry["n_probes"]) == (33, 8, 4)
+    assert entry["eos_token_ids"] == [1]
+    assert len(entry["fingerprint"]) == 64
+
+
+def test_plain_mlx_lm_loads_the_dense_model(original):
+    folder, _ = original
+    model, _ = mlx_lm.load(str(folder))
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert mx.array_equal(model.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
+    assert get_flash_head(model) is None
+
+
+def refused(folder, *expected):
+    """Reading raises one sentence with each of the patterns, and how to go on."""
+    with pytest.raises(ValueError) as error:
+        read_index(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    for pattern in expected:
+        error.match(pattern)
+
+
+def test_folder_without_flash_head(tmp_path):
+    folder = write_model(tmp_path / "model")
+    refused(folder, str(folder), "without FlashHead", CONVERT)
+
+
+def test_folder_without_configuration(tmp_path):
+    refused(tmp_path, str(tmp_path), "no model folder: it has no config.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe\x00", b"null"])
+def test_damaged_configuration(folder, content):
+    (folder / "config.json").write_bytes(content)
+    refused(folder, r"config\.json is damaged", "fetch the model again")
+
+
+def test_missing_file(folder):
+    (folder / FILE_NAME).unlink()
+    refused(folder, f"{FILE_NAME} is missing", "fetch the file", CONVERT)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 100, 0.5, 0.99])
+def test_truncated_file(folder, kept):
+    path = folder / FILE_NAME
+    content = path.read_bytes()
+    path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    refused(folder, f"{FILE_NAME} cannot be read", "damaged or incomplete", CONVERT)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        bytes(1000),
+        np.random.default_rng(0).bytes(5000),
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        b"\x02\x00\x00\x00\x00\x00\x00\x00[]",
+        b"\x02\x00\x00\x00\x00\x00\x00\x00{}",
+    ],
+    ids=["zeros", "random", "pointer", "list", "empty"],
+)
+def test_garbage_file(folder, content):
+    (folder / FILE_NAME).write_bytes(content)
+    refused(folder, FILE_NAME, CONVERT)
+
+
+def test_folder_in_place_of_the_file(folder):
+    (folder / FILE_NAME).unlink()
+    (folder / FILE_NAME).mkdir()
+    refused(folder, f"{FILE_NAME} cannot be read", CONVERT)
+
+
+def change_entry(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    config[CONFIG_KEY].update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_other_version(folder, version):
+    change_entry(folder, version=version)
+    refused(folder, rf"config\.json.*version {version!r}.*reads version 1", "update", CONVERT)
+
+
+@pytest.mark.parametrize("entry", [[], "yes", 1, {}])
+def test_entry_that_is_none(folder, entry):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {CONFIG_KEY: entry}))
+    refused(folder, r"config\.json.*version None", CONVERT)
+
+
+@pytest.mark.parametrize("key", ["n_clusters", "cluster_size", "n_probes", "fingerprint"])
+def test_missing_key(folder, key):
+    config = json.loads((folder / "config.json").read_text())
+    del config[CONFIG_KEY][key]
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, rf"config\.json's flash_head entry lacks {key}", CONVERT)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n_probes": "4"},
+        {"n_clusters": 33.0},
+        {"cluster_size": None},
+        {"eos_token_ids": 1},
+        {"eos_token_ids": ["1"]},
+        {"centroid_bits": [4]},
+        {"centroid_group_size": True},
+    ],
+    ids=str,
+)
+def test_value_of_another_type(folder, values):
+    change_entry(folder, **values)
+    refused(folder, r"config\.json.*whole numbers", CONVERT)
+
+
+def test_keys_of_a_later_package_are_ignored(folder, original):
+    change_entry(folder, later="yes")
+    assert same(read_index(folder), original[1])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n_clusters": 32},
+        {"n_clusters": -33},
+        {"cluster_size": 16},
+        {"n_probes": 0},
+        {"n_probes": 34},
+        {"centroid_group_size": 0},
+        {"centroid_group_size": 64},
+        {"centroid_group_size": -32},
+        {"centroid_bits": 8},
+        {"centroid_bits": 0},
+    ],
+    ids=str,
+)
+def test_arrays_that_do_not_fit_the_settings(folder, values):
+    change_entry(folder, **values)
+    refused(folder, f"{FILE_NAME} does not hold the arrays that config.json describes", CONVERT)
+
+
+ARRAYS = [
+    "token_ids",
+    "centroids.weight",
+    "centroids.scales",
+    "centroids.biases",
+    "centroid_bias",
+    "tail_offset",
+]
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("spoil", ["missing", "shorter", "flat", "scalar"])
+def test_array_that_is_not_as_described(folder, name, spoil):
+    path = str(folder / FILE_NAME)
+    arrays, metadata = mx.load(path, return_metadata=True)
+    array = arrays.pop(name)
+    assert set(arrays) | {name} == set(ARRAYS)
+    if spoil != "missing":
+        spoilt = {
+            "shorter": array[:-1],
+            "flat": array.reshape(1, -1),
+            "scalar": array.reshape(-1)[0],
+        }
+        arrays[name] = spoilt[spoil]
+    mx.eval(arrays)
+    mx.save_safetensors(path, arrays, metadata=metadata)
+    refused(folder, FILE_NAME, "does not hold the arrays", CONVERT)
+
+
+def test_token_ids_of_another_type(folder):
+    path = str(folder / FILE_NAME)
+    arrays, metadata = mx.load(path, return_metadata=True)
+    arrays["token_ids"] = arrays["token_ids"].astype(mx.bfloat16)
+    mx.eval(arrays)
+    mx.save_safetensors(path, arrays, metadata=metadata)
+    refused(folder, FILE_NAME, "does not hold the arrays", CONVERT)
+
+
+def test_file_of_another_model(folder, tmp_path):
+    """Its shapes fit, so only the fingerprint tells."""
+    other = write_model(tmp_path / "other", seed=1)
+    write_index(other, tiny_index(load_dense(other)[0], seed=1))
+    shutil.copy(other / FILE_NAME, folder / FILE_NAME)
+    refused(folder, f"{FILE_NAME} belongs to other rows", "fetch both files", CONVERT)

@@ -1,0 +1,276 @@
+"""The names of mlx-lm that this project leans on: there, as they are called, and in one module.
+
+Nothing of the package is imported, so that these tests speak where an import of it would fail.
+"""
+
+import ast
+import importlib
+import inspect
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+CHECKOUT = Path(__file__).parents[2]
+COMPAT = CHECKOUT / "mlx_flashhead" / "compat.py"
+SOURCES = sorted([*CHECKOUT.glob("mlx_flashhead/**/*.py"), *CHECKOUT.glob("scripts/**/*.py")])
+
+# How each function is called here: the parameters that are filled in order, then those by name.
+CALLS = {
+    "mlx_lm.chat.setup_arg_parser": ((), ()),
+    "mlx_lm.convert.configure_parser": ((), ()),
+    "mlx_lm.convert.mixed_quant_predicate_builder": (("recipe", "model", "group_size"), ()),
+    "mlx_lm.evaluate.MLXLM": (
+        ("path_or_hf_repo",),
+        ("max_tokens", "batch_size", "use_chat_template", "sampler"),
+    ),
+    "mlx_lm.evaluate.MLXLM._score_fn": (("self", "inputs"), ("cache", "step_size")),
+    "mlx_lm.evaluate.MLXLM.generate_until": (("self", "requests"), ()),
+    "mlx_lm.evaluate.MLXLM.loglikelihood": (("self", "requests"), ()),
+    "mlx_lm.evaluate.MLXLM.loglikelihood_rolling": (("self", "requests"), ()),
+    "mlx_lm.evaluate.chat_template_fn": ((), ()),
+    "mlx_lm.generate.BatchGenerator": (
+        ("model",),
+        ("stop_tokens", "sampler", "completion_batch_size"),
+    ),
+    "mlx_lm.generate.BatchGenerator.close": (("self",), ()),
+    "mlx_lm.generate.BatchGenerator.insert": (("self", "prompts", "max_tokens"), ()),
+    "mlx_lm.generate.BatchGenerator.next_generated": (("self",), ()),
+    "mlx_lm.generate.generate_step": (
+        ("prompt", "model"),
+        ("max_tokens", "sampler", "logits_processors"),
+    ),
+    "mlx_lm.generate.main": ((), ()),
+    "mlx_lm.generate.setup_arg_parser": ((), ()),
+    "mlx_lm.models.cache.can_trim_prompt_cache": (("cache",), ()),
+    "mlx_lm.models.cache.load_prompt_cache": (("file_name",), ("return_metadata",)),
+    "mlx_lm.models.cache.make_prompt_cache": (("model", "max_kv_size"), ()),
+    "mlx_lm.models.cache.trim_prompt_cache": (("cache", "num_tokens"), ()),
+    "mlx_lm.models.cache.LRUPromptCache": (("max_size",), ()),
+    "mlx_lm.models.cache.LRUPromptCache.fetch_nearest_cache": (("self", "model", "tokens"), ()),
+    "mlx_lm.models.cache.LRUPromptCache.insert_cache": (
+        ("self", "model", "tokens", "prompt_cache"),
+        ("cache_type",),
+    ),
+    "mlx_lm.server.APIHandler": (("response_generator", "args"), ("system_fingerprint",)),
+    "mlx_lm.server.APIHandler._set_completion_headers": (("self", "status_code"), ()),
+    "mlx_lm.server.APIHandler._set_cors_headers": (("self",), ()),
+    "mlx_lm.server.APIHandler.do_GET": (("self",), ()),
+    "mlx_lm.server.APIHandler.do_POST": (("self",), ()),
+    "mlx_lm.server.APIHandler.generate_response": (
+        ("self", "text", "finish_reason"),
+        ("token_logprobs", "top_tokens", "tokens", "tool_calls"),
+    ),
+    "mlx_lm.server.APIHandler.handle_completion": (("self", "request", "stop_words"), ()),
+    "mlx_lm.server.APIHandler.validate_model_parameters": (("self",), ()),
+    "mlx_lm.server.ModelProvider": (("cli_args",), ()),
+    "mlx_lm.server.ModelProvider._load": (
+        ("self", "model_path", "adapter_path", "draft_model_path"),
+        (),
+    ),
+    "mlx_lm.server.ModelProvider.load": (
+        ("self", "model_path", "adapter_path", "draft_model_path"),
+        (),
+    ),
+    "mlx_lm.server.ModelProvider.load_default": (("self",), ()),
+    "mlx_lm.server.ModelProvider.reset": (("self",), ()),
+    "mlx_lm.server.ResponseGenerator": (("model_provider", "prompt_cache"), ()),
+    "mlx_lm.server.ResponseGenerator._generate": (("self",), ()),
+    "mlx_lm.server.ResponseGenerator._next_request": (("self",), ("timeout",)),
+    "mlx_lm.server.ResponseGenerator._run_generate": (("self",), ()),
+    "mlx_lm.server.ResponseGenerator._tokenize": (("self", "tokenizer", "request", "args"), ()),
+    "mlx_lm.server.ResponseGenerator.generate": (
+        ("self", "request", "generation_args", "progress_callback"),
+        (),
+    ),
+    "mlx_lm.server.ResponseGenerator.stop_and_join": (("self",), ()),
+    "mlx_lm.server.get_system_fingerprint": ((), ()),
+    "mlx_lm.server.main": ((), ()),
+    "mlx_lm.utils._download": (("path_or_hf_repo",), ("revision", "allow_patterns")),
+    "mlx_lm.utils.dequantize_model": (("model",), ()),
+    "mlx_lm.utils.quantize_model": (
+        ("model", "config", "group_size", "bits"),
+        ("mode", "quant_predicate"),
+    ),
+    "mlx_lm.utils.save": (
+        ("dst_path", "src_path_or_repo", "model", "tokenizer", "config"),
+        ("donate_model",),
+    ),
+    "mlx_lm.utils.sharded_load": (
+        ("repo", "pipeline_group", "tensor_group"),
+        ("return_config", "tokenizer_config", "trust_remote_code"),
+    ),
+}
+# What only has to be there, and what it has to be.
+VALUES = {
+    "mlx_lm.convert.MODEL_CONVERSION_DTYPES": list,
+    "mlx_lm.generate.BatchResponse": type,
+    "mlx_lm.generate.GenerationResponse": type,
+    "mlx_lm.utils.DEFAULT_ALLOW_PATTERNS": list,
+}
+# Globals that mlx-lm's code looks up, and that a command puts others under.
+REPLACED = {
+    "mlx_lm.generate.main": ("load", "make_sampler", "setup_arg_parser"),
+    "mlx_lm.server.main": ("argparse", "ModelProvider", "run"),
+    "mlx_lm.server.ToolCallFormatter._format": ("json",),
+    "mlx_lm.server.APIHandler.do_POST": ("json",),
+    "mlx_lm.server.APIHandler.handle_completion": ("json",),
+    "mlx_lm.server._make_sampler": ("make_sampler",),
+    "mlx_lm.server.APIHandler.handle_models_request": ("scan_cache_dir",),
+}
+
+
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported_from_mlx_lm(tree):
+    """Dotted name in mlx-lm → the name it has in the file."""
+    return {
+        f"{node.module}.{alias.name}": alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and not node.level
+        if (node.module or "").split(".")[0] == "mlx_lm"
+        for alias in node.names
+    }
+
+
+def users_of(dotted):
+    """Files of the project that use the name, for the message."""
+    name = imported_from_mlx_lm(parsed(COMPAT)).get(dotted, dotted.rsplit(".", 1)[-1])
+    using = [
+        str(path.relative_to(CHECKOUT))
+        for path in SOURCES
+        if path != COMPAT
+        for node in ast.walk(parsed(path))
+        if getattr(node, "id", getattr(node, "attr", None)) == name
+    ]
+    return ", ".join(dict.fromkeys(using)) or "the tests"
+
+
+def found(dotted):
+    """What mlx-lm has under a dotted name, or a failure that says who needs it."""
+    module, *path = dotted.removeprefix("mlx_lm.").split(".")
+    value = importlib.import_module(f"mlx_lm.{module}")
+    for name in path:
+        if not hasattr(value, name):
+            pytest.fail(
+                f"mlx-lm {version('mlx-lm')} has no {dotted} any more, which {users_of(dotted)} "
+                "uses: find what took its place, and change mlx_flashhead/compat.py.",
+                pytrace=False,
+            )
+        value = getattr(value, name)
+    return value
+
+
+@pytest.mark.parametrize("dotted", CALLS)
+def test_functions_take_what_they_are_given(dotted):
+    in_order, by_name = CALLS[dotted]
+    parameters = inspect.signature(found(dotted)).parameters
+    positional = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    ]
+    needed = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    if (
+        positional[: len(in_order)] != list(in_order)
+        or not parameters.keys() >= set(by_name)
+        or not needed <= {*in_order, *by_name}
+    ):
+        pytest.fail(
+            f"mlx-lm {version('mlx-lm')} has changed {dotted} to ({', '.join(parameters)}); "
+            f"{users_of(dotted)} calls it with ({', '.join([*in_order, *by_name])}).",
+            pytrace=False,
+        )
+
+
+@pytest.mark.parametrize("dotted", VALUES)
+def test_values_are_what_they_were(dotted):
+    assert isinstance(found(dotted), VALUES[dotted]), f"{dotted} is used by {users_of(dotted)}"
+
+
+@pytest.mark.parametrize("dotted", REPLACED)
+def test_mlx_lm_looks_up_what_is_replaced(dotted):
+    looked_up = found(dotted).__code__.co_names
+    for name in REPLACED[dotted]:
+        assert name in looked_up, (
+            f"{dotted} does not look {name!r} up any more, under which mlx_flashhead puts another."
+        )
+
+
+def test_adapter_to_lm_eval_looks_up_what_is_replaced():
+    adapter = found("mlx_lm.evaluate.MLXLM")
+    assert "load" in adapter.__init__.__code__.co_names, "see TaskModel in mlx_flashhead/tasks.py"
+    names = adapter.loglikelihood.__code__.co_names
+    assert "_max_tokens" in names, "see TaskModel in mlx_flashhead/tasks.py"
+
+
+def test_every_name_of_compat_is_checked_here():
+    through_compat = set(imported_from_mlx_lm(parsed(COMPAT)))
+    assert through_compat
+    assert through_compat <= {*CALLS, *VALUES}, "give new names a line in CALLS or VALUES"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_private_and_moving_names_stand_in_compat_alone(path):
+    if path == COMPAT:
+        return
+    tree = parsed(path)
+    imported = imported_from_mlx_lm(tree)
+    moving = set(imported_from_mlx_lm(parsed(COMPAT)))
+    private = {dotted for dotted in imported if is_private(dotted)}
+    private |= {
+        f"{ast.unparse(node.value)}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and is_private(node.attr)
+        if isinstance(node.value, ast.Name | ast.Attribute)
+        if ast.unparse(node.value).split(".")[0] in modules_of_mlx_lm(tree)
+    }
+    wrong = private | (moving & imported.keys())
+    assert not wrong, f"{', '.join(sorted(wrong))}: take it from mlx_flashhead/compat.py"
+
+
+def is_private(dotted):
+    return any(part.startswith("_") and part != "__version__" for part in dotted.split("."))
+
+
+def modules_of_mlx_lm(tree):
+    """Names under which a file knows mlx-lm or one of its modules."""
+    names = set(imported_from_mlx_lm(tree).values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {
+                alias.asname or alias.name.split(".")[0]
+                for alias in node.names
+                if alias.name.split(".")[0] == "mlx_lm"
+            }
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").endswith("compat"):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign) and "import_module('mlx_lm" in ast.unparse(node.value):
+            names |= {ast.unparse(target) for target in node.targets}
+    return names
+
+
+@pytest.mark.parametrize("package", ["mlx", "mlx-lm"])
+def test_installed_version_is_a_supported_one(package):
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    ranges = [
+        requirement.specifier
+        for requirement in map(Requirement, project["dependencies"])
+        if requirement.name == package
+    ]
+    assert ranges
+    for supported in ranges:
+        assert {"<", ">="} == {part.operator for part in supported}, f"{package} needs both ends"
+        assert version(package) in supported, (
+            f"{package} {version(package)} is installed, and pyproject.toml asks for {supported}: "
+            "if every test passes with it, widen the range, else install another."
+        )

@@ -1,0 +1,199 @@
+"""FlashHead on a whole model: the same logits, the same parameters, and the way back."""
+
+import gc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+
+from mlx_flashhead.models.install import dense_copy, get_flash_head, install, uninstall
+from mlx_flashhead.models.locate import find_head, recorded_hidden
+from tiny_models import tiny_index, tiny_model
+
+TOKENS = mx.array([[3, 1, 200, 7], [9, 9, 0, 202]])
+TIED, UNTIED, BIAS = {"tied": True}, {"tied": False}, {"arch": "phi"}
+MODELS = {
+    f"{kind}-{form}": head | how
+    for kind, head in {"tied": TIED, "untied": UNTIED, "bias": BIAS}.items()
+    for form, how in {
+        "float32": {},
+        "float16": {"dtype": mx.float16},
+        "bfloat16": {"dtype": mx.bfloat16},
+        "4-bit": {"bits": 4},
+        "4-bit-bfloat16": {"bits": 4, "dtype": mx.bfloat16},
+        "8-bit": {"bits": 8, "group_size": 64},
+        "mxfp4": {"bits": 4, "mode": "mxfp4"},
+    }.items()
+}
+models = pytest.mark.parametrize("how", MODELS.values(), ids=MODELS)
+tied_or_not = pytest.mark.parametrize("how", [TIED, UNTIED, BIAS], ids=["tied", "untied", "bias"])
+
+
+def installed(model, *, n_probes=4, **kwargs):
+    index = tiny_index(model, **kwargs)
+    return install(model, index.token_ids, index.centroids, n_probes=n_probes, backend="mlx")
+
+
+def parameters(model) -> list:
+    """Names, in order, and contents of all parameters."""
+    flat = tree_flatten(model.parameters())
+    return [(name, str(a.dtype), a.shape, bytes(a.view(mx.uint8))) for name, a in flat]
+
+
+def close(actual: mx.array, expected: mx.array) -> bool:
+    rounding = {mx.float32: 1e-5, mx.float16: 1e-2, mx.bfloat16: 1e-1}[expected.dtype]
+    difference = mx.abs(actual.astype(mx.float32) - expected.astype(mx.float32))
+    return actual.dtype == expected.dtype and difference.max().item() <= rounding
+
+
+@models
+def test_all_probes_give_the_models_logits(how):
+    model = tiny_model(**how)
+    dense = model(TOKENS)
+    head = installed(model)
+    assert get_flash_head(model) is head
+    sparse = model(TOKENS)
+    assert sparse.dtype == dense.dtype
+    assert not close(sparse, dense)
+    head.n_probes = head.n_clusters
+    assert close(model(TOKENS), dense)
+    head.n_probes = 4
+    with head.dense():
+        assert close(model(TOKENS), dense)
+
+
+@models
+def test_candidates_have_the_models_logits(how):
+    model = tiny_model(**how)
+    dense = model(TOKENS)
+    location = find_head(model)
+    head = installed(model)
+    with recorded_hidden(location) as states:
+        sparse = model(TOKENS)
+    ids, logits = head.candidates(states[0])
+    assert ids.shape == (2, 4, 4 * 8)
+    expected = mx.take_along_axis(dense, mx.minimum(ids, 202), axis=-1)
+    assert close(mx.where(ids == 203, expected, logits), expected)
+    best = mx.argmax(sparse, axis=-1, keepdims=True)
+    assert (ids == best).any(axis=-1).all()
+
+
+@models
+def test_parameters_are_the_dense_models(how, tmp_path):
+    model = tiny_model(**how)
+    before, module = parameters(model), find_head(model).module
+    weight = mx.array(module.weight)
+    text = repr(model)
+    installed(model)
+    assert parameters(model) == before
+    assert mx.array_equal(module.weight, weight)
+    assert mx.array_equal(module["weight"], weight)
+    assert repr(model) == text
+    file = str(tmp_path / "model.safetensors")
+    model.save_weights(file)
+    fresh = tiny_model(**how, seed=1)
+    assert parameters(fresh) != before
+    fresh.load_weights(file)
+    assert parameters(fresh) == before
+
+
+@models
+def test_uninstalled_model_is_as_it_was(how):
+    model = tiny_model(**how)
+    before, dense = parameters(model), model(TOKENS)
+    classes = [type(module) for module in model.modules()]
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    installed(model)
+    assert [type(m).__name__ for m in model.modules()] == [cls.__name__ for cls in classes]
+    assert all(isinstance(m, cls) for m, cls in zip(model.modules(), classes, strict=True))
+    uninstall(model)
+    assert parameters(model) == before
+    assert [type(module) for module in model.modules()] == classes
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
+    assert mx.array_equal(model(TOKENS), dense)
+    assert get_flash_head(model) is None
+
+
+@tied_or_not
+def test_padding_is_gone_after_uninstalling(how):
+    model = tiny_model(**how)
+    before = parameters(model)
+    installed(model, cluster_size=200, n_probes=1)
+    uninstall(model)
+    assert parameters(model) == before
+
+
+@tied_or_not
+def test_dense_copy_shares_all_but_the_rows(how):
+    model = tiny_model(**how)
+    before, logits = parameters(model), model(TOKENS)
+    body = tree_flatten(model.model.layers[0].parameters(), destination={})
+    head = installed(model)
+    sparse = model(TOKENS)
+    dense = dense_copy(model)
+    assert get_flash_head(dense) is None and get_flash_head(model) is head
+    assert parameters(dense) == before
+    assert mx.array_equal(dense(TOKENS), logits) and mx.array_equal(model(TOKENS), sparse)
+    copied = tree_flatten(dense.model.layers[0].parameters(), destination={})
+    for name, array in body.items():
+        here, there = (np.array(a, copy=False).ctypes.data for a in (array, copied[name]))
+        assert here == there, name
+    with pytest.raises(ValueError, match="no FlashHead"):
+        dense_copy(dense)
+
+
+def test_memory_added_is_the_index():
+    """No second copy of the rows: only centroids and ids are added."""
+    vocab_size, n_clusters = 20_000, 1250
+    model = tiny_model(vocab_size=vocab_size)
+    index = tiny_index(model, cluster_size=16)
+    gc.collect()
+    before = mx.get_active_memory() - sum(array.nbytes for array in stage_1(index.centroids))
+    head = install(model, index.token_ids, index.centroids, n_probes=4, backend="mlx")
+    gc.collect()
+    added = mx.get_active_memory() - before
+    rows = sum(array.nbytes for array in head.clustered.rows.arrays().values())
+    counted = sum(array.nbytes for array in head.arrays()) - rows
+    assert counted == pytest.approx(added, abs=50_000)  # others' arrays may come or go meanwhile
+    centroids = n_clusters * 64 * (0.5 + 4 / 32)  # 4 bits, and two float16 for 32 of them
+    dequantised = n_clusters * 64 * 4
+    per_cluster = 3 * 4 * n_clusters
+    ids = 2 * 4 * vocab_size
+    assert added <= centroids + dequantised + per_cluster + ids + 50_000
+    assert added < rows / 5
+    uninstall(model)
+    del head, index
+    gc.collect()
+    assert mx.get_active_memory() <= before + 50_000
+
+
+def stage_1(centroids) -> list[mx.array]:
+    arrays = (centroids.weight, centroids.scales, centroids.biases)
+    return [*arrays, centroids.bias, centroids.tail_offset]
+
+
+@tied_or_not
+def test_the_prompts_logits_are_never_made(how, monkeypatch):
+    vocab_size, length = 20_000, 1000
+    model = tiny_model(vocab_size=vocab_size, **how)
+    head = installed(model, cluster_size=100)
+    prompt = mx.arange(length) * 7 % vocab_size
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    tokens = [token for token, _ in generate_step(prompt, model, max_tokens=3)]
+    grown = mx.get_peak_memory() - before
+    assert len(tokens) == 3
+    assert grown < length * vocab_size * 4 / 3
+    with head.dense():  # what it looks like when they are made
+        mx.eval(model(prompt[None]))
+    assert mx.get_peak_memory() - before > length * vocab_size * 4
+
+
+@tied_or_not
+def test_nothing_is_evaluated(how):
+    """Within a transformation MLX refuses to evaluate, so a model that did would raise."""
+    model = tiny_model(**how)
+    installed(model)
+    assert mx.compile(lambda tokens: model(tokens))(TOKENS).shape == (2, 4, 203)

@@ -1,0 +1,115 @@
+"""The real model generates through the Metal kernels what it generates on the portable path.
+
+On a Mac they run on the GPU, elsewhere on the emulator, with the same assertions.
+"""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from kernel_cases import kernels, on_gpu, to_numpy
+from mlx_flashhead import generate, get_flash_head, stream_generate, uninstall
+from mlx_flashhead.conversion.indexing import build_index
+from mlx_flashhead.models.load import install_index, load_dense
+from mlx_flashhead.models.locate import find_head, recorded_hidden
+
+pytestmark = pytest.mark.real
+
+N_PROBES = 96
+MAX_TOKENS = 12
+PROMPTS = [
+    "Water boils at a temperature of",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+]
+
+
+@pytest.fixture(scope="module")
+def real(real_model_folder):
+    """The model without a FlashHead, its tokenizer, and an index without calibration."""
+    model, tokenizer, _ = load_dense(real_model_folder)
+    index = build_index(
+        find_head(model).rows(),
+        n_probes=N_PROBES,
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        progress=False,
+    )
+    return model, tokenizer, index
+
+
+def streamed(model, tokenizer, prompt) -> tuple[list[int], str]:
+    """Greedy tokens and their text."""
+    answers = list(stream_generate(model, tokenizer, prompt, max_tokens=MAX_TOKENS))
+    return [answer.token for answer in answers], "".join(answer.text for answer in answers)
+
+
+@pytest.fixture(scope="module")
+def portable(real):
+    """What the portable path generates from each prompt."""
+    model, tokenizer, index = real
+    install_index(model, index, backend="mlx")
+    answers = [streamed(model, tokenizer, prompt) for prompt in PROMPTS]
+    uninstall(model)
+    return answers
+
+
+@pytest.fixture
+def on_kernels(real):
+    """The model with the kernels installed, its tokenizer, and the emulator if there is one."""
+    model, tokenizer, index = real
+    with kernels() as emulator:
+        install_index(model, index, backend="metal")
+        assert get_flash_head(model).backend == "metal"
+        yield model, tokenizer, emulator
+        uninstall(model)
+
+
+@pytest.mark.parametrize("which", range(len(PROMPTS)))
+def test_full_logits_give_the_same_tokens(on_kernels, portable, which):
+    model, tokenizer, emulator = on_kernels
+    found, _ = streamed(model, tokenizer, PROMPTS[which])
+    assert found == portable[which][0]
+    assert len(found) >= 8 and len(set(found)) > 4
+    if not on_gpu():
+        names = [dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches]
+        assert names[:4] == ["route", "select", "score", "expand"]
+        assert names == names[:4] * (len(names) // 4) and len(names) // 4 >= len(found)
+
+
+def test_generate_gives_the_same_text(on_kernels, portable):
+    model, tokenizer, _ = on_kernels
+    text = generate(model, tokenizer, PROMPTS[0], max_tokens=MAX_TOKENS)
+    assert text == portable[0][1] and len(text) > 20
+
+
+def test_greedy_tokens_without_full_logits_are_the_same(on_kernels, portable):
+    """Step by step: the token kernel is asked, and its answer is the next input."""
+    model, tokenizer, emulator = on_kernels
+    head, location = get_flash_head(model), find_head(model)
+    cache = make_prompt_cache(model)
+    ids, found = tokenizer.encode(PROMPTS[0]), []
+    while len(found) < MAX_TOKENS:
+        with recorded_hidden(location) as recorded:
+            model(mx.array(ids)[None], cache=cache)
+        (hidden,) = recorded
+        ids = [head.token(hidden[:, -1]).item()]
+        found += ids
+    assert found == portable[0][0]
+    if not on_gpu():
+        assert emulator.dispatches[-1].name == "flash_head_token"
+
+
+def test_logits_are_the_portable_ones(real, on_kernels):
+    """Beside the tokens the tail, too: all of V, for the states of a whole prompt."""
+    model, tokenizer, _ = on_kernels
+    ids = mx.array(tokenizer.encode(PROMPTS[1]))[None]
+    found = to_numpy(model(ids))[0]
+    index = real[2]
+    uninstall(model)
+    install_index(model, index, backend="mlx")
+    expected = to_numpy(model(ids))[0]
+    assert found.shape == expected.shape == (ids.size, get_flash_head(model).vocab_size)
+    # where two clusters score the same but for rounding, either may be probed
+    same = np.isclose(found, expected, rtol=1e-4, atol=1e-3)
+    assert same.mean() > 0.9999
+    np.testing.assert_array_equal(found.argmax(axis=-1), expected.argmax(axis=-1))

@@ -1,0 +1,244 @@
+"""The head of many architectures is found, and one that cannot be served is refused."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+
+from mlx_flashhead.models.install import get_flash_head, install
+from mlx_flashhead.models.locate import (
+    HeadLocation,
+    check_plain_product,
+    find_head,
+    recorded_hidden,
+)
+from tiny_models import CONFIGS, tiny_index, tiny_model
+
+TOKENS = mx.array([[3, 1, 200, 7, 5], [9, 9, 0, 202, 5]])
+EMBEDDING = "model.embed_tokens"
+# path of the head when tied, and when not; None where there is no such variant
+PATHS = {
+    "llama": (EMBEDDING, "lm_head"),
+    "qwen2": (EMBEDDING, "lm_head"),
+    "qwen3": (EMBEDDING, "lm_head"),
+    "gemma2": (EMBEDDING, None),
+    "gemma3_text": (EMBEDDING, "lm_head"),
+    "cohere": (EMBEDDING, None),
+    "phi": (None, "lm_head"),
+    "gptj": (None, "lm_head"),
+    "helium": (EMBEDDING, "lm_head"),
+    "llama4_text": (None, "output"),
+    "seed_oss": (None, "lm_head"),
+    "minicpm": (None, "lm_head"),
+}
+HEADS = [
+    (arch, tied, path)
+    for arch, paths in PATHS.items()
+    for tied, path in zip((True, False), paths, strict=True)
+    if path is not None
+]
+# What each architecture makes of the head's output.
+AFTER_THE_HEAD = {
+    "gemma2": lambda logits: mx.tanh(logits / 30.0) * 30.0,
+    "cohere": lambda logits: logits * 0.0625,
+}
+heads = pytest.mark.parametrize("arch, tied, path", HEADS)
+
+
+def classes(model) -> dict:
+    """The methods of all classes of modules, by identity."""
+    found = {cls for module in model.modules() for cls in type(module).__mro__}
+    return {cls: dict(vars(cls)) for cls in found if issubclass(cls, nn.Module)}
+
+
+def test_every_tiny_architecture_is_looked_at():
+    assert set(PATHS) == set(CONFIGS)
+
+
+@heads
+@pytest.mark.parametrize("bits", [None, 4])
+def test_head_is_found(arch, tied, path, bits):
+    model = tiny_model(arch, tied=tied, bits=bits)
+    before = classes(model)
+    location = find_head(model)
+    assert classes(model) == before
+    assert location.path == path
+    assert location.module is dict(model.named_modules())[path]
+    assert location.tied == tied
+    rows = location.rows()
+    assert (rows.vocab_size, rows.hidden_size) == (203, 64)
+    assert rows.quantized == (bits is not None)
+    assert rows.bits == bits
+    assert (rows.bias is not None) == (arch in ("phi", "gptj"))
+    check_plain_product(location)
+
+
+@heads
+def test_recorded_states_make_the_logits(arch, tied, path):
+    model = tiny_model(arch, tied=tied)
+    location = find_head(model)
+    before = classes(model)
+    with recorded_hidden(location) as states:
+        logits = model(TOKENS)
+        model(TOKENS[:1, :2])
+    assert classes(model) == before
+    assert [s.shape for s in states] == [(2, 5, 64), (1, 2, 64)]
+    rows = location.rows()
+    expected = states[0] @ rows.weight.T + (0 if rows.bias is None else rows.bias)
+    expected = AFTER_THE_HEAD.get(arch, lambda x: x)(expected)
+    assert mx.allclose(logits, expected, rtol=0, atol=1e-4)
+    model(TOKENS)
+    assert len(states) == 2
+
+
+@heads
+def test_flash_head_on_each_architecture(arch, tied, path):
+    model = tiny_model(arch, tied=tied)
+    dense = model(TOKENS)
+    index = tiny_index(model)
+    head = install(model, index.token_ids, index.centroids, n_probes=4, backend="mlx")
+    assert get_flash_head(model) is head
+    sparse = model(TOKENS)
+    assert not mx.allclose(sparse, dense, atol=1e-4)
+    assert mx.isfinite(sparse).all()
+    head.n_probes = head.n_clusters
+    assert mx.allclose(model(TOKENS), dense, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lazy_model(tied):
+    """Shapes suffice: nothing of the model is evaluated, and weights may be of any value."""
+    model = tiny_model(tied=tied)
+    model.update({"model": {"norm": {"weight": mx.full((64,), float("nan"))}}})
+    assert find_head(model).tied == tied
+    assert mx.compile(lambda tokens: (find_head(model), model(tokens))[1])(TOKENS).shape[-1] == 203
+
+
+@pytest.mark.parametrize("arch", ["llama4_text", "seed_oss", "minicpm"])
+def test_product_that_is_no_call_is_refused(arch):
+    model = tiny_model(arch, tied=True)
+    before = classes(model)
+    with pytest.raises(ValueError) as error:
+        find_head(model)
+    assert classes(model) == before
+    error.match(rf"'{arch}' model cannot be intercepted \(its 203 logits.*\): use it with mlx_lm")
+
+
+def adapted(tied: bool) -> nn.Module:
+    model = tiny_model(tied=tied)
+    if tied:
+        model.model.embed_tokens = LoRAEmbedding.from_base(model.model.embed_tokens)
+    else:
+        model.lm_head = LoRALinear.from_base(model.lm_head)
+    return model
+
+
+@pytest.mark.parametrize("tied, path", [(True, EMBEDDING), (False, "lm_head")])
+def test_adapted_head_is_refused(tied, path):
+    with pytest.raises(
+        ValueError, match=rf"'{path}' carries a LoRA adapter, which must be fused first"
+    ):
+        find_head(adapted(tied))
+
+
+def test_adapters_elsewhere_are_no_hindrance():
+    model = tiny_model(tied=False)
+    layer = model.layers[0].self_attn
+    layer.q_proj = LoRALinear.from_base(layer.q_proj)
+    assert find_head(model).path == "lm_head"
+
+
+class Wrapped(nn.Module):
+    """A model around a model, some of whose logits pass through more than the head."""
+
+    def __init__(self, model, after):
+        super().__init__()
+        self.language_model = model
+        self.after = after
+
+    def __call__(self, tokens, cache=None):
+        return self.after(self, self.language_model(tokens, cache))
+
+
+def test_nested_model_and_a_tuple():
+    model = Wrapped(tiny_model(tied=False), lambda self, logits: (logits, None))
+    assert find_head(model).path == "language_model.lm_head"
+
+
+def test_head_used_twice_is_refused():
+    def again(self, logits):
+        return logits + self.language_model.lm_head(mx.zeros((1, 1, 64)))
+
+    model = Wrapped(tiny_model(tied=False), again)
+    with pytest.raises(ValueError, match="uses its output projection more than once per token"):
+        find_head(model)
+
+
+def test_last_of_several_is_the_head():
+    """A layer of the same shape before the head, such as helium's unused one, is not the head."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head = nn.Linear(64, 203)
+            self.embed_tokens = nn.Embedding(203, 64)
+            self.draft = nn.Linear(64, 203)
+
+        def __call__(self, tokens):
+            hidden = self.embed_tokens(tokens)
+            hidden = hidden + 0 * self.draft(hidden).sum(axis=-1, keepdims=True)
+            return self.embed_tokens.as_linear(hidden)
+
+    location = find_head(Model())
+    assert (location.path, location.method) == ("embed_tokens", "as_linear")
+
+
+class Subclassed(nn.Linear):
+    """Its product is its parent's, which must not be counted twice."""
+
+    def __call__(self, hidden):
+        return super().__call__(hidden)
+
+
+class Inheriting(nn.Linear):
+    """Has no method of its own, and must have none afterwards."""
+
+
+def test_layer_that_calls_its_parent():
+    model = tiny_model(tied=False)
+    head = Subclassed(64, 203, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    model.model.layers[0].mlp.gate_proj = Inheriting(64, 128, bias=False)
+    before = classes(model)
+    location = find_head(model)
+    assert classes(model) == before
+    assert (location.path, location.module) == ("lm_head", head)
+    with recorded_hidden(location) as states:
+        model(TOKENS)
+    assert len(states) == 1
+
+
+def test_classes_are_restored_after_an_error():
+    model = tiny_model(tied=False)
+    before = classes(model)
+    location = find_head(model)
+    with pytest.raises(RuntimeError), recorded_hidden(location):
+        raise RuntimeError
+    assert classes(model) == before
+    broken = Wrapped(model, lambda self, logits: logits @ mx.zeros((1, 1)))
+    with pytest.raises(ValueError, match="matmul"):
+        find_head(broken)
+    assert classes(model) == before
+
+
+@pytest.mark.parametrize("quantity", ["twice", "transposed"])
+def test_special_layers_are_no_plain_product(quantity):
+    class Special(nn.Linear):
+        def __call__(self, hidden):
+            plain = super().__call__(hidden)
+            return 2 * plain if quantity == "twice" else plain[..., ::-1]
+
+    layer = Special(64, 203, bias=False)
+    with pytest.raises(ValueError, match=r"'lm_head' \(Special\) is not a plain product"):
+        check_plain_product(HeadLocation(layer, "lm_head", "__call__"))

@@ -1,0 +1,118 @@
+"""A headless Chromium with the screens of Apple's tablets and phones."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from chatting import TOKEN
+from mlx_flashhead.serving.access import Access
+from scripted_server import LAN_NAME, scripted_server
+
+CHECKOUT = Path(__file__).parent.parent.parent
+SCREENSHOTS = CHECKOUT / "screenshots"
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+ARGUMENTS = (
+    "--no-sandbox",  # Chromium's own does not work as root, as in a container
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    f"--host-resolver-rules=MAP {LAN_NAME} 127.0.0.1",
+)
+SCREENS = {
+    "ipad": {"viewport": {"width": 820, "height": 1180}},
+    "ipad-landscape": {"viewport": {"width": 1180, "height": 820}},
+    "iphone": {"viewport": {"width": 390, "height": 844}},
+    "iphone-se": {"viewport": {"width": 320, "height": 568}},
+}
+expect.set_options(timeout=20_000)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The browser, or a visible skip."""
+    named = os.environ.get("MLX_FLASHHEAD_TEST_BROWSER")
+    found = named or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip("no Chromium here: install Debian's chromium, or Google Chrome on a Mac")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Opener:
+    """Opens pages as on a touch screen, and keeps what went wrong in them."""
+
+    def __init__(self, browser):
+        self.browser = browser
+        self.contexts = []
+        self.problems = []
+        self.hosts = set()
+
+    def __call__(self, url, screen="ipad", *, dark=False):
+        context = self.browser.new_context(
+            **SCREENS[screen],
+            has_touch=True,
+            is_mobile=True,
+            color_scheme="dark" if dark else "light",
+        )
+        context.set_default_timeout(20_000)
+        self.contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", self._console)
+        page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
+        page.goto(url)
+        return page
+
+    def _console(self, message):
+        # A refused or broken request is logged by the browser itself, and is what some tests do.
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            self.problems.append(message.text)
+
+
+@pytest.fixture
+def open_page(chromium):
+    """Opens a page: (url, screen, dark) → page. No script may fail, no other host be asked."""
+    opener = Opener(chromium)
+    yield opener
+    for context in opener.contexts:
+        context.close()
+    assert not opener.problems
+    assert len(opener.hosts) <= 1
+
+
+@pytest.fixture
+def server():
+    """Port and script of a server on this machine alone."""
+    with scripted_server() as running:
+        yield running
+
+
+@pytest.fixture
+def lan():
+    """Address, with the token, and script of a server on a network."""
+    with scripted_server(Access(TOKEN)) as (port, script):
+        yield f"http://{LAN_NAME}:{port}/", script
+
+
+@pytest.fixture
+def screenshot():
+    """Saves a picture of a page for people to look at: (page, name)."""
+
+    def save(page, name):
+        SCREENSHOTS.mkdir(exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / f"{name}.png", animations="disabled")
+
+    return save

@@ -1,0 +1,153 @@
+"""Markdown to elements, and that nothing a model writes can act."""
+
+import pytest
+from playwright.sync_api import expect
+
+from scripted_server import scripted_server
+
+RENDER = """async (text) => {
+    const { renderMarkdown } = await import("/page/markdown.js");
+    const box = document.createElement("div");
+    renderMarkdown(box, text);
+    box.querySelectorAll(".code-bar").forEach((bar) => bar.remove());
+    return box.innerHTML.replaceAll(' target="_blank" rel="noopener noreferrer"', "");
+}"""
+CASES = {
+    "plain": "<p>plain</p>",
+    "two\nlines\n\nnext": "<p>two<br>lines</p><p>next</p>",
+    "# One\n### Three ##\ntext": "<h1>One</h1><h3>Three</h3><p>text</p>",
+    "#hashtag": "<p>#hashtag</p>",
+    "**bold** and *it* and ***both***": "<p><strong>bold</strong> and <em>it</em> and "
+    "<em><strong>both</strong></em></p>",
+    "__b__ _i_ ~~gone~~": "<p><strong>b</strong> <em>i</em> <del>gone</del></p>",
+    "**a *b* c**": "<p><strong>a <em>b</em> c</strong></p>",
+    "snake_case_name 2*3*4 a * b * c": "<p>snake_case_name 2<em>3</em>4 a * b * c</p>",
+    "**open and `code": "<p>**open and `code</p>",
+    "`a*b*` ``x`y``": "<p><code>a*b*</code> <code>x`y</code></p>",
+    r"\*not\* \# \`it\`": "<p>*not* # `it`</p>",
+    "- a\n- b\n  - c\n  - d\n- e": "<ul><li>a</li><li>b<ul><li>c</li><li>d</li></ul></li>"
+    "<li>e</li></ul>",
+    "3. a\n4. b": '<ol start="3"><li>a</li><li>b</li></ol>',
+    "1. a\n\n2. b\n\nend": "<ol><li>a</li><li>b</li></ol><p>end</p>",
+    "1. a\n\n   ```\n   x\n   ```\n2. b": "<ol><li>a<pre><code>x</code></pre></li><li>b</li></ol>",
+    "- a\n\n  more": "<ul><li><p>a</p><p>more</p></li></ul>",
+    "text:\n- a": "<p>text:</p><ul><li>a</li></ul>",
+    "> a\n> - b\n\nc": "<blockquote><p>a</p><ul><li>b</li></ul></blockquote><p>c</p>",
+    "a\n\n---\n\nb": "<p>a</p><hr><p>b</p>",
+    "```py\nif a:\n    b\n\nc\n```\nend": "<pre><code>if a:\n    b\n\nc</code></pre><p>end</p>",
+    "```\nopen\n# still": "<pre><code>open\n# still</code></pre>",
+    "````\n```\n````": "<pre><code>```</code></pre>",
+    "|a|b|\n|-|:-:|\n|1|`x\\|y`|\n|2|": '<div class="table"><table><thead><tr><th class="">a</th>'
+    '<th class="center">b</th></tr></thead><tbody><tr><td class="">1</td><td class="center">'
+    '<code>x|y</code></td></tr><tr><td class="">2</td><td class="center"></td></tr></tbody>'
+    "</table></div>",
+    "a | b": "<p>a | b</p>",
+    "[a *b*](https://x.example/y_(z))": '<p><a href="https://x.example/y_(z)">a <em>b</em></a></p>',
+    'see https://x.example/a_b_c?d=1&e. "end"': '<p>see <a href="https://x.example/a_b_c?d=1&amp;e">'
+    'https://x.example/a_b_c?d=1&amp;e</a>. "end"</p>',
+    "(http://x.example)": '<p>(<a href="http://x.example">http://x.example</a>)</p>',
+    "<mailto:a@x.example> h": '<p><a href="mailto:a@x.example">mailto:a@x.example</a> h</p>',
+    "h http": "<p>h http</p>",
+    "![picture](https://x.example/a.png)": '<p><a href="https://x.example/a.png">picture</a></p>',
+    # Nothing of these may become an element or a link.
+    "<b>x</b> &amp;": "<p>&lt;b&gt;x&lt;/b&gt; &amp;amp;</p>",
+    "[x](javascript:alert(1))": "<p>[x](javascript:alert(1))</p>",
+    "[x]( JaVaScRiPt:alert(1))": "<p>[x]( JaVaScRiPt:alert(1))</p>",
+    "[x](data:text/html,y)": "<p>[x](data:text/html,y)</p>",
+    "[x](/v1/models)": "<p>[x](/v1/models)</p>",
+    '[x](https://x.example/"onclick="y)': '<p><a href="https://x.example/&quot;onclick=&quot;y">x</a></p>',
+    "<javascript:alert(1)>": "<p>&lt;javascript:alert(1)&gt;</p>",
+    "```<img src=x>\n</code><script>\n```": "<pre><code>&lt;/code&gt;&lt;script&gt;</code></pre>",
+}
+ATTACK = """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">
+<iframe src="javascript:parent.hacked = 3"></iframe><svg onload="window.hacked = 4">
+
+[click](javascript:window.hacked=5) ![x](x"onerror="window.hacked=6)
+<a href="javascript:hacked=7">y</a>
+
+```"><script>window.hacked = 8</script>
+</code></pre><style>body { display: none }</style>
+```
+
+| <img src=x onerror=hacked=9> | b |
+|---|---|
+| <form action=/> | <input autofocus onfocus=hacked=10> |
+
+# <marquee onstart=hacked=11>
+"""
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Address and script of a server."""
+    with scripted_server() as (port, script):
+        yield f"http://127.0.0.1:{port}/", script
+
+
+def test_elements(address, open_page):
+    page = open_page(address[0])
+    rendered = {text: page.evaluate(RENDER, text) for text in CASES}
+    assert rendered == CASES
+
+
+def test_each_start_of_a_text_renders_and_long_ones_end(address, open_page):
+    page = open_page(address[0])
+    text = "".join(f"{case}\n\n" for case in CASES)
+    for end in range(0, len(text), 7):
+        page.evaluate(RENDER, text[:end])
+    for unit in (
+        "*",
+        "_",
+        "`",
+        "[",
+        "![a](",
+        "> ",
+        "- ",
+        "|a",
+        "**a ",
+        "<",
+        "https://a",
+        "1. ",
+        "~~a",
+    ):
+        page.evaluate(RENDER, unit * 4000)
+        page.evaluate(RENDER, f"{unit}\n" * 1000)
+
+
+def test_growing_text_keeps_what_is_done(address, open_page):
+    page = open_page(address[0])
+    kept = page.evaluate(
+        """async () => {
+            const { renderMarkdown } = await import("/page/markdown.js");
+            const box = document.createElement("div");
+            renderMarkdown(box, "one\\n\\n- a\\n\\n```\\nx");
+            const before = [...box.children];
+            renderMarkdown(box, "one\\n\\n- a\\n\\n```\\nxy\\n```\\nend");
+            const same = [...box.children].map((node, i) => node === before[i]);
+            renderMarkdown(box, "other");
+            return [same, box.innerHTML];
+        }"""
+    )
+    assert kept == [[True, True, False, False], "<p>other</p>"]
+
+
+def test_hostile_answer_does_nothing(address, open_page, screenshot):
+    url, script = address
+    script.answers = [[ATTACK[i : i + 5] for i in range(0, len(ATTACK), 5)]]
+    page = open_page(url, "iphone")
+    page.locator("#input").fill("<img src=x onerror='window.hacked = 0'>")
+    page.locator("#send").tap()
+    expect(page.locator(".stats")).to_be_visible()
+    page.reload()
+    body = page.locator(".message.assistant .body")
+    expect(body).to_contain_text("<script>window.hacked = 1</script>")
+    expect(page.locator(".message.user .body")).to_contain_text("<img src=x")
+    expect(page.locator("h1#title")).to_contain_text("<img src=x")
+    screenshot(page, "iphone-light-9-hostile")
+    assert page.evaluate("window.hacked") is None
+    inside = page.locator(".message .body")
+    expect(inside.locator("script, img, iframe, style, form, input, marquee, a")).to_have_count(0)
+    assert not page.evaluate(
+        """[...document.querySelectorAll("*")].flatMap((node) => node.getAttributeNames())
+            .filter((name) => name.startsWith("on"))"""
+    )

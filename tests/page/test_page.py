@@ -1,0 +1,218 @@
+"""The page in a real browser, at the sizes of iPads and iPhones, with touch."""
+
+from threading import Event
+
+import pytest
+from playwright.sync_api import expect
+
+from chatting import TOKEN, answers, ask
+from scripted_server import INFO
+
+ANSWER = """## Why the sky is blue
+
+Sunlight looks white, but it is a **mixture of all colours**. In the air, short waves are
+scattered *far more* than long ones:
+
+1. Red light passes almost straight through.
+2. Blue light bounces off the molecules of the air,
+   - about `5` times as strongly,
+   - in every direction.
+
+> The effect is named after Lord Rayleigh.
+
+```python
+def scattering(wavelength_nm: float) -> float:
+    return 1 / wavelength_nm**4  # relative
+```
+
+| Colour | Wavelength | Scattered |
+|---|---:|---:|
+| Red | 700 nm | 1.0 |
+| Blue | 450 nm | 5.9 |
+"""
+
+
+def pieces(text, size=6):
+    return [text[i : i + size] for i in range(0, len(text), size)]
+
+
+@pytest.mark.parametrize(
+    ("screen", "dark"),
+    [
+        ("ipad", False),
+        ("ipad", True),
+        ("ipad-landscape", True),
+        ("iphone", False),
+        ("iphone", True),
+    ],
+)
+def test_ask_and_see_the_stream(lan, open_page, screenshot, screen, dark):
+    url, script = lan
+    name = f"{screen}-{'dark' if dark else 'light'}"
+    half = Event()
+    text = pieces(ANSWER)
+    script.answers = [[*text[:32], half, *text[32:]]]
+    page = open_page(f"{url}?token={TOKEN}", screen, dark=dark)
+    expect(page.locator("#model")).to_have_text(INFO["model"])
+    assert not page.evaluate("isSecureContext")
+    assert page.url == url  # the token has left the address bar
+    screenshot(page, f"{name}-1-welcome")
+
+    ask(page, "Why is the sky blue?")
+    expect(answers(page).locator("ol > li")).to_have_count(1)
+    expect(page.locator("#stop")).to_be_visible()
+    expect(page.locator("#send")).to_be_hidden()
+    expect(page.locator(".stats")).to_have_count(0)
+    screenshot(page, f"{name}-2-stream")
+    half.set()
+    expect(page.locator(".stats")).to_contain_text(f"{len(text)} tokens")
+    expect(page.locator(".stats")).to_contain_text("tokens/s")
+    expect(page.locator("#send")).to_be_visible()
+    expect(answers(page).locator("strong")).to_have_text("mixture of all colours")
+    expect(answers(page).locator("ol ul li")).to_have_count(2)
+    expect(answers(page).locator("pre code")).to_contain_text("    return 1 / wavelength_nm**4")
+    expect(answers(page).locator("td")).to_have_text(
+        ["Red", "700 nm", "1.0", "Blue", "450 nm", "5.9"]
+    )
+    assert page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") < 2
+    screenshot(page, f"{name}-3-answer")
+    assert script.requests[0]["messages"] == [{"role": "user", "content": "Why is the sky blue?"}]
+
+
+def test_stop_and_answer_again(server, open_page, screenshot):
+    port, script = server
+    script.answers = [["One, ", "two, ", Event()], ["Un, ", "deux."], ["Fin."]]
+    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
+    ask(page, "Count.")
+    expect(answers(page)).to_have_text("One, two,")
+    page.locator("#stop").tap()
+    assert script.left.wait(20)  # the server notices, and stops
+    expect(page.locator(".notice")).to_have_text("Stopped before the end.")
+    expect(answers(page)).to_have_text("One, two,")
+    screenshot(page, "iphone-light-4-stopped")
+
+    page.get_by_role("button", name="Answer again").tap()
+    expect(answers(page)).to_have_text(["Un, deux."])
+    assert script.requests[1]["messages"] == script.requests[0]["messages"]
+    ask(page, "And then?")
+    expect(answers(page)).to_have_text(["Un, deux.", "Fin."])
+    assert [m["content"] for m in script.requests[2]["messages"]] == [
+        "Count.",
+        "Un, deux.",
+        "And then?",
+    ]
+
+
+def test_conversations_are_found_again(server, open_page, screenshot):
+    port, script = server
+    script.answers = [["First answer."], ["Second answer."]]
+    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
+    ask(page, "First question")
+    expect(page.locator(".stats")).to_be_visible()
+    page.locator("#new-chat").tap()
+    expect(page.locator("#welcome")).to_be_visible()
+    ask(page, "Second question")
+    expect(page.locator(".stats")).to_be_visible()
+    page.locator("#input").fill("a draft")
+
+    page.reload()
+    expect(answers(page)).to_have_text("Second answer.")
+    expect(page.locator("#input")).to_have_value("a draft")
+    page.locator("#open-history").tap()
+    expect(page.locator("#chats .name")).to_have_text(["Second question", "First question"])
+    screenshot(page, "iphone-light-5-history")
+    page.get_by_text("First question").tap()
+    expect(answers(page)).to_have_text("First answer.")
+    expect(page.locator("#history")).to_be_hidden()
+
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.locator("#open-history").tap()
+    page.get_by_role("button", name="Delete the conversation").last.tap()
+    expect(page.locator("#chats .name")).to_have_text(["Second question"])
+    page.reload()
+    page.locator("#open-history").tap()
+    expect(page.locator("#chats .name")).to_have_text(["Second question"])
+
+
+def test_settings_go_into_the_request(server, open_page, screenshot):
+    port, script = server
+    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
+    expect(page.locator("#model")).to_have_text(INFO["model"])
+    ask(page, "Plain")
+    expect(page.locator(".stats")).to_have_count(1)
+    page.locator("#open-settings").tap()
+    expect(page.locator("output[for=n_probes]")).to_have_text("120 (default)")
+    screenshot(page, "iphone-light-8-settings")
+    for name, value in {"temperature": "0.7", "top_p": "0.9", "n_probes": "256"}.items():
+        page.locator(f"#{name}").fill(value)
+        expect(page.locator(f"output[for={name}]")).to_have_text(value)
+    page.get_by_role("button", name="Done").tap()
+    page.reload()
+    ask(page, "Set")
+    expect(page.locator(".stats")).to_have_count(2)
+    page.locator("#open-settings").tap()
+    page.locator("#dense").tap()
+    page.get_by_role("button", name="Done").tap()
+    ask(page, "Dense")
+    expect(page.locator(".stats")).to_have_count(3)
+    page.locator("#open-settings").tap()
+    page.get_by_role("button", name="Reset").tap()
+    page.get_by_role("button", name="Done").tap()
+    ask(page, "Plain again")
+    expect(page.locator(".stats")).to_have_count(4)
+
+    always = {"messages", "stream", "stream_options"}
+    chosen = [{k: v for k, v in body.items() if k not in always} for body in script.requests]
+    assert chosen == [
+        {},
+        {"temperature": 0.7, "top_p": 0.9, "n_probes": 256},
+        {"temperature": 0.7, "top_p": 0.9, "dense": True},
+        {},
+    ]
+
+
+def test_copy_without_a_secure_context(lan, open_page):
+    url, script = lan
+    answer = "Take `this`:\n\n```\ncode\n  indented\n```"
+    script.answers = [[answer]]
+    page = open_page(f"{url}?token={TOKEN}")
+    ask(page, "Code")
+    expect(page.locator(".stats")).to_be_visible()
+    assert page.evaluate("navigator.clipboard") is None
+    wanted = {
+        "Copy the code": "code\n  indented",
+        "Copy": "Take `this`:\n\n```\ncode\n  indented\n```",
+    }
+    for label, text in wanted.items():
+        page.locator(".message.assistant").get_by_role("button", name=label, exact=True).tap()
+        page.locator("#input").fill("")
+        page.locator("#input").press("Control+v")
+        assert page.locator("#input").input_value().strip() == text
+
+
+def test_thoughts_are_folded_away(server, open_page):
+    port, script = server
+    script.answers = [[{"reasoning": "Hmm, "}, {"reasoning": "well."}, "Yes."]]
+    page = open_page(f"http://127.0.0.1:{port}/")
+    ask(page, "Think")
+    expect(answers(page)).to_have_text("Yes.")
+    expect(page.locator(".thinking div")).to_be_hidden()
+    page.locator(".thinking summary").tap()
+    expect(page.locator(".thinking div")).to_have_text("Hmm, well.")
+    ask(page, "More")
+    expect(page.locator(".stats")).to_have_count(2)
+    assert script.requests[1]["messages"][1] == {"role": "assistant", "content": "Yes."}
+
+
+def test_return_key(server, open_page):
+    """A new line on a touch screen, as its keyboard has no other way; ⌘ with it sends."""
+    port, script = server
+    page = open_page(f"http://127.0.0.1:{port}/", "ipad")
+    page.locator("#input").press_sequentially("one")
+    page.locator("#input").press("Enter")
+    page.locator("#input").press_sequentially("two")
+    page.locator("#input").press("Meta+Enter")
+    expect(page.locator(".message.user .body")).to_have_text("one\ntwo")
+    expect(page.locator("#input")).not_to_be_focused()
+    expect(page.locator(".stats")).to_be_visible()
+    assert script.requests[0]["messages"][0]["content"] == "one\ntwo"

@@ -1,0 +1,123 @@
+"""The page when something goes wrong, or many come at once; nothing may be lost."""
+
+from threading import Event
+
+from playwright.sync_api import expect
+
+from chatting import TOKEN, answers, ask
+from mlx_flashhead.serving.access import Access
+from scripted_server import BREAK, INFO, Script, scripted_server
+
+
+def test_reload_in_the_middle_of_an_answer(server, open_page):
+    port, script = server
+    script.answers = [["Half of ", "it", Event()]]
+    page = open_page(f"http://127.0.0.1:{port}/")
+    ask(page, "Tell me.")
+    expect(answers(page)).to_have_text("Half of it")
+    page.reload()
+    expect(answers(page)).to_have_text("Half of it")
+    expect(page.locator(".notice")).to_have_text("Stopped before the end.")
+    assert script.left.wait(20)
+
+
+def test_wrong_token_then_the_right_one(lan, open_page, screenshot):
+    url, _ = lan
+    page = open_page(url, "ipad")
+    screenshot(page, "ipad-light-6-locked")
+    field = page.get_by_label("Token")
+    field.fill("xxxx-xxxx-xxxx-xxxx-xxxx")
+    page.get_by_role("button", name="Open").tap()
+    expect(page.locator(".wrong")).to_contain_text("That is not")
+    page.get_by_label("Token").fill(f" {TOKEN} ")
+    page.get_by_role("button", name="Open").tap()
+    expect(page.locator("#model")).to_have_text(INFO["model"])
+    page.reload()
+    expect(page.locator("#model")).to_have_text(INFO["model"])
+    manifest = page.evaluate("document.querySelector('link[rel=manifest]').href")
+    assert manifest == f"{url}manifest.webmanifest?token={TOKEN}"
+
+
+def test_token_that_changes_meanwhile(lan, open_page, screenshot):
+    url, script = lan
+    script.answers = [["First."], ["Second."]]
+    page = open_page(f"{url}?token={TOKEN}", "iphone", dark=True)
+    ask(page, "One?")
+    expect(page.locator(".stats")).to_be_visible()
+    script.access = Access("another-token-of-this-server")
+    ask(page, "Two?")
+    expect(page.locator("#lock")).to_be_visible()
+    page.locator("#token").fill(TOKEN)
+    page.locator("#unlock .primary").tap()
+    expect(page.locator("#wrong-token")).to_contain_text("That is not")
+    screenshot(page, "iphone-dark-6-token")
+    page.locator("#token").fill("another-token-of-this-server")
+    page.locator("#unlock .primary").tap()
+    expect(page.locator("#lock")).to_be_hidden()
+    page.get_by_role("button", name="Try again").tap()
+    expect(answers(page)).to_have_text(["First.", "Second."])
+
+
+def test_server_gone_and_back(open_page, screenshot):
+    script = Script(Access())
+    script.answers = [["Before."], ["Half an ", BREAK]]
+    with scripted_server(script=script) as (port, _):
+        page = open_page(f"http://127.0.0.1:{port}/", "ipad")
+        ask(page, "One?")
+        expect(page.locator(".stats")).to_be_visible()
+        ask(page, "Two?")
+        expect(page.locator(".notice")).to_contain_text("The answer broke off")
+        expect(answers(page)).to_have_text(["Before.", "Half an"])
+    ask_again = page.get_by_role("button", name="Try again")
+    ask_again.tap()
+    expect(page.locator(".notice")).to_contain_text("The server does not answer.")
+    expect(page.locator("#banner")).to_contain_text("Your conversations are safe here")
+    expect(page.locator(".message.user .body")).to_have_text(["One?", "Two?"])
+    screenshot(page, "ipad-light-7-away")
+
+    script.answers = [["After."]]
+    with scripted_server(script=script, port=port):
+        expect(page.locator("#banner")).to_have_text("The server is back.")
+        ask_again.tap()
+        expect(answers(page)).to_have_text(["Before.", "After."])
+        expect(page.locator("#banner")).to_be_hidden()
+        page.reload()
+        expect(answers(page)).to_have_text(["Before.", "After."])
+
+
+def test_refused_request_says_why(server, open_page):
+    port, script = server
+    script.answers = ["n_probes is 9: it must be at most 4.", ["Fine."]]
+    page = open_page(f"http://127.0.0.1:{port}/")
+    ask(page, "Well?")
+    expect(page.locator(".notice")).to_contain_text("n_probes is 9: it must be at most 4.")
+    page.get_by_role("button", name="Try again").tap()
+    expect(answers(page)).to_have_text("Fine.")
+
+
+def test_four_browsers_at_once(lan, open_page):
+    url, script = lan
+    go = Event()
+    script.answers = [[f"part {i}, ", go, "end"] for i in range(4)]
+    screens = ("ipad", "iphone", "ipad-landscape", "iphone-se")
+    pages = [open_page(f"{url}?token={TOKEN}", screen) for screen in screens]
+    for number, page in enumerate(pages):
+        ask(page, f"Question {number}")
+        expect(answers(page)).to_have_text(f"part {number},")
+    go.set()
+    for number, page in enumerate(pages):
+        expect(answers(page)).to_have_text(f"part {number}, end")
+        expect(page.locator("#chats .name")).to_have_text([f"Question {number}"])
+
+
+def test_browser_that_keeps_nothing(server, open_page):
+    port, script = server
+    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
+    page.evaluate(
+        "() => { Storage.prototype.setItem = () => { throw new DOMException('full'); }; }"
+    )
+    for number in (1, 2):
+        ask(page, f"Question {number}")
+        expect(page.locator(".stats")).to_have_count(number)
+    expect(page.locator("#full")).to_contain_text("keeps nothing more")
+    assert len(script.requests[1]["messages"]) == 3

@@ -1,0 +1,72 @@
+"""The demo's comparison, on a tiny model."""
+
+import io
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mlx_flashhead import convert, load
+from mlx_flashhead.models.load import load_dense
+from model_folders import write_model
+from side_by_side import answers, captured_states, compare
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("models") / "dense", tied=False)
+    target = folder.parent / "flash"
+    convert(str(folder), str(target), calibration="none", n_probes=2, progress=False)
+    dense, tokenizer, _ = load_dense(folder)
+    return dense, load(str(target))[0], tokenizer
+
+
+def shown(models, *, terminal, max_tokens=12, runs=2):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    dense, flash, tokenizer = models
+    compare(dense, flash, tokenizer, "hello", max_tokens=max_tokens, runs=runs, console=console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_shows_both_texts_and_the_table(models, terminal, capsys):
+    output = shown(models, terminal=terminal)
+    for word in ("hello", "dense", "FlashHead", "tokens/s", "ratio", "same", "2 of 17 clusters"):
+        assert word in output
+    assert ("\x1b[" in output) == terminal
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_texts_are_the_models_own(models):
+    dense, flash, tokenizer = models
+    prompt = tokenizer.encode("hello")
+    *_, of_dense = answers(dense, tokenizer, prompt, 12)
+    *_, of_flash = answers(flash, tokenizer, prompt, 12)
+    assert len(of_dense.seconds) == len(of_dense.token_ids) - 1
+    ids = list(prompt)
+    for token in of_dense.token_ids:
+        assert token == mx.argmax(dense(mx.array([ids]))[0, -1]).item()
+        ids.append(token)
+    assert of_flash.token_ids != of_dense.token_ids  # 2 of 17 random clusters: they must part
+
+
+def test_captured_states_are_those_the_answer_was_drawn_from(models):
+    dense, _, tokenizer = models
+    prompt = tokenizer.encode("hello")
+    *_, answer = answers(dense, tokenizer, prompt, 12)
+    states = captured_states(dense, prompt, answer.token_ids)
+    logits = dense.lm_head(states)
+    assert mx.argmax(logits, axis=-1).tolist() == answer.token_ids
+
+
+def test_agreement_is_that_of_the_head_position_by_position(models):
+    dense, flash, tokenizer = models
+    messages = [{"role": "user", "content": "hello"}]
+    prompt = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    *_, answer = answers(dense, tokenizer, prompt, 40)
+    states = captured_states(dense, prompt, answer.token_ids)
+    chosen = [mx.argmax(flash.lm_head(state[None])).item() for state in states]
+    same = np.mean(np.array(chosen) == np.array(answer.token_ids))
+    assert 0 < same < 1
+    assert f"at {same:.1%}" in shown(models, terminal=False, max_tokens=40, runs=1)

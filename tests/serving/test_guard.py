@@ -1,0 +1,152 @@
+"""The front door, over real connections."""
+
+import json
+import socket
+from http.client import HTTPConnection
+
+import pytest
+
+from mlx_flashhead.serving import guard as handler
+from mlx_flashhead.serving.access import MAX_BODY_BYTES, Access
+from mlx_flashhead.serving.page_files import FOLDER
+from scripted_server import INFO, scripted_server
+
+TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture(scope="module")
+def lan():
+    """Port and script of a server with a token."""
+    with scripted_server(Access(TOKEN, origins=frozenset({"https://chat.example"}))) as server:
+        yield server
+
+
+def ask(port, path, method="GET", body=None, **headers):
+    """The response, and its body."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response, content
+
+
+def test_page_with_the_token(lan):
+    response, content = ask(lan[0], f"/?token={TOKEN}")
+    assert response.status == 200
+    assert f'href="/manifest.webmanifest?token={TOKEN}"' in content.decode()
+    cookie = response.headers["Set-Cookie"]
+    assert cookie.startswith(f"flashhead_token={TOKEN};")
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    again, _ = ask(lan[0], "/", Cookie=cookie.split(";")[0])
+    assert again.status == 200
+
+
+def test_page_asks_for_the_token(lan):
+    for path, wrong in (("/", False), ("/?token=wrong", True)):
+        response, content = ask(lan[0], path)
+        assert response.status == 401
+        assert response.headers["Set-Cookie"] is None
+        text = content.decode()
+        assert '<input name="token"' in text and TOKEN not in text
+        assert ('<p class="wrong" hidden>' in text) != wrong
+
+
+def test_home_screen_gets_icon_and_manifest_without_the_token(lan):
+    icon, png = ask(lan[0], "/apple-touch-icon.png")
+    assert (icon.status, icon.headers["Content-Type"]) == (200, "image/png")
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [int.from_bytes(png[i : i + 4]) for i in (16, 20)] == [180, 180]
+    manifest, text = ask(lan[0], "/manifest.webmanifest")
+    assert (manifest.status, json.loads(text)["start_url"]) == (200, "/")
+    assert TOKEN not in text.decode()
+    _, text = ask(lan[0], "/manifest.webmanifest?token=wrong")
+    assert json.loads(text)["start_url"] == "/"
+    _, text = ask(lan[0], f"/manifest.webmanifest?token={TOKEN}")
+    assert json.loads(text)["start_url"] == f"/?token={TOKEN}"
+
+
+def test_api_refuses_without_the_token(lan):
+    for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("PUT", "/x")):
+        response, content = ask(lan[0], path, method, b"{}")
+        assert response.status == 401
+        assert "token" in json.loads(content)["error"]
+    assert not lan[1].requests and not lan[1].seen
+
+
+def test_api_answers_with_the_token(lan):
+    response, _ = ask(lan[0], "/v1/models", **BEARER)
+    assert response.status == 200
+    response, content = ask(lan[0], "/page/info.json", **BEARER)
+    assert json.loads(content) == INFO
+
+
+def test_every_file_of_the_page_is_served_with_a_strict_policy(lan):
+    for file in FOLDER.iterdir():
+        response, content = ask(lan[0], f"/page/{file.name}", **BEARER)
+        assert (response.status, content) == (200, file.read_bytes())
+        policy = response.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and "script-src 'self';" in policy
+        assert "unsafe" not in policy
+        assert response.headers["Referrer-Policy"] == "no-referrer"
+    for path in ("/page/", "/page/../web/access.py", "/page/..%2faccess.py", "/page//etc/passwd"):
+        assert ask(lan[0], path, **BEARER)[0].status == 404
+
+
+def test_no_wildcard_and_no_cross_origin_headers(lan):
+    for path in ("/", "/v1/models", "/page/info.json"):
+        response, _ = ask(lan[0], path, **BEARER)
+        assert not [name for name in response.headers if name.startswith("Access-Control")]
+    response, _ = ask(lan[0], "/v1/models", **BEARER, Origin="http://evil.example")
+    assert response.status == 403
+    response, _ = ask(lan[0], "/v1/models", **BEARER, Host="evil.example")
+    assert response.status == 403
+
+
+def test_large_body_is_refused_and_the_reason_read(lan):
+    body = b" " * (MAX_BODY_BYTES + 1)
+    response, content = ask(lan[0], "/v1/chat/completions", "POST", body, **BEARER)
+    assert response.status == 413
+    assert "at most 8,388,608" in json.loads(content)["error"]
+
+
+def test_log_holds_no_token(lan):
+    ask(lan[0], f"/?token={TOKEN}")
+    assert "/?token=…" in lan[1].log[-1]
+    with socket.create_connection(("127.0.0.1", lan[0]), timeout=20) as connection:
+        connection.sendall(f"GET /?token={TOKEN} HTTP/9.9\r\n\r\n".encode())
+        assert b"505" in connection.recv(1000)
+    assert not [line for line in lan[1].log if TOKEN in line]
+
+
+def test_connections_are_bounded(lan, monkeypatch):
+    held = [socket.create_connection(("127.0.0.1", lan[0])) for _ in range(handler.MAX_CONNECTIONS)]
+    try:
+        response, content = ask(lan[0], "/v1/models", **BEARER)
+        assert response.status == 503
+        assert "Too many" in json.loads(content)["error"]
+    finally:
+        for connection in held:
+            connection.close()
+    for _ in range(200):  # as soon as the closed ones are noticed
+        if ask(lan[0], "/v1/models", **BEARER)[0].status == 200:
+            return
+    pytest.fail("closed connections still count")
+
+
+def test_silent_connection_is_closed(monkeypatch):
+    monkeypatch.setattr(handler.GuardedHandler, "timeout", 0.05)
+    with (
+        scripted_server() as (port, _),
+        socket.create_connection(("127.0.0.1", port), timeout=20) as connection,
+    ):
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: local")
+        assert connection.recv(100) == b""
+
+
+def test_this_machine_gets_page_and_plain_manifest():
+    with scripted_server() as (port, _):
+        response, content = ask(port, "/")
+        assert response.status == 200 and response.headers["Set-Cookie"] is None
+        assert 'href="/manifest.webmanifest"' in content.decode()

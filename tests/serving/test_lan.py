@@ -1,0 +1,106 @@
+"""What the terminal shows when the server opens to the network."""
+
+import io
+import os
+import socket
+import stat
+
+import numpy as np
+import pytest
+import zxingcpp
+
+from mlx_flashhead.serving import lan
+from mlx_flashhead.serving.access import is_token
+from mlx_flashhead.serving.lan import (
+    announce,
+    is_loopback,
+    kept_token,
+    own_address,
+    own_names,
+    qr_code,
+)
+
+TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
+PAGE = f"http://192.168.178.123:8080/?token={TOKEN}"
+
+
+def scanned(printed, *, blocks):
+    """What a camera reads from a terminal with light letters on dark ground."""
+    lines = [
+        line.removeprefix("\x1b[97;40m").removesuffix("\x1b[0m") for line in printed.split("\n")
+    ]
+    if blocks:
+        halves = {"█": (1, 1), "▀": (1, 0), "▄": (0, 1), " ": (0, 0)}
+        rows = [[halves[c][half] for c in line] for line in lines for half in (0, 1)]
+    else:
+        rows = [[c == "#" for c in line[::2]] for line in lines]
+    image = np.kron(np.array(rows, np.uint8) * 255, np.ones((6, 6), np.uint8))
+    return zxingcpp.read_barcode(np.pad(image, 24)).text
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("colours", [True, False])
+def test_qr_code_can_be_scanned(blocks, colours):
+    printed = qr_code(PAGE, colours=colours, blocks=blocks)
+    assert ("\x1b[" in printed) == colours
+    assert scanned(printed, blocks=blocks) == PAGE
+    assert blocks or printed.isascii()
+
+
+def test_announcement_has_address_code_and_token(monkeypatch):
+    monkeypatch.setattr(lan, "own_address", lambda host: "192.168.178.123")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    announce("0.0.0.0", 8080, TOKEN, out)
+    printed = out.buffer.getvalue().decode()
+    code = [line for line in printed.split("\n") if line and set(line) <= set("█▀▄ ")]
+    assert scanned("\n".join(code), blocks=True) == PAGE
+    assert f"  {PAGE}\n" in printed
+    assert "http://192.168.178.123:8080/v1" in printed
+
+
+def test_announcement_for_a_terminal_of_ascii():
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    announce("192.168.178.123", 8080, TOKEN, out)
+    assert "##" in out.buffer.getvalue().decode("ascii")
+
+
+def test_token_is_kept_and_private(tmp_path):
+    path = tmp_path / "folder" / "token"
+    token = kept_token(path)
+    assert is_token(token)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert kept_token(path) == token
+    path.unlink()
+    assert kept_token(path) != token
+
+
+@pytest.mark.parametrize("content", [b"", b"short\n", b"\xff\xfe" * 20, b'"><script>'])
+def test_file_without_a_token_is_refused(tmp_path, content):
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"holds no token .* delete it"):
+        kept_token(path)
+
+
+def test_addresses():
+    assert lan.url("192.168.1.5", 80, "t") == "http://192.168.1.5:80/?token=t"
+    assert lan.url("fd00::1", 80) == "http://[fd00::1]:80/"
+    assert own_address("10.1.2.3") == "10.1.2.3"
+    assert socket.inet_aton(own_address("0.0.0.0"))
+    assert [is_loopback(h) for h in ("127.0.0.1", "::1", "localhost", "127.8.9.1")] == [True] * 4
+    assert [is_loopback(h) for h in ("0.0.0.0", "::", "192.168.1.5", "mac.local", "")] == [
+        False
+    ] * 5
+
+
+def test_machine_without_a_network(monkeypatch):
+    def connect(self, address):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(lan.socket.socket, "connect", connect)
+    assert own_address("0.0.0.0") == "127.0.0.1"
+
+
+def test_own_names(monkeypatch):
+    monkeypatch.setattr(lan.socket, "gethostname", lambda: "Studio.fritz.box")
+    assert own_names() == {"studio", "studio.fritz.box"}
