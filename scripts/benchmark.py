@@ -1,4 +1,4 @@
-"""A shell over `mlx_flashhead/commands/benchmark.py`, which works uninstalled too."""
+"""A shell over `mlx_flashhead/benchmark.py`, which works uninstalled too."""
 
 import sys
 from pathlib import Path

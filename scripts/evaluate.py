@@ -1,4 +1,4 @@
-"""A shell over `mlx_flashhead/commands/evaluate.py`, which works uninstalled too."""
+"""A shell over `mlx_flashhead/evaluate.py`, which works uninstalled too."""
 
 import sys
 from pathlib import Path

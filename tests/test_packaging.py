@@ -105,7 +105,7 @@ def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
         names = set(archive.namelist())
         assert archive.read("mlx_flashhead/metal/flash_head.metal") == KERNELS.read_bytes()
     package = CHECKOUT / "mlx_flashhead"
-    files = [*package.rglob("*.py"), *(package / "web" / "page").iterdir()]
+    files = [*package.rglob("*.py"), *(package / "serving" / "page").iterdir()]
     modules = {path.relative_to(CHECKOUT).as_posix() for path in files}
     assert modules <= names
     top = {name.split("/")[0] for name in names}
@@ -114,7 +114,7 @@ def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
 
 def test_installed_wheel_finds_its_kernels(installed):
     code = (
-        "import sys, mlx_flashhead, mlx_flashhead.kernels as kernels\n"
+        "import sys, mlx_flashhead, mlx_flashhead.head.kernels as kernels\n"
         "print(mlx_flashhead.__file__)\n"
         "sys.stdout.write(kernels.kernel_source())"
     )

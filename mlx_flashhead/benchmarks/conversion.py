@@ -19,16 +19,16 @@ from ..head.matrix import HeadRows
 
 # The functions that a stage consists of, where they are called from.
 STAGES = (
-    ("loading", "conversion", "load_dense"),
-    ("bits", "conversion", "set_bits"),
-    ("calibration", "conversion", "generated_states"),
-    ("calibration", "conversion", "text_states"),
+    ("loading", "pipeline", "load_dense"),
+    ("bits", "pipeline", "set_bits"),
+    ("calibration", "pipeline", "generated_states"),
+    ("calibration", "pipeline", "text_states"),
     ("clustering", "indexing", "cluster_rows"),
     ("centroids", "indexing", "fit_centroids"),
     ("probes", "indexing", "probes_needed"),
     ("report", "indexing", "measure"),
-    ("writing", "conversion", "save"),
-    ("writing", "conversion", "write_index"),
+    ("writing", "pipeline", "save"),
+    ("writing", "pipeline", "write_index"),
 )
 TOTAL, OTHER = "total", "other"
 
@@ -48,7 +48,7 @@ def stage_times() -> Iterator[dict[str, float]]:
 
         return call
 
-    package = __package__.rpartition(".")[0]
+    package = __package__.rpartition(".")[0] + ".conversion"
     with ExitStack() as stack:
         for stage, module_name, name in STAGES:
             module = importlib.import_module(f"{package}.{module_name}")

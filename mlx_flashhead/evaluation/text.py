@@ -175,8 +175,8 @@ def bytes_share(head: FlashHead, n_probes: int) -> float:
 
 def _as_stage_1(centroids: np.ndarray, head: FlashHead) -> np.ndarray:
     """Other centroids at the precision of the head's own, rounded to nearest."""
-    centroids = head.clustered.centroids
-    if not centroids.quantized:
+    own = head.clustered.centroids
+    if not own.quantized:
         return centroids
-    form = {"group_size": centroids.group_size, "bits": centroids.bits}
+    form = {"group_size": own.group_size, "bits": own.bits}
     return np.array(mx.dequantize(*mx.quantize(mx.array(centroids), **form), **form))

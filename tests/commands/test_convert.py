@@ -1,6 +1,7 @@
 """``convert``: what it prints, mlx-lm's flags, and what it refuses."""
 
 import errno
+import importlib
 import os
 
 import mlx.core as mx
@@ -8,11 +9,12 @@ import mlx_lm
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead import convert as convert_command
 from mlx_flashhead.conversion import pipeline as conversion
 from mlx_flashhead.index.files import CONFIG_KEY
 from model_folders import VOCAB_SIZE, write_model
 
+# not the function of the same name, which the package has under it
+convert_command = importlib.import_module("mlx_flashhead.convert")
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
 
 UNSUPPORTED = '''

@@ -112,7 +112,7 @@ def test_killed_between_stages(source, tmp_path, computed, uninterrupted):
     """By a signal that no program can catch, right after the clusters."""
     program = (
         "import os, signal, sys\n"
-        "from mlx_flashhead import indexing\n"
+        "from mlx_flashhead.conversion import indexing\n"
         "from mlx_flashhead.convert import main\n"
         "indexing.fit_centroids = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main()"

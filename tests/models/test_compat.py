@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 CHECKOUT = Path(__file__).parents[2]
-COMPAT = CHECKOUT / "mlx_flashhead" / "compat.py"
+COMPAT = CHECKOUT / "mlx_flashhead" / "models" / "compat.py"
 SOURCES = sorted([*CHECKOUT.glob("mlx_flashhead/**/*.py"), *CHECKOUT.glob("scripts/**/*.py")])
 
 # How each function is called here: the parameters that are filled in order, then those by name.
@@ -158,7 +158,7 @@ def found(dotted):
         if not hasattr(value, name):
             pytest.fail(
                 f"mlx-lm {version('mlx-lm')} has no {dotted} any more, which {users_of(dotted)} "
-                "uses: find what took its place, and change mlx_flashhead/compat.py.",
+                "uses: find what took its place, and change mlx_flashhead/models/compat.py.",
                 pytrace=False,
             )
         value = getattr(value, name)
@@ -208,9 +208,11 @@ def test_mlx_lm_looks_up_what_is_replaced(dotted):
 
 def test_adapter_to_lm_eval_looks_up_what_is_replaced():
     adapter = found("mlx_lm.evaluate.MLXLM")
-    assert "load" in adapter.__init__.__code__.co_names, "see TaskModel in mlx_flashhead/tasks.py"
+    assert "load" in adapter.__init__.__code__.co_names, (
+        "see TaskModel in mlx_flashhead/evaluation/tasks.py"
+    )
     names = adapter.loglikelihood.__code__.co_names
-    assert "_max_tokens" in names, "see TaskModel in mlx_flashhead/tasks.py"
+    assert "_max_tokens" in names, "see TaskModel in mlx_flashhead/evaluation/tasks.py"
 
 
 def test_every_name_of_compat_is_checked_here():
@@ -235,7 +237,7 @@ def test_private_and_moving_names_stand_in_compat_alone(path):
         if ast.unparse(node.value).split(".")[0] in modules_of_mlx_lm(tree)
     }
     wrong = private | (moving & imported.keys())
-    assert not wrong, f"{', '.join(sorted(wrong))}: take it from mlx_flashhead/compat.py"
+    assert not wrong, f"{', '.join(sorted(wrong))}: take it from mlx_flashhead/models/compat.py"
 
 
 def is_private(dotted):
