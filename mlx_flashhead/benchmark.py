@@ -1,4 +1,4 @@
-"""Measures speed: a head, rows at once, a model, a conversion, samplers; or estimates it."""
+"""Measures speed: a head, positions at once, a model, a conversion, samplers; or estimates it."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from .benchmarks.head import CLUSTER_SIZE, SHAPES, head_benchmark, random_head
 from .benchmarks.machine import machine
 from .benchmarks.model import SAMPLERS, model_benchmark
 from .benchmarks.output import draw, print_result
-from .benchmarks.rows import COUNTS, rows_benchmark
+from .benchmarks.positions import COUNTS, positions_benchmark
 from .benchmarks.sampler import sampler_benchmark
 from .cli.console import check_writable, command
 from .conversion.quantization import HEAD_BITS
@@ -25,7 +25,7 @@ from .models.install import dense_copy, get_flash_head
 from .models.load import load
 
 DTYPES = ("float32", "float16", "bfloat16")
-HEAD, ROWS, MODEL, CONVERT = "head", "rows", "model", "convert"
+HEAD, POSITIONS, MODEL, CONVERT = "head", "positions", "model", "convert"
 SAMPLER, ESTIMATE = "sampler", "estimate"
 SAMPLER_WIDTH = 64  # of the random heads: a sampler reads the clusters, not the rows
 REPORT = """\
@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_flashhead.benchmark", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
     _add_head(kinds)
-    _add_rows(kinds)
+    _add_positions(kinds)
     _add_model(kinds)
     _add_convert(kinds)
     _add_sampler(kinds)
@@ -57,21 +57,21 @@ def _add_head(kinds) -> None:
     )
     _add_which_head(parser)
     parser.add_argument(
-        "--rows", type=int, default=1, help="Hidden states at once (default: %(default)s)."
+        "--positions", type=int, default=1, help="Hidden states at once (default: %(default)s)."
     )
     _add_common(parser, rounds=20)
 
 
-def _add_rows(kinds) -> None:
+def _add_positions(kinds) -> None:
     parser = kinds.add_parser(
-        ROWS,
-        help="time a head against the number of rows at once",
+        POSITIONS,
+        help="time a head against the number of positions at once",
         description="Time full logits of more and more hidden states at once, dense and with "
-        "FlashHead, and say from how many on dense is faster: the head's max_rows.",
+        "FlashHead, and say from how many on dense is faster: the head's max_positions.",
     )
     _add_which_head(parser)
     parser.add_argument(
-        "--rows",
+        "--positions",
         type=int,
         action="append",
         dest="counts",
@@ -173,7 +173,7 @@ def _add_sampler(kinds) -> None:
         "--n-probes", type=int, help="Clusters scored (default: 256, or the model's own)."
     )
     parser.add_argument(
-        "--rows", type=int, default=1, help="Rows of logits at once (default: %(default)s)."
+        "--positions", type=int, default=1, help="Positions at once (default: %(default)s)."
     )
     _add_common(parser, rounds=20)
 
@@ -200,13 +200,13 @@ def main() -> None:
     if args.kind == ESTIMATE:
         estimate.run(args)
         return
-    for name in ("rounds", "rows", "tokens", "calibration_positions", "n_probes"):
+    for name in ("rounds", "positions", "tokens", "calibration_positions", "n_probes"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more.")
     for name, option in (
         ("batch", "--batch"),
-        ("counts", "--rows"),
+        ("counts", "--positions"),
         ("vocab_size", "--vocab-size"),
     ):
         for value in getattr(args, name, None) or ():
@@ -218,7 +218,13 @@ def main() -> None:
         if Path(args.plot).suffix.lower() not in PICTURES:
             raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
         check_writable("--plot", args.plot)
-    measure = {HEAD: _head, ROWS: _rows, MODEL: _model, CONVERT: _convert, SAMPLER: _sampler}
+    measure = {
+        HEAD: _head,
+        POSITIONS: _positions,
+        MODEL: _model,
+        CONVERT: _convert,
+        SAMPLER: _sampler,
+    }
     found = measure[args.kind](args)
     result = {
         "kind": args.kind,
@@ -241,7 +247,7 @@ def _head(args: argparse.Namespace) -> list[dict]:
         | head_benchmark(
             head,
             _states(head, dtype),
-            n_rows=args.rows,
+            n_positions=args.positions,
             rounds=args.rounds,
             description=f"Timing {name}",
         )
@@ -249,15 +255,15 @@ def _head(args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def _rows(args: argparse.Namespace) -> list[dict]:
+def _positions(args: argparse.Namespace) -> list[dict]:
     return [
         {"name": name}
-        | rows_benchmark(
+        | positions_benchmark(
             head,
             _states(head, dtype),
             counts=args.counts or COUNTS,
             rounds=args.rounds,
-            description=f"Timing rows of {name}",
+            description=f"Timing positions of {name}",
         )
         for name, head, dtype in _heads(args)
     ]
@@ -318,7 +324,7 @@ def _sampler(args: argparse.Namespace) -> list[dict]:
             n_probes = args.n_probes or _usual_probes(size)
             heads.append(("random clusters", random_head(size, SAMPLER_WIDTH, n_probes=n_probes)))
     return [
-        {"name": name} | sampler_benchmark(head, n_rows=args.rows, rounds=args.rounds)
+        {"name": name} | sampler_benchmark(head, n_positions=args.positions, rounds=args.rounds)
         for name, head in heads
     ]
 

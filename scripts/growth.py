@@ -23,12 +23,12 @@ from mlx_flashhead.benchmarks.head import head_benchmark, random_head
 from mlx_flashhead.benchmarks.machine import machine
 from mlx_flashhead.cli.console import check_writable, command
 
-USUAL = {"vocab_size": 131072, "hidden_size": 1024, "n_probes": 256, "n_rows": 1}
+USUAL = {"vocab_size": 131072, "hidden_size": 1024, "n_probes": 256, "n_positions": 1}
 AXES = {
     "vocab_size": (32768, 65536, 131072, 262144),
     "hidden_size": (512, 1024, 2048),
     "n_probes": (64, 128, 256, 512, 1024, 2048),
-    "n_rows": (1, 2, 4, 8, 16, 32),
+    "n_positions": (1, 2, 4, 8, 16, 32),
 }
 
 
@@ -54,7 +54,7 @@ def measure_growth(usual: dict, axes: dict, rounds: int, progress: bool = True) 
         head.n_probes = point["n_probes"]
         states = np.random.default_rng(0).normal(size=(64, shape[1])).astype(np.float32)
         measured = head_benchmark(
-            head, mx.array(states), n_rows=point["n_rows"], rounds=rounds, progress=False
+            head, mx.array(states), n_positions=point["n_positions"], rounds=rounds, progress=False
         )
         results.append({"axis": axis} | measured)
     return results

@@ -33,7 +33,7 @@ LABELS = {
     "vocab_size": "vocabulary V",
     "hidden_size": "width D",
     "n_probes": "clusters scored p",
-    "rows": "batch",
+    "positions": "batch",
 }
 
 
@@ -50,10 +50,10 @@ def spread_of(one: dict, form: str) -> dict:
 
 def draw_growth(figures: dict, path: Path) -> None:
     """Milliseconds above, megabytes read below, along each axis."""
-    names = ("vocab_size", "hidden_size", "n_probes", "n_rows")
+    names = ("vocab_size", "hidden_size", "n_probes", "n_positions")
     figure, axes = plt.subplots(2, 4, figsize=(14, 6.4), layout="constrained", sharex="col")
     for column, name in enumerate(names):
-        key = "rows" if name == "n_rows" else name
+        key = "positions" if name == "n_positions" else name
         points = [one for one in figures["results"] if one["axis"] == name]
         x = [one[key] for one in points]
         above, below = axes[:, column]
@@ -78,7 +78,8 @@ def draw_growth(figures: dict, path: Path) -> None:
     usual = figures["usual"]
     figure.suptitle(
         f"A float32 head; V={usual['vocab_size']:,}, D={usual['hidden_size']:,}, "
-        f"p={usual['n_probes']}, batch {usual['n_rows']} where not varied. {measured_on(figures)}",
+        f"p={usual['n_probes']}, batch {usual['n_positions']} where not varied. "
+        f"{measured_on(figures)}",
         fontsize="medium",
     )
     figure.savefig(path, dpi=90)

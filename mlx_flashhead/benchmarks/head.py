@@ -104,7 +104,7 @@ def forms(head: FlashHead) -> dict[str, Callable[[mx.array], mx.array]]:
     return found | {CANDIDATES: head.candidates, TOKEN: head.token, LOGITS: head}
 
 
-def read_mb(head: FlashHead, n_rows: int = 1) -> float:
+def read_mb(head: FlashHead, n_positions: int = 1) -> float:
     """Megabytes of weights that a call reads here, if no two states share a cluster."""
     centroids = head.clustered.centroids
     stored = (centroids.weight, centroids.scales, centroids.biases)
@@ -112,7 +112,7 @@ def read_mb(head: FlashHead, n_rows: int = 1) -> float:
     if mx.default_device().type == mx.cpu:  # where the centroids are held as float32
         stage_1 = 4 * head.n_clusters * head.hidden_size
     rows = sum(array.nbytes for array in head.clustered.rows.arrays().values())
-    probed = min(n_rows * head.n_probes, head.n_clusters)
+    probed = min(n_positions * head.n_probes, head.n_clusters)
     return (stage_1 + rows * probed / head.n_clusters) / 1e6
 
 
@@ -132,9 +132,9 @@ def form_of(head: FlashHead, states: mx.array) -> dict:
     }
 
 
-def in_batches(states: mx.array, n_rows: int, n_batches: int) -> list[mx.array]:
-    """Evaluated batches (n_rows, D) that go round the states (N, D)."""
-    numbers = np.arange(n_batches * n_rows).reshape(n_batches, n_rows) % len(states)
+def in_batches(states: mx.array, n_positions: int, n_batches: int) -> list[mx.array]:
+    """Evaluated batches (n_positions, D) that go round the states (N, D)."""
+    numbers = np.arange(n_batches * n_positions).reshape(n_batches, n_positions) % len(states)
     batches = [mx.contiguous(mx.take(states, mx.array(row), axis=0)) for row in numbers]
     mx.eval(batches)
     return batches
@@ -144,7 +144,7 @@ def head_benchmark(
     head: FlashHead,
     states: mx.array,
     *,
-    n_rows: int = 1,
+    n_positions: int = 1,
     rounds: int = 20,
     progress: bool = True,
     description: str = "Timing the head",
@@ -154,7 +154,7 @@ def head_benchmark(
     Args:
         head: The head.
         states: (N, D) hidden states, of which each round takes others.
-        n_rows: States at once: the batch.
+        n_positions: States at once: the batch.
         rounds: Runs that count.
         progress: Show a bar.
         description: Of the bar.
@@ -162,7 +162,7 @@ def head_benchmark(
     Returns:
         Shapes, milliseconds and ratios, JSON-ready.
     """
-    batches = in_batches(states, n_rows, rounds + 1)
+    batches = in_batches(states, n_positions, rounds + 1)
     named = forms(head)
     seconds = in_turns(
         {name: lambda i, form=form: form(batches[i]) for name, form in named.items()},
@@ -174,8 +174,8 @@ def head_benchmark(
     spreads = {name: Spread.of(taken).scaled(1000) for name, taken in seconds.items()}
     best_dense = min(DENSE_FORMS & spreads.keys(), key=lambda name: spreads[name].median)
     result = form_of(head, states) | {
-        "rows": n_rows,
-        "read_mb": read_mb(head, n_rows),
+        "positions": n_positions,
+        "read_mb": read_mb(head, n_positions),
         "best_dense": best_dense,
         "ms": {name: spread.to_dict() for name, spread in spreads.items()},
         "times_faster": {

@@ -8,7 +8,7 @@ from .conversion import TOTAL
 from .head import CANDIDATES, DENSE_FORMS, LOGITS, TOKEN
 from .head import DENSE as DENSE_HEAD
 from .model import DENSE, FLASH_HEAD, NO_HEAD
-from .rows import DENSE_PATH
+from .positions import DENSE_PATH
 from .sampler import MLX_LM, OURS
 
 PARTS = ("body", "head", "sampling")
@@ -19,7 +19,7 @@ def print_result(result: dict, console: Console | None = None) -> None:
     console = console or Console()
     tables = {
         "head": _head_table,
-        "rows": _rows_table,
+        "positions": _positions_table,
         "model": _model_table,
         "convert": _convert_table,
         "sampler": _sampler_table,
@@ -51,7 +51,7 @@ def _new_table(title: str, headings: tuple[str, ...], caption: str | None = None
 
 def _head_table(one: dict) -> Table:
     table = _new_table(
-        f"{_head_title(one)}, batch {one['rows']}",
+        f"{_head_title(one)}, batch {one['positions']}",
         ("", "ms", "quartiles", "vs mlx-lm", "vs best dense"),
         f"Reads {one['read_mb']:.1f} MB of weights, dense {one['head_mb']:.1f} MB; cold caches.",
     )
@@ -74,10 +74,10 @@ def _head_title(one: dict) -> str:
     )
 
 
-def _rows_table(one: dict) -> Table:
+def _positions_table(one: dict) -> Table:
     table = _new_table(
         _head_title(one),
-        ("rows", DENSE_HEAD, "dense here", "quartiles", "FlashHead", "quartiles", "faster"),
+        ("at once", DENSE_HEAD, "dense here", "quartiles", "FlashHead", "quartiles", "faster"),
         f"ms for full logits, cold caches. {crossover_sentence(one)}",
     )
     ms = one["ms"]
@@ -101,15 +101,15 @@ def _short(ms: float) -> str:
 
 
 def crossover_sentence(one: dict) -> str:
-    """Says from how many rows on the dense path is faster, as measured."""
+    """Says from how many positions on the dense path is faster, as measured."""
     last, first = one["crossover"]["last_faster"], one["crossover"]["slower_from"]
     if first is None:
-        said = f"FlashHead is still faster at {last} rows, the most that were measured"
+        said = f"FlashHead is still faster at {last} positions, the most that were measured"
     elif last is None:
-        said = f"dense is faster from {first} on, the fewest rows that were measured"
+        said = f"dense is faster from {first} on, the fewest positions that were measured"
     else:
-        said = f"FlashHead is still faster at {last} rows, dense from {first} on"
-    return f"Crossover: {said} (max_rows: {one['max_rows']})."
+        said = f"FlashHead is still faster at {last} positions, dense from {first} on"
+    return f"Crossover: {said} (max_positions: {one['max_positions']})."
 
 
 def _model_table(one: dict) -> Table:
@@ -148,7 +148,7 @@ def _convert_table(one: dict) -> Table:
 def _sampler_table(one: dict) -> Table:
     table = _new_table(
         f"{one['name']}: V={one['vocab_size']:,}, {one['n_probes']} of {one['n_clusters']:,} "
-        f"clusters, batch {one['rows']}",
+        f"clusters, batch {one['positions']}",
         ("sampler", "mlx-lm ms", "quartiles", "FlashHead ms", "quartiles", "ratio"),
     )
     for name, ms in one["ms"].items():
@@ -164,27 +164,27 @@ def _quartiles(spread: dict) -> str:
 
 
 def draw(result: dict, path: str) -> None:
-    """Draws one benchmark's figures: bars, or lines against the number of rows."""
+    """Draws one benchmark's figures: bars, or lines against the number of positions."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     results = result["results"]
-    height = 3.6 if result["kind"] == "rows" else 2.2
+    height = 3.6 if result["kind"] == "positions" else 2.2
     figure, axes = plt.subplots(
         len(results), figsize=(8, 0.6 + height * len(results)), layout="constrained", squeeze=False
     )
     draw_one = {
         "head": _draw_head,
-        "rows": _draw_rows,
+        "positions": _draw_positions,
         "model": _draw_model,
         "convert": _draw_convert,
         "sampler": _draw_sampler,
     }
     for axis, one in zip(axes[:, 0], results, strict=True):
         draw_one[result["kind"]](axis, one)
-        if result["kind"] != "rows":
+        if result["kind"] != "positions":
             axis.invert_yaxis()
             axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
@@ -200,7 +200,7 @@ def _draw_head(axis, one: dict) -> None:
     axis.margins(x=0.1)
 
 
-def _draw_rows(axis, one: dict) -> None:
+def _draw_positions(axis, one: dict) -> None:
     colors = {DENSE_HEAD: "tab:gray", DENSE_PATH: "tab:orange", LOGITS: "tab:blue"}
     for name, spreads in one["ms"].items():
         medians, lower, upper = ([s[k] for s in spreads] for k in ("median", "lower", "upper"))
@@ -209,7 +209,9 @@ def _draw_rows(axis, one: dict) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(one["counts"], [str(count) for count in one["counts"]])
-    axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="rows at once", ylabel="ms per call")
+    axis.set(
+        title=f"{one['name']}, {one['dtype']}", xlabel="positions at once", ylabel="ms per call"
+    )
     axis.grid(alpha=0.3)
     axis.legend()
 
@@ -238,5 +240,5 @@ def _draw_sampler(axis, one: dict) -> None:
         for form, color in ((MLX_LM, "tab:gray"), (OURS, "tab:blue")):
             bar = axis.barh(f"{name}, {form}", ms[form]["median"], color=color)
             axis.bar_label(bar, fmt=" %.2f")
-    axis.set(title=f"{one['name']}, batch {one['rows']}", xlabel="ms per call")
+    axis.set(title=f"{one['name']}, batch {one['positions']}", xlabel="ms per call")
     axis.margins(x=0.1)

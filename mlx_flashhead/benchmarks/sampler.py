@@ -18,19 +18,19 @@ SAMPLERS = {
 ZIPF_EXPONENT = 1.1
 
 
-def zipf_logprobs(vocab_size: int, n_rows: int, number: int) -> mx.array:
+def zipf_logprobs(vocab_size: int, n_positions: int, number: int) -> mx.array:
     """Log-probabilities as steep as those of words in a text, in random order.
 
     Args:
         vocab_size: Tokens V.
-        n_rows: Rows R.
+        n_positions: Positions R.
         number: Of the draw.
 
     Returns:
         (R, V) float32, normalised.
     """
     rng = np.random.default_rng(number)
-    ranks = np.stack([rng.permutation(vocab_size) for _ in range(n_rows)]) + 1
+    ranks = np.stack([rng.permutation(vocab_size) for _ in range(n_positions)]) + 1
     logits = mx.array(-ZIPF_EXPONENT * np.log(ranks)).astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
@@ -38,7 +38,7 @@ def zipf_logprobs(vocab_size: int, n_rows: int, number: int) -> mx.array:
 def sampler_benchmark(
     head: FlashHead,
     *,
-    n_rows: int = 1,
+    n_positions: int = 1,
     rounds: int = 20,
     progress: bool = True,
     description: str = "Timing samplers",
@@ -47,7 +47,7 @@ def sampler_benchmark(
 
     Args:
         head: The head whose clusters are used.
-        n_rows: Rows at once: the batch.
+        n_positions: Positions at once: the batch.
         rounds: Runs that count.
         progress: Show a bar.
         description: Of the bar.
@@ -55,7 +55,7 @@ def sampler_benchmark(
     Returns:
         Shapes, milliseconds and ratios, JSON-ready.
     """
-    batches = [zipf_logprobs(head.vocab_size, n_rows, number) for number in range(rounds + 1)]
+    batches = [zipf_logprobs(head.vocab_size, n_positions, number) for number in range(rounds + 1)]
     mx.eval(batches)
     runs = {}
     for name, arguments in SAMPLERS.items():
@@ -74,7 +74,7 @@ def sampler_benchmark(
         "n_clusters": head.n_clusters,
         "cluster_size": head.cluster_size,
         "n_probes": head.n_probes,
-        "rows": n_rows,
+        "positions": n_positions,
         "ms": {
             name: {form: spreads[name, form].to_dict() for form in (MLX_LM, OURS)}
             for name in SAMPLERS

@@ -16,7 +16,8 @@ import mlx.nn as nn
 
 from ..benchmarks.timing import Spread, head_seconds
 from ..models.compat import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from ..models.generation import head_settings, stream_generate
+from ..models.generation import stream_generate
+from ..models.install import get_flash_head
 from ..models.locate import HeadLocation, find_head, recorded_hidden
 from .messages import ASSISTANT, SYSTEM, USER, Message
 
@@ -261,7 +262,8 @@ class Conversation:
         if not states:
             return None
         project = getattr(self._head.module, self._head.method)
-        with head_settings(self.model, dense=dense):
+        head = get_flash_head(self.model)
+        with nullcontext() if head is None else head.settings(dense=dense):
             (seconds,) = head_seconds((project,), states[-1][0, -1:])
         return Spread.of(seconds).median
 

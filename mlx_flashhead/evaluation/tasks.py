@@ -104,7 +104,7 @@ class TaskModel(evaluate_module().MLXLM):
 
     def _score_fn(self, inputs, cache=None, step_size=2048):
         if self._estimated:  # more rows at once would go through the dense head
-            step_size = self.head.max_rows // len(inputs)
+            step_size = self.head.max_positions // len(inputs)
         return super()._score_fn(inputs, cache=cache, step_size=step_size)
 
 
@@ -172,9 +172,9 @@ def evaluate_tasks(
             run.
     """
     head = installed_head(model)
-    if not 1 <= batch_size <= head.max_rows:
+    if not 1 <= batch_size <= head.max_positions:
         raise ValueError(
-            f"--batch-size is {batch_size}: give 1 to {head.max_rows}, since FlashHead hands "
+            f"--batch-size is {batch_size}: give 1 to {head.max_positions}, since FlashHead hands "
             "larger batches to the dense head."
         )
     lm = TaskModel(model, tokenizer, batch_size=batch_size, **options)

@@ -11,7 +11,7 @@ import copy
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -25,15 +25,15 @@ from .steps import Candidates, Selection, Steps
 BACKENDS = ("metal", "mlx")
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
 
-# Rows (B·L) above which the head is dense. On a CPU (Xeon, one thread of OpenBLAS, float32, cold
-# caches, `mlx_flashhead.benchmark rows`) FlashHead was 1.01 times as fast at 32 rows as the faster
-# of mlx-lm's dense head and the dense path, and 0.75 times at 64, at SmolLM2's shape with 256
-# probes. With 160 probes the crossover lies above 64, and in larger heads above 128: at 32 rows
+# Positions (B·L) above which the head is dense. On a CPU (Xeon, one thread of OpenBLAS, float32,
+# cold caches, `mlx_flashhead.benchmark positions`) FlashHead was 1.01 times as fast at 32 as the
+# faster of mlx-lm's dense head and the dense path, and 0.75 times at 64, at SmolLM2's shape with
+# 256 probes. With 160 probes the crossover lies above 64, and in larger heads above 128: at 32
 # Llama-3.2-1B's (256 probes) was 2.4 times as fast and Gemma-3-270M's (120) 2.5 times. For a GPU
-# this is an estimate: where memory bounds both, C/p rows read as much as the dense head, 31 at
+# this is an estimate: where memory bounds both, C/p positions read as much as the dense head, 31 at
 # Llama's shape. It is also as many sequences as mlx-lm's batches have by default, so that none of
 # them is alone dense.
-MAX_ROWS = 32
+MAX_POSITIONS = 32
 
 # Stands in for a cluster's score where tokens that were not scored must never be drawn. Finite,
 # since -inf breaks softcaps, logit_bias and JSON; low enough that exp() of it is 0.
@@ -85,7 +85,8 @@ class FlashHead:
             With fewer probes than such clusters, only they are scored.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
             where there is one.
-        max_rows: More positions (B·L) than this at once are computed densely; see ``MAX_ROWS``.
+        max_positions: More positions (B·L) than this at once are computed densely; see
+            ``MAX_POSITIONS``.
 
     Raises:
         ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
@@ -100,15 +101,14 @@ class FlashHead:
         n_probes: int,
         eos_token_ids: tuple[int, ...] = (),
         backend: str | None = None,
-        max_rows: int = MAX_ROWS,
+        max_positions: int = MAX_POSITIONS,
     ):
         clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids)
         self._steps = _make_steps(clustered, backend)
         self.clustered = self._steps.clustered  # of which the rows may lie otherwise now
         self.eos_token_ids = tuple(eos_token_ids)
-        self.max_rows = max_rows
+        self.max_positions = max_positions
         self.n_probes = n_probes
-        self._dense = False
         self._draw_temperature = None
 
     def __repr__(self) -> str:
@@ -161,8 +161,8 @@ class FlashHead:
 
     @property
     def exact(self) -> bool:
-        """Whether every token is scored: within ``dense()``, or with ``n_probes`` = C."""
-        return self._dense or self.n_probes == self.n_clusters
+        """Whether every token is scored: with ``n_probes`` = C, as within ``dense()``."""
+        return self.n_probes == self.n_clusters
 
     def arrays(self) -> list[mx.array]:
         """Everything this head holds in memory, for ``mx.eval`` and for measuring it."""
@@ -173,39 +173,51 @@ class FlashHead:
         return copy.copy(self)
 
     @contextmanager
-    def dense(self) -> Iterator["FlashHead"]:
-        """Within the block every token is scored: the dense model's logits."""
-        before, self._dense = self._dense, True
-        try:
-            yield self
-        finally:
-            self._dense = before
+    def settings(
+        self,
+        *,
+        n_probes: int | None = None,
+        dense: bool = False,
+        draw_temperature: float | None = None,
+    ) -> Iterator["FlashHead"]:
+        """Within the block the head has other settings; what is not given stays as it is.
 
-    @contextmanager
-    def drawn_probes(self, temperature: float) -> Iterator["FlashHead"]:
-        """Within the block the probes are drawn by probability, as in the paper.
-
-        The p clusters are drawn without replacement from softmax(S / temperature) by Gumbel noise,
-        and only their tokens can be sampled: all others get a logit of about -10,000. Sampling with
-        the same temperature from these logits is the paper's "sampling over the full vocabulary".
-        It is an approximation, measured beside full logits with the tail by `evaluate`. A model
-        that caps its logits brings the others back to a small probability.
+        With a temperature of the draw, the p clusters are drawn without replacement from
+        softmax(S / temperature) by Gumbel noise, and only their tokens can be sampled: all others
+        get a logit of about -10,000. Sampling with the same temperature from these logits is the
+        paper's "sampling over the full vocabulary". It is an approximation, measured beside full
+        logits with the tail by `evaluate`. A model that caps its logits brings the others back to a
+        small probability.
 
         Args:
-            temperature: Temperature of the draw, above 0.
+            n_probes: Clusters scored per position, 1 … C.
+            dense: Score every token, the dense model's logits: n_probes = C.
+            draw_temperature: Draw the probes at this temperature, above 0.
 
         Raises:
-            ValueError: If ``temperature`` is not above 0.
+            ValueError: If a setting is not valid, or both ``n_probes`` and ``dense`` are given.
 
         Source: Efraimidis and Spirakis 2006 / Gumbel top-k: perturbed scores, then the p largest.
         """
-        if not temperature > 0:
-            raise ValueError(f"The temperature of the draw is {temperature}: it must be above 0.")
-        before, self._draw_temperature = self._draw_temperature, float(temperature)
+        if dense and n_probes is not None:
+            raise ValueError("dense scores every token: leave n_probes out.")
+        if draw_temperature is not None and not draw_temperature > 0:
+            raise ValueError(
+                f"The temperature of the draw is {draw_temperature}: it must be above 0."
+            )
+        before = self._n_probes, self._draw_temperature
+        if dense or n_probes is not None:
+            self.n_probes = self.n_clusters if dense else n_probes
+        if draw_temperature is not None:
+            self._draw_temperature = float(draw_temperature)
         try:
             yield self
         finally:
-            self._draw_temperature = before
+            self._n_probes, self._draw_temperature = before
+
+    def dense(self) -> AbstractContextManager["FlashHead"]:
+        """``settings(dense=True)``: within the block every token is scored."""
+        return self.settings(dense=True)
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Full logits: hidden (..., D) → (..., V), in the dense head's dtype.
@@ -286,8 +298,7 @@ class FlashHead:
         return self.clustered.rows_in(slots).dequantized()
 
     def _is_dense(self, hidden: mx.array) -> bool:
-        n_rows = math.prod(hidden.shape[:-1])
-        return self.exact or n_rows > self.max_rows
+        return self.exact or math.prod(hidden.shape[:-1]) > self.max_positions
 
     def _retrieve(self, rows: mx.array) -> tuple[mx.array, Selection, Candidates]:
         """(R, D) → scores (R, C), the probed clusters, and their logits."""
@@ -296,5 +307,5 @@ class FlashHead:
         if self._draw_temperature is not None:
             # forced clusters keep their 1e30 and stay on top
             ordering = scores / self._draw_temperature + mx.random.gumbel(scores.shape)
-        selection = self._steps.select(ordering, self.n_clusters if self._dense else self.n_probes)
+        selection = self._steps.select(ordering, self.n_probes)
         return scores, selection, self._steps.score(rows, selection)

@@ -1,12 +1,13 @@
 """Generation: mlx-lm's own loops, which use the installed FlashHead as they use any head.
 
 Two ways to sample over the full vocabulary are offered. By default the samplers see full logits
-with the tail, so every sampler of mlx-lm works unchanged. ``draw_probes`` is the paper's way: the
-clusters are drawn by probability and only their tokens can be chosen.
+with the tail, so every sampler of mlx-lm works unchanged. ``draw_temperature`` is the paper's way:
+the clusters are drawn by probability and only their tokens can be chosen.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
@@ -16,43 +17,6 @@ from .compat import BatchResponse, GenerationResponse
 from .install import get_flash_head
 
 
-@contextmanager
-def head_settings(
-    model: nn.Module,
-    *,
-    n_probes: int | None = None,
-    dense: bool = False,
-    draw_probes: float | None = None,
-) -> Iterator[None]:
-    """Within the block, the model's FlashHead runs with other settings.
-
-    Args:
-        model: A model with a FlashHead.
-        n_probes: Clusters scored per token.
-        dense: Score every token.
-        draw_probes: Draw the probes by probability at this temperature, as in the paper.
-
-    Raises:
-        ValueError: If the model has no FlashHead, or a setting is not valid.
-    """
-    head = get_flash_head(model)
-    if head is None:
-        if n_probes is None and draw_probes is None:
-            yield  # a dense model generates as it is
-            return
-        raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
-    before = head.n_probes
-    with ExitStack() as stack:
-        if n_probes is not None:
-            head.n_probes = n_probes
-            stack.callback(setattr, head, "n_probes", before)
-        if dense:
-            stack.enter_context(head.dense())
-        if draw_probes is not None:
-            stack.enter_context(head.drawn_probes(draw_probes))
-        yield
-
-
 def stream_generate(
     model: nn.Module,
     tokenizer,
@@ -60,7 +24,7 @@ def stream_generate(
     *,
     n_probes: int | None = None,
     dense: bool = False,
-    draw_probes: float | None = None,
+    draw_temperature: float | None = None,
     **kwargs: Any,
 ) -> Iterator[GenerationResponse]:
     """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
@@ -71,19 +35,20 @@ def stream_generate(
         prompt: Text, token ids or an array of them.
         n_probes: Clusters scored per token in this call.
         dense: Score every token in this call.
-        draw_probes: Draw the probes at this temperature; sample with the same one.
+        draw_temperature: Draw the probes at this temperature; sample with the same one.
         **kwargs: mlx_lm's keywords, such as max_tokens, sampler, logits_processors.
 
     Yields:
         mlx_lm's responses.
 
     Raises:
-        ValueError: As in :func:`head_settings`.
+        ValueError: If the model has no FlashHead, or a setting is not valid.
     """
+    settings = _settings(model, n_probes, dense, draw_temperature)
     stream = mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
     while True:
         # only while a token is made: streams may take turns, and may be abandoned
-        with head_settings(model, n_probes=n_probes, dense=dense, draw_probes=draw_probes):
+        with settings():
             response = next(stream, None)
         if response is None:
             return
@@ -97,14 +62,15 @@ def generate(
     *,
     n_probes: int | None = None,
     dense: bool = False,
-    draw_probes: float | None = None,
+    draw_temperature: float | None = None,
     **kwargs: Any,
 ) -> str:
     """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead.
 
     Arguments and errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes.
     """
-    with head_settings(model, n_probes=n_probes, dense=dense, draw_probes=draw_probes):
+    settings = _settings(model, n_probes, dense, draw_temperature)
+    with settings():
         return mlx_lm.generate(model, tokenizer, prompt, **kwargs)
 
 
@@ -115,9 +81,23 @@ def batch_generate(
     *,
     n_probes: int | None = None,
     dense: bool = False,
-    draw_probes: float | None = None,
+    draw_temperature: float | None = None,
     **kwargs: Any,
 ) -> BatchResponse:
     """Generates for several prompts at once: ``mlx_lm.batch_generate``, likewise extended."""
-    with head_settings(model, n_probes=n_probes, dense=dense, draw_probes=draw_probes):
+    settings = _settings(model, n_probes, dense, draw_temperature)
+    with settings():
         return mlx_lm.batch_generate(model, tokenizer, prompts, **kwargs)
+
+
+def _settings(
+    model: nn.Module, n_probes: int | None, dense: bool, draw_temperature: float | None
+) -> Callable[[], AbstractContextManager]:
+    """What makes the blocks within which the model's head has these settings."""
+    head = get_flash_head(model)
+    if head is not None:
+        given = {"n_probes": n_probes, "dense": dense, "draw_temperature": draw_temperature}
+        return partial(head.settings, **given)
+    if n_probes is None and draw_temperature is None:
+        return nullcontext  # a dense model generates as it is
+    raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")

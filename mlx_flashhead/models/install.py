@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..head.centroids import Centroids
-from ..head.flash_head import MAX_ROWS, FlashHead
+from ..head.flash_head import MAX_POSITIONS, FlashHead
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 
 
@@ -31,7 +31,7 @@ def install(
     n_probes: int,
     eos_token_ids: tuple[int, ...] = (),
     backend: str | None = None,
-    max_rows: int = MAX_ROWS,
+    max_positions: int = MAX_POSITIONS,
     location: HeadLocation | None = None,
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
@@ -45,7 +45,7 @@ def install(
         n_probes: Clusters scored per position, 1 … C.
         eos_token_ids: Tokens whose clusters are always scored.
         backend: "metal", "mlx" or None to choose.
-        max_rows: More positions (B·L) than this at once are computed densely.
+        max_positions: More positions (B·L) than this at once are computed densely.
         location: The head, where it is already known.
 
     Returns:
@@ -67,7 +67,7 @@ def install(
         n_probes=n_probes,
         eos_token_ids=eos_token_ids,
         backend=backend,
-        max_rows=max_rows,
+        max_positions=max_positions,
     )
     mx.eval(head.arrays())
     module = location.module

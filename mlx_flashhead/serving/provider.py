@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..index.files import has_flash_head, read_index
 from ..models.compat import ModelProvider
-from ..models.generation import head_settings
+from ..models.install import get_flash_head
 from ..models.load import install_index, loading, resolve
 
 DEFAULT_MODEL = "default_model"
@@ -98,10 +98,13 @@ class FlashHeadProvider(ModelProvider):
         dense = settings.dense
         if dense is None:
             dense = self.cli_args.dense and settings.n_probes is None
+        head = get_flash_head(self.model)
+        if head is None:
+            if settings.n_probes is not None:
+                raise RequestError("This model has no FlashHead: leave n_probes out.")
+            return
         try:
-            self._settings.enter_context(
-                head_settings(self.model, n_probes=settings.n_probes, dense=dense)
-            )
+            self._settings.enter_context(head.settings(n_probes=settings.n_probes, dense=dense))
         except ValueError as error:
             raise RequestError(str(error)) from None
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_flashhead.benchmarks import conversion as convert_module
 from mlx_flashhead.benchmarks import model as model_module
-from mlx_flashhead.benchmarks import rows as rows_module
+from mlx_flashhead.benchmarks import positions as positions_module
 from mlx_flashhead.benchmarks.conversion import convert_benchmark, index_benchmark, stage_times
 from mlx_flashhead.benchmarks.head import (
     CANDIDATES,
@@ -34,7 +34,7 @@ from mlx_flashhead.benchmarks.model import (
     sampling_seconds,
     without_head,
 )
-from mlx_flashhead.benchmarks.rows import DENSE_PATH, crossover, rows_benchmark
+from mlx_flashhead.benchmarks.positions import DENSE_PATH, crossover, positions_benchmark
 from mlx_flashhead.benchmarks.sampler import MLX_LM, OURS, sampler_benchmark, zipf_logprobs
 from mlx_flashhead.benchmarks.sampler import SAMPLERS as TIMED_SAMPLERS
 from mlx_flashhead.models.install import install
@@ -101,17 +101,17 @@ def test_random_head_refuses(arguments, said):
         random_head(**{"vocab_size": 320, "hidden_size": 64} | arguments)
 
 
-@pytest.mark.parametrize("n_rows", [1, 3])
-def test_head_benchmark_reports(n_rows):
+@pytest.mark.parametrize("n_positions", [1, 3])
+def test_head_benchmark_reports(n_positions):
     head = random_head(320, 64, n_probes=5)
     states = mx.random.normal((7, 64))
-    found = head_benchmark(head, states, n_rows=n_rows, rounds=3, progress=False)
+    found = head_benchmark(head, states, n_positions=n_positions, rounds=3, progress=False)
     json.dumps(found)
-    assert (found["rows"], found["n_clusters"], found["head_bits"]) == (n_rows, 20, 32)
+    assert (found["positions"], found["n_clusters"], found["head_bits"]) == (n_positions, 20, 32)
     assert found["dtype"] == "float32" and found["head_mb"] == pytest.approx(320 * 64 * 4 / 1e6)
     # float32 centroids on a CPU, and the probed clusters' rows
     stage_1 = 20 * 64 * 4 if mx.default_device().type == mx.cpu else 20 * 64 * 9 / 16
-    assert found["read_mb"] == pytest.approx((stage_1 + 5 * n_rows * 16 * 64 * 4) / 1e6)
+    assert found["read_mb"] == pytest.approx((stage_1 + 5 * n_positions * 16 * 64 * 4) / 1e6)
     ms = {name: spread["median"] for name, spread in found["ms"].items()}
     assert all(found["ms"][name]["runs"] == 3 for name in ms)
     best = found["best_dense"]
@@ -122,20 +122,20 @@ def test_head_benchmark_reports(n_rows):
             assert ratio == pytest.approx(ms[dense] / ms[name])
 
 
-def test_rows_benchmark_reports():
+def test_positions_benchmark_reports():
     head = random_head(320, 64, n_probes=5)
-    head.max_rows = 4
+    head.max_positions = 4
     states = mx.random.normal((7, 64))
-    found = rows_benchmark(head, states, counts=(9, 1, 3), rounds=2, progress=False)
+    found = positions_benchmark(head, states, counts=(9, 1, 3), rounds=2, progress=False)
     json.dumps(found)
-    assert (found["counts"], found["max_rows"], head.max_rows) == ([1, 3, 9], 4, 4)
+    assert (found["counts"], found["max_positions"], head.max_positions) == ([1, 3, 9], 4, 4)
     assert found["ms"].keys() == {DENSE, DENSE_PATH, LOGITS}
     assert all(len(spreads) == 3 for spreads in found["ms"].values())
     assert found["crossover"] == crossover(found["counts"], found["ms"])
 
 
-def test_rows_benchmark_times_what_it_says(monkeypatch):
-    """FlashHead retrieves at every number of rows, beside the path that is taken above max_rows."""
+def test_positions_benchmark_times_what_it_says(monkeypatch):
+    """FlashHead retrieves at every number, beside the path taken above max_positions."""
     head = random_head(320, 64, n_probes=5)
     seen = {}
 
@@ -143,13 +143,13 @@ def test_rows_benchmark_times_what_it_says(monkeypatch):
         seen.update({name: np.array(run(1)) for name, run in runs.items()})
         return {name: [1.0] for name in runs}
 
-    monkeypatch.setattr(rows_module, "in_turns", look)
+    monkeypatch.setattr(positions_module, "in_turns", look)
     states = mx.random.normal((80, 64))
-    rows_benchmark(head, states, counts=(40,), rounds=1, progress=False)
+    positions_benchmark(head, states, counts=(40,), rounds=1, progress=False)
     hidden = states[mx.arange(40, 80)]
     np.testing.assert_allclose(seen[DENSE_PATH], head.dense_logits(hidden), atol=1e-5)
     retrieving = head.copy()
-    retrieving.max_rows = 40
+    retrieving.max_positions = 40
     np.testing.assert_allclose(seen[LOGITS], retrieving(hidden), atol=1e-5)
     assert not np.allclose(seen[LOGITS], seen[DENSE_PATH], atol=1e-3)
 
@@ -331,9 +331,9 @@ def test_zipf_logprobs():
 
 def test_sampler_benchmark_reports():
     head = random_head(9000, 32, n_probes=5)
-    found = sampler_benchmark(head, n_rows=2, rounds=3, progress=False)
+    found = sampler_benchmark(head, n_positions=2, rounds=3, progress=False)
     json.dumps(found)
-    assert (found["vocab_size"], found["rows"], found["n_probes"]) == (9000, 2, 5)
+    assert (found["vocab_size"], found["positions"], found["n_probes"]) == (9000, 2, 5)
     assert found["ms"].keys() == found["times_faster"].keys() == TIMED_SAMPLERS.keys()
     for name, ms in found["ms"].items():
         assert ms[MLX_LM]["runs"] == ms[OURS]["runs"] == 3

@@ -32,9 +32,10 @@ def check_outputs(run, tmp_path, *arguments):
 
 
 def test_head_of_shapes(run, tmp_path):
-    screen, results = check_outputs(run, tmp_path, *HEAD, "--shape", "203,128", "--rows", 2)
+    screen, results = check_outputs(run, tmp_path, *HEAD, "--shape", "203,128", "--positions", 2)
     assert [(one["vocab_size"], one["hidden_size"]) for one in results] == [(320, 64), (203, 128)]
-    assert {(one["n_probes"], one["rows"], one["dtype"]) for one in results} == {(3, 2, "float32")}
+    settings = {(one["n_probes"], one["positions"], one["dtype"]) for one in results}
+    assert settings == {(3, 2, "float32")}
     for one in results:
         ms = one["ms"]["FlashHead candidates"]["median"]
         assert f" {ms:.2f} " in screen
@@ -53,20 +54,20 @@ def test_head_of_a_model(run, converted, tmp_path):
     assert (one["n_probes"], one["hidden_size"], one["name"]) == (2, 128, "model")
 
 
-def test_rows(run, tmp_path):
+def test_positions(run, tmp_path):
     screen, (one, other) = check_outputs(
-        run, tmp_path, "rows", "--shape", "320,64", "--shape", "203,64", "--n-probes", 3,
-        "--rounds", 2, "--rows", 8, "--rows", 1, "--rows", 40,
+        run, tmp_path, "positions", "--shape", "320,64", "--shape", "203,64", "--n-probes", 3,
+        "--rounds", 2, "--positions", 8, "--positions", 1, "--positions", 40,
     )  # fmt: skip
     assert one["counts"] == other["counts"] == [1, 8, 40]
-    assert "Crossover: " in screen and "(max_rows: 32)" in screen
+    assert "Crossover: " in screen and "(max_positions: 32)" in screen
     for spreads in one["ms"].values():
         assert [spread["runs"] for spread in spreads] == [2, 2, 2]
 
 
-def test_rows_of_a_model(run, converted, tmp_path):
+def test_positions_of_a_model(run, converted, tmp_path):
     _, (one,) = check_outputs(
-        run, tmp_path, "rows", "--model", converted, "--rounds", 1, "--rows", 2
+        run, tmp_path, "positions", "--model", converted, "--rounds", 1, "--positions", 2
     )
     assert (one["n_probes"], one["counts"], one["name"]) == (4, [2], "model")
 
@@ -74,13 +75,13 @@ def test_rows_of_a_model(run, converted, tmp_path):
 @pytest.mark.parametrize(
     "last, first, said",
     [
-        (8, 16, "still faster at 8 rows, dense from 16 on"),
-        (64, None, "still faster at 64 rows, the most that were measured"),
-        (None, 1, "dense is faster from 1 on, the fewest rows that were measured"),
+        (8, 16, "still faster at 8 positions, dense from 16 on"),
+        (64, None, "still faster at 64 positions, the most that were measured"),
+        (None, 1, "dense is faster from 1 on, the fewest positions that were measured"),
     ],
 )
 def test_crossover_is_said(last, first, said):
-    one = {"crossover": {"last_faster": last, "slower_from": first}, "max_rows": 32}
+    one = {"crossover": {"last_faster": last, "slower_from": first}, "max_positions": 32}
     assert said in crossover_sentence(one)
 
 
@@ -126,9 +127,10 @@ def test_sampler_of_sizes(run, tmp_path):
 
 def test_sampler_of_a_model(run, converted, tmp_path):
     _, (one,) = check_outputs(
-        run, tmp_path, "sampler", "--model", converted, "--n-probes", 2, "--rows", 3, "--rounds", 1
-    )
-    assert (one["n_probes"], one["rows"], one["name"]) == (2, 3, "model")
+        run, tmp_path, "sampler", "--model", converted, "--n-probes", 2, "--positions", 3,
+        "--rounds", 1,
+    )  # fmt: skip
+    assert (one["n_probes"], one["positions"], one["name"]) == (2, 3, "model")
 
 
 def test_samplers_have_the_usual_vocabulary(monkeypatch):
@@ -173,9 +175,9 @@ def test_estimate(run, tmp_path):
         (("head", "--shape", "320,64", "--n-probes", 0), "--n-probes is 0"),
         (("head", "--shape", "320,72", "--head-bits", 4), "width of 72"),
         ((*HEAD[:3], "--rounds", 0), "--rounds is 0"),
-        ((*HEAD, "--rows", 0), "--rows is 0"),
-        (("rows",), "--shape --model is required"),
-        (("rows", "--shape", "320,64", "--rows", 0), "--rows is 0"),
+        ((*HEAD, "--positions", 0), "--positions is 0"),
+        (("positions",), "--shape --model is required"),
+        (("positions", "--shape", "320,64", "--positions", 0), "--positions is 0"),
         ((*HEAD, "--plot", "a.xyz"), "must end in .png"),
         ((*HEAD, "--json", "absent/a.json"), "cannot be written"),
         (("head", "--model", "./absent"), "no folder"),
@@ -187,7 +189,7 @@ def test_estimate(run, tmp_path):
         (("sampler", "--model", "./absent"), "no folder"),
         (("sampler", "--vocab-size", 0), "--vocab-size is 0"),
         (("sampler", "--vocab-size", 320, "--n-probes", 21), "20 clusters"),
-        (("sampler", "--rows", 0), "--rows is 0"),
+        (("sampler", "--positions", 0), "--positions is 0"),
         ((), "COMMAND"),
     ],
 )

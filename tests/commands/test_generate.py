@@ -59,7 +59,7 @@ def test_generate_draws_probes(run, converted):
     model, tokenizer = mlx_flashhead.load(str(converted))  # an empty model's weights are drawn
     sampler = make_sampler(temp=1.0)
     expected = mlx_flashhead.generate(
-        model, tokenizer, "One day", max_tokens=8, draw_probes=1.0, sampler=sampler
+        model, tokenizer, "One day", max_tokens=8, draw_temperature=1.0, sampler=sampler
     )
     assert drawn == expected + "\n"
     assert run("generate", *arguments)[1] != drawn

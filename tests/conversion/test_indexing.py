@@ -42,7 +42,7 @@ def head_on(rows, index, n_probes):
         index.centroids,
         n_probes=n_probes,
         backend="mlx",
-        max_rows=10_000,
+        max_positions=10_000,
     )
 
 

@@ -117,7 +117,7 @@ def test_measures_of_full_distributions(vocab_size, cluster_size, bias):
 def test_measures_are_those_of_the_flash_head(vocab_size, cluster_size):
     case = Case(vocab_size, cluster_size, bias=True)
     head = FlashHead(
-        case.rows, case.token_ids, case.centroids, n_probes=1, backend="mlx", max_rows=1000
+        case.rows, case.token_ids, case.centroids, n_probes=1, backend="mlx", max_positions=1000
     )
     hidden = mx.array(case.states)
     for n_probes in probe_counts(case.n_clusters):

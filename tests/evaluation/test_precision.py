@@ -57,7 +57,7 @@ class Installed:
                 arrays = mx.quantize(weight, group_size=group_size, bits=bits)
                 arrays = (arrays[0], *(a.astype(mx.float32) for a in arrays[1:]))
                 rows = HeadRows(*arrays, bias=self.bias, group_size=group_size, bits=bits)
-        return FlashHead(rows, self.token_ids, self.centroids, max_rows=1000, **self.settings)
+        return FlashHead(rows, self.token_ids, self.centroids, max_positions=1000, **self.settings)
 
 
 def log_softmax(logits):

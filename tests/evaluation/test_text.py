@@ -38,7 +38,7 @@ def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(
         n_probes=n_probes,
         eos_token_ids=eos_token_ids,
         backend="mlx",
-        max_rows=1000,
+        max_positions=1000,
     )
     return model
 

@@ -201,7 +201,7 @@ def test_nothing_is_evaluated(form):
         logits, tokens = head(hidden), head.token(hidden)
         with head.dense():
             dense = head(hidden)
-        with head.drawn_probes(1.0):
+        with head.settings(draw_temperature=1.0):
             drawn = head(hidden)
         return logits, tokens, dense, drawn, *head.candidates(hidden), head.cluster_scores(hidden)
 

@@ -118,7 +118,7 @@ class TestShapes:
                 np.testing.assert_array_equal(head.token(view), head.token(packed))
 
     def test_kernels_are_left_alone_where_the_head_is_dense(self):
-        """More positions than max_rows, all clusters probed, or a dense block."""
+        """More positions than max_positions, all clusters probed, or a dense block."""
         hidden = mx.random.normal((1, 33, HIDDEN_SIZE), key=mx.random.key(4))
         with kernels() as emulator:
             head = make_head("metal")

@@ -78,9 +78,9 @@ def test_drawn_probes_have_the_papers_distribution(n_probes, temperature):
         chosen = frozenset(order)
         expected[chosen] = expected.get(chosen, 0) + probability
     n_draws = 4000
-    head, _ = head_of_scores(scores, n_probes=n_probes, max_rows=n_draws)
+    head, _ = head_of_scores(scores, n_probes=n_probes, max_positions=n_draws)
     mx.random.seed(0)
-    with head.drawn_probes(temperature):
+    with head.settings(draw_temperature=temperature):
         draws = scored(head, mx.zeros((n_draws, 32)))
     found = [frozenset(token // 2 for token in draw) for draw in draws]
     assert set(found) <= set(expected)
@@ -91,10 +91,10 @@ def test_drawn_probes_have_the_papers_distribution(n_probes, temperature):
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
 def test_only_drawn_tokens_can_be_sampled(temperature):
-    head, rows, hidden = make_head(n_probes=3, eos_token_ids=(17,), max_rows=2000)
+    head, rows, hidden = make_head(n_probes=3, eos_token_ids=(17,), max_positions=2000)
     hidden = mx.tile(hidden[0, :1], (2000, 1))
     mx.random.seed(1)
-    with head.drawn_probes(temperature):
+    with head.settings(draw_temperature=temperature):
         logits = head(hidden)
     mx.eval(logits)
     values, dense = np.array(logits), np.array(rows.matmul(hidden))
@@ -110,21 +110,21 @@ def test_only_drawn_tokens_can_be_sampled(temperature):
     assert len({row.tobytes() for row in can_be_drawn}) > 1
 
 
-def test_drawn_probes_ends_with_its_block():
+def test_draw_ends_with_its_block():
     head, _, hidden = make_head(n_probes=3)
     before = head(hidden)
-    with head.drawn_probes(1.0):
-        with pytest.raises(RuntimeError), head.drawn_probes(2.0):
+    with head.settings(draw_temperature=1.0):
+        with pytest.raises(RuntimeError), head.settings(draw_temperature=2.0):
             raise RuntimeError
         assert not mx.array_equal(head(hidden), before)
     assert mx.array_equal(head(hidden), before)
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
-def test_drawn_probes_needs_a_temperature(temperature):
+def test_draw_needs_a_temperature(temperature):
     head, _, _ = make_head()
     with pytest.raises(ValueError, match=r"temperature of the draw.*must be above 0"):
-        head.drawn_probes(temperature).__enter__()
+        head.settings(draw_temperature=temperature).__enter__()
 
 
 def test_dense_block():
@@ -142,13 +142,36 @@ def test_dense_block():
     assert head.n_probes == 4
 
 
-@pytest.mark.parametrize("max_rows", [1, 14, 15])
-def test_many_positions_are_dense(max_rows):
-    head, rows, hidden = make_head(n_probes=2, max_rows=max_rows)
+def test_settings_are_those_of_the_innermost_block():
+    """What is not given stays; a block that is refused changes nothing."""
+    head, _, _ = make_head()
+    with head.settings(n_probes=2, draw_temperature=0.5) as same:
+        assert same is head and state(head) == (2, 0.5)
+        with head.settings():
+            assert state(head) == (2, 0.5)
+        with head.settings(dense=True):
+            assert state(head) == (N_CLUSTERS, 0.5) and head.exact
+            with head.settings(n_probes=3, draw_temperature=2):
+                assert state(head) == (3, 2.0)
+            assert head.exact
+        for wrong in ({"n_probes": 0}, {"n_probes": 3, "dense": True}):
+            with pytest.raises(ValueError, match="n_probes"):
+                head.settings(draw_temperature=1.0, **wrong).__enter__()
+            assert state(head) == (2, 0.5)
+    assert state(head) == (4, None)
+
+
+def state(head):
+    return head.n_probes, head._draw_temperature
+
+
+@pytest.mark.parametrize("max_positions", [1, 14, 15])
+def test_many_positions_are_dense(max_positions):
+    head, rows, hidden = make_head(n_probes=2, max_positions=max_positions)
     expected = rows.matmul(hidden)
     is_dense = mx.allclose(head(hidden), expected, rtol=0, atol=1e-4).item()
-    assert is_dense == (max_rows < 15)
-    together = head(hidden[:, :1]) if max_rows >= 3 else head(hidden[:1, :1])
+    assert is_dense == (max_positions < 15)
+    together = head(hidden[:, :1]) if max_positions >= 3 else head(hidden[:1, :1])
     assert not mx.allclose(together, expected[: together.shape[0], :1], rtol=0, atol=1e-4)
 
 

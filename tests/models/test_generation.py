@@ -9,7 +9,6 @@ import pytest
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_flashhead import batch_generate, convert, generate, get_flash_head, load, stream_generate
-from mlx_flashhead.models.generation import head_settings
 from model_folders import VOCAB_SIZE, write_model
 
 PROMPTS = ("One day", "How do I bake bread?", "x")
@@ -43,11 +42,11 @@ def head(flash):
     """The FlashHead, which each test must leave as it was."""
     head = get_flash_head(flash[0])
     yield head
-    assert state(head) == (4, False, None)
+    assert state(head) == (4, None)
 
 
 def state(head):
-    return head.n_probes, head._dense, head._draw_temperature
+    return head.n_probes, head._draw_temperature
 
 
 def dense_text(model, tokenizer, prompt):
@@ -113,7 +112,7 @@ def test_drawn_probes_are_all_that_can_be_sampled(flash, head):
     sampler = make_sampler(temp=1.0)
     drawn = []
     for response in stream_generate(
-        *flash, "One day", n_probes=2, draw_probes=1.0, sampler=sampler, max_tokens=8
+        *flash, "One day", n_probes=2, draw_temperature=1.0, sampler=sampler, max_tokens=8
     ):
         possible = np.flatnonzero(np.array(response.logprobs) > -5000)
         assert len(possible) <= 2 * head.cluster_size
@@ -128,7 +127,7 @@ def test_settings_end_with_an_error(flash, head):
     def failing(logprobs):
         raise RuntimeError("in the sampler")
 
-    options = {"n_probes": 2, "draw_probes": 1.0, "sampler": failing}
+    options = {"n_probes": 2, "draw_temperature": 1.0, "sampler": failing}
     with pytest.raises(RuntimeError, match="in the sampler"):
         generate(*flash, "One day", **options)
     with pytest.raises(RuntimeError, match="in the sampler"):
@@ -140,9 +139,9 @@ def test_settings_end_with_an_error(flash, head):
 
 
 def test_settings_end_with_an_abandoned_stream(flash, head):
-    stream = stream_generate(*flash, "One day", n_probes=2, draw_probes=1.0, max_tokens=50)
+    stream = stream_generate(*flash, "One day", n_probes=2, draw_temperature=1.0, max_tokens=50)
     next(stream)
-    assert state(head) == (4, False, None)
+    assert state(head) == (4, None)
     stream.close()
 
 
@@ -188,7 +187,7 @@ def test_dense_models_generate_as_they_are(dense):
     expected = dense_text(*dense, "One day")
     assert generate(*dense, "One day", max_tokens=TOKENS) == expected
     assert generate(*dense, "One day", dense=True, max_tokens=TOKENS) == expected
-    for options in ({"n_probes": 1}, {"draw_probes": 1.0}):
+    for options in ({"n_probes": 1}, {"draw_temperature": 1.0}):
         with pytest.raises(ValueError, match="has no FlashHead"):
             generate(*dense, "One day", max_tokens=TOKENS, **options)
 
@@ -199,7 +198,7 @@ def test_dense_models_generate_as_they_are(dense):
         ({"n_probes": 0}, "n_probes is 0"),
         ({"n_probes": 18}, "choose 1 to 17"),
         ({"n_probes": 1.5}, "whole number"),
-        ({"n_probes": 2, "draw_probes": 0.0}, "must be above 0"),
+        ({"n_probes": 2, "draw_temperature": 0.0}, "must be above 0"),
     ],
 )
 def test_settings_that_are_not_valid(flash, head, options, said):
@@ -212,11 +211,11 @@ def test_settings_that_are_not_valid(flash, head, options, said):
 def test_several_models_have_settings_of_their_own(flash, head, folders):
     other_model, _ = load(str(folders[1]), n_probes=7)
     other = get_flash_head(other_model)
-    with head_settings(flash[0], n_probes=2), head_settings(other_model, dense=True):
-        assert state(head) == (2, False, None)
-        assert state(other) == (7, True, None)
-        with head_settings(flash[0], n_probes=3, draw_probes=0.5):
-            assert state(head) == (3, False, 0.5)
-            assert state(other) == (7, True, None)
-        assert state(head) == (2, False, None)
-    assert state(other) == (7, False, None)
+    stream = stream_generate(*flash, "One day", n_probes=2, max_tokens=2)
+    others = []
+    with other.dense():
+        for response in stream:
+            others.append(state(other))
+            assert response.token >= 0 and state(head) == (4, None)
+    assert others == [(other.n_clusters, None)] * 2
+    assert state(other) == (7, None)

@@ -15,9 +15,9 @@ def pair(request, tmp_path_factory):
 def head(pair):
     """The FlashHead of ``pair``; settings that a test changes last as long as the test."""
     head = pair.head
-    before = head.n_probes, head.max_rows
+    before = head.n_probes, head.max_positions
     yield head
-    head.n_probes, head.max_rows = before
+    head.n_probes, head.max_positions = before
 
 
 @pytest.fixture

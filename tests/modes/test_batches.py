@@ -1,4 +1,4 @@
-"""Batches: at once, continuously, with caches, and above ``max_rows``."""
+"""Batches: at once, continuously, with caches, and above ``max_positions``."""
 
 import mlx.core as mx
 import pytest
@@ -43,11 +43,11 @@ def test_batch_with_every_probe_is_dense(pair, exact, prompts):
     assert batch_tokens(pair, pair.model, prompts) == expected
 
 
-@pytest.mark.parametrize("max_rows", [5, 6])
-def test_more_sequences_than_max_rows_are_dense(pair, head, max_rows):
+@pytest.mark.parametrize("max_positions", [5, 6])
+def test_more_sequences_than_max_positions_are_dense(pair, head, max_positions):
     prompts = [pair.encode(f"{letter} is the") for letter in "ABCDEF"]  # of one length: together
-    head.max_rows = max_rows
-    reference = pair.dense if max_rows < len(prompts) else pair.model
+    head.max_positions = max_positions
+    reference = pair.dense if max_positions < len(prompts) else pair.model
     generator = BatchGenerator(pair.model, prefill_batch_size=6)  # no text ends before the others
     uids = generator.insert(prompts, [TOKENS] * 6)
     found = {uid: [] for uid in uids}

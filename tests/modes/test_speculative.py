@@ -73,13 +73,13 @@ def test_drafts_are_taken(pair, drafts):
     assert 0 < some_drafted < all_drafted
 
 
-def test_more_rows_than_max_rows_are_dense(pair, head, drafts):
+def test_more_positions_than_max_positions_are_dense(pair, head, drafts):
     """Verification then scores every token, so that the text is the dense model's."""
     ids = pair.encode(PROMPT)
     dense, few = uncached(pair.dense, ids, 8), uncached(pair.model, ids, 8)
     assert dense != few
-    for max_rows, expected in ((4, few), (3, dense)):
-        head.max_rows = max_rows
+    for max_positions, expected in ((4, few), (3, dense)):
+        head.max_positions = max_positions
         found, _ = run(pair, pair.model, drafts["dense"], num_draft_tokens=3)
         assert found[:8] == expected
 

@@ -9,12 +9,12 @@ import growth
 import plots
 from mlx_flashhead.benchmarks.model import DENSE, FLASH_HEAD, NO_HEAD
 
-USUAL = {"vocab_size": 320, "hidden_size": 64, "n_probes": 4, "n_rows": 1}
+USUAL = {"vocab_size": 320, "hidden_size": 64, "n_probes": 4, "n_positions": 1}
 AXES = {
     "vocab_size": (160, 320),
     "hidden_size": (32, 64),
     "n_probes": (1, 4, 20),
-    "n_rows": (1, 3),
+    "n_positions": (1, 3),
 }
 
 
@@ -36,7 +36,7 @@ def test_each_axis_varies_alone(figures):
     found = json.loads((figures / "growth.json").read_text())
     assert found["kind"] == "growth" and found["machine"]["processor"]
     names = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "n_probes": "n_probes"}
-    names["n_rows"] = "rows"
+    names["n_positions"] = "positions"
     for axis, values in AXES.items():
         points = [one for one in found["results"] if one["axis"] == axis]
         assert [one[names[axis]] for one in points] == list(values)

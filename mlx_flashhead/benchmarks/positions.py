@@ -1,4 +1,4 @@
-"""How many rows at once a FlashHead is still faster for: what ``max_rows`` should be."""
+"""How many positions at once a FlashHead is still faster for: what ``max_positions`` should be."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,24 +10,24 @@ from .head import DENSE, LOGITS, form_of, forms, in_batches
 from .timing import ColdCaches, Spread, in_turns
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
-DENSE_PATH = "FlashHead above max_rows"
+DENSE_PATH = "FlashHead above max_positions"
 
 
-def rows_benchmark(
+def positions_benchmark(
     head: FlashHead,
     states: mx.array,
     *,
     counts: Sequence[int] = COUNTS,
     rounds: int = 7,
     progress: bool = True,
-    description: str = "Timing rows",
+    description: str = "Timing positions",
 ) -> dict:
-    """Times full logits against the number of rows, in turns, with cold caches.
+    """Times full logits against the number of positions, in turns, with cold caches.
 
     Args:
-        head: The head; its own ``max_rows`` stays as it is.
+        head: The head; its own ``max_positions`` stays as it is.
         states: (N, D) hidden states, of which each round takes others.
-        counts: Numbers of rows (B·L) at once.
+        counts: Numbers of positions (B·L) at once.
         rounds: Runs that count, of all forms in turns, for each number.
         progress: Show bars.
         description: Of the bars.
@@ -37,7 +37,7 @@ def rows_benchmark(
     """
     counts = sorted(set(counts))
     retrieving = head.copy()
-    retrieving.max_rows = counts[-1]
+    retrieving.max_positions = counts[-1]
     named = {
         DENSE: forms(head)[DENSE],
         DENSE_PATH: head.dense_logits,
@@ -57,7 +57,7 @@ def rows_benchmark(
         for name, taken in seconds.items():
             ms[name].append(Spread.of(taken).scaled(1000).to_dict())
     return form_of(head, states) | {
-        "max_rows": head.max_rows,
+        "max_positions": head.max_positions,
         "counts": counts,
         "ms": ms,
         "crossover": crossover(counts, ms),
@@ -69,10 +69,10 @@ def _call(form: Callable, batches: list[mx.array], number: int) -> mx.array:
 
 
 def crossover(counts: Sequence[int], ms: dict[str, list[dict]]) -> dict[str, int | None]:
-    """The measured numbers of rows between which the dense path becomes the faster one for good.
+    """The measured numbers between which the dense path becomes the faster one for good.
 
     Args:
-        counts: Numbers of rows, rising.
+        counts: Numbers of positions, rising.
         ms: Spreads of ``LOGITS`` and ``DENSE_PATH``, one for each number.
 
     Returns:
