@@ -81,13 +81,16 @@ class HeadRows:
         return dtype
 
     def matmul(self, hidden: mx.array) -> mx.array:
-        """Logits of all rows: hidden (..., D) → (..., V)."""
+        """Logits of all rows: hidden (..., D) → (..., V).
+
+        Rows of shape (R, K, …) multiply states of shape (R, 1, D) into (R, 1, K).
+        """
         if self.quantized:
             logits = mx.quantized_matmul(
                 hidden, self.weight, self.scales, self.biases, transpose=True, **self.quantization
             )
         else:
-            logits = hidden @ self.weight.T
+            logits = hidden @ self.weight.swapaxes(-1, -2)
         return logits if self.bias is None else logits + self.bias
 
     def dequantized(self) -> mx.array:
