@@ -18,8 +18,8 @@ from .benchmarks.output import draw, print_result
 from .benchmarks.positions import COUNTS, positions_benchmark
 from .benchmarks.sampler import sampler_benchmark
 from .cli.console import check_writable, command
+from .cli.pictures import check_picture
 from .conversion.quantization import HEAD_BITS
-from .evaluate import PICTURES
 from .head.flash_head import FlashHead
 from .models.install import dense_copy, get_flash_head
 from .models.load import load
@@ -215,9 +215,7 @@ def main() -> None:
     if args.json:
         check_writable("--json", args.json)
     if args.plot:
-        if Path(args.plot).suffix.lower() not in PICTURES:
-            raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
-        check_writable("--plot", args.plot)
+        check_picture("--plot", args.plot)
     measure = {
         HEAD: _head,
         POSITIONS: _positions,

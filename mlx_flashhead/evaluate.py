@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli.console import check_writable, command
+from .cli.pictures import check_picture
 from .conversion.calibration import read_text
 from .evaluation.precision import PrecisionEvaluation, evaluate_precisions
 from .evaluation.task_options import add_task_options, check_task_options, run_tasks
@@ -37,7 +38,6 @@ MB          read per token
 bytes       read per token, relative to a dense head of 16 bits
 Only the head's rows differ: 8 and 4 bits are MLX's affine form of the
 16-bit rows. All else is the checkpoint's own."""
-PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -93,9 +93,7 @@ def main() -> None:
     if args.plot and args.precisions:
         raise ValueError("--plot draws numbers of probes: leave it out with --precisions.")
     if args.plot:
-        if Path(args.plot).suffix.lower() not in PICTURES:
-            raise ValueError(f"--plot {args.plot} must end in {', '.join(PICTURES)}.")
-        check_writable("--plot", args.plot)
+        check_picture("--plot", args.plot)
     if args.tasks:
         run_tasks(args)
         return

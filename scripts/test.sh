@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# Lint, format check and tests in a .venv of the checkout. Arguments go to pytest:
-#   scripts/test.sh tests/test_head.py -k ties
+# Lint, format, floors and tests, in a .venv of the checkout. Arguments go to pytest:
+#   scripts/test.sh tests/head/test_head.py -k ties
 #   scripts/test.sh -m "not real"          # without the real model
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh
 make_venv test
 
-.venv/bin/python -m ruff check --quiet
-.venv/bin/python -m ruff format --check --quiet
-.venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"
+# Says what is checked, then runs a program of the .venv.
+check() {
+  echo "== $1"
+  shift
+  ".venv/bin/$@"
+}
+
+check "Lint" ruff check --quiet
+check "Format" ruff format --check --quiet
+check "Floors: which folder imports which" lint-imports --no-logo --no-cache
+check "Tests" pytest -q -n 2 --dist loadfile --durations 25 "$@"

@@ -23,21 +23,23 @@ find_python() {
 }
 
 # Makes .venv and installs the checkout into it, editable; a second call finds it done.
-#   $1  an extra of pyproject.toml, or nothing
+#   $1  extras of pyproject.toml, as in "report,qr", or nothing
 make_venv() {
-  local extra="$1" python
-  local stamp=".venv/.installed-${extra:-plain}"
-  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  local extras="$1" python
+  local stamp=".venv/.installed-${extras:-plain}"
+  # The programs in .venv know the folder it was made in: a moved checkout makes its own anew.
+  if [ "$(cat .venv/.checkout 2>/dev/null)" != "$PWD" ] ||
+    ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python="$(find_python)" || return 1
     "$python" -m venv --clear .venv || return 1
+    echo "$PWD" >.venv/.checkout
   fi
-  # A copied or moved checkout, or a changed pyproject.toml, is installed anew.
-  if [ ! "$stamp" -nt pyproject.toml ] || [ "$(cat "$stamp")" != "$PWD" ]; then
-    echo "Installing mlx_flashhead${extra:+ with its $extra extra} into .venv …"
-    if ! .venv/bin/python -m pip install -q -e ".${extra:+[$extra]}"; then
+  if [ ! "$stamp" -nt pyproject.toml ]; then
+    echo "Installing mlx_flashhead${extras:+ with its extras $extras} into .venv …"
+    if ! .venv/bin/python -m pip install -q -e ".${extras:+[$extras]}"; then
       echo "error: pip could not install mlx_flashhead into $PWD/.venv; its reason stands above." >&2
       return 1
     fi
-    echo "$PWD" >"$stamp"
+    touch "$stamp"
   fi
 }

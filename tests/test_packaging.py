@@ -163,6 +163,7 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
             "filelock",
             "gguf",
             "ruff",
+            "import-linter",
             "hatchling",
             "ziglang",
         }

@@ -14,11 +14,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 from ..models.compat import BatchGenerator
 from ..models.locate import HeadLocation, recorded_hidden
+from ..models.sampling import make_sampler
 
 SEQUENCE_TOKENS = 128
 BATCH_SIZE = 32

@@ -8,12 +8,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_sampler
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..models.load import load
+from ..models.sampling import make_sampler
 
 LEGEND = """\
 dense       log-likelihoods and perplexities under the dense head

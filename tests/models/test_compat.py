@@ -221,46 +221,6 @@ def test_every_name_of_compat_is_checked_here():
     assert through_compat <= {*CALLS, *VALUES}, "give new names a line in CALLS or VALUES"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CHECKOUT)))
-def test_private_and_moving_names_stand_in_compat_alone(path):
-    if path == COMPAT:
-        return
-    tree = parsed(path)
-    imported = imported_from_mlx_lm(tree)
-    moving = set(imported_from_mlx_lm(parsed(COMPAT)))
-    private = {dotted for dotted in imported if is_private(dotted)}
-    private |= {
-        f"{ast.unparse(node.value)}.{node.attr}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and is_private(node.attr)
-        if isinstance(node.value, ast.Name | ast.Attribute)
-        if ast.unparse(node.value).split(".")[0] in modules_of_mlx_lm(tree)
-    }
-    wrong = private | (moving & imported.keys())
-    assert not wrong, f"{', '.join(sorted(wrong))}: take it from mlx_flashhead/models/compat.py"
-
-
-def is_private(dotted):
-    return any(part.startswith("_") and part != "__version__" for part in dotted.split("."))
-
-
-def modules_of_mlx_lm(tree):
-    """Names under which a file knows mlx-lm or one of its modules."""
-    names = set(imported_from_mlx_lm(tree).values())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {
-                alias.asname or alias.name.split(".")[0]
-                for alias in node.names
-                if alias.name.split(".")[0] == "mlx_lm"
-            }
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").endswith("compat"):
-            names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Assign) and "import_module('mlx_lm" in ast.unparse(node.value):
-            names |= {ast.unparse(target) for target in node.targets}
-    return names
-
-
 @pytest.mark.parametrize("package", ["mlx", "mlx-lm"])
 def test_installed_version_is_a_supported_one(package):
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
