@@ -28,7 +28,9 @@ def until_stop(responses: Iterator[Any], stop_words: list[str]) -> Iterator[Any]
         ends = [text.find(word) + len(word) for word in stop_words if word in text]
         if ends and response.finish_reason != "stop":
             surplus = len(text) - min(ends)
-            yield replace(response, text=response.text[: len(response.text) - surplus])
+            shown = response.text[: len(response.text) - surplus]
+            # mlx-lm's handler drops the text of a response that says "stop", and takes None for it
+            yield replace(response, text=shown, finish_reason=None)
             return
         yield response
 

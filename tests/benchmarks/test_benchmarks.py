@@ -37,6 +37,7 @@ from mlx_flashhead.benchmarks.model import (
 from mlx_flashhead.benchmarks.positions import DENSE_PATH, crossover, positions_benchmark
 from mlx_flashhead.benchmarks.sampler import MLX_LM, OURS, sampler_benchmark, zipf_logprobs
 from mlx_flashhead.benchmarks.sampler import SAMPLERS as TIMED_SAMPLERS
+from mlx_flashhead.benchmarks.timing import in_turns
 from mlx_flashhead.models.install import install
 from model_folders import write_model
 from tiny_models import VOCAB_SIZE, tiny_index, tiny_model
@@ -122,7 +123,17 @@ def test_head_benchmark_reports(n_positions):
             assert ratio == pytest.approx(ms[dense] / ms[name])
 
 
-def test_positions_benchmark_reports():
+def test_positions_benchmark_reports(monkeypatch):
+    """FlashHead is made to take a millisecond a position, and the dense head always four."""
+    numbers = iter((1, 3, 9))
+
+    def timed(runs, rounds, **options):
+        number = next(numbers)
+        real = in_turns(runs, rounds, **options)
+        ms = {name: number if name == LOGITS else 4 for name in runs}
+        return {name: [ms[name] / 1000] * len(taken) for name, taken in real.items()}
+
+    monkeypatch.setattr(positions_module, "in_turns", timed)
     head = random_head(320, 64, n_probes=5)
     head.max_positions = 4
     states = mx.random.normal((7, 64))
@@ -130,8 +141,9 @@ def test_positions_benchmark_reports():
     json.dumps(found)
     assert (found["counts"], found["max_positions"], head.max_positions) == ([1, 3, 9], 4, 4)
     assert found["ms"].keys() == {DENSE, DENSE_PATH, LOGITS}
-    assert all(len(spreads) == 3 for spreads in found["ms"].values())
-    assert found["crossover"] == crossover(found["counts"], found["ms"])
+    assert [spread["median"] for spread in found["ms"][LOGITS]] == pytest.approx([1, 3, 9])
+    assert {spread["runs"] for spreads in found["ms"].values() for spread in spreads} == {2}
+    assert found["crossover"] == {"last_faster": 3, "slower_from": 9}
 
 
 def test_positions_benchmark_times_what_it_says(monkeypatch):

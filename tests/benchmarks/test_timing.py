@@ -3,13 +3,12 @@
 import json
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlx_flashhead.benchmarks import machine as machine_module
 from mlx_flashhead.benchmarks import timing
 from mlx_flashhead.benchmarks.machine import machine, read_bandwidth_gb_s
-from mlx_flashhead.benchmarks.timing import ColdCaches, Spread, head_seconds, in_turns, turns
+from mlx_flashhead.benchmarks.timing import Spread, head_seconds, in_turns, turns
 
 
 def test_spread_is_median_and_quartiles():
@@ -59,13 +58,6 @@ def test_what_runs_return_is_evaluated(monkeypatch):
     made = {"array": lambda _: mx.ones(3) + 1, "pair": lambda _: (mx.ones(2), mx.ones(1))}
     in_turns(made, 1, progress=False)
     assert sorted(len(e) for e in evaluated) == [2, 2, 3, 3]
-
-
-def test_cold_caches_touch_128_mb():
-    cold = ColdCaches()
-    cold()
-    memory = np.array(cold._memory)
-    assert memory.nbytes == 128 << 20 and (memory == 1).all()
 
 
 def test_machine_is_json_and_names_what_matters(monkeypatch):

@@ -114,6 +114,21 @@ def test_temperature_spreads_the_tokens(loaded, endless):
     assert (logits_of(model, states).argmax(axis=1) == drawn).mean() < 0.2
 
 
+def test_the_text_is_the_models_own_by_default(loaded, endless):
+    """Its tokens surprise the model as much as tokens drawn from its probabilities would.
+
+    A colder text is one the model hardly ever writes, and lacks the states of most others.
+    """
+    states, drawn = generate(loaded[0], endless, 500)
+    logits = logits_of(loaded[0], states).astype(np.float64)
+    surprise = np.log(np.exp(logits).sum(axis=1, keepdims=True)) - logits
+    probability = np.exp(-surprise)
+    expected = (probability * surprise).sum(axis=1)
+    variance = (probability * surprise**2).sum(axis=1) - expected**2
+    excess = surprise[np.arange(len(drawn)), drawn] - expected
+    assert abs(excess.sum()) < 3 * np.sqrt(variance.sum())
+
+
 def test_same_seed_same_states(loaded):
     model, tokenizer = loaded
     first = generate(model, tokenizer, 70, seed=5)

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.metric import FLOOR, checked_states, covariance, logit_metric
 
 
@@ -39,6 +40,38 @@ def test_the_scale_of_the_states_does_not_matter():
     metric = logit_metric(states, 24)
     for other in (1000 * states, 1e-3 * states, mx.array(states)):
         np.testing.assert_allclose(logit_metric(other, 24), metric, rtol=1e-3, atol=1e-4)
+
+
+def unexplained(rows, token_ids, states):
+    """Share of the logits' variance that the tokens of a cluster do not have in common."""
+    logits = states @ rows.T
+    groups = logits[:, token_ids.astype(int)]
+    apart = groups - groups.mean(axis=-1, keepdims=True)
+    return apart.var(axis=0).mean() / logits.var(axis=0).mean()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_clusters_follow_what_the_states_see(seed):
+    """Rows share a meaning where the states vary, and more of a look where they hardly do.
+
+    Clusters by the rows alone gather looks; in the metric they gather tokens of one meaning, whose
+    logits move together over states that were not seen.
+    """
+    rng = np.random.default_rng(seed)
+    n_groups, seen, unseen = 16, 8, 24
+    tokens = np.arange(n_groups * 8)
+    meaning = rng.normal(size=(n_groups, seen))[tokens % n_groups]
+    look = 1.7 * rng.normal(size=(n_groups, unseen))[tokens // 8]
+    turned = np.linalg.qr(rng.normal(size=(32, 32)))[0]
+    rows = (np.hstack([meaning, look]) @ turned.T).astype(np.float32)
+    spread = np.repeat([1.0, 0.17], [seen, unseen])
+    states = (rng.normal(size=(4000, 32)) * spread @ turned.T).astype(np.float32)
+    known, other = states[:2000], states[2000:]
+    options = {"spherical": False, "progress": False}
+    by_rows = cluster_rows(rows, 8, **options)
+    by_logits = cluster_rows(rows, 8, metric=logit_metric(known, 32), **options)
+    left = unexplained(rows, by_logits, other) / unexplained(rows, by_rows, other)
+    assert left < 0.7
 
 
 @pytest.mark.parametrize("n_states", [1, 50])

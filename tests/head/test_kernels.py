@@ -66,12 +66,6 @@ def test_cases_cover_every_pair_of_values():
             assert (pair in covered) != bool(impossible), pair
 
 
-@pytest.mark.gpu
-def test_the_kernels_of_these_tests_ran_on_a_gpu():
-    if not on_gpu():
-        pytest.skip("no Metal on this machine: the kernels ran on the emulator")
-
-
 def head_of(rng, case, dtype):
     n_clusters = N_CLUSTERS[case["n_probes"]]
     n_tokens = n_clusters * case["cluster_size"] - (0 if case["divisible"] else 3)

@@ -158,6 +158,19 @@ def test_distribution_is_mlx_lms_in_16_bits(head, spy, name, dtype):
     assert distance(found, expected) < 1e-5
 
 
+def test_hundreds_of_likely_tokens_keep_their_probabilities(head, spy):
+    """In an open sentence a few hundred tokens are likely (Zipf), each in a cluster of its own."""
+    rng = np.random.default_rng(0)
+    ranks = np.stack([rng.permutation(VOCAB_SIZE) for _ in range(3)])
+    logits = mx.array((-1.3 * np.log(ranks + 1.0)).astype(np.float32))
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    arguments = {"temp": 1.0, "top_p": 0.9}
+    expected, _ = spy.distribution(sample_utils.make_sampler(**arguments), logprobs)
+    assert ((expected > 0).sum(axis=-1) > 300).all()
+    found, ids = spy.distribution(make_sampler(**arguments, model=head), logprobs)
+    assert ids is not None and distance(found, expected) < 1e-3
+
+
 @pytest.mark.parametrize("arguments", [{"top_p": 0.9}, {"min_p": 0.01}, {"top_p": 0.99}])
 def test_only_the_tail_is_missing(head, spy, arguments):
     """Of a flat distribution mlx-lm keeps thousands of tokens; some are no candidates."""

@@ -75,3 +75,16 @@ def texts(parts, words):
 )
 def test_text_ends_with_the_first_stop_word(words, expected):
     assert texts(["ab", "cd", "ef"], words) == expected
+
+
+@pytest.mark.parametrize(
+    "reason, expected",
+    [
+        ("length", [("ab", None), ("c", None)]),  # the word ended it, not the limit
+        ("stop", [("ab", None), ("cdx", "stop")]),  # mlx-lm has ended it
+    ],
+)
+def test_reason_for_the_end(reason, expected):
+    responses = [Response("ab"), Response("cdx", reason)]
+    found = list(until_stop(responses, ["bc"]))
+    assert [(response.text, response.finish_reason) for response in found] == expected
