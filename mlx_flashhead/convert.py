@@ -51,13 +51,6 @@ def make_parser():
     )
     group.add_argument("--seed", type=int, default=0, help="Seed (default: %(default)s).")
     group.add_argument(
-        "--clusters",
-        metavar="FILE",
-        help="Read the clusters from a file in the format of FlashHead's authors "
-        "(clustering_cache.safetensors) instead of making them, whatever --cluster-size is; the "
-        "result cannot be uploaded.",
-    )
-    group.add_argument(
         "--revision", help="Branch, tag or commit of the model's repository (default: main)."
     )
     group.add_argument(
@@ -65,6 +58,12 @@ def make_parser():
         metavar="OWNER/NAME",
         help="The model's repository, where --hf-path is a folder that does not say so: the card "
         "names it and has its licence and language.",
+    )
+    group.add_argument(
+        "--license",
+        metavar="ID",
+        help="The model's licence as the Hub calls it, such as apache-2.0, where its card does not "
+        "name it.",
     )
     group.add_argument(
         "--upload",
@@ -80,14 +79,6 @@ def make_parser():
     )
     group.add_argument(
         "--overwrite", action="store_true", help="Replace the target folder if it exists."
-    )
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="Continue a conversion that was killed: with this flag, finished calibration and "
-        "clusters are kept beside the target, in .NAME.stages, until a conversion succeeds, and "
-        "those left by an earlier run with it are used if model and settings are the same. Without "
-        "it, a conversion that does not succeed leaves nothing behind.",
     )
     return parser
 

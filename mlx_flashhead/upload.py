@@ -23,6 +23,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--private", action="store_true", help="Make the repository private if it is a new one."
     )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="The model's licence as the Hub calls it, such as apache-2.0, where its card does not "
+        "name it.",
+    )
     return parser
 
 
@@ -33,7 +39,7 @@ def main() -> None:
     folder = Path(args.path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"There is no folder {args.path}: check --path.")
-    address = publish(folder, args.repo, private=args.private, say=print)
+    address = publish(folder, args.repo, private=args.private, license=args.license, say=print)
     print(f"Uploaded to {address}")
 
 

@@ -14,7 +14,6 @@ from .fitting import fit_centroids
 from .measures import USUAL_PROBES, Routing, measure
 from .metric import logit_metric
 from .probes import choose_probes, probes_needed
-from .stages import CLUSTERS, Stages, array_fingerprint, fingerprint
 
 # Held-out positions choose the probes, and few of them choose badly: none of 300 may miss for 99 %
 # to be shown. With 2,000 positions of SmolLM2-135M, in four draws, 300 chose 272 to 672 probes, 667
@@ -35,8 +34,6 @@ def build_index(
     eos_token_ids: tuple[int, ...] = (),
     source: str = "none",
     seed: int = 0,
-    stages: Stages | None = None,
-    token_ids: np.ndarray | None = None,
     recipe: dict | None = None,
     progress: bool = True,
 ) -> FlashHeadIndex:
@@ -55,9 +52,6 @@ def build_index(
         eos_token_ids: Tokens whose clusters are always scored.
         source: What the states came from: "self", "file" or "none".
         seed: Of the clustering.
-        stages: Where finished clusters are kept; None: nowhere.
-        token_ids: (C, cluster_size) uint32 clusters from a file, V in padded slots, in place of
-            own ones.
         recipe: How the checkpoint is made, to be stored.
         progress: Show bars and what was chosen.
 
@@ -73,28 +67,15 @@ def build_index(
     head_bias = None if rows.bias is None else as_float32(rows.bias)
     held_out_count = 0 if states is None else n_held_out(len(states))
     fitted_on = None if states is None else states[:-held_out_count]
-    clusters_from_file = token_ids is not None
-    if token_ids is None:
-        token_ids = (stages or Stages()).run(
-            CLUSTERS,
-            lambda: fingerprint(
-                array_fingerprint(weight),
-                None if states is None else array_fingerprint(fitted_on),
-                cluster_size,
-                seed,
-            ),
-            lambda: {
-                "token_ids": cluster_rows(
-                    weight,
-                    cluster_size,
-                    seed=seed,
-                    spherical=states is None,
-                    metric=None if states is None else logit_metric(fitted_on, rows.hidden_size),
-                    progress=progress,
-                )
-            },
-        )["token_ids"]
-    n_clusters, cluster_size = token_ids.shape
+    token_ids = cluster_rows(
+        weight,
+        cluster_size,
+        seed=seed,
+        spherical=states is None,
+        metric=None if states is None else logit_metric(fitted_on, rows.hidden_size),
+        progress=progress,
+    )
+    n_clusters = len(token_ids)
     centroids = fit_centroids(
         weight,
         token_ids,
@@ -150,7 +131,6 @@ def build_index(
         },
         report=report,
         recipe=recipe or {},
-        clusters_from_file=clusters_from_file,
     )
     return FlashHeadIndex(config, token_ids, centroids)
 

@@ -3,7 +3,6 @@
 from ..head.matrix import HeadRows
 from ..models.compat import MODEL_CONVERSION_DTYPES
 from ..publishing.hub import full_name
-from ..publishing.publish import check_clusters
 from .calibration import read_text
 from .quantization import HEAD_BITS
 
@@ -45,16 +44,13 @@ def check_arguments(
         raise ValueError(f"dtype is {dtype!r}: choose {', '.join(MODEL_CONVERSION_DTYPES)}.")
 
 
-def check_size(
-    rows: HeadRows, cluster_size: int, n_probes: int | None, n_clusters: int | None = None
-) -> None:
+def check_size(rows: HeadRows, cluster_size: int, n_probes: int | None) -> None:
     """Refuses a cluster size or a number of probes that does not fit the head.
 
     Args:
         rows: The head's.
         cluster_size: Tokens per cluster.
         n_probes: Clusters scored per token, or None.
-        n_clusters: Of a file; None: as many as the size makes.
 
     Raises:
         ValueError: If one does not.
@@ -65,7 +61,7 @@ def check_size(
             f"cluster_size is {cluster_size}, but the model has {vocab_size} tokens: "
             f"choose at most {vocab_size} (16 is usual)."
         )
-    n_clusters = n_clusters or -(-vocab_size // cluster_size)
+    n_clusters = -(-vocab_size // cluster_size)
     if n_probes is not None and n_probes > n_clusters:
         raise ValueError(
             f"n_probes is {n_probes}, but clusters of {cluster_size} make only {n_clusters} of "
@@ -73,17 +69,15 @@ def check_size(
         )
 
 
-def check_upload(upload: bool, private: bool, clusters: str | None, base_model: str | None) -> None:
+def check_upload(upload: bool, private: bool, base_model: str | None) -> None:
     """Refuses what an upload cannot be.
 
     Raises:
-        ValueError: If an option is for an upload that was not asked for, the clusters may not be
-            uploaded, or the base model's name is none.
+        ValueError: If an option is for an upload that was not asked for, or the base model's name
+            is none.
     """
     if private and not upload:
         raise ValueError("--private is for an upload: add --upload, or leave it out.")
-    if upload:
-        check_clusters(clusters is not None)
     if base_model is not None:
         if "/" not in base_model:
             raise ValueError(f"--base-model is {base_model!r}: give OWNER/NAME, as on the Hub.")

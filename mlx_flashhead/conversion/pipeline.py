@@ -1,7 +1,6 @@
 """Conversion: an mlx-lm or Hugging Face model becomes a FlashHead checkpoint.
 
-A failed or interrupted conversion leaves nothing behind, unless it was asked to keep what it had
-finished.
+A failed or interrupted conversion leaves nothing behind.
 """
 
 import inspect
@@ -34,9 +33,7 @@ from .options import (
     check_size,
     check_upload,
 )
-from .published_clusters import read_clusters
 from .quantization import BodyRecipe, body_label, set_bits
-from .stages import CALIBRATION, Stages, fingerprint, model_fingerprint, stages_folder
 
 
 def convert(
@@ -60,12 +57,11 @@ def convert(
     calibration: str = SELF_GENERATED,
     calibration_positions: int = 12_000,
     seed: int = 0,
-    clusters: str | None = None,
     upload: bool = False,
     private: bool = False,
     base_model: str | None = None,
+    license: str | None = None,
     overwrite: bool = False,
-    resume: bool = False,
     progress: bool = True,
 ) -> FlashHeadConfig:
     """Converts a model; the first arguments are those of ``mlx_lm.convert``.
@@ -92,17 +88,13 @@ def convert(
         calibration: "self" (text that the model writes), "none", or a text file.
         calibration_positions: Positions to calibrate on.
         seed: Of the clustering and of the generated text.
-        clusters: File of clusters in the format of FlashHead's authors, in place of own ones; the
-            checkpoint cannot be uploaded then.
         upload: Upload the checkpoint; without ``upload_repo``, as
             "<user>/<model>-FlashHead-<precision>".
         private: Make a new repository a private one.
         base_model: Repository of the model, "owner/name", where ``hf_path`` is a folder that does
             not say so; for the card.
+        license: The model's licence as the Hub calls it, where its card does not name it.
         overwrite: Replace a target that exists.
-        resume: Keep the finished calibration and clusters beside the target until the conversion
-            has succeeded, and begin with those of an earlier run that was given this too, as far
-            as they were made from the same model and settings.
         progress: Show bars and what is being done.
 
     Returns:
@@ -112,8 +104,7 @@ def convert(
         ValueError: If an argument, the model or the target is not valid, or the Hub would refuse
             an upload; nothing is written then. Also if the upload itself fails, which keeps the
             checkpoint.
-        OSError: If the checkpoint cannot be written. Nothing is left behind then, except finished
-            stages with ``resume``.
+        OSError: If the checkpoint cannot be written. Nothing is left behind then.
     """
     arguments = dict(locals())
     check_arguments(
@@ -123,18 +114,15 @@ def convert(
         raise ValueError("Choose either --quantize or --dequantize, not both.")
     text = calibration_text(calibration)
     upload = upload or upload_repo is not None
-    check_upload(upload, private, clusters, base_model)
+    check_upload(upload, private, base_model)
     say = print if progress else (lambda *_: None)
     target = Path(mlx_path).expanduser()
-    stages = Stages(stages_folder(target), say)
-    if not resume and stages.kept():
-        say(f"An earlier run left its {' and '.join(stages.kept())}: not used without --resume")
     with new_folder(target, overwrite) as folder:
         # before long work: what the Hub would refuse at its end
         user = sign_in() if upload else None
         repo_id = full_name(upload_repo, user) if upload_repo else None
         source = resolve(hf_path, revision)
-        origin = find_origin(hf_path, source, base_model)
+        origin = find_origin(hf_path, source, base_model, license)
         if upload:
             check_licence(origin, repo_id, target)
         say(f"Loading {hf_path}")
@@ -145,12 +133,7 @@ def convert(
             trust_remote_code=trust_remote_code,
         )
         head = find_head(model)
-        token_ids, n_clusters = None, None
-        if clusters is not None:
-            rows = head.rows()
-            token_ids = read_clusters(clusters, rows.vocab_size, rows.hidden_size)
-            n_clusters, cluster_size = token_ids.shape
-        check_size(head.rows(), cluster_size, n_probes, n_clusters)
+        check_size(head.rows(), cluster_size, n_probes)
         _cast(model, dtype or _named_dtype(source, config))
         if dequantize:
             config.pop("quantization", None)
@@ -167,32 +150,21 @@ def convert(
             repo_id = repo_id or full_name(name, user)
             reserve(repo_id, user, private)
         mx.eval(model.parameters())
-        in_use = stages if resume else Stages()
-        calibrated = {}
+        states, next_ids = None, None
         if calibration != NO_CALIBRATION:
-            calibrated = in_use.run(
-                CALIBRATION,
-                lambda: fingerprint(
-                    model_fingerprint(model, source),
-                    text,
-                    calibration_positions,
-                    None if text is not None else seed,
-                ),
-                lambda: _calibrate(
-                    model, tokenizer, text, calibration, calibration_positions, seed, progress
-                ),
+            states, next_ids = _calibrate(
+                model, tokenizer, text, calibration, calibration_positions, seed, progress
             )
         index = build_index(
             location.rows(),
-            **calibrated,
+            states,
+            next_ids,
             cluster_size=cluster_size,
             n_probes=n_probes,
             target_agreement=target_agreement,
             eos_token_ids=tuple(tokenizer.eos_token_ids),
             source="file" if text is not None else calibration,
             seed=seed,
-            stages=in_use,
-            token_ids=token_ids,
             recipe=make_recipe(
                 arguments,
                 {key: p.default for key, p in inspect.signature(convert).parameters.items()},
@@ -214,7 +186,6 @@ def convert(
                 f"{target} cannot be written ({error}): free some space or choose another "
                 "--mlx-path."
             ) from error
-    stages.delete()
     if upload:
         say(f"Uploaded to {publish(target, repo_id, private=private, say=say)}")
     return index.config
@@ -228,7 +199,7 @@ def _calibrate(
     positions: int,
     seed: int,
     progress: bool,
-) -> dict[str, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """States and next tokens of the text, or of one that the model writes itself."""
     location = find_head(model)
     if text is None:
@@ -250,7 +221,7 @@ def _calibrate(
             f"{calibration} has only {len(states)} positions to calibrate on: give a text of some "
             "pages."
         )
-    return {"states": states, "next_ids": next_ids}
+    return states, next_ids
 
 
 def _named_dtype(source: Path, config: dict) -> str | None:

@@ -6,7 +6,7 @@ The folder stays an ordinary one: ``flash_head.safetensors`` lies beside the wei
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +18,6 @@ from .settings import FlashHeadConfig
 
 FILE_NAME = "flash_head.safetensors"
 CONFIG_KEY = "flash_head"
-CLUSTERS_FROM_FILE = "read from a file: not for publication"
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,6 @@ def write_index(folder: Path, index: FlashHeadIndex) -> None:
         arrays |= {"centroids.scales": centroids.scales, "centroids.biases": centroids.biases}
     # the file says for which rows it is, so that it cannot be mistaken for another model's
     metadata = {"format": "mlx", "fingerprint": index.config.fingerprint}
-    if index.config.clusters_from_file:
-        metadata["clusters"] = CLUSTERS_FROM_FILE
     mx.save_safetensors(str(folder / FILE_NAME), arrays, metadata=metadata)
     config = _read_config(folder) | {CONFIG_KEY: index.config.to_dict()}
     (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
@@ -98,8 +95,6 @@ def read_index(folder: Path) -> FlashHeadIndex:
             f"{path} belongs to other rows than config.json describes: fetch both files again, or "
             "convert the model again with mlx_flashhead.convert."
         )
-    if metadata.get("clusters") == CLUSTERS_FROM_FILE and not config.clusters_from_file:
-        config = replace(config, clusters_from_file=True)
     index = _index_of(arrays, config)
     if index is None:
         raise ValueError(

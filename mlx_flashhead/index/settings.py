@@ -22,8 +22,6 @@ class FlashHeadConfig:
             positions), ``probes_needed`` at p50, p90 and p99, ``dense_perplexity``,
             ``dense_bytes``, and the same and more of several numbers of probes as ``by_probes``.
         recipe: How the checkpoint was made: `recipe.py`.
-        clusters_from_file: Whether the clusters were read from a file, so that they may not be
-            published.
         fingerprint: SHA-256 over 64 evenly spaced rows as stored.
         version: Version of the file format.
     """
@@ -38,7 +36,6 @@ class FlashHeadConfig:
     calibration: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
-    clusters_from_file: bool = False
     version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,11 +1,8 @@
 """The model card, README.md: written from what the checkpoint stores, whenever it is needed.
 
-Below a marker a person may add text, which no conversion and no upload changes. The marker holds a
-digest of that text as it was uploaded last, which tells whether it was edited here or on the Hub.
+Below a marker a person may add text, which no conversion and no upload changes.
 """
 
-import hashlib
-import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,8 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..index.settings import FlashHeadConfig
 from .licences import MODIFIED, Licence
 
-MARKER = "mlx_flashhead: your own text goes below"
-_MARKER = re.compile(rf"^<!-- {MARKER} [^>]*-->[ \t]*\n?", re.MULTILINE)
+MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->"
 SOURCES = {
     "self": "text that the model wrote itself",
     "file": "a text that was given",
@@ -86,10 +82,6 @@ reads per token; the dense head reads {dense_bytes}. **Bold**: what the checkpoi
 was not measured."""
 NOT_MEASURED = """\
 Nothing: it was not calibrated. `mlx_flashhead.evaluate --model {model} --text FILE` measures it."""
-NOT_FOR_PUBLICATION = """
-**Not for publication**: its clusters were read from a file (`--clusters`), which may be under a
-licence that forbids it.
-"""
 
 
 def write_card(
@@ -115,63 +107,16 @@ def write_card(
     """
     data = ModelCardData(**metadata, ignore_metadata_errors=True)
     body = _body(metadata, config, licence, title, model)
-    marker = f"<!-- {MARKER} this line and is kept {_digest(own_text)} -->"
-    text = f"---\n{data.to_yaml()}\n---\n\n{body}\n{marker}\n{own_text}"
+    text = f"---\n{data.to_yaml()}\n---\n\n{body}\n{MARKER}\n{own_text}"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def text_below_marker(card: str) -> str:
-    """What a person wrote below the marker; "" on a card that has none."""
-    marker = _MARKER.search(card)
-    return "" if marker is None else card[marker.end() :]
-
-
-def header_of(card: str | None) -> dict:
-    """The header of a card that was written here once; empty for any other."""
-    if card is None or not _MARKER.search(card):
-        return {}
-    return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-
-
-def own_text(card: str) -> str:
+def text_below_marker(card: str | None) -> str:
     """What a person wrote on a card: all below the marker, or all of a card that has none."""
-    if _MARKER.search(card):
-        return text_below_marker(card)
-    return ModelCard(card, ignore_metadata_errors=True).text.strip("\n") + "\n" if card else ""
-
-
-def merged_text(here: str | None, there: str | None) -> str:
-    """What persons wrote on the card of the folder and on the one of the repository.
-
-    Args:
-        here: The folder's card, or None.
-        there: The repository's card, or None.
-
-    Raises:
-        ValueError: If both were edited since the last upload.
-    """
-    ours, theirs = own_text(here or ""), own_text(there or "")
-    if there is None or not theirs.strip() or ours == theirs:
-        return ours
-    uploaded = _uploaded(there)
-    if not ours.strip() or _digest(ours) == uploaded:
-        return theirs
-    if _digest(theirs) == uploaded:
-        return ours
-    raise ValueError(
-        "README.md has other text of yours below its marker here than on the Hub, and both were "
-        "edited: put into the folder's README.md what is to stay, and the same on the Hub."
-    )
-
-
-def _uploaded(card: str) -> str | None:
-    marker = _MARKER.search(card)
-    found = re.search(r"\b([0-9a-f]{16}) -->", marker[0]) if marker else None
-    return found[1] if found else None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+    if not card:
+        return ""
+    _, marker, below = card.partition(f"{MARKER}\n")
+    return below if marker else ModelCard(card, ignore_metadata_errors=True).text.strip("\n") + "\n"
 
 
 def _body(
@@ -244,8 +189,6 @@ def _made_with(config: FlashHeadConfig) -> str:
         lines.append(f"Not calibrated, seed {calibration.get('seed', 0)}.")
     for name, digest in recipe.get("files", {}).items():
         lines.append(f"SHA-256 of {name}: `{digest}`.")
-    if config.clusters_from_file:
-        lines.append(NOT_FOR_PUBLICATION)
     return "\n".join(lines)
 
 

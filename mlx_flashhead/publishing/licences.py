@@ -1,7 +1,7 @@
 """Licences of base models that put conditions on what is made from them.
 
-Which one a model has is read from its card; where the card is silent, from its files, its name and
-its architecture. A licence that a card declares is never doubted.
+Which one a model has is read from its card, and where the card is silent, from the texts beside it.
+A licence that a card declares is never doubted, and none is guessed.
 
 Source: the licence agreements themselves, Llama's in meta-llama/llama-models (sections 1.b.i and
 1.b.iii), Gemma's at ai.google.dev/gemma/terms (section 3.1).
@@ -73,20 +73,13 @@ LICENCES = (
         "ai.google.dev/gemma/terms",
     ),
 )
-# Later ones have another licence.
-GEMMA_ARCHITECTURES = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
-LLAMA_3_VOCABULARY = 128_256
 
 
-def recognise(
-    metadata: dict, settings: dict, names: Iterable[str], files: Iterable[Path]
-) -> Licence | None:
+def recognise(metadata: dict, files: Iterable[Path]) -> Licence | None:
     """The licence of a model, if it is one of `LICENCES`.
 
     Args:
         metadata: Of its card.
-        settings: Its config.json.
-        names: What it and its base models are called.
         files: The licence's files beside it.
     """
     declared = metadata.get("license") or ""
@@ -102,10 +95,24 @@ def recognise(
     if named is not None:
         return named
     text = "\n".join(_beginning(file) for file in files).lower()
-    for licence in LICENCES:
-        if re.search(licence.text, text):
-            return licence
-    return None if any(declared) else _by_name(settings, list(names))
+    return next((licence for licence in LICENCES if re.search(licence.text, text)), None)
+
+
+def check_known(metadata: dict, model: str) -> None:
+    """Makes sure that a model's licence is known before anything is made public.
+
+    Args:
+        metadata: Of its card.
+        model: What it is called, for the sentence.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not metadata.get("license"):
+        raise ValueError(
+            f"The licence of {model} is not known, since its card does not name it: give it as "
+            "the Hub calls it, such as --license apache-2.0."
+        )
 
 
 def check_name(licence: Licence | None, repo_id: str) -> None:
@@ -173,22 +180,6 @@ def licence_files(folder: Path) -> list[Path]:
 def _by_identifier(identifier: str) -> Licence | None:
     identifier = re.sub(r"(meta|community|license|licence|agreement|[-_ ])", "", identifier)
     return next((licence for licence in LICENCES if licence.identifier == identifier), None)
-
-
-def _by_name(settings: dict, names: list[str]) -> Licence | None:
-    architecture = settings.get("model_type")
-    for name in names:
-        plain = name.lower()
-        found = re.search(r"(?:^|[/_-])llama[-_ ]?(2|3\.1|3\.2|3\.3|3|4)(?![.\db])", plain)
-        if found:
-            return _by_identifier(f"llama{found[1]}")
-    if architecture in GEMMA_ARCHITECTURES:
-        return _by_identifier("gemma")
-    if architecture == "llama4":
-        return _by_identifier("llama4")
-    if architecture == "llama" and settings.get("vocab_size") == LLAMA_3_VOCABULARY:
-        return _by_identifier("llama3.1")  # the oldest whose terms all later ones share
-    return None
 
 
 def _plain(name: str) -> str:

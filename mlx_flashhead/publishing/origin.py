@@ -38,16 +38,22 @@ class Origin:
     files: tuple[Path, ...]
 
 
-def find_origin(hf_path: str, folder: Path, base_model: str | None = None) -> Origin:
+def find_origin(
+    hf_path: str, folder: Path, base_model: str | None = None, license: str | None = None
+) -> Origin:
     """What is known of a model.
 
     Args:
         hf_path: Its folder or repository, as the user named it.
         folder: Where it lies.
         base_model: Its repository, if the user names it.
+        license: Its licence as the Hub calls it, where its card does not name it.
 
     Returns:
         What its folder and its card on the Hub tell.
+
+    Raises:
+        ValueError: If its card names another licence than the user.
     """
     repo_id, revision = _cached_repository(folder)
     documents = folder
@@ -56,7 +62,7 @@ def find_origin(hf_path: str, folder: Path, base_model: str | None = None) -> Or
         documents = _fetched_documents(repo_id, revision) or folder
     elif base_model is not None and not (folder / CARD_FILE).exists():
         documents = _fetched_documents(base_model, None) or folder
-    metadata = read_metadata(documents / CARD_FILE)
+    metadata = with_licence(read_metadata(documents / CARD_FILE), license)
     settings = _read_settings(folder)
     if repo_id is None:
         repo_id = base_model or _repository_in(settings, metadata)
@@ -65,8 +71,7 @@ def find_origin(hf_path: str, folder: Path, base_model: str | None = None) -> Or
     name = (repo_id or folder.resolve().name).rpartition("/")[2]
     by_name = {file.name: file for f in (documents, folder) for file in licences.licence_files(f)}
     files = tuple(by_name.values())
-    names = [repo_id or name, *_as_list(metadata.get("base_model"))]
-    licence = licences.recognise(metadata, settings, names, files)
+    licence = licences.recognise(metadata, files)
     return Origin(name, repo_id, revision, metadata, licence, files)
 
 
@@ -87,6 +92,23 @@ def card_metadata(origin: Origin) -> dict:
     tags = [tag for tag in _as_list(origin.metadata.get("tags")) if isinstance(tag, str)]
     metadata["tags"] = list(dict.fromkeys([*tags, "mlx", "flashhead"]))
     return metadata
+
+
+def with_licence(metadata: dict, license: str | None) -> dict:
+    """The header of a card with the licence that the user names.
+
+    Raises:
+        ValueError: If the card names another one.
+    """
+    declared = metadata.get("license")
+    if license is None or license == declared:
+        return metadata
+    if declared:
+        raise ValueError(
+            f"--license {license} contradicts the model's card, which says {declared}: leave it "
+            "out."
+        )
+    return metadata | {"license": license}
 
 
 def read_metadata(card: Path) -> dict:

@@ -1,6 +1,5 @@
 """A checkpoint and all that is published with it: its name, its card, its licence, the upload."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,9 +12,8 @@ from ..index.files import read_index
 from ..index.redaction import holds_secret
 from ..index.settings import FlashHeadConfig
 from . import hub, licences
-from .card import header_of, merged_text, text_below_marker, write_card
-from .licences import Licence
-from .origin import CARD_FILE, Origin, read_metadata
+from .card import text_below_marker, write_card
+from .origin import CARD_FILE, Origin, card_metadata, read_metadata, with_licence
 
 DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}
 MAX_NAME = 96
@@ -70,7 +68,7 @@ def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target:
         origin.licence,
         title=config.recipe["name"],
         model=target.name,
-        own_text=text_below_marker(_read(target / CARD_FILE) or ""),
+        own_text=text_below_marker(_read(target / CARD_FILE)),
     )
 
 
@@ -79,6 +77,7 @@ def publish(
     repo: str | None = None,
     *,
     private: bool = False,
+    license: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Uploads a checkpoint.
@@ -88,6 +87,7 @@ def publish(
         repo: Its repository, with or without its owner; None: the name that conversion derived,
             under the user's own.
         private: Make a new repository a private one.
+        license: The model's licence as the Hub calls it, where its card does not name it.
         say: Told in a sentence what is being done.
 
     Returns:
@@ -98,11 +98,13 @@ def publish(
             folder is kept.
     """
     config = read_index(folder).config
-    check_clusters(config.clusters_from_file)
-    card = _read(folder / CARD_FILE)
     metadata = read_metadata(folder / CARD_FILE) or config.recipe.get("metadata", {})
-    licence = _licence_of(folder, metadata)
+    metadata = with_licence(metadata, license)
     files = licences.licence_files(folder)
+    licence = licences.recognise(metadata, files)
+    if licence is not None:
+        metadata = {"license": licence.identifier} | metadata
+    licences.check_known(metadata, str(folder))
     licences.check_text(licence, files, str(folder))
     user = hub.sign_in()
     name = repo or config.recipe.get("name")
@@ -112,16 +114,9 @@ def publish(
     licences.check_name(licence, repo_id)
     check_secrets(folder)
     address = hub.reserve(repo_id, user, private)
-    if not metadata.get("license"):
-        say(
-            "The base model's licence is not known: make sure that you may publish it, and add "
-            "`license:` to the header of README.md."
-        )
-    published = hub.read_card(repo_id)
-    own = merged_text(card, published)
+    own = text_below_marker(_read(folder / CARD_FILE)) or text_below_marker(hub.read_card(repo_id))
     licences.write_notice(licence, folder)
     title = repo_id.rpartition("/")[2]
-    metadata = header_of(published) | metadata  # what was added there stays
     write_card(folder, metadata, config, licence, title=title, model=repo_id, own_text=own)
     say(f"Uploading {folder} to {repo_id}")
     hub.upload(folder, repo_id)
@@ -137,25 +132,13 @@ def check_licence(origin: Origin, repo_id: str | None, target: Path) -> None:
         target: The checkpoint's folder.
 
     Raises:
-        ValueError: If the licence wants another name, or its text is missing.
+        ValueError: If the licence is not known, wants another name, or its text is missing.
     """
+    licences.check_known(card_metadata(origin), origin.repo_id or origin.name)
     if repo_id is not None:
         licences.check_name(origin.licence, repo_id)
     files = [*origin.files, *licences.licence_files(target)]
     licences.check_text(origin.licence, files, str(target), "convert without --upload, ")
-
-
-def check_clusters(from_file: bool) -> None:
-    """Makes sure that the clusters may be published.
-
-    Raises:
-        ValueError: If they were read from a file.
-    """
-    if from_file:
-        raise ValueError(
-            "A checkpoint with clusters from a file (--clusters) cannot be uploaded, since their "
-            "licence may forbid it: convert the model without --clusters to publish it."
-        )
 
 
 def check_secrets(folder: Path) -> None:
@@ -173,13 +156,6 @@ def check_secrets(folder: Path) -> None:
             raise ValueError(
                 f"{file} holds a Hugging Face token, which would be published: delete it there."
             )
-
-
-def _licence_of(folder: Path, metadata: dict) -> Licence | None:
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    base = metadata.get("base_model")
-    names = base if isinstance(base, list) else [base or folder.resolve().name]
-    return licences.recognise(metadata, settings, names, licences.licence_files(folder))
 
 
 def _read(file: Path) -> str | None:

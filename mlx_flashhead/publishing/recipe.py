@@ -13,7 +13,7 @@ PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
 # Of the arguments, those that do not change what is made, and those that stand elsewhere.
 NOT_SHOWN = (
     "hf_path", "mlx_path", "revision", "seed", "upload", "upload_repo", "private", "overwrite",
-    "resume", "progress", "base_model",
+    "progress", "base_model", "license",
 )  # fmt: skip
 SHORT = {"quantize": "-q", "dequantize": "-d"}
 
@@ -51,7 +51,7 @@ def make_recipe(
             words.append(flag)
         elif callable(value):
             words += [flag, "FUNCTION"]  # given in Python
-        elif key in ("calibration", "clusters") and Path(str(value)).expanduser().is_file():
+        elif key == "calibration" and Path(str(value)).expanduser().is_file():
             file = Path(str(value)).expanduser()
             files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
             words += [flag, file.name]

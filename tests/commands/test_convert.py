@@ -67,8 +67,7 @@ def test_convert_passes_every_flag_of_mlx_lms(run, monkeypatch):
         "upload_repo": "me/tiny", "dequantize": True, "trust_remote_code": True,
         "head_bits": None, "cluster_size": 16, "n_probes": None, "target_agreement": 0.99,
         "calibration": "self", "calibration_positions": 12_000, "seed": 0, "overwrite": True,
-        "resume": False, "clusters": None, "revision": None, "base_model": None, "upload": False,
-        "private": False,
+        "revision": None, "base_model": None, "license": None, "upload": False, "private": False,
     }  # fmt: skip
 
 

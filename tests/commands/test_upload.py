@@ -1,13 +1,9 @@
 """``upload``, and the options of ``convert`` that publish: what they print and refuse."""
 
-import json
-
-import mlx.core as mx
-import numpy as np
 import pytest
 
 from loopback_hub import TOKEN
-from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, read_index
+from mlx_flashhead.index.files import FILE_NAME
 from model_folders import VOCAB_SIZE, write_model
 
 LLAMA = "---\nlicense: llama3.2\n---\n"
@@ -28,9 +24,21 @@ def test_upload(run, hub, converted):
     assert code == 0, errors
     lines = output.splitlines()
     assert lines[-2:] == [f"Uploading {converted} to me/tiny", f"Uploaded to {hub.url}/me/tiny"]
-    assert lines[0].startswith("The base model's licence is not known: ") and len(lines) == 3
+    assert len(lines) == 2
     assert FILE_NAME in hub.files("me/tiny")
     assert TOKEN not in output + errors
+
+
+def test_upload_asks_for_a_licence(run, refused, hub, tmp_path):
+    source = write_model(tmp_path / "bare", card=None)
+    run(*convert(source, tmp_path / "new"))
+    said = refused("upload", "--path", tmp_path / "new", "--repo", "me/x")
+    assert "is not known" in said and "--license apache-2.0" in said
+    code, _, errors = run(
+        "upload", "--path", tmp_path / "new", "--repo", "me/x", "--license", "mit"
+    )
+    assert code == 0, errors
+    assert b"\nlicense: mit\n" in hub.files("me/x")["README.md"]
 
 
 def test_upload_derives_the_name(run, hub, converted):
@@ -71,9 +79,7 @@ def test_convert_refuses_before_it_begins(refused, hub, dense, tmp_path):
     for flags, said in (
         (("--upload", "me/a", "--upload-repo", "me/b"), "two repositories"),
         (("--private",), "--private is for an upload"),
-        (("--upload", "--clusters", "c.safetensors"), "cannot be uploaded"),
         (("--base-model", "name"), "--base-model is 'name': give OWNER/NAME"),
-        (("--clusters", "absent"), "--clusters absent is no file"),
     ):
         assert said in refused(*convert(dense, tmp_path / "new", *flags))
     assert not (tmp_path / "new").exists() and hub.repositories == {}
@@ -131,25 +137,3 @@ def test_overwriting_keeps_what_a_person_wrote(run, dense, tmp_path):
     text = (target / "README.md").read_text()
     assert text.endswith("-->\nMy notes.\n") and "Above." not in text
     assert "# model-FlashHead-4bit" in text
-
-
-def test_clusters_of_a_file(run, refused, dense, tmp_path):
-    given = np.random.default_rng(0).permutation(VOCAB_SIZE) % 43
-    arrays = {"cluster_assignments": mx.array(given), "centroids": mx.zeros((1, 1, 128, 43))}
-    mx.save_safetensors(str(tmp_path / "c.safetensors"), arrays)
-    target = tmp_path / "new"
-    flags = ("--clusters", tmp_path / "c.safetensors", "--n-probes", 43)
-    code, _, errors = run(*convert(dense, target, *flags))
-    assert code == 0, errors
-    index = read_index(target)
-    assert index.config.cluster_size == 6
-    for cluster, ids in enumerate(index.token_ids):
-        assert set(ids[ids < VOCAB_SIZE]) == set(np.flatnonzero(given == cluster))
-    assert "Not for publication" in (target / "README.md").read_text()
-    assert run("generate", "--model", target, "--prompt", "a", "--max-tokens", 2)[0] == 0
-    assert "cannot be uploaded" in refused("upload", "--path", target, "--repo", "me/x")
-    # the mark is in the file too, and goes with it
-    config = json.loads((target / "config.json").read_text())
-    del config[CONFIG_KEY]["clusters_from_file"]
-    (target / "config.json").write_text(json.dumps(config))
-    assert "cannot be uploaded" in refused("upload", "--path", target, "--repo", "me/x")

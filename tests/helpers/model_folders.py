@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 # One token a byte, a beginning and an end: no multiple of 16.
 BOS, EOS = "<s>", "</s>"
 VOCAB_SIZE = 258
+CARD = "---\nlicense: mit\n---\n"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n"
     "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -41,6 +42,7 @@ def write_model(
     vocab_size: int = VOCAB_SIZE,
     seed: int = 0,
     chat_template: str | None = CHAT_TEMPLATE,
+    card: str | None = CARD,
     further: dict | None = None,
 ) -> Path:
     """Writes a random two-layer model.
@@ -55,6 +57,7 @@ def write_model(
         vocab_size: Rows V.
         seed: Of the weights.
         chat_template: Of the tokenizer.
+        card: Its README.md; None: none.
         further: More entries of config.json.
 
     Returns:
@@ -87,6 +90,8 @@ def write_model(
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata=metadata)
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder, chat_template)
+    if card is not None:
+        (folder / "README.md").write_text(card)
     return folder
 
 

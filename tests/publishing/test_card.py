@@ -6,13 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mlx_flashhead.index.settings import FlashHeadConfig
-from mlx_flashhead.publishing.card import (
-    header_of,
-    merged_text,
-    own_text,
-    text_below_marker,
-    write_card,
-)
+from mlx_flashhead.publishing.card import text_below_marker, write_card
 from mlx_flashhead.publishing.licences import LICENCES
 
 LLAMA = next(licence for licence in LICENCES if licence.identifier == "llama3.2")
@@ -126,44 +120,14 @@ def test_other_licences(tmp_path):
     assert "whose files do not name it" in card and "Built with" not in card
 
 
-def test_clusters_from_a_file_are_marked(tmp_path):
-    marked = "**Not for publication**"
-    assert marked not in write(tmp_path)
-    assert marked in write(tmp_path, dataclasses.replace(CONFIG, clusters_from_file=True))
-
-
 @pytest.mark.parametrize("text", ["", "My text.\n", "# A\n\n---\n<!-- x -->\n", "no newline"])
 def test_own_text_survives_any_number_of_cards(tmp_path, text):
     card = write(tmp_path, own_text=text)
     for _ in range(3):
-        assert own_text(card) == text_below_marker(card) == text
-        card = write(tmp_path, own_text=own_text(card))
+        assert text_below_marker(card) == text
+        card = write(tmp_path, own_text=text_below_marker(card))
 
 
 def test_a_card_without_the_marker_is_all_own_text():
-    assert own_text("---\nlicense: mit\n---\n\n# Mine\n") == "# Mine\n"
-    assert text_below_marker("# Mine\n") == ""
-    assert own_text("") == ""
-    assert header_of("---\nlicense: mit\n---\n# Mine\n") == header_of(None) == {}
-
-
-def test_header_of_a_card_of_ours(tmp_path):
-    assert header_of(write(tmp_path)) == METADATA
-
-
-def test_merged_text(tmp_path):
-    def edited(text, uploaded=""):
-        """A card that was uploaded with a text, and edited afterwards."""
-        base = write(tmp_path, own_text=uploaded)
-        return base[: len(base) - len(uploaded)] + text
-
-    assert merged_text(edited(""), None) == ""
-    assert merged_text(edited("Here.\n"), None) == "Here.\n"
-    assert merged_text(edited(""), "# Theirs\n") == "# Theirs\n"
-    same = edited("A\n", "A\n")
-    assert merged_text(same, same) == "A\n"
-    assert merged_text(edited("A here\n", "A\n"), same) == "A here\n"
-    assert merged_text(same, edited("A there\n", "A\n")) == "A there\n"
-    assert merged_text(None, same) == "A\n"
-    with pytest.raises(ValueError, match="both were edited"):
-        merged_text(edited("A here\n", "A\n"), edited("A there\n", "A\n"))
+    assert text_below_marker("---\nlicense: mit\n---\n\n# Mine\n") == "# Mine\n"
+    assert text_below_marker("") == text_below_marker(None) == ""

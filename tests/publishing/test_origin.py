@@ -87,9 +87,15 @@ def test_card_of_a_base_model_that_is_named(hub, tmp_path):
 
 
 def test_licence_is_named_where_the_card_is_silent(tmp_path):
-    origin = find_origin("x", make(tmp_path / "Llama-3.2-1B"))
-    assert origin.licence.identifier == "llama3.2"
-    assert card_metadata(origin)["license"] == "llama3.2"
+    folder = make(tmp_path / "model")
+    (folder / "LICENSE.txt").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n")
+    for given in (None, "llama3.2"):
+        origin = find_origin("x", folder, license=given)
+        assert origin.licence.identifier == "llama3.2"
+        assert card_metadata(origin)["license"] == "llama3.2"
+    (folder / "README.md").write_text(CARD)
+    with pytest.raises(ValueError, match=r"--license mit contradicts .* says llama3\.2"):
+        find_origin("x", folder, license="mit")
 
 
 @pytest.mark.parametrize(

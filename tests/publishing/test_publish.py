@@ -1,7 +1,6 @@
 """Publishing over loopback: `huggingface_hub` itself talks to a small Hub of the tests."""
 
 import hashlib
-import json
 import logging
 import time
 
@@ -141,22 +140,35 @@ def test_hidden_files_and_secrets_are_not_published(hub, converted):
     assert "notes.md" not in hub.files("me/tiny")
 
 
-def test_text_that_was_added_on_the_hub_is_kept(hub, converted):
+def test_text_below_the_marker_is_kept(hub, converted):
     publish(converted, "me/tiny")
     card = hub.files("me/tiny")["README.md"].decode()
     hub.put("me/tiny", {"README.md": (card + "Written on the Hub.\n").encode()})
     publish(converted, "me/tiny")
-    assert hub.files("me/tiny")["README.md"].decode().endswith("-->\nWritten on the Hub.\n")
+    assert hub.files("me/tiny")["README.md"].decode() == card + "Written on the Hub.\n"
     readme = converted / "README.md"
-    readme.write_text(readme.read_text() + "And here.\n")
+    readme.write_text(card + "Written here.\n")
     publish(converted, "me/tiny")
-    text = hub.files("me/tiny")["README.md"].decode()
-    assert text.endswith("-->\nWritten on the Hub.\nAnd here.\n")
-    hub.put("me/tiny", {"README.md": (text + "There.\n").encode()})
-    readme.write_text(readme.read_text() + "Here.\n")
-    with pytest.raises(ValueError, match="both were edited"):
-        publish(converted, "me/tiny")
-    assert hub.files("me/tiny")["README.md"].decode().endswith("There.\n")
+    assert hub.files("me/tiny")["README.md"].decode() == card + "Written here.\n"
+
+
+def test_a_model_without_a_licence_is_not_published(hub, tmp_path):
+    source = write_model(tmp_path / "bare", card=None)
+    for arguments in ({"upload": True}, {"upload_repo": "me/tiny"}):
+        with pytest.raises(ValueError, match=r"licence of bare is not known.*--license"):
+            convert(str(source), str(tmp_path / "new"), **arguments, **QUICK)
+    assert not (tmp_path / "new").exists() and hub.repositories == {}
+    convert(str(source), str(tmp_path / "new"), **QUICK)
+    with pytest.raises(ValueError, match=r"licence of .*new is not known.*--license"):
+        publish(tmp_path / "new", "me/tiny")
+    assert hub.repositories == {}
+    publish(tmp_path / "new", "me/tiny", license="mit")
+    assert "\nlicense: mit\n" in hub.files("me/tiny")["README.md"].decode()
+    publish(tmp_path / "new", "me/tiny")  # it stands on the card now
+    with pytest.raises(ValueError, match=r"--license gemma contradicts .* says mit"):
+        publish(tmp_path / "new", "me/tiny", license="gemma")
+    convert(str(source), str(tmp_path / "other"), upload_repo="me/o", license="mit", **QUICK)
+    assert "\nlicense: mit\n" in hub.files("me/o")["README.md"].decode()
 
 
 @pytest.mark.parametrize(
@@ -229,21 +241,21 @@ def test_derived_name(hub, dense, tmp_path, flags, name):
 
 
 @pytest.mark.parametrize(
-    "name, expected",
+    "name, licence, expected",
     [
-        ("my  model--v1..2", "my-model-v1-2-FlashHead-fp32"),
-        ("-.x.-", "x-FlashHead-fp32"),
-        ("ß", "model-FlashHead-fp32"),
-        ("Tiny-fp32", "Tiny-FlashHead-fp32"),
-        ("Tiny-FlashHead-fp32", "Tiny-FlashHead-fp32"),
-        ("a" * 200, "a" * 81 + "-FlashHead-fp32"),
-        ("a" * 80 + "-b", "a" * 80 + "-FlashHead-fp32"),
-        ("Meta-Llama-3-8B", "Llama-3-8B-FlashHead-fp32"),
-        ("Meta-Llama-3.1-8B", "Llama-3.1-8B-FlashHead-fp32"),
+        ("my  model--v1..2", "mit", "my-model-v1-2-FlashHead-fp32"),
+        ("-.x.-", "mit", "x-FlashHead-fp32"),
+        ("ß", "mit", "model-FlashHead-fp32"),
+        ("Tiny-fp32", "mit", "Tiny-FlashHead-fp32"),
+        ("Tiny-FlashHead-fp32", "mit", "Tiny-FlashHead-fp32"),
+        ("a" * 200, "mit", "a" * 81 + "-FlashHead-fp32"),
+        ("a" * 80 + "-b", "mit", "a" * 80 + "-FlashHead-fp32"),
+        ("Meta-Llama-3-8B", "llama3", "Llama-3-8B-FlashHead-fp32"),
+        ("Meta-Llama-3.1-8B", "llama3.1", "Llama-3.1-8B-FlashHead-fp32"),
     ],
 )
-def test_derived_names_are_names_that_the_hub_takes(name, expected):
-    licence = licences.recognise({}, {}, [name], [])
+def test_derived_names_are_names_that_the_hub_takes(name, licence, expected):
+    licence = licences.recognise({"license": licence}, [])
     origin = Origin(name, None, None, {}, licence, ())
     found = checkpoint_name(origin, HeadRows(mx.zeros((2, 2))), None)
     assert found == expected
@@ -253,12 +265,3 @@ def test_derived_names_are_names_that_the_hub_takes(name, expected):
 def test_organisation(hub, converted):
     publish(converted, "ours/tiny")
     assert "ours/tiny" in hub.repositories
-
-
-def test_clusters_from_a_file_are_not_published(hub, converted):
-    config = json.loads((converted / "config.json").read_text())
-    config["flash_head"]["clusters_from_file"] = True
-    (converted / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="cannot be uploaded"):
-        publish(converted, "me/tiny")
-    assert hub.repositories == {}

@@ -7,7 +7,7 @@ from mlx_flashhead.convert import make_parser
 from mlx_flashhead.publishing.recipe import make_recipe
 
 DEFAULTS = {
-    "quantize": False, "q_bits": None, "calibration": "self", "clusters": None, "seed": 0,
+    "quantize": False, "q_bits": None, "calibration": "self", "seed": 0,
     "upload_repo": None, "private": False, "quant_predicate": None, "head_bits": None,
     "trust_remote_code": False,
 }  # fmt: skip
@@ -51,8 +51,8 @@ def test_defaults_are_left_out_but_the_seed():
 def test_files_are_named_without_their_folders(tmp_path):
     text = tmp_path / "my text.txt"
     text.write_text("calibrate")
-    found = recipe(calibration=str(text), clusters=str(text))
-    assert "--calibration 'my text.txt' --clusters 'my text.txt'" in found["command"]
+    found = recipe(calibration=str(text))
+    assert "--calibration 'my text.txt'" in found["command"]
     assert found["files"] == {"my text.txt": hashlib.sha256(b"calibrate").hexdigest()}
     assert str(tmp_path) not in str(found) and "/home/ann" not in str(found)
     assert "files" not in recipe()
