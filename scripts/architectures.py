@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]  # works uninstalled too
+    sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "helpers")]  # works uninstalled too
 
 from architecture_models import architectures, quantized, tiny_architecture
 from emulated_mlx_lm import emulated
@@ -59,7 +59,7 @@ def examine(name: str, tied: bool) -> Form:
     except Exception as error:  # what an unknown architecture makes of our configuration
         return Form(
             UNTESTED,
-            "tests/architecture_configs.py has no small configuration for it "
+            "tests/helpers/architecture_configs.py has no small configuration for it "
             f"({type(error).__name__}: {error}).",
         )
     try:
@@ -96,10 +96,10 @@ The table names the layer that makes the logits, where it has weights of its own
 where it is the embedding (*tied*). A dash: mlx-lm has no such form. *Bits* are those of the head
 after `mlx_lm.convert -q`: some models keep theirs finer.
 
-`tests/test_architectures.py` runs each form with random weights, dense and quantized, on prompts,
-with caches and in batches. With all probes the logits are the dense model's, after its own scales,
-caps and biases; with few, the logits of the candidates are, and the greedy token is one of them.
-Plain operations stand there for the Metal kernels of `bitnet` and `muse_spark`.
+`tests/models/test_architectures.py` runs each form with random weights, dense and quantized, on
+prompts, with caches and in batches. With all probes the logits are the dense model's, after its own
+scales, caps and biases; with few, the logits of the candidates are, and the greedy token is one of
+them. Plain operations stand there for the Metal kernels of `bitnet` and `muse_spark`.
 
 | architecture | untied | tied | bits |
 |---|---|---|---|

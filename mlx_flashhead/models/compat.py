@@ -2,8 +2,8 @@
 
 What ``mlx_lm`` itself exports and its samplers (``mlx_lm.sample_utils``) are used wherever they are
 needed. Everything else that is imported from its modules by name comes through here: names with an
-underscore, and those that it does not document. `tests/test_compat.py` says which of them a version
-of mlx-lm has renamed or changed, and what here uses them.
+underscore, and those that it does not document. `tests/models/test_compat.py` says which of them a
+version of mlx-lm has renamed or changed, and what here uses them.
 """
 
 import importlib

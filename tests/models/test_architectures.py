@@ -62,7 +62,7 @@ def test_document_is_what_the_script_writes():
     written = script.document(script.survey(progress=False))
     assert script.DOCUMENT.read_text(encoding="utf-8") == written, (
         "run `python scripts/architectures.py`; if it says 'not tested', give the architecture a "
-        "line in tests/architecture_configs.py"
+        "line in tests/helpers/architecture_configs.py"
     )
 
 
@@ -93,7 +93,7 @@ def test_new_architecture_of_mlx_lm(tmp_path, monkeypatch):
     assert {form.cell for form in found["strange"]} == {script.UNTESTED}
     text = script.document(found)
     assert "serves 1 of its 2 language-model" in text
-    assert "- strange: tests/architecture_configs.py has no small configuration for it" in text
+    assert "- strange: tests/helpers/architecture_configs.py has no small configuration" in text
 
 
 def steps(model, tokens) -> list[mx.array]:

@@ -1,4 +1,4 @@
-"""A tiny model in both forms for each mode's tests."""
+"""A tiny model in both forms, for the tests of what a model does with a FlashHead."""
 
 import pytest
 
@@ -6,18 +6,23 @@ from model_pair import make_pair
 
 
 @pytest.fixture(scope="session", params=["tied", "untied"])
-def pair(request, tmp_path_factory):
-    """Two forms of a model; its head's settings are put back after each test by ``head``."""
+def shared_pair(request, tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
 
 
-@pytest.fixture(autouse=True)
-def head(pair):
-    """The FlashHead of ``pair``; settings that a test changes last as long as the test."""
-    head = pair.head
+@pytest.fixture
+def pair(shared_pair):
+    """Two forms of a model; settings of its head that a test changes last as long as the test."""
+    head = shared_pair.head
     before = head.n_probes, head.max_positions
-    yield head
+    yield shared_pair
     head.n_probes, head.max_positions = before
+
+
+@pytest.fixture
+def head(pair):
+    """The FlashHead of ``pair``."""
+    return pair.head
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from playwright.sync_api import expect
 from mlx_flashhead import convert
 from model_folders import write_model
 
-CHECKOUT = Path(__file__).parent.parent.parent
+CHECKOUT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

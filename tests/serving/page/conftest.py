@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from chatting import TOKEN
 from mlx_flashhead.serving.access import Access
+from page_actions import TOKEN
 from scripted_server import LAN_NAME, scripted_server
 
-CHECKOUT = Path(__file__).parent.parent.parent
+CHECKOUT = Path(__file__).parents[3]
 SCREENSHOTS = CHECKOUT / "screenshots"
 BROWSERS = (
     "chromium",

@@ -5,7 +5,7 @@ from threading import Event
 import pytest
 from playwright.sync_api import expect
 
-from chatting import TOKEN, answers, ask
+from page_actions import TOKEN, answers, ask
 from scripted_server import INFO
 
 ANSWER = """## Why the sky is blue

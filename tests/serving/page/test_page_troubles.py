@@ -4,8 +4,8 @@ from threading import Event
 
 from playwright.sync_api import expect
 
-from chatting import TOKEN, answers, ask
 from mlx_flashhead.serving.access import Access
+from page_actions import TOKEN, answers, ask
 from scripted_server import BREAK, INFO, Script, scripted_server
 
 
