@@ -19,6 +19,7 @@ from .benchmarks.positions import COUNTS, positions_benchmark
 from .benchmarks.sampler import sampler_benchmark
 from .cli.console import check_writable, command
 from .cli.pictures import check_picture
+from .cli.tables import check_tables
 from .conversion.quantization import HEAD_BITS
 from .head.flash_head import FlashHead
 from .models.install import dense_copy, get_flash_head
@@ -197,6 +198,7 @@ def _add_common(parser: argparse.ArgumentParser, rounds: int | None) -> None:
 def main() -> None:
     """Entry point of ``mlx_flashhead.benchmark``."""
     args = make_parser().parse_args()
+    check_tables("mlx_flashhead.benchmark")
     if args.kind == ESTIMATE:
         estimate.run(args)
         return

@@ -8,12 +8,9 @@ import argparse
 import json
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from .cli.console import check_writable, command
-from .cli.pictures import check_picture
+from .cli.pictures import check_picture, pyplot
+from .cli.tables import check_tables, new_table, show
 from .conversion.calibration import read_text
 from .evaluation.precision import PrecisionEvaluation, evaluate_precisions
 from .evaluation.task_options import add_task_options, check_task_options, run_tasks
@@ -84,6 +81,7 @@ def main() -> None:
     """Entry point of ``mlx_flashhead.evaluate``."""
     args = make_parser().parse_args()
     check_task_options(args)
+    check_tables("mlx_flashhead.evaluate")
     if args.positions is not None and args.positions < 1:
         raise ValueError(f"--positions is {args.positions}: give 1 or more.")
     if args.seed < 0:
@@ -112,20 +110,16 @@ def main() -> None:
         draw(evaluation, args.plot)
 
 
-def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
+def print_table(evaluation: Evaluation) -> None:
     """Prints the evaluation as one table, which fits 80 columns."""
-    table = Table(
-        title=f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, "
+    figures = ("probes", "agreement", "coverage", "mass", "KL", "perplexity", "drawn", "bytes")
+    table = new_table(
+        f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, "
         f"dense perplexity {evaluation.dense_perplexity:.2f}",
-        caption=LEGEND,
-        caption_justify="left",
-        box=box.SIMPLE,
-        padding=0,
+        ("routing", *figures),
+        LEGEND,
+        padding=(0, 0, 0, 0),
     )
-    headings = ("probes", "agreement", "coverage", "mass", "KL", "perplexity", "drawn", "bytes")
-    table.add_column("routing")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for measured in evaluation.measures:
         if previous not in (None, measured.routing):
@@ -144,23 +138,18 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
             style="bold" if own else None,
         )
         previous = measured.routing
-    (console or Console()).print(table)
+    show(table)
 
 
-def print_precisions(evaluation: PrecisionEvaluation, console: Console | None = None) -> None:
+def print_precisions(evaluation: PrecisionEvaluation) -> None:
     """Prints the forms of the head as one table, which fits 80 columns."""
     reference = evaluation.reference
-    table = Table(
-        title=f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, perplexity of "
+    table = new_table(
+        f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, perplexity of "
         f"the {reference.bits}-bit dense head {reference.perplexity:.2f}",
-        caption=PRECISION_LEGEND,
-        caption_justify="left",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+        ("head", "bits", "probes", "agreement", "KL", "perplexity", "MB", "bytes"),
+        PRECISION_LEGEND,
     )
-    table.add_column("head", no_wrap=True)
-    for heading in ("bits", "probes", "agreement", "KL", "perplexity", "MB", "bytes"):
-        table.add_column(heading, justify="right", no_wrap=True)
     previous = (reference.head, reference.n_probes)
     for measured in evaluation.measures:
         kind = (measured.head, measured.n_probes)
@@ -177,16 +166,12 @@ def print_precisions(evaluation: PrecisionEvaluation, console: Console | None = 
             f"{measured.bytes_share:.1%}",
         )
         previous = kind
-    (console or Console()).print(table)
+    show(table)
 
 
 def draw(evaluation: Evaluation, path: str) -> None:
     """Draws agreement and coverage over the number of probes into a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, (field, title) in zip(
         axes,
@@ -198,7 +183,7 @@ def draw(evaluation: Evaluation, path: str) -> None:
             values = [100 * getattr(m, field) for m in chosen]
             axis.plot([m.n_probes for m in chosen], values, marker="o", label=routing)
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=title, xlabel=f"clusters scored of {evaluation.n_clusters}", ylabel="%")
         axis.grid(alpha=0.3)
     axes[0].legend()

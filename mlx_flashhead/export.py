@@ -5,11 +5,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import mlx.core as mx
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from .cli.console import command
+from .cli.tables import check_tables, new_table, show
 from .exporting.functions import (
     METAL,
     PORTABLE,
@@ -72,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.export``."""
     args = make_parser().parse_args()
+    check_tables("mlx_flashhead.export")
     output = Path(args.output).expanduser()
     weights_file = None if args.include_weights else output.with_suffix(".safetensors")
     _check_files(output, weights_file, args.overwrite)
@@ -102,9 +101,7 @@ def main() -> None:
 
 def print_table(functions: list[ExportedFunction], title: str) -> None:
     """Prints the functions, with the shape and dtype of each argument and result."""
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("function", "argument", "shape", "dtype"):
-        table.add_column(heading, no_wrap=True)
+    table = new_table(title, ("function", "argument", "shape", "dtype"), left=4)
     for function in functions:
         first = function.name
         for name, (shape, dtype) in function.inputs.items():
@@ -113,7 +110,7 @@ def print_table(functions: list[ExportedFunction], title: str) -> None:
         for shape, dtype in function.outputs:
             table.add_row("", "→", str(shape), _name(dtype))
         table.add_section()
-    Console().print(table)
+    show(table)
 
 
 def _name(dtype: mx.Dtype) -> str:

@@ -18,6 +18,7 @@ from mlx_flashhead.__main__ import COMMANDS
 
 CHECKOUT = Path(__file__).parent.parent
 KERNELS = CHECKOUT / "metal" / "flash_head.metal"
+EXTRAS = {"report": {"rich", "matplotlib"}, "qr": {"segno"}, "tasks": {"lm-eval"}}
 
 
 def run(*arguments, **options):
@@ -143,17 +144,16 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
             assert found.read(name) == expected.read(name)
 
 
-@pytest.mark.parametrize("extra", ["", "evaluate", "test"])
+@pytest.mark.parametrize("extra", ["", *EXTRAS, "test"])
 @pytest.mark.parametrize("platform, machine", [("linux", "x86_64"), ("darwin", "arm64")])
 def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine, extra):
     found = requirements(metadata, platform, machine, extra)
     assert found["mlx"] == ({"cpu"} if platform == "linux" else set())
-    expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm", "rich", "matplotlib", "segno"}
-    if extra == "evaluate":
-        expected |= {"lm-eval"}
+    expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm"}
+    expected |= EXTRAS.get(extra, set())
     if extra == "test":
         expected |= {
-            "lm-eval",
+            *set().union(*EXTRAS.values()),
             "pytest",
             "pytest-xdist",
             "openai",

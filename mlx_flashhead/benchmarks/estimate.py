@@ -5,11 +5,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from ..cli.console import check_writable
+from ..cli.tables import new_table, show
 from ..index.files import CONFIG_KEY, read_index
 from ..models.load import load_dense, resolve
 from .apple_gpu import CONSTANTS, PEAK_GB_S, bandwidth
@@ -89,21 +86,13 @@ def to_dict(shape: ModelShape, chip: str, found: list[Estimate]) -> dict:
     }
 
 
-def print_estimates(
-    shape: ModelShape, chip: str, found: list[Estimate], console: Console | None = None
-) -> None:
+def print_estimates(shape: ModelShape, chip: str, found: list[Estimate]) -> None:
     """Prints the forms, the formula, its constants, and the public measurements: 80 columns."""
-    console = console or Console()
-    table = Table(
-        title=f"ESTIMATE: {shape.name} on {chip}, ms per token",
-        title_justify="left",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+    table = new_table(
+        f"ESTIMATE: {shape.name} on {chip}, ms per token",
+        ("body", "head rows", "head", "head MB", "head ms", "model ms", "tokens/s", "gain"),
+        left=3,
     )
-    for heading in ("body", "head rows", "head"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("head MB", "head ms", "model ms", "tokens/s", "gain"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for dense, flash in zip(found[::2], found[1::2], strict=True):
         for one in (dense, flash):
             table.add_row(
@@ -116,17 +105,13 @@ def print_estimates(
                 "" if one is dense else f"{dense.model_ms / one.model_ms:.2f}x",
             )
         table.add_section()
-    console.print(table)
-    console.print(formula(shape), highlight=False)
-    lines = [
+    constants = [
         f"bandwidth  {bandwidth(chip):.0f} GB/s, of a peak of {PEAK_GB_S[chip]} by Apple",
         *(f"{name:10} {value:.3g} {source}" for name, (value, source) in CONSTANTS.items()),
     ]
-    console.print("", *lines, sep="\n", highlight=False)
-    public_table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    public_table.add_column("public measurement", no_wrap=True)
-    for heading in ("tokens/s", "measured ms", "estimated ms", "error"):
-        public_table.add_column(heading, justify="right", no_wrap=True)
+    public_table = new_table(
+        None, ("public measurement", "tokens/s", "measured ms", "estimated ms", "error")
+    )
     for public, measured, estimated, error in checked_measurements():
         public_table.add_row(
             f"{public.model} on {public.chip}",
@@ -135,8 +120,7 @@ def print_estimates(
             f"{estimated:.2f}",
             f"{error:+.0%}",
         )
-    console.print(f"\n{NOTE}", highlight=False)
-    console.print(public_table)
+    show(table, formula(shape), "", *constants, "", NOTE, public_table)
 
 
 def _shape(args: argparse.Namespace) -> ModelShape:

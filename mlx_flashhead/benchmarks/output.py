@@ -1,9 +1,9 @@
 """What ``benchmark`` shows: tables that fit 80 columns, and pictures."""
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
+from ..cli.pictures import pyplot
+from ..cli.tables import new_table, show
 from .conversion import TOTAL
 from .head import CANDIDATES, DENSE_FORMS, LOGITS, TOKEN
 from .head import DENSE as DENSE_HEAD
@@ -11,12 +11,14 @@ from .model import DENSE, FLASH_HEAD, NO_HEAD
 from .positions import DENSE_PATH
 from .sampler import MLX_LM, OURS
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 PARTS = ("body", "head", "sampling")
 
 
-def print_result(result: dict, console: Console | None = None) -> None:
+def print_result(result: dict) -> None:
     """Prints the tables of one benchmark, then the machine."""
-    console = console or Console()
     tables = {
         "head": _head_table,
         "positions": _positions_table,
@@ -24,33 +26,18 @@ def print_result(result: dict, console: Console | None = None) -> None:
         "convert": _convert_table,
         "sampler": _sampler_table,
     }
-    for one in result["results"]:
-        console.print(tables[result["kind"]](one))
+    make_table = tables[result["kind"]]
     about = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    console.print(
+    show(
+        *map(make_table, result["results"]),
         f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
         f"{versions}; {about['date']}",
-        highlight=False,
     )
 
 
-def _new_table(title: str, headings: tuple[str, ...], caption: str | None = None) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    return table
-
-
-def _head_table(one: dict) -> Table:
-    table = _new_table(
+def _head_table(one: dict) -> "Table":
+    table = new_table(
         f"{_head_title(one)}, batch {one['positions']}",
         ("", "ms", "quartiles", "vs mlx-lm", "vs best dense"),
         f"Reads {one['read_mb']:.1f} MB of weights, dense {one['head_mb']:.1f} MB; cold caches.",
@@ -74,8 +61,8 @@ def _head_title(one: dict) -> str:
     )
 
 
-def _positions_table(one: dict) -> Table:
-    table = _new_table(
+def _positions_table(one: dict) -> "Table":
+    table = new_table(
         _head_title(one),
         ("at once", DENSE_HEAD, "dense here", "quartiles", "FlashHead", "quartiles", "faster"),
         f"ms for full logits, cold caches. {crossover_sentence(one)}",
@@ -112,9 +99,9 @@ def crossover_sentence(one: dict) -> str:
     return f"Crossover: {said} (max_positions: {one['max_positions']})."
 
 
-def _model_table(one: dict) -> Table:
+def _model_table(one: dict) -> "Table":
     lower, upper = one["share_of_free_head_saved_quartiles"]
-    table = _new_table(
+    table = new_table(
         f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes']} of "
         f"{one['n_clusters']:,} clusters",
         ("", "tokens/s", "quartiles", "ms", "body", "head", "sampling"),
@@ -135,9 +122,9 @@ def _model_table(one: dict) -> Table:
     return table
 
 
-def _convert_table(one: dict) -> Table:
+def _convert_table(one: dict) -> "Table":
     name = one.get("name") or one["model"]
-    table = _new_table(
+    table = new_table(
         f"Conversion of {name}", ("stage", "s"), f"Peak of memory: {one['peak_memory_mb']:,.0f} MB"
     )
     for stage, seconds in one["seconds"].items():
@@ -145,8 +132,8 @@ def _convert_table(one: dict) -> Table:
     return table
 
 
-def _sampler_table(one: dict) -> Table:
-    table = _new_table(
+def _sampler_table(one: dict) -> "Table":
+    table = new_table(
         f"{one['name']}: V={one['vocab_size']:,}, {one['n_probes']} of {one['n_clusters']:,} "
         f"clusters, batch {one['positions']}",
         ("sampler", "mlx-lm ms", "quartiles", "FlashHead ms", "quartiles", "ratio"),
@@ -165,11 +152,7 @@ def _quartiles(spread: dict) -> str:
 
 def draw(result: dict, path: str) -> None:
     """Draws one benchmark's figures: bars, or lines against the number of positions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     results = result["results"]
     height = 3.6 if result["kind"] == "positions" else 2.2
     figure, axes = plt.subplots(

@@ -1,8 +1,10 @@
 """Pictures that commands draw: checked before the work begins, drawn without a screen."""
 
 from pathlib import Path
+from types import ModuleType
 
 from .console import check_writable
+from .extras import from_extra
 
 SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
@@ -15,8 +17,19 @@ def check_picture(option: str, path: str) -> None:
         path: The file.
 
     Raises:
-        ValueError: If its suffix is unknown, or it cannot be written.
+        ValueError: If its suffix is unknown, it cannot be written, or matplotlib is not installed.
     """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"{option} {path} must end in {', '.join(SUFFIXES)}.")
+    from_extra("matplotlib", "report", option)
     check_writable(option, path)
+
+
+def pyplot() -> ModuleType:
+    """``matplotlib.pyplot``, drawing into files alone.
+
+    Raises:
+        ValueError: If matplotlib is not installed.
+    """
+    from_extra("matplotlib", "report", "A picture").use("Agg")
+    return from_extra("matplotlib.pyplot", "report", "A picture")

@@ -1,11 +1,10 @@
 """Where a chat is typed and shown: a terminal with history and completion, or a pipe without."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 try:
     import readline
@@ -30,7 +29,7 @@ class Terminal:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self._commands = commands
         self._with_files = with_files
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._dim = self.interactive and os.environ.get("TERM", "dumb") != "dumb"
         self._matches: list[str] = []
         if self.interactive:
             self._prepare_completion()
@@ -52,7 +51,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Prints lines of the program's own, which stand back from the answers."""
-        self._console.print(text, style="dim", markup=False)
+        print(f"\x1b[2m{text}\x1b[0m" if self._dim and text else text)
 
     def complete(self, text: str, state: int) -> str | None:
         """The ``state``-th way to complete the word ``text``, as readline asks for it."""

@@ -8,10 +8,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import mlx.core as mx
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from ..cli.extras import from_extra, installation
+from ..cli.tables import new_table, show
 from ..models.load import load
 from ..models.sampling import make_sampler
 
@@ -20,7 +19,7 @@ dense       log-likelihoods and perplexities under the dense head
 FlashHead   generated text; perplexities with its estimates for tokens
             that were not scored, an approximation of the dense ones
 ±           standard error, where lm-eval has one"""
-INSTALL = "pip install 'mlx_flashhead[evaluate]'"
+EXTRA = "tasks"
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "tasks of lm-eval",
         f"Log-likelihoods under the dense head, generated text with FlashHead, perplexities both "
-        f"ways. They need {INSTALL}.",
+        f"ways. They need {installation(EXTRA)}.",
     )
     group.add_argument(
         "--tasks",
@@ -120,7 +119,9 @@ def run_tasks(args: argparse.Namespace) -> None:
         ValueError: If lm-eval is not installed, there is no such task, or one cannot be run.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # lm-eval starts processes
-    find_tasks, evaluate_tasks = _harness()
+    from_extra("lm_eval", EXTRA, "--tasks")
+    from .tasks import evaluate_tasks, find_tasks
+
     names = [name for given in args.tasks for name in given.split(",") if name]
     manager = find_tasks(names, args.include_path)
     model, tokenizer = load(
@@ -154,16 +155,12 @@ def run_tasks(args: argparse.Namespace) -> None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def print_tasks(measures: list, console: Console | None = None) -> None:
+def print_tasks(measures: list) -> None:
     """Prints the tasks' metrics as one table."""
-    table = Table(caption=LEGEND, caption_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("task", overflow="fold")
-    for heading in ("shots", "samples"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("head", no_wrap=True)
-    table.add_column("metric", no_wrap=True)
-    for heading in ("value", "±"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table(
+        None, ("task", "head", "metric", "shots", "samples", "value", "±"), LEGEND, left=3
+    )
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # some names are long
     previous = None
     for measured in sorted(measures, key=lambda m: (m.task, m.metric, m.filter)):
         if previous not in (None, measured.task):
@@ -171,25 +168,15 @@ def print_tasks(measures: list, console: Console | None = None) -> None:
         named = measured.filter != "none"
         table.add_row(
             "" if measured.task == previous else measured.task,
-            _or_dash(measured.n_shots, "d"),
-            _or_dash(measured.samples, "d"),
             measured.head,
             f"{measured.metric} ({measured.filter})" if named else measured.metric,
+            _or_dash(measured.n_shots, "d"),
+            _or_dash(measured.samples, "d"),
             f"{measured.value:.4f}",
             _or_dash(measured.stderr, ".4f"),
         )
         previous = measured.task
-    (console or Console()).print(table)
-
-
-def _harness():
-    try:
-        from .tasks import evaluate_tasks, find_tasks
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--tasks needs lm-eval, and {error.name} is not installed: {INSTALL}."
-        ) from error
-    return find_tasks, evaluate_tasks
+    show(table)
 
 
 def _json_object(text: str) -> dict:

@@ -7,8 +7,7 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
-import segno
-
+from ..cli.extras import from_extra
 from .access import is_token, new_token
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
@@ -86,8 +85,11 @@ def qr_code(text: str, *, colours: bool, blocks: bool = True) -> str:
         text: What it says.
         colours: Whether the terminal understands colours; without, a dark one is assumed.
         blocks: Half blocks, two modules to a character; else two characters to a module, ASCII.
+
+    Raises:
+        ValueError: If segno is not installed.
     """
-    code = segno.make(text, error="l", micro=False)
+    code = from_extra("segno", "qr", "A QR code of this address").make(text, error="l", micro=False)
     if blocks:
         out = io.StringIO()
         code.terminal(out, compact=True, border=2)
@@ -112,10 +114,14 @@ def announce(host: str, port: int, token: str, out: TextIO) -> None:
     address = own_address(host)
     blocks = (out.encoding or "ascii").lower().replace("-", "").startswith("utf")
     page = url(address, port, token)
+    try:
+        code = qr_code(page, colours=out.isatty(), blocks=blocks)
+    except ValueError as missing:
+        code = str(missing)
     lines = [
         "Open this on an iPad, an iPhone or any computer of the network:",
         "",
-        qr_code(page, colours=out.isatty(), blocks=blocks),
+        code,
         "",
         f"  {page}",
         "",

@@ -1,7 +1,6 @@
 """``evaluate --tasks``: the table, the file, and what is refused before the work."""
 
 import json
-import sys
 
 import pytest
 
@@ -91,12 +90,3 @@ def test_refused_arguments(refused, arguments, further, said):
 def test_neither_a_text_nor_tasks(refused, converted):
     line = refused("evaluate", "--model", converted)
     assert "--text FILE" in line and "--tasks TASK" in line
-
-
-def test_lm_eval_is_not_installed(refused, arguments, monkeypatch):
-    for name in ("mlx_flashhead.evaluation.tasks", "mlx_lm.evaluate"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr("mlx_flashhead.evaluation.tasks", raising=False)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    line = refused("evaluate", *arguments, "--tasks", CHOICE)
-    assert "needs lm-eval" in line and "pip install 'mlx_flashhead[evaluate]'" in line

@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import stat
+import sys
 
 import numpy as np
 import pytest
@@ -62,6 +63,16 @@ def test_announcement_for_a_terminal_of_ascii():
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     announce("192.168.178.123", 8080, TOKEN, out)
     assert "##" in out.buffer.getvalue().decode("ascii")
+
+
+def test_announcement_without_what_draws_the_code(monkeypatch):
+    """The address is there all the same, and how the code is had."""
+    monkeypatch.setitem(sys.modules, "segno", None)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    announce("192.168.178.123", 8080, TOKEN, out)
+    printed = out.buffer.getvalue().decode()
+    assert f"  {PAGE}\n" in printed
+    assert "needs segno, which is not installed: pip install 'mlx_flashhead[qr]'.\n" in printed
 
 
 def test_token_is_kept_and_private(tmp_path):

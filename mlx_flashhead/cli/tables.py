@@ -1,0 +1,63 @@
+"""Tables of the commands: one look for all, on a screen of 80 columns."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from .extras import from_extra
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def new_table(
+    title: str | None,
+    headings: Sequence[str],
+    caption: str | None = None,
+    *,
+    left: int = 1,
+    padding: tuple[int, int, int, int] = (0, 1, 0, 0),
+) -> "Table":
+    """An empty table; ``add_row`` and ``add_section`` fill it.
+
+    Args:
+        title: Above it.
+        headings: Of its columns.
+        caption: Below it.
+        left: So many columns hold words, and the others figures, which are aligned on the right.
+        padding: Of each cell: top, right, bottom, left.
+
+    Raises:
+        ValueError: If rich is not installed.
+    """
+    table = _rich("table").Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=_rich("box").SIMPLE,
+        padding=padding,
+    )
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if column < left else "right", no_wrap=True)
+    return table
+
+
+def show(*parts: "Table | str") -> None:
+    """Prints tables, and lines of text between them."""
+    console = _rich("console").Console(highlight=False)
+    for part in parts:
+        console.print(part, markup=False)
+
+
+def check_tables(command: str) -> None:
+    """Makes sure, before long work, that a command can print its tables.
+
+    Raises:
+        ValueError: If rich is not installed.
+    """
+    from_extra("rich", "report", command)
+
+
+def _rich(name: str) -> ModuleType:
+    return from_extra(f"rich.{name}", "report", "A table")
