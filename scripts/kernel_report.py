@@ -21,8 +21,9 @@ from rich.table import Table
 
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.clustered import ClusteredRows
+from mlx_flashhead.head.formats import USUAL_GROUP
 from mlx_flashhead.head.kernels import MetalSteps
-from mlx_flashhead.head.matrix import HeadRows
+from mlx_flashhead.head.matrix import Matrix
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 
@@ -33,18 +34,17 @@ SHAPES = {  # vocab_size, hidden_size
     "SmolLM2-135M": (49152, 576),
 }
 CLUSTER_SIZE = 16
-GROUP_SIZE = 64
 LINE = 128
 
 
-def random_rows(rng, shape: tuple[int, ...], hidden_size: int, bits: int) -> HeadRows:
+def random_rows(rng, shape: tuple[int, ...], hidden_size: int, bits: int) -> Matrix:
     """Rows of the given leading axes, random in every bit that costs nothing to make random."""
     if bits == 16:
-        return HeadRows(mx.random.normal((*shape, hidden_size)).astype(mx.bfloat16))
+        return Matrix(mx.random.normal((*shape, hidden_size)).astype(mx.bfloat16))
     words = rng.integers(2**32, size=(*shape, hidden_size * bits // 32), dtype=np.uint32)
-    scales = mx.full((*shape, hidden_size // GROUP_SIZE), 0.01, dtype=mx.bfloat16)
+    scales = mx.full((*shape, hidden_size // USUAL_GROUP), 0.01, dtype=mx.bfloat16)
     offsets = mx.full(scales.shape, -0.075, dtype=mx.bfloat16)
-    return HeadRows(mx.array(words), scales, offsets, group_size=GROUP_SIZE, bits=bits)
+    return Matrix(mx.array(words), scales, offsets, group_size=USUAL_GROUP, bits=bits)
 
 
 def random_head(vocab_size: int, hidden_size: int, bits: int) -> ClusteredRows:
@@ -52,15 +52,7 @@ def random_head(vocab_size: int, hidden_size: int, bits: int) -> ClusteredRows:
     rng = np.random.default_rng(0)
     n_clusters = vocab_size // CLUSTER_SIZE
     centroids = random_rows(rng, (n_clusters,), hidden_size, 4)
-    centroids = Centroids(
-        centroids.weight,
-        centroids.scales,
-        centroids.biases,
-        mx.zeros(n_clusters),
-        mx.full((n_clusters,), -2.0),
-        GROUP_SIZE,
-        4,
-    )
+    centroids = Centroids(centroids, mx.zeros(n_clusters), mx.full((n_clusters,), -2.0))
     order = rng.permutation(vocab_size).astype(np.uint32)
     return ClusteredRows(
         rows=random_rows(rng, (n_clusters, CLUSTER_SIZE), hidden_size, bits),
@@ -121,9 +113,9 @@ def dense(vocab_size: int, hidden_size: int, bits: int) -> dict:
     sizes = {"weight": vocab_size * hidden_size * bits // 8}
     reads = dict(sizes)
     if bits < 16:
-        lanes_per_group = GROUP_SIZE * bits // 64  # a lane holds 8 bytes
+        lanes_per_group = USUAL_GROUP * bits // 64  # a lane holds 8 bytes
         for name in ("scales", "biases"):
-            sizes[name] = 2 * vocab_size * hidden_size // GROUP_SIZE
+            sizes[name] = 2 * vocab_size * hidden_size // USUAL_GROUP
             reads[name] = sizes[name] * lanes_per_group
     sizes["hidden"] = 2 * hidden_size
     reads["hidden"] = sizes["hidden"] * -(-vocab_size // 4)

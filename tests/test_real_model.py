@@ -109,7 +109,10 @@ def test_measures_are_those_of_the_head(loaded, states):
     logits = np.array(head.dense_logits(mx.array(hidden)))
     tokens = [head.token(mx.array(state)[None]).item() for state in hidden]
     centroids = head.clustered.centroids
-    matrix, bias = np.array(centroids.dequantized()), np.array(head.clustered.route_bias)
+    matrix, bias = (
+        np.array(centroids.matrix.dequantized(mx.float32)),
+        np.array(head.clustered.route_bias),
+    )
     (measured,), _ = measure(
         hidden,
         lambda h: np.array(head.dense_logits(mx.array(h))),

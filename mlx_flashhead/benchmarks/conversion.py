@@ -15,7 +15,7 @@ import numpy as np
 
 from ..conversion.indexing import build_index
 from ..conversion.pipeline import convert
-from ..head.matrix import HeadRows
+from ..head.matrix import Matrix
 
 # The functions that a stage consists of, where they are called from.
 STAGES = (
@@ -106,7 +106,7 @@ def index_benchmark(
     weight = mx.array(rng.standard_normal((vocab_size, hidden_size), dtype=np.float32))
     states = rng.standard_normal((positions, hidden_size), dtype=np.float32)
     next_ids = rng.integers(vocab_size, size=positions)
-    rows = HeadRows(weight)
+    rows = Matrix(weight)
     mx.eval(weight)
     with stage_times() as seconds:
         build_index(rows, states, next_ids, seed=seed, progress=progress)

@@ -5,16 +5,16 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from ..conversion.fitting import quantization_group
 from ..head.centroids import Centroids
 from ..head.flash_head import FlashHead
-from ..head.matrix import HeadRows
+from ..head.formats import USUAL_GROUP, affine_group
+from ..head.matrix import Matrix
 from ..head.portable import blocked_product, in_blocks
 from . import roofline
 from .timing import ColdCaches, Spread, in_turns
 
 SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in roofline.SHAPES.items()}
-CLUSTER_SIZE, GROUP_SIZE = 16, 64
+CLUSTER_SIZE = 16
 CHAIN = 16  # calls of a chain, see `chained`
 
 DENSE, DENSE_BLOCKS, DENSE_COLUMNS = "dense (mlx-lm)", "dense in blocks", "dense by columns"
@@ -49,32 +49,20 @@ def random_head(
     n_clusters = -(-vocab_size // cluster_size)
     if not 1 <= n_probes <= n_clusters:
         raise ValueError(f"--n-probes is {n_probes}: this head has {n_clusters} clusters.")
-    if bits != 16 and hidden_size % GROUP_SIZE:
+    if bits != 16 and hidden_size % USUAL_GROUP:
         raise ValueError(f"A width of {hidden_size} cannot be quantized: give --head-bits 16.")
     mx.random.seed(seed)
     weight = mx.random.normal((vocab_size, hidden_size), scale=0.05).astype(dtype)
-    rows = HeadRows(weight)
+    rows = Matrix(weight)
     if bits != 16:
-        form = {"group_size": GROUP_SIZE, "bits": bits}
-        rows = HeadRows(*mx.quantize(weight, **form), **form)
+        rows = rows.quantize(bits=bits, group_size=USUAL_GROUP)
     del weight
-    centroids = mx.random.normal((n_clusters, hidden_size), scale=0.05)
-    group = quantization_group(hidden_size)
-    stored, scales, biases, centroid_bits = centroids, None, None, 32
-    if group:
-        centroid_bits = 4
-        stored, scales, biases = mx.quantize(
-            centroids.astype(mx.float16), group_size=group, bits=centroid_bits
-        )
-    centroids = Centroids(
-        stored,
-        scales,
-        biases,
-        bias=mx.zeros(n_clusters),
-        tail_offset=mx.full((n_clusters,), -2.0),
-        group_size=group,
-        bits=centroid_bits,
-    )
+    matrix = Matrix(mx.random.normal((n_clusters, hidden_size), scale=0.05))
+    group_size = affine_group(hidden_size)
+    if group_size is not None:
+        matrix = matrix.map(lambda weight: weight.astype(mx.float16))
+        matrix = matrix.quantize(bits=4, group_size=group_size)
+    centroids = Centroids(matrix, mx.zeros(n_clusters), mx.full((n_clusters,), -2.0))
     slots = np.full(n_clusters * cluster_size, vocab_size, np.uint32)
     slots[:vocab_size] = np.random.default_rng(seed).permutation(vocab_size)
     head = FlashHead(rows, slots.reshape(n_clusters, -1), centroids, n_probes=n_probes)
@@ -106,12 +94,10 @@ def forms(head: FlashHead) -> dict[str, Callable[[mx.array], mx.array]]:
 
 def read_mb(head: FlashHead, n_positions: int = 1) -> float:
     """Megabytes of weights that a call reads here, if no two states share a cluster."""
-    centroids = head.clustered.centroids
-    stored = (centroids.weight, centroids.scales, centroids.biases)
-    stage_1 = sum(array.nbytes for array in stored if array is not None)
+    stage_1 = head.clustered.centroids.matrix.nbytes
     if mx.default_device().type == mx.cpu:  # where the centroids are held as float32
         stage_1 = 4 * head.n_clusters * head.hidden_size
-    rows = sum(array.nbytes for array in head.clustered.rows.arrays().values())
+    rows = head.clustered.rows.nbytes
     probed = min(n_positions * head.n_probes, head.n_clusters)
     return (stage_1 + rows * probed / head.n_clusters) / 1e6
 
@@ -126,9 +112,9 @@ def form_of(head: FlashHead, states: mx.array) -> dict:
         "cluster_size": head.cluster_size,
         "n_probes": head.n_probes,
         "dtype": str(states.dtype).removeprefix("mlx.core."),
-        "head_bits": rows.bits if rows.quantized else 8 * rows.weight.dtype.size,
+        "head_bits": rows.format.bits,
         "backend": head.backend,
-        "head_mb": sum(array.nbytes for array in rows.arrays().values()) / 1e6,
+        "head_mb": rows.nbytes / 1e6,
     }
 
 

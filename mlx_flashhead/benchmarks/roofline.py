@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..head.formats import AFFINE, AFFINE_BITS, FLOATS, USUAL_GROUP, find_format
 from ..index.files import FlashHeadIndex
 from ..models.locate import find_head
 from .apple_gpu import GATHER_SHARE, LAUNCH_US, PUBLIC_MEASUREMENTS, Measurement, bandwidth
@@ -18,7 +19,10 @@ FORMULA = """\
 head  = (other bytes + probed rows / g) / bandwidth + {head_kernels} · {launch} µs
 model = body / bandwidth + head + ({layers} layers · {layer_kernels} + {others}) · {launch} µs
 probed rows: {probes} clusters of {size} rows, of {clusters} clusters"""
-BYTES_PER_WEIGHT = {16: 2, 8: 1 + 4 / 64, 4: 0.5 + 4 / 64}  # affine, group 64, 16-bit scales
+# of floats, and of affine rows in the usual groups
+BYTES_PER_WEIGHT = {16: find_format(FLOATS, 16).bytes_per_weight()} | {
+    bits: find_format(AFFINE, bits).bytes_per_weight(USUAL_GROUP) for bits in AFFINE_BITS
+}
 # embedding, last norm, logsumexp, subtraction, argmax
 OTHER_KERNELS = 5
 # projections in, rotation, cache, attention, projection out, addition; gate and up, activation,
@@ -159,26 +163,24 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
         weights += matrix.size * 32 // module.bits if "scales" in own else matrix.size
     shape = ModelShape(
         name=name,
-        vocab_size=rows.vocab_size,
+        vocab_size=rows.n_rows,
         hidden_size=rows.hidden_size,
         n_layers=len(layers),
         layer_kernels=LAYER_KERNELS + _norms(layers[0]),
         body_weights=weights,
         body_bytes=stored,
-        head_bytes=sum(array.nbytes for array in rows.arrays().values()),
-        stored=f"{rows.bits or 8 * rows.weight.dtype.size}-bit",
-        **_usual_index(rows.vocab_size, rows.hidden_size),
+        head_bytes=rows.nbytes,
+        stored=f"{rows.format.bits}-bit",
+        **_usual_index(rows.n_rows, rows.hidden_size),
     )
     if index is None:
         return shape
-    centroids = index.centroids
-    stage_1 = (centroids.weight, centroids.scales, centroids.biases, centroids.bias)
     return replace(
         shape,
         n_clusters=index.config.n_clusters,
         cluster_size=index.config.cluster_size,
         n_probes=index.config.n_probes,
-        stage_1_bytes=sum(array.nbytes for array in stage_1 if array is not None),
+        stage_1_bytes=index.centroids.routing_bytes,
     )
 
 

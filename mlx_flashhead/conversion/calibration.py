@@ -94,7 +94,7 @@ def generated_states(
         (positions,) int64.
     """
     mx.random.seed(seed)
-    vocab_size = location.rows().vocab_size
+    vocab_size = location.rows().n_rows
     prompts = _prompts(tokenizer, vocab_size, np.random.default_rng(seed))
     draw = make_sampler(temp=temperature)
     steps: list[tuple[mx.array, mx.array]] = []

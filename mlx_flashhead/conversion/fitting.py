@@ -27,7 +27,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..head.centroids import Centroids
-from ..head.matrix import as_float32
+from ..head.formats import AFFINE_BITS, GROUPS, USUAL_GROUP, affine_group
+from ..head.matrix import Matrix, as_float32
 from .metric import BLOCK_STATES, checked_states, covariance
 
 BLOCK_CLUSTERS = 64  # handled at once: bounds memory
@@ -76,7 +77,7 @@ def fit_centroids(
     head_bias: np.ndarray | mx.array | None = None,
     ridge: float = 0.03,
     bits: int = 4,
-    group_size: int = 64,
+    group_size: int = USUAL_GROUP,
     dtype: mx.Dtype = mx.float16,
     progress: bool = True,
 ) -> Centroids:
@@ -92,7 +93,8 @@ def fit_centroids(
         head_bias: (V,) added to the logits.
         ridge: Penalty, relative to the states' mean variance per dimension.
         bits: 4 or 8.
-        group_size: 32, 64 or 128. See :func:`quantization_group` where it does not divide D.
+        group_size: 32, 64 or 128. Where it does not divide D it is 32, and where that does not
+            either, the centroids stay floats.
         dtype: Of scales and offsets, or of the centroids if they stay unquantized.
         progress: Show a progress bar.
 
@@ -103,7 +105,7 @@ def fit_centroids(
     """
     rows = as_float32(rows)
     vocab_size, hidden_size = rows.shape
-    if bits not in (4, 8) or group_size not in (32, 64, 128):
+    if bits not in AFFINE_BITS or group_size not in GROUPS:
         raise ValueError(
             f"Centroids of {bits} bits in groups of {group_size} are not supported: "
             "choose 4 or 8 bits and groups of 32, 64 or 128."
@@ -124,7 +126,7 @@ def fit_centroids(
         penalised = covariance + penalty * np.eye(hidden_size)
         centroids = means + np.linalg.solve(penalised, moments.cross.T).T
 
-    arrays, rounded = _quantize(centroids, covariance, bits, group_size, dtype)
+    matrix, rounded = _quantize(centroids, covariance, bits, group_size, dtype)
     if moments is None:
         bias = raw_means(head_bias[:, None], token_ids)[:, 0]
         tail_offset = np.zeros(len(means))
@@ -136,7 +138,7 @@ def fit_centroids(
         bias = moments.mean - change @ moments.state_mean + np.maximum(variance, 0) / 2
         tail_offset = -np.log((token_ids < vocab_size).sum(axis=1))
     return Centroids(
-        **arrays,
+        matrix,
         bias=mx.array(bias.astype(np.float32)),
         tail_offset=mx.array(tail_offset.astype(np.float32)),
     )
@@ -191,14 +193,9 @@ def _moments(
     )
 
 
-def quantization_group(hidden_size: int, group_size: int = 64) -> int:
-    """The group for rows of D columns: ``group_size``, else 32, else 0: not quantized."""
-    return next((size for size in (group_size, 32) if hidden_size % size == 0), 0)
-
-
 def _quantize(
     centroids: np.ndarray, covariance: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
-) -> tuple[dict, np.ndarray]:
+) -> tuple[Matrix, np.ndarray]:
     """Rounds centroids (C, D) so that their products with states of this covariance change least.
 
     The scale spans a group's range exactly: mx.quantize's own, which keeps zero representable,
@@ -206,15 +203,13 @@ def _quantize(
     more.
 
     Returns:
-        The fields weight, scales, biases, group_size and bits of :class:`Centroids`, and the
-        (C, D) float64 values that they stand for.
+        The matrix, and the (C, D) float64 values that it stands for.
     """
     hidden_size = centroids.shape[1]
-    group_size = quantization_group(hidden_size, group_size)
-    if not group_size:
+    group_size = affine_group(hidden_size, group_size)
+    if group_size is None:
         weight = mx.array(centroids.astype(np.float32)).astype(dtype)
-        arrays = {"weight": weight, "scales": None, "biases": None}
-        return arrays | {"group_size": 0, "bits": 8 * dtype.size}, as_float32(weight)
+        return Matrix(weight), as_float32(weight)
 
     damping = DAMPING * max(np.trace(covariance) / hidden_size, 1e-12)
     inverse = np.linalg.inv(covariance + damping * np.eye(hidden_size))
@@ -238,13 +233,14 @@ def _quantize(
             later = slice(i + 1, group.stop)
             left[later] -= np.outer(feed[i, later], errors[i - start])
         left[group.stop :] -= feed[group, group.stop :].T @ errors
-    return {
-        "weight": mx.array(_pack(codes.T, bits)),
-        "scales": mx.stack(scales, axis=1),
-        "biases": mx.stack(offsets, axis=1),
-        "group_size": group_size,
-        "bits": bits,
-    }, rounded.T
+    matrix = Matrix(
+        mx.array(_pack(codes.T, bits)),
+        scales=mx.stack(scales, axis=1),
+        biases=mx.stack(offsets, axis=1),
+        group_size=group_size,
+        bits=bits,
+    )
+    return matrix, rounded.T
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -3,10 +3,11 @@
 Knows arrays only: no model.
 """
 
+import mlx.core as mx
 import numpy as np
 
 from ..head.centroids import Centroids
-from ..head.matrix import HeadRows, as_float32
+from ..head.matrix import Matrix, as_float32
 from ..index.files import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
 from .clustering import cluster_rows
@@ -24,7 +25,7 @@ CENTROID_GROUP = 64  # columns that share a scale
 
 
 def build_index(
-    rows: HeadRows,
+    rows: Matrix,
     states: np.ndarray | None = None,
     next_ids: np.ndarray | None = None,
     *,
@@ -85,11 +86,12 @@ def build_index(
         progress=progress,
     )
     said = []
-    if centroids.group_size != CENTROID_GROUP:
+    matrix = centroids.matrix
+    if matrix.group_size != CENTROID_GROUP:
         instead = (
-            f"are quantized in groups of {centroids.group_size}"
-            if centroids.quantized
-            else f"stay at {centroids.bits} bits"
+            f"are quantized in groups of {matrix.group_size}"
+            if matrix.quantized
+            else f"stay at {matrix.format.bits} bits"
         )
         said.append(
             f"The width {rows.hidden_size} is no multiple of {CENTROID_GROUP}: "
@@ -121,9 +123,9 @@ def build_index(
         cluster_size=cluster_size,
         n_probes=n_probes,
         fingerprint=rows.fingerprint(),
-        eos_token_ids=tuple(sorted(i for i in eos_token_ids if i < rows.vocab_size)),
-        centroid_bits=centroids.bits,
-        centroid_group_size=centroids.group_size,
+        eos_token_ids=tuple(sorted(i for i in eos_token_ids if i < rows.n_rows)),
+        centroid_bits=matrix.format.bits,
+        centroid_group_size=matrix.group_size or 0,
         calibration={
             "source": source,
             "positions": 0 if states is None else len(states),
@@ -143,7 +145,7 @@ def n_held_out(n_positions: int) -> int:
 
 
 def _report(
-    rows: HeadRows,
+    rows: Matrix,
     weight: np.ndarray,
     head_bias: np.ndarray | None,
     token_ids: np.ndarray,
@@ -158,7 +160,7 @@ def _report(
         JSON-ready; a perplexity too large for a float is None.
     """
     n_clusters, cluster_size = token_ids.shape
-    matrix, bias = np.array(centroids.dequantized()), np.array(centroids.bias)
+    matrix, bias = np.array(centroids.matrix.dequantized(mx.float32)), np.array(centroids.bias)
     routing = Routing("FlashHead", lambda h: h @ matrix.T + bias, np.array(centroids.tail_offset))
     around = (max(1, n_probes // 2), n_probes, 2 * n_probes)
     counts = sorted({p for p in (*around, *USUAL_PROBES) if p <= n_clusters})
@@ -171,10 +173,10 @@ def _report(
         next_ids,
         progress=False,
     )
-    dense_bytes = sum(array.nbytes for array in rows.arrays().values())
+    dense_bytes = rows.nbytes
     by_probes = []
     for found in measured:
-        n_bytes = centroids.routing_bytes + dense_bytes / rows.vocab_size * (
+        n_bytes = centroids.routing_bytes + dense_bytes / rows.n_rows * (
             found.n_probes * cluster_size
         )
         by_probes.append(

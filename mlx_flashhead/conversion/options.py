@@ -1,6 +1,6 @@
 """What a conversion refuses before it begins."""
 
-from ..head.matrix import HeadRows
+from ..head.matrix import Matrix
 from ..models.compat import MODEL_CONVERSION_DTYPES
 from ..publishing.hub import full_name
 from .calibration import read_text
@@ -44,7 +44,7 @@ def check_arguments(
         raise ValueError(f"dtype is {dtype!r}: choose {', '.join(MODEL_CONVERSION_DTYPES)}.")
 
 
-def check_size(rows: HeadRows, cluster_size: int, n_probes: int | None) -> None:
+def check_size(rows: Matrix, cluster_size: int, n_probes: int | None) -> None:
     """Refuses a cluster size or a number of probes that does not fit the head.
 
     Args:
@@ -55,7 +55,7 @@ def check_size(rows: HeadRows, cluster_size: int, n_probes: int | None) -> None:
     Raises:
         ValueError: If one does not.
     """
-    vocab_size = rows.vocab_size
+    vocab_size = rows.n_rows
     if cluster_size > vocab_size:
         raise ValueError(
             f"cluster_size is {cluster_size}, but the model has {vocab_size} tokens: "

@@ -39,7 +39,7 @@ def probes_needed(
     """
     rows, states = as_float32(rows), as_float32(states)
     head_bias = 0 if head_bias is None else as_float32(head_bias)
-    matrix, bias = as_float32(centroids.dequantized()), as_float32(centroids.bias)
+    matrix, bias = as_float32(centroids.matrix.dequantized(mx.float32)), as_float32(centroids.bias)
     n_clusters, cluster_size = token_ids.shape
     clusters = np.arange(n_clusters)
     cluster_of = np.empty(len(rows) + 1, dtype=np.int64)  # and one entry for padded slots

@@ -12,9 +12,10 @@ from io import StringIO
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from ..head.formats import AFFINE, AFFINE_BITS, affine_group
 from ..models.compat import dequantize_model, mixed_quant_predicate_builder, quantize_model
 
-HEAD_BITS = (4, 8, 16)
+HEAD_BITS = (*AFFINE_BITS, 16)  # 16: floats
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def body_label(body: BodyRecipe | None, config: dict) -> str | None:
         return None
     if isinstance(body.predicate, str):
         return body.predicate
-    return f"{config['quantization']['bits']}bit" if body.mode == "affine" else body.mode
+    return f"{config['quantization']['bits']}bit" if body.mode == AFFINE else body.mode
 
 
 def set_bits(
@@ -82,15 +83,15 @@ def set_bits(
     if head_bits is not None and head_bits < stored_bits < 16:
         head = dequantize_model(nn.Sequential(head)).layers[0]
         model.update_modules(tree_unflatten([(head_path, head)]))
-    head_group = body.group_size if body and body.mode == "affine" else None
-    if head_bits in (4, 8) and head_bits < stored_bits:
+    head_group = body.group_size if body and body.mode == AFFINE else None
+    if head_bits in AFFINE_BITS and head_bits < stored_bits:
         head_group = _group_size(head.weight.shape[-1], head_group)
     of_body = _body_predicate(model, body)
 
     def predicate(path, module):
         if path != head_path or head_bits is None:
             return of_body(path, module)
-        return head_bits < 16 and {"group_size": head_group, "bits": head_bits, "mode": "affine"}
+        return head_bits < 16 and {"group_size": head_group, "bits": head_bits, "mode": AFFINE}
 
     with redirect_stdout(StringIO()):  # mlx-lm prints a line of its own
         model, config = quantize_model(
@@ -98,7 +99,7 @@ def set_bits(
             config,
             body.group_size if body else head_group,
             body.bits if body else head_bits,
-            mode=body.mode if body else "affine",
+            mode=body.mode if body else AFFINE,
             quant_predicate=predicate,
         )
     head = dict(model.named_modules())[head_path]
@@ -116,16 +117,16 @@ def _body_predicate(model: nn.Module, body: BodyRecipe | None):
     if callable(body.predicate):
         return body.predicate
     if body.predicate is not None:
-        if body.mode != "affine":
+        if body.mode != AFFINE:
             raise ValueError("Mixed-bit recipes (--quant-predicate) need --q-mode affine.")
         return mixed_quant_predicate_builder(body.predicate, model, body.group_size or 64)
     return getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
 
 def _group_size(width: int, asked: int | None) -> int:
-    for group_size in (asked,) if asked else (64, 32):
-        if width % group_size == 0:
-            return group_size
+    group_size = affine_group(width) if asked is None else asked
+    if group_size is not None and width % group_size == 0:
+        return group_size
     raise ValueError(
         f"The head's width {width} is no multiple of a quantization group "
         f"({asked or '64 or 32'}): leave --head-bits out."

@@ -19,12 +19,12 @@ from tqdm import tqdm
 from ..conversion.calibration import text_states
 from ..conversion.measures import tail_logits
 from ..head.flash_head import FlashHead
-from ..head.matrix import HeadRows
+from ..head.formats import AFFINE_BITS, GROUPS, affine_group
+from ..head.matrix import Matrix
 from ..models.locate import find_head
 from .text import FLASH_HEAD, bytes_read, check_probe_counts, installed_head, row_bytes
 
 DENSE = "dense"
-GROUP_SIZES = (64, 32)
 CHUNK_LOGITS = 1 << 23  # logits handled at once: bounds memory
 
 
@@ -162,13 +162,13 @@ def measure_precisions(
             bar.update()
         del product  # before the next one's rows are made
     bar.close()
-    of_16_bits = rows.vocab_size * 2 * rows.hidden_size
+    of_16_bits = rows.n_rows * 2 * rows.hidden_size
     measures = []
     for k, (name, n_probes) in enumerate(kinds):
         for i, form in enumerate(forms):
             agree, kl, nll = sums[i, k] / len(states)
             read = (
-                row_bytes(form) * rows.vocab_size
+                row_bytes(form) * rows.n_rows
                 if n_probes is None
                 else bytes_read(head, n_probes, row_bytes(form))
             )
@@ -187,7 +187,7 @@ def measure_precisions(
     return measures
 
 
-def forms_of(rows: HeadRows) -> Iterator[HeadRows]:
+def forms_of(rows: Matrix) -> Iterator[Matrix]:
     """The rows as they are, in 16 bits if they had more, and quantized to 8 and 4 bits.
 
     Raises:
@@ -197,24 +197,16 @@ def forms_of(rows: HeadRows) -> Iterator[HeadRows]:
     if rows.weight.dtype == mx.float32:
         rows = replace(rows, weight=rows.weight.astype(mx.bfloat16))
         yield rows
-    form = {"group_size": _group_size(rows)}
-    for bits in (8, 4):
-        weight, scales, biases = mx.quantize(rows.weight, bits=bits, **form)
-        yield replace(rows, weight=weight, scales=scales, biases=biases, bits=bits, **form)
+    group_size = _group_size(rows)
+    for bits in reversed(AFFINE_BITS):
+        yield rows.quantize(bits=bits, group_size=group_size)
 
 
 class _Product:
     """Logits of all rows: (n, D) float32 → (n, V) float32."""
 
-    def __init__(self, rows: HeadRows):
-        if rows.quantized:
-            # mx.dequantize rounds to the dtype of the scales, as no product with the weights does
-            rows = replace(
-                rows,
-                scales=rows.scales.astype(mx.float32),
-                biases=rows.biases.astype(mx.float32),
-            )
-        self.weight = np.asarray(rows.dequantized().astype(mx.float32))  # no second copy
+    def __init__(self, rows: Matrix):
+        self.weight = np.asarray(rows.dequantized(mx.float32))  # no second copy
         self.bias = None if rows.bias is None else np.array(rows.bias.astype(mx.float32))
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
@@ -269,11 +261,11 @@ def _log_total(logits: np.ndarray) -> float:
     return best + np.log(np.exp(logits - best).sum())
 
 
-def _group_size(rows: HeadRows) -> int:
-    for group_size in GROUP_SIZES:
-        if rows.hidden_size % group_size == 0:
-            return group_size
+def _group_size(rows: Matrix) -> int:
+    group_size = affine_group(rows.hidden_size)
+    if group_size is not None:
+        return group_size
     raise ValueError(
-        f"The head's width {rows.hidden_size} is no multiple of {GROUP_SIZES[-1]}, so it cannot be "
+        f"The head's width {rows.hidden_size} is no multiple of {min(GROUPS)}, so it cannot be "
         "quantized: use evaluate without --precisions."
     )

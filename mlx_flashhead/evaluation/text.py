@@ -19,7 +19,7 @@ from ..conversion.calibration import text_states
 from ..conversion.fitting import unit_means
 from ..conversion.measures import USUAL_PROBES, Measures, Routing, measure
 from ..head.flash_head import FlashHead
-from ..head.matrix import HeadRows
+from ..head.matrix import Matrix
 from ..models.install import get_flash_head
 from ..models.locate import find_head
 
@@ -155,10 +155,9 @@ def check_probe_counts(head: FlashHead, probe_counts: Sequence[int]) -> list[int
     return probe_counts
 
 
-def row_bytes(rows: HeadRows) -> float:
+def row_bytes(rows: Matrix) -> float:
     """Bytes that are stored for each row."""
-    slots = math.prod(rows.weight.shape[:-1])
-    return sum(array.nbytes for array in rows.arrays().values()) / slots
+    return rows.nbytes / math.prod(rows.weight.shape[:-1])
 
 
 def bytes_read(head: FlashHead, n_probes: int, bytes_per_row: float) -> float:
@@ -175,8 +174,8 @@ def bytes_share(head: FlashHead, n_probes: int) -> float:
 
 def _as_stage_1(centroids: np.ndarray, head: FlashHead) -> np.ndarray:
     """Other centroids at the precision of the head's own, rounded to nearest."""
-    own = head.clustered.centroids
+    own = head.clustered.centroids.matrix
     if not own.quantized:
         return centroids
-    form = {"group_size": own.group_size, "bits": own.bits}
-    return np.array(mx.dequantize(*mx.quantize(mx.array(centroids), **form), **form))
+    rounded = Matrix(mx.array(centroids)).quantize(**own.quantization)
+    return np.array(rounded.dequantized())

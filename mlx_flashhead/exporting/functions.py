@@ -55,10 +55,9 @@ def head_weights(clustered: ClusteredRows) -> dict[str, mx.array]:
     them estimates of a token's logit; token_ids (C, n) and slot_of (V,) tell which row is whose.
     """
     clustered, centroids = clustered.in_rows(), clustered.centroids
-    stored = {name: getattr(centroids, name) for name in ("weight", "scales", "biases")}
     return (
         {f"rows_{name}": array for name, array in clustered.rows.arrays().items()}
-        | {f"centroids_{name}": array for name, array in stored.items() if array is not None}
+        | {f"centroids_{name}": array for name, array in centroids.matrix.arrays().items()}
         | {
             "route_bias": clustered.route_bias,
             "token_ids": clustered.token_ids,
@@ -163,10 +162,11 @@ def _with_weights(clustered: ClusteredRows, weights: dict[str, mx.array]) -> Clu
         if key in ("route_bias", "token_ids", "slot_of")
     }
     offset = {key: array for key, array in weights.items() if key == "tail_offset"}
+    matrix = replace(clustered.centroids.matrix, **named("centroids_"))
     return replace(
         clustered,
         rows=replace(clustered.rows, **named("rows_")),
-        centroids=replace(clustered.centroids, **named("centroids_"), **offset),
+        centroids=replace(clustered.centroids, matrix=matrix, **offset),
         **own,
     )
 

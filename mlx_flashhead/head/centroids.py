@@ -4,59 +4,37 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .matrix import Matrix
+
 
 @dataclass(frozen=True)
 class Centroids:
     """Centroids, their bias and the tail's offset.
 
     Attributes:
-        weight: (C, D·bits/32) uint32 in MLX's affine quantized form, or (C, D) floats.
-        scales: (C, D/group_size), or None when not quantized.
-        biases: (C, D/group_size) quantization offsets, or None.
+        matrix: (C, D), without a bias of its own.
         bias: (C,) float32, added to the scores.
         tail_offset: (C,) float32, added to a score for the logit of the cluster's tokens.
-        group_size: Columns that share a scale; 0 when not quantized.
-        bits: Bits per weight; 16 or 32 when not quantized.
     """
 
-    weight: mx.array
-    scales: mx.array | None
-    biases: mx.array | None
+    matrix: Matrix
     bias: mx.array
     tail_offset: mx.array
-    group_size: int
-    bits: int
-
-    @property
-    def quantized(self) -> bool:
-        return self.scales is not None
 
     @property
     def routing_bytes(self) -> int:
         """Bytes read to choose the clusters: the centroids and their bias."""
-        read = (self.weight, self.scales, self.biases, self.bias)
-        return sum(array.nbytes for array in read if array is not None)
+        return self.matrix.nbytes + self.bias.nbytes
 
-    def dequantized(self) -> mx.array:
-        """The centroids as floats: (C, D) float32."""
-        if not self.quantized:
-            return self.weight.astype(mx.float32)
-        # mx.dequantize rounds to the dtype of the scales, as no product with the weights does
-        scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
-        return mx.dequantize(
-            self.weight, scales, biases, group_size=self.group_size, bits=self.bits
-        )
-
-    def matmul(self, hidden: mx.array) -> mx.array:
-        """Products with all centroids, without the bias: hidden (..., D) → (..., C)."""
-        if not self.quantized:
-            return hidden @ self.weight.T
-        return mx.quantized_matmul(
-            hidden,
-            self.weight,
-            self.scales,
-            self.biases,
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-        )
+    def fits(self, n_clusters: int, hidden_size: int) -> bool:
+        """Whether these are centroids for so many clusters of rows (V, D)."""
+        matrix = self.matrix
+        width = hidden_size
+        shapes = [(self.bias, (n_clusters,)), (self.tail_offset, (n_clusters,))]
+        if matrix.quantized:
+            width = hidden_size * matrix.bits / 32
+            groups = (n_clusters, hidden_size / matrix.group_size)
+            shapes += [(matrix.scales, groups), (matrix.biases, groups)]
+        shapes.append((matrix.weight, (n_clusters, width)))
+        stored_as_words = matrix.weight.dtype == mx.uint32
+        return stored_as_words == matrix.quantized and all(a.shape == s for a, s in shapes)

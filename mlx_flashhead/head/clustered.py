@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .centroids import Centroids
-from .matrix import HeadRows
+from .matrix import Matrix
 
 # Added to the bias of clusters that are always probed: above every real score, yet finite and
 # exact in float32, so that no separate step has to force them in.
@@ -30,7 +30,7 @@ class ClusteredRows:
         by_column: Whether the weight of each cluster lies in memory by columns, see `in_columns`.
     """
 
-    rows: HeadRows
+    rows: Matrix
     token_ids: mx.array
     slot_of: mx.array
     centroids: Centroids
@@ -57,7 +57,7 @@ class ClusteredRows:
     @classmethod
     def build(
         cls,
-        rows: HeadRows,
+        rows: Matrix,
         token_ids: np.ndarray,
         centroids: Centroids,
         always_probed_ids: tuple[int, ...] = (),
@@ -73,7 +73,7 @@ class ClusteredRows:
         Raises:
             ValueError: If ``token_ids`` is not such a permutation, or shapes do not fit.
         """
-        vocab_size = rows.vocab_size
+        vocab_size = rows.n_rows
         n_clusters, cluster_size = token_ids.shape
         flat = np.asarray(token_ids, dtype=np.int64).ravel()
         real = np.flatnonzero((flat >= 0) & (flat < vocab_size))
@@ -85,7 +85,7 @@ class ClusteredRows:
                 f"token_ids must hold each of the {vocab_size} tokens exactly once "
                 f"(padded with {vocab_size}): convert the model again."
             )
-        if not centroids_fit(centroids, n_clusters, rows.hidden_size):
+        if not centroids.fits(n_clusters, rows.hidden_size):
             raise ValueError(
                 f"The centroids do not fit {n_clusters} clusters of rows with {rows.hidden_size} "
                 "columns: convert the model again."
@@ -106,10 +106,15 @@ class ClusteredRows:
     def arrays(self) -> list[mx.array]:
         """Every array held, for evaluation and for counting bytes."""
         centroids = self.centroids
-        stage_1 = (centroids.weight, centroids.scales, centroids.biases)
-        per_cluster = (centroids.bias, centroids.tail_offset, self.route_bias)
-        held = (*self.rows.arrays().values(), self.token_ids, self.slot_of, *stage_1, *per_cluster)
-        return [array for array in held if array is not None]
+        return [
+            *self.rows.arrays().values(),
+            *centroids.matrix.arrays().values(),
+            centroids.bias,
+            centroids.tail_offset,
+            self.route_bias,
+            self.token_ids,
+            self.slot_of,
+        ]
 
     def in_columns(self) -> "ClusteredRows":
         """The same with each cluster's (cluster_size, D) weight laid out as (D, cluster_size).
@@ -129,33 +134,20 @@ class ClusteredRows:
         weight = mx.contiguous(self.rows.weight)
         return replace(self, rows=replace(self.rows, weight=weight), by_column=False)
 
-    def flat_rows(self) -> HeadRows:
+    def flat_rows(self) -> Matrix:
         """The rows with the two leading axes as one: (C·cluster_size, …), slot order.
 
         A view, but a copy where they lie by columns.
         """
         return self.rows.map(lambda array: array.reshape(-1, *array.shape[2:]))
 
-    def rows_in(self, slots: mx.array) -> HeadRows:
+    def rows_in(self, slots: mx.array) -> Matrix:
         """The rows in ``slots`` (any shape, integer), which become the leading axes. Lazy."""
         if not self.by_column:
             return self.flat_rows().take(slots)
         clusters, places = slots // self.cluster_size, slots % self.cluster_size
         return self.rows.map(lambda array: array[clusters, places])
 
-    def token_rows(self) -> HeadRows:
+    def token_rows(self) -> Matrix:
         """The rows in the model's own order, gathered anew (lazily) at each call."""
         return self.rows_in(self.slot_of)
-
-
-def centroids_fit(centroids: Centroids, n_clusters: int, hidden_size: int) -> bool:
-    """Whether the shapes are those of centroids for so many clusters of rows (V, D)."""
-    width = hidden_size
-    shapes = [(centroids.bias, (n_clusters,)), (centroids.tail_offset, (n_clusters,))]
-    if centroids.quantized:
-        width = hidden_size * centroids.bits / 32
-        groups = (n_clusters, hidden_size / centroids.group_size)
-        shapes += [(centroids.scales, groups), (centroids.biases, groups)]
-    shapes.append((centroids.weight, (n_clusters, width)))
-    stored_as_words = centroids.weight.dtype == mx.uint32
-    return stored_as_words == centroids.quantized and all(a.shape == s for a, s in shapes)

@@ -18,7 +18,7 @@ import numpy as np
 
 from .centroids import Centroids
 from .clustered import ClusteredRows
-from .matrix import HeadRows
+from .matrix import Matrix
 from .portable import PortableSteps, for_portable_steps
 from .steps import Candidates, Selection, Steps
 
@@ -94,7 +94,7 @@ class FlashHead:
 
     def __init__(
         self,
-        rows: HeadRows,
+        rows: Matrix,
         token_ids: np.ndarray,
         centroids: Centroids,
         *,

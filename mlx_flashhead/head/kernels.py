@@ -11,9 +11,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .centroids import Centroids
 from .clustered import ClusteredRows
-from .matrix import HeadRows
+from .matrix import Matrix
 from .steps import Candidates, Selection, Steps
 
 # The constants of the same names in flash_head.metal.
@@ -25,7 +24,6 @@ WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 
 MAX_THREADS = 1024  # of a threadgroup
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 ROUTE_SOURCE = """
 flash_head::route<D, C, H>(
@@ -97,7 +95,7 @@ def _header() -> str:
 
 def supports(clustered: ClusteredRows) -> str | None:
     """Why these rows cannot be served by the kernels, in one sentence; None if they can."""
-    for what, stored in (("rows", clustered.rows), ("centroids", clustered.centroids)):
+    for what, stored in (("rows", clustered.rows), ("centroids", clustered.centroids.matrix)):
         reason = _unsupported_format(stored)
         if reason is not None:
             return f"The Metal kernels do not read {what} {reason}."
@@ -110,18 +108,12 @@ def supports(clustered: ClusteredRows) -> str | None:
     return None
 
 
-def _unsupported_format(stored: HeadRows | Centroids) -> str | None:
-    if stored.scales is None:
-        if stored.weight.dtype not in FLOATS:
-            return f"of dtype {stored.weight.dtype}"
-        if stored.weight.shape[-1] % 4:
-            return f"of {stored.weight.shape[-1]} unquantized columns, which 4 does not divide"
-        return None
-    mode = getattr(stored, "mode", "affine")  # centroids are always affine
-    form = f"quantized as {mode} with {stored.bits} bits in groups of {stored.group_size}"
-    if mode == "affine" and stored.bits in (4, 8) and stored.group_size in (32, 64, 128):
-        return None
-    return None if mode == "mxfp4" else form
+def _unsupported_format(stored: Matrix) -> str | None:
+    if stored.format.metal is None:
+        return f"quantized as {stored.format}"
+    if not stored.quantized and stored.hidden_size % 4:
+        return f"of {stored.hidden_size} unquantized columns, which 4 does not divide"
+    return None
 
 
 def _score_threads(cluster_size: int) -> int:
@@ -131,15 +123,12 @@ def _score_threads(cluster_size: int) -> int:
 class _StoredRows:
     """How a kernel reads rows: its inputs' names, the arrays, and the expression over them."""
 
-    def __init__(self, stored: HeadRows | Centroids):
-        arrays = {"weight": stored.weight, "scales": stored.scales, "biases": stored.biases}
-        arrays = {name: array for name, array in arrays.items() if array is not None}
-        self.names = list(arrays)
-        self.arrays = list(arrays.values())
-        self.template = []
-        maker = ("dense_rows<D>", "mxfp4_rows<D>", "affine_rows<D, BITS, GROUP>")[len(arrays) - 1]
-        if stored.biases is not None:
-            self.template = [("BITS", stored.bits), ("GROUP", stored.group_size)]
+    def __init__(self, stored: Matrix):
+        self.names = list(stored.format.arrays)
+        self.arrays = [stored.arrays()[name] for name in self.names]
+        sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
+        maker = stored.format.metal
+        self.template = [(name, size) for name, size in sizes.items() if name in maker]
         self.expression = f"flash_head::{maker}({', '.join(self.names)})"
 
 
@@ -171,7 +160,7 @@ class MetalSteps(Steps):
         if reason is not None:
             raise ValueError(f"{reason} Use backend='mlx' for this head.")
         self._rows = _StoredRows(clustered.rows)
-        self._centroids = _StoredRows(clustered.centroids)
+        self._centroids = _StoredRows(clustered.centroids.matrix)
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         self._head_bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
         self._route = _kernel(

@@ -1,4 +1,4 @@
-"""The rows of an output projection, dense or quantized, and what is done with them as a whole.
+"""A stored matrix, dense or quantized, and what is done with it as a whole.
 
 Knows arrays only: no model, no clusters.
 """
@@ -9,22 +9,24 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from .formats import AFFINE, Format, find_format
+
 FINGERPRINT_ROWS = 64
 
 
 @dataclass(frozen=True)
-class HeadRows:
-    """The rows of a head, as the model stores them.
+class Matrix:
+    """A matrix as a model stores it: the rows of a head, or the centroids.
 
     Attributes:
         weight: (V, D) float32/float16/bfloat16, or (V, D·bits/32) uint32 when quantized. Rows in
             cluster order have the leading axes (C, cluster_size) in place of V.
         scales: (V, D/group_size), float or uint8 by mode; None when not quantized.
         biases: (V, D/group_size) quantization offsets of affine rows, else None.
-        bias: (V,) added to the logits, or None.
+        bias: (V,) added to the products, or None.
         group_size: Columns that share a scale; None when not quantized.
         bits: Bits per weight; None when not quantized.
-        mode: MLX's quantization mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
+        mode: MLX's quantization mode; see `formats.py`.
     """
 
     weight: mx.array
@@ -33,20 +35,36 @@ class HeadRows:
     bias: mx.array | None = None
     group_size: int | None = None
     bits: int | None = None
-    mode: str = "affine"
+    mode: str = AFFINE
 
     @property
     def quantized(self) -> bool:
         return self.scales is not None
 
     @property
-    def vocab_size(self) -> int:
+    def format(self) -> Format:
+        """The row of the table of formats.
+
+        Raises:
+            ValueError: If the weight has a dtype that is none of them.
+        """
+        if self.quantized:
+            return find_format(self.mode, self.bits)
+        return find_format(None, 8 * self.weight.dtype.size)
+
+    @property
+    def n_rows(self) -> int:
         return self.weight.shape[0]
 
     @property
     def hidden_size(self) -> int:
         width = self.weight.shape[-1]
         return width * 32 // self.bits if self.quantized else width
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays().values())
 
     @property
     def quantization(self) -> dict:
@@ -60,19 +78,25 @@ class HeadRows:
         named = {name: getattr(self, name) for name in ("weight", "scales", "biases", "bias")}
         return {name: array for name, array in named.items() if array is not None}
 
-    def map(self, function) -> "HeadRows":
+    def map(self, function) -> "Matrix":
         """The same rows with ``function`` applied to each array."""
         return replace(self, **{name: function(a) for name, a in self.arrays().items()})
 
-    def take(self, ids: mx.array) -> "HeadRows":
+    def take(self, ids: mx.array) -> "Matrix":
         """Rows ``ids`` (any shape, integer), which become the leading axes. Lazy."""
         return self.map(lambda array: mx.take(array, ids, axis=0))
+
+    def quantize(self, *, bits: int, group_size: int, mode: str = AFFINE) -> "Matrix":
+        """Floats in fewer bits, rounded to nearest by MLX. Lazy."""
+        form = {"group_size": group_size, "bits": bits, "mode": mode}
+        arrays = zip(find_format(mode, bits).arrays, mx.quantize(self.weight, **form), strict=True)
+        return replace(self, **dict(arrays), **form)
 
     def logits_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of the dense head's logits for hidden states of ``hidden_dtype``."""
         if not self.quantized:
             dtype = mx.result_type(mx.zeros((), hidden_dtype), mx.zeros((), self.weight.dtype))
-        elif self.mode == "affine":
+        elif self.biases is not None:
             dtype = mx.result_type(mx.zeros((), hidden_dtype), mx.zeros((), self.scales.dtype))
         else:
             dtype = hidden_dtype
@@ -93,18 +117,27 @@ class HeadRows:
             logits = hidden @ self.weight.swapaxes(-1, -2)
         return logits if self.bias is None else logits + self.bias
 
-    def dequantized(self) -> mx.array:
-        """The weight as floats, (V, D): as stored, or the dequantised values."""
+    def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:
+        """The weight as floats, (V, D).
+
+        Args:
+            dtype: Of the values, which are not rounded to another one on the way; default: that of
+                the weight, or of the scales, as the dense layer has it.
+        """
         if not self.quantized:
-            return self.weight
-        return mx.dequantize(self.weight, self.scales, self.biases, **self.quantization)
+            return self.weight if dtype is None else self.weight.astype(dtype)
+        scales, biases = self.scales, self.biases
+        if dtype is not None and biases is not None:
+            # mx.dequantize rounds to the dtype of the scales, as no product with the weights does
+            scales, biases = scales.astype(dtype), biases.astype(dtype)
+        return mx.dequantize(self.weight, scales, biases, **self.quantization, dtype=dtype)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over 64 evenly spaced rows as stored, their dtypes and shapes.
 
         It tells whether an index belongs to these rows without reading them all.
         """
-        ids = np.linspace(0, self.vocab_size - 1, FINGERPRINT_ROWS).astype(np.uint32)
+        ids = np.linspace(0, self.n_rows - 1, FINGERPRINT_ROWS).astype(np.uint32)
         digest = hashlib.sha256()
         for name in ("weight", "scales", "biases"):
             array = getattr(self, name)

@@ -75,7 +75,9 @@ class PortableSteps(Steps):
         # The CPU build multiplies float32 far faster than 4-bit weights, so it keeps the centroids
         # (and only them) dequantised.
         centroids = clustered.centroids
-        self._centroids = in_blocks(centroids.dequantized()) if self._on_cpu else None
+        self._centroids = (
+            in_blocks(centroids.matrix.dequantized(mx.float32)) if self._on_cpu else None
+        )
 
     def arrays(self) -> list[mx.array]:
         return [] if self._centroids is None else [self._centroids]
@@ -95,7 +97,7 @@ class PortableSteps(Steps):
             if scores.shape[-1] > len(route_bias):
                 scores = scores[..., : len(route_bias)]
         else:
-            scores = self.clustered.centroids.matmul(hidden).astype(mx.float32)
+            scores = self.clustered.centroids.matrix.matmul(hidden).astype(mx.float32)
         return scores + route_bias
 
     def select(self, scores: mx.array, n_probes: int) -> Selection:

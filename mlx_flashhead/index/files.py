@@ -6,14 +6,14 @@ The folder stays an ordinary one: ``flash_head.safetensors`` lies beside the wei
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from ..head.centroids import Centroids
-from ..head.clustered import centroids_fit
+from ..head.matrix import Matrix
 from .settings import FlashHeadConfig
 
 FILE_NAME = "flash_head.safetensors"
@@ -40,12 +40,10 @@ def write_index(folder: Path, index: FlashHeadIndex) -> None:
     centroids = index.centroids
     arrays = {
         "token_ids": mx.array(index.token_ids),
-        "centroids.weight": centroids.weight,
         "centroid_bias": centroids.bias,
         "tail_offset": centroids.tail_offset,
     }
-    if centroids.scales is not None:
-        arrays |= {"centroids.scales": centroids.scales, "centroids.biases": centroids.biases}
+    arrays |= {f"centroids.{name}": array for name, array in centroids.matrix.arrays().items()}
     # the file says for which rows it is, so that it cannot be mistaken for another model's
     metadata = {"format": "mlx", "fingerprint": index.config.fingerprint}
     mx.save_safetensors(str(folder / FILE_NAME), arrays, metadata=metadata)
@@ -108,24 +106,24 @@ def read_index(folder: Path) -> FlashHeadIndex:
 def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
     try:
         token_ids = arrays["token_ids"]
-        quantized = config.centroid_group_size > 0
-        centroids = Centroids(
-            weight=arrays["centroids.weight"],
-            scales=arrays["centroids.scales"] if quantized else None,
-            biases=arrays["centroids.biases"] if quantized else None,
-            group_size=config.centroid_group_size,
-            bits=config.centroid_bits,
-            bias=arrays["centroid_bias"],
-            tail_offset=arrays["tail_offset"],
-        )
+        matrix = Matrix(arrays["centroids.weight"])
+        if config.centroid_group_size > 0:
+            matrix = replace(
+                matrix,
+                scales=arrays["centroids.scales"],
+                biases=arrays["centroids.biases"],
+                group_size=config.centroid_group_size,
+                bits=config.centroid_bits,
+            )
+        centroids = Centroids(matrix, arrays["centroid_bias"], arrays["tail_offset"])
     except KeyError:
         return None
-    groups = centroids.scales if quantized else centroids.weight
+    groups = matrix.scales if matrix.quantized else matrix.weight
     hidden_size = math.prod(groups.shape[1:]) * max(config.centroid_group_size, 1)
     fits = (
         token_ids.shape == (config.n_clusters, config.cluster_size)
         and token_ids.dtype == mx.uint32
-        and centroids_fit(centroids, config.n_clusters, hidden_size)
+        and centroids.fits(config.n_clusters, hidden_size)
         and 1 <= config.n_probes <= config.n_clusters
     )
     if not fits:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head.matrix import HeadRows
+from ..head.matrix import Matrix
 from .errors import UnsupportedHeadError
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
@@ -36,7 +36,7 @@ class HeadLocation:
     def tied(self) -> bool:
         return self.method == EMBEDDING
 
-    def rows(self) -> HeadRows:
+    def rows(self) -> Matrix:
         """The head's rows as the module stores them."""
         module = self.module
         scales = module.get("scales")
@@ -49,7 +49,7 @@ class HeadLocation:
                 "mode": getattr(module, "mode", "affine"),
             }
         )
-        return HeadRows(
+        return Matrix(
             weight=module["weight"],
             scales=scales,
             biases=module.get("biases"),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..head.matrix import HeadRows
+from ..head.formats import AFFINE
+from ..head.matrix import Matrix
 from ..index.files import read_index
 from ..index.redaction import holds_secret
 from ..index.settings import FlashHeadConfig
@@ -20,7 +21,7 @@ MAX_NAME = 96
 MAX_TEXT_BYTES = 50_000_000
 
 
-def checkpoint_name(origin: Origin, rows: HeadRows, body: str | None) -> str:
+def checkpoint_name(origin: Origin, rows: Matrix, body: str | None) -> str:
     """What a checkpoint is called: ``<model>-FlashHead-<precision>``.
 
     Args:
@@ -41,11 +42,11 @@ def checkpoint_name(origin: Origin, rows: HeadRows, body: str | None) -> str:
     return name[: MAX_NAME - len(ending)].rstrip("-.") + ending
 
 
-def precision_label(rows: HeadRows) -> str:
+def precision_label(rows: Matrix) -> str:
     """The precision of rows as names of models give it: "4bit", "mxfp4", "bf16"."""
     if not rows.quantized:
         return DTYPE_LABELS[rows.weight.dtype]
-    return f"{rows.bits}bit" if rows.mode == "affine" else rows.mode
+    return f"{rows.bits}bit" if rows.mode == AFFINE else rows.mode
 
 
 def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target: Path) -> None:

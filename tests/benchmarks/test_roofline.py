@@ -161,7 +161,7 @@ def test_a_model_as_it_is_stored():
     shape = model_shape("tiny", model, index)
     assert (shape.n_clusters, shape.cluster_size, shape.n_probes) == (26, 8, 5)
     centroids = index.centroids
-    arrays = (centroids.weight, centroids.scales, centroids.biases, centroids.bias)
+    arrays = (*centroids.matrix.arrays().values(), centroids.bias)
     stage_1 = sum(a.nbytes for a in arrays if a is not None)
     assert shape.stage_1_bytes == stage_1
     row = 64 + 2 * 2 * 4  # 8-bit weights, two groups with float32 scales and offsets

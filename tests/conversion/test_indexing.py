@@ -95,7 +95,7 @@ def test_report_by_probes_is_what_the_head_does_on_held_out_states():
     assert [row["n_probes"] for row in report["by_probes"]] == [3, 6, 12, 48]
     stored = sum(array.nbytes for array in rows.arrays().values())
     centroids = index.centroids
-    read = (centroids.weight, centroids.scales, centroids.biases, centroids.bias)
+    read = (*centroids.matrix.arrays().values(), centroids.bias)
     for row in report["by_probes"]:
         head.n_probes = row["n_probes"]
         found = np.array(head.token(held_out)) == np.array(dense).argmax(axis=1)
@@ -126,7 +126,9 @@ def test_the_held_out_states_are_not_fitted_on():
     index = build(rows, states, next_ids)
     weight = np.array(rows.weight)
     expected = fit_centroids(weight, index.token_ids, states[:-HELD_OUT], progress=False)
-    np.testing.assert_array_equal(np.array(index.centroids.weight), np.array(expected.weight))
+    np.testing.assert_array_equal(
+        np.array(index.centroids.matrix.weight), np.array(expected.matrix.weight)
+    )
     np.testing.assert_array_equal(np.array(index.centroids.bias), np.array(expected.bias))
 
 
@@ -192,7 +194,7 @@ def test_without_states(n_probes):
     assert config.calibration == {"source": "none", "positions": 0, "seed": 0}
     assert config.report == {}
     means = raw_means(np.array(rows.weight), index.token_ids)
-    assert np.abs(np.array(index.centroids.dequantized()) - means).max() < 0.08
+    assert np.abs(np.array(index.centroids.matrix.dequantized(mx.float32)) - means).max() < 0.08
     assert uncalibrated_probes(1) == uncalibrated_probes(2) == 1
 
 

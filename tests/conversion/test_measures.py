@@ -38,7 +38,7 @@ class Case:
         return np.array(self.rows.matmul(mx.array(states)))
 
     def scores_of(self, states):
-        matrix = np.array(self.centroids.dequantized())
+        matrix = np.array(self.centroids.matrix.dequantized(mx.float32))
         return states @ matrix.T + np.array(self.centroids.bias)
 
     def routing(self, **kwargs):

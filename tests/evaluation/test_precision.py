@@ -10,7 +10,7 @@ import pytest
 from mlx_flashhead.evaluation import precision
 from mlx_flashhead.evaluation.precision import DENSE, evaluate_precisions
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.matrix import HeadRows
+from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.models.install import get_flash_head, install
 from mlx_flashhead.models.locate import find_head
 from model_folders import VOCAB_SIZE, write_model
@@ -47,16 +47,16 @@ class Installed:
     def head(self, bits, group_size):
         """A FlashHead over rows of so many bits, made anew."""
         if bits == 32:
-            rows = HeadRows(self.weight, bias=self.bias)
+            rows = Matrix(self.weight, bias=self.bias)
         else:
             weight = self.weight
             if weight.dtype == mx.float32:
                 weight = weight.astype(mx.bfloat16)
-            rows = HeadRows(weight.astype(mx.float32), bias=self.bias)
+            rows = Matrix(weight.astype(mx.float32), bias=self.bias)
             if bits < 16:
                 arrays = mx.quantize(weight, group_size=group_size, bits=bits)
                 arrays = (arrays[0], *(a.astype(mx.float32) for a in arrays[1:]))
-                rows = HeadRows(*arrays, bias=self.bias, group_size=group_size, bits=bits)
+                rows = Matrix(*arrays, bias=self.bias, group_size=group_size, bits=bits)
         return FlashHead(rows, self.token_ids, self.centroids, max_positions=1000, **self.settings)
 
 
@@ -142,7 +142,7 @@ def test_bytes_by_hand(tokenizer, hidden_size, group_size):
     row = {32: 4 * hidden_size, 16: 2 * hidden_size}
     row |= {8: hidden_size + groups, 4: hidden_size // 2 + groups}
     centroids = installed.centroids
-    arrays = (centroids.weight, centroids.scales, centroids.biases, centroids.bias)
+    arrays = (*centroids.matrix.arrays().values(), centroids.bias)
     stage_1 = sum(array.nbytes for array in arrays)
     for bits, size in row.items():
         dense, flash = found[DENSE, bits, None], found["FlashHead", bits, 5]

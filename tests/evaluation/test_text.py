@@ -162,7 +162,7 @@ def test_bytes_by_hand(bits):
 def test_unquantized_centroids(tokenizer):
     model = installed_model("qwen3", hidden_size=48)
     head = get_flash_head(model)
-    assert not head.clustered.centroids.quantized
+    assert not head.clustered.centroids.matrix.quantized
     found = run(model, tokenizer, probe_counts=[5])
     assert 0 < rows_by(found)[UNIT_MEANS, 5].agreement < 1
     expected = (33 * (2 * 48 + 4) + 5 * 8 * 192) / (VOCAB_SIZE * 192)

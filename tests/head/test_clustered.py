@@ -80,7 +80,7 @@ def test_arrays_are_all_that_is_held():
     held = {id(array) for array in clustered.arrays()}
     fields = [*clustered.rows.arrays().values(), clustered.token_ids, clustered.slot_of]
     centroids = clustered.centroids
-    fields += [centroids.weight, centroids.scales, centroids.biases, centroids.bias]
+    fields += [*centroids.matrix.arrays().values(), centroids.bias]
     fields += [centroids.tail_offset, clustered.route_bias]
     assert held == {id(array) for array in fields}
 
@@ -112,13 +112,17 @@ def test_token_ids_must_be_a_permutation(spoil):
 
 def test_centroids_must_fit():
     rows, token_ids, clustered = build(61, 8)
-    centroids = clustered.centroids
+    centroids, matrix = clustered.centroids, clustered.centroids.matrix
+
+    def of(**arrays):
+        return replace(centroids, matrix=replace(matrix, **arrays))
+
     unfit = {
         "clusters": replace(centroids, bias=centroids.bias[:-1]),
         "tail": replace(centroids, tail_offset=centroids.tail_offset[:-1]),
-        "columns": replace(centroids, weight=mx.zeros((8, 8), dtype=mx.uint32)),
-        "scales": replace(centroids, scales=mx.zeros((8, 2))),
-        "rows": replace(centroids, weight=centroids.weight[:7]),
+        "columns": of(weight=mx.zeros((8, 8), dtype=mx.uint32)),
+        "scales": of(scales=mx.zeros((8, 2))),
+        "rows": of(weight=matrix.weight[:7]),
     }
     for what, other in unfit.items():
         with pytest.raises(ValueError, match=r"centroids.*convert the model again"):

@@ -7,7 +7,7 @@ import pytest
 from head_reference import ROUNDING, Reference, float64
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.matrix import HeadRows
+from mlx_flashhead.head.matrix import Matrix
 from tiny_models import fitted, random_clusters, random_rows
 
 FORMS = {
@@ -127,22 +127,18 @@ def test_all_probes_give_the_dense_logits(form, size, bias):
     assert mx.array_equal(mx.argmax(logits, -1), mx.argmax(dense, -1))
     assert mx.array_equal(head.token(hidden), mx.argmax(dense, -1))
     ids, candidates = head.candidates(hidden)
-    order = mx.argsort(ids, axis=-1)[..., : rows.vocab_size]  # padded slots come last
+    order = mx.argsort(ids, axis=-1)[..., : rows.n_rows]  # padded slots come last
     every = mx.take_along_axis(candidates, order, axis=-1)
-    assert close(every.reshape(-1, rows.vocab_size), reference.logits, form).all()
+    assert close(every.reshape(-1, rows.n_rows), reference.logits, form).all()
 
 
 def known_head(rows, token_ids, scores, *, n_probes, offset=0.0, **kwargs):
     """A head whose stage 1 gives ``scores`` (C,) whatever the state."""
     n_clusters = len(token_ids)
     centroids = Centroids(
-        mx.zeros((n_clusters, rows.hidden_size)),
-        None,
-        None,
+        Matrix(mx.zeros((n_clusters, rows.hidden_size))),
         mx.array(scores, dtype=mx.float32),
         mx.full((n_clusters,), offset, dtype=mx.float32),
-        0,
-        32,
     )
     return FlashHead(rows, token_ids, centroids, n_probes=n_probes, backend="mlx", **kwargs)
 
@@ -152,7 +148,7 @@ def known_head(rows, token_ids, scores, *, n_probes, offset=0.0, **kwargs):
 @pytest.mark.parametrize("estimate", [1e9, 0.0])
 def test_tail_stays_below_the_best_candidate(dtype, best, estimate):
     """Greedy ends on a scored token, even where the estimate of all others is far higher."""
-    rows = HeadRows(mx.array([[best], [best - 7], [1e4], [1e4]]).astype(dtype))
+    rows = Matrix(mx.array([[best], [best - 7], [1e4], [1e4]]).astype(dtype))
     token_ids = np.array([[1, 0], [3, 2]], dtype=np.uint32)
     head = known_head(rows, token_ids, [2e9, estimate], n_probes=1)
     logits = float64(head(mx.ones((1, 1), dtype=dtype)))[0]
@@ -165,7 +161,7 @@ def test_tail_stays_below_the_best_candidate(dtype, best, estimate):
 
 
 def test_tail_adds_the_offset_to_the_score():
-    rows = HeadRows(mx.array([[10.0], [1.0], [2.0], [3.0]]))
+    rows = Matrix(mx.array([[10.0], [1.0], [2.0], [3.0]]))
     token_ids = np.array([[0, 1], [2, 3]], dtype=np.uint32)
     head = known_head(rows, token_ids, [5.0, 4.0], n_probes=1, offset=-1.5)
     assert head(mx.ones((1, 1))).tolist() == [[10.0, 1.0, 2.5, 2.5]]
@@ -173,7 +169,7 @@ def test_tail_adds_the_offset_to_the_score():
 
 @pytest.mark.parametrize("n_probes", [1, 2, 3])
 def test_greedy_takes_the_lowest_id_among_equals(n_probes):
-    rows = HeadRows(mx.array([[1.0], [3.0], [3.0], [0.0], [3.0], [2.0], [3.0]]))
+    rows = Matrix(mx.array([[1.0], [3.0], [3.0], [0.0], [3.0], [2.0], [3.0]]))
     token_ids = np.array([[4, 2, 7], [6, 1, 0], [5, 3, 7]], dtype=np.uint32)
     head = known_head(rows, token_ids, [3.0, 2.0, 1.0], n_probes=n_probes)
     hidden = mx.ones((1, 1))

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.flash_head import BACKEND_VARIABLE, NEVER_DRAWN, FlashHead, choose_backend
-from mlx_flashhead.head.matrix import HeadRows
+from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.portable import tail_cap
 from tiny_models import fitted, random_clusters, random_rows
 
@@ -28,15 +28,11 @@ def head_of_scores(scores, *, cluster_size=2, **kwargs):
     """A head whose stage 1 gives ``scores`` (C,), whatever the state; tokens c·n … belong to c."""
     n_clusters = len(scores)
     vocab_size = n_clusters * cluster_size
-    rows = HeadRows(mx.random.normal((vocab_size, 32), key=mx.random.key(0)))
+    rows = Matrix(mx.random.normal((vocab_size, 32), key=mx.random.key(0)))
     centroids = Centroids(
-        mx.zeros((n_clusters, 32)),
-        None,
-        None,
+        Matrix(mx.zeros((n_clusters, 32))),
         mx.array(scores, dtype=mx.float32),
         mx.zeros((n_clusters,)),
-        0,
-        32,
     )
     token_ids = np.arange(vocab_size).reshape(n_clusters, cluster_size)
     return FlashHead(rows, token_ids, centroids, backend="mlx", **kwargs), rows

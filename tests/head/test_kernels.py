@@ -98,7 +98,7 @@ def run(clustered, hidden, n_probes, **options):
 
 
 def check_scores(clustered, hidden, scores):
-    expected, error = products(clustered.centroids, hidden)
+    expected, error = products(clustered.centroids.matrix, hidden)
     expected = expected + to_numpy(clustered.route_bias).astype(np.float64)
     # the bias is added in float32, and forced ones are 1e30
     error = error + ROUNDING[mx.float32] * np.abs(expected) + 1e-30

@@ -7,16 +7,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_flashhead.head.formats import FORMATS
 from tiny_models import random_rows
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 # bits, group size, mode
-FORMS = [
-    (None, 32, "affine"),
-    (4, 32, "affine"),
-    (8, 64, "affine"),
-    (4, 32, "mxfp4"),
-    (8, 32, "mxfp8"),
+FORMS = [(None, 32, "affine")] + [
+    (one.bits, one.group_sizes[0], one.mode) for one in FORMATS if one.group_sizes
 ]
 ids = [f"{mode}{bits}" if bits else "floats" for bits, _, mode in FORMS]
 
@@ -25,10 +22,10 @@ def linear_layer(rows) -> nn.Module:
     """The mlx layer that holds these rows."""
     if rows.quantized:
         layer = nn.QuantizedLinear(
-            rows.hidden_size, rows.vocab_size, bias=rows.bias is not None, **rows.quantization
+            rows.hidden_size, rows.n_rows, bias=rows.bias is not None, **rows.quantization
         )
     else:
-        layer = nn.Linear(rows.hidden_size, rows.vocab_size, bias=rows.bias is not None)
+        layer = nn.Linear(rows.hidden_size, rows.n_rows, bias=rows.bias is not None)
     layer.update(rows.arrays())
     return layer
 
@@ -56,7 +53,7 @@ def test_matmul_is_the_layers_product(bits, group_size, mode, dtype, hidden_dtyp
 def test_sizes_and_floats(bits, group_size, mode):
     rng = np.random.default_rng(1)
     rows = random_rows(rng, 37, 64, bits=bits, group_size=group_size, mode=mode)
-    assert (rows.vocab_size, rows.hidden_size) == (37, 64)
+    assert (rows.n_rows, rows.hidden_size) == (37, 64)
     assert rows.quantized == (bits is not None)
     floats = rows.dequantized().astype(mx.float32)
     assert floats.shape == (37, 64)

@@ -13,27 +13,17 @@ def float64(array: mx.array) -> np.ndarray:
 
 
 def weight64(stored) -> np.ndarray:
-    """The weight of HeadRows or Centroids, dequantised without rounding."""
+    """The weight of a Matrix, dequantised without rounding."""
     if stored.scales is None:
         return float64(stored.weight)
-    mode = getattr(stored, "mode", "affine")
     scales, biases = stored.scales, stored.biases
-    if mode == "affine":
+    if biases is not None:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return float64(
-        mx.dequantize(
-            stored.weight,
-            scales,
-            biases,
-            group_size=stored.group_size,
-            bits=stored.bits,
-            mode=mode,
-        )
-    )
+    return float64(mx.dequantize(stored.weight, scales, biases, **stored.quantization))
 
 
 class Reference:
-    """A head of HeadRows, token_ids (C, n), centroids and always scored tokens.
+    """A head of rows, token_ids (C, n), centroids and always scored tokens.
 
     Attributes:
         logits: (R, V) dense logits of the states.
@@ -41,12 +31,12 @@ class Reference:
     """
 
     def __init__(self, rows, token_ids, centroids, eos_token_ids, hidden: mx.array):
-        self.vocab_size, self.token_ids = rows.vocab_size, token_ids
+        self.vocab_size, self.token_ids = rows.n_rows, token_ids
         states = float64(hidden).reshape(-1, hidden.shape[-1])
         self.logits = states @ weight64(rows).T
         if rows.bias is not None:
             self.logits = self.logits + float64(rows.bias)
-        self.estimates = states @ weight64(centroids).T + float64(centroids.bias)
+        self.estimates = states @ weight64(centroids.matrix).T + float64(centroids.bias)
         forced = np.isin(token_ids, list(eos_token_ids)).any(axis=1)
         self.scores = np.where(forced, np.inf, self.estimates)
         self.tail_offset = float64(centroids.tail_offset)

@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.clustered import ClusteredRows
-from mlx_flashhead.head.matrix import HeadRows
+from mlx_flashhead.head.matrix import Matrix
 
 # Half a unit in the last place, relative.
 ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
@@ -46,12 +46,11 @@ def to_numpy(array: mx.array) -> np.ndarray:
 
 
 def make_rows(rng, n_rows, hidden_size, *, bits, group_size, mode="affine", dtype, scale=0.05):
-    """Random HeadRows in token order; ``bits`` of 16 or 32 are not quantized."""
+    """A random Matrix in token order; ``bits`` of 16 or 32 are not quantized."""
     weight = mx.array(rng.normal(scale=scale, size=(n_rows, hidden_size)).astype(np.float32))
     if bits >= 16:
-        return HeadRows(weight.astype(dtype))
-    arrays = mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits, mode=mode)
-    return HeadRows(*arrays, group_size=group_size, bits=bits, mode=mode)
+        return Matrix(weight.astype(dtype))
+    return Matrix(weight.astype(dtype)).quantize(group_size=group_size, bits=bits, mode=mode)
 
 
 def make_centroids(rng, n_clusters, hidden_size, *, group_size, dtype=mx.bfloat16):
@@ -59,21 +58,17 @@ def make_centroids(rng, n_clusters, hidden_size, *, group_size, dtype=mx.bfloat1
     bits = 4 if group_size else 16
     stored = make_rows(rng, n_clusters, hidden_size, bits=bits, group_size=group_size, dtype=dtype)
     return Centroids(
-        stored.weight,
-        stored.scales,
-        stored.biases,
+        stored,
         mx.array(rng.normal(size=n_clusters).astype(np.float32)),
         mx.array(rng.normal(loc=-2.0, size=n_clusters).astype(np.float32)),
-        group_size,
-        bits,
     )
 
 
-def cluster(rng, rows: HeadRows, centroids: Centroids, cluster_size, forced=()) -> ClusteredRows:
+def cluster(rng, rows: Matrix, centroids: Centroids, cluster_size, forced=()) -> ClusteredRows:
     """The rows in random clusters; the padded slots are spread over them at random, too."""
-    n_clusters = -(-rows.vocab_size // cluster_size)
-    token_ids = np.full(n_clusters * cluster_size, rows.vocab_size)
-    token_ids[: rows.vocab_size] = np.arange(rows.vocab_size)
+    n_clusters = -(-rows.n_rows // cluster_size)
+    token_ids = np.full(n_clusters * cluster_size, rows.n_rows)
+    token_ids[: rows.n_rows] = np.arange(rows.n_rows)
     token_ids = rng.permutation(token_ids).reshape(n_clusters, cluster_size)
     return ClusteredRows.build(rows, token_ids, centroids, forced)
 
@@ -81,14 +76,14 @@ def cluster(rng, rows: HeadRows, centroids: Centroids, cluster_size, forced=()) 
 def dequantized(stored) -> tuple[np.ndarray, np.ndarray]:
     """Rows in float64 and a bound on the magnitudes that are added up for each weight."""
     weight = to_numpy(stored.weight)
-    if stored.scales is None:
+    if not stored.quantized:
         weight = weight.astype(np.float64)
         return weight, np.abs(weight)
     shifts = np.arange(0, 32, stored.bits, dtype=np.uint32)
     q = (weight[..., None] >> shifts) & np.uint32(2**stored.bits - 1)
     q = q.reshape(*weight.shape[:-1], -1)
     scales = np.repeat(to_numpy(stored.scales).astype(np.float64), stored.group_size, axis=-1)
-    if stored.biases is None:  # mxfp4
+    if stored.mode == "mxfp4":
         weight = E2M1[q] * 2.0 ** (scales - 127)
         return weight, np.abs(weight)
     biases = np.repeat(to_numpy(stored.biases).astype(np.float64), stored.group_size, axis=-1)

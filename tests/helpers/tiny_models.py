@@ -9,7 +9,7 @@ from mlx.utils import tree_map
 
 from mlx_flashhead.conversion.fitting import fit_centroids
 from mlx_flashhead.head.centroids import Centroids
-from mlx_flashhead.head.matrix import HeadRows
+from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.index.files import FlashHeadIndex
 from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.locate import find_head
@@ -108,16 +108,13 @@ def random_rows(
     group_size: int = 32,
     mode: str = "affine",
     bias: bool = False,
-) -> HeadRows:
+) -> Matrix:
     """The rows of a random head."""
     weight = mx.array(rng.normal(scale=0.5, size=(vocab_size, hidden_size)).astype(np.float32))
     weight = weight.astype(dtype)
     bias = mx.array(rng.normal(size=vocab_size).astype(np.float32)).astype(dtype) if bias else None
-    if bits is None:
-        return HeadRows(weight, bias=bias)
-    arrays = mx.quantize(weight, group_size=group_size, bits=bits, mode=mode)
-    scales, biases = (*arrays[1:], None)[:2]
-    return HeadRows(arrays[0], scales, biases, bias, group_size=group_size, bits=bits, mode=mode)
+    rows = Matrix(weight, bias=bias)
+    return rows if bits is None else rows.quantize(group_size=group_size, bits=bits, mode=mode)
 
 
 def random_clusters(rng: np.random.Generator, vocab_size: int, cluster_size: int) -> np.ndarray:
@@ -132,7 +129,7 @@ def random_clusters(rng: np.random.Generator, vocab_size: int, cluster_size: int
     return rng.permutation(slots).astype(np.uint32)
 
 
-def fitted(rows: HeadRows, token_ids: np.ndarray, *, seed: int = 0, **kwargs) -> Centroids:
+def fitted(rows: Matrix, token_ids: np.ndarray, *, seed: int = 0, **kwargs) -> Centroids:
     """Centroids fitted to random states."""
     rng = np.random.default_rng(seed)
     states = rng.normal(size=(50, rows.hidden_size)).astype(np.float32)
@@ -148,15 +145,15 @@ def tiny_index(
 ) -> FlashHeadIndex:
     """A FlashHead for ``model``: random clusters, fitted centroids."""
     rows = find_head(model).rows()
-    token_ids = random_clusters(np.random.default_rng(seed), rows.vocab_size, cluster_size)
+    token_ids = random_clusters(np.random.default_rng(seed), rows.n_rows, cluster_size)
     centroids = fitted(rows, token_ids)
     config = FlashHeadConfig(
         n_clusters=len(token_ids),
         cluster_size=cluster_size,
         n_probes=n_probes,
         eos_token_ids=tuple(eos_token_ids),
-        centroid_bits=centroids.bits,
-        centroid_group_size=centroids.group_size,
+        centroid_bits=centroids.matrix.format.bits,
+        centroid_group_size=centroids.matrix.group_size or 0,
         calibration={"source": "none"},
         report={"agreement": 0.5},
         fingerprint=rows.fingerprint(),

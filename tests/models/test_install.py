@@ -170,8 +170,7 @@ def test_memory_added_is_the_index():
 
 
 def stage_1(centroids) -> list[mx.array]:
-    arrays = (centroids.weight, centroids.scales, centroids.biases)
-    return [*arrays, centroids.bias, centroids.tail_offset]
+    return [*centroids.matrix.arrays().values(), centroids.bias, centroids.tail_offset]
 
 
 @tied_or_not

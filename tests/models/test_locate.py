@@ -66,7 +66,7 @@ def test_head_is_found(arch, tied, path, bits):
     assert location.module is dict(model.named_modules())[path]
     assert location.tied == tied
     rows = location.rows()
-    assert (rows.vocab_size, rows.hidden_size) == (203, 64)
+    assert (rows.n_rows, rows.hidden_size) == (203, 64)
     assert rows.quantized == (bits is not None)
     assert rows.bits == bits
     assert (rows.bias is not None) == (arch in ("phi", "gptj"))

@@ -12,7 +12,7 @@ import mlx_flashhead
 from mlx_flashhead import get_flash_head, make_sampler
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.matrix import HeadRows
+from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.models.install import install
 from mlx_flashhead.models.sampling import MIN_CLUSTERS
 from tiny_models import random_clusters, tiny_index, tiny_model
@@ -49,11 +49,11 @@ WHOLE = {
 
 def make_head(vocab_size=VOCAB_SIZE, **kwargs) -> FlashHead:
     rng = np.random.default_rng(0)
-    rows = HeadRows(mx.array(rng.normal(size=(vocab_size, HIDDEN_SIZE)).astype(np.float32)))
+    rows = Matrix(mx.array(rng.normal(size=(vocab_size, HIDDEN_SIZE)).astype(np.float32)))
     token_ids = random_clusters(rng, vocab_size, CLUSTER_SIZE)
     n_clusters = len(token_ids)
     centroids = mx.array(rng.normal(size=(n_clusters, HIDDEN_SIZE)).astype(np.float32))
-    centroids = Centroids(centroids, None, None, mx.zeros(n_clusters), mx.zeros(n_clusters), 0, 32)
+    centroids = Centroids(Matrix(centroids), mx.zeros(n_clusters), mx.zeros(n_clusters))
     return FlashHead(rows, token_ids, centroids, **{"n_probes": 4, "backend": "mlx"} | kwargs)
 
 

@@ -1,0 +1,93 @@
+"""The formats in which a matrix of the head may be stored, one row each.
+
+Adding a format is a row of this table, and a struct in ``metal/flash_head.metal`` where the kernels
+shall read it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the weights of a matrix are stored.
+
+    Attributes:
+        mode: MLX's quantization mode; None for floats.
+        bits: Bits per weight, without scales.
+        group_sizes: Columns that may share a scale; empty for floats.
+        arrays: Names of the arrays, in the order in which MLX and the kernels take them.
+        group_bytes: Bytes of scales and biases per group; those of affine have 16 bits.
+        metal: The function of flash_head.metal that makes rows of the arrays, with its template
+            arguments; None where the kernels do not read the format.
+    """
+
+    mode: str | None
+    bits: int
+    group_sizes: tuple[int, ...]
+    arrays: tuple[str, ...]
+    group_bytes: int
+    metal: str | None
+
+    def bytes_per_weight(self, group_size: int | None = None) -> float:
+        """Bytes per weight with its part of the scales.
+
+        Args:
+            group_size: Columns that share a scale; None for floats.
+        """
+        return self.bits / 8 + (self.group_bytes / group_size if group_size else 0)
+
+    def __str__(self) -> str:
+        if self.mode is None:
+            return f"{self.bits}-bit floats"
+        return f"{self.mode} of {self.bits} bits"
+
+
+FLOATS, AFFINE = None, "affine"
+GROUPS = (32, 64, 128)
+DENSE_ROWS, AFFINE_ROWS, MXFP4_ROWS = (
+    "dense_rows<D>",
+    "affine_rows<D, BITS, GROUP>",
+    "mxfp4_rows<D>",
+)
+_W, _WS, _WSB = ("weight",), ("weight", "scales"), ("weight", "scales", "biases")
+
+# Source: the table of modes in the documentation of mlx.core.quantize (0.32).
+FORMATS = (
+    #      mode      bits groups  arrays bytes of a group  in Metal
+    Format(FLOATS, 32, (), _W, 0, DENSE_ROWS),
+    Format(FLOATS, 16, (), _W, 0, DENSE_ROWS),
+    Format(AFFINE, 8, GROUPS, _WSB, 4, AFFINE_ROWS),
+    Format(AFFINE, 6, GROUPS, _WSB, 4, None),
+    Format(AFFINE, 5, GROUPS, _WSB, 4, None),
+    Format(AFFINE, 4, GROUPS, _WSB, 4, AFFINE_ROWS),
+    Format(AFFINE, 3, GROUPS, _WSB, 4, None),
+    Format(AFFINE, 2, GROUPS, _WSB, 4, None),
+    Format(AFFINE, 1, GROUPS, _WSB, 4, None),
+    Format("mxfp8", 8, (32,), _WS, 1, None),
+    Format("mxfp4", 4, (32,), _WS, 1, MXFP4_ROWS),
+    Format("nvfp4", 4, (16,), _WS, 1, None),
+)
+
+# Bits of affine rows that the kernels read: what heads and centroids are quantized to.
+AFFINE_BITS = tuple(sorted(f.bits for f in FORMATS if f.metal == AFFINE_ROWS))
+USUAL_GROUP = 64  # MLX's own default
+
+
+def find_format(mode: str | None, bits: int) -> Format:
+    """The format of a mode (None for floats) and a number of bits.
+
+    Raises:
+        ValueError: If there is no such format.
+    """
+    for one in FORMATS:
+        if (one.mode, one.bits) == (mode, bits):
+            return one
+    raise ValueError(
+        f"A head of {bits} bits {'as floats' if mode is None else f'in mode {mode!r}'} is not "
+        f"supported: the formats are {', '.join(map(str, FORMATS))}."
+    )
+
+
+def affine_group(width: int, first: int = USUAL_GROUP) -> int | None:
+    """The group for affine rows of ``width`` columns: ``first``, else 32; None if neither fits."""
+    return next((size for size in (first, min(GROUPS)) if width % size == 0), None)
