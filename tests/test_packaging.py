@@ -106,7 +106,8 @@ def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
         names = set(archive.namelist())
         assert archive.read("mlx_flashhead/metal/flash_head.metal") == KERNELS.read_bytes()
     package = CHECKOUT / "mlx_flashhead"
-    files = [*package.rglob("*.py"), *(package / "serving" / "page").iterdir()]
+    page = package / "serving" / "page"
+    files = [*package.rglob("*.py"), package / "py.typed", *page.iterdir()]
     modules = {path.relative_to(CHECKOUT).as_posix() for path in files}
     assert modules <= names
     top = {name.split("/")[0] for name in names}
@@ -164,6 +165,8 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
             "gguf",
             "ruff",
             "import-linter",
+            "check-jsonschema",
+            "zizmor",
             "hatchling",
             "ziglang",
         }

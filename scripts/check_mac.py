@@ -1,0 +1,253 @@
+"""Checks FlashHead on a Mac: what it finds reads like an issue, to be sent as it is.
+
+    scripts/check_mac.sh [CHECK …] [--report FOLDER]
+
+compile    the kernels' file by itself, for macOS and for iOS, by Apple's compiler
+kernels    the kernels' tests, on the GPU
+tokens     a real model's tokens, on the kernels and on plain MLX
+benchmark  a report of speed
+
+Each check writes a page into the folder of reports. A failed one says what was run, on what, and
+what came out; then the command ends with 1.
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(CHECKOUT)  # works uninstalled too
+
+import mlx.core as mx
+
+from mlx_flashhead.cli.console import command
+
+PYTHON = sys.executable
+MODEL = Path("models") / "SmolLM2-135M-Instruct"
+FLASH_HEAD_MODEL = Path("models") / "SmolLM2-135M-Instruct-checked"
+CALIBRATION_POSITIONS = 400  # the tokens are compared path by path: their quality plays no part
+LINES = 80  # of a failed command's output
+NO_TIMES = (
+    "On a virtual machine, such as GitHub's, the times below mean nothing: its GPU is shared and "
+    "no chip that one can buy. They show that the command works."
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What is looked at.
+
+    Attributes:
+        name: On the command line.
+        what: What works if it passes, in a few words.
+        commands: Run in order, until one fails.
+        advice: Where to look if it fails.
+        needs_gpu: Whether MLX must find a Metal device.
+        kept: Whether the output is kept if it passes, too.
+    """
+
+    name: str
+    what: str
+    commands: tuple[tuple[str, ...], ...]
+    advice: str
+    needs_gpu: bool = True
+    kept: str = ""
+
+
+def compiled_for(sdk: str) -> tuple[str, ...]:
+    """The command that compiles the kernels' file by itself."""
+    source, result = "metal/flash_head.metal", os.devnull
+    return ("xcrun", "-sdk", sdk, "metal", "-std=metal3.1", "-c", source, "-o", result)
+
+
+def kernel_tests() -> tuple[str, ...]:
+    """The files of tests that run kernels."""
+    found = sorted((CHECKOUT / "tests").rglob("test_*kernel*.py"))
+    return tuple(str(path.relative_to(CHECKOUT)) for path in found)
+
+
+def checks() -> tuple[Check, ...]:
+    """All of them, in the order in which they are run."""
+    module = (PYTHON, "-m")
+    return (
+        Check(
+            "compile",
+            "Apple's compiler takes the kernels' file",
+            (compiled_for("macosx"), compiled_for("iphoneos")),
+            "The compiler names the line of metal/flash_head.metal. Where it misses its toolchain: "
+            "xcodebuild -downloadComponent MetalToolchain.",
+            needs_gpu=False,
+        ),
+        Check(
+            "kernels",
+            "the kernels compute what numpy does",
+            ((*module, "pytest", "-q", "-rs", "--tb=short", *kernel_tests()),),
+            "A failed test names kernel, shape, dtype and format. MTL_SHADER_VALIDATION=1 before "
+            "the command lets Metal check every access.",
+        ),
+        Check(
+            "tokens",
+            "a real model says the same on the kernels and on plain MLX",
+            (
+                (PYTHON, "scripts/fetch_smollm2.py", str(MODEL)),
+                (
+                    *(*module, "mlx_flashhead.convert", "--hf-path", str(MODEL)),
+                    *("--mlx-path", str(FLASH_HEAD_MODEL), "--overwrite"),
+                    *("--calibration-positions", str(CALIBRATION_POSITIONS)),
+                ),
+                (PYTHON, "scripts/compare_paths.py", "--model", str(FLASH_HEAD_MODEL)),
+            ),
+            "The first token that differs is named with both logits. If the kernels' tests pass, "
+            "look at what they do not have: this model's shapes.",
+        ),
+        Check(
+            "benchmark",
+            "the benchmark runs and writes its report",
+            (
+                (
+                    *(*module, "mlx_flashhead.benchmark", "head", "--shape", "llama-3.2-1b"),
+                    *("--dtype", "bfloat16", "--head-bits", "4", "--report"),
+                ),
+            ),
+            "It times the kernels with mx.synchronize around them: see benchmarks/timing.py.",
+            kept=NO_TIMES,
+        ),
+    )
+
+
+def this_mac() -> list[tuple[str, str]]:
+    """What a reader of a report asks first."""
+    gpu = "none that MLX finds"
+    if mx.metal.is_available():
+        gpu = str(mx.device_info().get("device_name", "found by MLX, without a name"))
+    return [
+        ("processor", _said("sysctl", "-n", "machdep.cpu.brand_string")),
+        ("GPU", gpu),
+        ("system", f"macOS {platform.mac_ver()[0]} ({platform.machine()})"),
+        ("Xcode", _said("xcodebuild", "-version")),
+        ("Metal compiler", _said("xcrun", "-sdk", "macosx", "metal", "--version")),
+        ("Python", platform.python_version()),
+        *((name, version(name)) for name in ("mlx", "mlx-lm")),
+        ("commit", _said("git", "rev-parse", "--short", "HEAD")),
+    ]
+
+
+def run_check(check: Check, run: Callable = subprocess.run) -> tuple[bool, str]:
+    """Runs the commands of one check.
+
+    Returns:
+        Whether all went well, and the page to send or to keep.
+    """
+    if check.needs_gpu and not mx.metal.is_available():
+        page = failure(check, None, "MLX finds no Metal device: mx.metal.is_available() is False.")
+        return False, page
+    outputs = []
+    for arguments in check.commands:
+        print(f"$ {shlex.join(arguments)}", flush=True)
+        start = time.monotonic()
+        try:
+            done = run(
+                arguments, cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            code, output = done.returncode, _without_progress(done.stdout)
+        except OSError as error:
+            code, output = 127, f"{arguments[0]}: {error.strerror}\n"
+        print(output, end="", flush=True)
+        print(f"[exit code {code}, {time.monotonic() - start:.0f} s]", flush=True)
+        if code:
+            return False, failure(check, arguments, output, code)
+        outputs.append(output)
+    title = f"# {check.name}: {check.what}\n\n{_table(this_mac())}\n"
+    kept = f"\n{check.kept}\n\n{outputs[-1]}" if check.kept else ""
+    return True, title + kept
+
+
+def failure(check: Check, arguments: tuple[str, ...] | None, output: str, code: int = 1) -> str:
+    """A failed check as an issue: title, what was expected, how to see it, what came out, where."""
+    facts = dict(this_mac())
+    lines = output.rstrip().splitlines()
+    shown = "\n".join(lines[-LINES:])
+    cut = f" (the last {LINES} of {len(lines)} lines)" if len(lines) > LINES else ""
+    where = f"{facts['processor']}, {facts['system']}, mlx {facts['mlx']}"
+    parts = [f"# Mac: {check.name} fails on {where}", f"Expected: {check.what}."]
+    if arguments is not None:
+        again = f"scripts/check_mac.sh {check.name}"
+        command_line = shlex.join(arguments).replace(PYTHON, ".venv/bin/python")
+        parts.append(f"To see it again: `{again}`, or this part alone:\n\n```\n{command_line}\n```")
+        parts.append(f"It ends with exit code {code}{cut}:")
+    parts += [f"```\n{shown}\n```", _table(list(facts.items())), f"Where to look: {check.advice}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _without_progress(output: str) -> str:
+    """Of a line that bars have written over and over, what was left on the screen."""
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in output.split("\n"))
+
+
+def _said(*arguments: str) -> str:
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd=CHECKOUT)
+    except OSError:
+        return "not installed"
+    return " ".join((done.stdout or done.stderr).split()) or "says nothing"
+
+
+def _table(facts: list[tuple[str, str]]) -> str:
+    rows = (f"| {name} | {' '.join(value.split())} |" for name, value in facts)
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+@command
+def main() -> None:
+    """Entry point of ``scripts/check_mac.sh``."""
+    known = {check.name: check for check in checks()}
+    parser = argparse.ArgumentParser(
+        prog="scripts/check_mac.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"{', '.join(known)} (default).")
+    parser.add_argument("--report", default="mac-report", metavar="FOLDER", help="For the pages.")
+    args = parser.parse_args()
+    unknown = [name for name in args.checks if name not in known]
+    if unknown:
+        raise ValueError(f"There is no check {unknown[0]!r}: choose from {', '.join(known)}.")
+    if sys.platform != "darwin":
+        raise ValueError(
+            "These checks need a Mac: elsewhere scripts/test.sh runs the kernels on an emulator."
+        )
+    folder = Path(args.report)
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in args.checks or known:
+        passed, page = run_check(known[name])
+        (folder / f"{name}.md").write_text(page, encoding="utf-8")
+        _show_on_github(page)
+        if not passed:
+            failed.append(name)
+            print(f"\n{page}", flush=True)
+    if failed:
+        print(f"Failed: {', '.join(failed)}. Send {folder}/{failed[0]}.md as an issue.")
+        sys.exit(1)
+    print(f"All is well. The pages are in {folder}.")
+
+
+def _show_on_github(page: str) -> None:
+    """Adds the page to the summary of a run of GitHub's workflows."""
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        with open(summary, "a", encoding="utf-8") as file:
+            file.write(page + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""scripts/check_mac.py: what it runs on a Mac, and that a failure there reads like an issue."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+
+import check_mac
+
+CHECKS = {check.name: check for check in check_mac.checks()}
+CHECKOUT = Path(check_mac.__file__).parents[1]
+
+
+class Runner:
+    """Stands in for subprocess.run: what was run, and an answer for the commands of a program."""
+
+    def __init__(self, **answers):
+        self.answers = answers
+        self.ran = []
+
+    def __call__(self, arguments, **options):
+        line = shlex.join(arguments)
+        self.ran.append(line)
+        for word, (code, output) in self.answers.items():
+            if word in line:
+                return SimpleNamespace(returncode=code, stdout=output)
+        return SimpleNamespace(returncode=0, stdout="ok\n")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine on which MLX finds a GPU."""
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M9"}, raising=False)
+
+
+def test_kernels_are_compiled_for_both_systems():
+    run = Runner()
+    passed, page = check_mac.run_check(CHECKS["compile"], run)
+    assert passed and page.startswith("# compile: Apple's compiler takes the kernels' file")
+    assert [line.split()[2] for line in run.ran] == ["macosx", "iphoneos"]
+    for line in run.ran:
+        source = line.split(" -c ")[1].split()[0]
+        assert (CHECKOUT / source).is_file()
+
+
+def test_a_compiler_s_error_is_an_issue():
+    error = "metal/flash_head.metal:12:3: error: unknown type name 'bfloat17'\n"
+    passed, page = check_mac.run_check(CHECKS["compile"], Runner(iphoneos=(1, error)))
+    assert not passed
+    title, *_ = page.splitlines()
+    assert title.startswith("# Mac: compile fails on ") and "mlx " in title
+    assert "xcrun -sdk iphoneos metal -std=metal3.1 -c metal/flash_head.metal" in page
+    assert error in page and "exit code 1" in page
+    assert "scripts/check_mac.sh compile" in page
+    for fact in ("processor", "Xcode", "Metal compiler", "mlx-lm", "commit"):
+        assert f"| {fact} |" in page
+
+
+def test_all_files_that_run_kernels_are_tested(gpu):
+    run = Runner()
+    assert check_mac.run_check(CHECKS["kernels"], run)[0]
+    (line,) = run.ran
+    for name in (
+        "head/test_kernels.py",
+        "head/test_kernel_costs.py",
+        "head/test_head_on_kernels.py",
+    ):
+        assert f"tests/{name}" in line
+    assert "tests/models/test_kernel_generation.py" in line
+
+
+def test_without_a_gpu_nothing_is_run(monkeypatch):
+    """Else the kernels' tests would pass on the emulator, which says nothing of a Mac."""
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    for name in ("kernels", "tokens", "benchmark"):
+        run = Runner()
+        passed, page = check_mac.run_check(CHECKS[name], run)
+        assert not passed and not run.ran and "MLX finds no Metal device" in page
+
+
+def test_a_long_output_is_cut_to_its_end(gpu):
+    output = "".join(f"line {i}\n" for i in range(500)) + "step 1\rstep 2\rFAILED test_kernels\n"
+    passed, page = check_mac.run_check(CHECKS["kernels"], Runner(pytest=(1, output)))
+    assert not passed
+    assert f"the last {check_mac.LINES} of 501 lines" in page
+    assert "line 499\nFAILED test_kernels\n" in page and "line 400\n" not in page
+
+
+def test_tokens_stop_at_the_first_command_that_fails(gpu):
+    run = Runner(convert=(2, "error: no space.\n"))
+    passed, page = check_mac.run_check(CHECKS["tokens"], run)
+    assert not passed and "error: no space." in page
+    assert "fetch_smollm2.py" in run.ran[0] and len(run.ran) == 2
+    run = Runner()
+    assert check_mac.run_check(CHECKS["tokens"], run)[0]
+    assert "compare_paths.py" in run.ran[-1] and len(run.ran) == 3
+
+
+def test_commands_are_those_that_there_are(gpu):
+    """Each is known by its parser: it is asked for its help."""
+    asked = set()
+    for check in (CHECKS["tokens"], CHECKS["benchmark"]):
+        for command in check.commands:
+            words = list(command)
+            flags = [word for word in words if word.startswith("--")]
+            if "scripts/fetch_smollm2.py" in words:
+                assert (CHECKOUT / words[1]).is_file()
+                continue
+            upto = next(i for i, word in enumerate(words) if word.startswith("--"))
+            done = subprocess.run(
+                [*words[:upto], "--help"], capture_output=True, text=True, cwd=CHECKOUT
+            )
+            assert done.returncode == 0, done.stderr
+            assert all(flag in done.stdout for flag in flags), words
+            asked.add(words[upto - 1])
+    assert asked == {"mlx_flashhead.convert", "scripts/compare_paths.py", "head"}
+
+
+def test_a_benchmark_of_a_virtual_machine_says_what_its_times_mean(gpu):
+    passed, page = check_mac.run_check(CHECKS["benchmark"], Runner(benchmark=(0, "12.3 ms\n")))
+    assert passed and "12.3 ms" in page and "the times below mean nothing" in page
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["check_mac.py", *map(str, arguments)])
+    check_mac.main()
+
+
+def test_pages_are_written_and_shown_on_github(monkeypatch, tmp_path, capsys, gpu):
+    pages = {"compile": (True, "# fine\n"), "kernels": (False, "# Mac: kernels fail\n")}
+    monkeypatch.setattr(check_mac, "run_check", lambda check: pages[check.name])
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, "compile", "kernels", "--report", tmp_path / "pages")
+    assert stopped.value.code == 1
+    assert {p.name for p in (tmp_path / "pages").iterdir()} == {"compile.md", "kernels.md"}
+    summary = (tmp_path / "summary.md").read_text()
+    assert "# fine" in summary and "# Mac: kernels fail" in summary
+    assert "Failed: kernels. Send" in capsys.readouterr().out
+    run_main(monkeypatch, "compile", "--report", tmp_path / "pages")
+    assert "All is well" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, said", [(["speed"], "no check 'speed'"), ([], "need a Mac")], ids=str
+)
+def test_refused(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *arguments)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
