@@ -17,9 +17,11 @@ from .benchmarks.model import SAMPLERS, model_benchmark
 from .benchmarks.output import draw, print_result
 from .benchmarks.positions import COUNTS, positions_benchmark
 from .benchmarks.sampler import sampler_benchmark
+from .cli.arguments import Parser, whole_number
 from .cli.console import check_writable, command
 from .cli.pictures import check_picture
 from .cli.tables import check_tables
+from .conversion.options import IndexOptions
 from .conversion.quantization import HEAD_BITS
 from .head.flash_head import FlashHead
 from .models.install import dense_copy, get_flash_head
@@ -39,7 +41,7 @@ Please send this to the project as an issue, with the template "Benchmark":
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="mlx_flashhead.benchmark", description=__doc__)
+    parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
     _add_head(kinds)
     _add_positions(kinds)
@@ -58,7 +60,10 @@ def _add_head(kinds) -> None:
     )
     _add_which_head(parser)
     parser.add_argument(
-        "--positions", type=int, default=1, help="Hidden states at once (default: %(default)s)."
+        "--positions",
+        type=whole_number(1),
+        default=1,
+        help="Hidden states at once (default: %(default)s).",
     )
     _add_common(parser, rounds=20)
 
@@ -73,7 +78,7 @@ def _add_positions(kinds) -> None:
     _add_which_head(parser)
     parser.add_argument(
         "--positions",
-        type=int,
+        type=whole_number(1),
         action="append",
         dest="counts",
         help="Hidden states at once; may be given several times "
@@ -93,7 +98,9 @@ def _add_which_head(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
     parser.add_argument(
-        "--n-probes", type=int, help="Clusters scored (default: 256, or the model's own)."
+        "--n-probes",
+        type=whole_number(1),
+        help="Clusters scored (default: 256, or the model's own).",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of random weights.")
     parser.add_argument(
@@ -114,7 +121,9 @@ def _add_model(kinds) -> None:
     parser.add_argument(
         "--model", required=True, help="Folder or repository of a FlashHead checkpoint."
     )
-    parser.add_argument("--n-probes", type=int, help="Clusters scored (default: the model's own).")
+    parser.add_argument(
+        "--n-probes", type=whole_number(1), help="Clusters scored (default: the model's own)."
+    )
     parser.add_argument(
         "--sampler",
         choices=SAMPLERS,
@@ -123,12 +132,12 @@ def _add_model(kinds) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=int,
+        type=whole_number(1),
         action="append",
         help="Sequences at once; may be given several times (default: 1, 4 and 8).",
     )
     parser.add_argument(
-        "--tokens", type=int, default=20, help="Steps of a run (default: %(default)s)."
+        "--tokens", type=whole_number(1), default=20, help="Steps of a run (default: %(default)s)."
     )
     _add_common(parser, rounds=12)
 
@@ -149,8 +158,8 @@ def _add_convert(kinds) -> None:
     )
     parser.add_argument(
         "--calibration-positions",
-        type=int,
-        default=12_000,
+        type=whole_number(1),
+        default=IndexOptions.calibration_positions,
         help="Positions to calibrate on (default: %(default)s).",
     )
     _add_common(parser, rounds=None)
@@ -165,16 +174,21 @@ def _add_sampler(kinds) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--vocab-size",
-        type=int,
+        type=whole_number(1),
         action="append",
         help="Of random clusters; may be given several times (default: 128256).",
     )
     what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
     parser.add_argument(
-        "--n-probes", type=int, help="Clusters scored (default: 256, or the model's own)."
+        "--n-probes",
+        type=whole_number(1),
+        help="Clusters scored (default: 256, or the model's own).",
     )
     parser.add_argument(
-        "--positions", type=int, default=1, help="Positions at once (default: %(default)s)."
+        "--positions",
+        type=whole_number(1),
+        default=1,
+        help="Positions at once (default: %(default)s).",
     )
     _add_common(parser, rounds=20)
 
@@ -183,7 +197,7 @@ def _add_common(parser: argparse.ArgumentParser, rounds: int | None) -> None:
     if rounds is not None:
         parser.add_argument(
             "--rounds",
-            type=int,
+            type=whole_number(1),
             default=rounds,
             help="Runs that count, all forms in turns (default: %(default)s).",
         )
@@ -202,18 +216,6 @@ def main() -> None:
     if args.kind == ESTIMATE:
         estimate.run(args)
         return
-    for name in ("rounds", "positions", "tokens", "calibration_positions", "n_probes"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more.")
-    for name, option in (
-        ("batch", "--batch"),
-        ("counts", "--positions"),
-        ("vocab_size", "--vocab-size"),
-    ):
-        for value in getattr(args, name, None) or ():
-            if value < 1:
-                raise ValueError(f"{option} is {value}: give 1 or more.")
     if args.json:
         check_writable("--json", args.json)
     if args.plot:

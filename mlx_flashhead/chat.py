@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from .chatting.conversation import STOPPED, Answer, Conversation
 from .chatting.messages import read_conversation, write_conversation
+from .cli.arguments import adopt, whole_number
 from .cli.console import command, sentence
 from .cli.terminal import StopKey, Terminal
 from .index.files import has_flash_head
@@ -36,17 +37,17 @@ NO_FLASH_HEAD = "This model has no FlashHead: convert it with mlx_flashhead.conv
 
 def make_parser():
     """mlx-lm's parser, extended."""
-    parser = chat_parser()
-    parser.prog = "mlx_flashhead.chat"
-    parser.description = "Talk with a FlashHead model."
-    for action in parser._actions:
-        if action.dest == "model":
-            action.help = "Folder or Hugging Face repository of a FlashHead checkpoint."
-            action.default = None
+    parser = adopt(
+        chat_parser(),
+        "mlx_flashhead.chat",
+        "Talk with a FlashHead model.",
+        {"model": "Folder or Hugging Face repository of a FlashHead checkpoint."},
+    )
+    parser.set_defaults(model=None)
     group = parser.add_argument_group("FlashHead")
     group.add_argument(
         "--n-probes",
-        type=int,
+        type=whole_number(1),
         help="Clusters scored per token (default: the number chosen at conversion).",
     )
     group.add_argument(
@@ -263,20 +264,6 @@ def _load(args) -> tuple[nn.Module, object]:
 def _check_arguments(parser, args) -> None:
     if args.model is None:
         parser.error("--model is needed: the folder or repository of a FlashHead checkpoint")
-    if args.max_tokens == 0 or args.max_tokens < -1:
-        parser.error(f"--max-tokens is {args.max_tokens}: it must be 1 or more, or -1 for no limit")
-    if not args.temp >= 0:
-        parser.error(f"--temp is {args.temp}: it must be 0 or more")
-    for name, highest in (("top_p", 1), ("xtc_probability", 1), ("xtc_threshold", 0.5)):
-        value = getattr(args, name)
-        if not 0 <= value <= highest:
-            parser.error(f"--{name.replace('_', '-')} is {value}: it must be 0 to {highest}")
-    if args.seed < 0:
-        parser.error(f"--seed is {args.seed}: it must be 0 or more")
-    for name in ("max_kv_size", "prefill_step_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
     if args.pipeline or mx.distributed.init().size() > 1:
         parser.error("a FlashHead model runs in one process: use mlx_lm.chat on several machines")
 

@@ -4,10 +4,10 @@ Of numbers of probes, beside the paper's routing, or with ``--precisions`` of th
 or with ``--tasks`` of the tasks' own metrics.
 """
 
-import argparse
 import json
 from pathlib import Path
 
+from .cli.arguments import Parser, whole_number, whole_numbers
 from .cli.console import check_writable, command
 from .cli.pictures import check_picture, pyplot
 from .cli.tables import check_tables, new_table, show
@@ -37,9 +37,9 @@ Only the head's rows differ: 8 and 4 bits are MLX's affine form of the
 16-bit rows. All else is the checkpoint's own."""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_flashhead.evaluate",
         description="Measure how close a FlashHead model comes to its dense head on a text, or "
         "what it reaches in the tasks of lm-eval.",
@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on.")
     parser.add_argument(
         "--probes",
-        type=_numbers,
+        type=whole_numbers(1),
         metavar="48,96,…",
         help="Numbers of clusters scored per token (default: the usual ones and the model's own, "
         "with --precisions or --tasks only the latter).",
@@ -63,10 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="Compare the head at 16, 8 and 4 bits instead, dense and FlashHead, with the dense "
         "head at full precision.",
     )
-    parser.add_argument("--positions", type=int, help="Positions to measure (default: all).")
+    parser.add_argument(
+        "--positions", type=whole_number(1), help="Positions to measure (default: all)."
+    )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=whole_number(0),
         default=0,
         help="Seed of the drawn probes, or of the examples and the sampling of tasks.",
     )
@@ -82,10 +84,6 @@ def main() -> None:
     args = make_parser().parse_args()
     check_task_options(args)
     check_tables("mlx_flashhead.evaluate")
-    if args.positions is not None and args.positions < 1:
-        raise ValueError(f"--positions is {args.positions}: give 1 or more.")
-    if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}: give 0 or more.")
     if args.json:
         check_writable("--json", args.json)
     if args.plot and args.precisions:
@@ -193,16 +191,6 @@ def draw(evaluation: Evaluation, path: str) -> None:
 
 def _or_dash(value: float, form: str) -> str:
     return "–" if value != value else form.format(value)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        numbers = []
-    if not numbers:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 48,96,256")
-    return numbers
 
 
 if __name__ == "__main__":

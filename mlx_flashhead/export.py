@@ -1,11 +1,11 @@
 """Writes a head as functions that an application of MLX calls, on an iPad for example."""
 
-import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
 import mlx.core as mx
 
+from .cli.arguments import Parser, whole_number
 from .cli.console import command
 from .cli.tables import check_tables, new_table, show
 from .exporting.functions import (
@@ -24,9 +24,9 @@ from .models.load import load
 SUFFIX = ".mlxfn"
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_flashhead.export",
         description="Write a FlashHead's functions to a file that mlx-swift's importFunction "
         "reads: hidden state in; greedy token, candidates or full logits out.",
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--n-probes",
-        type=int,
+        type=whole_number(1),
         help="Clusters scored per token (default: the number chosen at conversion).",
     )
     parser.add_argument(

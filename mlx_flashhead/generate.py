@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
+from .cli.arguments import adopt, whole_number
 from .cli.console import command
 from .cli.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .index.files import has_flash_head
@@ -17,18 +18,20 @@ from .models.sharded import load_dense_part, sharded_load
 
 def make_parser():
     """mlx-lm's parser, extended."""
-    parser = generate_module.setup_arg_parser()
-    parser.prog = "mlx_flashhead.generate"
-    parser.description = "Generate text with a FlashHead checkpoint."
-    for action in parser._actions:
-        if action.dest == "model":
-            action.help = "Folder or Hugging Face repository of a FlashHead checkpoint."
-        if action.dest == "draft_model":
-            action.help += " A FlashHead checkpoint drafts with its FlashHead."
+    parser = adopt(
+        generate_module.setup_arg_parser(),
+        "mlx_flashhead.generate",
+        "Generate text with a FlashHead checkpoint.",
+        {
+            "model": "Folder or Hugging Face repository of a FlashHead checkpoint.",
+            "draft_model": "A model for speculative decoding. A FlashHead checkpoint drafts with "
+            "its FlashHead.",
+        },
+    )
     group = parser.add_argument_group("FlashHead")
     group.add_argument(
         "--n-probes",
-        type=int,
+        type=whole_number(1),
         help="Clusters scored per token (default: the number chosen at conversion).",
     )
     group.add_argument(
@@ -116,23 +119,12 @@ def load_draft(path: str, **kwargs):
 def _check_arguments(parser, args) -> None:
     if args.model is None and args.prompt_cache_file is None:
         parser.error("--model is needed: the folder or repository of a FlashHead checkpoint")
-    if args.max_tokens == 0 or args.max_tokens < -1:
-        parser.error(f"--max-tokens is {args.max_tokens}: it must be 1 or more, or -1 for no limit")
     if args.draw_probes and (args.dense or not args.temp > 0):
         parser.error("--draw-probes needs --temp above 0, and no --dense")
     if args.dense and args.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
     if args.prompt_cache_file is not None:
         _check_prompt_cache(parser, args)
-    for name in ("num_draft_tokens", "max_kv_size", "prefill_step_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
-    if args.chat_template_config is not None:
-        try:
-            json.loads(args.chat_template_config)
-        except json.JSONDecodeError:
-            parser.error('--chat-template-config must be JSON, such as {"enable_thinking": false}')
 
 
 def _check_prompt_cache(parser, args) -> None:

@@ -1,15 +1,15 @@
 """Uploads a checkpoint that was converted before."""
 
-import argparse
 from pathlib import Path
 
+from .cli.arguments import Parser
 from .cli.console import command
 from .publishing.publish import publish
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_flashhead.upload",
         description="Upload a FlashHead checkpoint to the Hugging Face Hub. An upload that was "
         "interrupted continues when the same command is run again.",

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ..cli.arguments import whole_number
 from ..cli.console import check_writable
 from ..cli.tables import new_table, show
 from ..index.files import CONFIG_KEY, read_index
@@ -42,7 +43,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--chip", required=True, help=f"One of {', '.join(PEAK_GB_S)}.")
     parser.add_argument(
         "--n-probes",
-        type=int,
+        type=whole_number(1),
         help="Clusters scored per token (default: the checkpoint's own number, else 256).",
     )
     parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")

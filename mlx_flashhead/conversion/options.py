@@ -1,6 +1,14 @@
-"""What a conversion refuses before it begins."""
+"""What a conversion is told: its options, their defaults, and what each may be.
 
-from ..head.matrix import Matrix
+``convert`` in Python, ``mlx_flashhead.convert`` and the recipe that is stored all read them here.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from typing import Any
+
+from ..cli.arguments import Type, check, number, one_of, whole_number
 from ..models.compat import MODEL_CONVERSION_DTYPES
 from ..publishing.hub import full_name
 from .calibration import read_text
@@ -10,84 +18,226 @@ SELF_GENERATED, NO_CALIBRATION = "self", "none"
 MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
 
 
-def check_arguments(
-    cluster_size: int,
-    n_probes: int | None,
-    target_agreement: float,
-    positions: int,
-    head_bits: int | None,
-    dtype: str | None,
-    seed: int,
-) -> None:
-    """Refuses arguments of `conversion.convert` that fit no model.
-
-    Raises:
-        ValueError: If one does, naming it.
-    """
-    if cluster_size < 1:
-        raise ValueError(f"cluster_size is {cluster_size}: it must be 1 or more (16 is usual).")
-    if n_probes is not None and n_probes < 1:
-        raise ValueError(f"n_probes is {n_probes}: it must be 1 or more.")
-    if not 0 < target_agreement <= 1:
-        raise ValueError(
-            f"target_agreement is {target_agreement}: it is a share, above 0 and at most 1 (0.99)."
-        )
-    if positions < MIN_POSITIONS:
-        raise ValueError(
-            f"calibration_positions is {positions}: give 100 or more, or --calibration none."
-        )
-    if head_bits is not None and head_bits not in HEAD_BITS:
-        raise ValueError(f"head_bits is {head_bits}: choose 4, 8 or 16.")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}: it must be 0 or more.")
-    if dtype is not None and dtype not in MODEL_CONVERSION_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: choose {', '.join(MODEL_CONVERSION_DTYPES)}.")
-
-
-def check_size(rows: Matrix, cluster_size: int, n_probes: int | None) -> None:
-    """Refuses a cluster size or a number of probes that does not fit the head.
+def option(
+    default: Any,
+    help: str | None = None,
+    type: Type | None = None,
+    *,
+    flag: str | None = None,
+    recipe: bool = True,
+    **parser: Any,
+) -> Any:
+    """A field that is an option of the command too.
 
     Args:
-        rows: The head's.
-        cluster_size: Tokens per cluster.
-        n_probes: Clusters scored per token, or None.
+        default: Its default.
+        help: Its text in the command's help; None: the flag is one of mlx-lm's parser.
+        type: Checks a value; None: everything is allowed.
+        flag: Its flag, where that is not its name.
+        recipe: It is a part of the command that makes the same checkpoint again.
+        **parser: Further arguments of ``add_argument``.
+    """
+    about = {"help": help, "type": type, "flag": flag, "recipe": recipe, "parser": parser}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """How an index is made; beside each field stands its meaning.
 
     Raises:
-        ValueError: If one does not.
+        ValueError: If one is not valid.
     """
-    vocab_size = rows.n_rows
-    if cluster_size > vocab_size:
-        raise ValueError(
-            f"cluster_size is {cluster_size}, but the model has {vocab_size} tokens: "
-            f"choose at most {vocab_size} (16 is usual)."
-        )
-    n_clusters = -(-vocab_size // cluster_size)
-    if n_probes is not None and n_probes > n_clusters:
-        raise ValueError(
-            f"n_probes is {n_probes}, but clusters of {cluster_size} make only {n_clusters} of "
-            f"them: choose 1 to {n_clusters}."
-        )
+
+    cluster_size: int = option(16, "Tokens per cluster (default: %(default)s).", whole_number(1))
+    n_probes: int | None = option(
+        None, "Clusters scored per token (default: chosen for --target-agreement).", whole_number(1)
+    )
+    target_agreement: float = option(
+        0.99,
+        "Share of positions that must keep the dense head's best token, measured on the held-out "
+        "part of the calibration (default: %(default)s).",
+        number(0, 1, above=True),
+    )
+    calibration: str = option(
+        SELF_GENERATED,
+        "Text to calibrate on: written by the model itself, none, or a file (default: "
+        "%(default)s).",
+        metavar="self|none|FILE",
+    )
+    calibration_positions: int = option(
+        12_000, "Positions to calibrate on (default: %(default)s).", whole_number(MIN_POSITIONS)
+    )
+    seed: int = option(
+        0,
+        "Seed of the clustering and of the text that the model writes (default: %(default)s).",
+        whole_number(0),
+        recipe=False,
+    )
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, type = getattr(self, one.name), one.metadata.get("type")
+            if type is not None and not (value is None and one.default is None):
+                check(one.name, value, type)
+
+    def calibration_text(self) -> str | None:
+        """The text to calibrate on; None where the model writes it, or where there is none.
+
+        Raises:
+            ValueError: If the file cannot be read.
+        """
+        given = self.calibration not in (SELF_GENERATED, NO_CALIBRATION)
+        return read_text(self.calibration) if given else None
+
+    def check_size(self, vocab_size: int) -> None:
+        """Makes sure that the clusters and the probes fit a vocabulary.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        size = self.cluster_size
+        if size > vocab_size:
+            raise ValueError(
+                f"cluster_size is {size}, but the model has {vocab_size} tokens: choose at most "
+                f"{vocab_size} (16 is usual)."
+            )
+        n_clusters = -(-vocab_size // size)
+        if self.n_probes is not None and self.n_probes > n_clusters:
+            raise ValueError(
+                f"n_probes is {self.n_probes}, but clusters of {size} make only {n_clusters} of "
+                f"them: choose 1 to {n_clusters}."
+            )
 
 
-def check_upload(upload: bool, private: bool, base_model: str | None) -> None:
-    """Refuses what an upload cannot be.
+@dataclass(frozen=True)
+class ConvertOptions(IndexOptions):
+    """What a conversion makes of a model; the first fields are those of ``mlx_lm.convert``.
+
+    Attributes:
+        hf_path: A local folder (Hugging Face or mlx-lm, also quantized) or a Hub repository.
+        mlx_path: Folder to write.
+        quantize: Quantize the model.
+        q_group_size: Weights that share a scale; default: the mode's usual number.
+        q_bits: Bits per weight; default: the mode's usual number.
+        q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
+        dtype: Of the weights that are not quantized; default: an mlx-lm folder's own, else what
+            its configuration names as ``torch_dtype``.
+        upload_repo: Repository to upload the checkpoint to, as ``upload``.
+        revision: Branch, tag or commit of the repository.
+        dequantize: Undo the model's quantization.
+        quant_predicate: One of mlx-lm's mixed-bit recipes, or a function as mlx-lm takes it.
+        trust_remote_code: Allow the repository's own Python code.
 
     Raises:
-        ValueError: If an option is for an upload that was not asked for, or the base model's name
-            is none.
+        ValueError: If one is not valid, or two contradict each other.
     """
-    if private and not upload:
-        raise ValueError("--private is for an upload: add --upload, or leave it out.")
-    if base_model is not None:
-        if "/" not in base_model:
-            raise ValueError(f"--base-model is {base_model!r}: give OWNER/NAME, as on the Hub.")
-        full_name(base_model, "")
+
+    hf_path: str = option(None, recipe=False)
+    mlx_path: str = option("mlx_model", recipe=False)
+    quantize: bool = option(False, flag="-q")
+    q_group_size: int | None = option(None, type=whole_number(1))
+    q_bits: int | None = option(None, type=whole_number(1))
+    q_mode: str = option("affine")
+    dtype: str | None = option(None, type=one_of(*MODEL_CONVERSION_DTYPES))
+    upload_repo: str | None = option(None, recipe=False)
+    revision: str | None = option(
+        None,
+        "Branch, tag or commit of the model's repository (default: main).",
+        recipe=False,
+    )
+    dequantize: bool = option(False, flag="-d")
+    quant_predicate: Callable | str | None = option(None)
+    trust_remote_code: bool = option(False)
+    _: KW_ONLY
+    head_bits: int | None = option(
+        None,
+        "Bits of the head's rows, apart from the body's (default: as the model has it).",
+        one_of(*HEAD_BITS),
+        metavar="|".join(map(str, HEAD_BITS)),
+    )
+    base_model: str | None = option(
+        None,
+        "The model's repository, where --hf-path is a folder that does not say so: the card names "
+        "it and has its licence and language.",
+        recipe=False,
+        metavar="OWNER/NAME",
+    )
+    license: str | None = option(
+        None,
+        "The model's licence as the Hub calls it, such as apache-2.0, where its card does not name "
+        "it.",
+        recipe=False,
+        metavar="ID",
+    )
+    upload: bool | str = option(
+        False,
+        "Upload the checkpoint to the Hugging Face Hub (without a name: "
+        "USER/MODEL-FlashHead-4bit, or whatever the precision is). The repository is made before "
+        "the long work, and the folder is kept.",
+        recipe=False,
+        nargs="?",
+        const=True,
+        metavar="OWNER/NAME",
+    )
+    private: bool = option(
+        False, "Make the repository private if it is a new one.", recipe=False, action="store_true"
+    )
+    overwrite: bool = option(
+        False, "Replace the target folder if it exists.", recipe=False, action="store_true"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hf_path is None:
+            raise ValueError("--model is needed: the folder or repository of the model to convert.")
+        if self.quantize and self.dequantize:
+            raise ValueError("Choose either --quantize or --dequantize, not both.")
+        if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
+            raise ValueError("--upload and --upload-repo name two repositories: give one of them.")
+        if self.private and not self.uploads:
+            raise ValueError("--private is for an upload: add --upload, or leave it out.")
+        if self.base_model is not None:
+            if "/" not in self.base_model:
+                raise ValueError(
+                    f"--base-model is {self.base_model!r}: give OWNER/NAME, as on the Hub."
+                )
+            full_name(self.base_model, "")
+
+    @property
+    def uploads(self) -> bool:
+        """Whether the checkpoint is uploaded."""
+        return bool(self.upload) or self.upload_repo is not None
+
+    @property
+    def repository(self) -> str | None:
+        """The repository that is uploaded to, "owner/name" or "name"; None: a derived one."""
+        return self.upload if isinstance(self.upload, str) else self.upload_repo
+
+    def flags(self) -> dict[str, Any]:
+        """The flags that the recipe shows, with their values: those that are not the default."""
+        return {
+            flag(one): getattr(self, one.name)
+            for one in sorted(fields(self), key=lambda one: one.kw_only)
+            if one.metadata.get("recipe") and getattr(self, one.name) != one.default
+        }
 
 
-def calibration_text(calibration: str) -> str | None:
-    """The text of ``--calibration FILE``; None for "self" and "none".
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds to mlx-lm's parser the options that it does not have."""
+    group = parser.add_argument_group("FlashHead")
+    for one in fields(ConvertOptions):
+        about = one.metadata
+        if about["help"] is not None:
+            more = about["parser"]
+            if about["type"] is not None:
+                more = more | {"type": about["type"]}
+            group.add_argument(flag(one), default=one.default, help=about["help"], **more)
+    of_mlx_lm = {one.name: one.metadata["type"] for one in fields(ConvertOptions)}
+    for action in parser._actions:
+        action.type = of_mlx_lm.get(action.dest) or action.type
 
-    Raises:
-        ValueError: If it cannot be read.
-    """
-    return None if calibration in (SELF_GENERATED, NO_CALIBRATION) else read_text(calibration)
+
+def flag(one: Field) -> str:
+    """The flag of an option."""
+    return one.metadata["flag"] or "--" + one.name.replace("_", "-")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..cli.arguments import LIMITS, json_object, whole_number
 from ..cli.extras import from_extra, installation
 from ..cli.tables import new_table, show
 from ..models.load import load
@@ -39,12 +40,16 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--include-path", metavar="FOLDER", help="Folder with further tasks, as YAML files."
     )
-    group.add_argument("--num-shots", type=int, help="Worked examples before each question.")
-    group.add_argument("--limit", type=int, help="Questions per task at most.")
-    group.add_argument("--batch-size", type=int, default=8, help="Sequences at once (default: 8).")
+    group.add_argument(
+        "--num-shots", type=whole_number(0), help="Worked examples before each question."
+    )
+    group.add_argument("--limit", type=whole_number(1), help="Questions per task at most.")
+    group.add_argument(
+        "--batch-size", type=whole_number(1), default=8, help="Sequences at once (default: 8)."
+    )
     group.add_argument(
         "--max-tokens",
-        type=int,
+        type=whole_number(1),
         help="Tokens to generate at most, instead of the task's own limit.",
     )
     group.add_argument(
@@ -59,7 +64,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--chat-template-args",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="Arguments of the chat template, such as '{\"enable_thinking\":false}'.",
@@ -72,9 +77,11 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="Allow the model's own Python code."
     )
-    group.add_argument("--temp", type=float, default=0.0, help="Sampling temperature (default: 0).")
-    group.add_argument("--top-p", type=float, default=1.0, help="Sampling top-p.")
-    group.add_argument("--top-k", type=int, default=0, help="Sampling top-k.")
+    group.add_argument(
+        "--temp", type=LIMITS["temp"], default=0.0, help="Sampling temperature (default: 0)."
+    )
+    group.add_argument("--top-p", type=LIMITS["top_p"], default=1.0, help="Sampling top-p.")
+    group.add_argument("--top-k", type=LIMITS["top_k"], default=0, help="Sampling top-k.")
 
 
 def check_task_options(args: argparse.Namespace) -> None:
@@ -99,17 +106,6 @@ def check_task_options(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} is about a text: leave it out with --tasks.")
     if args.probes and len(args.probes) > 1:
         raise ValueError("--tasks are run with one number of clusters: give --probes one number.")
-    for option, value, least in (
-        ("--num-shots", args.num_shots, 0),
-        ("--limit", args.limit, 1),
-        ("--max-tokens", args.max_tokens, 1),
-        ("--temp", args.temp, 0),
-        ("--top-k", args.top_k, 0),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{option} is {value}: give {least} or more.")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p is {args.top_p}: give a number above 0, at most 1.")
 
 
 def run_tasks(args: argparse.Namespace) -> None:
@@ -177,18 +173,6 @@ def print_tasks(measures: list) -> None:
         )
         previous = measured.task
     show(table)
-
-
-def _json_object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no JSON object such as '{{\"enable_thinking\":false}}'"
-        )
-    return value
 
 
 def _or_dash(value: float | None, form: str) -> str:

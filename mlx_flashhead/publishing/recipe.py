@@ -10,29 +10,19 @@ from pathlib import Path
 from ..version import __version__
 
 PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
-# Of the arguments, those that do not change what is made, and those that stand elsewhere.
-NOT_SHOWN = (
-    "hf_path", "mlx_path", "revision", "seed", "upload", "upload_repo", "private", "overwrite",
-    "progress", "base_model", "license",
-)  # fmt: skip
-SHORT = {"quantize": "-q", "dequantize": "-d"}
+CALIBRATION = "--calibration"  # the flag that may name a file
 
 
 def make_recipe(
-    arguments: Mapping[str, object],
-    defaults: Mapping[str, object],
-    *,
-    model: str,
-    revision: str | None,
-    name: str,
+    flags: Mapping[str, object], *, model: str, revision: str | None, seed: int, name: str
 ) -> dict:
     """What is stored of a conversion.
 
     Args:
-        arguments: Of `conversion.convert`.
-        defaults: Their defaults.
+        flags: Of ``mlx_flashhead.convert`` with their values, as far as they change what is made.
         model: What was converted, as others can name it.
         revision: Its commit, if it has one.
+        seed: Of the conversion.
         name: What the result is called.
 
     Returns:
@@ -43,21 +33,19 @@ def make_recipe(
     if revision is not None:
         words += ["--revision", revision]
     files = {}
-    for key, value in arguments.items():
-        if key in NOT_SHOWN or value == defaults.get(key):
-            continue
-        flag = SHORT.get(key, "--" + key.replace("_", "-"))
+    for flag, value in flags.items():
+        words.append(flag)
         if isinstance(value, bool):
-            words.append(flag)
-        elif callable(value):
-            words += [flag, "FUNCTION"]  # given in Python
-        elif key == "calibration" and Path(str(value)).expanduser().is_file():
-            file = Path(str(value)).expanduser()
+            continue
+        file = Path(str(value)).expanduser()
+        if callable(value):
+            words.append("FUNCTION")  # given in Python
+        elif flag == CALIBRATION and file.is_file():
             files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-            words += [flag, file.name]
+            words.append(file.name)
         else:
-            words += [flag, str(value)]
-    words += ["--seed", str(arguments["seed"]), "--mlx-path", name]
+            words.append(str(value))
+    words += ["--seed", str(seed), "--mlx-path", name]
     recipe = {
         "name": name,
         "command": shlex.join(words),

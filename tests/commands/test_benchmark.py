@@ -168,7 +168,7 @@ def test_estimate(run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("head",), "--shape --model is required"),
+        (("head",), "give one of --shape --model"),
         (("head", "--shape", "llama"), "is no shape"),
         (("head", "--shape", "320,0"), "is no shape"),
         (("head", "--shape", "320,64", "--n-probes", 21), "20 clusters"),
@@ -176,7 +176,7 @@ def test_estimate(run, tmp_path):
         (("head", "--shape", "320,72", "--head-bits", 4), "width of 72"),
         ((*HEAD[:3], "--rounds", 0), "--rounds is 0"),
         ((*HEAD, "--positions", 0), "--positions is 0"),
-        (("positions",), "--shape --model is required"),
+        (("positions",), "give one of --shape --model"),
         (("positions", "--shape", "320,64", "--positions", 0), "--positions is 0"),
         ((*HEAD, "--plot", "a.xyz"), "must end in .png"),
         ((*HEAD, "--json", "absent/a.json"), "cannot be written"),

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+from dataclasses import fields
 
 import mlx.core as mx
 import mlx_lm
@@ -10,6 +11,7 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.conversion import pipeline as conversion
+from mlx_flashhead.conversion.options import ConvertOptions
 from mlx_flashhead.index.files import CONFIG_KEY
 from model_folders import VOCAB_SIZE, write_model
 
@@ -55,20 +57,24 @@ def test_convert_says_what_it_does(run, dense, tmp_path, text):
 
 def test_convert_passes_every_flag_of_mlx_lms(run, monkeypatch):
     given = {}
-    monkeypatch.setattr(convert_command, "convert", lambda **arguments: given.update(arguments))
+    monkeypatch.setattr(convert_command, "convert", lambda **options: given.update(options))
     run(
         "convert", "--model", "m", "--mlx-path", "p", "-q", "--q-group-size", 32, "--q-bits", 4,
         "--q-mode", "mxfp4", "--quant-predicate", "mixed_4_6", "--dtype", "float16",
-        "--upload-repo", "me/tiny", "-d", "--trust-remote-code", "--overwrite",
+        "--upload-repo", "me/tiny", "--trust-remote-code", "--overwrite",
     )  # fmt: skip
-    assert given == {
-        "hf_path": "m", "mlx_path": "p", "quantize": True, "q_group_size": 32, "q_bits": 4,
-        "q_mode": "mxfp4", "quant_predicate": "mixed_4_6", "dtype": "float16",
-        "upload_repo": "me/tiny", "dequantize": True, "trust_remote_code": True,
-        "head_bits": None, "cluster_size": 16, "n_probes": None, "target_agreement": 0.99,
-        "calibration": "self", "calibration_positions": 12_000, "seed": 0, "overwrite": True,
-        "revision": None, "base_model": None, "license": None, "upload": False, "private": False,
-    }  # fmt: skip
+    assert ConvertOptions(**given) == ConvertOptions(
+        "m", "p", True, 32, 4, "mxfp4", "float16", "me/tiny", quant_predicate="mixed_4_6",
+        trust_remote_code=True, overwrite=True,
+    )  # fmt: skip
+
+
+def test_the_command_has_the_defaults_of_python(run, monkeypatch):
+    given = {}
+    monkeypatch.setattr(convert_command, "convert", lambda **options: given.update(options))
+    run("convert", "--model", "m")
+    assert given.keys() == {one.name for one in fields(ConvertOptions)}
+    assert ConvertOptions(**given) == ConvertOptions("m")
 
 
 def test_convert_says_that_tied_rows_change_together(run, tmp_path):
@@ -82,12 +88,12 @@ def test_convert_says_that_tied_rows_change_together(run, tmp_path):
     "arguments, said",
     [
         (("--cluster-size", VOCAB_SIZE + 1), f"at most {VOCAB_SIZE}"),
-        (("--cluster-size", 0), "cluster_size is 0"),
-        (("--n-probes", 0), "n_probes is 0"),
+        (("--cluster-size", 0), "--cluster-size is 0"),
+        (("--n-probes", 0), "--n-probes is 0"),
         (("--n-probes", N_CLUSTERS + 1), f"1 to {N_CLUSTERS}"),
-        (("--target-agreement", 2), "target_agreement is 2.0"),
-        (("--calibration-positions", -1), "calibration_positions is -1"),
-        (("--head-bits", 5), "invalid choice: 5"),
+        (("--target-agreement", 2), "--target-agreement is 2: give a number above 0, at most 1"),
+        (("--calibration-positions", -1), "--calibration-positions is -1"),
+        (("--head-bits", 5), "--head-bits is 5: choose 4, 8 or 16"),
         (("--calibration", "absent.txt"), "absent.txt cannot be read"),
         (("-q", "-d"), "not both"),
     ],

@@ -81,7 +81,7 @@ def test_a_shape(estimate):
         (("--shape", "smollm2", "--chip", "m4-ultra"), "Unknown chip 'm4-ultra': choose one of m1"),
         (("--shape", "smollm2", "--chip", "m5-ultra"), "Unknown chip 'm5-ultra': choose one of m1"),
         (("--shape", "llama", "--chip", "m1"), "no shape 'llama': choose one of llama-3.2-1b"),
-        (("--shape", "smollm2", "--chip", "m1", "--n-probes", "0"), "choose 1 to 3072"),
+        (("--shape", "smollm2", "--chip", "m1", "--n-probes", "3073"), "choose 1 to 3072"),
         (("--shape", "smollm2", "--chip", "m1", "--json", "./absent/x"), "--json ./absent/x"),
         (("--model", "./absent", "--chip", "m1"), "There is no folder ./absent"),
     ],

@@ -97,10 +97,10 @@ def test_evaluate_leaves_outputs_alone_until_it_has_them(refused, text, tmp_path
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("--probes", "0"), f"1 to {N_CLUSTERS}"),
+        (("--probes", "0"), "whole numbers of 1 or more"),
         (("--probes", f"2,{N_CLUSTERS + 1}"), f"1 to {N_CLUSTERS}"),
-        (("--probes", "many"), "no list of whole numbers"),
-        (("--probes", ","), "no list of whole numbers"),
+        (("--probes", "many"), "give whole numbers of 1 or more such as"),
+        (("--probes", ","), "give whole numbers of 1 or more such as"),
         (("--positions", 0), "--positions is 0"),
         (("--seed", -1), "--seed is -1"),
         (("--precisions", "--plot", "out.png"), "leave it out with --precisions"),

@@ -104,7 +104,7 @@ def test_an_interrupted_export_leaves_nothing(run, converted, output, monkeypatc
         (("--output", "folder.mlxfn"), "is a folder"),
         (("--output", "head.mlxfn", "--n-probes", 18), "1 to 17"),
         (("--output", "head.mlxfn", "--for-mlx", "0.31", "--backend", "mlx"), "leave one of them"),
-        (("--output", "head.mlxfn", "--for-mlx", "0.30"), "invalid choice"),
+        (("--output", "head.mlxfn", "--for-mlx", "0.30"), "--for-mlx is 0.30: choose 0.31, 0.32"),
         ((), "--output"),
     ],
 )

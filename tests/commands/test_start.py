@@ -1,6 +1,5 @@
 """How the commands are started: as modules, by the console scripts and by the scripts folder."""
 
-import json
 import os
 import subprocess
 import sys
@@ -109,19 +108,14 @@ def test_console_script_generates_and_prints_nothing_else(converted):
     assert (code, output, errors) == expected
 
 
-def test_scripts_convert_and_evaluate(dense, text, tmp_path):
+def test_script_converts(dense, tmp_path):
     """From another folder, as `python scripts/convert.py` of a clone."""
     code, output, _ = start(
-        sys.executable, CHECKOUT / "scripts" / "convert.py", "--model", dense,
-        "--mlx-path", "model", "--calibration", "none", cwd=tmp_path,
+        sys.executable, "-W", "error::RuntimeWarning", CHECKOUT / "scripts" / "convert.py",
+        "--model", dense, "--mlx-path", "model", "--calibration", "none", cwd=tmp_path,
     )  # fmt: skip
     assert code == 0 and "Writing model" in output
-    code, output, _ = start(
-        sys.executable, CHECKOUT / "scripts" / "evaluate.py", "--model", "model",
-        "--text", text, "--json", "out.json", cwd=tmp_path,
-    )  # fmt: skip
-    assert code == 0 and "unit means" in output
-    assert json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert (tmp_path / "model" / "config.json").exists()
 
 
 def test_mistakes_end_with_one_line(tmp_path):

@@ -3,47 +3,38 @@
 import hashlib
 import shlex
 
+from mlx_flashhead.conversion.options import ConvertOptions
 from mlx_flashhead.convert import make_parser
 from mlx_flashhead.publishing.recipe import make_recipe
 
-DEFAULTS = {
-    "quantize": False, "q_bits": None, "calibration": "self", "seed": 0,
-    "upload_repo": None, "private": False, "quant_predicate": None, "head_bits": None,
-    "trust_remote_code": False,
-}  # fmt: skip
 
-
-def recipe(revision=None, **arguments):
+def recipe(revision=None, **options):
+    given = ConvertOptions("/home/ann/model", "/home/ann/out", **options)
     return make_recipe(
-        DEFAULTS | {"hf_path": "/home/ann/model", "mlx_path": "/home/ann/out"} | arguments,
-        DEFAULTS,
-        model="maker/Model",
-        revision=revision,
-        name="Model-FlashHead-4bit",
+        given.flags(), model="maker/Model", revision=revision, seed=given.seed, name="Model-4bit"
     )
 
 
-def test_the_command_is_one_that_the_parser_takes():
+def test_the_command_makes_the_same_again():
     found = recipe(
         revision="abc", quantize=True, q_bits=8, head_bits=16, seed=3, quant_predicate="mixed_4_6",
-        upload_repo="me/x", private=True, trust_remote_code=True,
+        upload_repo="me/x", private=True, trust_remote_code=True, overwrite=True, license="mit",
     )  # fmt: skip
     program, *words = shlex.split(found["command"])
-    args = make_parser().parse_args(words)
+    again = ConvertOptions(**vars(make_parser().parse_args(words)))
     assert program == "mlx_flashhead.convert"
-    assert (args.hf_path, args.revision, args.mlx_path) == (
-        "maker/Model",
-        "abc",
-        "Model-FlashHead-4bit",
-    )
-    assert (args.quantize, args.q_bits, args.head_bits, args.seed) == (True, 8, 16, 3)
-    assert (args.quant_predicate, args.trust_remote_code) == ("mixed_4_6", True)
-    assert args.upload is None and args.upload_repo is None and not args.private
+    assert again == ConvertOptions(
+        "maker/Model", "Model-4bit", revision="abc", quantize=True, q_bits=8, head_bits=16, seed=3,
+        quant_predicate="mixed_4_6", trust_remote_code=True,
+    )  # fmt: skip
 
 
 def test_defaults_are_left_out_but_the_seed():
     assert recipe()["command"] == (
-        "mlx_flashhead.convert --hf-path maker/Model --seed 0 --mlx-path Model-FlashHead-4bit"
+        "mlx_flashhead.convert --hf-path maker/Model --seed 0 --mlx-path Model-4bit"
+    )
+    assert recipe(quantize=True)["command"].startswith(
+        "mlx_flashhead.convert --hf-path maker/Model -q --seed"
     )
     assert "--quant-predicate FUNCTION" in recipe(quant_predicate=lambda *_: True)["command"]
 

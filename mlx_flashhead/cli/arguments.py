@@ -1,0 +1,210 @@
+"""Arguments of the commands: types that check their value, and a parser that says one sentence."""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+# A value as the command line gives it, or as Python does; refused with an ArgumentTypeError.
+Type = Callable[[Any], Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error is one sentence, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with exit code 2."""
+        self.exit(2, f"error: {_sentence(message)}\n")
+
+
+def adopt(
+    parser: argparse.ArgumentParser, prog: str, description: str, help: Mapping[str, str]
+) -> Parser:
+    """Makes mlx-lm's parser one of this package: its texts, its errors, limits of its values.
+
+    Args:
+        parser: mlx-lm's; changed in place.
+        prog: The command's name.
+        description: What it does.
+        help: New texts of its flags, by their destinations.
+    """
+    parser.__class__ = Parser
+    parser.prog = prog
+    parser.description = description
+    for action in parser._actions:
+        action.help = help.get(action.dest, action.help)
+    limit_values(parser)
+    return parser  # type: ignore[return-value]
+
+
+def limit_values(parser: argparse.ArgumentParser) -> None:
+    """Gives the flags that mlx-lm's parser has already the types of `LIMITS`."""
+    for action in parser._actions:
+        action.type = LIMITS.get(action.dest, action.type)
+
+
+def whole_number(
+    low: int, high: int | None = None, *, or_else: Mapping[int, str] | None = None
+) -> Type:
+    """A type of argument: a whole number within limits.
+
+    Args:
+        low: The least.
+        high: The greatest; None: there is none.
+        or_else: Further numbers, with what each means.
+    """
+    others = or_else or {}
+    wanted = _wanted("a whole number", low, high)
+    wanted += "".join(f", or {value} for {meaning}" for value, meaning in others.items())
+
+    def convert(given: str | int) -> int:
+        try:
+            value = int(given)
+        except (TypeError, ValueError):
+            value = None
+        within = value is not None and low <= value <= (math.inf if high is None else high)
+        if not (within or value in others) or isinstance(given, bool | float):
+            raise argparse.ArgumentTypeError(f"it is {given}: {wanted}")
+        return value
+
+    return convert
+
+
+def number(low: float, high: float | None = None, *, above: bool = False) -> Type:
+    """A type of argument: a finite number within limits.
+
+    Args:
+        low: The least.
+        high: The greatest; None: there is none.
+        above: ``low`` itself is not allowed.
+    """
+    wanted = f"give a number above {low:g}" if above else _wanted("a number", low, high)
+    if above and high is not None:
+        wanted += f", at most {high:g}"
+
+    def convert(given: str | float) -> float:
+        try:
+            value = float(given)
+        except (TypeError, ValueError):
+            value = math.nan
+        within = low < value if above else low <= value
+        if not (within and value <= (math.inf if high is None else high) and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"it is {given}: {wanted}")
+        return value
+
+    return convert
+
+
+def one_of(*choices: Any) -> Type:
+    """A type of argument: one of a few numbers or words."""
+
+    def convert(given: Any) -> Any:
+        for choice in choices:
+            if given == choice or given == str(choice):
+                return choice
+        raise argparse.ArgumentTypeError(f"it is {given}: choose {_either(choices)}")
+
+    return convert
+
+
+def whole_numbers(low: int) -> Type:
+    """A type of argument: whole numbers of ``low`` or more, with commas between."""
+    of_each = whole_number(low)
+
+    def convert(text: str) -> list[int]:
+        try:
+            return [of_each(part) for part in text.split(",")]
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"it is {text}: give whole numbers of {low} or more such as 48,96,256"
+            ) from None
+
+    return convert
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A type of argument: a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f'it is {text}: give a JSON object such as {{"enable_thinking": false}}'
+        )
+    return value
+
+
+def json_object_text(text: str) -> str:
+    """The same, for a program that reads the text itself."""
+    json_object(text)
+    return text
+
+
+def check(name: str, value: Any, type: Type) -> None:
+    """Checks a value that was given in Python.
+
+    Raises:
+        ValueError: If the type of argument refuses it, naming it.
+    """
+    try:
+        type(value)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{name} {str(error).removeprefix('it ')}.") from None
+
+
+def _wanted(kind: str, low: float, high: float | None) -> str:
+    return f"give {kind} of {low:g} or more" if high is None else f"give {low:g} to {high:g}"
+
+
+def _either(choices: tuple[Any, ...]) -> str:
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}"
+
+
+def _sentence(message: str) -> str:
+    """What argparse says, as this package says it."""
+    flags, argument, rest = re.match(r"(?:argument (\S+): )?(it )?(.*)", message, re.S).groups()
+    if flags is not None:
+        name = next((f for f in reversed(flags.split("/")) if f.startswith("--")), flags)
+        choices = re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", rest)
+        if choices:
+            rest = f"is {choices[1]}: choose {choices[2]}".replace("'", "")
+        elif rest.startswith("expected "):
+            rest = f"needs {rest.removeprefix('expected ')}"
+        elif argument is None:
+            name += ":"
+        message = f"{name} {rest}"
+    message = re.sub(r"(--[\w-]+)(/-\w+)+", r"\1", message)
+    for said, instead in (
+        (r"the following arguments are required: ([^,]*)", r"\1 is needed"),
+        (r"the following arguments are required: (.*)", r"\1 are needed"),
+        (r"one of the arguments (.*) is required", r"give one of \1"),
+        (r"unrecognized arguments: (.*)", r"there is no option \1: --help lists them"),
+    ):
+        message = re.sub(f"^{said}$", instead, message)
+    return f"{message.rstrip('.')}."
+
+
+share = number(0, 1)
+# The flags of mlx-lm, by their destinations, so that every command refuses the same values.
+LIMITS: dict[str, Type] = {
+    "temp": number(0),
+    "top_p": share,
+    "min_p": share,
+    "top_k": whole_number(0),
+    "min_tokens_to_keep": whole_number(1),
+    "xtc_probability": share,
+    "xtc_threshold": number(0, 0.5),
+    "seed": whole_number(0),
+    "max_tokens": whole_number(1, or_else={-1: "no limit"}),
+    "max_kv_size": whole_number(1),
+    "prefill_step_size": whole_number(1),
+    "kv_bits": one_of(2, 3, 4, 5, 6, 8),
+    "kv_group_size": one_of(32, 64, 128),
+    "quantized_kv_start": whole_number(0),
+    "num_draft_tokens": whole_number(1),
+    "chat_template_config": json_object_text,
+}
