@@ -18,7 +18,12 @@ from mlx_flashhead.__main__ import COMMANDS
 
 CHECKOUT = Path(__file__).parent.parent
 KERNELS = CHECKOUT / "metal" / "flash_head.metal"
-EXTRAS = {"report": {"rich", "matplotlib"}, "qr": {"segno"}, "tasks": {"lm-eval"}}
+EXTRAS = {
+    "report": {"rich", "matplotlib"},
+    "chat": {"prompt-toolkit"},
+    "qr": {"segno"},
+    "tasks": {"lm-eval"},
+}
 
 
 def run(*arguments, **options):
@@ -161,6 +166,7 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
             "playwright",
             "zxing-cpp",
             "pexpect",
+            "pyte",
             "filelock",
             "gguf",
             "ruff",

@@ -48,8 +48,14 @@ def check_messages(messages: object) -> list[Message]:
     return checked
 
 
-def read_conversation(path: Path) -> list[Message]:
+def read_conversation(
+    path: Path, *, remedy: str = "choose a file written by /save"
+) -> list[Message]:
     """Reads the messages of a file that ``write_conversation`` wrote, or of a like one.
+
+    Args:
+        path: The file.
+        remedy: What to do if it holds no conversation.
 
     Raises:
         ValueError: If it holds no conversation.
@@ -66,22 +72,25 @@ def read_conversation(path: Path) -> list[Message]:
         reason = "it is nested too deeply"
     except ValueError as error:
         reason = str(error)
-    raise ValueError(f"{path} holds no conversation ({reason}): choose a file written by /save.")
+    raise ValueError(f"{path} holds no conversation ({reason}): {remedy}.")
 
 
-def write_conversation(path: Path, messages: list[Message], model: str) -> None:
+def write_conversation(
+    path: Path, messages: list[Message], model: str, *, replace: bool = False
+) -> None:
     """Writes the messages as JSON, completely or not at all.
 
     Args:
-        path: The file. One that is there is replaced only if it holds a conversation.
+        path: The file. One that is there is replaced if it holds a conversation.
         messages: What was said.
         model: The model's name, for the reader.
+        replace: Replace whatever the file holds.
 
     Raises:
         ValueError: If there is a file that holds something else.
         OSError: If it cannot be written.
     """
-    if path.exists():
+    if path.exists() and not replace:
         try:
             read_conversation(path)
         except ValueError:

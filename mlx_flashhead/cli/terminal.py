@@ -1,78 +1,118 @@
-"""Where a chat is typed and shown: a terminal with history and completion, or a pipe without."""
+"""Where a chat is typed and shown: a terminal, or pipes."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-try:
-    import readline
-except ImportError:  # some builds of Python are without
-    readline = None
+from .extras import from_extra
+from .wrapping import WordWrap
 
 PROMPT = "> "
+QUOTES = '"""'
 # An answer must not move the cursor, change colours or ring the bell, nor do so where it is
 # piped to.
 UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
+@dataclass(frozen=True)
+class Typed:
+    """What a user has typed or pasted.
+
+    Attributes:
+        text: Without the quotes around several lines.
+        plain: One line without quotes, which may be a command.
+    """
+
+    text: str
+    plain: bool
+
+
+def is_open(text: str) -> bool:
+    """Whether a text begins with three quotes and does not end with three others."""
+    text = text.strip()
+    return text.startswith(QUOTES) and (len(text) < 6 or not text.endswith(QUOTES))
+
+
 class Terminal:
-    """Reads lines and prints; writes no escape code where there is no terminal.
+    """Reads texts and prints; writes no escape code where there is no terminal.
+
+    Standard output carries the answers alone if it is no terminal: what the program itself has to
+    say goes to standard error then.
 
     Args:
         commands: What the completion offers at the beginning of a line.
         with_files: Those of them that a file's name follows.
+        history: File of what was typed before.
     """
 
-    def __init__(self, commands: Sequence[str], with_files: Sequence[str]):
-        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        self._commands = commands
-        self._with_files = with_files
-        self._dim = self.interactive and os.environ.get("TERM", "dumb") != "dumb"
-        self._matches: list[str] = []
+    def __init__(self, commands: Sequence[str], with_files: Sequence[str], history: Path):
+        shown = sys.stdout.isatty()
+        self.interactive = sys.stdin.isatty() and shown
+        self._own = sys.stdout if shown else sys.stderr
+        self._dim = shown and os.environ.get("TERM", "dumb") != "dumb"
+        self._wrap = WordWrap(_columns) if shown else None
+        self._read_line: Callable[[], str] = input
         if self.interactive:
-            self._prepare_completion()
+            self._read_line = self._editor(commands, with_files, history)
         elif hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")
 
-    def read(self) -> str:
-        """The next line.
+    def read(self) -> Typed:
+        """The next text: a line, a pasted text of any length, or lines between three quotes.
 
         Raises:
             EOFError: At the end of the input.
         """
-        return input(PROMPT if self.interactive else "")
+        text = self._read_line()
+        while is_open(text):
+            try:
+                text += "\n" + self._read_line()
+            except EOFError:
+                text += QUOTES
+        text = text.strip("\n")
+        if text.strip().startswith(QUOTES):
+            return Typed(text.strip().removeprefix(QUOTES).removesuffix(QUOTES).strip(), False)
+        return Typed(text, "\n" not in text)
 
-    def show(self, text: str) -> None:
-        """Prints a piece of an answer at once."""
-        sys.stdout.write(text.translate(UNPRINTABLE))
+    def show(self, piece: str) -> None:
+        """Prints a piece of an answer at once, but for the beginning of a word."""
+        piece = piece.translate(UNPRINTABLE)
+        sys.stdout.write(piece if self._wrap is None else self._wrap.feed(piece))
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Ends the answer and its line."""
+        sys.stdout.write("\n" if self._wrap is None else self._wrap.end() + "\n")
         sys.stdout.flush()
 
     def say(self, text: str) -> None:
         """Prints lines of the program's own, which stand back from the answers."""
-        print(f"\x1b[2m{text}\x1b[0m" if self._dim and text else text)
+        if self._wrap is not None:
+            text = self._wrap.feed(text) + self._wrap.end()
+        print(f"\x1b[2m{text}\x1b[0m" if self._dim and text else text, file=self._own, flush=True)
 
-    def complete(self, text: str, state: int) -> str | None:
-        """The ``state``-th way to complete the word ``text``, as readline asks for it."""
-        if state == 0:
-            self._matches = self._completions(readline.get_line_buffer(), text)
-        return self._matches[state] if state < len(self._matches) else None
+    def _editor(
+        self, commands: Sequence[str], with_files: Sequence[str], history: Path
+    ) -> Callable[[], str]:
+        try:
+            from_extra("prompt_toolkit", "chat", "Pasting several lines, and a history,")
+        except ValueError as error:
+            self.say(str(error))
+            return lambda: input(PROMPT)
+        from .line_editor import line_editor
 
-    def _prepare_completion(self) -> None:
-        if readline is None:
-            return
-        readline.set_completer(self.complete)
-        readline.set_completer_delims(" ")
-        # macOS has libedit under this name, which spells it otherwise
-        by_libedit = "libedit" in (readline.__doc__ or "")
-        readline.parse_and_bind("bind ^I rl_complete" if by_libedit else "tab: complete")
+        return line_editor(commands, with_files, history)
 
-    def _completions(self, line: str, word: str) -> list[str]:
-        command, space, _ = line.partition(" ")
-        if not space:
-            return [f"{name} " for name in self._commands if line and name.startswith(word)]
-        return _files(word) if command in self._with_files else []
+
+def _columns() -> int:
+    """Width of the terminal; a very wide one where it does not say."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
+    except OSError:
+        return sys.maxsize
 
 
 class StopKey:
@@ -90,18 +130,3 @@ class StopKey:
         if self._pressed:
             raise KeyboardInterrupt
         self._pressed = True
-
-
-def _files(word: str) -> list[str]:
-    """Paths that begin with ``word``; those of folders end in a slash."""
-    folder, slash, start = word.rpartition("/")
-    try:
-        found = sorted(Path(folder + slash).expanduser().iterdir())
-    except OSError:
-        return []
-    hidden = start.startswith(".")
-    return [
-        f"{folder}{slash}{path.name}{'/' if path.is_dir() else ''}"
-        for path in found
-        if path.name.startswith(start) and (hidden or not path.name.startswith("."))
-    ]

@@ -1,37 +1,36 @@
 """``chat``: at a pseudo-terminal as a user has it, and over pipes."""
 
+import errno
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import termios
 
 import pexpect
 import pytest
 
 import mlx_flashhead
+from chain_models import write_chain_model
+from chat_screen import CTRL_D, ENVIRONMENT, ESC_ENTER, UP, ChatScreen
+from mlx_flashhead.chatting import talk
 from mlx_flashhead.chatting.conversation import Conversation
-from mlx_flashhead.cli.terminal import Terminal
+from mlx_flashhead.cli.terminal import UNPRINTABLE
 from model_folders import VOCAB_SIZE, write_model
 
-CHECKOUT = Path(__file__).parents[2]
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
-ENVIRONMENT = {
-    "PYTHONPATH": str(CHECKOUT),
-    "HF_HUB_OFFLINE": "1",
-    "TERM": "xterm",
-    "PYTHONIOENCODING": "utf-8",
-}
-PROMPT = r"(?<=\n)> $|\x1b\[\?2004h> $"  # readline announces pasted text
 FIGURES = r"\[(\d+) tokens, [\d.]+ tokens/s, [\d.]+% of the time in the head, prompt (\d+) tokens"
 ANSWER_TOKENS = 12
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
+    """Where the chats take place, which is also their user's own folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
@@ -40,48 +39,27 @@ def start(converted, folder):
     """A function that starts the chat at a pseudo-terminal of its own."""
     running = []
 
-    def start(*arguments, max_tokens=ANSWER_TOKENS):
-        command = ["-m", "mlx_flashhead.chat", "--model", converted, "-m", max_tokens, *arguments]
-        child = pexpect.spawn(
-            sys.executable, [*map(str, command)], env={**os.environ, **ENVIRONMENT},
-            encoding="utf-8", codec_errors="replace", timeout=60, dimensions=(40, 300),
-        )  # fmt: skip
-        child.delaybeforesend = 0
-        running.append(child)
-        child.expect(PROMPT)
-        return child
+    def start(*arguments, model=converted, max_tokens=ANSWER_TOKENS, **options):
+        arguments = ("--model", model, "-m", max_tokens, *arguments)
+        running.append(ChatScreen(*arguments, home=folder, **options))
+        return running[-1]
 
     yield start
-    for child in running:
-        child.close(force=True)
-
-
-def say(child, line):
-    """Types a line; what is shown until the next prompt, without the line and without colours."""
-    child.sendline(line)
-    child.expect(PROMPT)
-    shown = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", child.before).replace("\r", "")
-    return shown.partition("\n")[2].strip("\n")
-
-
-def interrupt(child, presses=10):
-    """Ctrl-C until there is a prompt: input() misses one that comes just before it waits."""
-    for _ in range(presses):
-        child.sendintr()
-        if child.expect([PROMPT, pexpect.TIMEOUT], timeout=6) == 0:
-            return
-    raise AssertionError(f"no prompt after {presses} times Ctrl-C")
-
-
-def leave(child, how="/exit"):
-    child.sendline(how)
-    child.expect(pexpect.EOF)
-    child.wait()
-    assert child.exitstatus == 0
+    for chat in running:
+        chat.child.close(force=True)
 
 
 def printable(text):
     return "".join(c for c in text if c in "\n\t" or c.isprintable()).strip("\n")
+
+
+def words(text):
+    """What can be compared with a screen, which breaks lines and drops spaces at their ends."""
+    return printable(text).split()
+
+
+def messages(file):
+    return json.loads(file.read_text())["messages"]
 
 
 @pytest.fixture
@@ -90,137 +68,164 @@ def expected(converted):
     return Conversation(*mlx_flashhead.load(str(converted)))
 
 
-def test_a_conversation_at_the_terminal(start, expected, folder):
-    child = start()
-    assert "4 of 17 clusters" in child.before and "/help" in child.before
+def test_a_conversation_and_its_end_and_another_start(start, expected, folder):
+    chat = start()
+    assert "4 of 17 clusters" in chat.greeting and "/help" in chat.greeting
     for question in ("Hello there", "And then?"):
-        text, _, figures = say(child, question).rpartition("\n")
-        right = "".join(expected.ask(question, max_tokens=ANSWER_TOKENS))
-        assert printable(text) == printable(right)
-        found = re.search(FIGURES, figures)
-        assert found, figures
+        text, _, said = chat.say(question).partition("\n[")
+        assert words(text) == words("".join(expected.ask(question, max_tokens=ANSWER_TOKENS)))
+        found = re.match(FIGURES, f"[{said}")
+        assert found, said
         assert (int(found[1]), int(found[2])) == (ANSWER_TOKENS, expected.answers[-1].n_prompt)
-    assert "Wrote 4 messages to chat.json" in say(child, "/save chat.json")
-    assert json.loads((folder / "chat.json").read_text())["messages"] == expected.messages
-    right = "".join(expected.ask("Go on", max_tokens=ANSWER_TOKENS))
-    assert printable(right) in printable(say(child, "Go on"))
-    leave(child)
+        assert f"[cut at --max-tokens {ANSWER_TOKENS}:" in said
+    assert "Wrote 4 messages to chat.json" in chat.say("/save chat.json")
+    assert messages(folder / "chat.json") == expected.messages
+    assert chat.leave() == 0
 
-    other = start()
-    assert "4 messages from chat.json" in say(other, "/load chat.json")
-    assert printable(right) in printable(say(other, "Go on"))
-    leave(other, "q")
+    chat = start("--resume")
+    assert chat.greeting.endswith("Continuing the last conversation, 4 messages; last: And then?")
+    for typed in ("/exit", "/save chat.json", "And then?"):  # of the first start
+        chat.type(UP, f"> {typed}")
+    right = "".join(expected.ask("And then?", max_tokens=ANSWER_TOKENS))
+    assert words(chat.say().partition("\n[")[0]) == words(right)
+    assert "0 messages" in chat.say("/reset") + chat.say("/stats")
+    assert "4 messages from chat.json" in chat.say("/load chat.json")
+    assert words(chat.say("And then?").partition("\n[")[0]) == words(right)
+    assert chat.leave("q\r") == 0
+    kept = folder / ".config/mlx_flashhead/chat"
+    assert messages(kept / "last.json") == expected.messages
+    assert kept.stat().st_mode & 0o077 == 0
 
 
-def test_every_command(start):
-    child = start("--system-prompt", "Be brief.")
-    listed = say(child, "/help")
+def test_several_lines_are_one_question(start, folder):
+    chat = start()
+    chat.paste("/first\r\nsecond\n  third")
+    chat.wait(lambda: chat.here == "…   third")
+    chat.say()
+    chat.type("by key" + ESC_ENTER, "…")
+    chat.type("and key", "… and key")
+    chat.say()
+    chat.type('"""/in\r', "…")
+    chat.type("\r", "…")
+    chat.type('quotes"""', '… quotes"""')
+    chat.say()
+    chat.say("/save chat.json")
+    questions = [m["content"] for m in messages(folder / "chat.json") if m["role"] == "user"]
+    assert questions == ["/first\nsecond\n  third", "by key\nand key", "/in\n\nquotes"]
+    chat.leave()
+
+
+def test_every_command(start, folder):
+    chat = start("--system-prompt", "Be brief.")
+    listed = chat.say("/help")
     for command in ["/help", "/reset", "/stats", "/probes", "/dense", "/save", "/load", "/exit"]:
         assert f"  {command} " in listed
-    first = say(child, "Hello")
-    stats = say(child, "/stats")
+    first = chat.say("Hello")
+    stats = chat.say("/stats")
     assert "4 of 17 clusters" in stats and "3 messages" in stats
     assert re.search(r"last answer: \d+ tokens, ", stats)
     assert re.search(r"\n1 answer of \d+ tokens, [\d.]+ tokens/s", stats)
-    assert "1 of 17 clusters" in say(child, "/probes 1")
-    assert "A new conversation" in say(child, "/reset")
-    few = say(child, "Hello")
+    assert "1 of 17 clusters" in chat.say("/probes 1")
+    assert "A new conversation" in chat.say("/reset")
+    few = chat.say("Hello")
     assert few.splitlines()[0] != first.splitlines()[0]
     for wrong in ("0", "18", "-1", "many", "1.5"):
-        said = say(child, f"/probes {wrong}")
+        said = chat.say(f"/probes {wrong}")
         assert f"1 to {N_CLUSTERS}" in said and len(said.splitlines()) == 1
-    assert "1 of 17 clusters" in say(child, "/probes")
-    assert "Now dense" in say(child, "/dense")
-    say(child, "r")
-    dense = say(child, "Hello").splitlines()[0]
-    assert "Now 1 of 17" in say(child, "/dense")
-    say(child, f"/probes {N_CLUSTERS}")
-    say(child, "/reset")
-    assert say(child, "Hello").splitlines()[0] == dense != few.splitlines()[0]
-    assert "no command /foo" in say(child, "/foo bar")
-    assert "needs the name of a file" in say(child, "/save")
-    assert "chat.json" in say(child, "/load absent/chat.json")
-    assert "holds no conversation" in say(child, f"/load {__file__}")
-    assert "tokens/s" in say(child, " /a message that begins with a slash")
-    assert say(child, "") == ""
-    assert "  /help " in say(child, "h")
-    child.sendeof()
-    child.expect(pexpect.EOF)
-    child.wait()
-    assert child.exitstatus == 0
+    assert "1 of 17 clusters" in chat.say("/probes")
+    assert "Now dense" in chat.say("/dense")
+    chat.say("r")
+    dense = chat.say("Hello").splitlines()[0]
+    assert "Now 1 of 17" in chat.say("/dense")
+    chat.say(f"/probes {N_CLUSTERS}")
+    chat.say("/reset")
+    assert chat.say("Hello").splitlines()[0] == dense != few.splitlines()[0]
+    assert "no command /foo" in chat.say("/foo bar")
+    assert "needs the name of a file" in chat.say("/save")
+    assert "chat.json" in chat.say("/load absent/chat.json")
+    (folder / "notes.txt").write_text("no conversation")
+    assert "holds no conversation" in chat.say("/load notes.txt")
+    chat.type(" /a message that begins with a slash", ">  /a message that begins with a slash")
+    assert "tokens/s" in chat.say()
+    assert chat.say("") == ""
+    assert "  /help " in chat.say("h")
+    assert chat.leave(CTRL_D) == 0
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(start, folder, expected):
-    child = start(max_tokens=-1)
-    child.sendline("Hello there")
-    child.expect(r"\n.{20,}")  # some of the answer is there
-    child.sendintr()
-    child.expect(PROMPT)
-    assert re.search(r"\[\d+ tokens, .*stopped\]", child.before)
-    say(child, "/save chat.json")
-    messages = json.loads((folder / "chat.json").read_text())["messages"]
-    assert [message["role"] for message in messages] == ["user", "assistant"]
-    endless = expected.ask("Hello there", max_tokens=len(messages[1]["content"]) * 4 + 99)
-    assert "".join(endless).startswith(messages[1]["content"])
-    # what is answered next agrees with the text: another process, without this cache, says the same
-    expected.replace(messages)
-    right = printable("".join(expected.ask("Go on", max_tokens=200)))
-    child.sendline("Go on")
-    child.expect_exact("Go on")
-    seen = ""
-    while len(printable(seen)) < 60:
-        child.expect(r".+")
-        seen += child.after
-    child.sendintr()
-    child.expect(PROMPT)
-    shown = (seen + child.before).replace("\r", "")
-    seen = printable(re.split(r"\n(?:\x1b\[\d+m)*\[\d+ tokens", shown)[0])  # without the figures
-    assert seen
-    assert right.startswith(seen[:60])
-    leave(child)
+DAYS = [f"{day}-{week} " for week in range(4) for day in ("monday", "tuesday", "friday")]
+
+
+@pytest.fixture
+def days(folder):
+    """A function that writes a model which always lists days."""
+
+    def days(**options):
+        return write_chain_model(folder / "days", [" ", *DAYS], words=tuple(DAYS), **options)
+
+    return days
+
+
+def test_words_stay_whole_on_a_narrow_screen(start, days):
+    chat = start("--dense", model=days(), max_tokens=20, columns=30)
+    lines = chat.say("Which days?").partition("\n[")[0].splitlines()
+    assert [f"{line} " for line in lines] == ["".join(DAYS[i : i + 3]) for i in range(0, 12, 3)]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(start, days, folder):
+    chat = start("--dense", model=days(endless=True), max_tokens=-1, columns=100)
+    for _ in range(2):
+        chat.type("Which days?", "> Which days?")
+        row = chat.screen.cursor.y + 1
+        chat.type("\r")
+        chat.wait(lambda row=row: chat.lines(row)[2])  # some of the answer is there
+        assert re.search(r"\[\d+ tokens,[^]]*\sstopped\]", chat.interrupt())
+    chat.say("/save chat.json")
+    _, first, _, second = (message["content"] for message in messages(folder / "chat.json"))
+    for answer in (first, second):
+        assert answer.startswith("".join(DAYS)) and ("".join(DAYS) * 9999).startswith(answer)
+    assert chat.leave() == 0
 
 
 def test_ctrl_c_at_the_prompt_clears_the_line(start):
-    child = start()
-    child.send("never mind")
-    child.expect_exact("never mind")
-    interrupt(child)
-    assert "/exit or Ctrl-D leaves" in child.before
-    assert "0 messages" in say(child, "/stats")
-    leave(child)
+    chat = start()
+    chat.type("never mind", "> never mind")
+    assert "/exit or Ctrl-D leaves" in chat.interrupt()
+    assert "0 messages" in chat.say("/stats")
+    chat.leave()
 
 
-def test_history_and_completion(start, folder):
+def test_completion(start, folder):
     (folder / "my-talk.json").write_text("[]")
-    child = start()
-    say(child, "Hello there")
-    assert "tokens/s" in say(child, "\x1b[A")  # up: the same question again
-    assert "4 messages" in say(child, "/sta\t")
-    assert "0 messages from my-talk.json" in say(child, "/lo\tmy-\t")
-    leave(child)
+    chat = start()
+    chat.type("/sta\t", "> /stats")
+    assert "0 messages" in chat.say()
+    chat.type("/lo\tmy-\t", "> /load my-talk.json")
+    assert "0 messages from my-talk.json" in chat.say()
+    chat.leave()
 
 
-def test_completions(folder, monkeypatch):
-    (folder / "a folder").mkdir()
-    (folder / "sub" / "deep").mkdir(parents=True)
-    (folder / "sub" / "deeper.json").touch()
-    (folder / ".hidden").touch()
-    terminal = Terminal(["/save", "/stats", "/exit"], ["/save"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_the_terminal_as_it_was(start, number):
+    chat = start()
+    chat.child.kill(number)
+    chat.child.expect(pexpect.EOF)
+    chat.child.wait()
+    assert (chat.child.exitstatus, chat.child.signalstatus) == (128 + number, None)
+    flags = termios.tcgetattr(chat.child.child_fd)[3]
+    assert flags & termios.ECHO and flags & termios.ICANON
 
-    def completions(line):
-        from mlx_flashhead.cli import terminal as module
 
-        monkeypatch.setattr(module.readline, "get_line_buffer", lambda: line)
-        word = line.rpartition(" ")[2]
-        found = [terminal.complete(word, i) for i in range(9)]
-        return found[: found.index(None)]
-
-    assert completions("/s") == ["/save ", "/stats "]
-    assert completions("") == completions("hello") == completions("/exit ") == []
-    assert completions("/save ") == ["a folder/", "sub/"]
-    assert completions("/save sub/de") == ["sub/deep/", "sub/deeper.json"]
-    assert completions("/save .h") == [".hidden"]
-    assert completions("/save absent/x") == []
+def test_without_prompt_toolkit_lines_are_typed_all_the_same(start, folder):
+    lacking = folder / "lacking" / "prompt_toolkit"
+    lacking.mkdir(parents=True)
+    (lacking / "__init__.py").write_text(
+        "raise ModuleNotFoundError('No prompt_toolkit', name='prompt_toolkit')"
+    )
+    path = f"{lacking.parent}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"
+    chat = start(environment={"PYTHONPATH": path})
+    assert "pip install 'mlx_flashhead[chat]'" in chat.greeting
+    assert "tokens/s" in chat.say("Hello")
+    chat.leave()
 
 
 def piped(lines, *arguments):
@@ -231,50 +236,93 @@ def piped(lines, *arguments):
 
 
 def test_over_pipes(converted, folder, expected):
-    lines = b"Hello there\n/probes 99\nAnd then?\n/save chat.json\n"
-    result = piped(lines, "--model", converted, "-m", ANSWER_TOKENS)
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert b"\x1b" not in result.stdout and b"> " not in result.stdout[:2]
-    assert b"1 to 17" in result.stdout and result.stdout.count(b"tokens/s") == 2
-    for question in ("Hello there", "And then?"):
-        "".join(expected.ask(question, max_tokens=ANSWER_TOKENS))
-    assert json.loads((folder / "chat.json").read_text())["messages"] == expected.messages
+    """Standard output has the answers and nothing else."""
+    lines = 'Hello there\n/probes 99\n"""/And\nthen?"""\n/save chat.json\n'
+    result = piped(lines.encode(), "--model", converted, "-m", ANSWER_TOKENS)
+    assert result.returncode == 0
+    answers = [
+        "".join(expected.ask(question, max_tokens=ANSWER_TOKENS)) + "\n"
+        for question in ("Hello there", "/And\nthen?")
+    ]
+    assert result.stdout.decode() == "".join(answers).translate(UNPRINTABLE)
+    assert b"1 to 17" in result.stderr and result.stderr.count(b"tokens/s") == 2
+    assert b"\x1b" not in result.stderr
+    assert messages(folder / "chat.json") == expected.messages
+    assert not (folder / ".config").exists()
 
 
 @pytest.fixture
 def typed(run, monkeypatch):
-    """A function that gives lines to the chat in this process: what it prints."""
+    """A function that gives lines to the chat in this process: the answers, and what it says."""
 
     def typed(lines, *arguments):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         code, output, errors = run("chat", *arguments, "-m", ANSWER_TOKENS)
-        assert (code, errors) == (0, "")
-        return output
+        assert code == 0
+        return output, errors
 
     return typed
 
 
 def test_dense_needs_no_flash_head(typed, dense, converted):
-    output = typed("Hello\n/probes 3\n/dense\n", "--model", dense, "--dense")
-    assert output.count("This model has no FlashHead") == 2
-    answer = output.splitlines()[0]
-    with_head = typed("Hello\n/dense\n/reset\nHello\n", "--model", converted, "--dense")
-    assert with_head.splitlines()[0] == answer
-    assert "Now 4 of 17" in with_head and with_head.count(answer) == 1
+    answer, said = typed("Hello\n/probes 3\n/dense\n", "--model", dense, "--dense")
+    assert said.count("This model has no FlashHead") == 2
+    lines = "Hello\n/dense\n/reset\nHello\n"
+    answers, said = typed(lines, "--model", converted, "--dense")
+    assert answers.startswith(answer) and answers.count(answer) == 1
+    assert "Now 4 of 17" in said
 
 
 def test_sampling_follows_the_seed(typed, converted):
     arguments = ("--model", converted, "--temp", 1, "--seed")
-    texts = [typed("Hello\n", *arguments, seed).splitlines()[0] for seed in (1, 1, 2)]
+    texts = [typed("Hello\n", *arguments, seed)[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_probes_of_the_command_line(typed, converted):
-    assert "1 of 17 clusters" in typed("/stats\n", "--model", converted, "--n-probes", 1)
+    assert "1 of 17 clusters" in typed("/stats\n", "--model", converted, "--n-probes", 1)[1]
 
 
 def test_a_cache_without_a_limit_is_said(typed, converted):
-    assert "no effect" in typed("Hello\n", "--model", converted, "--max-kv-size", 24)
+    assert "no effect" in typed("Hello\n", "--model", converted, "--max-kv-size", 24)[1]
+
+
+def test_a_conversation_goes_on_over_pipes(typed, converted, folder):
+    """Only what was asked to be resumed is kept."""
+    arguments = ("--model", converted)
+    both, _ = typed("Hello\nGo on\n", *arguments)
+    kept = folder / ".config/mlx_flashhead/chat/last.json"
+    assert not kept.exists()
+    kept.parent.mkdir(parents=True)
+    kept.write_text("[]")
+    first, said = typed("Hello\n", *arguments, "--resume")
+    assert "0 messages" in said
+    second, said = typed("Go on\n", *arguments, "--resume")
+    assert first + second == both and "2 messages; last: Hello" in said
+    assert len(messages(kept)) == 4
+
+
+def test_a_conversation_that_cannot_be_kept_goes_on(typed, converted, folder, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "last.json")
+
+    kept = folder / ".config/mlx_flashhead/chat/last.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("[]")
+    monkeypatch.setattr(talk, "keep", full)
+    answers, said = typed("Hello\nGo on\n", "--model", converted, "--resume")
+    assert answers == typed("Hello\nGo on\n", "--model", converted)[0]
+    assert said.count("not kept for --resume: last.json: No space left") == 1
+
+
+def test_resume_refuses(refused, converted, folder):
+    model = ("--model", converted, "--resume")
+    assert "There is no conversation to --resume" in refused("chat", *model)
+    assert "leave --system-prompt out" in refused("chat", *model, "--system-prompt", "x")
+    kept = folder / ".config/mlx_flashhead/chat/last.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{")
+    assert "not JSON" in (said := refused("chat", *model)) and "without --resume" in said
 
 
 @pytest.mark.parametrize(

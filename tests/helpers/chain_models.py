@@ -16,13 +16,16 @@ TOOL_TEMPLATE = (
 ) + CHAT_TEMPLATE
 
 
-def write_chain_model(folder: Path, *chains: list[str], words: tuple[str, ...] = ()) -> Path:
+def write_chain_model(
+    folder: Path, *chains: list[str], words: tuple[str, ...] = (), endless: bool = False
+) -> Path:
     """Writes a llama whose next token depends on the last one alone.
 
     Args:
         folder: Folder to make.
         *chains: Texts of one token each, in the order in which they follow each other; a text
             occurs in one place. The last one is followed by the end.
+        endless: The last one is followed by the second.
         words: Texts that become tokens of the tokenizer, which knows single characters.
 
     Returns:
@@ -47,7 +50,8 @@ def write_chain_model(folder: Path, *chains: list[str], words: tuple[str, ...] =
     rows = mx.random.normal(embeddings.shape, key=mx.random.key(0)) / 128
     for chain in chains:
         ids = [tokenizer.encode(text, add_special_tokens=False)[0] for text in chain]
-        for last, following in zip(ids, [*ids[1:], tokenizer.eos_token_id], strict=True):
+        end = ids[1] if endless else tokenizer.eos_token_id
+        for last, following in zip(ids, [*ids[1:], end], strict=True):
             rows[following] += hidden[last] * CERTAIN / 128
     weights["lm_head.weight"] = rows
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})

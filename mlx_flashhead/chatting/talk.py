@@ -1,0 +1,231 @@
+"""A talk at the terminal: what is typed is a message to answer, or a command to follow."""
+
+import textwrap
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..cli.console import sentence
+from ..cli.terminal import StopKey, Terminal, Typed
+from ..models.install import get_flash_head
+from .conversation import LENGTH, STOPPED, Answer, Conversation
+from .kept import keep
+from .messages import USER, Message, read_conversation, write_conversation
+
+COMMANDS = {
+    "/help": "what can be typed (or h)",
+    "/reset": "begin a new conversation (or r)",
+    "/stats": "settings, and figures of the conversation",
+    "/probes": "N: clusters scored per token",
+    "/dense": "score every token, or no longer",
+    "/save": "FILE: write the conversation as JSON",
+    "/load": "FILE: continue a conversation from there",
+    "/exit": "leave (or q, or Ctrl-D)",
+}
+WITH_FILES = ("/save", "/load")
+ALIASES = {"q": "/exit", "r": "/reset", "h": "/help", "/quit": "/exit"}  # letters as in mlx_lm.chat
+HELP = """\
+Ctrl-C stops an answer. A message that begins with a slash needs a space before it.
+Several lines: paste them, end a line with Esc Enter, or put \"\"\" before and after them.
+Up and down go through what was typed, Tab completes commands and files."""
+NOT_LIMITED = "--max-kv-size has no effect: mlx-lm lets this model choose the size of its cache."
+NO_FLASH_HEAD = "This model has no FlashHead: convert it with mlx_flashhead.convert."
+
+
+class Talk:
+    """Reads what is typed, answers messages and follows commands.
+
+    Args:
+        conversation: With the model.
+        terminal: Where it takes place.
+        args: Of the command line.
+        options: Of each answer.
+    """
+
+    def __init__(self, conversation: Conversation, terminal: Terminal, args, options: dict):
+        self.conversation = conversation
+        self.terminal = terminal
+        self.name = args.model
+        self.max_kv_size = args.max_kv_size
+        self.max_tokens = args.max_tokens
+        self.resumed = args.resume
+        self.keeping = args.resume or terminal.interactive
+        self.head = get_flash_head(conversation.model)
+        self.dense = args.dense
+        self.options = options
+
+    def run(self) -> None:
+        """Until the end of the input or /exit."""
+        if self.terminal.interactive:
+            self.terminal.say(f"{self.name}, {self._settings()}. /help lists the commands.")
+        if self.max_kv_size is not None and not self.conversation.cache.limited:
+            self.terminal.say(NOT_LIMITED)
+        if self.resumed:
+            self.terminal.say(_summary(self.conversation.messages))
+        while True:
+            try:
+                typed = self.terminal.read()
+                if self._is_end(typed):
+                    return
+                self._do(typed)
+            except EOFError:
+                if self.terminal.interactive:
+                    self.terminal.say("")
+                return
+            except KeyboardInterrupt:  # at the prompt, or when an answer has just ended
+                if not self.terminal.interactive:
+                    raise
+                self.terminal.say("\n/exit or Ctrl-D leaves.")
+
+    def _is_end(self, typed: Typed) -> bool:
+        return typed.plain and ALIASES.get(typed.text.strip(), typed.text.strip()) == "/exit"
+
+    def _do(self, typed: Typed) -> None:
+        line = ALIASES.get(typed.text.strip(), typed.text) if typed.plain else typed.text
+        try:
+            if typed.plain and line.startswith("/"):
+                self._follow(line)
+            elif line.strip():
+                self._answer(line.strip())
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            self.terminal.say(sentence(error))
+
+    def _follow(self, line: str) -> None:
+        name, _, argument = line.partition(" ")
+        if name.strip() not in COMMANDS:
+            raise ValueError(f"There is no command {name.strip()}: /help lists those there are.")
+        getattr(self, f"_{name.strip()[1:]}")(argument.strip())
+
+    def _answer(self, text: str) -> None:
+        before = len(self.conversation.answers)
+        try:
+            with StopKey() as stopping:
+                for piece in self.conversation.ask(
+                    text, stopping=stopping, dense=self.dense, **self.options
+                ):
+                    self.terminal.show(piece)
+        except KeyboardInterrupt:
+            pass  # what there is stays
+        finally:
+            self.terminal.end()
+        if len(self.conversation.answers) == before:
+            self.terminal.say("[stopped before the answer, the message is forgotten]")
+            return
+        answer = self.conversation.answers[-1]
+        self.terminal.say(f"[{_figures(answer)}]")
+        if answer.finish == LENGTH:
+            self.terminal.say(
+                f"[cut at --max-tokens {self.max_tokens}: ask to go on, or start with a higher "
+                "limit, or -1 for none]"
+            )
+        self._keep()
+
+    def _keep(self) -> None:
+        """For ``--resume``; said once if it cannot be done."""
+        if not self.keeping:
+            return
+        try:
+            keep(self.conversation.messages, self.name)
+        except OSError as error:
+            self.keeping = False
+            self.terminal.say(f"This conversation is not kept for --resume: {sentence(error)}")
+
+    def _help(self, _: str) -> None:
+        for name, what in COMMANDS.items():
+            self.terminal.say(f"  {name:8} {what}")
+        self.terminal.say(HELP)
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        self.terminal.say("A new conversation.")
+
+    def _stats(self, _: str) -> None:
+        conversation = self.conversation
+        answers = conversation.answers
+        held = f"{len(conversation.cache.token_ids)} tokens in the cache"
+        if conversation.cache.limited:
+            held += f", which keeps the last {self.max_kv_size}"
+        lines = [f"{self.name}, {self._settings()}"]
+        lines.append(f"{_count(len(conversation.messages), 'message')}, {held}")
+        if answers:
+            lines.append(f"last answer: {_figures(answers[-1])}")
+            seconds = sum(answer.seconds for answer in answers)
+            tokens = sum(answer.n_tokens for answer in answers)
+            after_first = tokens - len(answers)
+            speed = f", {after_first / seconds:.1f} tokens/s" if seconds > 0 else ""
+            lines.append(f"{_count(len(answers), 'answer')} of {_count(tokens, 'token')}{speed}")
+        lines.append(f"memory at most {mx.get_peak_memory() / 1e9:.2f} GB")
+        self.terminal.say("\n".join(lines))
+
+    def _probes(self, argument: str) -> None:
+        head = self._flash_head()
+        if argument:
+            try:
+                n_probes = int(argument)
+            except ValueError:
+                raise ValueError(
+                    f"/probes takes a whole number, 1 to {head.n_clusters}, and not {argument!r}."
+                ) from None
+            head.n_probes = n_probes
+        self.terminal.say(f"Now {self._settings()}.")
+
+    def _dense(self, _: str) -> None:
+        self._flash_head()
+        self.dense = not self.dense
+        self.terminal.say(f"Now {self._settings()}.")
+
+    def _save(self, argument: str) -> None:
+        path = _path("/save", argument)
+        write_conversation(path, self.conversation.messages, self.name)
+        self.terminal.say(f"Wrote {_count(len(self.conversation.messages), 'message')} to {path}.")
+
+    def _load(self, argument: str) -> None:
+        path = _path("/load", argument)
+        self.conversation.replace(read_conversation(path))
+        self.terminal.say(f"Read {_count(len(self.conversation.messages), 'message')} from {path}.")
+
+    def _flash_head(self):
+        if self.head is None:
+            raise ValueError(NO_FLASH_HEAD)
+        return self.head
+
+    def _settings(self) -> str:
+        if self.head is None:
+            return "dense, without FlashHead"
+        clusters = f"{self.head.n_probes} of {self.head.n_clusters} clusters"
+        return f"dense ({clusters} otherwise)" if self.dense else f"{clusters} scored per token"
+
+
+def _summary(messages: list[Message]) -> str:
+    """Where a conversation stands."""
+    said = f"Continuing the last conversation, {_count(len(messages), 'message')}"
+    questions = [message["content"] for message in messages if message["role"] == USER]
+    return (
+        f"{said}; last: {textwrap.shorten(questions[-1], 60, placeholder='…')}"
+        if questions
+        else said
+    )
+
+
+def _figures(answer: Answer) -> str:
+    figures = [_count(answer.n_tokens, "token")]
+    if answer.tokens_per_second is not None:
+        figures.append(f"{answer.tokens_per_second:.1f} tokens/s")
+    if answer.head_share is not None:
+        figures.append(f"{answer.head_share:.1%} of the time in the head")
+    figures.append(f"prompt {answer.n_prompt} tokens, {answer.n_cached} from the cache")
+    if answer.finish == STOPPED:
+        figures.append("stopped")
+    return ", ".join(figures)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _path(name: str, argument: str) -> Path:
+    if not argument:
+        raise ValueError(f"{name} needs the name of a file, such as {name} chat.json.")
+    return Path(argument).expanduser()

@@ -1,0 +1,73 @@
+"""The line that a chat is typed on: history that is kept, completion, pasted and several lines."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.completion.word_completer import WordCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.key_binding.key_processor import KeyPressEvent
+from prompt_toolkit.shortcuts import CompleteStyle
+
+from .terminal import PROMPT, is_open
+
+CONTINUATION = "… "
+
+
+def line_editor(
+    commands: Sequence[str], with_files: Sequence[str], history: Path
+) -> Callable[[], str]:
+    """A function that lets a user type a text and returns it.
+
+    Args:
+        commands: What the completion offers at the beginning of a line.
+        with_files: Those of them that a file's name follows.
+        history: File of what was typed before. Where it cannot be written, nothing is kept.
+    """
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline()
+
+    session: PromptSession[str] = PromptSession(
+        history=_KeptHistory(history),
+        completer=_Commands(commands, with_files),
+        complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,
+        key_bindings=keys,
+        # Enter ends the text, but a line of it where its quotes are still open
+        multiline=Condition(lambda: is_open(session.default_buffer.text)),
+        prompt_continuation=CONTINUATION,
+    )
+    return lambda: session.prompt(PROMPT)
+
+
+class _KeptHistory(FileHistory):
+    def __init__(self, path: Path):
+        super().__init__(path)
+        with suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):  # a full disk is no reason to stop
+            super().store_string(string)
+
+
+class _Commands(Completer):
+    def __init__(self, commands: Sequence[str], with_files: Sequence[str]):
+        self._commands = WordCompleter([f"{name} " for name in commands], sentence=True)
+        self._files = PathCompleter(expanduser=True)
+        self._with_files = with_files
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+        command, space, path = document.text_before_cursor.partition(" ")
+        if not space and command:
+            yield from self._commands.get_completions(document, event)
+        elif command in self._with_files:
+            yield from self._files.get_completions(Document(path), event)

@@ -1,0 +1,103 @@
+"""A chat at a pseudo-terminal, as its user sees it."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pexpect
+import pyte
+
+CHECKOUT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    "PYTHONPATH": str(CHECKOUT),
+    "HF_HUB_OFFLINE": "1",
+    "TERM": "xterm",
+    "PYTHONIOENCODING": "utf-8",
+}
+ROWS, TIMEOUT = 200, 60  # nothing scrolls away
+UP, ESC_ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x1b\r", "\x03", "\x04"
+
+
+class ChatScreen:
+    """A running chat, what is typed into it and what stands on its screen.
+
+    Args:
+        arguments: Of the command.
+        home: The user's folder.
+        columns: Width of the terminal.
+        environment: Further variables.
+    """
+
+    def __init__(self, *arguments, home: Path, columns: int = 200, environment=()):
+        self.screen = pyte.Screen(columns, ROWS)
+        self._stream = pyte.Stream(self.screen)
+        self.child = pexpect.spawn(
+            sys.executable,
+            ["-m", "mlx_flashhead.chat", *map(str, arguments)],
+            env={**os.environ, **ENVIRONMENT, "HOME": str(home), **dict(environment)},
+            encoding="utf-8",
+            codec_errors="replace",
+            dimensions=(ROWS, columns),
+        )
+        self.child.delaybeforesend = 0
+        self.screen.write_process_input = self.child.send  # where the cursor is, when asked
+        self.greeting = self._until_prompt(-1)
+
+    def lines(self, first: int = 0) -> list[str]:
+        """What stands on the screen from a row on."""
+        return [self._line(row) for row in range(first, ROWS)]
+
+    @property
+    def here(self) -> str:
+        """The line with the cursor."""
+        return self._line(self.screen.cursor.y)
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Reads until something is so on the screen."""
+        end = time.monotonic() + TIMEOUT
+        while not done():
+            assert time.monotonic() < end, "\n".join(self.lines()).rstrip()
+            with suppress(pexpect.TIMEOUT):
+                self._stream.feed(self.child.read_nonblocking(1 << 16, 1))
+
+    def type(self, keys: str, shown: str | None = None) -> None:
+        """Types; waits until what is to be shown stands where the cursor is."""
+        self.child.send(keys)
+        if shown is not None:
+            self.wait(lambda: self.here == shown)
+
+    def paste(self, text: str) -> None:
+        """As a terminal tells a program that has asked for it."""
+        self.child.send(f"\x1b[200~{text}\x1b[201~")
+
+    def say(self, text: str = "") -> str:
+        """Types a line and Enter; what is shown between it and the next prompt."""
+        if text:
+            self.type(text, f"> {text}")
+        row = self.screen.cursor.y
+        self.type("\r")
+        return self._until_prompt(row)
+
+    def interrupt(self) -> str:
+        """Ctrl-C; what is shown from the line with the cursor to the next prompt."""
+        row = self.screen.cursor.y
+        self.type(CTRL_C)
+        return self._until_prompt(row)
+
+    def leave(self, how: str = "/exit\r") -> int:
+        """The exit code."""
+        self.type(how)
+        self.child.expect(pexpect.EOF, timeout=TIMEOUT)
+        self.child.wait()
+        return self.child.exitstatus
+
+    def _until_prompt(self, row: int) -> str:
+        self.wait(lambda: self.screen.cursor.y > row and self.here == ">")
+        return "\n".join(map(self._line, range(row + 1, self.screen.cursor.y))).strip("\n")
+
+    def _line(self, row: int) -> str:
+        line = self.screen.buffer[row]
+        return "".join(line[column].data for column in range(self.screen.columns)).rstrip()
