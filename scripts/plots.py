@@ -1,4 +1,4 @@
-"""Draws the README's plots into docs/ from the figures in docs/benchmarks/.
+"""Draws the plots of the pages into docs/ from the figures in docs/benchmarks/.
 
 python scripts/plots.py [--figures benchmarks] [--docs docs]
 """

@@ -1,0 +1,68 @@
+"""The pages: links lead somewhere, the first page is short, the map is the tree on disk."""
+
+import re
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent
+FOLDERS = (".", ".github", "docs", "metal", "tests/data")
+PAGES = sorted(
+    page
+    for folder in FOLDERS
+    for page in (CHECKOUT / folder).glob("**/*.md" if folder == ".github" else "*.md")
+)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+MAX_README_LINES = 160
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CHECKOUT)))
+def test_every_relative_link_leads_to_a_file_and_a_heading(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in LINK.findall(text):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page}: {link}"
+        assert not heading or heading in anchors(target), f"{page}: {link}"
+
+
+def test_the_readme_is_short_and_says_early_what_was_not_measured():
+    lines = (CHECKOUT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_README_LINES
+    assert any("No Apple GPU has been measured" in line for line in lines[:10])
+
+
+def mapped_paths(text):
+    """Paths of the map: a line's names lie in the folder above it that is indented less."""
+    paths, above = set(), []
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        names = list(takewhile(lambda word: word.endswith(("/", ".py")), line.split()))
+        above = [(depth, folder) for depth, folder in above if depth < indent]
+        base = above[-1][1] if above else CHECKOUT
+        paths |= {base / name for name in names}
+        above.append((indent, base / names[0]))
+    return paths
+
+
+def test_the_map_of_contributing_is_the_tree_on_disk():
+    section = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("What is where")
+    mapped = mapped_paths(re.search(r"```\n(.*?)\n```", section[2], re.DOTALL)[1])
+    assert [path for path in mapped if not path.exists()] == []
+    package, tests = CHECKOUT / "mlx_flashhead", CHECKOUT / "tests"
+    folders = {path.name: path for path in tests.iterdir() if path.is_dir()}
+    mirrored = {path.name for path in package.iterdir()} | {"scripts"}
+    there = {path.parent for path in package.glob("*/*.py")} | {*package.glob("*.py")}
+    there |= {path for name, path in folders.items() if name not in mirrored}
+    unmapped = [path for path in there - mapped if path.name != "__pycache__"]
+    assert unmapped == [], "name it in CONTRIBUTING.md"
