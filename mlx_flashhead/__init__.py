@@ -11,6 +11,7 @@ from types import ModuleType
 from .conversion.pipeline import convert
 from .head.flash_head import FlashHead
 from .index.settings import FlashHeadConfig
+from .models.exact import exact_processors
 from .models.generation import batch_generate, generate, stream_generate
 from .models.install import get_flash_head, uninstall
 from .models.load import load
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "batch_generate",
     "convert",
+    "exact_processors",
     "generate",
     "get_flash_head",
     "load",

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from weakref import ref
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ from .centroids import Centroids
 from .clustered import ClusteredRows
 from .matrix import Matrix
 from .portable import PortableSteps, for_portable_steps
+from .rescoring import Call, LatestCall
 from .steps import Candidates, Selection, Steps
 
 BACKENDS = ("metal", "mlx")
@@ -110,6 +112,7 @@ class FlashHead:
         self.max_positions = max_positions
         self.n_probes = n_probes
         self._draw_temperature = None
+        self._watchers: tuple[ref[LatestCall], ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -170,7 +173,20 @@ class FlashHead:
 
     def copy(self) -> "FlashHead":
         """A head with settings of its own that shares the arrays, which never change."""
-        return copy.copy(self)
+        copied = copy.copy(self)
+        copied._watchers = ()
+        return copied
+
+    def watch(self, latest: LatestCall) -> None:
+        """From now on ``latest`` holds what this head's latest call was, for as long as it lives.
+
+        Several heads may share one: it then holds the latest call of any of them.
+        """
+        # a new tuple each time: another thread may be going through the old one
+        self._watchers = (*self._watchers, ref(latest, self._forget))
+
+    def _forget(self, gone: ref) -> None:
+        self._watchers = tuple(watcher for watcher in self._watchers if watcher is not gone)
 
     @contextmanager
     def settings(
@@ -226,12 +242,16 @@ class FlashHead:
         candidate. Lazy: nothing is evaluated here.
         """
         if self._is_dense(hidden):
+            self._tell(None)
             return self.dense_logits(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
         scores, selection, candidates = self._retrieve(rows)
-        if self._draw_temperature is not None:
+        drawn = self._draw_temperature is not None
+        if drawn:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
         logits = self._steps.expand(scores, selection, candidates)
+        # of drawn clusters, the others must not be sampled: no second look at these
+        self._tell(None if drawn else Call(self, self._steps, rows, selection.probes, logits))
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
@@ -260,13 +280,7 @@ class FlashHead:
             Ids (R, K) uint32 and values (R, K), K = n_clusters·cluster_size. A padded slot has the
             id V and the value -inf.
         """
-        slots = self.clustered.token_ids.reshape(1, -1)
-        if self.clustered.padded:
-            in_slots = mx.take_along_axis(values, mx.minimum(slots, self.vocab_size - 1), axis=-1)
-            in_slots = mx.where(slots == self.vocab_size, -mx.inf, in_slots)
-        else:
-            in_slots = mx.take_along_axis(values, slots, axis=-1)
-        blocks = in_slots.reshape(-1, self.n_clusters, self.cluster_size)
+        blocks = self._steps.in_clusters(values)
         best = mx.max(blocks, axis=-1).astype(mx.float32)
         chosen = self._steps.select(best, n_clusters).probes
         kept = mx.take_along_axis(blocks, chosen[..., None], axis=1)  # (R, n_clusters, n)
@@ -311,6 +325,12 @@ class FlashHead:
         """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""
         slots = mx.take(self.clustered.slot_of, token_ids)
         return self.clustered.rows_in(slots).dequantized()
+
+    def _tell(self, call: Call | None) -> None:
+        for watcher in self._watchers:
+            latest = watcher()
+            if latest is not None:
+                latest.call = call
 
     def _is_dense(self, hidden: mx.array) -> bool:
         return self.exact or math.prod(hidden.shape[:-1]) > self.max_positions

@@ -74,6 +74,18 @@ class Steps:
         logits = replace(rows, bias=None).matmul(hidden[:, None]).squeeze(1)
         return logits if rows.bias is None else logits + rows.bias
 
+    def in_clusters(self, values: mx.array) -> mx.array:
+        """Values by token (R, V) → by cluster (R, C, n); a padded slot gets -inf."""
+        clustered = self.clustered
+        slots = clustered.token_ids.reshape(1, -1)
+        if clustered.padded:
+            last = clustered.vocab_size - 1
+            in_slots = mx.take_along_axis(values, mx.minimum(slots, last), axis=-1)
+            in_slots = mx.where(slots > last, -mx.inf, in_slots)
+        else:
+            in_slots = mx.take_along_axis(values, slots, axis=-1)
+        return in_slots.reshape(-1, clustered.n_clusters, clustered.cluster_size)
+
     def token_ids(self, probes: mx.array) -> mx.array:
         """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""
         return mx.take(self.clustered.token_ids, probes, axis=0)

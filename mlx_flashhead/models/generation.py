@@ -14,6 +14,7 @@ import mlx.nn as nn
 import mlx_lm
 
 from .compat import BatchResponse, GenerationResponse
+from .exact import exact_processors
 from .install import get_flash_head
 
 
@@ -36,7 +37,8 @@ def stream_generate(
         n_probes: Clusters scored per token in this call.
         dense: Score every token in this call.
         draw_temperature: Draw the probes at this temperature; sample with the same one.
-        **kwargs: mlx_lm's keywords, such as max_tokens, sampler, logits_processors.
+        **kwargs: mlx_lm's keywords, such as max_tokens, sampler, logits_processors. What the
+            processors leave is exact, as in :func:`exact_processors`.
 
     Yields:
         mlx_lm's responses.
@@ -45,6 +47,7 @@ def stream_generate(
         ValueError: If the model has no FlashHead, or a setting is not valid.
     """
     settings = _settings(model, n_probes, dense, draw_temperature)
+    kwargs = _exact(kwargs, model, dense)
     stream = mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
     while True:
         # only while a token is made: streams may take turns, and may be abandoned
@@ -71,7 +74,7 @@ def generate(
     """
     settings = _settings(model, n_probes, dense, draw_temperature)
     with settings():
-        return mlx_lm.generate(model, tokenizer, prompt, **kwargs)
+        return mlx_lm.generate(model, tokenizer, prompt, **_exact(kwargs, model, dense))
 
 
 def batch_generate(
@@ -87,7 +90,7 @@ def batch_generate(
     """Generates for several prompts at once: ``mlx_lm.batch_generate``, likewise extended."""
     settings = _settings(model, n_probes, dense, draw_temperature)
     with settings():
-        return mlx_lm.batch_generate(model, tokenizer, prompts, **kwargs)
+        return mlx_lm.batch_generate(model, tokenizer, prompts, **_exact(kwargs, model, dense))
 
 
 def _settings(
@@ -101,3 +104,14 @@ def _settings(
     if n_probes is None and draw_temperature is None:
         return nullcontext  # a dense model generates as it is
     raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
+
+
+def _exact(kwargs: dict[str, Any], model: nn.Module, dense: bool) -> dict[str, Any]:
+    """The keywords, with logits processors whose outcome is exact."""
+    processors = kwargs.get("logits_processors")
+    if not processors:
+        return kwargs
+    target = None if dense else model
+    return kwargs | {
+        "logits_processors": exact_processors(processors, target, kwargs.get("draft_model"))
+    }

@@ -19,7 +19,7 @@ from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 
 def get_flash_head(model: nn.Module) -> FlashHead | None:
     """The FlashHead installed on ``model``, or None when the model is dense."""
-    module = _installed_module(model)
+    module = installed_module(model)
     return None if module is None else module._flash_head
 
 
@@ -55,7 +55,7 @@ def install(
         ValueError: If one is installed already, or the head is not supported, or an argument is
             not valid. The model is then unchanged.
     """
-    if _installed_module(model) is not None:
+    if installed_module(model) is not None:
         raise ValueError("FlashHead is already installed on this model: uninstall it first.")
     location = location or find_head(model)
     check_plain_product(location)
@@ -88,7 +88,7 @@ def uninstall(model: nn.Module) -> None:
     Raises:
         ValueError: If no FlashHead is installed.
     """
-    module = _installed_module(model)
+    module = installed_module(model)
     if module is None:
         raise ValueError("There is no FlashHead on this model to uninstall.")
     arrays = module._flash_head.clustered.token_rows().arrays()
@@ -124,7 +124,8 @@ def _subclass(module: nn.Module, mixin: type) -> None:
     module.__class__ = type(base.__name__, (mixin, base), {"__module__": base.__module__})
 
 
-def _installed_module(model: nn.Module) -> nn.Module | None:
+def installed_module(model: nn.Module) -> nn.Module | None:
+    """The module of ``model`` that carries a FlashHead, or None when the model is dense."""
     return next((m for m in model.modules() if isinstance(m, _FlashModule)), None)
 
 

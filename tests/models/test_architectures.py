@@ -25,6 +25,7 @@ from emulated_mlx_lm import emulated
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.models.errors import UnsupportedHeadError
+from mlx_flashhead.models.exact import exact_processors
 from mlx_flashhead.models.install import get_flash_head, install
 from mlx_flashhead.models.load import install_index, load
 from mlx_flashhead.models.locate import find_head, recorded_hidden
@@ -153,6 +154,12 @@ def test_flash_head(name, tied, bits):
         assert (ids == EOS).any(axis=-1).all()
         estimated += (mx.abs(actual - expected) > 1e-3).sum().item()
     assert estimated > 0
+
+    # under a mask the tokens are those of the dense model, whatever it does with its head's logits
+    allowed = mx.array(rng.permutation(VOCAB_SIZE)) < 20
+    (processor,) = exact_processors([lambda _, x: mx.where(allowed, x, -mx.inf)], model)
+    found = processor(tokens[0], model(tokens)[:, -1])
+    assert close(found, mx.where(allowed, dense[0][:, -1], -mx.inf))
 
 
 IMPORTED = [form for form in REFUSED if form[0] != "olmo"]  # whose code mlx-lm cannot import here
