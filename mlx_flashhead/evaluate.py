@@ -12,6 +12,7 @@ from .cli.console import check_writable, command
 from .cli.pictures import check_picture, pyplot
 from .cli.tables import check_tables, new_table, show
 from .conversion.calibration import read_text
+from .evaluation.masks import MaskEvaluation, evaluate_masks
 from .evaluation.precision import PrecisionEvaluation, evaluate_precisions
 from .evaluation.task_options import add_task_options, check_task_options, run_tasks
 from .evaluation.text import FLASH_HEAD, Evaluation, evaluate
@@ -35,6 +36,13 @@ MB          read per token
 bytes       read per token, relative to a dense head of 16 bits
 Only the head's rows differ: 8 and 4 bits are MLX's affine form of the
 16-bit rows. All else is the checkpoint's own."""
+
+MASK_LEGEND = """\
+Positions in which the best token is the dense head's:
+estimates  what the head has not scored is estimated
+exact      after the second look of generate and server
+random     so many tokens are allowed, drawn each time
+near       0.5 nats more or less than a token needs"""
 
 
 def make_parser() -> Parser:
@@ -64,6 +72,11 @@ def make_parser() -> Parser:
         "head at full precision.",
     )
     parser.add_argument(
+        "--masks",
+        action="store_true",
+        help="Compare the choices under masks, biases and penalties instead.",
+    )
+    parser.add_argument(
         "--positions", type=whole_number(1), help="Positions to measure (default: all)."
     )
     parser.add_argument(
@@ -86,8 +99,11 @@ def main() -> None:
     check_tables("mlx_flashhead.evaluate")
     if args.json:
         check_writable("--json", args.json)
-    if args.plot and args.precisions:
-        raise ValueError("--plot draws numbers of probes: leave it out with --precisions.")
+    if args.masks and (args.precisions or args.tasks or args.probes):
+        raise ValueError("--masks is by itself: leave --precisions, --tasks and --probes out.")
+    if args.plot and (args.precisions or args.masks):
+        option = "--precisions" if args.precisions else "--masks"
+        raise ValueError(f"--plot draws numbers of probes: leave it out with {option}.")
     if args.plot:
         check_picture("--plot", args.plot)
     if args.tasks:
@@ -96,7 +112,12 @@ def main() -> None:
     text = read_text(args.text)
     model, tokenizer = load(args.model)
     options = {"probe_counts": args.probes, "positions": args.positions}
-    if args.precisions:
+    if args.masks:
+        evaluation = evaluate_masks(
+            model, tokenizer, text, positions=args.positions, seed=args.seed
+        )
+        print_masks(evaluation)
+    elif args.precisions:
         evaluation = evaluate_precisions(model, tokenizer, text, **options)
         print_precisions(evaluation)
     else:
@@ -164,6 +185,21 @@ def print_precisions(evaluation: PrecisionEvaluation) -> None:
             f"{measured.bytes_share:.1%}",
         )
         previous = kind
+    show(table)
+
+
+def print_masks(evaluation: MaskEvaluation) -> None:
+    """Prints the choices as one table, which fits 80 columns."""
+    table = new_table(
+        f"{evaluation.positions} positions, {evaluation.n_probes} probes of "
+        f"{evaluation.n_clusters} clusters",
+        ("change of the logits", "estimates", "exact", "differing"),
+        MASK_LEGEND,
+    )
+    for choice in evaluation.choices:
+        table.add_row(
+            choice.change, f"{choice.estimates:.2%}", f"{choice.exact:.2%}", f"{choice.differing}"
+        )
     show(table)
 
 

@@ -22,6 +22,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     trim_prompt_cache,
 )
+from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, get_system_fingerprint
 from mlx_lm.utils import (
     DEFAULT_ALLOW_PATTERNS,
@@ -52,6 +53,7 @@ __all__ = [
     "generate_step",
     "get_system_fingerprint",
     "load_prompt_cache",
+    "make_logits_processors",
     "make_prompt_cache",
     "mixed_quant_predicate_builder",
     "quantize_model",

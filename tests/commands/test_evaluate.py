@@ -63,6 +63,21 @@ def test_evaluate_precisions_at_other_probes(run, converted, text, tmp_path):
     assert {m["n_probes"] for m in json.loads(file.read_text())["measures"]} == {None, 2, 9}
 
 
+def test_evaluate_masks(run, converted, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, output, _ = run(
+        "evaluate", "--model", converted, "--text", text, "--masks",
+        "--positions", 30, "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert code == 0
+    assert max(len(line) for line in output.splitlines()) <= 80
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["positions"] == 30
+    for choice in figures["choices"]:
+        (line,) = (line for line in output.splitlines() if choice["change"] in line)
+        assert f"{choice['estimates']:.2%}" in line and f"{choice['exact']:.2%}" in line
+
+
 @pytest.mark.parametrize(
     "option, name, said",
     [
@@ -104,6 +119,8 @@ def test_evaluate_leaves_outputs_alone_until_it_has_them(refused, text, tmp_path
         (("--positions", 0), "--positions is 0"),
         (("--seed", -1), "--seed is -1"),
         (("--precisions", "--plot", "out.png"), "leave it out with --precisions"),
+        (("--masks", "--plot", "out.png"), "leave it out with --masks"),
+        (("--masks", "--probes", "9"), "--masks is by itself"),
         (("--precisions", "--probes", "99"), f"1 to {N_CLUSTERS}"),
     ],
 )
