@@ -14,8 +14,18 @@ from typing import Any
 
 from mlx_lm.chat import setup_arg_parser as chat_parser
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, configure_parser, mixed_quant_predicate_builder
-from mlx_lm.generate import BatchGenerator, BatchResponse, GenerationResponse, generate_step
+from mlx_lm.generate import (
+    BatchGenerator,
+    BatchResponse,
+    GenerationResponse,
+    TextStateMachine,
+    generate_step,
+    make_text_state_machine,
+    maybe_quantize_kv_cache,
+    speculative_generate_step,
+)
 from mlx_lm.models.cache import (
+    KVCache,
     LRUPromptCache,
     can_trim_prompt_cache,
     load_prompt_cache,
@@ -23,10 +33,10 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 from mlx_lm.sample_utils import make_logits_processors
-from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, get_system_fingerprint
 from mlx_lm.utils import (
     DEFAULT_ALLOW_PATTERNS,
     dequantize_model,
+    maybe_set_recommended_wired_limit,
     quantize_model,
     save,
     sharded_load,
@@ -36,13 +46,12 @@ from mlx_lm.utils import _download as download
 __all__ = [
     "DEFAULT_ALLOW_PATTERNS",
     "MODEL_CONVERSION_DTYPES",
-    "APIHandler",
     "BatchGenerator",
     "BatchResponse",
     "GenerationResponse",
+    "KVCache",
     "LRUPromptCache",
-    "ModelProvider",
-    "ResponseGenerator",
+    "TextStateMachine",
     "can_trim_prompt_cache",
     "chat_parser",
     "configure_parser",
@@ -51,22 +60,23 @@ __all__ = [
     "evaluate_module",
     "generate_module",
     "generate_step",
-    "get_system_fingerprint",
     "load_prompt_cache",
     "make_logits_processors",
     "make_prompt_cache",
+    "make_text_state_machine",
+    "maybe_quantize_kv_cache",
+    "maybe_set_recommended_wired_limit",
     "mixed_quant_predicate_builder",
     "quantize_model",
     "replaced",
     "save",
-    "server_module",
     "sharded_load",
+    "speculative_generate_step",
     "trim_prompt_cache",
 ]
 
 # The attribute mlx_lm.generate is the function; the module has to be asked for by name.
 generate_module = importlib.import_module("mlx_lm.generate")
-server_module = importlib.import_module("mlx_lm.server")
 
 
 def evaluate_module() -> ModuleType:

@@ -15,8 +15,9 @@ from email.message import Message
 from http import HTTPStatus
 from urllib.parse import parse_qs, urlsplit
 
+from .problems import Problem
+
 COOKIE = "flashhead_token"
-MAX_BODY_BYTES = 8 << 20  # 2 million tokens of text, or some photographs
 # An operating system fetches these without cookies when a page is put on the Home Screen.
 PUBLIC_PATHS = frozenset({"/manifest.webmanifest", "/apple-touch-icon.png"})
 # A browser that opens one of these can't send a header; it shall not be done anywhere else, since
@@ -31,19 +32,6 @@ _TOKEN_IN_TARGET = re.compile(r"(?<=[?&]token=)[^&\s]*")
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why a request is not served.
-
-    Attributes:
-        status: The HTTP status.
-        reason: A sentence for the person who made the request.
-    """
-
-    status: HTTPStatus
-    reason: str
-
-
-@dataclass(frozen=True)
 class Access:
     """The rules of one server.
 
@@ -52,26 +40,29 @@ class Access:
         hosts: Further host names, in lower case, under which the server may be addressed.
         origins: Origins of other sites whose scripts may use the API, such as
             ``https://chat.example``.
+        max_body_bytes: Size of a request's body.
     """
 
     token: str | None = None
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
+    max_body_bytes: int = 4 << 20
 
-    def refusal(self, method: str, target: str, headers: Message) -> Refusal | None:
-        """The first reason not to serve a request, None if there is none.
+    def check(self, method: str, target: str, headers: Message) -> None:
+        """Makes sure that a request may be served.
 
         Args:
             method: Such as ``GET``.
             target: Path and query, as requested.
             headers: Of the request.
+
+        Raises:
+            Problem: If it may not, for the first reason.
         """
-        return (
-            self._refused_host(headers)
-            or self._refused_origin(method, headers)
-            or self._refused_token(method, target, headers)
-            or _refused_body(method, headers)
-        )
+        self._check_host(headers)
+        self._check_origin(headers)
+        self._check_token(method, target, headers)
+        self._check_body(method, headers)
 
     def knows_host(self, host: str) -> bool:
         """Whether a Host header names this server, whatever its port."""
@@ -101,19 +92,18 @@ class Access:
         origin = headers.get("Origin")
         return origin if origin in self.origins else None
 
-    def _refused_host(self, headers: Message) -> Refusal | None:
+    def _check_host(self, headers: Message) -> None:
         hosts = headers.get_all("Host", [])
         if len(hosts) != 1:
-            return Refusal(HTTPStatus.BAD_REQUEST, "A request needs one Host header.")
-        if self.knows_host(hosts[0]):
-            return None
-        return Refusal(
-            HTTPStatus.FORBIDDEN,
-            "This server does not go by that name: use its address, or start it with "
-            "--allowed-hosts and the name.",
-        )
+            raise Problem("A request needs one Host header.")
+        if not self.knows_host(hosts[0]):
+            raise Problem(
+                "This server does not go by that name: use its address, or start it with "
+                "--allowed-hosts and the name.",
+                status=HTTPStatus.FORBIDDEN,
+            )
 
-    def _refused_origin(self, method: str, headers: Message) -> Refusal | None:
+    def _check_origin(self, headers: Message) -> None:
         origin = headers.get("Origin")
         if origin is not None:
             own = f"http://{headers['Host'].strip()}".lower()
@@ -122,25 +112,38 @@ class Access:
             # Opening a link from another site is fine; being asked by its script or image is not.
             by_script = headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
             allowed = not by_script or headers.get("Sec-Fetch-Mode") == "navigate"
-        if allowed:
-            return None
-        return Refusal(
-            HTTPStatus.FORBIDDEN,
-            "Scripts of other sites may not use this server: start it with --allowed-origins and "
-            "the site's origin to allow one.",
-        )
+        if not allowed:
+            raise Problem(
+                "Scripts of other sites may not use this server: start it with --allowed-origins "
+                "and the site's origin to allow one.",
+                status=HTTPStatus.FORBIDDEN,
+            )
 
-    def _refused_token(self, method: str, target: str, headers: Message) -> Refusal | None:
+    def _check_token(self, method: str, target: str, headers: Message) -> None:
         preflight = method == "OPTIONS" and self.cross_origin(headers) is not None
         if preflight or (method == "GET" and path_of(target) in PUBLIC_PATHS):
-            return None
-        if any(self.accepts(token) for token in given_tokens(target, headers)):
-            return None
-        return Refusal(
-            HTTPStatus.UNAUTHORIZED,
-            "This server needs the token that it printed when it was started, as "
-            "'Authorization: Bearer TOKEN'.",
-        )
+            return
+        if not any(self.accepts(token) for token in given_tokens(target, headers)):
+            raise Problem(
+                "This server needs the token that it printed when it was started, as "
+                "'Authorization: Bearer TOKEN'.",
+                status=HTTPStatus.UNAUTHORIZED,
+            )
+
+    def _check_body(self, method: str, headers: Message) -> None:
+        lengths = headers.get_all("Content-Length", [])
+        if "Transfer-Encoding" in headers or (method == "POST" and not lengths):
+            raise Problem(
+                "A request with a body needs Content-Length.", status=HTTPStatus.LENGTH_REQUIRED
+            )
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,15}", length) for length in lengths):
+            raise Problem("Content-Length has to be one whole number.")
+        if lengths and int(lengths[0]) > self.max_body_bytes:
+            raise Problem(
+                f"The request has {int(lengths[0]):,} bytes, and at most "
+                f"{self.max_body_bytes:,} are read: send less.",
+                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            )
 
 
 def new_token() -> str:
@@ -182,18 +185,3 @@ def given_tokens(target: str, headers: Message) -> list[str | None]:
 def without_token(target: str) -> str:
     """A request line or target as it may stand in a log."""
     return _TOKEN_IN_TARGET.sub("…", target)
-
-
-def _refused_body(method: str, headers: Message) -> Refusal | None:
-    lengths = headers.get_all("Content-Length", [])
-    if "Transfer-Encoding" in headers or (method == "POST" and not lengths):
-        return Refusal(HTTPStatus.LENGTH_REQUIRED, "A request with a body needs Content-Length.")
-    if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,15}", length) for length in lengths):
-        return Refusal(HTTPStatus.BAD_REQUEST, "Content-Length has to be one whole number.")
-    if lengths and int(lengths[0]) > MAX_BODY_BYTES:
-        return Refusal(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"The request has {int(lengths[0]):,} bytes, and at most {MAX_BODY_BYTES:,} are read: "
-            "send less.",
-        )
-    return None

@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from ..cli.arguments import whole_number
 from .access import Access
 from .lan import TOKEN_FILE, is_loopback, kept_token, own_names
 
@@ -12,20 +13,19 @@ _ALL_INTERFACES = "0.0.0.0"
 
 
 def add_access_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds them to mlx-lm's, of which two get another default."""
-    parser.set_defaults(host=None, allowed_origins=[])
-    for action in parser._actions:
-        if action.dest == "host":
-            action.help = (
-                "Address to listen on (default: 127.0.0.1, this machine alone). Any other one "
-                "asks clients for the token, as --lan does."
-            )
-        if action.dest == "allowed_origins":
-            action.help = (
-                "Origins of other sites whose scripts may use the API, with commas between, such "
-                "as https://chat.example (default: none)"
-            )
-    group = parser.add_argument_group("local network")
+    """Adds where the server listens, for whom, and what it says of that."""
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--host",
+        help="Address to listen on (default: 127.0.0.1, this machine alone). Any other one asks "
+        "clients for the token, as --lan does.",
+    )
+    group.add_argument(
+        "--port",
+        type=whole_number(0, 65535),
+        default=8080,
+        help="Port to listen on; 0 takes a free one (default: %(default)s)",
+    )
     group.add_argument(
         "--lan",
         action="store_true",
@@ -40,11 +40,25 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
         "addresses, host name and names in .local are known.",
     )
     group.add_argument(
+        "--allowed-origins",
+        type=lambda text: text.split(","),
+        default=[],
+        help="Origins of other sites whose scripts may use the API, with commas between, such as "
+        "https://chat.example (default: none)",
+    )
+    group.add_argument(
         "--token-file",
         type=Path,
         default=TOKEN_FILE,
         help="Keeps the token from one start to the next; made with a random one if it is not "
         "there (default: %(default)s)",
+    )
+    group.add_argument(
+        "--log-level",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        default="INFO",
+        help="INFO logs a line for each request, without what was asked or answered "
+        "(default: %(default)s)",
     )
 
 
@@ -74,6 +88,7 @@ def access_of(args: argparse.Namespace) -> Access:
     named = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
     origins = frozenset(args.allowed_origins)
     if is_loopback(args.host):
-        return Access(hosts=named, origins=origins)
+        return Access(hosts=named, origins=origins, max_body_bytes=args.max_body_bytes)
     token = kept_token(args.token_file)
-    return Access(token, named | own_names() | {args.host.lower()}, origins)
+    hosts = named | own_names() | {args.host.lower()}
+    return Access(token, hosts, origins, args.max_body_bytes)

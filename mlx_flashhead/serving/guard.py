@@ -1,37 +1,36 @@
 """The front door: every request is checked first, then it gets the page or reaches the API."""
 
-import json
-import sys
+import logging
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from email.message import Message
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import SHUT_WR
-from threading import BoundedSemaphore
 from typing import Any
 
-from .access import COOKIE, Access, Refusal, given_tokens, path_of, query_token, without_token
+from .access import COOKIE, Access, given_tokens, path_of, query_token, without_token
+from .connections import TimedHandler
 from .page_files import PageFile, locked_page, page_file
+from .problems import Problem
+from .valid_json import dumps
 
-MAX_CONNECTIONS = 128
-IDLE_SECONDS = 30
 INFO_PATH = "/page/info.json"
+HEALTH_PATH = "/health"
 _COOKIE_SECONDS = 365 * 24 * 3600
-# Of a refused body so much is read and dropped, so that the client gets to read why.
-_DISCARDED_BYTES = 32 << 20
-_BUSY = (
-    b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 2\r\n\r\n"
-    b'{"error": "Too many connections at once: try again in a moment."}'
-)
+
+logger = logging.getLogger(__name__)
 
 
-class GuardedHandler(BaseHTTPRequestHandler, ABC):
-    """Goes before the handler of an API in a class's bases.
+class GuardedHandler(TimedHandler, ABC):
+    """Serves the page and ``/health``; a subclass serves the rest."""
 
-    A subclass gives `access` and `page_info`.
-    """
-
-    timeout = IDLE_SECONDS  # of silence on a connection, in either direction
+    def setup(self) -> None:
+        """Prepares for a request."""
+        super().setup()
+        self._status: HTTPStatus | None = None
+        self._notes: list[str] = []
+        # the base class leaves these out where a request is no HTTP
+        self.path, self.headers = "", Message()
 
     @property
     @abstractmethod
@@ -42,31 +41,116 @@ class GuardedHandler(BaseHTTPRequestHandler, ABC):
     def page_info(self) -> Mapping[str, Any]:
         """What the page shows and takes for its defaults: the model's name and the settings."""
 
+    @abstractmethod
+    def healthy(self) -> bool:
+        """Whether requests are answered."""
+
+    @abstractmethod
+    def get(self, path: str) -> None:
+        """Answers a request without a body.
+
+        Raises:
+            Problem: If it cannot be answered.
+        """
+
+    @abstractmethod
+    def post(self, path: str) -> None:
+        """Answers a request with a body, which has not been read yet.
+
+        Raises:
+            Problem: If it cannot be answered.
+        """
+
+    def handle(self) -> None:
+        """Serves the connection's one request, and logs it."""
+        began = time.monotonic()
+        try:
+            super().handle()
+        except (ConnectionError, TimeoutError):
+            self.note("the client has gone")
+        if self._status is not None or self._notes:
+            self._log(time.monotonic() - began)
+
     def parse_request(self) -> bool:
         """Reads a request's head; False if it has been answered, with a refusal for example."""
         if not super().parse_request():
             return False
-        refusal = self.access.refusal(self.command, self.path, self.headers)
-        if refusal is None:
-            return True
-        self._refuse(refusal)
-        return False
-
-    def log_message(self, format: str, *args) -> None:  # the base class's names
-        super().log_message("%s", without_token(format % args))
+        self.connection.settimeout(self.write_seconds)
+        try:
+            self.access.check(self.command, self.path, self.headers)
+        except Problem as problem:
+            self._refuse(problem)
+            return False
+        return True
 
     def do_GET(self) -> None:
         """Answers with a file of the page, or lets the API answer."""
-        if path_of(self.path) == INFO_PATH:
-            content = json.dumps(self.page_info()).encode()
-            headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-            self._send(HTTPStatus.OK, PageFile(content, headers))
-            return
-        file = page_file(self.path, self._shown_token())
-        if file is None:
-            super().do_GET()
-        else:
+        path = path_of(self.path)
+        if path == HEALTH_PATH:
+            healthy = self.healthy()
+            status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
+            self.send_json({"status": "ok" if healthy else "unavailable"}, status)
+        elif path == INFO_PATH:
+            self.send_json(self.page_info())
+        elif (file := page_file(self.path, self._shown_token())) is not None:
             self._send(HTTPStatus.OK, file)
+        else:
+            self._answer(self.get)
+
+    def do_POST(self) -> None:
+        """Lets the API answer."""
+        self._answer(self.post)
+
+    def do_OPTIONS(self) -> None:
+        """Tells a browser which requests another site's script may make."""
+        self._send(HTTPStatus.NO_CONTENT, PageFile(b"", {}))
+
+    def note(self, text: str) -> None:
+        """Adds to the request's line in the log."""
+        self._notes.append(text)
+
+    def send_json(self, value: Any, status: HTTPStatus = HTTPStatus.OK, **headers: str) -> None:
+        """Answers with JSON."""
+        headers = {name.replace("_", "-"): text for name, text in headers.items()}
+        headers |= {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        self._send(status, PageFile(dumps(value).encode(), headers))
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """As the base class's; the log is told of the status at the end."""
+        self._status = HTTPStatus(code)
+        super().send_response(code, message)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Takes the place of the base class's page in HTML, for requests that are no HTTP."""
+        self.close_connection = True
+        self.request_version = "HTTP/1.0"  # the answer gets a head whatever the request was
+        reason = message or HTTPStatus(code).phrase
+        self.send_json(Problem(f"{reason}.", status=code).as_json(), HTTPStatus(code))
+
+    def end_headers(self) -> None:
+        """As the base class's, with what lets another site's script read the answer."""
+        origin = self.access.cross_origin(self.headers)
+        if origin is not None:
+            self.send_header("Access-Control-Allow-Origin", origin)
+            self.send_header("Access-Control-Allow-Methods", "GET, POST")
+            self.send_header("Access-Control-Allow-Headers", "Authorization, Content-Type")
+            self.send_header("Vary", "Origin")
+        super().end_headers()
+
+    def log_message(self, format: str, *args) -> None:  # the base class's names
+        """Nothing: a request is logged once, at its end."""
+
+    def _answer(self, answer: Callable[[str], None]) -> None:
+        try:
+            answer(path_of(self.path))
+        except Problem as problem:
+            self._refuse(problem)
+        except (ConnectionError, TimeoutError):
+            self.note("the client has gone")
+        except Exception:
+            logger.exception("A request could not be answered")
+            if self._status is None:
+                self._refuse(Problem("The server has failed: its log says why.", status=500))
 
     def _shown_token(self) -> str | None:
         """The server's token if this request carries it; a public file is asked for without."""
@@ -86,67 +170,25 @@ class GuardedHandler(BaseHTTPRequestHandler, ABC):
             )
         self.send_header("Content-Length", str(len(file.content)))
         self.end_headers()
-        self.wfile.write(file.content)
+        if self.command != "HEAD":
+            self.wfile.write(file.content)
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, problem: Problem) -> None:
         self.close_connection = True
-        unknown = refusal.status == HTTPStatus.UNAUTHORIZED
+        unknown = problem.status == HTTPStatus.UNAUTHORIZED
         if unknown and self.command == "GET" and path_of(self.path) == "/":
-            self._send(refusal.status, locked_page(wrong=query_token(self.path) is not None))
+            self._send(problem.status, locked_page(wrong=query_token(self.path) is not None))
             return
-        headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        headers = {}
         if unknown:
-            headers["WWW-Authenticate"] = "Bearer"
-        self._send(
-            refusal.status, PageFile(json.dumps({"error": refusal.reason}).encode(), headers)
-        )
-        self._discard_body()
+            headers["WWW_Authenticate"] = "Bearer"
+        if problem.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+            headers["Retry_After"] = "2"
+        self.send_json(problem.as_json(), problem.status, **headers)
+        self.discard_body()
 
-    def _discard_body(self) -> None:
-        """Closing on a client that still writes would throw away the answer it has not read."""
-        self.wfile.flush()
-        self.connection.shutdown(SHUT_WR)
-        left = _DISCARDED_BYTES
-        if self.headers.get("Content-Length", "0") == "0":
-            return
-        self.connection.settimeout(2)
-        try:
-            while left > 0 and (chunk := self.rfile.read1(1 << 16)):
-                left -= len(chunk)
-        except (ConnectionError, TimeoutError):
-            return
-
-
-class BoundedServer(ThreadingHTTPServer):
-    """A thread for each connection, and no more than `MAX_CONNECTIONS` of them."""
-
-    daemon_threads = True
-    request_queue_size = MAX_CONNECTIONS  # several clients may come at once
-
-    def __init__(self, *args, **kwargs):
-        self._free = BoundedSemaphore(MAX_CONNECTIONS)
-        super().__init__(*args, **kwargs)
-
-    def process_request(self, request, client_address) -> None:
-        """Starts the connection's thread, or turns it away."""
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-            return
-        try:
-            request.sendall(_BUSY)
-        except OSError:
-            pass
-        finally:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request, client_address) -> None:
-        """Serves one connection."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request, client_address) -> None:
-        """A client that has gone, as after *stop*, is no error."""
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
-            super().handle_error(request, client_address)
+    def _log(self, seconds: float) -> None:
+        line = without_token(self.requestline.encode("unicode_escape").decode())[:200]
+        status = "-" if self._status is None else int(self._status)
+        notes = ", ".join([f"{seconds:.2f} s", *self._notes])
+        logger.info("%s %s %s %s", self.client_address[0], line, status, notes)

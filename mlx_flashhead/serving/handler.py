@@ -1,126 +1,252 @@
-"""Answers HTTP requests: mlx-lm's API, with JSON in every answer."""
+"""Answers requests of OpenAI's API."""
 
-import logging
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from queue import Empty, SimpleQueue
+from threading import BoundedSemaphore
+from typing import Any
+from urllib.parse import unquote
 
-from ..models.compat import APIHandler
-from .provider import RequestError
-from .requests import POST_PATHS, check_body
-from .valid_json import dumps
+from .access import Access
+from .answers import Choice, Envelope
+from .engine import Engine
+from .guard import GuardedHandler
+from .job import Failure, Job, Progress, Token
+from .problems import Problem
+from .prompts import Prompt, read_prompts
+from .requests import Request, read_request
+from .sampling import sampler_for
+from .served import Catalogue
+from .valid_json import dumps, loads
 
-# A bias beyond this is as good as infinite, and would be infinite in float16.
-MAX_BIAS = 1e4
+MODELS_PATH = "/v1/models"
+CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
+TEXT_PATHS = ("/v1/completions",)
+# So often somebody looks whether a client that waits is still there.
+_LOOK_SECONDS = 0.25
+_PREPARED_AT_ONCE = 4
 
 
-class FlashHeadHandler(APIHandler):
-    """One request; further pages are added by a subclass that extends ``do_GET``."""
+@dataclass(frozen=True)
+class Service:
+    """What all requests have in common.
 
-    _headers_sent = False
-    _request = None
-    stream = False
+    Attributes:
+        engine: Computes the answers.
+        catalogue: The models.
+        access: Who may ask.
+        flags: The server's.
+        started: When it was started, in seconds since 1970.
+        preparing: Held while a body becomes tokens, which for a while may take many times its size.
+    """
 
-    def do_GET(self) -> None:
-        """Answers ``/v1/models`` and ``/health``."""
-        with self.problems_told():
-            if self.path == "/health" or self.path.startswith("/v1/models"):
-                super().do_GET()
-            else:
-                self.send_problem(404, f"There is nothing at {self.path}.")
+    engine: Engine
+    catalogue: Catalogue
+    access: Access
+    flags: Namespace
+    started: int
+    preparing: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(_PREPARED_AT_ONCE))
 
-    def do_POST(self) -> None:
-        """Answers chat and text completions."""
-        with self.problems_told():
-            if self.headers.get("Content-Length", "").strip().startswith("-"):
-                self.send_problem(400, "Content-Length must not be negative.")
-            elif self.path in POST_PATHS:
-                super().do_POST()
-            else:
-                places = ", ".join(POST_PATHS)
-                self.send_problem(404, f"There is nothing at {self.path}: post to {places}.")
 
-    def validate_model_parameters(self) -> None:
-        """Checks the request.
+class ApiHandler(GuardedHandler):
+    """One request.
 
-        Raises:
-            ValueError: In one sentence, if it cannot be served.
-        """
-        self.head_settings = check_body(self.body, POST_PATHS[self.path])
-        super().validate_model_parameters()
-        self.logprobs = self.logprobs or self.top_logprobs > 0
-        if self.seed is not None:
-            self.seed %= 2**64  # OpenAI's seeds may be negative
-        if self.stream_options is not None:
-            self.stream_options.setdefault("include_usage", False)
-        if self.logit_bias is not None:
-            bias = self.logit_bias.items()
-            self.logit_bias = {i: max(-MAX_BIAS, min(MAX_BIAS, value)) for i, value in bias}
+    Args:
+        service: What it has in common with others; the rest is the base class's.
+    """
 
-    def handle_completion(self, request, stop_words) -> None:
-        """As mlx-lm's, with what the request asks of the FlashHead."""
-        request.head_settings, request.problem = self.head_settings, None
-        self._request = request
-        super().handle_completion(request, stop_words)
+    def __init__(self, service: Service, *args):
+        self._service = service
+        super().__init__(*args)
 
-    def generate_response(self, *args, **kwargs) -> dict:
-        """As mlx-lm's, with complete logprobs."""
-        response = super().generate_response(*args, **kwargs)
-        for choice in response["choices"]:
-            if "logprobs" in choice:
-                content = self._logprobs(kwargs["tokens"], kwargs["token_logprobs"], choice)
-                choice["logprobs"]["content"] = content
-        return response
+    @property
+    def access(self) -> Access:
+        return self._service.access
 
-    def _logprobs(self, tokens, token_logprobs, choice) -> list[dict]:
-        """Each token that was chosen, and the likeliest ones at its place, in order."""
-        names = self._request.tokenizer.convert_ids_to_tokens(tokens)
-        found = zip(tokens, names, token_logprobs, choice["logprobs"]["content"], strict=True)
-        return [
-            {
-                "id": token,
-                "token": name,
-                "logprob": logprob,
-                "bytes": None,
-                "top_logprobs": sorted(
-                    ({**top, "bytes": None} for top in entry.get("top_logprobs", ())),
-                    key=lambda top: -top["logprob"],
-                ),
-            }
-            for token, name, logprob, entry in found
-        ]
+    def healthy(self) -> bool:
+        return self._service.engine.healthy
 
-    def _set_completion_headers(self, status_code=200):
-        # mlx-lm answers 404 to whatever fails before the first token, not to unknown models alone
-        if status_code == 404 and self._request and isinstance(self._request.problem, RequestError):
-            status_code = 400
-        super()._set_completion_headers(status_code)
+    def page_info(self) -> Mapping[str, Any]:
+        flags, served = self._service.flags, self._service.catalogue.default
+        info = {
+            "model": served.name,
+            "temperature": flags.temp,
+            "top_p": flags.top_p,
+            "max_tokens": flags.max_tokens,
+        }
+        if served.head is not None:
+            info |= {"dense": flags.dense, "n_probes": served.head.n_probes}
+            info |= {"n_clusters": served.head.n_clusters}
+        return info
 
-    def end_headers(self) -> None:
-        super().end_headers()
-        self._headers_sent = True
+    def get(self, path: str) -> None:
+        catalogue = self._service.catalogue
+        if path == MODELS_PATH:
+            self.send_json({"object": "list", "data": [*map(self._model, catalogue.names)]})
+        elif path.startswith(f"{MODELS_PATH}/"):
+            name = unquote(path.removeprefix(f"{MODELS_PATH}/"))
+            catalogue.find(name)
+            self.send_json(self._model(name))
+        else:
+            raise Problem(f"There is nothing at {path[:200]}.", status=HTTPStatus.NOT_FOUND)
 
-    def log_message(self, format, *args) -> None:  # the base class's name
-        logging.info("%s %s", self.address_string(), format % args)
+    def post(self, path: str) -> None:
+        if path not in CHAT_PATHS + TEXT_PATHS:
+            places = ", ".join(TEXT_PATHS + CHAT_PATHS)
+            raise Problem(
+                f"There is nothing at {path[:200]}: post to {places}.", status=HTTPStatus.NOT_FOUND
+            )
+        with self.server.answering(self.connection, self.client_address[0]):
+            body = self.read_body(int(self.headers["Content-Length"]))
+            with self._service.preparing:
+                request = read_request(
+                    _parsed(body),
+                    chat=path in CHAT_PATHS,
+                    catalogue=self._service.catalogue,
+                    defaults=self._service.flags,
+                )
+                answer = _Answer(request, read_prompts(request), self)
+            del body
+            with answer.under_way(self._service.engine):
+                answer.stream() if request.stream else answer.send()
 
-    def send_problem(self, status: int, message: str) -> None:
-        """Answers with an error; in a stream that has begun, as its last event."""
-        problem = dumps({"error": message})
-        if self._headers_sent:
-            if self.stream:
-                self.wfile.write(f"data: {problem}\n\n".encode())
-            return
-        self._headers_buffer = []  # those of an answer that was begun
-        self._set_completion_headers(status)
-        self.end_headers()
-        self.wfile.write(problem.encode())
+    def _model(self, name: str) -> dict[str, Any]:
+        started = self._service.started
+        return {"id": name, "object": "model", "created": started, "owned_by": "mlx_flashhead"}
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    try:
+        value = loads(body)
+    except ValueError as error:
+        raise Problem(f"The body is no JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise Problem("The body must be a JSON object.")
+    return value
+
+
+class _Answer:
+    """The answer to one request, from its jobs to what is sent."""
+
+    def __init__(self, request: Request, prompts: list[Prompt], handler: ApiHandler):
+        self._request, self._handler = request, handler
+        self._events: SimpleQueue = SimpleQueue()
+        prompts = [prompt for prompt in prompts for _ in range(request.n)]
+        self._jobs = [self._job(index, prompt) for index, prompt in enumerate(prompts)]
+        self._choices = [Choice(request, index) for index in range(len(prompts))]
+        self._envelope = Envelope(request)
+
+    def _job(self, index: int, prompt: Prompt) -> Job:
+        request = self._request
+        # OpenAI's seeds may be negative
+        seed = None if request.seed is None else request.seed % 2**64 + index
+        return Job(
+            served=request.served,
+            prompt=prompt,
+            max_tokens=min(request.max_tokens, request.served.context - len(prompt.tokens)),
+            sampler=sampler_for(request.served, request.sampling, seed),
+            processors=request.penalties.processors(),
+            stop=request.stop,
+            n_probes=request.n_probes,
+            num_draft_tokens=request.num_draft_tokens,
+            logprobs=request.logprobs,
+            index=index,
+            events=self._events,
+        )
 
     @contextmanager
-    def problems_told(self):
-        """Tells the client what went wrong, unless the client has gone."""
+    def under_way(self, engine: Engine) -> Iterator[None]:
+        """A block within which the jobs are worked on; afterwards nothing is computed for them."""
+        engine.submit(self._jobs)
         try:
             yield
-        except ConnectionError:
-            logging.info("%s has closed the connection", self.address_string())
-        except Exception as error:
-            logging.info("%s could not be answered", self.path, exc_info=True)
-            status = 400 if isinstance(error, ValueError | TypeError | RecursionError) else 500
-            self.send_problem(status, str(error) or type(error).__name__)
+        finally:
+            for job in self._jobs:
+                job.cancelled = True
+            self._note()
+
+    def send(self) -> None:
+        """Sends the whole answer when it is complete."""
+        for index, event in self._all_events():
+            if isinstance(event, Token):
+                self._choices[index].add(event.piece, event.logprobs, event.finish_reason)
+        choices = [choice.whole() for choice in self._choices]
+        self._handler.send_json(self._envelope.whole(choices, self._usage()))
+
+    def stream(self) -> None:
+        """Sends what there is of the answer, as server-sent events."""
+        handler = self._handler
+        handler.send_response(HTTPStatus.OK)
+        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        handler.send_header("Cache-Control", "no-store")
+        handler.end_headers()
+        try:
+            for index, event in self._all_events():
+                if isinstance(event, Progress):
+                    # a comment, which clients pass over and the page shows
+                    self._write(f": prompt {event.done}/{event.total}")
+                    continue
+                choice = self._choices[index]
+                chunk = choice.add(event.piece, event.logprobs, event.finish_reason)
+                if chunk is not None:
+                    self._write_data(self._envelope.chunk([chunk]))
+        except Problem as problem:
+            self._write_data(problem.as_json())
+            return
+        if self._request.include_usage:
+            self._write_data(self._envelope.chunk([], self._usage()))
+        self._write("data: [DONE]")
+
+    def _all_events(self) -> Iterator[tuple[int, Progress | Token]]:
+        """The events of all jobs until all are complete.
+
+        Raises:
+            Problem: If one has failed.
+            ConnectionError: If the client has gone.
+        """
+        while any(choice.finish_reason is None for choice in self._choices):
+            try:
+                index, event = self._events.get(timeout=_LOOK_SECONDS)
+            except Empty:
+                event = None
+            if self._handler.client_has_gone():
+                raise ConnectionAbortedError
+            if isinstance(event, Failure):
+                raise Problem("The answer has failed: the server's log says why.", status=500)
+            if event is not None:
+                yield index, event
+
+    def _usage(self) -> dict[str, Any]:
+        once = self._jobs[:: self._request.n]  # a prompt counts once, however many its answers
+        prompt_tokens = sum(len(job.prompt.tokens) for job in once)
+        completion_tokens = sum(job.n_tokens for job in self._jobs)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
+        }
+
+    def _note(self) -> None:
+        usage = self._usage()
+        n_tokens = usage["completion_tokens"]
+        self._handler.note(f"{usage['prompt_tokens']:,} + {n_tokens:,} tokens")
+        times = [moment for job in self._jobs for moment in job.times]
+        if len(set(times)) > 1:
+            seconds = max(times) - min(times)
+            self._handler.note(f"{(n_tokens - len(self._jobs)) / seconds:.1f} tokens/s")
+
+    def _write_data(self, value: Any) -> None:
+        self._write(f"data: {dumps(value)}")
+
+    def _write(self, line: str) -> None:
+        self._handler.wfile.write(f"{line}\n\n".encode())
+
+
+def handler_for(service: Service) -> partial:
+    """What a server calls for each connection."""
+    return partial(ApiHandler, service)

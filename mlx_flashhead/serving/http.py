@@ -1,55 +1,82 @@
-"""The HTTP server: mlx-lm's generator of responses behind a port."""
+"""The HTTP server: a port, and the generating thread behind it."""
 
 import errno
+import logging
 import os
 import socket
-from collections.abc import Callable
-from functools import partial
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Thread
 
-from ..models.compat import get_system_fingerprint, replaced, server_module
-from .cache import PromptCaches
-from .generator import FlashHeadGenerator
-from .guard import BoundedServer
-from .handler import FlashHeadHandler
-from .provider import FlashHeadProvider
-from .valid_json import STRICT_JSON
+from .access import Access
+from .connections import LimitedServer
+from .engine import Engine
+from .handler import ApiHandler, Service, handler_for
+from .served import Catalogue, load_catalogue
+
+# What is computed for a token or a chunk of a prompt ends within this time, or is left behind.
+END_SECONDS = 3.0
 
 
 def serve(
-    host: str,
-    port: int,
-    provider: FlashHeadProvider,
-    *,
-    handler_class: type[FlashHeadHandler] = FlashHeadHandler,
-    announce: Callable[[str], None],
+    flags: Namespace,
+    access: Callable[[], Access],
+    announce: Callable[[str, Catalogue, Access], None],
+    wait: Callable[[], None],
 ) -> None:
-    """Serves until it is interrupted.
+    """Serves until ``wait`` returns or raises.
 
     Args:
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        provider: Of the models.
-        handler_class: Answers the requests.
-        announce: Called with the server's URL once the default model is loaded.
+        flags: The server's.
+        access: Makes the rules, once the models are loaded.
+        announce: Called with the server's address when it answers.
+        wait: Waits for the end, in this thread.
 
     Raises:
-        ValueError: If the port cannot be had, or the default model cannot be loaded.
+        ValueError: If the port cannot be had, or a model cannot be loaded.
     """
-    with _listen(host, port) as server, replaced(server_module, json=STRICT_JSON):
-        prompt_cache = PromptCaches(provider.cli_args.prompt_cache_size)
-        generator = FlashHeadGenerator(provider, prompt_cache)
+    with _listen(flags.host, flags.port) as server:
+        engine = Engine(lambda: load_catalogue(flags), flags)
         try:
-            provider.ready.result()
-            server.RequestHandlerClass = partial(
-                handler_class, generator, system_fingerprint=get_system_fingerprint()
-            )
-            announce(_url(host, server.server_port))
-            server.serve_forever()
+            catalogue = engine.catalogue.result()
+            rules = access()
+            service = Service(engine, catalogue, rules, flags, int(time.time()))
+            server.RequestHandlerClass = handler_for(service)
+            Thread(
+                target=server.serve_forever, args=(0.1,), name="connections", daemon=True
+            ).start()
+            announce(_url(flags.host, server.server_port), catalogue, rules)
+            try:
+                wait()
+            finally:
+                server.shutdown()
         finally:
-            generator.stop_and_join()
+            engine.close(END_SECONDS)
 
 
-def _listen(host: str, port: int) -> BoundedServer:
+@contextmanager
+def requests_logged(level: str) -> Iterator[None]:
+    """A block in which the project's log goes to standard error: requests, and what goes wrong.
+
+    Args:
+        level: Such as "INFO".
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    package = logging.getLogger(__name__.partition(".")[0])
+    package.addHandler(handler)
+    package.setLevel(level)
+    # it says of a prompt that is refused how long it is
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+
+
+def _listen(host: str, port: int) -> LimitedServer:
     """A server that listens, and answers once it has a handler.
 
     Raises:
@@ -59,8 +86,8 @@ def _listen(host: str, port: int) -> BoundedServer:
         (family, *_, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        server_class = type("_Server", (BoundedServer,), {"address_family": family})
-        return server_class(address, FlashHeadHandler)
+        server_class = type("_Server", (LimitedServer,), {"address_family": family})
+        return server_class(address, ApiHandler)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             reason = "it is in use: choose another --port, or 0 for any free one"

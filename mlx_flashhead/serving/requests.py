@@ -1,97 +1,268 @@
-"""What a request may hold: checked before it joins others in a batch."""
+"""What a request asks for, checked: every field is served as OpenAI's API has it, or refused."""
 
-import math
-from collections.abc import Iterator
+from argparse import Namespace
+from dataclasses import dataclass
 from typing import Any
 
-from .provider import HeadSettings
+from .fields import Fields
+from .messages import read_messages, read_template_settings
+from .problems import Problem
+from .sampling import Penalties, Sampling
+from .served import Catalogue, ServedModel
 
-CHAT = "chat"
-TEXT = "text"
-POST_PATHS = {
-    "/v1/completions": TEXT,
-    "/v1/chat/completions": CHAT,
-    "/chat/completions": CHAT,
-}
-MAX_INT = 2**31 - 1
+# How many texts one request may ask for: n times the number of its prompts.
+MAX_CHOICES = 16
+MAX_LOGPROBS = 20
+_MAX_STOPS = 16
+# A bias beyond this is as good as infinite, and would be infinite in float16.
+_MAX_BIAS = 1e4
+# Fields by which a client labels its requests; they ask for nothing.
+_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
 
-def check_body(body: dict[str, Any], kind: str) -> HeadSettings:
-    """Checks what mlx-lm's server does not.
+@dataclass(frozen=True)
+class Request:
+    """A checked request.
+
+    Attributes:
+        served: The model that answers.
+        chat: Whether it is a chat; else it continues texts.
+        stream: Whether the answer is sent as it is made.
+        include_usage: Whether a stream ends with the numbers of tokens.
+        n: Answers to each prompt.
+        max_tokens: Tokens of an answer at most; the context may leave room for fewer.
+        sampling: How tokens are drawn.
+        penalties: What is added to logits before that.
+        seed: Of the draws; None leaves them to chance.
+        stop: Texts at which an answer ends, without them.
+        n_probes: Clusters scored per token; None for a dense model.
+        num_draft_tokens: Tokens drafted at once, where there is a draft model.
+        logprobs: How many of the likeliest tokens are told with each token's logprob; None tells
+            no logprobs.
+        messages: Of a chat.
+        tools: That a chat may call.
+        template_settings: For the chat template.
+        prompts: Texts or token ids to be continued.
+    """
+
+    served: ServedModel
+    chat: bool
+    stream: bool
+    include_usage: bool
+    n: int
+    max_tokens: int
+    sampling: Sampling
+    penalties: Penalties
+    seed: int | None
+    stop: tuple[str, ...]
+    n_probes: int | None
+    num_draft_tokens: int
+    logprobs: int | None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    template_settings: dict[str, Any]
+    prompts: list[str | list[int]]
+
+
+def read_request(
+    body: dict[str, Any], *, chat: bool, catalogue: Catalogue, defaults: Namespace
+) -> Request:
+    """Checks a request.
 
     Args:
-        body: The request.
-        kind: ``CHAT`` or ``TEXT``.
-
-    Returns:
-        What the request asks of the FlashHead.
+        body: Its JSON.
+        chat: Whether it was sent to the chat's address.
+        catalogue: The models that are served.
+        defaults: The server's flags.
 
     Raises:
-        ValueError: In one sentence, if it cannot be served.
+        Problem: If it cannot be served, naming the field.
     """
-    for number in _numbers(body):
-        if not math.isfinite(number):
-            raise ValueError("NaN and Infinity are not JSON, and numbers must be below 1e308.")
-    for name, value in body.items():
-        if name != "seed" and isinstance(value, int) and abs(value) > MAX_INT:
-            raise ValueError(f"{name} is {value}: it must be at most {MAX_INT}.")
-    _check_prompt(body, kind)
-    _check_stop(body.get("stop"))
-    seed = body.get("seed")
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed}: it must be a whole number of 64 bits.")
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise ValueError('stream_options must be an object, such as {"include_usage": true}.')
-    bias = body.get("logit_bias")
-    if isinstance(bias, dict) and not all(isinstance(v, int | float) for v in bias.values()):
-        raise ValueError("logit_bias must give each token id a number.")
-    return _head_settings(body)
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    """Every float within a JSON value."""
-    if isinstance(value, float):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(part)
-
-
-def _check_prompt(body: dict[str, Any], kind: str) -> None:
-    if kind == TEXT:
-        if not isinstance(body.get("prompt"), str):
-            raise ValueError("prompt must be a text.")
-        return
-    messages = body.get("messages")
-    valid = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    fields = Fields(body)
+    served = catalogue.find(fields.take("model", str))
+    stream = fields.take("stream", bool, False)
+    request = Request(
+        served=served,
+        chat=chat,
+        stream=stream,
+        include_usage=_include_usage(fields, stream),
+        n=fields.whole("n", 1, 1, MAX_CHOICES),
+        max_tokens=_max_tokens(fields, defaults.max_tokens),
+        sampling=_sampling(fields, served, defaults),
+        penalties=_penalties(fields, served),
+        seed=fields.whole("seed", None, -(2**63), 2**64 - 1),
+        stop=_stop(fields),
+        n_probes=_n_probes(fields, served),
+        num_draft_tokens=fields.whole("num_draft_tokens", defaults.num_draft_tokens, 1, 64),
+        logprobs=_chat_logprobs(fields) if chat else _text_logprobs(fields),
+        messages=read_messages(fields.take("messages", list)) if chat else [],
+        tools=_tools(fields, served) if chat else [],
+        template_settings=_template_settings(fields, served) if chat else {},
+        prompts=[] if chat else _prompts(fields, served),
     )
-    if not valid or not messages:
-        raise ValueError(
-            'messages must be a list of at least one {"role": "user", "content": "…"}.'
+    _refuse_what_is_not_done(fields, chat)
+    fields.end()
+    if request.n * max(1, len(request.prompts)) > MAX_CHOICES:
+        raise Problem(
+            f"n times the prompts is {request.n * len(request.prompts)}: at most {MAX_CHOICES} "
+            "texts are made for a request.",
+            "n",
         )
-    for name in ("tools", "chat_template_kwargs", "role_mapping"):
-        expected = list if name == "tools" else dict
-        if body.get(name) is not None and not isinstance(body[name], expected):
-            what = "a list" if expected is list else "an object"
-            raise ValueError(f"{name} must be {what}.")
+    return request
 
 
-def _check_stop(stop: Any) -> None:
+def _include_usage(fields: Fields, stream: bool) -> bool:
+    options = fields.take("stream_options", dict)
+    if options is None:
+        return False
+    if not stream:
+        raise Problem("stream_options are for requests with stream.", "stream_options")
+    options = Fields(options)
+    include_usage = options.take("include_usage", bool, False)
+    options.only("include_obfuscation", False, why="chunks are sent as they are, so leave it out.")
+    options.end()
+    return include_usage
+
+
+def _max_tokens(fields: Fields, default: int) -> int:
+    older = fields.whole("max_tokens", default, 1)
+    return fields.whole("max_completion_tokens", older, 1)
+
+
+def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> Sampling:
+    top_k = fields.whole("top_k", defaults.top_k)
+    return Sampling(
+        temp=fields.number("temperature", defaults.temp, 0, 100),
+        top_p=fields.number("top_p", defaults.top_p, 0, 1),
+        top_k=top_k if top_k < served.vocab_size else 0,  # of all tokens, none is cut off
+        min_p=fields.number("min_p", defaults.min_p, 0, 1),
+        xtc_probability=fields.number("xtc_probability", 0.0, 0, 1),
+        xtc_threshold=fields.number("xtc_threshold", 0.1, 0, 1),
+    )
+
+
+def _penalties(fields: Fields, served: ServedModel) -> Penalties:
+    bias = {}
+    for key, value in fields.take("logit_bias", dict, {}).items():
+        token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
+        if not 0 <= token < served.vocab_size:
+            raise Problem(
+                f"logit_bias names the token {key[:20]}, but this model has {served.vocab_size}: "
+                f"choose 0 to {served.vocab_size - 1}.",
+                "logit_bias",
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise Problem("logit_bias must give each token id a number.", "logit_bias")
+        bias[token] = float(max(-_MAX_BIAS, min(_MAX_BIAS, value)))
+    return Penalties(
+        logit_bias=tuple(bias.items()),
+        repetition_penalty=fields.number("repetition_penalty", 0.0, 0),
+        repetition_context_size=fields.whole("repetition_context_size", 20),
+        presence_penalty=fields.number("presence_penalty", 0.0),
+        presence_context_size=fields.whole("presence_context_size", 20),
+        frequency_penalty=fields.number("frequency_penalty", 0.0),
+        frequency_context_size=fields.whole("frequency_context_size", 20),
+    )
+
+
+def _stop(fields: Fields) -> tuple[str, ...]:
+    stop = fields.take("stop", default=())
     words = [stop] if isinstance(stop, str) else stop
-    if words is not None and (
-        not isinstance(words, list) or not all(isinstance(w, str) and w for w in words)
-    ):
-        raise ValueError("stop must be a text or a list of texts, none of them empty.")
+    sound = isinstance(words, list | tuple) and len(words) <= _MAX_STOPS
+    if not sound or not all(isinstance(word, str) and word for word in words):
+        raise Problem(
+            f"stop must be a text or a list of at most {_MAX_STOPS} texts, none of them empty.",
+            "stop",
+        )
+    return tuple(words)
 
 
-def _head_settings(body: dict[str, Any]) -> HeadSettings:
-    n_probes, dense = body.get("n_probes"), body.get("dense")
-    if n_probes is not None and (type(n_probes) is not int or n_probes < 1):
-        raise ValueError(f"n_probes is {n_probes!r}: it must be a whole number, 1 or more.")
-    if dense is not None and type(dense) is not bool:
-        raise ValueError(f"dense is {dense!r}: it must be true or false.")
+def _n_probes(fields: Fields, served: ServedModel) -> int | None:
+    n_clusters = None if served.head is None else served.head.n_clusters
+    dense = fields.take("dense", bool)
+    n_probes = fields.whole("n_probes", None, 1, n_clusters or 2**31 - 1)
+    if n_probes is not None and n_clusters is None:
+        raise Problem("This model has no FlashHead: leave n_probes out.", "n_probes")
     if dense and n_probes is not None:
-        raise ValueError("dense scores every token: leave n_probes out.")
-    return HeadSettings(n_probes, dense)
+        raise Problem("dense scores every token: leave n_probes out.", "n_probes")
+    if n_clusters is None:
+        return None
+    if dense is None:
+        return n_probes or served.n_probes
+    return n_clusters if dense else n_probes or served.head.n_probes
+
+
+def _chat_logprobs(fields: Fields) -> int | None:
+    wanted = fields.take("logprobs", bool, False)
+    tops = fields.whole("top_logprobs", None, 0, MAX_LOGPROBS)
+    if tops is not None and not wanted:
+        raise Problem("top_logprobs needs logprobs to be true.", "top_logprobs")
+    return (tops or 0) if wanted else None
+
+
+def _text_logprobs(fields: Fields) -> int | None:
+    return fields.whole("logprobs", None, 0, MAX_LOGPROBS)
+
+
+def _tools(fields: Fields, served: ServedModel) -> list[dict[str, Any]]:
+    tools = fields.take("tools", list, [])
+    choice = fields.take("tool_choice", default="auto")
+    if choice not in ("auto", "none"):
+        raise Problem(
+            'tool_choice must be "auto" or "none": a call cannot be forced.', "tool_choice"
+        )
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise Problem(f'tools[{i}] must be {{"type": "function", "function": …}}.', "tools")
+        if not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
+            raise Problem(f"tools[{i}].function must be an object with a name.", "tools")
+    if tools and not served.tokenizer.has_tool_calling:
+        raise Problem("This model's chat template knows no tools: leave them out.", "tools")
+    return tools if choice == "auto" else []
+
+
+def _template_settings(fields: Fields, served: ServedModel) -> dict[str, Any]:
+    return read_template_settings(
+        fields.take("chat_template_kwargs", dict, {}), served.template_settings
+    )
+
+
+def _prompts(fields: Fields, served: ServedModel) -> list[str | list[int]]:
+    given = fields.take("prompt")
+    if isinstance(given, str) or (isinstance(given, list) and given and _is_token(given[0])):
+        given = [given]
+    if not isinstance(given, list) or not given:
+        raise Problem("prompt must be a text, a list of texts, or token ids.", "prompt")
+    for prompt in given:
+        if isinstance(prompt, str):
+            continue
+        if not isinstance(prompt, list) or not all(map(_is_token, prompt)):
+            raise Problem("prompt must be a text, a list of texts, or token ids.", "prompt")
+        if any(not 0 <= token < served.vocab_size for token in prompt):
+            raise Problem(
+                f"prompt holds a token that is none of this model: choose 0 to "
+                f"{served.vocab_size - 1}.",
+                "prompt",
+            )
+    return given
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int
+
+
+def _refuse_what_is_not_done(fields: Fields, chat: bool) -> None:
+    fields.only("store", False, why="nothing is stored here, so leave it out.")
+    fields.only("service_tier", "auto", "default", why="there is one tier, so leave it out.")
+    for name in _LABELS:
+        fields.take(name)
+    if chat:
+        fields.only("response_format", {"type": "text"}, why='it must be {"type": "text"}.')
+        fields.only("modalities", ["text"], why="answers are text, so leave it out.")
+        fields.only("parallel_tool_calls", True, why="calls are not held back, so leave it out.")
+    else:
+        fields.only("echo", False, why="the prompt is not repeated, so leave it out.")
+        fields.only("best_of", 1, why="answers are not compared, so leave it out.")
+        fields.only("suffix", "", why="a text is continued to its end alone, so leave it out.")
+    for name in ("adapters", "draft_model"):
+        fields.only(name, why="it is chosen when the server is started.")

@@ -1,43 +1,43 @@
-"""The JSON that the server writes: always valid, with errors in the form of OpenAI's API.
-
-mlx-lm's server finds :data:`STRICT_JSON` under the name of the module ``json``.
-"""
+"""JSON that holds nothing but JSON, in both directions: no NaN, no Infinity."""
 
 import json
 import math
-from types import SimpleNamespace
-from typing import Any
-
-# What OpenAI's API gives a token that is too unlikely to have a logprob.
-VERY_UNLIKELY = -9999.0
+from typing import Any, NoReturn
 
 
-def dumps(value: Any, **options: Any) -> str:
-    """``json.dumps`` without NaN and Infinity, which are not JSON.
+def loads(text: bytes) -> Any:
+    """Reads JSON.
 
-    The logprob of a token that is ruled out is -inf: it becomes :data:`VERY_UNLIKELY`. Whatever
-    else is infinite, or not a number, becomes null.
+    Raises:
+        ValueError: If it is none, or holds a number that is not finite.
     """
-    if isinstance(value, dict) and isinstance(value.get("error"), str):
-        value = {"error": problem(value["error"])}
-    return json.dumps(_finite(value), allow_nan=False, **options)
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
-def problem(message: str) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
-    return {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+def dumps(value: Any) -> str:
+    """Writes JSON, with null for what is infinite or not a number."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        unlikely = value.get("logprob") == -math.inf
-        finite = {key: _finite(part) for key, part in value.items()}
-        return finite | {"logprob": VERY_UNLIKELY} if unlikely else finite
+        return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return value
-
-
-STRICT_JSON = SimpleNamespace(dumps=dumps, loads=json.loads, JSONDecodeError=json.JSONDecodeError)

@@ -1,14 +1,18 @@
 """``server``: what it prints, how it ends, its flags, and mistakes before it serves."""
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
 import mlx_flashhead
 from model_folders import VOCAB_SIZE
-from server_process import serving
+from server_process import CHECKOUT, serving
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
 PROMPT = "One day"
@@ -18,7 +22,7 @@ TOKENS = 8
 def complete(server, **options):
     """The text of a completion."""
     options = {"max_tokens": TOKENS} | options
-    answer = server.client().completions.create(model="default_model", prompt=PROMPT, **options)
+    answer = server.client().completions.create(model="model", prompt=PROMPT, **options)
     return answer.choices[0].text
 
 
@@ -34,9 +38,13 @@ def expected(converted):
     return texts
 
 
+# a bias, so that no end token comes
+ENDLESS_ANSWER = {"max_tokens": 100_000, "stream": True, "logit_bias": {"50": 100}}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_says_where_it_is_and_ends_when_told(converted, expected, tmp_path, number):
-    with serving(tmp_path, "--model", converted) as server:
+    with serving(tmp_path, "--model", converted, "--log-level", "WARNING") as server:
         assert server.line == (
             f"Serving {converted} with FlashHead at {server.url} (Ctrl-C ends it)\n"
         )
@@ -45,46 +53,68 @@ def test_it_says_where_it_is_and_ends_when_told(converted, expected, tmp_path, n
         assert (code, rest, server.log()) == (0, "Stopped.\n", "")
 
 
-def test_it_ends_amid_an_answer(converted, tmp_path):
-    """A seed, so that the request runs alone; a bias, so that no end token comes."""
-    with serving(tmp_path, "--model", converted) as server:
-        stream = server.client().completions.create(
-            model="default_model",
-            prompt=PROMPT,
-            max_tokens=1_000_000,
-            seed=1,
-            stream=True,
-            logit_bias={"50": 100},
-        )
+@pytest.mark.parametrize("signals", [1, 2])
+def test_it_ends_amid_answers_and_a_second_signal_aborts_nothing(converted, tmp_path, signals):
+    flags = ("--context-size", 100_000, "--log-level", "WARNING")
+    with serving(tmp_path, "--model", converted, *flags) as server:
+        client = server.client()
+        stream = client.completions.create(model="model", prompt=PROMPT, **ENDLESS_ANSWER)
         next(iter(stream))
+        # a prompt that is being read, too
+        other = client.completions.create(model="model", prompt="a" * 90_000, **ENDLESS_ANSWER)
+        began = time.monotonic()
+        for _ in range(signals - 1):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.02)
         code, rest = server.end()
-        assert (code, rest, server.log()) == (0, "Stopped.\n", "")
+        assert time.monotonic() - began < 10
+        assert code == 0 or (signals == 2 and code == 128 + signal.SIGTERM)
+        assert server.log() == ""  # no word of C++
+        assert rest == ("Stopped.\n" if code == 0 else "")
+        stream.close()
+        other.close()
 
 
-def test_a_client_that_goes_leaves_no_trace(converted, expected, tmp_path):
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+def test_it_ends_while_it_starts(converted, tmp_path, seconds):
+    command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(converted)]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
+    errors = tmp_path / "errors.txt"
+    with errors.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=file, env=environment
+        )
+        time.sleep(seconds)
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert not set(errors.read_text().split()) & {"terminate", "Traceback", "libc++abi:"}
+
+
+def test_a_client_that_goes_leaves_one_line(converted, expected, tmp_path):
     with serving(tmp_path, "--model", converted) as server:
-        stream = server.client().completions.create(
-            model="default_model", prompt=PROMPT, max_tokens=1_000_000, stream=True, seed=1,
-            logit_bias={"50": 100},
-        )  # fmt: skip
+        stream = server.client().completions.create(model="model", prompt=PROMPT, **ENDLESS_ANSWER)
         next(iter(stream))
         stream.close()
         assert complete(server) == expected[""]
-        assert server.log() == ""
+        lines = server.log().splitlines()
+        assert len(lines) == 2
+        assert sum("the client has gone" in line for line in lines) == 1
 
 
 def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_path):
     flags = ["--draft-model", dense, "--num-draft-tokens", 2, "--max-tokens", TOKENS]
-    flags += ["--prompt-cache-size", 2, "--decode-concurrency", 4, "--prompt-concurrency", 2]
-    flags += ["--prefill-step-size", 16, "--log-level", "INFO", "--n-probes", 1]
+    flags += ["--prompt-cache-size", 2, "--decode-concurrency", 4, "--n-probes", 1]
+    flags += ["--prefill-step-size", 16, "--log-level", "INFO", "--served-model-name", "mine"]
     flags += ["--chat-template", "{{ messages[0].content }}", "--chat-template-args", "{}"]
     with serving(tmp_path, "--model", converted, *flags) as server:
         client = server.client()
-        answer = client.completions.create(model="default_model", prompt=PROMPT)
+        answer = client.completions.create(model="mine", prompt=PROMPT)
+        assert answer.model == "mine"
         assert answer.usage.completion_tokens == TOKENS
         assert answer.choices[0].text == expected["few"]
         messages = [{"role": "user", "content": PROMPT}]
-        chat = client.chat.completions.create(model="default_model", messages=messages)
+        chat = client.chat.completions.create(model="model", messages=messages)
         assert chat.choices[0].message.content == expected["few"]
         assert chat.usage.prompt_tokens == len(PROMPT)
         assert complete(server, extra_body={"dense": True}) == expected["dense"]
@@ -120,17 +150,33 @@ def test_dense_models_are_served_and_the_log_says_so(dense, expected, tmp_path):
     [
         ((), "--model is needed"),
         (("--model", "./absent"), "There is no folder ./absent"),
-        (("--model", "x", "--port", 70000), "--port is 70000"),
-        (("--model", "x", "--port", "http"), "invalid int value"),
+        (("--model", "x", "--port", 70000), "--port is 70000: give 0 to 65535"),
+        (("--model", "x", "--port", "http"), "--port is http"),
         (("--model", "x", "--max-tokens", 0), "--max-tokens is 0"),
+        (("--model", "x", "--temp", -1), "--temp is -1: give 0 to 100"),
+        (("--model", "x", "--temp", "nan"), "--temp is nan"),
+        (("--model", "x", "--top-p", 7), "--top-p is 7: give 0 to 1"),
+        (("--model", "x", "--top-k", 0.5), "--top-k is 0.5"),
+        (("--model", "x", "--min-p", "inf"), "--min-p is inf"),
+        (("--model", "x", "--n-probes", 0), "--n-probes is 0"),
+        (("--model", "x", "--num-draft-tokens", 0), "--num-draft-tokens is 0"),
+        (("--model", "x", "--prefill-step-size", 0), "--prefill-step-size is 0"),
+        (("--model", "x", "--decode-concurrency", 0), "--decode-concurrency is 0"),
+        (("--model", "x", "--context-size", 1), "--context-size is 1"),
+        (("--model", "x", "--max-body-bytes", "8Q"), "--max-body-bytes is 8Q"),
+        (("--model", "x", "--prompt-cache-bytes", "-1"), "--prompt-cache-bytes is -1"),
+        (("--model", "x", "--kv-bits", 7), "--kv-bits is 7: choose 2"),
         (("--model", "x", "--dense", "--n-probes", 4), "leave --n-probes out"),
-        (("--model", "x", "--no-such-flag"), "unrecognized arguments"),
+        (("--model", "x", "--no-such-flag"), "no option --no-such-flag"),
         (("--model", "x", "--chat-template-args", "{"), "--chat-template-args"),
-        (("--model", "x", "--log-level", "LOUD"), "invalid choice"),
+        (("--model", "x", "--log-level", "LOUD"), "--log-level is LOUD: choose DEBUG"),
     ],
 )
-def test_server_refuses_flags(refused, arguments, said):
-    assert said in refused("server", *arguments)
+def test_server_refuses_flags(run, arguments, said):
+    """In one line: no usage before it."""
+    code, output, errors = run("server", *arguments)
+    assert (code, output) == (2, "")
+    assert len(errors.splitlines()) == 1 and said in errors
 
 
 def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):

@@ -1,12 +1,12 @@
 """The flags on who may use the server."""
 
-import argparse
 import re
 
 import pytest
 
 from mlx_flashhead.serving.access import is_token
-from mlx_flashhead.serving.access_options import access_of, add_access_flags, check_access
+from mlx_flashhead.serving.access_options import access_of, check_access
+from mlx_flashhead.serving.options import make_parser
 
 
 @pytest.fixture
@@ -14,12 +14,10 @@ def parse(tmp_path):
     """A function that parses flags as the server's command does."""
 
     def parse(*flags):
-        parser = argparse.ArgumentParser()
-        # as mlx-lm's parser has them
-        parser.add_argument("--host", default="127.0.0.1")
-        parser.add_argument("--allowed-origins", type=lambda x: x.split(","), default="*")
-        add_access_flags(parser)
-        args = parser.parse_args(["--token-file", str(tmp_path / "token"), *flags])
+        parser = make_parser()
+        args = parser.parse_args(
+            ["--model", "model", "--token-file", str(tmp_path / "token"), *flags]
+        )
         check_access(parser, args)
         return args
 
@@ -43,6 +41,11 @@ def test_any_network_needs_the_token(parse, flags):
     assert args.host == (flags[1] if flags[1:] else "0.0.0.0")
     assert is_token(access.token)
     assert access_of(args).token == access.token
+
+
+def test_the_largest_body_is_a_rule(parse):
+    for flags in ([], ["--lan"]):
+        assert access_of(parse(*flags, "--max-body-bytes", "500K")).max_body_bytes == 500 << 10
 
 
 def test_names_and_origins_are_added(parse):

@@ -1,12 +1,16 @@
 """A server behind the real front door whose answers a test writes: the page's counterpart."""
 
 import json
+import logging
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
+from dataclasses import dataclass
 from threading import Event, Thread
 
+from mlx_flashhead.serving import guard
 from mlx_flashhead.serving.access import Access
-from mlx_flashhead.serving.guard import BoundedServer, GuardedHandler
+from mlx_flashhead.serving.connections import LimitedServer
+from mlx_flashhead.serving.guard import GuardedHandler
+from mlx_flashhead.serving.problems import Problem
 
 # The name of a machine on a network: plain http, so no secure context. The browser maps it here.
 LAN_NAME = "studio.local"
@@ -20,12 +24,20 @@ INFO = {
 }
 
 
+@dataclass(frozen=True)
+class Read:
+    """A part of the question has been read."""
+
+    done: int
+    total: int
+
+
 class Script:
     """What the server says.
 
     Attributes:
         answers: For each request to come, the pieces of its answer: texts, an `Event` to wait for,
-            a dict (a whole delta), or `BREAK` (the connection ends there).
+            a dict (a whole delta), a `Read`, or `BREAK` (the connection ends there).
         requests: The bodies that came.
         seen: (method, path, headers) of all requests.
         left: Set as soon as a client has gone before its answer was complete.
@@ -45,26 +57,38 @@ class Script:
 BREAK = object()
 
 
-class ScriptedAPI(BaseHTTPRequestHandler):
-    """An API in the form of mlx-lm's."""
+class ScriptedHandler(GuardedHandler):
+    """An API in the form of the server's."""
 
     script: Script
 
-    def log_message(self, format, *args):
-        self.script.log.append(format % args)
+    @property
+    def access(self):
+        return self.script.access  # a test may change it
 
-    def do_GET(self):
-        self.script.seen.append(("GET", self.path, self.headers))
-        self._answer(200 if self.path == "/v1/models" else 404, {"data": []})
+    def page_info(self):
+        return INFO
 
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.script.seen.append(("POST", self.path, self.headers))
+    def healthy(self):
+        return True
+
+    def get(self, path):
+        self.script.seen.append(("GET", path, self.headers))
+        if path != "/v1/models":
+            raise Problem("nothing there", status=404)
+        self.send_json({"data": []})
+
+    def post(self, path):
+        with self.server.answering(self.connection, self.client_address[0]):
+            self._post(path)
+
+    def _post(self, path):
+        body = json.loads(self.read_body(int(self.headers["Content-Length"])))
+        self.script.seen.append(("POST", path, self.headers))
         self.script.requests.append(body)
         pieces = self.script.answers.pop(0) if self.script.answers else ["Fine."]
         if isinstance(pieces, str):
-            self._answer(400, {"error": pieces})
-            return
+            raise Problem(pieces)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -81,7 +105,11 @@ class ScriptedAPI(BaseHTTPRequestHandler):
                 return
             if isinstance(piece, Event):
                 while not piece.wait(0.02):
-                    self._write(b": keepalive\n\n")
+                    if self.client_has_gone():
+                        raise ConnectionAbortedError
+                continue
+            if isinstance(piece, Read):
+                self._write(f": prompt {piece.done}/{piece.total}\n\n".encode())
                 continue
             n_tokens += 1
             self._event(piece if isinstance(piece, dict) else {"content": piece})
@@ -98,27 +126,27 @@ class ScriptedAPI(BaseHTTPRequestHandler):
         self.wfile.write(data)
         self.wfile.flush()
 
-    def _answer(self, status, value):
-        content = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+
+class _Log(logging.Handler):
+    """Collects the server's lines."""
+
+    def __init__(self, lines):
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record):
+        self._lines.append(record.getMessage())
 
 
 @contextmanager
 def scripted_server(access: Access = Access(), *, script: Script | None = None, port: int = 0):  # noqa: B008
     """Runs a server on 127.0.0.1; yields ``(port, script)``."""
     script = script or Script(access)
-
-    class Handler(GuardedHandler, ScriptedAPI):
-        access = property(lambda self: script.access)  # a test may change it
-
-        def page_info(self):
-            return INFO
-
-    Handler.script = script
-    with BoundedServer(("127.0.0.1", port), Handler) as server:
+    handler = type("Handler", (ScriptedHandler,), {"script": script})
+    log = _Log(script.log)
+    guard.logger.addHandler(log)
+    guard.logger.setLevel(logging.INFO)
+    with LimitedServer(("127.0.0.1", port), handler) as server:
         thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
@@ -126,3 +154,4 @@ def scripted_server(access: Access = Access(), *, script: Script | None = None, 
         finally:
             server.shutdown()
             thread.join()
+            guard.logger.removeHandler(log)

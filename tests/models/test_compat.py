@@ -33,17 +33,44 @@ CALLS = {
     "mlx_lm.evaluate.chat_template_fn": ((), ()),
     "mlx_lm.generate.BatchGenerator": (
         ("model",),
-        ("stop_tokens", "sampler", "completion_batch_size"),
+        (
+            *("stop_tokens", "sampler", "completion_batch_size"),
+            *("prefill_batch_size", "stream"),
+        ),
     ),
     "mlx_lm.generate.BatchGenerator.close": (("self",), ()),
-    "mlx_lm.generate.BatchGenerator.insert": (("self", "prompts", "max_tokens"), ()),
+    "mlx_lm.generate.BatchGenerator.insert": (
+        ("self", "prompts", "max_tokens"),
+        ("caches", "all_tokens", "samplers", "logits_processors"),
+    ),
+    "mlx_lm.generate.BatchGenerator.next": (("self",), ()),
     "mlx_lm.generate.BatchGenerator.next_generated": (("self",), ()),
+    "mlx_lm.generate.BatchGenerator.remove": (("self", "uids"), ("return_prompt_caches",)),
+    "mlx_lm.generate.TextStateMachine": (("transitions",), ()),
+    "mlx_lm.generate.TextStateMachine.flush": (("state",), ()),
+    "mlx_lm.generate.TextStateMachine.make_state": (("self", "initial"), ()),
+    "mlx_lm.generate.TextStateMachine.split": (("state", "text"), ()),
     "mlx_lm.generate.generate_step": (
-        ("prompt", "model"),
-        ("max_tokens", "sampler", "logits_processors"),
+        ("prompt", "model", "stream"),
+        (
+            *("max_tokens", "sampler", "logits_processors", "prompt_cache"),
+            *("kv_bits", "kv_group_size", "quantized_kv_start"),
+        ),
     ),
     "mlx_lm.generate.main": ((), ()),
     "mlx_lm.generate.setup_arg_parser": ((), ()),
+    "mlx_lm.generate.make_text_state_machine": (("tokenizer",), ()),
+    "mlx_lm.generate.maybe_quantize_kv_cache": (
+        ("prompt_cache", "quantized_kv_start", "kv_group_size", "kv_bits"),
+        (),
+    ),
+    "mlx_lm.generate.speculative_generate_step": (
+        ("prompt", "model", "draft_model", "stream"),
+        (
+            *("num_draft_tokens", "max_tokens", "sampler", "logits_processors", "prompt_cache"),
+            *("kv_bits", "kv_group_size", "quantized_kv_start"),
+        ),
+    ),
     "mlx_lm.models.cache.can_trim_prompt_cache": (("cache",), ()),
     "mlx_lm.models.cache.load_prompt_cache": (("file_name",), ("return_metadata",)),
     "mlx_lm.models.cache.make_prompt_cache": (("model", "max_kv_size"), ()),
@@ -54,42 +81,18 @@ CALLS = {
         ("self", "model", "tokens", "prompt_cache"),
         ("cache_type",),
     ),
-    "mlx_lm.server.APIHandler": (("response_generator", "args"), ("system_fingerprint",)),
-    "mlx_lm.server.APIHandler._set_completion_headers": (("self", "status_code"), ()),
-    "mlx_lm.server.APIHandler._set_cors_headers": (("self",), ()),
-    "mlx_lm.server.APIHandler.do_GET": (("self",), ()),
-    "mlx_lm.server.APIHandler.do_POST": (("self",), ()),
-    "mlx_lm.server.APIHandler.generate_response": (
-        ("self", "text", "finish_reason"),
-        ("token_logprobs", "top_tokens", "tokens", "tool_calls"),
-    ),
-    "mlx_lm.server.APIHandler.handle_completion": (("self", "request", "stop_words"), ()),
-    "mlx_lm.server.APIHandler.validate_model_parameters": (("self",), ()),
-    "mlx_lm.server.ModelProvider": (("cli_args",), ()),
-    "mlx_lm.server.ModelProvider._load": (
-        ("self", "model_path", "adapter_path", "draft_model_path"),
+    "mlx_lm.models.cache.LRUPromptCache.trim_to": (("self",), ("n_bytes",)),
+    "mlx_lm.sample_utils.make_logits_processors": (
+        (
+            *("logit_bias", "repetition_penalty", "repetition_context_size"),
+            *("presence_penalty", "presence_context_size"),
+            *("frequency_penalty", "frequency_context_size"),
+        ),
         (),
     ),
-    "mlx_lm.server.ModelProvider.load": (
-        ("self", "model_path", "adapter_path", "draft_model_path"),
-        (),
-    ),
-    "mlx_lm.server.ModelProvider.load_default": (("self",), ()),
-    "mlx_lm.server.ModelProvider.reset": (("self",), ()),
-    "mlx_lm.server.ResponseGenerator": (("model_provider", "prompt_cache"), ()),
-    "mlx_lm.server.ResponseGenerator._generate": (("self",), ()),
-    "mlx_lm.server.ResponseGenerator._next_request": (("self",), ("timeout",)),
-    "mlx_lm.server.ResponseGenerator._run_generate": (("self",), ()),
-    "mlx_lm.server.ResponseGenerator._tokenize": (("self", "tokenizer", "request", "args"), ()),
-    "mlx_lm.server.ResponseGenerator.generate": (
-        ("self", "request", "generation_args", "progress_callback"),
-        (),
-    ),
-    "mlx_lm.server.ResponseGenerator.stop_and_join": (("self",), ()),
-    "mlx_lm.server.get_system_fingerprint": ((), ()),
-    "mlx_lm.server.main": ((), ()),
     "mlx_lm.utils._download": (("path_or_hf_repo",), ("revision", "allow_patterns")),
     "mlx_lm.utils.dequantize_model": (("model",), ()),
+    "mlx_lm.utils.maybe_set_recommended_wired_limit": ((), ()),
     "mlx_lm.utils.quantize_model": (
         ("model", "config", "group_size", "bits"),
         ("mode", "quant_predicate"),
@@ -108,17 +111,12 @@ VALUES = {
     "mlx_lm.convert.MODEL_CONVERSION_DTYPES": list,
     "mlx_lm.generate.BatchResponse": type,
     "mlx_lm.generate.GenerationResponse": type,
+    "mlx_lm.models.cache.KVCache": type,
     "mlx_lm.utils.DEFAULT_ALLOW_PATTERNS": list,
 }
 # Globals that mlx-lm's code looks up, and that a command puts others under.
 REPLACED = {
     "mlx_lm.generate.main": ("load", "make_sampler", "setup_arg_parser"),
-    "mlx_lm.server.main": ("argparse", "ModelProvider", "run"),
-    "mlx_lm.server.ToolCallFormatter._format": ("json",),
-    "mlx_lm.server.APIHandler.do_POST": ("json",),
-    "mlx_lm.server.APIHandler.handle_completion": ("json",),
-    "mlx_lm.server._make_sampler": ("make_sampler",),
-    "mlx_lm.server.APIHandler.handle_models_request": ("scan_cache_dir",),
 }
 
 

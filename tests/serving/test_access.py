@@ -6,7 +6,8 @@ from http import HTTPStatus
 import pytest
 
 from mlx_flashhead.serving import access
-from mlx_flashhead.serving.access import MAX_BODY_BYTES, Access, is_token, new_token, without_token
+from mlx_flashhead.serving.access import Access, is_token, new_token, without_token
+from mlx_flashhead.serving.problems import Problem
 
 TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
 LOCAL = Access()
@@ -26,8 +27,11 @@ def headers(**fields):
 
 def status(rules, method="GET", target="/", **fields):
     """Status of the refusal, None for an accepted request."""
-    refusal = rules.refusal(method, target, headers(**fields))
-    return refusal and refusal.status
+    try:
+        rules.check(method, target, headers(**fields))
+    except Problem as problem:
+        return problem.status
+    return None
 
 
 def bearer(token=TOKEN):
@@ -177,11 +181,14 @@ def test_other_sites_may_link_but_not_load():
 
 
 def test_bodies_are_bounded():
-    def post(**fields):
-        return status(LOCAL, "POST", "/v1/chat/completions", **fields)
+    def post(rules=LOCAL, **fields):
+        return status(rules, "POST", "/v1/chat/completions", **fields)
 
-    assert post(Content_Length=str(MAX_BODY_BYTES)) is None
-    assert post(Content_Length=str(MAX_BODY_BYTES + 1)) == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    assert post(Content_Length=str(4 << 20)) is None
+    assert post(Content_Length=str((4 << 20) + 1)) == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    small = Access(max_body_bytes=100)
+    assert post(small, Content_Length="100") is None
+    assert post(small, Content_Length="101") == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     assert post() == HTTPStatus.LENGTH_REQUIRED
     assert post(Transfer_Encoding="chunked") == HTTPStatus.LENGTH_REQUIRED
     assert post(Transfer_Encoding="chunked", Content_Length="2") == HTTPStatus.LENGTH_REQUIRED

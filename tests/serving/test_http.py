@@ -1,7 +1,9 @@
-"""The server, driven by OpenAI's client: mlx-lm's answers, with FlashHead models."""
+"""The server in a process of its own, driven by OpenAI's client."""
 
 import json
-import shutil
+import re
+import socket
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -12,48 +14,30 @@ import openai
 import pytest
 
 import mlx_flashhead
-from chain_models import write_chain_model, write_model_with_ruled_out_tokens
-from model_folders import VOCAB_SIZE, write_model
+from chain_models import write_model_with_ruled_out_tokens
+from mlx_flashhead.serving.logprobs import TokenNames
+from model_folders import VOCAB_SIZE
 from server_process import serving
 
 MESSAGES = [{"role": "user", "content": "One day"}]
-CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": Infinity}}'
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-WORDS = ("<tool_call>", CALL, "</tool_call>", " one", " two", " three", " four")
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
 TOKENS = 12
-
-
-def convert(folder, **options):
-    """Converts ``folder`` / dense."""
-    new = folder / "flash"
-    options = {"calibration": "none", "progress": False} | options
-    mlx_flashhead.convert(str(folder / "dense"), str(new), **options)
-    return new
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
-def random_model(tmp_path_factory):
-    """A folder with ``dense`` and ``flash``, a FlashHead of 4 probes."""
-    folder = tmp_path_factory.mktemp("random")
-    write_model(folder / "dense", tied=False, hidden_size=128)
-    convert(folder, n_probes=4)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chain_model(tmp_path_factory):
-    """A checkpoint that calls a tool in a chat, and counts to four after the text "a"."""
-    folder = tmp_path_factory.mktemp("chain")
-    chains = [" ", *WORDS[:3]], ["a", *WORDS[3:]]
-    write_chain_model(folder / "dense", *chains, words=WORDS)
-    return convert(folder, n_probes=2)
-
-
-@pytest.fixture(scope="module")
-def server(random_model, tmp_path_factory):
-    """A server of the random model."""
-    with serving(tmp_path_factory.mktemp("server"), "--model", random_model / "flash") as server:
+def server(random_model, chain_model, tmp_path_factory):
+    """A server of the random model; others are allowed by name."""
+    ruled_out = write_model_with_ruled_out_tokens(
+        tmp_path_factory.mktemp("ruled_out") / "ruled-out", "a", allowed=5
+    )
+    others = (random_model / "dense", chain_model, ruled_out)
+    with serving(
+        tmp_path_factory.mktemp("server"),
+        *("--model", random_model / "flash", "--served-model-name", "mine"),
+        *("--allow-models", *others),
+    ) as server:
         yield server
 
 
@@ -68,21 +52,20 @@ def flash(random_model):
     return mlx_flashhead.load(str(random_model / "flash"))
 
 
-def chat(client, model="default_model", **options):
+def chat(client, model="mine", **options):
     options = {"messages": MESSAGES, "max_tokens": TOKENS} | options
     return client.chat.completions.create(model=model, **options)
 
 
-def complete(client, prompt="One day", model="default_model", **options):
+def complete(client, prompt="One day", model="mine", **options):
     """The text of a completion."""
     options = {"max_tokens": TOKENS, "extra_body": options.pop("extra", None)} | options
     return client.completions.create(model=model, prompt=prompt, **options).choices[0].text
 
 
 def generated(flash, prompt="One day", **options):
-    """The same by the package; mlx-lm's server leaves out what comes with an end token."""
-    responses = mlx_flashhead.stream_generate(*flash, prompt, max_tokens=TOKENS, **options)
-    return "".join(r.text for r in responses if r.finish_reason != "stop")
+    """The same by the package."""
+    return mlx_flashhead.generate(*flash, prompt, max_tokens=TOKENS, **options)
 
 
 def post(server, body, path="/v1/chat/completions", **headers):
@@ -121,9 +104,9 @@ def test_completion_is_what_the_package_generates(client, flash, prompt):
 
 
 @pytest.mark.parametrize("options", [{}, {"seed": 1}])
-def test_a_text_is_continued(client, flash, chain_model, options):
+def test_a_text_is_continued(client, flash, options):
     """The prompt is all that the server has in its cache of the first request."""
-    model = str(chain_model)
+    model = "chain"
     first = complete(client, "a", model=model, max_tokens=2, **options)
     assert first == "one two"
     assert complete(client, "a one two", model=model, **options) == "three four"
@@ -136,7 +119,7 @@ def test_streams_add_up(client):
     assert chunks[-1].usage.completion_tokens == TOKENS
     assert len(chunks) > 3
     stream = client.completions.create(
-        model="default_model", prompt="One day", max_tokens=TOKENS, stream=True
+        model="mine", prompt="One day", max_tokens=TOKENS, stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in stream) == complete(client)
 
@@ -164,22 +147,37 @@ def test_concurrent_requests_are_answered_as_alone(client, flash):
 
 
 def test_logprobs_are_the_models(client, flash):
-    _, tokenizer = flash
     responses = list(mlx_flashhead.stream_generate(*flash, "One day", max_tokens=TOKENS))
     answer = client.completions.create(
-        model="default_model",
-        prompt="One day",
-        max_tokens=TOKENS,
-        extra_body={"logprobs": True, "top_logprobs": 4},
+        model="mine", prompt="One day", max_tokens=TOKENS, logprobs=4
     )
-    content = answer.choices[0].logprobs.content
-    assert [entry["id"] for entry in content] == [r.token for r in responses]
-    for entry, response in zip(content, responses, strict=True):
-        assert entry["token"] == tokenizer.convert_ids_to_tokens(response.token)
+    found = answer.choices[0].logprobs
+    assert len(found.tokens) == len(found.text_offset) == TOKENS
+    for i, response in enumerate(responses):
         expected = mx.sort(response.logprobs)[::-1][:4].tolist()
-        found = [top["logprob"] for top in entry["top_logprobs"]]
-        assert found == pytest.approx(expected, abs=1e-4)
-        assert entry["logprob"] == found[0]
+        assert list(found.top_logprobs[i].values()) == pytest.approx(expected, abs=1e-4)
+        assert found.token_logprobs[i] == pytest.approx(expected[0], abs=1e-4)
+        assert found.top_logprobs[i][found.tokens[i]] == found.token_logprobs[i]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_name_tokens_by_text_and_bytes(client, flash, stream):
+    prompt = flash[1].apply_chat_template(MESSAGES, add_generation_prompt=True)
+    responses = list(mlx_flashhead.stream_generate(*flash, prompt, max_tokens=TOKENS))
+    answer = chat(client, logprobs=True, top_logprobs=20, stream=stream)
+    choices = [c.choices[0] for c in answer] if stream else answer.choices
+    content = [entry for c in choices if c.logprobs for entry in c.logprobs.content]
+    assert len(content) == TOKENS
+    for entry, response in zip(content, responses, strict=True):
+        # the tokenizer has a token for each byte
+        (byte,) = entry.bytes
+        assert entry.token == bytes([byte]).decode("utf-8", "replace")
+        assert len(entry.top_logprobs) == 20
+        assert entry.logprob == entry.top_logprobs[0].logprob
+        assert entry.bytes == entry.top_logprobs[0].bytes
+        assert entry.logprob == pytest.approx(response.logprobs.max().item(), abs=1e-4)
+    text = "".join((c.delta.content or "") if stream else c.message.content for c in choices)
+    assert bytes(b for e in content for b in e.bytes).decode("utf-8", "replace") == text
 
 
 def test_logprob_is_that_of_the_token_that_was_drawn(client):
@@ -188,10 +186,11 @@ def test_logprob_is_that_of_the_token_that_was_drawn(client):
     assert len(content) == TOKENS
     unlikely = 0
     for entry in content:
-        tops = {top.token: top.logprob for top in entry.top_logprobs}
+        tops = {tuple(top.bytes): top.logprob for top in entry.top_logprobs}
         assert list(tops.values()) == sorted(tops.values(), reverse=True)
-        assert tops.get(entry.token, entry.logprob) == entry.logprob <= max(tops.values())
-        unlikely += entry.token not in tops
+        name = tuple(entry.bytes)
+        assert tops.get(name, entry.logprob) == entry.logprob <= max(tops.values())
+        unlikely += name not in tops
     assert unlikely
 
 
@@ -202,8 +201,8 @@ def test_seeds_repeat(client):
     assert complete(client, seed=-7, **options) == complete(client, seed=-7, **options)
 
 
-def test_stop_words_end_the_text(client, chain_model):
-    options = {"model": str(chain_model), "prompt": "a"}
+def test_stop_words_end_the_text(client):
+    options = {"model": "chain", "prompt": "a"}
     assert complete(client, **options) == "one two three four"
     for stop in (" three", ["x", " three"]):
         answer = client.completions.create(stop=stop, max_tokens=TOKENS, **options)
@@ -215,8 +214,8 @@ def test_stop_words_end_the_text(client, chain_model):
     "stop, text",
     [("three", "one two "), (["x", "wo th"], "one t"), (["three", "ne"], "o"), ("five", None)],
 )
-def test_stop_words_are_found_within_tokens(client, chain_model, stop, text):
-    options = {"model": str(chain_model), "prompt": "a", "max_tokens": TOKENS, "stop": stop}
+def test_stop_words_are_found_within_tokens(client, stop, text):
+    options = {"model": "chain", "prompt": "a", "max_tokens": TOKENS, "stop": stop}
     answer = client.completions.create(**options)
     assert answer.choices[0].text == (text or "one two three four")
     assert answer.choices[0].finish_reason == "stop"
@@ -226,8 +225,8 @@ def test_stop_words_are_found_within_tokens(client, chain_model, stop, text):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tools_are_called_with_valid_json(client, chain_model, stream):
-    answer = chat(client, model=str(chain_model), tools=TOOLS, stream=stream)
+def test_tools_are_called_with_valid_json(client, stream):
+    answer = chat(client, model="chain", tools=TOOLS, stream=stream)
     if stream:
         chunks = [chunk.choices[0] for chunk in answer]
         calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
@@ -240,121 +239,139 @@ def test_tools_are_called_with_valid_json(client, chain_model, stream):
     assert strict(call.function.arguments) == {"city": "Rome", "limit": None}
 
 
-def test_called_tools_answer(client, chain_model):
+def test_called_tools_answer(client):
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     messages = [
         *MESSAGES,
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "sunny"},
     ]
-    answer = chat(client, model=str(chain_model), tools=TOOLS, messages=messages)
+    answer = chat(client, model="chain", tools=TOOLS, messages=messages)
     assert answer.choices[0].message.tool_calls
 
 
-def test_models_are_listed(client, random_model):
-    (model,) = client.models.list().data
-    assert model.id == str(random_model / "flash")
-    assert complete(client, model=model.id) == complete(client)
+def test_models_have_names_and_no_paths(client):
+    names = [model.id for model in client.models.list().data]
+    assert names == ["mine", "flash", "dense", "chain", "ruled-out"]
+    for name in names:
+        assert client.models.retrieve(name).id == name
+        assert chat(client, model=name, max_tokens=1).model == ("mine" if name == "flash" else name)
+    with pytest.raises(openai.NotFoundError, match="choose mine or flash"):
+        client.models.retrieve("/etc")
 
 
-def test_cached_repositories_are_listed_and_served(server, client, random_model):
-    repository = server.errors.parent / "cache" / "models--someone--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(random_model / "flash", repository / "snapshots" / ("0" * 40))
-    try:
-        names = {model.id for model in client.models.list().data}
-        assert names == {"someone/model", str(random_model / "flash")}
-        assert complete(client, model="someone/model") == complete(client)
-        assert "someone/model" not in server.log()
-    finally:
-        shutil.rmtree(repository)
+@pytest.mark.parametrize(
+    "name", ["/", "", ".", "..", "/etc", "/no/such", "gpt-4o", "someone/model"]
+)
+def test_no_other_model_is_served_nor_looked_for(server, client, random_model, name):
+    """Folders that are there and others get one and the same answer."""
+    with pytest.raises(openai.NotFoundError) as told:
+        complete(client, model=name)
+    assert told.value.body["code"] == "model_not_found"
+    assert told.value.body["message"].startswith("No model of that name is served here")
+    with pytest.raises(openai.NotFoundError) as other:
+        complete(client, model=str(random_model / "dense"))
+    assert other.value.body == told.value.body
 
 
 def test_other_models_are_served_dense_and_the_log_says_so(server, client, random_model):
     dense = random_model / "dense"
     model, tokenizer = mlx_lm.load(str(dense))
     expected = mlx_lm.generate(model, tokenizer, "One day", max_tokens=TOKENS)
-    assert complete(client, model=str(dense)) == expected
+    assert complete(client, model="dense") == expected
     assert f"{dense} is no FlashHead checkpoint: it is served dense." in server.log()
     assert complete(client) != expected
     with pytest.raises(openai.BadRequestError, match="has no FlashHead"):
-        complete(client, model=str(dense), extra={"n_probes": 2})
+        complete(client, model="dense", extra={"n_probes": 2})
+
+
+def test_several_answers_and_prompts(client, flash):
+    answer = client.completions.create(
+        model="mine", prompt=["One day", "x"], n=2, max_tokens=TOKENS
+    )
+    expected = [generated(flash, prompt) for prompt in ("One day", "x") for _ in range(2)]
+    assert [choice.text for choice in answer.choices] == expected
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage.prompt_tokens == 8
+    assert answer.usage.completion_tokens == 4 * TOKENS
+    drawn = chat(client, n=3, temperature=1.0, seed=5, stream=True)
+    texts = ["", "", ""]
+    for chunk in drawn:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert len(set(texts)) == 3
+    whole = chat(client, n=3, temperature=1.0, seed=5)
+    assert [choice.message.content for choice in whole.choices] == texts
+
+
+def test_token_prompts(client, flash):
+    tokens = flash[1].encode("One day")
+    assert complete(client, tokens) == generated(flash)
 
 
 def test_biases_choose_tokens(client, flash):
     (token,) = flash[1].encode("7")
     assert complete(client, logit_bias={str(token): 100}) == "7" * TOKENS
     assert complete(client, extra={"logit_bias": {token: 1e30}}) == "7" * TOKENS
-    (first,) = flash[1].encode(complete(client, max_tokens=1), add_special_tokens=False)[:1]
-    answer = chat(client, logit_bias={first: -1e30}, logprobs=True, top_logprobs=11)
-    entries = answer.choices[0].logprobs.content
-    assert all(entry.id != first for entry in entries)
+    first = chat(client, logprobs=True).choices[0].logprobs.content[0].bytes
+    names = TokenNames(flash[1])
+    (token,) = [i for i in range(VOCAB_SIZE) if names.bytes(i) == bytes(first)]
+    answer = chat(client, logit_bias={token: -1e30}, logprobs=True)
+    assert all(entry.bytes != first for entry in answer.choices[0].logprobs.content)
 
 
-def test_ruled_out_tokens_have_logprobs_that_json_can_hold(server, tmp_path):
-    folder = write_model_with_ruled_out_tokens(tmp_path / "model", "a", allowed=5)
-    body = {"model": str(folder), "prompt": "a", "max_tokens": 1, "top_logprobs": 8}
+def test_ruled_out_tokens_have_logprobs_that_json_can_hold(server):
+    body = {"model": "ruled-out", "prompt": "a", "max_tokens": 1, "logprobs": 8}
     status, answer = post(server, body, "/v1/completions")
     assert status == 200
-    tops = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    assert [top["logprob"] == -9999.0 for top in tops] == [False] * 5 + [True] * 3
+    (tops,) = answer["choices"][0]["logprobs"]["top_logprobs"]
+    assert sorted(tops.values())[:3] == [-9999.0] * 3
+    assert sum(logprob != -9999.0 for logprob in tops.values()) == 5
+
+
+def test_null_is_as_good_as_nothing(server):
+    fields = ("model", "stream", "stream_options", "max_tokens", "temperature", "logprobs", "stop")
+    body = dict.fromkeys(fields) | {"messages": MESSAGES}
+    status, answer = post(server, body)
+    assert status == 200
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    "change, said",
+    "change, field",
     [
-        ({"messages": "hello"}, "messages must be a list"),
-        ({"messages": []}, "messages must be a list"),
-        ({"messages": ["hello"]}, "messages must be a list"),
-        ({"messages": [{"content": "hello"}]}, "messages must be a list"),
-        ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "text"),
-        ({"temperature": -1}, "temperature must be at least 0"),
-        ({"temperature": float("nan")}, "NaN and Infinity"),
-        ({"logit_bias": {"5": float("inf")}}, "NaN and Infinity"),
-        ({"logit_bias": {"5": None}}, "logit_bias must give"),
-        ({"logit_bias": {"5000": 1}}, f"choose 0 to {VOCAB_SIZE - 1}"),
-        ({"logit_bias": {"-1": 1}}, f"choose 0 to {VOCAB_SIZE - 1}"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"max_tokens": 10**30}, "it must be at most"),
-        ({"n_probes": 0}, "n_probes is 0"),
-        ({"n_probes": 2.5}, "n_probes is 2.5"),
-        ({"n_probes": N_CLUSTERS + 1}, f"choose 1 to {N_CLUSTERS}"),
-        ({"dense": 1}, "true or false"),
-        ({"dense": True, "n_probes": 3}, "leave n_probes out"),
-        ({"stop": ""}, "stop must be"),
-        ({"stop": [1]}, "stop must be"),
-        ({"seed": 2**64}, "64 bits"),
-        ({"tools": {}}, "tools must be a list"),
-        ({"stream_options": 1}, "stream_options must be"),
-        ({"top_logprobs": 12}, "top_logprobs must be at most 11"),
-        ({"chat_template_kwargs": {"return_tensors": "np"}}, "a list of tokens"),
-        ({"model": "./absent"}, "There is no folder ./absent"),
-        ({"adapters": "./absent"}, "absent"),
-        ({"draft_model": "./absent"}, "There is no folder ./absent"),
+        ({"messages": "hello"}, "messages"),
+        ({"temperature": -1}, "temperature"),
+        ({"n_probes": N_CLUSTERS + 1}, "n_probes"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"chat_template_kwargs": {"chat_template": ENDLESS}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": "a" * 600}]}, "messages"),
+        ({"model": "./absent"}, "model"),
+        ({"adapters": "./absent"}, "adapters"),
+        ({"draft_model": "./absent"}, "draft_model"),
     ],
     ids=lambda value: json.dumps(value)[:40],
 )
-def test_mistakes_are_told(server, random_model, change, said, stream):
-    body = {"messages": MESSAGES, "stream": stream} | change
-    if body.get("adapters"):
-        body["model"] = str(random_model / "flash")
-    status, answer = post(server, body)
-    assert status == (404 if {"model", "adapters", "draft_model"} & change.keys() else 400)
-    assert said in answer["error"]["message"]
-    assert "\n" not in answer["error"]["message"]
+def test_mistakes_are_told(server, change, field, stream):
+    """Each kind once: test_requests.py and test_prompts.py have the rest."""
+    status, answer = post(server, {"messages": MESSAGES, "stream": stream} | change)
+    assert status == (404 if field == "model" else 400)
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert answer["error"]["param"] == field
+    assert answer["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
     "body, path, status, said",
     [
-        (b"{", "/v1/completions", 400, "Invalid JSON"),
-        (b"[]", "/v1/completions", 400, "dictionary"),
+        (b"{", "/v1/completions", 400, "The body is no JSON"),
+        (b"[]", "/v1/completions", 400, "must be a JSON object"),
         (b"\xff", "/v1/completions", 400, "decode"),
-        (b"[" * 100_000, "/v1/completions", 400, "recursion"),
+        (b"[" * 100_000, "/v1/completions", 400, "nested too deeply"),
+        (b'{"prompt": "a", "temperature": NaN}', "/v1/completions", 400, "NaN is not JSON"),
         (b"{}", "/v1/completions", 400, "prompt must be a text"),
-        (b'{"prompt": ["a"]}', "/v1/completions", 400, "prompt must be a text"),
         (b'{"prompt": ""}', "/v1/completions", 400, "The prompt is empty"),
         (b"{}", "/v1/no/such", 404, "nothing at /v1/no/such"),
         (None, "/no/such", 404, "nothing at /no/such"),
@@ -377,13 +394,45 @@ def test_large_top_k_cuts_nothing_off(client):
     assert complete(client, extra={"top_k": 10**6}, **options) == complete(client, **options)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_is_logged_and_not_computed_for(server, client, flash, stream):
+    body = {"messages": MESSAGES, "max_tokens": 400, "stream": stream, "logit_bias": {"50": 100}}
+    body = json.dumps(body | {"user": "of this test"}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        if stream:
+            connection.recv(1)
+    for _ in range(200):
+        lines = [line for line in server.log().splitlines() if "the client has gone" in line]
+        if len(lines) > stream:  # the first of these tests has left one
+            break
+        time.sleep(0.02)
+    assert "POST /v1/chat/completions" in lines[-1]
+    n_tokens = int(lines[-1].split(" + ")[1].split()[0])
+    assert n_tokens < 400
+
+
+def test_the_log_has_a_line_for_each_request_and_no_prompt(server, client):
+    before = len(server.log().splitlines())
+    complete(client, "a secret", max_tokens=3)
+    with pytest.raises(openai.BadRequestError):
+        complete(client, "a secret", extra={"secret": 1})
+    lines = server.log().splitlines()[before:]
+    assert len(lines) == 2
+    assert re.fullmatch(
+        r"[-0-9]+ [:0-9]+ 127\.0\.0\.1 POST /v1/completions HTTP/1\.1 200 [.0-9]+ s, "
+        r"8 \+ 3 tokens, [.0-9]+ tokens/s",
+        lines[0],
+    )
+    assert "400" in lines[1]
+    assert "secret" not in server.log()
+
+
 def test_nothing_has_ended_the_server(server, client, flash):
     """Last in this file: after all of the above."""
     assert complete(client) == generated(flash)
-    assert post_health(server) == {"status": "ok"}
-    assert "Traceback" not in server.log()
-
-
-def post_health(server):
     with urllib.request.urlopen(f"{server.url}/health", timeout=60) as answer:
-        return strict(answer.read())
+        assert strict(answer.read()) == {"status": "ok"}
+    assert "Traceback" not in server.log()

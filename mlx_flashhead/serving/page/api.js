@@ -39,7 +39,8 @@ export async function unlock(token) {
   await request(`/?token=${encodeURIComponent(token.trim())}`);
 }
 
-// Yields {text, reasoning, finish, usage}, each present or not, until the answer is complete.
+// Yields {read, text, reasoning, finish, usage}, each present or not, until the answer is complete.
+// read is the share of the question that the model has read, 0 … 1.
 export async function* ask(messages, settings, signal) {
   const response = await request("/v1/chat/completions", {
     method: "POST",
@@ -52,7 +53,12 @@ export async function* ask(messages, settings, signal) {
     }),
     signal,
   });
-  for await (const data of events(response.body.getReader())) {
+  for await (const { comment, data } of events(response.body.getReader())) {
+    if (comment) {
+      const [, done, total] = comment.match(/^prompt (\d+)\/(\d+)$/) ?? [];
+      if (total) yield { read: done / total };
+      continue;
+    }
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ServerError("refused", reason(data) || "The server failed.");
@@ -67,7 +73,7 @@ export async function* ask(messages, settings, signal) {
   throw new ServerError("away", "The answer broke off: the server has gone away.");
 }
 
-// The data of server-sent events; comments and other fields are passed over.
+// The data and the comments of server-sent events; other fields are passed over.
 async function* events(reader) {
   const decoder = new TextDecoder();
   let rest = "";
@@ -82,7 +88,8 @@ async function* events(reader) {
     const lines = (rest + decoder.decode(part.value, { stream: true })).split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      if (line.startsWith("data:")) yield line.slice(5).trim();
+      if (line.startsWith("data:")) yield { data: line.slice(5).trim() };
+      if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
     }
   }
 }

@@ -29,12 +29,14 @@ export class Run {
       else failure = this.fail(error);
     }
     this.message.running = false;
+    delete this.message.read;
     if (clock.tokens) this.message.stats = clock.stats();
     this.changed();
     return failure;
   }
 
-  take({ text, reasoning, finish, usage }, clock) {
+  take({ read, text, reasoning, finish, usage }, clock) {
+    if (read !== undefined) this.message.read = read;
     if (text || reasoning) clock.tick();
     if (reasoning) this.message.reasoning = (this.message.reasoning ?? "") + reasoning;
     if (text) this.message.content += text;

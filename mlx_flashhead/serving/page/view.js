@@ -59,19 +59,25 @@ function update(node, message) {
   }
   node.classList.toggle("running", Boolean(message.running));
   updateThinking(node, message);
-  if (message.running && !message.content) body.replaceChildren(waiting());
+  if (message.running && !message.content) showWaiting(body, message.read);
   else {
     body.querySelector(":scope > .waiting")?.remove();
     renderMarkdown(body, message.content);
   }
 }
 
-function waiting() {
-  const node = element("span", { className: "waiting" });
-  node.append(element("i"), element("i"), element("i"));
-  node.setAttribute("role", "status");
-  node.setAttribute("aria-label", "The model is reading");
-  return node;
+// read: the share of the question that has been read; a short question is read at once.
+function showWaiting(body, read) {
+  let node = body.querySelector(":scope > .waiting");
+  if (!node) {
+    node = element("span", { className: "waiting" });
+    node.append(element("i"), element("i"), element("i"), element("span"));
+    node.setAttribute("role", "status");
+    node.setAttribute("aria-label", "The model is reading");
+    body.replaceChildren(node);
+  }
+  const share = read > 0 && read < 1 ? `${Math.floor(100 * read)} % read` : "";
+  node.lastChild.textContent = share;
 }
 
 function updateThinking(node, message) {

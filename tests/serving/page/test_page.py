@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from page_actions import TOKEN, answers, ask
-from scripted_server import INFO
+from scripted_server import INFO, Read
 
 ANSWER = """## Why the sky is blue
 
@@ -77,6 +77,21 @@ def test_ask_and_see_the_stream(lan, open_page, screenshot, screen, dark):
     assert page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") < 2
     screenshot(page, f"{name}-3-answer")
     assert script.requests[0]["messages"] == [{"role": "user", "content": "Why is the sky blue?"}]
+
+
+def test_how_much_of_a_long_question_is_read(server, open_page, screenshot):
+    port, script = server
+    half, all_of_it = Event(), Event()
+    script.answers = [[Read(512, 4000), half, Read(2000, 4000), all_of_it, "So long."]]
+    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
+    ask(page, "A long text")
+    expect(page.locator(".waiting")).to_have_text("12 % read")
+    screenshot(page, "iphone-light-9-reading")
+    half.set()
+    expect(page.locator(".waiting")).to_have_text("50 % read")
+    all_of_it.set()
+    expect(answers(page)).to_have_text("So long.")
+    expect(page.locator(".waiting")).to_have_count(0)
 
 
 def test_stop_and_answer_again(server, open_page, screenshot):

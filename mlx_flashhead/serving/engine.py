@@ -1,0 +1,198 @@
+"""The thread that computes: it reads prompts a chunk at a time, between the tokens of others.
+
+Of every second in which prompts wait, half goes to them and half to the answers under way. Of the
+prompts, the one with the fewest tokens left and the oldest one take turns: a short question is not
+held up by a long text, and a long text not for ever by short questions.
+"""
+
+import gc
+import logging
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+
+import mlx.core as mx
+
+from ..models.compat import maybe_set_recommended_wired_limit
+from .decoding import Batch, Decoder, Single
+from .job import Failure, Job
+from .prompt_caches import PromptCaches
+from .reading import Pace, Reading
+from .served import Catalogue
+
+_IDLE_SECONDS = 0.1
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers jobs until it is closed.
+
+    Args:
+        load: Loads the models; called in the generating thread, as MLX wants it.
+        flags: The server's.
+
+    Attributes:
+        catalogue: Done as soon as the models are loaded, or one has failed to.
+    """
+
+    def __init__(self, load: Callable[[], Catalogue], flags: Namespace):
+        self.catalogue: Future[Catalogue] = Future()
+        self._load = load
+        self._flags = flags
+        self._arrived: SimpleQueue[Job] = SimpleQueue()
+        self._ended = Event()
+        self._waiting: list[Job] = []
+        self._readings: list[Reading] = []
+        self._decoders: list[Decoder] = []
+        self._turn = 0
+        self._thread = Thread(target=self._run, name="generation", daemon=True)
+        self._thread.start()
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Takes jobs; their events tell the rest."""
+        for job in jobs:
+            self._arrived.put(job)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether jobs are answered."""
+        return self._thread.is_alive() and not self._ended.is_set()
+
+    def close(self, seconds: float) -> bool:
+        """Ends the thread; answers under way end where they are.
+
+        Returns:
+            Whether it has ended within so many seconds.
+        """
+        self._ended.set()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            catalogue = self._load()
+        except Exception as error:
+            self.catalogue.set_exception(error)
+            return
+        maybe_set_recommended_wired_limit()
+        self._stream = mx.default_stream(mx.default_device())
+        self._caches = PromptCaches(self._flags.prompt_cache_size, self._flags.prompt_cache_bytes)
+        self._pace = Pace(self._flags.prefill_step_size)
+        self.catalogue.set_result(catalogue)
+        while not self._ended.is_set():
+            try:
+                self._take_turns()
+            except Exception as error:
+                logger.exception("The answers under way have failed")
+                self._fail_all(error)
+        # MLX wants its arrays and streams gone before the thread is
+        del self._caches, self._readings, self._decoders
+        gc.collect()
+        mx.clear_streams()
+
+    def _take_turns(self) -> None:
+        self._receive()
+        self._drop_cancelled()
+        began = time.perf_counter()
+        self._read()
+        until = 2 * time.perf_counter() - began
+        while self._decode() and time.perf_counter() < until and self._arrived.empty():
+            self._drop_cancelled()
+
+    def _receive(self) -> None:
+        busy = self._waiting or self._readings or self._decoders
+        try:
+            self._waiting.append(self._arrived.get(timeout=0 if busy else _IDLE_SECONDS))
+            while True:
+                self._waiting.append(self._arrived.get_nowait())
+        except Empty:
+            pass
+        n_free = self._flags.decode_concurrency - len(self._readings) - self._n_decoded()
+        for job in self._waiting[: max(0, n_free)]:
+            self._readings.append(Reading(job, self._caches, self._flags))
+        del self._waiting[: max(0, n_free)]
+
+    def _n_decoded(self) -> int:
+        return sum(len(decoder.jobs) for decoder in self._decoders)
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = [job for job in self._waiting if not job.cancelled]
+        for reading in [r for r in self._readings if r.job.cancelled]:
+            self._readings.remove(reading)
+            self._caches.keep(reading.job.served, reading.tokens, reading.cache)
+        for decoder in list(self._decoders):
+            self._remove(decoder, [job for job in decoder.jobs if job.cancelled])
+
+    def _read(self) -> None:
+        """Reads a chunk of one prompt; those that are read completely go on to be answered."""
+        if not self._readings:
+            return
+        self._turn += 1
+        reading = self._readings[0]
+        if self._turn % 2:
+            reading = min(self._readings, key=lambda r: r.left)
+        try:
+            if reading.left:
+                reading.read(self._pace)
+            if not reading.left:
+                self._readings.remove(reading)
+                self._begin(reading)
+        except Exception as error:
+            logger.exception("An answer has failed")
+            reading.job.tell(Failure(error))
+            self._readings = [r for r in self._readings if r is not reading]
+
+    def _begin(self, reading: Reading) -> None:
+        job = reading.job
+        if not job.served.batchable or self._flags.kv_bits is not None:
+            self._decoders.append(Single(reading, self._flags, self._stream))
+            return
+        batches = [d for d in self._decoders if isinstance(d, Batch) and d.takes(job)]
+        if not batches:
+            batches = [Batch(job, self._flags.decode_concurrency, self._stream)]
+            self._decoders += batches
+        batches[0].add(reading)
+
+    def _decode(self) -> bool:
+        """Generates a token for every answer under way; → whether there are any."""
+        for decoder in list(self._decoders):
+            try:
+                steps = decoder.step()
+            except Exception as error:
+                logger.exception("Some answers have failed")
+                self._decoders.remove(decoder)
+                for job in decoder.jobs:
+                    job.tell(Failure(error))
+                continue
+            self._remove(decoder, [job for job, *step in steps if _is_complete(job, *step)])
+        return bool(self._decoders)
+
+    def _remove(self, decoder: Decoder, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        served = jobs[0].served
+        for tokens, cache in decoder.remove(jobs):
+            self._caches.keep(served, tokens, cache)
+        if not decoder.jobs:
+            self._decoders.remove(decoder)
+        self._caches.make_room(part.nbytes for part in (*self._decoders, *self._readings))
+
+    def _fail_all(self, error: Exception) -> None:
+        failed = [*self._waiting, *(r.job for r in self._readings)]
+        failed += [job for decoder in self._decoders for job in decoder.jobs]
+        self._waiting, self._readings, self._decoders = [], [], []
+        for job in failed:
+            job.tell(Failure(error))
+
+
+def _is_complete(job: Job, token: int, logprobs: mx.array) -> bool:
+    try:
+        return job.take(token, logprobs)
+    except Exception as error:
+        logger.exception("An answer has failed")
+        job.tell(Failure(error))
+        return True

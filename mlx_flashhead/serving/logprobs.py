@@ -1,0 +1,121 @@
+"""Log-probabilities of tokens, which are named by their text and its bytes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+# What OpenAI's API gives a token that is too unlikely to have a logprob.
+VERY_UNLIKELY = -9999.0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token that was chosen, and the likeliest ones at its place.
+
+    Attributes:
+        token: Its id.
+        logprob: Its log-probability.
+        tops: (id, log-probability) of the likeliest, in order.
+    """
+
+    token: int
+    logprob: float
+    tops: tuple[tuple[int, float], ...]
+
+
+def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
+    """Looks them up.
+
+    Args:
+        logprobs: (V,) log-probabilities of all tokens.
+        token: The one that was chosen.
+        n_tops: How many of the likeliest.
+    """
+    n_tops = min(n_tops, logprobs.size)
+    tops = []
+    if n_tops:
+        found = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops]
+        pairs = zip(found.tolist(), logprobs[found].tolist(), strict=True)
+        tops = sorted(pairs, key=lambda pair: -pair[1])
+    return TokenLogprobs(
+        token,
+        _finite(logprobs[token].item()),
+        tuple((i, _finite(logprob)) for i, logprob in tops),
+    )
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else VERY_UNLIKELY
+
+
+class TokenNames:
+    """The texts of a tokenizer's tokens.
+
+    Args:
+        tokenizer: mlx-lm's wrapper.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._decoded = _byte_decoder(tokenizer)
+
+    def bytes(self, token: int) -> bytes:
+        """The bytes of a token's text, which need not be complete characters."""
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if name is None:  # a row of the head that is no token
+            return b""
+        if token in self._tokenizer.added_tokens_decoder:
+            return name.encode()
+        return self._decoded(name)
+
+    def text(self, token: int) -> str:
+        """A token's text; where its bytes are none by themselves, OpenAI's name for these."""
+        content = self.bytes(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    def chat(self, found: TokenLogprobs) -> dict[str, Any]:
+        """As a chat's answer has it."""
+        tops = [self._named(*top) for top in found.tops]
+        return self._named(found.token, found.logprob) | {"top_logprobs": tops}
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        content = self.bytes(token)
+        text = content.decode("utf-8", "replace")
+        return {"token": text, "logprob": logprob, "bytes": list(content)}
+
+
+def _byte_decoder(tokenizer: Any) -> Callable[[str], bytes]:
+    """How a tokenizer's names of tokens become bytes."""
+    kind = str(getattr(tokenizer.backend_tokenizer, "decoder", "")) if tokenizer.is_fast else ""
+    if "ByteLevel" in kind:
+        letters = _byte_letters()
+        return lambda name: b"".join(letters.get(c) or c.encode() for c in name)
+    if "ByteFallback" in kind or not tokenizer.is_fast:
+        return _sentencepiece_bytes
+    return lambda name: tokenizer.convert_tokens_to_string([name]).encode()
+
+
+def _sentencepiece_bytes(name: str) -> bytes:
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return bytes([int(name[3:5], 16)])
+    return name.replace("\u2581", " ").encode()
+
+
+@lru_cache(maxsize=1)
+def _byte_letters() -> dict[str, bytes]:
+    """The letters that byte-level tokenizers write bytes with.
+
+    Source: GPT-2's ``bytes_to_unicode``: printable characters stand for themselves, the other
+    bytes for the characters from 256 on.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): bytes([byte]) for byte in printable}
+    return letters | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}

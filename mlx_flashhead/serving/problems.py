@@ -1,0 +1,39 @@
+"""What is wrong with a request, in the one shape that all errors have, OpenAI's."""
+
+from http import HTTPStatus
+from typing import Any
+
+
+class Problem(ValueError):
+    """A request that is not served.
+
+    Args:
+        message: One sentence for the person who made the request.
+        field: The field of the request that is wrong, if it is one.
+        status: The HTTP status.
+        code: A word that programs can tell it by.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        field: str | None = None,
+        *,
+        status: int = HTTPStatus.BAD_REQUEST,
+        code: str | None = None,
+    ):
+        super().__init__(message)
+        self.field = field
+        self.status = HTTPStatus(status)
+        self.code = code
+
+    def as_json(self) -> dict[str, Any]:
+        """The body of the answer."""
+        server = self.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        error = {
+            "message": str(self),
+            "type": "server_error" if server else "invalid_request_error",
+            "param": self.field,
+            "code": self.code,
+        }
+        return {"error": error}

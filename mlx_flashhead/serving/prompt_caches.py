@@ -1,0 +1,71 @@
+"""The caches of earlier prompts, by the tokens that they hold."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+
+from ..models.compat import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+from .served import ServedModel
+
+KVCaches = list[Any]  # of a model's layers, and of its draft model's
+
+
+class PromptCaches:
+    """mlx-lm's store of caches.
+
+    Args:
+        max_size: How many are kept.
+        max_bytes: What they and the caches in use may take together; None is no limit.
+    """
+
+    def __init__(self, max_size: int, max_bytes: int | None):
+        self._kept = LRUPromptCache(max_size)
+        self._max_bytes = max_bytes
+
+    def find(self, served: ServedModel, tokens: list[int]) -> tuple[KVCaches | None, int]:
+        """A copy of the cache that holds most of a prompt, and how many tokens it holds.
+
+        The last token is left out: a model has to be given one to go on from.
+        """
+        cache, rest = self._kept.fetch_nearest_cache(served.name, tokens)
+        if rest:
+            return cache, len(tokens) - len(rest)
+        if can_trim_prompt_cache(cache):
+            trim_prompt_cache(cache, 1)
+            return cache, len(tokens) - 1
+        cache, rest = self._kept.fetch_nearest_cache(served.name, tokens[:-1])
+        return cache, len(tokens) - 1 - len(rest)
+
+    def keep(
+        self, served: ServedModel, tokens: list[int], cache: KVCaches, kind: str = "assistant"
+    ) -> None:
+        """Keeps a cache.
+
+        Args:
+            served: Whose it is.
+            tokens: What it holds.
+            cache: Must not be changed any more.
+            kind: mlx-lm's, "system", "user" or "assistant": the last go first.
+        """
+        if tokens:
+            # a part of a batch's cache, were it not computed, would hold the batch's memory
+            mx.eval([layer.state for layer in cache])
+            self._kept.insert_cache(served.name, tokens, cache, cache_type=kind)
+
+    def make_room(self, in_use: Iterable[int]) -> None:
+        """Drops caches until all fit.
+
+        Args:
+            in_use: Bytes of those that are not kept here.
+        """
+        if self._max_bytes is not None:
+            self._kept.trim_to(n_bytes=self._max_bytes - sum(in_use))
+
+
+def split_caches(served: ServedModel, cache: KVCaches) -> tuple[KVCaches, KVCaches]:
+    """The model's own part, and its draft model's."""
+    if served.draft_model is None:
+        return cache, []
+    n_layers = len(served.model.layers)
+    return cache[:n_layers], cache[n_layers:]

@@ -1,0 +1,227 @@
+"""The models that are served: loaded at the start, known to clients by their names."""
+
+import logging
+import re
+from argparse import Namespace
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import mlx.core as mx
+import mlx.nn as nn
+from jinja2 import meta
+
+from ..head.flash_head import FlashHead
+from ..index.files import has_flash_head
+from ..models.compat import KVCache, make_prompt_cache
+from ..models.install import get_flash_head
+from ..models.load import load, load_dense, resolve
+from .problems import Problem
+
+# mlx-lm's word for the model of --model
+DEFAULT_NAME = "default_model"
+# Where neither the configuration nor the tokenizer tells how far a model was trained.
+UNKNOWN_CONTEXT = 32768
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+# What the server or the tokenizer gives a template.
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
+_GENERATION_TAG = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A model in memory.
+
+    Attributes:
+        names: What clients may call it; the first is the one it answers with.
+        model: With a FlashHead, or dense.
+        tokenizer: mlx-lm's wrapper.
+        draft_model: Drafts tokens for it, if there is one.
+        context: Tokens of a prompt and its answer together.
+        template_arguments: For its chat template, by whoever started the server.
+        dense: Whether every token is scored unless a request says otherwise.
+        head: Its FlashHead, None if it is dense.
+        n_probes: Clusters that are scored unless a request says otherwise, None if it is dense.
+        vocab_size: Tokens V.
+        batchable: Whether several sequences can be decoded at once.
+        cuttable: Whether a cache of it can always be cut back to its beginning.
+        template_settings: Names that its chat template takes from ``chat_template_kwargs``.
+        longest_token: Characters of the longest token.
+    """
+
+    names: tuple[str, ...]
+    model: nn.Module
+    tokenizer: Any
+    draft_model: nn.Module | None
+    context: int
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    dense: bool = False
+
+    def __post_init__(self):
+        self.head: FlashHead | None = get_flash_head(self.model)
+        self.n_probes: int | None = None
+        if self.head is not None:
+            self.n_probes = self.head.n_clusters if self.dense else self.head.n_probes
+        caches = make_prompt_cache(self.model)
+        self.cuttable = all(type(cache) is KVCache for cache in caches)
+        self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
+        # a shape alone: nothing is computed
+        self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
+        self.template_settings = template_settings(self.tokenizer)
+        self.longest_token = max(map(len, self.tokenizer.get_vocab()))
+
+    @property
+    def name(self) -> str:
+        """The name that answers carry."""
+        return self.names[0]
+
+    def with_probes(self, n_probes: int | None) -> AbstractContextManager:
+        """A block within which so many clusters are scored; a dense model stays as it is."""
+        return nullcontext() if n_probes is None else self.head.settings(n_probes=n_probes)
+
+
+class Catalogue:
+    """The served models, found by name.
+
+    Args:
+        models: The first of them is the default.
+    """
+
+    def __init__(self, models: Iterable[ServedModel]):
+        self._models = tuple(models)
+
+    @property
+    def default(self) -> ServedModel:
+        """The model of a request that names none."""
+        return self._models[0]
+
+    @property
+    def names(self) -> list[str]:
+        """Every name, those of the default first."""
+        return [name for model in self._models for name in model.names]
+
+    def find(self, name: str | None) -> ServedModel:
+        """The model of that name, the default for None.
+
+        Raises:
+            Problem: If no served model has the name.
+        """
+        if name is None or name == DEFAULT_NAME:
+            return self.default
+        for model in self._models:
+            if name in model.names:
+                return model
+        raise Problem(
+            f"No model of that name is served here: choose {' or '.join(self.names)}.",
+            "model",
+            status=404,
+            code="model_not_found",
+        )
+
+
+def load_catalogue(args: Namespace) -> Catalogue:
+    """Loads every model that the flags name.
+
+    Raises:
+        ValueError: If one cannot be loaded, or two have one name.
+    """
+    aliases = [args.served_model_name] if args.served_model_name else []
+    models = [_load(args, args.model, aliases, default=True)]
+    models += [_load(args, path, [], default=False) for path in args.allow_models]
+    catalogue = Catalogue(models)
+    twice = {name for name in catalogue.names if catalogue.names.count(name) > 1}
+    if twice:
+        raise ValueError(
+            f"Two of the models are called {min(twice)}: rename a folder, or leave one out."
+        )
+    return catalogue
+
+
+def name_of(path_or_repo: str) -> str:
+    """What clients call a model: the repository, or the folder's own name without its path."""
+    path = Path(path_or_repo).expanduser()
+    return path.resolve().name if path.is_dir() else path_or_repo
+
+
+def template_settings(tokenizer: Any) -> frozenset[str]:
+    """Names of the variables that a chat template takes and the server does not give.
+
+    A template that is Python code takes mlx-lm's ``enable_thinking`` alone.
+    """
+    own = set()
+    if tokenizer.has_thinking:
+        own.add("enable_thinking")  # mlx-lm's name, whatever the template's is
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+        try:
+            tree = environment.parse(_GENERATION_TAG.sub("", template))
+        except jinja2.TemplateError:
+            return frozenset(own)
+        own |= meta.find_undeclared_variables(tree)
+    given = _GIVEN | {"strftime_now", "raise_exception"} | set(tokenizer.special_tokens_map)
+    return frozenset(own - given)
+
+
+def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bool) -> ServedModel:
+    folder = resolve(path_or_repo)
+    config = {"trust_remote_code": args.trust_remote_code}
+    if args.chat_template and default:
+        config["chat_template"] = args.chat_template
+    options = {
+        "tokenizer_config": config,
+        "adapter_path": args.adapter_path if default else None,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if has_flash_head(folder):
+        n_probes = args.n_probes if default else None
+        model, tokenizer, config = load(
+            str(folder), n_probes=n_probes, return_config=True, **options
+        )
+    else:
+        model, tokenizer, config = load_dense(folder, **options)
+        logger.warning(
+            "%s is no FlashHead checkpoint: it is served dense. mlx_flashhead.convert makes a "
+            "FlashHead checkpoint of it.",
+            path_or_repo,
+        )
+    draft_model = _draft(args, tokenizer) if default and args.draft_model else None
+    context = args.context_size or context_of(config, tokenizer)
+    names = (*aliases, name_of(path_or_repo))
+    return ServedModel(
+        tuple(dict.fromkeys(names)),
+        model,
+        tokenizer,
+        draft_model,
+        context,
+        args.chat_template_args,
+        args.dense and default,
+    )
+
+
+def context_of(config: dict[str, Any], tokenizer: Any) -> int:
+    """How many tokens a model was made for, by its configuration or else its tokenizer."""
+    for part in (config, config.get("text_config") or {}):
+        for key in _CONTEXT_KEYS:
+            if isinstance(part.get(key), int) and part[key] > 1:
+                return part[key]
+    length = tokenizer.model_max_length
+    return (
+        length if 1 < length <= 2**24 else UNKNOWN_CONTEXT
+    )  # transformers' word for unknown: 1e30
+
+
+def _draft(args: Namespace, tokenizer: Any) -> nn.Module:
+    folder = resolve(args.draft_model)
+    loaded = load(str(folder)) if has_flash_head(folder) else load_dense(folder)
+    model, draft_tokenizer = loaded[:2]
+    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+        logger.warning("%s has another tokenizer: few of its drafts will do.", args.draft_model)
+    if (head := get_flash_head(model)) is not None:
+        logger.info("%s drafts with %r", args.draft_model, head)
+    return model
