@@ -24,7 +24,7 @@ from .cli.tables import check_tables
 from .conversion.options import IndexOptions
 from .conversion.quantization import HEAD_BITS
 from .head.flash_head import FlashHead
-from .models.install import dense_copy, get_flash_head
+from .models.install import dense_copy, installed_head
 from .models.load import load
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -275,15 +275,21 @@ def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]
     """The heads asked for, one at a time: name, head, and the dtype of its hidden states."""
     if args.model is not None:
         model, _ = load(args.model, n_probes=args.n_probes)
-        head = get_flash_head(model)
+        head = installed_head(model)
         rows = head.clustered.rows
-        yield Path(args.model).name, head, (rows.scales if rows.quantized else rows.weight).dtype
+        values = rows.weight if rows.scales is None else rows.scales
+        yield Path(args.model).name, head, values.dtype
         return
     for name, (vocab_size, hidden_size) in args.shape:
         dtype = getattr(mx, args.dtype)
-        form = {"dtype": dtype, "bits": args.head_bits}
-        form["n_probes"] = args.n_probes or _usual_probes(vocab_size)
-        yield name, random_head(vocab_size, hidden_size, **form), dtype
+        n_probes = args.n_probes or _usual_probes(vocab_size)
+        yield (
+            name,
+            random_head(
+                vocab_size, hidden_size, dtype=dtype, bits=args.head_bits, n_probes=n_probes
+            ),
+            dtype,
+        )
 
 
 def _states(head: FlashHead, dtype: mx.Dtype) -> mx.array:
@@ -293,7 +299,7 @@ def _states(head: FlashHead, dtype: mx.Dtype) -> mx.array:
 
 def _model(args: argparse.Namespace) -> list[dict]:
     flash, tokenizer = load(args.model, n_probes=args.n_probes)
-    head = get_flash_head(flash)
+    head = installed_head(flash)
     measured = model_benchmark(
         dense_copy(flash),
         flash,
@@ -319,7 +325,7 @@ def _convert(args: argparse.Namespace) -> list[dict]:
 def _sampler(args: argparse.Namespace) -> list[dict]:
     if args.model is not None:
         model, _ = load(args.model, n_probes=args.n_probes)
-        heads = [(Path(args.model).name, get_flash_head(model))]
+        heads = [(Path(args.model).name, installed_head(model))]
     else:
         heads = []
         for size in args.vocab_size or (128_256,):

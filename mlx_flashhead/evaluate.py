@@ -113,20 +113,21 @@ def main() -> None:
     model, tokenizer = load(args.model)
     options = {"probe_counts": args.probes, "positions": args.positions}
     if args.masks:
-        evaluation = evaluate_masks(
-            model, tokenizer, text, positions=args.positions, seed=args.seed
-        )
-        print_masks(evaluation)
+        masks = evaluate_masks(model, tokenizer, text, positions=args.positions, seed=args.seed)
+        print_masks(masks)
+        figures = masks.to_dict()
     elif args.precisions:
-        evaluation = evaluate_precisions(model, tokenizer, text, **options)
-        print_precisions(evaluation)
+        precisions = evaluate_precisions(model, tokenizer, text, **options)
+        print_precisions(precisions)
+        figures = precisions.to_dict()
     else:
         evaluation = evaluate(model, tokenizer, text, seed=args.seed, **options)
         print_table(evaluation)
+        if args.plot:
+            draw(evaluation, args.plot)
+        figures = evaluation.to_dict()
     if args.json:
-        Path(args.json).write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n")
-    if args.plot:
-        draw(evaluation, args.plot)
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def print_table(evaluation: Evaluation) -> None:

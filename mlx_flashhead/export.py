@@ -18,7 +18,7 @@ from .exporting.functions import (
 )
 from .exporting.mlxfn import VERSIONS, rewrite_for
 from .index.new_folder import new_file
-from .models.install import get_flash_head
+from .models.install import installed_head
 from .models.load import load
 
 SUFFIX = ".mlxfn"
@@ -78,7 +78,7 @@ def main() -> None:
         raise ValueError(f"--for-mlx {args.for_mlx} is for --backend metal: leave one of them out.")
 
     model, _ = load(args.model, n_probes=args.n_probes, backend=PORTABLE)
-    head = get_flash_head(model)
+    head = installed_head(model)
     with ExitStack() as stack:
         path = stack.enter_context(new_file(output))
         functions = export_head(

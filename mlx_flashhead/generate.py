@@ -10,7 +10,7 @@ from .cli.console import command
 from .cli.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .index.files import has_flash_head
 from .models.compat import generate_module, load_prompt_cache, replaced
-from .models.install import get_flash_head
+from .models.install import installed_head
 from .models.load import load, load_dense, resolve
 from .models.sampling import make_sampler
 from .models.sharded import load_dense_part, sharded_load
@@ -76,7 +76,7 @@ def main() -> None:
                 loaded = load(path, n_probes=args.n_probes, return_config=True, **kwargs)
             target = loaded[0]
             if args.draw_probes:
-                head = get_flash_head(target)
+                head = installed_head(target)
                 stack.enter_context(head.settings(draw_temperature=args.temp))
             return loaded if return_config else loaded[:2]
 

@@ -1,6 +1,8 @@
 """The head alone: from hidden states to candidates, to a token or to full logits, beside dense."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +13,7 @@ from ..head.formats import USUAL_GROUP, affine_group
 from ..head.matrix import Matrix
 from ..head.portable import blocked_product, in_blocks
 from . import roofline
-from .timing import ColdCaches, Spread, in_turns
+from .timing import ColdCaches, Spread, in_turns, on_batch
 
 SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in roofline.SHAPES.items()}
 CLUSTER_SIZE = 16
@@ -20,6 +22,8 @@ CHAIN = 16  # calls of a chain, see `chained`
 DENSE, DENSE_BLOCKS, DENSE_COLUMNS = "dense (mlx-lm)", "dense in blocks", "dense by columns"
 DENSE_FORMS = {DENSE, DENSE_BLOCKS, DENSE_COLUMNS}
 CANDIDATES, TOKEN, LOGITS = "FlashHead candidates", "FlashHead token", "FlashHead full logits"
+
+Form = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states (R, D)
 
 
 def random_head(
@@ -70,7 +74,7 @@ def random_head(
     return head
 
 
-def forms(head: FlashHead) -> dict[str, Callable[[mx.array], mx.array]]:
+def forms(head: FlashHead) -> dict[str, Form]:
     """The ways to use a head, by name: hidden (R, D) → what it gives.
 
     The dense forms take the rows in the order in which the FlashHead holds them: what a dense head
@@ -81,7 +85,7 @@ def forms(head: FlashHead) -> dict[str, Callable[[mx.array], mx.array]]:
     vocab_size = head.vocab_size
     rows = head.clustered.flat_rows().map(lambda array: array[:vocab_size])
     mx.eval(rows.arrays())
-    found = {DENSE: rows.matmul}
+    found: dict[str, Form] = {DENSE: rows.matmul}
     if not rows.quantized and mx.default_device().type == mx.cpu:
         blocks = in_blocks(rows.weight)
         mx.eval(blocks)
@@ -151,7 +155,7 @@ def head_benchmark(
     batches = in_batches(states, n_positions, rounds + 1)
     named = forms(head)
     seconds = in_turns(
-        {name: lambda i, form=form: form(batches[i]) for name, form in named.items()},
+        {name: partial(on_batch, form, batches) for name, form in named.items()},
         rounds,
         before=ColdCaches(),
         progress=progress,
@@ -176,7 +180,7 @@ def head_benchmark(
 
 
 def chained(
-    named: dict[str, Callable], batches: list[mx.array], rounds: int
+    named: dict[str, Form], batches: list[mx.array], rounds: int
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of a call within one submission to the GPU, which leaves the host's time out.
 

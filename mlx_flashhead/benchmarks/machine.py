@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -22,11 +23,12 @@ THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_T
 
 def machine() -> dict:
     """What the figures were taken on, JSON-ready: processor, memory, versions, BLAS, threads."""
-    found = {
+    processor = _processor()
+    found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
-        "processor": _processor(),
+        "processor": processor,
         "cores": _cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
@@ -38,7 +40,7 @@ def machine() -> dict:
     }
     if mx.metal.is_available():
         found["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
-        found["peak_bandwidth_gb_s"] = PEAK_GB_S.get(_chip(found["processor"]))
+        found["peak_bandwidth_gb_s"] = PEAK_GB_S.get(_chip(processor))
         found["read_bandwidth_gb_s"] = read_bandwidth_gb_s()
     return found
 

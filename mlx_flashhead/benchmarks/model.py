@@ -8,7 +8,8 @@ from with this package's samplers, the others with mlx-lm's.
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,10 @@ from ..models.sampling import make_sampler
 from .timing import Spread, in_turns, turns
 
 DENSE, FLASH_HEAD, NO_HEAD = "dense", "FlashHead", "no head"
-SAMPLERS = {"greedy": {"temp": 0.0}, "top-p": {"temp": 0.8, "top_p": 0.95}}
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "greedy": {"temp": 0.0},
+    "top-p": {"temp": 0.8, "top_p": 0.95},
+}
 PROMPT = (
     "The old bridge over the river had been closed for years, and nobody in the village could say "
     "who had built it. One morning in spring, a stranger came and"
@@ -128,7 +132,7 @@ def model_benchmark(
         What is saved in sampling counts, so that share can be above 1.
     """
     prompt = tokenizer.encode(PROMPT)
-    models = (
+    models: tuple[tuple[str, nn.Module, Callable[[], AbstractContextManager]], ...] = (
         (DENSE, dense, nullcontext),
         (FLASH_HEAD, flash, nullcontext),
         (NO_HEAD, dense, lambda: without_head(dense)),

@@ -1,13 +1,13 @@
 """How many positions at once a FlashHead is still faster for: what ``max_positions`` should be."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
 
 from ..head.flash_head import FlashHead
-from .head import DENSE, LOGITS, form_of, forms, in_batches
-from .timing import ColdCaches, Spread, in_turns
+from .head import DENSE, LOGITS, Form, form_of, forms, in_batches
+from .timing import ColdCaches, Spread, in_turns, on_batch
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 DENSE_PATH = "FlashHead above max_positions"
@@ -38,7 +38,7 @@ def positions_benchmark(
     counts = sorted(set(counts))
     retrieving = head.copy()
     retrieving.max_positions = counts[-1]
-    named = {
+    named: dict[str, Form] = {
         DENSE: forms(head)[DENSE],
         DENSE_PATH: head.dense_logits,
         LOGITS: retrieving,
@@ -48,7 +48,7 @@ def positions_benchmark(
     for count in counts:
         batches = in_batches(states, count, rounds + 1)
         seconds = in_turns(
-            {name: partial(_call, form, batches) for name, form in named.items()},
+            {name: partial(on_batch, form, batches) for name, form in named.items()},
             rounds,
             before=cold,
             progress=progress,
@@ -62,10 +62,6 @@ def positions_benchmark(
         "ms": ms,
         "crossover": crossover(counts, ms),
     }
-
-
-def _call(form: Callable, batches: list[mx.array], number: int) -> mx.array:
-    return form(batches[number])
 
 
 def crossover(counts: Sequence[int], ms: dict[str, list[dict]]) -> dict[str, int | None]:

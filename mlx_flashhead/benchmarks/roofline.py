@@ -6,6 +6,7 @@ memory, nothing else running. Public measurements stand beside it, so that its e
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -200,7 +201,7 @@ def formula(shape: ModelShape) -> str:
 
 def estimates(shape: ModelShape, chip: str) -> Iterator[Estimate]:
     """The model as stored, if it is, then in 16 bits, 4 bits, and 4 bits with a finer head."""
-    if shape.body_bytes is not None:
+    if shape.body_bytes is not None and shape.head_bytes is not None:
         stored = (shape.body_bytes, shape.head_bytes)
         for form in ("dense", "FlashHead"):
             yield _estimate(shape, chip, form, ("as stored", shape.stored), *stored)
@@ -248,7 +249,7 @@ def _estimate(
     return Estimate(form, *precision, (plain + probed) / 1e6, head_us / 1e3, model_us / 1e3)
 
 
-def _usual_index(vocab_size: int, hidden_size: int) -> dict[str, int]:
+def _usual_index(vocab_size: int, hidden_size: int) -> dict[str, Any]:
     """What conversion makes by default: clusters of 16, centroids of 4 bits and their bias."""
     n_clusters = -(-vocab_size // CLUSTER_SIZE)
     return {

@@ -1,14 +1,18 @@
 """Samplers: mlx-lm's on the whole vocabulary beside this package's, on the same logits."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
 from ..head.flash_head import FlashHead
 from ..models.sampling import make_sampler
-from .timing import Spread, in_turns
+from .timing import Spread, in_turns, on_batch
 
 MLX_LM, OURS = "mlx-lm", "FlashHead"
-SAMPLERS = {
+SAMPLERS: dict[str, dict[str, Any]] = {
     "top-p 0.95": {"temp": 0.8, "top_p": 0.95},
     "min-p 0.05": {"temp": 0.8, "min_p": 0.05},
     "top-k 40": {"temp": 0.8, "top_k": 40},
@@ -56,15 +60,14 @@ def sampler_benchmark(
     """
     batches = [zipf_logprobs(head.vocab_size, n_positions, number) for number in range(rounds + 1)]
     mx.eval(batches)
-    runs = {}
+    runs: dict[tuple[str, str], Callable[[int], mx.array]] = {}
     for name, arguments in SAMPLERS.items():
         forms = {
             MLX_LM: make_sampler(**arguments),  # of no head: mlx-lm's own
             OURS: make_sampler(**arguments, model=head),
         }
         runs |= {
-            (name, form): lambda i, sampler=sampler: sampler(batches[i])
-            for form, sampler in forms.items()
+            (name, form): partial(on_batch, sampler, batches) for form, sampler in forms.items()
         }
     seconds = in_turns(runs, rounds, progress=progress, description=description)
     spreads = {run: Spread.of(taken).scaled(1000) for run, taken in seconds.items()}

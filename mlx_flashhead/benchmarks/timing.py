@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -70,14 +70,19 @@ def turns(items: Iterable[Item], rounds: int) -> Iterator[tuple[int, Item]]:
             yield number, item
 
 
+def on_batch(form: Callable[[mx.array], Any], batches: Sequence[mx.array], number: int) -> Any:
+    """What a function gives for the batch of that number."""
+    return form(batches[number])
+
+
 def in_turns(
-    runs: Mapping[str, Callable[[int], object]],
+    runs: Mapping[Item, Callable[[int], object]],
     rounds: int,
     *,
     before: Callable[[], None] | None = None,
     progress: bool = True,
     description: str = "Timing",
-) -> dict[str, list[float]]:
+) -> dict[Item, list[float]]:
     """Times functions in turns: one round that is not counted, then ``rounds`` that are.
 
     Args:
@@ -91,7 +96,7 @@ def in_turns(
     Returns:
         By name, the seconds of each counted round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[Item, list[float]] = {name: [] for name in runs}
     bar = tqdm(
         total=(rounds + 1) * len(runs), desc=description, unit="run", leave=False,
         disable=not progress,

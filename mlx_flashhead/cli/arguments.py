@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
 # A value as the command line gives it, or as Python does; refused with an ArgumentTypeError.
@@ -60,14 +61,12 @@ def whole_number(
     wanted += "".join(f", or {value} for {meaning}" for value, meaning in others.items())
 
     def convert(given: str | int) -> int:
-        try:
+        with suppress(TypeError, ValueError):
             value = int(given)
-        except (TypeError, ValueError):
-            value = None
-        within = value is not None and low <= value <= (math.inf if high is None else high)
-        if not (within or value in others) or isinstance(given, bool | float):
-            raise argparse.ArgumentTypeError(f"it is {given}: {wanted}")
-        return value
+            within = low <= value <= (math.inf if high is None else high)
+            if (within or value in others) and not isinstance(given, bool | float):
+                return value
+        raise argparse.ArgumentTypeError(f"it is {given}: {wanted}")
 
     return convert
 
@@ -166,8 +165,9 @@ def _either(choices: tuple[Any, ...]) -> str:
 
 def _sentence(message: str) -> str:
     """What argparse says, as this package says it."""
-    flags, argument, rest = re.match(r"(?:argument (\S+): )?(it )?(.*)", message, re.S).groups()
-    if flags is not None:
+    parts = re.match(r"(?:argument (\S+): )?(it )?(.*)", message, re.S)
+    if parts is not None and parts[1] is not None:
+        flags, argument, rest = parts.groups()
         name = next((f for f in reversed(flags.split("/")) if f.startswith("--")), flags)
         choices = re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", rest)
         if choices:

@@ -67,6 +67,6 @@ def sentence(error: Exception) -> str:
     """What the error says to a user, on one line."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        remedy = _REMEDIES.get(error.errno, "check the path and the disk")
+        remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
         return f"{where}{error.strerror}: {remedy}."
     return str(error).strip().split("\n")[0] or type(error).__name__

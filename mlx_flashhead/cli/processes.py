@@ -4,6 +4,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import cast
 
 import mlx.core as mx
 
@@ -61,7 +62,8 @@ def draw_alike(processes: mx.distributed.Group, seed: int | None) -> None:
     """
     if seed is None:
         chosen = mx.array(secrets.randbits(31) if processes.rank() == 0 else 0)
-        seed = mx.distributed.all_sum(chosen, group=processes, stream=mx.cpu).item()
+        chosen = mx.distributed.all_sum(chosen, group=processes, stream=mx.cpu)
+        seed = cast(int, chosen.item())
     mx.random.seed(seed)
 
 

@@ -21,8 +21,9 @@ from ..conversion.measures import tail_logits
 from ..head.flash_head import FlashHead
 from ..head.formats import AFFINE_BITS, GROUPS, affine_group
 from ..head.matrix import Matrix
+from ..models.install import installed_head
 from ..models.locate import find_head
-from .text import FLASH_HEAD, bytes_read, check_probe_counts, installed_head, row_bytes
+from .text import FLASH_HEAD, bytes_read, check_probe_counts, row_bytes
 
 DENSE = "dense"
 CHUNK_LOGITS = 1 << 23  # logits handled at once: bounds memory

@@ -22,7 +22,7 @@ import mlx.nn as nn
 from lm_eval.tasks import TaskManager
 
 from ..models.compat import evaluate_module, replaced
-from .text import installed_head
+from ..models.install import installed_head
 
 DENSE, FLASH_HEAD = "dense", "FlashHead"
 GENERATED, ROLLING = "generate_until", "loglikelihood_rolling"
@@ -60,7 +60,10 @@ class TaskMeasure:
         }
 
 
-class TaskModel(evaluate_module().MLXLM):
+MLXLM: Any = evaluate_module().MLXLM
+
+
+class TaskModel(MLXLM):
     """mlx-lm's adapter, on a FlashHead model that is loaded already.
 
     Args:

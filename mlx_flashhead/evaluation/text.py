@@ -20,7 +20,7 @@ from ..conversion.fitting import unit_means
 from ..conversion.measures import USUAL_PROBES, Measures, Routing, measure
 from ..head.flash_head import FlashHead
 from ..head.matrix import Matrix
-from ..models.install import get_flash_head
+from ..models.install import installed_head
 from ..models.locate import find_head
 
 FLASH_HEAD, UNIT_MEANS = "FlashHead", "unit means (paper)"
@@ -125,18 +125,6 @@ def evaluate(
         measures=measures,
         bytes_share={p: bytes_share(head, p) for p in probe_counts},
     )
-
-
-def installed_head(model: nn.Module) -> FlashHead:
-    """The FlashHead of ``model``.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    head = get_flash_head(model)
-    if head is None:
-        raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
-    return head
 
 
 def check_probe_counts(head: FlashHead, probe_counts: Sequence[int]) -> list[int]:

@@ -23,6 +23,18 @@ def get_flash_head(model: nn.Module) -> FlashHead | None:
     return None if module is None else module._flash_head
 
 
+def installed_head(model: nn.Module) -> FlashHead:
+    """The FlashHead installed on ``model``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    head = get_flash_head(model)
+    if head is None:
+        raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
+    return head
+
+
 def install(
     model: nn.Module,
     token_ids: np.ndarray,
