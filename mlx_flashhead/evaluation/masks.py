@@ -7,6 +7,7 @@ has not scored, and after the second look that every loop of this package takes.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,12 +18,16 @@ from ..conversion.calibration import text_states
 from ..models.compat import make_logits_processors
 from ..models.exact import Processor, exact_processors
 from ..models.finish import Finish, finish_of
+from ..models.install import installed_head
 from ..models.locate import find_head
-from .text import installed_head
 
 RANDOM_SIZES = (10, 100, 1_000, 10_000)
 PUNCTUATION = set('{}[]:,"')
-PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 1.0, "frequency_penalty": 0.5}
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "presence_penalty": 1.0,
+    "frequency_penalty": 0.5,
+}
 PENALISED_TOKENS = 20  # mlx-lm's own number
 # A bias this far above what makes a token the best one, and this far below it.
 BIAS_MARGIN = 0.5
@@ -132,8 +137,7 @@ def _changes(tokenizer, vocab_size: int, rng: np.random.Generator) -> list[tuple
         ("JSON punctuation only", [i for i, text in texts if text and set(text) <= PUNCTUATION]),
     ):
         if ids:
-            mask = _allowing(ids, vocab_size)
-            changes.append((name, lambda dense, mask=mask: [[mask]] * len(dense)))
+            changes.append((name, _same_for_all([_allowing(ids, vocab_size)])))
 
     def bias(dense: mx.array) -> list[list[Processor]]:
         best = np.array(dense.max(axis=-1).astype(mx.float32))
@@ -144,11 +148,13 @@ def _changes(tokenizer, vocab_size: int, rng: np.random.Generator) -> list[tuple
             rows.append(make_logits_processors(logit_bias={token: value}))
         return rows
 
-    def penalties(dense: mx.array) -> list[list[Processor]]:
-        return [make_logits_processors(**PENALTIES)] * len(dense)
-
+    penalties = _same_for_all(make_logits_processors(**PENALTIES))
     changes += [("logit_bias near the limit", bias), ("penalties", penalties)]
     return changes
+
+
+def _same_for_all(processors: list[Processor]) -> Change:
+    return lambda dense: [processors] * len(dense)
 
 
 def _random_mask(size: int, vocab_size: int, rng: np.random.Generator) -> Change:
@@ -160,9 +166,9 @@ def _random_mask(size: int, vocab_size: int, rng: np.random.Generator) -> Change
 
 
 def _allowing(ids, vocab_size: int) -> Processor:
-    mask = np.full(vocab_size, -np.inf, dtype=np.float32)
-    mask[ids] = 0
-    mask = mx.array(mask)
+    allowed = np.full(vocab_size, -np.inf, dtype=np.float32)
+    allowed[ids] = 0
+    mask = mx.array(allowed)
     return lambda _, logits: logits + mask.astype(logits.dtype)
 
 
