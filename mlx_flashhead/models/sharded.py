@@ -86,16 +86,21 @@ def load_dense_part(
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # a shard() of its own for each model, each with its own errors
+        other_way = (
+            "--pipeline where the model has it" if pipeline_group is None else "no --pipeline"
+        )
         raise ValueError(
             f"mlx-lm cannot split the model {path_or_hf_repo} between these processes "
-            f"({reason(error)}): use another way or number of processes, or one."
+            f"({reason(error)}): use {other_way}, another number of processes, or one."
         ) from error
     if pipeline_group is None and hasattr(model, "shard"):
-        _check_attention_heads(config, (tensor_group or mx.distributed.init()).size())
+        processes = (tensor_group or mx.distributed.init()).size()
+        by_layers = hasattr(getattr(model, "model", None), "pipeline")
+        _check_attention_heads(config, processes, by_layers=by_layers)
     return model, tokenizer, config
 
 
-def _check_attention_heads(config: dict, processes: int) -> None:
+def _check_attention_heads(config: dict, processes: int, *, by_layers: bool) -> None:
     """mlx-lm rounds down where the heads cannot be shared out: garbage, without an error."""
     config = config.get("text_config", config)
     heads = config.get("num_attention_heads")
@@ -104,8 +109,9 @@ def _check_attention_heads(config: dict, processes: int) -> None:
         return
     # some models repeat their key-value heads where there are fewer than processes
     if heads % processes or (groups % processes and processes % groups):
+        instead = "--pipeline (a pipeline_group)" if by_layers else "one"
         raise ValueError(
             f"The model's {heads} attention heads ({groups} of keys and values) cannot be shared "
-            f"out to {processes} processes: use a number that divides both, or --pipeline (a "
-            "pipeline_group) where the model has it."
+            f"out to {processes} processes: use {instead}, or a number of processes that divides "
+            "both."
         )

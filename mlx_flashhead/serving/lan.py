@@ -78,32 +78,27 @@ def url(host: str, port: int, token: str | None = None) -> str:
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 
 
-def qr_code(text: str, *, colours: bool, blocks: bool = True) -> str:
-    """A QR code for a terminal.
+def qr_code(text: str, *, colours: bool) -> str:
+    """A QR code for a terminal, two modules to a character: half blocks.
 
     Args:
         text: What it says.
         colours: Whether the terminal understands colours; without, a dark one is assumed.
-        blocks: Half blocks, two modules to a character; else two characters to a module, ASCII.
 
     Raises:
         ValueError: If segno is not installed.
     """
     code = from_extra("segno", "qr", "A QR code of this address").make(text, error="l", micro=False)
-    if blocks:
-        out = io.StringIO()
-        code.terminal(out, compact=True, border=2)
-        lines = out.getvalue().splitlines()
-    else:
-        rows = code.matrix_iter(border=2)
-        lines = ["".join("  " if dark else "##" for dark in row) for row in rows]
+    out = io.StringIO()
+    code.terminal(out, compact=True, border=2)
+    lines = out.getvalue().splitlines()
     if colours:
         lines = [f"{_BLACK_AND_WHITE}{line}{_PLAIN}" for line in lines]
     return "\n".join(lines)
 
 
 def announce(host: str, port: int, token: str, out: TextIO) -> None:
-    """Prints how another device opens the page and uses the API.
+    """Prints how another device opens the page and uses the API, on 80 columns and 24 lines.
 
     Args:
         host: What the server is bound to.
@@ -112,20 +107,19 @@ def announce(host: str, port: int, token: str, out: TextIO) -> None:
         out: The terminal.
     """
     address = own_address(host)
-    blocks = (out.encoding or "ascii").lower().replace("-", "").startswith("utf")
     page = url(address, port, token)
     try:
-        code = qr_code(page, colours=out.isatty(), blocks=blocks)
+        code = qr_code(page, colours=out.isatty())
+        code.encode(out.encoding or "ascii")
+    except UnicodeEncodeError:  # a code of other characters would fit no screen
+        code = f"A QR code of it needs a terminal of UTF-8, and this one is of {out.encoding}."
     except ValueError as missing:
         code = str(missing)
     lines = [
         "Open this on an iPad, an iPhone or any computer of the network:",
-        "",
         code,
-        "",
         f"  {page}",
-        "",
-        f"Programs use {url(address, port)}v1 with the token as their API key: {token}",
+        f"Programs use {url(address, port)}v1 with the token as their API key.",
         "Whoever has the token can use the model. The connection is not encrypted.",
     ]
     print("\n".join(lines), file=out, flush=True)

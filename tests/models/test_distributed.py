@@ -147,6 +147,15 @@ def test_mistakes_are_told_by_the_first_process(qwen2):
     assert refused[1].count("error:") == 1 and "does not end: give the prompt" in refused[1]
 
 
+def test_a_model_whose_heads_do_not_divide_is_told_of_its_other_way(tmp_path):
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    _, flash = write(tmp_path, arch="qwen2", hidden_size=96, further=heads)
+    command = ("-m", "mlx_flashhead.generate", "--model", flash, *ARGUMENTS)
+    output, errors = launch(*command)
+    assert output == "" and "3 attention heads" in errors and "use --pipeline" in errors
+    assert "Traceback" not in errors
+
+
 def test_a_model_that_cannot_be_pipelined(llama):
     command = ("-m", "mlx_flashhead.generate", "--model", llama[1], *ARGUMENTS, "--pipeline")
     _, errors = launch(*command)
@@ -163,8 +172,9 @@ def test_a_model_that_cannot_be_pipelined(llama):
     ],
 )
 def test_attention_heads_that_cannot_be_shared_out(config, said):
-    with pytest.raises(ValueError, match=said):
-        _check_attention_heads(config, 2)
+    for by_layers, instead in ((True, "use --pipeline"), (False, "use one, or")):
+        with pytest.raises(ValueError, match=f"{said}.*{instead}"):
+            _check_attention_heads(config, 2, by_layers=by_layers)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +182,7 @@ def test_attention_heads_that_cannot_be_shared_out(config, said):
     [{"num_attention_heads": 8, "num_key_value_heads": 1}, {"num_attention_heads": 4}, {}],
 )
 def test_attention_heads_that_can(config):
-    _check_attention_heads(config, 2)
+    _check_attention_heads(config, 2, by_layers=True)
 
 
 class Group:

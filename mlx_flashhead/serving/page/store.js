@@ -53,16 +53,32 @@ export function chatTitle(chat) {
   return first ? first.content.trim().replace(/\s+/g, " ").slice(0, 80) : "New conversation";
 }
 
-// All conversations, the latest first.
+const isText = (value) => typeof value === "string";
+const isNumber = (value) => Number.isFinite(value);
+
+// Whether the page can draw what was kept as a message.
+function isMessage(message) {
+  const { role, content, reasoning = "", error = "", stats } = message ?? {};
+  return (
+    ["user", "assistant"].includes(role) &&
+    [content, reasoning, error].every(isText) &&
+    (!stats ||
+      ([stats.tokens, stats.first].every(isNumber) &&
+        (stats.speed === null || isNumber(stats.speed))))
+  );
+}
+
+// All conversations, the latest first. One whose record is damaged is left out.
 export function loadChats() {
   const chats = [];
   for (const key of keys()) {
     const chat = key.startsWith(CHAT) ? parsed(read(key), null) : null;
-    if (!Array.isArray(chat?.messages)) continue;
+    if (!Array.isArray(chat?.messages) || !chat.messages.every(isMessage)) continue;
     for (const message of chat.messages) {
       if (message.running) Object.assign(message, { running: false, stopped: true });
     }
-    chats.push(chat);
+    const updated = isNumber(chat.updated) ? chat.updated : 0;
+    chats.push({ id: key.slice(CHAT.length), updated, messages: chat.messages });
   }
   return chats.sort((a, b) => b.updated - a.updated);
 }
@@ -78,7 +94,12 @@ export function deleteChat(chat) {
   }
 }
 
-export const loadSettings = () => parsed(read("flashhead.settings"), {});
+export function loadSettings() {
+  const kept = Object.entries(Object(parsed(read("flashhead.settings"), {})));
+  return Object.fromEntries(
+    kept.filter(([name, value]) => (name === "dense" ? value === Boolean(value) : isNumber(value))),
+  );
+}
 export const saveSettings = (settings) => write("flashhead.settings", JSON.stringify(settings));
 export const loadDraft = () => read("flashhead.draft") ?? "";
 export const saveDraft = (text) => write("flashhead.draft", text);

@@ -1,5 +1,6 @@
 """The page when something goes wrong, or many come at once; nothing may be lost."""
 
+import json
 from threading import Event
 
 from playwright.sync_api import expect
@@ -108,6 +109,54 @@ def test_four_browsers_at_once(lan, open_page):
     for number, page in enumerate(pages):
         expect(answers(page)).to_have_text(f"part {number}, end")
         expect(page.locator("#chats .name")).to_have_text([f"Question {number}"])
+
+
+STATS = {"tokens": 5, "speed": 9.5, "first": 0.1}
+DAMAGED = [
+    "",
+    "{",
+    "null",
+    "[]",
+    '{"messages": 3}',
+    *(
+        json.dumps({"id": "x", "updated": 9e12, "messages": [message]})
+        for message in (
+            None,
+            "Hello",
+            {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+            {"role": "user"},
+            {"role": 7, "content": "Hello"},
+            {"role": "assistant", "content": "Hello", "reasoning": 1},
+            {"role": "assistant", "content": "Hello", "error": {}},
+            {"role": "assistant", "content": "Hello", "stats": STATS | {"first": None}},
+            {"role": "assistant", "content": "Hello", "stats": STATS | {"speed": "fast"}},
+        )
+    ),
+]
+
+
+def test_damaged_records_cost_no_other_conversation(server, open_page):
+    port, script = server
+    script.answers = [["Yes."], ["Again."]]
+    page = open_page(f"http://127.0.0.1:{port}/")
+    ask(page, "Is this kept?")
+    expect(page.locator(".stats")).to_be_visible()
+    keep = "([key, text]) => localStorage.setItem(key, text)"
+    for number, record in enumerate(DAMAGED):
+        page.evaluate(keep, [f"flashhead.chat.damaged{number}", record])
+    page.evaluate(keep, ["flashhead.current", "damaged7"])
+    for settings in ('"x"', "null", '{"temperature": "hot", "dense": 3, "max_tokens": 9}'):
+        page.evaluate(keep, ["flashhead.settings", settings])
+        page.reload()
+        expect(page.locator("#model")).to_have_text(INFO["model"])
+        expect(page.locator("#chats .name")).to_have_text(["Is this kept?"])
+    page.locator("#open-history").tap()
+    page.locator("#chats .open").tap()
+    expect(answers(page)).to_have_text("Yes.")
+    ask(page, "And now?")
+    expect(answers(page)).to_have_text(["Yes.", "Again."])
+    sent = script.requests[-1]
+    assert sent["max_tokens"] == 9 and not {"temperature", "dense"} & sent.keys()
 
 
 def test_browser_that_keeps_nothing(server, open_page):
