@@ -1,7 +1,7 @@
-"""Reads and writes what makes an mlx-lm folder a FlashHead checkpoint.
+"""Reads and writes the FlashHead of a checkpoint.
 
-The folder stays an ordinary one: ``flash_head.safetensors`` lies beside the weights and
-``config.json`` has one more key, both of which plain mlx-lm ignores.
+The folder stays an ordinary mlx-lm folder. ``flash_head.safetensors`` lies beside the weights, and
+``config.json`` has one more key. Plain mlx-lm ignores both.
 """
 
 import json
@@ -36,7 +36,7 @@ class FlashHeadIndex:
 
 
 def write_index(folder: Path, index: FlashHeadIndex) -> None:
-    """Adds ``index`` to an mlx-lm folder; one that was there is replaced."""
+    """Adds ``index`` to an mlx-lm folder and replaces an earlier one."""
     centroids = index.centroids
     arrays = {
         "token_ids": mx.array(index.token_ids),
@@ -44,7 +44,7 @@ def write_index(folder: Path, index: FlashHeadIndex) -> None:
         "tail_offset": centroids.tail_offset,
     }
     arrays |= {f"centroids.{name}": array for name, array in centroids.matrix.arrays().items()}
-    # the file says for which rows it is, so that it cannot be mistaken for another model's
+    # the fingerprint ties the file to the model's rows
     metadata = {"format": "mlx", "fingerprint": index.config.fingerprint}
     mx.save_safetensors(str(folder / FILE_NAME), arrays, metadata=metadata)
     config = _read_config(folder) | {CONFIG_KEY: index.config.to_dict()}
@@ -55,7 +55,7 @@ def has_flash_head(folder: Path) -> bool:
     """Whether a model's folder says that it is a FlashHead checkpoint.
 
     Raises:
-        ValueError: If it is no model folder.
+        ValueError: If ``folder`` is not a model's folder.
     """
     return _read_config(folder).get(CONFIG_KEY) is not None
 
@@ -64,8 +64,8 @@ def read_index(folder: Path) -> FlashHeadIndex:
     """Reads the FlashHead of a checkpoint.
 
     Raises:
-        ValueError: If the folder is no FlashHead checkpoint, the file is missing, damaged or of
-            another version or model, or its arrays do not fit its settings.
+        ValueError: If the folder is not a FlashHead checkpoint, if the file is missing, damaged or
+            of another version or model, or if its arrays do not fit its settings.
     """
     entry = _read_config(folder).get(CONFIG_KEY)
     if entry is None:
@@ -77,7 +77,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
     path = folder / FILE_NAME
     if not path.exists():
         raise ValueError(
-            f"{path} is missing, though config.json speaks of a FlashHead: fetch the file, or "
+            f"{path} is missing, but config.json describes a FlashHead: fetch the file, or "
             "convert the model again with mlx_flashhead.convert."
         )
     try:
@@ -85,7 +85,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
         mx.eval(arrays)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{path} cannot be read, it is damaged or incomplete: fetch the file again, or "
+            f"{path} cannot be read because it is damaged or incomplete: fetch the file again, or "
             "convert the model again with mlx_flashhead.convert."
         ) from error
     if metadata.get("fingerprint", config.fingerprint) != config.fingerprint:
@@ -136,9 +136,11 @@ def _read_config(folder: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no model folder: it has no config.json.") from None
+        raise ValueError(f"{folder} is not a model folder: it has no config.json.") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         config = None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged, it holds no JSON object: fetch the model again.")
+        raise ValueError(
+            f"{path} is damaged, since it is not a JSON object: fetch the model again."
+        )
     return config

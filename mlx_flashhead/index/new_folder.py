@@ -1,7 +1,7 @@
-"""A folder or a file that is there completely or not at all.
+"""A folder or a file that is written completely or not at all.
 
-It is written under a temporary name beside its place, which it takes at the very end: whatever
-fails or is interrupted leaves the disk as it was.
+It is written under a temporary name beside its place and renamed at the end. A failure or an
+interruption leaves the disk as it was.
 """
 
 import os
@@ -17,8 +17,8 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block succeeds.
 
     Args:
-        target: Where the folder goes; missing parents are made.
-        overwrite: Replace a model that is there.
+        target: Place of the folder; missing parents are made.
+        overwrite: Replace an existing model.
 
     Yields:
         The folder to write into.
@@ -58,7 +58,7 @@ def new_file(target: Path) -> Iterator[Path]:
     """A temporary path that becomes the file ``target`` when the block succeeds.
 
     Args:
-        target: Where the file goes; one that is there is replaced.
+        target: Place of the file; an existing file is replaced.
 
     Yields:
         The path to write to.
@@ -69,7 +69,7 @@ def new_file(target: Path) -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        error.filename = str(target)  # and not that of the temporary folder
+        error.filename = str(target)  # instead of the temporary folder's
         raise
     try:
         yield folder / target.name
@@ -90,13 +90,13 @@ def _check_place(target: Path, overwrite: bool) -> None:
         )
     if any(target.iterdir()) and not (target / "config.json").exists():
         raise ValueError(
-            f"{target} holds something else than a model, which --overwrite would delete: choose "
-            "another --mlx-path."
+            f"{target} is not a model's folder, so --overwrite does not delete it: choose another "
+            "--mlx-path."
         )
 
 
 def _exchange(folder: Path, target: Path) -> None:
-    """Puts ``folder`` in the place of ``target``, which is deleted only then."""
+    """Puts ``folder`` in the place of ``target``, then deletes the old folder."""
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     replaced = aside / target.name
     try:

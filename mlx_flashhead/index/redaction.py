@@ -1,4 +1,4 @@
-"""Keeps secrets out of what is said: tokens, signed addresses, passwords of proxies."""
+"""Removes secrets from messages: tokens, signed addresses, passwords of proxies."""
 
 import logging
 import re
@@ -12,13 +12,13 @@ _PATTERNS = (
     (re.compile(r"Bearer\s+[^\s'\"]+"), f"Bearer {HIDDEN}"),
     (re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"), HIDDEN),
     (re.compile(r"(://)[^\s/@'\"]+:[^\s/@'\"]+@"), rf"\1{HIDDEN}@"),
-    # the storage behind the Hub is written to by addresses that are signed in their query
+    # addresses of the storage behind the Hub are signed in their query
     (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), rf"\1?{HIDDEN}"),
 )
 
 
 def redact(text: str) -> str:
-    """The text without the user's token, or anything else that opens a door."""
+    """The text without the user's token and other secrets."""
     token = get_token()
     if token:
         text = text.replace(token, HIDDEN)
@@ -29,7 +29,7 @@ def redact(text: str) -> str:
 
 @contextmanager
 def redacted_logs() -> Iterator[None]:
-    """Within the block, what the Hub's client logs is redacted before it is shown."""
+    """Within the block, log messages of the Hub's client are redacted."""
     handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
 
     def redacted(record: logging.LogRecord) -> bool:
@@ -48,7 +48,7 @@ def redacted_logs() -> Iterator[None]:
 
 
 def holds_secret(content: bytes) -> bool:
-    """Whether a file's content holds the user's token, or what looks like anybody's."""
+    """Whether a file's content holds the user's token, or text in the form of a token."""
     token = get_token()
     if token and token.encode() in content:
         return True

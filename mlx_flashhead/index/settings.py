@@ -1,4 +1,4 @@
-"""What ``config.json["flash_head"]`` holds: everything about a FlashHead that is not an array."""
+"""The settings of a FlashHead, stored as ``config.json["flash_head"]``."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -20,7 +20,7 @@ class FlashHeadConfig:
         calibration: Where the hidden states came from: ``source``, ``positions``, ``seed``.
         report: Measured on held-out calibration positions: ``agreement``, ``coverage`` (shares of
             positions), ``probes_needed`` at p50, p90 and p99, ``dense_perplexity``,
-            ``dense_bytes``, and the same and more of several numbers of probes as ``by_probes``.
+            ``dense_bytes``, and ``by_probes``, which has figures for several numbers of probes.
         recipe: How the checkpoint was made: `recipe.py`.
         fingerprint: SHA-256 over 64 evenly spaced rows as stored.
         version: Version of the file format.
@@ -52,7 +52,7 @@ class FlashHeadConfig:
         version = values.get("version") if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"config.json's flash_head entry is of version {version!r}, but this package reads "
+                f"config.json's flash_head entry has version {version!r}, but this package reads "
                 f"version {FORMAT_VERSION}: update mlx_flashhead, or convert the model again with "
                 "mlx_flashhead.convert."
             )
@@ -68,7 +68,7 @@ class FlashHeadConfig:
         numbers = [given.get(f.name, f.default) for f in fields(cls) if f.type is int]
         if given["eos_token_ids"] is None or _whole_numbers(numbers) is None:
             raise ValueError(
-                "config.json's flash_head entry holds other things than whole numbers: "
+                "config.json's flash_head entry must hold whole numbers: "
                 "convert the model again with mlx_flashhead.convert."
             )
         return cls(**given)

@@ -1,9 +1,8 @@
-"""The names of mlx-lm that may move from one version to the next, all in this place.
+"""The names of mlx-lm that may move from one version to the next.
 
-What ``mlx_lm`` itself exports and its samplers (``mlx_lm.sample_utils``) are used wherever they are
-needed. Everything else that is imported from its modules by name comes through here: names with an
-underscore, and those that it does not document. `tests/models/test_compat.py` says which of them a
-version of mlx-lm has renamed or changed, and what here uses them.
+Other modules import ``mlx_lm`` itself and its samplers (``mlx_lm.sample_utils``) directly. Every
+other name of mlx-lm comes through here. `tests/models/test_compat.py` reports the names that a
+version of mlx-lm has renamed or changed, and their users here.
 """
 
 import importlib
@@ -75,7 +74,7 @@ __all__ = [
     "trim_prompt_cache",
 ]
 
-# The attribute mlx_lm.generate is the function; the module has to be asked for by name.
+# The attribute mlx_lm.generate is the function, so the module is imported by name.
 generate_module = importlib.import_module("mlx_lm.generate")
 
 
@@ -83,18 +82,18 @@ def evaluate_module() -> ModuleType:
     """``mlx_lm.evaluate``, imported only when asked for.
 
     Raises:
-        ModuleNotFoundError: If lm-eval, which it needs, is not installed.
+        ModuleNotFoundError: If lm-eval is not installed.
     """
     return importlib.import_module("mlx_lm.evaluate")
 
 
 @contextmanager
 def replaced(owner: Any, **names: Any) -> Iterator[None]:
-    """Within the block, mlx-lm's own code finds something else under its names.
+    """Within the block, globals of a module or attributes of an object have other values.
 
     Args:
-        owner: The module of a main program, or an object.
-        **names: What the code shall find under its globals, or the attributes, of these names.
+        owner: The module or the object.
+        **names: The values, by name.
     """
     originals = {name: getattr(owner, name) for name in names}
     try:

@@ -1,4 +1,4 @@
-"""The one error that callers may want to tell from other mistakes."""
+"""An error that callers may handle by itself."""
 
 
 class UnsupportedHeadError(ValueError):

@@ -1,8 +1,8 @@
-"""Generation: mlx-lm's own loops, which use the installed FlashHead as they use any head.
+"""Generation with mlx-lm's own loops, which call the installed FlashHead as any other head.
 
-Two ways to sample over the full vocabulary are offered. By default the samplers see full logits
-with the tail, so every sampler of mlx-lm works unchanged. ``draw_temperature`` is the paper's way:
-the clusters are drawn by probability and only their tokens can be chosen.
+By default the samplers see full logits with the tail, so every sampler of mlx-lm works unchanged.
+``draw_temperature`` is the paper's sampling: the clusters are drawn by probability, and only their
+tokens can be chosen.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ def stream_generate(
     kwargs = _exact(kwargs, model, dense)
     stream = mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
     while True:
-        # only while a token is made: streams may take turns, and may be abandoned
+        # set for one token at a time, since streams may take turns or be abandoned
         with settings():
             response = next(stream, None)
         if response is None:
@@ -96,7 +96,7 @@ def batch_generate(
 def _settings(
     model: nn.Module, n_probes: int | None, dense: bool, draw_temperature: float | None
 ) -> Callable[[], AbstractContextManager]:
-    """What makes the blocks within which the model's head has these settings."""
+    """A function that opens a block in which the model's head has these settings."""
     head = get_flash_head(model)
     if head is not None:
         given = {"n_probes": n_probes, "dense": dense, "draw_temperature": draw_temperature}

@@ -1,9 +1,10 @@
-"""Puts a FlashHead on a model's output projection, and takes it off again.
+"""Installs a FlashHead on a model's output projection, and uninstalls it.
 
-The module keeps its identity, its parameter names and its place in the model; only its class
-becomes a subclass, as do the classes of the modules around it, which then refuse to update it. Its
-rows move into the FlashHead, in cluster order, so that they exist once; what reads
-``module.weight`` gets the rows in the model's own order, gathered at that moment.
+The module keeps its identity, its parameter names and its place in the model. Its class becomes a
+subclass. The classes of the modules around it do too, so that they refuse to update it.
+
+The rows move into the FlashHead, in cluster order, and exist once. ``module.weight`` gathers them
+in the model's own order when it is read.
 """
 
 import copy
@@ -64,8 +65,8 @@ def install(
         The installed head.
 
     Raises:
-        ValueError: If one is installed already, or the head is not supported, or an argument is
-            not valid. The model is then unchanged.
+        ValueError: If one is installed already, the head is not supported, or an argument is not
+            valid. The model stays unchanged.
     """
     if installed_module(model) is not None:
         raise ValueError("FlashHead is already installed on this model: uninstall it first.")
@@ -84,7 +85,7 @@ def install(
     mx.eval(head.arrays())
     module = location.module
     around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
-    # A None keeps each parameter's place, so that names and their order stay as they were.
+    # None keeps each parameter's name and place
     for name in rows.arrays():
         module[name] = None
     module._flash_head = head
@@ -114,10 +115,10 @@ def uninstall(model: nn.Module) -> None:
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """The dense model of one with a FlashHead: rows of its own, every other array is shared.
+    """The dense form of a model with a FlashHead. It has its own rows and shares all other arrays.
 
-    Two models of which the speed is compared should share their arrays: where these lie in memory
-    alone makes a step of a CPU up to a tenth faster or slower.
+    Compare the speed of two models only if they share their arrays: the place of the arrays in
+    memory alone changes the time of a step by up to a tenth on a CPU.
 
     Raises:
         ValueError: If no FlashHead is installed.
@@ -142,7 +143,7 @@ def installed_module(model: nn.Module) -> nn.Module | None:
 
 
 def _refuse_update(target, parameters) -> None:
-    """Refuses ``target.update(parameters)`` where it would change an installed head."""
+    """Raises if ``target.update(parameters)`` would change an installed head."""
     if isinstance(target, dict) and isinstance(parameters, dict):
         for key in parameters:
             if isinstance(target, _FlashModule):
@@ -155,7 +156,7 @@ def _refuse_update(target, parameters) -> None:
 
 
 class _FlashParent:
-    """A module around an installed one: refuses to update it before anything else is changed."""
+    """A module around an installed one: refuses an update of it before it changes anything."""
 
     def update(self, parameters, strict=True):
         _refuse_update(self, parameters)
@@ -163,10 +164,10 @@ class _FlashParent:
 
 
 class _FlashModule:
-    """What an installed module does otherwise than its class.
+    """An installed module.
 
-    Its dict holds None in place of each array that the FlashHead keeps; reading gives the array in
-    the model's own order, lazily, and writing is refused.
+    Its dict holds None in place of each array that the FlashHead keeps. Reading such an array gives
+    it in the model's own order, lazily. Writing it raises.
     """
 
     _flash_head: FlashHead

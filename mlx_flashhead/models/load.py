@@ -26,7 +26,7 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
         files: Patterns of what to download; default: the whole checkpoint.
 
     Raises:
-        ValueError: If there is neither such a folder nor such a repository.
+        ValueError: If neither the folder nor the repository exists.
     """
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
@@ -43,13 +43,13 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
         )
     except Exception as error:  # the Hub's client raises many unrelated types
         raise ValueError(
-            f"There is no folder {path_or_repo!r} here, and it cannot be had from the Hugging Face "
-            f"Hub ({reason(error)}): check the name and the network."
-        ) from None  # whose text may hold the token
+            f"There is no folder {path_or_repo!r} here, and the Hugging Face Hub does not give it "
+            f"({reason(error)}): check the name and the network."
+        ) from None  # the error's own text may hold the token
 
 
 def reason(error: Exception) -> str:
-    """What the error says, on one line that goes into a sentence."""
+    """The error's message as one short line without secrets."""
     return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
 
@@ -84,8 +84,8 @@ def load(
         ``(model, tokenizer)``, with the configuration as a third item if asked for.
 
     Raises:
-        ValueError: If there is no such model, it is not a FlashHead checkpoint, its FlashHead is
-            damaged or belongs to other rows, or an argument is not valid.
+        ValueError: If the model does not exist or is not a FlashHead checkpoint, if its FlashHead
+            is damaged or belongs to other rows, or if an argument is not valid.
     """
     folder = resolve(path_or_hf_repo, revision)
     index = read_index(folder)
@@ -113,7 +113,7 @@ def load_dense(folder: Path, **kwargs: Any):
 
 @contextmanager
 def loading(folder: Path) -> Iterator[None]:
-    """Within the block mlx-lm loads ``folder``; its errors become one sentence.
+    """Within the block mlx-lm loads ``folder``, and its errors become one sentence.
 
     Raises:
         ValueError: If mlx-lm fails.
@@ -121,12 +121,12 @@ def loading(folder: Path) -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        if error.code != 1:  # the user's own end of the program
+        if error.code != 1:  # the user ended the program
             raise
-        # mlx-lm's code of an architecture that lacks a package prints so and exits.
+        # mlx-lm's code of some architectures exits where a package is missing
         raise ValueError(
-            f"mlx-lm cannot load the model in {folder}, for the reason that it printed above: "
-            "install what it asks for, or use another model."
+            f"mlx-lm cannot load the model in {folder}, for the reason printed above: install the "
+            "missing package, or use another model."
         ) from error
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         remedy = "check or fetch it again"
@@ -147,7 +147,7 @@ def install_index(
     """Installs a stored FlashHead on the model whose rows it was made from.
 
     Raises:
-        ValueError: If the model's rows are not those, or an argument is not valid.
+        ValueError: If the model has other rows, or an argument is not valid.
     """
     location = find_head(model)
     if location.rows().fingerprint() != index.config.fingerprint:

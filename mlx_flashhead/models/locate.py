@@ -1,8 +1,8 @@
-"""Finds the output projection of any mlx-lm model, and records what goes into it.
+"""Finds the output projection of any mlx-lm model, and records its inputs.
 
-Configuration flags do not tell where the head is, and scanning the modules is ambiguous, so one
-forward pass is traced: the head is the last module with a row for each token whose output has the
-width of the logits. Nothing is evaluated.
+Neither a model's configuration nor its list of modules tells where the head is. So one forward pass
+is traced, without evaluating anything. The head is the last module that has a row for each token
+and whose output is as wide as the logits.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,11 +61,11 @@ class HeadLocation:
 def find_head(model: nn.Module) -> HeadLocation:
     """The output projection of ``model``, found by tracing one forward pass of one token.
 
-    Works on lazily loaded models: shapes alone are looked at.
+    Works on lazily loaded models, since it reads shapes only.
 
     Raises:
-        UnsupportedHeadError: If no module's output is the logits, it cannot be intercepted, or the
-            model itself does not run.
+        UnsupportedHeadError: If no module's output is the logits, the module cannot be intercepted,
+            or the model itself does not run.
     """
     modules = [m for m in model.modules() if _matrix(m) is not None]
     calls: list[tuple[nn.Module, str, int]] = []
@@ -113,10 +113,10 @@ def find_head(model: nn.Module) -> HeadLocation:
 
 
 def check_plain_product(location: HeadLocation) -> None:
-    """Makes sure that the layer computes what its rows say: evaluates it on one random state.
+    """Checks on one random state that the layer is the product with its rows.
 
     Raises:
-        UnsupportedHeadError: If it does not (sharded, rotated or otherwise special layers).
+        UnsupportedHeadError: If it is not: sharded, rotated or otherwise special layers.
     """
     rows, module = location.rows(), location.module
     hidden = mx.random.normal((1, rows.hidden_size), key=mx.random.key(0))
@@ -162,7 +162,7 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
     def observer(name, original):
         def call(self, *args, **kwargs):
             key = (id(self), name)
-            if key in under_way:  # a method that calls its parent's is one call
+            if key in under_way:  # a call of the parent's method belongs to this call
                 return original(self, *args, **kwargs)
             under_way.add(key)
             try:

@@ -1,11 +1,11 @@
-"""Samplers that work on a few thousand candidates, where mlx-lm's sort the whole vocabulary.
+"""Samplers on a few thousand candidates. mlx-lm's samplers sort the whole vocabulary.
 
-Top-p, min-p and top-k keep the likeliest tokens only. So the sampler first picks the clusters of
-the FlashHead that hold the likeliest tokens, which takes no sort, and hands those clusters' tokens
-to mlx-lm's own functions. It picks them by the log-probabilities that it receives, not by what the
-head has scored: a logit_bias, penalties, grammars, a softcap, a draft model, batches and samplers
-that are shared all count as they should, and nothing has to be remembered from one call to the
-next.
+Top-p, min-p and top-k keep the likeliest tokens only. The sampler first picks the clusters that
+hold the likeliest tokens, which needs no sort. It then gives their tokens to mlx-lm's functions.
+
+It picks the clusters by the log-probabilities that it receives. A logit_bias, penalties, grammars
+and a softcap therefore count, and the sampler keeps no state between calls. Draft models, batches
+and shared samplers work too.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,8 @@ from mlx_lm import sample_utils
 from ..head.flash_head import FlashHead
 from .install import get_flash_head
 
-# With clusters of 16 tokens, 8,192 candidates: they cost little beside one pass over V, so a head
-# with fewer probes does not get fewer. On SmolLM2, top-p 0.95 at temperature 0.8 and 1,018
-# positions of unseen text, the total variation to mlx-lm's distribution is 0.00013 in the mean and
-# nil at 996 of them; with 256 clusters it is 0.0011 and nil at 933.
+# With clusters of 16 tokens these are 8,192 candidates, which cost little beside one pass over V.
+# docs/quality.md compares the samplers' distributions with 512 and 256 clusters.
 MIN_CLUSTERS = 512
 
 
@@ -39,31 +37,33 @@ def make_sampler(
 ) -> Callable[[mx.array], mx.array]:
     """``mlx_lm.sample_utils.make_sampler``, faster for a model with a FlashHead.
 
-    With top-p, min-p or top-k it draws from the tokens of max(n_probes, 512) clusters, those that
-    hold the likeliest tokens; at least as many of the likeliest tokens are all among them. The
-    tokens outside are the tail. Its mass is counted where top-p adds up the probabilities and
-    where XTC compares them, so the distribution is exactly mlx-lm's wherever all tokens that mlx-lm
-    would keep are candidates. Otherwise the tail's part of them is never drawn, and the
-    distribution differs from mlx-lm's by at most that part.
+    With top-p, min-p or top-k it draws from the candidates: the tokens of the max(n_probes, 512)
+    clusters with the likeliest tokens. As many of the likeliest tokens as there are such clusters
+    are certainly candidates. All other tokens are the tail. Its mass counts where top-p adds up
+    probabilities and where XTC compares them.
 
-    Everything else is mlx-lm's own sampler, draw for draw: greedy decoding, temperature or XTC
+    The distribution is exactly mlx-lm's if all tokens that mlx-lm would keep are candidates.
+    Otherwise the sampler never draws the rest of them, and the distribution differs from mlx-lm's
+    by at most their mass.
+
+    In these cases it is mlx-lm's own sampler, draw for draw: greedy decoding; temperature or XTC
     alone, which sort nothing; a head that scores every token; logits of another vocabulary; a
-    top_k or min_tokens_to_keep that is larger than the number of clusters; and vocabularies of
-    which the candidates would be more than half.
+    top_k or min_tokens_to_keep larger than the number of clusters; vocabularies of which the
+    candidates would be more than half.
 
-    The same seed gives the same tokens again, though not those that mlx-lm's sampler draws.
+    The same seed gives the same tokens again. mlx-lm's sampler draws others with the same seed.
 
     Args:
         temp: Temperature; 0 takes the likeliest token.
         top_p: Keep the likeliest tokens that together have this probability; 0 or 1 keeps all.
         min_p: Keep tokens of at least this share of the likeliest one's probability.
-        min_tokens_to_keep: So many are kept by min-p in any case.
-        top_k: Keep so many of the likeliest tokens; 0 keeps all.
+        min_tokens_to_keep: Min-p keeps at least this number of tokens.
+        top_k: Keep this number of likeliest tokens; 0 keeps all.
         xtc_probability: How often XTC is applied.
         xtc_threshold: Probability above which XTC removes all tokens but the least likely one.
         xtc_special_tokens: Tokens that XTC leaves alone.
-        model: The model that is sampled from, or its FlashHead. Without it, or if the model has no
-            FlashHead, this is mlx-lm's sampler.
+        model: The model that makes the logits, or its FlashHead. Without a FlashHead this is
+            mlx-lm's sampler.
 
     Returns:
         A function of log-probabilities (..., V) that returns token ids (...).
@@ -86,7 +86,7 @@ def make_sampler(
     special = list(xtc_special_tokens or ())
     xtc = (xtc_probability, xtc_threshold)
 
-    # half as many operations as without, each of which is scheduled by itself
+    # compiled: half as many operations, each of which MLX schedules by itself
     @partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
     def draw(rows: mx.array, n_clusters: int) -> mx.array:
         if xtc_probability > 0 and not (has_top_p or has_min_p):
@@ -127,9 +127,9 @@ def _n_clusters(head: FlashHead, vocab_size: int, needed: int) -> int | None:
 def _times_the_candidates(logprobs: mx.array, kept: mx.array) -> mx.array:
     """The mass of all tokens over that of the candidates: (R, V), (R, K) → (R, 1) float32.
 
-    In float32 the probabilities sum to 1, which saves a CPU three quarters of a sampler's time. If
-    they do not, these are no log-probabilities, and the candidates are taken for all there is.
-    In 16 bits they are rounded, and mlx-lm counts what they sum to.
+    In float32 the mass of all tokens is taken as 1, which saves a CPU three quarters of a sampler's
+    time. In 16 bits the probabilities are rounded, so their mass is computed, as in mlx-lm. The
+    result is at least 1, also for values that are not log-probabilities.
     """
     candidates = _mass(kept)
     everything = 1.0 if logprobs.dtype == mx.float32 else _mass(logprobs)

@@ -1,7 +1,7 @@
 """Loads FlashHead checkpoints in parts: several processes share one model.
 
 mlx-lm splits the body, by layers (pipeline) or within them (tensor). Every process then has the
-same hidden state and the whole head, on which the FlashHead is installed last, so each finds the
+same hidden state and the whole head. The FlashHead is installed last, and each process finds the
 same token by itself.
 """
 
@@ -29,11 +29,10 @@ def sharded_load(
     """Loads this process's part of a FlashHead checkpoint: ``mlx_lm.utils.sharded_load``, extended.
 
     Args:
-        path_or_hf_repo: A folder, which each machine has at this place, or a Hugging Face
-            repository.
+        path_or_hf_repo: A folder at the same place on each machine, or a Hugging Face repository.
         pipeline_group: The processes that share the layers out.
-        tensor_group: The processes that share each layer; without either group all processes do
-            what the model can, tensor first.
+        tensor_group: The processes that share each layer. Without either group all processes share
+            the model in the way that it supports, tensor first.
         return_config: Also return the model's configuration.
         tokenizer_config: Passed to the tokenizer.
         trust_remote_code: Allow the repository's own Python code.
@@ -44,8 +43,8 @@ def sharded_load(
         ``(model, tokenizer)``, with the configuration as a third item if asked for.
 
     Raises:
-        ValueError: If the model cannot be split so, or its head is split over the vocabulary, or as
-            in :func:`mlx_flashhead.load`.
+        ValueError: If the model cannot be split in this way, if its head is split over the
+            vocabulary, or as in :func:`mlx_flashhead.load`.
     """
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
     index = read_index(folder)
@@ -71,12 +70,12 @@ def load_dense_part(
     """This process's part of the dense model, the tokenizer and the configuration.
 
     Raises:
-        ValueError: If mlx-lm cannot load it, or it cannot be split so, in one sentence.
+        ValueError: If mlx-lm cannot load the model or split it in this way.
     """
     folder = Path(path_or_hf_repo).expanduser()
     try:
         model, tokenizer, config = load_part(
-            # of a repository only the part's own files are downloaded
+            # mlx-lm downloads only this part's files of a repository
             str(folder) if folder.is_dir() else path_or_hf_repo,
             pipeline_group,
             tensor_group,
@@ -85,7 +84,7 @@ def load_dense_part(
             tokenizer_config=tokenizer_config or {"trust_remote_code": trust_remote_code},
             trust_remote_code=trust_remote_code,
         )
-    except Exception as error:  # a shard() of its own for each model, each with its own errors
+    except Exception as error:  # each model has its own shard() with its own errors
         other_way = (
             "--pipeline where the model has it" if pipeline_group is None else "no --pipeline"
         )
@@ -101,13 +100,13 @@ def load_dense_part(
 
 
 def _check_attention_heads(config: dict, processes: int, *, by_layers: bool) -> None:
-    """mlx-lm rounds down where the heads cannot be shared out: garbage, without an error."""
+    """Raises if the attention heads cannot be shared out. mlx-lm rounds down and makes garbage."""
     config = config.get("text_config", config)
     heads = config.get("num_attention_heads")
     groups = config.get("num_key_value_heads", heads)
     if not isinstance(heads, int) or not isinstance(groups, int):
         return
-    # some models repeat their key-value heads where there are fewer than processes
+    # some models repeat their key-value heads if there are fewer of them than processes
     if heads % processes or (groups % processes and processes % groups):
         instead = "--pipeline (a pipeline_group)" if by_layers else "one"
         raise ValueError(

@@ -51,7 +51,7 @@ def test_upload_derives_the_name(run, hub, converted):
 def test_upload_refuses(refused, dense, tmp_path):
     assert "There is no folder absent" in refused("upload", "--path", "absent")
     assert "without FlashHead: convert it" in refused("upload", "--path", dense)
-    assert "is no model folder" in refused("upload", "--path", tmp_path)
+    assert "is not a model folder" in refused("upload", "--path", tmp_path)
     assert "--path" in refused("upload")
 
 

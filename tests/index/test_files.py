@@ -109,7 +109,7 @@ def test_folder_without_flash_head(tmp_path):
 
 
 def test_folder_without_configuration(tmp_path):
-    refused(tmp_path, str(tmp_path), "no model folder: it has no config.json")
+    refused(tmp_path, str(tmp_path), "not a model folder: it has no config.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe\x00", b"null"])

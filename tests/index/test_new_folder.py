@@ -168,7 +168,7 @@ def test_only_models_are_overwritten(source, tmp_path):
     (tmp_path / "letters" / "to_mother.txt").write_text("kept")
     (tmp_path / "empty").mkdir()
     before = snapshot(tmp_path / "letters")
-    with pytest.raises(ValueError, match="something else than a model"):
+    with pytest.raises(ValueError, match="is not a model's folder"):
         convert_quickly(source, (tmp_path / "letters", True))
     assert snapshot(tmp_path / "letters") == before
     convert_quickly(source, (tmp_path / "empty", True))

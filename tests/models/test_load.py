@@ -111,7 +111,7 @@ def test_file_in_place_of_a_folder(original):
 
 
 def test_folder_that_is_no_model(tmp_path):
-    refused(lambda: load(str(tmp_path)), str(tmp_path), "no model folder")
+    refused(lambda: load(str(tmp_path)), str(tmp_path), "not a model folder")
 
 
 def test_repository_that_cannot_be_had(monkeypatch):
