@@ -10,7 +10,7 @@ from .cli.arguments import adopt, whole_number
 from .cli.console import command
 from .cli.terminal import Terminal
 from .index.files import has_flash_head
-from .models.compat import chat_parser
+from .models.compat.chat import chat_parser
 from .models.load import load, load_dense, resolve
 from .models.sampling import make_sampler
 

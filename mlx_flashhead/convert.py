@@ -4,7 +4,7 @@ from .cli.arguments import Parser, adopt
 from .cli.console import command
 from .conversion.options import add_options
 from .conversion.pipeline import convert
-from .models.compat import configure_parser
+from .models.compat.convert import configure_parser
 
 
 def make_parser() -> Parser:

@@ -3,13 +3,13 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 from .cli.arguments import adopt, whole_number
 from .cli.console import command
 from .cli.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .index.files import has_flash_head
-from .models.compat import generate_module, load_prompt_cache, replaced
+from .models.compat.cache import load_prompt_cache
+from .models.compat.generate import generate_parser, generation_stream, run_generate
 from .models.install import installed_head
 from .models.load import load, load_dense, resolve
 from .models.sampling import make_sampler
@@ -19,7 +19,7 @@ from .models.sharded import load_dense_part, sharded_load
 def make_parser():
     """mlx-lm's parser, extended."""
     parser = adopt(
-        generate_module.setup_arg_parser(),
+        generate_parser(),
         "mlx_flashhead.generate",
         "Generate text with a FlashHead checkpoint.",
         {
@@ -83,15 +83,8 @@ def main() -> None:
         def sampler_for_main(*arguments, **named):
             return make_sampler(*arguments, **named, model=None if args.dense else target)
 
-        parsed = SimpleNamespace(parse_args=lambda: args)
-        with replaced(
-            generate_module,
-            load=load_for_main,
-            make_sampler=sampler_for_main,
-            setup_arg_parser=lambda: parsed,
-        ):
-            generate_module.main()
-        leave_together(processes, generate_module.generation_stream)
+        run_generate(args, load=load_for_main, make_sampler=sampler_for_main)
+        leave_together(processes, generation_stream)
 
 
 def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **_):

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from ..models.compat import BatchGenerator, generate_step
+from ..models.compat.generate import BatchGenerator, generate_step
 from ..models.locate import find_head, recorded_hidden
 from ..models.sampling import make_sampler
 from .timing import Spread, in_turns, turns

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from ..models.compat import BatchGenerator
+from ..models.compat.generate import BatchGenerator
 from ..models.locate import HeadLocation, recorded_hidden
 from ..models.sampling import make_sampler
 

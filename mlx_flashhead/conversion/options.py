@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
 from ..cli.arguments import Type, check, number, one_of, whole_number
-from ..models.compat import MODEL_CONVERSION_DTYPES
+from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 from ..publishing.hub import full_name
 from .calibration import read_text
 from .quantization import HEAD_BITS

@@ -15,7 +15,8 @@ from mlx.utils import tree_map_with_path
 from ..index.files import CONFIG_KEY, FlashHeadIndex, write_index
 from ..index.new_folder import new_folder
 from ..index.settings import FlashHeadConfig
-from ..models.compat import MODEL_CONVERSION_DTYPES, dequantize_model, save
+from ..models.compat.convert import MODEL_CONVERSION_DTYPES
+from ..models.compat.utils import dequantize_model, save
 from ..models.load import load_dense, resolve
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..publishing.hub import full_name, reserve, sign_in

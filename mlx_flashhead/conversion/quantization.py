@@ -13,7 +13,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..head.formats import AFFINE, AFFINE_BITS, affine_group
-from ..models.compat import dequantize_model, mixed_quant_predicate_builder, quantize_model
+from ..models.compat.convert import mixed_quant_predicate_builder
+from ..models.compat.utils import dequantize_model, quantize_model
 
 HEAD_BITS = (*AFFINE_BITS, 16)  # 16: floats
 

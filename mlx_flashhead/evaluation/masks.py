@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..conversion.calibration import text_states
-from ..models.compat import make_logits_processors
+from ..models.compat.sample_utils import make_logits_processors
 from ..models.exact import Processor, exact_processors
 from ..models.finish import Finish, finish_of
 from ..models.install import installed_head

@@ -21,7 +21,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from lm_eval.tasks import TaskManager
 
-from ..models.compat import evaluate_module, replaced
+from ..models.compat.evaluate import Adapter, chat_template_fn
+from ..models.compat.replaced import replaced
 from ..models.install import installed_head
 
 DENSE, FLASH_HEAD = "dense", "FlashHead"
@@ -60,10 +61,7 @@ class TaskMeasure:
         }
 
 
-MLXLM: Any = evaluate_module().MLXLM
-
-
-class TaskModel(MLXLM):
+class TaskModel(Adapter):
     """mlx-lm's adapter, on a FlashHead model that is loaded already.
 
     Args:
@@ -76,11 +74,10 @@ class TaskModel(MLXLM):
     def __init__(
         self, model: nn.Module, tokenizer, *, chat_template_args: dict | None = None, **options: Any
     ):
-        with replaced(evaluate_module(), load=lambda *_, **__: (model, tokenizer)):
-            super().__init__("", **options)
+        super().__init__(model, tokenizer, **options)
         self.head = installed_head(model)
         self._estimated = False
-        self._chat_template = evaluate_module().chat_template_fn(**chat_template_args or {})
+        self._chat_template = chat_template_fn(**chat_template_args or {})
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
         return self._chat_template(self, chat_history, add_generation_prompt)

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm
 
-from .compat import BatchResponse, GenerationResponse
+from .compat.generate import BatchResponse, GenerationResponse
 from .exact import exact_processors
 from .install import get_flash_head
 

@@ -12,7 +12,7 @@ import mlx_lm
 from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME, FlashHeadIndex, read_index
 from ..index.redaction import redact
-from .compat import DEFAULT_ALLOW_PATTERNS, download
+from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
 from .install import install
 from .locate import find_head
 

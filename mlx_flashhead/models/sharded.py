@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..index.files import FILE_NAME, read_index
-from .compat import sharded_load as load_part
+from .compat.utils import sharded_load as load_part
 from .load import install_index, reason, resolve
 
 

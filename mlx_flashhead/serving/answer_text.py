@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..models.compat import TextStateMachine, make_text_state_machine
+from ..models.compat.generate import TextStateMachine, make_text_state_machine
 from .served import ServedModel
 
 _NORMAL, _REASONING, _TOOL = "normal", "reasoning", "tool"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 
-from ..models.compat import BatchGenerator, generate_step, speculative_generate_step
+from ..models.compat.generate import BatchGenerator, generate_step, speculative_generate_step
 from .job import Job
 from .prompt_caches import KVCaches
 from .reading import Reading

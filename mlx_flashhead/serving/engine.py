@@ -16,7 +16,7 @@ from threading import Event, Thread
 
 import mlx.core as mx
 
-from ..models.compat import maybe_set_recommended_wired_limit
+from ..models.compat.utils import maybe_set_recommended_wired_limit
 from .decoding import Batch, Decoder, Single
 from .job import Failure, Job
 from .prompt_caches import PromptCaches

@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.compat import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+from ..models.compat.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 from .served import ServedModel
 
 KVCaches = list[Any]  # of a model's layers, and of its draft model's

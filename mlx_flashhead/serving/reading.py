@@ -6,7 +6,8 @@ from argparse import Namespace
 
 import mlx.core as mx
 
-from ..models.compat import make_prompt_cache, maybe_quantize_kv_cache
+from ..models.compat.cache import make_prompt_cache
+from ..models.compat.generate import maybe_quantize_kv_cache
 from .job import Job, Progress
 from .prompt_caches import PromptCaches, split_caches
 

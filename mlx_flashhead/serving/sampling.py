@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from ..models.compat import make_logits_processors
+from ..models.compat.sample_utils import make_logits_processors
 from ..models.sampling import make_sampler
 from .served import ServedModel
 

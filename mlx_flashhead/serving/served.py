@@ -16,7 +16,7 @@ from jinja2 import meta
 
 from ..head.flash_head import FlashHead
 from ..index.files import has_flash_head
-from ..models.compat import KVCache, make_prompt_cache
+from ..models.compat.cache import KVCache, make_prompt_cache
 from ..models.install import get_flash_head
 from ..models.load import load, load_dense, resolve
 from .problems import Problem

@@ -5,7 +5,7 @@ import pytest
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_flashhead import batch_generate
-from mlx_flashhead.models.compat import BatchGenerator
+from mlx_flashhead.models.compat.generate import BatchGenerator
 from model_pair import uncached
 
 PROMPTS = ("One day", "How do I bake bread?", "x", "Why is the sky blue", "It was", "The river")

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from mlx_flashhead.models.compat import generate_step
+from mlx_flashhead.models.compat.generate import generate_step
 from model_pair import uncached
 
 PROMPT = "How do I bake bread for two people"

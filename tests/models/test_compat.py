@@ -6,15 +6,19 @@ Nothing of the package is imported, so that these tests speak where an import of
 import ast
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from packaging.requirements import Requirement
 
 CHECKOUT = Path(__file__).parents[2]
-COMPAT = CHECKOUT / "mlx_flashhead" / "models" / "compat.py"
+COMPAT = sorted((CHECKOUT / "mlx_flashhead" / "models" / "compat").glob("*.py"))
 SOURCES = sorted([*CHECKOUT.glob("mlx_flashhead/**/*.py"), *CHECKOUT.glob("scripts/**/*.py")])
 
 # How each function is called here: the parameters that are filled in order, then those by name.
@@ -112,6 +116,7 @@ VALUES = {
     "mlx_lm.generate.BatchResponse": type,
     "mlx_lm.generate.GenerationResponse": type,
     "mlx_lm.models.cache.KVCache": type,
+    "mlx_lm.generate.generation_stream": mx.ThreadLocalStream,
     "mlx_lm.utils.DEFAULT_ALLOW_PATTERNS": list,
 }
 # Globals that mlx-lm's code looks up, and that a command puts others under.
@@ -135,13 +140,20 @@ def imported_from_mlx_lm(tree):
     }
 
 
+def through_compat():
+    """The same for all files of compat."""
+    return {
+        name: own for file in COMPAT for name, own in imported_from_mlx_lm(parsed(file)).items()
+    }
+
+
 def users_of(dotted):
     """Files of the project that use the name, for the message."""
-    name = imported_from_mlx_lm(parsed(COMPAT)).get(dotted, dotted.rsplit(".", 1)[-1])
+    name = through_compat().get(dotted, dotted.rsplit(".", 1)[-1])
     using = [
         str(path.relative_to(CHECKOUT))
         for path in SOURCES
-        if path != COMPAT
+        if path not in COMPAT
         for node in ast.walk(parsed(path))
         if getattr(node, "id", getattr(node, "attr", None)) == name
     ]
@@ -156,7 +168,7 @@ def found(dotted):
         if not hasattr(value, name):
             pytest.fail(
                 f"mlx-lm {version('mlx-lm')} has no {dotted} any more, which {users_of(dotted)} "
-                "uses: find what took its place, and change mlx_flashhead/models/compat.py.",
+                "uses: find what took its place, and change mlx_flashhead/models/compat/.",
                 pytrace=False,
             )
         value = getattr(value, name)
@@ -207,16 +219,15 @@ def test_mlx_lm_looks_up_what_is_replaced(dotted):
 def test_adapter_to_lm_eval_looks_up_what_is_replaced():
     adapter = found("mlx_lm.evaluate.MLXLM")
     assert "load" in adapter.__init__.__code__.co_names, (
-        "see TaskModel in mlx_flashhead/evaluation/tasks.py"
+        "see Adapter in mlx_flashhead/models/compat/evaluate.py"
     )
     names = adapter.loglikelihood.__code__.co_names
     assert "_max_tokens" in names, "see TaskModel in mlx_flashhead/evaluation/tasks.py"
 
 
 def test_every_name_of_compat_is_checked_here():
-    through_compat = set(imported_from_mlx_lm(parsed(COMPAT)))
-    assert through_compat
-    assert through_compat <= {*CALLS, *VALUES}, "give new names a line in CALLS or VALUES"
+    assert through_compat()
+    assert through_compat().keys() <= {*CALLS, *VALUES}, "give new names a line in CALLS or VALUES"
 
 
 @pytest.mark.parametrize("package", ["mlx", "mlx-lm"])
@@ -234,3 +245,13 @@ def test_installed_version_is_a_supported_one(package):
             f"{package} {version(package)} is installed, and pyproject.toml asks for {supported}: "
             "if every test passes with it, widen the range, else install another."
         )
+
+
+def test_a_program_that_loads_imports_no_other_program():
+    code = "import mlx_flashhead, sys; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    modules = set(output.stdout.split())
+    assert "mlx_lm" in modules
+    assert not modules & {"mlx_lm.chat", "mlx_lm.server", "mlx_lm.evaluate", "rich"}

@@ -9,7 +9,11 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_flashhead import exact_processors, get_flash_head
 from mlx_flashhead.models import exact
-from mlx_flashhead.models.compat import BatchGenerator, generate_module, generate_step
+from mlx_flashhead.models.compat.generate import (
+    BatchGenerator,
+    generate_step,
+    speculative_generate_step,
+)
 from mlx_flashhead.models.install import install
 from tiny_models import tiny_index, tiny_model
 
@@ -145,7 +149,7 @@ def test_draft_model(dense, flash, other):
     draft = {"dense": dense, "flash": flash_model(), "another": flash_model(seed=1)}[other]
 
     def tokens(target, draft, processors):
-        steps = generate_module.speculative_generate_step(
+        steps = speculative_generate_step(
             mx.array(PROMPT), target, draft, num_draft_tokens=3, max_tokens=TOKENS,
             logits_processors=processors,
         )  # fmt: skip

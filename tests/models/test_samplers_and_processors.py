@@ -10,7 +10,7 @@ from mlx_lm import sample_utils
 from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_flashhead import get_flash_head, make_sampler
-from mlx_flashhead.models.compat import BatchGenerator, generate_step
+from mlx_flashhead.models.compat.generate import BatchGenerator, generate_step
 from mlx_flashhead.models.install import install
 from mlx_flashhead.models.sampling import MIN_CLUSTERS
 from tiny_models import tiny_index, tiny_model

@@ -1,0 +1,5 @@
+"""``mlx_lm.convert``: its flags, and what its conversion is made of."""
+
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES, configure_parser, mixed_quant_predicate_builder
+
+__all__ = ["MODEL_CONVERSION_DTYPES", "configure_parser", "mixed_quant_predicate_builder"]

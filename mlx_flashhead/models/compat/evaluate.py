@@ -1,0 +1,27 @@
+"""``mlx_lm.evaluate``: its adapter to lm-eval, which the extra "tasks" installs."""
+
+import importlib
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.evaluate import MLXLM, chat_template_fn
+
+from .replaced import replaced
+
+__all__ = ["Adapter", "chat_template_fn"]
+
+module = importlib.import_module("mlx_lm.evaluate")
+
+
+class Adapter(MLXLM):
+    """mlx-lm's adapter, on a model that is loaded already: its own loads by a path alone.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        **options: The adapter's own.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, **options: Any):
+        with replaced(module, load=lambda *_, **__: (model, tokenizer)):
+            super().__init__("", **options)

@@ -1,0 +1,54 @@
+"""``mlx_lm.generate``: its loops, and its main program with other parts."""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from mlx_lm.generate import (
+    BatchGenerator,
+    BatchResponse,
+    GenerationResponse,
+    TextStateMachine,
+    generate_step,
+    generation_stream,
+    make_text_state_machine,
+    maybe_quantize_kv_cache,
+    speculative_generate_step,
+)
+from mlx_lm.generate import setup_arg_parser as generate_parser
+
+from .replaced import replaced
+
+__all__ = [
+    "BatchGenerator",
+    "BatchResponse",
+    "GenerationResponse",
+    "TextStateMachine",
+    "generate_parser",
+    "generate_step",
+    "generation_stream",
+    "make_text_state_machine",
+    "maybe_quantize_kv_cache",
+    "run_generate",
+    "speculative_generate_step",
+]
+
+# The attribute mlx_lm.generate is the function; the module has to be asked for by name.
+module = importlib.import_module("mlx_lm.generate")
+
+
+def run_generate(
+    args: argparse.Namespace, *, load: Callable[..., Any], make_sampler: Callable[..., Any]
+) -> None:
+    """Runs mlx-lm's program, which has no other way to take a model that is loaded otherwise.
+
+    Args:
+        args: Its arguments, parsed.
+        load: In place of its ``load``, first for the model, then for the draft model.
+        make_sampler: In place of its ``make_sampler``.
+    """
+    parsed = SimpleNamespace(parse_args=lambda: args)
+    with replaced(module, load=load, make_sampler=make_sampler, setup_arg_parser=lambda: parsed):
+        module.main()

@@ -1,0 +1,21 @@
+"""``mlx_lm.utils``: downloading, quantizing, sharding and saving."""
+
+from mlx_lm.utils import (
+    DEFAULT_ALLOW_PATTERNS,
+    dequantize_model,
+    maybe_set_recommended_wired_limit,
+    quantize_model,
+    save,
+    sharded_load,
+)
+from mlx_lm.utils import _download as download
+
+__all__ = [
+    "DEFAULT_ALLOW_PATTERNS",
+    "dequantize_model",
+    "download",
+    "maybe_set_recommended_wired_limit",
+    "quantize_model",
+    "save",
+    "sharded_load",
+]
