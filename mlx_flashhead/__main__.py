@@ -1,7 +1,9 @@
-"""``python -m mlx_flashhead COMMAND``."""
+"""``mlx_flashhead COMMAND``, also as ``python -m mlx_flashhead COMMAND``."""
 
 import importlib
 import sys
+
+from .version import __version__
 
 COMMANDS = {
     "convert": "turn a model into a FlashHead checkpoint",
@@ -17,14 +19,21 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command named by the first argument."""
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        asked_for_help = sys.argv[1:2] in (["-h"], ["--help"])
-        lines = [f"  {name:10} {what}" for name, what in COMMANDS.items()]
-        usage = "\n".join(["usage: python -m mlx_flashhead COMMAND …", "", *lines])
-        print(usage, file=sys.stdout if asked_for_help else sys.stderr)
-        sys.exit(0 if asked_for_help else 2)
-    command = sys.argv.pop(1)
-    importlib.import_module(f"mlx_flashhead.{command}").main()
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        # the command's own help begins with mlx_flashhead.COMMAND, which is a program too
+        sys.argv.pop(1)
+        importlib.import_module(f"mlx_flashhead.{name}").main()
+    elif name in ("-h", "--help"):
+        print("usage: mlx_flashhead COMMAND …\n")
+        for command, what in COMMANDS.items():
+            print(f"  {command:10} {what}")
+        print("\nmlx_flashhead COMMAND --help says more about one.")
+    elif name == "--version":
+        print(__version__)
+    else:
+        print(f"error: there is no command {name}: {', '.join(COMMANDS)}.", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,45 +4,29 @@ Of numbers of probes, beside the paper's routing, or with ``--precisions`` of th
 or with ``--tasks`` of the tasks' own metrics.
 """
 
+import argparse
 import json
+import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from .cli.arguments import Parser, whole_number, whole_numbers
+import mlx.core as mx
+
+from .cli.arguments import LIMITS, Parser, json_object, whole_number, whole_numbers
 from .cli.console import check_writable, command
-from .cli.pictures import check_picture, pyplot
-from .cli.tables import check_tables, new_table, show
+from .cli.extras import from_extra, installation
+from .cli.pictures import check_picture
+from .cli.tables import check_tables
 from .conversion.calibration import read_text
-from .evaluation.masks import MaskEvaluation, evaluate_masks
-from .evaluation.precision import PrecisionEvaluation, evaluate_precisions
-from .evaluation.task_options import add_task_options, check_task_options, run_tasks
-from .evaluation.text import FLASH_HEAD, Evaluation, evaluate
+from .evaluation.masks import evaluate_masks
+from .evaluation.output import draw, print_masks, print_precisions, print_table, print_tasks
+from .evaluation.precision import evaluate_precisions
+from .evaluation.text import evaluate
 from .models.load import load
+from .models.sampling import make_sampler
 
-LEGEND = """\
-agreement   same best token as the dense head
-coverage    the true next token is scored
-mass        the dense head's probability of all scored tokens
-KL          from the dense head's distribution, in nats
-perplexity  relative to dense, with the tail's estimates
-drawn       relative to dense, probes drawn by probability as in the paper
-bytes       read per token, relative to the dense head
-unit means  the paper's routing, here on these clusters; it was made for
-            clusters by direction: see convert --calibration none"""
-PRECISION_LEGEND = """\
-agreement   same best token as the reference: the first line
-KL          from the reference's distribution, in nats
-perplexity  relative to the reference, with the tail's estimates
-MB          read per token
-bytes       read per token, relative to a dense head of 16 bits
-Only the head's rows differ: 8 and 4 bits are MLX's affine form of the
-16-bit rows. All else is the checkpoint's own."""
-
-MASK_LEGEND = """\
-Positions in which the best token is the dense head's:
-estimates  what the head has not scored is estimated
-exact      after the second look of generate and server
-random     so many tokens are allowed, drawn each time
-near       0.5 nats more or less than a token needs"""
+EXTRA = "tasks"
 
 
 def make_parser() -> Parser:
@@ -87,7 +71,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
     parser.add_argument("--plot", metavar="OUT.png", help="Draw the curves into a picture.")
-    add_task_options(parser)
+    _add_task_options(parser)
     return parser
 
 
@@ -95,19 +79,14 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.evaluate``."""
     args = make_parser().parse_args()
-    check_task_options(args)
+    _check_arguments(args)
     check_tables("mlx_flashhead.evaluate")
     if args.json:
         check_writable("--json", args.json)
-    if args.masks and (args.precisions or args.tasks or args.probes):
-        raise ValueError("--masks is by itself: leave --precisions, --tasks and --probes out.")
-    if args.plot and (args.precisions or args.masks):
-        option = "--precisions" if args.precisions else "--masks"
-        raise ValueError(f"--plot draws numbers of probes: leave it out with {option}.")
     if args.plot:
         check_picture("--plot", args.plot)
     if args.tasks:
-        run_tasks(args)
+        _run_tasks(args)
         return
     text = read_text(args.text)
     model, tokenizer = load(args.model)
@@ -130,104 +109,128 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def print_table(evaluation: Evaluation) -> None:
-    """Prints the evaluation as one table, which fits 80 columns."""
-    figures = ("probes", "agreement", "coverage", "mass", "KL", "perplexity", "drawn", "bytes")
-    table = new_table(
-        f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, "
-        f"dense perplexity {evaluation.dense_perplexity:.2f}",
-        ("routing", *figures),
-        LEGEND,
-        padding=(0, 0, 0, 0),
+def _add_task_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "tasks of lm-eval",
+        f"Log-likelihoods under the dense head, generated text with FlashHead, perplexities both "
+        f"ways. They need {installation(EXTRA)}.",
     )
-    previous = None
-    for measured in evaluation.measures:
-        if previous not in (None, measured.routing):
-            table.add_section()
-        own = measured.routing == FLASH_HEAD and measured.n_probes == evaluation.n_probes
-        table.add_row(
-            "" if measured.routing == previous else measured.routing,
-            f"{measured.n_probes}",
-            f"{measured.agreement:.2%}",
-            f"{measured.coverage:.2%}",
-            f"{measured.covered_mass:.2%}",
-            _or_dash(measured.kl, "{:.3f}"),
-            _or_dash(measured.perplexity / evaluation.dense_perplexity, "{:.3f}"),
-            _or_dash(measured.drawn_perplexity / evaluation.dense_perplexity, "{:.2f}"),
-            f"{evaluation.bytes_share[measured.n_probes]:.1%}",
-            style="bold" if own else None,
-        )
-        previous = measured.routing
-    show(table)
-
-
-def print_precisions(evaluation: PrecisionEvaluation) -> None:
-    """Prints the forms of the head as one table, which fits 80 columns."""
-    reference = evaluation.reference
-    table = new_table(
-        f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, perplexity of "
-        f"the {reference.bits}-bit dense head {reference.perplexity:.2f}",
-        ("head", "bits", "probes", "agreement", "KL", "perplexity", "MB", "bytes"),
-        PRECISION_LEGEND,
+    group.add_argument(
+        "--tasks",
+        nargs="+",
+        action="extend",
+        metavar="TASK",
+        help="Tasks or groups of tasks, separated by commas or spaces, instead of --text.",
     )
-    previous = (reference.head, reference.n_probes)
-    for measured in evaluation.measures:
-        kind = (measured.head, measured.n_probes)
-        if kind != previous:
-            table.add_section()
-        table.add_row(
-            measured.head,
-            f"{measured.bits}",
-            "–" if measured.n_probes is None else f"{measured.n_probes}",
-            f"{measured.agreement:.2%}",
-            f"{measured.kl:.5f}",
-            f"{measured.perplexity / reference.perplexity:.4f}",
-            f"{measured.bytes_read / 1e6:.2f}",
-            f"{measured.bytes_share:.1%}",
-        )
-        previous = kind
-    show(table)
-
-
-def print_masks(evaluation: MaskEvaluation) -> None:
-    """Prints the choices as one table, which fits 80 columns."""
-    table = new_table(
-        f"{evaluation.positions} positions, {evaluation.n_probes} probes of "
-        f"{evaluation.n_clusters} clusters",
-        ("change of the logits", "estimates", "exact", "differing"),
-        MASK_LEGEND,
+    group.add_argument(
+        "--include-path", metavar="FOLDER", help="Folder with further tasks, as YAML files."
     )
-    for choice in evaluation.choices:
-        table.add_row(
-            choice.change, f"{choice.estimates:.2%}", f"{choice.exact:.2%}", f"{choice.differing}"
-        )
-    show(table)
+    group.add_argument(
+        "--num-shots", type=whole_number(0), help="Worked examples before each question."
+    )
+    group.add_argument("--limit", type=whole_number(1), help="Questions per task at most.")
+    group.add_argument(
+        "--batch-size", type=whole_number(1), default=8, help="Sequences at once (default: 8)."
+    )
+    group.add_argument(
+        "--max-tokens",
+        type=whole_number(1),
+        help="Tokens to generate at most, instead of the task's own limit.",
+    )
+    group.add_argument(
+        "--fewshot-as-multiturn",
+        action="store_true",
+        help="Give the worked examples as turns of a conversation.",
+    )
+    group.add_argument(
+        "--apply-chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="Put prompts into the chat template (default: if the model has one).",
+    )
+    group.add_argument(
+        "--chat-template-args",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="Arguments of the chat template, such as '{\"enable_thinking\":false}'.",
+    )
+    group.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="Run tasks that execute code which the model has written.",
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="Allow the model's own Python code."
+    )
+    group.add_argument(
+        "--temp", type=LIMITS["temp"], default=0.0, help="Sampling temperature (default: 0)."
+    )
+    group.add_argument("--top-p", type=LIMITS["top_p"], default=1.0, help="Sampling top-p.")
+    group.add_argument("--top-k", type=LIMITS["top_k"], default=0, help="Sampling top-k.")
 
 
-def draw(evaluation: Evaluation, path: str) -> None:
-    """Draws agreement and coverage over the number of probes into a picture."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, (field, title) in zip(
-        axes,
-        (("agreement", "Agreement with the dense head"), ("coverage", "True next token scored")),
-        strict=True,
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Makes sure, before any work, that the arguments go together."""
+    if not args.tasks:
+        if not args.text:
+            raise ValueError(
+                "Give --text FILE to measure on a text, or --tasks TASK for lm-eval's."
+            )
+        if args.masks and (args.precisions or args.probes):
+            raise ValueError("--masks is by itself: leave --precisions and --probes out.")
+        if args.plot and (args.precisions or args.masks):
+            option = "--precisions" if args.precisions else "--masks"
+            raise ValueError(f"--plot draws numbers of probes: leave it out with {option}.")
+        return
+    for option, given in (
+        ("--text", args.text),
+        ("--precisions", args.precisions),
+        ("--masks", args.masks),
+        ("--positions", args.positions),
+        ("--plot", args.plot),
     ):
-        for routing in dict.fromkeys(m.routing for m in evaluation.measures):
-            chosen = [m for m in evaluation.measures if m.routing == routing]
-            values = [100 * getattr(m, field) for m in chosen]
-            axis.plot([m.n_probes for m in chosen], values, marker="o", label=routing)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(title=title, xlabel=f"clusters scored of {evaluation.n_clusters}", ylabel="%")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        if given:
+            raise ValueError(f"{option} is about a text: leave it out with --tasks.")
+    if args.probes and len(args.probes) > 1:
+        raise ValueError("--tasks are run with one number of clusters: give --probes one number.")
 
 
-def _or_dash(value: float, form: str) -> str:
-    return "–" if value != value else form.format(value)
+def _run_tasks(args: argparse.Namespace) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # lm-eval starts processes
+    from_extra("lm_eval", EXTRA, "--tasks")
+    from .evaluation.tasks import evaluate_tasks, find_tasks
+
+    names = [name for given in args.tasks for name in given.split(",") if name]
+    manager = find_tasks(names, args.include_path)
+    model, tokenizer = load(
+        args.model,
+        tokenizer_config={"trust_remote_code": True} if args.trust_remote_code else None,
+        trust_remote_code=args.trust_remote_code,
+        n_probes=args.probes[0] if args.probes else None,
+    )
+    with redirect_stdout(sys.stderr):  # mlx-lm tells its progress
+        measures = evaluate_tasks(
+            model,
+            tokenizer,
+            names,
+            manager,
+            num_shots=args.num_shots,
+            limit=args.limit,
+            seed=args.seed,
+            fewshot_as_multiturn=args.fewshot_as_multiturn,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+            batch_size=args.batch_size,
+            max_tokens=args.max_tokens,
+            use_chat_template=args.apply_chat_template,
+            chat_template_args=args.chat_template_args,
+            sampler=make_sampler(temp=args.temp, top_p=args.top_p, top_k=args.top_k),
+        )
+    if mx.distributed.init().rank() > 0:
+        return  # mlx-lm's adapter has shared the questions out and gathered the answers
+    print_tasks(measures)
+    if args.json:
+        figures = {"model": args.model, "results": [measure.to_dict() for measure in measures]}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ def make_parser() -> Parser:
     parser.add_argument("--path", required=True, metavar="DIR", help="Folder of the checkpoint.")
     parser.add_argument(
         "--repo",
+        "--upload-repo",
         metavar="OWNER/NAME",
         help="Repository to upload to (default: the name that conversion derived, under your own).",
     )
