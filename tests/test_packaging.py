@@ -131,13 +131,16 @@ def test_installed_wheel_finds_its_kernels(installed):
     assert source == KERNELS.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+SCRIPTS = ("mlx_flashhead", *(f"mlx_flashhead.{command}" for command in COMMANDS))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_console_scripts_run(installed, name):
-    printed = output_of(installed / "bin" / f"mlx_flashhead.{name}", "--help", cwd=installed)
+    printed = output_of(installed / "bin" / name, "--help", cwd=installed)
     assert printed.startswith("usage:")
     (distribution,) = installed.glob("lib/python*/site-packages/mlx_flashhead-*.dist-info")
     entries = PathDistribution(distribution).entry_points.select(group="console_scripts")
-    assert entries.names == {f"mlx_flashhead.{command}" for command in COMMANDS}
+    assert entries.names == set(SCRIPTS)
 
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
