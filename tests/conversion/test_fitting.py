@@ -111,9 +111,12 @@ def test_bias_belongs_to_the_rounded_centroids(case, bits):
     assert fitted.bias.dtype == fitted.tail_offset.dtype == mx.float32
 
 
-def test_fit_predicts_better_than_means_on_other_states():
-    rows, token_ids, states, _ = make_case(n_states=2000)
-    known, other = states[:1500], states[1500:]
+@pytest.mark.parametrize("n_known", [150, 1500])
+def test_fit_predicts_better_than_means_on_other_states(n_known):
+    """With few states as with many: too weak a ridge learns the few by heart, too strong a one
+    stays near the means."""
+    rows, token_ids, states, _ = make_case(n_states=n_known + 500)
+    known, other = states[:n_known], states[n_known:]
     fitted = fit(rows, token_ids, known)
     target = targets(rows, token_ids, other, 0)
     plain = fit(rows, token_ids)
@@ -121,7 +124,7 @@ def test_fit_predicts_better_than_means_on_other_states():
     def error(centroids):
         return (target - other @ dequantized(centroids).T).var(axis=0).mean()
 
-    assert error(fitted) < 0.7 * error(plain)
+    assert error(fitted) < 0.32 * error(plain)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
