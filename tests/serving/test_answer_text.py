@@ -98,6 +98,14 @@ def test_a_call_that_is_cut_off_is_told_as_far_as_it_is():
     assert pieces[-1].calls == ["f(1"]
 
 
+def test_a_stop_text_ends_what_was_held_back_as_well():
+    """The beginning of a marker is text after all, and a call is as long as it is."""
+    pieces, stopped = told(["a <cal", ".b"], ["."], calling=True)
+    assert (whole(pieces), stopped) == (Piece("a <cal", "", []), True)
+    pieces, stopped = told(["<call>f(", "1.5)"], ["."], calling=True)
+    assert (whole(pieces), stopped) == (Piece("", "", ["f(1"]), True)
+
+
 def test_what_looks_like_a_marker_and_is_none_is_text():
     pieces, _ = told(["a <cal", "f> b <ca"], calling=True)
     assert whole(pieces) == Piece("a <calf> b <ca", "", [])
