@@ -1,0 +1,306 @@
+"""Keeps a server busy for minutes with clients of all kinds, and says what became of it.
+
+    python scripts/soak.py --model smollm2-flashhead [--minutes 10] [--clients 8]
+
+Most requests are sound: their answers are compared with those that the server gave before, when
+nobody else asked. The others hang up, send long texts, texts that are too long, or nonsense.
+"""
+
+import argparse
+import json
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from statistics import median, quantiles
+from threading import Lock, Thread
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(CHECKOUT))  # works uninstalled too
+
+from mlx_flashhead.cli.arguments import Parser, number, whole_number
+from mlx_flashhead.cli.console import command
+
+TOKENS = 24
+PATH = "/v1/chat/completions"
+TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
+FORMS = (
+    "Write a sentence about {}.",
+    "What is known about {}? " + "Think of all sides of it. " * 20,
+)
+SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
+KINDS = {"sound": 12, "hangs up": 4, "long text": 1, "too long": 1, "nonsense": 4}
+NONSENSE = (
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00",
+    b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{",
+)
+BODIES = (
+    b"{",
+    b"[" * 100_000,
+    b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": NaN}',
+    b'{"messages": [{"role": "user", "content": "Hi"}], "n_probes": -1}',
+    b'{"messages": [{"role": "user", "content": "Hi"}], "model": "/etc"}',
+    b'{"messages": [{"role": "user", "content": "Hi"}], "no_such_field": 1}',
+    b'{"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": '
+    b'{"chat_template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}'
+    b'{% endfor %}"}}',
+)
+
+
+@dataclass
+class Tally:
+    """What has happened.
+
+    Attributes:
+        requests: Of each kind.
+        outcomes: Of the sound ones and of those that must be refused.
+        first: Seconds to the first text of sound streams.
+        memory: (seconds since the start, resident megabytes) of the server.
+        problems: Sentences on what must not happen.
+    """
+
+    requests: Counter = field(default_factory=Counter)
+    outcomes: Counter = field(default_factory=Counter)
+    first: list[float] = field(default_factory=list)
+    memory: list[tuple[float, float]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    lock: Lock = field(default_factory=Lock)
+
+
+class Client:
+    """One of the clients.
+
+    Args:
+        port: The server's.
+        expected: Question → answer.
+        tally: Where outcomes are counted.
+        seed: Of what it does.
+    """
+
+    def __init__(self, port: int, expected: dict[str, str], tally: Tally, seed: int):
+        self._port, self._expected, self._tally = port, expected, tally
+        self._random = random.Random(seed)
+
+    def run(self, until: float) -> None:
+        """Sends one request after the other."""
+        acts = {
+            "sound": self._sound,
+            "hangs up": self._hang_up,
+            "long text": self._long,
+            "too long": self._too_long,
+            "nonsense": self._nonsense,
+        }
+        while time.monotonic() < until:
+            (kind,) = self._random.choices(list(KINDS), list(KINDS.values()))
+            try:
+                outcome, problem = acts[kind]()
+            except (OSError, HTTPException, ValueError) as error:
+                outcome, problem = f"{kind}: failed", repr(error)
+            with self._tally.lock:
+                self._tally.requests[kind] += 1
+                self._tally.outcomes[outcome] += 1
+                if problem:
+                    self._tally.problems.append(f"{kind}: {problem}"[:300])
+
+    def _sound(self) -> tuple[str, str | None]:
+        question = self._random.choice(list(self._expected))
+        began = time.monotonic()
+        text, first = ask(self._port, question, stream=self._random.random() < 0.5)
+        if first is not None:
+            with self._tally.lock:
+                self._tally.first.append(first - began)
+        if text == self._expected[question]:
+            return "sound: as alone", None
+        return "sound: another text", f"{question[:40]!r} got {text!r}"
+
+    def _hang_up(self) -> tuple[str, str | None]:
+        question = self._random.choice([SENTENCE * 150, *self._expected])
+        body = _body(question, self._random.random() < 0.5, 500)
+        with socket.create_connection(("127.0.0.1", self._port), timeout=60) as connection:
+            connection.sendall(_head(len(body)) + body)
+            time.sleep(self._random.choice([0, 0.1, 0.5, 2.0]))
+        return "hung up", None
+
+    def _long(self) -> tuple[str, str | None]:
+        text, _ = ask(self._port, SENTENCE * 100, stream=False, max_tokens=4)
+        return "long text: answered", None if text else "no answer"
+
+    def _too_long(self) -> tuple[str, str | None]:
+        status, answer = _post(self._port, _body(SENTENCE * 2000, False))
+        return f"too long: {status}", None if status == 400 else str(answer)
+
+    def _nonsense(self) -> tuple[str, str | None]:
+        if self._random.random() < 0.5:
+            status, answer = _post(self._port, self._random.choice(BODIES))
+            refused = status in (400, 404) and "message" in answer["error"]
+            return f"nonsense: {status}", None if refused else str(answer)
+        with socket.create_connection(("127.0.0.1", self._port), timeout=60) as connection:
+            connection.sendall(self._random.choice(NONSENSE))
+            connection.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        status = answer[9:12].decode() or "closed"
+        return f"nonsense: {status}", None
+
+
+def ask(
+    port: int, question: str, *, stream: bool, max_tokens: int = TOKENS
+) -> tuple[str, float | None]:
+    """The answer to a question, and when its first text came, if it was streamed.
+
+    Raises:
+        ValueError: If it is no answer.
+    """
+    connection = HTTPConnection("127.0.0.1", port, timeout=600)
+    try:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", PATH, _body(question, stream, max_tokens), headers)
+        response = connection.getresponse()
+        if not stream or response.status != 200:
+            answer = json.loads(response.read())
+            if response.status != 200:
+                raise ValueError(f"{response.status}: {answer}")
+            return answer["choices"][0]["message"]["content"], None
+        text, first = "", None
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise ValueError(str(chunk))
+            for choice in chunk["choices"]:
+                text += choice["delta"].get("content", "")
+                first = first or time.monotonic()
+        return text, first
+    finally:
+        connection.close()
+
+
+def _body(question: str, stream: bool, max_tokens: int = TOKENS) -> bytes:
+    messages = [{"role": "user", "content": question}]
+    return json.dumps({"messages": messages, "stream": stream, "max_tokens": max_tokens}).encode()
+
+
+def _head(length: int) -> bytes:
+    return f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+def _post(port: int, body: bytes) -> tuple[int, dict]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=600)
+    connection.request("POST", PATH, body)
+    response = connection.getresponse()
+    answer = response.status, json.loads(response.read())
+    connection.close()
+    return answer
+
+
+def _megabytes(pid: int) -> float:
+    """Resident memory of a process."""
+    said = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
+    return int(said.stdout) / 1024
+
+
+def _watch(pid: int, port: int, tally: Tally, until: float) -> None:
+    """Every few seconds: the server's memory, and whether ``/health`` is answered at once."""
+    began = time.monotonic()
+    while time.monotonic() < until:
+        asked = time.monotonic()
+        try:
+            connection = HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("GET", "/health")
+            healthy = connection.getresponse().status == 200
+        except OSError:
+            healthy = False
+        with tally.lock:
+            tally.memory.append((asked - began, _megabytes(pid)))
+            if not healthy or time.monotonic() - asked > 5:
+                tally.problems.append(f"/health took {time.monotonic() - asked:.1f} s")
+        time.sleep(2)
+
+
+def report(tally: Tally, log: str, code: int) -> list[str]:
+    """What happened, as lines of a page."""
+    lines = ["| requests | number |", "|---|---:|"]
+    lines += [f"| {kind} | {tally.requests[kind]:,} |" for kind in KINDS]
+    lines += ["", "| outcome | number |", "|---|---:|"]
+    lines += [f"| {name} | {n:,} |" for name, n in sorted(tally.outcomes.items())]
+    if len(tally.first) > 1:
+        last = quantiles(tally.first, n=20)[-1]
+        lines += [
+            "",
+            f"First text after {median(tally.first):.1f} s (median), {last:.1f} s (95 %).",
+        ]
+    quarters = [tally.memory[i * (len(tally.memory) - 1) // 4] for i in range(5)]
+    said = ", ".join(f"{size:,.0f} MB after {seconds:.0f} s" for seconds, size in quarters)
+    lines += ["", f"Resident memory: {said}."]
+    lines.append(f"Log: {len(log.splitlines()):,} lines, {log.count('Traceback')} tracebacks.")
+    lines.append(f"Exit code after SIGTERM: {code}.")
+    lines += ["", *sorted(set(tally.problems))]
+    return lines
+
+
+def make_parser() -> Parser:
+    """The script's parser."""
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="Folder of a FlashHead checkpoint.")
+    parser.add_argument("--minutes", type=number(0, above=True), default=10.0)
+    parser.add_argument("--clients", type=whole_number(1), default=8)
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    return parser
+
+
+@command
+def main() -> None:
+    """Entry point."""
+    args = make_parser().parse_args()
+    tally = Tally()
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlx_flashhead.server", "--model", args.model, "--port", "0"],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=CHECKOUT,
+        )
+        try:
+            found = re.search(r"http://127\.0\.0\.1:(\d+)", server.stdout.readline())
+            if found is None:
+                log.seek(0)
+                raise ValueError(f"The server did not start: {log.read()}")
+            _run(args, server.pid, int(found[1]), tally)
+            server.send_signal(signal.SIGTERM)
+            code = server.wait(60)
+        finally:
+            server.kill()
+        log.seek(0)
+        print("\n".join(report(tally, log.read(), code)))
+    if tally.problems or code:
+        sys.exit(1)
+
+
+def _run(args: argparse.Namespace, pid: int, port: int, tally: Tally) -> None:
+    questions = [form.format(topic) for form in FORMS for topic in TOPICS]
+    expected = {question: ask(port, question, stream=False)[0] for question in questions}
+    until = time.monotonic() + 60 * args.minutes
+    threads = [Thread(target=_watch, args=(pid, port, tally, until))]
+    for i in range(args.clients):
+        client = Client(port, expected, tally, args.seed + i)
+        threads.append(Thread(target=client.run, args=(until,)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
