@@ -1,7 +1,7 @@
 """Measures a checkpoint on a text, or by the tasks of lm-eval, and prints a table.
 
-Of numbers of probes, beside the paper's routing, or with ``--precisions`` of the bits of the head,
-or with ``--tasks`` of the tasks' own metrics.
+The table compares numbers of probes and the paper's routing. With ``--precisions`` it compares the
+bits of the head, and with ``--tasks`` it shows the tasks' own metrics.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="mlx_flashhead.evaluate",
         description="Measure how close a FlashHead model comes to its dense head on a text, or "
-        "what it reaches in the tasks of lm-eval.",
+        "its results in the tasks of lm-eval.",
     )
     parser.add_argument(
         "--model",
