@@ -170,14 +170,14 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    """Makes sure, before any work, that the arguments go together."""
+    """Raises before any work begins if arguments contradict each other."""
     if not args.tasks:
         if not args.text:
             raise ValueError(
                 "Give --text FILE to measure on a text, or --tasks TASK for lm-eval's."
             )
         if args.masks and (args.precisions or args.probes):
-            raise ValueError("--masks is by itself: leave --precisions and --probes out.")
+            raise ValueError("--masks goes alone: leave --precisions and --probes out.")
         if args.plot and (args.precisions or args.masks):
             option = "--precisions" if args.precisions else "--masks"
             raise ValueError(f"--plot draws numbers of probes: leave it out with {option}.")
@@ -190,7 +190,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         ("--plot", args.plot),
     ):
         if given:
-            raise ValueError(f"{option} is about a text: leave it out with --tasks.")
+            raise ValueError(f"{option} measures on a text: leave it out with --tasks.")
     if args.probes and len(args.probes) > 1:
         raise ValueError("--tasks are run with one number of clusters: give --probes one number.")
 
@@ -208,7 +208,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
         trust_remote_code=args.trust_remote_code,
         n_probes=args.probes[0] if args.probes else None,
     )
-    with redirect_stdout(sys.stderr):  # mlx-lm tells its progress
+    with redirect_stdout(sys.stderr):  # where mlx-lm prints its progress
         measures = evaluate_tasks(
             model,
             tokenizer,
