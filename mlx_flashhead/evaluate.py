@@ -1,7 +1,7 @@
 """Measures a checkpoint on a text, or by the tasks of lm-eval, and prints a table.
 
-The table compares numbers of probes and the paper's routing. With ``--precisions`` it compares the
-bits of the head, and with ``--tasks`` it shows the tasks' own metrics.
+Of numbers of probes, beside the paper's routing, or with ``--precisions`` of the bits of the head,
+or with ``--tasks`` of the tasks' own metrics.
 """
 
 import argparse
@@ -19,8 +19,16 @@ from .cli.extras import from_extra, installation
 from .cli.pictures import check_picture
 from .cli.tables import check_tables
 from .conversion.calibration import read_text
+from .evaluation.answers import evaluate_answers
 from .evaluation.masks import evaluate_masks
-from .evaluation.output import draw, print_masks, print_precisions, print_table, print_tasks
+from .evaluation.output import (
+    draw,
+    print_answers,
+    print_masks,
+    print_precisions,
+    print_table,
+    print_tasks,
+)
 from .evaluation.precision import evaluate_precisions
 from .evaluation.text import evaluate
 from .models.load import load
@@ -34,7 +42,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="mlx_flashhead.evaluate",
         description="Measure how close a FlashHead model comes to its dense head on a text, or "
-        "its results in the tasks of lm-eval.",
+        "what it reaches in the tasks of lm-eval.",
     )
     parser.add_argument(
         "--model",
@@ -59,6 +67,12 @@ def make_parser() -> Parser:
         "--masks",
         action="store_true",
         help="Compare the choices under masks, biases and penalties instead.",
+    )
+    parser.add_argument(
+        "--answers",
+        action="store_true",
+        help="Compare whole greedy answers to 114 requests instead, with half, once and twice the "
+        "model's probes (or --probes).",
     )
     parser.add_argument(
         "--positions", type=whole_number(1), help="Positions to measure (default: all)."
@@ -88,10 +102,14 @@ def main() -> None:
     if args.tasks:
         _run_tasks(args)
         return
-    text = read_text(args.text)
+    text = None if args.answers else read_text(args.text)
     model, tokenizer = load(args.model)
     options = {"probe_counts": args.probes, "positions": args.positions}
-    if args.masks:
+    if args.answers:
+        answers = evaluate_answers(model, tokenizer, probe_counts=args.probes)
+        print_answers(answers)
+        figures = answers.to_dict()
+    elif args.masks:
         masks = evaluate_masks(model, tokenizer, text, positions=args.positions, seed=args.seed)
         print_masks(masks)
         figures = masks.to_dict()
@@ -170,14 +188,22 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    """Raises before any work begins if arguments contradict each other."""
+    """Makes sure, before any work, that the arguments go together."""
     if not args.tasks:
+        if args.answers:
+            about_text = ("text", "precisions", "masks", "positions", "plot")
+            if any(getattr(args, option) for option in about_text):
+                raise ValueError(
+                    "--answers is by itself: leave --"
+                    f"{next(o for o in about_text if getattr(args, o))} out."
+                )
+            return
         if not args.text:
             raise ValueError(
-                "Give --text FILE to measure on a text, or --tasks TASK for lm-eval's."
+                "Give --text FILE to measure on a text, --answers, or --tasks TASK for lm-eval's."
             )
         if args.masks and (args.precisions or args.probes):
-            raise ValueError("--masks goes alone: leave --precisions and --probes out.")
+            raise ValueError("--masks is by itself: leave --precisions and --probes out.")
         if args.plot and (args.precisions or args.masks):
             option = "--precisions" if args.precisions else "--masks"
             raise ValueError(f"--plot draws numbers of probes: leave it out with {option}.")
@@ -186,11 +212,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
         ("--text", args.text),
         ("--precisions", args.precisions),
         ("--masks", args.masks),
+        ("--answers", args.answers),
         ("--positions", args.positions),
         ("--plot", args.plot),
     ):
         if given:
-            raise ValueError(f"{option} measures on a text: leave it out with --tasks.")
+            raise ValueError(f"{option} is about a text: leave it out with --tasks.")
     if args.probes and len(args.probes) > 1:
         raise ValueError("--tasks are run with one number of clusters: give --probes one number.")
 
@@ -208,7 +235,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
         trust_remote_code=args.trust_remote_code,
         n_probes=args.probes[0] if args.probes else None,
     )
-    with redirect_stdout(sys.stderr):  # where mlx-lm prints its progress
+    with redirect_stdout(sys.stderr):  # mlx-lm tells its progress
         measures = evaluate_tasks(
             model,
             tokenizer,

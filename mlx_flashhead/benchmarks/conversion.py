@@ -1,4 +1,4 @@
-"""A conversion: the time of each stage, and the peak of memory."""
+"""A conversion: the time of each of its stages, and the memory it took."""
 
 import importlib
 import resource
@@ -14,19 +14,21 @@ import mlx.core as mx
 import numpy as np
 
 from ..conversion.indexing import build_index
+from ..conversion.mix import HELD_OUT_SHARE
 from ..conversion.pipeline import convert
+from ..conversion.positions import Positions
 from ..head.matrix import Matrix
 
-# The functions of each stage, by the module that calls them.
+# The functions that a stage consists of, where they are called from.
 STAGES = (
     ("loading", "pipeline", "load_dense"),
     ("bits", "pipeline", "set_bits"),
-    ("calibration", "pipeline", "generated_states"),
-    ("calibration", "pipeline", "text_states"),
+    ("given text", "mix", "given_positions"),
+    ("written text", "mix", "written_positions"),
+    ("given text", "pipeline", "text_states"),
     ("clustering", "indexing", "cluster_rows"),
     ("centroids", "indexing", "fit_centroids"),
-    ("probes", "indexing", "probes_needed"),
-    ("report", "indexing", "measure"),
+    ("report", "indexing", "measure_positions"),
     ("writing", "pipeline", "save"),
     ("writing", "pipeline", "write_index"),
 )
@@ -35,7 +37,7 @@ TOTAL, OTHER = "total", "other"
 
 @contextmanager
 def stage_times() -> Iterator[dict[str, float]]:
-    """Within the block, adds up the seconds of each stage, and of all else at its end."""
+    """Within the block, adds up the seconds of each stage; the total and the rest at its end."""
     seconds: dict[str, float] = {}
 
     def timed(stage, function):
@@ -88,9 +90,9 @@ def convert_benchmark(model: str, *, progress: bool = True, **kwargs: Any) -> di
 def index_benchmark(
     vocab_size: int, hidden_size: int, positions: int, *, seed: int = 0, progress: bool = True
 ) -> dict:
-    """Builds the index of a random head on random states: a conversion without a model.
+    """Builds the index of a random head on random states: all of a conversion but the model.
 
-    Random rows have no clusters, which is the hardest case for the clustering.
+    Random rows have no clusters to be found, which is the hardest case for the clustering.
 
     Args:
         vocab_size: Rows V.
@@ -107,9 +109,10 @@ def index_benchmark(
     states = rng.standard_normal((positions, hidden_size), dtype=np.float32)
     next_ids = rng.integers(vocab_size, size=positions)
     rows = Matrix(weight)
+    calibrated = Positions.of_one_kind("random", states, next_ids, HELD_OUT_SHARE)
     mx.eval(weight)
     with stage_times() as seconds:
-        build_index(rows, states, next_ids, seed=seed, progress=progress)
+        build_index(rows, calibrated, seed=seed, progress=progress)
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,

@@ -1,4 +1,4 @@
-"""The output of ``benchmark``: tables of 80 columns, and pictures."""
+"""What ``benchmark`` shows: tables that fit 80 columns, and pictures."""
 
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ def _short(ms: float) -> str:
 
 
 def crossover_sentence(one: dict) -> str:
-    """A sentence that says from how many positions on the dense path is faster."""
+    """Says from how many positions on the dense path is faster, as measured."""
     last, first = one["crossover"]["last_faster"], one["crossover"]["slower_from"]
     if first is None:
         said = f"FlashHead is still faster at {last} positions, the most that were measured"

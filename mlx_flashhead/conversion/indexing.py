@@ -3,7 +3,6 @@
 Knows arrays only: no model.
 """
 
-import mlx.core as mx
 import numpy as np
 
 from ..head.centroids import Centroids
@@ -12,68 +11,66 @@ from ..index.files import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
 from .clustering import cluster_rows
 from .fitting import fit_centroids
-from .measures import USUAL_PROBES, Routing, measure
+from .measures import Routing, measure_positions
 from .metric import logit_metric
-from .probes import choose_probes, probes_needed
+from .positions import Positions
+from .probes import Goals, choose_probes, probe_grid
+from .report import goals_sentence, make_report, report_lines
 
-# Held-out positions choose the probes, and few of them choose badly: none of 300 may miss for 99 %
-# to be shown. With 2,000 positions of SmolLM2-135M, in four draws, 300 chose 272 to 672 probes, 667
-# chose 104 to 432, and the centroids fitted on the rest were equally good.
-HELD_OUT_SHARE, HELD_OUT_SHARE_OF_FEW = 0.15, 1 / 3
-HELD_OUT_ENOUGH = 1000  # above which the larger share holds out no more
 CENTROID_GROUP = 64  # columns that share a scale
+DEFAULT_GOALS = Goals()
 
 
 def build_index(
     rows: Matrix,
-    states: np.ndarray | None = None,
-    next_ids: np.ndarray | None = None,
+    positions: Positions | None = None,
     *,
     cluster_size: int = 16,
     n_probes: int | None = None,
-    target_agreement: float = 0.99,
+    goals: Goals = DEFAULT_GOALS,
     eos_token_ids: tuple[int, ...] = (),
     source: str = "none",
     seed: int = 0,
+    body_bytes: int | None = None,
     recipe: dict | None = None,
     progress: bool = True,
 ) -> FlashHeadIndex:
     """Builds the index of a head.
 
-    The last states, ``n_held_out`` of them, are not fitted on: they choose the probes and make the
-    report.
+    The positions that are held out are not fitted on: they choose the probes and make the report.
 
     Args:
         rows: The head's rows in token order, as the checkpoint stores them.
-        states: (N, D) float32 calibration states, or None.
-        next_ids: (N,) the token that followed each state; needed with states.
+        positions: To calibrate on, or None.
         cluster_size: Tokens per cluster.
         n_probes: Clusters scored per token, or None to choose.
-        target_agreement: Agreement to reach on the held-out states, 0 … 1.
+        goals: What the held-out positions must reach.
         eos_token_ids: Tokens whose clusters are always scored.
-        source: What the states came from: "self", "file" or "none".
+        source: What the positions came from, as `options.py` names it.
         seed: Of the clustering.
+        body_bytes: Of weights that all other layers read per token, for the report.
         recipe: How the checkpoint is made, to be stored.
         progress: Show bars and what was chosen.
 
     Raises:
         ValueError: If an argument is not valid.
     """
-    if states is not None and len(states) < 2:
-        raise ValueError(
-            f"{len(states)} calibration positions are too few, since some are held out: "
-            "give hundreds, or none."
-        )
+    fitted_on = None
+    if positions is not None:
+        held_out, fitted_on = positions.parted()
+        if not len(fitted_on) or not len(held_out):
+            raise ValueError(
+                f"{len(positions)} calibration positions are too few, since some are held out: "
+                "give hundreds, or none."
+            )
     weight = as_float32(rows.dequantized())
     head_bias = None if rows.bias is None else as_float32(rows.bias)
-    held_out_count = 0 if states is None else n_held_out(len(states))
-    fitted_on = None if states is None else states[:-held_out_count]
     token_ids = cluster_rows(
         weight,
         cluster_size,
         seed=seed,
-        spherical=states is None,
-        metric=None if states is None else logit_metric(fitted_on, rows.hidden_size),
+        spherical=fitted_on is None,
+        metric=None if fitted_on is None else logit_metric(fitted_on, rows.hidden_size),
         progress=progress,
     )
     n_clusters = len(token_ids)
@@ -97,25 +94,15 @@ def build_index(
             f"The width {rows.hidden_size} is no multiple of {CENTROID_GROUP}: "
             f"the centroids {instead}."
         )
-    report = {}
-    if states is None:
+    report: dict = {}
+    if positions is None:
         n_probes = uncalibrated_probes(n_clusters) if n_probes is None else n_probes
         said.append(f"{n_probes} of {n_clusters} clusters per token, not calibrated")
     else:
-        held_out = states[-held_out_count:]
-        needed = probes_needed(centroids, weight, token_ids, held_out, head_bias)
-        if n_probes is None:
-            n_probes = choose_probes(needed, n_clusters, target_agreement)
-        report = _report(
-            rows, weight, head_bias, token_ids, centroids, n_probes, held_out,
-            next_ids[-held_out_count:],
-        )  # fmt: skip
-        p50, p90, p99 = np.percentile(needed, (50, 90, 99), method="inverted_cdf")
-        report["probes_needed"] = {"p50": int(p50), "p90": int(p90), "p99": int(p99)}
-        said.append(
-            f"{n_probes} of {n_clusters} clusters per token: {report['agreement']:.2%} agreement "
-            f"with the dense head on {held_out_count:,} held-out positions"
+        n_probes, report, lines = _chosen(
+            rows, weight, head_bias, token_ids, centroids, n_probes, goals, held_out, body_bytes
         )
+        said += lines
     if progress:
         print("\n".join(said))
     config = FlashHeadConfig(
@@ -128,7 +115,7 @@ def build_index(
         centroid_group_size=matrix.group_size or 0,
         calibration={
             "source": source,
-            "positions": 0 if states is None else len(states),
+            "positions": 0 if positions is None else len(positions),
             "seed": seed,
         },
         report=report,
@@ -137,71 +124,58 @@ def build_index(
     return FlashHeadIndex(config, token_ids, centroids)
 
 
-def n_held_out(n_positions: int) -> int:
-    """How many of N calibration positions are not fitted on: a third of them, up to 1,000, and from
-    about 6,700 positions on 15 %."""
-    share, of_few = HELD_OUT_SHARE * n_positions, HELD_OUT_SHARE_OF_FEW * n_positions
-    return max(1, round(max(share, min(of_few, HELD_OUT_ENOUGH))))
-
-
-def _report(
+def _chosen(
     rows: Matrix,
     weight: np.ndarray,
     head_bias: np.ndarray | None,
     token_ids: np.ndarray,
     centroids: Centroids,
-    n_probes: int,
-    states: np.ndarray,
-    next_ids: np.ndarray,
-) -> dict:
-    """What is measured on held-out states, at the chosen and at the usual numbers of probes.
-
-    Returns:
-        JSON-ready; a perplexity too large for a float is None.
-    """
+    n_probes: int | None,
+    goals: Goals,
+    held_out: Positions,
+    body_bytes: int | None,
+) -> tuple[int, dict, list[str]]:
+    """The number of probes, the report on the held-out positions, and what to say of both."""
     n_clusters, cluster_size = token_ids.shape
-    matrix, bias = np.array(centroids.matrix.dequantized(mx.float32)), np.array(centroids.bias)
-    routing = Routing("FlashHead", lambda h: h @ matrix.T + bias, np.array(centroids.tail_offset))
-    around = (max(1, n_probes // 2), n_probes, 2 * n_probes)
-    counts = sorted({p for p in (*around, *USUAL_PROBES) if p <= n_clusters})
-    measured, dense_perplexity = measure(
-        states,
+    matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
+    routing = Routing("FlashHead", lambda h: h @ matrix.T + bias, as_float32(centroids.tail_offset))
+    dense_bytes = sum(array.nbytes for array in rows.arrays().values())
+    stage_bytes, probe_bytes = centroids.routing_bytes, dense_bytes / rows.n_rows * cluster_size
+
+    def bytes_share(n_probes: int) -> float:
+        return (stage_bytes + n_probes * probe_bytes) / dense_bytes
+
+    largest = int((goals.bytes_share * dense_bytes - stage_bytes) / probe_bytes)
+    grid = probe_grid(n_clusters, max(largest, 1))
+    given = () if n_probes is None else (n_probes, max(1, n_probes // 2))
+    found = measure_positions(
+        held_out.states,
         lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
         token_ids,
         [routing],
-        counts,
-        next_ids,
+        sorted({*grid, *given}),
+        held_out.next_ids,
         progress=False,
     )
-    dense_bytes = rows.nbytes
-    by_probes = []
-    for found in measured:
-        n_bytes = centroids.routing_bytes + dense_bytes / rows.n_rows * (
-            found.n_probes * cluster_size
-        )
-        by_probes.append(
-            {
-                "n_probes": found.n_probes,
-                "agreement": found.agreement,
-                "coverage": found.coverage,
-                "perplexity_ratio": _finite(found.perplexity / dense_perplexity),
-                "bytes_per_token": round(n_bytes),
-                "bytes_share": n_bytes / dense_bytes,
-            }
-        )
-    chosen = by_probes[counts.index(n_probes)]
-    return {
-        "positions": len(states),
-        "agreement": chosen["agreement"],
-        "coverage": chosen["coverage"],
-        "dense_perplexity": _finite(dense_perplexity),
-        "dense_bytes": dense_bytes,
-        "by_probes": by_probes,
-    }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    said = []
+    if n_probes is None:
+        choice = choose_probes(found, held_out.kinds, goals, bytes_share)
+        n_probes = choice.n_probes
+    else:
+        choice = None
+    report = make_report(
+        found,
+        held_out,
+        n_probes,
+        stage_bytes=stage_bytes,
+        probe_bytes=probe_bytes,
+        dense_bytes=dense_bytes,
+        body_bytes=body_bytes,
+    )
+    said += report_lines(report, n_probes)
+    if choice is not None:
+        said.append(goals_sentence(choice, goals))
+    return n_probes, report, said
 
 
 def uncalibrated_probes(n_clusters: int) -> int:

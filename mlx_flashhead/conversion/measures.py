@@ -10,6 +10,7 @@ of probe counts. Knows arrays only.
 - perplexity: of the true next tokens, under the distribution with the tail.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -24,6 +25,9 @@ DRAWS = 32
 # A token that cannot be drawn, because the clusters that are always probed leave no room for its
 # own, counts as this.
 LEAST_PROBABILITY = 1e-12
+LEAST_LOGIT = np.float32(-1e30)
+# Places of what is measured at a position.
+AGREEMENT, COVERAGE, MASS, KL, NLL, DRAWN_NLL = range(6)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,61 @@ class Routing:
     drawn: bool = False
 
 
-def measure(
+class PositionMeasures:
+    """What was measured at each of N positions, for each routing and number of probes.
+
+    Attributes:
+        values: (routings, probe counts, 6, N) float32: agreement, coverage, covered mass, KL, and
+            the true next token's negative log-likelihood, with the tail and with drawn probes; NaN
+            what was not measured.
+        dense_nll: (N,) float64, under the dense head; None without true next tokens.
+    """
+
+    def __init__(
+        self,
+        routings: Sequence[Routing],
+        probe_counts: Sequence[int],
+        n_positions: int,
+        known: bool,
+    ):
+        self.routings, self.probe_counts = tuple(routings), tuple(probe_counts)
+        shape = (len(self.routings), len(self.probe_counts), 6, n_positions)
+        self.values = np.full(shape, np.nan, np.float32)
+        self.dense_nll = np.zeros(n_positions) if known else None
+
+    def means(self, chosen: np.ndarray | slice = slice(None)) -> list[Measures]:
+        """The measures over the ``chosen`` positions, routing by routing."""
+        return [
+            self._mean(routing, n_probes, values[:, chosen])
+            for routing, by_probes in zip(self.routings, self.values, strict=True)
+            for n_probes, values in zip(self.probe_counts, by_probes, strict=True)
+        ]
+
+    def dense_perplexity(self, chosen: np.ndarray | slice = slice(None)) -> float:
+        """Over the ``chosen`` positions; NaN without true next tokens."""
+        return math.nan if self.dense_nll is None else _exp(self.dense_nll[chosen].mean())
+
+    @staticmethod
+    def _mean(routing: Routing, n_probes: int, values: np.ndarray) -> Measures:
+        agree, covered, mass, kl, nll, drawn = values.mean(axis=1, dtype=np.float64)
+        return Measures(
+            routing=routing.name,
+            n_probes=n_probes,
+            agreement=float(agree),
+            coverage=float(covered),
+            covered_mass=float(mass),
+            kl=float(kl),
+            perplexity=_exp(nll),
+            drawn_perplexity=_exp(drawn),
+        )
+
+
+def _exp(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
+
+
+def measure_positions(
     states: np.ndarray,
     logits_of: Callable[[np.ndarray], np.ndarray],
     token_ids: np.ndarray,
@@ -82,8 +140,8 @@ def measure(
     *,
     seed: int = 0,
     progress: bool = True,
-) -> tuple[list[Measures], float]:
-    """Measures each routing at each number of probes.
+) -> PositionMeasures:
+    """Measures each routing at each number of probes and position.
 
     Args:
         states: (N, D) float32 hidden states.
@@ -94,52 +152,40 @@ def measure(
         next_ids: (N,) true next tokens, or None.
         seed: Seed of the draws.
         progress: Show a bar.
-
-    Returns:
-        The measures, routing by routing, and the dense perplexity (NaN without ``next_ids``).
     """
-    n_states = len(states)
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
     rng = np.random.default_rng(seed)
-    sums = {(r.name, p): np.zeros(6) for r in routings for p in probe_counts}
-    dense_nll = 0.0
+    found = PositionMeasures(routings, probe_counts, len(states), next_ids is not None)
+    clusters = np.arange(len(token_ids))[None]
     for start in tqdm(
-        range(0, n_states, size), desc="Measuring", unit="chunk", disable=not progress
+        range(0, len(states), size), desc="Measuring", unit="chunk", disable=not progress
     ):
-        chunk = states[start : start + size]
-        truth = None if next_ids is None else next_ids[start : start + size]
+        part = slice(start, start + size)
+        chunk, truth = states[part], None if next_ids is None else next_ids[part]
         view = _DenseView(logits_of(chunk), token_ids, truth)
-        if truth is not None:
-            dense_nll += float((view.log_total - view.truth_logit).sum())
-        for routing in routings:
-            scores = routing.scores(chunk).astype(np.float64)
-            ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
-            for n_probes in probe_counts:
-                total = sums[routing.name, n_probes]
-                total[:5] += view.compare(scores, ranks < n_probes, routing.tail_offset)
-            if routing.drawn and truth is not None:
-                for n_probes, nll in view.drawn_nll(scores, probe_counts, rng).items():
-                    sums[routing.name, n_probes][5] += nll
-    nan = float("nan")
-    results = []
-    for routing in routings:
-        for n_probes in probe_counts:
-            agree, covered, mass, kl, nll, drawn = sums[routing.name, n_probes] / n_states
-            known, tail = next_ids is not None, routing.tail_offset is not None
-            results.append(
-                Measures(
-                    routing=routing.name,
-                    n_probes=n_probes,
-                    agreement=float(agree),
-                    coverage=float(covered) if known else nan,
-                    covered_mass=float(mass),
-                    kl=float(kl) if tail else nan,
-                    perplexity=float(np.exp(nll)) if known and tail else nan,
-                    drawn_perplexity=float(np.exp(drawn)) if known and routing.drawn else nan,
+        if found.dense_nll is not None:
+            found.dense_nll[part] = view.log_total - view.truth_logit
+        for routing, values in zip(routings, found.values, strict=True):
+            scores = routing.scores(chunk)
+            order = np.argsort(-scores, axis=1, kind="stable")
+            ranks = np.empty_like(order)
+            np.put_along_axis(ranks, order, clusters, axis=1)
+            for n_probes, measured in zip(probe_counts, values, strict=True):
+                measured[:DRAWN_NLL, part] = view.compare(
+                    scores, ranks < n_probes, routing.tail_offset
                 )
-            )
-    dense_perplexity = float(np.exp(dense_nll / n_states)) if next_ids is not None else nan
-    return results, dense_perplexity
+            if routing.drawn and truth is not None:
+                drawn = view.drawn_nll(scores, probe_counts, rng)
+                for n_probes, measured in zip(probe_counts, values, strict=True):
+                    measured[DRAWN_NLL, part] = drawn[n_probes]
+    return found
+
+
+def measure(*args, **kwargs) -> tuple[list[Measures], float]:
+    """The measures over all positions, routing by routing, and the dense perplexity (NaN without
+    true next tokens); arguments of :func:`measure_positions`."""
+    found = measure_positions(*args, **kwargs)
+    return found.means(), found.dense_perplexity()
 
 
 def tail_logits(scores: np.ndarray, tail_offset: np.ndarray, best: np.ndarray) -> np.ndarray:
@@ -173,16 +219,19 @@ class _DenseView:
         self.sizes = (token_ids < vocab_size).sum(1)
         # a padded slot reads a column of -inf, which adds nothing to any sum
         padded = np.concatenate([logits, np.full((n_rows, 1), -np.inf, logits.dtype)], axis=1)
-        blocks = padded[:, flat].reshape(n_rows, *token_ids.shape).astype(np.float64)
-        self.best = blocks.max(-1)  # (n, C)
-        self.total_max = self.best.max(-1)
-        weights = np.exp(blocks - self.total_max[:, None, None])
-        cluster_sum = weights.sum(-1)
+        blocks = padded[:, flat].reshape(n_rows, *token_ids.shape)
+        best = blocks.max(-1)  # (n, C)
+        self.best, self.total_max = best.astype(np.float64), best.max(-1).astype(np.float64)
+        blocks -= best.max(-1)[:, None, None]
+        weights = np.exp(blocks)
+        cluster_sum = weights.sum(-1, dtype=np.float64)
         norm = cluster_sum.sum(-1)
         self.log_total = self.total_max + np.log(norm)
         self.mass = cluster_sum / norm[:, None]  # probability of each cluster
-        finite = np.where(np.isfinite(blocks), blocks, 0.0)
-        self.mean_logit = (weights * finite).sum(-1) / norm[:, None]  # sum of P_v l_v
+        weights *= np.maximum(blocks, LEAST_LOGIT, out=blocks)  # 0 times -inf would be NaN
+        # sum of P_v l_v
+        self.mean_logit = weights.sum(-1, dtype=np.float64) / norm[:, None]
+        self.mean_logit += self.mass * self.total_max[:, None]
         self.cluster_sum = cluster_sum
         self.winner = cluster_of[logits.argmax(1)]
         self.truth_logit = None
@@ -193,31 +242,31 @@ class _DenseView:
     def compare(
         self, scores: np.ndarray, probed: np.ndarray, tail_offset: np.ndarray | None
     ) -> np.ndarray:
-        """Sums over the states of agreement, coverage, mass, KL and negative log-likelihood."""
-        result = np.zeros(5)
-        result[0] = probed[self.rows, self.winner].sum()
-        result[2] = (self.mass * probed).sum()
+        """Agreement, coverage, mass, KL and negative log-likelihood of each state, (5, n); NaN
+        what is not known."""
+        result = np.full((5, len(self.rows)), np.nan)
+        result[AGREEMENT] = probed[self.rows, self.winner]
+        result[MASS] = (self.mass * probed).sum(-1)
         if self.truth_logit is not None:
             found = probed[self.rows, self.truth_cluster]
-            result[1] = found.sum()
+            result[COVERAGE] = found
         if tail_offset is None:
             return result
         best = np.where(probed, self.best, -np.inf).max(-1)
         tail = tail_logits(scores, tail_offset, best)
-        exact_sum = (self.cluster_sum * probed).sum(-1)
-        tail_sum = (self.sizes * np.exp(tail - self.total_max[:, None]) * ~probed).sum(-1)
-        log_total = self.total_max + np.log(exact_sum + tail_sum)
+        weight = self.sizes * np.exp(tail - self.total_max[:, None])
+        log_total = self.total_max + np.log(np.where(probed, self.cluster_sum, weight).sum(-1))
         # sum over v of P_v (log P_v - log Q_v); probed tokens share their logit with the dense head
-        moved = ((self.mean_logit - self.mass * tail) * ~probed).sum(-1)
-        result[3] = (log_total - self.log_total + moved).sum()
+        moved = np.where(probed, 0.0, self.mean_logit - self.mass * tail).sum(-1)
+        result[KL] = log_total - self.log_total + moved
         if self.truth_logit is not None:
             estimate = tail[self.rows, self.truth_cluster]
-            result[4] = (log_total - np.where(found, self.truth_logit, estimate)).sum()
+            result[NLL] = log_total - np.where(found, self.truth_logit, estimate)
         return result
 
     def drawn_nll(
         self, scores: np.ndarray, probe_counts: Sequence[int], rng: np.random.Generator
-    ) -> dict[int, float]:
+    ) -> dict[int, np.ndarray]:
         """Negative log-likelihood when probes are drawn by Gumbel noise, averaged over draws.
 
         Only the noise of the clusters other than the true token's is drawn. Its own cluster is
@@ -226,7 +275,7 @@ class _DenseView:
         share the noise.
 
         Returns:
-            Number of probes → sum over the states.
+            Number of probes → one of each state, (n,).
         """
         n_listed = min(max(probe_counts), scores.shape[1])
         own_score = scores[self.rows, self.truth_cluster]
@@ -250,6 +299,6 @@ class _DenseView:
                 total = own_sum + (totals[:, n_probes - 2] if n_probes > 1 else 0.0)
                 sum_of_draws += -np.expm1(-np.exp(ahead)) * own_weight / total
         return {
-            n_probes: float(-np.log(np.maximum(total / DRAWS, LEAST_PROBABILITY)).sum())
+            n_probes: -np.log(np.maximum(total / DRAWS, LEAST_PROBABILITY))
             for n_probes, total in probability.items()
         }

@@ -12,9 +12,10 @@ from ..cli.arguments import Type, check, number, one_of, whole_number
 from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 from ..publishing.hub import full_name
 from .calibration import read_text
+from .probes import Goals
 from .quantization import HEAD_BITS
 
-SELF_GENERATED, NO_CALIBRATION = "self", "none"
+MIX, NO_CALIBRATION = "mix", "none"
 MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
 
 
@@ -51,19 +52,28 @@ class IndexOptions:
 
     cluster_size: int = option(16, "Tokens per cluster (default: %(default)s).", whole_number(1))
     n_probes: int | None = option(
-        None, "Clusters scored per token (default: chosen for --target-agreement).", whole_number(1)
+        None,
+        "Clusters scored per token (default: the fewest that reach --target-agreement and "
+        "--target-kl).",
+        whole_number(1),
     )
     target_agreement: float = option(
-        0.99,
+        Goals.agreement,
         "Share of positions that must keep the dense head's best token, measured on the held-out "
         "part of the calibration (default: %(default)s).",
         number(0, 1, above=True),
     )
-    calibration: str = option(
-        SELF_GENERATED,
-        "Text to calibrate on: written by the model itself, none, or a file (default: "
+    target_kl: float = option(
+        Goals.kl,
+        "Divergence from the dense head's distribution that must be reached too, in nats (default: "
         "%(default)s).",
-        metavar="self|none|FILE",
+        number(0, above=True),
+    )
+    calibration: str = option(
+        MIX,
+        "Text to calibrate on: a mix of given text and of text that the model writes, none, or a "
+        "file (default: %(default)s).",
+        metavar="mix|none|FILE",
     )
     calibration_positions: int = option(
         12_000, "Positions to calibrate on (default: %(default)s).", whole_number(MIN_POSITIONS)
@@ -87,7 +97,7 @@ class IndexOptions:
         Raises:
             ValueError: If the file cannot be read.
         """
-        given = self.calibration not in (SELF_GENERATED, NO_CALIBRATION)
+        given = self.calibration not in (MIX, NO_CALIBRATION)
         return read_text(self.calibration) if given else None
 
     def check_size(self, vocab_size: int) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_map_with_path
 
 from ..index.files import CONFIG_KEY, FlashHeadIndex, write_index
@@ -23,9 +22,12 @@ from ..publishing.hub import full_name, reserve, sign_in
 from ..publishing.origin import card_metadata, find_origin
 from ..publishing.publish import add_documents, check_licence, checkpoint_name, publish
 from ..publishing.recipe import make_recipe
-from .calibration import generated_states, text_states
+from .calibration import text_states
 from .indexing import build_index
+from .mix import HELD_OUT_SHARE, mixed_positions
 from .options import MIN_POSITIONS, NO_CALIBRATION, ConvertOptions, IndexOptions
+from .positions import Positions
+from .probes import Goals
 from .quantization import BodyRecipe, body_label, set_bits
 
 
@@ -115,19 +117,19 @@ def make_index(
     Raises:
         ValueError: If the text is too short, or an option does not fit the model.
     """
-    states, next_ids = None, None
+    positions = None
     if options.calibration != NO_CALIBRATION:
-        states, next_ids = _calibrate(model, tokenizer, location, options, text, progress)
+        positions = _calibrate(model, tokenizer, location, options, text, progress)
     return build_index(
         location.rows(),
-        states,
-        next_ids,
+        positions,
         cluster_size=options.cluster_size,
         n_probes=options.n_probes,
-        target_agreement=options.target_agreement,
+        goals=Goals(options.target_agreement, options.target_kl),
         eos_token_ids=tuple(tokenizer.eos_token_ids),
         source="file" if text is not None else options.calibration,
         seed=options.seed,
+        body_bytes=_body_bytes(model, location),
         recipe=recipe,
         progress=progress,
     )
@@ -169,29 +171,48 @@ def _calibrate(
     options: IndexOptions,
     text: str | None,
     progress: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """States and next tokens of the text, or of one that the model writes itself."""
-    positions = options.calibration_positions
+) -> Positions:
+    """Positions of the text, or of the mix."""
     if text is None:
-        states, next_ids = generated_states(
-            model, tokenizer, location, positions, seed=options.seed, progress=progress
-        )
-    else:
-        states, next_ids = text_states(
+        return mixed_positions(
             model,
             tokenizer,
             location,
-            text,
-            positions=positions,
-            description="Calibrating",
+            options.calibration_positions,
+            seed=options.seed,
             progress=progress,
         )
+    states, next_ids = text_states(
+        model,
+        tokenizer,
+        location,
+        text,
+        positions=options.calibration_positions,
+        progress=progress,
+    )
     if len(states) < MIN_POSITIONS:
         raise ValueError(
             f"{options.calibration} has only {len(states)} positions to calibrate on: give a text "
             "of some pages."
         )
-    return states, next_ids
+    return Positions.of_one_kind("file", states, next_ids, HELD_OUT_SHARE)
+
+
+def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
+    """Bytes of all weights but the head's and those of embeddings, of which a token reads a row."""
+    beside = {id(location.module)}
+    beside |= {
+        id(module)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+    }
+    return sum(
+        array.nbytes
+        for module in model.modules()
+        if id(module) not in beside
+        for array in module.values()
+        if isinstance(array, mx.array)
+    )
 
 
 def _named_dtype(source: Path, config: dict) -> str | None:

@@ -1,91 +1,140 @@
-"""How many clusters to score per token."""
+"""How many clusters to score per token: the fewest that keep the dense head's answers.
 
-import mlx.core as mx
+The choice is made on held-out positions of all kinds of text, each kind weighing the same. The
+goals of agreement and KL must be reached by the end of a 95 % confidence interval, since few
+positions may reach them by luck. Positions are taken as independent, which neighbours in a text are
+not quite. Perplexity is taken as it is: one rare token may weigh as much as all others together.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 
-from ..head.centroids import Centroids
-from ..head.matrix import as_float32
-
-BLOCK_LOGITS = 1 << 24
-
+from .measures import AGREEMENT, KL, NLL, PositionMeasures
 
 CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
+PROBES_MULTIPLE = 8  # numbers of probes are multiples of it
+PERPLEXITY_SHARE = 2 / 3  # of the KL, that the log of the perplexity may grow
+GRID_STEP = 1.15  # from one number of probes that is tried to the next, at most
 
 
-PROBES_MULTIPLE = 8  # n_probes is rounded up to a multiple of it
+@dataclass(frozen=True)
+class Goals:
+    """What a choice of probes must reach.
 
+    Attributes:
+        agreement: Share of positions with the dense head's best token, above 0 and at most 1.
+        kl: Divergence from the dense head's distribution, nats per position, above 0.
+        bytes_share: Most that may be read per token, relative to the dense head.
 
-def probes_needed(
-    centroids: Centroids,
-    rows: np.ndarray | mx.array,
-    token_ids: np.ndarray,
-    states: np.ndarray | mx.array,
-    head_bias: np.ndarray | mx.array | None = None,
-) -> np.ndarray:
-    """How many probes each position needs to find the dense head's best token.
-
-    That is the place of this token's cluster in the order of the scores, equal scores in the order
-    of the clusters. The share of positions that need at most p is the agreement at p probes.
-
-    Args:
-        centroids: Of C clusters.
-        rows: (V, D), any float dtype.
-        token_ids: (C, cluster_size) integers, V in padded slots.
-        states: (N, D) hidden states, any float dtype; not those the centroids were fitted on.
-        head_bias: (V,) added to the logits.
-
-    Returns:
-        (N,) integers, 1 … C.
-    """
-    rows, states = as_float32(rows), as_float32(states)
-    head_bias = 0 if head_bias is None else as_float32(head_bias)
-    matrix, bias = as_float32(centroids.matrix.dequantized(mx.float32)), as_float32(centroids.bias)
-    n_clusters, cluster_size = token_ids.shape
-    clusters = np.arange(n_clusters)
-    cluster_of = np.empty(len(rows) + 1, dtype=np.int64)  # and one entry for padded slots
-    cluster_of[token_ids.ravel()] = np.repeat(clusters, cluster_size)
-    needed = np.empty(len(states), dtype=np.int64)
-    size = max(1, BLOCK_LOGITS // len(rows))
-    for start in range(0, len(states), size):
-        block = states[start : start + size]
-        winners = (block @ rows.T + head_bias).argmax(axis=1)
-        own = cluster_of[winners][:, None]
-        scores = block @ matrix.T + bias
-        own_score = np.take_along_axis(scores, own, axis=1)
-        ahead = (scores > own_score) | ((scores == own_score) & (clusters < own))
-        needed[start : start + size] = 1 + ahead.sum(axis=1)
-    return needed
-
-
-def choose_probes(needed: np.ndarray, n_clusters: int, target: float = 0.99) -> int:
-    """The fewest probes that reach a target agreement, rounded up to a multiple of 8.
-
-    It must be reached by the lower end of Wilson's interval around the share of the positions, with
-    95 % confidence, since few positions may reach it by luck: with 300 of them SmolLM2-135M would
-    get 48 to 64 probes of the 88 to 104 that 1,800 ask for.
-
-    Args:
-        needed: (N,) from :func:`probes_needed`.
-        n_clusters: C, which is never exceeded.
-        target: Agreement, above 0 and at most 1. Where no agreement on so few positions would do,
-            all of them must agree.
+    With the KL goes a goal of perplexity: relative to dense at most exp(2/3 · kl), 1.02 for 0.03.
 
     Raises:
-        ValueError: If ``target`` is not such a share, or there are no positions.
+        ValueError: If a goal is not as described.
+    """
+
+    agreement: float = 0.998
+    kl: float = 0.03
+    bytes_share: float = 0.25
+
+    def __post_init__(self):
+        if not 0 < self.agreement <= 1:
+            raise ValueError(
+                f"The target agreement is {self.agreement}: it is a share, above 0 and at most 1 "
+                "(0.998)."
+            )
+        if not self.kl > 0:
+            raise ValueError(f"The target KL is {self.kl}: give nats above 0 (0.03).")
+
+    @property
+    def perplexity(self) -> float:
+        """Most that the true next tokens' perplexity may be, relative to dense."""
+        return math.exp(PERPLEXITY_SHARE * self.kl)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A number of probes, and whether it reaches the goals: if not, more may not be read."""
+
+    n_probes: int
+    reached: bool
+
+
+def probe_grid(n_clusters: int, largest: int) -> list[int]:
+    """The numbers of probes that are tried, up to about ``largest``: multiples of 8, and all C
+    clusters if they are fewer."""
+    grid = [PROBES_MULTIPLE]
+    while grid[-1] < largest:
+        step = int(grid[-1] * (GRID_STEP - 1)) // PROBES_MULTIPLE * PROBES_MULTIPLE
+        grid.append(grid[-1] + max(step, PROBES_MULTIPLE))
+    return sorted({min(n_probes, n_clusters) for n_probes in grid})
+
+
+def choose_probes(
+    found: PositionMeasures,
+    kinds: np.ndarray,
+    goals: Goals,
+    bytes_share: Callable[[int], float],
+) -> Choice:
+    """The fewest probes that reach the goals, or the most that may be read.
+
+    Args:
+        found: Of one routing, at ascending numbers of probes.
+        kinds: (N,) integers, the kind of text of each position.
+        goals: What to reach.
+        bytes_share: Of a number of probes, bytes read per token relative to the dense head.
+
+    Raises:
+        ValueError: If there are no positions.
+    """
+    if not len(kinds):
+        raise ValueError("There are no held-out positions to choose n_probes by: give it instead.")
+    _, place, sizes = np.unique(kinds, return_inverse=True, return_counts=True)
+    weights = 1 / (len(sizes) * sizes[place])
+    choice = Choice(found.probe_counts[0], False)
+    for n_probes, values in zip(found.probe_counts, found.values[0], strict=True):
+        if n_probes > choice.n_probes and bytes_share(n_probes) > goals.bytes_share:
+            break
+        growth = float((values[NLL] - found.dense_nll) @ weights)
+        reached = (
+            lower_bound(values[AGREEMENT], weights) >= _possible(goals.agreement, weights)
+            and upper_bound(values[KL], weights) <= goals.kl
+            and growth <= PERPLEXITY_SHARE * goals.kl
+        )
+        choice = Choice(n_probes, reached)
+        if reached:
+            break
+    return choice
+
+
+def lower_bound(agree: np.ndarray, weights: np.ndarray) -> float:
+    """The lower end of Wilson's interval around a weighted share.
+
+    Args:
+        agree: (N,) 0 or 1.
+        weights: (N,) of sum 1.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
-        JASA 22 (1927), one-sided.
+        JASA 22 (1927), one-sided, with Kish's effective number of positions.
     """
-    if not 0 < target <= 1:
-        raise ValueError(f"The target agreement is {target}, but must be above 0 and at most 1.")
-    n = len(needed)
-    if not n:
-        raise ValueError("There are no held-out positions to choose n_probes by: give it instead.")
-    agree = np.arange(n + 1) / n
+    return _wilson(float(agree @ weights), 1 / float(np.square(weights).sum()))
+
+
+def _wilson(share: float, n: float) -> float:
     square = CONFIDENCE_Z**2 / n
-    error = np.sqrt(square * agree * (1 - agree) + square**2 / 4)
-    lower = (agree + square / 2 - error) / (1 + square)
-    enough = np.flatnonzero(lower >= target)
-    rank = max(int(enough[0]), 1) if len(enough) else n
-    fewest = int(np.sort(needed)[rank - 1])
-    return min(-(-fewest // PROBES_MULTIPLE) * PROBES_MULTIPLE, n_clusters)
+    error = np.sqrt(square * share * max(1 - share, 0) + square**2 / 4)
+    return float((share + square / 2 - error) / (1 + square))
+
+
+def _possible(target: float, weights: np.ndarray) -> float:
+    """The target, or what all of so few positions show if they agree."""
+    return min(target, _wilson(1.0, 1 / float(np.square(weights).sum())) - 1e-9)
+
+
+def upper_bound(values: np.ndarray, weights: np.ndarray) -> float:
+    """The upper end of the normal interval around a weighted mean of values (N,)."""
+    mean = float(values @ weights)
+    error = np.sqrt(np.square(weights) @ np.square(values - mean))
+    return mean + CONFIDENCE_Z * float(error)

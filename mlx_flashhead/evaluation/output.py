@@ -1,9 +1,10 @@
-"""The output of ``evaluate``: tables of 80 columns, and a picture."""
+"""What ``evaluate`` shows: tables that fit 80 columns, and a picture."""
 
 from typing import TYPE_CHECKING
 
 from ..cli.pictures import pyplot
 from ..cli.tables import new_table, show
+from .answers import AnswerEvaluation
 from .masks import MaskEvaluation
 from .precision import PrecisionEvaluation
 from .text import FLASH_HEAD, Evaluation
@@ -19,7 +20,7 @@ KL          from the dense head's distribution, in nats
 perplexity  relative to dense, with the tail's estimates
 drawn       relative to dense, probes drawn by probability as in the paper
 bytes       read per token, relative to the dense head
-unit means  the paper's routing on these clusters; it was made for
+unit means  the paper's routing, here on these clusters; it was made for
             clusters by direction: see convert --calibration none"""
 PRECISION_LEGEND = """\
 agreement   same best token as the reference: the first line
@@ -28,13 +29,20 @@ perplexity  relative to the reference, with the tail's estimates
 MB          read per token
 bytes       read per token, relative to a dense head of 16 bits
 Only the head's rows differ: 8 and 4 bits are MLX's affine form of the
-16-bit rows. Everything else is the checkpoint's own."""
+16-bit rows. All else is the checkpoint's own."""
 
+ANSWER_LEGEND = """\
+identical   greedy answers that are the dense model's to the end
+parting     tokens that the others share with it, the median
+nats        how much less likely the dense model finds a token of these
+            answers than of its own
+p           misses along the dense answers, by the dense head's confidence
+            in its token, of {positions} positions"""
 MASK_LEGEND = """\
 Positions in which the best token is the dense head's:
-estimates  tokens that the head has not scored are estimated
+estimates  what the head has not scored is estimated
 exact      after the second look of generate and server
-random     this number of allowed tokens, drawn for each position
+random     so many tokens are allowed, drawn each time
 near       0.5 nats more or less than a token needs"""
 TASK_LEGEND = """\
 dense       log-likelihoods and perplexities under the dense head
@@ -138,6 +146,28 @@ def print_tasks(measures: "list[TaskMeasure]") -> None:
             _or_dash(measured.stderr, "{:.4f}"),
         )
         previous = measured.task
+    show(table)
+
+
+def print_answers(evaluation: AnswerEvaluation) -> None:
+    """Prints the answers as one table, which fits 80 columns."""
+    way = "through the chat template" if evaluation.chat_template else "without a chat template"
+    table = new_table(
+        f"{evaluation.requests} requests {way}, at most {evaluation.tokens} tokens, "
+        f"{evaluation.n_clusters} clusters",
+        ("probes", "bytes", "identical", "parting", "nats", "p<0.5", "0.5-0.8", "p≥0.8"),
+        ANSWER_LEGEND.format(positions=", ".join(f"{n:,}" for n in evaluation.positions)),
+    )
+    for measured in evaluation.measures:
+        table.add_row(
+            f"{measured.n_probes}",
+            f"{measured.bytes_share:.1%}",
+            f"{measured.identical:.1%}",
+            _or_dash(measured.median_parting, "{:.0f}"),
+            f"{measured.nats_per_token:+.4f}",
+            *(f"{n}" for n in measured.misses),
+            style="bold" if measured.n_probes == evaluation.n_probes else None,
+        )
     show(table)
 
 

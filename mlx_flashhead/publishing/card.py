@@ -12,7 +12,7 @@ from .licences import MODIFIED, Licence
 
 MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->"
 SOURCES = {
-    "self": "text that the model wrote itself",
+    "mix": "given text of many kinds and text that the model wrote",
     "file": "a text that was given",
 }
 BODY = """\
@@ -76,10 +76,10 @@ mlx_lm.generate --model {model} --prompt "Why is the sky blue?"
 """
 LEGEND = """\
 *Agreement*: the same best token as the dense head of this checkpoint. *Coverage*: the true next
-token is among those scored. *Perplexity*: of the true next tokens, as a multiple of the dense
-head's{dense}, with estimates for the tokens that are not scored. *Bytes*: weights that the head
-reads per token; the dense head reads {dense_bytes}. **Bold**: what the checkpoint is set to. Speed
-was not measured."""
+token is among those scored. *KL*: from the dense head's distribution, in nats. *Perplexity*: of the
+true next tokens, as a multiple of the dense head's{dense}, with estimates for the tokens that are
+not scored. *Bytes*: weights that the head reads per token; the dense head reads {dense_bytes}.
+**Bold**: what the checkpoint is set to. Speed was not measured."""
 NOT_MEASURED = """\
 Nothing: it was not calibrated. `mlx_flashhead.evaluate --model {model} --text FILE` measures it."""
 
@@ -156,15 +156,16 @@ def _measured(config: FlashHeadConfig, model: str) -> str:
         f"On {report['positions']:,} positions of {SOURCES[config.calibration['source']]} that the "
         "centroids were not fitted on:",
         "",
-        "| probes | agreement | coverage | perplexity | bytes per token | of dense |",
-        "|---|---|---|---|---|---|",
+        "| probes | agreement | coverage | KL | perplexity | bytes per token | of dense |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         probes = f"{row['n_probes']}"
         own = f"**{probes}**" if row["n_probes"] == config.n_probes else probes
-        ratio = row["perplexity_ratio"]
+        ratio, kl = row["perplexity_ratio"], row["kl"]
         lines.append(
             f"| {own} | {row['agreement']:.2%} | {row['coverage']:.2%} | "
+            f"{'–' if kl is None else f'{kl:.3f}'} | "
             f"{'–' if ratio is None else f'{ratio:.3f}'} | {_size(row['bytes_per_token'])} | "
             f"{row['bytes_share']:.1%} |"
         )

@@ -43,8 +43,8 @@ def test_convert_says_what_it_does(run, dense, tmp_path, text):
     assert code == 0
     assert output.splitlines()[0] == f"Loading {dense}"
     assert output.splitlines()[-1] == f"Writing {target}"
-    assert "agreement with the dense head on" in output
-    assert "Calibrating" in errors and "Fitting" in errors
+    assert "Measured on held-out positions" in output
+    assert "Reading" in errors and "Fitting" in errors
     model, _, config = mlx_flashhead.load(str(target), return_config=True)
     entry = config[CONFIG_KEY]
     assert entry["cluster_size"] == 8

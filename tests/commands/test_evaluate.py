@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mlx_flashhead import evaluate as evaluate_command
+from mlx_flashhead.evaluation import answers
 from model_folders import VOCAB_SIZE
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -54,6 +55,27 @@ def test_evaluate_precisions(run, converted, text, tmp_path, monkeypatch):
     assert f"{last['agreement']:.2%}" in output and f"{last['kl']:.5f}" in output
     assert f"{last['perplexity'] / reference['perplexity']:.4f}" in output
     assert f"{last['bytes_share']:.1%}" in output
+
+
+def test_evaluate_answers(run, converted, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(answers, "requests", lambda: ["Who?", "Name a river."])
+    code, output, _ = run(
+        "evaluate", "--model", converted, "--answers", "--probes", f"1,{N_CLUSTERS}",
+        "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert code == 0
+    assert max(len(line) for line in output.splitlines()) <= 80
+    assert "2 requests through the chat template, at most 100 tokens" in " ".join(output.split())
+    figures = json.loads((tmp_path / "out.json").read_text())
+    few, every = figures["measures"]
+    assert f"{few['identical']:.1%}" in output and f"{few['nats_per_token']:+.4f}" in output
+    assert (every["identical"], every["median_parting"]) == (1, None)
+    for other in ("--text", "--masks", "--precisions"):
+        refused = (other, "text.txt") if other == "--text" else (other,)
+        code, _, errors = run("evaluate", "--model", converted, "--answers", *refused)
+        assert code == 2
+        assert "--answers is by itself" in errors
 
 
 def test_evaluate_precisions_at_other_probes(run, converted, text, tmp_path):
@@ -120,7 +142,7 @@ def test_evaluate_leaves_outputs_alone_until_it_has_them(refused, text, tmp_path
         (("--seed", -1), "--seed is -1"),
         (("--precisions", "--plot", "out.png"), "leave it out with --precisions"),
         (("--masks", "--plot", "out.png"), "leave it out with --masks"),
-        (("--masks", "--probes", "9"), "--masks goes alone"),
+        (("--masks", "--probes", "9"), "--masks is by itself"),
         (("--precisions", "--probes", "99"), f"1 to {N_CLUSTERS}"),
     ],
 )

@@ -9,7 +9,14 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from mlx_flashhead.conversion import calibration
-from mlx_flashhead.conversion.calibration import generated_states, read_text, text_states
+from mlx_flashhead.conversion.calibration import (
+    generated_states,
+    read_text,
+    read_windows,
+    text_states,
+    windows_of,
+)
+from mlx_flashhead.conversion.prompts import varied_prompts
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
@@ -36,13 +43,6 @@ def tokenizer(loaded):
     return loaded[1]
 
 
-@pytest.fixture(scope="module")
-def plain_tokenizer(tmp_path_factory):
-    """The same without a chat template."""
-    folder = tmp_path_factory.mktemp("models") / "plain"
-    return mlx_lm.load(str(write_model(folder, chat_template=None)))[1]
-
-
 @pytest.fixture
 def endless(tokenizer, monkeypatch):
     """The tokenizer, where no token ends an answer."""
@@ -50,9 +50,15 @@ def endless(tokenizer, monkeypatch):
     return tokenizer
 
 
-def generate(model, tokenizer, positions, **kwargs):
-    location = find_head(model)
-    return generated_states(model, tokenizer, location, positions, progress=False, **kwargs)
+def prompts_of(tokenizer, seed=0):
+    return varied_prompts(tokenizer, VOCAB_SIZE, np.random.default_rng(seed))
+
+
+def generate(model, tokenizer, positions, *, prompts=None, seed=0, **kwargs):
+    prompts = prompts_of(tokenizer, seed) if prompts is None else prompts
+    return generated_states(
+        model, tokenizer, find_head(model), prompts, positions, seed=seed, progress=False, **kwargs
+    )
 
 
 def hidden_of(model, token_ids):
@@ -72,7 +78,7 @@ def test_generated_states_are_those_of_the_text(loaded, endless):
     assert states.dtype == np.float32
     assert drawn.shape == (60,)
     assert drawn.dtype == np.int64
-    prompt = next(calibration._prompts(endless, VOCAB_SIZE, np.random.default_rng(3)))
+    prompt = next(prompts_of(endless, 3))
     sequence = [*prompt, *drawn[:-1].tolist()]
     replayed = hidden_of(model, sequence)[len(prompt) - 1 :]
     np.testing.assert_allclose(states, replayed, atol=2e-4)
@@ -83,8 +89,7 @@ def test_sequences_in_a_batch_do_not_mix(loaded, endless, monkeypatch):
     model, _ = loaded
     monkeypatch.setattr(calibration, "SEQUENCE_TOKENS", 10)
     states, drawn = generate(model, endless, 40, seed=1)
-    prompts = calibration._prompts(endless, VOCAB_SIZE, np.random.default_rng(1))
-    prompts = sorted(islice(prompts, 4), key=len)  # the order in which they are read
+    prompts = sorted(islice(prompts_of(endless, 1), 4), key=len)  # the order in which they are read
     assert len({len(prompt) for prompt in prompts}) > 1
     for i, prompt in enumerate(prompts):
         own = drawn[i::4]
@@ -139,9 +144,10 @@ def test_same_seed_same_states(loaded):
     assert (first[1] != other[1]).any()
 
 
-def test_the_seed_draws_other_tokens_after_the_same_prompts(loaded, endless, monkeypatch):
-    monkeypatch.setattr(calibration, "_prompts", lambda *_: iter([[0, 5]]))
-    drawn = [generate(loaded[0], endless, 30, seed=seed)[1] for seed in (0, 1, 0)]
+def test_the_seed_draws_other_tokens_after_the_same_prompts(loaded, endless):
+    drawn = [
+        generate(loaded[0], endless, 30, prompts=iter([[0, 5]]), seed=seed)[1] for seed in (0, 1, 0)
+    ]
     np.testing.assert_array_equal(drawn[0], drawn[2])
     assert (drawn[0] != drawn[1]).any()
 
@@ -159,44 +165,20 @@ def test_sixteen_bit_models_give_float32_states(endless):
     assert states.dtype == np.float32
 
 
-def test_prompts_are_requests_beginnings_and_single_tokens_in_turn(tokenizer):
-    prompts = list(
-        islice(calibration._prompts(tokenizer, VOCAB_SIZE, np.random.default_rng(0)), 300)
-    )
-    requests, beginnings, singles = prompts[::3], prompts[1::3], prompts[2::3]
-    for prompt in requests:
-        text = tokenizer.decode(prompt)
-        assert text.startswith(f"{BOS}[user] ")
-        assert text.endswith("[assistant] ")
-    assert len({tuple(prompt) for prompt in requests}) > 60
-    texts = {tokenizer.decode(prompt) for prompt in beginnings}
-    assert len(texts) > 40 and texts <= set(calibration.BEGINNINGS)
-    beginning = tokenizer.bos_token_id
-    special = set(tokenizer.all_special_ids)
-    assert all(p[0] == beginning and len(p) == 2 and p[1] not in special for p in singles)
-    assert len({p[1] for p in singles}) > 60
-
-
-def test_prompts_without_a_chat_template(plain_tokenizer):
-    prompts = calibration._prompts(plain_tokenizer, VOCAB_SIZE, np.random.default_rng(0))
-    text = plain_tokenizer.decode(next(prompts))
-    assert any(text.startswith(r.split("{}")[0]) for r in calibration.REQUESTS)
-    assert "[user]" not in text
-
-
-def test_random_tokens_have_a_row(tokenizer):
-    """A head may have fewer rows than the tokenizer has tokens."""
-    prompts = calibration._prompts(tokenizer, 50, np.random.default_rng(0))
-    singles = [p for i, p in enumerate(islice(prompts, 150)) if i % 3 == 2]
-    assert max(p[1] for p in singles) < 50
+def test_no_further_states_when_the_time_is_up(loaded, endless):
+    states, drawn = generate(loaded[0], endless, 10_000, seconds=0)
+    assert states.shape == (0, 64)
+    assert drawn.shape == (0,)
+    states, drawn = generate(loaded[0], endless, 100_000, seconds=1)
+    assert 0 < len(states) == len(drawn) < 100_000
 
 
 def test_generating_shows_a_bar(loaded, capsys):
     model, tokenizer = loaded
-    generated_states(model, tokenizer, find_head(model), 30)
+    generated_states(model, tokenizer, find_head(model), prompts_of(tokenizer), 30)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "Calibrating: 100%" in shown.err
+    assert "Writing: 100%" in shown.err
     assert "30/30" in shown.err
     generate(model, tokenizer, 3)
     assert capsys.readouterr().err == ""
@@ -239,6 +221,24 @@ def test_every_window_begins_as_a_text_does(loaded, tmp_path, monkeypatch):
     expected = [hidden_of(model, windows[0])]
     expected += [hidden_of(model, [tokenizer.bos_token_id, *w])[1:] for w in windows[1:]]
     np.testing.assert_allclose(states, np.concatenate(expected), atol=2e-4)
+
+
+def test_windows_read_together_do_not_mix(loaded, monkeypatch):
+    """Of different lengths, so that some are padded, with what comes before them left out."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(calibration, "READ_TOKENS", 70)
+    token_ids = tokenizer.encode(TEXT)
+    windows = [token_ids[:30], token_ids[30:41], token_ids[50:52], token_ids[60:100]]
+    prefixes = [[], [3], [4, 5], []]
+    found = read_windows(model, find_head(model), windows, prefixes, progress=False)
+    for states, window, prefix in zip(found, windows, prefixes, strict=True):
+        expected = hidden_of(model, [*prefix, *window[:-1]])[len(prefix) :]
+        np.testing.assert_allclose(states, expected, atol=2e-4)
+
+
+def test_windows_begin_with_the_token_that_ended_the_one_before():
+    assert windows_of(list(range(8)), 3) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7]]
+    assert windows_of([1, 2, 3, 4], 3) == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("positions", [1, 5, 40, 10_000])

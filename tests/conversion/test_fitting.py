@@ -11,7 +11,6 @@ from mlx_flashhead.conversion.fitting import (
     raw_means,
     unit_means,
 )
-from mlx_flashhead.conversion.probes import choose_probes, probes_needed
 from tiny_models import random_clusters
 
 
@@ -253,77 +252,6 @@ def test_constant_groups():
     rows = np.repeat(np.float32([[0.0], [0.25], [-3.0]]), 64, axis=1)
     _, rounded = _quantize(rows, np.eye(64), 4, 64, mx.float16)
     np.testing.assert_array_equal(rounded, rows)
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("case", CASES)
-def test_probes_needed(case, with_bias):
-    rows, token_ids, states, head_bias = make_case(**case)
-    states = states[:400]
-    fitted = fit(rows, token_ids, states, group_size=32)
-    bias = head_bias if with_bias else np.zeros(len(rows), np.float32)
-    needed = probes_needed(fitted, rows, token_ids, states, head_bias if with_bias else None)
-    scores = states @ dequantized(fitted).T + np.array(fitted.bias)
-    clusters = members(token_ids, len(rows))
-    for i, state in enumerate(states):
-        winner = int((rows @ state + bias).argmax())
-        order = np.argsort(-scores[i], kind="stable").tolist()
-        assert needed[i] == 1 + next(j for j, c in enumerate(order) if winner in clusters[c])
-
-
-def test_probes_needed_takes_ties_in_the_order_of_the_clusters():
-    rows = np.eye(4, 32, dtype=np.float32)
-    token_ids = np.array([[0], [1], [2], [3]], dtype=np.uint32)
-    flat = fit(np.zeros((4, 32), np.float32), token_ids)  # all scores are 0
-    needed = probes_needed(flat, rows, token_ids, 2 * rows[[3, 0, 2, 1]])
-    np.testing.assert_array_equal(needed, [4, 1, 3, 2])
-    # among equal logits the lowest token wins, wherever its cluster is
-    needed = probes_needed(flat, rows, token_ids[::-1], np.ones((1, 32), np.float32))
-    np.testing.assert_array_equal(needed, [4])
-
-
-@pytest.mark.parametrize("target", [0.01, 0.5, 0.55, 0.9, 0.99, 0.999, 1.0])
-@pytest.mark.parametrize("n_positions", [1, 7, 100, 1001])
-def test_choose_probes_is_the_fewest_multiple_of_8(n_positions, target):
-    rng = np.random.default_rng(n_positions)
-    needed = np.minimum(1 + rng.exponential(scale=40, size=n_positions).astype(int), 300)
-    chosen = choose_probes(needed, 300, target)
-    assert chosen % 8 == 0 or chosen == 300
-
-    def reached(n_probes):
-        """Wilson's interval: the agreements whose own standard error reaches to what was seen."""
-        seen = (needed <= n_probes).mean()
-        error = np.sqrt(target * (1 - target) / n_positions)
-        return seen == 1 or seen - target >= 1.645 * error - 1e-9
-
-    assert reached(chosen)
-    assert chosen == 8 or not reached((chosen - 1) // 8 * 8)
-
-
-@pytest.mark.parametrize(("n_positions", "missed"), [(1800, 11), (450, 1), (300, 0), (150, 0)])
-def test_few_positions_may_not_reach_the_target_by_luck(n_positions, missed):
-    needed = np.full(n_positions, 8)
-    needed[:missed] = 80
-    assert choose_probes(needed, 100, 0.99) == 8
-    needed[missed] = 80
-    assert choose_probes(needed, 100, 0.99) == 80
-
-
-def test_choose_probes_never_exceeds_the_clusters():
-    assert choose_probes(np.array([13]), 13, 1.0) == 13
-    assert choose_probes(np.array([1]), 3, 0.5) == 3
-    assert choose_probes(np.array([1, 1, 1, 9]), 50, 1e-9) == 8
-
-
-@pytest.mark.parametrize("target", [0, -0.5, 1.01, float("nan")])
-def test_target_out_of_range(target):
-    with pytest.raises(ValueError, match="must be above 0 and at most 1"):
-        choose_probes(np.array([1]), 8, target)
-
-
-def test_no_held_out_positions():
-    with pytest.raises(ValueError, match="no held-out positions"):
-        choose_probes(np.array([], dtype=int), 8)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ STAGES = (
     "find_head",
     "set_bits",
     "check_plain_product",
-    "generated_states",
+    "mixed_positions",
     "build_index",
     "save",
     "write_index",
@@ -208,7 +208,7 @@ def test_signal_to_a_real_conversion(source, tmp_path, number, code, overwrite):
         env={**os.environ, "PYTHONPATH": str(Path(conversion.__file__).parents[2])},
     ) as process:
         seen = b""
-        while seen.count(b"Calibrating") < 2:  # the bar moves: the conversion is well under way
+        while seen.count(b"Reading") < 2:  # the bar moves: the conversion is well under way
             part = os.read(process.stderr.fileno(), 4096)
             assert part, seen
             seen += part

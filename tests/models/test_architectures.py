@@ -24,6 +24,7 @@ from architecture_models import (
 from emulated_mlx_lm import emulated
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.pipeline import convert
+from mlx_flashhead.conversion.positions import Positions
 from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.exact import exact_processors
 from mlx_flashhead.models.install import get_flash_head, install
@@ -124,8 +125,9 @@ def test_flash_head(name, tied, bits):
         model(text)
     index = build_index(
         location.rows(),
-        np.array(states[0][0].astype(mx.float32)),
-        np.array(text[0]),
+        Positions.of_one_kind(
+            "text", np.array(states[0][0].astype(mx.float32)), np.array(text[0]), 1 / 4
+        ),
         cluster_size=CLUSTER_SIZE,
         n_probes=N_PROBES,
         eos_token_ids=(EOS,),

@@ -1,0 +1,150 @@
+"""The mix that a model is calibrated on: text that it writes by itself, and given text of many
+kinds.
+
+Self-written text alone is too narrow a teacher and too easy a judge: `docs/how-it-works.md` has the
+figures. The last quarter of each kind is held out, to choose the probes and to make the report.
+"""
+
+import mlx.nn as nn
+import numpy as np
+
+from ..models.locate import HeadLocation
+from .calibration import beginning_of_text, generated_states, read_windows, windows_of
+from .given_text import DIALOGUE, KINDS, dialogues, given_documents
+from .positions import Positions
+from .prompts import chat_prompts, varied_prompts
+
+ANSWERS, SELF_WRITTEN = "answers, greedy", "self-written"
+MIX_WINDOW = 256  # positions; attention to longer windows takes longer than it gains
+WRITTEN_SHARE = 1 / 6  # of the positions: what a model writes costs more time and teaches less
+HELD_OUT_SHARE = 1 / 4  # of each kind
+LEAST_WINDOW = 8  # tokens; shorter rests are left out
+
+
+def given_positions(
+    model: nn.Module,
+    tokenizer,
+    location: HeadLocation,
+    positions_per_kind: int,
+    *,
+    progress: bool = True,
+) -> Positions:
+    """States of the given text, at most ``positions_per_kind`` of each kind."""
+    token_ids = {
+        kind: [list(tokenizer.encode(document)) for document in documents]
+        for kind, documents in given_documents().items()
+    }
+    token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
+    beginning = beginning_of_text(tokenizer)
+    by_kind = {
+        kind: _chosen_windows(documents, beginning, positions_per_kind)
+        for kind, documents in token_ids.items()
+    }
+    windows = [window for chosen in by_kind.values() for window in chosen]
+    prefixes = [beginning] * len(windows)
+    states = iter(read_windows(model, location, windows, prefixes, progress=progress))
+    return Positions.joined(
+        [
+            Positions.of_one_kind(
+                kind,
+                np.concatenate([next(states) for _ in chosen]),
+                np.concatenate([np.array(window[1:], dtype=np.int64) for window in chosen]),
+                HELD_OUT_SHARE,
+            )
+            for kind, chosen in by_kind.items()
+            if chosen
+        ]
+    )
+
+
+def _dialogue(tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    if tokenizer.has_chat_template:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True))
+    lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+    return list(tokenizer.encode("\n\n".join(lines)))
+
+
+def _chosen_windows(
+    documents: list[list[int]], beginning: list[int], positions: int
+) -> list[list[int]]:
+    """Windows of all documents in a fixed random order, up to so many positions: the first ones of
+    each document before any second one."""
+    rng = np.random.default_rng(0)
+    placed = []
+    for token_ids in documents:
+        if beginning and token_ids[:1] == beginning:
+            token_ids = token_ids[1:]
+        for place, window in enumerate(windows_of(token_ids, MIX_WINDOW)):
+            placed.append((place, rng.random(), window))
+    chosen = []
+    for _, _, window in sorted(placed):
+        if len(window) >= LEAST_WINDOW and positions > 0:
+            chosen.append(window[: positions + 1])
+            positions -= len(chosen[-1]) - 1
+    return chosen
+
+
+def written_positions(
+    model: nn.Module,
+    tokenizer,
+    location: HeadLocation,
+    positions: int,
+    *,
+    seed: int = 0,
+    seconds: float = float("inf"),
+    progress: bool = True,
+) -> Positions:
+    """States of text that the model writes: half of them greedy answers, half sampled text.
+
+    There are fewer positions where the time is up.
+    """
+    rng = np.random.default_rng(seed)
+    vocab_size = location.rows().n_rows
+    parts = []
+    for name, prompts, temperature in (
+        (ANSWERS, chat_prompts(tokenizer, rng), 0.0),
+        (SELF_WRITTEN, varied_prompts(tokenizer, vocab_size, rng), 1.0),
+    ):
+        states, next_ids = generated_states(
+            model,
+            tokenizer,
+            location,
+            prompts,
+            positions // 2,
+            seed=seed,
+            temperature=temperature,
+            seconds=seconds / 2,
+            progress=progress,
+        )
+        parts.append(Positions.of_one_kind(name, states, next_ids, HELD_OUT_SHARE))
+    return Positions.joined(parts)
+
+
+def mixed_positions(
+    model: nn.Module,
+    tokenizer,
+    location: HeadLocation,
+    positions: int,
+    *,
+    seed: int = 0,
+    seconds: float = float("inf"),
+    progress: bool = True,
+) -> Positions:
+    """States of the mix: of text that the model writes, and of given text.
+
+    Args:
+        model: A dense mlx-lm model.
+        tokenizer: Its tokenizer.
+        location: Its head.
+        positions: About how many; fewer where the given text is shorter or the time is up.
+        seed: Of what the model writes. The given text is always the same.
+        seconds: For the text that the model writes.
+        progress: Show bars.
+    """
+    n_written = round(WRITTEN_SHARE * positions)
+    per_kind = -(-(positions - n_written) // len(KINDS))
+    given = given_positions(model, tokenizer, location, per_kind, progress=progress)
+    written = written_positions(
+        model, tokenizer, location, n_written, seed=seed, seconds=seconds, progress=progress
+    )
+    return Positions.joined([given, written])

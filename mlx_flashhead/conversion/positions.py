@@ -1,0 +1,64 @@
+"""Positions to calibrate on: hidden states with what is known of them. Knows arrays only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Hidden states with what followed them and where they come from.
+
+    Attributes:
+        states: (N, D) float32.
+        next_ids: (N,) int64, the token that followed each state.
+        kinds: (N,) int64, places in ``names``.
+        held_out: (N,) bool: not to be fitted on.
+        names: Of the kinds of text.
+    """
+
+    states: np.ndarray
+    next_ids: np.ndarray
+    kinds: np.ndarray
+    held_out: np.ndarray
+    names: tuple[str, ...]
+
+    @classmethod
+    def of_one_kind(
+        cls, name: str, states: np.ndarray, next_ids: np.ndarray, held_out_share: float
+    ) -> "Positions":
+        """States (N, D) and next tokens (N,) of one kind, a share of them, the last, held out: at
+        least one of two."""
+        n_held_out = max(round(held_out_share * len(states)), len(states) > 1)
+        held_out = np.arange(len(states)) >= len(states) - n_held_out
+        return cls(states, next_ids, np.zeros(len(states), np.int64), held_out, (name,))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Positions"]) -> "Positions":
+        """All positions of parts whose kinds have different names."""
+        starts = np.cumsum([0, *(len(part.names) for part in parts)])
+        return cls(
+            np.concatenate([part.states for part in parts]),
+            np.concatenate([part.next_ids for part in parts]),
+            np.concatenate([part.kinds + n for part, n in zip(parts, starts, strict=False)]),
+            np.concatenate([part.held_out for part in parts]),
+            tuple(name for part in parts for name in part.names),
+        )
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def take(self, chosen: np.ndarray) -> "Positions":
+        """The positions ``chosen``, (N,) bool."""
+        return Positions(
+            self.states[chosen],
+            self.next_ids[chosen],
+            self.kinds[chosen],
+            self.held_out[chosen],
+            self.names,
+        )
+
+    def parted(self) -> tuple["Positions", np.ndarray]:
+        """The positions held out, and the states (n, D) of the others."""
+        return self.take(self.held_out), self.states[~self.held_out]

@@ -1,0 +1,106 @@
+"""Products of a model's layers by numpy, where MLX's own are slow: on a CPU other than Apple's.
+
+MLX's wheel for Linux multiplies by the reference BLAS, at 4 GFLOP/s on two x86 cores where numpy's
+OpenBLAS reaches 180. Each product is evaluated at once, which pays for prompts and for batches,
+as a calibration reads and writes them, not for decoding one sequence.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+ATTENTION = "scaled_dot_product_attention"
+METHODS = (
+    (nn.Linear, "__call__"),
+    (nn.QuantizedLinear, "__call__"),
+    (nn.Embedding, "as_linear"),
+    (nn.QuantizedEmbedding, "as_linear"),
+)
+
+
+def numpy_is_faster() -> bool:
+    """Whether MLX computes on a CPU without Apple's Accelerate."""
+    return mx.default_device().type == mx.cpu and sys.platform != "darwin"
+
+
+@contextmanager
+def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
+    """Within the block, linear layers and embeddings as heads multiply by numpy if it is faster.
+
+    Args:
+        lazy: A layer that is left as it is: one whose product may never be asked for.
+    """
+    if not numpy_is_faster():
+        yield
+        return
+    originals = {(cls, name): cls.__dict__[name] for cls, name in METHODS}
+
+    def by_numpy(original):
+        def call(self, x):
+            return original(self, x) if self is lazy else _product(self, x)
+
+        return call
+
+    attention = getattr(mx.fast, ATTENTION)
+
+    def attention_by_numpy(
+        queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask=None, **others
+    ) -> mx.array:
+        if others.get("sinks") is not None:
+            return attention(queries, keys, values, scale=scale, mask=mask, **others)
+        return _attention(queries, keys, values, scale, mask)
+
+    try:
+        for (cls, name), original in originals.items():
+            setattr(cls, name, by_numpy(original))
+        setattr(mx.fast, ATTENTION, attention_by_numpy)
+        yield
+    finally:
+        setattr(mx.fast, ATTENTION, attention)
+        for (cls, name), original in originals.items():
+            setattr(cls, name, original)
+
+
+def _product(layer: nn.Module, x: mx.array) -> mx.array:
+    """The layer's rows times x: (…, D) → (…, V) of the dtype of x."""
+    weight = layer.weight
+    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        weight = mx.dequantize(
+            weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
+        )
+    # views of MLX's memory where the dtype is float32 already
+    matrix = np.asarray(weight.astype(mx.float32))
+    states = np.asarray(x.astype(mx.float32))
+    product = mx.array(states.reshape(-1, states.shape[-1]) @ matrix.T)
+    product = product.reshape(*x.shape[:-1], len(matrix)).astype(x.dtype)
+    return product + layer.bias if "bias" in layer else product
+
+
+def _attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
+) -> mx.array:
+    """What ``mx.fast.scaled_dot_product_attention`` computes: (B, H, L, D) → (B, H, L, D_v)."""
+    batch, heads, length, _ = queries.shape
+    groups = keys.shape[1]
+    asked, given, held = (np.asarray(a.astype(mx.float32)) for a in (queries, keys, values))
+    asked = (asked * np.float32(scale)).reshape(batch, groups, -1, asked.shape[-1])
+    scores = asked @ given.swapaxes(-1, -2)  # (B, groups, H / groups * L, S)
+    scores = scores.reshape(batch, heads, length, -1)
+    if isinstance(mask, str):  # "causal"
+        later = np.arange(scores.shape[-1]) > np.arange(length)[:, None] + (
+            scores.shape[-1] - length
+        )
+        scores[..., later] = -np.inf
+    elif mask is not None and mask.dtype == mx.bool_:
+        scores = np.where(np.asarray(mask), scores, np.finfo(np.float32).min)
+    elif mask is not None:
+        scores += np.asarray(mask.astype(mx.float32))
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    mixed = scores.reshape(batch, groups, -1, scores.shape[-1]) @ held
+    return mx.array(mixed.reshape(batch, heads, length, -1)).astype(queries.dtype)

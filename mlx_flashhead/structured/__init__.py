@@ -1,1 +1,0 @@
-"""Structured output: text that a JSON schema, a regular expression or a grammar allows."""

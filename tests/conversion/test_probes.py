@@ -1,0 +1,132 @@
+"""How many probes: the fewest that reach the goals with confidence, on all kinds alike."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from mlx_flashhead.conversion.measures import AGREEMENT, KL, NLL, PositionMeasures, Routing
+from mlx_flashhead.conversion.probes import (
+    Choice,
+    Goals,
+    choose_probes,
+    lower_bound,
+    probe_grid,
+    upper_bound,
+)
+
+GRID = [8, 16, 32, 64]
+FREE = Goals(0.5, 10.0, 1.0)
+
+
+def found_with(agree=None, kl=None, growth=0.0, n_positions=100, grid=GRID):
+    """Measures of one routing, (P, N) each; what is not given is reached by all."""
+    found = PositionMeasures([Routing("own", None, None)], grid, n_positions, known=True)
+    found.values[0, :, AGREEMENT] = 1.0 if agree is None else agree
+    found.values[0, :, KL] = 0.0 if kl is None else kl
+    found.dense_nll[:] = 3.0
+    found.values[0, :, NLL] = 3.0 + growth
+    return found
+
+
+def choose(found, goals, kinds=None, bytes_share=lambda n_probes: n_probes / 1000):
+    kinds = np.zeros(found.values.shape[-1], int) if kinds is None else kinds
+    return choose_probes(found, kinds, goals, bytes_share)
+
+
+def flags(*shares, n_positions=1000):
+    """(P, N) 0 or 1: of each row, a share of ones."""
+    return np.stack([np.arange(n_positions) < share * n_positions for share in shares])
+
+
+def test_the_fewest_that_reach_the_agreement_with_confidence():
+    # 1,000 positions: 90 % and 1.645 standard errors of 0.95 points are 91.6 %
+    agree = flags(0.5, 0.91, 0.917, 1.0)
+    choice = choose(found_with(agree, n_positions=1000), Goals(0.9, 1.0))
+    assert choice == Choice(32, True)
+
+
+def test_the_fewest_that_reach_the_kl_with_confidence():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(1, 1000))
+    noise = (noise - noise.mean()) / noise.std()
+    kl = np.array([[0.2], [0.099], [0.09], [0.01]]) + 0.1 * noise  # error of the mean: 0.0032
+    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.1)).n_probes == 32
+
+
+def test_the_fewest_whose_perplexity_has_grown_by_two_thirds_of_the_kl_at_most():
+    growth = np.array([[0.5], [0.067], [0.066], [0.0]])
+    assert choose(found_with(growth=growth), Goals(0.5, 0.1)).n_probes == 32
+    assert Goals(kl=0.03).perplexity == pytest.approx(1.02, abs=5e-4)
+
+
+def test_both_goals_must_be_reached():
+    kl = np.array([[0.01], [0.01], [0.5], [0.01]]) * np.ones((1, 1000))
+    agree = flags(0.5, 0.5, 1.0, 1.0)
+    choice = choose(found_with(agree, kl, n_positions=1000), Goals(0.9, 0.1))
+    assert choice.n_probes == 64
+
+
+def test_every_kind_weighs_the_same():
+    """900 positions of a kind that needs few probes do not hide 100 of one that needs many."""
+    kinds = np.repeat([3, 7], [900, 100])
+    agree = np.ones((4, 1000))
+    agree[:2, kinds == 7] = 0.0  # half of the mean over kinds
+    assert choose(found_with(agree, n_positions=1000), Goals(0.8, 1.0), kinds).n_probes == 32
+    assert choose(found_with(agree, n_positions=1000), Goals(0.8, 1.0)).n_probes == 8
+
+
+def test_no_more_than_may_be_read_unless_the_first_is_too_much_already():
+    found = found_with(kl=1.0)
+    choice = choose(found, Goals(0.5, 0.1, bytes_share=0.04))
+    assert choice == Choice(32, False)
+    assert choose(found, Goals(0.5, 0.1, bytes_share=0.001)).n_probes == 8
+    assert choose(found, Goals(0.5, 0.1, bytes_share=1)).n_probes == 64
+
+
+@pytest.mark.parametrize("n_positions", [1, 100, 1300])
+def test_few_positions_that_cannot_show_a_goal_must_all_agree(n_positions):
+    agree = np.ones((4, n_positions))
+    assert choose(found_with(agree, n_positions=n_positions), Goals(0.998, 1.0)).n_probes == 8
+    agree[:2, 0] = 0
+    assert choose(found_with(agree, n_positions=n_positions), Goals(0.998, 1.0)).n_probes == 32
+
+
+def test_bounds():
+    weights = np.full(400, 1 / 400)
+    agree = np.arange(400) < 360
+    bound = lower_bound(agree, weights)
+    # Wilson: the share whose own standard error reaches to what was seen
+    assert bound + 1.645 * np.sqrt(bound * (1 - bound) / 400) == pytest.approx(0.9)
+    values = np.arange(400.0)
+    assert upper_bound(values, weights) == pytest.approx(199.5 + 1.645 * values.std() / 20)
+
+
+def test_grid():
+    grid = probe_grid(16_384, 3072)
+    assert grid[:3] == [8, 16, 24]
+    assert all(n_probes % 8 == 0 for n_probes in grid)
+    assert all(b - a == 8 or b <= 1.16 * a for a, b in pairwise(grid))
+    assert grid[-2] < 3072 <= grid[-1]
+    assert probe_grid(13, 100) == [8, 13]
+    assert probe_grid(3, 1) == [3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((0,), "The target agreement is 0: it is a share"),
+        ((1.01,), "The target agreement is 1.01"),
+        ((float("nan"),), "The target agreement is nan"),
+        ((0.9, 0), "The target KL is 0: give nats above 0"),
+        ((0.9, float("nan")), "The target KL is nan"),
+    ],
+)
+def test_goals_out_of_range(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Goals(*arguments)
+
+
+def test_no_held_out_positions():
+    with pytest.raises(ValueError, match="no held-out positions"):
+        choose(found_with(n_positions=0), FREE)

@@ -1,0 +1,87 @@
+"""Whole greedy answers against the dense model's, beside those of mlx-lm's own loop."""
+
+import json
+
+import mlx_lm
+import numpy as np
+import pytest
+from test_text import installed_model
+
+from mlx_flashhead import get_flash_head, stream_generate
+from mlx_flashhead.evaluation.answers import evaluate_answers, requests
+from model_folders import write_model
+
+ASKED = ["Why?", "Name a river.", "Count to ten", "Who?", "Say something about bridges."]
+TOKENS = 12
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["chat", "plain"])
+def tokenizer(request, tmp_path_factory):
+    options = {} if request.param else {"chat_template": None}
+    return mlx_lm.load(str(write_model(tmp_path_factory.mktemp("models") / "m", **options)))[1]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return installed_model(eos_token_ids=tuple(tokenizer.eos_token_ids))
+
+
+def answer(model, tokenizer, text, **settings):
+    prompt = text
+    if tokenizer.has_chat_template:
+        messages = [{"role": "user", "content": text}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    stream = stream_generate(model, tokenizer, prompt, max_tokens=TOKENS, **settings)
+    return [response.token for response in stream]
+
+
+@pytest.fixture(scope="module")
+def found(model, tokenizer):
+    return evaluate_answers(
+        model, tokenizer, probe_counts=[1, 6, 33], tokens=TOKENS, asked=ASKED, progress=False
+    )
+
+
+def test_answers_are_those_of_generation(found, model, tokenizer):
+    dense = [answer(model, tokenizer, text, dense=True) for text in ASKED]
+    assert sum(found.positions) == sum(map(len, dense))
+    assert found.chat_template == tokenizer.has_chat_template
+    for measured in found.measures:
+        own = [answer(model, tokenizer, text, n_probes=measured.n_probes) for text in ASKED]
+        same = [a == b for a, b in zip(dense, own, strict=True)]
+        assert measured.identical == pytest.approx(np.mean(same))
+        partings = [
+            next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+            for a, b, equal in zip(dense, own, same, strict=True)
+            if not equal
+        ]
+        if partings:
+            assert measured.median_parting == np.median(partings)
+        else:
+            assert np.isnan(measured.median_parting)
+            assert measured.nats_per_token == pytest.approx(0)
+            assert sum(measured.misses) == 0
+
+
+def test_few_probes_part_and_all_do_not(found):
+    few, _, all_of_them = found.measures
+    assert few.identical < 1
+    assert few.nats_per_token > 0
+    assert sum(few.misses) > 0
+    assert all_of_them.identical == 1
+
+
+def test_by_default_half_once_and_twice_the_probes(model, tokenizer):
+    found = evaluate_answers(model, tokenizer, tokens=3, asked=ASKED[:2], progress=False)
+    own = get_flash_head(model).n_probes
+    assert [measured.n_probes for measured in found.measures] == [own // 2, own, 2 * own]
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["requests"] == 2
+
+
+def test_numbers_of_probes_are_checked(model, tokenizer):
+    with pytest.raises(ValueError, match="34 is not possible"):
+        evaluate_answers(model, tokenizer, probe_counts=[34], asked=ASKED, progress=False)
+
+
+def test_the_requests_are_more_than_a_hundred_different_ones():
+    assert len(requests()) == len(set(requests())) >= 100

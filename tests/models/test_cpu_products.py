@@ -1,0 +1,102 @@
+"""Layers that multiply by numpy give what MLX gives."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_flashhead.models import cpu_products
+from mlx_flashhead.models.cpu_products import numpy_products
+from tiny_models import tiny_model
+
+TOKENS = mx.array([[5, 9, 2, 7, 1, 30, 31], [6, 6, 40, 3, 2, 1, 0]])
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(cpu_products, "numpy_is_faster", lambda: True)
+
+
+def both(function):
+    """What a function gives as it is, and within the block."""
+    expected = function()
+    mx.eval(expected)
+    with numpy_products():
+        found = function()
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    return np.array(found.astype(mx.float32)), np.array(expected.astype(mx.float32))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text", "cohere", "minicpm"])
+def test_whole_models(arch):
+    model = tiny_model(arch)
+    np.testing.assert_allclose(*both(lambda: model(TOKENS)), atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("layer", [nn.Linear(64, 48), nn.Linear(64, 48, bias=False)])
+def test_linear_layers(layer, bits, dtype):
+    layer.set_dtype(dtype)
+    layer = layer if bits is None else layer.to_quantized(bits=bits)
+    x = mx.random.normal((2, 3, 64)).astype(dtype)
+    np.testing.assert_allclose(*both(lambda: layer(x)), atol=5e-2 if dtype != mx.float32 else 1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_embeddings_as_heads(bits):
+    layer = nn.Embedding(50, 64)
+    layer = layer if bits is None else layer.to_quantized(bits=bits)
+    x = mx.random.normal((4, 64))
+    np.testing.assert_allclose(*both(lambda: layer.as_linear(x)), atol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "bool", "additive"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_attention(mask, length):
+    shape = (2, 4, length, 7)
+    if mask == "bool":
+        mask = mx.random.uniform(shape=shape) > 0.3
+    elif mask == "additive":
+        mask = mx.random.normal(shape)
+    q = mx.random.normal((2, 4, length, 16))
+    k, v = mx.random.normal((2, 2, 7, 16)), mx.random.normal((2, 2, 7, 8))
+
+    def attention():
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask)
+
+    np.testing.assert_allclose(*both(attention), atol=1e-5)
+
+
+def test_one_layer_may_stay_lazy():
+    lazy, other = nn.Linear(64, 8), nn.Linear(64, 8)
+    seen = []
+
+    def product(layer, x):
+        seen.append(layer)
+        return x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_products, "_product", product)
+        with numpy_products(lazy):
+            lazy(mx.zeros((1, 64)))
+            other(mx.zeros((1, 64)))
+    assert seen == [other]
+
+
+def test_everything_is_as_before_after_the_block():
+    before = [cls.__dict__[name] for cls, name in cpu_products.METHODS]
+    attention = mx.fast.scaled_dot_product_attention
+    with pytest.raises(KeyError), numpy_products():
+        assert nn.Linear.__call__ is not before[0]
+        raise KeyError
+    assert [cls.__dict__[name] for cls, name in cpu_products.METHODS] == before
+    assert mx.fast.scaled_dot_product_attention is attention
+
+
+def test_nothing_changes_where_mlx_is_as_fast(monkeypatch):
+    monkeypatch.setattr(cpu_products, "numpy_is_faster", lambda: False)
+    before = nn.Linear.__call__
+    with numpy_products():
+        assert nn.Linear.__call__ is before
