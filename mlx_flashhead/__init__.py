@@ -17,6 +17,7 @@ from .models.install import get_flash_head, uninstall
 from .models.load import load
 from .models.sampling import make_sampler
 from .models.sharded import sharded_load
+from .structured.processor import grammar_processor
 from .version import __version__
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "exact_processors",
     "generate",
     "get_flash_head",
+    "grammar_processor",
     "load",
     "make_sampler",
     "sharded_load",

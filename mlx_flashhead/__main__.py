@@ -28,11 +28,14 @@ def main() -> None:
         print("usage: mlx_flashhead COMMAND …\n")
         for command, what in COMMANDS.items():
             print(f"  {command:10} {what}")
-        print("\nmlx_flashhead COMMAND --help says more about one.")
+        print("\nmlx_flashhead COMMAND --help explains a command.")
     elif name == "--version":
         print(__version__)
     else:
-        print(f"error: there is no command {name}: {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(
+            f"error: there is no command {name}: choose one of {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

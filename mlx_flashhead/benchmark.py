@@ -73,7 +73,7 @@ def _add_positions(kinds) -> None:
         POSITIONS,
         help="time a head against the number of positions at once",
         description="Time full logits of more and more hidden states at once, dense and with "
-        "FlashHead, and say from how many on dense is faster: the head's max_positions.",
+        "FlashHead, and print the number from which dense is faster: the head's max_positions.",
     )
     _add_which_head(parser)
     parser.add_argument(
@@ -272,7 +272,7 @@ def _positions(args: argparse.Namespace) -> list[dict]:
 
 
 def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
-    """The heads asked for, one at a time: name, head, and the dtype of its hidden states."""
+    """Yields the heads of the command line: name, head, and the dtype of its hidden states."""
     if args.model is not None:
         model, _ = load(args.model, n_probes=args.n_probes)
         head = installed_head(model)
@@ -349,7 +349,7 @@ def _shape(text: str) -> tuple[str, tuple[int, int]]:
     if len(parts) == 2 and all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         return text, (int(parts[0]), int(parts[1]))
     raise argparse.ArgumentTypeError(
-        f"{text!r} is no shape: give {', '.join(SHAPES)}, or V,D such as 32000,512"
+        f"{text!r} is not a shape: give {', '.join(SHAPES)}, or V,D such as 32000,512"
     )
 
 

@@ -1,7 +1,7 @@
 """Measures a checkpoint on a text, or by the tasks of lm-eval, and prints a table.
 
-Of numbers of probes, beside the paper's routing, or with ``--precisions`` of the bits of the head,
-or with ``--tasks`` of the tasks' own metrics.
+The table compares numbers of probes and the paper's routing. With ``--precisions`` it compares the
+bits of the head, and with ``--tasks`` it shows the tasks' own metrics.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="mlx_flashhead.evaluate",
         description="Measure how close a FlashHead model comes to its dense head on a text, or "
-        "what it reaches in the tasks of lm-eval.",
+        "its results in the tasks of lm-eval.",
     )
     parser.add_argument(
         "--model",
@@ -188,7 +188,7 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    """Makes sure, before any work, that the arguments go together."""
+    """Raises before any work begins if arguments contradict each other."""
     if not args.tasks:
         if args.answers:
             about_text = ("text", "precisions", "masks", "positions", "plot")
@@ -203,7 +203,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
                 "Give --text FILE to measure on a text, --answers, or --tasks TASK for lm-eval's."
             )
         if args.masks and (args.precisions or args.probes):
-            raise ValueError("--masks is by itself: leave --precisions and --probes out.")
+            raise ValueError("--masks goes alone: leave --precisions and --probes out.")
         if args.plot and (args.precisions or args.masks):
             option = "--precisions" if args.precisions else "--masks"
             raise ValueError(f"--plot draws numbers of probes: leave it out with {option}.")
@@ -217,7 +217,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         ("--plot", args.plot),
     ):
         if given:
-            raise ValueError(f"{option} is about a text: leave it out with --tasks.")
+            raise ValueError(f"{option} measures on a text: leave it out with --tasks.")
     if args.probes and len(args.probes) > 1:
         raise ValueError("--tasks are run with one number of clusters: give --probes one number.")
 
@@ -235,7 +235,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
         trust_remote_code=args.trust_remote_code,
         n_probes=args.probes[0] if args.probes else None,
     )
-    with redirect_stdout(sys.stderr):  # mlx-lm tells its progress
+    with redirect_stdout(sys.stderr):  # where mlx-lm prints its progress
         measures = evaluate_tasks(
             model,
             tokenizer,

@@ -1,6 +1,7 @@
-"""Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and three more."""
+"""Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and some more."""
 
 import json
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from .cli.processes import draw_alike, first_process_speaks, join_processes, lea
 from .index.files import has_flash_head
 from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
+from .models.generation import generate
 from .models.install import installed_head
 from .models.load import load, load_dense, resolve
 from .models.sampling import make_sampler
 from .models.sharded import load_dense_part, sharded_load
+from .structured.options import add_grammar_options, grammar_of
+from .structured.processor import GrammarProcessor
 
 
 def make_parser():
@@ -48,6 +52,7 @@ def make_parser():
         action="store_true",
         help="Under mlx.launch, share the layers out instead of splitting each of them.",
     )
+    add_grammar_options(parser)
     return parser
 
 
@@ -60,6 +65,7 @@ def main() -> None:
         args = parser.parse_args()
         _check_arguments(parser, args)
         _check_processes(parser, args, processes)
+        grammar = grammar_of(args)
 
     target = None  # the model, once it is loaded
     with first_process_speaks(processes), ExitStack() as stack:
@@ -83,8 +89,29 @@ def main() -> None:
         def sampler_for_main(*arguments, **named):
             return make_sampler(*arguments, **named, model=None if args.dense else target)
 
-        run_generate(args, load=load_for_main, make_sampler=sampler_for_main)
+        def generate_for_main(model, tokenizer, prompt, **named):
+            if grammar is None:
+                return generate(model, tokenizer, prompt, **named)
+            processor = GrammarProcessor(tokenizer, grammar)
+            text = generate(model, tokenizer, prompt, logits_processors=[processor], **named)
+            _tell_unless_whole(processor, text, args.max_tokens)
+            return text
+
+        run_generate(
+            args, load=load_for_main, make_sampler=sampler_for_main, generate=generate_for_main
+        )
         leave_together(processes, generation_stream)
+
+
+def _tell_unless_whole(processor: GrammarProcessor, text: str, max_tokens: int) -> None:
+    if processor.accepts(text):
+        return
+    reason = processor.problem
+    if reason is None:
+        reason = f"it was cut at --max-tokens {max_tokens}: give more"
+    print(
+        f"The text is not a whole one of the {processor.grammar.kind}: {reason}.", file=sys.stderr
+    )
 
 
 def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **_):
@@ -116,6 +143,10 @@ def _check_arguments(parser, args) -> None:
         parser.error("--draw-probes needs --temp above 0, and no --dense")
     if args.dense and args.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
+    if args.draw_probes and (args.json_schema or args.regex or args.grammar):
+        parser.error(
+            "--draw-probes draws the clusters before it is known what the text may be: leave it out"
+        )
     if args.prompt_cache_file is not None:
         _check_prompt_cache(parser, args)
 

@@ -1,11 +1,11 @@
-"""What is publicly known about Apple's chips, with sources: constants and measurements of others.
+"""Public constants and measurements of Apple's chips, with their sources.
 
-Nothing here was measured by this project.
+This project has measured none of them.
 """
 
 from dataclasses import dataclass
 
-LAUNCH_US = 2.75  # a chain of 3,200 tiny kernels took 8.8 ms, boundaries of buffers included
+LAUNCH_US = 2.75  # 3,200 tiny dependent kernels took 8.8 ms, boundaries of buffers included
 GEMV_SHARE = 478 / 614  # of the peak, 4-bit matrix times vector
 GATHER_SHARE = 387 / 514  # rate of gather_qmm with one row, relative to a plain read
 CONSTANTS = {  # name: value, source
@@ -35,13 +35,13 @@ PEAK_GB_S = {
     "m5-pro": 307,
     "m5-max": 614,
 }
-# A plain read of 512 MB, where it was measured to be below that share: mlx issue 4509.
+# A plain read of 512 MB, for chips on which it is below that share: mlx issue 4509.
 MEASURED_GB_S = {"m3-ultra": 514}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A public figure of mlx-lm, 4 bits throughout.
+    """A public figure of mlx-lm with a model of 4 bits.
 
     Attributes:
         model: Its name.
@@ -60,7 +60,7 @@ def bandwidth(chip: str) -> float:
     """GB/s that a product with a vector reaches.
 
     Raises:
-        ValueError: If there is no such chip.
+        ValueError: If the chip is unknown.
     """
     if chip not in PEAK_GB_S:
         raise ValueError(f"Unknown chip {chip!r}: choose one of {', '.join(PEAK_GB_S)}.")

@@ -1,4 +1,4 @@
-"""A conversion: the time of each of its stages, and the memory it took."""
+"""A conversion: the time of each stage, and the peak of memory."""
 
 import importlib
 import resource
@@ -19,7 +19,7 @@ from ..conversion.pipeline import convert
 from ..conversion.positions import Positions
 from ..head.matrix import Matrix
 
-# The functions that a stage consists of, where they are called from.
+# The functions of each stage, by the module that calls them.
 STAGES = (
     ("loading", "pipeline", "load_dense"),
     ("bits", "pipeline", "set_bits"),
@@ -37,7 +37,7 @@ TOTAL, OTHER = "total", "other"
 
 @contextmanager
 def stage_times() -> Iterator[dict[str, float]]:
-    """Within the block, adds up the seconds of each stage; the total and the rest at its end."""
+    """Within the block, adds up the seconds of each stage, and of all else at its end."""
     seconds: dict[str, float] = {}
 
     def timed(stage, function):
@@ -90,9 +90,9 @@ def convert_benchmark(model: str, *, progress: bool = True, **kwargs: Any) -> di
 def index_benchmark(
     vocab_size: int, hidden_size: int, positions: int, *, seed: int = 0, progress: bool = True
 ) -> dict:
-    """Builds the index of a random head on random states: all of a conversion but the model.
+    """Builds the index of a random head on random states: a conversion without a model.
 
-    Random rows have no clusters to be found, which is the hardest case for the clustering.
+    Random rows have no clusters, which is the hardest case for the clustering.
 
     Args:
         vocab_size: Rows V.

@@ -1,4 +1,4 @@
-"""``benchmark estimate``: a decode step's time on an Apple chip, computed, never measured."""
+"""``benchmark estimate``: a decode step's time on an Apple chip, from bytes and kernels."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from .roofline import (
 
 NOTE = (
     "AN ESTIMATE, NOT A MEASUREMENT: no Apple GPU was used. One sequence, greedy, short context. "
-    "How far off it is shows in this table of public figures of mlx-lm (4-bit, dense)."
+    "Its error shows in this table of public figures of mlx-lm (4-bit, dense)."
 )
 
 
@@ -51,13 +51,13 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the estimate, and writes it where ``--json`` says.
+    """Prints the estimate, and writes it to the file of ``--json``.
 
     Raises:
         ValueError: If an argument is not valid, or the model cannot be loaded or estimated.
     """
     chip = args.chip.strip().lower().replace(" ", "-")
-    bandwidth(chip)  # refuses unknown chips before a model is looked for
+    bandwidth(chip)  # refuses an unknown chip before a model is loaded
     if args.json:
         check_writable("--json", args.json)
     shape = _shape(args)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def to_dict(shape: ModelShape, chip: str, found: list[Estimate]) -> dict:
-    """JSON-ready; says of itself that it is an estimate."""
+    """JSON-ready, marked as an estimate."""
     return {
         "kind": "estimate",
         "measured": False,

@@ -1,4 +1,4 @@
-"""The head alone: from hidden states to candidates, to a token or to full logits, beside dense."""
+"""The head alone, dense and FlashHead: hidden states to candidates, a token or full logits."""
 
 from collections.abc import Callable
 from functools import partial
@@ -36,16 +36,16 @@ def random_head(
     cluster_size: int = CLUSTER_SIZE,
     seed: int = 0,
 ) -> FlashHead:
-    """A head of random rows in random clusters: it takes the time of a real one.
+    """A head of random rows in random clusters, which takes as long as a real one.
 
     Args:
         vocab_size: Rows V.
         hidden_size: Width D.
         n_probes: Clusters scored.
         dtype: Of the rows, or of their scales when they are quantized.
-        bits: Of the rows, 4 or 8; 16 leaves them as ``dtype``, whatever that is.
+        bits: Of the rows, 4 or 8; 16 leaves them in ``dtype``.
         cluster_size: Tokens per cluster.
-        seed: Of everything.
+        seed: Seed of rows and clusters.
 
     Raises:
         ValueError: If the rows cannot be quantized, or ``n_probes`` is too large.
@@ -75,12 +75,12 @@ def random_head(
 
 
 def forms(head: FlashHead) -> dict[str, Form]:
-    """The ways to use a head, by name: hidden (R, D) → what it gives.
+    """The ways to use a head, by name: functions of hidden states (R, D).
 
-    The dense forms take the rows in the order in which the FlashHead holds them: what a dense head
-    does takes the same time in any order. They are a copy, in a layout of their own, where the
-    FlashHead holds them by columns. On a CPU a dense head has two more forms than mlx-lm's, which
-    take less time by the BLAS: in blocks of rows, and the FlashHead's own.
+    The dense forms use the rows in the FlashHead's order, since the order does not change their
+    time. Where the FlashHead holds its rows by columns, they use a copy in rows. On a CPU there are
+    two more dense forms, which the BLAS multiplies faster than mlx-lm's: in blocks of rows, and the
+    FlashHead's own.
     """
     vocab_size = head.vocab_size
     rows = head.clustered.flat_rows().map(lambda array: array[:vocab_size])
@@ -97,9 +97,9 @@ def forms(head: FlashHead) -> dict[str, Form]:
 
 
 def read_mb(head: FlashHead, n_positions: int = 1) -> float:
-    """Megabytes of weights that a call reads here, if no two states share a cluster."""
+    """Megabytes of weights that a call reads on this device if no two states share a cluster."""
     stage_1 = head.clustered.centroids.matrix.nbytes
-    if mx.default_device().type == mx.cpu:  # where the centroids are held as float32
+    if mx.default_device().type == mx.cpu:  # the centroids are float32 there
         stage_1 = 4 * head.n_clusters * head.hidden_size
     rows = head.clustered.rows.nbytes
     probed = min(n_positions * head.n_probes, head.n_clusters)
@@ -107,7 +107,7 @@ def read_mb(head: FlashHead, n_positions: int = 1) -> float:
 
 
 def form_of(head: FlashHead, states: mx.array) -> dict:
-    """What is timed: shapes, precision and backend of a head, JSON-ready."""
+    """Shapes, precision and backend of a head, JSON-ready."""
     rows = head.clustered.rows
     return {
         "vocab_size": head.vocab_size,
@@ -123,7 +123,7 @@ def form_of(head: FlashHead, states: mx.array) -> dict:
 
 
 def in_batches(states: mx.array, n_positions: int, n_batches: int) -> list[mx.array]:
-    """Evaluated batches (n_positions, D) that go round the states (N, D)."""
+    """Evaluated batches (n_positions, D) of the states (N, D), used in turn."""
     numbers = np.arange(n_batches * n_positions).reshape(n_batches, n_positions) % len(states)
     batches = [mx.contiguous(mx.take(states, mx.array(row), axis=0)) for row in numbers]
     mx.eval(batches)
@@ -143,7 +143,7 @@ def head_benchmark(
 
     Args:
         head: The head.
-        states: (N, D) hidden states, of which each round takes others.
+        states: (N, D) hidden states; each round takes others of them.
         n_positions: States at once: the batch.
         rounds: Runs that count.
         progress: Show a bar.
@@ -182,10 +182,10 @@ def head_benchmark(
 def chained(
     named: dict[str, Form], batches: list[mx.array], rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of a call within one submission to the GPU, which leaves the host's time out.
+    """Milliseconds of a call within one submission to the GPU, without the host's time.
 
-    Each call's hidden state depends on the result of the one before. What that costs by itself is
-    timed too, and taken off. Caches are warm: less than the last cache is read as if from it.
+    Each call's hidden state depends on the result of the call before. The cost of this dependence
+    is timed too, and subtracted. Caches are warm: weights that fit into the last one come from it.
     """
 
     def chain(form):

@@ -1,4 +1,4 @@
-"""On which machine a figure was taken."""
+"""The machine on which a figure was measured."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_T
 
 
 def machine() -> dict:
-    """What the figures were taken on, JSON-ready: processor, memory, versions, BLAS, threads."""
+    """The machine, JSON-ready: processor, memory, versions, BLAS, threads."""
     processor = _processor()
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
@@ -82,10 +82,10 @@ def _sysctl(name: str) -> str:
 
 
 def _blas() -> str:
-    """The BLAS that MLX's CPU products run on, with its threads where it tells them."""
+    """The BLAS of MLX's CPU products, with its number of threads if it is known."""
     if sys.platform == "darwin":
         return "Accelerate"
-    process = ctypes.CDLL(None)  # what is preloaded is found here
+    process = ctypes.CDLL(None)  # finds preloaded libraries
     if not hasattr(process, "openblas_get_config"):
         return "the reference BLAS of the mlx wheel"
     process.openblas_get_config.restype = ctypes.c_char_p

@@ -1,8 +1,8 @@
 """A whole model: decode speed through mlx-lm's own generation, dense, FlashHead and without a head.
 
-The model without a head gives stored logits. It cannot be used, but it shows what a head that costs
-nothing would save, and so which share of that a FlashHead saves. The FlashHead model is sampled
-from with this package's samplers, the others with mlx-lm's.
+The model without a head gives stored logits. It shows how much a head that costs nothing saves.
+FlashHead's saving is reported as a share of that. The FlashHead model uses this package's samplers,
+the other two use mlx-lm's.
 """
 
 import itertools
@@ -35,10 +35,10 @@ PROMPT_IDS = list(range(1, 17))  # tokens of any vocabulary
 
 @contextmanager
 def without_head(model: nn.Module) -> Iterator[None]:
-    """Within the block, a dense model's head gives stored logits, and waits for its hidden state.
+    """Within the block, a dense model's head waits for its hidden state and gives stored logits.
 
-    The state is computed all the same: the logits depend on it. Each step gets those of another
-    token of ``PROMPT_IDS``, since a processor sorts what it has just sorted in half of the time.
+    Each step gives the logits of another token of ``PROMPT_IDS``, since a processor sorts values
+    that it has just sorted in half of the time.
     """
     location = find_head(model)
     module, base = location.module, type(location.module)
@@ -87,8 +87,8 @@ def decode_seconds(
 def sampling_seconds(
     model: nn.Module, prompt: list[int], batch: int, sampler: Callable, rounds: int
 ) -> list[float]:
-    """Seconds that normalising and sampling take, as mlx-lm does it, on logits of the model."""
-    logits = model(mx.array([prompt]))[0]  # (L, V): each round takes those of another token
+    """Seconds of normalising and sampling in mlx-lm's way, on logits of the model."""
+    logits = model(mx.array([prompt]))[0]  # (L, V): each round takes another row
     stored = [mx.contiguous(mx.repeat(row[None], batch, axis=0)) for row in logits]
     mx.eval(stored)
 
@@ -112,8 +112,8 @@ def model_benchmark(
 ) -> list[dict]:
     """Times decoding for each sampler and batch, the three models in turns.
 
-    Runs are short, so that what else the machine does comes upon all three alike. Ratios are taken
-    within a round, before their median.
+    Runs are short, so that other work on the machine slows all three alike. Ratios are computed
+    within a round. Their median is reported.
 
     Args:
         dense: The dense model.
@@ -126,10 +126,10 @@ def model_benchmark(
         progress: Show a bar.
 
     Returns:
-        One entry a sampler and batch, JSON-ready: tokens/s of all sequences together, milliseconds
-        of a step split into body, head and sampling, and how much of a step is saved, as a share
-        of what a head that costs nothing would save: (t_dense - t_flash)/(t_dense - t_no_head).
-        What is saved in sampling counts, so that share can be above 1.
+        One entry for each sampler and batch, JSON-ready: tokens/s of all sequences together,
+        milliseconds of a step split into body, head and sampling, and the saving as a share of the
+        saving of a head that costs nothing: (t_dense - t_flash)/(t_dense - t_no_head). Faster
+        sampling counts, so the share can be above 1.
     """
     prompt = tokenizer.encode(PROMPT)
     models: tuple[tuple[str, nn.Module, Callable[[], AbstractContextManager]], ...] = (

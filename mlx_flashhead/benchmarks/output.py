@@ -1,4 +1,4 @@
-"""What ``benchmark`` shows: tables that fit 80 columns, and pictures."""
+"""The output of ``benchmark``: tables of 80 columns, and pictures."""
 
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ def _short(ms: float) -> str:
 
 
 def crossover_sentence(one: dict) -> str:
-    """Says from how many positions on the dense path is faster, as measured."""
+    """A sentence that says from how many positions on the dense path is faster."""
     last, first = one["crossover"]["last_faster"], one["crossover"]["slower_from"]
     if first is None:
         said = f"FlashHead is still faster at {last} positions, the most that were measured"

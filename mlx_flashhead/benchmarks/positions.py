@@ -1,4 +1,4 @@
-"""How many positions at once a FlashHead is still faster for: what ``max_positions`` should be."""
+"""Up to how many positions at once a FlashHead is faster: the best value of ``max_positions``."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -26,7 +26,7 @@ def positions_benchmark(
 
     Args:
         head: The head; its own ``max_positions`` stays as it is.
-        states: (N, D) hidden states, of which each round takes others.
+        states: (N, D) hidden states; each round takes others of them.
         counts: Numbers of positions (B·L) at once.
         rounds: Runs that count, of all forms in turns, for each number.
         progress: Show bars.
@@ -72,8 +72,8 @@ def crossover(counts: Sequence[int], ms: dict[str, list[dict]]) -> dict[str, int
         ms: Spreads of ``LOGITS`` and ``DENSE_PATH``, one for each number.
 
     Returns:
-        ``last_faster``, the largest number at which the FlashHead's median is the lower one, and
-        ``slower_from``, the next; None where there is no such number.
+        ``last_faster``, the largest number at which the FlashHead's median is lower, and
+        ``slower_from``, the next number. None if there is no such number.
     """
     faster = [
         i

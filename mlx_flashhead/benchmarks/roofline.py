@@ -1,7 +1,7 @@
 """An estimate of a decode step's time on an Apple GPU, from bytes and dependent kernels.
 
-It is no measurement. One sequence, greedy, a short context (no bytes of the cache), everything in
-memory, nothing else running. Public measurements stand beside it, so that its error is visible.
+It assumes one sequence, greedy decoding, a short context (no bytes of the cache), a model that fits
+into memory, and an idle machine. Public measurements beside it show its error.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ BYTES_PER_WEIGHT = {16: find_format(FLOATS, 16).bytes_per_weight()} | {
 # embedding, last norm, logsumexp, subtraction, argmax
 OTHER_KERNELS = 5
 # projections in, rotation, cache, attention, projection out, addition; gate and up, activation,
-# down, addition: those that do not depend on each other run at once. Norms come on top.
+# down, addition. Independent kernels run at once. Norms are added.
 LAYER_KERNELS = 10
 DENSE_KERNELS = 1
 FLASH_HEAD_KERNELS = 4  # route, select, score, expand: metal/README.md
@@ -36,7 +36,7 @@ USUAL_PROBES, CLUSTER_SIZE = 256, 16
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model counts.
+    """The sizes of a model that the estimate uses.
 
     Attributes:
         name: Shown in tables.
@@ -49,7 +49,7 @@ class ModelShape:
         cluster_size: Tokens per cluster.
         n_probes: Clusters scored per token.
         stage_1_bytes: Bytes of centroids and their bias.
-        body_bytes: Bytes of the body as stored, None where there is no checkpoint.
+        body_bytes: Bytes of the body as stored, None without a checkpoint.
         head_bytes: Bytes of the head's rows as stored, or None.
         stored: The precision of the rows as stored, such as "4-bit", or "".
     """
@@ -140,7 +140,8 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
         index: Its FlashHead; default: clusters of 16, centroids of 4 bits.
 
     Raises:
-        ValueError: If it is a mixture of experts, has no layers, or its head cannot be found.
+        ValueError: If the model is a mixture of experts or has no layers, or if its head cannot be
+            found.
     """
     location = find_head(model)
     rows = location.rows()
@@ -186,7 +187,7 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
 
 
 def formula(shape: ModelShape) -> str:
-    """How `estimates` computes, with the model's numbers."""
+    """The formula of `estimates` with the model's numbers."""
     return FORMULA.format(
         head_kernels=f"({DENSE_KERNELS} or {FLASH_HEAD_KERNELS})",
         launch=LAUNCH_US,
@@ -250,7 +251,7 @@ def _estimate(
 
 
 def _usual_index(vocab_size: int, hidden_size: int) -> dict[str, Any]:
-    """What conversion makes by default: clusters of 16, centroids of 4 bits and their bias."""
+    """The conversion's default: clusters of 16, centroids of 4 bits and their bias."""
     n_clusters = -(-vocab_size // CLUSTER_SIZE)
     return {
         "n_clusters": n_clusters,
@@ -261,7 +262,7 @@ def _usual_index(vocab_size: int, hidden_size: int) -> dict[str, Any]:
 
 
 def _norms(layer: nn.Module) -> int:
-    """Norms that wait for each other: those of the layer itself, and one of queries and keys."""
+    """Dependent norms: those of the layer itself, and one of queries and keys."""
     own = sum("norm" in name or name.startswith("ln_") for name in layer.children())
     of_queries = any(name.endswith(("q_norm", "q_layernorm")) for name, _ in layer.named_modules())
     return own + of_queries

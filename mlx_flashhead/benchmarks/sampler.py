@@ -1,4 +1,4 @@
-"""Samplers: mlx-lm's on the whole vocabulary beside this package's, on the same logits."""
+"""Samplers on the same logits: mlx-lm's on the whole vocabulary, and this package's."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,12 +22,12 @@ ZIPF_EXPONENT = 1.1
 
 
 def zipf_logprobs(vocab_size: int, n_positions: int, number: int) -> mx.array:
-    """Log-probabilities as steep as those of words in a text, in random order.
+    """Log-probabilities in random order, as steep as those of words in a text.
 
     Args:
         vocab_size: Tokens V.
         n_positions: Positions R.
-        number: Of the draw.
+        number: Number of the draw, its seed.
 
     Returns:
         (R, V) float32, normalised.
@@ -63,7 +63,7 @@ def sampler_benchmark(
     runs: dict[tuple[str, str], Callable[[int], mx.array]] = {}
     for name, arguments in SAMPLERS.items():
         forms = {
-            MLX_LM: make_sampler(**arguments),  # of no head: mlx-lm's own
+            MLX_LM: make_sampler(**arguments),  # without a head: mlx-lm's own
             OURS: make_sampler(**arguments, model=head),
         }
         runs |= {

@@ -1,9 +1,8 @@
-"""How time is taken here: in turns, warm, over many runs; and on which machine.
+"""How times are measured: in turns, warm, over many runs.
 
-What is compared runs in turns, one of each in a round, so that a machine that heats up or shares
-its cores slows all alike. Each round has another order, so that none always follows the same: what
-ran before leaves its pages and caches behind. The first round warms up and is not counted. Medians
-and quartiles are kept, never means.
+The compared functions run in turns, once each in a round, so that a machine that heats up or shares
+its cores slows all of them alike. Each round has another order, since a run leaves its pages and
+caches behind. The first round warms up and is not counted. Results are medians and quartiles.
 """
 
 import random
@@ -17,13 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 HEAD_ROUNDS = 5
-CACHES_BYTES = 128 << 20  # more than the last cache of the machines that this is meant for
+CACHES_BYTES = 128 << 20  # more than the last cache of most machines
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a number of runs: the median, the quartiles around it, and how many there were."""
+    """Median and quartiles of a number of runs, and their number."""
 
     median: float
     lower: float
@@ -45,10 +44,10 @@ class Spread:
 
 
 class ColdCaches:
-    """A call rewrites 128 MB, so that what runs next reads its weights from memory.
+    """A call rewrites 128 MB, so that the next function reads its weights from memory.
 
-    In a model the body does that between two calls of the head, and as there, MLX does it: on the
-    GPU, or in the thread that runs the head next and is then awake.
+    In a model the body does that between two calls of the head. Here too MLX does it: on the GPU,
+    or in the thread that runs the head next and is then awake.
     """
 
     def __init__(self):
@@ -60,7 +59,7 @@ class ColdCaches:
 
 
 def turns(items: Iterable[Item], rounds: int) -> Iterator[tuple[int, Item]]:
-    """Who runs when: the number of the round, 0 … rounds, and each item in an order drawn anew.
+    """Yields the number of the round, 0 … rounds, and each item, in a new order each round.
 
     The orders are the same for the same number of items.
     """
@@ -71,7 +70,7 @@ def turns(items: Iterable[Item], rounds: int) -> Iterator[tuple[int, Item]]:
 
 
 def on_batch(form: Callable[[mx.array], Any], batches: Sequence[mx.array], number: int) -> Any:
-    """What a function gives for the batch of that number."""
+    """The result of a function for the batch of that number."""
     return form(batches[number])
 
 
@@ -83,11 +82,11 @@ def in_turns(
     progress: bool = True,
     description: str = "Timing",
 ) -> dict[Item, list[float]]:
-    """Times functions in turns: one round that is not counted, then ``rounds`` that are.
+    """Times functions in turns: one round to warm up, then ``rounds`` that count.
 
     Args:
-        runs: By name, functions of the round's number, 0 … rounds. What they return is evaluated
-            if it holds arrays, and that belongs to the time.
+        runs: By name, functions of the round's number, 0 … rounds. Arrays in their results are
+            evaluated within the time.
         rounds: Rounds that count.
         before: Called before each run, outside its time.
         progress: Show a bar.
@@ -122,7 +121,7 @@ def head_seconds(heads: tuple[Callable, ...], states: mx.array) -> tuple[list[fl
         states: (L, D).
 
     Returns:
-        For each head the seconds of each state, some times over; the heads take turns.
+        For each head the seconds of each state, repeated several times. The heads take turns.
     """
     runs = {
         str(number): lambda i, head=head: head(states[None, i % len(states), None])

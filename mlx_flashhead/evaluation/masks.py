@@ -1,8 +1,8 @@
 """How often the choice under masks, biases and penalties is the dense head's.
 
-At each position of a text the same processors change the dense head's logits and FlashHead's. Of
-the latter both outcomes are compared: as the head gave them, with estimates for the tokens that it
-has not scored, and after the second look that every loop of this package takes.
+At each position of a text the same processors change the dense head's logits and FlashHead's. Two
+choices of FlashHead are compared with the dense head's: the one with estimates for the tokens that
+were not scored, and the one after the second look that every loop of this package takes.
 """
 
 from collections.abc import Callable
@@ -29,20 +29,20 @@ PENALTIES: dict[str, Any] = {
     "frequency_penalty": 0.5,
 }
 PENALISED_TOKENS = 20  # mlx-lm's own number
-# A bias this far above what makes a token the best one, and this far below it.
+# The bias is this far above or below the value that makes a token the best one, in nats.
 BIAS_MARGIN = 0.5
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured of one kind of change.
+    """Figures of one kind of change.
 
     Attributes:
-        change: What was done to the logits.
+        change: The change of the logits.
         estimates: Share of positions with the dense head's choice, without a second look.
-        exact: The same, with it.
-        differing: Positions in which the choice differs all the same.
+        exact: The same with a second look.
+        differing: Positions whose choice differs even so.
     """
 
     change: str
@@ -53,13 +53,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class MaskEvaluation:
-    """What was measured on one text.
+    """Figures of one text.
 
     Attributes:
         positions: Number of positions.
         n_probes: Clusters scored per position.
         n_clusters: Number of clusters.
-        choices: One entry a kind of change.
+        choices: One entry for each kind of change.
     """
 
     positions: int
@@ -119,7 +119,7 @@ def evaluate_masks(
     return MaskEvaluation(n, head.n_probes, head.n_clusters, choices)
 
 
-# What makes the processors of each row, from the dense logits (R, V).
+# Makes the processors of each row from the dense logits (R, V).
 Change = Callable[[mx.array], list[list[Processor]]]
 
 
@@ -181,7 +181,9 @@ def _agree(
     processors: list[list[Processor]],
 ) -> np.ndarray:
     """How many rows have the dense head's choice: (2,), without and with the second look."""
-    exact = [exact_processors(row, model) for row in processors]  # these see the following call
+    exact = [
+        exact_processors(row, model) for row in processors
+    ]  # they see the call on the next line
     logits = finish(installed_head(model)(hidden))
     right = np.zeros(2, dtype=int)
     for row, context in enumerate(contexts):

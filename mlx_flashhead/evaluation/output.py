@@ -1,4 +1,4 @@
-"""What ``evaluate`` shows: tables that fit 80 columns, and a picture."""
+"""The output of ``evaluate``: tables of 80 columns, and a picture."""
 
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ KL          from the dense head's distribution, in nats
 perplexity  relative to dense, with the tail's estimates
 drawn       relative to dense, probes drawn by probability as in the paper
 bytes       read per token, relative to the dense head
-unit means  the paper's routing, here on these clusters; it was made for
+unit means  the paper's routing on these clusters; it was made for
             clusters by direction: see convert --calibration none"""
 PRECISION_LEGEND = """\
 agreement   same best token as the reference: the first line
@@ -29,7 +29,7 @@ perplexity  relative to the reference, with the tail's estimates
 MB          read per token
 bytes       read per token, relative to a dense head of 16 bits
 Only the head's rows differ: 8 and 4 bits are MLX's affine form of the
-16-bit rows. All else is the checkpoint's own."""
+16-bit rows. Everything else is the checkpoint's own."""
 
 ANSWER_LEGEND = """\
 identical   greedy answers that are the dense model's to the end
@@ -40,9 +40,9 @@ p           misses along the dense answers, by the dense head's confidence
             in its token, of {positions} positions"""
 MASK_LEGEND = """\
 Positions in which the best token is the dense head's:
-estimates  what the head has not scored is estimated
+estimates  tokens that the head has not scored are estimated
 exact      after the second look of generate and server
-random     so many tokens are allowed, drawn each time
+random     this number of allowed tokens, drawn for each position
 near       0.5 nats more or less than a token needs"""
 TASK_LEGEND = """\
 dense       log-likelihoods and perplexities under the dense head

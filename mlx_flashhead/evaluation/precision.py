@@ -1,11 +1,11 @@
-"""How close a head comes to full precision when its rows have fewer bits, dense and as FlashHead.
+"""How close a head with fewer bits comes to full precision, dense and as FlashHead.
 
-Body, text, hidden states, clusters and centroids are the same throughout; only the head's rows are
-rounded. Every form is compared with the dense head at the checkpoint's own precision, over all V
-logits: brute force, in chunks.
+Only the head's rows are rounded. Body, text, hidden states, clusters and centroids stay the same.
+Every form is compared with the dense head at the checkpoint's own precision, over all V logits, in
+chunks.
 
-The forms are those that mlx-lm would store for a 16-bit model: a float32 head is rounded to
-bfloat16 first. Their products are taken in float32, as MLX's kernels accumulate them.
+The forms are those that mlx-lm stores for a 16-bit model: a float32 head is rounded to bfloat16
+first. Products are in float32, as MLX's kernels accumulate them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from ..models.locate import find_head
 from .text import FLASH_HEAD, bytes_read, check_probe_counts, row_bytes
 
 DENSE = "dense"
-CHUNK_LOGITS = 1 << 23  # logits handled at once: bounds memory
+CHUNK_LOGITS = 1 << 23  # logits at once, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PrecisionEvaluation:
     Attributes:
         positions: Number of positions.
         n_clusters: Number of clusters.
-        measures: One entry a form.
+        measures: One entry for each form.
     """
 
     positions: int
@@ -97,8 +97,8 @@ def evaluate_precisions(
         progress: Show bars.
 
     Raises:
-        ValueError: If the model has no FlashHead, its head is quantized or too narrow to be, a
-            number of probes is not valid, or the text is too short.
+        ValueError: If the model has no FlashHead, if its head is quantized or too narrow to be
+            quantized, if a number of probes is not valid, or if the text is too short.
     """
     head = installed_head(model)
     rows = head.clustered.token_rows()
@@ -179,7 +179,7 @@ def measure_precisions(
                     bits=form.bits or 8 * form.weight.dtype.size,
                     n_probes=n_probes,
                     agreement=float(agree),
-                    kl=max(float(kl), 0.0),  # it is 0 but for rounding where nothing differs
+                    kl=max(float(kl), 0.0),  # equal forms may round to less than 0
                     perplexity=float(np.exp(nll)),
                     bytes_read=float(read),
                     bytes_share=float(read / of_16_bits),
@@ -189,10 +189,10 @@ def measure_precisions(
 
 
 def forms_of(rows: Matrix) -> Iterator[Matrix]:
-    """The rows as they are, in 16 bits if they had more, and quantized to 8 and 4 bits.
+    """The rows as they are, in 16 bits if they have more, and quantized to 8 and 4 bits.
 
     Raises:
-        ValueError: If the rows' width fits no quantization group.
+        ValueError: If no quantization group divides the rows' width.
     """
     yield rows
     if rows.weight.dtype == mx.float32:
@@ -216,7 +216,7 @@ class _Product:
 
 
 class _Retrieval:
-    """What FlashHead makes of one state's dense logits; its clusters are given by ``head``."""
+    """FlashHead's full logits of one state, made from dense logits and the clusters of ``head``."""
 
     def __init__(self, head: FlashHead):
         self.token_ids = np.array(head.clustered.token_ids).astype(np.int64)
@@ -267,6 +267,6 @@ def _group_size(rows: Matrix) -> int:
     if group_size is not None:
         return group_size
     raise ValueError(
-        f"The head's width {rows.hidden_size} is no multiple of {min(GROUPS)}, so it cannot be "
+        f"The head's width {rows.hidden_size} is not a multiple of {min(GROUPS)}, so it cannot be "
         "quantized: use evaluate without --precisions."
     )

@@ -1,11 +1,10 @@
 """Evaluates a model by the tasks of lm-eval, through mlx-lm's own adapter to it.
 
-Choices are scored by their log-likelihood under the dense head, since that needs exact logits of
-tokens the model would never say; text is generated with FlashHead. Perplexity is taken both ways:
-under the dense head, and under FlashHead's full logits, where tokens that were not scored have
-their cluster's estimate.
+Choices are scored by their log-likelihood under the dense head, since unlikely tokens need exact
+logits too. Text is generated with FlashHead. Perplexity is measured under the dense head and under
+FlashHead's full logits, which hold estimates for the tokens that were not scored.
 
-The only module that needs lm-eval, which is an extra.
+No other module needs lm-eval, which is an extra.
 """
 
 import difflib
@@ -37,7 +36,7 @@ class TaskMeasure:
         task: The task's or the group's name.
         head: The head that made it.
         metric: lm-eval's name of the metric.
-        filter: lm-eval's name of what extracted the answers.
+        filter: lm-eval's name of the filter that extracted the answers.
         value: Its value.
         stderr: Its standard error, where lm-eval has one.
         n_shots: Worked examples before each question.
@@ -54,7 +53,7 @@ class TaskMeasure:
     samples: int | None
 
     def to_dict(self) -> dict:
-        """JSON-ready: what is not finite becomes None."""
+        """JSON-ready; a figure that is not finite becomes None."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
@@ -83,7 +82,7 @@ class TaskModel(Adapter):
         return self._chat_template(self, chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        # the limit is meant for answers; the adapter would cut questions to it as well
+        # the limit is for answers, but the adapter cuts questions to it too
         with self.head.dense(), replaced(self, _max_tokens=None):
             return super().loglikelihood(requests)
 
@@ -103,20 +102,20 @@ class TaskModel(Adapter):
             self._estimated = False
 
     def _score_fn(self, inputs, cache=None, step_size=2048):
-        if self._estimated:  # more rows at once would go through the dense head
+        if self._estimated:  # more positions at once are computed densely
             step_size = self.head.max_positions // len(inputs)
         return super()._score_fn(inputs, cache=cache, step_size=step_size)
 
 
 def find_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
-    """What knows the tasks: those of a folder, or else lm-eval's own as well.
+    """The manager of the tasks of a folder, and of lm-eval's own tasks if they are needed.
 
     Args:
         names: Tasks, groups or tags.
         folder: A folder with further tasks, as YAML files.
 
     Raises:
-        ValueError: If there is no such folder or no such task.
+        ValueError: If the folder or a task does not exist.
     """
     if folder is not None:
         if not Path(folder).is_dir():
@@ -160,22 +159,22 @@ def evaluate_tasks(
         manager: From :func:`find_tasks`.
         num_shots: Worked examples before each question; default: the task's own number.
         limit: Questions per task at most.
-        seed: Of the choice of examples, and of sampling.
+        seed: Seed of the choice of examples, and of sampling.
         fewshot_as_multiturn: Give the examples as turns of a conversation.
         confirm_run_unsafe_code: Allow tasks that run code which the model writes.
         batch_size: Sequences at once.
-        **options: Further ones of :class:`TaskModel`: max_tokens, sampler, use_chat_template,
+        **options: Further options of :class:`TaskModel`: max_tokens, sampler, use_chat_template,
             chat_template_args.
 
     Raises:
-        ValueError: If the model has no FlashHead, a batch is too large for it, or a task cannot be
-            run.
+        ValueError: If the model has no FlashHead, the batch is too large for it, or a task cannot
+            be run.
     """
     head = installed_head(model)
     if not 1 <= batch_size <= head.max_positions:
         raise ValueError(
-            f"--batch-size is {batch_size}: give 1 to {head.max_positions}, since FlashHead hands "
-            "larger batches to the dense head."
+            f"--batch-size is {batch_size}: give 1 to {head.max_positions}, since larger batches "
+            "are computed densely."
         )
     lm = TaskModel(model, tokenizer, batch_size=batch_size, **options)
     mx.random.seed(seed)

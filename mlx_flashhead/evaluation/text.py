@@ -1,10 +1,10 @@
 """Measures a FlashHead model on a text, beside the paper's routing on the same clusters.
 
-The paper's clusters are by direction, as those of a conversion without calibration: only there is
-its routing measured as it was meant.
+The paper's clusters follow the rows' directions, as those of a conversion without calibration do.
+Measure the paper's routing on such clusters.
 
-The measures are taken at the head's output: a model that scales or caps its logits afterwards has
-the same agreement and coverage, but another perplexity.
+Figures are of the head's output. A model that scales or caps its logits afterwards has the same
+agreement and coverage, but another perplexity.
 """
 
 import math
@@ -28,14 +28,14 @@ FLASH_HEAD, UNIT_MEANS = "FlashHead", "unit means (paper)"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on one text.
+    """Figures of one text.
 
     Attributes:
         positions: Number of positions.
         dense_perplexity: Of the true next tokens under the dense head.
         n_probes: The checkpoint's own number of probes.
         n_clusters: Number of clusters.
-        measures: One entry a routing and number of probes.
+        measures: One entry for each routing and number of probes.
         bytes_share: Bytes read per token relative to the dense head, by number of probes.
     """
 

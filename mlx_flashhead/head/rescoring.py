@@ -88,7 +88,7 @@ def rescored(
     # the last column takes the padded slots
     shape = (len(values), clustered.vocab_size + 1)
     is_exact = mx.put_along_axis(mx.zeros(shape, mx.bool_), every_id, mx.array(True), axis=-1)
-    logits = mx.put_along_axis(mx.pad(call.logits, ((0, 0), (0, 1))), ids, found, axis=-1)
+    logits = mx.put_along_axis(mx.pad(call.logits, [(0, 0), (0, 1)]), ids, found, axis=-1)
     is_exact, logits = is_exact[:, :-1], logits[:, :-1]
 
     before = before.astype(mx.float32)

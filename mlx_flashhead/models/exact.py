@@ -15,7 +15,7 @@ import mlx.nn as nn
 from ..head.flash_head import FlashHead
 from ..head.rescoring import Call, LatestCall, rescored
 from .finish import Finish, finish_of, unchanged
-from .install import get_flash_head
+from .install import get_flash_head, installed_head
 
 Processor = Callable[[Any, mx.array], mx.array]
 
@@ -57,7 +57,7 @@ def exact_processors(
     models = [m for m in (model, draft_model) if m is not None and get_flash_head(m) is not None]
     if not processors or not models:
         return list(processors or ())
-    return [_Together(processors, {get_flash_head(m): finish_of(m) for m in models})]
+    return [_Together(processors, {installed_head(m): finish_of(m) for m in models})]
 
 
 class _Together:

@@ -6,6 +6,7 @@ of them is computed; MLX's compiler keeps the few operations that are left.
 """
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
 from .errors import UnsupportedHeadError
-from .install import get_flash_head, installed_module
+from .install import installed_head, installed_module
 
 Finish = Callable[[mx.array], mx.array]
 
@@ -26,7 +27,7 @@ def finish_of(model: nn.Module) -> Finish:
     Raises:
         UnsupportedHeadError: If what becomes of a token's logit depends on anything else.
     """
-    head = get_flash_head(model)
+    head = installed_head(model)
     if head not in _known:
         _known[head] = _learn(model, head)
     return _known[head]
@@ -47,7 +48,7 @@ class _Answer:
 
 def _run(model: nn.Module, logits: mx.array, token: int = 0) -> mx.array:
     """What the model returns where its head gives ``logits`` (1, 1, V)."""
-    module = installed_module(model)
+    module: Any = installed_module(model)
     head = module._flash_head
     module._flash_head = _Answer(head, logits)
     try:

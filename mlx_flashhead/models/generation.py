@@ -5,7 +5,7 @@ By default the samplers see full logits with the tail, so every sampler of mlx-l
 tokens can be chosen.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx_lm
 
 from .compat.generate import BatchResponse, GenerationResponse
-from .exact import exact_processors
+from .exact import Processor, exact_processors
 from .install import get_flash_head
 
 
@@ -38,7 +38,8 @@ def stream_generate(
         dense: Score every token in this call.
         draw_temperature: Draw the probes at this temperature; sample with the same one.
         **kwargs: mlx_lm's keywords, such as max_tokens, sampler, logits_processors. What the
-            processors leave is exact, as in :func:`exact_processors`.
+            processors leave is exact, as in :func:`exact_processors`; one with a ``begin``, such
+            as :func:`grammar_processor` makes, is told that a text begins.
 
     Yields:
         mlx_lm's responses.
@@ -87,10 +88,16 @@ def batch_generate(
     draw_temperature: float | None = None,
     **kwargs: Any,
 ) -> BatchResponse:
-    """Generates for several prompts at once: ``mlx_lm.batch_generate``, likewise extended."""
+    """Generates for several prompts at once: ``mlx_lm.batch_generate``, likewise extended.
+
+    A logits processor with a ``for_sequence``, such as :func:`grammar_processor` makes, is made
+    anew for each prompt.
+    """
     settings = _settings(model, n_probes, dense, draw_temperature)
     with settings():
-        return mlx_lm.batch_generate(model, tokenizer, prompts, **_exact(kwargs, model, dense))
+        return mlx_lm.batch_generate(
+            model, tokenizer, prompts, **_exact(kwargs, model, dense, several=True)
+        )
 
 
 def _settings(
@@ -106,12 +113,41 @@ def _settings(
     raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
 
 
-def _exact(kwargs: dict[str, Any], model: nn.Module, dense: bool) -> dict[str, Any]:
+def _exact(
+    kwargs: dict[str, Any], model: nn.Module, dense: bool, several: bool = False
+) -> dict[str, Any]:
     """The keywords, with logits processors whose outcome is exact."""
     processors = kwargs.get("logits_processors")
     if not processors:
         return kwargs
     target = None if dense else model
-    return kwargs | {
-        "logits_processors": exact_processors(processors, target, kwargs.get("draft_model"))
-    }
+    draft = kwargs.get("draft_model")
+    if several:
+        made: Any = _OfEachSequence(processors, lambda own: exact_processors(own, target, draft))
+    else:
+        for processor in processors:
+            if hasattr(processor, "begin"):
+                processor.begin()
+        made = exact_processors(processors, target, draft)
+    return kwargs | {"logits_processors": made}
+
+
+class _OfEachSequence:
+    """Logits processors of which each sequence of a batch gets its own.
+
+    mlx-lm has one list for all sequences, of which it makes a tuple for each of them.
+
+    Args:
+        processors: The processors; those with a ``for_sequence`` are made anew by it.
+        make: What makes a sequence's list of its processors.
+    """
+
+    def __init__(
+        self, processors: Sequence[Processor], make: Callable[[list[Processor]], list[Processor]]
+    ):
+        self._processors, self._make = processors, make
+
+    def __iter__(self) -> Iterator[Processor]:
+        own = (getattr(processor, "for_sequence", None) for processor in self._processors)
+        pairs = zip(self._processors, own, strict=True)
+        return iter(self._make([make() if make else processor for processor, make in pairs]))

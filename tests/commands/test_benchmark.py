@@ -169,8 +169,8 @@ def test_estimate(run, tmp_path):
     "arguments, said",
     [
         (("head",), "give one of --shape --model"),
-        (("head", "--shape", "llama"), "is no shape"),
-        (("head", "--shape", "320,0"), "is no shape"),
+        (("head", "--shape", "llama"), "is not a shape"),
+        (("head", "--shape", "320,0"), "is not a shape"),
         (("head", "--shape", "320,64", "--n-probes", 21), "20 clusters"),
         (("head", "--shape", "320,64", "--n-probes", 0), "--n-probes is 0"),
         (("head", "--shape", "320,72", "--head-bits", 4), "width of 72"),

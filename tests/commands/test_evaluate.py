@@ -142,7 +142,7 @@ def test_evaluate_leaves_outputs_alone_until_it_has_them(refused, text, tmp_path
         (("--seed", -1), "--seed is -1"),
         (("--precisions", "--plot", "out.png"), "leave it out with --precisions"),
         (("--masks", "--plot", "out.png"), "leave it out with --masks"),
-        (("--masks", "--probes", "9"), "--masks is by itself"),
+        (("--masks", "--probes", "9"), "--masks goes alone"),
         (("--precisions", "--probes", "99"), f"1 to {N_CLUSTERS}"),
     ],
 )

@@ -65,10 +65,10 @@ def test_probes_of_tasks(run, arguments, tmp_path):
 @pytest.mark.parametrize(
     "further, said",
     [
-        (("--text", "text.txt"), "--text is about a text"),
-        (("--precisions",), "--precisions is about a text"),
-        (("--positions", 3), "--positions is about a text"),
-        (("--plot", "out.png"), "--plot is about a text"),
+        (("--text", "text.txt"), "--text measures on a text"),
+        (("--precisions",), "--precisions measures on a text"),
+        (("--positions", 3), "--positions measures on a text"),
+        (("--plot", "out.png"), "--plot measures on a text"),
         (("--probes", "2,3"), "give --probes one number"),
         (("--probes", "18"), "choose 1 to 17"),
         (("--limit", 0), "--limit is 0: give a whole number of 1"),

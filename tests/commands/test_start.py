@@ -126,5 +126,5 @@ def test_mistakes_end_with_one_line(tmp_path):
     assert errors == "error: There is no folder ./absent: check the path of the model.\n"
     code, output, errors = start(sys.executable, "-m", "mlx_flashhead", "no-such-command")
     assert (code, output) == (2, "")
-    assert errors.startswith("error: there is no command no-such-command: convert, ")
+    assert errors.startswith("error: there is no command no-such-command: choose one of convert, ")
     assert errors.count("\n") == 1

@@ -172,7 +172,9 @@ def test_a_quantized_head_is_refused(tokenizer):
 
 def test_a_narrow_head_is_refused(tokenizer):
     model = Installed("qwen3", hidden_size=48).model
-    with pytest.raises(ValueError, match=r"width 48 is no multiple of 32.* without --precisions"):
+    with pytest.raises(
+        ValueError, match=r"width 48 is not a multiple of 32.* without --precisions"
+    ):
         evaluate_precisions(model, tokenizer, TEXT, progress=False)
 
 

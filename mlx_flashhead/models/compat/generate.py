@@ -40,7 +40,11 @@ module = importlib.import_module("mlx_lm.generate")
 
 
 def run_generate(
-    args: argparse.Namespace, *, load: Callable[..., Any], make_sampler: Callable[..., Any]
+    args: argparse.Namespace,
+    *,
+    load: Callable[..., Any],
+    make_sampler: Callable[..., Any],
+    generate: Callable[..., str],
 ) -> None:
     """Runs mlx-lm's program, which has no other way to take a model that is loaded otherwise.
 
@@ -48,7 +52,9 @@ def run_generate(
         args: Its arguments, parsed.
         load: In place of its ``load``, first for the model, then for the draft model.
         make_sampler: In place of its ``make_sampler``.
+        generate: In place of its ``generate``.
     """
     parsed = SimpleNamespace(parse_args=lambda: args)
-    with replaced(module, load=load, make_sampler=make_sampler, setup_arg_parser=lambda: parsed):
+    names = {"load": load, "make_sampler": make_sampler, "generate": generate}
+    with replaced(module, setup_arg_parser=lambda: parsed, **names):
         module.main()

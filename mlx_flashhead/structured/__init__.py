@@ -1,0 +1,1 @@
+"""Structured output: text that a JSON schema, a regular expression or a grammar allows."""

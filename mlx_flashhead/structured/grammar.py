@@ -1,0 +1,165 @@
+"""What a text may be: a JSON schema, a regular expression or a Lark grammar, checked.
+
+llguidance reads them; it refuses what it does not support, so that nothing is left out in silence.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from ..cli.extras import from_extra
+
+# Between the tokens of JSON: nothing, a space, or a new line with an indentation. Without a limit
+# a small model may go on with spaces for ever.
+JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
+
+
+class GrammarError(ValueError):
+    """A schema, expression or grammar that cannot be followed; names the place."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A checked description of what a text may be.
+
+    Attributes:
+        kind: "JSON schema", "regular expression" or "grammar".
+        compiled: llguidance's own form of it.
+    """
+
+    kind: str
+    compiled: str
+
+    @classmethod
+    def from_json_schema(cls, schema: dict | bool) -> "Grammar":
+        """JSON that a schema describes; ``{"type": "object"}`` stands for any JSON object.
+
+        Raises:
+            GrammarError: If the schema is wrong, unsatisfiable or uses an unsupported key.
+        """
+        if not isinstance(schema, dict | bool):
+            raise GrammarError(
+                f"The JSON schema is {_shown(schema)}: it must be an object such as "
+                '{"type": "object"}.'
+            )
+        compiled, problem = _compile_schema(schema)
+        if problem:
+            place, problem = _place(schema, problem)
+            raise GrammarError(f"The JSON schema is wrong at {place or 'its top'}: {problem}.")
+        return cls("JSON schema", compiled)
+
+    @classmethod
+    def from_regex(cls, pattern: str) -> "Grammar":
+        """Text that a regular expression matches as a whole, in the syntax of Rust's regex crate.
+
+        Raises:
+            GrammarError: If it is no such expression.
+        """
+        if not isinstance(pattern, str) or not pattern:
+            raise GrammarError(f"The regular expression is {_shown(pattern)}: it must be a text.")
+        compiled = _matcher_class().grammar_from_regex(pattern)
+        problem = _problem(compiled)
+        if problem:
+            reason = re.search(r"error: ([^\n]+)", problem)
+            raise GrammarError(
+                f"The regular expression {pattern!r} is wrong: "
+                f"{reason[1] if reason else _sentence(problem)}."
+            )
+        return cls("regular expression", compiled)
+
+    @classmethod
+    def from_lark(cls, text: str) -> "Grammar":
+        """Text that a Lark grammar derives from ``start``, in llguidance's dialect of Lark.
+
+        Raises:
+            GrammarError: If it is no such grammar.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise GrammarError(f"The grammar is {_shown(text)}: it must be a text in Lark's form.")
+        compiled = _matcher_class().grammar_from_lark(text)
+        problem = _problem(compiled)
+        if problem:
+            place = re.match(r"(?:at )?(\d+)\((\d+)\): *(.*)", problem, re.DOTALL)
+            where = f" at line {place[1]}, column {place[2]}" if place else ""
+            raise GrammarError(
+                f"The grammar is wrong{where}: {_sentence(place[3] if place else problem)}."
+            )
+        return cls("grammar", compiled)
+
+
+def llguidance(submodule: str = "") -> ModuleType:
+    """llguidance or one of its modules.
+
+    Raises:
+        ValueError: If it is not installed, with the command that installs it.
+    """
+    name = f"llguidance.{submodule}" if submodule else "llguidance"
+    return from_extra(name, "structured", "Structured output")
+
+
+def _matcher_class() -> Any:
+    return llguidance().LLMatcher
+
+
+def _problem(compiled: str) -> str:
+    """What llguidance says against a grammar; nothing if it can be followed."""
+    is_error, messages = _matcher_class().validate_grammar_with_warnings(compiled)
+    return messages[0] if is_error else ""
+
+
+def _compile_schema(schema: dict | bool) -> tuple[str, str]:
+    """llguidance's form of the schema, and what it says against it."""
+    try:
+        compiled = _matcher_class().grammar_from_json_schema(
+            json.dumps(schema), defaults=JSON_OPTIONS
+        )
+    except ValueError as error:
+        return "", str(error)
+    return compiled, _problem(compiled)
+
+
+def _place(schema: Any, problem: str) -> tuple[str, str]:
+    """Where in the schema the problem is, as a JSON pointer, and the problem in a sentence.
+
+    llguidance does not say where. A part is to blame if without it the problem is gone, and of the
+    parts within it the same holds.
+    """
+    place, node, root = "", schema, copy.deepcopy(schema)
+    here = root
+    while True:
+        for key, part in _parts(node):
+            kept, here[key] = here[key], True
+            gone = _compile_schema(root)[1] != problem
+            here[key] = kept
+            if gone:
+                escaped = str(key).replace("~", "~0").replace("/", "~1")
+                place, node, here = f"{place}/{escaped}", part, here[key]
+                break
+        else:
+            return place, _sentence(problem)
+
+
+def _parts(node: Any) -> Iterator[tuple[Any, Any]]:
+    """The objects and lists right within a JSON value, each with its key or index."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    return ((key, part) for key, part in items if isinstance(part, dict | list))
+
+
+def _sentence(problem: str) -> str:
+    """The first line of a message, without its full stop."""
+    unsupported = re.match(r"Unimplemented keys: \[(.*)\]", problem)
+    if unsupported:
+        return f"{unsupported[1]} is not supported"
+    lines = [line.strip() for line in problem.splitlines() if line.strip()]
+    if lines and lines[0].startswith("regex parse error"):
+        lines = [f"no regular expression, {lines[-1].removeprefix('error: ')}"]
+    return lines[0].rstrip(".:") if lines else "it cannot be followed"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}…"

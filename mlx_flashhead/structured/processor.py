@@ -1,0 +1,160 @@
+"""A logits processor that keeps a text within a grammar.
+
+It fits every loop that hands a processor the tokens so far and the logits, of one sequence or of a
+batch. A token's mask needs the tokens before it, so these are waited for; the logits are computed
+meanwhile.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+import numpy as np
+
+from .grammar import Grammar, llguidance
+
+# llguidance's view of each tokenizer, with its end-of-text tokens: it takes a second to make.
+_vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+
+
+class GrammarProcessor:
+    """Rules out the tokens that a grammar does not allow next; where it ends, all but the end.
+
+    One processor follows one sequence. It may be asked again about fewer tokens than before, as
+    speculative decoding does. After the grammar's end only end-of-text tokens are allowed.
+
+    Args:
+        tokenizer: mlx-lm's or Hugging Face's tokenizer.
+        grammar: What the text may be.
+
+    Attributes:
+        grammar: The grammar.
+        problem: Why the text could not follow the grammar; None as long as it does.
+        n_masks: Masks computed so far.
+        mask_seconds: Seconds that took.
+
+    Raises:
+        ValueError: If llguidance is not installed or cannot read the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, grammar: Grammar):
+        self.grammar = grammar
+        self._tokenizer = tokenizer
+        self._vocabulary = _vocabulary(tokenizer)
+        self._matcher = llguidance().LLMatcher(self._vocabulary, grammar.compiled, log_level=0)
+        self._n_prompt: int | None = None
+        self._generated: list[int] = []
+        self._n_matched = 0  # of these, how many the grammar has taken
+        self.problem: str | None = None
+        self.n_masks = 0
+        self.mask_seconds = 0.0
+
+    def begin(self) -> None:
+        """Forgets the text so far: the next tokens that it sees are a prompt."""
+        self._matcher.reset()
+        self._n_prompt, self._generated, self._n_matched = None, [], 0
+        self.problem = None
+
+    def for_sequence(self) -> "GrammarProcessor":
+        """A processor of the same grammar for another sequence."""
+        return GrammarProcessor(self._tokenizer, self.grammar)
+
+    def accepts(self, text: str) -> bool:
+        """Whether ``text`` is a whole one of the grammar, and not cut before its end."""
+        matcher = llguidance().LLMatcher(self._vocabulary, self.grammar.compiled, log_level=0)
+        tokens = self._vocabulary.tokenize_bytes(text.encode())
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    def __call__(self, tokens: Any, logits: mx.array) -> mx.array:
+        """Logits (1, V) with -inf for each token that may not follow ``tokens`` (n,)."""
+        mx.async_eval(logits)
+        if self._n_prompt is None:
+            self._n_prompt = len(tokens)
+        generated: Any = tokens[self._n_prompt :]
+        generated = generated.tolist() if isinstance(generated, mx.array) else list(generated)
+        start = time.perf_counter()
+        self._follow(generated)
+        allowed = self._allowed(logits.shape[-1])
+        self.mask_seconds += time.perf_counter() - start
+        self.n_masks += 1
+        return mx.where(mx.array(allowed), logits, -mx.inf)
+
+    def _follow(self, generated: list[int]) -> None:
+        """Brings the matcher to where the generated tokens are."""
+        pairs = zip(self._generated, generated, strict=False)
+        shared = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
+        if shared is None:
+            shared = min(len(self._generated), len(generated))
+        if shared < self._n_matched:
+            self._matcher.rollback(self._n_matched - shared)
+            self._n_matched = shared
+        if self._n_matched == shared:
+            self._n_matched += self._matcher.try_consume_tokens(generated[shared:])
+        self._generated = generated
+
+    def _allowed(self, vocab_size: int) -> np.ndarray:
+        """(V,) bool: the tokens that may come next."""
+        ends = self._vocabulary.eos_tokens
+        left = self._generated[self._n_matched :]
+        if self._matcher.is_error():
+            self.problem = self._matcher.get_error().splitlines()[0]
+        elif left and left[0] not in ends:
+            self.problem = f"the token {left[0]} is not allowed there"
+        else:
+            self.problem = None
+        allowed = np.zeros(vocab_size, dtype=bool)
+        if left or self.problem or self._matcher.is_stopped():
+            allowed[[token for token in ends if token < vocab_size]] = True
+            return allowed
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.unpackbits(bits, bitorder="little")[:vocab_size]
+        allowed[: len(bits)] = bits
+        return allowed
+
+
+def grammar_processor(
+    tokenizer: Any,
+    *,
+    json_schema: dict | bool | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+) -> GrammarProcessor:
+    """A logits processor for one text of a given form: pass one of the three.
+
+    Args:
+        tokenizer: mlx-lm's or Hugging Face's tokenizer.
+        json_schema: A JSON schema; ``{"type": "object"}`` allows any JSON object.
+        regex: A regular expression that the whole text matches.
+        grammar: A Lark grammar with a rule ``start``.
+
+    Raises:
+        ValueError: If not exactly one is given, it is wrong, or llguidance is not installed.
+    """
+    forms: tuple[tuple[Any, Callable[[Any], Grammar]], ...] = (
+        (json_schema, Grammar.from_json_schema),
+        (regex, Grammar.from_regex),
+        (grammar, Grammar.from_lark),
+    )
+    given = [(value, make) for value, make in forms if value is not None]
+    if len(given) != 1:
+        raise ValueError("Give one of json_schema, regex and grammar.")
+    ((value, make),) = given
+    return GrammarProcessor(tokenizer, make(value))
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    """llguidance's tokenizer for one of mlx-lm's or Hugging Face's."""
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    if not hasattr(inner, "backend_tokenizer"):
+        raise ValueError(
+            f"Structured output needs a tokenizer of the tokenizers library, and this one is a "
+            f"{type(inner).__name__}."
+        )
+    ends = getattr(tokenizer, "eos_token_ids", None) or [tokenizer.eos_token_id]
+    ends = tuple(sorted(ends))
+    made = _vocabularies.setdefault(inner, {})
+    if ends not in made:
+        made[ends] = llguidance("hf").from_tokenizer(inner, eos_token=list(ends))
+    return made[ends]

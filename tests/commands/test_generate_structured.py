@@ -1,0 +1,87 @@
+"""``generate --json-schema | --regex | --grammar``: the text, a text that is cut, wrong forms."""
+
+import json
+import re
+
+import pytest
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "on": {"type": "boolean"}},
+    "required": ["name", "on"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def generate(run, converted):
+    def generate(*arguments, max_tokens=80):
+        return run(
+            "generate", "--model", converted, "--prompt", "One day", "--verbose", "F",
+            "--max-tokens", max_tokens, *arguments,
+        )  # fmt: skip
+
+    return generate
+
+
+@pytest.fixture
+def schema(tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(SCHEMA))
+    return file
+
+
+@pytest.mark.parametrize("further", [(), ("--dense",), ("--temp", 1, "--seed", 2)])
+def test_json_schema(generate, schema, further):
+    code, output, errors = generate("--json-schema", schema, *further)
+    assert (code, errors) == (0, "")
+    answer = json.loads(output)
+    assert list(answer) == ["name", "on"] and isinstance(answer["on"], bool)
+
+
+def test_regular_expression(generate):
+    code, output, _ = generate("--regex", "[0-9]{4}(ab)+c")
+    assert code == 0 and re.fullmatch("[0-9]{4}(ab)+c\n", output)
+
+
+def test_grammar(generate, tmp_path):
+    file = tmp_path / "answer.lark"
+    file.write_text('start: "yes" | "no"\n')
+    code, output, _ = generate("--grammar", file)
+    assert code == 0 and output in ("yes\n", "no\n")
+
+
+def test_text_that_is_cut_is_told(generate, schema):
+    code, output, errors = generate("--json-schema", schema, max_tokens=3)
+    assert code == 0 and len(output) < 8
+    assert "not a whole one of the JSON schema: it was cut at --max-tokens 3" in errors
+
+
+@pytest.mark.parametrize(
+    "option, content, said",
+    [
+        ("--json-schema", '{"items": {"type": "x"}}', "wrong at /items"),
+        ("--json-schema", '{"a": 1,}', "not JSON: line 1, column 9"),
+        ("--json-schema", None, "cannot be read"),
+        ("--grammar", "start: foo", "line 1, column 8"),
+        ("--grammar", "", "must be a text"),
+    ],
+)
+def test_wrong_files(refused, converted, tmp_path, option, content, said):
+    file = tmp_path / "form"
+    if content is not None:
+        file.write_text(content)
+    line = refused("generate", "--model", converted, option, file)
+    assert said in line and str(file) in line
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--regex", "("), "unclosed group"),
+        (("--regex", "a", "--grammar", "b"), "not allowed with"),
+        (("--regex", "a", "--draw-probes", "--temp", "1"), "leave it out"),
+    ],
+)
+def test_wrong_arguments(refused, converted, arguments, said):
+    assert said in refused("generate", "--model", converted, *arguments)

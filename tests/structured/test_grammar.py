@@ -1,0 +1,76 @@
+"""Schemas, expressions and grammars: what is followed, and what a wrong one is told."""
+
+import sys
+
+import pytest
+
+from mlx_flashhead.structured.grammar import Grammar, GrammarError, llguidance
+
+
+@pytest.mark.parametrize(
+    "schema, place, said",
+    [
+        ({"type": "objekt"}, "its top", "objekt"),
+        ({"properties": {"a": {"type": "numbr"}}}, "/properties/a", "numbr"),
+        ({"properties": {"a/b~": {"type": "x"}}}, "/properties/a~1b~0", "x"),
+        ({"properties": {"a": {"pattern": "("}}}, "/properties/a", "unclosed group"),
+        ({"items": {"anyOf": [{}, {"type": "nope"}]}}, "/items/anyOf/1", "nope"),
+        ({"type": "number", "minimum": 5, "maximum": 1}, "its top", "greater"),
+        ({"properties": {"a": {"if": {}}}}, "/properties/a", '"if" is not supported'),
+        ({"uniqueItems": True}, "its top", '"uniqueItems" is not supported'),
+        (
+            {"$defs": {"t": {"items": {"$ref": "#/$defs/x"}}}, "items": {"$ref": "#/$defs/t"}},
+            "/$defs/t/items",
+            "does not exist",
+        ),
+        ({"items": {"type": "y"}, "properties": {"b": {"type": "z"}}}, "/", "Invalid type"),
+    ],
+)
+def test_wrong_schema_names_the_place(schema, place, said):
+    with pytest.raises(GrammarError) as raised:
+        Grammar.from_json_schema(schema)
+    message = str(raised.value)
+    assert message.startswith(f"The JSON schema is wrong at {place}")
+    assert said in message and message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize("schema", [[], "text", None, 5])
+def test_schema_must_be_an_object(schema):
+    with pytest.raises(GrammarError, match="must be an object"):
+        Grammar.from_json_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "pattern, said",
+    [("a(b", "unclosed group"), ("(?=a)b", "look-around"), ("", "must be a text"), (7, "is 7")],
+)
+def test_wrong_regular_expression(pattern, said):
+    with pytest.raises(GrammarError, match=said):
+        Grammar.from_regex(pattern)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("start: foo", 'line 1, column 8: unknown name: "foo"'),
+        ('start: "a"\nb: (', "line 2"),
+        ('x: "a"', "no start rule"),
+        (" ", "must be a text"),
+    ],
+)
+def test_wrong_grammar_names_the_place(text, said):
+    with pytest.raises(GrammarError) as raised:
+        Grammar.from_lark(text)
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_kinds():
+    assert Grammar.from_json_schema({"type": "object"}).kind == "JSON schema"
+    assert Grammar.from_regex("a").kind == "regular expression"
+    assert Grammar.from_lark('start: "a"').kind == "grammar"
+
+
+def test_without_llguidance(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ValueError, match=r"pip install 'mlx_flashhead\[structured\]'"):
+        llguidance()

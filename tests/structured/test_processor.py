@@ -1,0 +1,197 @@
+"""Text within a grammar, in each of mlx-lm's loops, of tiny models that know nothing."""
+
+import json
+import re
+
+import jsonschema
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+
+from mlx_flashhead import batch_generate, generate, grammar_processor, stream_generate
+from mlx_flashhead.models.compat.generate import BatchGenerator
+from mlx_flashhead.models.install import install
+from mlx_flashhead.models.sampling import make_sampler
+from model_folders import VOCAB_SIZE, write_model
+from tiny_models import tiny_index, tiny_model
+
+EOS = 1
+PATTERN = r"[0-9]{3}-(ab|xyz){2}"
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "kind": {"enum": ["red", "green", None, 4]},
+        "sizes": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "sizes"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return mlx_lm.load(str(write_model(tmp_path_factory.mktemp("models") / "llama")))[1]
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return tiny_model(vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def flash():
+    model = tiny_model(vocab_size=VOCAB_SIZE)
+    index = tiny_index(model, eos_token_ids=(EOS,))
+    install(model, index.token_ids, index.centroids, n_probes=3)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_json_validates(flash, tokenizer, temperature, seed):
+    mx.random.seed(seed)
+    processor = grammar_processor(tokenizer, json_schema=SCHEMA)
+    text = generate(
+        flash, tokenizer, f"prompt {seed}", max_tokens=300, logits_processors=[processor],
+        sampler=make_sampler(temp=temperature, top_p=0.95, model=flash),
+    )  # fmt: skip
+    assert processor.accepts(text) and processor.problem is None
+    jsonschema.validate(json.loads(text), SCHEMA)
+    assert processor.n_masks > 10 and processor.mask_seconds > 0
+
+
+@pytest.mark.parametrize(
+    "form, expected",
+    [
+        ({"regex": PATTERN}, PATTERN),
+        (
+            {"grammar": 'start: "<" word ("," word)? ">"\nword: /[a-c]{2}/'},
+            "<[a-c]{2}(,[a-c]{2})?>",
+        ),
+        ({"json_schema": {"const": [1, {"a": True}]}}, None),
+        ({"json_schema": {"type": "object", "maxProperties": 0}}, None),
+    ],
+)
+def test_text_ends_where_the_grammar_ends(flash, dense, tokenizer, form, expected):
+    processor = grammar_processor(tokenizer, **form)
+    options = {"max_tokens": 60, "logits_processors": [processor]}
+    last = list(stream_generate(flash, tokenizer, "hello", **options))[-1]
+    assert last.finish_reason == "stop" and last.token == EOS
+    text = generate(flash, tokenizer, "hello", **options)
+    assert processor.accepts(text)
+    assert re.fullmatch(expected, text) if expected else json.loads(text) in ([1, {"a": True}], {})
+    assert generate(dense, tokenizer, "hello", **options) == text
+
+
+def test_no_space_without_end(tokenizer):
+    processor = grammar_processor(tokenizer, json_schema={"type": "object"})
+    for text in ('{"a": 1}', '{"a":1}', '{\n  "a": [\n    1\n  ]\n}', "{ }"):
+        assert processor.accepts(text)
+    for text in ('{"a":   1}', '{\n\n\n"a": 1}', '{"a": 1} ', "[]"):
+        assert not processor.accepts(text)
+
+
+def test_cut_text_is_not_whole(flash, tokenizer):
+    processor = grammar_processor(tokenizer, regex=PATTERN)
+    text = generate(flash, tokenizer, "x", max_tokens=5, logits_processors=[processor])
+    assert len(text) == 5 and not processor.accepts(text)
+
+
+@pytest.mark.parametrize("prompts", [["a", "bb", "c", "dd"], ["same"] * 3])
+def test_batch(flash, tokenizer, prompts):
+    """Each sequence follows the grammar from its own beginning."""
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    processor = grammar_processor(tokenizer, json_schema=SCHEMA)
+    found = batch_generate(
+        flash, tokenizer, ids, max_tokens=200, logits_processors=[processor], prefill_batch_size=2
+    )
+    for prompt, text in zip(ids, found.texts, strict=True):
+        jsonschema.validate(json.loads(text), SCHEMA)
+        alone = generate(flash, tokenizer, prompt, max_tokens=200, logits_processors=[processor])
+        assert text == alone
+
+
+def test_sequences_with_grammars_of_their_own(flash, tokenizer):
+    patterns = ["a+b{30}", "[0-9]{5}", "(no|yes)!", None]
+    generator = BatchGenerator(flash, stop_tokens=[[EOS]], max_tokens=40)
+    processors = [
+        [grammar_processor(tokenizer, regex=pattern)] if pattern else [] for pattern in patterns
+    ]
+    uids = generator.insert([[5, 6]] * 4, logits_processors=processors)
+    found = {uid: [] for uid in uids}
+    while responses := generator.next_generated():
+        for response in responses:
+            found[response.uid].append(response.token)
+    generator.close()
+    for uid, pattern in zip(uids[:3], patterns, strict=False):
+        text = tokenizer.decode([token for token in found[uid] if token != EOS])
+        assert re.fullmatch(pattern, text) or len(found[uid]) == 40
+
+
+@pytest.mark.parametrize("n_draft", [1, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_draft_model(flash, dense, tokenizer, n_draft, seed):
+    """The processor is asked again where drafts were rejected."""
+    draft = tiny_model(vocab_size=VOCAB_SIZE, seed=seed)
+    processor = grammar_processor(tokenizer, json_schema=SCHEMA)
+    options = {"max_tokens": 200, "logits_processors": [processor]}
+    expected = generate(dense, tokenizer, "hello", **options)
+    found = generate(
+        flash, tokenizer, "hello", draft_model=draft, num_draft_tokens=n_draft, **options
+    )
+    assert found == expected and processor.accepts(found)
+
+
+def test_same_processor_for_one_text_after_another(flash, tokenizer):
+    processor = grammar_processor(tokenizer, regex=PATTERN)
+    for prompt in ("a", "a longer one", "a"):
+        text = generate(flash, tokenizer, prompt, max_tokens=40, logits_processors=[processor])
+        assert re.fullmatch(PATTERN, text)
+
+
+def allowed(processor, tokens):
+    logits = processor(mx.array(tokens), mx.zeros((1, VOCAB_SIZE + 5)))
+    return set(np.flatnonzero(np.isfinite(np.array(logits[0]))))
+
+
+def test_masks_follow_the_tokens_back_and_forth(tokenizer):
+    a, b, c = (tokenizer.encode(letter)[-1] for letter in "abc")
+    processor = grammar_processor(tokenizer, regex="ab?c")
+    assert allowed(processor, [7, 8]) == {a}
+    assert allowed(processor, [7, 8, a]) == {b, c}
+    assert allowed(processor, [7, 8, a, b]) == {c}
+    assert allowed(processor, [7, 8, a]) == {b, c}
+    assert allowed(processor, [7, 8, a, c]) == {EOS}
+    assert allowed(processor, [7, 8, a, c, EOS]) == {EOS}
+    assert allowed(processor, [7, 8, a, b, c]) == {EOS}
+    assert processor.problem is None
+    assert allowed(processor, [7, 8]) == {a}
+    processor.begin()
+    assert allowed(processor, [7, 8, a, b]) == {a}
+
+
+def test_token_that_is_not_allowed_ends_the_text(tokenizer):
+    """As where another processor has ruled out all that the grammar allows."""
+    a, c = (tokenizer.encode(letter)[-1] for letter in "ac")
+    processor = grammar_processor(tokenizer, regex="ab?c")
+    allowed(processor, [7])
+    assert allowed(processor, [7, c]) == {EOS}
+    assert f"the token {c} is not allowed" in processor.problem
+    assert allowed(processor, [7, c, EOS]) == {EOS} and processor.problem
+    assert allowed(processor, [7, a, c]) == {EOS} and processor.problem is None
+
+
+def test_one_form_at_a_time(tokenizer):
+    for forms in ({}, {"regex": "a", "grammar": 'start: "a"'}):
+        with pytest.raises(ValueError, match="Give one of"):
+            grammar_processor(tokenizer, **forms)
+
+
+def test_tokenizer_of_another_kind():
+    class Slow:
+        eos_token_id = 1
+
+    with pytest.raises(ValueError, match="tokenizers library"):
+        grammar_processor(Slow(), regex="a")
