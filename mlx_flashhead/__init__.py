@@ -39,8 +39,11 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """Keeps the public functions public: importing a command's module of the same name, such as
-    ``mlx_flashhead.generate``, would otherwise put the module in the function's place."""
+    """Keeps the public functions when a command's module of the same name is imported.
+
+    The import of ``mlx_flashhead.generate``, for example, would put the module in the function's
+    place.
+    """
 
     def __setattr__(self, name, value):
         if not (name in __all__ and isinstance(value, ModuleType)):

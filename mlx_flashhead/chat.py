@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _load(args) -> tuple[nn.Module, object]:
-    """The model with its FlashHead, which only ``--dense`` can do without, and the tokenizer."""
+    """The model with its FlashHead and the tokenizer; with ``--dense`` any model."""
     folder = resolve(args.model)
     options = {
         "adapter_path": args.adapter_path,

@@ -1,4 +1,4 @@
-"""Writes a head as functions that an application of MLX calls, on an iPad for example."""
+"""Writes a head as functions for an app that uses MLX, on an iPad for example."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -59,10 +59,10 @@ def make_parser() -> Parser:
         choices=VERSIONS,
         default=VERSIONS[-1],
         metavar="VERSION",
-        help="MLX that shall read the file: 0.32 for 0.32.1 and later (default), 0.31 for 0.31, "
-        "which mlx-swift had in July 2026. The latter is for the backend metal.",
+        help="MLX that reads the file: 0.32 for 0.32.1 and later (default), 0.31 for 0.31, as in "
+        "mlx-swift 0.31.6. The latter needs the backend metal.",
     )
-    parser.add_argument("--overwrite", action="store_true", help="Replace files that are there.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace existing files.")
     return parser
 
 

@@ -60,7 +60,7 @@ def make_parser():
 def main() -> None:
     """Entry point of ``mlx_flashhead.generate``."""
     processes = join_processes()
-    with first_process_speaks(processes, errors=True):  # all make the same mistake
+    with first_process_speaks(processes, errors=True):  # all processes make the same mistake
         parser = make_parser()
         args = parser.parse_args()
         _check_arguments(parser, args)
@@ -129,7 +129,7 @@ def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **
 
 
 def load_draft(path: str, **kwargs):
-    """A draft model and its tokenizer: with its FlashHead where the folder has one."""
+    """A draft model, with its FlashHead if the folder has one, and its tokenizer."""
     folder = resolve(path)
     if has_flash_head(folder):
         return load(str(folder), **kwargs)
@@ -160,13 +160,11 @@ def _check_prompt_cache(parser, args) -> None:
         json.loads(metadata["tokenizer_config"]), metadata["model"]
     except (RuntimeError, ValueError, KeyError, TypeError):
         parser.error(
-            f"--prompt-cache-file {file} is damaged or no prompt cache: make one with "
+            f"--prompt-cache-file {file} is damaged or not a prompt cache: make one with "
             "mlx_lm.cache_prompt"
         )
     if args.draft_model is not None:
-        parser.error(
-            "--prompt-cache-file has no cache of a draft model in it: leave --draft-model out"
-        )
+        parser.error("--prompt-cache-file holds no cache of a draft model: leave --draft-model out")
 
 
 def _check_processes(parser, args, processes) -> None:
@@ -184,7 +182,9 @@ def _check_processes(parser, args, processes) -> None:
         if given:
             parser.error(f"{option} is for one process: start it without mlx.launch")
     if args.prompt == "-":
-        parser.error("--prompt - reads an input that mlx.launch does not end: give the prompt")
+        parser.error(
+            "--prompt - cannot read the input of mlx.launch, which has no end: give the prompt"
+        )
 
 
 if __name__ == "__main__":

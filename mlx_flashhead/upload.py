@@ -1,4 +1,4 @@
-"""Uploads a checkpoint that was converted before."""
+"""Uploads a converted checkpoint."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def make_parser() -> Parser:
         "--repo",
         "--upload-repo",
         metavar="OWNER/NAME",
-        help="Repository to upload to (default: the name that conversion derived, under your own).",
+        help="Repository to upload to (default: the conversion's name for it, under your own).",
     )
     parser.add_argument(
         "--private", action="store_true", help="Make the repository private if it is a new one."
@@ -27,8 +27,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--license",
         metavar="ID",
-        help="The model's licence as the Hub calls it, such as apache-2.0, where its card does not "
-        "name it.",
+        help="The model's licence as the Hub calls it, such as apache-2.0, for a card that does "
+        "not name it.",
     )
     return parser
 

@@ -1,8 +1,8 @@
 """A conversation with a model: its messages, and the prompt cache that follows them.
 
-The messages are the truth. For each question they go through the tokenizer's chat template as a
-whole; what the cache holds of these tokens is used, and where it holds others it is trimmed, or
-made anew where a cache cannot be. So it never matters how an answer ended.
+The messages are the truth. For each question all of them go through the tokenizer's chat template.
+The cache keeps the tokens that it shares with the result, and the rest of it is trimmed. A cache
+that cannot be trimmed is made anew. The way in which an answer ended therefore does not matter.
 """
 
 import time
@@ -26,15 +26,15 @@ STOP, LENGTH, STOPPED = "stop", "length", "stopped"
 
 @dataclass
 class Answer:
-    """What the model answered, and how long it took.
+    """An answer of the model and its times.
 
     Attributes:
         text: The text so far.
         n_prompt: Tokens of the conversation with the question.
-        n_cached: How many of these were in the cache already.
-        times: When each token was there, in seconds of a clock.
+        n_cached: Number of these that were in the cache already.
+        times: The time of each token, in seconds of a clock.
         finish: "stop" at an end-of-text token, "length" at the limit, "stopped" by the user.
-        seconds_in_head: Seconds the head takes for one token, by itself; None if not measured.
+        seconds_in_head: Seconds of the head alone for one token; None if not measured.
     """
 
     text: str = ""
@@ -50,7 +50,7 @@ class Answer:
 
     @property
     def seconds(self) -> float:
-        """From the first token, whose time is that of the prompt, to the last."""
+        """From the first token to the last; the first token's own time is the prompt's."""
         return self.times[-1] - self.times[0] if self.times else 0.0
 
     @property
@@ -73,13 +73,13 @@ class FollowingCache:
     """A prompt cache and the tokens that it holds.
 
     Args:
-        model: Whose cache.
-        max_kv_size: Tokens it keeps, the oldest but four give way; default: all.
+        model: The model.
+        max_kv_size: Number of tokens to keep: the first four and the newest; default: all.
 
     Attributes:
-        arrays: mlx-lm's caches, one a layer.
-        token_ids: What they hold, or held before the oldest gave way.
-        limited: Whether ``max_kv_size`` is obeyed: some models make caches of their own.
+        arrays: mlx-lm's caches, one for each layer.
+        token_ids: All tokens that were put in, also those that were dropped since.
+        limited: Whether ``max_kv_size`` is obeyed. Some models make caches of their own.
     """
 
     def __init__(self, model: nn.Module, max_kv_size: int | None):
@@ -94,10 +94,10 @@ class FollowingCache:
         self.token_ids: list[int] = []
 
     def follow(self, prompt: list[int]) -> int:
-        """Leaves in the cache what ``prompt`` begins with, less than all of it.
+        """Keeps in the cache the tokens with which ``prompt`` begins, all but the last at most.
 
         Returns:
-            How many tokens that are.
+            The number of these tokens.
         """
         limit = min(len(self.token_ids), len(prompt) - 1)
         shared = next((i for i in range(limit) if self.token_ids[i] != prompt[i]), limit)
@@ -117,11 +117,11 @@ class Conversation:
     Args:
         model: A model loaded by ``mlx_flashhead.load``, or any dense one.
         tokenizer: Its tokenizer, with a chat template.
-        system_prompt: What every conversation begins with.
+        system_prompt: The beginning of every conversation.
         max_kv_size: Tokens the cache keeps; default: all.
 
     Raises:
-        ValueError: If the tokenizer has no chat template, or it takes no system prompt.
+        ValueError: If the tokenizer has no chat template, or the template takes no system prompt.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Conversation:
             messages: As `messages.py` reads them from a file.
 
         Raises:
-            ValueError: If the chat template refuses them. The conversation is then unchanged.
+            ValueError: If the chat template refuses them. The conversation stays unchanged.
         """
         self._tokens([*messages, Message(role=USER, content="")])
         self.messages = list(messages)
@@ -174,12 +174,12 @@ class Conversation:
         dense: bool = False,
         **kwargs: Any,
     ) -> Iterator[str]:
-        """Asks, and streams the answer, which is then the last of ``answers``.
+        """Asks, streams the answer, and keeps it as the last of ``answers``.
 
         Args:
             text: The question.
-            stopping: Asked after each token and each piece of the prompt: whether to stop. What
-                has been answered so far stays; a question without answer is forgotten.
+            stopping: Called after each token and each piece of the prompt; True stops. The answer
+                so far stays. A question without an answer is forgotten.
             dense: Score every token.
             **kwargs: Of ``mlx_lm.stream_generate``, such as max_tokens and sampler.
 
@@ -187,14 +187,14 @@ class Conversation:
             The answer's text, piece by piece.
 
         Raises:
-            ValueError: If the chat template refuses the conversation, which is then unchanged.
+            ValueError: If the chat template refuses the conversation, which stays unchanged.
         """
         question = Message(role=USER, content=text)
         prompt = self._tokens([*self.messages, question])
         answer = Answer(n_prompt=len(prompt), n_cached=self.cache.follow(prompt))
 
         def progress(processed: int, total: int) -> None:
-            if processed < total:  # in the end, the cache is a token ahead
+            if processed < total:  # at the end, the cache is a token ahead
                 self.cache.token_ids = prompt[: answer.n_cached + processed]
                 if stopping():
                     raise _Stopped
@@ -223,7 +223,7 @@ class Conversation:
                     break
         except _Stopped:
             pass
-        except BaseException:  # amid a step: some layers may hold a token that others do not
+        except BaseException:  # within a step: layers may hold different numbers of tokens
             self.cache.clear()
             raise
         finally:
@@ -236,16 +236,16 @@ class Conversation:
     def _tokens(self, messages: list[Message]) -> list[int]:
         try:
             return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-        except Exception as error:  # whatever a template raises, or its engine
+        except Exception as error:  # templates and their engine raise any type
             reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
             raise ValueError(
                 f"The model's chat template does not take this conversation ({reason})."
             ) from error
 
     def _recorded(self, stream: Iterator, states: list[mx.array]) -> Iterator:
-        """The stream; keeps the state that enters the head for the second token.
+        """The stream. Keeps the hidden state of the second token, on which the head is timed.
 
-        One is enough to time the head on, and recording costs time itself.
+        One state is enough, and recording takes time.
         """
         number = 0
         while True:
@@ -269,7 +269,7 @@ class Conversation:
 
 
 def _location(model: nn.Module) -> HeadLocation | None:
-    """The head, to be timed; None where a dense model's cannot be told from the rest."""
+    """The head to time; None if a dense model's head is not a layer of its own."""
     try:
         return find_head(model)
     except ValueError:

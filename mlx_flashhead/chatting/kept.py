@@ -1,4 +1,4 @@
-"""What a chat at the terminal keeps from one start to the next, for its user alone."""
+"""Files that a chat at the terminal keeps for its user from one start to the next."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ FOLDER = "~/.config/mlx_flashhead/chat"
 
 
 def history_file() -> Path:
-    """Where the line editor keeps what was typed."""
+    """The file in which the line editor keeps typed lines."""
     return Path(FOLDER, "history").expanduser()
 
 

@@ -1,4 +1,4 @@
-"""The messages of a conversation: what they must be, and as a file of JSON."""
+"""The messages of a conversation: their form, and their file of JSON."""
 
 import json
 from pathlib import Path
@@ -11,20 +11,20 @@ KEY = "messages"
 
 
 class Message(TypedDict):
-    """One message, as chat templates take it."""
+    """One message in the form of chat templates."""
 
     role: str
     content: str
 
 
 def check_messages(messages: object) -> list[Message]:
-    """Makes sure that these are the messages of a conversation which a question may follow.
+    """Checks the messages of a conversation that continues with a question.
 
     Returns:
-        The roles and contents; anything else that a message held is left out.
+        The roles and contents, without any other fields.
 
     Raises:
-        ValueError: If they are not, in one sentence that says where.
+        ValueError: If a message is not valid, naming its place.
     """
     if not isinstance(messages, list):
         raise ValueError(f"a conversation is a list of messages under the key {KEY!r}")
@@ -40,8 +40,8 @@ def check_messages(messages: object) -> list[Message]:
         expected = (USER, ASSISTANT)[number % 2]
         if message["role"] != expected:
             raise ValueError(
-                f"message {number + first + 1} is of the role {message['role']!r} and not of "
-                f"{expected!r}, who take turns"
+                f"message {number + first + 1} has the role {message['role']!r} instead of "
+                f"{expected!r}, since the roles take turns"
             )
     if len(checked[first:]) % 2:
         raise ValueError("its last question has no answer")
@@ -51,14 +51,14 @@ def check_messages(messages: object) -> list[Message]:
 def read_conversation(
     path: Path, *, remedy: str = "choose a file written by /save"
 ) -> list[Message]:
-    """Reads the messages of a file that ``write_conversation`` wrote, or of a like one.
+    """Reads the messages of a file in the form of ``write_conversation``.
 
     Args:
         path: The file.
-        remedy: What to do if it holds no conversation.
+        remedy: Advice for a file that does not hold a conversation.
 
     Raises:
-        ValueError: If it holds no conversation.
+        ValueError: If it does not hold a conversation.
         OSError: If it cannot be read.
     """
     try:
@@ -72,7 +72,7 @@ def read_conversation(
         reason = "it is nested too deeply"
     except ValueError as error:
         reason = str(error)
-    raise ValueError(f"{path} holds no conversation ({reason}): {remedy}.")
+    raise ValueError(f"{path} does not hold a conversation ({reason}): {remedy}.")
 
 
 def write_conversation(
@@ -81,13 +81,13 @@ def write_conversation(
     """Writes the messages as JSON, completely or not at all.
 
     Args:
-        path: The file. One that is there is replaced if it holds a conversation.
-        messages: What was said.
+        path: The file. An existing file is replaced if it holds a conversation.
+        messages: The messages.
         model: The model's name, for the reader.
-        replace: Replace whatever the file holds.
+        replace: Replace any existing file.
 
     Raises:
-        ValueError: If there is a file that holds something else.
+        ValueError: If the existing file is not a conversation.
         OSError: If it cannot be written.
     """
     if path.exists() and not replace:
@@ -95,8 +95,7 @@ def write_conversation(
             read_conversation(path)
         except ValueError:
             raise ValueError(
-                f"{path} is there already and holds something else than a conversation: choose "
-                "another name."
+                f"{path} exists already and is not a conversation: choose another name."
             ) from None
     text = json.dumps({"model": model, KEY: messages}, indent=2, ensure_ascii=False) + "\n"
     with new_file(path) as file:

@@ -1,4 +1,4 @@
-"""A talk at the terminal: what is typed is a message to answer, or a command to follow."""
+"""A talk at the terminal: the user types messages and commands."""
 
 import textwrap
 from pathlib import Path
@@ -17,7 +17,7 @@ COMMANDS = {
     "/reset": "begin a new conversation (or r)",
     "/stats": "settings, and figures of the conversation",
     "/probes": "N: clusters scored per token",
-    "/dense": "score every token, or no longer",
+    "/dense": "score every token, or only the likeliest clusters again",
     "/save": "FILE: write the conversation as JSON",
     "/load": "FILE: continue a conversation from there",
     "/exit": "leave (or q, or Ctrl-D)",
@@ -33,13 +33,13 @@ NO_FLASH_HEAD = "This model has no FlashHead: convert it with mlx_flashhead.conv
 
 
 class Talk:
-    """Reads what is typed, answers messages and follows commands.
+    """Reads texts from the terminal, answers messages and runs commands.
 
     Args:
-        conversation: With the model.
-        terminal: Where it takes place.
-        args: Of the command line.
-        options: Of each answer.
+        conversation: The conversation with the model.
+        terminal: The terminal.
+        args: The command line's arguments.
+        options: Keywords of each answer.
     """
 
     def __init__(self, conversation: Conversation, terminal: Terminal, args, options: dict):
@@ -95,7 +95,7 @@ class Talk:
     def _follow(self, line: str) -> None:
         name, _, argument = line.partition(" ")
         if name.strip() not in COMMANDS:
-            raise ValueError(f"There is no command {name.strip()}: /help lists those there are.")
+            raise ValueError(f"There is no command {name.strip()}: /help lists the commands.")
         getattr(self, f"_{name.strip()[1:]}")(argument.strip())
 
     def _answer(self, text: str) -> None:
@@ -107,7 +107,7 @@ class Talk:
                 ):
                     self.terminal.show(piece)
         except KeyboardInterrupt:
-            pass  # what there is stays
+            pass  # the answer so far stays
         finally:
             self.terminal.end()
         if len(self.conversation.answers) == before:
@@ -123,7 +123,7 @@ class Talk:
         self._keep()
 
     def _keep(self) -> None:
-        """For ``--resume``; said once if it cannot be done."""
+        """Keeps the conversation for ``--resume``; prints once if that fails."""
         if not self.keeping:
             return
         try:
@@ -166,7 +166,7 @@ class Talk:
                 n_probes = int(argument)
             except ValueError:
                 raise ValueError(
-                    f"/probes takes a whole number, 1 to {head.n_clusters}, and not {argument!r}."
+                    f"/probes is {argument!r}: give a whole number, 1 to {head.n_clusters}."
                 ) from None
             head.n_probes = n_probes
         self.terminal.say(f"Now {self._settings()}.")
@@ -199,7 +199,7 @@ class Talk:
 
 
 def _summary(messages: list[Message]) -> str:
-    """Where a conversation stands."""
+    """A sentence on the state of a conversation."""
     said = f"Continuing the last conversation, {_count(len(messages), 'message')}"
     questions = [message["content"] for message in messages if message["role"] == USER]
     return (

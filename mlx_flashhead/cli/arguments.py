@@ -1,4 +1,4 @@
-"""Arguments of the commands: types that check their value, and a parser that says one sentence."""
+"""Arguments of the commands: types that check a value, and a parser with errors of one sentence."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
-# A value as the command line gives it, or as Python does; refused with an ArgumentTypeError.
+# Takes a value from the command line or from Python; refuses it with an ArgumentTypeError.
 Type = Callable[[Any], Any]
 
 
@@ -28,7 +28,7 @@ def adopt(
     Args:
         parser: mlx-lm's; changed in place.
         prog: The command's name.
-        description: What it does.
+        description: Its description.
         help: New texts of its flags, by their destinations.
     """
     parser.__class__ = Parser
@@ -41,7 +41,7 @@ def adopt(
 
 
 def limit_values(parser: argparse.ArgumentParser) -> None:
-    """Gives the flags that mlx-lm's parser has already the types of `LIMITS`."""
+    """Gives the flags of mlx-lm's parser the types of `LIMITS`."""
     for action in parser._actions:
         action.type = LIMITS.get(action.dest, action.type)
 
@@ -52,9 +52,9 @@ def whole_number(
     """A type of argument: a whole number within limits.
 
     Args:
-        low: The least.
-        high: The greatest; None: there is none.
-        or_else: Further numbers, with what each means.
+        low: The least number.
+        high: The greatest number; None: no limit.
+        or_else: Further numbers, with the meaning of each.
     """
     others = or_else or {}
     wanted = _wanted("a whole number", low, high)
@@ -75,9 +75,9 @@ def number(low: float, high: float | None = None, *, above: bool = False) -> Typ
     """A type of argument: a finite number within limits.
 
     Args:
-        low: The least.
-        high: The greatest; None: there is none.
-        above: ``low`` itself is not allowed.
+        low: The least number.
+        high: The greatest number; None: no limit.
+        above: Whether ``low`` itself is refused.
     """
     wanted = f"give a number above {low:g}" if above else _wanted("a number", low, high)
     if above and high is not None:
@@ -164,7 +164,7 @@ def _either(choices: tuple[Any, ...]) -> str:
 
 
 def _sentence(message: str) -> str:
-    """What argparse says, as this package says it."""
+    """argparse's message as a sentence of this package."""
     parts = re.match(r"(?:argument (\S+): )?(it )?(.*)", message, re.S)
     if parts is not None and parts[1] is not None:
         flags, argument, rest = parts.groups()
@@ -189,7 +189,7 @@ def _sentence(message: str) -> str:
 
 
 share = number(0, 1)
-# The flags of mlx-lm, by their destinations, so that every command refuses the same values.
+# Limits of mlx-lm's flags, by their destinations: every command refuses the same values.
 LIMITS: dict[str, Type] = {
     "temp": number(0),
     "top_p": share,

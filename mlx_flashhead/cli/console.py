@@ -1,4 +1,4 @@
-"""What all commands share: one clear sentence and exit code 2 for what a user can mend."""
+"""Errors of all commands: one sentence and exit code 2 for a mistake that a user can correct."""
 
 import errno
 import functools
@@ -38,10 +38,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_writable(option: str, path: str) -> None:
-    """Makes sure, before long work, that an output file can be written; it is not changed.
+    """Checks, before long work, that an output file can be written. The file is not changed.
 
     Raises:
-        ValueError: If it cannot, naming the option.
+        ValueError: If it cannot be written, naming the option.
     """
     file = Path(path)
     existed = file.exists()
@@ -59,12 +59,12 @@ def check_writable(option: str, path: str) -> None:
 def _end_as_if_interrupted() -> None:
     """A terminated command cleans up after itself, as an interrupted one does."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has reasons of its own
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores some signals on purpose
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def sentence(error: Exception) -> str:
-    """What the error says to a user, on one line."""
+    """The error's message for a user, on one line."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")

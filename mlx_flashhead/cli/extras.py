@@ -1,4 +1,4 @@
-"""Modules that a plain installation may lack: imported where they are needed, or named."""
+"""Modules of extras: imported on demand, or named with the command that installs them."""
 
 import importlib
 from types import ModuleType
@@ -15,10 +15,10 @@ def from_extra(module: str, extra: str, what: str) -> ModuleType:
     Args:
         module: Its dotted name.
         extra: The extra, as pyproject.toml names it.
-        what: What needs the module, as the sentence begins.
+        what: The feature that needs the module, as the beginning of the sentence.
 
     Raises:
-        ValueError: If it is not installed, with the command that installs it.
+        ValueError: If it is not installed, naming the command that installs it.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""The line that a chat is typed on: history that is kept, completion, pasted and several lines."""
+"""The input line of a chat: kept history, completion, pasted texts and several lines."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -25,9 +25,9 @@ def line_editor(
     """A function that lets a user type a text and returns it.
 
     Args:
-        commands: What the completion offers at the beginning of a line.
-        with_files: Those of them that a file's name follows.
-        history: File of what was typed before. Where it cannot be written, nothing is kept.
+        commands: Completions for the beginning of a line.
+        with_files: Commands that a file's name follows.
+        history: File of earlier texts. If it cannot be written, nothing is kept.
     """
     keys = KeyBindings()
 
@@ -41,7 +41,7 @@ def line_editor(
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
         key_bindings=keys,
-        # Enter ends the text, but a line of it where its quotes are still open
+        # Enter ends the text, or only a line while its quotes are open
         multiline=Condition(lambda: is_open(session.default_buffer.text)),
         prompt_continuation=CONTINUATION,
     )
@@ -55,7 +55,7 @@ class _KeptHistory(FileHistory):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def store_string(self, string: str) -> None:
-        with suppress(OSError):  # a full disk is no reason to stop
+        with suppress(OSError):  # a full disk must not end the chat
             super().store_string(string)
 
 

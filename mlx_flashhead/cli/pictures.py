@@ -1,4 +1,4 @@
-"""Pictures that commands draw: checked before the work begins, drawn without a screen."""
+"""Pictures of the commands: checked before the work begins, drawn without a screen."""
 
 from pathlib import Path
 from types import ModuleType
@@ -10,14 +10,15 @@ SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def check_picture(option: str, path: str) -> None:
-    """Makes sure, before long work, that a picture can be drawn into a file.
+    """Checks, before long work, that a picture can be drawn into a file.
 
     Args:
         option: The option that names the file.
         path: The file.
 
     Raises:
-        ValueError: If its suffix is unknown, it cannot be written, or matplotlib is not installed.
+        ValueError: If the suffix is unknown, the file cannot be written, or matplotlib is not
+            installed.
     """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"{option} {path} must end in {', '.join(SUFFIXES)}.")
@@ -26,7 +27,7 @@ def check_picture(option: str, path: str) -> None:
 
 
 def pyplot() -> ModuleType:
-    """``matplotlib.pyplot``, drawing into files alone.
+    """``matplotlib.pyplot``, which draws into files only.
 
     Raises:
         ValueError: If matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""A command that runs as several processes under ``mlx.launch``: one speaks, all draw alike."""
+"""Several processes under ``mlx.launch``: one prints, and all draw the same tokens."""
 
 import os
 import secrets
@@ -10,7 +10,7 @@ import mlx.core as mx
 
 
 def join_processes() -> mx.distributed.Group:
-    """All processes that were launched together; a group of one without ``mlx.launch``.
+    """The group of all launched processes; a group of one without ``mlx.launch``.
 
     Raises:
         ValueError: If they do not find each other.
@@ -19,8 +19,7 @@ def join_processes() -> mx.distributed.Group:
         return mx.distributed.init()
     except RuntimeError as error:
         raise ValueError(
-            f"The processes cannot be joined ({error}): check the hosts and the ports that "
-            "mlx.launch was given."
+            f"The processes cannot be joined ({error}): check the hosts and ports of mlx.launch."
         ) from error
 
 
@@ -32,8 +31,8 @@ def first_process_speaks(
 
     Args:
         processes: All of them.
-        errors: Standard error too. Otherwise what fails in another process is said there, since it
-            may be the only one that fails.
+        errors: Silence standard error too. Otherwise another process prints its errors there, since
+            it may be the only one that fails.
 
     Raises:
         ValueError: In place of a ValueError or an OSError of another process, naming it.
@@ -54,11 +53,11 @@ def first_process_speaks(
 
 
 def draw_alike(processes: mx.distributed.Group, seed: int | None) -> None:
-    """Seeds all processes alike: each samples every token by itself, and all must agree.
+    """Seeds all processes alike, since each samples every token by itself and all must agree.
 
     Args:
         processes: All of them.
-        seed: The user's; default: one that the first process chooses.
+        seed: The user's seed; default: the first process chooses one.
     """
     if seed is None:
         chosen = mx.array(secrets.randbits(31) if processes.rank() == 0 else 0)
@@ -68,11 +67,11 @@ def draw_alike(processes: mx.distributed.Group, seed: int | None) -> None:
 
 
 def leave_together(processes: mx.distributed.Group, stream) -> None:
-    """Waits for all processes: mlx-lm is always a token ahead, and each needs the others for it.
+    """Waits for all processes: mlx-lm computes a token ahead, for which each needs the others.
 
     Args:
         processes: All of them.
-        stream: Where the work of this one is under way.
+        stream: The stream of this process's work.
     """
     if processes.size() > 1:
         mx.synchronize(stream)

@@ -1,4 +1,4 @@
-"""Tables of the commands: one look for all, on a screen of 80 columns."""
+"""Tables of the commands, of one look and 80 columns."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -21,10 +21,10 @@ def new_table(
     """An empty table; ``add_row`` and ``add_section`` fill it.
 
     Args:
-        title: Above it.
-        headings: Of its columns.
-        caption: Below it.
-        left: So many columns hold words, and the others figures, which are aligned on the right.
+        title: Text above the table.
+        headings: Headings of the columns.
+        caption: Text below the table.
+        left: Number of columns of words. The others hold figures, aligned on the right.
         padding: Of each cell: top, right, bottom, left.
 
     Raises:
@@ -51,7 +51,7 @@ def show(*parts: "Table | str") -> None:
 
 
 def check_tables(command: str) -> None:
-    """Makes sure, before long work, that a command can print its tables.
+    """Checks, before long work, that a command can print its tables.
 
     Raises:
         ValueError: If rich is not installed.

@@ -1,4 +1,4 @@
-"""Where a chat is typed and shown: a terminal, or pipes."""
+"""Input and output of a chat: a terminal, or pipes."""
 
 import os
 import signal
@@ -12,14 +12,13 @@ from .wrapping import WordWrap
 
 PROMPT = "> "
 QUOTES = '"""'
-# An answer must not move the cursor, change colours or ring the bell, nor do so where it is
-# piped to.
+# An answer must not move the cursor, change colours or ring the bell, here or behind a pipe.
 UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True)
 class Typed:
-    """What a user has typed or pasted.
+    """A text that the user has typed or pasted.
 
     Attributes:
         text: Without the quotes around several lines.
@@ -31,21 +30,21 @@ class Typed:
 
 
 def is_open(text: str) -> bool:
-    """Whether a text begins with three quotes and does not end with three others."""
+    """Whether a text begins with three quotes and the closing three are missing."""
     text = text.strip()
     return text.startswith(QUOTES) and (len(text) < 6 or not text.endswith(QUOTES))
 
 
 class Terminal:
-    """Reads texts and prints; writes no escape code where there is no terminal.
+    """Reads texts and prints. It writes escape codes to a terminal only.
 
-    Standard output carries the answers alone if it is no terminal: what the program itself has to
-    say goes to standard error then.
+    Behind a pipe, standard output carries the answers alone, and the program's own lines go to
+    standard error.
 
     Args:
-        commands: What the completion offers at the beginning of a line.
-        with_files: Those of them that a file's name follows.
-        history: File of what was typed before.
+        commands: Completions for the beginning of a line.
+        with_files: Commands that a file's name follows.
+        history: File of earlier texts.
     """
 
     def __init__(self, commands: Sequence[str], with_files: Sequence[str], history: Path):
@@ -78,7 +77,7 @@ class Terminal:
         return Typed(text, "\n" not in text)
 
     def show(self, piece: str) -> None:
-        """Prints a piece of an answer at once, but for the beginning of a word."""
+        """Prints a piece of an answer. The beginning of a word waits for its end."""
         piece = piece.translate(UNPRINTABLE)
         sys.stdout.write(piece if self._wrap is None else self._wrap.feed(piece))
         sys.stdout.flush()
@@ -89,7 +88,7 @@ class Terminal:
         sys.stdout.flush()
 
     def say(self, text: str) -> None:
-        """Prints lines of the program's own, which stand back from the answers."""
+        """Prints lines of the program's own, fainter than the answers."""
         if self._wrap is not None:
             text = self._wrap.feed(text) + self._wrap.end()
         print(f"\x1b[2m{text}\x1b[0m" if self._dim and text else text, file=self._own, flush=True)
@@ -108,7 +107,7 @@ class Terminal:
 
 
 def _columns() -> int:
-    """Width of the terminal; a very wide one where it does not say."""
+    """Width of the terminal; very wide if it is unknown."""
     try:
         return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
     except OSError:
@@ -116,7 +115,7 @@ def _columns() -> int:
 
 
 class StopKey:
-    """Within the block, Ctrl-C asks to stop; pressed once more, it interrupts at once."""
+    """Within the block, Ctrl-C asks to stop. A second Ctrl-C interrupts at once."""
 
     def __enter__(self) -> Callable[[], bool]:
         self._pressed = False

@@ -1,4 +1,4 @@
-"""Text that streams onto a terminal, with its lines broken between words."""
+"""Streamed text on a terminal, with lines that break between words."""
 
 import unicodedata
 from collections.abc import Callable
@@ -10,11 +10,11 @@ class WordWrap:
     """Breaks lines between words, as the pieces of a text come.
 
     A word is shown when it is complete, one token later. The last column stays empty, since some
-    terminals begin a new line when it is filled. A word that is wider than a line is left to the
-    terminal, so that it can be copied in one piece.
+    terminals begin a new line when it is filled. The terminal itself breaks a word that is wider
+    than a line, so that it can be copied in one piece.
 
     Args:
-        columns: Tells the width of the terminal, which may change.
+        columns: Returns the width of the terminal, which may change.
     """
 
     def __init__(self, columns: Callable[[], int]):
@@ -25,7 +25,7 @@ class WordWrap:
         self._within_word = False  # its beginning has been shown
 
     def feed(self, text: str) -> str:
-        """What can be shown now.
+        """The text that can be shown now.
 
         Args:
             text: The next piece.
@@ -47,7 +47,7 @@ class WordWrap:
         return "".join(shown)
 
     def end(self) -> str:
-        """The rest, when no more text comes; the next one begins on a new line."""
+        """The rest of the text. The next text begins on a new line."""
         rest = self._take_word()
         self._column, self._space = 0, ""
         return rest
@@ -73,7 +73,7 @@ class WordWrap:
 
 
 def _advanced(column: int, text: str) -> int:
-    """Where a text ends that begins in a column, on a line without an end."""
+    """The end column of a text that begins in ``column``, on an endless line."""
     for char in text:
         column += TAB_STOP - column % TAB_STOP if char == "\t" else _width(char)
     return column

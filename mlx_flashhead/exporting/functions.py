@@ -1,15 +1,15 @@
 """A head as functions in a file that MLX reads from any language, Swift above all.
 
 The file holds three functions of one hidden state. MLX finds a function by the names of its
-arguments, so each takes the state under a name of its own, which is the function's name:
+arguments, so each names the state after itself:
 
     token        (1, D) → the greedy token (1,) uint32
     candidates   (1, D) → token ids (1, p, n) uint32, and their logits (1, p, n)
     logits       (1, D) → full logits (1, V)
 
-The weights are inside, or further arguments, whose names are those of `head_weights`. With the
-backend "metal" a function is nothing but FlashHead's kernels, so that nothing in it runs anywhere
-else than on the GPU, whatever machine has written the file.
+The weights are in the file, or they are further arguments with the names of `head_weights`. With
+the backend "metal" a function consists of FlashHead's kernels alone. It runs on the GPU, whatever
+machine has written the file.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from ..models.locate import find_head, recorded_hidden
 TOKEN, CANDIDATES, LOGITS = "token", "candidates", "logits"
 FUNCTIONS = (TOKEN, CANDIDATES, LOGITS)
 METAL, PORTABLE = "metal", "mlx"
-ONLY_FULL_LOGITS = ("slot_of", "tail_offset")  # weights that no other function reads
+ONLY_FULL_LOGITS = ("slot_of", "tail_offset")  # weights of the function ``logits`` only
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class ExportedFunction:
     """One function of the file.
 
     Attributes:
-        name: What the hidden state's argument is called.
+        name: Name of the hidden state's argument.
         inputs: Arguments by name, with the shape and dtype of each.
-        outputs: Shapes and dtypes of what it returns.
+        outputs: Shapes and dtypes of the results.
     """
 
     name: str
@@ -48,11 +48,12 @@ class ExportedFunction:
 
 
 def head_weights(clustered: ClusteredRows) -> dict[str, mx.array]:
-    """What the functions read besides the hidden state, under the names of their arguments.
+    """The functions' arguments besides the hidden state, by name.
 
-    rows_* are the head's rows in the order of the clusters, as the model stores them; centroids_*
-    those of stage 1; route_bias (C,) is added to the clusters' scores and tail_offset (C,) makes
-    them estimates of a token's logit; token_ids (C, n) and slot_of (V,) tell which row is whose.
+    rows_* are the head's rows in the order of the clusters, as the model stores them. centroids_*
+    are the centroids. route_bias (C,) is added to the clusters' scores, and tail_offset (C,) turns
+    scores into estimates of a token's logit. token_ids (C, n) gives the token of each row, and
+    slot_of (V,) the row of each token.
     """
     clustered, centroids = clustered.in_rows(), clustered.centroids
     return (
@@ -87,15 +88,15 @@ def export_head(
 
     Args:
         head: The head.
-        path: Where to; a file that is there is overwritten.
+        path: The file; an existing one is overwritten.
         dtype: Of the hidden states.
         n_probes: Clusters scored; default: as the head is set.
         backend: "metal" for FlashHead's kernels, "mlx" for plain operations of this machine's
             device.
-        include_weights: Put the weights into the file, instead of taking them as arguments.
+        include_weights: Put the weights into the file. Otherwise they are arguments.
 
     Returns:
-        What is in the file.
+        The functions in the file.
 
     Raises:
         ValueError: If the kernels do not read this head, or ``n_probes`` is out of range.
@@ -151,7 +152,7 @@ def _steps(clustered: ClusteredRows, backend: str) -> Steps:
 
 
 def _with_weights(clustered: ClusteredRows, weights: dict[str, mx.array]) -> ClusteredRows:
-    """The same head on other arrays, those of ``head_weights`` that are given."""
+    """The same head on other arrays, given by the names of ``head_weights``."""
 
     def named(prefix: str) -> dict[str, mx.array]:
         return {k.removeprefix(prefix): a for k, a in weights.items() if k.startswith(prefix)}

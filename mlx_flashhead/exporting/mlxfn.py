@@ -1,9 +1,9 @@
-"""Exported functions for an older MLX: the same file without what that one does not know.
+"""Exported functions for an older MLX: the same file without the fields that it does not know.
 
-MLX writes no version of the format, only its own, which it does not look at. Two things were added
-to what FlashHead's files hold: the compile options of a Metal kernel in 0.32.0 (four bytes at the
-end of each), and metadata in the head of the file in 0.32.1. A reader of 0.31 would take them for
-what comes next. Both are empty here, and are left out.
+A file holds MLX's version but no version of the format, and a reader ignores the former. Two fields
+of FlashHead's files are new: the compile options of a Metal kernel since 0.32.0 (four bytes at the
+end of each kernel), and metadata in the head of the file since 0.32.1. MLX 0.31 would read them as
+the next field. Both are empty in FlashHead's files and are left out.
 
 Source: mlx/export.cpp and mlx/fast_primitives.h of MLX 0.31.1, 0.32.0 and 0.32.1.
 """
@@ -27,10 +27,10 @@ def rewrite_for(version: str, path: Path) -> None:
 
     Args:
         version: "0.31".
-        path: A file written by MLX 0.32.1 or later, all of whose operations are Metal kernels.
+        path: A file of Metal kernels alone, written by MLX 0.32.1 or later.
 
     Raises:
-        ValueError: If the file is of another form.
+        ValueError: If the file has another form.
     """
     if version != VERSIONS[0]:
         raise ValueError(f"There is no other form of the file for MLX {version!r}.")
@@ -48,7 +48,7 @@ def rewrite_for(version: str, path: Path) -> None:
 
 
 class _Reader:
-    """Walks through a file; numbers are little-endian, lists begin with their length."""
+    """Walks through a file. Numbers are little-endian, and lists begin with their length."""
 
     def __init__(self, data: mmap.mmap):
         self._data = data
@@ -62,7 +62,7 @@ class _Reader:
         self._skip(1)  # shapeless
         first = self._at
         if self._string():
-            raise ValueError("The exported file holds metadata, which MLX 0.31 cannot.")
+            raise ValueError("The exported file holds metadata, which MLX 0.31 cannot read.")
         ranges = [(first, self._at)]
         for _ in range(n_functions):
             self._list(self._string)  # names of the arguments
@@ -81,12 +81,12 @@ class _Reader:
                 self._constants.add(identity)
                 self._skip(self._shape_and_dtype())
             return
-        self._list(lambda: self._skip(8))  # ids of what it takes
+        self._list(lambda: self._skip(8))  # ids of its inputs
         self._skip(STREAM_BYTES)
         name = self._string()
         if name != b"CustomKernel":
             raise ValueError(
-                f"The exported file holds {name.decode(errors='replace')}, and not only kernels."
+                f"The exported file holds {name.decode(errors='replace')}, which is not a kernel."
             )
         ranges.append(self._kernel())
         if self._number(8):  # results besides the first
@@ -111,7 +111,7 @@ class _Reader:
         first = self._at
         self._skip(4)
         if self._data[first : self._at] != NO_OPTIONS:
-            raise ValueError("The exported file holds compile options, which MLX 0.31 has not.")
+            raise ValueError("The exported file holds compile options, which MLX 0.31 lacks.")
         return first, self._at
 
     def _shape_and_dtype(self) -> int:

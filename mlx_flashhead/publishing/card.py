@@ -1,6 +1,6 @@
-"""The model card, README.md: written from what the checkpoint stores, whenever it is needed.
+"""The model card, README.md, written from the checkpoint's settings.
 
-Below a marker a person may add text, which no conversion and no upload changes.
+A person may add text below a marker. Conversions and uploads keep it.
 """
 
 from pathlib import Path
@@ -19,12 +19,12 @@ BODY = """\
 # {title}
 
 {attribution}{what} with **FlashHead**, a faster output head for language models on Apple
-Silicon. The rows of the head are sorted into {n_clusters} clusters of {cluster_size}; per token the
-best {n_probes} clusters are found by a small product, and only their rows are read. Nothing was
-trained.
+silicon. The rows of the head are sorted into {n_clusters} clusters of {cluster_size}. Per token a
+small product finds the best {n_probes} clusters, and only their rows are read. Nothing was trained.
 
 Made with mlx_flashhead, an **independent implementation** of
-[FlashHead (arXiv 2603.14591)](https://arxiv.org/abs/2603.14591), not affiliated with its authors.
+[FlashHead (arXiv 2603.14591)](https://arxiv.org/abs/2603.14591). It is not affiliated with its
+authors.
 
 ## Use it
 
@@ -46,7 +46,7 @@ model, without FlashHead and its speed:
 mlx_lm.generate --model {model} --prompt "Why is the sky blue?"
 ```
 
-## What conversion measured
+## Measured by the conversion
 
 {measured}
 
@@ -81,7 +81,8 @@ true next tokens, as a multiple of the dense head's{dense}, with estimates for t
 not scored. *Bytes*: weights that the head reads per token; the dense head reads {dense_bytes}.
 **Bold**: what the checkpoint is set to. Speed was not measured."""
 NOT_MEASURED = """\
-Nothing: it was not calibrated. `mlx_flashhead.evaluate --model {model} --text FILE` measures it."""
+Nothing, since it was not calibrated. `mlx_flashhead.evaluate --model {model} --text FILE` measures
+it."""
 
 
 def write_card(
@@ -99,11 +100,11 @@ def write_card(
     Args:
         folder: The folder.
         metadata: The card's header.
-        config: What the checkpoint stores.
-        licence: If it is one with conditions.
-        title: What the model is called.
-        model: What ``--model`` is in the examples: a repository or a folder.
-        own_text: What a person wrote.
+        config: The checkpoint's settings.
+        licence: A licence with conditions, or None.
+        title: The model's name.
+        model: ``--model`` of the examples: a repository or a folder.
+        own_text: Text of a person.
     """
     data = ModelCardData(**metadata, ignore_metadata_errors=True)
     body = _body(metadata, config, licence, title, model)
@@ -112,7 +113,7 @@ def write_card(
 
 
 def text_below_marker(card: str | None) -> str:
-    """What a person wrote on a card: all below the marker, or all of a card that has none."""
+    """A person's text on a card: all below the marker, or the whole of a card without a marker."""
     if not card:
         return ""
     _, marker, below = card.partition(f"{MARKER}\n")
@@ -198,10 +199,10 @@ def _licence(metadata: dict, licence: Licence | None) -> str:
         return f"[{licence.name}]({licence.link}). {licence.notice.rstrip('.')}. {MODIFIED}"
     name = metadata.get("license_name") or metadata.get("license")
     if not name:
-        return "That of the base model, whose files do not name it."
+        return "The base model's. Its files do not name it."
     link = metadata.get("license_link")
     is_address = isinstance(link, str) and link.startswith("http")
-    return f"That of the base model: {f'[{name}]({link})' if is_address else name}. {MODIFIED}"
+    return f"The base model's: {f'[{name}]({link})' if is_address else name}. {MODIFIED}"
 
 
 def _size(n_bytes: float) -> str:

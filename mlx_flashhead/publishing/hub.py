@@ -1,6 +1,6 @@
-"""Talks to the Hugging Face Hub: who writes, where to, and the upload itself.
+"""The Hugging Face Hub: sign in, reserve a repository, upload.
 
-Whatever the Hub or its client says is turned into one sentence, without the user's token.
+Errors of the Hub and its client become one sentence without the user's token.
 """
 
 import fnmatch
@@ -29,8 +29,8 @@ def sign_in() -> str:
     """The name of the user whose token is used.
 
     Raises:
-        ValueError: If there is no token, it is not valid or may not write, or the Hub cannot be
-            reached.
+        ValueError: If there is no token, if it is not valid or may not write, or if the Hub cannot
+            be reached.
     """
     try:
         account = HfApi().whoami()
@@ -58,32 +58,32 @@ def full_name(name: str, user: str) -> str:
     """ "owner/name" of a repository that may be named without its owner.
 
     Raises:
-        ValueError: If the Hub has no such names.
+        ValueError: If the Hub does not allow the name.
     """
     repo_id = name if "/" in name else f"{user}/{name}"
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
         raise ValueError(
-            f"{name!r} is no name of a repository: give OWNER/NAME of letters, digits, '-', '_' "
+            f"{name!r} is not a name of a repository: give OWNER/NAME of letters, digits, '-', '_' "
             "and '.', at most 96 of them."
         ) from None
     return repo_id
 
 
 def reserve(repo_id: str, user: str, private: bool = False) -> str:
-    """Creates the repository, or makes sure that one which is there can be written to.
+    """Creates the repository, or checks that the user may write to an existing one.
 
     Args:
         repo_id: "owner/name".
-        user: Who writes.
-        private: Make it a private one.
+        user: The user's name.
+        private: Make it private.
 
     Returns:
         Its address.
 
     Raises:
-        ValueError: If it cannot be written to, or is public though ``private`` is wanted.
+        ValueError: If the user may not write to it, or if it is public and ``private`` is set.
     """
     api = HfApi()
     try:
@@ -105,14 +105,14 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
         raise ValueError(_unreachable(error)) from None
     if is_public:
         raise ValueError(
-            f"{repo_id} is there already and is public, so --private cannot hold: choose another "
-            "name, or make it private on its page."
+            f"{repo_id} exists already and is public, in spite of --private: choose another name, "
+            "or make it private on its page."
         )
     return str(address)
 
 
 def read_card(repo_id: str) -> str | None:
-    """The text of a repository's card, None where there is none.
+    """The text of a repository's card, None if there is none.
 
     Raises:
         ValueError: If the Hub cannot be asked.
@@ -128,13 +128,13 @@ def read_card(repo_id: str) -> str | None:
 
 
 def upload(folder: Path, repo_id: str) -> None:
-    """Uploads a folder, in which the Hub's client skips what is stored already.
+    """Uploads a folder. The Hub's client skips files that are stored already.
 
-    Weights in the repository that are not in the folder are deleted: mlx-lm reads every file of
-    weights that it finds.
+    Weights of the repository that are not in the folder are deleted, since mlx-lm reads every file
+    of weights.
 
     Raises:
-        ValueError: If it does not succeed; the folder stays as it is.
+        ValueError: If the upload fails. The folder stays as it is.
     """
     api = HfApi()
     try:
@@ -147,7 +147,7 @@ def upload(folder: Path, repo_id: str) -> None:
                 delete_patterns=_other_weights(api, repo_id, folder),
             )
     except Exception as error:  # the Hub's client raises many unrelated types
-        # `from None`: the client's own message could hold the token that this one leaves out
+        # `from None`: the client's own message may hold the token
         raise ValueError(
             f"{repo_id} could not be uploaded ({_reason(error)}): the model is kept in {folder}, "
             f"and `mlx_flashhead.upload --path {folder} --repo {repo_id}` continues without "
@@ -162,22 +162,22 @@ def _other_weights(api: HfApi, repo_id: str, folder: Path) -> list[str] | None:
     except HfHubHTTPError as error:
         if _status(error) != 404:
             raise
-        return None  # nothing was ever committed
+        return None  # an empty repository
     return [name for name in stored if not (folder / name).exists()] or None
 
 
 def _check_writable(api: HfApi, repo_id: str) -> None:
-    """`create_repo` is content with any repository that can be seen."""
+    """Raises if the token may not write. `create_repo` accepts any visible repository."""
     try:
         api.auth_check(repo_id, write=True)
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise
-        # a Hub that cannot answer this says no when it is written to
+        # a Hub without this request refuses at the upload
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The status of the Hub's answer that an error goes back to, if it goes back to one."""
+    """The status of the Hub's answer that caused an error, or None."""
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     return None if error is None else error.response.status_code
@@ -193,7 +193,7 @@ def _unreachable(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What the error and what led to it say, on one line and without secrets."""
+    """The messages of the error and its causes, on one line and without secrets."""
     said = []
     while error is not None and len(said) < 2:
         said.append(" ".join(str(error).split()).rstrip(".:") or type(error).__name__)

@@ -1,7 +1,6 @@
-"""Licences of base models that put conditions on what is made from them.
+"""Licences of base models that put conditions on derived models.
 
-Which one a model has is read from its card, and where the card is silent, from the texts beside it.
-A licence that a card declares is never doubted, and none is guessed.
+A model's card names its licence. If it does not, the texts beside the model do. Nothing is guessed.
 
 Source: the licence agreements themselves, Llama's in meta-llama/llama-models (sections 1.b.i and
 1.b.iii), Gemma's at ai.google.dev/gemma/terms (section 3.1).
@@ -22,16 +21,16 @@ MODIFIED = (
 
 @dataclass(frozen=True)
 class Licence:
-    """What a licence asks of a model made from a licensed one.
+    """The conditions that a licence puts on a derived model.
 
     Attributes:
         identifier: The card's ``license``.
-        name: In full.
+        name: Full name.
         link: Address of the text.
         text: Pattern that a copy of the text matches.
         notice: Sentence that a file beside the model must hold.
-        attribution: To be displayed on the card, or "".
-        prefix: What the name must begin with, or "".
+        attribution: Text that the card must show, or "".
+        prefix: Beginning of the model's name, or "".
     """
 
     identifier: str
@@ -99,14 +98,14 @@ def recognise(metadata: dict, files: Iterable[Path]) -> Licence | None:
 
 
 def check_known(metadata: dict, model: str) -> None:
-    """Makes sure that a model's licence is known before anything is made public.
+    """Checks that a model's licence is known, before anything is made public.
 
     Args:
-        metadata: Of its card.
-        model: What it is called, for the sentence.
+        metadata: Its card's header.
+        model: Its name, for the error.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the licence is not known.
     """
     if not metadata.get("license"):
         raise ValueError(
@@ -116,10 +115,10 @@ def check_known(metadata: dict, model: str) -> None:
 
 
 def check_name(licence: Licence | None, repo_id: str) -> None:
-    """Makes sure that a repository is called what the licence wants.
+    """Checks that the licence allows a repository's name.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it does not.
     """
     owner, _, name = repo_id.rpartition("/")
     if licence is not None and not has_prefix(licence, name):
@@ -131,20 +130,20 @@ def check_name(licence: Licence | None, repo_id: str) -> None:
 
 
 def has_prefix(licence: Licence, name: str) -> bool:
-    """Whether the name begins as the licence wants, whatever its case and hyphens."""
+    """Whether the name begins with the licence's prefix; case and hyphens do not matter."""
     return _plain(name).startswith(_plain(licence.prefix))
 
 
 def check_text(
     licence: Licence | None, files: Iterable[Path], place: str, before: str = ""
 ) -> None:
-    """Makes sure that a copy of the licence is there to be handed on.
+    """Checks that a copy of the licence is beside the model.
 
     Args:
-        licence: The model's.
+        licence: The model's licence.
         files: Files beside the model.
-        place: Where the copy is to be put, for the sentence.
-        before: What is to be done before that.
+        place: Place for the copy, for the error.
+        before: A step before that, for the error.
 
     Raises:
         ValueError: If there is none.
@@ -172,7 +171,7 @@ def write_notice(licence: Licence | None, folder: Path) -> None:
 
 
 def licence_files(folder: Path) -> list[Path]:
-    """The files of a model's folder that speak of its licence."""
+    """The files of a model's folder that belong to its licence."""
     found = {file for pattern in LICENCE_FILES for file in folder.glob(pattern)}
     return sorted(file for file in found if file.is_file())
 

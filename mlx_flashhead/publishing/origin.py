@@ -1,4 +1,4 @@
-"""Where a model comes from: its repository, its commit, what its card says, its licence."""
+"""The origin of a model: its repository, its commit, its card and its licence."""
 
 import json
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from . import licences
 from .licences import LICENCE_FILES, Licence
 
 CARD_FILE = "README.md"
-# What of a base model's card is as true of what is made from it.
+# Entries of a base model's card that hold for a derived model too.
 KEPT_METADATA = ("license", "license_name", "license_link", "language")
 
 
@@ -22,11 +22,11 @@ class Origin:
     """A model that is converted.
 
     Attributes:
-        name: What it is called.
-        repo_id: "owner/name" on the Hub, or None where it is not known.
+        name: Its name.
+        repo_id: "owner/name" on the Hub, or None if unknown.
         revision: Its commit, or None.
-        metadata: Of its card.
-        licence: If it is one with conditions.
+        metadata: Its card's header.
+        licence: A licence with conditions, or None.
         files: The licence's files.
     """
 
@@ -41,16 +41,13 @@ class Origin:
 def find_origin(
     hf_path: str, folder: Path, base_model: str | None = None, license: str | None = None
 ) -> Origin:
-    """What is known of a model.
+    """The origin of a model, from its folder and its card on the Hub.
 
     Args:
         hf_path: Its folder or repository, as the user named it.
-        folder: Where it lies.
+        folder: Its local folder.
         base_model: Its repository, if the user names it.
-        license: Its licence as the Hub calls it, where its card does not name it.
-
-    Returns:
-        What its folder and its card on the Hub tell.
+        license: Its licence as the Hub calls it, for a card that does not name it.
 
     Raises:
         ValueError: If its card names another licence than the user.
@@ -58,7 +55,7 @@ def find_origin(
     repo_id, revision = _cached_repository(folder)
     documents = folder
     if repo_id is not None and not Path(hf_path).expanduser().is_dir():
-        # these were not among the files that mlx-lm asks for; the model is there without them
+        # mlx-lm does not download these files
         documents = _fetched_documents(repo_id, revision) or folder
     elif base_model is not None and not (folder / CARD_FILE).exists():
         documents = _fetched_documents(base_model, None) or folder
@@ -76,7 +73,7 @@ def find_origin(
 
 
 def card_metadata(origin: Origin) -> dict:
-    """What the card of a model made from this one says in its header."""
+    """The header of a derived model's card."""
     metadata = {key: origin.metadata[key] for key in KEPT_METADATA if origin.metadata.get(key)}
     if origin.licence is not None and "license" not in metadata:
         metadata["license"] = origin.licence.identifier
@@ -85,7 +82,7 @@ def card_metadata(origin: Origin) -> dict:
     if origin.repo_id is not None:
         metadata |= {"base_model": origin.repo_id, "base_model_relation": "quantized"}
     elif origin.metadata.get("base_model"):
-        # of a folder that does not say which repository it is, only its own lineage is known
+        # a folder of unknown origin may still name its own base model
         metadata["base_model"] = origin.metadata["base_model"]
         if origin.metadata.get("base_model_relation"):
             metadata["base_model_relation"] = origin.metadata["base_model_relation"]
@@ -112,18 +109,18 @@ def with_licence(metadata: dict, license: str | None) -> dict:
 
 
 def read_metadata(card: Path) -> dict:
-    """The header of a card; empty where there is none that can be read."""
+    """The header of a card; empty if there is no readable one."""
     try:
         text = card.read_text(encoding="utf-8-sig")
         if not text.lstrip().startswith("---"):
             return {}
         return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # whatever its YAML is: a card is no reason not to convert a model
+    except Exception:  # a bad card must not stop a conversion
         return {}
 
 
 def _fetched_documents(repo_id: str, revision: str | None) -> Path | None:
-    """A folder with a repository's card and its licence, None if they cannot be had."""
+    """A folder with a repository's card and its licence; None if they cannot be downloaded."""
     with suppress(Exception), redacted_logs():  # the Hub's client raises many unrelated types
         patterns = [CARD_FILE, *LICENCE_FILES]
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
@@ -139,7 +136,7 @@ def _cached_repository(folder: Path) -> tuple[str | None, str | None]:
 
 
 def _repository_in(settings: dict, metadata: dict) -> str | None:
-    """The repository that a local folder names as what it is, or is a mere conversion of."""
+    """The repository that a local folder names as its own, or as the source of its conversion."""
     base = _as_list(metadata.get("base_model"))
     is_conversion = metadata.get("library_name") == "mlx" or (
         metadata.get("base_model_relation") == "quantized"

@@ -1,4 +1,4 @@
-"""A checkpoint and all that is published with it: its name, its card, its licence, the upload."""
+"""Publishing a checkpoint: its name, its card, its licence, the upload."""
 
 import re
 import shutil
@@ -22,16 +22,16 @@ MAX_TEXT_BYTES = 50_000_000
 
 
 def checkpoint_name(origin: Origin, rows: Matrix, body: str | None) -> str:
-    """What a checkpoint is called: ``<model>-FlashHead-<precision>``.
+    """The name of a checkpoint: ``<model>-FlashHead-<precision>``.
 
     Args:
-        origin: The model that is converted.
+        origin: The converted model.
         rows: The checkpoint's head.
-        body: Precision of the body if it is quantized by the conversion, such as "4bit"; else the
-            name ends in the head's.
+        body: Precision of a body that the conversion quantizes, such as "4bit". Without it the name
+            ends in the head's precision.
     """
     label = body or precision_label(rows)
-    # the Hub's names have no others, and neither "--" nor ".."
+    # the Hub allows these characters, but neither "--" nor ".."
     name = re.sub(r"[^\w.]+|\.{2,}", "-", origin.name, flags=re.ASCII).strip("-.") or "model"
     name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
     if origin.licence is not None and not licences.has_prefix(origin.licence, name):
@@ -43,7 +43,7 @@ def checkpoint_name(origin: Origin, rows: Matrix, body: str | None) -> str:
 
 
 def precision_label(rows: Matrix) -> str:
-    """The precision of rows as names of models give it: "4bit", "mxfp4", "bf16"."""
+    """The precision of rows in the form of models' names: "4bit", "mxfp4", "bf16"."""
     if not rows.quantized:
         return DTYPE_LABELS[rows.weight.dtype]
     return f"{rows.bits}bit" if rows.mode == AFFINE else rows.mode
@@ -53,11 +53,11 @@ def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target:
     """Writes a new checkpoint's card and puts the licence's files beside it.
 
     Args:
-        folder: The checkpoint's, while it is written.
-        origin: The model it was made from.
-        config: What it stores.
-        target: Where the folder goes. Of a checkpoint that is replaced there, the licence's files
-            are kept, and what a person wrote below the marker of its card.
+        folder: The checkpoint's folder while it is written.
+        origin: The converted model.
+        config: The checkpoint's settings.
+        target: The folder's final place. An older checkpoint there leaves its licence files, and
+            the text below the marker of its card.
     """
     for file in [*licences.licence_files(target), *origin.files]:
         shutil.copy(file, folder)
@@ -84,19 +84,19 @@ def publish(
     """Uploads a checkpoint.
 
     Args:
-        folder: The checkpoint's.
-        repo: Its repository, with or without its owner; None: the name that conversion derived,
-            under the user's own.
-        private: Make a new repository a private one.
-        license: The model's licence as the Hub calls it, where its card does not name it.
-        say: Told in a sentence what is being done.
+        folder: The checkpoint's folder.
+        repo: Its repository, with or without its owner; None: the conversion's name for it, under
+            the user's own.
+        private: Make a new repository private.
+        license: The model's licence as the Hub calls it, for a card that does not name it.
+        say: Called with a sentence at each step.
 
     Returns:
         The repository's address.
 
     Raises:
-        ValueError: If the folder is no checkpoint, may not be published, or the Hub refuses; the
-            folder is kept.
+        ValueError: If the folder is not a checkpoint or may not be published, or if the Hub
+            refuses. The folder is kept.
     """
     config = read_index(folder).config
     metadata = read_metadata(folder / CARD_FILE) or config.recipe.get("metadata", {})
@@ -110,7 +110,7 @@ def publish(
     user = hub.sign_in()
     name = repo or config.recipe.get("name")
     if name is None:
-        raise ValueError(f"{folder} does not say what it is called: name it by --repo OWNER/NAME.")
+        raise ValueError(f"{folder} does not hold its own name: give it by --repo OWNER/NAME.")
     repo_id = hub.full_name(name, user)
     licences.check_name(licence, repo_id)
     check_secrets(folder)
@@ -125,15 +125,16 @@ def publish(
 
 
 def check_licence(origin: Origin, repo_id: str | None, target: Path) -> None:
-    """Makes sure, before a conversion, that its result may be published under a name.
+    """Checks, before a conversion, that its result may be published under a name.
 
     Args:
         origin: The model.
-        repo_id: "owner/name", or None for a derived one.
+        repo_id: "owner/name", or None for a derived name.
         target: The checkpoint's folder.
 
     Raises:
-        ValueError: If the licence is not known, wants another name, or its text is missing.
+        ValueError: If the licence is not known, if it does not allow the name, or if its text is
+            missing.
     """
     licences.check_known(card_metadata(origin), origin.repo_id or origin.name)
     if repo_id is not None:
@@ -143,7 +144,7 @@ def check_licence(origin: Origin, repo_id: str | None, target: Path) -> None:
 
 
 def check_secrets(folder: Path) -> None:
-    """Makes sure that no file that is uploaded holds the user's token.
+    """Checks that no file of the upload holds the user's token.
 
     Raises:
         ValueError: If one does, naming it.

@@ -1,4 +1,4 @@
-"""How a checkpoint was made: the command that makes it again, and with which versions."""
+"""The recipe of a checkpoint: the command that makes it again, and the versions."""
 
 import hashlib
 import platform
@@ -16,18 +16,18 @@ CALIBRATION = "--calibration"  # the flag that may name a file
 def make_recipe(
     flags: Mapping[str, object], *, model: str, revision: str | None, seed: int, name: str
 ) -> dict:
-    """What is stored of a conversion.
+    """The recipe that a checkpoint stores.
 
     Args:
-        flags: Of ``mlx_flashhead.convert`` with their values, as far as they change what is made.
-        model: What was converted, as others can name it.
+        flags: Flags of ``mlx_flashhead.convert`` that change the result, with their values.
+        model: The converted model by a name that others can use.
         revision: Its commit, if it has one.
-        seed: Of the conversion.
-        name: What the result is called.
+        seed: Seed of the conversion.
+        name: Name of the result.
 
     Returns:
-        ``name``, ``command``, ``versions``, ``platform`` and, where files were read, their SHA-256
-        as ``files``: JSON-ready, and without paths of this machine.
+        ``name``, ``command``, ``versions``, ``platform`` and, if files were read, their SHA-256 as
+        ``files``. JSON-ready, and without paths of this machine.
     """
     words = ["mlx_flashhead.convert", "--hf-path", model]
     if revision is not None:

@@ -41,9 +41,9 @@ def test_a_bare_list_is_read_and_other_keys_are_left_out(tmp_path):
         ('[{"role": "user"}]', "message 1 must have a role and a content"),
         ('[{"role": "user", "content": [1]}]', "message 1 must have a role and a content"),
         ('[{"role": "user", "content": "a"}]', "its last question has no answer"),
-        ('[{"role": "assistant", "content": "a"}]', "message 1 is of the role 'assistant'"),
-        (json.dumps([*TALK[1:], *TALK[1:], *TALK]), "message 5 is of the role 'system'"),
-        (json.dumps([TALK[1], TALK[1]]), "message 2 is of the role 'user' and not of 'assistant'"),
+        ('[{"role": "assistant", "content": "a"}]', "message 1 has the role 'assistant'"),
+        (json.dumps([*TALK[1:], *TALK[1:], *TALK]), "message 5 has the role 'system'"),
+        (json.dumps([TALK[1], TALK[1]]), "message 2 has the role 'user' instead of 'assistant'"),
     ],
 )
 def test_other_files_are_refused_in_one_sentence(tmp_path, content, said):
@@ -68,7 +68,7 @@ def test_a_conversation_is_replaced_and_nothing_else(tmp_path):
     write_conversation(file, TALK[1:], "a model")
     assert read_conversation(file) == TALK[1:]
     file.write_text("shopping list")
-    with pytest.raises(ValueError, match="holds something else than a conversation"):
+    with pytest.raises(ValueError, match="exists already and is not a conversation"):
         write_conversation(file, TALK, "a model")
     assert file.read_text() == "shopping list"
 

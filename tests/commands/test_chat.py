@@ -144,7 +144,7 @@ def test_every_command(start, folder):
     assert "needs the name of a file" in chat.say("/save")
     assert "chat.json" in chat.say("/load absent/chat.json")
     (folder / "notes.txt").write_text("no conversation")
-    assert "holds no conversation" in chat.say("/load notes.txt")
+    assert "does not hold a conversation" in chat.say("/load notes.txt")
     chat.type(" /a message that begins with a slash", ">  /a message that begins with a slash")
     assert "tokens/s" in chat.say()
     assert chat.say("") == ""

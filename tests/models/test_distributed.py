@@ -144,7 +144,7 @@ def test_each_process_has_its_part_and_a_flash_head(qwen2, tmp_path, kind):
 def test_mistakes_are_told_by_the_first_process(qwen2):
     refused = launch("-m", "mlx_flashhead.generate", "--model", qwen2[1], "--prompt", "-")
     assert refused[0] == ""
-    assert refused[1].count("error:") == 1 and "does not end: give the prompt" in refused[1]
+    assert refused[1].count("error:") == 1 and "has no end: give the prompt" in refused[1]
 
 
 def test_a_model_whose_heads_do_not_divide_is_told_of_its_other_way(tmp_path):

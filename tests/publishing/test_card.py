@@ -91,7 +91,7 @@ def test_what_was_not_measured_is_not_shown(tmp_path):
         CONFIG, report={}, calibration={"source": "none", "positions": 0, "seed": 0}
     )
     card = write(tmp_path, config)
-    assert "| probes |" not in card and "Nothing: it was not calibrated" in card
+    assert "| probes |" not in card and "Nothing, since it was not calibrated" in card
     assert "Not calibrated, seed 0." in card
 
 
@@ -110,15 +110,13 @@ def test_estimates_are_no_measurements(tmp_path):
 
 def test_other_licences(tmp_path):
     named = {"license": "other", "license_name": "own", "license_link": "https://example.org/l"}
-    assert "That of the base model: [own](https://example.org/l)." in write(
+    assert "The base model's: [own](https://example.org/l)." in write(
         tmp_path, metadata=METADATA | named, licence=None
     )
     linked = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
-    assert "That of the base model: own." in write(
-        tmp_path, metadata=METADATA | linked, licence=None
-    )
+    assert "The base model's: own." in write(tmp_path, metadata=METADATA | linked, licence=None)
     card = write(tmp_path, metadata={}, licence=None)
-    assert "whose files do not name it" in card and "Built with" not in card
+    assert "Its files do not name it" in card and "Built with" not in card
 
 
 @pytest.mark.parametrize("text", ["", "My text.\n", "# A\n\n---\n<!-- x -->\n", "no newline"])

@@ -123,7 +123,7 @@ def test_private(hub, converted):
     publish(converted, "me/hidden", private=True)
     publish(converted, "me/open")
     assert hub.repositories["me/hidden"].private and not hub.repositories["me/open"].private
-    with pytest.raises(ValueError, match="public, so --private cannot hold"):
+    with pytest.raises(ValueError, match="public, in spite of --private"):
         publish(converted, "me/open", private=True)
 
 
@@ -181,8 +181,8 @@ def test_a_model_without_a_licence_is_not_published(hub, tmp_path):
         ("taken", "else/tiny", r"me may not write to else/tiny"),
         ("offline", "me/tiny", r"cannot be reached .* unset HF_HUB_OFFLINE"),
         ("no network", "me/tiny", r"cannot be reached .* check the network"),
-        ("none", "a/b/c", r"'a/b/c' is no name of a repository"),
-        ("none", "me/", r"'me/' is no name of a repository"),
+        ("none", "a/b/c", r"'a/b/c' is not a name of a repository"),
+        ("none", "me/", r"'me/' is not a name of a repository"),
     ],
 )
 def test_what_the_hub_would_refuse_is_said_before_the_conversion(
