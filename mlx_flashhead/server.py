@@ -43,7 +43,8 @@ def _announce(flags: argparse.Namespace, url: str, catalogue: Catalogue, access:
     how = "dense" if dense else "with FlashHead"
     print(f"Serving {flags.model} {how} at {url} (Ctrl-C ends it)", flush=True)
     if access.token is not None:
-        announce_on_network(flags.host, urlsplit(url).port, access.token, sys.stdout)
+        port = urlsplit(url).port or flags.port
+        announce_on_network(flags.host, port, access.token, sys.stdout)
 
 
 if __name__ == "__main__":

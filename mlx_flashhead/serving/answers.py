@@ -76,7 +76,11 @@ class Choice:
         choice = self._choice(self._logprobs)
         if not self._chat:
             return choice | {"text": self._whole.content}
-        message = {"role": "assistant", "content": self._whole.content, "refusal": None}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": self._whole.content,
+            "refusal": None,
+        }
         if self._whole.reasoning:
             message["reasoning"] = self._whole.reasoning
         if self._calls:

@@ -121,6 +121,7 @@ class TimedReader(io.RawIOBase):
 class TimedHandler(BaseHTTPRequestHandler):
     """A handler with deadlines for a request's head and body, not for each of their bytes."""
 
+    server: LimitedServer
     server_version, sys_version = "mlx_flashhead", ""  # the versions are nobody's business
     head_seconds = 10.0
     body_seconds = 60.0

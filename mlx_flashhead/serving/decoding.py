@@ -7,16 +7,19 @@ batch, as with a draft model or a quantized cache, are each a :class:`Single`, a
 import sys
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from typing import Any
 
 import mlx.core as mx
 
 from ..models.compat.generate import BatchGenerator, generate_step, speculative_generate_step
+from ..models.exact import exact_processors
 from .job import Job
 from .prompt_caches import KVCaches
 from .reading import Reading
 from .sampling import LogitsProcessor
 
+Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at its place
 Held = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
 
 
@@ -29,12 +32,12 @@ class Decoder(ABC):
         """The sequences."""
 
     @abstractmethod
-    def step(self) -> list[tuple[Job, int, mx.array]]:
-        """Generates one more token for each: the job, the token, logprobs (V,) at its place."""
+    def step(self) -> list[Step]:
+        """Generates one more token for each."""
 
     @abstractmethod
     def remove(self, jobs: Iterable[Job]) -> list[Held]:
-        """Leaves sequences out from now on; → what the caches of these hold."""
+        """Leaves some of the sequences out from now on; → what the caches of these hold."""
 
     @property
     @abstractmethod
@@ -71,7 +74,7 @@ class Batch(Decoder):
             caches=[reading.cache],
             all_tokens=[reading.tokens],
             samplers=[job.sampler],
-            logits_processors=[job.processors],
+            logits_processors=[_processors(job)],
         )
         self._jobs[uid] = job
 
@@ -79,7 +82,7 @@ class Batch(Decoder):
     def jobs(self) -> list[Job]:
         return list(self._jobs.values())
 
-    def step(self) -> list[tuple[Job, int, mx.array]]:
+    def step(self) -> list[Step]:
         with self._served.with_probes(self._n_probes):
             _, responses = self._generator.next()
         return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
@@ -109,13 +112,13 @@ class Single(Decoder):
     """
 
     def __init__(self, reading: Reading, flags: Namespace, stream: mx.Stream):
-        self._job, self._cache = reading.job, reading.cache
+        job = reading.job
+        self._jobs, self._cache = [job], reading.cache
         self._generated: list[int] = []
-        job = self._job
         prefix = mx.array(reading.tokens, dtype=mx.uint32)
-        options = {
+        options: dict[str, Any] = {
             "sampler": job.sampler,
-            "logits_processors": [_after(prefix, p) for p in job.processors],
+            "logits_processors": [_after(prefix, p) for p in _processors(job)],
             "prompt_cache": self._cache,
             "kv_bits": flags.kv_bits,
             "kv_group_size": flags.kv_group_size,
@@ -124,11 +127,11 @@ class Single(Decoder):
         start = mx.array(job.prompt.tokens[-1:])
         if job.served.draft_model is None:
             # without an end of its own, its cache always holds what it has given
-            steps = generate_step(start, job.served.model, stream, max_tokens=-1, **options)
-            self._steps = ((token, logprobs, False) for token, logprobs in steps)
-            self._inner = steps
+            self._steps: Generator[tuple[Any, ...], None, None] = generate_step(
+                start, job.served.model, stream, max_tokens=-1, **options
+            )
         else:
-            self._inner = self._steps = speculative_generate_step(
+            self._steps = speculative_generate_step(
                 start,
                 job.served.model,
                 job.served.draft_model,
@@ -140,19 +143,20 @@ class Single(Decoder):
 
     @property
     def jobs(self) -> list[Job]:
-        return [] if self._job is None else [self._job]
+        return self._jobs
 
-    def step(self) -> list[tuple[Job, int, mx.array]]:
-        with self._job.served.with_probes(self._job.n_probes):
-            token, logprobs, _ = next(self._steps)
+    def step(self) -> list[Step]:
+        (job,) = self._jobs
+        with job.served.with_probes(job.n_probes):
+            token, logprobs = next(self._steps)[:2]
         self._generated.append(token)
-        return [(self._job, token, logprobs)]
+        return [(job, token, logprobs)]
 
     def remove(self, jobs: Iterable[Job]) -> list[Held]:
-        if self._job not in jobs:
+        if not set(self._jobs) & set(jobs):
             return []
-        job, self._job = self._job, None
-        self._inner.close()
+        (job,), self._jobs = self._jobs, []
+        self._steps.close()
         tokens = job.prompt.tokens + self._generated
         if job.served.draft_model is not None:
             # a draft model's cache may be some tokens behind
@@ -165,6 +169,11 @@ class Single(Decoder):
     @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self._cache)
+
+
+def _processors(job: Job) -> list[LogitsProcessor]:
+    """A sequence's, so that what they leave is exact; known to the generating thread alone."""
+    return exact_processors(job.processors, job.served.model, job.served.draft_model)
 
 
 def _after(prefix: mx.array, processor: LogitsProcessor) -> LogitsProcessor:

@@ -168,7 +168,7 @@ class Engine:
                 for job in decoder.jobs:
                     job.tell(Failure(error))
                 continue
-            self._remove(decoder, [job for job, *step in steps if _is_complete(job, *step)])
+            self._remove(decoder, [step[0] for step in steps if _is_complete(*step)])
         return bool(self._decoders)
 
     def _remove(self, decoder: Decoder, jobs: list[Job]) -> None:
@@ -179,7 +179,8 @@ class Engine:
             self._caches.keep(served, tokens, cache)
         if not decoder.jobs:
             self._decoders.remove(decoder)
-        self._caches.make_room(part.nbytes for part in (*self._decoders, *self._readings))
+        in_use = [decoder.nbytes for decoder in self._decoders]
+        self._caches.make_room(in_use + [reading.nbytes for reading in self._readings])
 
     def _fail_all(self, error: Exception) -> None:
         failed = [*self._waiting, *(r.job for r in self._readings)]

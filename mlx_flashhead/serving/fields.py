@@ -1,7 +1,7 @@
 """The fields of a request's body, each of which is checked as it is taken."""
 
 import math
-from typing import Any
+from typing import Any, overload
 
 from .problems import Problem
 
@@ -35,8 +35,14 @@ class Fields:
             raise Problem(f"{name} must be {_KINDS[kind]}.", name)
         return value
 
+    @overload
+    def whole(self, name: str, default: int, low: int = ..., high: int = ...) -> int: ...
+
+    @overload
+    def whole(self, name: str, default: None, low: int = ..., high: int = ...) -> int | None: ...
+
     def whole(
-        self, name: str, default: int | None = None, low: int = 0, high: int = _MAX_WHOLE
+        self, name: str, default: int | None, low: int = 0, high: int = _MAX_WHOLE
     ) -> int | None:
         """A whole number within limits.
 

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import socket
 import time
 from argparse import Namespace
@@ -94,7 +93,7 @@ def _listen(host: str, port: int) -> LimitedServer:
         elif isinstance(error, socket.gaierror):
             reason = "there is no such host: check --host"
         else:
-            reason = f"{os.strerror(error.errno).lower()}: choose another --port or --host"
+            reason = f"{(error.strerror or str(error)).lower()}: choose another --port or --host"
         raise ValueError(f"Port {port} of {host} cannot be had, {reason}.") from None
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -36,16 +36,12 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
         n_tops: How many of the likeliest.
     """
     n_tops = min(n_tops, logprobs.size)
-    tops = []
+    ids: Any = []
     if n_tops:
-        found = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops]
-        pairs = zip(found.tolist(), logprobs[found].tolist(), strict=True)
-        tops = sorted(pairs, key=lambda pair: -pair[1])
-    return TokenLogprobs(
-        token,
-        _finite(logprobs[token].item()),
-        tuple((i, _finite(logprob)) for i, logprob in tops),
-    )
+        ids = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist()
+    chosen, *tops = map(_finite, cast(list[float], logprobs[mx.array([token, *ids])].tolist()))
+    in_order = sorted(zip(ids, tops, strict=True), key=lambda top: -top[1])
+    return TokenLogprobs(token, chosen, tuple(in_order))
 
 
 def _finite(logprob: float) -> float:

@@ -5,7 +5,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.compat.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+from ..models.compat.cache import (
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
 from .served import ServedModel
 
 KVCaches = list[Any]  # of a model's layers, and of its draft model's
@@ -61,6 +66,12 @@ class PromptCaches:
         """
         if self._max_bytes is not None:
             self._kept.trim_to(n_bytes=self._max_bytes - sum(in_use))
+
+
+def new_caches(served: ServedModel) -> KVCaches:
+    """Empty ones."""
+    models = [served.model] if served.draft_model is None else [served.model, served.draft_model]
+    return [cache for model in models for cache in make_prompt_cache(model)]
 
 
 def split_caches(served: ServedModel, cache: KVCaches) -> tuple[KVCaches, KVCaches]:

@@ -40,10 +40,10 @@ def read_prompts(request: Request) -> list[Prompt]:
 
 
 def _text_tokens(served: ServedModel, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, str):
-        _check_characters(served, prompt, "prompt")
-        prompt = served.tokenizer.encode(prompt)
-    return _checked(served, prompt, "prompt")
+    if not isinstance(prompt, str):
+        return _checked(served, prompt, "prompt")
+    _check_characters(served, prompt, "prompt")
+    return _checked(served, served.tokenizer.encode(prompt), "prompt")
 
 
 def _chat_prompt(request: Request) -> Prompt:
@@ -51,7 +51,7 @@ def _chat_prompt(request: Request) -> Prompt:
     text = _render(request, request.messages)
     _check_characters(served, text, "messages")
     tokens = _checked(served, served.tokenizer.encode(text, add_special_tokens=False), "messages")
-    landmarks = ()
+    landmarks: tuple[int, ...] = ()
     if not served.cuttable:
         landmarks = (*_end_of_system(request, tokens), _start_of_thought(served, tokens))
     return Prompt(tokens, landmarks, _state(served, tokens))

@@ -6,10 +6,9 @@ from argparse import Namespace
 
 import mlx.core as mx
 
-from ..models.compat.cache import make_prompt_cache
 from ..models.compat.generate import maybe_quantize_kv_cache
 from .job import Job, Progress
-from .prompt_caches import PromptCaches, split_caches
+from .prompt_caches import KVCaches, PromptCaches, new_caches, split_caches
 
 # A chunk shall take about so long: then tokens of others and cancelled requests have their turn.
 CHUNK_SECONDS = 0.4
@@ -48,12 +47,9 @@ class Reading:
         self.job = job
         self._caches = caches
         self._flags = flags
-        self.cache, self.done = caches.find(job.served, job.prompt.tokens)
+        found, self.done = caches.find(job.served, job.prompt.tokens)
         job.cached = self.done
-        if self.cache is None:
-            self.cache = make_prompt_cache(job.served.model)
-            if job.served.draft_model is not None:
-                self.cache += make_prompt_cache(job.served.draft_model)
+        self.cache: KVCaches = found if found is not None else new_caches(job.served)
 
     @property
     def left(self) -> int:

@@ -125,7 +125,7 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
 
 
 def _max_tokens(fields: Fields, default: int) -> int:
-    older = fields.whole("max_tokens", default, 1)
+    older: int = fields.whole("max_tokens", default, 1)
     return fields.whole("max_completion_tokens", older, 1)
 
 
@@ -178,18 +178,18 @@ def _stop(fields: Fields) -> tuple[str, ...]:
 
 
 def _n_probes(fields: Fields, served: ServedModel) -> int | None:
-    n_clusters = None if served.head is None else served.head.n_clusters
+    head = served.head
     dense = fields.take("dense", bool)
-    n_probes = fields.whole("n_probes", None, 1, n_clusters or 2**31 - 1)
-    if n_probes is not None and n_clusters is None:
+    n_probes = fields.whole("n_probes", None, 1, 2**31 - 1 if head is None else head.n_clusters)
+    if n_probes is not None and head is None:
         raise Problem("This model has no FlashHead: leave n_probes out.", "n_probes")
     if dense and n_probes is not None:
         raise Problem("dense scores every token: leave n_probes out.", "n_probes")
-    if n_clusters is None:
+    if head is None:
         return None
     if dense is None:
         return n_probes or served.n_probes
-    return n_clusters if dense else n_probes or served.head.n_probes
+    return head.n_clusters if dense else n_probes or head.n_probes
 
 
 def _chat_logprobs(fields: Fields) -> int | None:

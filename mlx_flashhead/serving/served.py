@@ -82,7 +82,9 @@ class ServedModel:
 
     def with_probes(self, n_probes: int | None) -> AbstractContextManager:
         """A block within which so many clusters are scored; a dense model stays as it is."""
-        return nullcontext() if n_probes is None else self.head.settings(n_probes=n_probes)
+        if self.head is None or n_probes is None:
+            return nullcontext()
+        return self.head.settings(n_probes=n_probes)
 
 
 class Catalogue:

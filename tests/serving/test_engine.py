@@ -339,6 +339,24 @@ def test_a_processor_that_leaves_the_end_token_ends_the_answer(start):
     assert one.n_tokens == 3
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_what_processors_leave_is_chosen_as_by_the_dense_model(start, drafting, batched):
+    """Also where several sequences, of which each has processors of its own, are in one batch."""
+    engine = start() if batched else drafting
+
+    def only(ids):
+        allowed = (mx.arange(258)[:, None] == mx.array(list(ids))).any(axis=-1)
+        mx.eval(allowed)  # in this thread
+        return lambda tokens, logits: mx.where(allowed, logits, -1e9)
+
+    rules = [only(range(start, 250, 37)) for start in (40, 41, 42)]
+    few = [submit(engine, SHORT, 12, processors=[rule], n_probes=1) for rule in rules]
+    found = [tokens_of(one) for one in few]
+    assert found == [
+        tokens_of(submit(engine, SHORT, 12, processors=[rule], dense=True)) for rule in rules
+    ]
+
+
 # One sequence at a time: draft models, quantized caches
 
 
