@@ -61,9 +61,9 @@ class Job:
         max_tokens: So many tokens are generated at most.
         sampler: Draws a token.
         processors: Change the logits before that. Each is called once for every token, with all
-            tokens so far, and may hold a state of this sequence. Arrays that it holds must have been
-            evaluated: it is called in another thread. One that leaves nothing but the end token,
-            such as a grammar that is complete, ends the answer with "stop".
+            tokens so far, and may hold a state of this sequence. Arrays that it holds must be
+            evaluated already: it is called in another thread. One that leaves nothing but the end
+            token, such as a grammar that is complete, ends the answer with "stop".
         stop: Texts that end the answer.
         n_probes: Clusters scored per token; None for a dense model.
         num_draft_tokens: Tokens drafted at once.
