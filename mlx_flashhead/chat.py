@@ -1,5 +1,7 @@
 """Talks with a FlashHead model: the flags of ``mlx_lm.chat`` and three more."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -70,7 +72,7 @@ def main() -> None:
     Talk(conversation, terminal, args, options).run()
 
 
-def _load(args) -> tuple[nn.Module, object]:
+def _load(args) -> tuple[nn.Module, Any]:
     """The model with its FlashHead and the tokenizer; with ``--dense`` any model."""
     folder = resolve(args.model)
     options = {

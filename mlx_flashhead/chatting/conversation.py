@@ -249,21 +249,24 @@ class Conversation:
         """
         number = 0
         while True:
-            record = number == 1 and self._head is not None
-            with recorded_hidden(self._head) if record else nullcontext([]) as recorded:
+            if number == 1 and self._head is not None:
+                with recorded_hidden(self._head) as recorded:
+                    response = next(stream, None)
+                states += recorded
+            else:
                 response = next(stream, None)
-            states += recorded
             if response is None:
                 return
             yield response
             number += 1
 
     def _seconds_in_head(self, states: list[mx.array], dense: bool) -> float | None:
-        if not states:
+        if not states or self._head is None:
             return None
         project = getattr(self._head.module, self._head.method)
         head = get_flash_head(self.model)
-        with nullcontext() if head is None else head.settings(dense=dense):
+        settings = nullcontext() if head is None else head.settings(dense=dense)
+        with settings:
             (seconds,) = head_seconds((project,), states[-1][0, -1:])
         return Spread.of(seconds).median
 

@@ -206,10 +206,11 @@ def _quantize(
         The matrix, and the (C, D) float64 values that it stands for.
     """
     hidden_size = centroids.shape[1]
-    group_size = affine_group(hidden_size, group_size)
-    if group_size is None:
+    possible = affine_group(hidden_size, group_size)
+    if possible is None:
         weight = mx.array(centroids.astype(np.float32)).astype(dtype)
         return Matrix(weight), as_float32(weight)
+    group_size = possible
 
     damping = DAMPING * max(np.trace(covariance) / hidden_size, 1e-12)
     inverse = np.linalg.inv(covariance + damping * np.eye(hidden_size))

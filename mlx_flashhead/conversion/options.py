@@ -228,7 +228,7 @@ class ConvertOptions(IndexOptions):
         """The flags that the recipe shows, with their values: those that are not the default."""
         return {
             flag(one): getattr(self, one.name)
-            for one in sorted(fields(self), key=lambda one: one.kw_only)
+            for one in sorted(fields(self), key=lambda one: one.kw_only is True)
             if one.metadata.get("recipe") and getattr(self, one.name) != one.default
         }
 

@@ -54,7 +54,7 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
     target = Path(asked.mlx_path).expanduser()
     with new_folder(target, asked.overwrite) as folder:
         # before long work: what the Hub would refuse at its end
-        user = sign_in() if asked.uploads else None
+        user = sign_in() if asked.uploads else ""
         repo_id = full_name(asked.repository, user) if asked.repository else None
         source = resolve(asked.hf_path, asked.revision)
         origin = find_origin(asked.hf_path, source, asked.base_model, asked.license)
@@ -218,8 +218,8 @@ def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
 def _named_dtype(source: Path, config: dict) -> str | None:
     """The dtype that ``mlx_lm.convert`` would take; None for weights that MLX has stored."""
     for file in source.glob("model*.safetensors"):
-        _, metadata = mx.load(str(file), return_metadata=True)
-        if metadata.get("format") == "mlx":
+        loaded: Any = mx.load(str(file), return_metadata=True)
+        if loaded[1].get("format") == "mlx":
             return None
     text_config = config.get("text_config") or {}
     name = config.get("torch_dtype") or text_config.get("dtype")

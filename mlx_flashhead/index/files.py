@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -81,7 +82,8 @@ def read_index(folder: Path) -> FlashHeadIndex:
             "convert the model again with mlx_flashhead.convert."
         )
     try:
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+        arrays, metadata = loaded
         mx.eval(arrays)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
@@ -118,7 +120,7 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
         centroids = Centroids(matrix, arrays["centroid_bias"], arrays["tail_offset"])
     except KeyError:
         return None
-    groups = matrix.scales if matrix.quantized else matrix.weight
+    groups = matrix.weight if matrix.scales is None else matrix.scales
     hidden_size = math.prod(groups.shape[1:]) * max(config.centroid_group_size, 1)
     fits = (
         token_ids.shape == (config.n_clusters, config.cluster_size)

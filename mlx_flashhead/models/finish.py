@@ -25,6 +25,7 @@ def finish_of(model: nn.Module) -> Finish:
     """The function (R, V) → (R, V) that makes the logits of ``model`` of its FlashHead's.
 
     Raises:
+        ValueError: If the model has no FlashHead.
         UnsupportedHeadError: If what becomes of a token's logit depends on anything else.
     """
     head = installed_head(model)

@@ -5,7 +5,7 @@ By default the samplers see full logits with the tail, so every sampler of mlx-l
 tokens can be chosen.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import mlx_lm
 
 from .compat.generate import BatchResponse, GenerationResponse
 from .exact import Processor, exact_processors
-from .install import get_flash_head
+from .install import NO_FLASH_HEAD, get_flash_head
 
 
 def stream_generate(
@@ -27,7 +27,7 @@ def stream_generate(
     dense: bool = False,
     draw_temperature: float | None = None,
     **kwargs: Any,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
 
     Args:
@@ -106,11 +106,12 @@ def _settings(
     """A function that opens a block in which the model's head has these settings."""
     head = get_flash_head(model)
     if head is not None:
-        given = {"n_probes": n_probes, "dense": dense, "draw_temperature": draw_temperature}
-        return partial(head.settings, **given)
+        return partial(
+            head.settings, n_probes=n_probes, dense=dense, draw_temperature=draw_temperature
+        )
     if n_probes is None and draw_temperature is None:
         return nullcontext  # a dense model generates as it is
-    raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
+    raise ValueError(NO_FLASH_HEAD)
 
 
 def _exact(

@@ -8,6 +8,7 @@ in the model's own order when it is read.
 """
 
 import copy
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +17,14 @@ import numpy as np
 from ..head.centroids import Centroids
 from ..head.flash_head import MAX_POSITIONS, FlashHead
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
+
+# What the classes below are mixed into: their own base while types are checked.
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 
 
 def get_flash_head(model: nn.Module) -> FlashHead | None:
@@ -32,7 +41,7 @@ def installed_head(model: nn.Module) -> FlashHead:
     """
     head = get_flash_head(model)
     if head is None:
-        raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
+        raise ValueError(NO_FLASH_HEAD)
     return head
 
 
@@ -155,15 +164,15 @@ def _refuse_update(target, parameters) -> None:
             _refuse_update(part, given)
 
 
-class _FlashParent:
+class _FlashParent(_Module):
     """A module around an installed one: refuses an update of it before it changes anything."""
 
-    def update(self, parameters, strict=True):
+    def update(self, parameters, strict=True):  # type: ignore[override]  # as nn.Module's
         _refuse_update(self, parameters)
         return super().update(parameters, strict)
 
 
-class _FlashModule:
+class _FlashModule(_Module):
     """An installed module.
 
     Its dict holds None in place of each array that the FlashHead keeps. Reading such an array gives

@@ -72,8 +72,9 @@ def find_head(model: nn.Module) -> HeadLocation:
 
     def record(module, method, args, output):
         hidden = args[0] if args else None
-        arrays = isinstance(hidden, mx.array) and isinstance(output, mx.array)
-        if arrays and mx.issubdtype(hidden.dtype, mx.floating):
+        if not (isinstance(hidden, mx.array) and isinstance(output, mx.array)):
+            return
+        if mx.issubdtype(hidden.dtype, mx.floating):
             calls.append((module, method, output.shape[-1]))
 
     name = type(model).__module__.rsplit(".", 1)[-1]
@@ -90,7 +91,7 @@ def find_head(model: nn.Module) -> HeadLocation:
     found = [
         (module, method)
         for module, method, width in calls
-        if width == vocab_size and _matrix(module).shape[0] == vocab_size
+        if width == vocab_size and module["weight"].shape[0] == vocab_size
     ]
     if not found:
         _refuse_split(calls, vocab_size, name)

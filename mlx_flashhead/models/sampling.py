@@ -10,6 +10,7 @@ and shared samplers work too.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -94,7 +95,8 @@ def make_sampler(
             rows = sample_utils.apply_xtc(rows, *xtc, special)
         ids, kept = head.likeliest(rows, n_clusters)
         if has_top_p:
-            kept = sample_utils.apply_top_p(kept, top_p * _times_the_candidates(rows, kept))
+            shares: Any = top_p * _times_the_candidates(rows, kept)  # (R, 1): one for each row
+            kept = sample_utils.apply_top_p(kept, shares)
         if has_min_p:
             kept = sample_utils.apply_min_p(kept, min_p, min_tokens_to_keep)
         if xtc_probability > 0 and (has_top_p or has_min_p):

@@ -194,8 +194,9 @@ def _unreachable(error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     """The messages of the error and its causes, on one line and without secrets."""
-    said = []
-    while error is not None and len(said) < 2:
-        said.append(" ".join(str(error).split()).rstrip(".:") or type(error).__name__)
-        error = error.__cause__
+    said: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(said) < 2:
+        said.append(" ".join(str(cause).split()).rstrip(".:") or type(cause).__name__)
+        cause = cause.__cause__
     return shorten(redact(": ".join(dict.fromkeys(said))), 300, placeholder=" …")

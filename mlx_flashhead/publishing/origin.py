@@ -144,8 +144,9 @@ def _repository_in(settings: dict, metadata: dict) -> str | None:
     if is_conversion and len(base) == 1:
         return base[0]
     named = settings.get("_name_or_path")
-    is_repository = isinstance(named, str) and named.count("/") == 1 and named[0] not in "./~"
-    return named if is_repository and named[-1] != "/" else None
+    if not isinstance(named, str) or named.count("/") != 1:
+        return None
+    return named if named[0] not in "./~" and named[-1] != "/" else None
 
 
 def _read_settings(folder: Path) -> dict:
