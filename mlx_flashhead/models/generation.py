@@ -5,7 +5,7 @@ By default the samplers see full logits with the tail, so every sampler of mlx-l
 tokens can be chosen.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
