@@ -102,7 +102,7 @@ def main() -> None:
     if args.tasks:
         _run_tasks(args)
         return
-    text = None if args.answers else read_text(args.text)
+    text = "" if args.answers else read_text(args.text)
     model, tokenizer = load(args.model)
     options = {"probe_counts": args.probes, "positions": args.positions}
     if args.answers:
