@@ -18,7 +18,7 @@ from ..models.cpu_products import numpy_products
 from ..models.locate import HeadLocation, recorded_hidden
 from ..models.sampling import make_sampler
 
-SEQUENCE_TOKENS = 128
+SEQUENCE_TOKENS = 64
 BATCH_SIZE = 32
 WINDOW_TOKENS = 512  # of a text that is given for itself; each window starts afresh
 READ_TOKENS = 2048  # of the windows that are read together

@@ -4,6 +4,10 @@ The choice is made on held-out positions of all kinds of text, each kind weighin
 goals of agreement and KL must be reached by the end of a 95 % confidence interval, since few
 positions may reach them by luck. Positions are taken as independent, which neighbours in a text are
 not quite. Perplexity is taken as it is: one rare token may weigh as much as all others together.
+
+Texts of other authors are harder than what is held out of the same documents. On SmolLM2-135M, 432
+probes had a KL of 0.019 and a perplexity of 1.013 on what was held out, and of 0.026 and 1.021 on
+5,777 positions of ten other texts. So KL and perplexity must be 1.5 times better than the goals.
 """
 
 import math
@@ -16,6 +20,7 @@ from .measures import AGREEMENT, KL, NLL, PositionMeasures
 
 CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
 PROBES_MULTIPLE = 8  # numbers of probes are multiples of it
+UNSEEN = 1.5  # KL of unseen texts, relative to that of held-out positions
 PERPLEXITY_SHARE = 2 / 3  # of the KL, that the log of the perplexity may grow
 GRID_STEP = 1.15  # from one number of probes that is tried to the next, at most
 
@@ -100,8 +105,8 @@ def choose_probes(
         growth = float((values[NLL] - found.dense_nll) @ weights)
         reached = (
             lower_bound(values[AGREEMENT], weights) >= _possible(goals.agreement, weights)
-            and upper_bound(values[KL], weights) <= goals.kl
-            and growth <= PERPLEXITY_SHARE * goals.kl
+            and UNSEEN * upper_bound(values[KL], weights) <= goals.kl
+            and UNSEEN * growth <= PERPLEXITY_SHARE * goals.kl
         )
         choice = Choice(n_probes, reached)
         if reached:

@@ -6,7 +6,7 @@ import numpy as np
 
 from .measures import Measures, PositionMeasures
 from .positions import Positions
-from .probes import Choice, Goals
+from .probes import UNSEEN, Choice, Goals
 
 
 def make_report(
@@ -78,8 +78,8 @@ def make_report(
 
 def report_lines(report: dict, n_probes: int) -> list[str]:
     """The report as two tables of plain text, the row of ``n_probes`` marked."""
-    head = f"{'probes':>8} {'agreement':>9} {'KL':>6} {'perplexity':>10} {'bytes':>6} {'token':>6}"
-    lines = [head]
+    figures = f"{'agreement':>9} {'KL':>6} {'perplexity':>10}"
+    lines = [f"{'probes':>8} {figures} {'bytes':>6} {'token':>6}"]
     for row in report["by_probes"]:
         mark = "→" if row["n_probes"] == n_probes else ""
         share = row.get("token_share")
@@ -87,7 +87,7 @@ def report_lines(report: dict, n_probes: int) -> list[str]:
             f"{mark:1} {row['n_probes']:>6,} {_figures(row)} {row['bytes_share']:>6.1%} "
             + (f"{'–':>6}" if share is None else f"{share:>6.1%}")
         )
-    lines += ["", f"{'at ' + format(n_probes, ',') + ' probes':18} {'positions':>9} {head[9:33]}"]
+    lines += ["", f"{'at ' + format(n_probes, ',') + ' probes':18} {'positions':>9} {figures}"]
     for row in report["by_kind"]:
         lines.append(f"{row['kind']:18} {row['positions']:>9,} {_figures(row)}")
     lines += [
@@ -102,13 +102,14 @@ def report_lines(report: dict, n_probes: int) -> list[str]:
 def goals_sentence(choice: Choice, goals: Goals) -> str:
     """Whether the chosen number of probes reaches the goals, in a sentence."""
     asked = (
-        f"{goals.agreement:.2%} agreement, a KL of {goals.kl:g} nats (each with 95 % confidence) "
-        f"and a perplexity of {goals.perplexity:.3g} times dense"
+        f"{goals.agreement:.2%} agreement, a KL of {goals.kl:g} nats and a perplexity of "
+        f"{goals.perplexity:.3g} times dense on unseen text"
     )
+    confidence = f"with 95 % confidence, its KL taken as {UNSEEN:g} times that of held-out text"
     if choice.reached:
-        return f"{choice.n_probes} probes are the fewest that reach {asked}."
+        return f"{choice.n_probes} probes are the fewest that reach {asked}, {confidence}."
     return (
-        f"{choice.n_probes} probes miss {asked}, but more would read above "
+        f"{choice.n_probes} probes miss {asked}, {confidence}, but more would read above "
         f"{goals.bytes_share:.0%} of the dense head's bytes: --n-probes takes more."
     )
 
