@@ -8,14 +8,14 @@
 // R positions (B·L), D hidden size, C clusters of n rows each, V tokens, p clusters probed per
 // position. A slot is c·n + i, row i of cluster c; a padded slot has the token id V.
 //
-// One text, three users. `mx.fast.metal_kernel` in Python and `MLXFast.metalKernel` in Swift take it
-// as their header, without what FLASH_HEAD_JIT hides, and call one function below per kernel;
-// `metal -c` takes it as it is and finds the [[kernel]] wrappers at the end, which also state the
-// order of the arguments. Nothing else is included, and every size is a template argument.
+// The text has three users. `mx.fast.metal_kernel` in Python and `MLXFast.metalKernel` in Swift take
+// it as their header, without the parts that FLASH_HEAD_JIT hides, and each kernel calls one
+// function below. `metal -c` compiles the whole file with the [[kernel]] wrappers at its end, which
+// also state the order of the arguments. Every size is a template argument.
 //
-// Arguments are templates on the pointer, not on the element, because MLX passes an array of fewer
-// than 8 elements in `constant` and any other in `device`. All sums are float32. No value written
-// is infinite: what would overflow becomes the largest finite value.
+// Arguments are templates on the pointer instead of the element, because MLX passes an array of
+// fewer than 8 elements in `constant` and any other in `device`. All sums are float32. Every written
+// value is finite: an overflow becomes the largest finite value.
 //
 // kernel   grid (threads)                 threadgroup     barriers  distinct bytes read
 // route    64·⌈C/8⌉ × ⌈R/H⌉               64              0         centroids ⌈R/H⌉ times, hidden
@@ -25,8 +25,8 @@
 // token    256 × R                        256             2         best, the winners' logits and ids
 // ids      256·⌈p·n/256⌉ × R              256             0         ids of p clusters
 //
-// H is 1, 2 or 4: how many positions share one reading of the centroids. Grids are whole
-// threadgroups, so that no group is cut off at the edge.
+// H is 1, 2 or 4: the number of positions that share one reading of the centroids. Grids consist of
+// whole threadgroups.
 
 #ifndef FLASH_HEAD_JIT
 #include <metal_stdlib>
@@ -87,8 +87,8 @@ inline T to_finite(float value) {
 //   dot       multiply the two.
 ///////////////////////////////////////////////////////////////////////////////
 
-// MLX's affine form, 4 or 8 bits: value = scale · q + bias. As in MLX's qmv, a q is masked where it
-// lies in its 16 bits, not shifted down: `prepare` has divided its hidden value by 2^shift, exactly.
+// MLX's affine form, 4 or 8 bits: value = scale · q + bias. As in MLX's qmv, a q is masked in place
+// within its 16 bits. Instead of a shift, `prepare` divides its hidden value by 2^shift, exactly.
 template <int D, int BITS, int GROUP, typename Words, typename Scales>
 struct AffineRows {
   static constant constexpr const int VALUES = 64 / BITS;
@@ -172,8 +172,8 @@ struct Mxfp4Rows {
     return 0.0f;
   }
 
-  // The three low bits are the top of a half's magnitude, short of 2^14; a half because its
-  // subnormal numbers, which 0.5 needs, are not flushed.
+  // The three low bits are the top of a half's magnitude without a factor of 2^14. A half, because
+  // 0.5 needs its subnormal numbers, which are not flushed.
   static float decode(uint q) {
     const float magnitude = float(as_type<half>(ushort((q & 7u) << 9))) * 16384.0f;
     return (q & 8u) ? -magnitude : magnitude;
@@ -248,8 +248,8 @@ inline DenseRows<D, Values> dense_rows(Values weight) {
 }
 
 // Products of ROWS consecutive rows with H hidden rows, by one simdgroup: totals[h·ROWS + row] on
-// every lane. A chunk of each row is read once for all H. Rows past the last one repeat it, so that
-// the loop needs no check; the caller does not store them. One simd_sum per total at the end.
+// every lane. A chunk of each row is read once for all H. Rows past the last one repeat it, which
+// saves a check in the loop; the caller drops them. One simd_sum per total at the end.
 template <int D, int H, typename Rows, typename Hidden>
 inline void dot_rows(
     Rows rows,
@@ -290,10 +290,10 @@ inline void dot_rows(
 ///////////////////////////////////////////////////////////////////////////////
 // route: scores of all clusters, scores[r, c] = hidden[r] · centroid[c] + route_bias[c]
 //
-// MLX's qmv_fast with what follows it folded in: the sum stays float32 and the bias is added, which
-// would be two or three kernels more. A simdgroup computes 4 centroids for H positions, a
-// threadgroup 8 centroids; no threadgroup memory, no barrier. Every centroid byte is read once for
-// each H positions; a scale is read by the lanes that share it, from cache.
+// MLX's qmv_fast, but the sum stays float32 and the bias is added, which saves two or three kernels.
+// A simdgroup computes 4 centroids for H positions, a threadgroup 8 centroids. There is neither
+// threadgroup memory nor a barrier. Every centroid byte is read once for each H positions; the lanes
+// that share a scale read it from cache.
 // Edges: C not divisible by 8 and R not by H repeat the last row and drop the result.
 ///////////////////////////////////////////////////////////////////////////////
 template <int D, int C, int H, typename Rows, typename Hidden, typename Bias>
@@ -332,13 +332,13 @@ inline void route(
 //
 // One threadgroup per position. Each score becomes an unsigned key of the same order, kept in
 // registers: thread (simdgroup s, lane l) holds ids s·32·KEYS + 32·i + l, KEYS = ⌈C/512⌉ (16 for
-// 8,016 clusters; 512 threads, not 1,024, so that 32 or 64 keys still fit).
+// 8,016 clusters; 512 threads leave registers for 32 or 64 keys).
 // Four radix passes from the top 8 bits down find the P-th largest key, the threshold: count digits
 // of the keys that match so far, in 8 copies of the histogram, since close scores share their top
 // bits; sum the copies; a prefix sum from the highest digit finds the one in which the count
-// reaches what remains. Keys above the threshold are in, of those equal to it the first
-// `remaining` by id: an exclusive prefix sum over ids gives every probed cluster its rank. So
-// probes ascend, ties go to the lowest id, and no result depends on the order of the atomics.
+// reaches what remains. Keys above the threshold are probed, and of the keys equal to it the first
+// `remaining` by id. An exclusive prefix sum over ids gives every probed cluster its rank. So
+// probes ascend, ties go to the lowest id, and the order of the atomics does not matter.
 // Edges: an id past C has key 0, below that of any number, and is never reached since P ≤ C.
 // Threadgroup memory: 8,224 + 136 bytes. Barriers: 4 per pass and 1.
 ///////////////////////////////////////////////////////////////////////////////
@@ -373,7 +373,7 @@ inline void select_probes(
   uint decided = 0;
   uint remaining = P;
   const uint copy = lane % COPIES * COPY_STRIDE;
-  const uint digit = DIGITS - 1 - thread_id;  // of the threads that add up, thread_id < DIGITS
+  const uint digit = DIGITS - 1 - thread_id;  // for the threads that add up, thread_id < DIGITS
   for (int shift = 24; shift >= 0; shift -= 8) {
     for (uint i = thread_id; i < uint(COPIES * COPY_STRIDE); i += SELECT_THREADS) {
       atomic_store_explicit(&histogram[i], 0u, memory_order_relaxed);
@@ -540,9 +540,9 @@ inline void score(
 // expand: full logits. A probed token keeps its own; every other gets its cluster's estimate
 //   min(scores[c] + tail_offset[c], m − max(1, |m|/64)),  m the best candidate of the position.
 //
-// 256 threads, 4 tokens each, 256 apart: slot_of and the output are read and written in order, the
-// cluster's values (4·C bytes each) and the candidates come from cache. Each threadgroup finds m
-// anew from the P bests (1 barrier), which costs less than a kernel of its own.
+// 256 threads, 4 tokens each, 256 apart: slot_of and the output are accessed in order. The clusters'
+// values (4·C bytes each) and the candidates come from cache. Each threadgroup finds m by itself
+// from the P bests (1 barrier), which costs less than another kernel.
 ///////////////////////////////////////////////////////////////////////////////
 template <
     int V,
@@ -594,8 +594,8 @@ inline void expand(
 ///////////////////////////////////////////////////////////////////////////////
 // token: the greedy token, the lowest id among the highest candidate logits
 //
-// One threadgroup per position: m from the P bests, then only clusters whose best is m are looked
-// into. Reads little more than 4·P bytes; 2 barriers.
+// One threadgroup per position finds m from the P bests, then reads the clusters whose best is m.
+// It reads little more than 4·P bytes; 2 barriers.
 ///////////////////////////////////////////////////////////////////////////////
 template <int N, int P, typename Probes, typename Ids, typename Logits, typename Best>
 inline void greedy_token(

@@ -2,9 +2,9 @@
 
     python scripts/architectures.py [--output docs/architectures.md]
 
-Every architecture of the installed mlx-lm is built with random weights from the tests' small
-configurations, with a head of its own and with one tied to the embedding. What cannot be served is
-written down with the sentence that a user gets.
+It builds every architecture of the installed mlx-lm with random weights from the tests' small
+configurations, with a head of its own and with one tied to the embedding. For a form that is not
+served it writes the sentence that a user gets.
 """
 
 import argparse
@@ -51,12 +51,12 @@ class Form:
 
 
 def examine(name: str, tied: bool) -> Form:
-    """What FlashHead makes of an architecture's head."""
+    """How FlashHead finds an architecture's head."""
     try:
         model = tiny_architecture(name, tied=tied)
     except ImportError as error:
         return Form(REFUSED, f"mlx-lm cannot load it here ({error}).")
-    except Exception as error:  # what an unknown architecture makes of our configuration
+    except Exception as error:  # an unknown architecture may fail in any way
         return Form(
             UNTESTED,
             "tests/helpers/architecture_configs.py has no small configuration for it "
@@ -89,17 +89,17 @@ def document(found: dict[str, tuple[Form, Form]]) -> str:
     return f"""# Architectures
 
 Written by `python scripts/architectures.py` for mlx-lm {version("mlx-lm")}; a test compares it with
-what the installed mlx-lm gives. FlashHead serves {len(served)} of its {len(found)} language-model
-architectures, without code for any of them: it looks at what a model does with one token.
+the installed mlx-lm. FlashHead serves {len(served)} of its {len(found)} language-model
+architectures, without code for any of them: it traces a model on one token.
 
-The table names the layer that makes the logits, where it has weights of its own (*untied*) and
-where it is the embedding (*tied*). A dash: mlx-lm has no such form. *Bits* are those of the head
-after `mlx_lm.convert -q`: some models keep theirs finer.
+The table names the layer that makes the logits: one with its own weights (*untied*), or the
+embedding (*tied*). A dash means that mlx-lm has no such form. *Bits* are those of the head after
+`mlx_lm.convert -q`, since some models keep a finer head.
 
 `tests/models/test_architectures.py` runs each form with random weights, dense and quantized, on
 prompts, with caches and in batches. With all probes the logits are the dense model's, after its own
-scales, caps and biases; with few, the logits of the candidates are, and the greedy token is one of
-them. Plain operations stand there for the Metal kernels of `bitnet` and `muse_spark`.
+scales, caps and biases. With few probes the candidates' logits are, and the greedy token is a
+candidate. Plain operations replace the Metal kernels of `bitnet` and `muse_spark` there.
 
 | architecture | untied | tied | bits |
 |---|---|---|---|

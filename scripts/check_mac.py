@@ -1,4 +1,4 @@
-"""Checks FlashHead on a Mac: what it finds reads like an issue, to be sent as it is.
+"""Checks FlashHead on a Mac. A failure reads like an issue and can be sent as it is.
 
     scripts/check_mac.sh [CHECK …] [--report FOLDER]
 
@@ -7,8 +7,8 @@ kernels    the kernels' tests, on the GPU
 tokens     a real model's tokens, on the kernels and on plain MLX
 benchmark  a report of speed
 
-Each check writes a page into the folder of reports. A failed one says what was run, on what, and
-what came out; then the command ends with 1.
+Each check writes a page into the folder of reports. The page of a failed check has the command, the
+machine and the output, and the script ends with 1.
 """
 
 import argparse
@@ -34,25 +34,25 @@ from mlx_flashhead.cli.console import command
 PYTHON = sys.executable
 MODEL = Path("models") / "SmolLM2-135M-Instruct"
 FLASH_HEAD_MODEL = Path("models") / "SmolLM2-135M-Instruct-checked"
-CALIBRATION_POSITIONS = 400  # the tokens are compared path by path: their quality plays no part
+CALIBRATION_POSITIONS = 400  # enough, since the two paths are compared with each other
 LINES = 80  # of a failed command's output
 NO_TIMES = (
-    "On a virtual machine, such as GitHub's, the times below mean nothing: its GPU is shared and "
-    "no chip that one can buy. They show that the command works."
+    "On a virtual machine, such as GitHub's, the times below mean nothing, since its GPU is "
+    "shared. They show that the command works."
 )
 
 
 @dataclass(frozen=True)
 class Check:
-    """What is looked at.
+    """A check.
 
     Attributes:
-        name: On the command line.
-        what: What works if it passes, in a few words.
-        commands: Run in order, until one fails.
+        name: Name on the command line.
+        what: The expectation in a few words.
+        commands: Commands that run in order until one fails.
         advice: Where to look if it fails.
         needs_gpu: Whether MLX must find a Metal device.
-        kept: Whether the output is kept if it passes, too.
+        kept: Text above the output, which is then kept if the check passes too.
     """
 
     name: str
@@ -76,27 +76,27 @@ def kernel_tests() -> tuple[str, ...]:
 
 
 def checks() -> tuple[Check, ...]:
-    """All of them, in the order in which they are run."""
+    """All checks in the order of their run."""
     module = (PYTHON, "-m")
     return (
         Check(
             "compile",
-            "Apple's compiler takes the kernels' file",
+            "Apple's compiler accepts the kernels' file",
             (compiled_for("macosx"), compiled_for("iphoneos")),
-            "The compiler names the line of metal/flash_head.metal. Where it misses its toolchain: "
+            "The compiler names the line of metal/flash_head.metal. If its toolchain is missing: "
             "xcodebuild -downloadComponent MetalToolchain.",
             needs_gpu=False,
         ),
         Check(
             "kernels",
-            "the kernels compute what numpy does",
+            "the kernels compute the same as numpy",
             ((*module, "pytest", "-q", "-rs", "--tb=short", *kernel_tests()),),
             "A failed test names kernel, shape, dtype and format. MTL_SHADER_VALIDATION=1 before "
             "the command lets Metal check every access.",
         ),
         Check(
             "tokens",
-            "a real model says the same on the kernels and on plain MLX",
+            "a real model generates the same tokens on the kernels and on plain MLX",
             (
                 (PYTHON, "scripts/fetch_smollm2.py", str(MODEL)),
                 (
@@ -107,7 +107,7 @@ def checks() -> tuple[Check, ...]:
                 (PYTHON, "scripts/compare_paths.py", "--model", str(FLASH_HEAD_MODEL)),
             ),
             "The first token that differs is named with both logits. If the kernels' tests pass, "
-            "look at what they do not have: this model's shapes.",
+            "look at this model's shapes, which those tests lack.",
         ),
         Check(
             "benchmark",
@@ -125,7 +125,7 @@ def checks() -> tuple[Check, ...]:
 
 
 def this_mac() -> list[tuple[str, str]]:
-    """What a reader of a report asks first."""
+    """The facts at the head of a report."""
     gpu = "none that MLX finds"
     if mx.metal.is_available():
         gpu = str(mx.device_info().get("device_name", "found by MLX, without a name"))
@@ -145,7 +145,7 @@ def run_check(check: Check, run: Callable = subprocess.run) -> tuple[bool, str]:
     """Runs the commands of one check.
 
     Returns:
-        Whether all went well, and the page to send or to keep.
+        Whether the check passes, and its page.
     """
     if check.needs_gpu and not mx.metal.is_available():
         page = failure(check, None, "MLX finds no Metal device: mx.metal.is_available() is False.")
@@ -172,7 +172,7 @@ def run_check(check: Check, run: Callable = subprocess.run) -> tuple[bool, str]:
 
 
 def failure(check: Check, arguments: tuple[str, ...] | None, output: str, code: int = 1) -> str:
-    """A failed check as an issue: title, what was expected, how to see it, what came out, where."""
+    """A failed check as an issue: title, expectation, commands, output, machine, advice."""
     facts = dict(this_mac())
     lines = output.rstrip().splitlines()
     shown = "\n".join(lines[-LINES:])
@@ -189,7 +189,7 @@ def failure(check: Check, arguments: tuple[str, ...] | None, output: str, code: 
 
 
 def _without_progress(output: str) -> str:
-    """Of a line that bars have written over and over, what was left on the screen."""
+    """The text that is left on the screen of a line that progress bars have overwritten."""
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in output.split("\n"))
 
 

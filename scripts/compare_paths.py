@@ -2,8 +2,8 @@
 
     python scripts/compare_paths.py --model FOLDER [--max-tokens 40] [--prompt TEXT …]
 
-Ends with 1 if the tokens differ, and says where, with the logits that decided. Two tokens whose
-logits are apart by rounding alone are a tie, which either path may decide its own way.
+Ends with 1 if the tokens differ, and prints the place and the logits that decided. Two tokens whose
+logits differ by rounding alone are a tie, and the paths may choose differently.
 """
 
 import argparse
@@ -38,14 +38,14 @@ SUMMATION = 1e-5
 
 @dataclass(frozen=True)
 class Comparison:
-    """What both paths said to one prompt.
+    """The answers of both paths to one prompt.
 
     Attributes:
         prompt: The prompt.
         tokens: By path, the greedy tokens.
-        texts: By path, what they say.
+        texts: By path, their text.
         logits: By path, the dense logit of the first token that differs; None if all are the same.
-        rounding: So far apart may rounding put two logits of this size.
+        rounding: Greatest difference of two logits of this size by rounding.
     """
 
     prompt: str
@@ -67,7 +67,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether all tokens are the same, or a tie parted them."""
+        """Whether all tokens are the same, or the first that differ are a tie."""
         return self.logits is None or self.gap <= self.rounding
 
     def __str__(self) -> str:

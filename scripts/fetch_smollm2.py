@@ -7,7 +7,7 @@ and writes an ordinary Hugging Face folder that ``mlx_lm.load`` and ``mlx_flashh
 
     python scripts/fetch_smollm2.py models/smollm2
 
-A folder that is already there is reused.
+An existing folder is reused.
 """
 
 import sys
@@ -75,7 +75,7 @@ def dequantise(stored: dict[str, mx.array], module: str) -> mx.array:
         return weight.astype(mx.float32)
     biases = stored[f"{module}.biases"]
     bits = weight.shape[-1] // scales.shape[-1]  # 32-bit words of a group of 32 values
-    # In float32 scale·q + bias is as good as exact; in the file's float16 it would be rounded.
+    # scale·q + bias in float32 is nearly exact; the file's float16 would round it
     scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(weight, scales, biases, group_size=32, bits=bits)
 

@@ -1,9 +1,9 @@
-"""Measures how a head's cost grows with V, D, p and the batch; writes what `plots.py` draws.
+"""Measures how a head's cost grows with V, D, p and the batch, for `plots.py`.
 
     python scripts/growth.py [--json docs/benchmarks/growth.json] [--rounds 10]
 
-Random float32 heads, cold caches, in turns, as `python -m mlx_flashhead.benchmark head` measures
-them. For figures to be quoted: an idle machine, one thread, OpenBLAS.
+It measures random float32 heads as `python -m mlx_flashhead.benchmark head` does: with cold caches
+and in turns. Use an idle machine, one thread and OpenBLAS for figures to publish.
 """
 
 import argparse
@@ -42,14 +42,14 @@ def measure_growth(usual: dict, axes: dict, rounds: int, progress: bool = True) 
         progress: Show a bar.
 
     Returns:
-        What ``head_benchmark`` gives, and the name of the axis, for each point.
+        For each point the result of ``head_benchmark`` and the name of the axis.
     """
     points = [(axis, usual | {axis: value}) for axis, values in axes.items() for value in values]
     results, built, head = [], None, None
     for axis, point in tqdm(points, desc="Measuring growth", disable=not progress):
         shape = (point["vocab_size"], point["hidden_size"])
         if shape != built:
-            del head  # two at once would not fit everywhere
+            del head  # two at once may not fit into memory
             head, built = random_head(*shape, n_probes=1), shape
         head.n_probes = point["n_probes"]
         states = np.random.default_rng(0).normal(size=(64, shape[1])).astype(np.float32)

@@ -1,10 +1,10 @@
-"""Counts what the Metal kernels move: per kernel and buffer, beside the dense head's own kernel.
+"""Counts the memory traffic of the Metal kernels, per kernel and buffer, beside the dense head's.
 
     python scripts/kernel_report.py [--head-bits 4|8|16] [--n-probes 256] [--json FILE]
 
-The kernels run on the tests' emulator, every threadgroup of them, at the head shapes of four models
-with random weights. Counted are accesses: these are no times, and no Apple GPU is involved. The
-dense head is not run: its figures follow from the definition of MLX's matrix-vector kernels.
+All threadgroups of the kernels run on the tests' emulator, at the head shapes of four models with
+random weights. The report counts accesses, without an Apple GPU and without times. The dense head's
+figures follow from the definition of MLX's matrix-vector kernels.
 """
 
 import argparse
@@ -38,7 +38,7 @@ LINE = 128
 
 
 def random_rows(rng, shape: tuple[int, ...], hidden_size: int, bits: int) -> Matrix:
-    """Rows of the given leading axes, random in every bit that costs nothing to make random."""
+    """Rows of the given leading axes, with random bits where these are cheap to make."""
     if bits == 16:
         return Matrix(mx.random.normal((*shape, hidden_size)).astype(mx.bfloat16))
     words = rng.integers(2**32, size=(*shape, hidden_size * bits // 32), dtype=np.uint32)
@@ -65,7 +65,7 @@ def random_head(vocab_size: int, hidden_size: int, bits: int) -> ClusteredRows:
 
 
 def count(clustered: ClusteredRows, n_probes: int) -> list[dict]:
-    """One decode step, full logits and greedy token: what each kernel does."""
+    """The counts of each kernel in one decode step, for full logits and for the greedy token."""
     from metal_emulator import Emulator
 
     hidden = mx.random.normal((1, clustered.hidden_size)).astype(mx.bfloat16)
@@ -101,7 +101,7 @@ def count(clustered: ClusteredRows, n_probes: int) -> list[dict]:
 
 
 def dense(vocab_size: int, hidden_size: int, bits: int) -> dict:
-    """The same figures of the dense head, from the definition of MLX's kernel; nothing is run.
+    """The same figures of the dense head, from the definition of MLX's kernel.
 
     A simdgroup of qmv (or of gemv, for 16 bits) computes 4 rows: it reads each byte of weights
     once, the hidden state once for its 4 rows, and a group's scale and offset once per lane that
@@ -166,7 +166,7 @@ def stored_ratio(kernel: dict, share: float) -> float:
 
     Args:
         kernel: One entry of the report.
-        share: Of the stored rows that the kernel needs.
+        share: Share of the stored rows that the kernel needs.
     """
     stored = [kernel["buffers"].get(name) for name in ("weight", "scales", "biases")]
     stored = [buffer for buffer in stored if buffer is not None]
@@ -200,7 +200,7 @@ def table(kernel: dict) -> Table:
 
 
 def summary(report: dict) -> str:
-    """What a step moves, beside the dense head."""
+    """The traffic of a step beside the dense head's."""
     return (
         f"Distinct lines, read and written: full logits {report['full_logits_mb']:.2f} MB and "
         f"greedy token {report['greedy_token_mb']:.2f} MB, in 4 dispatches each; dense "
@@ -234,7 +234,7 @@ def make_report(vocab_size: int, hidden_size: int, bits: int, n_probes: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Count what the Metal kernels move.")
+    parser = argparse.ArgumentParser(description="Count the memory traffic of the Metal kernels.")
     parser.add_argument("--head-bits", type=int, choices=(4, 8, 16), default=4)
     parser.add_argument("--n-probes", type=int, default=256, help="clusters scored (default: 256)")
     parser.add_argument("--model", choices=SHAPES, action="append", help="only this head's shape")
@@ -259,8 +259,8 @@ def main() -> None:
             console.print(table(kernel), "", sep="\n")
         console.print(summary(report), "", sep="\n")
     console.print(
-        "Bytes; a line is 128 bytes. Every threadgroup was run, none sampled, on the emulator with "
-        "random weights. The dense kernel's figures follow from its definition."
+        "Bytes; a line is 128 bytes. All threadgroups ran on the emulator with random weights. The "
+        "dense kernel's figures follow from its definition."
     )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")

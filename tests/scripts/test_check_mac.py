@@ -41,7 +41,7 @@ def gpu(monkeypatch):
 def test_kernels_are_compiled_for_both_systems():
     run = Runner()
     passed, page = check_mac.run_check(CHECKS["compile"], run)
-    assert passed and page.startswith("# compile: Apple's compiler takes the kernels' file")
+    assert passed and page.startswith("# compile: Apple's compiler accepts the kernels' file")
     assert [line.split()[2] for line in run.ran] == ["macosx", "iphoneos"]
     for line in run.ran:
         source = line.split(" -c ")[1].split()[0]
