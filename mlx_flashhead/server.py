@@ -31,7 +31,7 @@ def main() -> None:
         try:
             for model in (flags.model, flags.draft_model, *flags.allow_models):
                 if model is not None:
-                    resolve(model)  # what has to be fetched is fetched here, where Ctrl-C ends it
+                    resolve(model)  # downloads happen here, where Ctrl-C ends them
             serve(flags, partial(access_of, flags), partial(_announce, flags), ending.wait)
         except KeyboardInterrupt:
             print("Stopped.")

@@ -1,1 +1,1 @@
-"""The HTTP server: mlx-lm's, with FlashHead models and a page for browsers."""
+"""The HTTP server: OpenAI's API for FlashHead models, and a page for browsers."""

@@ -1,8 +1,8 @@
-"""Who may talk to the server: rules on the token, the Host, the Origin and the size of a request.
+"""Who may use the server: rules on the token, the Host, the Origin and the size of a request.
 
-On 127.0.0.1 there is no token, and the Host has to be a name of the machine itself: otherwise any
-web page could reach the server by letting its own name point here (DNS rebinding). On a network
-every request but the icon and the manifest needs the token as well.
+On 127.0.0.1 there is no token, but the Host must be a name of this machine. Otherwise any web page
+could reach the server if its own name resolves to this address (DNS rebinding). On a network every
+request except the icon's and the manifest's needs the token too.
 """
 
 import hmac
@@ -18,13 +18,13 @@ from urllib.parse import parse_qs, urlsplit
 from .problems import Problem
 
 COOKIE = "flashhead_token"
-# An operating system fetches these without cookies when a page is put on the Home Screen.
+# An operating system fetches these without cookies to put a page on the Home Screen.
 PUBLIC_PATHS = frozenset({"/manifest.webmanifest", "/apple-touch-icon.png"})
-# A browser that opens one of these can't send a header; it shall not be done anywhere else, since
-# addresses are kept in histories.
+# A browser that opens one of these cannot send a header. Elsewhere the address must not carry the
+# token, since browsers keep addresses in their histories.
 QUERY_PATHS = frozenset({"/", "/manifest.webmanifest"})
 
-_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # none that looks like another: people type them
+_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # letters and digits that people do not mix up
 _GROUPS, _GROUP_LENGTH = 5, 4
 _TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
@@ -36,8 +36,8 @@ class Access:
     """The rules of one server.
 
     Attributes:
-        token: What a client has to send; None on 127.0.0.1, where none is needed.
-        hosts: Further host names, in lower case, under which the server may be addressed.
+        token: The token that clients send; None on 127.0.0.1, where they need none.
+        hosts: Further host names of the server, in lower case.
         origins: Origins of other sites whose scripts may use the API, such as
             ``https://chat.example``.
         max_body_bytes: Size of a request's body.
@@ -49,15 +49,15 @@ class Access:
     max_body_bytes: int = 4 << 20
 
     def check(self, method: str, target: str, headers: Message) -> None:
-        """Makes sure that a request may be served.
+        """Checks that a request may be served.
 
         Args:
             method: Such as ``GET``.
             target: Path and query, as requested.
-            headers: Of the request.
+            headers: The request's headers.
 
         Raises:
-            Problem: If it may not, for the first reason.
+            Problem: If it may not, with the first reason.
         """
         self._check_host(headers)
         self._check_origin(headers)
@@ -75,20 +75,20 @@ class Access:
         try:
             address = ipaddress.ip_address(name)
         except ValueError:
-            # Names in .local are answered for by machines of the same network, never by the DNS.
+            # machines of the network answer for names in .local, and the DNS does not
             return self.token is not None and name.endswith(".local")
-        # A page that was loaded from an address is of that address: nothing was rebound.
+        # a page from an address has that address as its origin, so nothing was rebound
         return address.is_loopback or self.token is not None
 
     def accepts(self, token: str | None) -> bool:
-        """Whether ``token`` is the server's; the time it takes tells nothing about it."""
+        """Whether ``token`` is the server's, in a time that does not depend on the token."""
         if self.token is None:
             return True
         given = (token or "").strip().encode()
         return hmac.compare_digest(given, self.token.encode())
 
     def cross_origin(self, headers: Message) -> str | None:
-        """The Origin of another site that is allowed, None for all others."""
+        """The request's Origin if it is an allowed site, else None."""
         origin = headers.get("Origin")
         return origin if origin in self.origins else None
 
@@ -109,7 +109,7 @@ class Access:
             own = f"http://{headers['Host'].strip()}".lower()
             allowed = origin.lower() == own or origin in self.origins
         else:
-            # Opening a link from another site is fine; being asked by its script or image is not.
+            # a link on another site may lead here, but its scripts and images may not
             by_script = headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
             allowed = not by_script or headers.get("Sec-Fetch-Mode") == "navigate"
         if not allowed:
@@ -125,7 +125,7 @@ class Access:
             return
         if not any(self.accepts(token) for token in given_tokens(target, headers)):
             raise Problem(
-                "This server needs the token that it printed when it was started, as "
+                "This server needs the token that it printed at its start, as "
                 "'Authorization: Bearer TOKEN'.",
                 status=HTTPStatus.UNAUTHORIZED,
             )
@@ -137,7 +137,7 @@ class Access:
                 "A request with a body needs Content-Length.", status=HTTPStatus.LENGTH_REQUIRED
             )
         if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,15}", length) for length in lengths):
-            raise Problem("Content-Length has to be one whole number.")
+            raise Problem("Content-Length must be one whole number.")
         if lengths and int(lengths[0]) > self.max_body_bytes:
             raise Problem(
                 f"The request has {int(lengths[0]):,} bytes, and at most "
@@ -154,7 +154,7 @@ def new_token() -> str:
 
 
 def is_token(text: str) -> bool:
-    """Whether ``text`` can serve as a token: long enough, and the same in an address."""
+    """Whether ``text`` can be a token: long enough, and unchanged in an address."""
     return _TOKEN.fullmatch(text) is not None
 
 
@@ -170,7 +170,7 @@ def query_token(target: str) -> str | None:
 
 
 def given_tokens(target: str, headers: Message) -> list[str | None]:
-    """Every token a request carries, [None] if it carries none."""
+    """Every token of a request; [None] if there is none."""
     tokens = [query_token(target)] if path_of(target) in QUERY_PATHS else []
     scheme, _, credentials = headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
@@ -183,5 +183,5 @@ def given_tokens(target: str, headers: Message) -> list[str | None]:
 
 
 def without_token(target: str) -> str:
-    """A request line or target as it may stand in a log."""
+    """A request line or target without the token, for a log."""
     return _TOKEN_IN_TARGET.sub("…", target)

@@ -1,4 +1,4 @@
-"""The server's flags on who may use it."""
+"""The server's flags for its address and its clients."""
 
 import argparse
 import re
@@ -13,12 +13,12 @@ _ALL_INTERFACES = "0.0.0.0"
 
 
 def add_access_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds where the server listens, for whom, and what it says of that."""
+    """Adds the flags for address, clients and log."""
     group = parser.add_argument_group("network")
     group.add_argument(
         "--host",
-        help="Address to listen on (default: 127.0.0.1, this machine alone). Any other one asks "
-        "clients for the token, as --lan does.",
+        help="Address to listen on (default: 127.0.0.1, this machine alone). With any other one "
+        "clients need the token, as with --lan.",
     )
     group.add_argument(
         "--port",
@@ -50,14 +50,14 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
         "--token-file",
         type=Path,
         default=TOKEN_FILE,
-        help="Keeps the token from one start to the next; made with a random one if it is not "
-        "there (default: %(default)s)",
+        help="File that keeps the token from one start to the next; made with a random one "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--log-level",
         choices=("DEBUG", "INFO", "WARNING", "ERROR"),
         default="INFO",
-        help="INFO logs a line for each request, without what was asked or answered "
+        help="INFO logs a line for each request, without prompts and answers "
         "(default: %(default)s)",
     )
 
@@ -74,16 +74,16 @@ def check_access(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     for origin in args.allowed_origins:
         if not _ORIGIN.fullmatch(origin):
             parser.error(
-                f"--allowed-origins {origin}: name each site, such as https://chat.example; there "
-                "is no wildcard"
+                f"--allowed-origins {origin}: name each site, such as https://chat.example, "
+                "without wildcards"
             )
 
 
 def access_of(args: argparse.Namespace) -> Access:
-    """The rules that the flags ask for.
+    """The rules that the flags set.
 
     Raises:
-        ValueError: If the token file holds no token.
+        ValueError: If the token file does not hold a token.
     """
     named = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
     origins = frozenset(args.allowed_origins)

@@ -10,7 +10,7 @@ _NORMAL, _REASONING, _TOOL = "normal", "reasoning", "tool"
 
 @dataclass
 class Piece:
-    """What a token has added to an answer; any part may be empty.
+    """A token's addition to an answer. Any part may be empty.
 
     Attributes:
         content: Text of the answer.
@@ -31,12 +31,12 @@ class Piece:
 
 
 class AnswerText:
-    """The text of one answer, as far as it is certain what it belongs to.
+    """The text of one answer, given out as soon as its part is certain.
 
     Args:
         served: The model.
         stop: Texts that end it.
-        state: Of the text it begins with.
+        state: The state of the text at its beginning.
     """
 
     def __init__(self, served: ServedModel, stop: tuple[str, ...], state: str):
@@ -47,12 +47,12 @@ class AnswerText:
         self._call = ""
 
     def add(self, token: int) -> tuple[Piece, bool]:
-        """Adds a token: what is certain now, and whether a stop text has ended the answer."""
+        """Adds a token. Returns the text that is certain now, and whether a stop text ended it."""
         self._detokenizer.add_token(token)
         return self._take(self._detokenizer.last_segment)
 
     def finish(self) -> tuple[Piece, bool]:
-        """Ends the answer: what was held back, and whether a stop text was among it."""
+        """Ends the answer. Returns the text held back, and whether it held a stop text."""
         self._detokenizer.finalize()
         piece, stopped = self._take(self._detokenizer.last_segment)
         if not stopped:
@@ -69,7 +69,7 @@ class AnswerText:
         return piece + self._flush() if stopped else piece, stopped
 
     def _flush(self) -> Piece:
-        """What may have been the beginning of something, and was not."""
+        """Text held back as a possible beginning of a marker."""
         piece = Piece()
         self._parts, held, name = TextStateMachine.flush(self._parts)
         self._add(name, held, piece)

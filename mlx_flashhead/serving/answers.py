@@ -1,4 +1,4 @@
-"""Answers as OpenAI's API has them: whole, or in chunks as they are made."""
+"""Answers in the form of OpenAI's API: whole, or in chunks."""
 
 import time
 import uuid
@@ -14,11 +14,11 @@ _FINGERPRINT = f"mlx_flashhead-{__version__}"
 
 
 class Choice:
-    """One of a request's answers, as far as it has come.
+    """One of a request's answers, up to its latest token.
 
     Args:
         request: The request.
-        index: Which of the answers.
+        index: Number of the answer.
     """
 
     def __init__(self, request: Request, index: int):
@@ -37,10 +37,10 @@ class Choice:
     def add(
         self, piece: Piece, logprobs: TokenLogprobs | None, finish_reason: str | None
     ) -> dict[str, Any] | None:
-        """Adds what a token has brought.
+        """Adds a token's piece of text.
 
         Returns:
-            It as a chunk's choice; None if there is nothing to send.
+            The piece as a chunk's choice; None if there is nothing to send.
         """
         calls = [call for text in piece.calls for call in self._tools.read(text)]
         content = piece.content + self._tools.unread()
@@ -71,7 +71,7 @@ class Choice:
         return choice | {"delta": delta}
 
     def whole(self) -> dict[str, Any]:
-        """All of it, as an answer's choice."""
+        """The whole answer as a choice."""
         self._offset = 0
         choice = self._choice(self._logprobs)
         if not self._chat:
@@ -111,7 +111,7 @@ class Choice:
 
 
 class Envelope:
-    """What is around the choices of one request.
+    """The frame around the choices of one request.
 
     Args:
         request: The request.
@@ -130,7 +130,7 @@ class Envelope:
     def chunk(
         self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """A part of a stream; with ``usage`` the last one."""
+        """A part of a stream; the last part has ``usage``."""
         kind = "chat.completion.chunk" if self._request.chat else "text_completion"
         chunk = {**self._common, "object": kind, "choices": choices}
         return chunk | {"usage": usage} if self._request.include_usage else chunk

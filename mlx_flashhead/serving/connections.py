@@ -1,4 +1,4 @@
-"""Connections: how many there may be, and how long a client may take to say what it wants."""
+"""Connections: their number, and the time that a client has for its request."""
 
 import io
 import socket
@@ -12,18 +12,18 @@ from threading import Lock
 
 from .problems import Problem
 
-# Connections whose request has not been read yet; the oldest of whoever has most makes room.
+# Connections whose request is not read yet. Beyond this, the address with most loses its oldest.
 MAX_UNREAD = 64
-# Requests that are being answered, in total and for one address.
+# Requests in progress, in total and for one address.
 MAX_ANSWERED = 128
 MAX_ANSWERED_PER_ADDRESS = 32
 
 
 class LimitedServer(ThreadingHTTPServer):
-    """A thread for each connection, and limits on both kinds of them.
+    """A thread for each connection, with limits on unread and on answered ones.
 
-    A connection counts as unread until its handler calls :meth:`answering`. It never has to wait
-    while it is unread: so a request that needs no computing is always answered.
+    A connection counts as unread until its handler calls :meth:`answering`. An unread connection
+    never waits, so a request that needs no computing is always answered.
     """
 
     daemon_threads = True
@@ -36,7 +36,7 @@ class LimitedServer(ThreadingHTTPServer):
         super().__init__(*args, **kwargs)
 
     def process_request(self, request, client_address) -> None:
-        """Starts the connection's thread; one that has said nothing for long may have to go."""
+        """Starts the connection's thread. The oldest silent connection may be closed for it."""
         with self._lock:
             if len(self._unread) >= MAX_UNREAD:
                 self._close_one()
@@ -73,10 +73,10 @@ class LimitedServer(ThreadingHTTPServer):
             yield
         finally:
             with self._lock:
-                self._answered -= Counter([address])  # which drops what is nil
+                self._answered -= Counter([address])  # drops counts of 0
 
     def handle_error(self, request, client_address) -> None:
-        """A client that has gone, as after *stop*, is no error."""
+        """Ignores a client that has left, as after *stop*."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -89,10 +89,10 @@ class LimitedServer(ThreadingHTTPServer):
 
 
 class TimedReader(io.RawIOBase):
-    """Reads from a connection, until a moment that may be moved.
+    """Reads from a connection until a deadline, which may be moved.
 
     Args:
-        connection: Whose time limit this sets.
+        connection: The connection, whose time limit this sets.
 
     Attributes:
         deadline: In the seconds of ``time.monotonic``.
@@ -106,10 +106,10 @@ class TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        """Reads what is there, or waits for it.
+        """Reads the available bytes, or waits for some.
 
         Raises:
-            TimeoutError: If it is too late.
+            TimeoutError: If the deadline has passed.
         """
         left = self.deadline - time.monotonic()
         if left <= 0:
@@ -119,10 +119,10 @@ class TimedReader(io.RawIOBase):
 
 
 class TimedHandler(BaseHTTPRequestHandler):
-    """A handler with deadlines for a request's head and body, not for each of their bytes."""
+    """A handler with one deadline for a request's head and one for its body."""
 
     server: LimitedServer
-    server_version, sys_version = "mlx_flashhead", ""  # the versions are nobody's business
+    server_version, sys_version = "mlx_flashhead", ""  # without versions
     head_seconds = 10.0
     body_seconds = 60.0
     write_seconds = 30.0  # for a client that does not read
@@ -136,7 +136,7 @@ class TimedHandler(BaseHTTPRequestHandler):
         self.allow(self.head_seconds)
 
     def allow(self, seconds: float) -> None:
-        """Gives the client so long for what it sends next."""
+        """Gives the client ``seconds`` for its next data."""
         self._reader.deadline = time.monotonic() + seconds
 
     def read_body(self, n_bytes: int) -> bytes:
@@ -161,7 +161,7 @@ class TimedHandler(BaseHTTPRequestHandler):
         return body
 
     def discard_body(self) -> None:
-        """Reads on for a moment, so that a client that still sends gets to read the answer."""
+        """Reads on for a moment, so that a client that still sends receives the answer."""
         if self._body_read or self.headers.get("Content-Length", "0") == "0":
             return
         self.wfile.flush()

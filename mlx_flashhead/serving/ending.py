@@ -1,4 +1,4 @@
-"""How a server ends: when it is told to, within seconds, whatever runs."""
+"""The end of a server: within seconds of a signal, whatever runs."""
 
 import os
 import signal
@@ -10,10 +10,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Ending:
-    """Within the block, a signal to end interrupts the main thread; a second one ends at once.
+    """Within the block, a signal to end interrupts the main thread. A second one ends the process.
 
-    Threads may be within C++ code, which aborts where an interpreter is taken down around it: so
-    neither the second signal nor :meth:`leave` takes it down.
+    C++ code in other threads aborts if the interpreter is finalized meanwhile. So neither the
+    second signal nor :meth:`leave` finalizes it.
     """
 
     def __enter__(self) -> "Ending":

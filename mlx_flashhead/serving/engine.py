@@ -1,8 +1,8 @@
 """The thread that computes: it reads prompts a chunk at a time, between the tokens of others.
 
-Of every second in which prompts wait, half goes to them and half to the answers under way. Of the
-prompts, the one with the fewest tokens left and the oldest one take turns: a short question is not
-held up by a long text, and a long text not for ever by short questions.
+While prompts wait, half of the time goes to them and half to the answers in progress. The prompt
+with the fewest tokens left and the oldest prompt take turns. A long text therefore does not hold up
+a short question, and short questions do not hold up a long text for ever.
 """
 
 import gc
@@ -32,11 +32,11 @@ class Engine:
     """Answers jobs until it is closed.
 
     Args:
-        load: Loads the models; called in the generating thread, as MLX wants it.
-        flags: The server's.
+        load: Loads the models. Called in the generating thread, since MLX requires it.
+        flags: The server's flags.
 
     Attributes:
-        catalogue: Done as soon as the models are loaded, or one has failed to.
+        catalogue: Done as soon as the models are loaded or loading has failed.
     """
 
     def __init__(self, load: Callable[[], Catalogue], flags: Namespace):
@@ -53,7 +53,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, jobs: Iterable[Job]) -> None:
-        """Takes jobs; their events tell the rest."""
+        """Takes jobs. Their events report the progress."""
         for job in jobs:
             self._arrived.put(job)
 
@@ -63,10 +63,10 @@ class Engine:
         return self._thread.is_alive() and not self._ended.is_set()
 
     def close(self, seconds: float) -> bool:
-        """Ends the thread; answers under way end where they are.
+        """Ends the thread. Answers in progress end where they are.
 
         Returns:
-            Whether it has ended within so many seconds.
+            Whether the thread has ended within ``seconds``.
         """
         self._ended.set()
         self._thread.join(seconds)
@@ -87,9 +87,9 @@ class Engine:
             try:
                 self._take_turns()
             except Exception as error:
-                logger.exception("The answers under way have failed")
+                logger.exception("The answers in progress have failed")
                 self._fail_all(error)
-        # MLX wants its arrays and streams gone before the thread is
+        # arrays and streams of MLX must be freed before their thread ends
         del self._caches, self._readings, self._decoders
         gc.collect()
         mx.clear_streams()
@@ -128,7 +128,7 @@ class Engine:
             self._remove(decoder, [job for job in decoder.jobs if job.cancelled])
 
     def _read(self) -> None:
-        """Reads a chunk of one prompt; those that are read completely go on to be answered."""
+        """Reads a chunk of one prompt. A prompt that is read completely goes on to decoding."""
         if not self._readings:
             return
         self._turn += 1
@@ -158,7 +158,7 @@ class Engine:
         batches[0].add(reading)
 
     def _decode(self) -> bool:
-        """Generates a token for every answer under way; → whether there are any."""
+        """Generates a token for every answer in progress. Returns whether there are any."""
         for decoder in list(self._decoders):
             try:
                 steps = decoder.step()

@@ -1,4 +1,4 @@
-"""The fields of a request's body, each of which is checked as it is taken."""
+"""The fields of a request's body. Each is checked when it is taken."""
 
 import math
 from typing import Any, overload
@@ -11,9 +11,9 @@ _MAX_NUMBER = 1e30
 
 
 class Fields:
-    """A body whose fields are taken one by one; what is left at the end is unknown.
+    """A body whose fields are taken one by one. Fields that are left at the end are unknown.
 
-    A field that is null counts as one that is not there.
+    A field that is null counts as missing.
 
     Args:
         body: The request's JSON.
@@ -23,10 +23,10 @@ class Fields:
         self._left = {name: value for name, value in body.items() if value is not None}
 
     def take(self, name: str, kind: type | None = None, default: Any = None) -> Any:
-        """The field's value, of a certain type unless that is None.
+        """The field's value, of the type ``kind`` unless that is None.
 
         Raises:
-            Problem: If it is of another type.
+            Problem: If it has another type.
         """
         value = self._left.pop(name, None)
         if value is None:
@@ -47,7 +47,7 @@ class Fields:
         """A whole number within limits.
 
         Raises:
-            Problem: If it is none.
+            Problem: If the value is not one.
         """
         value = self._left.pop(name, None)
         if value is None:
@@ -64,7 +64,7 @@ class Fields:
         """A number within limits.
 
         Raises:
-            Problem: If it is none.
+            Problem: If the value is not one.
         """
         value = self._left.pop(name, None)
         if value is None:
@@ -77,28 +77,28 @@ class Fields:
         return float(value)
 
     def only(self, name: str, *values: Any, why: str) -> None:
-        """Takes a field that may only ask for what happens anyway.
+        """Takes a field that may only ask for the server's own behaviour.
 
         Args:
             name: The field.
-            *values: What it may be.
-            why: What the server does instead of the rest.
+            *values: Its allowed values.
+            why: The behaviour and the remedy, for the error.
 
         Raises:
-            Problem: If it asks for something else.
+            Problem: If it has another value.
         """
         value = self._left.pop(name, None)
         if value is not None and not any(value == v and type(value) is type(v) for v in values):
             raise Problem(f"{name}: {why}", name)
 
     def end(self) -> None:
-        """Makes sure that nothing is ignored.
+        """Checks that all fields were taken, so that none is ignored.
 
         Raises:
             Problem: If a field is left.
         """
         for name in self._left:
-            raise Problem(f"{_short(name)} is no field that this server knows.", name[:80])
+            raise Problem(f"{_short(name)} is not a field of this server.", name[:80])
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The front door: every request is checked first, then it gets the page or reaches the API."""
+"""The front door: checks every request, then serves the page or passes it to the API."""
 
 import logging
 import time
@@ -29,7 +29,7 @@ class GuardedHandler(TimedHandler, ABC):
         super().setup()
         self._status: HTTPStatus | None = None
         self._notes: list[str] = []
-        # the base class leaves these out where a request is no HTTP
+        # the base class does not set these if a request is not HTTP
         self.path, self.headers = "", Message()
 
     @property
@@ -39,7 +39,7 @@ class GuardedHandler(TimedHandler, ABC):
 
     @abstractmethod
     def page_info(self) -> Mapping[str, Any]:
-        """What the page shows and takes for its defaults: the model's name and the settings."""
+        """The page's defaults: the model's name and the settings."""
 
     @abstractmethod
     def healthy(self) -> bool:
@@ -72,7 +72,7 @@ class GuardedHandler(TimedHandler, ABC):
             self._log(time.monotonic() - began)
 
     def parse_request(self) -> bool:
-        """Reads a request's head; False if it has been answered, with a refusal for example."""
+        """Reads a request's head. False if it is answered already, with a refusal for example."""
         if not super().parse_request():
             return False
         self.connection.settimeout(self.write_seconds)
@@ -84,7 +84,7 @@ class GuardedHandler(TimedHandler, ABC):
         return True
 
     def do_GET(self) -> None:
-        """Answers with a file of the page, or lets the API answer."""
+        """Answers with a file of the page, or passes the request to the API."""
         path = path_of(self.path)
         if path == HEALTH_PATH:
             healthy = self.healthy()
@@ -98,11 +98,11 @@ class GuardedHandler(TimedHandler, ABC):
             self._answer(self.get)
 
     def do_POST(self) -> None:
-        """Lets the API answer."""
+        """Passes the request to the API."""
         self._answer(self.post)
 
     def do_OPTIONS(self) -> None:
-        """Tells a browser which requests another site's script may make."""
+        """Tells a browser which requests another site's script may send."""
         self._send(HTTPStatus.NO_CONTENT, PageFile(b"", {}))
 
     def note(self, text: str) -> None:
@@ -116,19 +116,19 @@ class GuardedHandler(TimedHandler, ABC):
         self._send(status, PageFile(dumps(value).encode(), headers))
 
     def send_response(self, code: int, message: str | None = None) -> None:
-        """As the base class's; the log is told of the status at the end."""
+        """As the base class's. The log gets the status at the end."""
         self._status = HTTPStatus(code)
         super().send_response(code, message)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Takes the place of the base class's page in HTML, for requests that are no HTTP."""
+        """Replaces the base class's HTML page for requests that are not HTTP."""
         self.close_connection = True
-        self.request_version = "HTTP/1.0"  # the answer gets a head whatever the request was
+        self.request_version = "HTTP/1.0"  # so that the answer gets a head
         reason = message or HTTPStatus(code).phrase
         self.send_json(Problem(f"{reason}.", status=code).as_json(), HTTPStatus(code))
 
     def end_headers(self) -> None:
-        """As the base class's, with what lets another site's script read the answer."""
+        """As the base class's, with the headers for scripts of allowed sites."""
         origin = self.access.cross_origin(self.headers)
         if origin is not None:
             self.send_header("Access-Control-Allow-Origin", origin)
@@ -138,7 +138,7 @@ class GuardedHandler(TimedHandler, ABC):
         super().end_headers()
 
     def log_message(self, format: str, *args) -> None:  # the base class's names
-        """Nothing: a request is logged once, at its end."""
+        """Does nothing, since a request is logged once, at its end."""
 
     def _answer(self, answer: Callable[[str], None]) -> None:
         try:
@@ -150,10 +150,10 @@ class GuardedHandler(TimedHandler, ABC):
         except Exception:
             logger.exception("A request could not be answered")
             if self._status is None:
-                self._refuse(Problem("The server has failed: its log says why.", status=500))
+                self._refuse(Problem("The server has failed: see its log.", status=500))
 
     def _shown_token(self) -> str | None:
-        """The server's token if this request carries it; a public file is asked for without."""
+        """The server's token if this request carries it. Public files need none."""
         token = self.access.token
         shown = token and any(map(self.access.accepts, given_tokens(self.path, self.headers)))
         return token if shown else None
@@ -163,7 +163,7 @@ class GuardedHandler(TimedHandler, ABC):
         for name, value in file.headers.items():
             self.send_header(name, value)
         if path_of(self.path) == "/" and (token := self._shown_token()):
-            # A page on plain http: no Secure. Strict: no other site makes a browser send it.
+            # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
             self.send_header(
                 "Set-Cookie",
                 f"{COOKIE}={token}; Path=/; Max-Age={_COOKIE_SECONDS}; HttpOnly; SameSite=Strict",

@@ -26,22 +26,22 @@ from .valid_json import dumps, loads
 MODELS_PATH = "/v1/models"
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 TEXT_PATHS = ("/v1/completions",)
-# So often somebody looks whether a client that waits is still there.
+# How often a waiting client's connection is checked.
 _LOOK_SECONDS = 0.25
 _PREPARED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Service:
-    """What all requests have in common.
+    """The state that all requests share.
 
     Attributes:
         engine: Computes the answers.
         catalogue: The models.
-        access: Who may ask.
-        flags: The server's.
-        started: When it was started, in seconds since 1970.
-        preparing: Held while a body becomes tokens, which for a while may take many times its size.
+        access: The rules for clients.
+        flags: The server's flags.
+        started: Time of the start, in seconds since 1970.
+        preparing: Lock held while a body becomes tokens, which may take many times its size.
     """
 
     engine: Engine
@@ -56,7 +56,7 @@ class ApiHandler(GuardedHandler):
     """One request.
 
     Args:
-        service: What it has in common with others; the rest is the base class's.
+        service: The shared state; the other arguments are the base class's.
     """
 
     def __init__(self, service: Service, *args):
@@ -123,14 +123,14 @@ def _parsed(body: bytes) -> dict[str, Any]:
     try:
         value = loads(body)
     except ValueError as error:
-        raise Problem(f"The body is no JSON: {error}.") from None
+        raise Problem(f"The body is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise Problem("The body must be a JSON object.")
     return value
 
 
 class _Answer:
-    """The answer to one request, from its jobs to what is sent."""
+    """The answer to one request, from its jobs to the sent bytes."""
 
     def __init__(self, request: Request, prompts: list[Prompt], handler: ApiHandler):
         self._request, self._handler = request, handler
@@ -160,7 +160,7 @@ class _Answer:
 
     @contextmanager
     def under_way(self, engine: Engine) -> Iterator[None]:
-        """A block within which the jobs are worked on; afterwards nothing is computed for them."""
+        """Within the block the jobs are computed. After it they are cancelled."""
         engine.submit(self._jobs)
         try:
             yield
@@ -178,7 +178,7 @@ class _Answer:
         self._handler.send_json(self._envelope.whole(choices, self._usage()))
 
     def stream(self) -> None:
-        """Sends what there is of the answer, as server-sent events."""
+        """Sends the answer piece by piece, as server-sent events."""
         handler = self._handler
         handler.send_response(HTTPStatus.OK)
         handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
@@ -187,7 +187,7 @@ class _Answer:
         try:
             for index, event in self._all_events():
                 if isinstance(event, Progress):
-                    # a comment, which clients pass over and the page shows
+                    # a comment, which clients ignore and the page shows
                     self._write(f": prompt {event.done}/{event.total}")
                     continue
                 choice = self._choices[index]
@@ -206,7 +206,7 @@ class _Answer:
 
         Raises:
             Problem: If one has failed.
-            ConnectionError: If the client has gone.
+            ConnectionError: If the client has left.
         """
         while any(choice.finish_reason is None for choice in self._choices):
             try:
@@ -216,12 +216,12 @@ class _Answer:
             if self._handler.client_has_gone():
                 raise ConnectionAbortedError
             if isinstance(event, Failure):
-                raise Problem("The answer has failed: the server's log says why.", status=500)
+                raise Problem("The answer has failed: see the server's log.", status=500)
             if event is not None:
                 yield index, event
 
     def _usage(self) -> dict[str, Any]:
-        once = self._jobs[:: self._request.n]  # a prompt counts once, however many its answers
+        once = self._jobs[:: self._request.n]  # a prompt with several answers counts once
         prompt_tokens = sum(len(job.prompt.tokens) for job in once)
         completion_tokens = sum(job.n_tokens for job in self._jobs)
         return {
@@ -248,5 +248,5 @@ class _Answer:
 
 
 def handler_for(service: Service) -> partial:
-    """What a server calls for each connection."""
+    """A function that a server calls for each connection."""
     return partial(ApiHandler, service)

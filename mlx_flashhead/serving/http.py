@@ -15,7 +15,7 @@ from .engine import Engine
 from .handler import ApiHandler, Service, handler_for
 from .served import Catalogue, load_catalogue
 
-# What is computed for a token or a chunk of a prompt ends within this time, or is left behind.
+# A token or a chunk of a prompt is computed within this time, or the process ends without it.
 END_SECONDS = 3.0
 
 
@@ -28,13 +28,13 @@ def serve(
     """Serves until ``wait`` returns or raises.
 
     Args:
-        flags: The server's.
-        access: Makes the rules, once the models are loaded.
+        flags: The server's flags.
+        access: Makes the rules once the models are loaded.
         announce: Called with the server's address when it answers.
         wait: Waits for the end, in this thread.
 
     Raises:
-        ValueError: If the port cannot be had, or a model cannot be loaded.
+        ValueError: If the port cannot be used, or a model cannot be loaded.
     """
     with _listen(flags.host, flags.port) as server:
         engine = Engine(lambda: load_catalogue(flags), flags)
@@ -57,7 +57,7 @@ def serve(
 
 @contextmanager
 def requests_logged(level: str) -> Iterator[None]:
-    """A block in which the project's log goes to standard error: requests, and what goes wrong.
+    """Within the block, the project's log of requests and errors goes to standard error.
 
     Args:
         level: Such as "INFO".
@@ -67,7 +67,7 @@ def requests_logged(level: str) -> Iterator[None]:
     package = logging.getLogger(__name__.partition(".")[0])
     package.addHandler(handler)
     package.setLevel(level)
-    # it says of a prompt that is refused how long it is
+    # transformers warns of long prompts, which the server refuses itself
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         yield
@@ -79,7 +79,7 @@ def _listen(host: str, port: int) -> LimitedServer:
     """A server that listens, and answers once it has a handler.
 
     Raises:
-        ValueError: If it cannot listen there.
+        ValueError: If it cannot listen on this address and port.
     """
     try:
         (family, *_, address), *_ = socket.getaddrinfo(
@@ -91,10 +91,10 @@ def _listen(host: str, port: int) -> LimitedServer:
         if error.errno == errno.EADDRINUSE:
             reason = "it is in use: choose another --port, or 0 for any free one"
         elif isinstance(error, socket.gaierror):
-            reason = "there is no such host: check --host"
+            reason = "the host does not exist: check --host"
         else:
             reason = f"{(error.strerror or str(error)).lower()}: choose another --port or --host"
-        raise ValueError(f"Port {port} of {host} cannot be had, {reason}.") from None
+        raise ValueError(f"Port {port} of {host} cannot be used, {reason}.") from None
 
 
 def _url(host: str, port: int) -> str:

@@ -1,4 +1,4 @@
-"""One answer in the making: what the generating thread works on, and what it tells about it."""
+"""One answer in progress: the job of the generating thread, and the events of its progress."""
 
 import time
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class Progress:
     """A part of the prompt has been read.
 
     Attributes:
-        done: Tokens that need not be read any more.
+        done: Tokens that have been read.
         total: Tokens of the prompt.
     """
 
@@ -31,9 +31,9 @@ class Token:
     """A token has been generated.
 
     Attributes:
-        piece: What it adds to the answer.
-        logprobs: Its log-probability, where that is asked for; None for the end token.
-        finish_reason: Why the answer ends with it: "stop" or "length"; None if it goes on.
+        piece: Its addition to the answer.
+        logprobs: Its log-probability, if the request asks for it; None for the end token.
+        finish_reason: Reason if the answer ends with it: "stop" or "length"; else None.
     """
 
     piece: Piece
@@ -43,7 +43,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Failure:
-    """The answer has failed, through no fault of the request."""
+    """The answer has failed within the server."""
 
     error: Exception
 
@@ -57,8 +57,8 @@ class Job:
 
     Attributes:
         served: The model.
-        prompt: What it continues.
-        max_tokens: So many tokens are generated at most.
+        prompt: The prompt.
+        max_tokens: Greatest number of tokens to generate.
         sampler: Draws a token.
         processors: Change the logits before that. Each is called once for every token, with all
             tokens so far, and may hold a state of this sequence. Arrays that it holds must be
@@ -67,13 +67,13 @@ class Job:
         stop: Texts that end the answer.
         n_probes: Clusters scored per token; None for a dense model.
         num_draft_tokens: Tokens drafted at once.
-        logprobs: How many of the likeliest tokens are told; None tells no logprobs.
-        index: Which of a request's answers this is.
-        events: Where the events go, with the index before each.
-        cancelled: Set by whoever does not want it any more; the generating thread then drops it.
+        logprobs: Number of likeliest tokens to report; None reports no logprobs.
+        index: Number of this answer within its request.
+        events: Queue of the events, each with the index before it.
+        cancelled: Set when nobody wants the answer any more. The generating thread then drops it.
         cached: Tokens of the prompt that were found in a cache.
-        n_tokens: Tokens that have been generated, with the end token.
-        times: Of the first of them and of the last, in the seconds of ``time.monotonic``.
+        n_tokens: Generated tokens, with the end token.
+        times: Times of the first and the last of them, in seconds of ``time.monotonic``.
     """
 
     served: ServedModel
@@ -97,11 +97,11 @@ class Job:
         self._text = AnswerText(self.served, self.stop, self.prompt.state)
 
     def tell(self, event: Event) -> None:
-        """Hands an event to who waits for the answer."""
+        """Puts an event into the queue."""
         self.events.put((self.index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
-        """Takes a generated token, and tells of it.
+        """Takes a generated token and reports it.
 
         Args:
             token: Its id.

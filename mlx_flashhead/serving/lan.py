@@ -16,7 +16,7 @@ _PLAIN = "\x1b[0m"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server bound to ``host`` can be reached from this machine only."""
+    """Whether only this machine can reach a server bound to ``host``."""
     if host == "localhost":
         return True
     try:
@@ -40,7 +40,7 @@ def own_address(host: str) -> str:
         return host
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            # Chooses the interface towards an address reserved for documentation; sends nothing.
+            # chooses the interface for an address that is reserved for documentation; sends nothing
             probe.connect(("192.0.2.1", 9))
         except OSError:
             return "127.0.0.1"
@@ -48,12 +48,12 @@ def own_address(host: str) -> str:
 
 
 def kept_token(path: Path) -> str:
-    """The token in a file, a new one if there is no such file.
+    """The token in a file. A missing file is made with a new token.
 
-    It is kept so that an app on a Home Screen still opens after the server was started anew.
+    The token is kept so that an app on a Home Screen still opens after a restart of the server.
 
     Raises:
-        ValueError: If the file holds something else.
+        ValueError: If the file does not hold a token.
     """
     path = path.expanduser()
     if not path.exists():
@@ -66,8 +66,8 @@ def kept_token(path: Path) -> str:
     token = path.read_text(encoding="utf-8", errors="replace").strip()
     if not is_token(token):
         raise ValueError(
-            f"{path} holds no token (16 to 128 letters, digits, '-' or '_'): delete it, and a new "
-            "one is made."
+            f"{path} does not hold a token (16 to 128 letters, digits, '-' or '_'): delete it, and "
+            "a new one is made."
         )
     return token
 
@@ -82,8 +82,8 @@ def qr_code(text: str, *, colours: bool) -> str:
     """A QR code for a terminal, two modules to a character: half blocks.
 
     Args:
-        text: What it says.
-        colours: Whether the terminal understands colours; without, a dark one is assumed.
+        text: Its text.
+        colours: Whether the terminal understands colours. If not, it is taken to be dark.
 
     Raises:
         ValueError: If segno is not installed.
@@ -98,10 +98,10 @@ def qr_code(text: str, *, colours: bool) -> str:
 
 
 def announce(host: str, port: int, token: str, out: TextIO) -> None:
-    """Prints how another device opens the page and uses the API, on 80 columns and 24 lines.
+    """Prints how another device opens the page and uses the API, within 80 columns and 24 lines.
 
     Args:
-        host: What the server is bound to.
+        host: The address that the server is bound to.
         port: Its port.
         token: Its token.
         out: The terminal.
@@ -111,8 +111,8 @@ def announce(host: str, port: int, token: str, out: TextIO) -> None:
     try:
         code = qr_code(page, colours=out.isatty())
         code.encode(out.encoding or "ascii")
-    except UnicodeEncodeError:  # a code of other characters would fit no screen
-        code = f"A QR code of it needs a terminal of UTF-8, and this one is of {out.encoding}."
+    except UnicodeEncodeError:  # ASCII would make the code too large
+        code = f"A QR code of it needs a terminal with UTF-8. This one has {out.encoding}."
     except ValueError as missing:
         code = str(missing)
     lines = [

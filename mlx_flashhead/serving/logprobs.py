@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, which are named by their text and its bytes."""
+"""Log-probabilities of tokens, with the tokens' texts and bytes."""
 
 import math
 from collections.abc import Callable
@@ -8,18 +8,18 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-# What OpenAI's API gives a token that is too unlikely to have a logprob.
+# The value of OpenAI's API for a token that is too unlikely to have a logprob.
 VERY_UNLIKELY = -9999.0
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A token that was chosen, and the likeliest ones at its place.
+    """A chosen token and the likeliest tokens at its place.
 
     Attributes:
         token: Its id.
         logprob: Its log-probability.
-        tops: (id, log-probability) of the likeliest, in order.
+        tops: (id, log-probability) of the likeliest tokens, in order.
     """
 
     token: int
@@ -32,8 +32,8 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
 
     Args:
         logprobs: (V,) log-probabilities of all tokens.
-        token: The one that was chosen.
-        n_tops: How many of the likeliest.
+        token: The chosen token.
+        n_tops: Number of likeliest tokens.
     """
     n_tops = min(n_tops, logprobs.size)
     ids: Any = []
@@ -60,16 +60,16 @@ class TokenNames:
         self._decoded = _byte_decoder(tokenizer)
 
     def bytes(self, token: int) -> bytes:
-        """The bytes of a token's text, which need not be complete characters."""
+        """The bytes of a token's text, possibly incomplete characters."""
         name = self._tokenizer.convert_ids_to_tokens(token)
-        if name is None:  # a row of the head that is no token
+        if name is None:  # a row of the head without a token
             return b""
         if token in self._tokenizer.added_tokens_decoder:
             return name.encode()
         return self._decoded(name)
 
     def text(self, token: int) -> str:
-        """A token's text; where its bytes are none by themselves, OpenAI's name for these."""
+        """A token's text; for bytes that are not a text, OpenAI's name for them."""
         content = self.bytes(token)
         try:
             return content.decode()
@@ -77,7 +77,7 @@ class TokenNames:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
     def chat(self, found: TokenLogprobs) -> dict[str, Any]:
-        """As a chat's answer has it."""
+        """The form of a chat's answer."""
         tops = [self._named(*top) for top in found.tops]
         return self._named(found.token, found.logprob) | {"top_logprobs": tops}
 
@@ -88,7 +88,7 @@ class TokenNames:
 
 
 def _byte_decoder(tokenizer: Any) -> Callable[[str], bytes]:
-    """How a tokenizer's names of tokens become bytes."""
+    """A function from a tokenizer's names of tokens to bytes."""
     kind = str(getattr(tokenizer.backend_tokenizer, "decoder", "")) if tokenizer.is_fast else ""
     if "ByteLevel" in kind:
         letters = _byte_letters()
@@ -106,7 +106,7 @@ def _sentencepiece_bytes(name: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _byte_letters() -> dict[str, bytes]:
-    """The letters that byte-level tokenizers write bytes with.
+    """The letters with which byte-level tokenizers write bytes.
 
     Source: GPT-2's ``bytes_to_unicode``: printable characters stand for themselves, the other
     bytes for the characters from 256 on.

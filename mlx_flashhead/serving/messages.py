@@ -10,10 +10,10 @@ _MAX_SETTING = 1000  # characters
 
 
 def read_messages(messages: list[Any] | None) -> list[dict[str, Any]]:
-    """The messages as chat templates take them: each content a text, each argument an object.
+    """The messages in the form of chat templates: each content a text, each argument an object.
 
     Raises:
-        Problem: If they are no messages, or hold something other than text.
+        Problem: If a message is not valid, or holds something other than text.
     """
     if not messages:
         raise Problem(_EXAMPLE, "messages")
@@ -26,18 +26,18 @@ def read_template_settings(
     """The settings of a chat template.
 
     Args:
-        settings: By the client.
-        known: What the template takes.
+        settings: The client's settings.
+        known: Names that the template takes.
 
     Raises:
-        Problem: If the template takes no such setting, or one is no plain value.
+        Problem: If the template does not take a setting, or its value is not plain.
     """
     field = "chat_template_kwargs"
     for name, value in settings.items():
         if name not in known:
             takes = ", ".join(sorted(known)) or "none"
             raise Problem(
-                f"{field}.{name[:40]} is no setting of this model's chat template, which takes: "
+                f"{field}.{name[:40]} is not a setting of this model's chat template, which takes: "
                 f"{takes}.",
                 field,
             )
@@ -49,7 +49,7 @@ def read_template_settings(
                 field,
             )
         if isinstance(value, int | float) and abs(value) > 1e9:
-            raise Problem(f"{field}.{name} is too large a number.", field)
+            raise Problem(f"{field}.{name} is too large.", field)
     return settings
 
 
@@ -71,7 +71,7 @@ def _text(content: Any, where: str) -> str:
     texts = []
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise Problem(f"{where}[{i}] is no text, and text alone is read.", f"{where}[{i}]")
+            raise Problem(f"{where}[{i}] must be text.", f"{where}[{i}]")
         if not isinstance(part.get("text"), str):
             raise Problem(f"{where}[{i}].text must be a text.", f"{where}[{i}]")
         texts.append(part["text"])

@@ -1,4 +1,4 @@
-"""The server's flags: mlx-lm's, where they mean something here, and more."""
+"""The server's flags: those of mlx-lm that apply here, and more."""
 
 import argparse
 
@@ -30,7 +30,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--served-model-name",
         metavar="NAME",
-        help="Another name for it, the one that answers carry. Its own is that of its folder or "
+        help="Another name for it, which answers carry. Its own name is that of its folder or "
         "repository.",
     )
     group.add_argument(
@@ -38,8 +38,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="MODEL",
-        help="Further models that requests may name. They are loaded at the start, too, and stay "
-        "in memory.",
+        help="Further models that requests may name. They are loaded at the start and stay in "
+        "memory.",
     )
     group.add_argument(
         "--n-probes",
@@ -63,7 +63,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="Run Python code that these models bring along.",
+        help="Allow these models' own Python code.",
     )
     group.add_argument("--chat-template", help="A chat template in place of --model's own.")
     group.add_argument(
@@ -90,7 +90,7 @@ def _add_defaults(parser: argparse.ArgumentParser) -> None:
         "--top-k",
         type=whole_number(0),
         default=0,
-        help="Draw from so many of the likeliest tokens; 0 draws from all (default: %(default)s)",
+        help="Draw from this number of likeliest tokens; 0 draws from all (default: %(default)s)",
     )
     group.add_argument(
         "--min-p",
@@ -113,8 +113,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--context-size",
         type=whole_number(2),
         metavar="TOKENS",
-        help="Tokens of a prompt and its answer together; longer prompts are refused (default: "
-        "what the model was made for)",
+        help="Tokens of a prompt and its answer together; longer prompts are refused (default: the "
+        "model's own limit)",
     )
     group.add_argument(
         "--max-body-bytes",
@@ -127,14 +127,14 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--decode-concurrency",
         type=whole_number(1, 1024),
         default=32,
-        help="So many answers are made at once, others wait (default: %(default)s)",
+        help="Answers that are made at once; others wait (default: %(default)s)",
     )
     group.add_argument(
         "--prefill-step-size",
         type=whole_number(1),
         default=2048,
-        help="At most so many tokens of a prompt are read at once; fewer where that would hold up "
-        "other answers (default: %(default)s)",
+        help="Greatest number of a prompt's tokens that are read at once; fewer if other answers "
+        "wait (default: %(default)s)",
     )
     group.add_argument(
         "--prompt-cache-size",
@@ -146,25 +146,25 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--prompt-cache-bytes",
         type=size,
         metavar="SIZE",
-        help="What they may take, such as 4G (default: no limit)",
+        help="Memory for these caches, such as 4G (default: no limit)",
     )
     group.add_argument(
         "--kv-bits",
         type=one_of(2, 3, 4, 5, 6, 8),
-        help="Quantize caches of prompts to so many bits; answers are then made one by one in "
-        "turns (default: none)",
+        help="Quantize caches of prompts to this number of bits; answers then take turns instead "
+        "of sharing a batch (default: none)",
     )
     group.add_argument(
         "--kv-group-size",
         type=one_of(32, 64, 128),
         default=64,
-        help="Group size of that (default: %(default)s)",
+        help="Group size of quantized caches (default: %(default)s)",
     )
     group.add_argument(
         "--quantized-kv-start",
         type=whole_number(0),
         default=5000,
-        help="Tokens from which on it is done (default: %(default)s)",
+        help="Tokens from which a cache is quantized (default: %(default)s)",
     )
 
 

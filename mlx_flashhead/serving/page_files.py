@@ -1,4 +1,4 @@
-"""The files of the page, as a browser gets them."""
+"""The files of the page, with their headers."""
 
 import json
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ _TYPES = {
     ".webmanifest": "application/manifest+json",
 }
 _MANIFEST_LINK = 'href="/manifest.webmanifest"'
-# Nothing but the page's own files, no script in the text, no frame around it.
+# Allows the page's own files only, without scripts in the text or a frame around the page.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-# The page that asks for the token has its few styles inside: it may not load anything.
+# The page that asks for the token loads nothing: its few styles are in it.
 _LOCKED_POLICY = _POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
 
 
@@ -38,12 +38,12 @@ class PageFile:
 
 
 def page_file(target: str, token: str | None) -> PageFile | None:
-    """What is served under a request's target, None if it is nothing of the page.
+    """The file of the page under a request's target, or None.
 
     Args:
         target: Path and query.
-        token: The token that the client has shown, if the server has one. A Home Screen app does
-            not share the browser's cookies, so the manifest's start address carries it.
+        token: The client's token, if the server has one. A Home Screen app does not share the
+            browser's cookies, so the manifest's start address carries it.
     """
     path = path_of(target)
     if path == "/":
@@ -59,7 +59,7 @@ def page_file(target: str, token: str | None) -> PageFile | None:
     if path == "/apple-touch-icon.png":
         return _response(_read("apple-touch-icon.png"), ".png")
     folder, _, name = path.rpartition("/")
-    # Looked up in a listing: what a client sends is never joined to a path.
+    # looked up in a listing, since a client's text must not become a path
     if folder == "/page" and name in {file.name for file in FOLDER.iterdir()}:
         return _response(_read(name), Path(name).suffix)
     return None
@@ -69,7 +69,7 @@ def locked_page(wrong: bool) -> PageFile:
     """The page that asks for the token.
 
     Args:
-        wrong: Whether one was given that is not the server's.
+        wrong: Whether the client gave a wrong token.
     """
     text = _read("locked.html").decode()
     if not wrong:

@@ -1,17 +1,17 @@
-"""What is wrong with a request, in the one shape that all errors have, OpenAI's."""
+"""Errors of requests, in the one form of OpenAI's API."""
 
 from http import HTTPStatus
 from typing import Any
 
 
 class Problem(ValueError):
-    """A request that is not served.
+    """A refused request.
 
     Args:
         message: One sentence for the person who made the request.
-        field: The field of the request that is wrong, if it is one.
+        field: The wrong field of the request, if there is one.
         status: The HTTP status.
-        code: A word that programs can tell it by.
+        code: A word for programs.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The caches of earlier prompts, by the tokens that they hold."""
+"""The caches of earlier prompts, by their tokens."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,8 +20,8 @@ class PromptCaches:
     """mlx-lm's store of caches.
 
     Args:
-        max_size: How many are kept.
-        max_bytes: What they and the caches in use may take together; None is no limit.
+        max_size: Number of caches to keep.
+        max_bytes: Memory of these and of the caches in use together; None is no limit.
     """
 
     def __init__(self, max_size: int, max_bytes: int | None):
@@ -29,9 +29,9 @@ class PromptCaches:
         self._max_bytes = max_bytes
 
     def find(self, served: ServedModel, tokens: list[int]) -> tuple[KVCaches | None, int]:
-        """A copy of the cache that holds most of a prompt, and how many tokens it holds.
+        """A copy of the cache that holds most of a prompt, and its number of tokens.
 
-        The last token is left out: a model has to be given one to go on from.
+        It leaves out the prompt's last token, from which the model goes on.
         """
         cache, rest = self._kept.fetch_nearest_cache(served.name, tokens)
         if rest:
@@ -48,13 +48,13 @@ class PromptCaches:
         """Keeps a cache.
 
         Args:
-            served: Whose it is.
-            tokens: What it holds.
-            cache: Must not be changed any more.
-            kind: mlx-lm's, "system", "user" or "assistant": the last go first.
+            served: Its model.
+            tokens: Its tokens.
+            cache: The cache, which must not change any more.
+            kind: mlx-lm's "system", "user" or "assistant". The last kind is dropped first.
         """
         if tokens:
-            # a part of a batch's cache, were it not computed, would hold the batch's memory
+            # evaluated, since an unevaluated part of a batch's cache keeps the whole of it
             mx.eval([layer.state for layer in cache])
             self._kept.insert_cache(served.name, tokens, cache, cache_type=kind)
 
@@ -62,7 +62,7 @@ class PromptCaches:
         """Drops caches until all fit.
 
         Args:
-            in_use: Bytes of those that are not kept here.
+            in_use: Bytes of the caches in use.
         """
         if self._max_bytes is not None:
             self._kept.trim_to(n_bytes=self._max_bytes - sum(in_use))

@@ -9,18 +9,18 @@ from .served import ServedModel
 from .time_limit import time_limit
 
 RENDER_SECONDS = 5.0
-# So far before a prompt's end the tokens are looked for that begin a thought.
+# The tokens that begin a thought are searched within this distance of a prompt's end.
 _THOUGHT_TAIL = 11
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model continues.
+    """A prompt.
 
     Attributes:
-        tokens: At least one.
-        landmarks: Lengths at which its cache is worth keeping: other prompts begin alike.
-        state: Of the text that the answer begins with, "normal" or "reasoning".
+        tokens: At least one token.
+        landmarks: Lengths at which its cache is kept, since other prompts begin in the same way.
+        state: State of the text at the answer's beginning, "normal" or "reasoning".
     """
 
     tokens: list[int]
@@ -32,7 +32,7 @@ def read_prompts(request: Request) -> list[Prompt]:
     """The prompts of a request: one of a chat, one for each text.
 
     Raises:
-        Problem: If a template cannot make it, or it is empty or longer than the context.
+        Problem: If a template fails, or a prompt is empty or longer than the context.
     """
     if request.chat:
         return [_chat_prompt(request)]
@@ -80,14 +80,14 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
             )
     except Problem:
         raise
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates raise any type
         raise Problem(
             f"The chat template cannot be filled in: {error or type(error).__name__}", "messages"
         ) from error
 
 
 def _check_characters(served: ServedModel, text: str, field: str) -> None:
-    """Refuses what is too long whatever its tokens are, before it takes time to find them."""
+    """Refuses a text that is too long for the context whatever its tokens are."""
     if len(text) > served.context * served.longest_token:
         raise _too_long(served, f"more than {served.context:,}", field)
 
@@ -102,8 +102,8 @@ def _checked(served: ServedModel, tokens: list[int], field: str) -> list[int]:
 
 def _too_long(served: ServedModel, length: str, field: str) -> Problem:
     return Problem(
-        f"The prompt has {length} tokens, and at most {served.context - 1:,} are read, so that a "
-        f"token of the {served.context:,} of the context is left for the answer: send less.",
+        f"The prompt has {length} tokens, and at most {served.context - 1:,} are read, since the "
+        f"answer needs one of the context's {served.context:,}: send less.",
         field,
         code="context_length_exceeded",
     )
@@ -119,14 +119,14 @@ def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
     try:
         text = _render(request, other, answer=False)
     except Problem:
-        return []  # no landmark is needed for an answer
+        return []  # an answer does not need landmarks
     shared = request.served.tokenizer.encode(text, add_special_tokens=False)
     differ = (i for i, (a, b) in enumerate(zip(shared, tokens, strict=False)) if a != b)
     return [next(differ, 0)]
 
 
 def _start_of_thought(served: ServedModel, tokens: list[int]) -> int:
-    """The prompt's length before the thought that its end begins: the next prompt has none."""
+    """The prompt's length before the thought that its end begins. The next prompt lacks it."""
     tokenizer = served.tokenizer
     if tokenizer.has_thinking:
         start = tokenizer.rfind_think_start(tokens, start=len(tokens) - _THOUGHT_TAIL)

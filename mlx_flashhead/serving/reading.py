@@ -10,16 +10,16 @@ from ..models.compat.generate import maybe_quantize_kv_cache
 from .job import Job, Progress
 from .prompt_caches import KVCaches, PromptCaches, new_caches, split_caches
 
-# A chunk shall take about so long: then tokens of others and cancelled requests have their turn.
+# Seconds of a chunk. After it, other answers and cancelled requests have their turn.
 CHUNK_SECONDS = 0.4
 SMALLEST_CHUNK = 16
 
 
 class Pace:
-    """How many tokens of a prompt are read at once, by the time that the last ones took.
+    """The number of tokens of a prompt to read at once, from the time of the chunks before.
 
     Args:
-        largest: Never more.
+        largest: Greatest number.
     """
 
     def __init__(self, largest: int):
@@ -35,12 +35,12 @@ class Pace:
 
 
 class Reading:
-    """A prompt that is being read: all but its last token, which the answer begins from.
+    """A prompt in the course of being read, up to its last token, with which the answer begins.
 
     Args:
-        job: Whose prompt it is.
-        caches: Of earlier prompts; also takes those of this one's landmarks.
-        flags: The server's.
+        job: The job of the prompt.
+        caches: Caches of earlier prompts, which also take those of this prompt's landmarks.
+        flags: The server's flags.
     """
 
     def __init__(self, job: Job, caches: PromptCaches, flags: Namespace):
@@ -67,7 +67,7 @@ class Reading:
         return sum(layer.nbytes for layer in self.cache)
 
     def read(self, pace: Pace) -> None:
-        """Reads the next chunk, and tells how far that is."""
+        """Reads the next chunk and reports the progress."""
         prompt = self.job.prompt
         stops = (*prompt.landmarks, self.done + self.left)
         end = min(self.done + pace.n_tokens, *(stop for stop in stops if stop > self.done))
@@ -82,7 +82,7 @@ class Reading:
         self.job.tell(Progress(self.done, len(prompt.tokens)))
 
     def _compute(self, tokens: mx.array) -> None:
-        """Runs the models over tokens (1, n); their heads' logits are not needed, nor computed."""
+        """Runs the models over tokens (1, n), without computing their logits."""
         served = self.job.served
         own, drafts = split_caches(served, self.cache)
         served.model(tokens, cache=own)

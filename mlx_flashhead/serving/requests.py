@@ -1,4 +1,4 @@
-"""What a request asks for, checked: every field is served as OpenAI's API has it, or refused."""
+"""Checks requests: every field is served as in OpenAI's API, or refused."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from .problems import Problem
 from .sampling import Penalties, Sampling
 from .served import Catalogue, ServedModel
 
-# How many texts one request may ask for: n times the number of its prompts.
+# Greatest number of texts of a request: n times the number of its prompts.
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 _MAX_STOPS = 16
-# A bias beyond this is as good as infinite, and would be infinite in float16.
+# A larger bias has the same effect, and would be infinite in float16.
 _MAX_BIAS = 1e4
-# Fields by which a client labels its requests; they ask for nothing.
+# Labels of a client's own, which ask for nothing.
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
 
@@ -26,23 +26,23 @@ class Request:
 
     Attributes:
         served: The model that answers.
-        chat: Whether it is a chat; else it continues texts.
-        stream: Whether the answer is sent as it is made.
+        chat: Whether it is a chat. Otherwise it continues texts.
+        stream: Whether the answer is sent piece by piece.
         include_usage: Whether a stream ends with the numbers of tokens.
         n: Answers to each prompt.
-        max_tokens: Tokens of an answer at most; the context may leave room for fewer.
-        sampling: How tokens are drawn.
-        penalties: What is added to logits before that.
-        seed: Of the draws; None leaves them to chance.
-        stop: Texts at which an answer ends, without them.
+        max_tokens: Greatest number of an answer's tokens. The context may leave room for fewer.
+        sampling: Settings of the draws.
+        penalties: Changes of the logits before that.
+        seed: Seed of the draws; None for random ones.
+        stop: Texts before which an answer ends.
         n_probes: Clusters scored per token; None for a dense model.
         num_draft_tokens: Tokens drafted at once, where there is a draft model.
-        logprobs: How many of the likeliest tokens are told with each token's logprob; None tells
-            no logprobs.
-        messages: Of a chat.
-        tools: That a chat may call.
-        template_settings: For the chat template.
-        prompts: Texts or token ids to be continued.
+        logprobs: Number of likeliest tokens to report with each token's logprob; None reports no
+            logprobs.
+        messages: Messages of a chat.
+        tools: Tools that a chat may call.
+        template_settings: Settings of the chat template.
+        prompts: Texts or token ids to continue.
     """
 
     served: ServedModel
@@ -72,7 +72,7 @@ def read_request(
     Args:
         body: Its JSON.
         chat: Whether it was sent to the chat's address.
-        catalogue: The models that are served.
+        catalogue: The served models.
         defaults: The server's flags.
 
     Raises:
@@ -104,8 +104,8 @@ def read_request(
     fields.end()
     if request.n * max(1, len(request.prompts)) > MAX_CHOICES:
         raise Problem(
-            f"n times the prompts is {request.n * len(request.prompts)}: at most {MAX_CHOICES} "
-            "texts are made for a request.",
+            f"n times the number of prompts is {request.n * len(request.prompts)}: at most "
+            f"{MAX_CHOICES} texts are made for a request.",
             "n",
         )
     return request
@@ -134,7 +134,7 @@ def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> Sampl
     return Sampling(
         temp=fields.number("temperature", defaults.temp, 0, 100),
         top_p=fields.number("top_p", defaults.top_p, 0, 1),
-        top_k=top_k if top_k < served.vocab_size else 0,  # of all tokens, none is cut off
+        top_k=top_k if top_k < served.vocab_size else 0,  # a top_k of all tokens cuts none off
         min_p=fields.number("min_p", defaults.min_p, 0, 1),
         xtc_probability=fields.number("xtc_probability", 0.0, 0, 1),
         xtc_threshold=fields.number("xtc_threshold", 0.1, 0, 1),
@@ -240,7 +240,7 @@ def _prompts(fields: Fields, served: ServedModel) -> list[str | list[int]]:
             raise Problem("prompt must be a text, a list of texts, or token ids.", "prompt")
         if any(not 0 <= token < served.vocab_size for token in prompt):
             raise Problem(
-                f"prompt holds a token that is none of this model: choose 0 to "
+                "prompt holds a token that this model does not have: choose 0 to "
                 f"{served.vocab_size - 1}.",
                 "prompt",
             )

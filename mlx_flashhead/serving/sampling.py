@@ -1,4 +1,4 @@
-"""How a request's tokens are drawn: mlx-lm's settings, with seeds that belong to one sequence."""
+"""The draws of a request: mlx-lm's settings, with seeds of one sequence."""
 
 import random
 import secrets
@@ -41,13 +41,13 @@ class Penalties:
     frequency_context_size: int
 
     def processors(self) -> list[LogitsProcessor]:
-        """The processors that do it."""
+        """The processors with these settings."""
         settings = asdict(self) | {"logit_bias": dict(self.logit_bias) or None}
         return make_logits_processors(**settings)
 
 
 def sampler_for(served: ServedModel, sampling: Sampling, seed: int | None) -> Sampler:
-    """A sampler; without a seed, sequences with equal settings share one, and one call."""
+    """A sampler. Without a seed, sequences with equal settings share it, and one call of it."""
     sampler = _shared_sampler(served, sampling)
     return sampler if seed is None or sampling.temp == 0 else _Seeded(sampler, seed)
 
@@ -59,7 +59,7 @@ def _shared_sampler(served: ServedModel, sampling: Sampling) -> Sampler:
 
 
 class _Seeded:
-    """Draws from a sequence's own seeds, whatever other sequences draw in between."""
+    """Draws from a sequence's own seeds, independently of other sequences."""
 
     def __init__(self, sampler: Sampler, seed: int):
         self._sampler = sampler
@@ -70,4 +70,6 @@ class _Seeded:
         try:
             return self._sampler(logprobs)
         finally:
-            mx.random.seed(secrets.randbits(63))  # what others draw must not follow from it
+            mx.random.seed(
+                secrets.randbits(63)
+            )  # the draws of others must not follow from the seed

@@ -23,10 +23,10 @@ from .problems import Problem
 
 # mlx-lm's word for the model of --model
 DEFAULT_NAME = "default_model"
-# Where neither the configuration nor the tokenizer tells how far a model was trained.
+# For a model whose configuration and tokenizer do not give its context.
 UNKNOWN_CONTEXT = 32768
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-# What the server or the tokenizer gives a template.
+# Variables that the server or the tokenizer gives a template.
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 _GENERATION_TAG = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
 
@@ -38,18 +38,18 @@ class ServedModel:
     """A model in memory.
 
     Attributes:
-        names: What clients may call it; the first is the one it answers with.
-        model: With a FlashHead, or dense.
+        names: Its names for clients. Answers carry the first.
+        model: The model, with a FlashHead or dense.
         tokenizer: mlx-lm's wrapper.
         draft_model: Drafts tokens for it, if there is one.
         context: Tokens of a prompt and its answer together.
-        template_arguments: For its chat template, by whoever started the server.
+        template_arguments: Settings of its chat template from the server's flags.
         dense: Whether every token is scored unless a request says otherwise.
         head: Its FlashHead, None if it is dense.
-        n_probes: Clusters that are scored unless a request says otherwise, None if it is dense.
+        n_probes: Clusters scored unless a request says otherwise, None if it is dense.
         vocab_size: Tokens V.
         batchable: Whether several sequences can be decoded at once.
-        cuttable: Whether a cache of it can always be cut back to its beginning.
+        cuttable: Whether its caches can always be cut back to their beginning.
         template_settings: Names that its chat template takes from ``chat_template_kwargs``.
         longest_token: Characters of the longest token.
     """
@@ -70,7 +70,7 @@ class ServedModel:
         caches = make_prompt_cache(self.model)
         self.cuttable = all(type(cache) is KVCache for cache in caches)
         self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
-        # a shape alone: nothing is computed
+        # reads a shape, so nothing is computed
         self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
         self.template_settings = template_settings(self.tokenizer)
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))
@@ -81,7 +81,7 @@ class ServedModel:
         return self.names[0]
 
     def with_probes(self, n_probes: int | None) -> AbstractContextManager:
-        """A block within which so many clusters are scored; a dense model stays as it is."""
+        """Within the block, ``n_probes`` clusters are scored. A dense model stays as it is."""
         if self.head is None or n_probes is None:
             return nullcontext()
         return self.head.settings(n_probes=n_probes)
@@ -99,7 +99,7 @@ class Catalogue:
 
     @property
     def default(self) -> ServedModel:
-        """The model of a request that names none."""
+        """The model of a request without a model's name."""
         return self._models[0]
 
     @property
@@ -130,7 +130,7 @@ def load_catalogue(args: Namespace) -> Catalogue:
     """Loads every model that the flags name.
 
     Raises:
-        ValueError: If one cannot be loaded, or two have one name.
+        ValueError: If a model cannot be loaded, or two have the same name.
     """
     aliases = [args.served_model_name] if args.served_model_name else []
     models = [_load(args, args.model, aliases, default=True)]
@@ -139,25 +139,25 @@ def load_catalogue(args: Namespace) -> Catalogue:
     twice = {name for name in catalogue.names if catalogue.names.count(name) > 1}
     if twice:
         raise ValueError(
-            f"Two of the models are called {min(twice)}: rename a folder, or leave one out."
+            f"Two of the models have the name {min(twice)}: rename a folder, or leave one out."
         )
     return catalogue
 
 
 def name_of(path_or_repo: str) -> str:
-    """What clients call a model: the repository, or the folder's own name without its path."""
+    """A model's name for clients: its repository, or its folder's name without the path."""
     path = Path(path_or_repo).expanduser()
     return path.resolve().name if path.is_dir() else path_or_repo
 
 
 def template_settings(tokenizer: Any) -> frozenset[str]:
-    """Names of the variables that a chat template takes and the server does not give.
+    """Names of a chat template's variables that the server does not give.
 
     A template that is Python code takes mlx-lm's ``enable_thinking`` alone.
     """
     own = set()
     if tokenizer.has_thinking:
-        own.add("enable_thinking")  # mlx-lm's name, whatever the template's is
+        own.add("enable_thinking")  # mlx-lm's name for the template's own
     template = tokenizer.chat_template
     if isinstance(template, str):
         environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
@@ -188,8 +188,8 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
     else:
         model, tokenizer, config = load_dense(folder, **options)
         logger.warning(
-            "%s is no FlashHead checkpoint: it is served dense. mlx_flashhead.convert makes a "
-            "FlashHead checkpoint of it.",
+            "%s is not a FlashHead checkpoint, so it is served dense: convert it with "
+            "mlx_flashhead.convert.",
             path_or_repo,
         )
     draft_model = _draft(args, tokenizer) if default and args.draft_model else None
@@ -207,7 +207,7 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
 
 
 def context_of(config: dict[str, Any], tokenizer: Any) -> int:
-    """How many tokens a model was made for, by its configuration or else its tokenizer."""
+    """The number of tokens in a model's context, from its configuration or its tokenizer."""
     for part in (config, config.get("text_config") or {}):
         for key in _CONTEXT_KEYS:
             if isinstance(part.get(key), int) and part[key] > 1:
@@ -215,7 +215,7 @@ def context_of(config: dict[str, Any], tokenizer: Any) -> int:
     length = tokenizer.model_max_length
     return (
         length if 1 < length <= 2**24 else UNKNOWN_CONTEXT
-    )  # transformers' word for unknown: 1e30
+    )  # transformers writes 1e30 for unknown
 
 
 def _draft(args: Namespace, tokenizer: Any) -> nn.Module:
@@ -223,7 +223,7 @@ def _draft(args: Namespace, tokenizer: Any) -> nn.Module:
     loaded = load(str(folder)) if has_flash_head(folder) else load_dense(folder)
     model, draft_tokenizer = loaded[:2]
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
-        logger.warning("%s has another tokenizer: few of its drafts will do.", args.draft_model)
+        logger.warning("%s has another tokenizer: few drafts will be accepted.", args.draft_model)
     if (head := get_flash_head(model)) is not None:
         logger.info("%s drafts with %r", args.draft_model, head)
     return model

@@ -1,4 +1,4 @@
-"""A limit on how long a block of Python code may run."""
+"""A limit on the time of a block of Python code."""
 
 import ctypes
 import threading
@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 
 class _OutOfTime(BaseException):
-    """No Exception, so that no handler in the block takes it for one of its own."""
+    """A BaseException, so that handlers of Exception in the block do not catch it."""
 
 
 @contextmanager
 def time_limit(seconds: float, error: Exception) -> Iterator[None]:
-    """Raises ``error`` as soon as the block has run for so long.
+    """Raises ``error`` if the block runs for longer than ``seconds``.
 
-    Only Python code is interrupted: a call of C code, such as a tokenizer's, runs to its end.
+    It interrupts Python code only. A call of C code, such as a tokenizer's, runs to its end.
 
     Args:
         seconds: The limit.
-        error: What is raised.
+        error: The exception to raise.
     """
     thread = ctypes.c_ulong(threading.get_ident())
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -40,6 +40,6 @@ def time_limit(seconds: float, error: Exception) -> Iterator[None]:
             timer.cancel()
             with lock:
                 ended = True
-                raise_in(thread, None)  # one that is on its way must not arrive outside
+                raise_in(thread, None)  # a pending one must not arrive outside
     except _OutOfTime:
         raise error from None

@@ -1,4 +1,4 @@
-"""Calls of tools, from what a model writes to what OpenAI's API has."""
+"""Calls of tools, from a model's text to the form of OpenAI's API."""
 
 import uuid
 from typing import Any
@@ -11,7 +11,7 @@ class ToolCalls:
     """Reads the calls of one answer.
 
     Args:
-        request: Which names the tools, or none.
+        request: The request, which may name tools.
     """
 
     def __init__(self, request: Request):
@@ -20,9 +20,9 @@ class ToolCalls:
         self._unread = ""
 
     def read(self, text: str) -> list[dict[str, Any]]:
-        """The calls in what a model has written as one; usually a single one.
+        """The calls in a text that a model has marked as a call; usually one.
 
-        What is no call, or was not asked for, becomes part of the text of the answer.
+        A text that is not a call, or that the request does not allow, becomes part of the answer.
         """
         if not self._tools:
             self._unread += text
@@ -31,12 +31,12 @@ class ToolCalls:
             parsed = self._parse(text, self._tools)
             parsed = parsed if isinstance(parsed, list) else [parsed]
             return [_call(one) for one in parsed]
-        except Exception:  # mlx-lm's parsers of models' formats raise whatever they meet
+        except Exception:  # mlx-lm's parsers raise any type
             self._unread += text
             return []
 
     def unread(self) -> str:
-        """What was read as a call and is none, once."""
+        """The text that was read as a call but is not one. Given out once."""
         text, self._unread = self._unread, ""
         return text
 

@@ -1,4 +1,4 @@
-"""JSON that holds nothing but JSON, in both directions: no NaN, no Infinity."""
+"""Strict JSON in both directions, without NaN and Infinity."""
 
 import json
 import math
@@ -9,7 +9,7 @@ def loads(text: bytes) -> Any:
     """Reads JSON.
 
     Raises:
-        ValueError: If it is none, or holds a number that is not finite.
+        ValueError: If the text is not JSON, or holds a number that is not finite.
     """
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite_number)
@@ -18,7 +18,7 @@ def loads(text: bytes) -> Any:
 
 
 def dumps(value: Any) -> str:
-    """Writes JSON, with null for what is infinite or not a number."""
+    """Writes JSON, with null for numbers that are not finite."""
     return json.dumps(_finite(value), allow_nan=False)
 
 
@@ -29,7 +29,7 @@ def _refuse(constant: str) -> NoReturn:
 def _finite_number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is too large a number")
+        raise ValueError(f"the number {text[:20]} is too large")
     return number
 
 

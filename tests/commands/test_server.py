@@ -141,7 +141,7 @@ def test_dense_may_be_asked_for(converted, expected, tmp_path):
 def test_dense_models_are_served_and_the_log_says_so(dense, expected, tmp_path):
     with serving(tmp_path, "--model", dense) as server:
         assert f"{dense} dense at http" in server.line
-        assert f"{dense} is no FlashHead checkpoint: it is served dense." in server.log()
+        assert f"{dense} is not a FlashHead checkpoint, so it is served dense" in server.log()
         assert complete(server) == expected["dense"]
 
 

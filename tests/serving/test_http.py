@@ -279,7 +279,7 @@ def test_other_models_are_served_dense_and_the_log_says_so(server, client, rando
     model, tokenizer = mlx_lm.load(str(dense))
     expected = mlx_lm.generate(model, tokenizer, "One day", max_tokens=TOKENS)
     assert complete(client, model="dense") == expected
-    assert f"{dense} is no FlashHead checkpoint: it is served dense." in server.log()
+    assert f"{dense} is not a FlashHead checkpoint, so it is served dense" in server.log()
     assert complete(client) != expected
     with pytest.raises(openai.BadRequestError, match="has no FlashHead"):
         complete(client, model="dense", extra={"n_probes": 2})
@@ -366,7 +366,7 @@ def test_mistakes_are_told(server, change, field, stream):
 @pytest.mark.parametrize(
     "body, path, status, said",
     [
-        (b"{", "/v1/completions", 400, "The body is no JSON"),
+        (b"{", "/v1/completions", 400, "The body is not JSON"),
         (b"[]", "/v1/completions", 400, "must be a JSON object"),
         (b"\xff", "/v1/completions", 400, "decode"),
         (b"[" * 100_000, "/v1/completions", 400, "nested too deeply"),

@@ -66,7 +66,7 @@ def test_announcement_stays_on_a_small_screen():
 
 def test_announcement_for_a_terminal_of_ascii():
     printed = announced("ascii")
-    assert f"  {PAGE}\n" in printed and "needs a terminal of UTF-8" in printed
+    assert f"  {PAGE}\n" in printed and "needs a terminal with UTF-8" in printed
 
 
 def test_announcement_without_what_draws_the_code(monkeypatch):
@@ -93,7 +93,7 @@ def test_token_is_kept_and_private(tmp_path):
 def test_file_without_a_token_is_refused(tmp_path, content):
     path = tmp_path / "token"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"holds no token .* delete it"):
+    with pytest.raises(ValueError, match=r"does not hold a token .* delete it"):
         kept_token(path)
 
 

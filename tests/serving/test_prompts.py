@@ -47,7 +47,7 @@ def test_texts_and_tokens_are_taken_as_they_are(tiny):
 
 def test_a_clients_template_is_refused(tiny):
     for name in ("chat_template", "messages", "tools", "bos_token", "add_generation_prompt"):
-        with pytest.raises(Problem, match=f"{name} is no setting") as told:
+        with pytest.raises(Problem, match=f"{name} is not a setting") as told:
             chat(tiny, chat_template_kwargs={name: ENDLESS})
         assert told.value.field == "chat_template_kwargs"
 
