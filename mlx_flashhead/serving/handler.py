@@ -11,6 +11,7 @@ from threading import BoundedSemaphore
 from typing import Any
 from urllib.parse import unquote
 
+from ..structured.processor import GrammarProcessor
 from .access import Access
 from .answers import Choice, Envelope
 from .engine import Engine
@@ -156,6 +157,7 @@ class _Answer:
             logprobs=request.logprobs,
             index=index,
             events=self._events,
+            grammar=_grammar(request, prompt),
         )
 
     @contextmanager
@@ -245,6 +247,18 @@ class _Answer:
 
     def _write(self, line: str) -> None:
         self._handler.wfile.write(f"{line}\n\n".encode())
+
+
+def _grammar(request: Request, prompt: Prompt) -> GrammarProcessor | None:
+    """What keeps an answer in its form, once the thought is at its end that the prompt begins."""
+    if request.form is None:
+        return None
+    tokenizer = request.served.tokenizer
+    after = tokenizer.think_end_tokens if prompt.state == "reasoning" else ()
+    try:
+        return GrammarProcessor(tokenizer, request.form, after=after)
+    except ValueError as error:
+        raise Problem(str(error), "response_format") from None
 
 
 def handler_for(service: Service) -> partial:

@@ -6,6 +6,7 @@ from queue import SimpleQueue
 
 import mlx.core as mx
 
+from ..structured.processor import GrammarProcessor
 from .answer_text import AnswerText, Piece
 from .logprobs import TokenLogprobs, token_logprobs
 from .prompts import Prompt
@@ -60,16 +61,17 @@ class Job:
         prompt: The prompt.
         max_tokens: Greatest number of tokens to generate.
         sampler: Draws a token.
-        processors: Change the logits before that. Each is called once for every token, with all
-            tokens so far, and may hold a state of this sequence. Arrays that it holds must be
-            evaluated already: it is called in another thread. One that leaves nothing but the end
-            token, such as a grammar that is complete, ends the answer with "stop".
+        processors: Change the logits before that, exactly as with a dense head. Each is called once
+            for every token, with all tokens so far, and may hold a state of this sequence. Arrays
+            that it holds must be evaluated already: it is called in another thread.
         stop: Texts that end the answer.
         n_probes: Clusters scored per token; None for a dense model.
         num_draft_tokens: Tokens drafted at once.
         logprobs: Number of likeliest tokens to report; None reports no logprobs.
         index: Number of this answer within its request.
         events: Queue of the events, each with the index before it.
+        grammar: A last processor, which keeps the answer in a form and, where that is complete,
+            leaves nothing but the end token; None for any text.
         cancelled: Set when nobody wants the answer any more. The generating thread then drops it.
         cached: Tokens of the prompt that were found in a cache.
         n_tokens: Generated tokens, with the end token.
@@ -87,6 +89,7 @@ class Job:
     logprobs: int | None
     index: int
     events: SimpleQueue
+    grammar: GrammarProcessor | None = None
     cancelled: bool = False
     cached: int = 0
     n_tokens: int = 0
@@ -94,6 +97,8 @@ class Job:
     _text: AnswerText = field(init=False)
 
     def __post_init__(self):
+        own = [*self.processors, *([self.grammar] if self.grammar else [])]
+        self.processors = self.served.exact(own)
         self._text = AnswerText(self.served, self.stop, self.prompt.state)
 
     def tell(self, event: Event) -> None:
@@ -113,6 +118,8 @@ class Job:
         self.n_tokens += 1
         self.times[1:] = [time.monotonic()]
         if token in self.served.tokenizer.eos_token_ids:
+            if self.grammar and self.grammar.problem:
+                raise ValueError(f"The answer has left its form: {self.grammar.problem}.")
             piece, _ = self._text.finish()
             self.tell(Token(piece, None, "stop"))
             return True

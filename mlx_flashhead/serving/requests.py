@@ -4,7 +4,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from ..structured.grammar import Grammar
 from .fields import Fields
+from .forms import read_form
 from .messages import read_messages, read_template_settings
 from .problems import Problem
 from .sampling import Penalties, Sampling
@@ -33,6 +35,7 @@ class Request:
         max_tokens: Greatest number of an answer's tokens. The context may leave room for fewer.
         sampling: Settings of the draws.
         penalties: Changes of the logits before that.
+        form: Form of an answer; None for any text.
         seed: Seed of the draws; None for random ones.
         stop: Texts before which an answer ends.
         n_probes: Clusters scored per token; None for a dense model.
@@ -53,6 +56,7 @@ class Request:
     max_tokens: int
     sampling: Sampling
     penalties: Penalties
+    form: Grammar | None
     seed: int | None
     stop: tuple[str, ...]
     n_probes: int | None
@@ -90,6 +94,7 @@ def read_request(
         max_tokens=_max_tokens(fields, defaults.max_tokens),
         sampling=_sampling(fields, served, defaults),
         penalties=_penalties(fields, served),
+        form=read_form(fields),
         seed=fields.whole("seed", None, -(2**63), 2**64 - 1),
         stop=_stop(fields),
         n_probes=_n_probes(fields, served),
@@ -102,6 +107,8 @@ def read_request(
     )
     _refuse_what_is_not_done(fields, chat)
     fields.end()
+    if request.form is not None and request.tools:
+        raise Problem("An answer of a given form calls no tools: leave tools out.", "tools")
     if request.n * max(1, len(request.prompts)) > MAX_CHOICES:
         raise Problem(
             f"n times the number of prompts is {request.n * len(request.prompts)}: at most "
@@ -257,7 +264,6 @@ def _refuse_what_is_not_done(fields: Fields, chat: bool) -> None:
     for name in _LABELS:
         fields.take(name)
     if chat:
-        fields.only("response_format", {"type": "text"}, why='it must be {"type": "text"}.')
         fields.only("modalities", ["text"], why="answers are text, so leave it out.")
         fields.only("parallel_tool_calls", True, why="calls are not held back, so leave it out.")
     else:

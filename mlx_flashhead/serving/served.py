@@ -3,9 +3,10 @@
 import logging
 import re
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from jinja2 import meta
 from ..head.flash_head import FlashHead
 from ..index.files import has_flash_head
 from ..models.compat.cache import KVCache, make_prompt_cache
+from ..models.errors import UnsupportedHeadError
+from ..models.exact import Processor, exact_processors
 from ..models.install import get_flash_head
 from ..models.load import load, load_dense, resolve
 from .problems import Problem
@@ -52,6 +55,7 @@ class ServedModel:
         cuttable: Whether its caches can always be cut back to their beginning.
         template_settings: Names that its chat template takes from ``chat_template_kwargs``.
         longest_token: Characters of the longest token.
+        exact: Makes a sequence's logits processors exact, where that is possible.
     """
 
     names: tuple[str, ...]
@@ -74,6 +78,14 @@ class ServedModel:
         self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
         self.template_settings = template_settings(self.tokenizer)
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))
+        self.exact: Callable[[list[Processor]], list[Processor]] = partial(
+            exact_processors, model=self.model, draft_model=self.draft_model
+        )
+        try:
+            self.exact([lambda _, logits: logits])  # what has to be computed is computed here
+        except UnsupportedHeadError as error:
+            logger.warning("%s", error)
+            self.exact = list
 
     @property
     def name(self) -> str:

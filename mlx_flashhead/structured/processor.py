@@ -6,7 +6,7 @@ meanwhile.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +28,8 @@ class GrammarProcessor:
     Args:
         tokenizer: mlx-lm's or Hugging Face's tokenizer.
         grammar: What the text may be.
+        after: Tokens after which the text begins, such as the end of a thought; until then every
+            token is allowed.
 
     Attributes:
         grammar: The grammar.
@@ -39,9 +41,10 @@ class GrammarProcessor:
         ValueError: If llguidance is not installed or cannot read the tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, grammar: Grammar):
+    def __init__(self, tokenizer: Any, grammar: Grammar, *, after: Sequence[int] = ()):
         self.grammar = grammar
         self._tokenizer = tokenizer
+        self._after = list(after)
         self._vocabulary = _vocabulary(tokenizer)
         self._matcher = llguidance().LLMatcher(self._vocabulary, grammar.compiled, log_level=0)
         self._n_prompt: int | None = None
@@ -59,7 +62,7 @@ class GrammarProcessor:
 
     def for_sequence(self) -> "GrammarProcessor":
         """A processor of the same grammar for another sequence."""
-        return GrammarProcessor(self._tokenizer, self.grammar)
+        return GrammarProcessor(self._tokenizer, self.grammar, after=self._after)
 
     def accepts(self, text: str) -> bool:
         """Whether ``text`` is a whole one of the grammar, and not cut before its end."""
@@ -74,8 +77,11 @@ class GrammarProcessor:
             self._n_prompt = len(tokens)
         generated: Any = tokens[self._n_prompt :]
         generated = generated.tolist() if isinstance(generated, mx.array) else list(generated)
+        begin = _end_of(self._after, generated)
+        if begin is None:
+            return logits
         start = time.perf_counter()
-        self._follow(generated)
+        self._follow(generated[begin:])
         allowed = self._allowed(logits.shape[-1])
         self.mask_seconds += time.perf_counter() - start
         self.n_masks += 1
@@ -112,6 +118,21 @@ class GrammarProcessor:
         bits = np.unpackbits(bits, bitorder="little")[:vocab_size]
         allowed[: len(bits)] = bits
         return allowed
+
+
+def _end_of(sought: list[int], tokens: list[int]) -> int | None:
+    """Where ``sought`` first ends in ``tokens``; None if it is not there."""
+    if not sought:
+        return 0
+    start = 0
+    while True:
+        try:
+            start = tokens.index(sought[0], start) + 1
+        except ValueError:
+            return None
+        end = start - 1 + len(sought)
+        if tokens[start - 1 : end] == sought:
+            return end
 
 
 def grammar_processor(

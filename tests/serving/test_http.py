@@ -345,7 +345,7 @@ def test_null_is_as_good_as_nothing(server):
         ({"temperature": -1}, "temperature"),
         ({"n_probes": N_CLUSTERS + 1}, "n_probes"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format"),
         ({"chat_template_kwargs": {"chat_template": ENDLESS}}, "chat_template_kwargs"),
         ({"messages": [{"role": "user", "content": "a" * 600}]}, "messages"),
         ({"model": "./absent"}, "model"),

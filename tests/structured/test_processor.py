@@ -13,6 +13,8 @@ from mlx_flashhead import batch_generate, generate, grammar_processor, stream_ge
 from mlx_flashhead.models.compat.generate import BatchGenerator
 from mlx_flashhead.models.install import install
 from mlx_flashhead.models.sampling import make_sampler
+from mlx_flashhead.structured.grammar import Grammar
+from mlx_flashhead.structured.processor import GrammarProcessor
 from model_folders import VOCAB_SIZE, write_model
 from tiny_models import tiny_index, tiny_model
 
@@ -153,7 +155,7 @@ def test_same_processor_for_one_text_after_another(flash, tokenizer):
 
 def allowed(processor, tokens):
     logits = processor(mx.array(tokens), mx.zeros((1, VOCAB_SIZE + 5)))
-    return set(np.flatnonzero(np.isfinite(np.array(logits[0]))))
+    return {*np.flatnonzero(np.isfinite(np.array(logits[0])))}
 
 
 def test_masks_follow_the_tokens_back_and_forth(tokenizer):
@@ -170,6 +172,18 @@ def test_masks_follow_the_tokens_back_and_forth(tokenizer):
     assert allowed(processor, [7, 8]) == {a}
     processor.begin()
     assert allowed(processor, [7, 8, a, b]) == {a}
+
+
+def test_text_that_begins_after_a_thought(tokenizer):
+    a, b = (tokenizer.encode(letter)[-1] for letter in "ab")
+    grammar = Grammar.from_regex("ab")
+    processor = GrammarProcessor(tokenizer, grammar, after=(20, 21))
+    everything = VOCAB_SIZE + 5
+    for thought in ([], [20], [20, 20], [21, 20, a]):
+        assert len(allowed(processor, [7, 21, *thought])) == everything
+    assert allowed(processor, [7, 21, 20, 20, 21]) == {a}
+    assert allowed(processor, [7, 21, 20, 20, 21, a]) == {b}
+    assert len(allowed(processor, [7, 21, 20])) == everything
 
 
 def test_token_that_is_not_allowed_ends_the_text(tokenizer):
