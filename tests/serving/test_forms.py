@@ -59,7 +59,7 @@ def test_forms(tiny, fields, kind):
         ({"grammar": "start: x"}, "grammar", "line 1, column 8"),
         ({"regex": "a" * MAX_CHARACTERS}, "regex", "longer than"),
         ({"regex": "a", "grammar": LARK}, "response_format", "one form"),
-        ({"response_format": {"type": "text", "x": 1}}, "x", "no field"),
+        ({"response_format": {"type": "text", "x": 1}}, "x", "not a field"),
     ],
     ids=lambda value: str(value)[:40],
 )
