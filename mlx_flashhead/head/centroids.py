@@ -1,4 +1,4 @@
-"""What routing needs of each cluster: its centroid, a bias, and the offset of its tail."""
+"""The centroids of the clusters, with their bias and the offset of the tail."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class Centroids:
         return self.matrix.nbytes + self.bias.nbytes
 
     def fits(self, n_clusters: int, hidden_size: int) -> bool:
-        """Whether these are centroids for so many clusters of rows (V, D)."""
+        """Whether these are centroids for ``n_clusters`` clusters of rows (V, D)."""
         matrix = self.matrix
         width = hidden_size
         shapes = [(self.bias, (n_clusters,)), (self.tail_offset, (n_clusters,))]

@@ -1,6 +1,6 @@
-"""A head's rows in cluster order, with what stage 1 needs to route among them.
+"""A head's rows in cluster order, with the centroids that route among them.
 
-This is what both paths read: the portable one (`portable.py`) and the Metal kernels (`kernels.py`).
+Both paths read them: the portable one (`portable.py`) and the Metal kernels (`kernels.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -11,8 +11,7 @@ import numpy as np
 from .centroids import Centroids
 from .matrix import Matrix
 
-# Added to the bias of clusters that are always probed: above every real score, yet finite and
-# exact in float32, so that no separate step has to force them in.
+# Bias of clusters that are always probed: above every real score, finite and exact in float32.
 ALWAYS_PROBED = 1e30
 
 
@@ -62,7 +61,7 @@ class ClusteredRows:
         centroids: Centroids,
         always_probed_ids: tuple[int, ...] = (),
     ) -> "ClusteredRows":
-        """Reorders ``rows`` (lazily; for a moment both orders exist).
+        """Reorders ``rows``, lazily. For a moment both orders exist.
 
         Args:
             rows: The head's rows in token order.
@@ -119,8 +118,8 @@ class ClusteredRows:
     def in_columns(self) -> "ClusteredRows":
         """The same with each cluster's (cluster_size, D) weight laid out as (D, cluster_size).
 
-        A CPU's BLAS multiplies a state with such a block in half to nearly all of the time that it
-        takes by rows (`portable.py`). Shapes stay as they are. Only for rows that are floats. Lazy.
+        A CPU's BLAS multiplies a state with such a block faster (docs/speed.md). Shapes stay as
+        they are. Only for rows of floats. Lazy.
         """
         if self.by_column:
             return self
@@ -128,7 +127,7 @@ class ClusteredRows:
         return replace(self, rows=replace(self.rows, weight=weight), by_column=True)
 
     def in_rows(self) -> "ClusteredRows":
-        """The same with each row in one piece, as the kernels and other programs read it. Lazy."""
+        """The same with each row in one piece, for the kernels and other programs. Lazy."""
         if not self.by_column:
             return self
         weight = mx.contiguous(self.rows.weight)
@@ -137,7 +136,7 @@ class ClusteredRows:
     def flat_rows(self) -> Matrix:
         """The rows with the two leading axes as one: (C·cluster_size, …), slot order.
 
-        A view, but a copy where they lie by columns.
+        A view, or a copy of rows that lie by columns.
         """
         return self.rows.map(lambda array: array.reshape(-1, *array.shape[2:]))
 

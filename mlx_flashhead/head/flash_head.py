@@ -1,8 +1,7 @@
-"""FlashHead: an output projection that scores only the rows worth scoring.
+"""FlashHead: an output projection that scores the rows of the likeliest clusters.
 
-Per position it scores the C centroids, keeps the p best clusters, scores only their rows and, where
-full logits are asked for, estimates the rest. It knows arrays only: what it is installed on is
-`install.py`'s business.
+Per position it scores the C centroids, keeps the p best clusters and scores their rows. For full
+logits it estimates the other rows. It knows arrays only; `install.py` puts it on a model.
 
 Source: arXiv 2603.14591; centroids, tail and margin as in `centroids.py` and `portable.py`.
 """
@@ -27,23 +26,17 @@ from .steps import Candidates, Selection, Steps
 BACKENDS = ("metal", "mlx")
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
 
-# Positions (B·L) above which the head is dense. On a CPU (Xeon, one thread of OpenBLAS, float32,
-# cold caches, `mlx_flashhead.benchmark positions`) FlashHead was 1.01 times as fast at 32 as the
-# faster of mlx-lm's dense head and the dense path, and 0.75 times at 64, at SmolLM2's shape with
-# 256 probes. With 160 probes the crossover lies above 64, and in larger heads above 128: at 32
-# Llama-3.2-1B's (256 probes) was 2.4 times as fast and Gemma-3-270M's (120) 2.5 times. For a GPU
-# this is an estimate: where memory bounds both, C/p positions read as much as the dense head, 31 at
-# Llama's shape. It is also as many sequences as mlx-lm's batches have by default, so that none of
-# them is alone dense.
+# Positions (B·L) above which the head is dense: measured on CPUs (docs/speed.md), an estimate for
+# GPUs, where C/p positions read as much as the dense head. It is also mlx-lm's usual batch.
 MAX_POSITIONS = 32
 
-# Stands in for a cluster's score where tokens that were not scored must never be drawn. Finite,
-# since -inf breaks softcaps, logit_bias and JSON; low enough that exp() of it is 0.
+# Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
+# and JSON; so low that exp() of it is 0.
 NEVER_DRAWN = -1e4
 
 
 def choose_backend(asked: str | None = None) -> str:
-    """The path to take: ``asked``, else the environment's, else Metal where there is one.
+    """The path to take: ``asked``, else the environment's, else Metal with an Apple GPU.
 
     Raises:
         ValueError: If the name is unknown, or Metal is asked for on a machine without it.
@@ -69,7 +62,7 @@ def _make_steps(clustered: ClusteredRows, asked: str | None) -> Steps:
     by_name = asked or os.environ.get(BACKEND_VARIABLE)
     if not by_name and supports(clustered) is not None:
         return PortableSteps(for_portable_steps(clustered))
-    return MetalSteps(clustered)  # which says why, if it does not read such rows
+    return MetalSteps(clustered)  # raises if the kernels do not read such rows
 
 
 class FlashHead:
@@ -79,14 +72,14 @@ class FlashHead:
     ``cluster_size``; p = ``n_probes`` clusters scored per position.
 
     Args:
-        rows: The dense head's rows in token order. They are reordered; the caller drops its own.
+        rows: The dense head's rows in token order. They are reordered; the caller drops its copy.
         token_ids: (C, cluster_size) integers, V in padded slots.
         centroids: Centroids fitted for these clusters.
         n_probes: Clusters scored per position, 1 … C.
         eos_token_ids: Their clusters are always among the probes, so that an answer can end.
             With fewer probes than such clusters, only they are scored.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
-            where there is one.
+            on a machine with an Apple GPU.
         max_positions: More positions (B·L) than this at once are computed densely; see
             ``MAX_POSITIONS``.
 
@@ -107,7 +100,7 @@ class FlashHead:
     ):
         clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids)
         self._steps = _make_steps(clustered, backend)
-        self.clustered = self._steps.clustered  # of which the rows may lie otherwise now
+        self.clustered = self._steps.clustered  # its rows may lie in another order of memory
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_positions = max_positions
         self.n_probes = n_probes
@@ -168,21 +161,21 @@ class FlashHead:
         return self.n_probes == self.n_clusters
 
     def arrays(self) -> list[mx.array]:
-        """Everything this head holds in memory, for ``mx.eval`` and for measuring it."""
+        """All arrays of this head, for ``mx.eval`` and for measuring memory."""
         return [*self.clustered.arrays(), *self._steps.arrays()]
 
     def copy(self) -> "FlashHead":
-        """A head with settings of its own that shares the arrays, which never change."""
+        """A head with its own settings that shares the arrays, which never change."""
         copied = copy.copy(self)
         copied._watchers = ()
         return copied
 
     def watch(self, latest: LatestCall) -> None:
-        """From now on ``latest`` holds what this head's latest call was, for as long as it lives.
+        """From now on, and as long as it lives, ``latest`` holds this head's latest call.
 
-        Several heads may share one: it then holds the latest call of any of them.
+        Several heads may share it. It then holds the latest call of any of them.
         """
-        # a new tuple each time: another thread may be going through the old one
+        # a new tuple, since another thread may be iterating over the old one
         self._watchers = (*self._watchers, ref(latest, self._forget))
 
     def _forget(self, gone: ref) -> None:
@@ -196,14 +189,13 @@ class FlashHead:
         dense: bool = False,
         draw_temperature: float | None = None,
     ) -> Iterator["FlashHead"]:
-        """Within the block the head has other settings; what is not given stays as it is.
+        """Within the block the head has other settings. The others stay as they are.
 
-        With a temperature of the draw, the p clusters are drawn without replacement from
-        softmax(S / temperature) by Gumbel noise, and only their tokens can be sampled: all others
+        With ``draw_temperature`` the p clusters are drawn without replacement from
+        softmax(S / temperature) by Gumbel noise. Only their tokens can be sampled, since all others
         get a logit of about -10,000. Sampling with the same temperature from these logits is the
-        paper's "sampling over the full vocabulary". It is an approximation, measured beside full
-        logits with the tail by `evaluate`. A model that caps its logits brings the others back to a
-        small probability.
+        paper's "sampling over the full vocabulary", an approximation that `evaluate` measures
+        beside full logits. A model that caps its logits gives the others a small probability.
 
         Args:
             n_probes: Clusters scored per position, 1 … C.
@@ -238,8 +230,8 @@ class FlashHead:
     def __call__(self, hidden: mx.array) -> mx.array:
         """Full logits: hidden (..., D) → (..., V), in the dense head's dtype.
 
-        A probed token has its exact logit, every other one its cluster's estimate, below the best
-        candidate. Lazy: nothing is evaluated here.
+        A probed token has its exact logit, every other token its cluster's estimate, below the best
+        candidate. Lazy.
         """
         if self._is_dense(hidden):
             self._tell(None)
@@ -250,7 +242,7 @@ class FlashHead:
         if drawn:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
         logits = self._steps.expand(scores, selection, candidates)
-        # of drawn clusters, the others must not be sampled: no second look at these
+        # no second look with drawn clusters, since tokens of others must not be sampled
         self._tell(None if drawn else Call(self, self._steps, rows, selection.probes, logits))
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
@@ -266,11 +258,11 @@ class FlashHead:
         return ids.reshape(shape), candidates.logits.reshape(shape)
 
     def likeliest(self, values: mx.array, n_clusters: int) -> tuple[mx.array, mx.array]:
-        """The tokens of the clusters in which the highest values are.
+        """The tokens of the clusters that hold the highest values.
 
-        The clusters are chosen by their tokens' best value, so the ``n_clusters`` tokens of highest
-        value are all among the result, and whatever has raised or ruled out single tokens since
-        the head made their logits counts.
+        The clusters are chosen by the best value of their tokens, so the result contains the
+        ``n_clusters`` tokens of highest value. Processors that have raised or ruled out tokens
+        count.
 
         Args:
             values: (R, V), a value for each token, such as log-probabilities.
@@ -340,7 +332,7 @@ class FlashHead:
         scores = self._steps.route(rows)
         ordering = scores
         if self._draw_temperature is not None:
-            # forced clusters keep their 1e30 and stay on top
+            # always probed clusters keep their 1e30 and stay on top
             ordering = scores / self._draw_temperature + mx.random.gumbel(scores.shape)
         selection = self._steps.select(ordering, self.n_probes)
         return scores, selection, self._steps.score(rows, selection)

@@ -1,7 +1,7 @@
-"""The formats in which a matrix of the head may be stored, one row each.
+"""The formats of a stored matrix of the head, one row each.
 
-Adding a format is a row of this table, and a struct in ``metal/flash_head.metal`` where the kernels
-shall read it.
+A new format is a row of this table, and a struct in ``metal/flash_head.metal`` if the kernels read
+it.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Format:
-    """How the weights of a matrix are stored.
+    """A format of stored weights.
 
     Attributes:
         mode: MLX's quantization mode; None for floats.
@@ -18,7 +18,7 @@ class Format:
         arrays: Names of the arrays, in the order in which MLX and the kernels take them.
         group_bytes: Bytes of scales and biases per group; those of affine have 16 bits.
         metal: The function of flash_head.metal that makes rows of the arrays, with its template
-            arguments; None where the kernels do not read the format.
+            arguments; None if the kernels do not read the format.
     """
 
     mode: str | None
@@ -68,7 +68,7 @@ FORMATS = (
     Format("nvfp4", 4, (16,), _WS, 1, None),
 )
 
-# Bits of affine rows that the kernels read: what heads and centroids are quantized to.
+# Bits of affine rows that the kernels read, and to which heads and centroids are quantized.
 AFFINE_BITS = tuple(sorted(f.bits for f in FORMATS if f.metal == AFFINE_ROWS))
 USUAL_GROUP = 64  # MLX's own default
 

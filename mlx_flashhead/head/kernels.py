@@ -1,8 +1,7 @@
 """The steps of a FlashHead as Metal kernels, one dispatch each.
 
-The kernels themselves, their plans and shapes are in ``metal/flash_head.metal``. This file knows
-which arrays go into each of them and how many threads it takes. What it computes, `portable.py`
-computes with plain MLX operations.
+``metal/flash_head.metal`` holds the kernels, their plans and shapes. This file knows the arrays and
+the threads of each. `portable.py` computes the same with plain MLX operations.
 """
 
 import re
@@ -83,10 +82,9 @@ def kernel_source() -> str:
 
 @cache
 def _header() -> str:
-    """What MLX gets of the file: the functions, without comments and indentation.
+    """The functions of the file, without comments and indentation.
 
-    MLX copies and hashes this text whenever a kernel is called, and not only when it is compiled:
-    with the whole file a call took 22 µs of the CPU's time, so it takes 6 µs.
+    Short, since MLX copies and hashes this text at every call of a kernel (docs/speed.md).
     """
     text = re.sub(r"#ifndef FLASH_HEAD_JIT\n.*?\n#endif", "", kernel_source(), flags=re.DOTALL)
     lines = (line.split("//")[0].strip() for line in text.splitlines())
@@ -94,7 +92,7 @@ def _header() -> str:
 
 
 def supports(clustered: ClusteredRows) -> str | None:
-    """Why these rows cannot be served by the kernels, in one sentence; None if they can."""
+    """A sentence that says why the kernels do not read these rows; None if they do."""
     for what, stored in (("rows", clustered.rows), ("centroids", clustered.centroids.matrix)):
         reason = _unsupported_format(stored)
         if reason is not None:
@@ -121,7 +119,7 @@ def _score_threads(cluster_size: int) -> int:
 
 
 class _StoredRows:
-    """How a kernel reads rows: its inputs' names, the arrays, and the expression over them."""
+    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them."""
 
     def __init__(self, stored: Matrix):
         self.names = list(stored.format.arrays)
@@ -149,7 +147,7 @@ class MetalSteps(Steps):
         clustered: The rows and the index.
 
     Raises:
-        ValueError: If the kernels do not read rows of this form; see ``supports``.
+        ValueError: If the kernels do not read rows of this format; see ``supports``.
     """
 
     name = "metal"

@@ -1,7 +1,4 @@
-"""A stored matrix, dense or quantized, and what is done with it as a whole.
-
-Knows arrays only: no model, no clusters.
-"""
+"""A stored matrix, dense or quantized, and its operations."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -46,7 +43,7 @@ class Matrix:
         """The row of the table of formats.
 
         Raises:
-            ValueError: If the weight has a dtype that is none of them.
+            ValueError: If the table has no format of the weight's dtype.
         """
         if self.quantized:
             return find_format(self.mode, self.bits)
@@ -68,7 +65,7 @@ class Matrix:
 
     @property
     def quantization(self) -> dict:
-        """Keywords of ``mx.quantized_matmul`` and its kin; empty when not quantized."""
+        """Keywords of ``mx.quantized_matmul`` and similar functions; empty when not quantized."""
         if not self.quantized:
             return {}
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
@@ -83,7 +80,7 @@ class Matrix:
         return replace(self, **{name: function(a) for name, a in self.arrays().items()})
 
     def take(self, ids: mx.array) -> "Matrix":
-        """Rows ``ids`` (any shape, integer), which become the leading axes. Lazy."""
+        """Rows ``ids`` (integers of any shape). The shape becomes the leading axes. Lazy."""
         return self.map(lambda array: mx.take(array, ids, axis=0))
 
     def quantize(self, *, bits: int, group_size: int, mode: str = AFFINE) -> "Matrix":
@@ -121,21 +118,21 @@ class Matrix:
         """The weight as floats, (V, D).
 
         Args:
-            dtype: Of the values, which are not rounded to another one on the way; default: that of
-                the weight, or of the scales, as the dense layer has it.
+            dtype: Of the values, without another rounding on the way; default: the dense layer's,
+                that of the weight or of the scales.
         """
         if not self.quantized:
             return self.weight if dtype is None else self.weight.astype(dtype)
         scales, biases = self.scales, self.biases
         if dtype is not None and biases is not None:
-            # mx.dequantize rounds to the dtype of the scales, as no product with the weights does
+            # mx.dequantize rounds to the dtype of the scales, which products do not
             scales, biases = scales.astype(dtype), biases.astype(dtype)
         return mx.dequantize(self.weight, scales, biases, **self.quantization, dtype=dtype)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over 64 evenly spaced rows as stored, their dtypes and shapes.
 
-        It tells whether an index belongs to these rows without reading them all.
+        It shows whether an index belongs to these rows, without reading all of them.
         """
         ids = np.linspace(0, self.n_rows - 1, FINGERPRINT_ROWS).astype(np.uint32)
         digest = hashlib.sha256()
@@ -149,7 +146,7 @@ class Matrix:
 
 
 def as_float32(array: np.ndarray | mx.array) -> np.ndarray:
-    """The array as numpy float32, whatever its float dtype (numpy itself has no bfloat16)."""
+    """The array as numpy float32, from any float dtype (numpy has no bfloat16)."""
     if isinstance(array, mx.array):
         array = array.astype(mx.float32)
     return np.asarray(array, dtype=np.float32)

@@ -1,10 +1,11 @@
-"""The four steps of a FlashHead in plain MLX operations: the CPU path, the fallback and the
-reference that the Metal kernels are tested against.
+"""The four steps of a FlashHead in plain MLX operations.
+
+They are the CPU path, the fallback, and the reference in tests of the Metal kernels.
 
     hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
                   ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token ─▶ (R,)
 
-Nothing here evaluates: a prompt's logits are never asked for, so they must stay lazy.
+Nothing here evaluates. A prompt's logits stay lazy, since nobody reads them.
 """
 
 import mlx.core as mx
@@ -12,28 +13,25 @@ import mlx.core as mx
 from .clustered import ClusteredRows
 from .steps import Candidates, Selection, Steps, in_token_order
 
-# The tail stays this far below the best candidate, so that greedy decoding always ends on a scored
-# token: a cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
+# The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
+# A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
 MARGIN_SHARE = 1 / 64
 
 
-# Multiply-adds of one state's product with a block. OpenBLAS (0.3.29, AVX-512) reads a matrix as it
-# lies up to about a million of them and first copies it into another order above, which takes three
-# times as long when the other side has few rows. With more states the copy pays: at 16 blocks took
-# 0.7 to 0.8 of the time of one product, at 32 1.1 and at 64 1.5 to 2. (The reference BLAS takes
-# half the time in blocks at any number.)
+# Multiply-adds of one state's product with a block: above about a million OpenBLAS copies the
+# matrix first, which does not pay for few states (docs/speed.md).
 BLOCK_PRODUCTS = 500_000
 BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
 
 
 def tail_cap(best: mx.array) -> mx.array:
-    """The highest logit a token that was not scored may get: m - max(1, |m|/64), float32."""
+    """The highest logit of a token that was not scored: m - max(1, |m|/64), float32."""
     best = best.astype(mx.float32)
     return best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
 
 
 def in_blocks(weight: mx.array) -> mx.array:
-    """Rows as ``blocked_product`` takes them: (V, D) → (n_blocks, block, D), zeros at the end."""
+    """Rows for ``blocked_product``: (V, D) → (n_blocks, block, D), zeros at the end."""
     n_rows, hidden_size = weight.shape
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
     block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
@@ -42,18 +40,17 @@ def in_blocks(weight: mx.array) -> mx.array:
 
 
 def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
-    """Products with all rows of all blocks, for few states the fastest on a CPU:
-    (R, D), (n_blocks, block, D) → (R, n_blocks·block)."""
+    """Products with all rows of all blocks: (R, D), (n_blocks, block, D) → (R, n_blocks·block).
+
+    The fastest form on a CPU for few states.
+    """
     return (hidden @ blocks.swapaxes(-1, -2)).swapaxes(0, 1).reshape(len(hidden), -1)
 
 
 def for_portable_steps(clustered: ClusteredRows) -> ClusteredRows:
-    """The rows as the portable path reads them fastest: by columns, where a BLAS multiplies them.
+    """The rows in the order that the portable path reads fastest: by columns for a CPU's BLAS.
 
-    Against rows (D of 576 to 2,048, one state, 256 clusters, cold caches) gather_mm took half the
-    time with the reference BLAS of MLX's own wheel for Linux, and 0.9 to 1.0 of it with OpenBLAS.
-    The product with all 49,152 x 576 rows took 0.9 of the time of `hidden @ weight.T` at one state
-    and 0.3 at 8 to 512 with the former; 0.4, 0.7 and 2 at 1, 8 and 512 with the latter.
+    docs/speed.md has the figures.
     """
     rows = clustered.rows
     blas = mx.default_device().type == mx.cpu and rows.weight.dtype == mx.float32
@@ -72,8 +69,7 @@ class PortableSteps(Steps):
     def __init__(self, clustered: ClusteredRows):
         super().__init__(clustered)
         self._on_cpu = mx.default_device().type == mx.cpu
-        # The CPU build multiplies float32 far faster than 4-bit weights, so it keeps the centroids
-        # (and only them) dequantised.
+        # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         centroids = clustered.centroids
         self._centroids = (
             in_blocks(centroids.matrix.dequantized(mx.float32)) if self._on_cpu else None
@@ -140,13 +136,13 @@ class PortableSteps(Steps):
         return Candidates(logits)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
-        """Full logits: a probed token keeps its own, every other gets its cluster's estimate.
+        """Full logits: a probed token keeps its own, every other token gets its cluster's estimate.
 
-        The estimate is min(S_c - ln n_c, m - max(1, |m|/64)) with the cluster's score S_c, the log
-        of its expected mass, over its n_c tokens, and the best candidate logit m.
+        The estimate is min(S_c - ln n_c, m - max(1, |m|/64)). The cluster's score S_c is the log of
+        its expected mass, n_c its number of tokens, and m the best candidate logit.
 
         Args:
-            scores: (R, C) float32 from which the tail is estimated.
+            scores: (R, C) float32 for the estimates.
             selection: The probed clusters.
             candidates: Their logits.
 
@@ -158,7 +154,7 @@ class PortableSteps(Steps):
         best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1)  # (R, 1)
         tail = mx.minimum(scores + self.clustered.centroids.tail_offset, tail_cap(best))
         if logits.dtype == mx.float16:
-            tail = mx.maximum(tail, mx.finfo(mx.float16).min)  # finite here too
+            tail = mx.maximum(tail, mx.finfo(mx.float16).min)  # finite in float16 too
         blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))
         blocks = mx.put_along_axis(
             blocks.astype(logits.dtype), selection.probes[..., None], logits, axis=1

@@ -1,8 +1,8 @@
-"""A second look at a head's logits, once a mask, a bias or a penalty has changed them.
+"""A second look at a head's logits after a mask, a bias or a penalty has changed them.
 
-What was changed may bring up tokens of clusters that were not scored. These have an estimate, the
-same for a whole cluster, which must not decide between them. So the clusters that matter now are
-scored too, and each of their tokens keeps what was done to its estimate.
+The change may bring up tokens of clusters that were not scored. All tokens of such a cluster have
+the same estimate, which must not decide between them. So the clusters that matter now are scored
+too. The change of each estimate is applied to the token's exact logit.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ class Call:
         head: The head itself.
         steps: Its steps.
         hidden: (R, D) states.
-        probes: (R, p) uint32, the clusters that were scored.
-        logits: (R, V), as the head gave them.
-        notes: What who looks at the call wants to work out once.
+        probes: (R, p) uint32, the scored clusters.
+        logits: (R, V), the head's logits.
+        notes: Results that readers of the call keep for each other.
     """
 
     head: Any
@@ -36,7 +36,7 @@ class Call:
     notes: dict[str, mx.array] = field(default_factory=dict)
 
     def take(self, rows: mx.array) -> "Call":
-        """The call as it would have been for the states ``rows`` (R',) alone."""
+        """The same call for the states ``rows`` (R',) alone."""
         parts = {name: getattr(self, name)[rows] for name in ("hidden", "probes", "logits")}
         return replace(self, notes={}, **parts)
 
@@ -59,19 +59,19 @@ def rescored(
     n_clusters: int,
     finish: Callable[[mx.array], mx.array],
 ) -> mx.array:
-    """Changed logits, of which those that matter are exact.
+    """Changed logits that are exact where it matters.
 
     Of the clusters that were not scored, the ``n_clusters`` with the highest log-sum-exp after the
-    change are scored now. Their tokens get exact + (after - before), so that a mask or a bias
-    counts as it does with the dense head. The other estimates stay below the best token, as in
+    change are scored now. Their tokens get exact + (after - before), so that a mask or a bias has
+    the same effect as with the dense head. The other estimates stay below the best token, as in
     ``PortableSteps.expand``.
 
     Args:
         call: The call that gave the logits, for these states.
         before: (R, V) the model's logits before the change.
         after: (R, V) its logits after it; -inf rules a token out.
-        n_clusters: How many clusters to score besides those of the call.
-        finish: What the model does with its head's logits (R, V).
+        n_clusters: Number of clusters to score besides those of the call.
+        finish: The model's own change of its head's logits (R, V).
 
     Returns:
         (R, V) in the dtype of ``after``. Lazy.
@@ -93,7 +93,7 @@ def rescored(
 
     before = before.astype(mx.float32)
     found = finish(logits).astype(mx.float32) + (values - before)
-    # what the model itself has ruled out has no logit to begin with
+    # tokens that the model itself has ruled out stay so
     values = mx.where(mx.logical_and(is_exact, mx.isfinite(before)), found, values)
     best = mx.max(mx.where(is_exact, values, -mx.inf), axis=-1, keepdims=True)
     return mx.where(is_exact, values, mx.minimum(values, tail_cap(best))).astype(after.dtype)

@@ -1,4 +1,4 @@
-"""The four steps of a FlashHead: what both paths share.
+"""The four steps of a FlashHead: the base of both paths.
 
 hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
               ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token ─▶ (R,)
@@ -17,8 +17,8 @@ class Selection(NamedTuple):
 
     Attributes:
         probes: (R, p) uint32, distinct clusters of each row.
-        ranks: (R, C) uint32, a cluster's place among the row's probes and at least p for all
-            others; None on the portable path, which does not need it.
+        ranks: (R, C) uint32, a cluster's place among the row's probes, and at least p for all
+            others; None on the portable path.
     """
 
     probes: mx.array
@@ -39,12 +39,12 @@ class Candidates(NamedTuple):
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:
     """Logits by slot (R, C·n) → by token (R, V)."""
-    # `take` along an axis gives the same, and is five to ten times slower on a CPU
+    # `take` along an axis is five to ten times slower on a CPU
     return mx.take_along_axis(slots, slot_of[None], axis=-1)
 
 
 class Steps:
-    """What both paths share.
+    """The base of both paths.
 
     Args:
         clustered: The rows and the index.
@@ -68,7 +68,7 @@ class Steps:
     def logits_of(self, hidden: mx.array, token_ids: mx.array) -> mx.array:
         """Logits of given tokens: hidden (R, D), ids (R, K) → (R, K).
 
-        Few rows are read, each by itself: MLX's own products serve both paths.
+        Few rows are read, each by itself, so MLX's own products serve both paths.
         """
         rows = self.clustered.rows_in(mx.take(self.clustered.slot_of, token_ids))  # (R, K, …)
         logits = replace(rows, bias=None).matmul(hidden[:, None]).squeeze(1)
