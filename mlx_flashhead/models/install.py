@@ -8,6 +8,8 @@ in the model's own order when it is read.
 """
 
 import copy
+import sys
+from types import CodeType
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -98,6 +100,7 @@ def install(
     for name in rows.arrays():
         module[name] = None
     module._flash_head = head
+    module._asked_by = location.asked_by
     _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
     for parent in around:
         _subclass(parent, _FlashParent)
@@ -118,7 +121,7 @@ def uninstall(model: nn.Module) -> None:
     for changed in model.modules():
         if isinstance(changed, _FlashModule | _FlashParent):
             changed.__class__ = type(changed).__bases__[1]
-    del module._flash_head
+    del module._flash_head, module._asked_by
     for name, array in arrays.items():
         module[name] = array
 
@@ -180,6 +183,19 @@ class _FlashModule(_Module):
     """
 
     _flash_head: FlashHead
+    _asked_by: CodeType | None
+
+    def _project(self, hidden: mx.array) -> mx.array:
+        """(..., D) → (..., V): the model's logits, and products with all rows for other ends.
+
+        Other ends are gradients, which do not pass through the choice of clusters, and what the
+        model's own code asks for elsewhere. gemma4_text looks tokens up by their embeddings so.
+        """
+        asked_by, usual = sys._getframe(2).f_code, self._asked_by
+        elsewhere = usual is not None and asked_by is not usual
+        if self.training or (elsewhere and asked_by.co_filename == usual.co_filename):
+            return self._flash_head.dense_logits(hidden)
+        return self._flash_head(hidden)
 
     def _arrays(self) -> dict[str, mx.array]:
         return self._flash_head.clustered.token_rows().arrays()
@@ -242,7 +258,7 @@ class _FlashLinear(_FlashModule):
     """A linear layer whose product is a FlashHead's."""
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        return self._flash_head(hidden)
+        return self._project(hidden)
 
 
 class _FlashEmbedding(_FlashModule):
@@ -252,4 +268,4 @@ class _FlashEmbedding(_FlashModule):
         return self._flash_head.embedding(token_ids)
 
     def as_linear(self, hidden: mx.array) -> mx.array:
-        return self._flash_head(hidden)
+        return self._project(hidden)

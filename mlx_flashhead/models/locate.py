@@ -5,9 +5,11 @@ is traced, without evaluating anything. The head is the last module that has a r
 and whose output is as wide as the logits.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +18,9 @@ from ..head.matrix import Matrix
 from .errors import UnsupportedHeadError
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
+
+# Module, method, width of the output, and the code that called it.
+_Call = tuple[nn.Module, str, int, CodeType]
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,13 @@ class HeadLocation:
         module: The output projection itself.
         path: Its dotted name in the model, such as "lm_head" or "model.embed_tokens".
         method: "__call__" for a linear layer, "as_linear" for a tied embedding.
+        asked_by: The code of the model that asks it for the logits; None if that is not known.
     """
 
     module: nn.Module
     path: str
     method: str
+    asked_by: CodeType | None = None
 
     @property
     def tied(self) -> bool:
@@ -68,14 +75,15 @@ def find_head(model: nn.Module) -> HeadLocation:
             or the model itself does not run.
     """
     modules = [m for m in model.modules() if _matrix(m) is not None]
-    calls: list[tuple[nn.Module, str, int]] = []
+    calls: list[_Call] = []
 
     def record(module, method, args, output):
         hidden = args[0] if args else None
         if not (isinstance(hidden, mx.array) and isinstance(output, mx.array)):
             return
         if mx.issubdtype(hidden.dtype, mx.floating):
-            calls.append((module, method, output.shape[-1]))
+            asked_by = sys._getframe(2).f_code  # past the observer
+            calls.append((module, method, output.shape[-1], asked_by))
 
     name = type(model).__module__.rsplit(".", 1)[-1]
     try:
@@ -89,8 +97,8 @@ def find_head(model: nn.Module) -> HeadLocation:
     logits = output[0] if isinstance(output, tuple) else output
     vocab_size = logits.shape[-1]
     found = [
-        (module, method)
-        for module, method, width in calls
+        (module, method, asked_by)
+        for module, method, width, asked_by in calls
         if width == vocab_size and module["weight"].shape[0] == vocab_size
     ]
     if not found:
@@ -102,15 +110,15 @@ def find_head(model: nn.Module) -> HeadLocation:
             f"The output projection of this {name!r} model cannot be intercepted (its {vocab_size} "
             "logits come from no layer of its own): use it with mlx_lm, without FlashHead."
         )
-    module, method = found[-1]
-    if sum(other is module for other, _ in found) > 1:
+    module, method, asked_by = found[-1]
+    if sum(other is module for other, *_ in found) > 1:
         raise UnsupportedHeadError(
             f"This {name!r} model uses its output projection more than once per token, which "
             "FlashHead does not support: use it with mlx_lm, without FlashHead."
         )
     path = next(path for path, other in model.named_modules() if other is module)
     _refuse_wrapped(model, module, path)
-    return HeadLocation(module, path, method)
+    return HeadLocation(module, path, method, asked_by)
 
 
 def check_plain_product(location: HeadLocation) -> None:
@@ -187,8 +195,8 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
                 setattr(cls, name, method)
 
 
-def _refuse_split(calls: list[tuple[nn.Module, str, int]], vocab_size: int, name: str) -> None:
-    for module, _, width in calls:
+def _refuse_split(calls: list[_Call], vocab_size: int, name: str) -> None:
+    for module, _, width, _ in calls:
         if isinstance(module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
             processes = module.group.size()
             if width * processes == vocab_size:

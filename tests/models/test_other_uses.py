@@ -1,0 +1,107 @@
+"""The head's layer, asked for something else than logits, answers as the dense one does."""
+
+import ast
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm import models
+
+from architecture_configs import VOCAB_SIZE
+from architecture_models import tiny_architecture
+from mlx_flashhead.models.install import get_flash_head, install
+from mlx_flashhead.models.locate import find_head
+from tiny_models import tiny_index, tiny_model
+
+# Functions besides the one that makes the logits that call a head's layer.
+OTHERS = {"gemma4_text": {"_get_per_layer_inputs"}}
+
+
+def installed(model, **kwargs):
+    index = tiny_index(model, **kwargs)
+    install(model, index.token_ids, index.centroids, n_probes=2)
+    return model
+
+
+def head_calls(path: Path) -> set[str]:
+    """Functions of an architecture in which a tied embedding is asked for a product."""
+    functions = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef))
+    return {
+        function.name
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and node.attr == "as_linear"
+    }
+
+
+def test_every_other_use_is_known():
+    """A later mlx-lm that asks a head's layer for more has to be looked at."""
+    files = [path for folder in models.__path__ for path in Path(folder).glob("*.py")]
+    found = {path.stem: head_calls(path) for path in files}
+    others = {name: functions for name, functions in found.items() if len(functions) > 1}
+    assert others == {name: {"__call__", *functions} for name, functions in OTHERS.items()}
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma4"])
+def test_tokens_are_found_by_their_embeddings(name):
+    """As gemma4 finds the inputs of its layers where it is given embeddings alone."""
+    dense, flash = (tiny_architecture(name, tied=True) for _ in range(2))
+    installed(flash)
+    for model in (dense, flash):
+        model.text = getattr(model, "language_model", model).model
+    tokens = mx.array([[5, VOCAB_SIZE - 1, 77, 0, 230]])
+    assert tokens.size <= get_flash_head(flash).max_positions
+    by_ids = dense.text._get_per_layer_inputs(tokens)
+    for model in (dense, flash):
+        found = model.text._get_per_layer_inputs(None, model.text.embed_tokens(tokens))
+        assert mx.allclose(found, by_ids, atol=1e-5)
+    assert not mx.allclose(flash(tokens), dense(tokens), atol=1e-3)  # logits have estimates
+
+
+def loss(model, tokens):
+    return nn.losses.cross_entropy(model(tokens), tokens).mean()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", [{}, {"bits": 4}])
+def test_gradients_of_a_model_in_training(tied, form):
+    dense, flash = (tiny_model(tied=tied, **form) for _ in range(2))
+    installed(flash)
+    tokens = mx.array([[3, 50, 7]])
+    gradients = []
+    for model in (dense, flash):
+        model.train()
+        model.freeze()
+        model.layers[0].self_attn.unfreeze(keys=["bias", "weight"] if not form else ["scales"])
+        value, found = nn.value_and_grad(model, loss)(model, tokens)
+        gradients.append((value, found["model"]["layers"][0]["self_attn"]["q_proj"]))
+    (value, expected), (same, found) = gradients
+    assert mx.allclose(value, same, atol=1e-5)
+    assert expected.keys() == found.keys()
+    for key, gradient in expected.items():
+        assert mx.abs(gradient).max() > 0
+        assert mx.allclose(gradient, found[key], rtol=1e-3, atol=1e-5)
+
+
+def test_training_ends():
+    dense, flash = tiny_model(), installed(tiny_model())
+    tokens = mx.array([[3, 50, 7]])
+    flash.train()
+    assert mx.allclose(flash(tokens), dense(tokens), atol=1e-4)
+    flash.eval()
+    assert not mx.allclose(flash(tokens), dense(tokens), atol=1e-3)
+
+
+def test_ones_own_code_gets_what_the_model_gets():
+    """A call from outside the model is one for logits, as tools make that skip its body."""
+    flash = installed(tiny_model())
+    hidden = mx.array(np.random.default_rng(0).normal(size=(1, 1, 64)).astype(np.float32))
+    asked = flash.model.embed_tokens.as_linear(hidden)
+    assert mx.array_equal(asked, get_flash_head(flash)(hidden))
+
+
+def test_location_knows_who_asks():
+    model = tiny_model()
+    assert find_head(model).asked_by is type(model).__call__.__code__
