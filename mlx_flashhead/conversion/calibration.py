@@ -22,6 +22,7 @@ SEQUENCE_TOKENS = 64
 BATCH_SIZE = 32
 WINDOW_TOKENS = 512  # of a text that is given for itself; each window starts afresh
 READ_TOKENS = 2048  # of the windows that are read together
+SORTED_TOKENS = 4 * READ_TOKENS  # of the windows that are sorted by length
 
 
 def generated_states(
@@ -164,6 +165,7 @@ def read_windows(
     windows: Sequence[list[int]],
     prefixes: Sequence[list[int]],
     *,
+    seconds: float = float("inf"),
     description: str = "Reading",
     progress: bool = True,
 ) -> list[np.ndarray]:
@@ -174,26 +176,27 @@ def read_windows(
         location: Its head.
         windows: Token ids, at least two each.
         prefixes: Token ids before each window, whose states are left out.
+        seconds: After which no further windows are read than the first ones.
         description: What the bar says.
         progress: Show a bar.
 
     Returns:
-        For each window of n tokens (n - 1, D) float32.
+        For each window of n tokens (n - 1, D) float32; (0, 0) for one that was not read.
     """
-    states: list[np.ndarray] = [np.empty(0)] * len(windows)
+    states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [[*prefix, *window[:-1]] for prefix, window in zip(prefixes, windows, strict=True)]
-    # Windows of like length together: shorter ones are padded at the end, where no state looks.
-    waiting = sorted(range(len(windows)), key=lambda i: -len(inputs[i]))
     total = sum(len(window) - 1 for window in windows)
+    deadline = time.monotonic() + seconds
     with (
         numpy_products(lazy=location.module),
         recorded_hidden(location) as recorded,
         tqdm(total=total, desc=description, unit="token", disable=not progress) as bar,
     ):
-        while waiting:
-            length = len(inputs[waiting[0]])
-            batch = waiting[: max(1, READ_TOKENS // length)]
-            waiting = waiting[len(batch) :]
+        for batch in _batches([len(one) for one in inputs]):
+            if any(map(len, states)) and time.monotonic() > deadline:
+                break
+            length = len(inputs[batch[0]])
+            # shorter ones are padded at the end, where no state looks
             model(mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch]))
             # only the states are evaluated: the logits of the windows are never made
             read = np.array(recorded[-1].astype(mx.float32))
@@ -202,6 +205,21 @@ def read_windows(
                 states[i] = one[len(prefixes[i]) : len(inputs[i])]
                 bar.update(len(states[i]))
     return states
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of windows to read together, the longest first in each: of like length, but not far
+    from their order."""
+    waiting: list[int] = []
+    for place in range(len(lengths)):
+        waiting.append(place)
+        if sum(lengths[i] for i in waiting) < SORTED_TOKENS and place < len(lengths) - 1:
+            continue
+        waiting.sort(key=lambda i: -lengths[i])
+        while waiting:
+            together = max(1, READ_TOKENS // lengths[waiting[0]])
+            yield waiting[:together]
+            waiting = waiting[together:]
 
 
 def read_text(path: str | Path) -> str:

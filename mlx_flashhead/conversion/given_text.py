@@ -13,7 +13,7 @@ from pathlib import Path
 
 PROSE, DOCUMENTATION, CODE, PYTHON = "prose", "documentation", "code", "Python"
 MARKUP, LANGUAGES, DIALOGUE = "mark-up", "other languages", "dialogue"
-KINDS = (PROSE, DOCUMENTATION, CODE, PYTHON, MARKUP, LANGUAGES, DIALOGUE)
+KINDS = (PROSE, DOCUMENTATION, CODE, MARKUP, LANGUAGES, PYTHON, DIALOGUE)
 
 FILES = {
     PROSE: "prose.txt",

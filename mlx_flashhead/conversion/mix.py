@@ -5,6 +5,8 @@ Self-written text alone is too narrow a teacher and too easy a judge: `docs/how-
 figures. The last quarter of each kind is held out, to choose the probes and to make the report.
 """
 
+import time
+
 import mlx.nn as nn
 import numpy as np
 
@@ -17,6 +19,7 @@ from .prompts import chat_prompts, varied_prompts
 ANSWERS, SELF_WRITTEN = "answers, greedy", "self-written"
 MIX_WINDOW = 256  # positions; attention to longer windows takes longer than it gains
 WRITTEN_SHARE = 1 / 6  # of the positions: what a model writes costs more time and teaches less
+READING_SHARE = 2 / 3  # of the time
 HELD_OUT_SHARE = 1 / 4  # of each kind
 LEAST_WINDOW = 8  # tokens; shorter rests are left out
 
@@ -27,34 +30,47 @@ def given_positions(
     location: HeadLocation,
     positions_per_kind: int,
     *,
+    seconds: float = float("inf"),
     progress: bool = True,
 ) -> Positions:
-    """States of the given text, at most ``positions_per_kind`` of each kind."""
+    """States of the given text, at most ``positions_per_kind`` of each kind.
+
+    The kinds take turns, so that each has fewer where the time is up.
+    """
     token_ids = {
         kind: [list(tokenizer.encode(document)) for document in documents]
         for kind, documents in given_documents().items()
     }
     token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
     beginning = beginning_of_text(tokenizer)
-    by_kind = {
-        kind: _chosen_windows(documents, beginning, positions_per_kind)
-        for kind, documents in token_ids.items()
-    }
-    windows = [window for chosen in by_kind.values() for window in chosen]
-    prefixes = [beginning] * len(windows)
-    states = iter(read_windows(model, location, windows, prefixes, progress=progress))
-    return Positions.joined(
-        [
-            Positions.of_one_kind(
-                kind,
-                np.concatenate([next(states) for _ in chosen]),
-                np.concatenate([np.array(window[1:], dtype=np.int64) for window in chosen]),
-                HELD_OUT_SHARE,
-            )
-            for kind, chosen in by_kind.items()
-            if chosen
-        ]
+    by_kind = [
+        _chosen_windows(documents, beginning, positions_per_kind)
+        for documents in token_ids.values()
+    ]
+    turns = [(turn, kind) for kind, chosen in enumerate(by_kind) for turn in range(len(chosen))]
+    turns.sort()
+    windows = [by_kind[kind][turn] for turn, kind in turns]
+    states = read_windows(
+        model,
+        location,
+        windows,
+        [beginning] * len(windows),
+        seconds=seconds,
+        progress=progress,
     )
+    parts = []
+    for kind, name in enumerate(token_ids):
+        read = [i for i, (_, of) in enumerate(turns) if of == kind and len(states[i])]
+        if read:
+            parts.append(
+                Positions.of_one_kind(
+                    name,
+                    np.concatenate([states[i] for i in read]),
+                    np.concatenate([np.array(windows[i][1:], dtype=np.int64) for i in read]),
+                    HELD_OUT_SHARE,
+                )
+            )
+    return Positions.joined(parts)
 
 
 def _dialogue(tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -93,7 +109,7 @@ def written_positions(
     seed: int = 0,
     seconds: float = float("inf"),
     progress: bool = True,
-) -> Positions:
+) -> list[Positions]:
     """States of text that the model writes: half of them greedy answers, half sampled text.
 
     There are fewer positions where the time is up.
@@ -116,8 +132,9 @@ def written_positions(
             seconds=seconds / 2,
             progress=progress,
         )
-        parts.append(Positions.of_one_kind(name, states, next_ids, HELD_OUT_SHARE))
-    return Positions.joined(parts)
+        if len(states):
+            parts.append(Positions.of_one_kind(name, states, next_ids, HELD_OUT_SHARE))
+    return parts
 
 
 def mixed_positions(
@@ -138,13 +155,22 @@ def mixed_positions(
         location: Its head.
         positions: About how many; fewer where the given text is shorter or the time is up.
         seed: Of what the model writes. The given text is always the same.
-        seconds: For the text that the model writes.
+        seconds: That reading and writing may take together.
         progress: Show bars.
     """
     n_written = round(WRITTEN_SHARE * positions)
     per_kind = -(-(positions - n_written) // len(KINDS))
-    given = given_positions(model, tokenizer, location, per_kind, progress=progress)
-    written = written_positions(
-        model, tokenizer, location, n_written, seed=seed, seconds=seconds, progress=progress
+    until = time.monotonic() + seconds
+    given = given_positions(
+        model, tokenizer, location, per_kind, seconds=READING_SHARE * seconds, progress=progress
     )
-    return Positions.joined([given, written])
+    written = written_positions(
+        model,
+        tokenizer,
+        location,
+        n_written,
+        seed=seed,
+        seconds=until - time.monotonic(),
+        progress=progress,
+    )
+    return Positions.joined([given, *written])

@@ -78,6 +78,12 @@ class IndexOptions:
     calibration_positions: int = option(
         12_000, "Positions to calibrate on (default: %(default)s).", whole_number(MIN_POSITIONS)
     )
+    calibration_seconds: float = option(
+        120.0,
+        "Seconds after which reading and writing the text ends, with fewer positions then "
+        "(default: %(default)s).",
+        number(0, above=True),
+    )
     seed: int = option(
         0,
         "Seed of the clustering and of the text that the model writes (default: %(default)s).",

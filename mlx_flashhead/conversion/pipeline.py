@@ -180,6 +180,7 @@ def _calibrate(
             location,
             options.calibration_positions,
             seed=options.seed,
+            seconds=options.calibration_seconds,
             progress=progress,
         )
     states, next_ids = text_states(

@@ -1,0 +1,94 @@
+"""The mix: every kind, as much of each, and its last quarter held out."""
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+
+from mlx_flashhead.conversion import calibration, mix
+from mlx_flashhead.conversion.given_text import KINDS
+from mlx_flashhead.conversion.mix import ANSWERS, SELF_WRITTEN, given_positions, mixed_positions
+from mlx_flashhead.conversion.positions import Positions
+from mlx_flashhead.models.locate import find_head
+from model_folders import write_model
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["chat", "plain"])
+def loaded(request, tmp_path_factory):
+    options = {} if request.param else {"chat_template": None}
+    model, tokenizer = mlx_lm.load(
+        str(write_model(tmp_path_factory.mktemp("models") / "m", **options))
+    )
+    return model, tokenizer, find_head(model)
+
+
+def found_in(loaded, positions=600, **kwargs):
+    return mixed_positions(*loaded, positions, progress=False, **kwargs)
+
+
+def test_as_many_positions_of_each_kind(loaded):
+    found = found_in(loaded)
+    assert found.names == (*KINDS, ANSWERS, SELF_WRITTEN)
+    counts = np.bincount(found.kinds)
+    assert (counts[:7] == 72).all()  # 5/6 of 600 by 7, rounded up
+    assert (counts[7:] == 50).all()
+    for kind, count in enumerate(counts):
+        held_out = found.held_out[found.kinds == kind]
+        assert held_out.sum() == round(count / 4)
+        assert held_out[-held_out.sum() :].all()
+    assert found.states.dtype == np.float32
+    assert len(found.states) == len(found.next_ids) == len(found)
+
+
+def test_the_states_are_those_of_the_text(loaded):
+    """The greedy answers' next tokens follow from their states; of given text the last window's."""
+    found = found_in(loaded)
+    head = found.states @ np.array(loaded[2].rows().dequantized(mx.float32)).T
+    greedy = found.kinds == found.names.index(ANSWERS)
+    np.testing.assert_array_equal(head[greedy].argmax(axis=1), found.next_ids[greedy])
+
+
+def test_the_same_seed_gives_the_same_mix(loaded):
+    first, again, other = (found_in(loaded, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.states, again.states)
+    given = first.kinds < len(KINDS)
+    np.testing.assert_array_equal(first.states[given], other.states[given])
+    assert (first.next_ids[~given] != other.next_ids[~given]).any()
+
+
+def test_fewer_positions_of_every_kind_when_the_time_is_up(loaded, monkeypatch):
+    monkeypatch.setattr(calibration, "READ_TOKENS", 300)
+    monkeypatch.setattr(calibration, "SORTED_TOKENS", 300)
+    found = given_positions(*loaded, 3000, seconds=0, progress=False)
+    assert 0 < len(found) < 600
+    whole = given_positions(*loaded, 500, progress=False)
+    assert (np.bincount(whole.kinds) == 500).all()
+    assert len(found_in(loaded, positions=60, seconds=1e-9)) == 7 * 8  # nothing is written
+
+
+def test_long_documents_do_not_crowd_out_others(loaded, monkeypatch):
+    monkeypatch.setattr(mix, "MIX_WINDOW", 10)
+    documents = [list(range(100)), list(range(200, 225)), list(range(300, 312))]
+    chosen = mix._chosen_windows(documents, [], 50)
+    assert sum(len(window) - 1 for window in chosen) == 50
+    assert {window[0] for window in chosen[:3]} == {0, 200, 300}
+    assert all(len(window) >= mix.LEAST_WINDOW for window in chosen)
+
+
+def test_what_begins_a_text_is_not_taken_for_text():
+    chosen = mix._chosen_windows([[7, *range(20, 40)]], [7], 100)
+    assert chosen == [list(range(20, 40))]
+
+
+def test_joined_and_parted():
+    parts = [
+        Positions.of_one_kind(name, np.full((n, 2), n, np.float32), np.arange(n), 1 / 4)
+        for name, n in (("one", 8), ("two", 1), ("three", 2))
+    ]
+    joined = Positions.joined(parts)
+    assert joined.names == ("one", "two", "three")
+    np.testing.assert_array_equal(np.bincount(joined.kinds), [8, 1, 2])
+    held_out, fitted_on = joined.parted()
+    np.testing.assert_array_equal(held_out.kinds, [0, 0, 2])  # a single one is fitted on
+    assert len(fitted_on) == 8 and len(held_out) == 3
+    np.testing.assert_array_equal(held_out.next_ids, [6, 7, 1])
