@@ -102,10 +102,11 @@ def choose_probes(
     for n_probes, values in zip(found.probe_counts, found.values[0], strict=True):
         if n_probes > choice.n_probes and bytes_share(n_probes) > goals.bytes_share:
             break
+        kl = upper_bound(values[KL], weights)
         growth = float((values[NLL] - found.dense_nll) @ weights)
         reached = (
             lower_bound(values[AGREEMENT], weights) >= _possible(goals.agreement, weights)
-            and UNSEEN * upper_bound(values[KL], weights) <= goals.kl
+            and max(kl, UNSEEN * float(values[KL] @ weights)) <= goals.kl
             and UNSEEN * growth <= PERPLEXITY_SHARE * goals.kl
         )
         choice = Choice(n_probes, reached)

@@ -50,8 +50,14 @@ def test_the_fewest_that_reach_the_kl_with_confidence():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(1, 1000))
     noise = (noise - noise.mean()) / noise.std()
-    kl = np.array([[0.2], [0.099], [0.09], [0.01]]) + 0.1 * noise  # error of the mean: 0.0032
-    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.15)).n_probes == 32
+    kl = np.array([[0.2], [0.059], [0.049], [0.01]]) + noise  # error of the mean: 0.032
+    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.11)).n_probes == 16
+    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.105)).n_probes == 32
+
+
+def test_the_kl_of_unseen_text_is_taken_as_half_as_much_again():
+    kl = np.array([[0.2], [0.067], [0.066], [0.01]]) * np.ones((1, 1000))
+    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.1)).n_probes == 32
 
 
 def test_the_fewest_whose_perplexity_has_grown_by_two_thirds_of_the_kl_at_most():
