@@ -24,7 +24,7 @@ PASSES = 6  # dense passes over all rows
 PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
 # Above this many multiply-adds a dense pass takes minutes on a CPU. Then four passes are spread
 # over iterations that each refresh the shortlists of every fourth row.
-LARGE_PRODUCT = 4e12
+LARGE_PRODUCT = 2e12
 LARGE_PASSES, LARGE_PARTS = 4, 4
 
 # Near-duplicates: rows whose squared distance is at most this share of their squared distance to
