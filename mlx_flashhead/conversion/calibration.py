@@ -1,7 +1,7 @@
-"""Hidden states, recorded where they enter the head: of text that a model writes, or reads.
+"""Hidden states at the head's input, of text that a model writes or reads.
 
-Reading costs one pass; writing takes a pass for every token of a batch, seven times as long a token
-on two x86 cores.
+Reading takes one pass. Writing takes a pass for every token of a batch, so a token takes several
+times as long (docs/how-it-works.md).
 """
 
 import time
@@ -20,8 +20,8 @@ from ..models.sampling import make_sampler
 
 SEQUENCE_TOKENS = 64
 BATCH_SIZE = 32
-WINDOW_TOKENS = 512  # of a text that is given for itself; each window starts afresh
-READ_TOKENS = 2048  # of the windows that are read together
+WINDOW_TOKENS = 512  # of one given text; each window starts afresh
+READ_TOKENS = 2048  # of windows that are read together
 SORTED_TOKENS = 4 * READ_TOKENS  # of the windows that are sorted by length
 
 
@@ -43,15 +43,15 @@ def generated_states(
         model: A dense mlx-lm model.
         tokenizer: Its tokenizer.
         location: Its head.
-        prompts: Token ids to go on from, without end.
-        positions: How many states.
+        prompts: Token ids to continue, without end.
+        positions: Greatest number of states.
         seed: Seed of the sampling.
         temperature: Of the sampling; 0 is greedy.
-        seconds: After which no further states are computed, so that there may be fewer.
+        seconds: Time limit. After it no further states are computed.
         progress: Show a bar.
 
     Returns:
-        States (N, D) float32 in the order of generation, and the tokens drawn from them (N,) int64;
+        States (N, D) float32 in the order of generation, and the tokens drawn from them (N,) int64.
         N is at most ``positions``.
     """
     mx.random.seed(seed)
@@ -67,7 +67,7 @@ def generated_states(
     ):
 
         def sampler(logprobs):
-            # prompts are padded to one length, so only what is sampled from is a real state
+            # prompts are padded to one length, so only the last state of each is a real one
             tokens = draw(logprobs)
             steps.append((recorded[-1][:, -1].astype(mx.float32), tokens))
             recorded.clear()
@@ -83,7 +83,7 @@ def generated_states(
         missing = min(BATCH_SIZE, -(-positions // SEQUENCE_TOKENS))
         while count < positions and time.monotonic() < deadline:
             if missing:
-                # by length, since prompts that are read together are padded to the longest
+                # by length, since prompts read together are padded to the longest
                 fresh = sorted((next(prompts) for _ in range(missing)), key=len)
                 generator.insert(fresh, [SEQUENCE_TOKENS] * missing)
             responses = generator.next_generated()
@@ -95,7 +95,7 @@ def generated_states(
                 count += len(hidden)
             steps.clear()
         generator.close()
-    if not states:  # the time was up before the first step
+    if not states:  # the time limit came before the first step
         return np.empty((0, location.rows().hidden_size), np.float32), np.empty(0, np.int64)
     return np.concatenate(states)[:positions], np.concatenate(drawn)[:positions]
 
@@ -112,15 +112,15 @@ def text_states(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hidden states of a text, in windows of 512 tokens that each start afresh.
 
-    Where the tokenizer begins a text with a token of its own (BOS), each window begins with it.
+    If the tokenizer begins a text with a token of its own (BOS), each window begins with it.
 
     Args:
         model: A dense or FlashHead model.
         tokenizer: Its tokenizer.
         location: Its head.
         text: The text; special tokens in it, such as chat markup, are understood.
-        positions: How many states at most; None: all.
-        description: What the bar says.
+        positions: Greatest number of states; None: all.
+        description: Text of the bar.
         progress: Show a bar.
 
     Returns:
@@ -135,7 +135,7 @@ def text_states(
     if len(token_ids) < 2:
         raise ValueError("The text is too short to measure anything on: give one of some pages.")
     first, *further = windows_of(token_ids, WINDOW_TOKENS)
-    # the first window has what begins a text already
+    # the first window begins with BOS already
     beginning = beginning_of_text(tokenizer)
     prefixes = [[], *([beginning] * len(further))]
     states = read_windows(
@@ -145,14 +145,16 @@ def text_states(
 
 
 def beginning_of_text(tokenizer) -> list[int]:
-    """The token that the tokenizer begins each text with, in a list; empty if there is none."""
+    """The token with which the tokenizer begins each text, in a list; empty if there is none."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and bos in tokenizer.encode("") else []
 
 
 def windows_of(token_ids: Sequence[int], length: int) -> list[list[int]]:
-    """Token ids (N,) cut into windows of ``length`` states: each ends with the token that follows
-    its last state, with which the next begins."""
+    """Token ids (N,) cut into windows of ``length`` states.
+
+    Each window ends with the token after its last state, and the next one begins with that token.
+    """
     return [
         list(token_ids[start : start + length + 1])
         for start in range(0, len(token_ids) - 1, length)
@@ -169,7 +171,7 @@ def read_windows(
     description: str = "Reading",
     progress: bool = True,
 ) -> list[np.ndarray]:
-    """Hidden states of each window but its last token, several windows at once.
+    """Hidden states of each window without its last token, several windows at once.
 
     Args:
         model: A dense or FlashHead model.
@@ -177,7 +179,7 @@ def read_windows(
         windows: Token ids, at least two each.
         prefixes: Token ids before each window, whose states are left out.
         seconds: After which no further windows are read than the first ones.
-        description: What the bar says.
+        description: Text of the bar.
         progress: Show a bar.
 
     Returns:
@@ -198,7 +200,7 @@ def read_windows(
             length = len(inputs[batch[0]])
             # shorter ones are padded at the end, where no state looks
             model(mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch]))
-            # only the states are evaluated: the logits of the windows are never made
+            # only the states are evaluated, and the windows' logits are never computed
             read = np.array(recorded[-1].astype(mx.float32))
             recorded.clear()
             for i, one in zip(batch, read, strict=True):

@@ -1,12 +1,9 @@
 """Balanced k-means over the rows of a head: (V, D) floats → ``token_ids`` (C, cluster_size).
 
-Clusters are balanced in every iteration, not at the end only, which ruins them: each row keeps a
-shortlist of its best centroids, prices make crowded centroids dearer, and a fill with hard
+Clusters are balanced in every iteration, since balancing at the end only ruins them. Each row keeps
+a shortlist of its best centroids, prices make crowded centroids dearer, and a fill with hard
 capacities places every row. One dense product of rows and centroids per iteration is nearly all of
-the work. Knows arrays only: no model, no hidden states.
-
-Worse when tried on SmolLM2-135M: shortlists from PCA, IVF or neighbour graphs, fewer than six dense
-passes, unbalanced iterations first.
+the work. docs/how-it-works.md lists what was worse.
 """
 
 import mlx.core as mx
@@ -19,7 +16,7 @@ BACKENDS = {"numpy": np, "mlx": mx}
 
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # a shortlist holds at most one centroid of each bucket
-BLOCK_ROWS, BLOCK_SCORES = 2048, 1 << 22  # rows and scores handled at once: bounds memory
+BLOCK_ROWS, BLOCK_SCORES = 2048, 1 << 22  # rows and scores at once, which bounds memory
 PASSES = 6  # dense passes over all rows
 PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
 # Above this many multiply-adds a dense pass takes minutes on a CPU. Then four passes are spread
@@ -27,8 +24,8 @@ PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later
 LARGE_PRODUCT = 2e12
 LARGE_PASSES, LARGE_PARTS = 4, 4
 
-# Near-duplicates: rows whose squared distance is at most this share of their squared distance to
-# the mean of all rows, which many heads have in common. They are looked for around a sample.
+# Near-duplicates are rows whose squared distance is at most this share of their squared distance
+# to the mean of all rows. They are searched around a sample.
 DUPLICATE_DISTANCE = 0.2
 DUPLICATE_SAMPLE = 1024
 ROUNDING = 1e-5  # of a squared distance, relative to the squared norm
@@ -46,8 +43,8 @@ def cluster_rows(
 ) -> np.ndarray:
     """Groups the rows of a head into clusters of equal size.
 
-    Where ``cluster_size`` does not divide V, the last clusters hold one row less (several less
-    where there are fewer clusters than slots to spare).
+    If ``cluster_size`` does not divide V, the last clusters hold one row less, or several less if
+    there are fewer clusters than spare slots.
 
     Args:
         rows: (V, D), any float dtype.
@@ -56,8 +53,8 @@ def cluster_rows(
         spherical: Cluster by direction; otherwise by Euclidean distance.
         metric: (D, D) float32 by which the rows are multiplied first: `metric.py`.
         progress: Show a progress bar.
-        backend: "numpy" or "mlx", which computes the dense products; None is MLX where its default
-            device is a GPU, else numpy.
+        backend: "numpy" or "mlx" for the dense products; None is MLX if its default device is a
+            GPU, else numpy.
 
     Returns:
         (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 exactly once,
@@ -66,8 +63,8 @@ def cluster_rows(
     Raises:
         ValueError: If an argument is not as described, or a row is not finite.
 
-    Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means; how the
-        balance is reached here, and the metric, are this project's own.
+    Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means. The way to
+        the balance and the metric are this project's own.
     """
     rows = as_float32(rows)
     if rows.ndim != 2 or rows.size == 0:
@@ -87,7 +84,7 @@ def cluster_rows(
 
     rng = np.random.default_rng(seed)
     points = _points(rows, metric, spherical, rng, BACKENDS[backend])
-    # only distances matter there, and the last column would hide small ones
+    # only distances matter there, and the last column would hide small ones of them
     alike = points if spherical else points[:, :-1]
     grouped, others = _group_duplicates(alike, cluster_size, rng)
     n_clusters = -(-len(others) // cluster_size)
@@ -106,12 +103,12 @@ def cluster_rows(
 def _points(
     rows: np.ndarray, metric: np.ndarray | None, spherical: bool, rng: np.random.Generator, xp
 ) -> np.ndarray:
-    """What is clustered, the only copy of the rows.
+    """The points to cluster, the only copy of the rows.
 
     Returns:
-        (V, D) of norm 1 if ``spherical``: a zero vector has no direction, and all of them get the
-        same random one, so that they are near-duplicates of each other. Otherwise (V, D + 1), the
-        rows less their mean and a column of ones.
+        (V, D) of norm 1 if ``spherical``. All zero vectors get the same random direction, which
+        makes them near-duplicates. Otherwise (V, D + 1): the rows less their mean, and a column of
+        ones.
     """
     vocab_size, hidden_size = rows.shape
     points = np.ones((vocab_size, hidden_size + (not spherical)), dtype=np.float32)
@@ -123,7 +120,7 @@ def _points(
         mapped[start : start + len(block)] = (
             block if metric is None else np.asarray(xp.array(block) @ metric)
         )
-    if not spherical:  # distances stay as they are, and products lose fewer digits
+    if not spherical:  # keeps distances, and products lose fewer digits
         mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
         return points
     zero = _squares(points) == 0
@@ -133,7 +130,7 @@ def _points(
 
 
 def _to_the_front(points: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The points ``ids``, ascending, moved to the front in place: saves a second copy."""
+    """The points ``ids``, ascending, moved to the front in place, without a second copy."""
     for start in range(0, len(ids), BLOCK_ROWS):
         block = ids[start : start + BLOCK_ROWS]
         points[start : start + len(block)] = points[block]
@@ -157,9 +154,9 @@ def _group_duplicates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Groups large sets of nearly identical rows, such as those of unused tokens.
 
-    Thousands of them would all list the same few centroids, and the fill would have to list them
-    anew for every few hundred that it places. Sets no larger than the clusters of one shortlist do
-    no harm and are left alone.
+    Thousands of them would list the same few centroids, and the fill would list them again for
+    every few hundred that it places. Sets that fit into the clusters of one shortlist stay as they
+    are.
 
     Returns:
         (G, cluster_size) ids of the grouped rows, and the ascending ids of all others.
@@ -208,8 +205,8 @@ def _balanced_kmeans(
         xp: numpy or mlx.core.
 
     Returns:
-        Members by column: entry j holds the j-th member of each cluster that has so many, and these
-        are the first ones.
+        Members by column: entry j holds the j-th member of each cluster with more than j members,
+        which are the first clusters.
     """
     n_points, n_clusters = len(points), len(capacity)
     large = n_points * points.shape[1] * n_clusters > LARGE_PRODUCT
@@ -222,7 +219,7 @@ def _balanced_kmeans(
     every = np.arange(n_points)
     for iteration in tqdm(range((passes - 1) * parts + 1), desc="Clustering", disable=not progress):
         centroids = _centroids(points, members, spherical)
-        # The first iteration lists all points, a later one every ``parts``-th: others stay stale.
+        # The first iteration lists all points, a later one every ``parts``-th point.
         part = slice((iteration - 1) % parts, None, parts) if iteration else slice(None)
         ids[part], scores[part] = _shortlists(points, every[part], centroids, length, xp)
         _update_prices(prices, ids, scores, capacity, PRICE_STEPS[min(iteration, 1)])
@@ -234,8 +231,10 @@ def _balanced_kmeans(
 
 
 def _centroids(points: np.ndarray, members: list[np.ndarray], spherical: bool) -> np.ndarray:
-    """Means of norm 1, or (c, -|c|²/2) for plain means c of points that end with a one: the product
-    of a point with it is the greater the nearer the point is to c."""
+    """Means of norm 1, or (c, -|c|²/2) for plain means c of points that end with a one.
+
+    The product of a point with the latter grows as the point comes nearer to c.
+    """
     centroids = points[members[0]]
     for column in members[1:]:
         for start in range(0, len(column), BLOCK_ROWS):
@@ -251,17 +250,19 @@ def _centroids(points: np.ndarray, members: list[np.ndarray], spherical: bool) -
 def _shortlists(
     points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, length: int, xp
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best centroids of the points ``rows`` (R,): ids (R, length) int64 and scores (R, length),
-    unordered.
+    """The best centroids of the points ``rows`` (R,), unordered.
 
-    The centroids are dealt into buckets, and only the best of each bucket is a candidate: selecting
+    The centroids are dealt into buckets, and the best of each bucket is a candidate. A selection
     from the full width would take longer than the product.
+
+    Returns:
+        Ids (R, length) int64 and scores (R, length).
     """
     n_clusters = len(centroids)
     n_buckets = min(BUCKETS, n_clusters)
     padding = -n_clusters % n_buckets
     columns = (np.pad(centroids, ((0, padding), (0, 0))) if padding else centroids).T
-    if xp is not np:  # where it would be one more copy
+    if xp is not np:  # for numpy it would be another copy
         columns = xp.array(columns)
     ids = np.empty((len(rows), length), dtype=np.int64)
     scores = np.empty((len(rows), length), dtype=np.float32)
@@ -284,7 +285,7 @@ def _shortlists(
 def _update_prices(
     prices: np.ndarray, ids: np.ndarray, scores: np.ndarray, capacity: np.ndarray, n_steps: int
 ) -> None:
-    """Moves the prices (C,) in place towards as many wanting each centroid as it can hold."""
+    """Moves the prices (C,) in place until demand for each centroid meets its capacity."""
     step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
     for _ in range(n_steps):
         best = (scores - prices[ids]).argmax(axis=1)
@@ -304,7 +305,7 @@ def _fill(
 ) -> np.ndarray:
     """The cluster of each point, (V,): cluster c gets exactly ``capacity[c]`` points.
 
-    Points that find all clusters of their shortlist full are listed anew among those still open.
+    Points whose shortlist is full get a new shortlist among the open clusters.
     """
     free = capacity.copy()
     assigned = np.full(len(points), -1)
@@ -330,13 +331,13 @@ def _place(
     free: np.ndarray,
     assigned: np.ndarray,
 ) -> None:
-    """Assigns points to clusters of their shortlists for as long as one of these is open.
+    """Assigns points to clusters of their shortlists as long as one of these is open.
 
-    Each point proposes to its best open cluster, which accepts those who have most to lose.
+    Each point proposes to its best open cluster. A cluster accepts the points with most to lose.
 
     Args:
         waiting: (R,) points to place.
-        ids: (R, length) the clusters they list.
+        ids: (R, length) clusters of their shortlists.
         utilities: (R, length) score less price.
         free: (C,) slots left; updated in place.
         assigned: (V,) clusters of all points, -1 for none; updated in place.

@@ -1,23 +1,18 @@
-"""What routing needs of each cluster: a centroid that predicts the cluster's best, not its middle.
+"""Centroids that predict the best token of their clusters instead of the middle.
 
-A cluster should be probed when it holds the winning token, so each centroid is fitted in closed
-form, by ridge regression on calibration hidden states, to the logsumexp of its tokens' logits. It
-is then rounded to few bits with the errors fed forward (GPTQ), and the residual that remains, of
-mean m_c and variance s2_c over the states, gives the bias:
+A cluster should be probed when it holds the winning token. So each centroid is fitted to the
+logsumexp of its tokens' logits, in closed form, by ridge regression on calibration hidden states.
+It is then rounded to few bits with the errors fed forward (GPTQ). The remaining residual, of mean
+m_c and variance s2_c over the states, gives the bias:
 
     S_c = h · mu_c + m_c + s2_c / 2     the score by which clusters are chosen
-    S_c - ln n_c                        the logit of each of the n_c tokens of a cluster not chosen
+    S_c - ln n_c                        the logit of each of the n_c tokens of other clusters
 
 With a normal residual exp(S_c) is the cluster's expected share of the probability, up to a factor
-that all clusters have in common. On SmolLM2-135M, choosing by it rather than by the expected
-logsumexp covers 0.06 points more of the true next tokens at 256 probes, in the mean of seven sets
-of states and in six of them.
+that all clusters share. The states enter only through sums over them, so neither their (N, V)
+logits nor the (N, C) targets are ever held whole.
 
-The states enter only through sums over them, so that neither their (N, V) logits nor the (N, C)
-targets are ever held whole. Knows arrays only: no model.
-
-No gain on SmolLM2-135M: fitting a bias alone, clipped targets, 0.01 or 0.1 for the ridge, a search
-for the scales (a lower error of the weights, but a higher one of the scores).
+docs/how-it-works.md has figures, also of what brought no gain.
 """
 
 from typing import NamedTuple
@@ -31,7 +26,7 @@ from ..head.formats import AFFINE_BITS, GROUPS, USUAL_GROUP, affine_group
 from ..head.matrix import Matrix, as_float32
 from .metric import BLOCK_STATES, checked_states, covariance
 
-BLOCK_CLUSTERS = 64  # handled at once: bounds memory
+BLOCK_CLUSTERS = 64  # at once, which bounds memory
 DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
 
 
@@ -40,7 +35,7 @@ def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
 
     Args:
         rows: (V, D), any float dtype.
-        token_ids: (C, cluster_size) integers; V marks a padded slot, which does not count.
+        token_ids: (C, cluster_size) integers; V marks a padded slot, which is left out.
 
     Returns:
         (C, D) float32.
@@ -55,9 +50,9 @@ def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
 
 
 def unit_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
-    """Means of the unit rows, scaled to norm 1: the paper's routing, here for comparison.
+    """Means of the unit rows, scaled to norm 1: the paper's routing, for comparison.
 
-    Takes and returns what :func:`raw_means` does.
+    Arguments and result are those of :func:`raw_means`.
 
     Source: FlashHead, arXiv 2603.14591.
     """
@@ -83,8 +78,8 @@ def fit_centroids(
 ) -> Centroids:
     """Fits and quantizes the centroids.
 
-    Without states they are the plain means, b_c is the mean of the head's bias, and a token that
-    is not scored gets its cluster's mean logit (a tail offset of zero).
+    Without states they are the plain means, and b_c is the mean of the head's bias. A token that is
+    not scored then gets its cluster's mean logit (a tail offset of zero).
 
     Args:
         rows: (V, D), any float dtype.
@@ -93,8 +88,8 @@ def fit_centroids(
         head_bias: (V,) added to the logits.
         ridge: Penalty, relative to the states' mean variance per dimension.
         bits: 4 or 8.
-        group_size: 32, 64 or 128. Where it does not divide D it is 32, and where that does not
-            either, the centroids stay floats.
+        group_size: 32, 64 or 128. If it does not divide D it is 32. If 32 does not divide D either,
+            the centroids stay floats.
         dtype: Of scales and offsets, or of the centroids if they stay unquantized.
         progress: Show a progress bar.
 
@@ -121,7 +116,7 @@ def fit_centroids(
         states = checked_states(states, hidden_size)
         moments = _moments(rows, means, token_ids, states, head_bias, progress)
         covariance = moments.covariance
-        # max: states that are all alike have no variance, and then the means are kept
+        # max: equal states have no variance, and the means are kept
         penalty = ridge * max(np.trace(covariance) / hidden_size, 1e-12)
         penalised = covariance + penalty * np.eye(hidden_size)
         centroids = means + np.linalg.solve(penalised, moments.cross.T).T
@@ -170,7 +165,7 @@ def _moments(
     total = np.zeros(n_clusters)
     squares = np.zeros(n_clusters)
     cross = np.zeros((n_clusters, hidden_size))
-    slot_bias = np.append(head_bias, -np.inf).astype(np.float32)  # a padded slot never counts
+    slot_bias = np.append(head_bias, -np.inf).astype(np.float32)  # leaves padded slots out
     for start in tqdm(range(0, n_clusters, BLOCK_CLUSTERS), desc="Fitting", disable=not progress):
         part = slice(start, start + BLOCK_CLUSTERS)
         slots = token_ids[part].T  # (cluster_size, c): sums over a cluster run along axis 0
@@ -198,12 +193,11 @@ def _quantize(
 ) -> tuple[Matrix, np.ndarray]:
     """Rounds centroids (C, D) so that their products with states of this covariance change least.
 
-    The scale spans a group's range exactly: mx.quantize's own, which keeps zero representable,
-    leaves 1.7 times the error on SmolLM2-135M, and without the error fed forward it is 2.7 times
-    more.
+    The scale spans a group's range exactly, unlike mx.quantize's, which keeps zero representable
+    (docs/how-it-works.md).
 
     Returns:
-        The matrix, and the (C, D) float64 values that it stands for.
+        The matrix, and its values (C, D) in float64.
     """
     hidden_size = centroids.shape[1]
     possible = affine_group(hidden_size, group_size)
@@ -214,7 +208,7 @@ def _quantize(
 
     damping = DAMPING * max(np.trace(covariance) / hidden_size, 1e-12)
     inverse = np.linalg.inv(covariance + damping * np.eye(hidden_size))
-    feed = np.linalg.cholesky(inverse).T  # upper: how a column's error moves the later columns
+    feed = np.linalg.cholesky(inverse).T  # upper: the effect of a column's error on later ones
     left = centroids.T.astype(np.float64)  # (D, C): the columns of the centroids are contiguous
     codes = np.empty(left.shape, dtype=np.uint32)
     rounded = np.empty_like(left)
@@ -225,7 +219,7 @@ def _quantize(
         scales.append(mx.array(((high - low) / (2**bits - 1)).astype(np.float32)).astype(dtype))
         offsets.append(mx.array(low.astype(np.float32)).astype(dtype))
         scale, offset = as_float32(scales[-1]), as_float32(offsets[-1])
-        step = np.where(scale > 0, scale, 1)  # 0 where a group is constant
+        step = np.where(scale > 0, scale, 1)  # the scale of a constant group is 0
         errors = np.empty((group_size, left.shape[1]))
         for i in range(start, group.stop):
             codes[i] = np.clip(np.round((left[i] - offset) / step), 0, 2**bits - 1)
@@ -245,7 +239,7 @@ def _quantize(
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes (C, D) as MLX packs them: (C, D·bits/32) uint32, the first in the lowest bits."""
+    """Codes (C, D) in MLX's packing: (C, D·bits/32) uint32, the first in the lowest bits."""
     per_word = 32 // bits
     words = codes.reshape(len(codes), -1, per_word) << np.arange(0, 32, bits, dtype=np.uint32)
     return np.bitwise_or.reduce(words, axis=-1)

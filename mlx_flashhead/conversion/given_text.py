@@ -1,8 +1,8 @@
 """Given text to calibrate on, by kind: files of this package and of Python's standard library.
 
-The files in `texts` are written for this project, but for the first sentences of Caesar's De Bello
+The files in `texts` are written for this project, except the first sentences of Caesar's De Bello
 Gallico. The standard library gives Python code and further documentation, which differ a little
-between Python's versions. Knows texts only: no model.
+between Python's versions.
 """
 
 import importlib
@@ -25,7 +25,7 @@ FILES = {
 SEPARATOR = "%%%%\n"  # between the documents of a file
 SPEAKERS = {"User": "user", "Assistant": "assistant"}
 
-# Of each module's source, from 40 % on, and of each help topic, from its beginning.
+# Characters of each module's source, from 40 % on, and of each help topic, from its beginning.
 EXCERPT_CHARACTERS = 3000
 MODULES = (
     "argparse", "bisect", "calendar", "cmd", "configparser", "contextlib", "csv", "dataclasses",
@@ -47,7 +47,7 @@ TOPICS = (
 def given_documents() -> dict[str, list[str]]:
     """Documents by kind, always in the same order. Dialogues: :func:`dialogues`.
 
-    What a Python installation lacks is left out.
+    Modules and topics that a Python installation lacks are left out.
     """
     documents = {kind: _documents(name) for kind, name in FILES.items()}
     documents[PYTHON] = _module_excerpts()

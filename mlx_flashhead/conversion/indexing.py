@@ -1,7 +1,4 @@
-"""From rows and hidden states to an index: clusters, centroids, probes and a measured report.
-
-Knows arrays only: no model.
-"""
+"""From rows and hidden states to an index: clusters, centroids, probes and a measured report."""
 
 import numpy as np
 
@@ -37,20 +34,20 @@ def build_index(
 ) -> FlashHeadIndex:
     """Builds the index of a head.
 
-    The positions that are held out are not fitted on: they choose the probes and make the report.
+    The held-out positions are not fitted on. They choose the probes and make the report.
 
     Args:
         rows: The head's rows in token order, as the checkpoint stores them.
-        positions: To calibrate on, or None.
+        positions: Positions to calibrate on, or None.
         cluster_size: Tokens per cluster.
         n_probes: Clusters scored per token, or None to choose.
-        goals: What the held-out positions must reach.
+        goals: Goals for the held-out positions.
         eos_token_ids: Tokens whose clusters are always scored.
-        source: What the positions came from, as `options.py` names it.
-        seed: Of the clustering.
-        body_bytes: Of weights that all other layers read per token, for the report.
-        recipe: How the checkpoint is made, to be stored.
-        progress: Show bars and what was chosen.
+        source: Source of the positions, by the names of `options.py`.
+        seed: Seed of the clustering.
+        body_bytes: Bytes of weights that all other layers read per token, for the report.
+        recipe: The recipe to store.
+        progress: Show bars and the choice.
 
     Raises:
         ValueError: If an argument is not valid.
@@ -91,7 +88,7 @@ def build_index(
             else f"stay at {matrix.format.bits} bits"
         )
         said.append(
-            f"The width {rows.hidden_size} is no multiple of {CENTROID_GROUP}: "
+            f"The width {rows.hidden_size} is not a multiple of {CENTROID_GROUP}: "
             f"the centroids {instead}."
         )
     report: dict = {}
@@ -135,7 +132,7 @@ def _chosen(
     held_out: Positions,
     body_bytes: int | None,
 ) -> tuple[int, dict, list[str]]:
-    """The number of probes, the report on the held-out positions, and what to say of both."""
+    """The number of probes, the report on the held-out positions, and sentences on both."""
     n_clusters, cluster_size = token_ids.shape
     matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
     routing = Routing("FlashHead", lambda h: h @ matrix.T + bias, as_float32(centroids.tail_offset))
@@ -179,5 +176,5 @@ def _chosen(
 
 
 def uncalibrated_probes(n_clusters: int) -> int:
-    """A sixth of the clusters: what plain means need for 99 % agreement on SmolLM2-135M."""
+    """A sixth of the clusters. Plain means need this for 99 % agreement on SmolLM2-135M."""
     return max(1, round(n_clusters / 6))

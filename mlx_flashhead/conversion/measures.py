@@ -1,7 +1,7 @@
 """How close retrieval comes to the dense head, on given hidden states.
 
 All measures follow from a few sums per cluster, so one pass over the dense logits serves any number
-of probe counts. Knows arrays only.
+of probe counts.
 
 - agreement: share of positions whose best token is the dense head's.
 - coverage: share of positions whose true next token is among the candidates.
@@ -20,13 +20,13 @@ from tqdm import tqdm
 from ..head.portable import MARGIN_SHARE
 
 USUAL_PROBES = (48, 96, 128, 192, 256, 512)
-CHUNK_STATES, CHUNK_LOGITS = 128, 1 << 23  # handled at once: bounds memory
+CHUNK_STATES, CHUNK_LOGITS = 128, 1 << 23  # at once, which bounds memory
 DRAWS = 32
-# A token that cannot be drawn, because the clusters that are always probed leave no room for its
-# own, counts as this.
+# Negative log-likelihood of a token that cannot be drawn, because the clusters that are always
+# probed leave no room for its own.
 LEAST_PROBABILITY = 1e-12
 LEAST_LOGIT = np.float32(-1e30)
-# Places of what is measured at a position.
+# Places of a position's measures.
 AGREEMENT, COVERAGE, MASS, KL, NLL, DRAWN_NLL = range(6)
 
 
@@ -35,7 +35,7 @@ class Measures:
     """Measures of one routing at one number of probes.
 
     Attributes:
-        routing: What chose the clusters.
+        routing: Name of the routing.
         n_probes: Clusters scored per position.
         agreement: Share of positions, 0 … 1.
         coverage: Share of positions, 0 … 1; NaN without true next tokens.
@@ -55,7 +55,7 @@ class Measures:
     drawn_perplexity: float = float("nan")
 
     def to_dict(self) -> dict:
-        """JSON-ready: a measure that was not taken is None."""
+        """JSON-ready; a missing measure is None."""
         return {k: None if v != v else v for k, v in asdict(self).items()}
 
 
@@ -66,7 +66,7 @@ class Routing:
     Attributes:
         name: Shown in tables.
         scores: Hidden states (N, D) float32 → scores (N, C) float32.
-        tail_offset: (C,) float32, or None where the tokens of other clusters have no estimate.
+        tail_offset: (C,) float32, or None if the tokens of other clusters have no estimate.
         drawn: Whether to measure sampling with probes drawn by probability too.
     """
 
@@ -77,12 +77,12 @@ class Routing:
 
 
 class PositionMeasures:
-    """What was measured at each of N positions, for each routing and number of probes.
+    """Measures at each of N positions, for each routing and number of probes.
 
     Attributes:
         values: (routings, probe counts, 6, N) float32: agreement, coverage, covered mass, KL, and
-            the true next token's negative log-likelihood, with the tail and with drawn probes; NaN
-            what was not measured.
+            the true next token's negative log-likelihood, with the tail and with drawn probes. NaN
+            stands for a missing measure.
         dense_nll: (N,) float64, under the dense head; None without true next tokens.
     """
 
@@ -182,14 +182,17 @@ def measure_positions(
 
 
 def measure(*args, **kwargs) -> tuple[list[Measures], float]:
-    """The measures over all positions, routing by routing, and the dense perplexity (NaN without
-    true next tokens); arguments of :func:`measure_positions`."""
+    """The measures over all positions, routing by routing, and the dense perplexity.
+
+    The arguments are those of :func:`measure_positions`. Without true next tokens the perplexity is
+    NaN.
+    """
     found = measure_positions(*args, **kwargs)
     return found.means(), found.dense_perplexity()
 
 
 def tail_logits(scores: np.ndarray, tail_offset: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """What `portable.py` estimates for the tokens of each cluster, if it is not probed.
+    """The estimate of `portable.py` for the tokens of each cluster that is not probed.
 
     Args:
         scores: (n, C).
@@ -217,7 +220,7 @@ class _DenseView:
         real = flat < vocab_size
         cluster_of[flat[real]] = np.flatnonzero(real) // token_ids.shape[1]
         self.sizes = (token_ids < vocab_size).sum(1)
-        # a padded slot reads a column of -inf, which adds nothing to any sum
+        # a padded slot reads a column of -inf and adds nothing to a sum
         padded = np.concatenate([logits, np.full((n_rows, 1), -np.inf, logits.dtype)], axis=1)
         blocks = padded[:, flat].reshape(n_rows, *token_ids.shape)
         best = blocks.max(-1)  # (n, C)
@@ -242,8 +245,10 @@ class _DenseView:
     def compare(
         self, scores: np.ndarray, probed: np.ndarray, tail_offset: np.ndarray | None
     ) -> np.ndarray:
-        """Agreement, coverage, mass, KL and negative log-likelihood of each state, (5, n); NaN
-        what is not known."""
+        """Agreement, coverage, mass, KL and negative log-likelihood of each state, (5, n).
+
+        NaN stands for an unknown value.
+        """
         result = np.full((5, len(self.rows)), np.nan)
         result[AGREEMENT] = probed[self.rows, self.winner]
         result[MASS] = (self.mass * probed).sum(-1)
@@ -269,10 +274,10 @@ class _DenseView:
     ) -> dict[int, np.ndarray]:
         """Negative log-likelihood when probes are drawn by Gumbel noise, averaged over draws.
 
-        Only the noise of the clusters other than the true token's is drawn. Its own cluster is
-        probed when it exceeds the p-th of them, which has a known probability, beside the first
-        p - 1 of them: so no token's probability hangs on whether it was hit. All numbers of probes
-        share the noise.
+        Noise is drawn for all clusters but the true token's. That cluster is probed, beside the
+        first p - 1 others, if it exceeds the p-th of them, which has a known probability. A token's
+        probability therefore does not depend on a lucky draw. All numbers of probes share the
+        noise.
 
         Returns:
             Number of probes → one of each state, (n,).

@@ -1,8 +1,7 @@
-"""The mix that a model is calibrated on: text that it writes by itself, and given text of many
-kinds.
+"""The mix of texts for calibration: text that the model writes, and given text of many kinds.
 
-Self-written text alone is too narrow a teacher and too easy a judge: `docs/how-it-works.md` has the
-figures. The last quarter of each kind is held out, to choose the probes and to make the report.
+Self-written text alone is a narrow teacher and an easy judge (docs/how-it-works.md). The last
+quarter of each kind is held out: it chooses the probes and makes the report.
 """
 
 import time
@@ -17,8 +16,8 @@ from .positions import Positions
 from .prompts import chat_prompts, varied_prompts
 
 ANSWERS, SELF_WRITTEN = "answers, greedy", "self-written"
-MIX_WINDOW = 256  # positions; attention to longer windows takes longer than it gains
-WRITTEN_SHARE = 1 / 6  # of the positions: what a model writes costs more time and teaches less
+MIX_WINDOW = 256  # positions; longer windows take more time and gain little
+WRITTEN_SHARE = 1 / 6  # of the positions, since written text costs more time and teaches less
 READING_SHARE = 2 / 3  # of the time
 HELD_OUT_SHARE = 1 / 4  # of each kind
 LEAST_WINDOW = 8  # tokens; shorter rests are left out
@@ -35,7 +34,7 @@ def given_positions(
 ) -> Positions:
     """States of the given text, at most ``positions_per_kind`` of each kind.
 
-    The kinds take turns, so that each has fewer where the time is up.
+    The kinds take turns, so that a time limit shortens all of them.
     """
     token_ids = {
         kind: [list(tokenizer.encode(document)) for document in documents]
@@ -83,8 +82,10 @@ def _dialogue(tokenizer, messages: list[dict[str, str]]) -> list[int]:
 def _chosen_windows(
     documents: list[list[int]], beginning: list[int], positions: int
 ) -> list[list[int]]:
-    """Windows of all documents in a fixed random order, up to so many positions: the first ones of
-    each document before any second one."""
+    """Windows of all documents in a fixed random order, up to a number of positions.
+
+    The first windows of all documents come before any second one.
+    """
     rng = np.random.default_rng(0)
     placed = []
     for token_ids in documents:
@@ -112,7 +113,7 @@ def written_positions(
 ) -> list[Positions]:
     """States of text that the model writes: half of them greedy answers, half sampled text.
 
-    There are fewer positions where the time is up.
+    There are fewer positions if the time limit comes first.
     """
     rng = np.random.default_rng(seed)
     vocab_size = location.rows().n_rows
@@ -153,9 +154,9 @@ def mixed_positions(
         model: A dense mlx-lm model.
         tokenizer: Its tokenizer.
         location: Its head.
-        positions: About how many; fewer where the given text is shorter or the time is up.
-        seed: Of what the model writes. The given text is always the same.
-        seconds: That reading and writing may take together.
+        positions: Approximate number; fewer if the given text is shorter or the time limit comes.
+        seed: Seed of the written text. The given text is always the same.
+        seconds: Time limit of reading and writing together.
         progress: Show bars.
     """
     n_written = round(WRITTEN_SHARE * positions)

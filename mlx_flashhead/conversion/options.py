@@ -1,6 +1,6 @@
-"""What a conversion is told: its options, their defaults, and what each may be.
+"""The options of a conversion, with their defaults and limits.
 
-``convert`` in Python, ``mlx_flashhead.convert`` and the recipe that is stored all read them here.
+``convert`` in Python, ``mlx_flashhead.convert`` and the stored recipe read them here.
 """
 
 import argparse
@@ -28,14 +28,14 @@ def option(
     recipe: bool = True,
     **parser: Any,
 ) -> Any:
-    """A field that is an option of the command too.
+    """A field that is also an option of the command.
 
     Args:
         default: Its default.
-        help: Its text in the command's help; None: the flag is one of mlx-lm's parser.
+        help: Its text in the command's help; None: mlx-lm's parser has the flag.
         type: Checks a value; None: everything is allowed.
-        flag: Its flag, where that is not its name.
-        recipe: It is a part of the command that makes the same checkpoint again.
+        flag: Its flag, if that is not its name.
+        recipe: Whether it is part of the command that makes the same checkpoint again.
         **parser: Further arguments of ``add_argument``.
     """
     about = {"help": help, "type": type, "flag": flag, "recipe": recipe, "parser": parser}
@@ -44,10 +44,10 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """How an index is made; beside each field stands its meaning.
+    """The options of an index, each with its help text.
 
     Raises:
-        ValueError: If one is not valid.
+        ValueError: If an option is not valid.
     """
 
     cluster_size: int = option(16, "Tokens per cluster (default: %(default)s).", whole_number(1))
@@ -65,8 +65,7 @@ class IndexOptions:
     )
     target_kl: float = option(
         Goals.kl,
-        "Divergence from the dense head's distribution that must be reached too, in nats (default: "
-        "%(default)s).",
+        "Greatest divergence from the dense head's distribution, in nats (default: %(default)s).",
         number(0, above=True),
     )
     calibration: str = option(
@@ -98,7 +97,7 @@ class IndexOptions:
                 check(one.name, value, type)
 
     def calibration_text(self) -> str | None:
-        """The text to calibrate on; None where the model writes it, or where there is none.
+        """The text of a file to calibrate on; None for the mix and without calibration.
 
         Raises:
             ValueError: If the file cannot be read.
@@ -107,10 +106,10 @@ class IndexOptions:
         return read_text(self.calibration) if given else None
 
     def check_size(self, vocab_size: int) -> None:
-        """Makes sure that the clusters and the probes fit a vocabulary.
+        """Checks that the clusters and the probes fit a vocabulary.
 
         Raises:
-            ValueError: If they do not.
+            ValueError: If they do not fit.
         """
         size = self.cluster_size
         if size > vocab_size:
@@ -128,7 +127,7 @@ class IndexOptions:
 
 @dataclass(frozen=True)
 class ConvertOptions(IndexOptions):
-    """What a conversion makes of a model; the first fields are those of ``mlx_lm.convert``.
+    """The options of a conversion. The first fields are those of ``mlx_lm.convert``.
 
     Attributes:
         hf_path: A local folder (Hugging Face or mlx-lm, also quantized) or a Hub repository.
@@ -137,8 +136,8 @@ class ConvertOptions(IndexOptions):
         q_group_size: Weights that share a scale; default: the mode's usual number.
         q_bits: Bits per weight; default: the mode's usual number.
         q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
-        dtype: Of the weights that are not quantized; default: an mlx-lm folder's own, else what
-            its configuration names as ``torch_dtype``.
+        dtype: Of the weights that are not quantized; default: an mlx-lm folder's own, else the
+            configuration's ``torch_dtype``.
         upload_repo: Repository to upload the checkpoint to, as ``upload``.
         revision: Branch, tag or commit of the repository.
         dequantize: Undo the model's quantization.
@@ -146,7 +145,7 @@ class ConvertOptions(IndexOptions):
         trust_remote_code: Allow the repository's own Python code.
 
     Raises:
-        ValueError: If one is not valid, or two contradict each other.
+        ValueError: If an option is not valid, or two contradict each other.
     """
 
     hf_path: str = option(None, recipe=False)
@@ -174,23 +173,23 @@ class ConvertOptions(IndexOptions):
     )
     base_model: str | None = option(
         None,
-        "The model's repository, where --hf-path is a folder that does not say so: the card names "
-        "it and has its licence and language.",
+        "The model's repository, for a folder that does not name it: the card names it and has its "
+        "licence and language.",
         recipe=False,
         metavar="OWNER/NAME",
     )
     license: str | None = option(
         None,
-        "The model's licence as the Hub calls it, such as apache-2.0, where its card does not name "
-        "it.",
+        "The model's licence as the Hub calls it, such as apache-2.0, for a card that does not "
+        "name it.",
         recipe=False,
         metavar="ID",
     )
     upload: bool | str = option(
         False,
         "Upload the checkpoint to the Hugging Face Hub (without a name: "
-        "USER/MODEL-FlashHead-4bit, or whatever the precision is). The repository is made before "
-        "the long work, and the folder is kept.",
+        "USER/MODEL-FlashHead-PRECISION). The repository is made before the long work, and the "
+        "folder is kept.",
         recipe=False,
         nargs="?",
         const=True,
@@ -208,7 +207,7 @@ class ConvertOptions(IndexOptions):
         if self.hf_path is None:
             raise ValueError("--model is needed: the folder or repository of the model to convert.")
         if self.quantize and self.dequantize:
-            raise ValueError("Choose either --quantize or --dequantize, not both.")
+            raise ValueError("Choose either --quantize or --dequantize.")
         if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
             raise ValueError("--upload and --upload-repo name two repositories: give one of them.")
         if self.private and not self.uploads:
@@ -227,11 +226,11 @@ class ConvertOptions(IndexOptions):
 
     @property
     def repository(self) -> str | None:
-        """The repository that is uploaded to, "owner/name" or "name"; None: a derived one."""
+        """The repository of the upload, "owner/name" or "name"; None: a derived name."""
         return self.upload if isinstance(self.upload, str) else self.upload_repo
 
     def flags(self) -> dict[str, Any]:
-        """The flags that the recipe shows, with their values: those that are not the default."""
+        """The flags of the recipe with their values, without defaults."""
         return {
             flag(one): getattr(self, one.name)
             for one in sorted(fields(self), key=lambda one: one.kw_only is True)

@@ -35,25 +35,25 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
     """Converts a model: ``mlx_lm.convert``'s arguments, in its order, and those of FlashHead.
 
     Args:
-        *arguments: As `ConvertOptions` describes them: the model and the folder to write, usually.
-        progress: Show bars and what is being done.
+        *arguments: Options of `ConvertOptions`: usually the model and the folder to write.
+        progress: Show bars and steps.
         **options: The same by name.
 
     Returns:
-        The settings and the measured report, as stored.
+        The stored settings with the measured report.
 
     Raises:
         ValueError: If an option, the model or the target is not valid, or the Hub would refuse an
-            upload; nothing is written then. Also if the upload itself fails, which keeps the
-            checkpoint.
-        OSError: If the checkpoint cannot be written. Nothing is left behind then.
+            upload. Nothing is written then. Also if the upload itself fails. The checkpoint is
+            kept then.
+        OSError: If the checkpoint cannot be written. Nothing is left behind.
     """
     asked = ConvertOptions(*arguments, **options)
     text = asked.calibration_text()
     say = print if progress else (lambda *_: None)
     target = Path(asked.mlx_path).expanduser()
     with new_folder(target, asked.overwrite) as folder:
-        # before long work: what the Hub would refuse at its end
+        # before the long work, since the Hub would refuse only at its end
         user = sign_in() if asked.uploads else ""
         repo_id = full_name(asked.repository, user) if asked.repository else None
         source = resolve(asked.hf_path, asked.revision)
@@ -83,7 +83,7 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
             save(folder, str(source), model, tokenizer, config, donate_model=False)
             write_index(folder, index)
             add_documents(folder, origin, index.config, target)
-        except RuntimeError as error:  # what MLX raises when a disk is full
+        except RuntimeError as error:  # MLX raises this for a full disk
             raise OSError(
                 f"{target} cannot be written ({error}): free some space or choose another "
                 "--mlx-path."
@@ -103,16 +103,16 @@ def make_index(
     *,
     progress: bool = True,
 ) -> FlashHeadIndex:
-    """Makes the index of a model that is in memory.
+    """Makes the index of a model in memory.
 
     Args:
         model: A dense mlx-lm model.
         tokenizer: Its tokenizer.
         location: Its head.
-        options: How the index is made.
-        text: To calibrate on, where the options name a file.
-        recipe: How it is made, to be stored.
-        progress: Show bars and what was chosen.
+        options: The options of the index.
+        text: Text of the file to calibrate on, if the options name one.
+        recipe: The recipe to store.
+        progress: Show bars and the choice.
 
     Raises:
         ValueError: If the text is too short, or an option does not fit the model.
@@ -138,7 +138,7 @@ def make_index(
 def _load(
     source: Path, options: ConvertOptions, say: Callable[[str], None]
 ) -> tuple[nn.Module, Any, dict]:
-    """The model as it is written: with its dtype and bits, not evaluated yet."""
+    """The model with its final dtype and bits, not evaluated yet."""
     model, tokenizer, config = load_dense(
         source,
         tokenizer_config={"trust_remote_code": options.trust_remote_code},
@@ -200,7 +200,7 @@ def _calibrate(
 
 
 def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
-    """Bytes of all weights but the head's and those of embeddings, of which a token reads a row."""
+    """Bytes of all weights without the head and the embeddings, of which a token reads one row."""
     beside = {id(location.module)}
     beside |= {
         id(module)
@@ -217,7 +217,7 @@ def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
 
 
 def _named_dtype(source: Path, config: dict) -> str | None:
-    """The dtype that ``mlx_lm.convert`` would take; None for weights that MLX has stored."""
+    """The dtype of ``mlx_lm.convert``; None for weights that MLX has stored."""
     for file in source.glob("model*.safetensors"):
         loaded: Any = mx.load(str(file), return_metadata=True)
         if loaded[1].get("format") == "mlx":

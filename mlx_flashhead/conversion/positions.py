@@ -1,4 +1,4 @@
-"""Positions to calibrate on: hidden states with what is known of them. Knows arrays only."""
+"""Positions to calibrate on: hidden states with their next tokens and kinds of text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Positions:
-    """Hidden states with what followed them and where they come from.
+    """Hidden states with their next tokens and kinds of text.
 
     Attributes:
         states: (N, D) float32.
-        next_ids: (N,) int64, the token that followed each state.
+        next_ids: (N,) int64, the token after each state.
         kinds: (N,) int64, places in ``names``.
-        held_out: (N,) bool: not to be fitted on.
-        names: Of the kinds of text.
+        held_out: (N,) bool, positions that are not fitted on.
+        names: Names of the kinds of text.
     """
 
     states: np.ndarray
@@ -60,5 +60,5 @@ class Positions:
         )
 
     def parted(self) -> tuple["Positions", np.ndarray]:
-        """The positions held out, and the states (n, D) of the others."""
+        """The held-out positions, and the states (n, D) of the others."""
         return self.take(self.held_out), self.states[~self.held_out]

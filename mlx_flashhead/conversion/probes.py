@@ -1,13 +1,12 @@
-"""How many clusters to score per token: the fewest that keep the dense head's answers.
+"""The number of clusters to score per token: the fewest that keep the dense head's answers.
 
-The choice is made on held-out positions of all kinds of text, each kind weighing the same. The
-goals of agreement and KL must be reached by the end of a 95 % confidence interval, since few
-positions may reach them by luck. Positions are taken as independent, which neighbours in a text are
-not quite. Perplexity is taken as it is: one rare token may weigh as much as all others together.
+The choice is made on held-out positions of all kinds of text, with the same weight for each kind.
+Agreement and KL must reach their goals at the end of a 95 % confidence interval, since few
+positions may reach them by luck. Positions count as independent, although neighbours in a text are
+not quite. Perplexity has no interval, since one rare token may weigh as much as all others.
 
-Texts of other authors are harder than what is held out of the same documents. On SmolLM2-135M, 432
-probes had a KL of 0.019 and a perplexity of 1.013 on what was held out, and of 0.026 and 1.021 on
-5,777 positions of ten other texts. So KL and perplexity must be 1.5 times better than the goals.
+Texts of other authors are harder than held-out parts of the same documents. So KL and perplexity
+must be 1.5 times better than their goals (docs/how-it-works.md).
 """
 
 import math
@@ -20,21 +19,21 @@ from .measures import AGREEMENT, KL, NLL, PositionMeasures
 
 CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
 PROBES_MULTIPLE = 8  # numbers of probes are multiples of it
-UNSEEN = 1.5  # KL of unseen texts, relative to that of held-out positions
-PERPLEXITY_SHARE = 2 / 3  # of the KL, that the log of the perplexity may grow
-GRID_STEP = 1.15  # from one number of probes that is tried to the next, at most
+UNSEEN = 1.5  # KL of unseen texts relative to held-out positions
+PERPLEXITY_SHARE = 2 / 3  # of the KL: greatest log of the perplexity relative to dense
+GRID_STEP = 1.15  # greatest ratio of two neighbouring numbers of probes
 
 
 @dataclass(frozen=True)
 class Goals:
-    """What a choice of probes must reach.
+    """The goals of a choice of probes.
 
     Attributes:
         agreement: Share of positions with the dense head's best token, above 0 and at most 1.
         kl: Divergence from the dense head's distribution, nats per position, above 0.
-        bytes_share: Most that may be read per token, relative to the dense head.
+        bytes_share: Greatest number of bytes read per token, relative to the dense head.
 
-    With the KL goes a goal of perplexity: relative to dense at most exp(2/3 · kl), 1.02 for 0.03.
+    The KL brings a goal for the perplexity: relative to dense at most exp(2/3 · kl), 1.02 for 0.03.
 
     Raises:
         ValueError: If a goal is not as described.
@@ -55,21 +54,23 @@ class Goals:
 
     @property
     def perplexity(self) -> float:
-        """Most that the true next tokens' perplexity may be, relative to dense."""
+        """Greatest perplexity of the true next tokens, relative to dense."""
         return math.exp(PERPLEXITY_SHARE * self.kl)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A number of probes, and whether it reaches the goals: if not, more may not be read."""
+    """A number of probes, and whether it reaches the goals. If not, the bytes limit it."""
 
     n_probes: int
     reached: bool
 
 
 def probe_grid(n_clusters: int, largest: int) -> list[int]:
-    """The numbers of probes that are tried, up to about ``largest``: multiples of 8, and all C
-    clusters if they are fewer."""
+    """The numbers of probes to try, up to about ``largest``.
+
+    Multiples of 8, and all C clusters if there are fewer.
+    """
     grid = [PROBES_MULTIPLE]
     while grid[-1] < largest:
         step = int(grid[-1] * (GRID_STEP - 1)) // PROBES_MULTIPLE * PROBES_MULTIPLE
@@ -83,13 +84,13 @@ def choose_probes(
     goals: Goals,
     bytes_share: Callable[[int], float],
 ) -> Choice:
-    """The fewest probes that reach the goals, or the most that may be read.
+    """The fewest probes that reach the goals, or the most that the bytes allow.
 
     Args:
-        found: Of one routing, at ascending numbers of probes.
+        found: Measures of one routing, at ascending numbers of probes.
         kinds: (N,) integers, the kind of text of each position.
-        goals: What to reach.
-        bytes_share: Of a number of probes, bytes read per token relative to the dense head.
+        goals: The goals.
+        bytes_share: Number of probes → bytes read per token relative to the dense head.
 
     Raises:
         ValueError: If there are no positions.
@@ -135,7 +136,7 @@ def _wilson(share: float, n: float) -> float:
 
 
 def _possible(target: float, weights: np.ndarray) -> float:
-    """The target, or what all of so few positions show if they agree."""
+    """The target, or the bound that so few positions can show if all of them agree."""
     return min(target, _wilson(1.0, 1 / float(np.square(weights).sum())) - 1e-9)
 
 

@@ -1,4 +1,4 @@
-"""What a model is asked for when it writes the text that it is calibrated on."""
+"""Prompts for the text that a model writes for its calibration."""
 
 from collections.abc import Iterator
 
@@ -49,7 +49,7 @@ BEGINNINGS = (
 
 
 def chat_prompts(tokenizer, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Requests through the chat template, or as they are where there is none, without end."""
+    """Requests through the chat template, or as they are without one, without end."""
     while True:
         request = REQUESTS[rng.integers(len(REQUESTS))].format(
             SUBJECTS[rng.integers(len(SUBJECTS))]
@@ -62,11 +62,7 @@ def chat_prompts(tokenizer, rng: np.random.Generator) -> Iterator[list[int]]:
 
 
 def varied_prompts(tokenizer, vocab_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Chat requests, beginnings of texts and single random tokens in turn, without end.
-
-    On SmolLM2-135M the beginnings took perplexity on unseen text from 1.19 to 1.17 times dense at
-    256 probes, and covered 0.3 points more of it.
-    """
+    """Chat requests, beginnings of texts and single random tokens in turn, without end."""
     special = set(tokenizer.all_special_ids)
     beginning = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     n_tokens = min(vocab_size, len(tokenizer))

@@ -1,7 +1,7 @@
-"""The bits of a model's body, and of its head on their own.
+"""The bits of a model's body, and those of its head.
 
-With few rows read per token, a finer head costs little under FlashHead, so its precision is chosen
-apart from the body's.
+FlashHead reads few rows per token, so a finer head costs little. Its precision is chosen apart from
+the body's.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ HEAD_BITS = (*AFFINE_BITS, 16)  # 16: floats
 
 @dataclass(frozen=True)
 class BodyRecipe:
-    """How ``mlx_lm.convert`` would quantize the model.
+    """The quantization of the body, in the terms of ``mlx_lm.convert``.
 
     Attributes:
         group_size: Weights that share a scale; None: the mode's usual number.
         bits: Bits per weight; None: the mode's usual number.
         mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
-        predicate: One of mlx-lm's mixed-bit recipes, a function as mlx-lm takes it, or None.
+        predicate: One of mlx-lm's mixed-bit recipes, a function in mlx-lm's form, or None.
     """
 
     group_size: int | None
@@ -37,11 +37,11 @@ class BodyRecipe:
 
 
 def body_label(body: BodyRecipe | None, config: dict) -> str | None:
-    """The precision of the body as names of models give it; None where no recipe is applied.
+    """The precision of the body in the form of models' names; None without a recipe.
 
     Args:
         body: The recipe.
-        config: The configuration that `set_bits` returned.
+        config: The configuration from `set_bits`.
     """
     if body is None:
         return None
@@ -67,10 +67,11 @@ def set_bits(
         head_bits: 4, 8 or 16 (not quantized); None treats the head as a part of the body.
 
     Returns:
-        The model and a configuration that records what was done.
+        The model and a configuration that records the bits.
 
     Raises:
-        ValueError: If the head has fewer bits than asked for, or its width does not fit a group.
+        ValueError: If the head has fewer bits than ``head_bits``, or its width does not fit a
+            group.
     """
     head = dict(model.named_modules())[head_path]
     stored_bits = head.bits if "scales" in head else 16
@@ -106,8 +107,8 @@ def set_bits(
     head = dict(model.named_modules())[head_path]
     if head_bits is not None and head_bits != (head.bits if "scales" in head else 16):
         raise ValueError(
-            "The head's width is no multiple of the body's quantization group, so mlx-lm leaves it "
-            "out: choose a smaller --q-group-size, or leave --head-bits out."
+            "The head's width is not a multiple of the body's quantization group, so mlx-lm leaves "
+            "it out: choose a smaller --q-group-size, or leave --head-bits out."
         )
     return model, config
 
@@ -129,6 +130,6 @@ def _group_size(width: int, asked: int | None) -> int:
     if group_size is not None and width % group_size == 0:
         return group_size
     raise ValueError(
-        f"The head's width {width} is no multiple of a quantization group "
+        f"The head's width {width} is not a multiple of a quantization group "
         f"({asked or '64 or 32'}): leave --head-bits out."
     )

@@ -1,4 +1,4 @@
-"""What a conversion measures on held-out positions, and how it is told."""
+"""A conversion's report on held-out positions: as stored, and as text."""
 
 from collections.abc import Sequence
 
@@ -19,19 +19,19 @@ def make_report(
     dense_bytes: int,
     body_bytes: int | None,
 ) -> dict:
-    """The report that is stored: JSON-ready; a perplexity too large for a float is None.
+    """The stored report, JSON-ready. A perplexity too large for a float is None.
 
-    A token's time is estimated by the bytes of weights that a decode step reads, which bound it
-    where memory does: (centroids + probes) / (body + centroids + probes).
+    The head's share of a token's time is estimated by the bytes of weights that a decode step
+    reads, which bound it where memory does: (centroids + probes) / (body + centroids + probes).
 
     Args:
-        found: Of one routing, at several numbers of probes, ``n_probes`` among them.
-        held_out: The positions measured.
-        n_probes: The chosen one.
-        stage_bytes: Read for the centroids.
-        probe_bytes: Read for a probe.
-        dense_bytes: Read by the dense head.
-        body_bytes: Read by all other layers, or None.
+        found: Measures of one routing, at several numbers of probes, ``n_probes`` among them.
+        held_out: The measured positions.
+        n_probes: The chosen number.
+        stage_bytes: Bytes of the centroids.
+        probe_bytes: Bytes of a probe.
+        dense_bytes: Bytes of the dense head.
+        body_bytes: Bytes of all other layers, or None.
     """
     dense_perplexity = found.dense_perplexity()
 
@@ -77,7 +77,7 @@ def make_report(
 
 
 def report_lines(report: dict, n_probes: int) -> list[str]:
-    """The report as two tables of plain text, the row of ``n_probes`` marked."""
+    """The report as two tables of plain text, with a mark at the row of ``n_probes``."""
     figures = f"{'agreement':>9} {'KL':>6} {'perplexity':>10}"
     lines = [f"{'probes':>8} {figures} {'bytes':>6} {'token':>6}"]
     for row in report["by_probes"]:
@@ -115,7 +115,7 @@ def goals_sentence(choice: Choice, goals: Goals) -> str:
 
 
 def _shown(probe_counts: Sequence[int], n_probes: int) -> set[int]:
-    """The numbers of probes nearest to some multiples of the chosen one."""
+    """The numbers of probes nearest to some multiples of the chosen number."""
     wanted = [n_probes * 2 ** (step / 2) for step in range(-4, 4)]
     return {min(probe_counts, key=lambda n: abs(n - one)) for one in wanted}
 

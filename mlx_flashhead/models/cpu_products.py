@@ -1,8 +1,8 @@
-"""Products of a model's layers by numpy, where MLX's own are slow: on a CPU other than Apple's.
+"""Products of a model's layers by numpy, for CPUs on which MLX's own are slow.
 
-MLX's wheel for Linux multiplies by the reference BLAS, at 4 GFLOP/s on two x86 cores where numpy's
-OpenBLAS reaches 180. Each product is evaluated at once, which pays for prompts and for batches,
-as a calibration reads and writes them, not for decoding one sequence.
+MLX's wheel for Linux multiplies by the reference BLAS, far slower than numpy's OpenBLAS
+(docs/how-it-works.md). Each product is evaluated at once. This pays for the prompts and batches of
+a calibration, but not for decoding one sequence.
 """
 
 import sys
@@ -32,7 +32,7 @@ def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
     """Within the block, linear layers and embeddings as heads multiply by numpy if it is faster.
 
     Args:
-        lazy: A layer that is left as it is: one whose product may never be asked for.
+        lazy: A layer that stays as it is, since its product may never be needed.
     """
     if not numpy_is_faster():
         yield
@@ -72,7 +72,7 @@ def _product(layer: nn.Module, x: mx.array) -> mx.array:
         weight = mx.dequantize(
             weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
         )
-    # views of MLX's memory where the dtype is float32 already
+    # float32 arrays are views of MLX's memory
     matrix = np.asarray(weight.astype(mx.float32))
     states = np.asarray(x.astype(mx.float32))
     product = mx.array(states.reshape(-1, states.shape[-1]) @ matrix.T)
@@ -83,7 +83,7 @@ def _product(layer: nn.Module, x: mx.array) -> mx.array:
 def _attention(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
 ) -> mx.array:
-    """What ``mx.fast.scaled_dot_product_attention`` computes: (B, H, L, D) → (B, H, L, D_v)."""
+    """``mx.fast.scaled_dot_product_attention`` by numpy: (B, H, L, D) → (B, H, L, D_v)."""
     batch, heads, length, _ = queries.shape
     groups = keys.shape[1]
     asked, given, held = (np.asarray(a.astype(mx.float32)) for a in (queries, keys, values))

@@ -1,9 +1,9 @@
-"""Logits processors whose outcome is that of the dense model.
+"""Logits processors with the same outcome as on the dense model.
 
-mlx-lm's loops hand a processor one sequence's tokens and logits and say nothing of where these come
-from. Here the processors of a sequence run as one, which afterwards has the clusters scored that
-matter now (`rescoring.py`). The head tells what its latest call was; in a batch, which of its rows
-was handed over is seen by comparing a few columns, without evaluating them.
+mlx-lm's loops give a processor the tokens and logits of one sequence, without their origin. Here
+the processors of a sequence run as one. After them, the clusters that matter now are scored
+(`rescoring.py`). The head keeps its latest call. In a batch, a few columns of the logits show which
+row of that call they are, without an evaluation.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +19,12 @@ from .install import get_flash_head, installed_head
 
 Processor = Callable[[Any, mx.array], mx.array]
 
-# Clusters that are scored after the processors, besides the head's own. With 512 (8,192 tokens) the
-# best of 10 to 10,000 random allowed tokens was SmolLM2's own in at least 99.8 % of positions, with
-# 256 in 99.5 %, with 128 in 98.5 %.
+# Clusters that are scored after the processors, besides the head's own (docs/how-it-works.md).
 MORE_CLUSTERS = 512
-# So many of the latest tokens are scored before the processors: a repetition penalty multiplies.
+# Number of latest tokens that are scored before the processors, since a repetition penalty
+# multiplies their logits.
 CONTEXT_TOKENS = 64
-# Columns that tell one row of a batch from another.
+# Columns that distinguish the rows of a batch.
 COMPARED_TOKENS = 32
 # A compiled softcap and the model's own differ by their rounding, which in bfloat16 is 1/256.
 TOLERANCE = 1 / 64
@@ -36,23 +35,22 @@ def exact_processors(
     model: nn.Module | None,
     draft_model: nn.Module | None = None,
 ) -> list[Processor]:
-    """The same processors, in a list for mlx-lm, so that what they leave is exact.
+    """The same processors with an exact outcome, in a list for mlx-lm.
 
-    A mask or a bias may bring up tokens that the FlashHead has not scored. Afterwards these are
-    scored, so that the choice is the dense model's. It holds for any processor that rules tokens
-    out, adds to their logits, or changes those of the last ``CONTEXT_TOKENS`` tokens in any way. A
-    processor that rescales all logits leaves a part of an estimate's error in those that the head
-    had not scored.
+    A mask or a bias may bring up tokens that the FlashHead has not scored. They are scored after
+    it, so that the choice is the dense model's. This holds for processors that rule tokens out, add
+    to their logits, or change those of the last ``CONTEXT_TOKENS`` tokens in any way. A processor
+    that rescales all logits leaves part of an estimate's error in tokens that were not scored.
 
-    Nothing is evaluated, and nothing is done where there is no processor or no FlashHead.
+    Nothing is evaluated. Without processors or without a FlashHead nothing is done.
 
     Args:
         processors: Functions of a sequence's tokens (n,) and logits (1, V) that return logits.
-        model: The model that is decoded, or None if its head scores every token.
-        draft_model: The model that drafts for it, if any: it is given the same processors.
+        model: The decoded model, or None if its head scores every token.
+        draft_model: The model that drafts for it, or None. It gets the same processors.
 
     Raises:
-        UnsupportedHeadError: If the model changes its logits in a way that rules this out.
+        UnsupportedHeadError: If the model changes its logits in a way that makes this impossible.
     """
     models = [m for m in (model, draft_model) if m is not None and get_flash_head(m) is not None]
     if not processors or not models:
@@ -61,11 +59,11 @@ def exact_processors(
 
 
 class _Together:
-    """Processors of one sequence, and the second look at what they leave.
+    """Processors of one sequence, and the second look at their outcome.
 
     Args:
         processors: The processors, in their order.
-        finishes: What is done with the logits of each head that may be the one.
+        finishes: The model's own change of the logits, for each head that may have made them.
     """
 
     def __init__(self, processors: Sequence[Processor], finishes: dict[FlashHead, Finish]):
@@ -91,7 +89,7 @@ class _Together:
             found = mx.take_along_axis(found, context, axis=-1).astype(logits.dtype)
             before = mx.put_along_axis(logits, context, found, axis=-1)
             before = mx.where(known, before, logits)
-        after = self._run(tokens, mx.array(before))  # some write into what they are given
+        after = self._run(tokens, mx.array(before))  # some write into their argument
         if after.shape != before.shape:
             return after
         exact = rescored(call, before, after, MORE_CLUSTERS, finish)
@@ -107,7 +105,7 @@ class _Together:
 
 
 def _rows_of(logits: mx.array, call: Call, finish: Finish) -> tuple[mx.array, mx.array]:
-    """Which of the call's rows ``logits`` (R', V) are: (R',), and whether they are: (R', 1)."""
+    """The call's rows (R',) that ``logits`` (R', V) are, and whether they are any, (R', 1)."""
     vocab_size = logits.shape[-1]
     step = max(1, vocab_size // COMPARED_TOKENS)
     columns = mx.array([*range(0, vocab_size, step), *call.head.eos_token_ids])
@@ -123,7 +121,7 @@ def _rows_of(logits: mx.array, call: Call, finish: Finish) -> tuple[mx.array, mx
 
 
 def _context(tokens: Any, n_rows: int) -> mx.array | None:
-    """The latest tokens: (n_rows, CONTEXT_TOKENS), the first repeated where there are fewer."""
+    """The latest tokens (n_rows, CONTEXT_TOKENS). If there are fewer, the first is repeated."""
     tokens = tokens if isinstance(tokens, mx.array) else mx.array(tokens or (), dtype=mx.uint32)
     if tokens.ndim != 1 or not tokens.size:
         return None

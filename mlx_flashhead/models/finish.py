@@ -1,8 +1,8 @@
-"""What a model does with its head's logits before it returns them: a scale, a softcap, a cast.
+"""A model's own change of its head's logits: a scale, a softcap, a cast.
 
-Nothing is assumed of an architecture. The model's own code runs with given logits in place of its
-head's, and what it returns is what it makes of them. Its layers do not feed that result, so nothing
-of them is computed; MLX's compiler keeps the few operations that are left.
+The model's own code runs with given logits in place of its head's, and its result is the changed
+logits. This works for any architecture. The result does not depend on the layers, so they are not
+computed. MLX's compiler keeps the few operations that are left.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ _known: WeakKeyDictionary[FlashHead, Finish] = WeakKeyDictionary()
 
 
 def finish_of(model: nn.Module) -> Finish:
-    """The function (R, V) → (R, V) that makes the logits of ``model`` of its FlashHead's.
+    """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``.
 
     Raises:
         ValueError: If the model has no FlashHead.
-        UnsupportedHeadError: If what becomes of a token's logit depends on anything else.
+        UnsupportedHeadError: If a token's result depends on anything but its logit.
     """
     head = installed_head(model)
     if head not in _known:
@@ -35,7 +35,7 @@ def finish_of(model: nn.Module) -> Finish:
 
 
 class _Answer:
-    """Stands in for a FlashHead and answers with given logits."""
+    """Takes the place of a FlashHead and returns given logits."""
 
     def __init__(self, head: FlashHead, logits: mx.array):
         self._head, self._logits = head, logits
@@ -48,7 +48,7 @@ class _Answer:
 
 
 def _run(model: nn.Module, logits: mx.array, token: int = 0) -> mx.array:
-    """What the model returns where its head gives ``logits`` (1, 1, V)."""
+    """The model's result when its head gives ``logits`` (1, 1, V)."""
     module: Any = installed_module(model)
     head = module._flash_head
     module._flash_head = _Answer(head, logits)
@@ -71,10 +71,10 @@ def _learn(model: nn.Module, head: FlashHead) -> Finish:
     if apart.shape != low.shape or not mx.allclose(apart, together, rtol=1e-4, atol=1e-4):
         name = type(model).__module__.rsplit(".", 1)[-1]
         raise UnsupportedHeadError(
-            f"This {name!r} model changes its logits in a way that is not each token's own, so "
-            "logits processors cannot be exact with FlashHead: use dense=True with them."
+            f"This {name!r} model mixes the logits of different tokens, so logits processors "
+            "cannot be exact with FlashHead: use dense=True with them."
         )
-    # the model's Python code runs while this is traced, and not for each token
+    # the model's Python code runs once, while this is traced
     run = mx.compile(lambda logits: _run(model, logits[None])[0])
 
     def finish(logits: mx.array) -> mx.array:
@@ -85,5 +85,5 @@ def _learn(model: nn.Module, head: FlashHead) -> Finish:
 
 
 def unchanged(logits: mx.array) -> mx.array:
-    """What most models do: nothing."""
+    """The change of most models: none."""
     return logits

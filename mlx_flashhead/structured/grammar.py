@@ -1,6 +1,6 @@
-"""What a text may be: a JSON schema, a regular expression or a Lark grammar, checked.
+"""Checked descriptions of a text: a JSON schema, a regular expression or a Lark grammar.
 
-llguidance reads them; it refuses what it does not support, so that nothing is left out in silence.
+llguidance reads them. It refuses unsupported parts, so none is ignored silently.
 """
 
 import copy
@@ -13,18 +13,18 @@ from typing import Any
 
 from ..cli.extras import from_extra
 
-# Between the tokens of JSON: nothing, a space, or a new line with an indentation. Without a limit
-# a small model may go on with spaces for ever.
+# Between the tokens of JSON: nothing, a space, or a new line with an indentation. The limit keeps
+# small models from endless spaces.
 JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
 
 
 class GrammarError(ValueError):
-    """A schema, expression or grammar that cannot be followed; names the place."""
+    """A wrong schema, expression or grammar; the message names the place."""
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A checked description of what a text may be.
+    """A checked description of a text.
 
     Attributes:
         kind: "JSON schema", "regular expression" or "grammar".
@@ -36,7 +36,7 @@ class Grammar:
 
     @classmethod
     def from_json_schema(cls, schema: dict | bool) -> "Grammar":
-        """JSON that a schema describes; ``{"type": "object"}`` stands for any JSON object.
+        """JSON of a schema. ``{"type": "object"}`` stands for any JSON object.
 
         Raises:
             GrammarError: If the schema is wrong, unsatisfiable or uses an unsupported key.
@@ -57,7 +57,7 @@ class Grammar:
         """Text that a regular expression matches as a whole, in the syntax of Rust's regex crate.
 
         Raises:
-            GrammarError: If it is no such expression.
+            GrammarError: If the expression is wrong.
         """
         if not isinstance(pattern, str) or not pattern:
             raise GrammarError(f"The regular expression is {_shown(pattern)}: it must be a text.")
@@ -76,7 +76,7 @@ class Grammar:
         """Text that a Lark grammar derives from ``start``, in llguidance's dialect of Lark.
 
         Raises:
-            GrammarError: If it is no such grammar.
+            GrammarError: If the grammar is wrong.
         """
         if not isinstance(text, str) or not text.strip():
             raise GrammarError(f"The grammar is {_shown(text)}: it must be a text in Lark's form.")
@@ -95,7 +95,7 @@ def llguidance(submodule: str = "") -> ModuleType:
     """llguidance or one of its modules.
 
     Raises:
-        ValueError: If it is not installed, with the command that installs it.
+        ValueError: If it is not installed, naming the command that installs it.
     """
     name = f"llguidance.{submodule}" if submodule else "llguidance"
     return from_extra(name, "structured", "Structured output")
@@ -106,13 +106,13 @@ def _matcher_class() -> Any:
 
 
 def _problem(compiled: str) -> str:
-    """What llguidance says against a grammar; nothing if it can be followed."""
+    """llguidance's objection to a grammar; empty if there is none."""
     is_error, messages = _matcher_class().validate_grammar_with_warnings(compiled)
     return messages[0] if is_error else ""
 
 
 def _compile_schema(schema: dict | bool) -> tuple[str, str]:
-    """llguidance's form of the schema, and what it says against it."""
+    """llguidance's form of the schema, and its objection."""
     try:
         compiled = _matcher_class().grammar_from_json_schema(
             json.dumps(schema), defaults=JSON_OPTIONS
@@ -123,10 +123,10 @@ def _compile_schema(schema: dict | bool) -> tuple[str, str]:
 
 
 def _place(schema: Any, problem: str) -> tuple[str, str]:
-    """Where in the schema the problem is, as a JSON pointer, and the problem in a sentence.
+    """The place of the problem in the schema, as a JSON pointer, and the problem as a sentence.
 
-    llguidance does not say where. A part is to blame if without it the problem is gone, and of the
-    parts within it the same holds.
+    llguidance does not give the place. A part of the schema is the cause if the problem is gone
+    without it. The search goes on within that part.
     """
     place, node, root = "", schema, copy.deepcopy(schema)
     here = root
@@ -144,7 +144,7 @@ def _place(schema: Any, problem: str) -> tuple[str, str]:
 
 
 def _parts(node: Any) -> Iterator[tuple[Any, Any]]:
-    """The objects and lists right within a JSON value, each with its key or index."""
+    """The objects and lists directly within a JSON value, each with its key or index."""
     items = node.items() if isinstance(node, dict) else enumerate(node)
     return ((key, part) for key, part in items if isinstance(part, dict | list))
 

@@ -8,7 +8,7 @@ from .grammar import Grammar, GrammarError
 
 
 def add_grammar_options(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--json-schema``, ``--regex`` and ``--grammar``, of which one may be given."""
+    """Adds ``--json-schema``, ``--regex`` and ``--grammar``, which exclude each other."""
     group = parser.add_argument_group("structured output").add_mutually_exclusive_group()
     group.add_argument(
         "--json-schema", metavar="FILE", help="Write JSON that the JSON schema in this file allows."
@@ -20,10 +20,10 @@ def add_grammar_options(parser: argparse.ArgumentParser) -> None:
 
 
 def grammar_of(args: argparse.Namespace) -> Grammar | None:
-    """What the text may be; None where none of the options is given.
+    """The description of the text; None without any of the options.
 
     Raises:
-        GrammarError: If it cannot be followed, naming the option.
+        GrammarError: If the description is wrong, naming the option.
         ValueError: If a file cannot be read, or llguidance is not installed.
     """
     try:

@@ -1,8 +1,8 @@
 """A logits processor that keeps a text within a grammar.
 
-It fits every loop that hands a processor the tokens so far and the logits, of one sequence or of a
-batch. A token's mask needs the tokens before it, so these are waited for; the logits are computed
-meanwhile.
+It fits every loop that gives a processor the tokens so far and the logits, of one sequence or of a
+batch. A token's mask needs the tokens before it, so the processor waits for them. The logits are
+computed meanwhile.
 """
 
 import time
@@ -15,27 +15,27 @@ import numpy as np
 
 from .grammar import Grammar, llguidance
 
-# llguidance's view of each tokenizer, with its end-of-text tokens: it takes a second to make.
+# llguidance's form of each tokenizer with its end-of-text tokens, which takes a second to make.
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
 
 class GrammarProcessor:
-    """Rules out the tokens that a grammar does not allow next; where it ends, all but the end.
+    """Rules out the tokens that a grammar does not allow next.
 
-    One processor follows one sequence. It may be asked again about fewer tokens than before, as
-    speculative decoding does. After the grammar's end only end-of-text tokens are allowed.
+    After the grammar's end it allows end-of-text tokens only. One processor follows one sequence. A
+    call may have fewer tokens than the call before, as in speculative decoding.
 
     Args:
         tokenizer: mlx-lm's or Hugging Face's tokenizer.
-        grammar: What the text may be.
-        after: Tokens after which the text begins, such as the end of a thought; until then every
+        grammar: The grammar.
+        after: Tokens after which the text begins, such as the end of a thought. Until then every
             token is allowed.
 
     Attributes:
         grammar: The grammar.
-        problem: Why the text could not follow the grammar; None as long as it does.
-        n_masks: Masks computed so far.
-        mask_seconds: Seconds that took.
+        problem: Reason why the text does not follow the grammar; None as long as it does.
+        n_masks: Number of computed masks.
+        mask_seconds: Seconds of computing them.
 
     Raises:
         ValueError: If llguidance is not installed or cannot read the tokenizer.
@@ -49,13 +49,13 @@ class GrammarProcessor:
         self._matcher = llguidance().LLMatcher(self._vocabulary, grammar.compiled, log_level=0)
         self._n_prompt: int | None = None
         self._generated: list[int] = []
-        self._n_matched = 0  # of these, how many the grammar has taken
+        self._n_matched = 0  # of these, the number that the grammar has accepted
         self.problem: str | None = None
         self.n_masks = 0
         self.mask_seconds = 0.0
 
     def begin(self) -> None:
-        """Forgets the text so far: the next tokens that it sees are a prompt."""
+        """Forgets the text so far. The next tokens are a prompt."""
         self._matcher.reset()
         self._n_prompt, self._generated, self._n_matched = None, [], 0
         self.problem = None
@@ -65,7 +65,7 @@ class GrammarProcessor:
         return GrammarProcessor(self._tokenizer, self.grammar, after=self._after)
 
     def accepts(self, text: str) -> bool:
-        """Whether ``text`` is a whole one of the grammar, and not cut before its end."""
+        """Whether ``text`` is a complete text of the grammar."""
         matcher = llguidance().LLMatcher(self._vocabulary, self.grammar.compiled, log_level=0)
         tokens = self._vocabulary.tokenize_bytes(text.encode())
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
@@ -88,7 +88,7 @@ class GrammarProcessor:
         return mx.where(mx.array(allowed), logits, -mx.inf)
 
     def _follow(self, generated: list[int]) -> None:
-        """Brings the matcher to where the generated tokens are."""
+        """Brings the matcher to the end of the generated tokens."""
         pairs = zip(self._generated, generated, strict=False)
         shared = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
         if shared is None:
@@ -142,7 +142,7 @@ def grammar_processor(
     regex: str | None = None,
     grammar: str | None = None,
 ) -> GrammarProcessor:
-    """A logits processor for one text of a given form: pass one of the three.
+    """A logits processor for one text of a given form. Pass one of the three forms.
 
     Args:
         tokenizer: mlx-lm's or Hugging Face's tokenizer.
@@ -151,7 +151,8 @@ def grammar_processor(
         grammar: A Lark grammar with a rule ``start``.
 
     Raises:
-        ValueError: If not exactly one is given, it is wrong, or llguidance is not installed.
+        ValueError: If not exactly one form is given, if it is wrong, or if llguidance is not
+            installed.
     """
     forms: tuple[tuple[Any, Callable[[Any], Grammar]], ...] = (
         (json_schema, Grammar.from_json_schema),
@@ -170,8 +171,8 @@ def _vocabulary(tokenizer: Any) -> Any:
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     if not hasattr(inner, "backend_tokenizer"):
         raise ValueError(
-            f"Structured output needs a tokenizer of the tokenizers library, and this one is a "
-            f"{type(inner).__name__}."
+            f"Structured output needs a tokenizer of the tokenizers library, but this one is a "
+            f"{type(inner).__name__}: use another model."
         )
     ends = getattr(tokenizer, "eos_token_ids", None) or [tokenizer.eos_token_id]
     ends = tuple(sorted(ends))

@@ -207,9 +207,9 @@ def test_without_states(n_probes):
     [
         (64, (4, 64), None),
         (128, (4, 64), None),
-        (96, (4, 32), "The width 96 is no multiple of 64: "
+        (96, (4, 32), "The width 96 is not a multiple of 64: "
          "the centroids are quantized in groups of 32."),
-        (48, (16, 0), "The width 48 is no multiple of 64: the centroids stay at 16 bits."),
+        (48, (16, 0), "The width 48 is not a multiple of 64: the centroids stay at 16 bits."),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("calibrated", [True, False])

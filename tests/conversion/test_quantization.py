@@ -193,9 +193,14 @@ def test_group_that_fits_the_head(tmp_path, load, hidden_size, body, head_bits, 
 @pytest.mark.parametrize(
     ("hidden_size", "body", "head_bits", "sentence"),
     [
-        (72, None, 8, r"width 72 is no multiple of a quantization group \(64 or 32\)"),
-        (96, recipe(bits=4, group_size=64), 8, r"width 96 is no multiple .* \(64\)"),
-        (96, AFFINE_4, 8, "no multiple of the body's quantization group, so mlx-lm leaves it out"),
+        (72, None, 8, r"width 72 is not a multiple of a quantization group \(64 or 32\)"),
+        (96, recipe(bits=4, group_size=64), 8, r"width 96 is not a multiple .* \(64\)"),
+        (
+            96,
+            AFFINE_4,
+            8,
+            "not a multiple of the body's quantization group, so mlx-lm leaves it out",
+        ),
         (64, recipe(mode="mxfp4", predicate="mixed_4_6"), None, "need --q-mode affine"),
     ],
 )

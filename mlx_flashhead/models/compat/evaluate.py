@@ -14,12 +14,12 @@ module = importlib.import_module("mlx_lm.evaluate")
 
 
 class Adapter(MLXLM):
-    """mlx-lm's adapter, on a model that is loaded already: its own loads by a path alone.
+    """mlx-lm's adapter on a loaded model. mlx-lm's own takes a path only.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        **options: The adapter's own.
+        **options: The adapter's own options.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, **options: Any):

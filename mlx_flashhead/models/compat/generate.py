@@ -1,4 +1,4 @@
-"""``mlx_lm.generate``: its loops, and its main program with other parts."""
+"""``mlx_lm.generate``: its loops, and its main program with replaced parts."""
 
 import argparse
 import importlib
@@ -35,7 +35,7 @@ __all__ = [
     "speculative_generate_step",
 ]
 
-# The attribute mlx_lm.generate is the function; the module has to be asked for by name.
+# The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
 
 
@@ -46,13 +46,13 @@ def run_generate(
     make_sampler: Callable[..., Any],
     generate: Callable[..., str],
 ) -> None:
-    """Runs mlx-lm's program, which has no other way to take a model that is loaded otherwise.
+    """Runs mlx-lm's program with other functions, its only way to take a loaded model.
 
     Args:
-        args: Its arguments, parsed.
-        load: In place of its ``load``, first for the model, then for the draft model.
-        make_sampler: In place of its ``make_sampler``.
-        generate: In place of its ``generate``.
+        args: Its parsed arguments.
+        load: Replaces its ``load``, first for the model, then for the draft model.
+        make_sampler: Replaces its ``make_sampler``.
+        generate: Replaces its ``generate``.
     """
     parsed = SimpleNamespace(parse_args=lambda: args)
     names = {"load": load, "make_sampler": make_sampler, "generate": generate}

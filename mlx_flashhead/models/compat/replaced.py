@@ -1,4 +1,4 @@
-"""Other things under mlx-lm's own names, for a while."""
+"""Replaces names of mlx-lm for the time of a block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, **names: Any) -> Iterator[None]:
-    """Within the block, mlx-lm's own code finds something else under its names.
+    """Within the block, globals of a module or attributes of an object have other values.
 
     Args:
-        owner: The module of a main program, or an object.
-        **names: What the code shall find under its globals, or the attributes, of these names.
+        owner: The module or the object.
+        **names: The values, by name.
     """
     originals = {name: getattr(owner, name) for name in names}
     try:

@@ -1,4 +1,4 @@
-"""``mlx_lm.sample_utils``: what it does not document."""
+"""``mlx_lm.sample_utils``: undocumented names."""
 
 from mlx_lm.sample_utils import make_logits_processors
 
