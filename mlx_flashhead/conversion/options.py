@@ -207,7 +207,7 @@ class ConvertOptions(IndexOptions):
         if self.hf_path is None:
             raise ValueError("--model is needed: the folder or repository of the model to convert.")
         if self.quantize and self.dequantize:
-            raise ValueError("Choose either --quantize or --dequantize.")
+            raise ValueError("Choose either --quantize or --dequantize, not both.")
         if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
             raise ValueError("--upload and --upload-repo name two repositories: give one of them.")
         if self.private and not self.uploads:
