@@ -15,6 +15,7 @@ machine has written the file.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -157,29 +158,33 @@ def _with_weights(clustered: ClusteredRows, weights: dict[str, mx.array]) -> Clu
     def named(prefix: str) -> dict[str, mx.array]:
         return {k.removeprefix(prefix): a for k, a in weights.items() if k.startswith(prefix)}
 
-    own = {
+    centroids = clustered.centroids
+    own: dict[str, Any] = {
         key: array
         for key, array in weights.items()
         if key in ("route_bias", "token_ids", "slot_of")
     }
-    offset = {key: array for key, array in weights.items() if key == "tail_offset"}
-    matrix = replace(clustered.centroids.matrix, **named("centroids_"))
     return replace(
         clustered,
-        rows=replace(clustered.rows, **named("rows_")),
-        centroids=replace(clustered.centroids, matrix=matrix, **offset),
+        rows=clustered.rows.with_arrays(named("rows_")),
+        centroids=replace(
+            centroids,
+            matrix=centroids.matrix.with_arrays(named("centroids_")),
+            tail_offset=weights.get("tail_offset", centroids.tail_offset),
+        ),
         **own,
     )
 
 
 def _described(function: Callable, name: str, arguments: dict[str, mx.array]) -> ExportedFunction:
     """The function's arguments and results, as MLX records them."""
-    outputs = []
+    outputs: list[tuple[tuple[int, ...], mx.Dtype]] = []
 
     def record(entry: dict) -> None:
         if entry["type"] == "outputs":
             outputs.extend((tuple(shape), dtype) for _, shape, dtype in entry["outputs"])
 
-    mx.export_function(record, function, **arguments)
+    named: dict[str, Any] = dict(arguments)
+    mx.export_function(record, function, **named)
     inputs = {key: (tuple(array.shape), array.dtype) for key, array in arguments.items()}
     return ExportedFunction(name, inputs, outputs)

@@ -29,9 +29,12 @@ class Centroids:
     def fits(self, n_clusters: int, hidden_size: int) -> bool:
         """Whether these are centroids for ``n_clusters`` clusters of rows (V, D)."""
         matrix = self.matrix
-        width = hidden_size
-        shapes = [(self.bias, (n_clusters,)), (self.tail_offset, (n_clusters,))]
-        if matrix.quantized:
+        width: float = hidden_size
+        shapes: list[tuple[mx.array, tuple[float, ...]]] = [
+            (self.bias, (n_clusters,)),
+            (self.tail_offset, (n_clusters,)),
+        ]
+        if matrix.scales is not None and matrix.biases is not None:
             width = hidden_size * matrix.bits / 32
             groups = (n_clusters, hidden_size / matrix.group_size)
             shapes += [(matrix.scales, groups), (matrix.biases, groups)]

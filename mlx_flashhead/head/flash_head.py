@@ -104,7 +104,7 @@ class FlashHead:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_positions = max_positions
         self.n_probes = n_probes
-        self._draw_temperature = None
+        self._draw_temperature: float | None = None
         self._watchers: tuple[ref[LatestCall], ...] = ()
 
     def __repr__(self) -> str:
@@ -214,8 +214,10 @@ class FlashHead:
                 f"The temperature of the draw is {draw_temperature}: it must be above 0."
             )
         before = self._n_probes, self._draw_temperature
-        if dense or n_probes is not None:
-            self.n_probes = self.n_clusters if dense else n_probes
+        if dense:
+            self.n_probes = self.n_clusters
+        elif n_probes is not None:
+            self.n_probes = n_probes
         if draw_temperature is not None:
             self._draw_temperature = float(draw_temperature)
         try:

@@ -1,7 +1,9 @@
 """A stored matrix, dense or quantized, and its operations."""
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,8 +23,8 @@ class Matrix:
         scales: (V, D/group_size), float or uint8 by mode; None when not quantized.
         biases: (V, D/group_size) quantization offsets of affine rows, else None.
         bias: (V,) added to the products, or None.
-        group_size: Columns that share a scale; None when not quantized.
-        bits: Bits per weight; None when not quantized.
+        group_size: Columns that share a scale; 0 when not quantized.
+        bits: Bits per weight; 0 when not quantized.
         mode: MLX's quantization mode; see `formats.py`.
     """
 
@@ -30,8 +32,8 @@ class Matrix:
     scales: mx.array | None = None
     biases: mx.array | None = None
     bias: mx.array | None = None
-    group_size: int | None = None
-    bits: int | None = None
+    group_size: int = 0
+    bits: int = 0
     mode: str = AFFINE
 
     @property
@@ -64,7 +66,7 @@ class Matrix:
         return sum(array.nbytes for array in self.arrays().values())
 
     @property
-    def quantization(self) -> dict:
+    def quantization(self) -> dict[str, Any]:
         """Keywords of ``mx.quantized_matmul`` and similar functions; empty when not quantized."""
         if not self.quantized:
             return {}
@@ -75,9 +77,14 @@ class Matrix:
         named = {name: getattr(self, name) for name in ("weight", "scales", "biases", "bias")}
         return {name: array for name, array in named.items() if array is not None}
 
-    def map(self, function) -> "Matrix":
+    def map(self, function: Callable[[mx.array], mx.array]) -> "Matrix":
         """The same rows with ``function`` applied to each array."""
-        return replace(self, **{name: function(a) for name, a in self.arrays().items()})
+        return self.with_arrays({name: function(a) for name, a in self.arrays().items()})
+
+    def with_arrays(self, arrays: Mapping[str, mx.array]) -> "Matrix":
+        """The same with other arrays in place of those of these names."""
+        changes: dict[str, Any] = dict(arrays)
+        return replace(self, **changes)
 
     def take(self, ids: mx.array) -> "Matrix":
         """Rows ``ids`` (integers of any shape). The shape becomes the leading axes. Lazy."""
@@ -85,9 +92,9 @@ class Matrix:
 
     def quantize(self, *, bits: int, group_size: int, mode: str = AFFINE) -> "Matrix":
         """Floats in fewer bits, rounded to nearest by MLX. Lazy."""
-        form = {"group_size": group_size, "bits": bits, "mode": mode}
-        arrays = zip(find_format(mode, bits).arrays, mx.quantize(self.weight, **form), strict=True)
-        return replace(self, **dict(arrays), **form)
+        arrays = mx.quantize(self.weight, group_size=group_size, bits=bits, mode=mode)
+        named = dict(zip(find_format(mode, bits).arrays, arrays, strict=True))
+        return replace(self.with_arrays(named), group_size=group_size, bits=bits, mode=mode)
 
     def logits_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of the dense head's logits for hidden states of ``hidden_dtype``."""
@@ -106,12 +113,12 @@ class Matrix:
 
         Rows of shape (R, K, …) multiply states of shape (R, 1, D) into (R, 1, K).
         """
-        if self.quantized:
+        if self.scales is None:
+            logits = hidden @ self.weight.swapaxes(-1, -2)
+        else:
             logits = mx.quantized_matmul(
                 hidden, self.weight, self.scales, self.biases, transpose=True, **self.quantization
             )
-        else:
-            logits = hidden @ self.weight.swapaxes(-1, -2)
         return logits if self.bias is None else logits + self.bias
 
     def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:
@@ -121,7 +128,7 @@ class Matrix:
             dtype: Of the values, without another rounding on the way; default: the dense layer's,
                 that of the weight or of the scales.
         """
-        if not self.quantized:
+        if self.scales is None:
             return self.weight if dtype is None else self.weight.astype(dtype)
         scales, biases = self.scales, self.biases
         if dtype is not None and biases is not None:

@@ -35,7 +35,7 @@ def in_blocks(weight: mx.array) -> mx.array:
     n_rows, hidden_size = weight.shape
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
     block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
-    padded = mx.pad(weight, ((0, n_blocks * block - n_rows), (0, 0)))
+    padded = mx.pad(weight, [(0, n_blocks * block - n_rows), (0, 0)])
     return padded.reshape(n_blocks, block, hidden_size)
 
 
@@ -109,7 +109,7 @@ class PortableSteps(Steps):
         """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
         rows, probes = self.clustered.rows, selection.probes
         stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
-        if rows.quantized:
+        if rows.scales is not None:
             logits = mx.gather_qmm(
                 stacked,
                 rows.weight,

@@ -4,6 +4,7 @@ hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
               ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token ─▶ (R,)
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -43,15 +44,37 @@ def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:
     return mx.take_along_axis(slots, slot_of[None], axis=-1)
 
 
-class Steps:
+class Steps(ABC):
     """The base of both paths.
 
     Args:
         clustered: The rows and the index.
     """
 
+    name: str  # of the path
+
     def __init__(self, clustered: ClusteredRows):
         self.clustered = clustered
+
+    @abstractmethod
+    def route(self, hidden: mx.array) -> mx.array:
+        """Scores of all clusters: hidden (R, D) → (R, C) float32."""
+
+    @abstractmethod
+    def select(self, scores: mx.array, n_probes: int) -> Selection:
+        """The ``n_probes`` best clusters of each row, ascending: (R, C) → (R, p)."""
+
+    @abstractmethod
+    def score(self, hidden: mx.array, selection: Selection) -> Candidates:
+        """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
+
+    @abstractmethod
+    def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
+        """Full logits, (R, V) in the candidates' dtype."""
+
+    @abstractmethod
+    def token(self, selection: Selection, candidates: Candidates) -> mx.array:
+        """The greedy token: (R,) uint32."""
 
     def arrays(self) -> list[mx.array]:
         """Arrays held besides those of ``clustered``."""
