@@ -160,8 +160,8 @@ def test_equal_states_keep_the_means():
         (64, 128, 4, (32, 4)),
         (96, 64, 4, (32, 4)),
         (96, 64, 8, (32, 8)),
-        (48, 64, 4, (None, None)),
-        (33, 64, 8, (None, None)),
+        (48, 64, 4, (0, 0)),
+        (33, 64, 8, (0, 0)),
     ],
 )
 def test_group_that_fits_the_width(hidden_size, group_size, bits, expected, dtype):
