@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format, floors, workflows and tests, in a .venv of the checkout. Arguments go to pytest:
+# Lint, format, floors, types, workflows and tests, in a .venv of the checkout. Arguments go to pytest:
 #   scripts/test.sh tests/head/test_head.py -k ties
 #   scripts/test.sh -m "not real"          # without the real model
 set -e
@@ -17,6 +17,7 @@ check() {
 check "Lint" ruff check --quiet
 check "Format" ruff format --check --quiet
 check "Floors: which folder imports which" lint-imports --no-logo --no-cache
+check "Types" mypy --no-error-summary
 check "GitHub's workflows: their schema" check-jsonschema --quiet \
   --builtin-schema vendor.github-workflows .github/workflows/*.yml
 check "GitHub's workflows: their safety" zizmor --offline --quiet --strict-collection .

@@ -126,6 +126,8 @@ class _StoredRows:
         self.arrays = [stored.arrays()[name] for name in self.names]
         sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
         maker = stored.format.metal
+        if maker is None:
+            raise ValueError(f"The Metal kernels do not read {stored.format}.")
         self.template = [(name, size) for name, size in sizes.items() if name in maker]
         self.expression = f"flash_head::{maker}({', '.join(self.names)})"
 

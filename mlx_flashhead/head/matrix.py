@@ -98,7 +98,7 @@ class Matrix:
 
     def logits_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of the dense head's logits for hidden states of ``hidden_dtype``."""
-        if not self.quantized:
+        if self.scales is None:
             dtype = mx.result_type(mx.zeros((), hidden_dtype), mx.zeros((), self.weight.dtype))
         elif self.biases is not None:
             dtype = mx.result_type(mx.zeros((), hidden_dtype), mx.zeros((), self.scales.dtype))

@@ -193,7 +193,8 @@ class _FlashModule(_Module):
         """
         asked_by, usual = sys._getframe(2).f_code, self._asked_by
         elsewhere = usual is not None and asked_by is not usual
-        if self.training or (elsewhere and asked_by.co_filename == usual.co_filename):
+        same_file = usual is not None and asked_by.co_filename == usual.co_filename
+        if self.training or (elsewhere and same_file):
             return self._flash_head.dense_logits(hidden)
         return self._flash_head(hidden)
 

@@ -97,7 +97,9 @@ class Job:
     _text: AnswerText = field(init=False)
 
     def __post_init__(self):
-        own = [*self.processors, *([self.grammar] if self.grammar else [])]
+        own = list(self.processors)
+        if self.grammar is not None:
+            own.append(self.grammar)
         self.processors = self.served.exact(own)
         self._text = AnswerText(self.served, self.stop, self.prompt.state)
 
