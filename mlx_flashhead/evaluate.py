@@ -26,10 +26,12 @@ from .evaluation.output import (
     print_answers,
     print_masks,
     print_precisions,
+    print_structured,
     print_table,
     print_tasks,
 )
 from .evaluation.precision import evaluate_precisions
+from .evaluation.structured import evaluate_structured
 from .evaluation.text import evaluate
 from .models.load import load
 from .models.sampling import make_sampler
@@ -75,6 +77,12 @@ def make_parser() -> Parser:
         "model's probes (or --probes).",
     )
     parser.add_argument(
+        "--structured",
+        action="store_true",
+        help="Answer requests within JSON schemas instead, greedily and at temperature 1: are they "
+        "valid, and the dense model's?",
+    )
+    parser.add_argument(
         "--positions", type=whole_number(1), help="Positions to measure (default: all)."
     )
     parser.add_argument(
@@ -102,13 +110,17 @@ def main() -> None:
     if args.tasks:
         _run_tasks(args)
         return
-    text = "" if args.answers else read_text(args.text)
+    text = "" if args.answers or args.structured else read_text(args.text)
     model, tokenizer = load(args.model)
     options = {"probe_counts": args.probes, "positions": args.positions}
     if args.answers:
         answers = evaluate_answers(model, tokenizer, probe_counts=args.probes)
         print_answers(answers)
         figures = answers.to_dict()
+    elif args.structured:
+        structured = evaluate_structured(model, tokenizer, seed=args.seed)
+        print_structured(structured)
+        figures = structured.to_dict()
     elif args.masks:
         masks = evaluate_masks(model, tokenizer, text, positions=args.positions, seed=args.seed)
         print_masks(masks)
@@ -190,17 +202,18 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
 def _check_arguments(args: argparse.Namespace) -> None:
     """Raises before any work begins if arguments contradict each other."""
     if not args.tasks:
-        if args.answers:
-            about_text = ("text", "precisions", "masks", "positions", "plot")
-            if any(getattr(args, option) for option in about_text):
-                raise ValueError(
-                    "--answers is by itself: leave --"
-                    f"{next(o for o in about_text if getattr(args, o))} out."
-                )
+        if args.answers or args.structured:
+            option = "answers" if args.answers else "structured"
+            others = ["answers", "text", "precisions", "masks", "positions", "plot", "structured"]
+            others += [] if args.answers else ["probes"]
+            beside = [other for other in others if other != option and getattr(args, other)]
+            if beside:
+                raise ValueError(f"--{option} is by itself: leave --{beside[0]} out.")
             return
         if not args.text:
             raise ValueError(
-                "Give --text FILE to measure on a text, --answers, or --tasks TASK for lm-eval's."
+                "Give --text FILE to measure on a text, --answers, --structured, or --tasks TASK "
+                "for lm-eval's."
             )
         if args.masks and (args.precisions or args.probes):
             raise ValueError("--masks goes alone: leave --precisions and --probes out.")
@@ -213,6 +226,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         ("--precisions", args.precisions),
         ("--masks", args.masks),
         ("--answers", args.answers),
+        ("--structured", args.structured),
         ("--positions", args.positions),
         ("--plot", args.plot),
     ):

@@ -22,7 +22,7 @@ EXTRAS = {
     "report": {"rich", "matplotlib"},
     "chat": {"prompt-toolkit"},
     "qr": {"segno"},
-    "structured": {"llguidance"},
+    "structured": {"llguidance", "jsonschema"},
     "tasks": {"lm-eval"},
 }
 
@@ -166,7 +166,6 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
             *set().union(*EXTRAS.values()),
             "pytest",
             "pytest-xdist",
-            "jsonschema",
             "openai",
             "playwright",
             "zxing-cpp",

@@ -7,6 +7,7 @@ from ..cli.tables import new_table, show
 from .answers import AnswerEvaluation
 from .masks import MaskEvaluation
 from .precision import PrecisionEvaluation
+from .structured import StructuredEvaluation
 from .text import FLASH_HEAD, Evaluation
 
 if TYPE_CHECKING:  # lm-eval is an extra
@@ -107,6 +108,26 @@ def print_precisions(evaluation: PrecisionEvaluation) -> None:
             f"{measured.bytes_share:.1%}",
         )
         previous = kind
+    show(table)
+
+
+def print_structured(evaluation: StructuredEvaluation) -> None:
+    """Prints the answers within schemas as one table, which fits 80 columns."""
+    uncut = evaluation.answers - evaluation.cut
+    masks = evaluation.mask_us
+    table = new_table(
+        f"{evaluation.schemas} JSON schemas, {evaluation.n_probes} probes of "
+        f"{evaluation.n_clusters} clusters",
+        ("answers", "", "share"),
+        f"A token's mask takes {masks['median']:.0f} µs (quartiles {masks['lower']:.0f} to "
+        f"{masks['upper']:.0f}, {masks['runs']:,} masks).",
+    )
+    for name, count, of in (
+        ("valid, of those not cut", evaluation.valid, uncut),
+        ("cut at the limit of tokens", evaluation.cut, evaluation.answers),
+        ("greedy ones that are the dense model's", evaluation.same_as_dense, evaluation.schemas),
+    ):
+        table.add_row(name, f"{count} of {of}", f"{count / max(1, of):.1%}")
     show(table)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mlx_flashhead import evaluate as evaluate_command
-from mlx_flashhead.evaluation import answers
+from mlx_flashhead.evaluation import answers, structured
 from model_folders import VOCAB_SIZE
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -85,6 +85,21 @@ def test_evaluate_precisions_at_other_probes(run, converted, text, tmp_path):
     assert {m["n_probes"] for m in json.loads(file.read_text())["measures"]} == {None, 2, 9}
 
 
+def test_evaluate_structured(run, converted, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    cases = [{"request": "Colour?", "schema": {"enum": ["red", "green"]}}]
+    monkeypatch.setattr(structured, "usual_cases", lambda: cases)
+    code, output, _ = run(
+        "evaluate", "--model", converted, "--structured", "--json", tmp_path / "out.json"
+    )
+    assert code == 0
+    assert max(len(line) for line in output.splitlines()) <= 80
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["answers"] == figures["valid"] == 1 + structured.SAMPLED
+    assert "8 of 8" in output and "1 of 1" in output
+    assert f"mask takes {figures['mask_us']['median']:.0f} µs" in " ".join(output.split())
+
+
 def test_evaluate_masks(run, converted, text, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, output, _ = run(
@@ -141,6 +156,8 @@ def test_evaluate_leaves_outputs_alone_until_it_has_them(refused, text, tmp_path
         (("--positions", 0), "--positions is 0"),
         (("--seed", -1), "--seed is -1"),
         (("--precisions", "--plot", "out.png"), "leave it out with --precisions"),
+        (("--structured",), "leave --text out"),
+        (("--structured", "--answers"), "is by itself"),
         (("--masks", "--plot", "out.png"), "leave it out with --masks"),
         (("--masks", "--probes", "9"), "--masks goes alone"),
         (("--precisions", "--probes", "99"), f"1 to {N_CLUSTERS}"),

@@ -61,7 +61,7 @@ def test_json_validates(flash, tokenizer, temperature, seed):
     )  # fmt: skip
     assert processor.accepts(text) and processor.problem is None
     jsonschema.validate(json.loads(text), SCHEMA)
-    assert processor.n_masks > 10 and processor.mask_seconds > 0
+    assert len(processor.mask_seconds) > 10 and min(processor.mask_seconds) > 0
 
 
 @pytest.mark.parametrize(
