@@ -1,6 +1,6 @@
-// The server's API: the model's name and defaults, and answers as they are written.
+// The server's API: the model's name and defaults, and streamed answers.
 
-// kind: "token" (it wants another one), "away" (no connection), "refused" (it said why).
+// kind: "token" (the server needs another one), "away" (no connection), "refused" (with a reason).
 export class ServerError extends Error {
   constructor(kind, message) {
     super(message);
@@ -34,12 +34,12 @@ function reason(text) {
 
 export const serverInfo = async () => (await request("/page/info.json")).json();
 
-// Shows the server another token; from then on the browser sends it as a cookie.
+// Sends the server another token. From then on the browser sends it as a cookie.
 export async function unlock(token) {
   await request(`/?token=${encodeURIComponent(token.trim())}`);
 }
 
-// Yields {read, text, reasoning, finish, usage}, each present or not, until the answer is complete.
+// Yields {read, text, reasoning, finish, usage}, each optional, until the answer is complete.
 // read is the share of the question that the model has read, 0 … 1.
 export async function* ask(messages, settings, signal) {
   const response = await request("/v1/chat/completions", {
@@ -73,7 +73,7 @@ export async function* ask(messages, settings, signal) {
   throw new ServerError("away", "The answer broke off: the server has gone away.");
 }
 
-// The data and the comments of server-sent events; other fields are passed over.
+// The data and the comments of server-sent events, without their other fields.
 async function* events(reader) {
   const decoder = new TextDecoder();
   let rest = "";

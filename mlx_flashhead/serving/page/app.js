@@ -38,7 +38,7 @@ function remove(chat) {
   else drawFrame();
 }
 
-// All but the messages: title, list, which button.
+// Everything but the messages: title, list, buttons.
 function drawFrame() {
   document.getElementById("title").textContent = store.chatTitle(current);
   drawHistory(chats, current, { open, remove });
@@ -69,7 +69,7 @@ function send() {
   answer(current);
 }
 
-// Answers the last question anew, in the place of the answer it has.
+// Answers the last question again and replaces its answer.
 function again() {
   if (runs.has(current)) return;
   if (current.messages.at(-1)?.role === "assistant") current.messages.pop();
@@ -128,7 +128,7 @@ input.addEventListener("input", () => {
   store.saveDraft(input.value);
   drawComposer();
 });
-// Return sends where there is a keyboard with a pointer; on a touch screen alone it is a new line.
+// With a keyboard and a pointer Return sends. On a touch screen alone it begins a new line.
 input.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.isComposing) return;
   if ((hasPointer.matches && !event.shiftKey) || event.metaKey || event.ctrlKey) {
@@ -141,7 +141,7 @@ document.getElementById("new-chat").addEventListener("click", () => {
   open(current.messages.length ? store.newChat() : current);
   input.focus();
 });
-// Some browsers break answers off before the page is hidden, which would look like a lost server.
+// Some browsers break answers off before they hide the page, which looks like a lost server.
 for (const event of ["beforeunload", "pagehide"]) {
   window.addEventListener(event, () => {
     runs.forEach((run, chat) => {
@@ -151,7 +151,7 @@ for (const event of ["beforeunload", "pagehide"]) {
   });
 }
 
-// The token came in the address once; the browser has it as a cookie now.
+// The token came in the address. Now the browser has it as a cookie.
 if (location.search) history.replaceState(null, "", location.pathname);
 follow(window.visualViewport);
 input.value = store.loadDraft();

@@ -1,4 +1,4 @@
-// Is the server there, and does it know us? The banner, the dialog for the token.
+// The state of the connection: the banner, and the dialog for the token.
 
 import { serverInfo, unlock } from "./api.js";
 
@@ -11,7 +11,7 @@ const token = document.getElementById("token");
 let timer = null;
 let arrived = () => {};
 
-// onInfo is called with what the server tells about itself, at first and whenever it is back.
+// onInfo is called with the server's info at the start, and whenever the server is back.
 export function connect(onInfo) {
   arrived = onInfo;
   check();
@@ -65,5 +65,5 @@ document.getElementById("unlock").addEventListener("submit", async (event) => {
     wrong.hidden = false;
   }
 });
-// Without a token there is nothing behind the dialog to go back to.
+// Without a token there is no page behind the dialog.
 lock.addEventListener("cancel", (event) => event.preventDefault());

@@ -1,4 +1,4 @@
-// Elements. Text only ever becomes text: nothing in the page parses HTML.
+// Elements. Text always becomes text, since nothing in the page parses HTML.
 
 export function element(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);

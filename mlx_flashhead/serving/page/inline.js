@@ -23,7 +23,7 @@ const MAX_DEPTH = 6;
 
 export function inline(text, depth = 0) {
   const nodes = [];
-  const unclosed = new Set(); // marks without an end after here: each is looked for once
+  const unclosed = new Set(); // marks without an end after this place; each is searched once
   let plain = "";
   let at = 0;
   const push = (node) => {
@@ -100,7 +100,7 @@ function trimmed(address) {
   return opened ? short : short.replace(/\)+[.,:;!?]*$/, "");
 }
 
-// A link to anything else than a web page or a letter stays what was written.
+// A link to anything but a web page or a mail address stays text.
 function anchor(address, words, source) {
   if (!SAFE.test(address)) return document.createTextNode(source);
   const properties = { href: address, target: "_blank", rel: "noopener noreferrer" };
@@ -124,7 +124,7 @@ function takeMarked(text, at, depth, unclosed) {
   return null;
 }
 
-// Where the mark that opens at `at` closes; -1 if nowhere, -2 if it doesn't open here.
+// The end of the mark that opens at `at`; -1 without an end, -2 if no mark opens there.
 function closing(text, at, mark) {
   const start = at + mark.length;
   const word = /[\p{L}\p{N}]/u;

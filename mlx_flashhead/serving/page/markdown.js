@@ -1,5 +1,5 @@
-// Markdown to elements. Text becomes text nodes, and a link must lead to http, https or mailto:
-// whatever a model writes, nothing of it runs. Blocks are here, words in inline.js.
+// Markdown to elements. Text becomes text nodes, and a link must lead to http, https or mailto.
+// So nothing that a model writes can run. Blocks are here, words in inline.js.
 
 import { copyButton, element } from "./dom.js";
 import { inline } from "./inline.js";
@@ -12,8 +12,8 @@ const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(?:\s+(.*)|\s*)$/;
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const MAX_DEPTH = 8; // of lists and quotations in each other
 
-// Renders a growing text into a container. Blocks that have not changed stay the same elements:
-// their scroll position and a selection in them survive.
+// Renders a growing text into a container. Unchanged blocks stay the same elements and keep their
+// scroll position and selection.
 export function renderMarkdown(container, text) {
   const blocks = splitBlocks(text);
   blocks.forEach((block, index) => {

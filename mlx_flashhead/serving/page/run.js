@@ -1,4 +1,4 @@
-// One answer being written: asks the server, fills the message, measures.
+// One answer in progress: asks the server, fills the message, measures.
 
 import { ask, ServerError } from "./api.js";
 
@@ -16,7 +16,7 @@ export class Run {
     this.controller.abort();
   }
 
-  // Resolves when the answer has ended, however it did; to the ServerError if there was one.
+  // Resolves when the answer has ended, to the ServerError if there was one.
   async finish() {
     const clock = new Clock();
     let failure = null;
@@ -52,7 +52,7 @@ export class Run {
   }
 }
 
-// Counts pieces, each of them a token or a few, until the server says how many tokens there were.
+// Counts pieces of one or a few tokens until the server reports the number of tokens.
 class Clock {
   constructor() {
     this.start = performance.now();

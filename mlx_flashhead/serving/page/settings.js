@@ -1,4 +1,4 @@
-// The settings: what is not moved stays what the server has for a default, and isn't sent.
+// The settings. A setting that the user has not moved keeps the server's default and is not sent.
 
 import { loadSettings, saveSettings } from "./store.js";
 
@@ -10,7 +10,7 @@ let defaults = {};
 
 const input = (name) => document.getElementById(name);
 
-// What goes into a request.
+// The settings of a request.
 export function requestSettings() {
   const settings = {};
   for (const name of sliders) {

@@ -1,8 +1,8 @@
-// What the browser keeps: conversations, settings, the unsent draft. A conversation has a key of
-// its own, so that two windows do not overwrite each other's.
+// The browser's storage: conversations, settings, the unsent draft. Each conversation has its own
+// key, so that two windows do not overwrite each other's.
 
 const CHAT = "flashhead.chat.";
-const memory = new Map(); // when the browser keeps nothing: what lives as long as the page
+const memory = new Map(); // for a browser without storage; lives as long as the page
 
 function read(key) {
   if (memory.has(key)) return memory.get(key);
@@ -13,7 +13,7 @@ function read(key) {
   }
 }
 
-// Returns whether it will be there after a reload.
+// Returns whether the record survives a reload.
 function write(key, text) {
   try {
     localStorage.setItem(key, text);
@@ -56,7 +56,7 @@ export function chatTitle(chat) {
 const isText = (value) => typeof value === "string";
 const isNumber = (value) => Number.isFinite(value);
 
-// Whether the page can draw what was kept as a message.
+// Whether the page can draw a stored message.
 function isMessage(message) {
   const { role, content, reasoning = "", error = "", stats } = message ?? {};
   return (
@@ -68,7 +68,7 @@ function isMessage(message) {
   );
 }
 
-// All conversations, the latest first. One whose record is damaged is left out.
+// All conversations, the latest first, without damaged ones.
 export function loadChats() {
   const chats = [];
   for (const key of keys()) {
@@ -90,7 +90,7 @@ export function deleteChat(chat) {
   try {
     localStorage.removeItem(CHAT + chat.id);
   } catch {
-    // it was in memory alone
+    // it was in memory only
   }
 }
 

@@ -1,4 +1,4 @@
-// Draws a conversation. Knows elements and messages, nothing of the server.
+// Draws a conversation. Knows elements and messages, but not the server.
 
 import { copyButton, element, iconButton } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
@@ -6,7 +6,7 @@ import { renderMarkdown } from "./markdown.js";
 const scroller = document.getElementById("scroller");
 const list = document.getElementById("messages");
 const toEnd = document.getElementById("to-end");
-const NEAR = 80; // pixels from the end that still count as being there
+const NEAR = 80; // pixels from the end that count as the end
 
 let following = true; // until the reader scrolls up
 let lastTop = 0;
@@ -17,7 +17,7 @@ const atEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.client
 scroller.addEventListener("scroll", () => {
   const up = scroller.scrollTop < lastTop;
   lastTop = scroller.scrollTop;
-  if (up || atEnd()) following = atEnd(); // what grows at the end moves nobody
+  if (up || atEnd()) following = atEnd(); // text that grows at the end does not scroll the reader
   toEnd.hidden = following;
 });
 toEnd.addEventListener("click", () => scrollToEnd());
@@ -66,7 +66,7 @@ function update(node, message) {
   }
 }
 
-// read: the share of the question that has been read; a short question is read at once.
+// read: the share of the question that the model has read. A short question is read at once.
 function showWaiting(body, read) {
   let node = body.querySelector(":scope > .waiting");
   if (!node) {
@@ -91,7 +91,7 @@ function updateThinking(node, message) {
   details.lastChild.textContent = message.reasoning.trim();
 }
 
-// Below each message what can be done with it; "again" only below the last answer.
+// The buttons below each message; "again" below the last answer only.
 function drawActions(chat, handlers) {
   const last = chat.messages.at(-1);
   for (const message of chat.messages) {

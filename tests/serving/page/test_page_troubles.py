@@ -168,5 +168,5 @@ def test_browser_that_keeps_nothing(server, open_page):
     for number in (1, 2):
         ask(page, f"Question {number}")
         expect(page.locator(".stats")).to_have_count(number)
-    expect(page.locator("#full")).to_contain_text("keeps nothing more")
+    expect(page.locator("#full")).to_contain_text("has no room left")
     assert len(script.requests[1]["messages"]) == 3
