@@ -21,4 +21,4 @@ check "Types" mypy --no-error-summary
 check "GitHub's workflows: their schema" check-jsonschema --quiet \
   --builtin-schema vendor.github-workflows .github/workflows/*.yml
 check "GitHub's workflows: their safety" zizmor --offline --quiet --strict-collection .
-check "Tests" pytest -q -n 2 --dist loadfile --durations 25 "$@"
+check "Tests" pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 "$@"

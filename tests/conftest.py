@@ -23,6 +23,11 @@ from fetch_smollm2 import fetch_smollm2
 from loopback_hub import TOKEN, Account, LoopbackHub
 
 
+def pytest_collection_modifyitems(items):
+    """The real model's files come first: they take longest, and two processes share the files."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 @pytest.fixture(scope="session")
 def real_model_folder() -> Path:
     """SmolLM2-135M-Instruct in float32, built once per machine.
