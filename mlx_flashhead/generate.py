@@ -145,7 +145,7 @@ def _check_arguments(parser, args) -> None:
         parser.error("--dense scores every token: leave --n-probes out")
     if args.draw_probes and (args.json_schema or args.regex or args.grammar):
         parser.error(
-            "--draw-probes draws the clusters before it is known what the text may be: leave it out"
+            "--draw-probes draws the clusters without regard to the form of the text: leave it out"
         )
     if args.prompt_cache_file is not None:
         _check_prompt_cache(parser, args)

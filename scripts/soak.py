@@ -1,9 +1,9 @@
-"""Keeps a server busy for minutes with clients of all kinds, and says what became of it.
+"""Keeps a server busy for minutes with clients of all kinds, and reports the outcome.
 
     python scripts/soak.py --model smollm2-flashhead [--minutes 10] [--clients 8]
 
-Most requests are sound: their answers are compared with those that the server gave before, when
-nobody else asked. The others hang up, send long texts, texts that are too long, or nonsense.
+Most requests are sound. Their answers are compared with earlier answers of the idle server. The
+others hang up, send long texts, texts that are too long, or nonsense.
 """
 
 import argparse
@@ -60,14 +60,14 @@ BODIES = (
 
 @dataclass
 class Tally:
-    """What has happened.
+    """The counts of a run.
 
     Attributes:
-        requests: Of each kind.
-        outcomes: Of the sound ones and of those that must be refused.
+        requests: Number of requests of each kind.
+        outcomes: Outcomes of sound requests and of those that the server must refuse.
         first: Seconds to the first text of sound streams.
         memory: (seconds since the start, resident megabytes) of the server.
-        problems: Sentences on what must not happen.
+        problems: Sentences on failures.
     """
 
     requests: Counter = field(default_factory=Counter)
@@ -82,10 +82,10 @@ class Client:
     """One of the clients.
 
     Args:
-        port: The server's.
+        port: The server's port.
         expected: Question → answer.
-        tally: Where outcomes are counted.
-        seed: Of what it does.
+        tally: Counts the outcomes.
+        seed: Seed of the client's choices.
     """
 
     def __init__(self, port: int, expected: dict[str, str], tally: Tally, seed: int):
@@ -156,10 +156,10 @@ class Client:
 def ask(
     port: int, question: str, *, stream: bool, max_tokens: int = TOKENS
 ) -> tuple[str, float | None]:
-    """The answer to a question, and when its first text came, if it was streamed.
+    """The answer to a question, and the time of its first text if it is streamed.
 
     Raises:
-        ValueError: If it is no answer.
+        ValueError: If the server does not answer.
     """
     connection = HTTPConnection("127.0.0.1", port, timeout=600)
     try:
@@ -211,7 +211,7 @@ def _megabytes(pid: int) -> float:
 
 
 def _watch(pid: int, port: int, tally: Tally, until: float) -> None:
-    """Every few seconds: the server's memory, and whether ``/health`` is answered at once."""
+    """Every few seconds notes the server's memory, and checks that ``/health`` answers at once."""
     began = time.monotonic()
     while time.monotonic() < until:
         asked = time.monotonic()
@@ -229,7 +229,7 @@ def _watch(pid: int, port: int, tally: Tally, until: float) -> None:
 
 
 def report(tally: Tally, log: str, code: int) -> list[str]:
-    """What happened, as lines of a page."""
+    """The outcome as a page."""
     lines = ["| requests | number |", "|---|---:|"]
     lines += [f"| {kind} | {tally.requests[kind]:,} |" for kind in KINDS]
     lines += ["", "| outcome | number |", "|---|---:|"]

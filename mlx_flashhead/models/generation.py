@@ -88,10 +88,10 @@ def batch_generate(
     draw_temperature: float | None = None,
     **kwargs: Any,
 ) -> BatchResponse:
-    """Generates for several prompts at once: ``mlx_lm.batch_generate``, likewise extended.
+    """Generates for several prompts at once: ``mlx_lm.batch_generate`` with the same settings.
 
-    A logits processor with a ``for_sequence``, such as :func:`grammar_processor` makes, is made
-    anew for each prompt.
+    Each prompt gets its own copy of a logits processor that has ``for_sequence``, such as those of
+    :func:`grammar_processor`.
     """
     settings = _settings(model, n_probes, dense, draw_temperature)
     with settings():
@@ -117,7 +117,7 @@ def _settings(
 def _exact(
     kwargs: dict[str, Any], model: nn.Module, dense: bool, several: bool = False
 ) -> dict[str, Any]:
-    """The keywords, with logits processors whose outcome is exact."""
+    """The keywords, with logits processors of exact outcome."""
     processors = kwargs.get("logits_processors")
     if not processors:
         return kwargs
@@ -134,13 +134,13 @@ def _exact(
 
 
 class _OfEachSequence:
-    """Logits processors of which each sequence of a batch gets its own.
+    """A list of logits processors that gives each sequence of a batch its own.
 
-    mlx-lm has one list for all sequences, of which it makes a tuple for each of them.
+    mlx-lm has one list for all sequences and makes a tuple of it for each of them.
 
     Args:
-        processors: The processors; those with a ``for_sequence`` are made anew by it.
-        make: What makes a sequence's list of its processors.
+        processors: The processors. ``for_sequence`` of a processor makes a new one.
+        make: Makes a sequence's list from its processors.
     """
 
     def __init__(

@@ -186,10 +186,10 @@ class _FlashModule(_Module):
     _asked_by: CodeType | None
 
     def _project(self, hidden: mx.array) -> mx.array:
-        """(..., D) → (..., V): the model's logits, and products with all rows for other ends.
+        """(..., D) → (..., V): the model's logits, or the product with all rows for other uses.
 
-        Other ends are gradients, which do not pass through the choice of clusters, and what the
-        model's own code asks for elsewhere. gemma4_text looks tokens up by their embeddings so.
+        Gradients do not pass through the choice of clusters, so training uses all rows. So do calls
+        from other places of the model's code: gemma4_text finds tokens by their embeddings.
         """
         asked_by, usual = sys._getframe(2).f_code, self._asked_by
         elsewhere = usual is not None and asked_by is not usual

@@ -36,7 +36,11 @@ mlx_flashhead.generate --model {model} --prompt "Why is the sky blue?"
 from mlx_flashhead import load, generate
 
 model, tokenizer = load("{model}")
-text = generate(model, tokenizer, prompt="Why is the sky blue?", max_tokens=100)
+prompt = "Why is the sky blue?"
+if tokenizer.chat_template is not None:
+    messages = [{{"role": "user", "content": prompt}}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+print(generate(model, tokenizer, prompt, max_tokens=100))
 ```
 
 Plain [mlx-lm](https://github.com/ml-explore/mlx-lm) reads the same files as the ordinary dense
@@ -76,10 +80,10 @@ mlx_lm.generate --model {model} --prompt "Why is the sky blue?"
 """
 LEGEND = """\
 *Agreement*: the same best token as the dense head of this checkpoint. *Coverage*: the true next
-token is among those scored. *KL*: from the dense head's distribution, in nats. *Perplexity*: of the
-true next tokens, as a multiple of the dense head's{dense}, with estimates for the tokens that are
-not scored. *Bytes*: weights that the head reads per token; the dense head reads {dense_bytes}.
-**Bold**: what the checkpoint is set to. Speed was not measured."""
+token is among the scored ones. *KL*: from the dense head's distribution, in nats. *Perplexity*: of
+the true next tokens, as a multiple of the dense head's{dense}, with estimates for the tokens that
+are not scored. *Bytes*: weights that the head reads per token; the dense head reads {dense_bytes}.
+**Bold**: the checkpoint's setting. Speed was not measured."""
 NOT_MEASURED = """\
 Nothing, since it was not calibrated. `mlx_flashhead.evaluate --model {model} --text FILE` measures
 it."""

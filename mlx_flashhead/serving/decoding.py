@@ -172,7 +172,7 @@ class Single(Decoder):
 
 
 def _processors(job: Job) -> list[LogitsProcessor]:
-    """A sequence's, so that what they leave is exact; known to the generating thread alone."""
+    """A sequence's processors with an exact outcome. For the generating thread only."""
     return exact_processors(job.processors, job.served.model, job.served.draft_model)
 
 

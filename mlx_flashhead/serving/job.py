@@ -70,8 +70,8 @@ class Job:
         logprobs: Number of likeliest tokens to report; None reports no logprobs.
         index: Number of this answer within its request.
         events: Queue of the events, each with the index before it.
-        grammar: A last processor, which keeps the answer in a form and, where that is complete,
-            leaves nothing but the end token; None for any text.
+        grammar: A last processor, which keeps the answer in a form and allows the end token alone
+            when the form is complete; None for any text.
         cancelled: Set when nobody wants the answer any more. The generating thread then drops it.
         cached: Tokens of the prompt that were found in a cache.
         n_tokens: Generated tokens, with the end token.

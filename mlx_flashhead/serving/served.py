@@ -55,7 +55,7 @@ class ServedModel:
         cuttable: Whether its caches can always be cut back to their beginning.
         template_settings: Names that its chat template takes from ``chat_template_kwargs``.
         longest_token: Characters of the longest token.
-        exact: Makes a sequence's logits processors exact, where that is possible.
+        exact: Makes a sequence's logits processors exact, if the model allows it.
     """
 
     names: tuple[str, ...]
@@ -82,7 +82,7 @@ class ServedModel:
             exact_processors, model=self.model, draft_model=self.draft_model
         )
         try:
-            self.exact([lambda _, logits: logits])  # what has to be computed is computed here
+            self.exact([lambda _, logits: logits])  # computes and keeps the parts for all requests
         except UnsupportedHeadError as error:
             logger.warning("%s", error)
             self.exact = list
