@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 
 from ..models.compat.generate import BatchGenerator, generate_step, speculative_generate_step
-from ..models.exact import exact_processors
 from .job import Job
 from .prompt_caches import KVCaches
 from .reading import Reading
@@ -172,8 +171,11 @@ class Single(Decoder):
 
 
 def _processors(job: Job) -> list[LogitsProcessor]:
-    """A sequence's processors with an exact outcome. For the generating thread only."""
-    return exact_processors(job.processors, job.served.model, job.served.draft_model)
+    """A sequence's processors with an exact outcome.
+
+    They watch the head, so only the generating thread makes them and drops them.
+    """
+    return job.served.exact(job.processors)
 
 
 def _after(prefix: mx.array, processor: LogitsProcessor) -> LogitsProcessor:

@@ -22,6 +22,7 @@ from .prompts import Prompt, read_prompts
 from .requests import Request, read_request
 from .sampling import sampler_for
 from .served import Catalogue
+from .time_limit import time_limit
 from .valid_json import dumps, loads
 
 MODELS_PATH = "/v1/models"
@@ -29,7 +30,8 @@ CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 TEXT_PATHS = ("/v1/completions",)
 # How often a waiting client's connection is checked.
 _LOOK_SECONDS = 0.25
-_PREPARED_AT_ONCE = 4
+_PREPARED_AT_ONCE = 8
+READ_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,18 @@ class ApiHandler(GuardedHandler):
             )
         with self.server.answering(self.connection, self.client_address[0]):
             body = self.read_body(int(self.headers["Content-Length"]))
+            too_slow = Problem(
+                f"The request could not be read within {READ_SECONDS:g} seconds: simplify its "
+                "response_format or grammar."
+            )
             with self._service.preparing:
-                request = read_request(
-                    _parsed(body),
-                    chat=path in CHAT_PATHS,
-                    catalogue=self._service.catalogue,
-                    defaults=self._service.flags,
-                )
+                with time_limit(READ_SECONDS, too_slow):
+                    request = read_request(
+                        _parsed(body),
+                        chat=path in CHAT_PATHS,
+                        catalogue=self._service.catalogue,
+                        defaults=self._service.flags,
+                    )
                 answer = _Answer(request, read_prompts(request), self)
             del body
             with answer.under_way(self._service.engine):

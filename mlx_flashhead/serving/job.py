@@ -97,10 +97,8 @@ class Job:
     _text: AnswerText = field(init=False)
 
     def __post_init__(self):
-        own = list(self.processors)
         if self.grammar is not None:
-            own.append(self.grammar)
-        self.processors = self.served.exact(own)
+            self.processors = [*self.processors, self.grammar]
         self._text = AnswerText(self.served, self.stop, self.prompt.state)
 
     def tell(self, event: Event) -> None:

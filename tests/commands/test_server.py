@@ -184,7 +184,7 @@ def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
     served = ("--model", converted, "--port", 0)
     assert f"1 to {N_CLUSTERS}" in refused("server", *served, "--n-probes", N_CLUSTERS + 1)
     assert "no folder ./absent" in refused("server", *served, "--draft-model", "./absent")
-    assert "no such host" in refused("server", *served, "--host", "no.such.host.invalid")
+    assert "the host does not exist" in refused("server", *served, "--host", "no.such.host.invalid")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
