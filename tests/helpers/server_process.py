@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,14 @@ class Server:
     def log(self) -> str:
         """What it has written to standard error."""
         return self.errors.read_text(encoding="utf-8")
+
+    def lines(self, number: int, after: int = 0) -> list[str]:
+        """So many lines of it: one is written when its request's client has the answer."""
+        until = time.monotonic() + 20
+        while len(lines := self.log().splitlines()[after:]) < number:
+            assert time.monotonic() < until, lines
+            time.sleep(0.01)
+        return lines
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Ends it by a signal: → (exit code, the rest of its standard output)."""
