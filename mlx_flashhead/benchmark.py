@@ -11,13 +11,14 @@ import numpy as np
 
 from .benchmarks import estimate
 from .benchmarks.conversion import convert_benchmark, index_benchmark
+from .benchmarks.draft import PROBES, draft_benchmark
 from .benchmarks.head import CLUSTER_SIZE, SHAPES, head_benchmark, random_head
 from .benchmarks.machine import machine
 from .benchmarks.model import SAMPLERS, model_benchmark
 from .benchmarks.output import draw, print_result
 from .benchmarks.positions import COUNTS, positions_benchmark
 from .benchmarks.sampler import sampler_benchmark
-from .cli.arguments import Parser, whole_number
+from .cli.arguments import Parser, whole_number, whole_numbers
 from .cli.console import check_writable, command
 from .cli.pictures import check_picture
 from .cli.tables import check_tables
@@ -29,7 +30,7 @@ from .models.load import load
 
 DTYPES = ("float32", "float16", "bfloat16")
 HEAD, POSITIONS, MODEL, CONVERT = "head", "positions", "model", "convert"
-SAMPLER, ESTIMATE = "sampler", "estimate"
+SAMPLER, DRAFT, ESTIMATE = "sampler", "draft", "estimate"
 SAMPLER_WIDTH = 64  # of the random heads: a sampler reads the clusters, not the rows
 REPORT = """\
 Please send this to the project as an issue, with the template "Benchmark":
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_model(kinds)
     _add_convert(kinds)
     _add_sampler(kinds)
+    _add_draft(kinds)
     estimate.add_parser(kinds)
     return parser
 
@@ -193,6 +195,41 @@ def _add_sampler(kinds) -> None:
     _add_common(parser, rounds=20)
 
 
+def _add_draft(kinds) -> None:
+    parser = kinds.add_parser(
+        DRAFT,
+        help="time speculative decoding",
+        description="Time decoding without a draft, with a dense draft and with a draft's "
+        "FlashHead, and count the drafts that are accepted.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="Folder or repository of a FlashHead checkpoint."
+    )
+    parser.add_argument(
+        "--draft-model", required=True, help="The same of a smaller model that drafts for it."
+    )
+    parser.add_argument(
+        "--probes",
+        type=whole_numbers(1),
+        default=PROBES,
+        metavar="16,32,…",
+        help=f"Clusters that the draft scores (default: {','.join(map(str, PROBES))}).",
+    )
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=whole_number(1),
+        default=3,
+        help="Tokens drafted at once (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=whole_number(2),
+        default=40,
+        help="Tokens of each answer (default: %(default)s).",
+    )
+    _add_common(parser, rounds=3)
+
+
 def _add_common(parser: argparse.ArgumentParser, rounds: int | None) -> None:
     if rounds is not None:
         parser.add_argument(
@@ -226,6 +263,7 @@ def main() -> None:
         MODEL: _model,
         CONVERT: _convert,
         SAMPLER: _sampler,
+        DRAFT: _draft,
     }
     found = measure[args.kind](args)
     result = {
@@ -320,6 +358,22 @@ def _convert(args: argparse.Namespace) -> list[dict]:
         return [convert_benchmark(args.model, calibration_positions=positions)]
     name, (vocab_size, hidden_size) = args.shape
     return [{"name": name} | index_benchmark(vocab_size, hidden_size, positions)]
+
+
+def _draft(args: argparse.Namespace) -> list[dict]:
+    target, tokenizer = load(args.model)
+    draft, _ = load(args.draft_model)
+    measured = draft_benchmark(
+        target,
+        draft,
+        tokenizer,
+        probes=args.probes,
+        num_draft_tokens=args.num_draft_tokens,
+        tokens=args.tokens,
+        rounds=args.rounds,
+    )
+    about = {"model": Path(args.model).name, "draft_model": Path(args.draft_model).name}
+    return [about | measured]
 
 
 def _sampler(args: argparse.Namespace) -> list[dict]:

@@ -25,6 +25,7 @@ def print_result(result: dict) -> None:
         "model": _model_table,
         "convert": _convert_table,
         "sampler": _sampler_table,
+        "draft": _draft_table,
     }
     make_table = tables[result["kind"]]
     about = result["machine"]
@@ -146,6 +147,25 @@ def _sampler_table(one: dict) -> "Table":
     return table
 
 
+def _draft_table(one: dict) -> "Table":
+    table = new_table(
+        f"{one['draft_model']} drafts {one['num_draft_tokens']} tokens for {one['model']}",
+        ("draft", "tokens/s", "quartiles", "accepted", "same answers"),
+        f"{one['answers']} greedy answers of {one['tokens']} tokens. accepted: of the drafted "
+        "tokens;\nsame answers: as without a draft.",
+    )
+    for form in one["forms"]:
+        speed, accepted = form["tokens_per_second"], form["acceptance"]
+        table.add_row(
+            form["name"],
+            f"{speed['median']:.1f}",
+            _quartiles(speed),
+            "–" if accepted is None else f"{accepted:.1%}",
+            f"{form['same_answers']:.0%}",
+        )
+    return table
+
+
 def _quartiles(spread: dict) -> str:
     return f"{spread['lower']:.2f}–{spread['upper']:.2f}"
 
@@ -164,6 +184,7 @@ def draw(result: dict, path: str) -> None:
         "model": _draw_model,
         "convert": _draw_convert,
         "sampler": _draw_sampler,
+        "draft": _draw_draft,
     }
     for axis, one in zip(axes[:, 0], results, strict=True):
         draw_one[result["kind"]](axis, one)
@@ -225,3 +246,12 @@ def _draw_sampler(axis, one: dict) -> None:
             axis.bar_label(bar, fmt=" %.2f")
     axis.set(title=f"{one['name']}, batch {one['positions']}", xlabel="ms per call")
     axis.margins(x=0.1)
+
+
+def _draw_draft(axis, one: dict) -> None:
+    for form in one["forms"]:
+        bar = axis.barh(form["name"], form["tokens_per_second"]["median"], color="tab:blue")
+        accepted = form["acceptance"]
+        axis.bar_label(bar, labels=["" if accepted is None else f" {accepted:.0%} accepted"])
+    axis.set(title=f"{one['draft_model']} drafts for {one['model']}", xlabel="tokens/s")
+    axis.margins(x=0.2)

@@ -54,6 +54,17 @@ def test_head_of_a_model(run, converted, tmp_path):
     assert (one["n_probes"], one["hidden_size"], one["name"]) == (2, 128, "model")
 
 
+def test_draft(run, converted, tmp_path):
+    screen, (one,) = check_outputs(
+        run, tmp_path, "draft", "--model", converted, "--draft-model", converted, "--probes", "1,4",
+        "--tokens", 9, "--rounds", 1, "--num-draft-tokens", 2,
+    )  # fmt: skip
+    assert [form["n_probes"] for form in one["forms"]] == [None, None, 1, 4]
+    for form in one["forms"][1:]:
+        (line,) = (line for line in screen.splitlines() if f" {form['name']} " in line)
+        assert f"{form['acceptance']:.1%}" in line
+
+
 def test_positions(run, tmp_path):
     screen, (one, other) = check_outputs(
         run, tmp_path, "positions", "--shape", "320,64", "--shape", "203,64", "--n-probes", 3,
