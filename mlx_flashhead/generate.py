@@ -8,12 +8,11 @@ from pathlib import Path
 from .cli.arguments import adopt, whole_number
 from .cli.console import command
 from .cli.processes import draw_alike, first_process_speaks, join_processes, leave_together
-from .index.files import has_flash_head
 from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
 from .models.generation import generate
 from .models.install import installed_head
-from .models.load import load, load_dense, resolve
+from .models.load import load, load_dense, load_draft, resolve
 from .models.sampling import make_sampler
 from .models.sharded import load_dense_part, sharded_load
 from .structured.options import add_grammar_options, grammar_of
@@ -37,6 +36,12 @@ def make_parser():
         "--n-probes",
         type=whole_number(1),
         help="Clusters scored per token (default: the number chosen at conversion).",
+    )
+    group.add_argument(
+        "--draft-probes",
+        type=whole_number(1),
+        help="Clusters scored for each drafted token (default: a quarter of the draft model's own "
+        "number).",
     )
     group.add_argument(
         "--dense", action="store_true", help="Score every token: the dense model, for comparison."
@@ -73,7 +78,9 @@ def main() -> None:
         def load_for_main(path, *, return_config=False, **kwargs):
             nonlocal target
             if target is not None:  # the draft model comes second
-                return load_draft(path, trust_remote_code=args.trust_remote_code)
+                return load_draft(
+                    path, n_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
+                )
             if processes.size() > 1:
                 loaded = _load_part(args, processes, path, **kwargs)
             elif args.dense:
@@ -128,19 +135,13 @@ def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **
     return loaded
 
 
-def load_draft(path: str, **kwargs):
-    """A draft model, with its FlashHead if the folder has one, and its tokenizer."""
-    folder = resolve(path)
-    if has_flash_head(folder):
-        return load(str(folder), **kwargs)
-    return load_dense(folder, **kwargs)[:2]
-
-
 def _check_arguments(parser, args) -> None:
     if args.model is None and args.prompt_cache_file is None:
         parser.error("--model is needed: the folder or repository of a FlashHead checkpoint")
     if args.draw_probes and (args.dense or not args.temp > 0):
         parser.error("--draw-probes needs --temp above 0, and no --dense")
+    if args.draft_probes is not None and args.draft_model is None:
+        parser.error("--draft-probes are a draft model's: add --draft-model, or leave it out")
     if args.dense and args.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
     if args.draw_probes and (args.json_schema or args.regex or args.grammar):

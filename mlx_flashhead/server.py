@@ -24,6 +24,8 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.dense and flags.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
+    if flags.draft_probes is not None and flags.draft_model is None:
+        parser.error("--draft-probes are a draft model's: add --draft-model, or leave it out")
     check_access(parser, flags)
     if join_processes().size() > 1:
         parser.error("the server is one process: start it without mlx.launch")

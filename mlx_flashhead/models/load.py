@@ -10,11 +10,14 @@ import mlx.nn as nn
 import mlx_lm
 
 from ..head.flash_head import FlashHead
-from ..index.files import FILE_NAME, FlashHeadIndex, read_index
+from ..index.files import FILE_NAME, FlashHeadIndex, has_flash_head, read_index
 from ..index.redaction import redact
 from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
-from .install import install
+from .install import install, installed_head
 from .locate import find_head
+
+# Of its own number of probes, what a draft model's FlashHead scores.
+DRAFT_SHARE = 1 / 4
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
@@ -99,6 +102,41 @@ def load(
     )
     install_index(model, index, n_probes=n_probes, backend=backend)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def load_draft(
+    path_or_hf_repo: str, *, n_probes: int | None = None, trust_remote_code: bool = False
+):
+    """Loads a draft model, with its FlashHead where there is one.
+
+    The target verifies each draft, so that fewer probes cost no exactness: a head drafts with a
+    quarter of its own number unless another is given.
+
+    Args:
+        path_or_hf_repo: A local folder or a Hugging Face repository.
+        n_probes: Clusters that its FlashHead scores per token.
+        trust_remote_code: Allow the repository's own Python code.
+
+    Returns:
+        ``(model, tokenizer)``.
+
+    Raises:
+        ValueError: As in :func:`load`; also if a number of probes is given and there is no
+            FlashHead.
+    """
+    folder = resolve(path_or_hf_repo)
+    if not has_flash_head(folder):
+        if n_probes is not None:
+            raise ValueError(
+                f"{path_or_hf_repo} has no FlashHead, so that it drafts with no probes: leave "
+                "--draft-probes out."
+            )
+        return load_dense(folder, trust_remote_code=trust_remote_code)[:2]
+    model, tokenizer = load(str(folder), trust_remote_code=trust_remote_code, n_probes=n_probes)
+    if n_probes is None:
+        head = installed_head(model)
+        head.n_probes = max(1, round(head.n_probes * DRAFT_SHARE))
+    return model, tokenizer
 
 
 def load_dense(folder: Path, **kwargs: Any):

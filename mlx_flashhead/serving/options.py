@@ -55,6 +55,12 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter-path", help="Folder of LoRA adapters for --model.")
     group.add_argument("--draft-model", help="A model that drafts tokens for --model.")
     group.add_argument(
+        "--draft-probes",
+        type=whole_number(1),
+        help="Clusters scored for each drafted token (default: a quarter of the draft model's own "
+        "number).",
+    )
+    group.add_argument(
         "--num-draft-tokens",
         type=whole_number(1, 64),
         default=3,

@@ -21,7 +21,7 @@ from ..models.compat.cache import KVCache, make_prompt_cache
 from ..models.errors import UnsupportedHeadError
 from ..models.exact import Processor, exact_processors
 from ..models.install import get_flash_head
-from ..models.load import load, load_dense, resolve
+from ..models.load import load, load_dense, load_draft, resolve
 from .problems import Problem
 
 # mlx-lm's word for the model of --model
@@ -231,9 +231,9 @@ def context_of(config: dict[str, Any], tokenizer: Any) -> int:
 
 
 def _draft(args: Namespace, tokenizer: Any) -> nn.Module:
-    folder = resolve(args.draft_model)
-    loaded = load(str(folder)) if has_flash_head(folder) else load_dense(folder)
-    model, draft_tokenizer = loaded[:2]
+    model, draft_tokenizer = load_draft(
+        args.draft_model, n_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
+    )
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
         logger.warning("%s has another tokenizer: few drafts will be accepted.", args.draft_model)
     if (head := get_flash_head(model)) is not None:

@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_flashhead
+from mlx_flashhead.models.load import DRAFT_SHARE
 from model_folders import VOCAB_SIZE, write_tokenizer
 from model_pair import make_pair, uncached
 from remote_code import write_remote_model
@@ -72,10 +73,25 @@ def test_drafts_come_from_a_flash_head(run, pair, monkeypatch):
         return drafts[-1]
 
     monkeypatch.setattr(module, "load_draft", look)
-    for folder in (pair.folder, pair.dense_folder):
-        generated(run, "--model", pair.folder, "--n-probes", 5, "--draft-model", folder, *ASK)
+    for folder, flags in (
+        (pair.folder, ()),
+        (pair.folder, ("--draft-probes", 2)),
+        (pair.dense_folder, ()),
+    ):
+        target = ("--model", pair.folder, "--n-probes", 5)
+        generated(run, *target, "--draft-model", folder, *flags, *ASK)
     heads = [mlx_flashhead.get_flash_head(model) for model, _ in drafts]
-    assert heads[0].n_probes == 3 and heads[1] is None
+    assert heads[0].n_probes == max(1, round(3 * DRAFT_SHARE))
+    assert heads[1].n_probes == 2 and heads[2] is None
+
+
+def test_wrong_draft_probes(refused, pair):
+    model = ("--model", pair.folder, "--draft-probes")
+    assert "add --draft-model" in refused("generate", *model, 2, *ASK)
+    dense = ("--draft-model", pair.dense_folder)
+    assert "has no FlashHead" in refused("generate", *model, 2, *dense, *ASK)
+    many = ("--draft-model", pair.folder)
+    assert "n_probes is 9999" in refused("generate", *model, 9999, *many, *ASK)
 
 
 def cache_prompt(monkeypatch, folder, file, *flags):
