@@ -21,7 +21,6 @@ MODELS = Path("models")
 DENSE_MODEL = MODELS / "SmolLM2-135M-Instruct"
 FLASH_HEAD_MODEL = MODELS / "SmolLM2-135M-Instruct-FlashHead"
 PROMPT = "Why is the sky blue? Explain it to a child."
-CALIBRATION_POSITIONS = 2_000  # the default of 12,000 takes 20 minutes on two cores
 
 
 @command
@@ -44,12 +43,8 @@ def main() -> None:
     if FLASH_HEAD_MODEL.exists():
         console.print(f"Its FlashHead form is already there: {FLASH_HEAD_MODEL}")
     else:
-        console.print("Converting it, which is done once and takes about 5 minutes on two cores.")
-        mlx_flashhead.convert(
-            str(DENSE_MODEL),
-            str(FLASH_HEAD_MODEL),
-            calibration_positions=CALIBRATION_POSITIONS,
-        )
+        console.print("Converting it, which is done once and takes a few minutes on two cores.")
+        mlx_flashhead.convert(str(DENSE_MODEL), str(FLASH_HEAD_MODEL))
     flash, tokenizer = mlx_flashhead.load(str(FLASH_HEAD_MODEL))
     compare(
         dense_copy(flash),
