@@ -52,10 +52,29 @@ def exact_processors(
     Raises:
         UnsupportedHeadError: If the model changes its logits in a way that makes this impossible.
     """
+    parts = [_parts(processor) for processor in processors or ()]  # some may be exact already
+    own = [processor for part in parts for processor in part]
     models = [m for m in (model, draft_model) if m is not None and get_flash_head(m) is not None]
-    if not processors or not models:
-        return list(processors or ())
-    return [_Together(processors, {installed_head(m): finish_of(m) for m in models})]
+    if not own or not models:
+        return own
+    return [_Together(own, {installed_head(m): finish_of(m) for m in models})]
+
+
+def begin(processors: Sequence[Processor]) -> None:
+    """Tells those processors that want to know it that a text begins."""
+    for processor in (p for part in map(_parts, processors) for p in part):
+        if hasattr(processor, "begin"):
+            processor.begin()
+
+
+def for_sequence(processors: Sequence[Processor]) -> list[Processor]:
+    """Processors for another sequence: those with a state of one are made anew."""
+    own = [p for part in map(_parts, processors) for p in part]
+    return [p.for_sequence() if hasattr(p, "for_sequence") else p for p in own]
+
+
+def _parts(processor: Processor) -> list[Processor]:
+    return processor.processors if isinstance(processor, _Together) else [processor]
 
 
 class _Together:
@@ -67,7 +86,7 @@ class _Together:
     """
 
     def __init__(self, processors: Sequence[Processor], finishes: dict[FlashHead, Finish]):
-        self._processors = list(processors)
+        self.processors = list(processors)
         self._finishes = finishes
         self._latest = LatestCall()
         for head in finishes:
@@ -81,7 +100,7 @@ class _Together:
         rows, known = _rows_of(logits, call, finish)
         if len(call.hidden) > 1 or len(logits) > 1:
             call = call.take(rows)
-        context = _context(tokens, len(logits))
+        context = _context(tokens, *logits.shape)
         before = logits
         if context is not None:
             found = call.head.logits_of(call.hidden, context)
@@ -99,7 +118,7 @@ class _Together:
         return mx.where(known, exact, after)
 
     def _run(self, tokens: Any, logits: mx.array) -> mx.array:
-        for processor in self._processors:
+        for processor in self.processors:
             logits = processor(tokens, logits)
         return logits
 
@@ -108,7 +127,8 @@ def _rows_of(logits: mx.array, call: Call, finish: Finish) -> tuple[mx.array, mx
     """The call's rows (R',) that ``logits`` (R', V) are, and whether they are any, (R', 1)."""
     vocab_size = logits.shape[-1]
     step = max(1, vocab_size // COMPARED_TOKENS)
-    columns = mx.array([*range(0, vocab_size, step), *call.head.eos_token_ids])
+    ends = [token for token in call.head.eos_token_ids if 0 <= token < vocab_size]
+    columns = mx.array([*range(0, vocab_size, step), *ends])
     given = logits[:, columns].astype(mx.float32)
     if "finished" not in call.notes:  # once for all rows of a batch
         call.notes["finished"] = finish(call.logits)
@@ -120,7 +140,7 @@ def _rows_of(logits: mx.array, call: Call, finish: Finish) -> tuple[mx.array, mx
     return mx.argmin(apart, axis=-1), mx.min(apart, axis=-1, keepdims=True) <= tolerance
 
 
-def _context(tokens: Any, n_rows: int) -> mx.array | None:
+def _context(tokens: Any, n_rows: int, vocab_size: int) -> mx.array | None:
     """The latest tokens (n_rows, CONTEXT_TOKENS). If there are fewer, the first is repeated."""
     tokens = tokens if isinstance(tokens, mx.array) else mx.array(tokens or (), dtype=mx.uint32)
     if tokens.ndim != 1 or not tokens.size:
@@ -129,4 +149,5 @@ def _context(tokens: Any, n_rows: int) -> mx.array | None:
     missing = CONTEXT_TOKENS - latest.size
     if missing:
         latest = mx.concatenate([mx.broadcast_to(latest[:1], (missing,)), latest])
+    latest = mx.minimum(latest, vocab_size - 1)  # a placeholder of an image may lie beyond
     return mx.broadcast_to(latest, (n_rows, CONTEXT_TOKENS))

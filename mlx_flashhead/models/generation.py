@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx_lm
 
 from .compat.generate import BatchResponse, GenerationResponse
-from .exact import Processor, exact_processors
+from .exact import Processor, begin, exact_processors, for_sequence
 from .install import NO_FLASH_HEAD, get_flash_head
 
 
@@ -126,9 +126,7 @@ def _exact(
     if several:
         made: Any = _OfEachSequence(processors, lambda own: exact_processors(own, target, draft))
     else:
-        for processor in processors:
-            if hasattr(processor, "begin"):
-                processor.begin()
+        begin(processors)
         made = exact_processors(processors, target, draft)
     return kwargs | {"logits_processors": made}
 
@@ -149,6 +147,4 @@ class _OfEachSequence:
         self._processors, self._make = processors, make
 
     def __iter__(self) -> Iterator[Processor]:
-        own = (getattr(processor, "for_sequence", None) for processor in self._processors)
-        pairs = zip(self._processors, own, strict=True)
-        return iter(self._make([make() if make else processor for processor, make in pairs]))
+        return iter(self._make(for_sequence(self._processors)))

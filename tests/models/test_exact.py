@@ -197,6 +197,23 @@ def test_tokens_may_be_a_list_or_none(dense, flash):
         assert mx.allclose(found, dense(mx.array([[1]]))[:, -1], atol=1e-3)
 
 
+def test_exact_ones_are_taken_apart(dense, flash):
+    """A list that is exact already, for one model or another, is not looked at twice."""
+    processors = PROCESSORS["all"]
+    twice = exact_processors(exact_processors(processors, flash_model()), flash)
+    assert len(twice) == 1 and twice[0].processors == processors
+    assert exact_processors(twice, dense) == processors
+    assert run(flash, twice)[0] == run(dense, processors)[0]
+
+
+def test_tokens_beyond_the_vocabulary(dense, flash):
+    """As the placeholders of images are."""
+    (ours,) = exact_processors([only(30)], flash)
+    tokens = mx.array([7, 10**6, 2**31])
+    found = ours(tokens, flash(mx.array([[1]]))[:, -1])
+    assert mx.allclose(found, only(30)(tokens, dense(mx.array([[1]]))[:, -1]), atol=1e-3)
+
+
 def test_nothing_is_evaluated(flash):
     """MLX refuses to evaluate within a transformation, so a second look that did would raise."""
     (ours,) = exact_processors(make_logits_processors(logit_bias={5: 99.0}), flash)

@@ -9,7 +9,13 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead import batch_generate, generate, grammar_processor, stream_generate
+from mlx_flashhead import (
+    batch_generate,
+    exact_processors,
+    generate,
+    grammar_processor,
+    stream_generate,
+)
 from mlx_flashhead.models.compat.generate import BatchGenerator
 from mlx_flashhead.models.install import install
 from mlx_flashhead.models.sampling import make_sampler
@@ -113,6 +119,14 @@ def test_batch(flash, tokenizer, prompts):
         jsonschema.validate(json.loads(text), SCHEMA)
         alone = generate(flash, tokenizer, prompt, max_tokens=200, logits_processors=[processor])
         assert text == alone
+
+
+def test_batch_of_exact_processors(flash, tokenizer):
+    processors = exact_processors([grammar_processor(tokenizer, regex=PATTERN)], flash)
+    found = batch_generate(
+        flash, tokenizer, [[5], [6, 7]], max_tokens=30, logits_processors=processors
+    )
+    assert all(re.fullmatch(PATTERN, text) for text in found.texts)
 
 
 def test_sequences_with_grammars_of_their_own(flash, tokenizer):
