@@ -1,10 +1,13 @@
 """The input line of a chat: kept history, completion, pasted texts and several lines."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import Application
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.completion.word_completer import WordCompleter
 from prompt_toolkit.document import Document
@@ -45,7 +48,47 @@ def line_editor(
         multiline=Condition(lambda: is_open(session.default_buffer.text)),
         prompt_continuation=CONTINUATION,
     )
-    return lambda: session.prompt(PROMPT)
+
+    def read() -> str:
+        with _ending_at_signals(session.app) as leave:
+            return session.prompt(PROMPT, pre_run=leave)
+
+    return read
+
+
+@contextmanager
+def _ending_at_signals(app: Application[str]) -> Iterator[Callable[[], None]]:
+    """Within the block, signals that end the program wait until the editor has left the terminal.
+
+    An exception out of a signal's handler may be lost in the event loop, or leave the terminal raw.
+
+    Yields:
+        A function that ends the editor if a signal has come, to be called when it starts.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    received: list[int] = []
+
+    def leave() -> None:
+        if received and app.future is not None and not app.future.done():
+            app.exit(result="")
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if app.loop is not None:
+            with suppress(RuntimeError):  # closed just now
+                app.loop.call_soon_threadsafe(leave)
+
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, note)
+    try:
+        yield leave
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 class _KeptHistory(FileHistory):

@@ -1,10 +1,16 @@
 """Completion of commands and files, and a history that is kept where it can be."""
 
+import signal
+
 import pytest
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
-from mlx_flashhead.cli.line_editor import _Commands, _KeptHistory
+from mlx_flashhead.cli.line_editor import _Commands, _KeptHistory, line_editor
 
 
 @pytest.fixture
@@ -42,3 +48,37 @@ def test_a_history_that_cannot_be_kept_is_no_reason_to_stop(tmp_path):
     history = _KeptHistory(tmp_path / "file" / "history")
     history.append_string("a question")
     assert history.get_strings() == ["a question"]
+
+
+@pytest.mark.parametrize("moment", ["before it starts", "when it starts", "while it waits"])
+def test_a_signal_ends_the_editor_first(tmp_path, monkeypatch, moment):
+    """Whenever it comes: out of an event loop the handler's exception may be lost."""
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    prompt = PromptSession.prompt
+
+    def prompt_with_signal(session, text, pre_run):
+        def started():
+            if moment == "when it starts":
+                signal.raise_signal(signal.SIGTERM)
+            pre_run()
+            if moment == "while it waits":
+                session.app.loop.call_later(0.1, signal.raise_signal, signal.SIGTERM)
+
+        if moment == "before it starts":
+            signal.raise_signal(signal.SIGTERM)
+        return prompt(session, text, pre_run=started)
+
+    monkeypatch.setattr(PromptSession, "prompt", prompt_with_signal)
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):
+            read = line_editor([], [], tmp_path / "history")
+            with pytest.raises(SystemExit) as caught:
+                read()
+        assert caught.value.code == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is end
+    finally:
+        signal.signal(signal.SIGTERM, before)
