@@ -1,38 +1,52 @@
 // FlashHead's steps: from hidden states to full logits or to the greedy token.
 //
-//   hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p), ranks (R, C)
-//                 ─ score ─▶ logits (R, p, n), best (R, p) ─ expand ─▶ (R, V)  or  ─ token ─▶ (R,)
+//   hidden (R, D) -- route --> scores (R, C) -- select --> probes (R, S), words (R, C)
+//                 -- score --> logits (R, S, n), best (R, S) -- expand --> (R, V)
+//                                                            or -- token --> (R,)
 //
 // For samplers that stop at the logits of score, ids gives the tokens they belong to.
 //
-// R positions (B·L), D hidden size, C clusters of n rows each, V tokens, p clusters probed per
-// position. A slot is c·n + i, row i of cluster c; a padded slot has the token id V.
+// R positions (B*L), D hidden size, C clusters of n rows each, V tokens, p clusters probed per
+// position, S = max(p, 8) of them held: below 8 the last probe is repeated, which changes no maximum
+// and keeps every array at 8 elements or more (MLX passes smaller ones in another address space,
+// which would be another kernel). A slot is c*n + i, row i of cluster c; a padded slot has the token
+// id V. A cluster's word is its place among the probes, or the estimate of its tokens' logits.
 //
-// The text has three users. `mx.fast.metal_kernel` in Python and `MLXFast.metalKernel` in Swift take
-// it as their header, without the parts that FLASH_HEAD_JIT hides, and each kernel calls one
-// function below. `metal -c` compiles the whole file with the [[kernel]] wrappers at its end, which
-// also state the order of the arguments. Every size is a template argument.
+// One text, three users. `mx.fast.metal_kernel` in Python and `MLXFast.metalKernel` in Swift take it
+// as their header, without what FLASH_HEAD_JIT hides, and call one function below per kernel
+// (Python takes only the sections that a kernel needs: a section begins under a line of slashes with
+// its name); `metal -c` takes it as it is and finds the [[kernel]] wrappers at the end, which also
+// state the order of the arguments. Nothing else is included. D, C, n and V are template arguments,
+// R and p are not: another number of probes or positions compiles nothing.
 //
-// Arguments are templates on the pointer instead of the element, because MLX passes an array of
-// fewer than 8 elements in `constant` and any other in `device`. All sums are float32. Every written
-// value is finite: an overflow becomes the largest finite value.
+// Compile it with -fno-fast-math: fast mathematics assumes that there is neither NaN nor infinity
+// and may delete the tests for them. MLX's own default is safe.
 //
-// kernel   grid (threads)                 threadgroup     barriers  distinct bytes read
-// route    64·⌈C/8⌉ × ⌈R/H⌉               64              0         centroids ⌈R/H⌉ times, hidden
-// select   512 × R                        512             17        scores
-// score    32·⌈n/4⌉·p × R                 32·⌈n/4⌉        1         p·n rows, hidden
-// expand   256·⌈V/1024⌉ × R               256             1         slot_of, scores, ranks, logits
-// token    256 × R                        256             2         best, the winners' logits and ids
-// ids      256·⌈p·n/256⌉ × R              256             0         ids of p clusters
+// Arguments are templates on the pointer, not on the element, because MLX passes an array of fewer
+// than 8 elements in `constant` and any other in `device`. Sums are float32, in the order of MLX's
+// own matrix-vector kernels. No value written is infinite: what would overflow becomes the largest
+// finite value. NaN stays NaN.
 //
-// H is 1, 2 or 4: the number of positions that share one reading of the centroids. Grids consist of
-// whole threadgroups.
+// kernel   grid (threads)                 threadgroup       barriers  distinct bytes read
+// route    64*ceil(C/8) x ceil(R/H)       64                0         centroids ceil(R/H) times, hidden
+// select   512 x R                        512               11        scores, tail_offset
+// score    T*S x R, T = 32*ceil(n/4)      T, at most 256    1         S*n rows, hidden
+// expand   256*ceil(V/1024) x R           256               1         slot_of, words, logits
+// token    256 x R                        256               2         best, the winners' logits and ids
+// ids      256*ceil(S*n/256) x R          256               0         ids of S clusters
+//
+// H is 1 or 4: how many positions share one reading of the centroids. Grids are whole threadgroups,
+// so that no group is cut off at the edge.
 
 #ifndef FLASH_HEAD_JIT
 #include <metal_stdlib>
 using namespace metal;
 typedef bfloat bfloat16_t;
 #endif
+
+///////////////////////////////////////////////////////////////////////////////
+// constants
+///////////////////////////////////////////////////////////////////////////////
 
 // An array stays in registers only where every loop over it is unrolled.
 #define FLASH_HEAD_UNROLL _Pragma("clang loop unroll(full)")
@@ -42,19 +56,29 @@ namespace flash_head {
 constant constexpr int LANES = 32;
 constant constexpr int ROWS = 4;                // rows a simdgroup computes at once
 constant constexpr int ROUTE_SIMDGROUPS = 2;    // 8 centroids per threadgroup
+constant constexpr int SCORE_SIMDGROUPS = 8;    // at most
 constant constexpr int SELECT_THREADS = 512;
 constant constexpr int SELECT_SIMDGROUPS = SELECT_THREADS / LANES;
-constant constexpr int DIGITS = 256;            // a radix pass looks at 8 bits
-constant constexpr int COPIES = 8;              // of the histogram, against contention
-constant constexpr int COPY_STRIDE = DIGITS + 1;  // puts a digit's copies into different banks
+constant constexpr int SELECT_KEYS = 16;        // that a thread keeps in registers, at most
+constant constexpr int HISTOGRAM = 4096;        // counters: a digit's copies lie side by side
 constant constexpr int WIDE_THREADS = 256;      // of expand, token and ids
 constant constexpr int WIDE_SIMDGROUPS = WIDE_THREADS / LANES;
 constant constexpr int EXPAND_TOKENS = 4;       // per thread
-constant constexpr uint NOT_PROBED = 0xffffffffu;
+constant constexpr uint MIN_PROBES = 8;         // held per position
+
+// A word at or above PROBED is a place among the probes: no estimate has such bits, since a NaN is
+// written as NOT_A_NUMBER.
+constant constexpr uint PROBED = 0xffc00000u;
+constant constexpr uint PLACE = 0x003fffffu;
+constant constexpr uint NOT_A_NUMBER = 0x7fc00000u;
+
+}  // namespace flash_head
 
 ///////////////////////////////////////////////////////////////////////////////
-// Finite values
+// values: finite ones, NaN, and their order
 ///////////////////////////////////////////////////////////////////////////////
+
+namespace flash_head {
 
 template <typename T>
 struct Finite;
@@ -73,81 +97,147 @@ struct Finite<bfloat16_t> {
 
 template <typename T>
 inline T to_finite(float value) {
-  return T(clamp(value, -Finite<T>::highest(), Finite<T>::highest()));
+  const float highest = Finite<T>::highest();
+  return T(isnan(value) ? value : clamp(value, -highest, highest));
 }
 
+// Unsigned keys in the order of the scores: -0 equals 0, and NaN is above every number, as it is
+// for MLX's sort and argmax. No score has the key 0.
+inline uint order_key(float score) {
+  if (isnan(score)) {
+    return 0xffffffffu;
+  }
+  const uint bits = score == 0.0f ? 0u : as_type<uint>(score);
+  return bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
+}
+
+inline float score_of(uint key) {
+  return as_type<float>(key ^ ((key >> 31) ? 0x80000000u : 0xffffffffu));
+}
+
+// Largest key of the threadgroup, on every thread. `shared` holds one key per simdgroup.
+template <int SIMDGROUPS>
+inline uint threadgroup_max(uint key, threadgroup uint* shared, uint simdgroup, uint lane) {
+  key = simd_max(key);
+  if (lane == 0) {
+    shared[simdgroup] = key;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return simd_max(shared[min(lane, uint(SIMDGROUPS - 1))]);
+}
+
+}  // namespace flash_head
+
 ///////////////////////////////////////////////////////////////////////////////
-// Rows as they are stored
+// affine: MLX's affine form, 4 or 8 bits: value = scale * q + bias
 //
-// A row is cut into chunks of VALUES values, 8 bytes when quantized or 16-bit, and lane l of a
-// simdgroup takes the chunks l, l + 32, …: one read of the simdgroup covers 256 consecutive bytes.
-// A chunk lies within one quantization group. Each format can
+// A row is cut into chunks of VALUES values, and lane l of a simdgroup takes the chunks l, l + 32,
+// ...: one read of the simdgroup covers consecutive bytes. A chunk lies within one quantization
+// group. Each format can
 //   load      read a chunk of one row,
 //   prepare   bring the hidden values that meet it into registers, and return their sum,
-//   dot       multiply the two.
+//   add       multiply the two, and add that to a lane's total,
+//   reduce    add up the lanes' totals.
+// Chunks, order and association of all sums are those of MLX's kernel, qmv_fast with 2 words to a
+// chunk, qmv with 1 (of MLX 0.32.4; up to 0.32.2 it added four hidden values in their own dtype, not
+// in float32). As there, a q is masked where it lies in its 16 bits, not shifted down: `prepare` has
+// divided its hidden value by 2^shift, exactly.
 ///////////////////////////////////////////////////////////////////////////////
 
-// MLX's affine form, 4 or 8 bits: value = scale · q + bias. As in MLX's qmv, a q is masked in place
-// within its 16 bits. Instead of a shift, `prepare` divides its hidden value by 2^shift, exactly.
-template <int D, int BITS, int GROUP, typename Words, typename Scales>
+namespace flash_head {
+
+template <int D, int BITS, int GROUP, int WORDS, typename Words, typename Scales>
 struct AffineRows {
-  static constant constexpr const int VALUES = 64 / BITS;
+  static constant constexpr const int VALUES = WORDS * 32 / BITS;
   static constant constexpr const int CHUNKS = D / VALUES;
   static constant constexpr const int PER_HALF = 16 / BITS;
   static constant constexpr const uint MASK = (1u << BITS) - 1u;
 
   struct Chunk {
-    uint2 words;
+    uint words[WORDS];
     float scale;
     float bias;
   };
 
-  Words weight;   // (rows, D·BITS/32) uint
+  Words weight;   // (rows, D*BITS/32) uint
   Scales scales;  // (rows, D/GROUP)
   Scales biases;
 
   Chunk load(size_t row, uint chunk) const {
-    const size_t word = row * (D * BITS / 32) + 2 * chunk;
+    const size_t word = row * (D * BITS / 32) + WORDS * chunk;
     const size_t group = row * (D / GROUP) + chunk * VALUES / GROUP;
     Chunk loaded;
-    loaded.words = uint2(weight[word], weight[word + 1]);
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < WORDS; i++) {
+      loaded.words[i] = weight[word + i];
+    }
     loaded.scale = float(scales[group]);
     loaded.bias = float(biases[group]);
     return loaded;
   }
 
   template <typename Hidden>
-  static float prepare(Hidden hidden, thread float* x) {
+  static float prepare(Hidden hidden, int, thread float* x) {
     float sum = 0.0f;
     FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
-      const float value = float(hidden[i]);
-      sum += value;
-      x[i] = value * (1.0f / float(1u << (BITS * (i % PER_HALF))));
+      x[i] = float(hidden[i]) * (1.0f / float(1u << (BITS * (i % PER_HALF))));
+      if (BITS == 8) {
+        sum += float(hidden[i]);
+      } else if (i % 4 == 3) {
+        sum += float(hidden[i - 3]) + float(hidden[i - 2]) + float(hidden[i - 1]) +
+            float(hidden[i]);
+      }
     }
     return sum;
   }
 
-  static float dot(Chunk chunk, const thread float* x, float sum) {
-    float total = 0.0f;
-    FLASH_HEAD_UNROLL
-    for (int i = 0; i < VALUES; i++) {
-      const uint word = i < VALUES / 2 ? chunk.words.x : chunk.words.y;
-      const uint bits = word >> (16 * (i / PER_HALF % 2));
-      total += x[i] * float(bits & (MASK << (BITS * (i % PER_HALF))));
-    }
-    return chunk.scale * total + chunk.bias * sum;
+  static float product(Chunk chunk, const thread float* x, int i) {
+    const uint half_word = chunk.words[i / (32 / BITS)] >> (16 * (i / PER_HALF % 2));
+    return x[i] * float(half_word & (MASK << (BITS * (i % PER_HALF))));
   }
+
+  static float add(Chunk chunk, const thread float* x, float sum, float total) {
+    float accum = 0.0f;
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < VALUES; i += 4) {
+      if (BITS == 8) {
+        accum += product(chunk, x, i);
+        accum += product(chunk, x, i + 1);
+        accum += product(chunk, x, i + 2);
+        accum += product(chunk, x, i + 3);
+      } else {
+        accum += product(chunk, x, i) + product(chunk, x, i + 1) + product(chunk, x, i + 2) +
+            product(chunk, x, i + 3);
+      }
+    }
+    return total + (chunk.scale * accum + sum * chunk.bias);
+  }
+
+  static float reduce(float total) { return simd_sum(total); }
 };
 
-// MLX's mxfp4: e2m1 values, and a power of two (e8m0) for each 32 of them.
-template <int D, typename Words, typename Scales>
+template <int D, int BITS, int GROUP, int WORDS, typename Words, typename Scales>
+inline AffineRows<D, BITS, GROUP, WORDS, Words, Scales> affine_rows(
+    Words weight, Scales scales, Scales biases) {
+  return AffineRows<D, BITS, GROUP, WORDS, Words, Scales>{weight, scales, biases};
+}
+
+}  // namespace flash_head
+
+///////////////////////////////////////////////////////////////////////////////
+// mxfp4: MLX's mxfp4, e2m1 values and a power of two (e8m0) for each 32 of them; as MLX's fp_qmv
+///////////////////////////////////////////////////////////////////////////////
+
+namespace flash_head {
+
+template <int D, int WORDS, typename Words, typename Scales>
 struct Mxfp4Rows {
-  static constant constexpr const int VALUES = 16;
+  static constant constexpr const int VALUES = 8 * WORDS;
   static constant constexpr const int CHUNKS = D / VALUES;
 
   struct Chunk {
-    uint2 words;
+    uint words[WORDS];
     float scale;
   };
 
@@ -155,16 +245,19 @@ struct Mxfp4Rows {
   Scales scales;  // (rows, D/32) uchar
 
   Chunk load(size_t row, uint chunk) const {
-    const size_t word = row * (D / 8) + 2 * chunk;
-    const uint exponent = uint(scales[row * (D / 32) + chunk / 2]);
+    const size_t word = row * (D / 8) + WORDS * chunk;
+    const uint exponent = uint(scales[row * (D / 32) + chunk * VALUES / 32]);
     Chunk loaded;
-    loaded.words = uint2(weight[word], weight[word + 1]);
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < WORDS; i++) {
+      loaded.words[i] = weight[word + i];
+    }
     loaded.scale = as_type<float>(exponent == 0 ? 0x400000u : exponent << 23);
     return loaded;
   }
 
   template <typename Hidden>
-  static float prepare(Hidden hidden, thread float* x) {
+  static float prepare(Hidden hidden, int, thread float* x) {
     FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
       x[i] = float(hidden[i]);
@@ -172,29 +265,44 @@ struct Mxfp4Rows {
     return 0.0f;
   }
 
-  // The three low bits are the top of a half's magnitude without a factor of 2^14. A half, because
-  // 0.5 needs its subnormal numbers, which are not flushed.
-  static float decode(uint q) {
+  // The three low bits are the top of a half's magnitude, short of 2^14; a half because its
+  // subnormal numbers, which 0.5 needs, are not flushed.
+  static float product(Chunk chunk, const thread float* x, int i) {
+    const uint q = chunk.words[i / 8] >> (4 * (i % 8));
     const float magnitude = float(as_type<half>(ushort((q & 7u) << 9))) * 16384.0f;
-    return (q & 8u) ? -magnitude : magnitude;
+    return x[i] * ((q & 8u) ? -magnitude : magnitude);
   }
 
-  static float dot(Chunk chunk, const thread float* x, float) {
-    float total = 0.0f;
+  static float add(Chunk chunk, const thread float* x, float, float total) {
+    float accum = 0.0f;
     FLASH_HEAD_UNROLL
-    for (int i = 0; i < VALUES; i++) {
-      const uint word = i < VALUES / 2 ? chunk.words.x : chunk.words.y;
-      total += x[i] * decode(word >> (4 * (i % 8)));
+    for (int i = 0; i < VALUES; i += 4) {
+      accum += product(chunk, x, i) + product(chunk, x, i + 1) + product(chunk, x, i + 2) +
+          product(chunk, x, i + 3);
     }
-    return chunk.scale * total;
+    return total + chunk.scale * accum;
   }
+
+  static float reduce(float total) { return simd_sum(total); }
 };
 
-// Floats: 4 values to a chunk, as in MLX's gemv.
+template <int D, int WORDS, typename Words, typename Scales>
+inline Mxfp4Rows<D, WORDS, Words, Scales> mxfp4_rows(Words weight, Scales scales) {
+  return Mxfp4Rows<D, WORDS, Words, Scales>{weight, scales};
+}
+
+}  // namespace flash_head
+
+///////////////////////////////////////////////////////////////////////////////
+// dense: floats, 4 values to a chunk; the order of sums is that of MLX's gemv
+///////////////////////////////////////////////////////////////////////////////
+
+namespace flash_head {
+
 template <int D, typename Values>
 struct DenseRows {
   static constant constexpr const int VALUES = 4;
-  static constant constexpr const int CHUNKS = D / VALUES;
+  static constant constexpr const int CHUNKS = (D + VALUES - 1) / VALUES;
 
   struct Chunk {
     float values[4];
@@ -207,95 +315,111 @@ struct DenseRows {
     Chunk loaded;
     FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
-      loaded.values[i] = float(weight[first + i]);
+      const bool within = D % VALUES == 0 || chunk * VALUES + i < D;
+      loaded.values[i] = within ? float(weight[first + i]) : 0.0f;
     }
     return loaded;
   }
 
   template <typename Hidden>
-  static float prepare(Hidden hidden, thread float* x) {
+  static float prepare(Hidden hidden, int left, thread float* x) {
     FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
-      x[i] = float(hidden[i]);
+      x[i] = D % VALUES == 0 || i < left ? float(hidden[i]) : 0.0f;
     }
     return 0.0f;
   }
 
-  static float dot(Chunk chunk, const thread float* x, float) {
-    float total = 0.0f;
+  static float add(Chunk chunk, const thread float* x, float, float total) {
     FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
-      total += x[i] * chunk.values[i];
+      total += chunk.values[i] * x[i];
+    }
+    return total;
+  }
+
+  // gemv's ladder of shuffles, with the result on every lane
+  static float reduce(float total) {
+    FLASH_HEAD_UNROLL
+    for (ushort distance = LANES / 2; distance >= 1; distance /= 2) {
+      total += simd_shuffle_xor(total, distance);
     }
     return total;
   }
 };
-
-template <int D, int BITS, int GROUP, typename Words, typename Scales>
-inline AffineRows<D, BITS, GROUP, Words, Scales> affine_rows(
-    Words weight, Scales scales, Scales biases) {
-  return AffineRows<D, BITS, GROUP, Words, Scales>{weight, scales, biases};
-}
-
-template <int D, typename Words, typename Scales>
-inline Mxfp4Rows<D, Words, Scales> mxfp4_rows(Words weight, Scales scales) {
-  return Mxfp4Rows<D, Words, Scales>{weight, scales};
-}
 
 template <int D, typename Values>
 inline DenseRows<D, Values> dense_rows(Values weight) {
   return DenseRows<D, Values>{weight};
 }
 
-// Products of ROWS consecutive rows with H hidden rows, by one simdgroup: totals[h·ROWS + row] on
-// every lane. A chunk of each row is read once for all H. Rows past the last one repeat it, which
-// saves a check in the loop; the caller drops them. One simd_sum per total at the end.
-template <int D, int H, typename Rows, typename Hidden>
+}  // namespace flash_head
+
+///////////////////////////////////////////////////////////////////////////////
+// dot: products of N consecutive rows with H hidden rows, by one simdgroup
+//
+// totals[h*N + row] on every lane. A chunk of each row is read once for all H. Rows past the last
+// one repeat it, so that the loop needs no check; the caller does not store them. Positions past the
+// last one cost nothing: all lanes skip them alike. One reduction per total at the end.
+///////////////////////////////////////////////////////////////////////////////
+
+namespace flash_head {
+
+template <int D, int H, int N, typename Rows, typename Hidden>
 inline void dot_rows(
     Rows rows,
     size_t first_row,
     int last_row,
     Hidden hidden,
     uint first_hidden,
-    int last_hidden,
+    int n_hidden,
     uint lane,
     thread float* totals) {
   FLASH_HEAD_UNROLL
-  for (int i = 0; i < H * ROWS; i++) {
+  for (int i = 0; i < H * N; i++) {
     totals[i] = 0.0f;
   }
   for (uint chunk = lane; chunk < uint(Rows::CHUNKS); chunk += LANES) {
-    typename Rows::Chunk loaded[ROWS];
+    typename Rows::Chunk loaded[N];
     FLASH_HEAD_UNROLL
-    for (int row = 0; row < ROWS; row++) {
+    for (int row = 0; row < N; row++) {
       loaded[row] = rows.load(first_row + min(row, last_row), chunk);
     }
     FLASH_HEAD_UNROLL
     for (int h = 0; h < H; h++) {
-      float x[Rows::VALUES];
-      const size_t start = size_t(first_hidden + min(h, last_hidden)) * D;
-      const float sum = Rows::prepare(hidden + (start + chunk * Rows::VALUES), x);
-      FLASH_HEAD_UNROLL
-      for (int row = 0; row < ROWS; row++) {
-        totals[h * ROWS + row] += Rows::dot(loaded[row], x, sum);
+      if (h < n_hidden) {
+        float x[Rows::VALUES];
+        const size_t start = size_t(first_hidden + h) * D + chunk * Rows::VALUES;
+        const float sum = Rows::prepare(hidden + start, D - int(chunk) * Rows::VALUES, x);
+        FLASH_HEAD_UNROLL
+        for (int row = 0; row < N; row++) {
+          totals[h * N + row] = Rows::add(loaded[row], x, sum, totals[h * N + row]);
+        }
       }
     }
   }
   FLASH_HEAD_UNROLL
-  for (int i = 0; i < H * ROWS; i++) {
-    totals[i] = simd_sum(totals[i]);
+  for (int i = 0; i < H * N; i++) {
+    if (i < n_hidden * N) {
+      totals[i] = Rows::reduce(totals[i]);
+    }
   }
 }
 
+}  // namespace flash_head
+
 ///////////////////////////////////////////////////////////////////////////////
-// route: scores of all clusters, scores[r, c] = hidden[r] · centroid[c] + route_bias[c]
+// route: scores of all clusters, scores[r, c] = hidden[r] . centroid[c] + route_bias[c]
 //
-// MLX's qmv_fast, but the sum stays float32 and the bias is added, which saves two or three kernels.
-// A simdgroup computes 4 centroids for H positions, a threadgroup 8 centroids. There is neither
-// threadgroup memory nor a barrier. Every centroid byte is read once for each H positions; the lanes
-// that share a scale read it from cache.
-// Edges: C not divisible by 8 and R not by H repeat the last row and drop the result.
+// MLX's qmv with what follows it folded in: the sum stays float32 and the bias is added, which would
+// be two or three kernels more. A simdgroup computes 4 centroids for H positions, a threadgroup 8
+// centroids; no threadgroup memory, no barrier. Every centroid byte is read once for each H
+// positions; a scale is read by the lanes that share it, from cache.
+// Edges: C not divisible by 8 repeats the last row and drops the result.
 ///////////////////////////////////////////////////////////////////////////////
+
+namespace flash_head {
+
 template <int D, int C, int H, typename Rows, typename Hidden, typename Bias>
 inline void route(
     Rows centroids,
@@ -312,14 +436,14 @@ inline void route(
   }
   const uint position = group.y * H;
   const int last_row = min(ROWS, int(C - cluster)) - 1;
-  const int last_hidden = min(H, int(n_hidden - position)) - 1;
+  const int shared = min(H, int(n_hidden - position));
   float totals[H * ROWS];
-  dot_rows<D, H>(centroids, cluster, last_row, hidden, position, last_hidden, lane, totals);
+  dot_rows<D, H, ROWS>(centroids, cluster, last_row, hidden, position, shared, lane, totals);
   FLASH_HEAD_UNROLL
   for (int h = 0; h < H; h++) {
     FLASH_HEAD_UNROLL
     for (int row = 0; row < ROWS; row++) {
-      if (lane == 0 && h <= last_hidden && row <= last_row) {
+      if (lane == 0 && h < shared && row <= last_row) {
         scores[size_t(position + h) * C + cluster + row] =
             to_finite<float>(totals[h * ROWS + row] + route_bias[cluster + row]);
       }
@@ -327,102 +451,156 @@ inline void route(
   }
 }
 
+}  // namespace flash_head
+
 ///////////////////////////////////////////////////////////////////////////////
-// select: the P best clusters of each position, without a sort
+// select: the p best clusters of each position, without a sort
 //
-// One threadgroup per position. Each score becomes an unsigned key of the same order, kept in
-// registers: thread (simdgroup s, lane l) holds ids s·32·KEYS + 32·i + l, KEYS = ⌈C/512⌉ (16 for
-// 8,016 clusters; 512 threads leave registers for 32 or 64 keys).
-// Four radix passes from the top 8 bits down find the P-th largest key, the threshold: count digits
-// of the keys that match so far, in 8 copies of the histogram, since close scores share their top
-// bits; sum the copies; a prefix sum from the highest digit finds the one in which the count
-// reaches what remains. Keys above the threshold are probed, and of the keys equal to it the first
-// `remaining` by id. An exclusive prefix sum over ids gives every probed cluster its rank. So
-// probes ascend, ties go to the lowest id, and the order of the atomics does not matter.
-// Edges: an id past C has key 0, below that of any number, and is never reached since P ≤ C.
-// Threadgroup memory: 8,224 + 136 bytes. Barriers: 4 per pass and 1.
+// One threadgroup per position. Each score becomes an unsigned key of the same order. Thread
+// (simdgroup s, lane l) holds ids s*32*K + 32*i + l, K = ceil(C/512): up to 16 keys in registers
+// (C = 8,192), and more are read anew, 16 at a time, in each of the five rounds (C = 262,144: 1 MB a
+// round). 512 threads, not 1,024, so that the registers suffice.
+// Three radix passes over 10, 11 and 11 bits from the top find the p-th largest key, the threshold:
+// count digits of the keys that match so far, in 4, 2 and 2 copies of the histogram, since close
+// scores share their top bits; sum the copies; a prefix sum from the highest digit finds the one in
+// which the count reaches what remains. Keys above the threshold are in, of those equal to it the
+// first `remaining` by id: ballots over ids give every probed cluster its place. So probes ascend,
+// ties go to the lowest id, and no result depends on the order of the atomics.
+// Edges: an id past C has key 0, below that of any score, and is never reached since p <= C.
+// Threadgroup memory: 16,384 + 136 bytes. Barriers: 1, 3 per pass, and 1.
 ///////////////////////////////////////////////////////////////////////////////
-inline uint order_key(float score) {
-  const uint bits = score == 0.0f ? 0u : as_type<uint>(score);  // −0 equals 0
-  return bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
+
+namespace flash_head {
+
+// The keys of ids first_id, first_id + 32, ...
+template <int C, int N, typename Scores>
+inline void load_keys(Scores scores, uint first_id, thread uint* keys) {
+  FLASH_HEAD_UNROLL
+  for (int i = 0; i < N; i++) {
+    const uint id = first_id + i * LANES;
+    keys[i] = id < uint(C) ? order_key(scores[id]) : 0u;
+  }
 }
 
-template <int C, int P, typename Scores>
+// One radix pass: the digit of the threshold at SHIFT, and how many keys with it are needed.
+template <int C, int BLOCKS, int N, int SHIFT, int BITS, typename Scores>
+inline void find_digit(
+    Scores scores,
+    uint first_id,
+    thread uint* keys,
+    thread uint& threshold,
+    thread uint& remaining,
+    threadgroup atomic<uint>* histogram,
+    threadgroup uint* totals,
+    threadgroup uint* chosen,
+    uint thread_id,
+    uint simdgroup,
+    uint lane) {
+  constexpr int DIGITS = 1 << BITS;
+  constexpr int COPIES = HISTOGRAM / DIGITS;
+  constexpr int OWN = DIGITS / SELECT_THREADS;  // digits that a thread adds up
+  constexpr uint DECIDED = SHIFT + BITS < 32 ? 0xffffffffu << ((SHIFT + BITS) % 32) : 0u;
+  for (int block = 0; block < BLOCKS; block++) {
+    if (BLOCKS > 1) {
+      load_keys<C, N>(scores, first_id + block * (N * LANES), keys);
+    }
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < N; i++) {
+      if (((keys[i] ^ threshold) & DECIDED) == 0) {
+        const uint bin = ((keys[i] >> SHIFT) & (DIGITS - 1)) * COPIES + lane % COPIES;
+        atomic_fetch_add_explicit(&histogram[bin], 1u, memory_order_relaxed);
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  uint counts[OWN];
+  uint own = 0;
+  const uint highest = DIGITS - 1 - thread_id * OWN;
+  FLASH_HEAD_UNROLL
+  for (int digit = 0; digit < OWN; digit++) {
+    counts[digit] = 0;
+    FLASH_HEAD_UNROLL
+    for (int copy = 0; copy < COPIES; copy++) {
+      const uint bin = (highest - digit) * COPIES + copy;
+      counts[digit] += atomic_load_explicit(&histogram[bin], memory_order_relaxed);
+      atomic_store_explicit(&histogram[bin], 0u, memory_order_relaxed);  // for the next pass
+    }
+    own += counts[digit];
+  }
+  uint before = simd_prefix_exclusive_sum(own);  // keys with a higher digit
+  if (lane == LANES - 1) {
+    totals[simdgroup] = before + own;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  before += simd_sum(lane < simdgroup ? totals[lane] : 0u);
+  FLASH_HEAD_UNROLL
+  for (int digit = 0; digit < OWN; digit++) {
+    if (before < remaining && before + counts[digit] >= remaining) {  // true once
+      chosen[0] = highest - digit;
+      chosen[1] = remaining - before;
+    }
+    before += counts[digit];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  threshold |= chosen[0] << SHIFT;
+  remaining = chosen[1];
+}
+
+// Which lanes of the simdgroup say yes, a bit each.
+inline uint ballot(bool yes) {
+  return uint(simd_vote::vote_t(simd_ballot(yes)));
+}
+
+template <int C, typename Scores, typename Offsets>
 inline void select_probes(
-    Scores scores,                       // (R, C) float
-    device uint* probes,                 // (R, P)
-    device uint* ranks,                  // (R, C)
-    threadgroup atomic<uint>* histogram,  // [COPIES · COPY_STRIDE]
-    threadgroup uint* totals,            // [2 · SELECT_SIMDGROUPS]
-    threadgroup uint* chosen,            // [2]
+    Scores scores,                        // (R, C) float
+    Offsets tail_offset,                  // (C,) float
+    uint n_probes,                        // p
+    device uint* probes,                  // (R, S)
+    device uint* words,                   // (R, C)
+    threadgroup atomic<uint>* histogram,  // [HISTOGRAM]
+    threadgroup uint* totals,             // [2 * SELECT_SIMDGROUPS]
+    threadgroup uint* chosen,             // [2]
     uint position,
     uint thread_id,
     uint simdgroup,
     uint lane) {
-  constexpr int KEYS = (C + SELECT_THREADS - 1) / SELECT_THREADS;
-  const uint first_id = simdgroup * (LANES * KEYS) + lane;
+  constexpr int K = (C + SELECT_THREADS - 1) / SELECT_THREADS;
+  constexpr int BLOCKS = (K + SELECT_KEYS - 1) / SELECT_KEYS;
+  constexpr int N = BLOCKS > 1 ? SELECT_KEYS : K;
+  const uint first_id = simdgroup * (LANES * N * BLOCKS) + lane;
   const size_t row = size_t(position) * C;
-  uint keys[KEYS];
-  FLASH_HEAD_UNROLL
-  for (int i = 0; i < KEYS; i++) {
-    const uint id = first_id + i * LANES;
-    keys[i] = id < uint(C) ? order_key(scores[row + id]) : 0u;
-  }
+  uint keys[N];
+  load_keys<C, N>(scores + row, first_id, keys);
 
-  uint threshold = 0;  // its bits under `decided` are final
-  uint decided = 0;
-  uint remaining = P;
-  const uint copy = lane % COPIES * COPY_STRIDE;
-  const uint digit = DIGITS - 1 - thread_id;  // for the threads that add up, thread_id < DIGITS
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (uint i = thread_id; i < uint(COPIES * COPY_STRIDE); i += SELECT_THREADS) {
-      atomic_store_explicit(&histogram[i], 0u, memory_order_relaxed);
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    FLASH_HEAD_UNROLL
-    for (int i = 0; i < KEYS; i++) {
-      if ((keys[i] & decided) == threshold) {
-        const uint bin = copy + ((keys[i] >> shift) & (DIGITS - 1));
-        atomic_fetch_add_explicit(&histogram[bin], 1u, memory_order_relaxed);
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    uint count = 0;
-    uint reached = 0;  // keys with this digit or a higher one
-    if (thread_id < uint(DIGITS)) {
-      for (int i = 0; i < COPIES; i++) {
-        count += atomic_load_explicit(&histogram[i * COPY_STRIDE + digit], memory_order_relaxed);
-      }
-      reached = simd_prefix_inclusive_sum(count);
-      if (lane == LANES - 1) {
-        totals[simdgroup] = reached;
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (thread_id < uint(DIGITS)) {
-      for (uint i = 0; i < simdgroup; i++) {
-        reached += totals[i];
-      }
-      if (reached >= remaining && reached - count < remaining) {  // true for one thread
-        chosen[0] = digit;
-        chosen[1] = remaining - (reached - count);
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    threshold |= chosen[0] << shift;
-    decided |= uint(DIGITS - 1) << shift;
-    remaining = chosen[1];
+  for (uint i = thread_id; i < uint(HISTOGRAM); i += SELECT_THREADS) {
+    atomic_store_explicit(&histogram[i], 0u, memory_order_relaxed);
   }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  uint threshold = 0;
+  uint remaining = n_probes;
+  find_digit<C, BLOCKS, N, 22, 10>(
+      scores + row, first_id, keys, threshold, remaining, histogram, totals, chosen, thread_id,
+      simdgroup, lane);
+  find_digit<C, BLOCKS, N, 11, 11>(
+      scores + row, first_id, keys, threshold, remaining, histogram, totals, chosen, thread_id,
+      simdgroup, lane);
+  find_digit<C, BLOCKS, N, 0, 11>(
+      scores + row, first_id, keys, threshold, remaining, histogram, totals, chosen, thread_id,
+      simdgroup, lane);
 
   uint above = 0;
   uint equal = 0;
-  FLASH_HEAD_UNROLL
-  for (int i = 0; i < KEYS; i++) {
-    above += keys[i] > threshold ? 1u : 0u;
-    equal += keys[i] == threshold ? 1u : 0u;
+  for (int block = 0; block < BLOCKS; block++) {
+    if (BLOCKS > 1) {
+      load_keys<C, N>(scores + row, first_id + block * (N * LANES), keys);
+    }
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < N; i++) {
+      above += popcount(ballot(keys[i] > threshold));
+      equal += popcount(ballot(keys[i] == threshold));
+    }
   }
-  above = simd_sum(above);
-  equal = simd_sum(equal);
   if (lane == 0) {
     totals[simdgroup] = above;
     totals[SELECT_SIMDGROUPS + simdgroup] = equal;
@@ -430,67 +608,76 @@ inline void select_probes(
   threadgroup_barrier(mem_flags::mem_threadgroup);
   above = simd_sum(lane < simdgroup ? totals[lane] : 0u);
   equal = simd_sum(lane < simdgroup ? totals[SELECT_SIMDGROUPS + lane] : 0u);
-  FLASH_HEAD_UNROLL
-  for (int i = 0; i < KEYS; i++) {
-    const uint is_above = keys[i] > threshold ? 1u : 0u;
-    const uint is_equal = keys[i] == threshold ? 1u : 0u;
-    const uint equal_before = equal + simd_prefix_exclusive_sum(is_equal);
-    const uint rank = above + simd_prefix_exclusive_sum(is_above) + min(equal_before, remaining);
-    const bool probed = is_above != 0u || (is_equal != 0u && equal_before < remaining);
-    const uint id = first_id + i * LANES;
-    if (id < uint(C)) {
-      ranks[row + id] = probed ? rank : NOT_PROBED;
+  const uint held = max(n_probes, MIN_PROBES);
+  const uint lower_lanes = (1u << lane) - 1u;
+  for (int block = 0; block < BLOCKS; block++) {
+    const uint block_id = first_id + block * (N * LANES);
+    if (BLOCKS > 1) {
+      load_keys<C, N>(scores + row, block_id, keys);
     }
-    if (probed) {
-      probes[size_t(position) * P + rank] = id;
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < N; i++) {
+      const uint are_above = ballot(keys[i] > threshold);
+      const uint are_equal = ballot(keys[i] == threshold);
+      const uint equal_before = equal + popcount(are_equal & lower_lanes);
+      const uint place = above + popcount(are_above & lower_lanes) + min(equal_before, remaining);
+      const bool probed =
+          keys[i] > threshold || (keys[i] == threshold && equal_before < remaining);
+      const uint id = block_id + i * LANES;
+      if (id < uint(C)) {
+        const float estimate = to_finite<float>(score_of(keys[i]) + tail_offset[id]);
+        const uint bits = isnan(estimate) ? NOT_A_NUMBER : as_type<uint>(estimate);
+        words[row + id] = probed ? PROBED | place : bits;
+      }
+      if (probed) {
+        probes[position * held + place] = id;
+        if (place == n_probes - 1) {
+          for (uint i = n_probes; i < held; i++) {
+            probes[position * held + i] = id;
+          }
+        }
+      }
+      above += popcount(are_above);
+      equal += popcount(are_equal);
     }
-    above += simd_sum(is_above);
-    equal += simd_sum(is_equal);
   }
 }
 
-///////////////////////////////////////////////////////////////////////////////
-// Largest `value` of the threadgroup, on every thread. `shared` holds one float per simdgroup.
-///////////////////////////////////////////////////////////////////////////////
-template <int SIMDGROUPS>
-inline float threadgroup_max(
-    float value, threadgroup float* shared, uint simdgroup, uint lane) {
-  value = simd_max(value);
-  if (lane == 0) {
-    shared[simdgroup] = value;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  return simd_max(shared[min(lane, uint(SIMDGROUPS - 1))]);
-}
+}  // namespace flash_head
 
 ///////////////////////////////////////////////////////////////////////////////
 // score: logits of the probed clusters' rows, and the best of each cluster
 //
-// One threadgroup per probe, one simdgroup per 4 rows of its cluster (16 rows: 128 threads), each
-// as in route. A cluster is one block of rows, so the threadgroup reads consecutive memory: at
-// n = 16, D = 2048 and 4 bits 16 KB, then 2 KB of scales and biases. Every weight byte is read once.
-// The simdgroups' maxima meet in threadgroup memory (n bytes): expand and token
-// then reduce p values instead of p·n.
+// One threadgroup per probe; a simdgroup takes 4 rows of its cluster, each as in route, and with more
+// than 32 rows every 8th block of 4. A cluster is one block of rows, so the threadgroup reads
+// consecutive memory: at n = 16, D = 2048 and 4 bits 16 KB, then 2 KB of scales and biases. Every
+// weight byte is read once. The simdgroups' maxima meet in threadgroup memory: expand and token then
+// reduce S values instead of S*n.
 // Edges: n not divisible by 4 repeats the last row and drops the result. A padded slot gets the
-// lowest finite value. Head bias: a pointer (slots,) or NoBias.
+// lowest finite value. Head bias: a pointer (slots,), added to the product rounded to Product, as
+// MLX does; or NoBias.
 ///////////////////////////////////////////////////////////////////////////////
+
+namespace flash_head {
+
 struct NoBias {};
 
-inline float bias_at(NoBias, uint) {
-  return 0.0f;
+template <typename Product>
+inline float with_bias(float total, NoBias, uint) {
+  return total;
 }
 
-template <typename Bias>
-inline float bias_at(Bias bias, uint slot) {
-  return float(bias[slot]);
+template <typename Product, typename Bias>
+inline float with_bias(float total, Bias bias, uint slot) {
+  return float(to_finite<Product>(total)) + float(bias[slot]);
 }
 
 template <
     int D,
     int N,
-    int P,
     int V,
     bool PADDED,
+    typename Product,
     typename T,
     typename Rows,
     typename Hidden,
@@ -498,130 +685,148 @@ template <
     typename Ids,
     typename Bias>
 inline void score(
-    Rows rows,                   // slots
-    Hidden hidden,               // (R, D)
-    Probes probes,               // (R, P) uint
-    Ids token_ids,               // (slots,) uint
+    Rows rows,                  // slots
+    Hidden hidden,              // (R, D)
+    Probes probes,              // (R, S) uint
+    Ids token_ids,              // (slots,) uint
     Bias bias,
-    device T* logits,            // (R, P, N)
-    device float* best,          // (R, P)
-    threadgroup float* shared,   // [⌈N/4⌉]
+    device T* logits,           // (R, S, N)
+    device float* best,         // (R, S)
+    threadgroup uint* shared,   // [SCORE_SIMDGROUPS]
+    uint held,                  // S
     uint3 group,
     uint simdgroup,
     uint lane) {
-  const size_t probe = size_t(group.y) * P + group.x;
-  const uint first = simdgroup * ROWS;
-  const int last_row = min(ROWS, N - int(first)) - 1;
-  const uint slot = probes[probe] * N + first;
-  float totals[ROWS];
-  dot_rows<D, 1>(rows, slot, last_row, hidden, group.y, 0, lane, totals);
-  float highest = -Finite<T>::highest();
-  FLASH_HEAD_UNROLL
-  for (int row = 0; row < ROWS; row++) {
-    if (row <= last_row) {
-      float logit = totals[row] + bias_at(bias, slot + row);
-      if (PADDED && token_ids[slot + row] == uint(V)) {
-        logit = -Finite<T>::highest();
-      }
-      const T stored = to_finite<T>(logit);
-      highest = max(highest, float(stored));
-      if (lane == 0) {
-        logits[probe * N + first + row] = stored;
+  constexpr int BLOCK = N < ROWS ? N : ROWS;
+  constexpr int BLOCKS = (N + BLOCK - 1) / BLOCK;
+  constexpr int SIMDGROUPS = BLOCKS < SCORE_SIMDGROUPS ? BLOCKS : SCORE_SIMDGROUPS;
+  const size_t probe = size_t(group.y) * held + group.x;
+  const uint cluster = probes[probe];
+  uint highest = 0;
+  for (int first = simdgroup * BLOCK; first < N; first += SIMDGROUPS * BLOCK) {
+    const int last_row = min(BLOCK, N - first) - 1;
+    const size_t slot = size_t(cluster) * N + first;
+    float totals[BLOCK];
+    dot_rows<D, 1, BLOCK>(rows, slot, last_row, hidden, group.y, 1, lane, totals);
+    FLASH_HEAD_UNROLL
+    for (int row = 0; row < BLOCK; row++) {
+      if (row <= last_row) {
+        float logit = with_bias<Product>(totals[row], bias, slot + row);
+        if (PADDED && token_ids[slot + row] == uint(V)) {
+          logit = -Finite<T>::highest();
+        }
+        const T stored = to_finite<T>(logit);
+        highest = max(highest, order_key(float(stored)));
+        if (lane == 0) {
+          logits[probe * N + first + row] = stored;
+        }
       }
     }
   }
-  highest = threadgroup_max<(N + ROWS - 1) / ROWS>(highest, shared, simdgroup, lane);
+  highest = threadgroup_max<SIMDGROUPS>(highest, shared, simdgroup, lane);
   if (simdgroup == 0 && lane == 0) {
-    best[probe] = highest;
+    best[probe] = score_of(highest);
   }
 }
 
+}  // namespace flash_head
+
 ///////////////////////////////////////////////////////////////////////////////
 // expand: full logits. A probed token keeps its own; every other gets its cluster's estimate
-//   min(scores[c] + tail_offset[c], m − max(1, |m|/64)),  m the best candidate of the position.
+//   min(scores[c] + tail_offset[c], m - max(1, |m|/64)),  m the best candidate of the position.
 //
-// 256 threads, 4 tokens each, 256 apart: slot_of and the output are accessed in order. The clusters'
-// values (4·C bytes each) and the candidates come from cache. Each threadgroup finds m by itself
-// from the P bests (1 barrier), which costs less than another kernel.
+// 256 threads, 4 tokens each, 256 apart: slot_of and the output are read and written in order; per
+// token there is one gather, of its cluster's word (4*C bytes in all), and one more where the word
+// says that the cluster was probed. Each threadgroup finds m anew from the S bests (1 barrier),
+// which costs less than a kernel of its own.
 ///////////////////////////////////////////////////////////////////////////////
+
+namespace flash_head {
+
 template <
     int V,
     int C,
     int N,
-    int P,
     typename T,
-    typename Scores,
-    typename Offsets,
+    typename Words,
     typename Slots,
-    typename Ranks,
     typename Logits,
     typename Best>
 inline void expand(
-    Scores scores,              // (R, C) float
-    Offsets tail_offset,        // (C,) float
+    Words words,                // (R, C) uint
     Slots slot_of,              // (V,) uint
-    Ranks ranks,                // (R, C) uint
-    Logits logits,              // (R, P, N)
-    Best best,                  // (R, P) float
+    Logits logits,              // (R, S, N)
+    Best best,                  // (R, S) float
     device T* expanded,         // (R, V)
-    threadgroup float* shared,  // [WIDE_SIMDGROUPS]
+    threadgroup uint* shared,   // [WIDE_SIMDGROUPS]
+    uint held,                  // S
     uint3 group,
     uint thread_id,
     uint simdgroup,
     uint lane) {
   const size_t position = group.y;
-  float highest = -Finite<float>::highest();
-  for (uint i = thread_id; i < uint(P); i += WIDE_THREADS) {
-    highest = max(highest, best[position * P + i]);
+  uint key = 0;
+  for (uint i = thread_id; i < held; i += WIDE_THREADS) {
+    key = max(key, order_key(best[position * held + i]));
   }
-  highest = threadgroup_max<WIDE_SIMDGROUPS>(highest, shared, simdgroup, lane);
-  const float cap = highest - max(1.0f, fabs(highest) / 64.0f);
+  const float highest = score_of(threadgroup_max<WIDE_SIMDGROUPS>(key, shared, simdgroup, lane));
+  const float cap = highest - max(1.0f, fabs(highest) / 64.0f);  // NaN if that is
   const uint first = group.x * (WIDE_THREADS * EXPAND_TOKENS) + thread_id;
   FLASH_HEAD_UNROLL
   for (int i = 0; i < EXPAND_TOKENS; i++) {
     const uint token = first + i * WIDE_THREADS;
     if (token < uint(V)) {
       const uint slot = slot_of[token];
-      const uint cluster = slot / N;
-      const uint rank = ranks[position * C + cluster];
-      expanded[position * V + token] = rank < uint(P)
-          ? T(logits[(position * P + rank) * N + slot % N])
-          : to_finite<T>(min(scores[position * C + cluster] + tail_offset[cluster], cap));
+      const uint word = words[position * C + slot / N];
+      if (word >= PROBED) {
+        const size_t probe = position * held + (word & PLACE);
+        expanded[position * V + token] = logits[probe * N + slot % N];
+      } else {
+        const float estimate = as_type<float>(word);
+        const float tail = isnan(estimate) || estimate < cap ? estimate : cap;
+        expanded[position * V + token] = to_finite<T>(tail);
+      }
     }
   }
 }
 
+}  // namespace flash_head
+
 ///////////////////////////////////////////////////////////////////////////////
-// token: the greedy token, the lowest id among the highest candidate logits
+// token: the greedy token, the lowest id among the highest candidate logits, of NaN if there is any
 //
-// One threadgroup per position finds m from the P bests, then reads the clusters whose best is m.
-// It reads little more than 4·P bytes; 2 barriers.
+// One threadgroup per position: m from the S bests, then only clusters whose best is m are looked
+// into. Reads little more than 4*S bytes; 2 barriers.
 ///////////////////////////////////////////////////////////////////////////////
-template <int N, int P, typename Probes, typename Ids, typename Logits, typename Best>
+
+namespace flash_head {
+
+template <int N, typename Probes, typename Ids, typename Logits, typename Best>
 inline void greedy_token(
-    Probes probes,              // (R, P) uint
+    Probes probes,              // (R, S) uint
     Ids token_ids,              // (slots,) uint, V for a padded slot
-    Logits logits,              // (R, P, N)
-    Best best,                  // (R, P) float
+    Logits logits,              // (R, S, N)
+    Best best,                  // (R, S) float
     device uint* tokens,        // (R,)
-    threadgroup float* shared,  // [WIDE_SIMDGROUPS]
+    threadgroup uint* shared,   // [WIDE_SIMDGROUPS]
     threadgroup uint* lowest,   // [WIDE_SIMDGROUPS]
+    uint held,                  // S
     uint position,
     uint thread_id,
     uint simdgroup,
     uint lane) {
-  const size_t first = size_t(position) * P;
-  float highest = -Finite<float>::highest();
-  for (uint i = thread_id; i < uint(P); i += WIDE_THREADS) {
-    highest = max(highest, best[first + i]);
+  const size_t first = size_t(position) * held;
+  uint highest = 0;
+  for (uint i = thread_id; i < held; i += WIDE_THREADS) {
+    highest = max(highest, order_key(best[first + i]));
   }
   highest = threadgroup_max<WIDE_SIMDGROUPS>(highest, shared, simdgroup, lane);
   uint token = 0xffffffffu;
-  for (uint i = thread_id; i < uint(P); i += WIDE_THREADS) {
-    if (best[first + i] == highest) {
+  for (uint i = thread_id; i < held; i += WIDE_THREADS) {
+    if (order_key(best[first + i]) == highest) {
       for (int slot = 0; slot < N; slot++) {
-        if (float(logits[(first + i) * N + slot]) == highest) {
-          token = min(token, uint(token_ids[probes[first + i] * N + slot]));
+        if (order_key(float(logits[(first + i) * N + slot])) == highest) {
+          token = min(token, uint(token_ids[size_t(probes[first + i]) * N + slot]));
         }
       }
     }
@@ -637,31 +842,39 @@ inline void greedy_token(
   }
 }
 
+}  // namespace flash_head
+
 ///////////////////////////////////////////////////////////////////////////////
 // ids: the token ids of the probed clusters, in the order of their logits. One thread per slot.
 ///////////////////////////////////////////////////////////////////////////////
-template <int N, int P, typename Probes, typename Ids>
+
+namespace flash_head {
+
+template <int N, typename Probes, typename Ids>
 inline void candidate_ids(
-    Probes probes,     // (R, P) uint
+    Probes probes,     // (R, S) uint
     Ids token_ids,     // (slots,) uint, V for a padded slot
-    device uint* ids,  // (R, P, N)
+    device uint* ids,  // (R, S, N)
+    uint held,         // S
     uint3 grid_position) {
-  if (grid_position.x < uint(P * N)) {
+  if (grid_position.x < held * N) {
     const size_t position = grid_position.y;
-    const uint cluster = probes[position * P + grid_position.x / N];
-    ids[position * (P * N) + grid_position.x] = token_ids[cluster * N + grid_position.x % N];
+    const size_t cluster = probes[position * held + grid_position.x / N];
+    ids[position * held * N + grid_position.x] = token_ids[cluster * N + grid_position.x % N];
   }
 }
 
 }  // namespace flash_head
 
 ///////////////////////////////////////////////////////////////////////////////
-// Kernels for an application that compiles this file itself: 4-bit rows and centroids of group 64.
-// Any other head is one more line at the end.
+// wrappers: kernels for an application that compiles this file itself
+//
+// 4-bit rows and centroids of group 64, one position at a time (H = 1). Any other head is one more
+// line at the end.
 ///////////////////////////////////////////////////////////////////////////////
 #ifndef FLASH_HEAD_JIT
 
-template <typename T, int D, int C, int H>
+template <typename T, int D, int C, int WORDS>
 [[kernel]] void flash_head_route(
     const device T* hidden [[buffer(0)]],
     const device uint* weight [[buffer(1)]],
@@ -673,28 +886,31 @@ template <typename T, int D, int C, int H>
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  flash_head::route<D, C, H>(
-      flash_head::affine_rows<D, 4, 64>(weight, scales, biases),
+  flash_head::route<D, C, 1>(
+      flash_head::affine_rows<D, 4, 64, WORDS>(weight, scales, biases),
       hidden, route_bias, scores, n_hidden, group, simdgroup, lane);
 }
 
-template <int C, int P>
+template <int C>
 [[kernel]] void flash_head_select(
     const device float* scores [[buffer(0)]],
-    device uint* probes [[buffer(1)]],
-    device uint* ranks [[buffer(2)]],
+    const device float* tail_offset [[buffer(1)]],
+    constant uint& n_probes [[buffer(2)]],
+    device uint* probes [[buffer(3)]],
+    device uint* words [[buffer(4)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint thread_id [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup atomic<uint> histogram[flash_head::COPIES * flash_head::COPY_STRIDE];
+  threadgroup atomic<uint> histogram[flash_head::HISTOGRAM];
   threadgroup uint totals[2 * flash_head::SELECT_SIMDGROUPS];
   threadgroup uint chosen[2];
-  flash_head::select_probes<C, P>(
-      scores, probes, ranks, histogram, totals, chosen, group.y, thread_id, simdgroup, lane);
+  flash_head::select_probes<C>(
+      scores, tail_offset, n_probes, probes, words, histogram, totals, chosen, group.y, thread_id,
+      simdgroup, lane);
 }
 
-template <typename T, int D, int N, int P, int V, bool PADDED>
+template <typename T, int D, int N, int V, bool PADDED, int WORDS>
 [[kernel]] void flash_head_score(
     const device T* hidden [[buffer(0)]],
     const device uint* probes [[buffer(1)]],
@@ -704,78 +920,79 @@ template <typename T, int D, int N, int P, int V, bool PADDED>
     const device T* biases [[buffer(5)]],
     device T* logits [[buffer(6)]],
     device float* best [[buffer(7)]],
+    uint3 groups [[threadgroups_per_grid]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared[flash_head::LANES];
-  flash_head::score<D, N, P, V, PADDED>(
-      flash_head::affine_rows<D, 4, 64>(weight, scales, biases),
+  threadgroup uint shared[flash_head::SCORE_SIMDGROUPS];
+  flash_head::score<D, N, V, PADDED, T>(
+      flash_head::affine_rows<D, 4, 64, WORDS>(weight, scales, biases),
       hidden, probes, token_ids, flash_head::NoBias{}, logits, best, shared,
-      group, simdgroup, lane);
+      groups.x, group, simdgroup, lane);
 }
 
-template <typename T, int V, int C, int N, int P>
+template <typename T, int V, int C, int N>
 [[kernel]] void flash_head_expand(
-    const device float* scores [[buffer(0)]],
-    const device float* tail_offset [[buffer(1)]],
-    const device uint* slot_of [[buffer(2)]],
-    const device uint* ranks [[buffer(3)]],
-    const device T* logits [[buffer(4)]],
-    const device float* best [[buffer(5)]],
-    device T* expanded [[buffer(6)]],
+    const device uint* words [[buffer(0)]],
+    const device uint* slot_of [[buffer(1)]],
+    const device T* logits [[buffer(2)]],
+    const device float* best [[buffer(3)]],
+    device T* expanded [[buffer(4)]],
+    constant uint& held [[buffer(5)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint thread_id [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared[flash_head::WIDE_SIMDGROUPS];
-  flash_head::expand<V, C, N, P>(
-      scores, tail_offset, slot_of, ranks, logits, best, expanded, shared,
-      group, thread_id, simdgroup, lane);
+  threadgroup uint shared[flash_head::WIDE_SIMDGROUPS];
+  flash_head::expand<V, C, N>(
+      words, slot_of, logits, best, expanded, shared, held, group, thread_id, simdgroup, lane);
 }
 
-template <typename T, int N, int P>
+template <typename T, int N>
 [[kernel]] void flash_head_token(
     const device uint* probes [[buffer(0)]],
     const device uint* token_ids [[buffer(1)]],
     const device T* logits [[buffer(2)]],
     const device float* best [[buffer(3)]],
     device uint* tokens [[buffer(4)]],
+    constant uint& held [[buffer(5)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint thread_id [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared[flash_head::WIDE_SIMDGROUPS];
+  threadgroup uint shared[flash_head::WIDE_SIMDGROUPS];
   threadgroup uint lowest[flash_head::WIDE_SIMDGROUPS];
-  flash_head::greedy_token<N, P>(
-      probes, token_ids, logits, best, tokens, shared, lowest,
-      group.y, thread_id, simdgroup, lane);
+  flash_head::greedy_token<N>(
+      probes, token_ids, logits, best, tokens, shared, lowest, held, group.y, thread_id, simdgroup,
+      lane);
 }
 
-template <int N, int P>
+template <int N>
 [[kernel]] void flash_head_ids(
     const device uint* probes [[buffer(0)]],
     const device uint* token_ids [[buffer(1)]],
     device uint* ids [[buffer(2)]],
+    constant uint& held [[buffer(3)]],
     uint3 grid_position [[thread_position_in_grid]]) {
-  flash_head::candidate_ids<N, P>(probes, token_ids, ids, grid_position);
+  flash_head::candidate_ids<N>(probes, token_ids, ids, held, grid_position);
 }
 
 #define FLASH_HEAD_KERNEL(name, kernel_name, ...)    \
   template [[host_name(kernel_name "_" name)]] [[kernel]] \
   decltype(__VA_ARGS__) __VA_ARGS__;
 
-// A head of clusters of 16 rows, none padded (V = 16·C), decoding one position, p = 256.
-#define FLASH_HEAD_KERNELS(name, T, V, D)                                                     \
-  FLASH_HEAD_KERNEL(name, "flash_head_route", flash_head_route<T, D, V / 16, 1>)              \
-  FLASH_HEAD_KERNEL(name, "flash_head_select", flash_head_select<V / 16, 256>)                \
-  FLASH_HEAD_KERNEL(name, "flash_head_score", flash_head_score<T, D, 16, 256, V, false>)      \
-  FLASH_HEAD_KERNEL(name, "flash_head_expand", flash_head_expand<T, V, V / 16, 16, 256>)
+// A head of clusters of 16 rows, none padded (V = 16*C). WORDS is 2 where 512 divides D, else 1.
+#define FLASH_HEAD_KERNELS(name, T, V, D, WORDS)                                              \
+  FLASH_HEAD_KERNEL(name, "flash_head_route", flash_head_route<T, D, V / 16, WORDS>)          \
+  FLASH_HEAD_KERNEL(name, "flash_head_select", flash_head_select<V / 16>)                     \
+  FLASH_HEAD_KERNEL(name, "flash_head_score", flash_head_score<T, D, 16, V, false, WORDS>)    \
+  FLASH_HEAD_KERNEL(name, "flash_head_expand", flash_head_expand<T, V, V / 16, 16>)
 
-FLASH_HEAD_KERNELS("llama_3_2_1b", bfloat16_t, 128256, 2048)
-FLASH_HEAD_KERNELS("qwen3_0_6b", bfloat16_t, 151936, 1024)
-FLASH_HEAD_KERNELS("gemma_3_270m", bfloat16_t, 262144, 640)
-FLASH_HEAD_KERNELS("smollm2_135m", bfloat16_t, 49152, 576)
-FLASH_HEAD_KERNEL("16_256", "flash_head_token", flash_head_token<bfloat16_t, 16, 256>)
-FLASH_HEAD_KERNEL("16_256", "flash_head_ids", flash_head_ids<16, 256>)
+FLASH_HEAD_KERNELS("llama_3_2_1b", bfloat16_t, 128256, 2048, 2)
+FLASH_HEAD_KERNELS("qwen3_0_6b", bfloat16_t, 151936, 1024, 2)
+FLASH_HEAD_KERNELS("gemma_3_270m", bfloat16_t, 262144, 640, 1)
+FLASH_HEAD_KERNELS("smollm2_135m", bfloat16_t, 49152, 576, 1)
+FLASH_HEAD_KERNEL("16", "flash_head_token", flash_head_token<bfloat16_t, 16>)
+FLASH_HEAD_KERNEL("16", "flash_head_ids", flash_head_ids<16>)
 
 #endif  // FLASH_HEAD_JIT

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from mlx_flashhead import get_flash_head, load, stream_generate
 from mlx_flashhead.cli.console import command
-from mlx_flashhead.head.flash_head import BACKEND_VARIABLE
+from mlx_flashhead.head.backend import BACKEND_VARIABLE
 
 PATHS = ("metal", "mlx")
 PROMPTS = (

@@ -87,7 +87,7 @@ def forms(head: FlashHead) -> dict[str, Form]:
     mx.eval(rows.arrays())
     found: dict[str, Form] = {DENSE: rows.matmul}
     if not rows.quantized and mx.default_device().type == mx.cpu:
-        blocks = in_blocks(rows.weight)
+        blocks = in_blocks(rows, rows.weight.dtype)
         mx.eval(blocks)
         found[DENSE_BLOCKS] = lambda hidden: blocked_product(hidden, blocks)[..., :vocab_size]
     if head.clustered.by_column:

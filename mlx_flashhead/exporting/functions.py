@@ -22,7 +22,7 @@ import mlx.nn as nn
 
 from ..head.clustered import ClusteredRows
 from ..head.flash_head import FlashHead
-from ..head.kernels import MetalSteps, supports
+from ..head.kernels import MIN_PROBES, MetalSteps, unread
 from ..head.portable import PortableSteps
 from ..head.steps import Steps
 from ..models.locate import find_head, recorded_hidden
@@ -30,7 +30,7 @@ from ..models.locate import find_head, recorded_hidden
 TOKEN, CANDIDATES, LOGITS = "token", "candidates", "logits"
 FUNCTIONS = (TOKEN, CANDIDATES, LOGITS)
 METAL, PORTABLE = "metal", "mlx"
-ONLY_FULL_LOGITS = ("slot_of", "tail_offset")  # weights of the function ``logits`` only
+ONLY_FULL_LOGITS = ("slot_of",)  # weights of the function ``logits`` only
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,12 @@ def export_head(
     """
     settings = head.copy()
     settings.n_probes = head.n_probes if n_probes is None else n_probes
-    reason = supports(head.clustered) if backend == METAL else None
-    if reason is not None:
-        raise ValueError(f"{reason} Export it with the backend 'mlx'.")
+    if backend == METAL:
+        _check_kernels(head.clustered, settings.n_probes)
     clustered = head.clustered.in_rows()
     weights = head_weights(clustered)
     mx.eval(weights)
-    steps = _steps(clustered, backend)
+    steps = _steps(clustered, backend, settings.n_probes)
     mx.eval(steps.arrays())
 
     def function(**arrays: mx.array) -> list[mx.array]:
@@ -118,7 +117,8 @@ def export_head(
         hidden = arrays.pop(name)
         given = steps
         if not include_weights:
-            given = _steps(_with_weights(clustered, arrays), backend)
+            rows = _with_weights(clustered, arrays)
+            given = _steps(rows, backend, settings.n_probes)
         return _run(name, given, hidden, settings.n_probes)
 
     hidden = mx.zeros((1, clustered.hidden_size), dtype)
@@ -148,8 +148,23 @@ def _run(name: str, steps: Steps, hidden: mx.array, n_probes: int) -> list[mx.ar
     return [steps.expand(scores, selection, candidates)]
 
 
-def _steps(clustered: ClusteredRows, backend: str) -> Steps:
-    return MetalSteps(clustered) if backend == METAL else PortableSteps(clustered)
+def _steps(clustered: ClusteredRows, backend: str, n_probes: int) -> Steps:
+    return MetalSteps(clustered, n_probes) if backend == METAL else PortableSteps(clustered)
+
+
+def _check_kernels(clustered: ClusteredRows, n_probes: int) -> None:
+    """Refuses what would not be kernels alone."""
+    forms = unread(clustered)
+    if forms:
+        raise ValueError(
+            f"The Metal kernels do not read {' and '.join(forms.values())} rows: export this head "
+            "with the backend 'mlx'."
+        )
+    if n_probes < MIN_PROBES:
+        raise ValueError(
+            f"n_probes is {n_probes}, but functions of Metal kernels score {MIN_PROBES} clusters "
+            "or more: choose more, or export this head with the backend 'mlx'."
+        )
 
 
 def _with_weights(clustered: ClusteredRows, weights: dict[str, mx.array]) -> ClusteredRows:

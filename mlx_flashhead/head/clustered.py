@@ -14,6 +14,8 @@ from .matrix import Matrix
 # Bias of clusters that are always probed: above every real score, finite and exact in float32.
 ALWAYS_PROBED = 1e30
 
+PIECES = 1024  # of rows that are laid out by columns, one at a time to save memory
+
 
 @dataclass(frozen=True)
 class ClusteredRows:
@@ -26,7 +28,8 @@ class ClusteredRows:
         centroids: Centroids, their bias and the tail's offset.
         route_bias: (C,) float32, the centroids' bias, ALWAYS_PROBED for the forced clusters.
         padded: Whether any slot is padded.
-        by_column: Whether the weight of each cluster lies in memory by columns, see `in_columns`.
+        by_column: Whether the (n, D) weight of each cluster lies in memory as (D, n), which a CPU's
+            BLAS multiplies faster; its shape is the same.
     """
 
     rows: Matrix
@@ -60,14 +63,16 @@ class ClusteredRows:
         token_ids: np.ndarray,
         centroids: Centroids,
         always_probed_ids: tuple[int, ...] = (),
+        by_column: bool = False,
     ) -> "ClusteredRows":
-        """Reorders ``rows``, lazily. For a moment both orders exist.
+        """Reorders ``rows``, lazily. While that is evaluated both orders exist.
 
         Args:
             rows: The head's rows in token order.
             token_ids: (C, cluster_size) integers, a permutation of 0 … V-1 padded with V.
             centroids: Fitted for these clusters.
             always_probed_ids: Tokens whose clusters are always among the probes.
+            by_column: Lay the weight out by columns. Only for rows that are floats.
 
         Raises:
             ValueError: If ``token_ids`` is not such a permutation, or shapes do not fit.
@@ -93,13 +98,18 @@ class ClusteredRows:
         route_bias = np.array(centroids.bias, dtype=np.float32)
         route_bias[np.unique(forced // cluster_size)] = ALWAYS_PROBED
         ids = mx.array(token_ids.astype(np.uint32))
+        order = mx.minimum(ids, vocab_size - 1)
+        clustered = rows.take(order)
+        if by_column:
+            clustered = replace(clustered, weight=_columns(rows.weight, order))
         return cls(
-            rows=rows.take(mx.minimum(ids, vocab_size - 1)),
+            rows=clustered,
             token_ids=ids,
             slot_of=mx.array(slot_of.astype(np.uint32)),
             centroids=centroids,
             route_bias=mx.array(route_bias),
             padded=len(real) != flat.size,
+            by_column=by_column,
         )
 
     def arrays(self) -> list[mx.array]:
@@ -114,17 +124,6 @@ class ClusteredRows:
             self.token_ids,
             self.slot_of,
         ]
-
-    def in_columns(self) -> "ClusteredRows":
-        """The same with each cluster's (cluster_size, D) weight laid out as (D, cluster_size).
-
-        A CPU's BLAS multiplies a state with such a block faster (docs/speed.md). Shapes stay as
-        they are. Only for rows of floats. Lazy.
-        """
-        if self.by_column:
-            return self
-        weight = mx.contiguous(self.rows.weight.swapaxes(-1, -2)).swapaxes(-1, -2)
-        return replace(self, rows=replace(self.rows, weight=weight), by_column=True)
 
     def in_rows(self) -> "ClusteredRows":
         """The same with each row in one piece, for the kernels and other programs. Lazy."""
@@ -150,3 +149,17 @@ class ClusteredRows:
     def token_rows(self) -> Matrix:
         """The rows in the model's own order, gathered anew (lazily) at each call."""
         return self.rows_in(self.slot_of)
+
+
+def _columns(weight: mx.array, order: mx.array) -> mx.array:
+    """Rows ``order`` (C, n) of ``weight`` (V, D), laid out as (C, D, n), as a view (C, n, D).
+
+    Written piece by piece into one array, so that no second copy of all rows exists. Lazy.
+    """
+    n_clusters, cluster_size = order.shape
+    columns = mx.zeros((n_clusters, weight.shape[1], cluster_size), dtype=weight.dtype)
+    size = -(-n_clusters // PIECES)
+    for start in range(0, n_clusters, size):
+        part = slice(start, start + size)
+        columns[part] = mx.take(weight, order[part], axis=0).swapaxes(-1, -2)
+    return mx.contiguous(columns).swapaxes(-1, -2)  # one piece alone would be a view

@@ -8,7 +8,6 @@ Source: arXiv 2603.14591; centroids, tail and margin as in `centroids.py` and `p
 
 import copy
 import math
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from weakref import ref
@@ -16,53 +15,17 @@ from weakref import ref
 import mlx.core as mx
 import numpy as np
 
+from .backend import PORTABLE, checked, choose_backend, make_steps
 from .centroids import Centroids
 from .clustered import ClusteredRows
 from .matrix import Matrix
-from .portable import PortableSteps, for_portable_steps
+from .portable import faster_by_column
 from .rescoring import Call, LatestCall
-from .steps import Candidates, Selection, Steps
-
-BACKENDS = ("metal", "mlx")
-BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
-
-# Positions (B·L) above which the head is dense: measured on CPUs (docs/speed.md), an estimate for
-# GPUs, where C/p positions read as much as the dense head. It is also mlx-lm's usual batch.
-MAX_POSITIONS = 32
+from .steps import Candidates, Selection
 
 # Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
 # and JSON; so low that exp() of it is 0.
 NEVER_DRAWN = -1e4
-
-
-def choose_backend(asked: str | None = None) -> str:
-    """The path to take: ``asked``, else the environment's, else Metal with an Apple GPU.
-
-    Raises:
-        ValueError: If the name is unknown, or Metal is asked for on a machine without it.
-    """
-    name = asked or os.environ.get(BACKEND_VARIABLE) or None
-    if name is None:
-        return "metal" if mx.metal.is_available() else "mlx"
-    if name not in BACKENDS:
-        raise ValueError(f"Unknown FlashHead backend {name!r}: choose {' or '.join(BACKENDS)}.")
-    if name == "metal" and not mx.metal.is_available():
-        raise ValueError(
-            "The FlashHead backend 'metal' needs an Apple GPU and this machine has none: "
-            f"use backend='mlx' or unset {BACKEND_VARIABLE}."
-        )
-    return name
-
-
-def _make_steps(clustered: ClusteredRows, asked: str | None) -> Steps:
-    if choose_backend(asked) == "mlx":
-        return PortableSteps(for_portable_steps(clustered))
-    from .kernels import MetalSteps, supports
-
-    by_name = asked or os.environ.get(BACKEND_VARIABLE)
-    if not by_name and supports(clustered) is not None:
-        return PortableSteps(for_portable_steps(clustered))
-    return MetalSteps(clustered)  # raises if the kernels do not read such rows
 
 
 class FlashHead:
@@ -79,9 +42,12 @@ class FlashHead:
         eos_token_ids: Their clusters are always among the probes, so that an answer can end.
             With fewer probes than such clusters, only they are scored.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
-            on a machine with an Apple GPU.
-        max_positions: More positions (B·L) than this at once are computed densely; see
-            ``MAX_POSITIONS``.
+            where MLX computes on an Apple GPU.
+        max_positions: More positions (B·L) than this at once are computed densely; None leaves it
+            to the path that is taken.
+
+    Attributes:
+        backend_reason: A sentence that says why it is this path, or what in it is slower.
 
     Raises:
         ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
@@ -96,13 +62,14 @@ class FlashHead:
         n_probes: int,
         eos_token_ids: tuple[int, ...] = (),
         backend: str | None = None,
-        max_positions: int = MAX_POSITIONS,
+        max_positions: int | None = None,
     ):
-        clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids)
-        self._steps = _make_steps(clustered, backend)
-        self.clustered = self._steps.clustered  # its rows may lie in another order of memory
+        by_column = choose_backend(backend) == PORTABLE and faster_by_column(rows)
+        self.clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids, by_column)
+        self._backend_asked = backend
+        self._steps, self.backend_reason = make_steps(self.clustered, backend)
         self.eos_token_ids = tuple(eos_token_ids)
-        self.max_positions = max_positions
+        self._max_positions = max_positions
         self.n_probes = n_probes
         self._draw_temperature: float | None = None
         self._watchers: tuple[ref[LatestCall], ...] = ()
@@ -136,6 +103,22 @@ class FlashHead:
         return self._steps.name
 
     @property
+    def max_positions(self) -> int:
+        """More positions (B·L) than this at once are computed densely."""
+        if self._max_positions is not None:
+            return self._max_positions
+        return self._steps.max_positions(self._n_probes)
+
+    @max_positions.setter
+    def max_positions(self, value: int | None) -> None:
+        self._max_positions = value
+
+    @property
+    def max_positions_reason(self) -> str:
+        """What ``max_positions`` follows from."""
+        return "set by hand" if self._max_positions is not None else self._steps.limit_reason
+
+    @property
     def n_probes(self) -> int:
         """Clusters scored per position, 1 … C; with C the head is exact.
 
@@ -163,6 +146,21 @@ class FlashHead:
     def arrays(self) -> list[mx.array]:
         """All arrays of this head, for ``mx.eval`` and for measuring memory."""
         return [*self.clustered.arrays(), *self._steps.arrays()]
+
+    def check_kernels(self, dtype: mx.Dtype) -> None:
+        """Runs each kernel once and takes the portable path, with one warning, where one fails.
+
+        Evaluates. The pipelines are built by it, so the first token does not wait for them.
+
+        Args:
+            dtype: Of the model's hidden states.
+
+        Raises:
+            ValueError: If one fails and the backend "metal" was asked for by name.
+        """
+        self._steps, self.backend_reason = checked(
+            self._steps, self.backend_reason, self._backend_asked, dtype, self.n_probes
+        )
 
     def copy(self) -> "FlashHead":
         """A head with its own settings that shares the arrays, which never change."""
@@ -243,9 +241,11 @@ class FlashHead:
         drawn = self._draw_temperature is not None
         if drawn:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
+            selection = Selection(selection.probes)  # whose estimates are those of other scores
         logits = self._steps.expand(scores, selection, candidates)
         # no second look with drawn clusters, since tokens of others must not be sampled
-        self._tell(None if drawn else Call(self, self._steps, rows, selection.probes, logits))
+        probes = selection.probes[:, : self.n_probes]
+        self._tell(None if drawn else Call(self, self._steps, rows, probes, logits))
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
@@ -255,9 +255,9 @@ class FlashHead:
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
         _, selection, candidates = self._retrieve(rows)
-        shape = (*hidden.shape[:-1], -1)
-        ids = self._steps.token_ids(selection.probes)
-        return ids.reshape(shape), candidates.logits.reshape(shape)
+        shape = (*hidden.shape[:-1], self.n_probes * self.cluster_size)
+        ids = self._steps.token_ids(selection.probes)[:, : self.n_probes]
+        return ids.reshape(shape), candidates.logits[:, : self.n_probes].reshape(shape)
 
     def likeliest(self, values: mx.array, n_clusters: int) -> tuple[mx.array, mx.array]:
         """The tokens of the clusters that hold the highest values.
@@ -276,9 +276,11 @@ class FlashHead:
         """
         blocks = self._steps.in_clusters(values)
         best = mx.max(blocks, axis=-1).astype(mx.float32)
-        chosen = self._steps.select(best, n_clusters).probes
-        kept = mx.take_along_axis(blocks, chosen[..., None], axis=1)  # (R, n_clusters, n)
-        return self._steps.token_ids(chosen).flatten(1), kept.flatten(1)
+        probes = self._steps.select(best, n_clusters).probes
+        ids = self._steps.token_ids(probes)[:, :n_clusters]
+        chosen = probes[:, :n_clusters, None]
+        kept = mx.take_along_axis(blocks, chosen, axis=1)  # (R, n_clusters, n)
+        return ids.flatten(1), kept.flatten(1)
 
     def token(self, hidden: mx.array) -> mx.array:
         """The greedy token: hidden (..., D) → (...) uint32, without full logits.

@@ -37,17 +37,18 @@ class Format:
         return self.bits / 8 + (self.group_bytes / group_size if group_size else 0)
 
     def __str__(self) -> str:
-        if self.mode is None:
-            return f"{self.bits}-bit floats"
-        return f"{self.mode} of {self.bits} bits"
+        """As words before "rows": "16-bit float", "3-bit affine", "nvfp4"."""
+        if self.mode in (FLOATS, AFFINE):
+            return f"{self.bits}-bit {self.mode or 'float'}"
+        return self.mode
 
 
 FLOATS, AFFINE = None, "affine"
 GROUPS = (32, 64, 128)
 DENSE_ROWS, AFFINE_ROWS, MXFP4_ROWS = (
     "dense_rows<D>",
-    "affine_rows<D, BITS, GROUP>",
-    "mxfp4_rows<D>",
+    "affine_rows<D, BITS, GROUP, WORDS>",
+    "mxfp4_rows<D, WORDS>",
 )
 _W, _WS, _WSB = ("weight",), ("weight", "scales"), ("weight", "scales", "biases")
 
@@ -82,9 +83,10 @@ def find_format(mode: str | None, bits: int) -> Format:
     for one in FORMATS:
         if (one.mode, one.bits) == (mode, bits):
             return one
+    form = f"{bits}-bit {mode or 'float'}"
     raise ValueError(
-        f"A head of {bits} bits {'as floats' if mode is None else f'in mode {mode!r}'} is not "
-        f"supported: the formats are {', '.join(map(str, FORMATS))}."
+        f"Rows of the form {form!r} are not supported: the formats are "
+        f"{', '.join(map(str, FORMATS))}."
     )
 
 

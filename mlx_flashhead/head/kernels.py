@@ -1,311 +1,313 @@
 """The steps of a FlashHead as Metal kernels, one dispatch each.
 
-``metal/flash_head.metal`` holds the kernels, their plans and shapes. This file knows the arrays and
-the threads of each. `portable.py` computes the same with plain MLX operations.
+The kernels themselves, their plans and shapes are in ``metal/flash_head.metal``. This file knows
+which arrays go into each of them and how many threads it takes. What it computes, `portable.py`
+computes with plain MLX operations, which also serve where the kernels do not read a format.
 """
 
 import re
-from functools import cache
-from pathlib import Path
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
+from .kernel_text import (
+    EXPAND_BODY,
+    IDS_BODY,
+    ROUTE_BODY,
+    SCORE_BODY,
+    SELECT_BODY,
+    TOKEN_BODY,
+    header,
+)
 from .matrix import Matrix
-from .steps import Candidates, Selection, Steps
+from .portable import ESTIMATED, PortableSteps
+from .steps import Candidates, Selection
 
 # The constants of the same names in flash_head.metal.
 LANES = 32
 ROWS = 4
 ROUTE_SIMDGROUPS = 2
+SCORE_SIMDGROUPS = 8
 SELECT_THREADS = 512
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
+MIN_PROBES = 8
 
-MAX_THREADS = 1024  # of a threadgroup
+SHARED_POSITIONS = 4  # that share one reading of the centroids
 
-ROUTE_SOURCE = """
-flash_head::route<D, C, H>(
-    {rows}, hidden, route_bias, scores, hidden_shape[0], threadgroup_position_in_grid,
-    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-"""
-SELECT_SOURCE = """
-threadgroup atomic<uint> histogram[flash_head::COPIES * flash_head::COPY_STRIDE];
-threadgroup uint totals[2 * flash_head::SELECT_SIMDGROUPS];
-threadgroup uint chosen[2];
-flash_head::select_probes<C, P>(
-    scores, probes, ranks, histogram, totals, chosen, threadgroup_position_in_grid.y,
-    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-"""
-SCORE_SOURCE = """
-threadgroup float shared[flash_head::LANES];
-flash_head::score<D, N, P, V, PADDED>(
-    {rows}, hidden, probes, token_ids, {bias}, logits, best, shared, threadgroup_position_in_grid,
-    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-"""
-EXPAND_SOURCE = """
-threadgroup float shared[flash_head::WIDE_SIMDGROUPS];
-flash_head::expand<V, C, N, P>(
-    scores, tail_offset, slot_of, ranks, logits, best, expanded, shared,
-    threadgroup_position_in_grid, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
-    thread_index_in_simdgroup);
-"""
-TOKEN_SOURCE = """
-threadgroup float shared[flash_head::WIDE_SIMDGROUPS];
-threadgroup uint lowest[flash_head::WIDE_SIMDGROUPS];
-flash_head::greedy_token<N, P>(
-    probes, token_ids, logits, best, tokens, shared, lowest, threadgroup_position_in_grid.y,
-    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-"""
-IDS_SOURCE = """
-flash_head::candidate_ids<N, P>(probes, token_ids, ids, thread_position_in_grid);
-"""
+# Positions from which MLX multiplies quantized matrices by its matrix kernels, for at most 2,048
+# columns and rows, at most 4,096, and more, by generation of the GPU; of those in a Max or Ultra.
+# Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp (0.32).
+MATRIX_FROM = ((17, (33, 25, 13)), (15, (13, 15, 13)), (13, (14, 10, 6)), (0, (18, 12, 10)))
+MATRIX_FROM_ULTRA = (32, 18, 12)
 
 
-@cache
-def kernel_source() -> str:
-    """The text of flash_head.metal: from the installed package, or beside it in a checkout.
+def matrix_from(hidden_size: int, n_rows: int, architecture: str) -> int:
+    """Positions from which MLX takes its matrix kernels instead of the vector ones.
 
-    Raises:
-        FileNotFoundError: If it is in neither place.
+    Args:
+        hidden_size: Columns D of the matrix.
+        n_rows: Its rows.
+        architecture: As ``mx.device_info`` gives it, such as "applegpu_g15s". Others, which run
+            these kernels in tests only, count as the newest.
     """
-    package = Path(__file__).parents[1]
-    for folder in (package, package.parent):
-        path = folder / "metal" / "flash_head.metal"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    raise FileNotFoundError(
-        "The kernels' file metal/flash_head.metal is missing from this installation: "
-        "install mlx-flashhead again."
-    )
+    size = max(hidden_size, n_rows)
+    column = 0 if size <= 2048 else 1 if size <= 4096 else 2
+    found = re.fullmatch(r"applegpu_g(\d+)(\w)", architecture)
+    generation, kind = (int(found[1]), found[2]) if found else (MATRIX_FROM[0][0], "")
+    if kind == "d":
+        return MATRIX_FROM_ULTRA[column]
+    return next(limits[column] for since, limits in MATRIX_FROM if generation >= since)
 
 
-@cache
-def _header() -> str:
-    """The functions of the file, without comments and indentation.
+def unread(clustered: ClusteredRows) -> dict[str, str]:
+    """The steps for which no kernel reads the rows, and in which format these are.
 
-    Short, since MLX copies and hashes this text at every call of a kernel (docs/speed.md).
+    The other steps are kernels all the same.
     """
-    text = re.sub(r"#ifndef FLASH_HEAD_JIT\n.*?\n#endif", "", kernel_source(), flags=re.DOTALL)
-    lines = (line.split("//")[0].strip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line) + "\n"
+    found = {"route": clustered.centroids.matrix.format, "score": clustered.rows.format}
+    return {step: str(form) for step, form in found.items() if form.metal is None}
 
 
-def supports(clustered: ClusteredRows) -> str | None:
-    """A sentence that says why the kernels do not read these rows; None if they do."""
-    for what, stored in (("rows", clustered.rows), ("centroids", clustered.centroids.matrix)):
-        reason = _unsupported_format(stored)
-        if reason is not None:
-            return f"The Metal kernels do not read {what} {reason}."
-    if _score_threads(clustered.cluster_size) > MAX_THREADS:
-        limit = MAX_THREADS // LANES * ROWS
-        return (
-            f"The Metal kernels take clusters of at most {limit} tokens, "
-            f"and these have {clustered.cluster_size}."
-        )
-    return None
+def _words(hidden_size: int, bits: int, n_rows: int) -> int:
+    """Words of 32 bits that a lane takes at once, as in MLX's matrix-vector product with the rows.
 
-
-def _unsupported_format(stored: Matrix) -> str | None:
-    if stored.format.metal is None:
-        return f"quantized as {stored.format}"
-    if not stored.quantized and stored.hidden_size % 4:
-        return f"of {stored.hidden_size} unquantized columns, which 4 does not divide"
-    return None
-
-
-def _score_threads(cluster_size: int) -> int:
-    return LANES * -(-cluster_size // ROWS)
+    Source: qmv in mlx/backend/metal/quantized.cpp, which is "fast" with two.
+    """
+    return 2 if hidden_size % (2 * LANES * 32 // bits) == 0 and n_rows % 8 == 0 else 1
 
 
 class _StoredRows:
-    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them."""
+    """How a kernel reads rows: its inputs' names, the arrays, and the expression over them.
 
-    def __init__(self, stored: Matrix):
+    Args:
+        stored: The rows, of a format that the kernels read.
+        n_rows: How many the matrix has whose product by MLX's own kernel this equals.
+    """
+
+    def __init__(self, stored: Matrix, n_rows: int):
+        maker = stored.format.metal
+        if maker is None:
+            raise ValueError(f"The Metal kernels do not read {stored.format} rows.")
         self.names = list(stored.format.arrays)
         self.arrays = [stored.arrays()[name] for name in self.names]
         sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
-        maker = stored.format.metal
-        if maker is None:
-            raise ValueError(f"The Metal kernels do not read {stored.format}.")
+        if stored.quantized:
+            sizes["WORDS"] = _words(stored.hidden_size, stored.bits, n_rows)
         self.template = [(name, size) for name, size in sizes.items() if name in maker]
         self.expression = f"flash_head::{maker}({', '.join(self.names)})"
+        self.sections = (maker.partition("_rows")[0], "dot")
 
 
-def _kernel(name: str, inputs: list[str], outputs: list[str], source: str):
+def _kernel(name: str, inputs: list[str], outputs: list[str], body: str, *sections: str):
     return mx.fast.metal_kernel(
         name=f"flash_head_{name}",
         input_names=inputs,
         output_names=outputs,
-        header=_header(),
-        source=source,
+        header=header(*sections, name),
+        source=body,
     )
 
 
-class MetalSteps(Steps):
+class MetalSteps(PortableSteps):
     """Route, select, score, expand and token, each one Metal kernel. Nothing is evaluated.
+
+    Of a position, max(p, 8) probes are held; beyond p the last one is repeated. One kernel of each
+    kind serves any number of probes and positions, and route has one more for a single position.
 
     Args:
         clustered: The rows and the index.
+        n_probes: Clusters scored, for kernels that take no other number and no argument that says
+            so; None for any number.
 
-    Raises:
-        ValueError: If the kernels do not read rows of this format; see ``supports``.
+    Attributes:
+        unread: The steps that stay plain operations, and the formats; see :func:`unread`.
     """
 
     name = "metal"
+    limit_reason = ESTIMATED
 
-    def __init__(self, clustered: ClusteredRows):
+    def __init__(self, clustered: ClusteredRows, n_probes: int | None = None):
         super().__init__(clustered)
-        reason = supports(clustered)
-        if reason is not None:
-            raise ValueError(f"{reason} Use backend='mlx' for this head.")
-        self._rows = _StoredRows(clustered.rows)
-        self._centroids = _StoredRows(clustered.centroids.matrix)
+        self.unread = unread(clustered)
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
-        self._head_bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
-        self._route = _kernel(
-            "route",
-            ["hidden", *self._centroids.names, "route_bias"],
-            ["scores"],
-            ROUTE_SOURCE.format(rows=self._centroids.expression),
-        )
-        self._select = _kernel("select", ["scores"], ["probes", "ranks"], SELECT_SOURCE)
-        has_bias = bool(self._head_bias)
-        self._score = _kernel(
-            "score",
-            ["hidden", "probes", "token_ids", *self._rows.names, *["bias"] * has_bias],
-            ["logits", "best"],
-            SCORE_SOURCE.format(
-                rows=self._rows.expression, bias="bias" if has_bias else "flash_head::NoBias{}"
-            ),
-        )
+        self._counts: dict[int, mx.array] = {}  # numbers of probes, as arrays
+        self._dtypes: dict[mx.Dtype, mx.Dtype] = {}  # of logits, by that of the hidden states
+        sizes = {"V": self.clustered.vocab_size, "C": clustered.n_clusters}
+        sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
+        self._sizes = sizes
+        self._templates = {
+            "select": [("C", sizes["C"])],
+            "expand": [(name, sizes[name]) for name in "VCN"],
+            "token": [("N", sizes["N"])],
+        }
+        self._grid_x = {
+            "route": LANES * ROUTE_SIMDGROUPS * -(-sizes["C"] // (ROWS * ROUTE_SIMDGROUPS)),
+            "expand": WIDE_THREADS * -(-sizes["V"] // (WIDE_THREADS * EXPAND_TOKENS)),
+        }
+        if "route" not in self.unread:
+            self._make_route()
+        if "score" not in self.unread:
+            self._make_score()
+        inputs = ["scores", "tail_offset"]
+        if n_probes is None:
+            inputs.append("n_probes")
+        else:
+            self._templates["select"].append(("n_probes", n_probes))
+        self._fixed = n_probes is not None
+        self._select = _kernel("select", inputs, ["probes", "words"], SELECT_BODY)
         self._expand = _kernel(
-            "expand",
-            ["scores", "tail_offset", "slot_of", "ranks", "logits", "best"],
-            ["expanded"],
-            EXPAND_SOURCE,
+            "expand", ["words", "slot_of", "logits", "best"], ["expanded"], EXPAND_BODY
         )
         self._token = _kernel(
-            "token", ["probes", "token_ids", "logits", "best"], ["tokens"], TOKEN_SOURCE
+            "token", ["probes", "token_ids", "logits", "best"], ["tokens"], TOKEN_BODY
         )
-        self._ids = _kernel("ids", ["probes", "token_ids"], ["ids"], IDS_SOURCE)
+        self._ids = _kernel("ids", ["probes", "token_ids"], ["ids"], IDS_BODY)
+
+    def _make_route(self) -> None:
+        clustered = self.clustered
+        architecture = str(mx.device_info().get("architecture"))
+        self._matrix_from = matrix_from(clustered.hidden_size, clustered.n_clusters, architecture)
+        centroids = _StoredRows(clustered.centroids.matrix, clustered.n_clusters)
+        self._route_arrays = [*centroids.arrays, clustered.route_bias]
+        self._route = _kernel(
+            "route",
+            ["hidden", *centroids.names, "route_bias"],
+            ["scores"],
+            ROUTE_BODY.format(rows=centroids.expression),
+            *centroids.sections,
+        )
+        sizes = [(name, self._sizes[name]) for name in "DC"]
+        self._route_templates = {
+            shared: [*sizes, ("H", shared), *centroids.template] for shared in (1, SHARED_POSITIONS)
+        }
+
+    def _make_score(self) -> None:
+        clustered = self.clustered
+        rows = _StoredRows(clustered.rows, clustered.vocab_size)
+        bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
+        self._score_arrays = [clustered.token_ids, *rows.arrays, *bias]
+        self._score_threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))
+        self._score = _kernel(
+            "score",
+            ["hidden", "probes", "token_ids", *rows.names, *["bias"] * len(bias)],
+            ["logits", "best"],
+            SCORE_BODY.format(
+                rows=rows.expression, bias="bias" if bias else "flash_head::NoBias{}"
+            ),
+            *rows.sections,
+        )
+        sizes = [(name, self._sizes[name]) for name in "DNV"]
+        self._score_template = [*sizes, ("PADDED", clustered.padded), *rows.template]
+        self._score_templates: dict[mx.Dtype, list] = {}  # by the dtype of the hidden states
+
+    def max_positions(self, n_probes: int) -> int:
+        """Positions up to which the kernels read fewer rows than the dense head: an estimate."""
+        return max(1, self._sizes["C"] // n_probes)
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
-        n_rows = hidden.shape[0]
-        n_clusters = self.clustered.n_clusters
-        shared = n_rows if n_rows <= 2 else 4  # positions that share one reading of the centroids
-        threads = LANES * ROUTE_SIMDGROUPS
+        n_positions = hidden.shape[0]
+        if "route" in self.unread or n_positions >= self._matrix_from:
+            return super().route(hidden)
+        shared = 1 if n_positions == 1 else SHARED_POSITIONS
         (scores,) = self._route(
-            inputs=[hidden, *self._centroids.arrays, self.clustered.route_bias],
-            template=[
-                ("D", self.clustered.hidden_size),
-                ("C", n_clusters),
-                ("H", shared),
-                *self._centroids.template,
-            ],
-            grid=(threads * -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS)), -(-n_rows // shared), 1),
-            threadgroup=(threads, 1, 1),
-            output_shapes=[(n_rows, n_clusters)],
+            inputs=[hidden, *self._route_arrays],
+            template=self._route_templates[shared],
+            grid=(self._grid_x["route"], -(-n_positions // shared), 1),
+            threadgroup=(LANES * ROUTE_SIMDGROUPS, 1, 1),
+            output_shapes=[(n_positions, self._sizes["C"])],
             output_dtypes=[mx.float32],
         )
         return scores
 
     def select(self, scores: mx.array, n_probes: int) -> Selection:
-        """The ``n_probes`` best clusters of each row, ascending: (R, C) → (R, p) and (R, C)."""
-        n_rows, n_clusters = scores.shape
-        probes, ranks = self._select(
-            inputs=[scores],
-            template=[("C", n_clusters), ("P", n_probes)],
-            grid=(SELECT_THREADS, n_rows, 1),
+        """The ``n_probes`` best clusters of each row, ascending, and a word for each cluster."""
+        n_positions, n_clusters = scores.shape
+        held = max(n_probes, MIN_PROBES)
+        inputs = [scores, self._tail_offset]
+        if not self._fixed:
+            count = self._counts.get(n_probes)
+            if count is None:
+                count = self._counts[n_probes] = mx.array(n_probes, dtype=mx.uint32)
+            inputs.append(count)
+        probes, words = self._select(
+            inputs=inputs,
+            template=self._templates["select"],
+            grid=(SELECT_THREADS, n_positions, 1),
             threadgroup=(SELECT_THREADS, 1, 1),
-            output_shapes=[(n_rows, n_probes), (n_rows, n_clusters)],
+            output_shapes=[(n_positions, held), (n_positions, n_clusters)],
             output_dtypes=[mx.uint32, mx.uint32],
         )
-        return Selection(probes, ranks)
+        return Selection(probes, words)
 
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
-        """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n), and (R, p) bests."""
-        n_rows, n_probes = selection.probes.shape
-        clustered = self.clustered
-        threads = _score_threads(clustered.cluster_size)
+        """Logits of the probed clusters' rows: hidden (R, D) → (R, S, n), and (R, S) bests."""
+        if "score" in self.unread:
+            logits = super().score(hidden, selection).logits
+            return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
+        probes = selection.probes
+        n_positions, held = probes.shape
+        dtype = hidden.dtype
+        if dtype not in self._dtypes:
+            self._remember(dtype)
         logits, best = self._score(
-            inputs=[
-                hidden,
-                selection.probes,
-                clustered.token_ids,
-                *self._rows.arrays,
-                *self._head_bias,
-            ],
-            template=[
-                ("D", clustered.hidden_size),
-                ("N", clustered.cluster_size),
-                ("P", n_probes),
-                ("V", clustered.vocab_size),
-                ("PADDED", clustered.padded),
-                *self._rows.template,
-            ],
-            grid=(threads * n_probes, n_rows, 1),
-            threadgroup=(threads, 1, 1),
-            output_shapes=[(n_rows, n_probes, clustered.cluster_size), (n_rows, n_probes)],
-            output_dtypes=[clustered.rows.logits_dtype(hidden.dtype), mx.float32],
+            inputs=[hidden, probes, *self._score_arrays],
+            template=self._score_templates[dtype],
+            grid=(self._score_threads * held, n_positions, 1),
+            threadgroup=(self._score_threads, 1, 1),
+            output_shapes=[(n_positions, held, self._sizes["N"]), (n_positions, held)],
+            output_dtypes=[self._dtypes[dtype], mx.float32],
         )
         return Candidates(logits, best)
 
+    def _remember(self, dtype: mx.Dtype) -> None:
+        """What follows from the dtype of the hidden states: asking MLX takes microseconds."""
+        rows = self.clustered.rows
+        self._dtypes[dtype] = rows.logits_dtype(dtype)
+        product = ("PRODUCT", rows.product_dtype(dtype))
+        self._score_templates[dtype] = [*self._score_template, product]
+
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         """Full logits, (R, V) in the candidates' dtype; see ``PortableSteps.expand``."""
-        n_rows, n_probes, cluster_size = candidates.logits.shape
-        vocab_size = self.clustered.vocab_size
+        if selection.words is None:
+            return super().expand(scores, selection, candidates)
+        logits = candidates.logits
+        n_positions, vocab_size = logits.shape[0], self._sizes["V"]
         (expanded,) = self._expand(
-            inputs=[
-                scores,
-                self._tail_offset,
-                self.clustered.slot_of,
-                selection.ranks,
-                candidates.logits,
-                candidates.best,
-            ],
-            template=[
-                ("V", vocab_size),
-                ("C", scores.shape[1]),
-                ("N", cluster_size),
-                ("P", n_probes),
-            ],
-            grid=(WIDE_THREADS * -(-vocab_size // (WIDE_THREADS * EXPAND_TOKENS)), n_rows, 1),
+            inputs=[selection.words, self.clustered.slot_of, logits, candidates.best],
+            template=self._templates["expand"],
+            grid=(self._grid_x["expand"], n_positions, 1),
             threadgroup=(WIDE_THREADS, 1, 1),
-            output_shapes=[(n_rows, vocab_size)],
-            output_dtypes=[candidates.logits.dtype],
+            output_shapes=[(n_positions, vocab_size)],
+            output_dtypes=[logits.dtype],
         )
         return expanded
 
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
-        n_rows, n_probes, cluster_size = candidates.logits.shape
+        logits = candidates.logits
+        n_positions = logits.shape[0]
         (tokens,) = self._token(
-            inputs=[
-                selection.probes,
-                self.clustered.token_ids,
-                candidates.logits,
-                candidates.best,
-            ],
-            template=[("N", cluster_size), ("P", n_probes)],
-            grid=(WIDE_THREADS, n_rows, 1),
+            inputs=[selection.probes, self.clustered.token_ids, logits, candidates.best],
+            template=self._templates["token"],
+            grid=(WIDE_THREADS, n_positions, 1),
             threadgroup=(WIDE_THREADS, 1, 1),
-            output_shapes=[(n_rows,)],
+            output_shapes=[(n_positions,)],
             output_dtypes=[mx.uint32],
         )
         return tokens
 
     def token_ids(self, probes: mx.array) -> mx.array:
-        """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""
-        n_rows, n_probes = probes.shape
-        cluster_size = self.clustered.cluster_size
+        """Token ids of the probed clusters: (R, S) → (R, S, n) uint32, V for a padded slot."""
+        n_positions, held = probes.shape
+        cluster_size = self._sizes["N"]
         (ids,) = self._ids(
             inputs=[probes, self.clustered.token_ids],
-            template=[("N", cluster_size), ("P", n_probes)],
-            grid=(WIDE_THREADS * -(-n_probes * cluster_size // WIDE_THREADS), n_rows, 1),
+            template=self._templates["token"],
+            grid=(WIDE_THREADS * -(-held * cluster_size // WIDE_THREADS), n_positions, 1),
             threadgroup=(WIDE_THREADS, 1, 1),
-            output_shapes=[(n_rows, n_probes, cluster_size)],
+            output_shapes=[(n_positions, held, cluster_size)],
             output_dtypes=[mx.uint32],
         )
         return ids

@@ -96,17 +96,19 @@ class Matrix:
         named = dict(zip(find_format(mode, bits).arrays, arrays, strict=True))
         return replace(self.with_arrays(named), group_size=group_size, bits=bits, mode=mode)
 
+    def product_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
+        """The dtype of products with hidden states of ``hidden_dtype``, before the bias."""
+        values = self.weight if self.scales is None else self.scales
+        if values.dtype == mx.uint8:  # scales that are powers of two
+            return hidden_dtype
+        return mx.result_type(mx.zeros((), hidden_dtype), mx.zeros((), values.dtype))
+
     def logits_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of the dense head's logits for hidden states of ``hidden_dtype``."""
-        if self.scales is None:
-            dtype = mx.result_type(mx.zeros((), hidden_dtype), mx.zeros((), self.weight.dtype))
-        elif self.biases is not None:
-            dtype = mx.result_type(mx.zeros((), hidden_dtype), mx.zeros((), self.scales.dtype))
-        else:
-            dtype = hidden_dtype
-        if self.bias is not None:
-            dtype = mx.result_type(mx.zeros((), dtype), mx.zeros((), self.bias.dtype))
-        return dtype
+        dtype = self.product_dtype(hidden_dtype)
+        if self.bias is None:
+            return dtype
+        return mx.result_type(mx.zeros((), dtype), mx.zeros((), self.bias.dtype))
 
     def matmul(self, hidden: mx.array) -> mx.array:
         """Logits of all rows: hidden (..., D) → (..., V).

@@ -11,6 +11,7 @@ Nothing here evaluates. A prompt's logits stay lazy, since nobody reads them.
 import mlx.core as mx
 
 from .clustered import ClusteredRows
+from .matrix import Matrix
 from .steps import Candidates, Selection, Steps, in_token_order
 
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
@@ -22,6 +23,15 @@ MARGIN_SHARE = 1 / 64
 # matrix first, which does not pay for few states (docs/speed.md).
 BLOCK_PRODUCTS = 500_000
 BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
+PIECE = 64  # rows that are dequantized at once
+
+
+# Positions (B·L) up to which FlashHead is the faster path on a CPU (`mlx_flashhead.benchmark
+# positions`, docs/speed.md): with 256 of SmolLM2's 3,072 clusters it took as long as the dense head
+# at 32, and a third longer at 64. In larger heads, and with fewer probes, more positions pay.
+CPU_POSITIONS = 32
+MEASURED = "measured on a CPU: docs/speed.md"
+ESTIMATED = "an estimate: C/p positions read as many rows as the dense head"
 
 
 def tail_cap(best: mx.array) -> mx.array:
@@ -30,13 +40,19 @@ def tail_cap(best: mx.array) -> mx.array:
     return best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
 
 
-def in_blocks(weight: mx.array) -> mx.array:
-    """Rows for ``blocked_product``: (V, D) → (n_blocks, block, D), zeros at the end."""
-    n_rows, hidden_size = weight.shape
+def in_blocks(matrix: Matrix, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """Rows (V, D) as ``blocked_product`` takes them: (n_blocks, block, D) floats, zeros at the end.
+
+    Piece by piece, since MLX's CPU build takes three times the floats to dequantize them. Lazy.
+    """
+    n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
     block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
-    padded = mx.pad(weight, [(0, n_blocks * block - n_rows), (0, 0)])
-    return padded.reshape(n_blocks, block, hidden_size)
+    rows = mx.zeros((n_blocks * block, hidden_size), dtype=dtype)
+    for start in range(0, n_rows, PIECE):
+        part = mx.arange(start, min(start + PIECE, n_rows))
+        rows[start : start + len(part)] = matrix.take(part).dequantized(dtype)
+    return rows.reshape(n_blocks, block, hidden_size)
 
 
 def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
@@ -47,14 +63,12 @@ def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
     return (hidden @ blocks.swapaxes(-1, -2)).swapaxes(0, 1).reshape(len(hidden), -1)
 
 
-def for_portable_steps(clustered: ClusteredRows) -> ClusteredRows:
-    """The rows in the order that the portable path reads fastest: by columns for a CPU's BLAS.
+def faster_by_column(rows: Matrix) -> bool:
+    """Whether the portable path reads rows faster by columns: where a BLAS multiplies them.
 
     docs/speed.md has the figures.
     """
-    rows = clustered.rows
-    blas = mx.default_device().type == mx.cpu and rows.weight.dtype == mx.float32
-    return clustered.in_columns() if blas else clustered
+    return mx.default_device().type == mx.cpu and rows.weight.dtype == mx.float32
 
 
 class PortableSteps(Steps):
@@ -71,12 +85,23 @@ class PortableSteps(Steps):
         self._on_cpu = mx.default_device().type == mx.cpu
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         centroids = clustered.centroids
-        self._centroids = (
-            in_blocks(centroids.matrix.dequantized(mx.float32)) if self._on_cpu else None
-        )
+        self._centroids = in_blocks(centroids.matrix) if self._on_cpu else None
 
     def arrays(self) -> list[mx.array]:
         return [] if self._centroids is None else [self._centroids]
+
+    def max_positions(self, n_probes: int) -> int:
+        """Positions (B·L) up to which these steps are the faster path.
+
+        On a GPU an estimate: memory bounds both, and C/p positions read as many rows as the dense
+        head, which reads each of them once.
+        """
+        return CPU_POSITIONS if self._on_cpu else max(1, self.clustered.n_clusters // n_probes)
+
+    @property
+    def limit_reason(self) -> str:
+        """What ``max_positions`` follows from."""
+        return MEASURED if self._on_cpu else ESTIMATED
 
     def product(self, hidden: mx.array) -> mx.array:
         if not self.clustered.by_column:
@@ -162,8 +187,13 @@ class PortableSteps(Steps):
         return in_token_order(blocks.reshape(n_rows, -1), self.clustered.slot_of)
 
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
-        """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
+        """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does.
+
+        NaN counts as the highest value, as it does for MLX's argmax.
+        """
         logits = candidates.logits
         best = mx.max(logits, axis=(-2, -1), keepdims=True)
-        ids = mx.where(logits == best, self.token_ids(selection.probes), self.clustered.vocab_size)
+        # where one is NaN, the best is, and no logit equals it
+        highest = (logits == best) | mx.isnan(logits)
+        ids = mx.where(highest, self.token_ids(selection.probes), self.clustered.vocab_size)
         return mx.min(ids, axis=(-2, -1))

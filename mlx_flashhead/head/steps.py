@@ -17,13 +17,14 @@ class Selection(NamedTuple):
     """The clusters to score.
 
     Attributes:
-        probes: (R, p) uint32, distinct clusters of each row.
-        ranks: (R, C) uint32, a cluster's place among the row's probes, and at least p for all
-            others; None on the portable path.
+        probes: (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)):
+            beyond p the last one is repeated, which changes no maximum and no full logits.
+        words: (R, C) uint32 for the kernel of `expand`, a cluster's place among the probes or the
+            estimate of its tokens' logits; None where `expand` makes it from the scores.
     """
 
     probes: mx.array
-    ranks: mx.array | None = None
+    words: mx.array | None = None
 
 
 class Candidates(NamedTuple):
@@ -31,7 +32,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         logits: (R, p, n) in the dense head's dtype; a padded slot holds the lowest finite value.
-        best: (R, p) float32, each probed cluster's best logit; None on the portable path.
+        best: (R, p) float32, each probed cluster's best logit; None where no kernel reads it.
     """
 
     logits: mx.array

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..head.centroids import Centroids
-from ..head.flash_head import MAX_POSITIONS, FlashHead
+from ..head.flash_head import FlashHead
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 
 # What the classes below are mixed into: their own base while types are checked.
@@ -55,10 +55,12 @@ def install(
     n_probes: int,
     eos_token_ids: tuple[int, ...] = (),
     backend: str | None = None,
-    max_positions: int = MAX_POSITIONS,
+    max_positions: int | None = None,
     location: HeadLocation | None = None,
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
+
+    Each Metal kernel runs once, and where one fails the head takes the portable path.
 
     Order matters: load, cast, quantize, apply adapters and shard first, then install.
 
@@ -69,23 +71,24 @@ def install(
         n_probes: Clusters scored per position, 1 … C.
         eos_token_ids: Tokens whose clusters are always scored.
         backend: "metal", "mlx" or None to choose.
-        max_positions: More positions (B·L) than this at once are computed densely.
+        max_positions: More positions (B·L) than this at once are computed densely; None leaves it
+            to the path that is taken.
         location: The head, where it is already known.
 
     Returns:
         The installed head.
 
     Raises:
-        ValueError: If one is installed already, the head is not supported, or an argument is not
-            valid. The model stays unchanged.
+        ValueError: If one is installed already, the head is not supported, an argument is not
+            valid, or a kernel fails and the backend "metal" was asked for by name. The model stays
+            unchanged.
     """
     if installed_module(model) is not None:
         raise ValueError("FlashHead is already installed on this model: uninstall it first.")
     location = location or find_head(model)
     check_plain_product(location)
-    rows = location.rows()
     head = FlashHead(
-        rows,
+        location.rows(),
         token_ids,
         centroids,
         n_probes=n_probes,
@@ -93,12 +96,20 @@ def install(
         backend=backend,
         max_positions=max_positions,
     )
-    mx.eval(head.arrays())
     module = location.module
-    around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
-    # None keeps each parameter's name and place
-    for name in rows.arrays():
+    # One array after the other, so that at most one more head exists. None keeps a parameter's name
+    # and place.
+    for name, array in head.clustered.rows.arrays().items():
+        mx.eval(array)
         module[name] = None
+    try:
+        head.check_kernels(location.hidden_dtype)
+    except ValueError:
+        _put_back(module, head)
+        raise
+    mx.clear_cache()  # which holds the rows in their old order
+    mx.eval(head.arrays())
+    around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
     module._flash_head = head
     module._asked_by = location.asked_by
     _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
@@ -116,14 +127,12 @@ def uninstall(model: nn.Module) -> None:
     module = installed_module(model)
     if module is None:
         raise ValueError("There is no FlashHead on this model to uninstall.")
-    arrays = module._flash_head.clustered.token_rows().arrays()
-    mx.eval(arrays)
+    head = module._flash_head
     for changed in model.modules():
         if isinstance(changed, _FlashModule | _FlashParent):
             changed.__class__ = type(changed).__bases__[1]
     del module._flash_head, module._asked_by
-    for name, array in arrays.items():
-        module[name] = array
+    _put_back(module, head)
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
@@ -138,6 +147,13 @@ def dense_copy(model: nn.Module) -> nn.Module:
     dense = copy.deepcopy(model)
     uninstall(dense)
     return dense
+
+
+def _put_back(module: nn.Module, head: FlashHead) -> None:
+    """Gives a module its rows again, in the model's own order."""
+    for name, array in head.clustered.token_rows().arrays().items():
+        mx.eval(array)
+        module[name] = array
 
 
 def _prefix(path: str) -> str:

@@ -61,7 +61,7 @@ def test_the_weights_may_be_inside(run, converted, output, head):
 
 
 def test_kernels_are_the_default(run, converted, output):
-    arguments = ("--model", converted, "--output", output)
+    arguments = ("--model", converted, "--output", output, "--n-probes", 8)
     code, printed, errors = run("export", *arguments)
     assert (code, errors) == (0, "")
     assert "metal" in printed and "0.32.1 or later" in printed and "docs/ipad.md" in printed
@@ -92,7 +92,8 @@ def test_an_interrupted_export_leaves_nothing(run, converted, output, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mx, "save_safetensors", fails)
-    assert run("export", "--model", converted, "--output", output)[0] == 130
+    arguments = ("--model", converted, "--output", output, "--n-probes", 8)
+    assert run("export", *arguments)[0] == 130
     assert list(output.parent.iterdir()) == []
 
 
@@ -103,6 +104,7 @@ def test_an_interrupted_export_leaves_nothing(run, converted, output, monkeypatc
         (("--output", "absent/head.mlxfn"), "there is no folder absent"),
         (("--output", "folder.mlxfn"), "is a folder"),
         (("--output", "head.mlxfn", "--n-probes", 18), "1 to 17"),
+        (("--output", "head.mlxfn", "--n-probes", 7), "score 8 clusters or more"),
         (("--output", "head.mlxfn", "--for-mlx", "0.31", "--backend", "mlx"), "leave one of them"),
         (("--output", "head.mlxfn", "--for-mlx", "0.30"), "--for-mlx is 0.30: choose 0.31, 0.32"),
         ((), "--output"),

@@ -15,12 +15,12 @@ from mlx_flashhead.exporting.functions import (
     head_weights,
 )
 from mlx_flashhead.exporting.mlxfn import rewrite_for
-from mlx_flashhead.head import kernels
+from mlx_flashhead.head import kernel_text
 from mlx_flashhead.head.flash_head import FlashHead
 from tiny_models import fitted, random_clusters, random_rows, tiny_model
 
 HIDDEN_SIZE = 64
-N_PROBES = 3
+N_PROBES = 9
 FORMS = {
     "float32": {},
     "bias": {"bias": True},
@@ -183,9 +183,15 @@ def test_what_an_older_mlx_cannot_read_is_refused(tmp_path):
 
 def test_rows_that_the_kernels_do_not_read_are_refused(tmp_path):
     head = make_head("3 bits")
-    with pytest.raises(ValueError, match="do not read rows quantized"):
+    with pytest.raises(ValueError, match="do not read 3-bit affine rows"):
         export_head(head, tmp_path / "head.mlxfn", dtype=mx.float32)
     export_head(head, tmp_path / "head.mlxfn", dtype=mx.float32, backend="mlx")
+
+
+def test_fewer_probes_than_the_kernels_hold_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"n_probes is 7, but .* score 8 clusters or more"):
+        export_head(make_head(), tmp_path / "head.mlxfn", dtype=mx.float32, n_probes=7)
+    export_head(make_head(), tmp_path / "head.mlxfn", dtype=mx.float32, n_probes=8)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
@@ -198,8 +204,8 @@ def test_states_have_the_dtype_of_the_model(dtype):
 def test_the_bodies_for_swift_are_those_of_the_kernels(name):
     """With rows of 4 bits and no bias, as the page has them."""
     page = (Path(__file__).parents[2] / "docs" / "ipad.md").read_text(encoding="utf-8")
-    rows = "flash_head::affine_rows<D, BITS, GROUP>(weight, scales, biases)"
-    source = getattr(kernels, f"{name.upper()}_SOURCE")
+    rows = "flash_head::affine_rows<D, BITS, GROUP, WORDS>(weight, scales, biases)"
+    source = getattr(kernel_text, f"{name.upper()}_BODY")
     if "{rows}" in source:
         source = source.format(rows=rows, bias="flash_head::NoBias{}")
     assert "".join(source.split()) in "".join(page.split())

@@ -18,7 +18,8 @@ from kernel_cases import (
     to_numpy,
 )
 from mlx_flashhead import get_flash_head
-from mlx_flashhead.head.flash_head import BACKEND_VARIABLE, FlashHead
+from mlx_flashhead.head.backend import BACKEND_VARIABLE
+from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.models.install import install
 
 VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS, N_PROBES = 157, 128, 8, 20, 9
@@ -37,7 +38,8 @@ def parts(*, bits=4, dtype=mx.float32, mode="affine", group_size=64):
 
 
 def make_head(backend=None, n_probes=N_PROBES, **form) -> FlashHead:
-    return FlashHead(*parts(**form), n_probes=n_probes, eos_token_ids=(3,), backend=backend)
+    settings = {"n_probes": n_probes, "eos_token_ids": (3,), "max_positions": 32}
+    return FlashHead(*parts(**form), **settings, backend=backend)
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ class TestShapes:
         hidden = mx.random.normal((3, 2, HIDDEN_SIZE), key=mx.random.key(2))
         rows, *rest = parts()
         with kernels():
-            head = FlashHead(rows, *rest, n_probes=N_PROBES, backend="metal")
+            head = FlashHead(rows, *rest, n_probes=N_PROBES, backend="metal", max_positions=32)
             ids, logits = map(to_numpy, head.candidates(hidden))
             full = to_numpy(head(hidden))
         dense, error = products(rows, hidden.reshape(-1, HIDDEN_SIZE))
@@ -153,16 +155,33 @@ class TestChoice:
             "use backend='mlx' or unset MLX_FLASHHEAD_BACKEND."
         )
 
-    def test_rows_that_the_kernels_do_not_read(self, monkeypatch, no_variable):
-        """Portable without a word where nobody asked; an error where somebody did."""
+    @pytest.mark.skipif(on_gpu(), reason="a Mac's default device is not changed here")
+    def test_the_default_device_decides(self, monkeypatch, no_variable):
+        """A program that computes on the CPU of a Mac gets the portable path."""
+        monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+        head = make_head()
+        assert head.backend == "mlx" and head.backend_reason == "MLX's default device is the CPU."
+
+    def test_rows_that_the_kernels_do_not_read(self, no_variable, caplog):
+        """All other steps are kernels; what is slower is said once, not at each token."""
         form = {"bits": 8, "group_size": 32, "mode": "mxfp8"}
-        with kernels():
-            assert make_head(**form).backend == "mlx"
-            with pytest.raises(ValueError, match="do not read rows quantized as mxfp8"):
-                make_head("metal", **form)
-            monkeypatch.setenv(BACKEND_VARIABLE, "metal")
-            with pytest.raises(ValueError, match="do not read rows quantized as mxfp8"):
-                make_head(**form)
+        hidden = mx.random.normal((1, 2, HIDDEN_SIZE), key=mx.random.key(4))
+        with kernels() as emulator:
+            for backend in (None, "metal"):
+                caplog.clear()
+                head = make_head(backend, **form)
+                assert head.backend == "metal"
+                logits = to_numpy(head(hidden))
+                mx.eval(head.token(hidden))
+                (record,) = caplog.records
+                assert record.getMessage() == head.backend_reason
+                assert "do not read mxfp8 rows" in head.backend_reason
+        expected = to_numpy(make_head("mlx", **form)(hidden))
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+        if emulator is not None:
+            names = {dispatch.name for dispatch in emulator.dispatches}
+            steps = ("route", "select", "ids", "expand", "token")
+            assert names == {f"flash_head_{step}" for step in steps}
 
     def test_chosen_once_on_installation(self, monkeypatch, no_variable):
         """Neither a call nor a new environment chooses again, or makes kernels anew."""

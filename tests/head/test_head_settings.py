@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_flashhead.head.backend import BACKEND_VARIABLE, choose_backend
 from mlx_flashhead.head.centroids import Centroids
-from mlx_flashhead.head.flash_head import BACKEND_VARIABLE, NEVER_DRAWN, FlashHead, choose_backend
+from mlx_flashhead.head.flash_head import NEVER_DRAWN, FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.portable import tail_cap
 from tiny_models import fitted, random_clusters, random_rows
@@ -230,7 +231,10 @@ def no_gpu(monkeypatch):
 def test_backend_is_chosen(monkeypatch, no_gpu):
     assert choose_backend() == choose_backend("mlx") == "mlx"
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    assert choose_backend() == choose_backend("metal") == "metal"
+    assert choose_backend("metal") == "metal"
+    assert choose_backend() == "mlx"  # the default device is the CPU
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert choose_backend() == "metal"
     monkeypatch.setenv(BACKEND_VARIABLE, "mlx")
     assert choose_backend() == "mlx"
     assert choose_backend("metal") == "metal"  # an argument goes before the environment

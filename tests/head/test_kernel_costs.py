@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
-from mlx_flashhead.head import kernels as module
+from mlx_flashhead.head import kernel_text
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.kernels import SELECT_SOURCE, MetalSteps, kernel_source
+from mlx_flashhead.head.kernel_text import SELECT_BODY, kernel_source
+from mlx_flashhead.head.kernels import MetalSteps
 
 XCODE = (
     shutil.which("xcrun")
@@ -52,8 +53,9 @@ class TestGraph:
         token_ids = np.minimum(rng.permutation(160), 157).reshape(20, 8)
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
         head = FlashHead(
-            rows, token_ids, centroids, n_probes=6, eos_token_ids=(3,), backend="metal"
-        )
+            rows, token_ids, centroids, n_probes=6, eos_token_ids=(3,), backend="metal",
+            max_positions=32,
+        )  # fmt: skip
         clustered = head.clustered
         mx.eval(clustered.rows.arrays(), centroids.matrix.arrays(), clustered.route_bias)
         return head
@@ -103,6 +105,30 @@ def stored_lines(dispatch) -> int:
 
 
 @emulator_only
+def test_neither_probes_nor_positions_compile_anything():
+    """Seven kernels serve a head: route has one for one position and one for several.
+
+    MLX compiles a text once for each set of template arguments, dtypes and small arrays.
+    """
+    rng = np.random.default_rng(5)
+    n_clusters = 600
+    rows = make_rows(rng, 2 * n_clusters, 64, bits=4, group_size=64, dtype=mx.bfloat16)
+    centroids = make_centroids(rng, n_clusters, 64, group_size=64)
+    token_ids = rng.permutation(2 * n_clusters).reshape(n_clusters, 2)
+    with kernels(check=False) as emulator:
+        head = FlashHead(rows, token_ids, centroids, n_probes=1, backend="metal", max_positions=32)
+        for n_probes in (1, 17, 256, 512, n_clusters):
+            head.n_probes = n_probes
+            for n_positions in (1, 2, 3, 5, 8, 13, 32):
+                hidden = mx.array(rng.normal(size=(n_positions, 64))).astype(mx.bfloat16)
+                values = mx.array(rng.normal(size=(n_positions, 2 * n_clusters)))
+                mx.eval(head(hidden), head.token(hidden), head.candidates(hidden))
+                mx.eval(head.likeliest(values, min(n_probes, 40)))
+    names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
+    assert names == {"rou": 2, "sel": 1, "sco": 1, "exp": 1, "tok": 1, "ids": 1}
+
+
+@emulator_only
 class TestTraffic:
     @pytest.mark.parametrize(
         ("hidden_size", "cluster_size", "bits", "group_size", "limit"),
@@ -147,10 +173,11 @@ class TestTraffic:
         rng = np.random.default_rng(2)
         rows = make_rows(rng, 16 * 32, 576, bits=4, group_size=64, dtype=mx.bfloat16)
         clustered = cluster(rng, rows, make_centroids(rng, 32, 576, group_size=64), 16)
-        for n_rows, readings in ((1, 1), (2, 1), (4, 1), (5, 2), (32, 8)):
-            hidden = mx.array(rng.normal(size=(n_rows, 576))).astype(mx.bfloat16)
-            weight = dispatches_of(clustered, hidden, 4)["route"].buffers["weight"]
-            assert weight.reads == readings * weight.bytes
+        for n_positions, readings in ((1, 1), (2, 1), (4, 1), (5, 2), (32, 8)):
+            hidden = mx.array(rng.normal(size=(n_positions, 576))).astype(mx.bfloat16)
+            found = dispatches_of(clustered, hidden, 4)["route"].buffers
+            assert found["weight"].reads == readings * found["weight"].bytes
+            assert found["hidden"].distinct_bytes_read == hidden.nbytes
 
     def test_threadgroup_memory_and_barriers(self):
         """As the file's head states them."""
@@ -160,8 +187,8 @@ class TestTraffic:
         hidden = mx.array(rng.normal(size=(2, 64))).astype(mx.bfloat16)
         found = dispatches_of(clustered, hidden, 9)
         barriers = {name: dispatch.barriers for name, dispatch in found.items()}
-        assert barriers == {"route": 0, "select": 17, "score": 1, "expand": 1, "token": 2, "ids": 0}
-        assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 8360
+        assert barriers == {"route": 0, "select": 11, "score": 1, "expand": 1, "token": 2, "ids": 0}
+        assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16520
 
 
 class TestText:
@@ -189,7 +216,7 @@ class TestText:
             assert made.stat().st_size > 0
 
     def test_is_the_file_of_this_installation(self):
-        folder = Path(module.__file__).parents[1]
+        folder = Path(kernel_text.__file__).parents[1]
         texts = [
             path.read_text(encoding="utf-8")
             for path in (
@@ -208,19 +235,19 @@ class TestText:
         with kernels():
             kernel = mx.fast.metal_kernel(
                 name="select_of_an_application",
-                input_names=["scores"],
-                output_names=["probes", "ranks"],
+                input_names=["scores", "tail_offset", "n_probes"],
+                output_names=["probes", "words"],
                 header=f"#define FLASH_HEAD_JIT 1\n{kernel_source()}",
-                source=SELECT_SOURCE,
+                source=SELECT_BODY,
             )
-            probes, ranks = kernel(
-                inputs=[scores],
-                template=[("C", 70), ("P", 9)],
+            probes, words = kernel(
+                inputs=[scores, mx.zeros(70), mx.array(9, dtype=mx.uint32)],
+                template=[("C", 70)],
                 grid=(512, 2, 1),
                 threadgroup=(512, 1, 1),
                 output_shapes=[(2, 9), (2, 70)],
                 output_dtypes=[mx.uint32, mx.uint32],
             )
-            mx.eval(probes, ranks)
+            mx.eval(probes, words)
         best = np.sort(np.argsort(-to_numpy(scores), axis=-1)[:, :9], axis=-1)
         np.testing.assert_array_equal(to_numpy(probes), best)

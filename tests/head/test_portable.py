@@ -6,10 +6,12 @@ import pytest
 
 from mlx_flashhead.head import portable
 from mlx_flashhead.head.clustered import ClusteredRows
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.portable import (
     PortableSteps,
     blocked_product,
-    for_portable_steps,
+    faster_by_column,
     in_blocks,
 )
 from tiny_models import fitted, random_clusters, random_rows
@@ -23,7 +25,7 @@ def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_si
     rng = np.random.default_rng(n_rows)
     hidden = rng.normal(size=(n_states, hidden_size)).astype(np.float32)
     weight = rng.normal(size=(n_rows, hidden_size)).astype(np.float32)
-    found = np.array(blocked_product(mx.array(hidden), in_blocks(mx.array(weight))))
+    found = np.array(blocked_product(mx.array(hidden), in_blocks(Matrix(mx.array(weight)))))
     assert len(found) == n_states and n_rows <= found.shape[1]
     np.testing.assert_allclose(found[:, :n_rows], hidden @ weight.T, rtol=1e-4, atol=1e-5)
     assert not found[:, n_rows:].any()
@@ -34,14 +36,14 @@ def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_si
     [(3072, 576, 4, 768), (8016, 2048, 33, 256), (7, 8, 1, 16), (49152, 576, 57, 864)],
 )
 def test_blocks_are_equal_and_of_whole_vectors(n_rows, hidden_size, blocks, rows):
-    assert in_blocks(mx.zeros((n_rows, hidden_size))).shape == (blocks, rows, hidden_size)
+    assert in_blocks(Matrix(mx.zeros((n_rows, hidden_size)))).shape == (blocks, rows, hidden_size)
 
 
 def test_blocks_stay_within_what_is_read_as_it_lies():
     rng = np.random.default_rng(0)
     for _ in range(40):
         n_rows, hidden_size = int(rng.integers(1, 9000)), int(rng.integers(8, 4097))
-        n_blocks, block, _ = in_blocks(mx.zeros((n_rows, hidden_size))).shape
+        n_blocks, block, _ = in_blocks(Matrix(mx.zeros((n_rows, hidden_size)))).shape
         assert block * hidden_size <= portable.BLOCK_PRODUCTS + 16 * hidden_size
         assert n_rows <= n_blocks * block
 
@@ -54,10 +56,11 @@ def test_blocks_stay_within_what_is_read_as_it_lies():
 def test_columns_are_for_what_a_blas_multiplies(bits, dtype, by_column):
     rng = np.random.default_rng(0)
     rows = random_rows(rng, 61, 32, bits=bits, dtype=dtype)
-    token_ids = random_clusters(rng, 61, 8)
-    clustered = ClusteredRows.build(rows, token_ids, fitted(rows, token_ids))
     on_cpu = mx.default_device().type == mx.cpu
-    assert for_portable_steps(clustered).by_column == (by_column and on_cpu)
+    assert faster_by_column(rows) == (by_column and on_cpu)
+    token_ids = random_clusters(rng, 61, 8)
+    head = FlashHead(rows, token_ids, fitted(rows, token_ids), n_probes=2, backend="mlx")
+    assert head.clustered.by_column == faster_by_column(rows)
 
 
 @pytest.mark.parametrize("n_states", [1, 2, 40])
@@ -66,11 +69,11 @@ def test_both_layouts_give_the_same(n_states, bias):
     rng = np.random.default_rng(n_states)
     rows = random_rows(rng, 61, 32, bias=bias)
     token_ids = random_clusters(rng, 61, 8)
-    clustered = ClusteredRows.build(rows, token_ids, fitted(rows, token_ids))
+    centroids = fitted(rows, token_ids)
     hidden = mx.array(rng.normal(size=(n_states, 32)).astype(np.float32))
     found = []
-    for layout in (clustered, clustered.in_columns()):
-        steps = PortableSteps(layout)
+    for by_column in (False, True):
+        steps = PortableSteps(ClusteredRows.build(rows, token_ids, centroids, by_column=by_column))
         selection = steps.select(steps.route(hidden), 3)
         found.append((steps.dense(hidden), steps.score(hidden, selection).logits))
     for by_row, by_column in zip(*found, strict=True):

@@ -2,10 +2,12 @@
 
 import contextlib
 from itertools import combinations, product
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_flashhead.head import backend, kernel_text
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.matrix import Matrix
@@ -36,8 +38,22 @@ def kernels(**options):
         return
     from metal_emulator import Emulator
 
-    with Emulator(**options).installed() as emulator:
+    as_on_a_gpu = mock.patch.object(backend, "gpu_is_default", lambda: True)
+    with Emulator(**options).installed() as emulator, as_on_a_gpu:
         yield emulator
+
+
+@contextlib.contextmanager
+def changed_kernels(right: str, wrong: str):
+    """Within the block flash_head.metal has one text in the place of another."""
+    text = kernel_text.kernel_source()
+    assert text.count(right) == 1, right
+    with mock.patch.object(kernel_text, "kernel_source", lambda: text.replace(right, wrong)):
+        kernel_text.header.cache_clear()
+        try:
+            yield
+        finally:
+            kernel_text.header.cache_clear()
 
 
 def to_numpy(array: mx.array) -> np.ndarray:

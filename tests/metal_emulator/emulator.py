@@ -37,15 +37,20 @@ class Emulator:
             are then incomplete. For counting traffic at large shapes.
         check: Whether to check and count accesses. Without, kernels run several times faster, and
             only compile errors, divergent barriers and too much threadgroup memory are found.
+        max_threads: By a kernel's name, the threads its pipeline allows in a threadgroup: on a
+            device fewer than 1,024 where a kernel takes many registers.
 
     Attributes:
         dispatches: One :class:`Dispatch` for each launch so far.
+        built: Texts of the kernels that were compiled, each once: MLX keeps one library for each.
 
     Raises:
         ValueError: If the order is unknown or the sample is not positive.
     """
 
-    def __init__(self, order="forward", seed=0, sample_threadgroups=None, check=True):
+    def __init__(
+        self, order="forward", seed=0, sample_threadgroups=None, check=True, max_threads=None
+    ):
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}.")
         if sample_threadgroups is not None and sample_threadgroups < 1:
@@ -56,7 +61,9 @@ class Emulator:
         self.seed = seed
         self.sample_threadgroups = sample_threadgroups
         self.check = check
+        self.max_threads = max_threads or {}
         self.dispatches = []
+        self.built = set()
 
     def metal_kernel(
         self,
@@ -189,6 +196,7 @@ class Kernel:
 
         grid, threadgroup = self.dispatch_size(grid, threadgroup)
         buffers = self.buffers(signature, arrays, output_shapes, output_dtypes, init_value)
+        self.emulator.built.add(signature.text)
         library = compile_kernel(
             signature.text, entry_text(signature), signature.kernel_name, self.emulator.check
         )
@@ -238,10 +246,11 @@ class Kernel:
                 "numbers of threads each."
             )
         n_threads = int(np.prod(threadgroup))
-        if n_threads > MAX_THREADS_PER_THREADGROUP:
+        allowed = self.emulator.max_threads.get(self.name, MAX_THREADS_PER_THREADGROUP)
+        if n_threads > allowed:
             raise ValueError(
                 f"Thread group size ({n_threads}) is greater than  the maximum allowed threads per "
-                f"threadgroup ({MAX_THREADS_PER_THREADGROUP})."
+                f"threadgroup ({allowed})."
             )
         return grid, tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
 

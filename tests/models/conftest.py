@@ -14,9 +14,9 @@ def shared_pair(request, tmp_path_factory):
 def pair(shared_pair):
     """Two forms of a model; settings of its head that a test changes last as long as the test."""
     head = shared_pair.head
-    before = head.n_probes, head.max_positions
+    before = head.n_probes
     yield shared_pair
-    head.n_probes, head.max_positions = before
+    head.n_probes, head.max_positions = before, None
 
 
 @pytest.fixture

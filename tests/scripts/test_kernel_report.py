@@ -30,7 +30,7 @@ def test_report_of_a_head(monkeypatch, capsys, tmp_path):
     kernels = {kernel.pop("kernel"): kernel for kernel in report["kernels"]}
     assert list(kernels) == ["route", "select", "score", "expand", "token", "dense qmv"]
     assert all(kernel["dispatches"] == 1 for kernel in kernels.values())
-    assert [kernel["barriers"] for kernel in kernels.values()] == [0, 17, 1, 1, 2, 0]
+    assert [kernel["barriers"] for kernel in kernels.values()] == [0, 11, 1, 1, 2, 0]
     for name in kernels:
         assert f"{name}: dispatches 1" in printed
 

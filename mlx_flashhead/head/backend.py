@@ -1,0 +1,119 @@
+"""Which path a head takes: its Metal kernels, or plain MLX operations."""
+
+import logging
+import os
+
+import mlx.core as mx
+
+from .clustered import ClusteredRows
+from .kernels import MetalSteps
+from .portable import PortableSteps
+from .self_check import find_trouble
+
+METAL, PORTABLE = "metal", "mlx"
+BACKENDS = (METAL, PORTABLE)
+BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
+HOW_TO_REPORT = (
+    "please report this as an issue, with the output of "
+    "`mlx_flashhead.benchmark head --shape 32000,1024 --report`"
+)
+
+log = logging.getLogger("mlx_flashhead")
+
+
+def gpu_is_default() -> bool:
+    """Whether MLX computes on an Apple GPU unless told otherwise."""
+    return mx.metal.is_available() and mx.default_device().type == mx.gpu
+
+
+def named_backend(asked: str | None) -> str | None:
+    """The path that is asked for by name: ``asked``, else the environment's; None for neither."""
+    return asked or os.environ.get(BACKEND_VARIABLE) or None
+
+
+def choose_backend(asked: str | None = None) -> str:
+    """The path to take: the one asked for by name, else Metal where MLX computes on an Apple GPU.
+
+    Raises:
+        ValueError: If the name is unknown, or Metal is asked for on a machine without it.
+    """
+    name = named_backend(asked)
+    if name is None:
+        return METAL if gpu_is_default() else PORTABLE
+    if name not in BACKENDS:
+        raise ValueError(f"Unknown FlashHead backend {name!r}: choose {' or '.join(BACKENDS)}.")
+    if name == METAL and not mx.metal.is_available():
+        raise ValueError(
+            "The FlashHead backend 'metal' needs an Apple GPU and this machine has none: "
+            f"use backend='mlx' or unset {BACKEND_VARIABLE}."
+        )
+    return name
+
+
+def make_steps(clustered: ClusteredRows, asked: str | None) -> tuple[PortableSteps, str]:
+    """The steps of the chosen path, and why it is this one, or what in it is slower: a sentence.
+
+    Raises:
+        ValueError: As :func:`choose_backend`.
+    """
+    if choose_backend(asked) == PORTABLE:
+        if named_backend(asked) is not None:
+            reason = "The backend 'mlx' was asked for."
+        elif mx.metal.is_available():
+            reason = "MLX's default device is the CPU."
+        else:
+            reason = "MLX finds no Apple GPU on this machine."
+        return PortableSteps(clustered), reason
+    steps = MetalSteps(clustered)
+    reason = "MLX computes on an Apple GPU."
+    if steps.unread:
+        reason = _slower(steps)
+        log.warning(reason)
+    return steps, reason
+
+
+def checked(
+    steps: PortableSteps, reason: str, asked: str | None, dtype: mx.Dtype, n_probes: int
+) -> tuple[PortableSteps, str]:
+    """The steps, after each kernel has run once; the portable ones where one fails.
+
+    The kernels' pipelines are built by this, so the first token does not wait for them.
+
+    Args:
+        steps: Those of :func:`make_steps`.
+        reason: Its sentence.
+        asked: What it was asked for.
+        dtype: Of the model's hidden states.
+        n_probes: Clusters scored.
+
+    Returns:
+        Steps and a sentence, as :func:`make_steps`.
+
+    Raises:
+        ValueError: If a kernel fails and Metal was asked for by name.
+    """
+    if not isinstance(steps, MetalSteps):
+        return steps, reason
+    trouble = find_trouble(steps, dtype, n_probes)
+    if trouble is None:
+        return steps, reason
+    if named_backend(asked) == METAL:
+        raise ValueError(
+            f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or unset "
+            f"{BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
+        )
+    reason = (
+        f"FlashHead takes MLX's own operations instead of its Metal kernels, because {trouble}; "
+        f"{HOW_TO_REPORT}."
+    )
+    log.warning(reason)
+    return PortableSteps(steps.clustered), reason
+
+
+def _slower(steps: MetalSteps) -> str:
+    what = {"route": "centroids", "score": "rows"}
+    said = " and ".join(f"{form} {what[step]}" for step, form in steps.unread.items())
+    return (
+        f"FlashHead's Metal kernels do not read {said}: MLX's own operations do, which takes a few "
+        "kernels more per token; the other steps are FlashHead's."
+    )

@@ -1,0 +1,83 @@
+"""The text of the Metal kernels, as ``mx.fast.metal_kernel`` takes it.
+
+``metal/flash_head.metal`` holds the functions; a kernel's body is one call of one of them.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+
+ROUTE_BODY = """
+flash_head::route<D, C, H>(
+    {rows}, hidden, route_bias, scores, hidden_shape[0], threadgroup_position_in_grid,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+SELECT_BODY = """
+threadgroup atomic<uint> histogram[flash_head::HISTOGRAM];
+threadgroup uint totals[2 * flash_head::SELECT_SIMDGROUPS];
+threadgroup uint chosen[2];
+flash_head::select_probes<C>(
+    scores, tail_offset, n_probes, probes, words, histogram, totals, chosen,
+    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);
+"""
+SCORE_BODY = """
+threadgroup uint shared[flash_head::SCORE_SIMDGROUPS];
+flash_head::score<D, N, V, PADDED, PRODUCT>(
+    {rows}, hidden, probes, token_ids, {bias}, logits, best, shared, threadgroups_per_grid.x,
+    threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+EXPAND_BODY = """
+threadgroup uint shared[flash_head::WIDE_SIMDGROUPS];
+flash_head::expand<V, C, N>(
+    words, slot_of, logits, best, expanded, shared, best_shape[1], threadgroup_position_in_grid,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+TOKEN_BODY = """
+threadgroup uint shared[flash_head::WIDE_SIMDGROUPS];
+threadgroup uint lowest[flash_head::WIDE_SIMDGROUPS];
+flash_head::greedy_token<N>(
+    probes, token_ids, logits, best, tokens, shared, lowest, best_shape[1],
+    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);
+"""
+IDS_BODY = """
+flash_head::candidate_ids<N>(probes, token_ids, ids, probes_shape[1], thread_position_in_grid);
+"""
+
+SECTION = re.compile(r"^/{79}\n// (\w+)", re.MULTILINE)
+
+
+@cache
+def kernel_source() -> str:
+    """The text of flash_head.metal: from the installed package, or beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: If it is in neither place.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (package, package.parent):
+        path = folder / "metal" / "flash_head.metal"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    raise FileNotFoundError(
+        "The kernels' file metal/flash_head.metal is missing from this installation: "
+        "install mlx-flashhead again."
+    )
+
+
+@cache
+def header(*sections: str) -> str:
+    """What MLX gets of the file for a kernel: these sections, without comments and indentation.
+
+    MLX copies and hashes this text whenever a kernel is called, not only when it is compiled.
+
+    Args:
+        sections: Names of sections, each the first word under a line of slashes. "constants" and
+            "values" always come first.
+    """
+    _, *parts = SECTION.split(kernel_source())
+    texts = dict(zip(parts[::2], parts[1::2], strict=True))
+    text = "\n".join(texts[name].partition("\n")[2] for name in ("constants", "values", *sections))
+    lines = (line.split("//")[0].strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line) + "\n"

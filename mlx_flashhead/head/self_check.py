@@ -1,0 +1,144 @@
+"""Runs each Metal kernel once, at its real shapes, beside plain MLX operations.
+
+This is for the installation, and the one thing in `head/` that evaluates.
+"""
+
+from collections.abc import Callable
+from textwrap import shorten
+
+import mlx.core as mx
+
+from .kernels import MetalSteps
+from .portable import PortableSteps
+from .steps import Candidates, Selection
+
+SAMPLE = 64  # centroids, and clusters of rows, that are computed again in float32
+# The kernels add four hidden values in their own dtype, as MLX does: with the bfloat16 states of a
+# 2,048 wide model that moved logits by 1 % of their size, at most by 4 %. What a kernel gets wrong
+# is larger: a lane that is left out moves them by 18 %.
+UNITS = 8  # of rounding, relative to the size of the products
+LEAST = 1e-3
+
+Pairs = list[tuple[mx.array, mx.array, float]]
+
+
+def find_trouble(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> str | None:
+    """What is wrong with the kernels on this device, in words that follow "because"; or None.
+
+    Args:
+        steps: Whose kernels are tried. Each is built, for one position and for several.
+        dtype: Of the model's hidden states.
+        n_probes: Clusters scored.
+    """
+    trial = _Trial(steps, dtype, n_probes)
+    for name, run in trial.kernels().items():
+        try:
+            for found, expected, tolerance in run():
+                problem = _difference(found, expected, tolerance)
+                if problem is not None:
+                    return f"the kernel {name!r} {problem}"
+        # what MLX raises for a text that does not compile, a refused pipeline, a lost device
+        except (RuntimeError, ValueError) as error:
+            said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
+            return f"the kernel {name!r} does not run on this device ({said})"
+    return None
+
+
+def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | None:
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    if not mx.isfinite(found).all().item():
+        return "returns values that are not finite"
+    difference = mx.abs(found - expected) - tolerance * mx.abs(expected)
+    worst = float(difference.max())
+    if worst > tolerance * _size(expected):
+        return f"differs from MLX's own operations by {worst:.3g}"
+    return None
+
+
+def _size(products: mx.array) -> float:
+    """Their median magnitude: forced clusters have huge ones."""
+    return float(mx.median(mx.abs(products)))
+
+
+class _Trial:
+    """One step after the other; each takes what the one before it has made."""
+
+    def __init__(self, steps: MetalSteps, dtype: mx.Dtype, n_probes: int):
+        self.steps, self.n_probes = steps, n_probes
+        self.plain = PortableSteps(steps.clustered)
+        self.clustered = steps.clustered
+        shape = (1, self.clustered.hidden_size)
+        self.hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+        self.rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
+
+    def kernels(self) -> dict[str, Callable[[], Pairs]]:
+        """By name, what runs a kernel: what it found, what is expected, and how near it must be."""
+        return {
+            "route": self.route,
+            "select": self.select,
+            "score": self.score,
+            "expand": self.expand,
+            "token": self.token,
+            "ids": self.ids,
+        }
+
+    def route(self) -> Pairs:
+        self.scores = self.steps.route(self.hidden)
+        several = self.steps.route(mx.tile(self.hidden, (2, 1)))
+        sample = _sample(self.clustered.n_clusters)
+        matrix = self.clustered.centroids.matrix.take(sample)
+        expected = self.hidden.astype(mx.float32) @ matrix.dequantized(mx.float32).T
+        found = self.scores[:, sample]
+        bias = self.clustered.route_bias[sample]
+        return [
+            (found, expected + bias, self.rounding),
+            (several, mx.tile(self.scores, (2, 1)), self.rounding),
+        ]
+
+    def select(self) -> Pairs:
+        self.selection = self.steps.select(self.scores, self.n_probes)
+        probes = self.selection.probes[:, : self.n_probes]
+        found = mx.sort(mx.take_along_axis(self.scores, probes, axis=-1), axis=-1)
+        expected = mx.sort(self.scores, axis=-1)[:, -self.n_probes :]
+        distinct = mx.sort(probes, axis=-1)
+        repeated = (distinct[:, 1:] == distinct[:, :-1]).sum()
+        return [(found, expected, 0.0), (repeated, mx.zeros(()), 0.0)]
+
+    def score(self) -> Pairs:
+        self.candidates = self.steps.score(self.hidden, self.selection)
+        pairs: Pairs = []
+        if self.candidates.best is not None:
+            pairs.append((self.candidates.best, self.candidates.logits.max(axis=-1), 0.0))
+        if "score" in self.steps.unread:  # no kernel
+            return pairs
+        sample = _sample(self.n_probes)
+        clusters = self.selection.probes[0, sample]
+        rows = self.clustered.rows.map(lambda array: array[clusters])  # (k, n, …)
+        expected = rows.dequantized(mx.float32) @ self.hidden[0].astype(mx.float32)
+        if rows.bias is not None:
+            expected = expected + rows.bias
+        found = self.candidates.logits[0, sample]
+        padded = self.clustered.token_ids[clusters] == self.clustered.vocab_size
+        found, expected = (mx.where(padded, 0, logits) for logits in (found, expected))
+        return [(found, expected, self.rounding), *pairs]
+
+    def expand(self) -> Pairs:
+        full = self.steps.expand(self.scores, self.selection, self.candidates)
+        return [(full, self.plain.expand(self.scores, *self._plain()), self.rounding)]
+
+    def token(self) -> Pairs:
+        token = self.steps.token(self.selection, self.candidates)
+        return [(token, self.plain.token(*self._plain()), 0.0)]
+
+    def ids(self) -> Pairs:
+        probes = self.selection.probes
+        return [(self.steps.token_ids(probes), self.plain.token_ids(probes), 0.0)]
+
+    def _plain(self) -> tuple[Selection, Candidates]:
+        return Selection(self.selection.probes), Candidates(self.candidates.logits)
+
+
+def _sample(size: int) -> mx.array:
+    """Evenly spaced indices, the first and the last among them."""
+    count = min(size, SAMPLE)
+    return mx.array([i * (size - 1) // max(count - 1, 1) for i in range(count)])
