@@ -1,5 +1,6 @@
 """scripts/compare_paths.py: both paths' tokens, and what it says where they differ."""
 
+import itertools
 import sys
 
 import mlx.core as mx
@@ -38,10 +39,12 @@ def test_both_paths_give_the_same_tokens(checkpoint, monkeypatch, capsys):
 
 def test_a_wrong_kernel_is_told_with_its_place(checkpoint, monkeypatch, capsys):
     """The logit of token 5 is far too high."""
-    right = MetalSteps.expand
+    right, calls = MetalSteps.expand, itertools.count()
 
     def wrong(self, *arguments):
         logits = right(self, *arguments)
+        if next(calls) == 0:  # the kernels' self-check
+            return logits
         return mx.concatenate([logits[:, :5], logits[:, 5:6] + 50, logits[:, 6:]], axis=-1)
 
     monkeypatch.setattr(MetalSteps, "expand", wrong)
