@@ -348,7 +348,8 @@ def _model(args: argparse.Namespace) -> list[dict]:
         rounds=args.rounds,
     )
     about = {"model": Path(args.model).name, "n_probes": head.n_probes}
-    about["n_clusters"] = head.n_clusters
+    about |= {"n_clusters": head.n_clusters, "backend": head.backend}
+    about["backend_reason"] = head.backend_reason
     return [about | one for one in measured]
 
 

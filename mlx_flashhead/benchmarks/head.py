@@ -71,6 +71,7 @@ def random_head(
     slots[:vocab_size] = np.random.default_rng(seed).permutation(vocab_size)
     head = FlashHead(rows, slots.reshape(n_clusters, -1), centroids, n_probes=n_probes)
     mx.eval(head.arrays())
+    head.check_kernels(dtype)
     return head
 
 
@@ -118,6 +119,7 @@ def form_of(head: FlashHead, states: mx.array) -> dict:
         "dtype": str(states.dtype).removeprefix("mlx.core."),
         "head_bits": rows.format.bits,
         "backend": head.backend,
+        "backend_reason": head.backend_reason,
         "head_mb": rows.nbytes / 1e6,
     }
 

@@ -97,7 +97,8 @@ def crossover_sentence(one: dict) -> str:
         said = f"dense is faster from {first} on, the fewest positions that were measured"
     else:
         said = f"FlashHead is still faster at {last} positions, dense from {first} on"
-    return f"Crossover: {said} (max_positions: {one['max_positions']})."
+    limit = f"{one['max_positions']}, {one['max_positions_reason']}"
+    return f"Crossover: {said} (max_positions: {limit})."
 
 
 def _model_table(one: dict) -> "Table":

@@ -58,6 +58,7 @@ def positions_benchmark(
             ms[name].append(Spread.of(taken).scaled(1000).to_dict())
     return form_of(head, states) | {
         "max_positions": head.max_positions,
+        "max_positions_reason": head.max_positions_reason,
         "counts": counts,
         "ms": ms,
         "crossover": crossover(counts, ms),

@@ -148,6 +148,8 @@ class Talk:
         if conversation.cache.limited:
             held += f", which keeps the last {self.max_kv_size}"
         lines = [f"{self.name}, {self._settings()}"]
+        if self.head is not None:
+            lines.append(f"backend {self.head.backend!r}: {self.head.backend_reason}")
         lines.append(f"{_count(len(conversation.messages), 'message')}, {held}")
         if answers:
             lines.append(f"last answer: {_figures(answers[-1])}")

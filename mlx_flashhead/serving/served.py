@@ -197,6 +197,8 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         model, tokenizer, config = load(
             str(folder), n_probes=n_probes, return_config=True, **options
         )
+        if (head := get_flash_head(model)) is not None:
+            logger.info("%s is served with %r: %s", path_or_repo, head, head.backend_reason)
     else:
         model, tokenizer, config = load_dense(folder, **options)
         logger.warning(

@@ -71,7 +71,8 @@ def test_positions(run, tmp_path):
         "--rounds", 2, "--positions", 8, "--positions", 1, "--positions", 40,
     )  # fmt: skip
     assert one["counts"] == other["counts"] == [1, 8, 40]
-    assert "Crossover: " in screen and "(max_positions: 32)" in screen
+    said = " ".join(screen.split())
+    assert "Crossover: " in said and "(max_positions: 32, measured on a CPU: docs/" in said
     for spreads in one["ms"].values():
         assert [spread["runs"] for spread in spreads] == [2, 2, 2]
 
@@ -93,6 +94,7 @@ def test_positions_of_a_model(run, converted, tmp_path):
 )
 def test_crossover_is_said(last, first, said):
     one = {"crossover": {"last_faster": last, "slower_from": first}, "max_positions": 32}
+    one["max_positions_reason"] = "set by hand"
     assert said in crossover_sentence(one)
 
 

@@ -119,7 +119,9 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_
         assert chat.usage.prompt_tokens == len(PROMPT)
         assert complete(server, extra_body={"dense": True}) == expected["dense"]
         assert complete(server, extra_body={"n_probes": 4}) == expected[""]
-        assert "POST /v1/completions" in server.log()
+        log = server.log()
+        assert "POST /v1/completions" in log
+        assert "is served with FlashHead(" in log and "finds no Apple GPU on this machine" in log
 
 
 def test_a_flash_head_checkpoint_drafts_with_its_flash_head(dense, converted, expected, tmp_path):
