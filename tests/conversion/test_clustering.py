@@ -240,13 +240,13 @@ def test_equal_rows_share_clusters():
     assert spherical_quality(rows, token_ids) > 0.95
 
 
-@pytest.mark.parametrize("metric", [None, np.eye(1024, dtype=np.float32)])
-@pytest.mark.parametrize("n_alike", [0, 2000])
+@pytest.mark.parametrize("metric", [None, np.eye(640, dtype=np.float32)])
+@pytest.mark.parametrize("n_alike", [0, 1280])
 def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike, metric):
     """And half of another for all else, so that rows and all are 2.5 heads."""
     monkeypatch.setattr(clustering, "BLOCK_ROWS", 64)
     monkeypatch.setattr(clustering, "DUPLICATE_SAMPLE", 64)
-    rows = normal_rows(4096, 1024)
+    rows = normal_rows(2560, 640)
     rows[:n_alike] = rows[0]
     tracemalloc.start()
     token_ids = cluster_rows(rows, 16, spherical=metric is None, metric=metric, progress=False)
