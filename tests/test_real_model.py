@@ -18,8 +18,7 @@ from mlx_flashhead.models.locate import find_head
 
 pytestmark = pytest.mark.real
 
-# Few, since a token takes a tenth of a second on the CPU build: the default is 12,000.
-CALIBRATION_POSITIONS = 1_000
+CALIBRATION_POSITIONS = 4_000  # few, to be done sooner: the default is 12,000
 TEXT = Path(__file__).parent / "data" / "heldout.txt"
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -61,11 +60,13 @@ def states(loaded):
     return text_states(*loaded, find_head(loaded[0]), some_of_all(200), progress=False)[0]
 
 
-def test_conversion_reaches_the_target_with_few_probes(converted):
+def test_conversion_reaches_the_goals_within_a_quarter_of_the_bytes(converted):
     _, config = converted
     assert (config.n_clusters, config.cluster_size) == (3072, 16)
-    assert config.report["agreement"] >= 0.99
-    assert config.n_probes < config.n_clusters / 6
+    assert config.report["agreement"] >= 0.998
+    assert config.report["kl"] <= 0.03
+    assert config.n_probes <= config.n_clusters / 4
+    assert len(config.report["by_kind"]) == 9
 
 
 def test_plain_mlx_lm_loads_the_same_model(converted, real_model_folder):
@@ -92,11 +93,12 @@ def test_quality_on_a_text_that_calibration_has_not_seen(evaluation):
     """The bounds leave room for the few positions; `evaluate` on the whole text is the measure."""
     measured = {(m.routing, m.n_probes): m for m in evaluation.measures}
     at_256, at_512 = measured[FLASH_HEAD, 256], measured[FLASH_HEAD, 512]
-    assert at_256.agreement >= 0.98
-    assert at_512.agreement >= 0.988
-    assert at_256.coverage >= 0.92
-    assert at_256.perplexity <= 1.35 * evaluation.dense_perplexity
-    assert at_512.perplexity <= 1.18 * evaluation.dense_perplexity
+    assert at_256.agreement >= 0.985
+    assert at_512.agreement >= 0.995
+    assert at_256.coverage >= 0.95
+    assert at_512.kl <= 0.06
+    assert at_256.perplexity <= 1.2 * evaluation.dense_perplexity
+    assert at_512.perplexity <= 1.08 * evaluation.dense_perplexity
     for n_probes in (96, 256, 512):
         of_paper = measured[UNIT_MEANS, n_probes]
         assert measured[FLASH_HEAD, n_probes].agreement > of_paper.agreement
