@@ -3,6 +3,7 @@
 A failed or interrupted conversion leaves nothing behind.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,8 @@ def _calibrate(
 ) -> Positions:
     """Positions of the text, or of the mix."""
     if text is None:
-        return mixed_positions(
+        start = time.monotonic()
+        found = mixed_positions(
             model,
             tokenizer,
             location,
@@ -183,6 +185,12 @@ def _calibrate(
             seconds=options.calibration_seconds,
             progress=progress,
         )
+        if progress and time.monotonic() - start > options.calibration_seconds:
+            print(
+                f"The time was up after {len(found):,} of {options.calibration_positions:,} "
+                "positions: --calibration-seconds takes more."
+            )
+        return found
     states, next_ids = text_states(
         model,
         tokenizer,

@@ -193,6 +193,14 @@ def test_goals_are_those_asked_for(sources, tmp_path, capsys):
     assert "miss 75.00% agreement, a KL of 1e-09 nats" in capsys.readouterr().out
 
 
+def test_says_when_the_time_was_up(sources, tmp_path, capsys):
+    options = {"calibration_positions": 100, "calibration_seconds": 1e-6}
+    config = convert(str(sources["tied"]), str(tmp_path / "found"), **options)
+    positions = config.calibration["positions"]
+    assert positions < 100
+    assert f"The time was up after {positions} of 100 positions" in capsys.readouterr().out
+
+
 def test_a_seed_gives_one_file(sources, tmp_path):
     files = []
     for name, seed in (("first", 5), ("second", 5), ("other", 6)):
