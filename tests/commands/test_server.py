@@ -97,9 +97,10 @@ def test_a_client_that_goes_leaves_one_line(converted, expected, tmp_path):
         next(iter(stream))
         stream.close()
         assert complete(server) == expected[""]
-        lines = server.lines(2)
-        assert len(lines) == 2
-        assert sum("the client has gone" in line for line in lines) == 1
+        model, *requests = server.lines(3)
+        assert "is served with FlashHead(" in model
+        assert len(requests) == 2
+        assert sum("the client has gone" in line for line in requests) == 1
 
 
 def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_path):
