@@ -7,24 +7,24 @@
 // For samplers that stop at the logits of score, ids gives the tokens they belong to.
 //
 // R positions (B*L), D hidden size, C clusters of n rows each, V tokens, p clusters probed per
-// position, S = max(p, 8) of them held: below 8 the last probe is repeated, which changes no maximum
+// position, S = max(p, 8) of them held. Below 8 the last probe is repeated. This changes no maximum
 // and keeps every array at 8 elements or more (MLX passes smaller ones in another address space,
-// which would be another kernel). A slot is c*n + i, row i of cluster c; a padded slot has the token
-// id V. A cluster's word is its place among the probes, or the estimate of its tokens' logits.
+// with another kernel). A slot is c*n + i, row i of cluster c; a padded slot has the token id V. A
+// cluster's word is its place among the probes, or the estimate of its tokens' logits.
 //
-// One text, three users. `mx.fast.metal_kernel` in Python and `MLXFast.metalKernel` in Swift take it
-// as their header, without what FLASH_HEAD_JIT hides, and call one function below per kernel
-// (Python takes only the sections that a kernel needs: a section begins under a line of slashes with
-// its name); `metal -c` takes it as it is and finds the [[kernel]] wrappers at the end, which also
-// state the order of the arguments. Nothing else is included. D, C, n and V are template arguments,
-// R and p are not: another number of probes or positions compiles nothing.
+// The text has three users. `mx.fast.metal_kernel` in Python and `MLXFast.metalKernel` in Swift take
+// it as their header, without the parts that FLASH_HEAD_JIT hides, and each kernel calls one
+// function below. Python takes only the sections that a kernel needs; a section begins under a line
+// of slashes with its name. `metal -c` compiles the whole file with the [[kernel]] wrappers at its
+// end, which also state the order of the arguments. D, C, n and V are template arguments. R and p
+// are not, so another number of probes or positions compiles nothing.
 //
-// Compile it with -fno-fast-math: fast mathematics assumes that there is neither NaN nor infinity
-// and may delete the tests for them. MLX's own default is safe.
+// Compile it with -fno-fast-math: fast mathematics assumes that NaN and infinity do not occur and
+// may delete the tests for them. MLX's own default is safe.
 //
-// Arguments are templates on the pointer, not on the element, because MLX passes an array of fewer
-// than 8 elements in `constant` and any other in `device`. Sums are float32, in the order of MLX's
-// own matrix-vector kernels. No value written is infinite: what would overflow becomes the largest
+// Arguments are templates on the pointer instead of the element, because MLX passes an array of
+// fewer than 8 elements in `constant` and any other in `device`. Sums are float32, in the order of
+// MLX's own matrix-vector kernels. Every written value is finite: an overflow becomes the largest
 // finite value. NaN stays NaN.
 //
 // kernel   grid (threads)                 threadgroup       barriers  distinct bytes read
@@ -35,8 +35,8 @@
 // token    256 x R                        256               2         best, the winners' logits and ids
 // ids      256*ceil(S*n/256) x R          256               0         ids of S clusters
 //
-// H is 1 or 4: how many positions share one reading of the centroids. Grids are whole threadgroups,
-// so that no group is cut off at the edge.
+// H is 1 or 4: the number of positions that share one reading of the centroids. Grids consist of
+// whole threadgroups.
 
 #ifndef FLASH_HEAD_JIT
 #include <metal_stdlib>
@@ -140,8 +140,8 @@ inline uint threadgroup_max(uint key, threadgroup uint* shared, uint simdgroup, 
 //   reduce    add up the lanes' totals.
 // Chunks, order and association of all sums are those of MLX's kernel, qmv_fast with 2 words to a
 // chunk, qmv with 1 (of MLX 0.32.4; up to 0.32.2 it added four hidden values in their own dtype, not
-// in float32). As there, a q is masked where it lies in its 16 bits, not shifted down: `prepare` has
-// divided its hidden value by 2^shift, exactly.
+// in float32). As there, a q is masked in place within its 16 bits. Instead of a shift, `prepare`
+// divides its hidden value by 2^shift, exactly.
 ///////////////////////////////////////////////////////////////////////////////
 
 namespace flash_head {
@@ -265,8 +265,8 @@ struct Mxfp4Rows {
     return 0.0f;
   }
 
-  // The three low bits are the top of a half's magnitude, short of 2^14; a half because its
-  // subnormal numbers, which 0.5 needs, are not flushed.
+  // The three low bits are the top of a half's magnitude without a factor of 2^14. A half, because
+  // 0.5 needs its subnormal numbers, which are not flushed.
   static float product(Chunk chunk, const thread float* x, int i) {
     const uint q = chunk.words[i / 8] >> (4 * (i % 8));
     const float magnitude = float(as_type<half>(ushort((q & 7u) << 9))) * 16384.0f;
@@ -359,8 +359,8 @@ inline DenseRows<D, Values> dense_rows(Values weight) {
 // dot: products of N consecutive rows with H hidden rows, by one simdgroup
 //
 // totals[h*N + row] on every lane. A chunk of each row is read once for all H. Rows past the last
-// one repeat it, so that the loop needs no check; the caller does not store them. Positions past the
-// last one cost nothing: all lanes skip them alike. One reduction per total at the end.
+// one repeat it, which saves a check in the loop; the caller drops them. All lanes skip positions
+// past the last one. One reduction per total at the end.
 ///////////////////////////////////////////////////////////////////////////////
 
 namespace flash_head {
@@ -411,10 +411,10 @@ inline void dot_rows(
 ///////////////////////////////////////////////////////////////////////////////
 // route: scores of all clusters, scores[r, c] = hidden[r] . centroid[c] + route_bias[c]
 //
-// MLX's qmv with what follows it folded in: the sum stays float32 and the bias is added, which would
-// be two or three kernels more. A simdgroup computes 4 centroids for H positions, a threadgroup 8
-// centroids; no threadgroup memory, no barrier. Every centroid byte is read once for each H
-// positions; a scale is read by the lanes that share it, from cache.
+// MLX's qmv, but the sum stays float32 and the bias is added, which saves two or three kernels. A
+// simdgroup computes 4 centroids for H positions, a threadgroup 8 centroids. There is neither
+// threadgroup memory nor a barrier. Every centroid byte is read once for each H positions; the lanes
+// that share a scale read it from cache.
 // Edges: C not divisible by 8 repeats the last row and drops the result.
 ///////////////////////////////////////////////////////////////////////////////
 
@@ -457,15 +457,15 @@ inline void route(
 // select: the p best clusters of each position, without a sort
 //
 // One threadgroup per position. Each score becomes an unsigned key of the same order. Thread
-// (simdgroup s, lane l) holds ids s*32*K + 32*i + l, K = ceil(C/512): up to 16 keys in registers
-// (C = 8,192), and more are read anew, 16 at a time, in each of the five rounds (C = 262,144: 1 MB a
-// round). 512 threads, not 1,024, so that the registers suffice.
+// (simdgroup s, lane l) holds ids s*32*K + 32*i + l, K = ceil(C/512). Up to 16 keys stay in registers
+// (C = 8,192). More are read again, 16 at a time, in each of the five rounds (C = 262,144: 1 MB a
+// round). 512 threads instead of 1,024 leave enough registers.
 // Three radix passes over 10, 11 and 11 bits from the top find the p-th largest key, the threshold:
 // count digits of the keys that match so far, in 4, 2 and 2 copies of the histogram, since close
 // scores share their top bits; sum the copies; a prefix sum from the highest digit finds the one in
-// which the count reaches what remains. Keys above the threshold are in, of those equal to it the
-// first `remaining` by id: ballots over ids give every probed cluster its place. So probes ascend,
-// ties go to the lowest id, and no result depends on the order of the atomics.
+// which the count reaches what remains. Keys above the threshold are probed, and of the keys equal to
+// it the first `remaining` by id. Ballots over ids give every probed cluster its place. So probes
+// ascend, ties go to the lowest id, and the order of the atomics does not matter.
 // Edges: an id past C has key 0, below that of any score, and is never reached since p <= C.
 // Threadgroup memory: 16,384 + 136 bytes. Barriers: 1, 3 per pass, and 1.
 ///////////////////////////////////////////////////////////////////////////////
@@ -482,7 +482,7 @@ inline void load_keys(Scores scores, uint first_id, thread uint* keys) {
   }
 }
 
-// One radix pass: the digit of the threshold at SHIFT, and how many keys with it are needed.
+// One radix pass: the digit of the threshold at SHIFT, and the number of keys needed with it.
 template <int C, int BLOCKS, int N, int SHIFT, int BITS, typename Scores>
 inline void find_digit(
     Scores scores,
@@ -546,7 +546,7 @@ inline void find_digit(
   remaining = chosen[1];
 }
 
-// Which lanes of the simdgroup say yes, a bit each.
+// The lanes of the simdgroup for which it is true, a bit each.
 inline uint ballot(bool yes) {
   return uint(simd_vote::vote_t(simd_ballot(yes)));
 }
@@ -735,10 +735,10 @@ inline void score(
 // expand: full logits. A probed token keeps its own; every other gets its cluster's estimate
 //   min(scores[c] + tail_offset[c], m - max(1, |m|/64)),  m the best candidate of the position.
 //
-// 256 threads, 4 tokens each, 256 apart: slot_of and the output are read and written in order; per
-// token there is one gather, of its cluster's word (4*C bytes in all), and one more where the word
-// says that the cluster was probed. Each threadgroup finds m anew from the S bests (1 barrier),
-// which costs less than a kernel of its own.
+// 256 threads, 4 tokens each, 256 apart: slot_of and the output are accessed in order. A token needs
+// one gather of its cluster's word (4*C bytes in all), and another one if the word shows that the
+// cluster was probed. Each threadgroup finds m by itself from the S bests (1 barrier), which costs
+// less than another kernel.
 ///////////////////////////////////////////////////////////////////////////////
 
 namespace flash_head {
@@ -795,8 +795,8 @@ inline void expand(
 ///////////////////////////////////////////////////////////////////////////////
 // token: the greedy token, the lowest id among the highest candidate logits, of NaN if there is any
 //
-// One threadgroup per position: m from the S bests, then only clusters whose best is m are looked
-// into. Reads little more than 4*S bytes; 2 barriers.
+// One threadgroup per position finds m from the S bests, then reads the clusters whose best is m. It
+// reads little more than 4*S bytes; 2 barriers.
 ///////////////////////////////////////////////////////////////////////////////
 
 namespace flash_head {

@@ -200,13 +200,13 @@ def _add_draft(kinds) -> None:
         DRAFT,
         help="time speculative decoding",
         description="Time decoding without a draft, with a dense draft and with a draft's "
-        "FlashHead, and count the drafts that are accepted.",
+        "FlashHead, and count the accepted drafts.",
     )
     parser.add_argument(
         "--model", required=True, help="Folder or repository of a FlashHead checkpoint."
     )
     parser.add_argument(
-        "--draft-model", required=True, help="The same of a smaller model that drafts for it."
+        "--draft-model", required=True, help="Folder or repository of a smaller model that drafts."
     )
     parser.add_argument(
         "--probes",

@@ -1,6 +1,6 @@
 """Speculative decoding: the speed, and the share of accepted drafts, by the draft's probes.
 
-The target verifies every draft, so that its text does not depend on the draft's head. A draft that
+The target verifies every draft, so its text does not depend on the draft's head. A draft that
 scores fewer clusters is faster and wrong more often.
 """
 
@@ -29,7 +29,7 @@ REQUESTS = (
 
 @dataclass
 class _Runs:
-    """What was measured of one form; acceptance is the same in each run."""
+    """Figures of one form. The acceptance is the same in each run."""
 
     drafted: int = 0
     accepted: int = 0
@@ -51,7 +51,7 @@ def draft_benchmark(
     """Decodes greedily without a draft, with the dense draft, and with the draft's FlashHead.
 
     Args:
-        target: The model that is decoded.
+        target: The decoded model.
         draft: A model with a FlashHead.
         tokenizer: Their tokenizer.
         probes: Numbers of clusters that the draft scores.
@@ -61,8 +61,8 @@ def draft_benchmark(
         progress: Show a bar.
 
     Returns:
-        JSON-ready: for each form, tokens/s, the share of the drafted tokens that the target
-        accepts, and the share of answers that are those without a draft.
+        JSON-ready: for each form, tokens/s, the share of drafted tokens that the target accepts,
+        and the share of answers that are the same as without a draft.
     """
     head = installed_head(draft)
     dense = dense_copy(draft)
@@ -143,10 +143,10 @@ def _add(runs: _Runs, answers: list[_Answer], n_draft: int, *, timed: bool) -> N
 
 
 def _n_drafted(drafted: list[bool], n_draft: int) -> int:
-    """Tokens that were drafted for an answer, of which each token was drafted or was not.
+    """The number of tokens drafted for an answer.
 
-    A verification ends with a token of the target's own, but for the last one, and as many tokens
-    are drafted for it as the answer has room for.
+    A verification ends with a token of the target's own, except the last one. The draft for it has
+    as many tokens as the answer has room for.
     """
     starts = [0, *(i + 1 for i, is_drafted in enumerate(drafted) if not is_drafted)]
     return sum(min(n_draft, len(drafted) - start) for start in starts)

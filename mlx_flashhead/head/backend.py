@@ -22,17 +22,17 @@ log = logging.getLogger("mlx_flashhead")
 
 
 def gpu_is_default() -> bool:
-    """Whether MLX computes on an Apple GPU unless told otherwise."""
+    """Whether MLX's default device is an Apple GPU."""
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
 
 
 def named_backend(asked: str | None) -> str | None:
-    """The path that is asked for by name: ``asked``, else the environment's; None for neither."""
+    """The path asked for by name: ``asked``, else the environment's; None without a name."""
     return asked or os.environ.get(BACKEND_VARIABLE) or None
 
 
 def choose_backend(asked: str | None = None) -> str:
-    """The path to take: the one asked for by name, else Metal where MLX computes on an Apple GPU.
+    """The path to take: the one asked for by name, else Metal if MLX computes on an Apple GPU.
 
     Raises:
         ValueError: If the name is unknown, or Metal is asked for on a machine without it.
@@ -51,10 +51,10 @@ def choose_backend(asked: str | None = None) -> str:
 
 
 def make_steps(clustered: ClusteredRows, asked: str | None) -> tuple[PortableSteps, str]:
-    """The steps of the chosen path, and why it is this one, or what in it is slower: a sentence.
+    """The steps of the chosen path, and a sentence: the reason for it, or its slower part.
 
     Raises:
-        ValueError: As :func:`choose_backend`.
+        ValueError: As in :func:`choose_backend`.
     """
     if choose_backend(asked) == PORTABLE:
         if named_backend(asked) is not None:
@@ -75,19 +75,19 @@ def make_steps(clustered: ClusteredRows, asked: str | None) -> tuple[PortableSte
 def checked(
     steps: PortableSteps, reason: str, asked: str | None, dtype: mx.Dtype, n_probes: int
 ) -> tuple[PortableSteps, str]:
-    """The steps, after each kernel has run once; the portable ones where one fails.
+    """The steps after each kernel has run once; the portable ones if a kernel fails.
 
-    The kernels' pipelines are built by this, so the first token does not wait for them.
+    This builds the kernels' pipelines, so the first token does not wait for them.
 
     Args:
-        steps: Those of :func:`make_steps`.
+        steps: The steps from :func:`make_steps`.
         reason: Its sentence.
-        asked: What it was asked for.
+        asked: The path asked for by name, or None.
         dtype: Of the model's hidden states.
         n_probes: Clusters scored.
 
     Returns:
-        Steps and a sentence, as :func:`make_steps`.
+        Steps and a sentence, as from :func:`make_steps`.
 
     Raises:
         ValueError: If a kernel fails and Metal was asked for by name.
@@ -115,5 +115,5 @@ def _slower(steps: MetalSteps) -> str:
     said = " and ".join(f"{form} {what[step]}" for step, form in steps.unread.items())
     return (
         f"FlashHead's Metal kernels do not read {said}: MLX's own operations do, which takes a few "
-        "kernels more per token; the other steps are FlashHead's."
+        "more kernels per token. The other steps are FlashHead's."
     )

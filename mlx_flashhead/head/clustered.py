@@ -14,7 +14,7 @@ from .matrix import Matrix
 # Bias of clusters that are always probed: above every real score, finite and exact in float32.
 ALWAYS_PROBED = 1e30
 
-PIECES = 1024  # of rows that are laid out by columns, one at a time to save memory
+PIECES = 1024  # rows are laid out by columns in this number of pieces, which saves memory
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class ClusteredRows:
         always_probed_ids: tuple[int, ...] = (),
         by_column: bool = False,
     ) -> "ClusteredRows":
-        """Reorders ``rows``, lazily. While that is evaluated both orders exist.
+        """Reorders ``rows``, lazily. During its evaluation both orders exist.
 
         Args:
             rows: The head's rows in token order.
             token_ids: (C, cluster_size) integers, a permutation of 0 … V-1 padded with V.
             centroids: Fitted for these clusters.
             always_probed_ids: Tokens whose clusters are always among the probes.
-            by_column: Lay the weight out by columns. Only for rows that are floats.
+            by_column: Lay the weight out by columns. For rows of floats only.
 
         Raises:
             ValueError: If ``token_ids`` is not such a permutation, or shapes do not fit.
@@ -154,7 +154,7 @@ class ClusteredRows:
 def _columns(weight: mx.array, order: mx.array) -> mx.array:
     """Rows ``order`` (C, n) of ``weight`` (V, D), laid out as (C, D, n), as a view (C, n, D).
 
-    Written piece by piece into one array, so that no second copy of all rows exists. Lazy.
+    Written piece by piece into one array, without a second copy of all rows. Lazy.
     """
     n_clusters, cluster_size = order.shape
     columns = mx.zeros((n_clusters, weight.shape[1], cluster_size), dtype=weight.dtype)

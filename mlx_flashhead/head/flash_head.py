@@ -42,12 +42,12 @@ class FlashHead:
         eos_token_ids: Their clusters are always among the probes, so that an answer can end.
             With fewer probes than such clusters, only they are scored.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
-            where MLX computes on an Apple GPU.
+            if MLX computes on an Apple GPU.
         max_positions: More positions (B·L) than this at once are computed densely; None leaves it
-            to the path that is taken.
+            to the path.
 
     Attributes:
-        backend_reason: A sentence that says why it is this path, or what in it is slower.
+        backend_reason: A sentence that says why this path was taken, or which part of it is slower.
 
     Raises:
         ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
@@ -115,7 +115,7 @@ class FlashHead:
 
     @property
     def max_positions_reason(self) -> str:
-        """What ``max_positions`` follows from."""
+        """The source of ``max_positions``."""
         return "set by hand" if self._max_positions is not None else self._steps.limit_reason
 
     @property
@@ -148,15 +148,15 @@ class FlashHead:
         return [*self.clustered.arrays(), *self._steps.arrays()]
 
     def check_kernels(self, dtype: mx.Dtype) -> None:
-        """Runs each kernel once and takes the portable path, with one warning, where one fails.
+        """Runs each kernel once. If one fails, takes the portable path with one warning.
 
-        Evaluates. The pipelines are built by it, so the first token does not wait for them.
+        It evaluates and builds the pipelines, so the first token does not wait for them.
 
         Args:
             dtype: Of the model's hidden states.
 
         Raises:
-            ValueError: If one fails and the backend "metal" was asked for by name.
+            ValueError: If a kernel fails and the backend "metal" was asked for by name.
         """
         self._steps, self.backend_reason = checked(
             self._steps, self.backend_reason, self._backend_asked, dtype, self.n_probes
@@ -241,7 +241,9 @@ class FlashHead:
         drawn = self._draw_temperature is not None
         if drawn:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
-            selection = Selection(selection.probes)  # whose estimates are those of other scores
+            selection = Selection(
+                selection.probes
+            )  # without the estimates, which are of other scores
         logits = self._steps.expand(scores, selection, candidates)
         # no second look with drawn clusters, since tokens of others must not be sampled
         probes = selection.probes[:, : self.n_probes]

@@ -37,7 +37,7 @@ class Format:
         return self.bits / 8 + (self.group_bytes / group_size if group_size else 0)
 
     def __str__(self) -> str:
-        """As words before "rows": "16-bit float", "3-bit affine", "nvfp4"."""
+        """In words that come before "rows": "16-bit float", "3-bit affine", "nvfp4"."""
         if self.mode in (FLOATS, AFFINE):
             return f"{self.bits}-bit {self.mode or 'float'}"
         return self.mode
@@ -85,7 +85,7 @@ def find_format(mode: str | None, bits: int) -> Format:
             return one
     form = f"{bits}-bit {mode or 'float'}"
     raise ValueError(
-        f"Rows of the form {form!r} are not supported: the formats are "
+        f"Rows of the format {form!r} are not supported: the formats are "
         f"{', '.join(map(str, FORMATS))}."
     )
 

@@ -1,4 +1,4 @@
-"""The text of the Metal kernels, as ``mx.fast.metal_kernel`` takes it.
+"""The text of the Metal kernels for ``mx.fast.metal_kernel``.
 
 ``metal/flash_head.metal`` holds the functions; a kernel's body is one call of one of them.
 """
@@ -68,9 +68,9 @@ def kernel_source() -> str:
 
 @cache
 def header(*sections: str) -> str:
-    """What MLX gets of the file for a kernel: these sections, without comments and indentation.
+    """The sections of the file that a kernel needs, without comments and indentation.
 
-    MLX copies and hashes this text whenever a kernel is called, not only when it is compiled.
+    Short, since MLX copies and hashes this text at every call of a kernel (docs/speed.md).
 
     Args:
         sections: Names of sections, each the first word under a line of slashes. "constants" and

@@ -1,8 +1,8 @@
 """The steps of a FlashHead as Metal kernels, one dispatch each.
 
-The kernels themselves, their plans and shapes are in ``metal/flash_head.metal``. This file knows
-which arrays go into each of them and how many threads it takes. What it computes, `portable.py`
-computes with plain MLX operations, which also serve where the kernels do not read a format.
+``metal/flash_head.metal`` holds the kernels, their plans and shapes. This file knows the arrays and
+the threads of each. `portable.py` computes the same with plain MLX operations, which also serve for
+formats that the kernels do not read.
 """
 
 import re
@@ -48,8 +48,8 @@ def matrix_from(hidden_size: int, n_rows: int, architecture: str) -> int:
     Args:
         hidden_size: Columns D of the matrix.
         n_rows: Its rows.
-        architecture: As ``mx.device_info`` gives it, such as "applegpu_g15s". Others, which run
-            these kernels in tests only, count as the newest.
+        architecture: The name from ``mx.device_info``, such as "applegpu_g15s". Others occur in
+            tests only and count as the newest.
     """
     size = max(hidden_size, n_rows)
     column = 0 if size <= 2048 else 1 if size <= 4096 else 2
@@ -61,9 +61,9 @@ def matrix_from(hidden_size: int, n_rows: int, architecture: str) -> int:
 
 
 def unread(clustered: ClusteredRows) -> dict[str, str]:
-    """The steps for which no kernel reads the rows, and in which format these are.
+    """The steps for which no kernel reads the rows, with the format of these rows.
 
-    The other steps are kernels all the same.
+    The other steps stay kernels.
     """
     found = {"route": clustered.centroids.matrix.format, "score": clustered.rows.format}
     return {step: str(form) for step, form in found.items() if form.metal is None}
@@ -78,11 +78,11 @@ def _words(hidden_size: int, bits: int, n_rows: int) -> int:
 
 
 class _StoredRows:
-    """How a kernel reads rows: its inputs' names, the arrays, and the expression over them.
+    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them.
 
     Args:
         stored: The rows, of a format that the kernels read.
-        n_rows: How many the matrix has whose product by MLX's own kernel this equals.
+        n_rows: Rows of the matrix whose product by MLX's own kernel has the same sums.
     """
 
     def __init__(self, stored: Matrix, n_rows: int):
@@ -112,13 +112,13 @@ def _kernel(name: str, inputs: list[str], outputs: list[str], body: str, *sectio
 class MetalSteps(PortableSteps):
     """Route, select, score, expand and token, each one Metal kernel. Nothing is evaluated.
 
-    Of a position, max(p, 8) probes are held; beyond p the last one is repeated. One kernel of each
-    kind serves any number of probes and positions, and route has one more for a single position.
+    A position holds max(p, 8) probes; beyond p the last one is repeated. One kernel of each kind
+    serves any number of probes and positions. Route has another one for a single position.
 
     Args:
         clustered: The rows and the index.
-        n_probes: Clusters scored, for kernels that take no other number and no argument that says
-            so; None for any number.
+        n_probes: Clusters scored, for kernels of this number only, without an argument for it; None
+            for any number.
 
     Attributes:
         unread: The steps that stay plain operations, and the formats; see :func:`unread`.
@@ -262,7 +262,7 @@ class MetalSteps(PortableSteps):
         return Candidates(logits, best)
 
     def _remember(self, dtype: mx.Dtype) -> None:
-        """What follows from the dtype of the hidden states: asking MLX takes microseconds."""
+        """Values for a dtype of the hidden states, kept since asking MLX takes microseconds."""
         rows = self.clustered.rows
         self._dtypes[dtype] = rows.logits_dtype(dtype)
         product = ("PRODUCT", rows.product_dtype(dtype))

@@ -26,9 +26,8 @@ BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
 PIECE = 64  # rows that are dequantized at once
 
 
-# Positions (B·L) up to which FlashHead is the faster path on a CPU (`mlx_flashhead.benchmark
-# positions`, docs/speed.md): with 256 of SmolLM2's 3,072 clusters it took as long as the dense head
-# at 32, and a third longer at 64. In larger heads, and with fewer probes, more positions pay.
+# Positions (B·L) up to which FlashHead is the faster path on a CPU (docs/speed.md). Larger heads
+# and fewer probes allow more.
 CPU_POSITIONS = 32
 MEASURED = "measured on a CPU: docs/speed.md"
 ESTIMATED = "an estimate: C/p positions read as many rows as the dense head"
@@ -41,9 +40,10 @@ def tail_cap(best: mx.array) -> mx.array:
 
 
 def in_blocks(matrix: Matrix, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Rows (V, D) as ``blocked_product`` takes them: (n_blocks, block, D) floats, zeros at the end.
+    """Rows (V, D) for ``blocked_product``: (n_blocks, block, D) floats, zeros at the end.
 
-    Piece by piece, since MLX's CPU build takes three times the floats to dequantize them. Lazy.
+    Piece by piece, since MLX's CPU build needs memory for three times the floats to dequantize
+    them. Lazy.
     """
     n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
@@ -64,7 +64,7 @@ def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
 
 
 def faster_by_column(rows: Matrix) -> bool:
-    """Whether the portable path reads rows faster by columns: where a BLAS multiplies them.
+    """Whether the portable path reads rows faster by columns, as a CPU's BLAS does.
 
     docs/speed.md has the figures.
     """
@@ -93,14 +93,14 @@ class PortableSteps(Steps):
     def max_positions(self, n_probes: int) -> int:
         """Positions (B·L) up to which these steps are the faster path.
 
-        On a GPU an estimate: memory bounds both, and C/p positions read as many rows as the dense
+        An estimate on a GPU, where memory bounds both: C/p positions read as many rows as the dense
         head, which reads each of them once.
         """
         return CPU_POSITIONS if self._on_cpu else max(1, self.clustered.n_clusters // n_probes)
 
     @property
     def limit_reason(self) -> str:
-        """What ``max_positions`` follows from."""
+        """The source of ``max_positions``."""
         return MEASURED if self._on_cpu else ESTIMATED
 
     def product(self, hidden: mx.array) -> mx.array:
@@ -189,7 +189,7 @@ class PortableSteps(Steps):
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does.
 
-        NaN counts as the highest value, as it does for MLX's argmax.
+        NaN counts as the highest value, as for MLX's argmax.
         """
         logits = candidates.logits
         best = mx.max(logits, axis=(-2, -1), keepdims=True)

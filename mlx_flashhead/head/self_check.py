@@ -1,6 +1,6 @@
 """Runs each Metal kernel once, at its real shapes, beside plain MLX operations.
 
-This is for the installation, and the one thing in `head/` that evaluates.
+For the installation. Nothing else in `head/` evaluates.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,9 @@ from .kernels import MetalSteps
 from .portable import PortableSteps
 from .steps import Candidates, Selection
 
-SAMPLE = 64  # centroids, and clusters of rows, that are computed again in float32
-# The kernels add four hidden values in their own dtype, as MLX does: with the bfloat16 states of a
-# 2,048 wide model that moved logits by 1 % of their size, at most by 4 %. What a kernel gets wrong
-# is larger: a lane that is left out moves them by 18 %.
+SAMPLE = 64  # centroids and clusters of rows that are also computed in float32
+# The kernels add four hidden values in their own dtype, as MLX does, which moves bfloat16 logits by
+# up to 4 % of their size. Faults move them more, a missing lane by 18 % (width 2,048).
 UNITS = 8  # of rounding, relative to the size of the products
 LEAST = 1e-3
 
@@ -23,10 +22,10 @@ Pairs = list[tuple[mx.array, mx.array, float]]
 
 
 def find_trouble(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> str | None:
-    """What is wrong with the kernels on this device, in words that follow "because"; or None.
+    """The trouble with the kernels on this device, in words that follow "because"; or None.
 
     Args:
-        steps: Whose kernels are tried. Each is built, for one position and for several.
+        steps: The steps with the kernels. Each is built, for one position and for several.
         dtype: Of the model's hidden states.
         n_probes: Clusters scored.
     """
@@ -37,7 +36,7 @@ def find_trouble(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> str | Non
                 problem = _difference(found, expected, tolerance)
                 if problem is not None:
                     return f"the kernel {name!r} {problem}"
-        # what MLX raises for a text that does not compile, a refused pipeline, a lost device
+        # MLX raises this for a text that does not compile, a refused pipeline, a lost device
         except (RuntimeError, ValueError) as error:
             said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
             return f"the kernel {name!r} does not run on this device ({said})"
@@ -56,12 +55,12 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
 
 
 def _size(products: mx.array) -> float:
-    """Their median magnitude: forced clusters have huge ones."""
+    """The median magnitude, since always probed clusters have huge values."""
     return float(mx.median(mx.abs(products)))
 
 
 class _Trial:
-    """One step after the other; each takes what the one before it has made."""
+    """One step after the other. Each takes the results of the step before."""
 
     def __init__(self, steps: MetalSteps, dtype: mx.Dtype, n_probes: int):
         self.steps, self.n_probes = steps, n_probes
@@ -72,7 +71,7 @@ class _Trial:
         self.rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
 
     def kernels(self) -> dict[str, Callable[[], Pairs]]:
-        """By name, what runs a kernel: what it found, what is expected, and how near it must be."""
+        """By name, a function that runs a kernel: its results, expected values and tolerances."""
         return {
             "route": self.route,
             "select": self.select,

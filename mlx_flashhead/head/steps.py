@@ -20,7 +20,7 @@ class Selection(NamedTuple):
         probes: (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)):
             beyond p the last one is repeated, which changes no maximum and no full logits.
         words: (R, C) uint32 for the kernel of `expand`, a cluster's place among the probes or the
-            estimate of its tokens' logits; None where `expand` makes it from the scores.
+            estimate of its tokens' logits; None if `expand` makes it from the scores.
     """
 
     probes: mx.array
@@ -32,7 +32,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         logits: (R, p, n) in the dense head's dtype; a padded slot holds the lowest finite value.
-        best: (R, p) float32, each probed cluster's best logit; None where no kernel reads it.
+        best: (R, p) float32, each probed cluster's best logit; None if no kernel reads it.
     """
 
     logits: mx.array

@@ -61,14 +61,14 @@ def exact_processors(
 
 
 def begin(processors: Sequence[Processor]) -> None:
-    """Tells those processors that want to know it that a text begins."""
+    """Tells processors with a method for it that a text begins."""
     for processor in (p for part in map(_parts, processors) for p in part):
         if hasattr(processor, "begin"):
             processor.begin()
 
 
 def for_sequence(processors: Sequence[Processor]) -> list[Processor]:
-    """Processors for another sequence: those with a state of one are made anew."""
+    """Processors for another sequence. Those with a state are made new."""
     own = [p for part in map(_parts, processors) for p in part]
     return [p.for_sequence() if hasattr(p, "for_sequence") else p for p in own]
 
@@ -149,5 +149,5 @@ def _context(tokens: Any, n_rows: int, vocab_size: int) -> mx.array | None:
     missing = CONTEXT_TOKENS - latest.size
     if missing:
         latest = mx.concatenate([mx.broadcast_to(latest[:1], (missing,)), latest])
-    latest = mx.minimum(latest, vocab_size - 1)  # a placeholder of an image may lie beyond
+    latest = mx.minimum(latest, vocab_size - 1)  # an image's placeholder may be larger
     return mx.broadcast_to(latest, (n_rows, CONTEXT_TOKENS))

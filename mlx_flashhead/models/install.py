@@ -60,7 +60,7 @@ def install(
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
 
-    Each Metal kernel runs once, and where one fails the head takes the portable path.
+    Each Metal kernel runs once. If one fails, the head takes the portable path.
 
     Order matters: load, cast, quantize, apply adapters and shard first, then install.
 
@@ -107,7 +107,7 @@ def install(
     except ValueError:
         _put_back(module, head)
         raise
-    mx.clear_cache()  # which holds the rows in their old order
+    mx.clear_cache()  # it holds the rows in their old order
     mx.eval(head.arrays())
     around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
     module._flash_head = head
@@ -150,7 +150,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
 
 def _put_back(module: nn.Module, head: FlashHead) -> None:
-    """Gives a module its rows again, in the model's own order."""
+    """Gives a module its rows back, in the model's own order."""
     for name, array in head.clustered.token_rows().arrays().items():
         mx.eval(array)
         module[name] = array

@@ -16,7 +16,7 @@ from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
 from .install import install, installed_head
 from .locate import find_head
 
-# Of its own number of probes, what a draft model's FlashHead scores.
+# A draft model's probes, as a share of its own number.
 DRAFT_SHARE = 1 / 4
 
 
@@ -107,10 +107,10 @@ def load(
 def load_draft(
     path_or_hf_repo: str, *, n_probes: int | None = None, trust_remote_code: bool = False
 ):
-    """Loads a draft model, with its FlashHead where there is one.
+    """Loads a draft model, with its FlashHead if it has one.
 
-    The target verifies each draft, so that fewer probes cost no exactness: a head drafts with a
-    quarter of its own number unless another is given.
+    The target verifies each draft, so fewer probes cost no exactness. By default a head drafts with
+    a quarter of its own number.
 
     Args:
         path_or_hf_repo: A local folder or a Hugging Face repository.
@@ -121,14 +121,13 @@ def load_draft(
         ``(model, tokenizer)``.
 
     Raises:
-        ValueError: As in :func:`load`; also if a number of probes is given and there is no
-            FlashHead.
+        ValueError: As in :func:`load`. Also if a number of probes is given without a FlashHead.
     """
     folder = resolve(path_or_hf_repo)
     if not has_flash_head(folder):
         if n_probes is not None:
             raise ValueError(
-                f"{path_or_hf_repo} has no FlashHead, so that it drafts with no probes: leave "
+                f"{path_or_hf_repo} has no FlashHead, so it drafts without probes: leave "
                 "--draft-probes out."
             )
         return load_dense(folder, trust_remote_code=trust_remote_code)[:2]

@@ -40,7 +40,7 @@ class HeadLocation:
         path: Its dotted name in the model, such as "lm_head" or "model.embed_tokens".
         method: "__call__" for a linear layer, "as_linear" for a tied embedding.
         asked_by: The code of the model that asks it for the logits; None if that is not known.
-        hidden_dtype: Of the states that enter it.
+        hidden_dtype: Dtype of its input states.
     """
 
     module: nn.Module
@@ -134,7 +134,7 @@ def find_head(model: nn.Module) -> HeadLocation:
 def check_plain_product(location: HeadLocation) -> None:
     """Checks on one random state that the layer is the product with its rows.
 
-    The state has the model's own dtype, so that nothing is cast and no copy of the rows is made.
+    The state has the model's own dtype, which avoids casts and copies of the rows.
 
     Raises:
         UnsupportedHeadError: If it is not: sharded, rotated or otherwise special layers.
@@ -144,7 +144,7 @@ def check_plain_product(location: HeadLocation) -> None:
     hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(location.hidden_dtype)
     expected = rows.matmul(hidden)
     actual = getattr(module, location.method)(hidden)
-    # a special layer is off by the size of its logits, a plain one by the rounding of 16 bits
+    # a special layer differs by the size of its logits, a plain one by the rounding of 16 bits
     allowed = 0.02 * mx.max(mx.abs(expected))
     if expected.shape != actual.shape or not (mx.abs(expected - actual) <= allowed).all():
         raise UnsupportedHeadError(
