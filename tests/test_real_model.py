@@ -13,6 +13,8 @@ from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import raw_means
 from mlx_flashhead.conversion.measures import Routing, measure
+from mlx_flashhead.evaluation.masks import evaluate_masks
+from mlx_flashhead.evaluation.structured import evaluate_structured, usual_cases
 from mlx_flashhead.evaluation.text import FLASH_HEAD, UNIT_MEANS, evaluate
 from mlx_flashhead.models.locate import find_head
 
@@ -79,6 +81,22 @@ def test_plain_mlx_lm_loads_the_same_model(converted, real_model_folder):
     prompt = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True)
     texts = [mlx_lm.generate(m, tokenizer, prompt, max_tokens=12) for m in (source, dense)]
     assert texts[0] == texts[1] and "Paris" in texts[0]
+
+
+def test_choices_under_masks_are_the_dense_models(loaded):
+    found = evaluate_masks(*loaded, some_of_all(60), positions=48, progress=False)
+    assert {choice.change for choice in found.choices} >= {"digits only", "10,000 random tokens"}
+    for choice in found.choices:
+        assert choice.differing <= 1
+    assert found.choices[0].estimates < 0.9  # what the second look is for
+
+
+def test_json_is_the_dense_models(loaded):
+    found = evaluate_structured(
+        *loaded, cases=usual_cases()[1:3], sampled=1, max_tokens=40, progress=False
+    )
+    assert (found.same_as_dense, found.invalid) == (2, [])
+    assert found.valid >= 2 and found.valid + found.cut == 4
 
 
 def test_says_what_the_dense_model_says(loaded):
