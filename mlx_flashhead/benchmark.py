@@ -13,7 +13,9 @@ from .benchmarks import estimate
 from .benchmarks.conversion import convert_benchmark, index_benchmark
 from .benchmarks.draft import PROBES, draft_benchmark
 from .benchmarks.head import CLUSTER_SIZE, SHAPES, head_benchmark, random_head
+from .benchmarks.host import host_benchmark
 from .benchmarks.machine import machine
+from .benchmarks.memory import head_memory, model_memory
 from .benchmarks.model import SAMPLERS, model_benchmark
 from .benchmarks.output import draw, print_result
 from .benchmarks.positions import COUNTS, positions_benchmark
@@ -31,6 +33,7 @@ from .models.load import load
 DTYPES = ("float32", "float16", "bfloat16")
 HEAD, POSITIONS, MODEL, CONVERT = "head", "positions", "model", "convert"
 SAMPLER, DRAFT, ESTIMATE = "sampler", "draft", "estimate"
+HOST, MEMORY = "host", "memory"
 SAMPLER_WIDTH = 64  # of the random heads: a sampler reads the clusters, not the rows
 REPORT = """\
 Please send this to the project as an issue, with the template "Benchmark":
@@ -50,6 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_convert(kinds)
     _add_sampler(kinds)
     _add_draft(kinds)
+    _add_host(kinds)
+    _add_memory(kinds)
     estimate.add_parser(kinds)
     return parser
 
@@ -87,6 +92,34 @@ def _add_positions(kinds) -> None:
         f"(default: {', '.join(map(str, COUNTS))}).",
     )
     _add_common(parser, rounds=7)
+
+
+def _add_host(kinds) -> None:
+    parser = kinds.add_parser(
+        HOST,
+        help="time what the host does for a token",
+        description="Time the host's part of a token: MLX's own graph, and what FlashHead adds. "
+        "The Metal kernels are recorded, not run, so that any machine can measure it.",
+    )
+    _add_which_head(parser)
+    _add_common(parser, rounds=20)
+
+
+def _add_memory(kinds) -> None:
+    parser = kinds.add_parser(
+        MEMORY,
+        help="measure the peak of memory while a model is loaded",
+        description="Measure the peak of memory while a model is loaded, dense and with FlashHead.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--shape",
+        type=_shape,
+        metavar="NAME|V,D",
+        help="Random heads of this shape, in float32, bfloat16 and 4 bits.",
+    )
+    what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
+    _add_common(parser, rounds=None)
 
 
 def _add_which_head(parser: argparse.ArgumentParser) -> None:
@@ -264,6 +297,8 @@ def main() -> None:
         CONVERT: _convert,
         SAMPLER: _sampler,
         DRAFT: _draft,
+        HOST: _host,
+        MEMORY: _memory,
     }
     found = measure[args.kind](args)
     result = {
@@ -307,6 +342,21 @@ def _positions(args: argparse.Namespace) -> list[dict]:
         )
         for name, head, dtype in _heads(args)
     ]
+
+
+def _host(args: argparse.Namespace) -> list[dict]:
+    return [
+        {"name": name} | host_benchmark(head, _states(head, dtype), rounds=args.rounds)
+        for name, head, dtype in _heads(args)
+    ]
+
+
+def _memory(args: argparse.Namespace) -> list[dict]:
+    if args.model is not None:
+        return [{"name": Path(args.model).name} | model_memory(args.model)]
+    name, (vocab_size, hidden_size) = args.shape
+    found = head_memory(vocab_size, hidden_size, n_probes=_usual_probes(vocab_size))
+    return [{"name": name} | one for one in found]
 
 
 def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:

@@ -61,18 +61,23 @@ def random_head(
     if bits != 16:
         rows = rows.quantize(bits=bits, group_size=USUAL_GROUP)
     del weight
-    matrix = Matrix(mx.random.normal((n_clusters, hidden_size), scale=0.05))
-    group_size = affine_group(hidden_size)
-    if group_size is not None:
-        matrix = matrix.map(lambda weight: weight.astype(mx.float16))
-        matrix = matrix.quantize(bits=4, group_size=group_size)
-    centroids = Centroids(matrix, mx.zeros(n_clusters), mx.full((n_clusters,), -2.0))
+    centroids = random_centroids(n_clusters, hidden_size)
     slots = np.full(n_clusters * cluster_size, vocab_size, np.uint32)
     slots[:vocab_size] = np.random.default_rng(seed).permutation(vocab_size)
     head = FlashHead(rows, slots.reshape(n_clusters, -1), centroids, n_probes=n_probes)
     mx.eval(head.arrays())
     head.check_kernels(dtype)
     return head
+
+
+def random_centroids(n_clusters: int, hidden_size: int) -> Centroids:
+    """Random centroids, of 4 bits where the width allows it."""
+    matrix = Matrix(mx.random.normal((n_clusters, hidden_size), scale=0.05))
+    group_size = affine_group(hidden_size)
+    if group_size is not None:
+        matrix = matrix.map(lambda weight: weight.astype(mx.float16))
+        matrix = matrix.quantize(bits=4, group_size=group_size)
+    return Centroids(matrix, mx.zeros(n_clusters), mx.full((n_clusters,), -2.0))
 
 
 def forms(head: FlashHead) -> dict[str, Form]:

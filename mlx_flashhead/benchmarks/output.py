@@ -26,6 +26,8 @@ def print_result(result: dict) -> None:
         "convert": _convert_table,
         "sampler": _sampler_table,
         "draft": _draft_table,
+        "host": _host_table,
+        "memory": _memory_table,
     }
     make_table = tables[result["kind"]]
     about = result["machine"]
@@ -167,6 +169,30 @@ def _draft_table(one: dict) -> "Table":
     return table
 
 
+def _host_table(one: dict) -> "Table":
+    table = new_table(
+        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['n_probes']} of "
+        f"{one['n_clusters']:,} clusters",
+        ("host's time per token", "µs", "quartiles"),
+        "The kernels are recorded, not run.",
+    )
+    for name, us in one["us"].items():
+        table.add_row(name, f"{us['median']:.1f}", _quartiles(us))
+    return table
+
+
+def _memory_table(one: dict) -> "Table":
+    table = new_table(
+        f"{one['name']}: {one['form']} rows, a head of {one['head_mb']:,.0f} MB",
+        ("", "peak MB", "held MB", "process MB"),
+        f"Installing takes {one['more_heads']:.2f} heads more than the dense model holds.",
+    )
+    for name, taken in one["memory"].items():
+        cells = (taken["peak_mb"], taken["held_mb"], taken["process_peak_mb"])
+        table.add_row(name, *(f"{cell:,.0f}" for cell in cells))
+    return table
+
+
 def _quartiles(spread: dict) -> str:
     return f"{spread['lower']:.2f}–{spread['upper']:.2f}"
 
@@ -186,6 +212,8 @@ def draw(result: dict, path: str) -> None:
         "convert": _draw_convert,
         "sampler": _draw_sampler,
         "draft": _draw_draft,
+        "host": _draw_host,
+        "memory": _draw_memory,
     }
     for axis, one in zip(axes[:, 0], results, strict=True):
         draw_one[result["kind"]](axis, one)
@@ -256,3 +284,18 @@ def _draw_draft(axis, one: dict) -> None:
         axis.bar_label(bar, labels=["" if accepted is None else f" {accepted:.0%} accepted"])
     axis.set(title=f"{one['draft_model']} drafts for {one['model']}", xlabel="tokens/s")
     axis.margins(x=0.2)
+
+
+def _draw_host(axis, one: dict) -> None:
+    for name, us in one["us"].items():
+        bar = axis.barh(name, us["median"], color="tab:gray" if name == DENSE else "tab:blue")
+        axis.bar_label(bar, fmt=" %.1f")
+    axis.set(title=one["name"], xlabel="µs of the host per token")
+    axis.margins(x=0.1)
+
+
+def _draw_memory(axis, one: dict) -> None:
+    for name, taken in one["memory"].items():
+        axis.bar_label(axis.barh(name, taken["peak_mb"], color="tab:blue"), fmt=" %.0f")
+    axis.set(title=f"{one['name']}, {one['form']}", xlabel="MB at the peak of loading")
+    axis.margins(x=0.1)

@@ -19,7 +19,7 @@ from .backend import PORTABLE, checked, choose_backend, make_steps
 from .centroids import Centroids
 from .clustered import ClusteredRows
 from .matrix import Matrix
-from .portable import faster_by_column
+from .portable import PortableSteps, faster_by_column
 from .rescoring import Call, LatestCall
 from .steps import Candidates, Selection
 
@@ -162,10 +162,16 @@ class FlashHead:
             self._steps, self.backend_reason, self._backend_asked, dtype, self.n_probes
         )
 
-    def copy(self) -> "FlashHead":
-        """A head with its own settings that shares the arrays, which never change."""
+    def copy(self, steps: PortableSteps | None = None) -> "FlashHead":
+        """A head with its own settings that shares the arrays, which never change.
+
+        Args:
+            steps: Of the same rows, for a head on another path.
+        """
         copied = copy.copy(self)
         copied._watchers = ()
+        if steps is not None:
+            copied._steps, copied.clustered = steps, steps.clustered
         return copied
 
     def watch(self, latest: LatestCall) -> None:
@@ -245,9 +251,10 @@ class FlashHead:
                 selection.probes
             )  # without the estimates, which are of other scores
         logits = self._steps.expand(scores, selection, candidates)
-        # no second look with drawn clusters, since tokens of others must not be sampled
-        probes = selection.probes[:, : self.n_probes]
-        self._tell(None if drawn else Call(self, self._steps, rows, probes, logits))
+        if self._watchers:
+            # no second look with drawn clusters, since tokens of others must not be sampled
+            probes = selection.probes[:, : self.n_probes]
+            self._tell(None if drawn else Call(self, self._steps, rows, probes, logits))
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:

@@ -84,6 +84,23 @@ def test_positions_of_a_model(run, converted, tmp_path):
     assert (one["n_probes"], one["counts"], one["name"]) == (4, [2], "model")
 
 
+def test_host(run, tmp_path):
+    screen, (one,) = check_outputs(
+        run, tmp_path, "host", "--shape", "320,64", "--n-probes", 9, "--rounds", 1
+    )
+    added = one["us"]["added by FlashHead full logits"]["median"]
+    assert f" {added:.1f} " in screen and "recorded, not run" in screen
+
+
+def test_memory_of_a_model(run, converted, tmp_path):
+    screen, (one,) = check_outputs(run, tmp_path, "memory", "--model", converted)
+    assert (one["name"], one["form"]) == ("model", "32-bit float")
+    assert one["head_mb"] == pytest.approx(258 * 128 * 4 / 1e6)
+    flash, dense = one["memory"]["FlashHead"], one["memory"]["dense"]
+    assert flash["peak_mb"] > flash["held_mb"] > dense["held_mb"]
+    assert f"takes {one['more_heads']:.2f} heads more" in " ".join(screen.split())
+
+
 @pytest.mark.parametrize(
     "last, first, said",
     [
@@ -202,6 +219,10 @@ def test_estimate(run, tmp_path):
         (("sampler", "--model", "./absent"), "no folder"),
         (("sampler", "--vocab-size", 0), "--vocab-size is 0"),
         (("sampler", "--vocab-size", 320, "--n-probes", 21), "20 clusters"),
+        (("memory",), "give one of --shape --model"),
+        (("memory", "--shape", "320,72"), "width of 72"),
+        (("memory", "--model", "./absent"), "no folder"),
+        (("host", "--shape", "320,64", "--rounds", 0), "--rounds is 0"),
         (("sampler", "--positions", 0), "--positions is 0"),
         ((), "COMMAND"),
     ],
