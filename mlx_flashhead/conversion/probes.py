@@ -97,8 +97,7 @@ def choose_probes(
     """
     if not len(kinds):
         raise ValueError("There are no held-out positions to choose n_probes by: give it instead.")
-    _, place, sizes = np.unique(kinds, return_inverse=True, return_counts=True)
-    weights = 1 / (len(sizes) * sizes[place])
+    weights = kind_weights(kinds)
     choice = Choice(found.probe_counts[0], False)
     for n_probes, values in zip(found.probe_counts, found.values[0], strict=True):
         if n_probes > choice.n_probes and bytes_share(n_probes) > goals.bytes_share:
@@ -114,6 +113,14 @@ def choose_probes(
         if reached:
             break
     return choice
+
+
+def kind_weights(kinds: np.ndarray) -> np.ndarray:
+    """Weights of positions (N,) of sum 1 by which all kinds weigh the same, but for those of fewer
+    positions than the mean, which weigh as much less: they show little."""
+    _, place, sizes = np.unique(kinds, return_inverse=True, return_counts=True)
+    shares = np.minimum(sizes, sizes.mean())
+    return (shares / sizes)[place] / shares.sum()
 
 
 def lower_bound(agree: np.ndarray, weights: np.ndarray) -> float:

@@ -10,6 +10,7 @@ from mlx_flashhead.conversion.probes import (
     Choice,
     Goals,
     choose_probes,
+    kind_weights,
     lower_bound,
     probe_grid,
     upper_bound,
@@ -73,13 +74,18 @@ def test_both_goals_must_be_reached():
     assert choice.n_probes == 64
 
 
-def test_every_kind_weighs_the_same():
-    """900 positions of a kind that needs few probes do not hide 100 of one that needs many."""
-    kinds = np.repeat([3, 7], [900, 100])
-    agree = np.ones((4, 1000))
-    agree[:2, kinds == 7] = 0.0  # half of the mean over kinds
-    assert choose(found_with(agree, n_positions=1000), Goals(0.8, 1.0), kinds).n_probes == 32
-    assert choose(found_with(agree, n_positions=1000), Goals(0.8, 1.0)).n_probes == 8
+def test_kinds_weigh_the_same_and_those_of_few_positions_less():
+    """900 positions of a kind that needs few probes do not hide 500 of one that needs many."""
+    kinds = np.repeat([3, 7], [900, 500])
+    agree = np.ones((4, 1400))
+    agree[:2, kinds == 7] = 0.0  # 5/12 of the weight, 5/14 of the positions
+    assert choose(found_with(agree, n_positions=1400), Goals(0.6, 1.0), kinds).n_probes == 32
+    assert choose(found_with(agree, n_positions=1400), Goals(0.6, 1.0)).n_probes == 8
+
+    weights = kind_weights(np.repeat([0, 1, 2], [10, 10, 1]))
+    assert weights.sum() == pytest.approx(1)
+    by_kind = np.add.reduceat(weights, [0, 10, 20])
+    np.testing.assert_allclose(by_kind / by_kind[0], [1, 1, 1 / 7])
 
 
 def test_no_more_than_may_be_read_unless_the_first_is_too_much_already():
