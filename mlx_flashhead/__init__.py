@@ -8,15 +8,15 @@ text = generate(model, tokenizer, prompt="…", max_tokens=100)
 import sys
 from types import ModuleType
 
+from .companion.attach import attach
+from .companion.load import load, sharded_load
 from .conversion.pipeline import convert
 from .head.flash_head import FlashHead
 from .index.settings import FlashHeadConfig
 from .models.exact import exact_processors
 from .models.generation import batch_generate, generate, stream_generate
-from .models.install import get_flash_head, uninstall
-from .models.load import load
+from .models.install import detach, get_flash_head
 from .models.sampling import make_sampler
-from .models.sharded import sharded_load
 from .structured.processor import grammar_processor
 from .version import __version__
 
@@ -24,8 +24,10 @@ __all__ = [
     "FlashHead",
     "FlashHeadConfig",
     "__version__",
+    "attach",
     "batch_generate",
     "convert",
+    "detach",
     "exact_processors",
     "generate",
     "get_flash_head",
@@ -34,7 +36,6 @@ __all__ = [
     "make_sampler",
     "sharded_load",
     "stream_generate",
-    "uninstall",
 ]
 
 

@@ -6,11 +6,13 @@ import sys
 from .version import __version__
 
 COMMANDS = {
-    "convert": "turn a model into a FlashHead checkpoint",
-    "upload": "publish a FlashHead checkpoint on the Hugging Face Hub",
     "generate": "generate text",
     "chat": "talk with a model at the terminal",
-    "server": "serve over the OpenAI API",
+    "server": "serve models to browsers and over the OpenAI API",
+    "run": "run another program of mlx-lm's kind with FlashHead under it",
+    "cache": "list the FlashHeads that were built here, and remove some",
+    "convert": "make a folder of a model and its FlashHead, at other bits if you like",
+    "upload": "publish such a folder on the Hugging Face Hub",
     "export": "write the head as functions for an app on an iPad or a Mac",
     "evaluate": "measure how close FlashHead comes to the dense head",
     "benchmark": "measure speed, or estimate it for an Apple chip",

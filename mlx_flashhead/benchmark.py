@@ -24,11 +24,12 @@ from .cli.arguments import Parser, whole_number, whole_numbers
 from .cli.console import check_writable, command
 from .cli.pictures import check_picture
 from .cli.tables import check_tables
+from .companion.load import load
+from .companion.look_up import add_look_up_options, look_up_options
 from .conversion.options import IndexOptions
 from .conversion.quantization import HEAD_BITS
 from .head.flash_head import FlashHead
 from .models.install import dense_copy, installed_head
-from .models.load import load
 
 DTYPES = ("float32", "float16", "bfloat16")
 HEAD, POSITIONS, MODEL, CONVERT = "head", "positions", "model", "convert"
@@ -131,7 +132,8 @@ def _add_which_head(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|V,D",
         help=f"Random weights of the shape {', '.join(SHAPES)} or V,D; may be given several times.",
     )
-    what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
+    what.add_argument("--model", help="Folder or repository of any model that mlx-lm loads.")
+    add_look_up_options(parser)
     parser.add_argument(
         "--n-probes",
         type=whole_number(1),
@@ -154,8 +156,9 @@ def _add_model(kinds) -> None:
         description="Time decoding through mlx-lm: dense, with FlashHead, and without any head.",
     )
     parser.add_argument(
-        "--model", required=True, help="Folder or repository of a FlashHead checkpoint."
+        "--model", required=True, help="Folder or repository of any model that mlx-lm loads."
     )
+    add_look_up_options(parser)
     parser.add_argument(
         "--n-probes", type=whole_number(1), help="Clusters scored (default: the model's own)."
     )
@@ -213,7 +216,8 @@ def _add_sampler(kinds) -> None:
         action="append",
         help="Of random clusters; may be given several times (default: 128256).",
     )
-    what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
+    what.add_argument("--model", help="Folder or repository of any model that mlx-lm loads.")
+    add_look_up_options(parser)
     parser.add_argument(
         "--n-probes",
         type=whole_number(1),
@@ -236,7 +240,7 @@ def _add_draft(kinds) -> None:
         "FlashHead, and count the accepted drafts.",
     )
     parser.add_argument(
-        "--model", required=True, help="Folder or repository of a FlashHead checkpoint."
+        "--model", required=True, help="Folder or repository of any model that mlx-lm loads."
     )
     parser.add_argument(
         "--draft-model", required=True, help="Folder or repository of a smaller model that drafts."
@@ -362,7 +366,7 @@ def _memory(args: argparse.Namespace) -> list[dict]:
 def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
     """Yields the heads of the command line: name, head, and the dtype of its hidden states."""
     if args.model is not None:
-        model, _ = load(args.model, n_probes=args.n_probes)
+        model, _ = load(args.model, n_probes=args.n_probes, **look_up_options(args))
         head = installed_head(model)
         rows = head.clustered.rows
         values = rows.weight if rows.scales is None else rows.scales
@@ -386,7 +390,7 @@ def _states(head: FlashHead, dtype: mx.Dtype) -> mx.array:
 
 
 def _model(args: argparse.Namespace) -> list[dict]:
-    flash, tokenizer = load(args.model, n_probes=args.n_probes)
+    flash, tokenizer = load(args.model, n_probes=args.n_probes, **look_up_options(args))
     head = installed_head(flash)
     measured = model_benchmark(
         dense_copy(flash),
@@ -429,7 +433,7 @@ def _draft(args: argparse.Namespace) -> list[dict]:
 
 def _sampler(args: argparse.Namespace) -> list[dict]:
     if args.model is not None:
-        model, _ = load(args.model, n_probes=args.n_probes)
+        model, _ = load(args.model, n_probes=args.n_probes, **look_up_options(args))
         heads = [(Path(args.model).name, installed_head(model))]
     else:
         heads = []

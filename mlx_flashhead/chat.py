@@ -11,9 +11,12 @@ from .chatting.talk import COMMANDS, NO_FLASH_HEAD, WITH_FILES, Talk
 from .cli.arguments import adopt, whole_number
 from .cli.console import command
 from .cli.terminal import Terminal
-from .index.files import has_flash_head
+from .companion.attach import BUILD, DENSE, REFUSE
+from .companion.load import load_or
+from .companion.look_up import add_look_up_options
 from .models.compat.chat import chat_parser
-from .models.load import load, load_dense, resolve
+from .models.install import get_flash_head
+from .models.load import resolve
 from .models.sampling import make_sampler
 
 
@@ -22,8 +25,8 @@ def make_parser():
     parser = adopt(
         chat_parser(),
         "mlx_flashhead.chat",
-        "Talk with a FlashHead model.",
-        {"model": "Folder or Hugging Face repository of a FlashHead checkpoint."},
+        "Talk with a model and its FlashHead.",
+        {"model": "Folder or Hugging Face repository of any model that mlx-lm loads."},
     )
     parser.set_defaults(model=None)
     parser.add_argument(
@@ -33,8 +36,9 @@ def make_parser():
     group.add_argument(
         "--n-probes",
         type=whole_number(1),
-        help="Clusters scored per token (default: the number chosen at conversion).",
+        help="Clusters scored per token (default: the number that the FlashHead names).",
     )
+    add_look_up_options(group)
     group.add_argument(
         "--dense", action="store_true", help="Begin with every token scored: the dense model."
     )
@@ -73,23 +77,28 @@ def main() -> None:
 
 
 def _load(args) -> tuple[nn.Module, Any]:
-    """The model with its FlashHead and the tokenizer; with ``--dense`` any model."""
-    folder = resolve(args.model)
+    """The model with its FlashHead, and the tokenizer; ``--dense`` can do without a FlashHead."""
     options = {
         "adapter_path": args.adapter_path,
         "tokenizer_config": {"trust_remote_code": args.trust_remote_code},
         "trust_remote_code": args.trust_remote_code,
     }
-    if args.dense and not has_flash_head(folder):
-        if args.n_probes is not None:
-            raise ValueError(NO_FLASH_HEAD)
-        return load_dense(folder, **options)[:2]
-    return load(str(folder), n_probes=args.n_probes, **options)
+    missing = DENSE if args.dense else REFUSE if args.no_build else BUILD
+    model, tokenizer, _ = load_or(
+        missing,
+        resolve(args.model),
+        flash_head=args.flash_head,
+        n_probes=args.n_probes,
+        **options,
+    )
+    if args.n_probes is not None and get_flash_head(model) is None:
+        raise ValueError(NO_FLASH_HEAD)
+    return model, tokenizer
 
 
 def _check_arguments(parser, args) -> None:
     if args.model is None:
-        parser.error("--model is needed: the folder or repository of a FlashHead checkpoint")
+        parser.error("--model is needed: a folder or a repository of a model")
     if args.resume and args.system_prompt is not None:
         parser.error(
             "--resume continues a conversation that has its own system prompt: leave "

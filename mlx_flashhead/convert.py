@@ -12,7 +12,7 @@ def make_parser() -> Parser:
     parser = adopt(
         configure_parser(),
         "mlx_flashhead.convert",
-        "Convert a model to a FlashHead checkpoint.",
+        "Make a folder of a model and its FlashHead, or of a FlashHead alone.",
         {"hf_path": "Model to convert: a Hugging Face or mlx-lm folder, or a Hub repository."},
     )
     add_options(parser)

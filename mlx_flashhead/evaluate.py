@@ -18,6 +18,8 @@ from .cli.console import check_writable, command
 from .cli.extras import from_extra, installation
 from .cli.pictures import check_picture
 from .cli.tables import check_tables
+from .companion.load import load
+from .companion.look_up import add_look_up_options, look_up_options
 from .conversion.calibration import read_text
 from .evaluation.answers import evaluate_answers
 from .evaluation.masks import evaluate_masks
@@ -33,7 +35,6 @@ from .evaluation.output import (
 from .evaluation.precision import evaluate_precisions
 from .evaluation.structured import evaluate_structured
 from .evaluation.text import evaluate
-from .models.load import load
 from .models.sampling import make_sampler
 
 EXTRA = "tasks"
@@ -49,8 +50,9 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--model",
         required=True,
-        help="Folder or Hugging Face repository of a FlashHead checkpoint.",
+        help="Folder or Hugging Face repository of any model that mlx-lm loads.",
     )
+    add_look_up_options(parser)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on.")
     parser.add_argument(
         "--probes",
@@ -111,7 +113,7 @@ def main() -> None:
         _run_tasks(args)
         return
     text = "" if args.answers or args.structured else read_text(args.text)
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, **look_up_options(args))
     options = {"probe_counts": args.probes, "positions": args.positions}
     if args.answers:
         answers = evaluate_answers(model, tokenizer, probe_counts=args.probes)
@@ -248,6 +250,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
         tokenizer_config={"trust_remote_code": True} if args.trust_remote_code else None,
         trust_remote_code=args.trust_remote_code,
         n_probes=args.probes[0] if args.probes else None,
+        **look_up_options(args),
     )
     with redirect_stdout(sys.stderr):  # where mlx-lm prints its progress
         measures = evaluate_tasks(

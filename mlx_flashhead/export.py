@@ -8,6 +8,8 @@ import mlx.core as mx
 from .cli.arguments import Parser, whole_number
 from .cli.console import command
 from .cli.tables import check_tables, new_table, show
+from .companion.load import load
+from .companion.look_up import add_look_up_options, look_up_options
 from .exporting.functions import (
     METAL,
     PORTABLE,
@@ -19,7 +21,6 @@ from .exporting.functions import (
 from .exporting.mlxfn import VERSIONS, rewrite_for
 from .index.new_folder import new_file
 from .models.install import installed_head
-from .models.load import load
 
 SUFFIX = ".mlxfn"
 
@@ -34,8 +35,9 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--model",
         required=True,
-        help="Folder or Hugging Face repository of a FlashHead checkpoint.",
+        help="Folder or Hugging Face repository of any model that mlx-lm loads.",
     )
+    add_look_up_options(parser)
     parser.add_argument("--output", required=True, metavar="head.mlxfn", help="File to write.")
     parser.add_argument(
         "--include-weights",
@@ -77,7 +79,8 @@ def main() -> None:
     if args.for_mlx != VERSIONS[-1] and args.backend != METAL:
         raise ValueError(f"--for-mlx {args.for_mlx} is for --backend metal: leave one of them out.")
 
-    model, _ = load(args.model, n_probes=args.n_probes, backend=PORTABLE)
+    options = look_up_options(args) | {"n_probes": args.n_probes}
+    model, _ = load(args.model, backend=PORTABLE, **options)
     head = installed_head(model)
     with ExitStack() as stack:
         path = stack.enter_context(new_file(output))

@@ -8,13 +8,15 @@ from pathlib import Path
 from .cli.arguments import adopt, whole_number
 from .cli.console import command
 from .cli.processes import draw_alike, first_process_speaks, join_processes, leave_together
+from .companion.load import load, load_draft, sharded_load
+from .companion.look_up import add_look_up_options, look_up_options
 from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
 from .models.generation import generate
 from .models.install import installed_head
-from .models.load import load, load_dense, load_draft, resolve
+from .models.load import load_dense, resolve
 from .models.sampling import make_sampler
-from .models.sharded import load_dense_part, sharded_load
+from .models.sharded import load_dense_part
 from .structured.options import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor
 
@@ -24,19 +26,20 @@ def make_parser():
     parser = adopt(
         generate_parser(),
         "mlx_flashhead.generate",
-        "Generate text with a FlashHead checkpoint.",
+        "Generate text with a model and its FlashHead.",
         {
-            "model": "Folder or Hugging Face repository of a FlashHead checkpoint.",
-            "draft_model": "A model for speculative decoding. A FlashHead checkpoint drafts with "
-            "its FlashHead.",
+            "model": "Folder or Hugging Face repository of any model that mlx-lm loads.",
+            "draft_model": "A model for speculative decoding. It drafts with its FlashHead if it "
+            "has one.",
         },
     )
     group = parser.add_argument_group("FlashHead")
     group.add_argument(
         "--n-probes",
         type=whole_number(1),
-        help="Clusters scored per token (default: the number chosen at conversion).",
+        help="Clusters scored per token (default: the number that the FlashHead names).",
     )
+    add_look_up_options(group)
     group.add_argument(
         "--draft-probes",
         type=whole_number(1),
@@ -86,7 +89,8 @@ def main() -> None:
             elif args.dense:
                 loaded = load_dense(resolve(path), **kwargs)
             else:
-                loaded = load(path, n_probes=args.n_probes, return_config=True, **kwargs)
+                options = look_up_options(args) | kwargs
+                loaded = load(path, n_probes=args.n_probes, return_config=True, **options)
             target = loaded[0]
             if args.draw_probes:
                 head = installed_head(target)
@@ -130,20 +134,23 @@ def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **
     if args.dense:
         loaded = load_dense_part(path, **how)
     else:
-        loaded = sharded_load(path, n_probes=args.n_probes, return_config=True, **how)
+        how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
+        loaded = sharded_load(path, return_config=True, **how)
     draw_alike(processes, args.seed)
     return loaded
 
 
 def _check_arguments(parser, args) -> None:
     if args.model is None and args.prompt_cache_file is None:
-        parser.error("--model is needed: the folder or repository of a FlashHead checkpoint")
+        parser.error("--model is needed: a folder or a repository of a model")
     if args.draw_probes and (args.dense or not args.temp > 0):
         parser.error("--draw-probes needs --temp above 0, and no --dense")
     if args.draft_probes is not None and args.draft_model is None:
         parser.error("--draft-probes are a draft model's: add --draft-model, or leave it out")
     if args.dense and args.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
+    if args.dense and args.flash_head is not None:
+        parser.error("--dense takes no FlashHead: leave --flash-head out")
     if args.draw_probes and (args.json_schema or args.regex or args.grammar):
         parser.error(
             "--draw-probes draws the clusters without regard to the form of the text: leave it out"

@@ -1,4 +1,4 @@
-"""Uploads a converted checkpoint."""
+"""Uploads the result of a conversion."""
 
 from pathlib import Path
 
@@ -11,10 +11,11 @@ def make_parser() -> Parser:
     """The command's arguments."""
     parser = Parser(
         prog="mlx_flashhead.upload",
-        description="Upload a FlashHead checkpoint to the Hugging Face Hub. An upload that was "
-        "interrupted continues when the same command is run again.",
+        description="Upload what mlx_flashhead.convert has made, a model with its FlashHead or a "
+        "FlashHead alone, to the Hugging Face Hub. An upload that was interrupted continues when "
+        "the same command is run again.",
     )
-    parser.add_argument("--path", required=True, metavar="DIR", help="Folder of the checkpoint.")
+    parser.add_argument("--path", required=True, metavar="DIR", help="Its folder.")
     parser.add_argument(
         "--repo",
         "--upload-repo",

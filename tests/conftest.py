@@ -44,6 +44,14 @@ def real_model_folder() -> Path:
         pytest.fail(f"{error} (Tests without the real model: -m 'not real'.)", pytrace=False)
 
 
+@pytest.fixture(autouse=True)
+def flash_head_home(monkeypatch, tmp_path_factory) -> Path:
+    """Where FlashHeads are kept: for each test a place of its own, never the user's."""
+    home = tmp_path_factory.mktemp("flash_heads") / "home"
+    monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(home))
+    return home
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path_factory):
     """A Hub on this machine, which this process is logged in to as "me" of the group "ours"."""

@@ -159,7 +159,7 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
 def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine, extra):
     found = requirements(metadata, platform, machine, extra)
     assert found["mlx"] == ({"cpu"} if platform == "linux" else set())
-    expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "tqdm"}
+    expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "filelock", "tqdm"}
     expected |= EXTRAS.get(extra, set())
     if extra == "test":
         expected |= {
@@ -171,7 +171,7 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
             "zxing-cpp",
             "pexpect",
             "pyte",
-            "filelock",
+            "llm-mlx",
             "gguf",
             "ruff",
             "import-linter",

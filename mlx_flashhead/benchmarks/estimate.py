@@ -8,7 +8,7 @@ from pathlib import Path
 from ..cli.arguments import whole_number
 from ..cli.console import check_writable
 from ..cli.tables import new_table, show
-from ..index.files import CONFIG_KEY, read_index
+from ..index.files import has_flash_head, read_index
 from ..models.load import load_dense, resolve
 from .apple_gpu import CONSTANTS, PEAK_GB_S, bandwidth
 from .roofline import (
@@ -127,8 +127,8 @@ def print_estimates(shape: ModelShape, chip: str, found: list[Estimate]) -> None
 def _shape(args: argparse.Namespace) -> ModelShape:
     if args.model is not None:
         folder = resolve(args.model)
-        model, _, config = load_dense(folder, lazy=True)
-        index = read_index(folder) if CONFIG_KEY in config else None
+        model, _, _ = load_dense(folder, lazy=True)
+        index = read_index(folder) if has_flash_head(folder) else None
         shape = model_shape(folder.name, model, index)
     elif args.shape in SHAPES:
         shape = SHAPES[args.shape]

@@ -29,7 +29,7 @@ Ctrl-C stops an answer. A message that begins with a slash needs a space before 
 Several lines: paste them, end a line with Esc Enter, or put \"\"\" before and after them.
 Up and down go through what was typed, Tab completes commands and files."""
 NOT_LIMITED = "--max-kv-size has no effect: mlx-lm lets this model choose the size of its cache."
-NO_FLASH_HEAD = "This model has no FlashHead: convert it with mlx_flashhead.convert."
+NO_FLASH_HEAD = "This model has no FlashHead yet: start without --dense, and it is built."
 
 
 class Talk:

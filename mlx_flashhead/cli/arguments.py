@@ -160,7 +160,7 @@ def _wanted(kind: str, low: float, high: float | None) -> str:
 
 def _either(choices: tuple[Any, ...]) -> str:
     *others, last = map(str, choices)
-    return f"{', '.join(others)} or {last}"
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _sentence(message: str) -> str:

@@ -6,6 +6,7 @@ from ..head.centroids import Centroids
 from ..head.matrix import Matrix, as_float32
 from ..index.files import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
+from ..index.sketch import Sketch
 from .clustering import cluster_rows
 from .fitting import fit_centroids
 from .measures import Routing, measure_positions
@@ -103,6 +104,7 @@ def build_index(
     if progress:
         print("\n".join(said))
     config = FlashHeadConfig(
+        vocab_size=rows.n_rows,
         n_clusters=n_clusters,
         cluster_size=cluster_size,
         n_probes=n_probes,
@@ -118,7 +120,7 @@ def build_index(
         report=report,
         recipe=recipe or {},
     )
-    return FlashHeadIndex(config, token_ids, centroids)
+    return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))
 
 
 def _chosen(

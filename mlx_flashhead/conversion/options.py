@@ -13,7 +13,7 @@ from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 from ..publishing.hub import full_name
 from .calibration import read_text
 from .probes import Goals
-from .quantization import HEAD_BITS
+from .quantization import HEAD_BITS, check_form
 
 MIX, NO_CALIBRATION = "mix", "none"
 MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
@@ -171,6 +171,11 @@ class ConvertOptions(IndexOptions):
         one_of(*HEAD_BITS),
         metavar="|".join(map(str, HEAD_BITS)),
     )
+    index_only: bool = option(
+        False,
+        "Make the FlashHead alone, a few MB that go beside the model in any of its precisions.",
+        action="store_true",
+    )
     base_model: str | None = option(
         None,
         "The model's repository, for a folder that does not name it: the card names it and has its "
@@ -206,6 +211,7 @@ class ConvertOptions(IndexOptions):
         super().__post_init__()
         if self.hf_path is None:
             raise ValueError("--model is needed: the folder or repository of the model to convert.")
+        self._refuse_what_does_nothing()
         if self.quantize and self.dequantize:
             raise ValueError("Choose either --quantize or --dequantize, not both.")
         if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
@@ -218,6 +224,25 @@ class ConvertOptions(IndexOptions):
                     f"--base-model is {self.base_model!r}: give OWNER/NAME, as on the Hub."
                 )
             full_name(self.base_model, "")
+
+    def _refuse_what_does_nothing(self) -> None:
+        if self.index_only:
+            for name in ("quantize", "dequantize", "dtype", "head_bits"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"--index-only writes no weights: leave --{name.replace('_', '-')} out."
+                    )
+        if not self.quantize:
+            default = {one.name: one.default for one in fields(self)}
+            for name in ("q_group_size", "q_bits", "q_mode", "quant_predicate"):
+                if getattr(self, name) != default[name]:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is for a quantized model: add --quantize, or "
+                        "leave it out."
+                    )
+            return
+        if self.quant_predicate is None:
+            check_form(self.q_mode, self.q_bits, self.q_group_size)
 
     @property
     def uploads(self) -> bool:

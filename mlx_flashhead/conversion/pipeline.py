@@ -1,4 +1,4 @@
-"""Conversion: an mlx-lm or Hugging Face model becomes a FlashHead checkpoint.
+"""Conversion: from an mlx-lm or Hugging Face model to a folder of it and its FlashHead.
 
 A failed or interrupted conversion leaves nothing behind.
 """
@@ -10,9 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 
-from ..index.files import CONFIG_KEY, FlashHeadIndex, write_index
+from ..head.matrix import Matrix
+from ..index.files import CONFIG_KEY, FlashHeadIndex, write_companion, write_index
 from ..index.new_folder import new_folder
 from ..index.settings import FlashHeadConfig
 from ..models.compat.convert import MODEL_CONVERSION_DTYPES
@@ -21,12 +22,19 @@ from ..models.load import load_dense, resolve
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..publishing.hub import full_name, reserve, sign_in
 from ..publishing.origin import card_metadata, find_origin
-from ..publishing.publish import add_documents, check_licence, checkpoint_name, publish
+from ..publishing.publish import (
+    add_documents,
+    check_licence,
+    checkpoint_name,
+    precision_label,
+    publish,
+)
 from ..publishing.recipe import make_recipe
 from .calibration import text_states
 from .indexing import build_index
 from .mix import HELD_OUT_SHARE, mixed_positions
 from .options import MIN_POSITIONS, NO_CALIBRATION, ConvertOptions, IndexOptions
+from .place import check_apart, check_place, check_room
 from .positions import Positions
 from .probes import Goals
 from .quantization import BodyRecipe, body_label, set_bits
@@ -53,11 +61,13 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
     text = asked.calibration_text()
     say = print if progress else (lambda *_: None)
     target = Path(asked.mlx_path).expanduser()
-    with new_folder(target, asked.overwrite) as folder:
+    check_place(target, asked.overwrite)
+    with new_folder(target) as folder:
         # before the long work, since the Hub would refuse only at its end
         user = sign_in() if asked.uploads else ""
         repo_id = full_name(asked.repository, user) if asked.repository else None
         source = resolve(asked.hf_path, asked.revision)
+        check_apart(source, target)
         origin = find_origin(asked.hf_path, source, asked.base_model, asked.license)
         if asked.uploads:
             check_licence(origin, repo_id, target)
@@ -65,7 +75,9 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
         model, tokenizer, config = _load(source, asked, say)
         location = find_head(model)
         check_plain_product(location)
-        name = checkpoint_name(origin, location.rows(), body_label(_body(asked), config))
+        label = body_label(_body(asked), config) or precision_label(location.rows())
+        name = checkpoint_name(origin, None if asked.index_only else label)
+        check_room(target, _nbytes(location.rows(), model, asked.index_only))
         if asked.uploads:
             repo_id = repo_id or full_name(name, user)
             reserve(repo_id, user, asked.private)
@@ -76,13 +88,16 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
             revision=origin.revision,
             seed=asked.seed,
             name=name,
-        ) | {"metadata": card_metadata(origin)}
+        ) | {"metadata": card_metadata(origin, "adapter" if asked.index_only else "quantized")}
         index = make_index(model, tokenizer, location, asked, text, recipe, progress=progress)
         say(f"Writing {target}")
         config.pop(CONFIG_KEY, None)
         try:
-            save(folder, str(source), model, tokenizer, config, donate_model=False)
-            write_index(folder, index)
+            if asked.index_only:
+                write_companion(folder, index)
+            else:
+                save(folder, str(source), model, tokenizer, config, donate_model=False)
+                write_index(folder, index)
             add_documents(folder, origin, index.config, target)
         except RuntimeError as error:  # MLX raises this for a full disk
             raise OSError(
@@ -148,6 +163,8 @@ def _load(
     )
     head = find_head(model)
     options.check_size(head.rows().n_rows)
+    if options.index_only:
+        return model, tokenizer, config
     _cast(model, options.dtype or _named_dtype(source, config))
     if options.dequantize:
         config.pop("quantization", None)
@@ -157,6 +174,15 @@ def _load(
         say(f"The head is tied to the embedding: both get {options.head_bits} bits.")
     model, config = set_bits(model, config, head.path, _body(options), options.head_bits)
     return model, tokenizer, config
+
+
+def _nbytes(rows: Matrix, model: nn.Module, index_only: bool) -> int:
+    """About what is written, as far as it is known before the work."""
+    index = rows.n_rows * (4 + rows.hidden_size // 16)  # ids, centroids of 4 bits and what is small
+    if index_only:
+        return index
+    weights: Any = tree_flatten(model.parameters())
+    return index + sum(array.nbytes for _, array in weights)
 
 
 def _body(options: ConvertOptions) -> BodyRecipe | None:

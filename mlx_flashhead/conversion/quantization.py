@@ -12,7 +12,8 @@ from io import StringIO
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..head.formats import AFFINE, AFFINE_BITS, affine_group
+from ..cli.arguments import check, one_of
+from ..head.formats import AFFINE, AFFINE_BITS, FORMATS, affine_group
 from ..models.compat.convert import mixed_quant_predicate_builder
 from ..models.compat.utils import dequantize_model, quantize_model
 
@@ -34,6 +35,25 @@ class BodyRecipe:
     bits: int | None
     mode: str
     predicate: Callable | str | None
+
+
+def check_form(mode: str, bits: int | None, group_size: int | None) -> None:
+    """Makes sure that MLX can quantize to a form; otherwise mlx-lm would leave weights as they are.
+
+    Args:
+        mode: MLX's quantization mode.
+        bits: Bits per weight; None: the mode's usual number.
+        group_size: Weights that share a scale; None: the mode's usual number.
+
+    Raises:
+        ValueError: If there is no such form, with those there are.
+    """
+    of_mode = [one for one in FORMATS if one.mode == mode]
+    if bits is not None:
+        check("--q-bits", bits, one_of(*sorted({one.bits for one in of_mode})))
+    if group_size is not None:
+        groups = {size for one in of_mode for size in one.group_sizes}
+        check("--q-group-size", group_size, one_of(*sorted(groups)))
 
 
 def body_label(body: BodyRecipe | None, config: dict) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .formats import AFFINE, Format, find_format
 
-FINGERPRINT_ROWS = 64
+SAMPLE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,21 @@ class Matrix:
             scales, biases = scales.astype(dtype), biases.astype(dtype)
         return mx.dequantize(self.weight, scales, biases, **self.quantization, dtype=dtype)
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over 64 evenly spaced rows as stored, their dtypes and shapes.
+    def sample(self) -> "Matrix":
+        """64 evenly spaced rows, which tell what rows these are without reading them all. Lazy."""
+        ids = np.linspace(0, self.n_rows - 1, SAMPLE_ROWS).astype(np.uint32)
+        return self.take(mx.array(ids))
 
-        It shows whether an index belongs to these rows, without reading all of them.
-        """
-        ids = np.linspace(0, self.n_rows - 1, FINGERPRINT_ROWS).astype(np.uint32)
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the sample as stored, the dtypes and the shapes."""
         digest = hashlib.sha256()
+        sample = self.sample()
         for name in ("weight", "scales", "biases"):
             array = getattr(self, name)
             if array is None:
                 continue
             digest.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
-            digest.update(bytes(mx.take(array, mx.array(ids), axis=0).view(mx.uint8)))
+            digest.update(bytes(getattr(sample, name).view(mx.uint8)))
         return digest.hexdigest()
 
 

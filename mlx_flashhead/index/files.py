@@ -1,7 +1,11 @@
-"""Reads and writes the FlashHead of a checkpoint.
+"""Reads and writes a FlashHead: beside a model's weights, or in a folder of its own.
 
-The folder stays an ordinary mlx-lm folder. ``flash_head.safetensors`` lies beside the weights, and
-``config.json`` has one more key. Plain mlx-lm ignores both.
+A model's folder stays an ordinary mlx-lm folder. ``flash_head.index`` lies beside the weights and
+``config.json`` has one more key, and plain mlx-lm ignores both. In a folder of its own
+``flash_head.json`` has what stands under that key.
+
+The index is a safetensors file of another name: mlx-swift-lm up to 3.31.4, and mlx-vlm where there
+is no ``model.safetensors.index.json``, load every ``*.safetensors`` and refuse unknown arrays.
 """
 
 import json
@@ -15,10 +19,11 @@ import numpy as np
 
 from ..head.centroids import Centroids
 from ..head.matrix import Matrix
-from .settings import FlashHeadConfig
+from .settings import AGAIN, FlashHeadConfig
+from .sketch import Sketch
 
-FILE_NAME = "flash_head.safetensors"
-CONFIG_KEY = "flash_head"
+FILE_NAME, SETTINGS_NAME = "flash_head.index", "flash_head.json"
+CONFIG_NAME, CONFIG_KEY = "config.json", "flash_head"
 
 
 @dataclass(frozen=True)
@@ -29,58 +34,70 @@ class FlashHeadIndex:
         config: Settings and measured report.
         token_ids: (C, cluster_size) uint32, V in padded slots.
         centroids: Centroids, bias and tail offset.
+        sketch: A few of the rows that it was made from.
     """
 
     config: FlashHeadConfig
     token_ids: np.ndarray
     centroids: Centroids
+    sketch: Sketch
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the rows."""
+        return self.sketch.directions.shape[1]
 
 
 def write_index(folder: Path, index: FlashHeadIndex) -> None:
-    """Adds ``index`` to an mlx-lm folder and replaces an earlier one."""
-    centroids = index.centroids
-    arrays = {
-        "token_ids": mx.array(index.token_ids),
-        "centroid_bias": centroids.bias,
-        "tail_offset": centroids.tail_offset,
-    }
-    arrays |= {f"centroids.{name}": array for name, array in centroids.matrix.arrays().items()}
-    # the fingerprint ties the file to the model's rows
-    metadata = {"format": "mlx", "fingerprint": index.config.fingerprint}
-    mx.save_safetensors(str(folder / FILE_NAME), arrays, metadata=metadata)
-    config = _read_config(folder) | {CONFIG_KEY: index.config.to_dict()}
-    (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+    """Adds ``index`` to an mlx-lm folder and replaces an earlier one.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    _write_arrays(folder, index)
+    config = _read_json(folder / CONFIG_NAME) | {CONFIG_KEY: index.config.to_dict()}
+    _write_json(folder / CONFIG_NAME, config)
+
+
+def write_companion(folder: Path, index: FlashHeadIndex) -> None:
+    """Writes ``index`` into a folder of its own.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    _write_arrays(folder, index)
+    _write_json(folder / SETTINGS_NAME, index.config.to_dict())
 
 
 def has_flash_head(folder: Path) -> bool:
-    """Whether a model's folder says that it is a FlashHead checkpoint.
+    """Whether a folder holds a FlashHead, beside a model or by itself."""
+    return (folder / FILE_NAME).exists() and _settings(folder) is not None
 
-    Raises:
-        ValueError: If ``folder`` is not a model's folder.
-    """
-    return _read_config(folder).get(CONFIG_KEY) is not None
+
+def is_companion(folder: Path) -> bool:
+    """Whether a folder holds a FlashHead without its model."""
+    return (folder / SETTINGS_NAME).exists() and not (folder / CONFIG_NAME).exists()
+
+
+def is_written_here(folder: Path) -> bool:
+    """Whether a folder has the settings of a FlashHead, which no other program writes."""
+    try:
+        return _settings(folder) is not None
+    except ValueError:
+        return False
 
 
 def read_index(folder: Path) -> FlashHeadIndex:
-    """Reads the FlashHead of a checkpoint.
+    """Reads the FlashHead of a folder.
 
     Raises:
-        ValueError: If the folder is not a FlashHead checkpoint, if the file is missing, damaged or
-            of another version or model, or if its arrays do not fit its settings.
+        ValueError: If there is none, if a file is missing, damaged or of another version, or if its
+            arrays do not fit its settings.
     """
-    entry = _read_config(folder).get(CONFIG_KEY)
-    if entry is None:
-        raise ValueError(
-            f"{folder} holds a model without FlashHead: convert it with "
-            f"`mlx_flashhead.convert --model {folder} --mlx-path NEW_FOLDER`."
-        )
-    config = FlashHeadConfig.from_dict(entry)
+    config = read_settings(folder)
     path = folder / FILE_NAME
     if not path.exists():
-        raise ValueError(
-            f"{path} is missing, but config.json describes a FlashHead: fetch the file, or "
-            "convert the model again with mlx_flashhead.convert."
-        )
+        raise ValueError(f"{path} is missing: fetch the file, or {AGAIN}.")
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
@@ -88,21 +105,66 @@ def read_index(folder: Path) -> FlashHeadIndex:
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read because it is damaged or incomplete: fetch the file again, or "
-            "convert the model again with mlx_flashhead.convert."
+            f"{AGAIN}."
         ) from error
-    if metadata.get("fingerprint", config.fingerprint) != config.fingerprint:
+    if metadata.get("fingerprint") != config.fingerprint:
         raise ValueError(
-            f"{path} belongs to other rows than config.json describes: fetch both files again, or "
-            "convert the model again with mlx_flashhead.convert."
+            f"{path} belongs to other rows than its settings describe: fetch both files again, or "
+            f"{AGAIN}."
         )
     index = _index_of(arrays, config)
     if index is None:
         raise ValueError(
-            f"{path} does not hold the arrays that config.json describes "
-            f"({config.n_clusters} clusters of {config.cluster_size}): convert the model again "
-            "with mlx_flashhead.convert."
+            f"{path} does not hold the arrays that its settings describe "
+            f"({config.n_clusters} clusters of {config.cluster_size}): {AGAIN}."
         )
     return index
+
+
+def read_settings(folder: Path) -> FlashHeadConfig:
+    """Reads what a FlashHead says of itself, without its arrays.
+
+    Raises:
+        ValueError: If there is no FlashHead, or its settings are damaged or of another version.
+    """
+    entry = _settings(folder)
+    if entry is None:
+        raise ValueError(
+            f"{folder} holds no FlashHead: make one with "
+            f"`mlx_flashhead.convert --model {folder} --mlx-path NEW_FOLDER`."
+        )
+    by_itself = (folder / SETTINGS_NAME).exists()
+    source = SETTINGS_NAME if by_itself else f"{CONFIG_NAME}'s {CONFIG_KEY} entry"
+    return FlashHeadConfig.from_dict(entry, source)
+
+
+def _settings(folder: Path) -> Any:
+    if (folder / SETTINGS_NAME).exists():
+        return _read_json(folder / SETTINGS_NAME)
+    if (folder / CONFIG_NAME).exists():
+        return _read_json(folder / CONFIG_NAME).get(CONFIG_KEY)
+    return None
+
+
+def _write_arrays(folder: Path, index: FlashHeadIndex) -> None:
+    centroids = index.centroids
+    arrays = {
+        "token_ids": mx.array(index.token_ids),
+        "centroid_bias": centroids.bias,
+        "tail_offset": centroids.tail_offset,
+        "sketch.directions": index.sketch.directions,
+        "sketch.lengths": index.sketch.lengths,
+    }
+    arrays |= {f"centroids.{name}": array for name, array in centroids.matrix.arrays().items()}
+    # the fingerprint ties the file to its settings, which name the rows
+    metadata = {"format": "mlx", "fingerprint": index.config.fingerprint}
+    path = folder / FILE_NAME
+    try:
+        with path.open("wb") as file:  # to a name MLX would add .safetensors
+            mx.save_safetensors(file, arrays, metadata=metadata)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
@@ -118,31 +180,32 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
                 bits=config.centroid_bits,
             )
         centroids = Centroids(matrix, arrays["centroid_bias"], arrays["tail_offset"])
+        sketch = Sketch(arrays["sketch.directions"], arrays["sketch.lengths"])
     except KeyError:
         return None
     groups = matrix.weight if matrix.scales is None else matrix.scales
     hidden_size = math.prod(groups.shape[1:]) * max(config.centroid_group_size, 1)
+    n_slots = config.n_clusters * config.cluster_size
     fits = (
         token_ids.shape == (config.n_clusters, config.cluster_size)
         and token_ids.dtype == mx.uint32
         and centroids.fits(config.n_clusters, hidden_size)
+        and sketch.fits(hidden_size)
         and 1 <= config.n_probes <= config.n_clusters
+        and 0 < config.vocab_size <= n_slots
     )
-    if not fits:
-        return None
-    return FlashHeadIndex(config, np.array(token_ids), centroids)
+    return FlashHeadIndex(config, np.array(token_ids), centroids, sketch) if fits else None
 
 
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is not a model folder: it has no config.json.") from None
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{path} is damaged, since it is not a JSON object: fetch the model again."
-        )
-    return config
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged, since it is not a JSON object: fetch it again.")
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")

@@ -1,43 +1,49 @@
 """A folder or a file that is written completely or not at all.
 
 It is written under a temporary name beside its place and renamed at the end. A failure or an
-interruption leaves the disk as it was.
+interruption leaves the disk as it was. What a process that was killed has left is removed by the
+next one that writes to the same place.
 """
 
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+ASIDE = "replaced"
+YOUNG = 10.0  # seconds in which a process may not have locked its folder yet
+
 
 @contextmanager
-def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block succeeds.
 
     Args:
-        target: Place of the folder; missing parents are made.
-        overwrite: Replace an existing model.
+        target: Place of the folder; missing parents are made, and a folder there is replaced.
 
     Yields:
         The folder to write into.
 
     Raises:
-        ValueError: If ``target`` exists and may not be replaced, or cannot be written.
+        ValueError: If nothing can be written there.
     """
-    _check_place(target, overwrite)
     missing_parents = [parent for parent in target.parents if not parent.exists()]
-    folder = None
+    folder, lock = None, None
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            _tidy(target)
             folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            lock = _lock(folder)
             folder.chmod(0o755)  # mkdtemp's are private
         except OSError as error:
             raise ValueError(
                 f"{target} cannot be written ({error.filename}: {error.strerror}): choose another "
-                "--mlx-path."
+                "place."
             ) from None
         yield folder
         if target.exists():
@@ -45,6 +51,8 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         else:
             os.replace(folder, target)
     finally:
+        if lock is not None:
+            os.close(lock)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         if not target.exists():
@@ -66,8 +74,11 @@ def new_file(target: Path) -> Iterator[Path]:
     Raises:
         OSError: If ``target`` cannot be written.
     """
+    lock = None
     try:
+        _tidy(target)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        lock = _lock(folder)
     except OSError as error:
         error.filename = str(target)  # instead of the temporary folder's
         raise
@@ -75,29 +86,45 @@ def new_file(target: Path) -> Iterator[Path]:
         yield folder / target.name
         os.replace(folder / target.name, target)
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_place(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"{target} is a file, not a folder: choose another --mlx-path.")
-    if not overwrite:
-        raise ValueError(
-            f"{target} exists already: choose another --mlx-path, or pass --overwrite to replace "
-            "it."
-        )
-    if any(target.iterdir()) and not (target / "config.json").exists():
-        raise ValueError(
-            f"{target} is not a model's folder, so --overwrite does not delete it: choose another "
-            "--mlx-path."
-        )
+def _lock(folder: Path) -> int | None:
+    """Marks a folder as one that is being written, as long as this process lives.
+
+    Returns:
+        The descriptor that holds the lock, or None: it is held by another, or there are no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _tidy(target: Path) -> None:
+    """Removes what killed processes have left; what was replaced comes back if nothing did."""
+    for folder in target.parent.glob(f".{target.name}.*"):
+        if not folder.is_dir() or time.time() - folder.stat().st_mtime < YOUNG:
+            continue
+        lock = _lock(folder)
+        if lock is None:
+            continue
+        replaced = folder / target.name
+        if folder.name.startswith(f".{target.name}.{ASIDE}.") and not target.exists():
+            with suppress(FileNotFoundError):
+                os.replace(replaced, target)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def _exchange(folder: Path, target: Path) -> None:
     """Puts ``folder`` in the place of ``target``, then deletes the old folder."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.{ASIDE}.", dir=target.parent))
     replaced = aside / target.name
     try:
         os.replace(target, replaced)

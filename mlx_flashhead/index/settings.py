@@ -1,16 +1,19 @@
-"""The settings of a FlashHead, stored as ``config.json["flash_head"]``."""
+"""The settings of a FlashHead: all of it but the arrays."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 FORMAT_VERSION = 1
+REQUIRED = {"vocab_size", "n_clusters", "cluster_size", "n_probes", "fingerprint"}
+AGAIN = "make it again with mlx_flashhead.convert"
 
 
 @dataclass(frozen=True)
 class FlashHeadConfig:
-    """Settings of a FlashHead checkpoint.
+    """Settings of a FlashHead.
 
     Attributes:
+        vocab_size: Tokens V of the model.
         n_clusters: Number of clusters C.
         cluster_size: Tokens per cluster n.
         n_probes: Clusters scored per position, 1 … C.
@@ -26,6 +29,7 @@ class FlashHeadConfig:
         version: Version of the file format.
     """
 
+    vocab_size: int
     n_clusters: int
     cluster_size: int
     n_probes: int
@@ -39,12 +43,16 @@ class FlashHeadConfig:
     version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """The form written to ``config.json``."""
+        """The form that is written as JSON."""
         return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "FlashHeadConfig":
+    def from_dict(cls, values: dict[str, Any], source: str) -> "FlashHeadConfig":
         """Reads the form written by :meth:`to_dict`.
+
+        Args:
+            values: The form.
+            source: Where it stands, for what is said.
 
         Raises:
             ValueError: If the version is not this package's, or a key is missing or not valid.
@@ -52,25 +60,18 @@ class FlashHeadConfig:
         version = values.get("version") if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"config.json's flash_head entry has version {version!r}, but this package reads "
-                f"version {FORMAT_VERSION}: update mlx_flashhead, or convert the model again with "
-                "mlx_flashhead.convert."
+                f"{source} has version {version!r}, but this package reads version "
+                f"{FORMAT_VERSION}: update mlx_flashhead, or {AGAIN}."
             )
         known = {f.name for f in fields(cls)}
         given = {key: value for key, value in values.items() if key in known}
-        missing = {"n_clusters", "cluster_size", "n_probes", "fingerprint"} - given.keys()
+        missing = REQUIRED - given.keys()
         if missing:
-            raise ValueError(
-                f"config.json's flash_head entry lacks {', '.join(sorted(missing))}: "
-                "convert the model again with mlx_flashhead.convert."
-            )
+            raise ValueError(f"{source} lacks {', '.join(sorted(missing))}: {AGAIN}.")
         given["eos_token_ids"] = _whole_numbers(given.get("eos_token_ids", ()))
         numbers = [given.get(f.name, f.default) for f in fields(cls) if f.type is int]
         if given["eos_token_ids"] is None or _whole_numbers(numbers) is None:
-            raise ValueError(
-                "config.json's flash_head entry must hold whole numbers: "
-                "convert the model again with mlx_flashhead.convert."
-            )
+            raise ValueError(f"{source} must hold whole numbers: {AGAIN}.")
         return cls(**given)
 
 

@@ -1,4 +1,4 @@
-"""Installs a FlashHead on a model's output projection, and uninstalls it.
+"""Installs a FlashHead on a model's output projection, and detaches it.
 
 The module keeps its identity, its parameter names and its place in the model. Its class becomes a
 subclass. The classes of the modules around it do too, so that they refuse to update it.
@@ -84,7 +84,7 @@ def install(
             unchanged.
     """
     if installed_module(model) is not None:
-        raise ValueError("FlashHead is already installed on this model: uninstall it first.")
+        raise ValueError("FlashHead is already installed on this model: detach it first.")
     location = location or find_head(model)
     check_plain_product(location)
     head = FlashHead(
@@ -118,7 +118,7 @@ def install(
     return head
 
 
-def uninstall(model: nn.Module) -> None:
+def detach(model: nn.Module) -> None:
     """Restores the dense model, bit for bit.
 
     Raises:
@@ -126,7 +126,7 @@ def uninstall(model: nn.Module) -> None:
     """
     module = installed_module(model)
     if module is None:
-        raise ValueError("There is no FlashHead on this model to uninstall.")
+        raise ValueError("There is no FlashHead on this model to detach.")
     head = module._flash_head
     for changed in model.modules():
         if isinstance(changed, _FlashModule | _FlashParent):
@@ -145,7 +145,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
         ValueError: If no FlashHead is installed.
     """
     dense = copy.deepcopy(model)
-    uninstall(dense)
+    detach(dense)
     return dense
 
 
@@ -259,7 +259,7 @@ class _FlashModule(_Module):
         if key in self._flash_head.clustered.rows.arrays():
             raise ValueError(
                 f"The {key} of an output projection under FlashHead cannot be changed: call "
-                "mlx_flashhead.uninstall(model) first, then change it, then install again."
+                "mlx_flashhead.detach(model) first, then change it, then attach again."
             )
 
     def __deepcopy__(self, memo):

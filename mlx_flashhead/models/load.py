@@ -1,6 +1,6 @@
-"""Loads FlashHead checkpoints: mlx-lm loads the model, then the FlashHead is installed on it."""
+"""Finds and loads models by mlx-lm, and installs a stored FlashHead on them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -10,14 +10,12 @@ import mlx.nn as nn
 import mlx_lm
 
 from ..head.flash_head import FlashHead
-from ..index.files import FILE_NAME, FlashHeadIndex, has_flash_head, read_index
+from ..index.files import FILE_NAME, FlashHeadIndex
+from ..index.fit import check_fit
 from ..index.redaction import redact
 from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
-from .install import install, installed_head
+from .install import install
 from .locate import find_head
-
-# A draft model's probes, as a share of its own number.
-DRAFT_SHARE = 1 / 4
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
@@ -33,6 +31,10 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
     """
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{path_or_repo} is a folder, which has no revision {revision!r}: leave it out."
+            )
         return path
     if path.exists():
         raise ValueError(f"{path_or_repo} is a file: name the model's folder instead.")
@@ -54,88 +56,6 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
 def reason(error: Exception) -> str:
     """The error's message as one short line without secrets."""
     return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
-
-
-def load(
-    path_or_hf_repo: str,
-    tokenizer_config: dict[str, Any] | None = None,
-    model_config: dict[str, Any] | None = None,
-    adapter_path: str | None = None,
-    lazy: bool = False,
-    return_config: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    *,
-    n_probes: int | None = None,
-    backend: str | None = None,
-):
-    """Loads a FlashHead checkpoint; takes ``mlx_lm.load``'s arguments and two more.
-
-    Args:
-        path_or_hf_repo: A local folder or a Hugging Face repository.
-        tokenizer_config: Passed to the tokenizer.
-        model_config: Overrides of the model's configuration.
-        adapter_path: LoRA adapters of the body; an adapted head must be fused first.
-        lazy: Load the body's weights when they are first used.
-        return_config: Also return the model's configuration.
-        revision: Branch, tag or commit of the repository.
-        trust_remote_code: Allow the repository's own Python code.
-        n_probes: Clusters scored per token; default: the number chosen at conversion.
-        backend: "metal", "mlx" or None to choose.
-
-    Returns:
-        ``(model, tokenizer)``, with the configuration as a third item if asked for.
-
-    Raises:
-        ValueError: If the model does not exist or is not a FlashHead checkpoint, if its FlashHead
-            is damaged or belongs to other rows, or if an argument is not valid.
-    """
-    folder = resolve(path_or_hf_repo, revision)
-    index = read_index(folder)
-    model, tokenizer, config = load_dense(
-        folder,
-        tokenizer_config=tokenizer_config,
-        model_config=model_config,
-        adapter_path=adapter_path,
-        lazy=lazy,
-        trust_remote_code=trust_remote_code,
-    )
-    install_index(model, index, n_probes=n_probes, backend=backend)
-    return (model, tokenizer, config) if return_config else (model, tokenizer)
-
-
-def load_draft(
-    path_or_hf_repo: str, *, n_probes: int | None = None, trust_remote_code: bool = False
-):
-    """Loads a draft model, with its FlashHead if it has one.
-
-    The target verifies each draft, so fewer probes cost no exactness. By default a head drafts with
-    a quarter of its own number.
-
-    Args:
-        path_or_hf_repo: A local folder or a Hugging Face repository.
-        n_probes: Clusters that its FlashHead scores per token.
-        trust_remote_code: Allow the repository's own Python code.
-
-    Returns:
-        ``(model, tokenizer)``.
-
-    Raises:
-        ValueError: As in :func:`load`. Also if a number of probes is given without a FlashHead.
-    """
-    folder = resolve(path_or_hf_repo)
-    if not has_flash_head(folder):
-        if n_probes is not None:
-            raise ValueError(
-                f"{path_or_hf_repo} has no FlashHead, so it drafts without probes: leave "
-                "--draft-probes out."
-            )
-        return load_dense(folder, trust_remote_code=trust_remote_code)[:2]
-    model, tokenizer = load(str(folder), trust_remote_code=trust_remote_code, n_probes=n_probes)
-    if n_probes is None:
-        head = installed_head(model)
-        head.n_probes = max(1, round(head.n_probes * DRAFT_SHARE))
-    return model, tokenizer
 
 
 def load_dense(folder: Path, **kwargs: Any):
@@ -180,18 +100,26 @@ def install_index(
     *,
     n_probes: int | None = None,
     backend: str | None = None,
+    source: str = FILE_NAME,
+    say: Callable[[str], None] = lambda _: None,
 ) -> FlashHead:
-    """Installs a stored FlashHead on the model whose rows it was made from.
+    """Installs a stored FlashHead on a model whose rows it was made from, or near ones.
+
+    Args:
+        model: A dense mlx-lm model.
+        index: The FlashHead.
+        n_probes: Clusters scored per token; default: the number that the index names.
+        backend: "metal", "mlx" or None to choose.
+        source: Where the index is from, for what is said.
+        say: Told where the rows are near ones.
 
     Raises:
         ValueError: If the model has other rows, or an argument is not valid.
     """
     location = find_head(model)
-    if location.rows().fingerprint() != index.config.fingerprint:
-        raise ValueError(
-            f"{FILE_NAME} belongs to other rows than this model's {location.path!r}: the model was "
-            "changed after its conversion, so convert it again with mlx_flashhead.convert."
-        )
+    near = check_fit(index, location.rows(), source)
+    if near is not None:
+        say(near)
     return install(
         model,
         index.token_ids,

@@ -1,8 +1,8 @@
-"""Loads FlashHead checkpoints in parts: several processes share one model.
+"""Loads models in parts: several processes share one.
 
 mlx-lm splits the body, by layers (pipeline) or within them (tensor). Every process then has the
-same hidden state and the whole head. The FlashHead is installed last, and each process finds the
-same token by itself.
+same hidden state and the whole head. A FlashHead is installed last, and each process finds the same
+token by itself.
 """
 
 from pathlib import Path
@@ -10,53 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..index.files import FILE_NAME, read_index
 from .compat.utils import sharded_load as load_part
-from .load import install_index, reason, resolve
-
-
-def sharded_load(
-    path_or_hf_repo: str,
-    pipeline_group: mx.distributed.Group | None = None,
-    tensor_group: mx.distributed.Group | None = None,
-    return_config: bool = False,
-    *,
-    tokenizer_config: dict[str, Any] | None = None,
-    trust_remote_code: bool = False,
-    n_probes: int | None = None,
-    backend: str | None = None,
-):
-    """Loads this process's part of a FlashHead checkpoint: ``mlx_lm.utils.sharded_load``, extended.
-
-    Args:
-        path_or_hf_repo: A folder at the same place on each machine, or a Hugging Face repository.
-        pipeline_group: The processes that share the layers out.
-        tensor_group: The processes that share each layer. Without either group all processes share
-            the model in the way that it supports, tensor first.
-        return_config: Also return the model's configuration.
-        tokenizer_config: Passed to the tokenizer.
-        trust_remote_code: Allow the repository's own Python code.
-        n_probes: Clusters scored per token; default: the number chosen at conversion.
-        backend: "metal", "mlx" or None to choose.
-
-    Returns:
-        ``(model, tokenizer)``, with the configuration as a third item if asked for.
-
-    Raises:
-        ValueError: If the model cannot be split in this way, if its head is split over the
-            vocabulary, or as in :func:`mlx_flashhead.load`.
-    """
-    folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
-    index = read_index(folder)
-    model, tokenizer, config = load_dense_part(
-        path_or_hf_repo,
-        pipeline_group,
-        tensor_group,
-        tokenizer_config=tokenizer_config,
-        trust_remote_code=trust_remote_code,
-    )
-    install_index(model, index, n_probes=n_probes, backend=backend)
-    return (model, tokenizer, config) if return_config else (model, tokenizer)
+from .load import reason
 
 
 def load_dense_part(

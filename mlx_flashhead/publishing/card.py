@@ -1,4 +1,4 @@
-"""The model card, README.md, written from the checkpoint's settings.
+"""The card, README.md, written from a folder's settings.
 
 A person may add text below a marker. Conversions and uploads keep it.
 """
@@ -7,10 +7,12 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..index.files import FILE_NAME, is_companion
 from ..index.settings import FlashHeadConfig
-from .licences import MODIFIED, Licence
+from .licences import Licence, changes_in
 
 MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->"
+RELATIONS = ("quantized", "adapter")
 SOURCES = {
     "mix": "given text of many kinds and text that the model wrote",
     "file": "a text that was given",
@@ -18,9 +20,9 @@ SOURCES = {
 BODY = """\
 # {title}
 
-{attribution}{what} with **FlashHead**, a faster output head for language models on Apple
-silicon. The rows of the head are sorted into {n_clusters} clusters of {cluster_size}. Per token a
-small product finds the best {n_probes} clusters, and only their rows are read. Nothing was trained.
+{attribution}{what}, a faster output head for language models on Apple silicon. The rows of the head
+are sorted into {n_clusters} clusters of {cluster_size}. Per token a small product finds the best
+{n_probes} clusters, and only their rows are read. Nothing was trained.
 
 Made with mlx_flashhead, an **independent implementation** of
 [FlashHead (arXiv 2603.14591)](https://arxiv.org/abs/2603.14591). It is not affiliated with its
@@ -28,27 +30,7 @@ authors.
 
 ## Use it
 
-```
-mlx_flashhead.generate --model {model} --prompt "Why is the sky blue?"
-```
-
-```python
-from mlx_flashhead import load, generate
-
-model, tokenizer = load("{model}")
-prompt = "Why is the sky blue?"
-if tokenizer.chat_template is not None:
-    messages = [{{"role": "user", "content": prompt}}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-print(generate(model, tokenizer, prompt, max_tokens=100))
-```
-
-Plain [mlx-lm](https://github.com/ml-explore/mlx-lm) reads the same files as the ordinary dense
-model, without FlashHead and its speed:
-
-```
-mlx_lm.generate --model {model} --prompt "Why is the sky blue?"
-```
+{use}
 
 ## Measured by the conversion
 
@@ -78,12 +60,51 @@ mlx_lm.generate --model {model} --prompt "Why is the sky blue?"
 }}
 ```
 """
+USE_MODEL = """\
+```
+mlx_flashhead.generate --model {model} --prompt "Why is the sky blue?"
+```
+
+```python
+from mlx_flashhead import load, generate
+
+model, tokenizer = load("{model}")
+prompt = "Why is the sky blue?"
+if tokenizer.chat_template is not None:
+    messages = [{{"role": "user", "content": prompt}}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+print(generate(model, tokenizer, prompt, max_tokens=100))
+```
+
+Plain [mlx-lm](https://github.com/ml-explore/mlx-lm) reads the same files as the ordinary dense
+model, without FlashHead and its speed:
+
+```
+mlx_lm.generate --model {model} --prompt "Why is the sky blue?"
+```"""
+USE_COMPANION = """\
+These {size} go beside the model, in any of its precisions: bfloat16, 8 bits, 4 bits.
+
+```
+mlx_flashhead.generate --model {base} --flash-head {model} --prompt "Why is the sky blue?"
+```
+
+```python
+from mlx_flashhead import load, generate
+
+model, tokenizer = load("{base}", flash_head="{model}")
+prompt = "Why is the sky blue?"
+if tokenizer.chat_template is not None:
+    messages = [{{"role": "user", "content": prompt}}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+print(generate(model, tokenizer, prompt, max_tokens=100))
+```"""
 LEGEND = """\
-*Agreement*: the same best token as the dense head of this checkpoint. *Coverage*: the true next
-token is among the scored ones. *KL*: from the dense head's distribution, in nats. *Perplexity*: of
-the true next tokens, as a multiple of the dense head's{dense}, with estimates for the tokens that
-are not scored. *Bytes*: weights that the head reads per token; the dense head reads {dense_bytes}.
-**Bold**: the checkpoint's setting. Speed was not measured."""
+*Agreement*: the same best token as the dense head. *Coverage*: the true next token is among the
+scored ones. *KL*: from the dense head's distribution, in nats. *Perplexity*: of the true next
+tokens, as a multiple of the dense head's{dense}, with estimates for the tokens that are not scored.
+*Bytes*: weights that the head reads per token; the dense head reads {dense_bytes}. **Bold**: the
+setting. Speed was not measured."""
 NOT_MEASURED = """\
 Nothing, since it was not calibrated. `mlx_flashhead.evaluate --model {model} --text FILE` measures
 it."""
@@ -99,19 +120,19 @@ def write_card(
     model: str,
     own_text: str = "",
 ) -> None:
-    """Writes README.md into a checkpoint's folder.
+    """Writes README.md into the folder of a model with a FlashHead, or of a FlashHead alone.
 
     Args:
         folder: The folder.
         metadata: The card's header.
-        config: The checkpoint's settings.
+        config: Its settings.
         licence: A licence with conditions, or None.
-        title: The model's name.
-        model: ``--model`` of the examples: a repository or a folder.
+        title: Its name.
+        model: Its name in the examples: a repository or a folder.
         own_text: Text of a person.
     """
     data = ModelCardData(**metadata, ignore_metadata_errors=True)
-    body = _body(metadata, config, licence, title, model)
+    body = _body(folder, metadata, config, licence, title, model)
     text = f"---\n{data.to_yaml()}\n---\n\n{body}\n{MARKER}\n{own_text}"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -125,24 +146,36 @@ def text_below_marker(card: str | None) -> str:
 
 
 def _body(
-    metadata: dict, config: FlashHeadConfig, licence: Licence | None, title: str, model: str
+    folder: Path,
+    metadata: dict,
+    config: FlashHeadConfig,
+    licence: Licence | None,
+    title: str,
+    model: str,
 ) -> str:
     recipe = config.recipe
     base = metadata.get("base_model")
-    known = isinstance(base, str) and metadata.get("base_model_relation") == "quantized"
-    what = f"[{base}](https://huggingface.co/{base})" if known else "A language model"
+    known = isinstance(base, str) and metadata.get("base_model_relation") in RELATIONS
+    named = f"[{base}](https://huggingface.co/{base})" if known else "a language model"
+    if is_companion(folder):
+        what = f"The **FlashHead** of {named}"
+        size = _size((folder / FILE_NAME).stat().st_size)
+        use = USE_COMPANION.format(size=size, base=base if known else "MODEL", model=model)
+    else:
+        what = f"{named[0].upper()}{named[1:]} in the format of MLX, with **FlashHead**"
+        use = USE_MODEL.format(model=model)
     return BODY.format(
         title=title,
         attribution=f"**{licence.attribution}**\n\n" if licence and licence.attribution else "",
-        what=f"{what} in the format of MLX,",
+        what=what,
+        use=use,
         n_clusters=f"{config.n_clusters:,}",
         cluster_size=config.cluster_size,
         n_probes=config.n_probes,
-        model=model,
         measured=_measured(config, model),
         command=recipe.get("command", "# the command was not recorded"),
         made_with=_made_with(config),
-        licence=_licence(metadata, licence),
+        licence=_licence(metadata, licence, changes_in(folder)),
     )
 
 
@@ -198,15 +231,15 @@ def _made_with(config: FlashHeadConfig) -> str:
     return "\n".join(lines)
 
 
-def _licence(metadata: dict, licence: Licence | None) -> str:
+def _licence(metadata: dict, licence: Licence | None, changes: str) -> str:
     if licence is not None:
-        return f"[{licence.name}]({licence.link}). {licence.notice.rstrip('.')}. {MODIFIED}"
+        return f"[{licence.name}]({licence.link}). {licence.notice.rstrip('.')}. {changes}"
     name = metadata.get("license_name") or metadata.get("license")
     if not name:
         return "The base model's. Its files do not name it."
     link = metadata.get("license_link")
     is_address = isinstance(link, str) and link.startswith("http")
-    return f"The base model's: {f'[{name}]({link})' if is_address else name}. {MODIFIED}"
+    return f"The base model's: {f'[{name}]({link})' if is_address else name}. {changes}"
 
 
 def _size(n_bytes: float) -> str:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ..index.files import is_companion
 from ..index.redaction import redact, redacted_logs
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -130,8 +131,8 @@ def read_card(repo_id: str) -> str | None:
 def upload(folder: Path, repo_id: str) -> None:
     """Uploads a folder. The Hub's client skips files that are stored already.
 
-    Weights of the repository that are not in the folder are deleted, since mlx-lm reads every file
-    of weights.
+    With a model, weights of the repository that are not in the folder are deleted, since mlx-lm
+    reads every file of weights.
 
     Raises:
         ValueError: If the upload fails. The folder stays as it is.
@@ -142,7 +143,7 @@ def upload(folder: Path, repo_id: str) -> None:
             api.upload_folder(
                 folder_path=folder,
                 repo_id=repo_id,
-                commit_message="Upload FlashHead checkpoint",
+                commit_message="Upload FlashHead",
                 ignore_patterns=list(NOT_UPLOADED),
                 delete_patterns=_other_weights(api, repo_id, folder),
             )
@@ -156,7 +157,9 @@ def upload(folder: Path, repo_id: str) -> None:
 
 
 def _other_weights(api: HfApi, repo_id: str, folder: Path) -> list[str] | None:
-    """Files of weights in the repository that are not in the folder."""
+    """Files of weights in the repository that are not in the folder of a model."""
+    if is_companion(folder):
+        return None
     try:
         stored = fnmatch.filter(api.list_repo_files(repo_id), WEIGHTS)
     except HfHubHTTPError as error:

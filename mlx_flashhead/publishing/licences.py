@@ -11,11 +11,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..index.files import is_companion
+
 LICENCE_FILES = ("LICEN[CS]E*", "*_LICEN[CS]E*", "USE_POLICY*", "*TERMS*", "NOTICE*", "Notice*")
 NOTICE_FILE = "NOTICE.txt"
 MODIFIED = (
     "Modified: converted to MLX's format with mlx_flashhead, which may have quantized the weights, "
-    "and which adds flash_head.safetensors and an entry in config.json."
+    "and which adds flash_head.index and an entry in config.json."
+)
+DERIVED = (
+    "Derived: flash_head.index was computed from the model's weights with mlx_flashhead. It holds "
+    "centroids of the output projection's rows, and 64 of the rows."
 )
 
 
@@ -167,7 +173,12 @@ def write_notice(licence: Licence | None, folder: Path) -> None:
         return
     file = folder / NOTICE_FILE
     already = file.read_text(encoding="utf-8").rstrip() + "\n\n" if file.exists() else ""
-    file.write_text(f"{already}{licence.notice}\n\n{MODIFIED}\n", encoding="utf-8")
+    file.write_text(f"{already}{licence.notice}\n\n{changes_in(folder)}\n", encoding="utf-8")
+
+
+def changes_in(folder: Path) -> str:
+    """What a folder's content is to the model that it was made from."""
+    return DERIVED if is_companion(folder) else MODIFIED
 
 
 def licence_files(folder: Path) -> list[Path]:

@@ -72,20 +72,35 @@ def find_origin(
     return Origin(name, repo_id, revision, metadata, licence, files)
 
 
-def card_metadata(origin: Origin) -> dict:
-    """The header of a derived model's card."""
+def known_name(folder: Path) -> str:
+    """A model's name, without a look on the network: its repository, else its folder."""
+    repo_id, _ = _cached_repository(folder)
+    if repo_id is None:
+        repo_id = _repository_in(_read_settings(folder), read_metadata(folder / CARD_FILE))
+    return repo_id or folder.resolve().name
+
+
+def card_metadata(origin: Origin, relation: str = "quantized") -> dict:
+    """The header of the card of what is made from a model.
+
+    Args:
+        origin: The model.
+        relation: Of the result to the model: "quantized", or "adapter" for a FlashHead alone.
+    """
     metadata = {key: origin.metadata[key] for key in KEPT_METADATA if origin.metadata.get(key)}
     if origin.licence is not None and "license" not in metadata:
         metadata["license"] = origin.licence.identifier
     metadata["library_name"] = "mlx"
     metadata["pipeline_tag"] = "text-generation"
     if origin.repo_id is not None:
-        metadata |= {"base_model": origin.repo_id, "base_model_relation": "quantized"}
+        metadata |= {"base_model": origin.repo_id, "base_model_relation": relation}
     elif origin.metadata.get("base_model"):
         # a folder of unknown origin may still name its own base model
         metadata["base_model"] = origin.metadata["base_model"]
         if origin.metadata.get("base_model_relation"):
             metadata["base_model_relation"] = origin.metadata["base_model_relation"]
+    if relation == "adapter":
+        metadata["base_model_relation"] = relation
     tags = [tag for tag in _as_list(origin.metadata.get("tags")) if isinstance(tag, str)]
     metadata["tags"] = list(dict.fromkeys([*tags, "mlx", "flashhead"]))
     return metadata

@@ -21,16 +21,13 @@ MAX_NAME = 96
 MAX_TEXT_BYTES = 50_000_000
 
 
-def checkpoint_name(origin: Origin, rows: Matrix, body: str | None) -> str:
-    """The name of a checkpoint: ``<model>-FlashHead-<precision>``.
+def checkpoint_name(origin: Origin, label: str | None) -> str:
+    """The name of a conversion's result: ``<model>-FlashHead-<precision>``.
 
     Args:
         origin: The converted model.
-        rows: The checkpoint's head.
-        body: Precision of a body that the conversion quantizes, such as "4bit". Without it the name
-            ends in the head's precision.
+        label: Its precision, such as "4bit"; None for a FlashHead alone, whose name has none.
     """
-    label = body or precision_label(rows)
     # the Hub allows these characters, but neither "--" nor ".."
     name = re.sub(r"[^\w.]+|\.{2,}", "-", origin.name, flags=re.ASCII).strip("-.") or "model"
     name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
@@ -38,7 +35,7 @@ def checkpoint_name(origin: Origin, rows: Matrix, body: str | None) -> str:
         name = name.removeprefix("Meta-")
         if not licences.has_prefix(origin.licence, name):
             name = f"{origin.licence.prefix}-{name}"
-    ending = f"-FlashHead-{label}"
+    ending = f"-FlashHead-{label}" if label else "-FlashHead"
     return name[: MAX_NAME - len(ending)].rstrip("-.") + ending
 
 

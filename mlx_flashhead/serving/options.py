@@ -3,6 +3,7 @@
 import argparse
 
 from ..cli.arguments import Parser, json_object, number, one_of, share, whole_number
+from ..companion.look_up import add_look_up_options
 from .access_options import add_access_flags
 
 
@@ -10,7 +11,7 @@ def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.server``."""
     parser = Parser(
         prog="mlx_flashhead.server",
-        description="Serve FlashHead checkpoints: a page for browsers, and the OpenAI API.",
+        description="Serve models with their FlashHeads: a page for browsers, and the OpenAI API.",
     )
     _add_models(parser)
     _add_defaults(parser)
@@ -24,8 +25,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         required=True,
-        help="Folder or Hugging Face repository of a FlashHead checkpoint. A dense model is served "
-        "as it is.",
+        help="Folder or Hugging Face repository of any model that mlx-lm loads.",
     )
     group.add_argument(
         "--served-model-name",
@@ -45,8 +45,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         "--n-probes",
         type=whole_number(1),
         help="Clusters scored per token, unless a request gives its own n_probes (default: the "
-        "number chosen at conversion).",
+        "number that the FlashHead names).",
     )
+    add_look_up_options(group)
     group.add_argument(
         "--dense",
         action="store_true",

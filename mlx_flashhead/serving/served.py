@@ -15,13 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from jinja2 import meta
 
+from ..companion.attach import BUILD, DENSE, REFUSE
+from ..companion.load import load_draft, load_or
 from ..head.flash_head import FlashHead
-from ..index.files import has_flash_head
 from ..models.compat.cache import KVCache, make_prompt_cache
 from ..models.errors import UnsupportedHeadError
 from ..models.exact import Processor, exact_processors
 from ..models.install import get_flash_head
-from ..models.load import load, load_dense, load_draft, resolve
+from ..models.load import load_dense, resolve
 from .problems import Problem
 
 # mlx-lm's word for the model of --model
@@ -192,20 +193,18 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         "adapter_path": args.adapter_path if default else None,
         "trust_remote_code": args.trust_remote_code,
     }
-    if has_flash_head(folder):
-        n_probes = args.n_probes if default else None
-        model, tokenizer, config = load(
-            str(folder), n_probes=n_probes, return_config=True, **options
-        )
-        if (head := get_flash_head(model)) is not None:
-            logger.info("%s is served with %r: %s", path_or_repo, head, head.backend_reason)
-    else:
+    if default:
+        options |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
+    missing = DENSE if args.dense else REFUSE if args.no_build else BUILD
+    try:
+        model, tokenizer, config = load_or(missing, folder, **options)
+    except UnsupportedHeadError as error:
+        logger.warning("%s is served dense: %s", path_or_repo, error)
+        for name in ("flash_head", "n_probes"):
+            options.pop(name, None)
         model, tokenizer, config = load_dense(folder, **options)
-        logger.warning(
-            "%s is not a FlashHead checkpoint, so it is served dense: convert it with "
-            "mlx_flashhead.convert.",
-            path_or_repo,
-        )
+    if (head := get_flash_head(model)) is not None:
+        logger.info("%s is served with %r: %s", path_or_repo, head, head.backend_reason)
     draft_model = _draft(args, tokenizer) if default and args.draft_model else None
     context = args.context_size or context_of(config, tokenizer)
     names = (*aliases, name_of(path_or_repo))

@@ -34,15 +34,10 @@ def test_no_such_model(refused_model, refused, name, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_model_without_flash_head(refused_model, dense):
-    said = refused_model(dense)
-    assert f"mlx_flashhead.convert --model {dense}" in said
-
-
-def test_flash_head_missing(refused_model, converted, tmp_path):
-    shutil.copytree(converted, tmp_path / "model")
-    (tmp_path / "model" / FILE_NAME).unlink()
-    assert f"{FILE_NAME} is missing" in refused_model(tmp_path / "model")
+def test_model_without_flash_head(refused, dense, text):
+    for command in (("generate",), ("evaluate", "--text", text)):
+        said = refused(*command, "--model", dense, "--no-build")
+        assert "There is no FlashHead of model yet" in said and "--no-build" in said
 
 
 @pytest.mark.parametrize("kept", [0, 5, 0.1, 0.999])
@@ -62,7 +57,7 @@ def test_flash_head_of_another_version(refused_model, converted, tmp_path):
 @pytest.mark.parametrize("n_probes", [0, N_CLUSTERS + 1])
 def test_stored_probes_out_of_range(refused_model, converted, tmp_path, n_probes):
     model = copy_with_entry(converted, tmp_path / "model", n_probes=n_probes)
-    assert "convert the model again" in refused_model(model)
+    assert "make it again with mlx_flashhead.convert" in refused_model(model)
 
 
 def test_flash_head_of_other_rows(refused_model, converted, tmp_path):
@@ -70,7 +65,7 @@ def test_flash_head_of_other_rows(refused_model, converted, tmp_path):
     shutil.copytree(converted, tmp_path / "model")
     shutil.copy(other / "model.safetensors", tmp_path / "model")
     said = refused_model(tmp_path / "model")
-    assert "other rows" in said and "convert it again" in said
+    assert "belongs to other rows" in said and "one is found" in said
 
 
 def test_config_that_is_none(refused_model, converted, tmp_path):
@@ -79,7 +74,7 @@ def test_config_that_is_none(refused_model, converted, tmp_path):
         (tmp_path / "model" / "config.json").write_bytes(content)
         assert "config.json" in refused_model(tmp_path / "model")
     (tmp_path / "model" / "config.json").unlink()
-    assert "no config.json" in refused_model(tmp_path / "model")
+    assert "config.json" in refused_model(tmp_path / "model")
 
 
 def test_weights_truncated(refused_model, refused, converted, tmp_path):

@@ -198,11 +198,9 @@ def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
     broken.mkdir()
     for file in converted.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    (broken / "flash_head.safetensors").unlink()
-    assert "flash_head.safetensors is missing" in refused("server", "--model", broken, "--port", 0)
-    (broken / "flash_head.safetensors").write_bytes(
-        (converted / "flash_head.safetensors").read_bytes()
-    )
+    (broken / "flash_head.index").unlink()
+    assert "flash_head.index is missing" in refused("server", "--model", broken, "--port", 0)
+    (broken / "flash_head.index").write_bytes((converted / "flash_head.index").read_bytes())
     (broken / "model.safetensors").write_bytes(b"none")
     assert "cannot load the model" in refused("server", "--model", broken, "--port", 0)
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)

@@ -13,6 +13,8 @@ COMMANDS = (
     "generate",
     "chat",
     "server",
+    "run",
+    "cache",
     "convert",
     "export",
     "upload",
@@ -77,6 +79,8 @@ def test_module_says_how_it_is_used_without_a_warning(command):
         "generate": ("--draw-probes", "--model"),
         "chat": ("--n-probes", "--system-prompt"),
         "server": ("--n-probes", "--model", "--prompt-cache-size", "--lan"),
+        "run": ("-m MODULE", "--flash-head", "--no-build"),
+        "cache": ("--remove", "--remove-all"),
         "convert": ("--head-bits", "--model"),
         "export": ("--include-weights", "--for-mlx", "--model"),
         "upload": ("--path", "--repo"),
@@ -126,5 +130,5 @@ def test_mistakes_end_with_one_line(tmp_path):
     assert errors == "error: There is no folder ./absent: check the path of the model.\n"
     code, output, errors = start(sys.executable, "-m", "mlx_flashhead", "no-such-command")
     assert (code, output) == (2, "")
-    assert errors.startswith("error: there is no command no-such-command: choose one of convert, ")
+    assert errors.startswith("error: there is no command no-such-command: choose one of generate, ")
     assert errors.count("\n") == 1

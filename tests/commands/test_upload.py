@@ -50,8 +50,8 @@ def test_upload_derives_the_name(run, hub, converted):
 
 def test_upload_refuses(refused, dense, tmp_path):
     assert "There is no folder absent" in refused("upload", "--path", "absent")
-    assert "without FlashHead: convert it" in refused("upload", "--path", dense)
-    assert "is not a model folder" in refused("upload", "--path", tmp_path)
+    assert "holds no FlashHead: make one" in refused("upload", "--path", dense)
+    assert "holds no FlashHead" in refused("upload", "--path", tmp_path)
     assert "--path" in refused("upload")
 
 

@@ -1,6 +1,7 @@
 """Conversion: the same model as mlx-lm's own, and an index beside it."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import mlx_lm
@@ -9,8 +10,9 @@ import pytest
 from mlx_lm.utils import load_model
 
 import mlx_flashhead
+from mlx_flashhead.conversion import pipeline
 from mlx_flashhead.conversion.pipeline import convert
-from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, read_index
+from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.models.install import get_flash_head
 from model_folders import VOCAB_SIZE, write_model
 
@@ -222,16 +224,49 @@ def test_tokenizer_without_a_chat_template(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tied", "quantized"])
-def test_converts_a_folder_onto_itself(tmp_path, name, sources):
-    """The weights are read lazily: they must be in memory before their file goes."""
+def test_replaces_what_it_wrote(tmp_path, name, sources):
     place = tmp_path / "model"
     convert(str(sources[name]), str(place), **QUICK)
     before = weights(place)
-    convert(str(place), str(place), cluster_size=8, overwrite=True, **QUICK)
+    convert(str(sources[name]), str(place), cluster_size=8, overwrite=True, **QUICK)
     assert weights(place) == before
     assert read_index(place).config.cluster_size == 8
     mlx_flashhead.load(str(place))
     assert list(tmp_path.iterdir()) == [place]
+
+
+def test_the_model_itself_is_not_written_over(sources, tmp_path):
+    place = tmp_path / "deep" / "model"
+    convert(str(sources["tied"]), str(place), **QUICK)
+    before = weights(place)
+    for source, target in ((place, place), (place, place / "new"), (place, tmp_path / "deep")):
+        with pytest.raises(ValueError, match=r"is the folder of the model|was not written by|one "):
+            convert(str(source), str(target), quantize=True, overwrite=True, **QUICK)
+    link = tmp_path / "link"
+    link.symlink_to(place)
+    with pytest.raises(ValueError, match="is the folder of the model itself"):
+        convert(str(place), str(link), quantize=True, overwrite=True, **QUICK)
+    assert weights(place) == before
+
+
+def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(pipeline, "make_index", pytest.fail)
+    with pytest.raises(ValueError, match=r"needs 0\.00 GB, but only 0\.00 GB are free there"):
+        convert(str(sources["tied"]), str(tmp_path / "found"), **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_index_alone(sources, tmp_path):
+    given = convert(str(sources["half"]), str(tmp_path / "head"), index_only=True, **QUICK)
+    found = {path.name for path in (tmp_path / "head").iterdir()}
+    assert found == {FILE_NAME, SETTINGS_NAME, "README.md"}
+    assert read_index(tmp_path / "head").config == given
+    assert "--index-only" in given.recipe["command"]
+    assert given.recipe["name"] == "half-FlashHead"
+    model, _ = mlx_flashhead.load(str(sources["half"]), flash_head=tmp_path / "head")
+    assert get_flash_head(model).n_probes == given.n_probes
 
 
 @pytest.mark.parametrize(
@@ -250,7 +285,16 @@ def test_converts_a_folder_onto_itself(tmp_path, name, sources):
         ({"seed": -1}, "seed is -1"),
         ({"quantize": True, "dequantize": True}, "either --quantize or --dequantize"),
         ({"quantize": True, "quant_predicate": "mixed_4_6", "q_mode": "mxfp4"}, "affine"),
-        ({"quantize": True, "q_bits": 7}, "7"),
+        ({"quantize": True, "q_bits": 7}, "--q-bits is 7: choose 1, 2, 3, 4, 5, 6 or 8"),
+        ({"quantize": True, "q_group_size": 7}, "--q-group-size is 7: choose 32, 64 or 128"),
+        ({"quantize": True, "q_group_size": 64, "q_mode": "mxfp4"}, "size is 64: choose 32"),
+        ({"q_bits": 8}, "--q-bits is for a quantized model: add --quantize"),
+        ({"q_group_size": 32}, "--q-group-size is for a quantized model"),
+        ({"q_mode": "mxfp4"}, "--q-mode is for a quantized model"),
+        ({"quant_predicate": "mixed_4_6"}, "--quant-predicate is for a quantized model"),
+        ({"revision": "main"}, "is a folder, which has no revision 'main'"),
+        ({"index_only": True, "quantize": True}, "writes no weights: leave --quantize out"),
+        ({"index_only": True, "head_bits": 8}, "writes no weights: leave --head-bits out"),
         ({"calibration": "absent.txt"}, "absent.txt cannot be read"),
         ({"calibration": "."}, "cannot be read"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids
 from mlx_flashhead.evaluation.text import FLASH_HEAD, UNIT_MEANS, Evaluation, bytes_share, evaluate
-from mlx_flashhead.models.install import get_flash_head, install, uninstall
+from mlx_flashhead.models.install import detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
 from model_folders import VOCAB_SIZE, write_model
 from tiny_models import tiny_model
@@ -94,7 +94,7 @@ def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
         agreement = (logits.argmax(axis=1) == dense.argmax(axis=1)).mean()
         assert measured.agreement == pytest.approx(agreement, abs=1e-9)
         assert measured.perplexity == pytest.approx(perplexity(logits, next_ids), rel=1e-3)
-    uninstall(model)
+    detach(model)
     np.testing.assert_allclose(np.array(model(tokens)[0]), dense, atol=1e-3)
 
 

@@ -12,6 +12,7 @@ from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.index.files import FlashHeadIndex
 from mlx_flashhead.index.settings import FlashHeadConfig
+from mlx_flashhead.index.sketch import Sketch
 from mlx_flashhead.models.locate import find_head
 
 VOCAB_SIZE, HIDDEN_SIZE = 203, 64
@@ -141,13 +142,20 @@ def fitted(rows: Matrix, token_ids: np.ndarray, *, seed: int = 0, **kwargs) -> C
 
 
 def tiny_index(
-    model: nn.Module, *, cluster_size: int = 8, n_probes: int = 4, eos_token_ids=(), seed: int = 0
+    model: nn.Module,
+    *,
+    cluster_size: int = 8,
+    n_probes: int = 4,
+    eos_token_ids=(),
+    seed: int = 0,
+    recipe: dict | None = None,
 ) -> FlashHeadIndex:
     """A FlashHead for ``model``: random clusters, fitted centroids."""
     rows = find_head(model).rows()
     token_ids = random_clusters(np.random.default_rng(seed), rows.n_rows, cluster_size)
     centroids = fitted(rows, token_ids)
     config = FlashHeadConfig(
+        vocab_size=rows.n_rows,
         n_clusters=len(token_ids),
         cluster_size=cluster_size,
         n_probes=n_probes,
@@ -156,6 +164,7 @@ def tiny_index(
         centroid_group_size=centroids.matrix.group_size or 0,
         calibration={"source": "none"},
         report={"agreement": 0.5},
+        recipe=recipe or {},
         fingerprint=rows.fingerprint(),
     )
-    return FlashHeadIndex(config, token_ids, centroids)
+    return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))

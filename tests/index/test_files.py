@@ -9,13 +9,21 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, read_index, write_index
+from mlx_flashhead.index.files import (
+    CONFIG_KEY,
+    FILE_NAME,
+    SETTINGS_NAME,
+    has_flash_head,
+    read_index,
+    write_companion,
+    write_index,
+)
 from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.load import load_dense
 from model_folders import write_model
 from tiny_models import tiny_index
 
-CONVERT = r"convert (it|the model)( again)? with `?mlx_flashhead\.convert"
+CONVERT = r"make (it again|one) with `?mlx_flashhead\.convert"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +57,8 @@ def same(actual, expected) -> bool:
         and found.matrix.quantization == centroids.matrix.quantization
         and found.matrix.arrays().keys() == centroids.matrix.arrays().keys()
         and all(equal(a, centroids.matrix.arrays()[n]) for n, a in found.matrix.arrays().items())
+        and equal(actual.sketch.directions, expected.sketch.directions)
+        and equal(actual.sketch.lengths, expected.sketch.lengths)
     )
 
 
@@ -71,6 +81,24 @@ def test_writing_again_replaces(folder, original):
     other = replace(original[1], config=replace(original[1].config, n_probes=7))
     write_index(folder, other)
     assert same(read_index(folder), other)
+
+
+def test_a_folder_of_its_own(original, tmp_path):
+    assert not has_flash_head(tmp_path)
+    write_companion(tmp_path, original[1])
+    assert has_flash_head(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {FILE_NAME, SETTINGS_NAME}
+    assert same(read_index(tmp_path), original[1])
+    (tmp_path / SETTINGS_NAME).write_text("{")
+    refused(tmp_path, f"{SETTINGS_NAME} is damaged", "fetch it again")
+    (tmp_path / SETTINGS_NAME).write_text(json.dumps({"version": 2}))
+    refused(tmp_path, f"^{SETTINGS_NAME} has version 2", "reads version 1", CONVERT)
+
+
+def test_put_into_a_models_folder_it_comes_first(original, tmp_path):
+    folder = write_model(tmp_path / "model")
+    write_companion(folder, original[1])
+    assert has_flash_head(folder) and same(read_index(folder), original[1])
 
 
 def test_configuration_keeps_its_other_keys(original):
@@ -105,21 +133,23 @@ def refused(folder, *expected):
 
 def test_folder_without_flash_head(tmp_path):
     folder = write_model(tmp_path / "model")
-    refused(folder, str(folder), "without FlashHead", CONVERT)
+    refused(folder, str(folder), "holds no FlashHead", CONVERT)
 
 
 def test_folder_without_configuration(tmp_path):
-    refused(tmp_path, str(tmp_path), "not a model folder: it has no config.json")
+    refused(tmp_path, str(tmp_path), "holds no FlashHead", CONVERT)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe\x00", b"null"])
 def test_damaged_configuration(folder, content):
     (folder / "config.json").write_bytes(content)
-    refused(folder, r"config\.json is damaged", "fetch the model again")
+    refused(folder, r"config\.json is damaged", "fetch it again")
 
 
 def test_missing_file(folder):
+    assert has_flash_head(folder)
     (folder / FILE_NAME).unlink()
+    assert not has_flash_head(folder)
     refused(folder, f"{FILE_NAME} is missing", "fetch the file", CONVERT)
 
 
@@ -172,7 +202,9 @@ def test_entry_that_is_none(folder, entry):
     refused(folder, r"config\.json.*version None", CONVERT)
 
 
-@pytest.mark.parametrize("key", ["n_clusters", "cluster_size", "n_probes", "fingerprint"])
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "n_clusters", "cluster_size", "n_probes", "fingerprint"]
+)
 def test_missing_key(folder, key):
     config = json.loads((folder / "config.json").read_text())
     del config[CONFIG_KEY][key]
@@ -206,6 +238,8 @@ def test_keys_of_a_later_package_are_ignored(folder, original):
 @pytest.mark.parametrize(
     "values",
     [
+        {"vocab_size": 0},
+        {"vocab_size": 265},
         {"n_clusters": 32},
         {"n_clusters": -33},
         {"cluster_size": 16},
@@ -221,7 +255,7 @@ def test_keys_of_a_later_package_are_ignored(folder, original):
 )
 def test_arrays_that_do_not_fit_the_settings(folder, values):
     change_entry(folder, **values)
-    refused(folder, f"{FILE_NAME} does not hold the arrays that config.json describes", CONVERT)
+    refused(folder, f"{FILE_NAME} does not hold the arrays that its settings describe", CONVERT)
 
 
 ARRAYS = [
@@ -231,14 +265,28 @@ ARRAYS = [
     "centroids.biases",
     "centroid_bias",
     "tail_offset",
+    "sketch.directions",
+    "sketch.lengths",
 ]
+
+
+def load(folder):
+    """The arrays and the metadata of the index."""
+    path = str(folder / FILE_NAME)
+    arrays, metadata = mx.load(path, format="safetensors", return_metadata=True)
+    mx.eval(arrays)
+    return arrays, metadata
+
+
+def save(folder, arrays, metadata):
+    with (folder / FILE_NAME).open("wb") as file:
+        mx.save_safetensors(file, arrays, metadata=metadata)
 
 
 @pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize("spoil", ["missing", "shorter", "flat", "scalar"])
 def test_array_that_is_not_as_described(folder, name, spoil):
-    path = str(folder / FILE_NAME)
-    arrays, metadata = mx.load(path, return_metadata=True)
+    arrays, metadata = load(folder)
     array = arrays.pop(name)
     assert set(arrays) | {name} == set(ARRAYS)
     if spoil != "missing":
@@ -249,16 +297,15 @@ def test_array_that_is_not_as_described(folder, name, spoil):
         }
         arrays[name] = spoilt[spoil]
     mx.eval(arrays)
-    mx.save_safetensors(path, arrays, metadata=metadata)
+    save(folder, arrays, metadata)
     refused(folder, FILE_NAME, "does not hold the arrays", CONVERT)
 
 
 def test_token_ids_of_another_type(folder):
-    path = str(folder / FILE_NAME)
-    arrays, metadata = mx.load(path, return_metadata=True)
+    arrays, metadata = load(folder)
     arrays["token_ids"] = arrays["token_ids"].astype(mx.bfloat16)
     mx.eval(arrays)
-    mx.save_safetensors(path, arrays, metadata=metadata)
+    save(folder, arrays, metadata)
     refused(folder, FILE_NAME, "does not hold the arrays", CONVERT)
 
 

@@ -47,7 +47,7 @@ def place(request, tmp_path):
     target = tmp_path / "deep" / "model"
     if request.param:
         target.mkdir(parents=True)
-        (target / "config.json").write_text("{}")
+        (target / "config.json").write_text('{"flash_head": {}}')
         (target / "weights").write_bytes(b"old")
     return target, request.param
 
@@ -64,9 +64,9 @@ def convert_quickly(source, place):
 
 
 def test_appears_at_the_end(place, tmp_path):
-    target, overwrite = place
+    target, _ = place
     before = snapshot(target)
-    with new_folder(target, overwrite) as folder:
+    with new_folder(target) as folder:
         (folder / "weights").write_bytes(b"new")
         assert folder.parent == target.parent
         assert snapshot(target) == before
@@ -75,7 +75,7 @@ def test_appears_at_the_end(place, tmp_path):
 
 
 def test_can_be_read_by_others(tmp_path):
-    with new_folder(tmp_path / "model", overwrite=False):
+    with new_folder(tmp_path / "model"):
         pass
     assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
 
@@ -96,7 +96,7 @@ def test_what_is_replaced_comes_back(tmp_path, monkeypatch, failing, error):
         replace(*arguments)
 
     monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(error), new_folder(target, overwrite=True) as folder:
+    with pytest.raises(error), new_folder(target) as folder:
         (folder / "config.json").write_text("new")
     assert snapshot(tmp_path) == before
 
@@ -128,7 +128,7 @@ def test_full_disk_leaves_all_as_it_was(source, place, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-@pytest.mark.parametrize("file", ["model.safetensors", "flash_head.safetensors"])
+@pytest.mark.parametrize("file", ["model.safetensors", "flash_head.index"])
 def test_full_disk_under_mlx(source, place, tmp_path, monkeypatch, file):
     """MLX does not raise an OSError then."""
     save = conversion.save
@@ -139,7 +139,7 @@ def test_full_disk_under_mlx(source, place, tmp_path, monkeypatch, file):
 
     before = snapshot(tmp_path)
     monkeypatch.setattr(conversion, "save", save_to_full_disk)
-    with pytest.raises(OSError, match="free some space or choose another"):
+    with pytest.raises(OSError, match=r"free some space or choose another|No space left on device"):
         convert_quickly(source, place)
     assert snapshot(tmp_path) == before
 
@@ -162,17 +162,58 @@ def test_target_that_is_a_file(source, tmp_path, overwrite):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_only_models_are_overwritten(source, tmp_path):
-    """A slip of the hand such as ``--mlx-path ~ --overwrite`` deletes nothing."""
+@pytest.mark.parametrize("name", ["to_mother.txt", "config.json"])
+def test_only_what_was_written_here_is_overwritten(source, tmp_path, name):
+    """A slip of the hand such as ``--mlx-path ~ --overwrite`` deletes nothing, nor a model."""
     (tmp_path / "letters").mkdir()
-    (tmp_path / "letters" / "to_mother.txt").write_text("kept")
+    (tmp_path / "letters" / name).write_text("{}")
     (tmp_path / "empty").mkdir()
     before = snapshot(tmp_path / "letters")
-    with pytest.raises(ValueError, match="is not a model's folder"):
+    with pytest.raises(ValueError, match=r"was not written by mlx_flashhead\.convert"):
         convert_quickly(source, (tmp_path / "letters", True))
     assert snapshot(tmp_path / "letters") == before
     convert_quickly(source, (tmp_path / "empty", True))
     assert (tmp_path / "empty" / "config.json").exists()
+
+
+def test_leftovers_of_killed_processes_go(tmp_path):
+    """What a process that was killed has left, but not what another one is writing."""
+    target = tmp_path / "model"
+    program = (
+        "import os, pathlib, sys\n"
+        "from mlx_flashhead.index.new_folder import new_folder\n"
+        "with new_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'weights').write_bytes(b'half')\n"
+        "    print(folder, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(conversion.__file__).parents[2])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", program, str(target)]
+    killed, alive = (subprocess.Popen(command, env=environment, **pipes) for _ in range(2))
+    left, written = (Path(process.stdout.readline().strip()) for process in (killed, alive))
+    killed.kill()
+    killed.wait()
+    for folder in (left, written):
+        os.utime(folder, (0, 0))
+    with new_folder(target) as folder:
+        (folder / "weights").write_bytes(b"whole")
+    assert not left.exists() and written.exists()
+    alive.communicate()
+    assert alive.returncode == 0
+    assert snapshot(tmp_path) == {Path("model"): None, Path("model/weights"): b"half"}
+
+
+def test_what_was_put_aside_comes_back(tmp_path):
+    """A process was killed between putting the old folder aside and the new one in its place."""
+    target, aside = tmp_path / "model", tmp_path / ".model.replaced.x"
+    (aside / "model").mkdir(parents=True)
+    (aside / "model" / "weights").write_bytes(b"old")
+    os.utime(aside, (0, 0))
+    with pytest.raises(KeyboardInterrupt), new_folder(target):
+        assert (target / "weights").read_bytes() == b"old"
+        raise KeyboardInterrupt
+    assert snapshot(tmp_path) == {Path("model"): None, Path("model/weights"): b"old"}
 
 
 def test_place_without_permission(source, tmp_path, monkeypatch):
@@ -192,7 +233,7 @@ def test_place_without_permission(source, tmp_path, monkeypatch):
 )
 def test_signal_to_a_real_conversion(source, tmp_path, number, code, overwrite):
     if overwrite:
-        write_model(tmp_path / "model")
+        write_model(tmp_path / "model", further={"flash_head": {}})
     before = snapshot(tmp_path)
     # a test run in the background ignores SIGINT, and its children with it
     program = (

@@ -22,13 +22,14 @@ from architecture_models import (
     write_architecture,
 )
 from emulated_mlx_lm import emulated
+from mlx_flashhead.companion.load import load
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.conversion.positions import Positions
 from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.exact import exact_processors
 from mlx_flashhead.models.install import get_flash_head, install
-from mlx_flashhead.models.load import install_index, load
+from mlx_flashhead.models.load import install_index
 from mlx_flashhead.models.locate import find_head, recorded_hidden
 
 CLUSTER_SIZE, N_PROBES = 16, 4

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
-from mlx_flashhead.models.install import dense_copy, get_flash_head, install, uninstall
+from mlx_flashhead.models.install import dense_copy, detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head, recorded_hidden
 from tiny_models import tiny_index, tiny_model
 
@@ -108,7 +108,7 @@ def test_uninstalled_model_is_as_it_was(how):
     installed(model)
     assert [type(m).__name__ for m in model.modules()] == [cls.__name__ for cls in classes]
     assert all(isinstance(m, cls) for m, cls in zip(model.modules(), classes, strict=True))
-    uninstall(model)
+    detach(model)
     assert parameters(model) == before
     assert [type(module) for module in model.modules()] == classes
     assert [sorted(vars(module)) for module in model.modules()] == attributes
@@ -121,7 +121,7 @@ def test_padding_is_gone_after_uninstalling(how):
     model = tiny_model(**how)
     before = parameters(model)
     installed(model, cluster_size=200, n_probes=1)
-    uninstall(model)
+    detach(model)
     assert parameters(model) == before
 
 
@@ -163,7 +163,7 @@ def test_memory_added_is_the_index():
     ids = 2 * 4 * vocab_size
     assert added <= centroids + dequantised + per_cluster + ids + 50_000
     assert added < rows / 5
-    uninstall(model)
+    detach(model)
     del head, index
     gc.collect()
     assert mx.get_active_memory() <= before + 50_000

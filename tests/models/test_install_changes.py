@@ -7,7 +7,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_flashhead.models.install import get_flash_head, install, uninstall
+from mlx_flashhead.models.install import detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
 from tiny_models import tiny_index, tiny_model
 
@@ -80,12 +80,12 @@ def test_changes_are_refused(how, change):
         change(model)
     message = str(error.value)
     assert "output projection under FlashHead cannot be changed" in message
-    assert "mlx_flashhead.uninstall(model) first" in message
+    assert "mlx_flashhead.detach(model) first" in message
     assert "\n" not in message
     assert parameters(model) == before
     assert [id(module) for module in model.modules()] == modules
     assert mx.array_equal(model(TOKENS), logits)
-    uninstall(model)
+    detach(model)
     assert parameters(model) == before
 
 
@@ -131,12 +131,12 @@ def test_deepcopy_is_independent(how):
     copied.freeze()
     assert len(tree_flatten(model.trainable_parameters())) == trainable
 
-    uninstall(model)
+    detach(model)
     assert get_flash_head(copied) is other
     assert parameters(model) == before
     assert mx.allclose(model(TOKENS), tiny_model(**how)(TOKENS))
     assert not mx.allclose(copied(TOKENS), dense)  # its norms have other weights
-    uninstall(copied)
+    detach(copied)
     head_module(copied).weight = head_module(copied).weight * 0
     assert parameters(model) == before
 
@@ -145,12 +145,12 @@ def test_installing_twice_and_uninstalling_nothing():
     model, head = installed({})
     before = parameters(model)
     index = tiny_index(tiny_model())
-    with pytest.raises(ValueError, match=r"already installed.*: uninstall it first\.$"):
+    with pytest.raises(ValueError, match=r"already installed.*: detach it first\.$"):
         install(model, index.token_ids, index.centroids, n_probes=4)
     assert get_flash_head(model) is head
-    uninstall(model)
+    detach(model)
     with pytest.raises(ValueError, match="no FlashHead on this model"):
-        uninstall(model)
+        detach(model)
     assert parameters(model) == before
     installed_again = install(model, index.token_ids, index.centroids, n_probes=3, backend="mlx")
     assert get_flash_head(model) is installed_again

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from kernel_cases import kernels, on_gpu, to_numpy
-from mlx_flashhead import generate, get_flash_head, stream_generate, uninstall
+from mlx_flashhead import detach, generate, get_flash_head, stream_generate
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.models.load import install_index, load_dense
 from mlx_flashhead.models.locate import find_head, recorded_hidden
@@ -49,7 +49,7 @@ def portable(real):
     model, tokenizer, index = real
     install_index(model, index, backend="mlx")
     answers = [streamed(model, tokenizer, prompt) for prompt in PROMPTS]
-    uninstall(model)
+    detach(model)
     return answers
 
 
@@ -61,7 +61,7 @@ def on_kernels(real):
         install_index(model, index, backend="metal")
         assert get_flash_head(model).backend == "metal"
         yield model, tokenizer, emulator
-        uninstall(model)
+        detach(model)
 
 
 @pytest.mark.parametrize("which", range(len(PROMPTS)))
@@ -105,7 +105,7 @@ def test_logits_are_the_portable_ones(real, on_kernels):
     ids = mx.array(tokenizer.encode(PROMPTS[1]))[None]
     found = to_numpy(model(ids))[0]
     index = real[2]
-    uninstall(model)
+    detach(model)
     install_index(model, index, backend="mlx")
     expected = to_numpy(model(ids))[0]
     assert found.shape == expected.shape == (ids.size, get_flash_head(model).vocab_size)

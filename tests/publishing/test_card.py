@@ -39,6 +39,7 @@ REPORT = {
     ],
 }
 CONFIG = FlashHeadConfig(
+    vocab_size=128_256,
     n_clusters=8016,
     cluster_size=16,
     n_probes=256,

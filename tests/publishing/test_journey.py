@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import huggingface_hub
+import mlx_lm
 
 from loopback_hub import TOKEN
+from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME
 from model_folders import contents, write_model
 
 
@@ -35,6 +37,49 @@ def program(hub, cache, code, *, check=True, **environment):
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+def test_a_flash_head_of_its_own_travels(hub, tmp_path):
+    """One user makes and uploads it, another one uses it with the same model at 4 bits."""
+    dense = write_model(tmp_path / "dense", tied=False)
+    mlx_lm.convert(str(dense), str(tmp_path / "quantized"), quantize=True)
+    card = "---\nlicense: llama3.2\n---\n"
+    text = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n"
+    put_model(hub, "maker/Llama-Tiny", dense, **{"README.md": card, "LICENSE.txt": text})
+    put_model(hub, "other/Llama-Tiny-4bit", tmp_path / "quantized")
+    made = program(
+        hub, tmp_path / "maker",
+        ["-m", "mlx_flashhead.convert", "--model", "maker/Llama-Tiny", "--index-only", "--upload",
+         "--calibration-positions", "200", "--mlx-path", str(tmp_path / "head")],
+    )  # fmt: skip
+    repo_id = "me/Llama-Tiny-FlashHead"
+    assert made.stdout.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
+    files = hub.files(repo_id)
+    assert files == contents(tmp_path / "head")
+    assert {*files} == {FILE_NAME, SETTINGS_NAME, "README.md", "LICENSE.txt", "NOTICE.txt"}
+    card = files["README.md"].decode()
+    metadata = huggingface_hub.ModelCard(card).data.to_dict()
+    assert (metadata["base_model"], metadata["base_model_relation"]) == (
+        "maker/Llama-Tiny",
+        "adapter",
+    )
+    assert metadata["license"] == "llama3.2" and "**Built with Llama**" in card
+    command = f"mlx_flashhead.generate --model maker/Llama-Tiny --flash-head {repo_id} --prompt"
+    assert command in card and "| probes | agreement |" in card
+    assert "Derived: flash_head.index was computed" in files["NOTICE.txt"].decode()
+    used = program(
+        hub, tmp_path / "user",
+        ["-m", "mlx_flashhead.generate", "--model", "other/Llama-Tiny-4bit",
+         "--flash-head", repo_id, "--prompt", "One", "--max-tokens", "3", "--no-build"],
+    )  # fmt: skip
+    assert "was made from another form of these rows" in used.stderr
+    assert "Generation: 3 tokens" in used.stdout
+    # uploaded again from its folder, beside weights that stay
+    hub.put(repo_id, {"model.safetensors": b"kept"})
+    upload = ["-m", "mlx_flashhead.upload", "--path", str(tmp_path / "head"), "--repo", repo_id]
+    again = program(hub, tmp_path / "maker", upload)
+    assert again.stdout.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
+    assert hub.files(repo_id)["model.safetensors"] == b"kept"
 
 
 def test_from_hub_to_hub_as_a_user_does(hub, tmp_path):

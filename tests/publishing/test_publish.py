@@ -5,13 +5,11 @@ import logging
 import time
 
 import huggingface_hub.constants
-import mlx.core as mx
 import pytest
 
 import mlx_flashhead
 from loopback_hub import TOKEN, Account, Repository
 from mlx_flashhead.conversion.pipeline import convert
-from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.publishing import licences
@@ -257,7 +255,7 @@ def test_derived_name(hub, dense, tmp_path, flags, name):
 def test_derived_names_are_names_that_the_hub_takes(name, licence, expected):
     licence = licences.recognise({"license": licence}, [])
     origin = Origin(name, None, None, {}, licence, ())
-    found = checkpoint_name(origin, Matrix(mx.zeros((2, 2))), None)
+    found = checkpoint_name(origin, "fp32")
     assert found == expected
     huggingface_hub.utils.validate_repo_id(f"me/{found}")
 

@@ -36,7 +36,10 @@ def test_defaults_are_left_out_but_the_seed():
     assert recipe(quantize=True)["command"].startswith(
         "mlx_flashhead.convert --hf-path maker/Model -q --seed"
     )
-    assert "--quant-predicate FUNCTION" in recipe(quant_predicate=lambda *_: True)["command"]
+    assert (
+        "--quant-predicate FUNCTION"
+        in recipe(quantize=True, quant_predicate=lambda *_: True)["command"]
+    )
 
 
 def test_files_are_named_without_their_folders(tmp_path):

@@ -1,0 +1,1 @@
+"""A FlashHead apart from its model: found, built at first use, kept, and attached."""

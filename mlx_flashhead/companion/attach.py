@@ -1,0 +1,126 @@
+"""Puts a FlashHead on a model that is in memory, from wherever it can be had."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from ..head.flash_head import FlashHead
+from ..models.errors import UnsupportedHeadError
+from ..models.install import get_flash_head
+from ..models.load import install_index
+from ..models.locate import find_head
+from . import cache
+from .build import build as build_index
+from .look_up import Found, given
+
+BUILD, REFUSE, DENSE = "build", "refuse", "dense"
+Say = Callable[[str], None]
+
+
+def attach(
+    model: nn.Module,
+    tokenizer: Any,
+    flash_head: str | Path | None = None,
+    *,
+    n_probes: int | None = None,
+    backend: str | None = None,
+    build: bool = True,
+    progress: bool = True,
+) -> FlashHead:
+    """Puts a FlashHead on a dense mlx-lm model; `detach` takes it off again.
+
+    Args:
+        model: Any mlx-lm model, with its adapters, and quantized as it is to be.
+        tokenizer: Its tokenizer, as mlx-lm wraps it.
+        flash_head: A folder or a Hugging Face repository that holds one; default: the one that was
+            built for this model before, else a new one.
+        n_probes: Clusters scored per token; default: the number that the FlashHead names.
+        backend: "metal", "mlx" or None to choose.
+        build: Build one if there is none, which takes minutes and is done once.
+        progress: Say on standard error what is done, with bars.
+
+    Returns:
+        The FlashHead, which is installed.
+
+    Raises:
+        ValueError: If there is none and none is built, if it belongs to another model or is
+            damaged, or if an argument is not valid. The model is then unchanged.
+    """
+    name = Path(str(getattr(tokenizer, "name_or_path", "") or type(model).__module__)).name
+    say = teller(progress)
+    found = given(flash_head)
+    missing = BUILD if build else REFUSE
+    installed = install_found(
+        model, tokenizer, found, name,
+        n_probes=n_probes, backend=backend, missing=missing, progress=progress, say=say,
+    )  # fmt: skip
+    assert installed is not None  # only DENSE leaves it out
+    return installed
+
+
+def install_found(
+    model: nn.Module,
+    tokenizer: Any,
+    found: Found | None,
+    name: str,
+    *,
+    n_probes: int | None,
+    backend: str | None,
+    missing: str = BUILD,
+    progress: bool,
+    say: Say,
+) -> FlashHead | None:
+    """Installs the FlashHead that was found, else one that is kept.
+
+    Args:
+        model: A dense mlx-lm model.
+        tokenizer: Its tokenizer.
+        found: A FlashHead of the user's or of the model's folder.
+        name: What the model is called.
+        n_probes: Clusters scored per token; default: the number that the FlashHead names.
+        backend: "metal", "mlx" or None to choose.
+        missing: What is done where there is none: ``BUILD`` one, ``REFUSE``, or leave the model
+            ``DENSE``.
+        progress: Show bars.
+        say: Told what is done.
+
+    Returns:
+        The FlashHead, or None for a model that is left dense.
+
+    Raises:
+        ValueError: As in :func:`attach`.
+    """
+    if get_flash_head(model) is not None:
+        raise ValueError("FlashHead is already installed on this model: detach it first.")
+    try:
+        location = find_head(model)
+    except UnsupportedHeadError:
+        if missing == DENSE and found is None:
+            return None
+        raise
+    found = found or cache.find(location.rows(), say)
+    if found is None:
+        if missing == DENSE:
+            return None
+        if missing == REFUSE:
+            raise ValueError(
+                f"There is no FlashHead of {name} yet: let it be built (without --no-build, in one "
+                "process), name one with --flash-head, or use the model dense (--dense)."
+            )
+        found = build_index(model, tokenizer, location, name=name, say=say, progress=progress)
+    return install_index(
+        model, found.index, n_probes=n_probes, backend=backend, source=found.source, say=say
+    )
+
+
+def teller(progress: bool) -> Say:
+    """A function that says a sentence on standard error, or nothing."""
+
+    def say(text: str) -> None:
+        if progress:
+            print(text, file=sys.stderr, flush=True)
+
+    return say

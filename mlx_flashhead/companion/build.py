@@ -1,0 +1,68 @@
+"""Builds the FlashHead of a model at its first use, and keeps it."""
+
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+import mlx.nn as nn
+
+from ..conversion.options import IndexOptions
+from ..conversion.pipeline import make_index
+from ..models.locate import HeadLocation, check_plain_product
+from ..publishing.recipe import make_recipe
+from . import cache
+from .look_up import Found
+
+INDEX_ONLY = "--index-only"
+
+
+def build(
+    model: nn.Module,
+    tokenizer: Any,
+    location: HeadLocation,
+    *,
+    name: str,
+    say: Callable[[str], None],
+    progress: bool = True,
+) -> Found:
+    """Builds a FlashHead, unless another process does: then the one that it has built.
+
+    Args:
+        model: A dense mlx-lm model.
+        tokenizer: Its tokenizer.
+        location: Its head.
+        name: What the model is called, without a path of this machine.
+        say: Told what is done and where it is kept, or why it is not.
+        progress: Show bars.
+
+    Raises:
+        ValueError: If the model does not allow it.
+    """
+    check_plain_product(location)
+    rows = location.rows()
+    place = cache.place_of(rows)
+    with cache.one_at_a_time(place, say):
+        found = cache.find(rows, lambda _: None)
+        if found is not None:
+            return found
+        say(
+            f"Building the FlashHead of {name}, which is done once and takes a few minutes. It is "
+            f"kept in {place}."
+        )
+        options = IndexOptions()
+        options.check_size(rows.n_rows)
+        recipe = make_recipe(
+            {INDEX_ONLY: True}, model=name, revision=None, seed=options.seed, name=name
+        )
+        with redirect_stdout(sys.stderr):  # standard output is the command's own
+            index = make_index(model, tokenizer, location, options, None, recipe, progress=progress)
+        try:
+            cache.keep(index, place)
+        except (OSError, ValueError) as error:
+            reason = str(error).partition(": choose")[0].rstrip(".")
+            say(
+                f"The FlashHead was not kept ({reason}): it is built again next time, unless "
+                f"{cache.HOME_VARIABLE} names a place that can be written."
+            )
+    return Found(index, str(place))

@@ -1,0 +1,160 @@
+"""The FlashHeads that were built on this machine, found by what the model's head is.
+
+Each is a folder, written whole or not at all. Its name is the fingerprint of the rows and the
+version of the recipe, so a model that moved or is called otherwise finds its own.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..head.matrix import Matrix
+from ..index.files import FlashHeadIndex, read_index, read_settings, write_companion
+from ..index.fit import check_fit
+from ..index.new_folder import new_folder
+from ..index.settings import FlashHeadConfig
+from .look_up import Found
+
+HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
+# Raised where a build makes something else than before: what older ones made is then built anew.
+RECIPE = 1
+_NAME_LENGTH = 24  # of the 64 characters of a fingerprint
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A FlashHead that is kept.
+
+    Attributes:
+        folder: Where.
+        config: What it says of itself; None if it is damaged.
+    """
+
+    folder: Path
+    config: FlashHeadConfig | None
+
+    @property
+    def nbytes(self) -> int:
+        """Its size on the disk."""
+        return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+
+    @property
+    def built_at(self) -> float:
+        """When it was built, in seconds of the epoch."""
+        return self.folder.stat().st_mtime
+
+
+def home() -> Path:
+    """Where FlashHeads are kept: ``$MLX_FLASHHEAD_HOME``, else ``~/.cache/mlx_flashhead``."""
+    named = os.environ.get(HOME_VARIABLE)
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "mlx_flashhead"
+
+
+def entries() -> list[Entry]:
+    """All that are kept, the latest first."""
+    folders = [folder for folder in _shelf().glob("[!.]*") if folder.is_dir()]
+    found = []
+    for folder in folders:
+        try:
+            found.append(Entry(folder, read_settings(folder)))
+        except (ValueError, OSError):
+            found.append(Entry(folder, None))
+    return sorted(found, key=lambda entry: entry.built_at, reverse=True)
+
+
+def place_of(rows: Matrix) -> Path:
+    """Where the FlashHead of these rows is kept, whether it is there or not."""
+    return _shelf() / f"{rows.fingerprint()[:_NAME_LENGTH]}-{RECIPE}"
+
+
+def find(rows: Matrix, say: Say) -> Found | None:
+    """The FlashHead that was built for these rows, or for another form of them.
+
+    Args:
+        rows: A model's, in token order.
+        say: Told where an entry is damaged, which then counts as missing.
+    """
+    own = place_of(rows)
+    index = _read(own, say) if own.is_dir() else None
+    return _nearest(rows, own) if index is None else Found(index, str(own))
+
+
+def keep(index: FlashHeadIndex, place: Path) -> None:
+    """Keeps a FlashHead; a damaged one in its place is replaced.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left behind then.
+        ValueError: Likewise, in a sentence.
+    """
+    with new_folder(place) as folder:
+        write_companion(folder, index)
+
+
+def remove(entry: Entry) -> None:
+    """Deletes a FlashHead."""
+    shutil.rmtree(entry.folder)
+
+
+@contextmanager
+def one_at_a_time(place: Path, say: Say) -> Iterator[None]:
+    """Within the block, no other process builds what is kept in ``place``.
+
+    Where nothing can be written there is no lock either.
+
+    Args:
+        place: Of the FlashHead.
+        say: Told where another process is waited for.
+    """
+    lock = FileLock(home() / "locks" / f"{place.name}.lock")
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say("Another process is building the FlashHead of this model: waiting for it.")
+            lock.acquire()
+    except OSError:
+        yield
+        return
+    with lock:
+        lock.release()  # the block has a count of its own
+        yield
+
+
+def _shelf() -> Path:
+    return home() / "flash_heads"
+
+
+def _nearest(rows: Matrix, own: Path) -> Found | None:
+    """The entry whose rows are nearest, of those that are near."""
+    best, best_cosine = None, 0.0
+    for entry in entries():
+        of_this_recipe = entry.folder.name.endswith(f"-{RECIPE}") and entry.folder != own
+        if not of_this_recipe or entry.config is None or entry.config.vocab_size != rows.n_rows:
+            continue
+        index = _read(entry.folder, lambda _: None)
+        try:
+            if index is None or index.hidden_size != rows.hidden_size:
+                continue
+            check_fit(index, rows, str(entry.folder))
+        except ValueError:
+            continue
+        cosine = index.sketch.likeness(rows).cosine
+        if cosine > best_cosine:
+            best, best_cosine = Found(index, str(entry.folder)), cosine
+    return best
+
+
+def _read(folder: Path, say: Say) -> FlashHeadIndex | None:
+    try:
+        return read_index(folder)
+    except (ValueError, OSError) as error:
+        say(f"{str(error).partition(': ')[0]}: it is built anew.")
+        return None

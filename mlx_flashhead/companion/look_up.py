@@ -1,0 +1,88 @@
+"""Where a FlashHead is looked for before one is built: where the user says, in the model's folder.
+
+Nothing is looked for on the network but what the user names.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..index.files import (
+    CONFIG_NAME,
+    FILE_NAME,
+    SETTINGS_NAME,
+    FlashHeadIndex,
+    has_flash_head,
+    is_written_here,
+    read_index,
+)
+from ..models.load import resolve
+
+FILES = [FILE_NAME, SETTINGS_NAME, CONFIG_NAME]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A FlashHead, and where it was.
+
+    Attributes:
+        index: The FlashHead.
+        source: Its folder or repository, for what is said.
+    """
+
+    index: FlashHeadIndex
+    source: str
+
+
+def given(flash_head: str | Path | None) -> Found | None:
+    """The FlashHead that the user names.
+
+    Args:
+        flash_head: A folder or a Hugging Face repository; None: none is named.
+
+    Raises:
+        ValueError: If there is no such folder or repository, or it holds no FlashHead.
+    """
+    if flash_head is None:
+        return None
+    return Found(read_index(resolve(str(flash_head), files=FILES)), str(flash_head))
+
+
+def inside(folder: Path, say: Callable[[str], None]) -> Found | None:
+    """The FlashHead in a model's folder.
+
+    Args:
+        folder: The model's.
+        say: Told where the settings speak of an index that is not there.
+
+    Raises:
+        ValueError: If it is damaged or of another version.
+    """
+    if has_flash_head(folder):
+        return Found(read_index(folder), str(folder))
+    if is_written_here(folder):
+        say(
+            f"{folder} names a FlashHead, but {FILE_NAME} is not there (other programs that save "
+            "the model leave it out), so it is looked for elsewhere."
+        )
+    return None
+
+
+def add_look_up_options(group: Any) -> None:
+    """Adds ``--flash-head`` and ``--no-build`` to a command's arguments."""
+    group.add_argument(
+        "--flash-head",
+        metavar="FOLDER_OR_REPO",
+        help="Take the FlashHead from there (default: from the model's folder, else the one that "
+        "was built for this model before, else a new one is built once and kept).",
+    )
+    group.add_argument(
+        "--no-build", action="store_true", help="Refuse to build a FlashHead where there is none."
+    )
+
+
+def look_up_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The same as arguments of ``load``."""
+    return {"flash_head": args.flash_head, "build": not args.no_build}

@@ -1,0 +1,88 @@
+"""A few rows of a head, by which an index tells whether other rows are near enough for it.
+
+An index fits every precision of the rows it was made from almost as well as its own. Mean cosine of
+64 rows with the same rows in bfloat16, and their lengths, on SmolLM2-135M and Gemma-3-270M:
+
+==========================  ======  ==============
+rows                        cosine  lengths differ
+==========================  ======  ==============
+8 bits                      0.9999  0.2 %
+4 bits, groups of 64        0.994   0.4 %
+mxfp4                       0.991   0.4 %
+4 bits, groups of 128       0.991   0.7 %
+noise of a tenth            0.994   0.5 %
+noise of a fifth            0.978   2 %
+3 bits, groups of 64        0.973   2 %
+2 bits, groups of 64        0.884   6 %
+other rows of the model     0.43    –
+==========================  ======  ==============
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..head.matrix import Matrix, as_float32
+
+MIN_COSINE, MAX_LENGTH_CHANGE = 0.97, 0.05
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How near the rows of a model are to those of a sketch.
+
+    Attributes:
+        cosine: Mean cosine of a row with its counterpart.
+        length_change: Median change of a row's length, as a share of it.
+    """
+
+    cosine: float
+    length_change: float
+
+    @property
+    def near(self) -> bool:
+        """Whether an index of the one serves the other."""
+        return self.cosine >= MIN_COSINE and self.length_change <= MAX_LENGTH_CHANGE
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Evenly spaced rows of a head, without regard to how they are stored.
+
+    Attributes:
+        directions: (64, D) float16 rows of length 1.
+        lengths: (64,) float32.
+    """
+
+    directions: mx.array
+    lengths: mx.array
+
+    @classmethod
+    def of(cls, rows: Matrix) -> "Sketch":
+        """The sketch of a head's rows."""
+        sample = as_float32(rows.sample().dequantized(mx.float32))
+        lengths = np.linalg.norm(sample, axis=1)
+        directions = sample / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None]
+        return cls(mx.array(directions.astype(np.float16)), mx.array(lengths))
+
+    def fits(self, hidden_size: int) -> bool:
+        """Whether the arrays are those of rows of that width."""
+        n_rows = self.directions.shape[0] if self.directions.ndim else 0
+        return (
+            self.directions.shape == (n_rows, hidden_size)
+            and self.lengths.shape == (n_rows,)
+            and self.directions.dtype == mx.float16
+            and self.lengths.dtype == mx.float32
+        )
+
+    def likeness(self, rows: Matrix) -> Likeness:
+        """Compares with rows of the same shape (V, D)."""
+        other = Sketch.of(rows)
+        cosines = (as_float32(self.directions) * as_float32(other.directions)).sum(axis=1)
+        mine, theirs = np.array(self.lengths), np.array(other.lengths)
+        there = np.maximum(mine, theirs) > 0  # rows of zeros say nothing
+        change = np.abs(theirs - mine)[there] / np.maximum(mine, theirs)[there]
+        if not there.any():
+            return Likeness(1.0, 0.0)
+        return Likeness(float(cosines[there].mean()), float(np.median(change)))

@@ -1,0 +1,94 @@
+"""Runs another program with a FlashHead under its ``mlx_lm.load``; the program stays as it is."""
+
+import importlib.util
+import runpy
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+from .cli.arguments import Parser, whole_number
+from .cli.console import sentence
+from .companion.look_up import add_look_up_options, look_up_options
+from .companion.under import put_under_load
+
+
+def make_parser() -> Parser:
+    """The command's arguments."""
+    parser = Parser(
+        prog="mlx_flashhead.run",
+        description="Run another program with a FlashHead under its mlx_lm.load. Where none can be "
+        "had, the program runs dense, with one warning.",
+        usage="mlx_flashhead.run [options] (-m MODULE | PROGRAM) [its arguments]",
+    )
+    parser.add_argument(
+        "--n-probes",
+        type=whole_number(1),
+        help="Clusters scored per token (default: the number that the FlashHead names).",
+    )
+    add_look_up_options(parser)
+    parser.add_argument("-m", dest="module", metavar="MODULE", help="A module, as python -m does.")
+    parser.add_argument(
+        "program",
+        nargs="?",
+        metavar="PROGRAM",
+        help="A Python file, or the name of a program that is installed as one.",
+    )
+    return parser
+
+
+def main() -> None:
+    """Entry point of ``mlx_flashhead.run``."""
+    parser = make_parser()
+    own = _own_part(sys.argv[1:])
+    args, rest = parser.parse_args(own), sys.argv[1 + len(own) :]
+    if args.module is None and args.program is None:
+        parser.error("-m MODULE or a program is needed, such as -m mlx_lm.server")
+    script = None if args.module is not None else _script(parser, args.program)
+    if args.module is not None and importlib.util.find_spec(args.module.split(".")[0]) is None:
+        parser.error(f"there is no module {args.module} here")
+    try:
+        put_under_load(n_probes=args.n_probes, **look_up_options(args))
+    except (ValueError, OSError) as error:
+        parser.error(sentence(error))
+    # what the program does from here on is its own affair, its errors too
+    if script is None:
+        sys.argv[1:] = rest
+        with warnings.catch_warnings():
+            # mlx_lm has imported some of its programs
+            warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+            runpy.run_module(args.module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = [str(script), *rest]
+        sys.path[0] = str(script.parent)
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def _own_part(words: list[str]) -> list[str]:
+    """The words up to the program's name: what follows is the program's, whatever it looks like."""
+    i = 0
+    while i < len(words):
+        if words[i] == "-m":
+            return words[: i + 2]
+        if not words[i].startswith("-"):
+            return words[: i + 1]
+        takes_value = words[i] in ("--n-probes", "--flash-head")
+        i += 2 if takes_value else 1
+    return words
+
+
+def _script(parser: Parser, name: str) -> Path:
+    file = Path(name).expanduser()
+    if file.is_file():
+        return file.resolve()
+    installed = shutil.which(name)
+    if installed is None:
+        parser.error(f"there is no file and no program {name}")
+    with open(installed, "rb") as opened:
+        if b"python" not in opened.readline():
+            parser.error(f"{installed} is no Python program")
+    return Path(installed)
+
+
+if __name__ == "__main__":
+    main()

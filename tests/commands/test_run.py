@@ -1,0 +1,166 @@
+"""``run``: other programs with a FlashHead under their ``mlx_lm.load``."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import mlx_lm
+import pytest
+
+from mlx_flashhead.index.files import write_companion
+from model_folders import write_model
+from tiny_models import tiny_index
+
+CHECKOUT = Path(__file__).parents[2]
+DENSE = "Without FlashHead: "
+# A program that knows nothing of FlashHead, and that takes load in two ways.
+PROGRAM = """
+import sys
+import mlx_lm
+from mlx_lm.utils import load
+
+for function in (load, mlx_lm.load):
+    model, tokenizer = function(sys.argv[1])
+    print(type(model.model.embed_tokens).__mro__[1].__name__, __name__, *sys.argv[2:])
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, its FlashHead apart, and a program."""
+    place = tmp_path_factory.mktemp("run")
+    model = write_model(place / "model")
+    (place / "head").mkdir()
+    write_companion(place / "head", tiny_index(mlx_lm.load(str(model))[0]))
+    (place / "program.py").write_text(PROGRAM)
+    return place
+
+
+def command(*words):
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
+    return [sys.executable, "-m", "mlx_flashhead.run", *map(str, words)], environment
+
+
+def run(place, *words, typed=""):
+    """(exit code, standard output, standard error) of ``mlx_flashhead.run``."""
+    words, environment = command(*words)
+    result = subprocess.run(
+        words, cwd=place, env=environment, input=typed, capture_output=True, text=True
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_a_program_and_its_arguments(place):
+    code, output, errors = run(place, "--flash-head", "head", "program.py", "model", "--n-probes")
+    assert code == 0, errors
+    assert output.splitlines() == 2 * ["_FlashEmbedding __main__ --n-probes"]
+    assert DENSE not in errors
+
+
+def test_dense_with_one_warning_where_there_is_none(place):
+    code, output, errors = run(place, "--no-build", "program.py", "model")
+    assert code == 0
+    assert output.splitlines() == 2 * ["Module __main__"]
+    assert errors.count(DENSE) == 1 and "There is no FlashHead of model yet" in errors
+
+
+def test_a_model_that_is_not_there_is_the_programs_affair(place):
+    code, _, errors = run(place, "--no-build", "program.py", "./absent")
+    assert code == 1 and "Traceback" in errors and DENSE not in errors
+
+
+@pytest.mark.parametrize(
+    "words, printed",
+    [
+        (("mlx_lm.generate", "--prompt", "One", "--max-tokens", 4), "Generation: 4 tokens"),
+        (("mlx_lm.chat", "--max-tokens", 4), "mlx_lm.chat"),
+        (("mlx_lm.benchmark", "-p", 8, "-g", 4, "-n", 1), "Averages: prompt_tps="),
+        (
+            ("mlx_lm.perplexity", "--data-path", "data", "--sequence-length", 16, "--num-samples",
+             2, "--batch-size", 1),
+            "Perplexity: ",
+        ),
+    ],
+)  # fmt: skip
+def test_programs_of_mlx_lm(place, words, printed):
+    (place / "data").mkdir(exist_ok=True)
+    (place / "data" / "train.jsonl").write_text(json.dumps({"text": "One day " * 9}) + "\n")
+    code, output, errors = run(
+        place, "--flash-head", "head", "-m", *words, "--model", "model", typed="One\nq\n"
+    )
+    assert code == 0, errors
+    assert printed in output and DENSE not in errors
+
+
+def test_the_server_of_mlx_lm(place):
+    words, environment = command(
+        "--flash-head", "head", "-m", "mlx_lm.server", "--model", "model", "--port", "0",
+        "--log-level", "DEBUG",
+    )  # fmt: skip
+    # port 0 is not told, so a free one is chosen
+    words[words.index("0")] = str(port := free_port())
+    with subprocess.Popen(
+        words, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    ) as server:  # fmt: skip
+        said = ""
+        while f"at 127.0.0.1 on port {port}" not in said:
+            line = server.stdout.readline()
+            assert line, said
+            said += line
+        body = {"messages": [{"role": "user", "content": "One"}], "max_tokens": 3}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] <= 3
+        server.send_signal(signal.SIGINT)
+        said += server.communicate(timeout=60)[0]
+    assert DENSE not in said
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def test_a_program_from_pypi(place, monkeypatch):
+    """llm with its plugin llm-mlx, by the name it is installed under."""
+    pytest.importorskip("llm_mlx")
+    user = place / "llm"
+    user.mkdir()
+    models = {str(place / "model"): {"aliases": ["tiny"]}}
+    (user / "llm-mlx.json").write_text(json.dumps(models))
+    monkeypatch.setenv("LLM_USER_PATH", str(user))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    words = ("llm", "-m", "tiny", "One day", "-o", "max_tokens", 5)
+    code, output, errors = run(place, "--flash-head", "head", *words)
+    assert code == 0, errors
+    assert output.strip() and DENSE not in errors
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ((), "-m MODULE or a program is needed"),
+        (("-m", "no_such_module"), "there is no module no_such_module here"),
+        (("no_such_program",), "there is no file and no program no_such_program"),
+        (("ls",), "is no Python program"),
+        (("--n-probes", 0, "program.py"), "--n-probes is 0: give a whole number of 1 or more"),
+        (("--flash-head", "model", "program.py"), "holds no FlashHead"),
+        (("--flash-head", "./absent", "program.py"), "There is no folder ./absent"),
+    ],
+)
+def test_mistakes(refused, place, monkeypatch, words, said):
+    monkeypatch.chdir(place)
+    errors = refused("run", *words)
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and said in errors
