@@ -15,9 +15,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..companion.load import load
 from ..head.formats import USUAL_GROUP
 from ..models.install import install, installed_head
-from ..models.load import load, load_dense, resolve
+from ..models.load import load_dense, resolve
 from .head import CLUSTER_SIZE, random_centroids
 
 DENSE, FLASH_HEAD = "dense", "FlashHead"

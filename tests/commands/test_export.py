@@ -118,5 +118,6 @@ def test_export_refuses_flags(refused, converted, tmp_path, monkeypatch, argumen
 
 
 def test_export_refuses_models(refused, dense, output):
-    assert "without FlashHead" in refused("export", "--model", dense, "--output", output)
+    said = refused("export", "--model", dense, "--output", output, "--no-build")
+    assert "no FlashHead of model yet" in said
     assert "There is no folder" in refused("export", "--model", "./absent", "--output", output)

@@ -11,8 +11,11 @@ import time
 import pytest
 
 import mlx_flashhead
+from mlx_flashhead.index.files import write_companion
+from mlx_flashhead.models.load import load_dense
 from model_folders import VOCAB_SIZE
 from server_process import CHECKOUT, serving
+from tiny_models import tiny_index
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
 PROMPT = "One day"
@@ -141,11 +144,16 @@ def test_dense_may_be_asked_for(converted, expected, tmp_path):
         assert complete(server, extra_body={"n_probes": 1}) == expected["few"]
 
 
-def test_dense_models_are_served_and_the_log_says_so(dense, expected, tmp_path):
-    with serving(tmp_path, "--model", dense) as server:
-        assert f"{dense} dense at http" in server.line
-        assert f"{dense} is not a FlashHead checkpoint, so it is served dense" in server.log()
-        assert complete(server) == expected["dense"]
+def test_a_flash_head_of_its_own(dense, refused, expected, tmp_path):
+    """It is given; without it one would be built before the server says that it is ready."""
+    said = refused("server", "--model", dense, "--port", 0, "--no-build")
+    assert "no FlashHead of model yet" in said
+    (tmp_path / "head").mkdir()
+    write_companion(tmp_path / "head", tiny_index(load_dense(dense)[0], n_probes=1))
+    with serving(tmp_path, "--model", dense, "--flash-head", tmp_path / "head") as server:
+        assert f"{dense} with FlashHead at http" in server.line
+        assert complete(server) != expected["dense"]
+        assert complete(server, extra_body={"dense": True}) == expected["dense"]
 
 
 @pytest.mark.parametrize(
@@ -198,8 +206,8 @@ def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
     broken.mkdir()
     for file in converted.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    (broken / "flash_head.index").unlink()
-    assert "flash_head.index is missing" in refused("server", "--model", broken, "--port", 0)
+    (broken / "flash_head.index").write_bytes(b"x")
+    assert "damaged or incomplete" in refused("server", "--model", broken, "--port", 0)
     (broken / "flash_head.index").write_bytes((converted / "flash_head.index").read_bytes())
     (broken / "model.safetensors").write_bytes(b"none")
     assert "cannot load the model" in refused("server", "--model", broken, "--port", 0)
