@@ -75,7 +75,7 @@ def _product(layer: nn.Module, x: mx.array) -> mx.array:
     # float32 arrays are views of MLX's memory
     matrix = np.asarray(weight.astype(mx.float32))
     states = np.asarray(x.astype(mx.float32))
-    product = mx.array(states.reshape(-1, states.shape[-1]) @ matrix.T)
+    product = _to_mlx(states.reshape(-1, states.shape[-1]) @ matrix.T)
     product = product.reshape(*x.shape[:-1], len(matrix)).astype(x.dtype)
     return product + layer.bias if "bias" in layer else product
 
@@ -103,4 +103,9 @@ def _attention(
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
     mixed = scores.reshape(batch, groups, -1, scores.shape[-1]) @ held
-    return mx.array(mixed.reshape(batch, heads, length, -1)).astype(queries.dtype)
+    return _to_mlx(mixed.reshape(batch, heads, length, -1)).astype(queries.dtype)
+
+
+def _to_mlx(array: np.ndarray) -> mx.array:
+    # mx.array of a numpy array loses a Ctrl-C that comes meanwhile, a memoryview does not
+    return mx.array(memoryview(array))

@@ -178,7 +178,7 @@ def test_convert(run, dense, tmp_path):
     screen, (one,) = check_outputs(
         run, tmp_path, "convert", "--model", dense, "--calibration-positions", 40
     )
-    assert one["calibration"]["positions"] == 40
+    assert 40 <= one["calibration"]["positions"] < 50  # kinds are rounded up
     assert "clustering" in screen and "total" in screen
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.png"]
 
