@@ -12,6 +12,7 @@ import numpy as np
 from .benchmarks import estimate
 from .benchmarks.conversion import convert_benchmark, index_benchmark
 from .benchmarks.draft import PROBES, draft_benchmark
+from .benchmarks.first_use import first_use_benchmark
 from .benchmarks.head import CLUSTER_SIZE, SHAPES, head_benchmark, random_head
 from .benchmarks.host import host_benchmark
 from .benchmarks.machine import machine
@@ -33,6 +34,7 @@ from .models.install import dense_copy, installed_head
 
 DTYPES = ("float32", "float16", "bfloat16")
 HEAD, POSITIONS, MODEL, CONVERT = "head", "positions", "model", "convert"
+FIRST_USE = "first-use"
 SAMPLER, DRAFT, ESTIMATE = "sampler", "draft", "estimate"
 HOST, MEMORY = "host", "memory"
 SAMPLER_WIDTH = 64  # of the random heads: a sampler reads the clusters, not the rows
@@ -52,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_positions(kinds)
     _add_model(kinds)
     _add_convert(kinds)
+    _add_first_use(kinds)
     _add_sampler(kinds)
     _add_draft(kinds)
     _add_host(kinds)
@@ -203,6 +206,19 @@ def _add_convert(kinds) -> None:
     _add_common(parser, rounds=None)
 
 
+def _add_first_use(kinds) -> None:
+    parser = kinds.add_parser(
+        FIRST_USE,
+        help="time the first token of a model's first use",
+        description="Time each stage up to the first token of a model that is used for the first "
+        "time, and of its second use. Nothing that is kept for other uses is touched.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="Folder or repository of a model without a FlashHead."
+    )
+    _add_common(parser, rounds=None)
+
+
 def _add_sampler(kinds) -> None:
     parser = kinds.add_parser(
         SAMPLER,
@@ -299,6 +315,7 @@ def main() -> None:
         POSITIONS: _positions,
         MODEL: _model,
         CONVERT: _convert,
+        FIRST_USE: _first_use,
         SAMPLER: _sampler,
         DRAFT: _draft,
         HOST: _host,
@@ -413,6 +430,10 @@ def _convert(args: argparse.Namespace) -> list[dict]:
         return [convert_benchmark(args.model, calibration_positions=positions)]
     name, (vocab_size, hidden_size) = args.shape
     return [{"name": name} | index_benchmark(vocab_size, hidden_size, positions)]
+
+
+def _first_use(args: argparse.Namespace) -> list[dict]:
+    return [first_use_benchmark(args.model)]
 
 
 def _draft(args: argparse.Namespace) -> list[dict]:

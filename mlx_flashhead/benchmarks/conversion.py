@@ -20,23 +20,28 @@ from ..conversion.positions import Positions
 from ..head.matrix import Matrix
 
 # The functions of each stage, by the module that calls them.
+INDEX_STAGES = (
+    ("given text", "conversion.mix", "given_positions"),
+    ("written text", "conversion.mix", "written_positions"),
+    ("given text", "conversion.pipeline", "text_states"),
+    ("clustering", "conversion.indexing", "cluster_rows"),
+    ("centroids", "conversion.indexing", "fit_centroids"),
+    ("report", "conversion.indexing", "measure_positions"),
+)
 STAGES = (
-    ("loading", "pipeline", "load_dense"),
-    ("bits", "pipeline", "set_bits"),
-    ("given text", "mix", "given_positions"),
-    ("written text", "mix", "written_positions"),
-    ("given text", "pipeline", "text_states"),
-    ("clustering", "indexing", "cluster_rows"),
-    ("centroids", "indexing", "fit_centroids"),
-    ("report", "indexing", "measure_positions"),
-    ("writing", "pipeline", "save"),
-    ("writing", "pipeline", "write_index"),
+    ("loading", "conversion.pipeline", "load_dense"),
+    ("bits", "conversion.pipeline", "set_bits"),
+    *INDEX_STAGES,
+    ("writing", "conversion.pipeline", "save"),
+    ("writing", "conversion.pipeline", "write_index"),
 )
 TOTAL, OTHER = "total", "other"
 
 
 @contextmanager
-def stage_times() -> Iterator[dict[str, float]]:
+def stage_times(
+    stages: tuple[tuple[str, str, str], ...] = STAGES,
+) -> Iterator[dict[str, float]]:
     """Within the block, adds up the seconds of each stage, and of all else at its end."""
     seconds: dict[str, float] = {}
 
@@ -50,9 +55,9 @@ def stage_times() -> Iterator[dict[str, float]]:
 
         return call
 
-    package = __package__.rpartition(".")[0] + ".conversion"
+    package = __package__.rpartition(".")[0]
     with ExitStack() as stack:
-        for stage, module_name, name in STAGES:
+        for stage, module_name, name in stages:
             module = importlib.import_module(f"{package}.{module_name}")
             function = getattr(module, name)
             stack.callback(setattr, module, name, function)

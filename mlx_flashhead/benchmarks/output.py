@@ -24,6 +24,7 @@ def print_result(result: dict) -> None:
         "positions": _positions_table,
         "model": _model_table,
         "convert": _convert_table,
+        "first-use": _first_use_table,
         "sampler": _sampler_table,
         "draft": _draft_table,
         "host": _host_table,
@@ -136,6 +137,22 @@ def _convert_table(one: dict) -> "Table":
     return table
 
 
+def _first_use_table(one: dict) -> "Table":
+    table = new_table(
+        f"First use of {one['model']}: {one['n_probes']} of {one['n_clusters']:,} clusters",
+        ("stage", "s", "second use, s"),
+    )
+    for stage, seconds in one["seconds"].items():
+        again = one["again"].get(stage)
+        table.add_row(
+            stage,
+            f"{seconds:.1f}",
+            "" if again is None else f"{again:.1f}",
+            style="bold" if stage == TOTAL else None,
+        )
+    return table
+
+
 def _sampler_table(one: dict) -> "Table":
     table = new_table(
         f"{one['name']}: V={one['vocab_size']:,}, {one['n_probes']} of {one['n_clusters']:,} "
@@ -210,6 +227,7 @@ def draw(result: dict, path: str) -> None:
         "positions": _draw_positions,
         "model": _draw_model,
         "convert": _draw_convert,
+        "first-use": _draw_convert,
         "sampler": _draw_sampler,
         "draft": _draw_draft,
         "host": _draw_host,
@@ -264,7 +282,8 @@ def _draw_convert(axis, one: dict) -> None:
     for stage, seconds in one["seconds"].items():
         if stage != TOTAL:
             axis.bar_label(axis.barh(stage, seconds, color="tab:blue"), fmt=" %.1f")
-    axis.set(title=f"Conversion of {one.get('name') or one['model']}", xlabel="s")
+    what = "First use" if "again" in one else "Conversion"
+    axis.set(title=f"{what} of {one.get('name') or one['model']}", xlabel="s")
     axis.margins(x=0.1)
 
 

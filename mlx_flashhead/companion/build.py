@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..conversion.duration import expected_seconds, in_words
 from ..conversion.options import IndexOptions
 from ..conversion.pipeline import make_index
 from ..models.locate import HeadLocation, check_plain_product
@@ -46,12 +47,13 @@ def build(
         found = cache.find(rows, lambda _: None)
         if found is not None:
             return found
-        say(
-            f"Building the FlashHead of {name}, which is done once and takes a few minutes. It is "
-            f"kept in {place}."
-        )
         options = IndexOptions()
         options.check_size(rows.n_rows)
+        duration = in_words(expected_seconds(rows, options))
+        say(
+            f"Building the FlashHead of {name}. This is done once and takes about {duration} at "
+            f"most. It is kept in {place}."
+        )
         recipe = make_recipe(
             {INDEX_ONLY: True}, model=name, revision=None, seed=options.seed, name=name
         )

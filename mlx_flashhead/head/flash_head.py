@@ -74,6 +74,14 @@ class FlashHead:
         self._draw_temperature: float | None = None
         self._watchers: tuple[ref[LatestCall], ...] = ()
 
+    def __getstate__(self) -> dict:
+        """Everything but what belongs to this process: kernels, and those who watch."""
+        return {k: v for k, v in vars(self).items() if k not in ("_steps", "_watchers")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _watchers=())
+        self._steps, self.backend_reason = make_steps(self.clustered, self._backend_asked)
+
     def __repr__(self) -> str:
         return (
             f"FlashHead(vocab_size={self.vocab_size}, hidden_size={self.hidden_size}, "

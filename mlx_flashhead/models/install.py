@@ -9,7 +9,6 @@ in the model's own order when it is read.
 
 import copy
 import sys
-from types import CodeType
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ import numpy as np
 
 from ..head.centroids import Centroids
 from ..head.flash_head import FlashHead
-from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
+from .locate import EMBEDDING, Asker, HeadLocation, check_plain_product, find_head
 
 # What the classes below are mixed into: their own base while types are checked.
 if TYPE_CHECKING:
@@ -161,8 +160,27 @@ def _prefix(path: str) -> str:
 
 
 def _subclass(module: nn.Module, mixin: type) -> None:
-    base = type(module)
-    module.__class__ = type(base.__name__, (mixin, base), {"__module__": base.__module__})
+    module.__class__ = _class_of(mixin, type(module))
+
+
+def _class_of(mixin: type, base: type) -> type:
+    return type(base.__name__, (mixin, base), {"__module__": base.__module__})
+
+
+def _unpickled(mixin: type, base: type, arrays: dict, attributes: dict) -> nn.Module:
+    cls = _class_of(mixin, base)
+    module = cls.__new__(cls)
+    dict.update(module, arrays)
+    vars(module).update(attributes)
+    return module
+
+
+class _Pickled:
+    """A module whose class is made for it, which pickle could not find by its name."""
+
+    def __reduce_ex__(self, protocol):
+        mixin, base = type(self).__bases__
+        return _unpickled, (mixin, base, dict(dict.items(self)), dict(vars(self)))
 
 
 def installed_module(model: nn.Module) -> nn.Module | None:
@@ -183,7 +201,7 @@ def _refuse_update(target, parameters) -> None:
             _refuse_update(part, given)
 
 
-class _FlashParent(_Module):
+class _FlashParent(_Pickled, _Module):
     """A module around an installed one: refuses an update of it before it changes anything."""
 
     def update(self, parameters, strict=True):  # type: ignore[override]  # as nn.Module's
@@ -191,7 +209,7 @@ class _FlashParent(_Module):
         return super().update(parameters, strict)
 
 
-class _FlashModule(_Module):
+class _FlashModule(_Pickled, _Module):
     """An installed module.
 
     Its dict holds None in place of each array that the FlashHead keeps. Reading such an array gives
@@ -199,7 +217,7 @@ class _FlashModule(_Module):
     """
 
     _flash_head: FlashHead
-    _asked_by: CodeType | None
+    _asked_by: Asker | None
 
     def _project(self, hidden: mx.array) -> mx.array:
         """(..., D) → (..., V): the model's logits, or the product with all rows for other uses.
@@ -207,9 +225,9 @@ class _FlashModule(_Module):
         Gradients do not pass through the choice of clusters, so training uses all rows. So do calls
         from other places of the model's code: gemma4_text finds tokens by their embeddings.
         """
-        asked_by, usual = sys._getframe(2).f_code, self._asked_by
-        elsewhere = usual is not None and asked_by is not usual
-        same_file = usual is not None and asked_by.co_filename == usual.co_filename
+        asked_by, usual = Asker.of(sys._getframe(2).f_code), self._asked_by
+        elsewhere = usual is not None and asked_by != usual
+        same_file = usual is not None and asked_by.file == usual.file
         if self.training or (elsewhere and same_file):
             return self._flash_head.dense_logits(hidden)
         return self._flash_head(hidden)

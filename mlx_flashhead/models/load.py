@@ -13,7 +13,7 @@ from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME, FlashHeadIndex
 from ..index.fit import check_fit
 from ..index.redaction import redact
-from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
+from .compat.utils import DEFAULT_ALLOW_PATTERNS, download, load_adapters
 from .install import install
 from .locate import find_head
 
@@ -64,8 +64,30 @@ def load_dense(folder: Path, **kwargs: Any):
     Raises:
         ValueError: If mlx-lm cannot load it, in one sentence.
     """
+    adapter_path = kwargs.pop("adapter_path", None)
     with loading(folder):
-        return mlx_lm.load(str(folder), return_config=True, **kwargs)
+        loaded: Any = mlx_lm.load(str(folder), return_config=True, **kwargs)
+    model, tokenizer, config = loaded
+    if adapter_path is not None:
+        model = _adapted(model, adapter_path)
+    return model, tokenizer, config
+
+
+def _adapted(model: nn.Module, adapter_path: str) -> nn.Module:
+    """The model with LoRA adapters, as ``mlx_lm.load`` puts them on it.
+
+    Raises:
+        ValueError: If there are none, or they do not fit the model.
+    """
+    try:
+        model = load_adapters(model, adapter_path)
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): check "
+            "--adapter-path."
+        ) from error
+    model.eval()
+    return model
 
 
 @contextmanager

@@ -21,13 +21,24 @@ from .errors import UnsupportedHeadError
 LINEAR, EMBEDDING = "__call__", "as_linear"
 
 
+class Asker(NamedTuple):
+    """A function of a model's code."""
+
+    file: str
+    name: str
+
+    @classmethod
+    def of(cls, code: CodeType) -> "Asker":
+        return cls(code.co_filename, code.co_qualname)
+
+
 class _Call(NamedTuple):
     """A call of a layer that may be the head."""
 
     module: nn.Module
     method: str
     width: int  # of the output
-    asked_by: CodeType
+    asked_by: Asker
     hidden_dtype: mx.Dtype
 
 
@@ -39,14 +50,14 @@ class HeadLocation:
         module: The output projection itself.
         path: Its dotted name in the model, such as "lm_head" or "model.embed_tokens".
         method: "__call__" for a linear layer, "as_linear" for a tied embedding.
-        asked_by: The code of the model that asks it for the logits; None if that is not known.
+        asked_by: The function of the model that asks it for the logits; None if that is not known.
         hidden_dtype: Dtype of its input states.
     """
 
     module: nn.Module
     path: str
     method: str
-    asked_by: CodeType | None = None
+    asked_by: Asker | None = None
     hidden_dtype: mx.Dtype = mx.float32
 
     @property
@@ -92,7 +103,7 @@ def find_head(model: nn.Module) -> HeadLocation:
         if not (isinstance(hidden, mx.array) and isinstance(output, mx.array)):
             return
         if mx.issubdtype(hidden.dtype, mx.floating):
-            asked_by = sys._getframe(2).f_code  # past the observer
+            asked_by = Asker.of(sys._getframe(2).f_code)  # past the observer
             calls.append(_Call(module, method, output.shape[-1], asked_by, hidden.dtype))
 
     name = type(model).__module__.rsplit(".", 1)[-1]

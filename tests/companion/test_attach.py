@@ -48,7 +48,7 @@ def test_first_use_builds_and_the_second_does_not(folder, quick, capfd, flash_he
     output, errors = capfd.readouterr()
     (entry,) = cache.entries()
     assert output == ""
-    assert "Building the FlashHead of My-Model, which is done once and takes" in errors
+    assert "Building the FlashHead of My-Model. This is done once and takes about" in errors
     assert f"It is kept in {entry.folder}." in errors
     assert all(bar in errors for bar in ("Reading", "Writing", "Clustering", "Fitting"))
     assert entry.folder.is_relative_to(flash_head_home)

@@ -157,3 +157,16 @@ def test_model_that_mlx_lm_cannot_load(folder, spoil):
         rf"mlx-lm cannot load the model in {folder} \(.*\w\)",
         "check or fetch it again",
     )
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"num_layers": 1}'])
+def test_adapters_that_are_none(folder, tmp_path, content):
+    adapters = tmp_path / "adapters"
+    if content is not None:
+        adapters.mkdir()
+        (adapters / "adapter_config.json").write_text(content)
+    refused(
+        lambda: load(str(folder), adapter_path=str(adapters)),
+        f"adapters in {adapters} cannot be put on this model",
+        "check --adapter-path",
+    )

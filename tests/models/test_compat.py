@@ -96,6 +96,7 @@ CALLS = {
     ),
     "mlx_lm.utils._download": (("path_or_hf_repo",), ("revision", "allow_patterns")),
     "mlx_lm.utils.dequantize_model": (("model",), ()),
+    "mlx_lm.utils.load_adapters": (("model", "adapter_path"), ()),
     "mlx_lm.utils.maybe_set_recommended_wired_limit": ((), ()),
     "mlx_lm.utils.quantize_model": (
         ("model", "config", "group_size", "bits"),

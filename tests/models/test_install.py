@@ -1,6 +1,7 @@
 """FlashHead on a whole model: the same logits, the same parameters, and the way back."""
 
 import gc
+import pickle
 
 import mlx.core as mx
 import numpy as np
@@ -9,6 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 from mlx_flashhead.models.install import dense_copy, detach, get_flash_head, install
+from mlx_flashhead.models.load import install_index
 from mlx_flashhead.models.locate import find_head, recorded_hidden
 from tiny_models import tiny_index, tiny_model
 
@@ -196,3 +198,17 @@ def test_nothing_is_evaluated(how):
     model = tiny_model(**how)
     installed(model)
     assert mx.compile(lambda tokens: model(tokens))(TOKENS).shape == (2, 4, 203)
+
+
+@pytest.mark.parametrize("form", [{}, {"tied": False, "bits": 4}, {"dtype": mx.bfloat16}], ids=str)
+def test_a_model_with_a_flash_head_pickles(form):
+    model = tiny_model(**form)
+    tokens = mx.array([[3, 1, 7]])
+    dense = model(tokens)
+    install_index(model, tiny_index(model))
+    copied = pickle.loads(pickle.dumps(model))
+    assert mx.array_equal(copied(tokens), model(tokens))
+    assert get_flash_head(copied) is not get_flash_head(model)
+    detach(copied)
+    assert type(copied) is type(tiny_model())
+    assert mx.array_equal(copied(tokens), dense)

@@ -3,6 +3,7 @@
 from mlx_lm.utils import (
     DEFAULT_ALLOW_PATTERNS,
     dequantize_model,
+    load_adapters,
     maybe_set_recommended_wired_limit,
     quantize_model,
     save,
@@ -14,6 +15,7 @@ __all__ = [
     "DEFAULT_ALLOW_PATTERNS",
     "dequantize_model",
     "download",
+    "load_adapters",
     "maybe_set_recommended_wired_limit",
     "quantize_model",
     "save",

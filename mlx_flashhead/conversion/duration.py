@@ -1,0 +1,43 @@
+"""How long the index of a head should take on this machine, told before the work."""
+
+import time
+
+import numpy as np
+
+from ..head.matrix import Matrix
+from .options import IndexOptions
+
+# Passes over all centroids, and over all rows for each position, that cost as much as clustering,
+# fitting and measuring do.
+CLUSTER_PASSES, POSITION_PASSES = 8, 6
+SAMPLE = 1024  # rows and columns of the product that tells the machine's speed
+
+
+def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
+    """About how long an index takes at most: the time limit of the text, and that of the products.
+
+    Args:
+        rows: The head's.
+        options: How the index is made.
+    """
+    n_clusters = -(-rows.n_rows // options.cluster_size)
+    passes = CLUSTER_PASSES * n_clusters + POSITION_PASSES * options.calibration_positions
+    products = 2.0 * rows.n_rows * rows.hidden_size * passes / _operations_per_second()
+    return options.calibration_seconds + products
+
+
+def in_words(seconds: float) -> str:
+    """A duration as it is told: "a minute" or "7 minutes", rounded up."""
+    minutes = max(1, -(-round(seconds) // 60))
+    return "a minute" if minutes == 1 else f"{minutes} minutes"
+
+
+def _operations_per_second() -> float:
+    """Of a product of floats by numpy, which multiplies nearly all that is multiplied."""
+    matrix = np.ones((SAMPLE, SAMPLE), dtype=np.float32)
+    best = np.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * SAMPLE**3 / best
