@@ -20,7 +20,7 @@ def make_parser() -> Parser:
         "--remove",
         nargs="+",
         metavar="ID_OR_MODEL",
-        help="Remove those of these identifiers, their beginnings, or models.",
+        help="Remove the FlashHeads of these identifiers, beginnings of them, or models.",
     )
     what.add_argument("--remove-all", action="store_true", help="Remove all of them.")
     return parser
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def print_entries(kept: list[Entry]) -> None:
-    """Prints what is kept as one table."""
+    """Prints the kept FlashHeads as one table."""
     if not kept:
         print(f"No FlashHead is kept in {home()}.")
         return

@@ -36,7 +36,7 @@ def make_parser():
     group.add_argument(
         "--n-probes",
         type=whole_number(1),
-        help="Clusters scored per token (default: the number that the FlashHead names).",
+        help="Clusters scored per token (default: the FlashHead's own number).",
     )
     add_look_up_options(group)
     group.add_argument(

@@ -1,4 +1,4 @@
-"""Runs another program with a FlashHead under its ``mlx_lm.load``; the program stays as it is."""
+"""Runs another program, unchanged, with a FlashHead under its ``mlx_lm.load``."""
 
 import importlib.util
 import runpy
@@ -17,14 +17,14 @@ def make_parser() -> Parser:
     """The command's arguments."""
     parser = Parser(
         prog="mlx_flashhead.run",
-        description="Run another program with a FlashHead under its mlx_lm.load. Where none can be "
-        "had, the program runs dense, with one warning.",
+        description="Run another program with a FlashHead under its mlx_lm.load. Without one, the "
+        "program runs dense, with one warning.",
         usage="mlx_flashhead.run [options] (-m MODULE | PROGRAM) [its arguments]",
     )
     parser.add_argument(
         "--n-probes",
         type=whole_number(1),
-        help="Clusters scored per token (default: the number that the FlashHead names).",
+        help="Clusters scored per token (default: the FlashHead's own number).",
     )
     add_look_up_options(parser)
     parser.add_argument("-m", dest="module", metavar="MODULE", help="A module, as python -m does.")
@@ -32,7 +32,7 @@ def make_parser() -> Parser:
         "program",
         nargs="?",
         metavar="PROGRAM",
-        help="A Python file, or the name of a program that is installed as one.",
+        help="A Python file, or the name of an installed Python program.",
     )
     return parser
 
@@ -46,12 +46,12 @@ def main() -> None:
         parser.error("-m MODULE or a program is needed, such as -m mlx_lm.server")
     script = None if args.module is not None else _script(parser, args.program)
     if args.module is not None and importlib.util.find_spec(args.module.split(".")[0]) is None:
-        parser.error(f"there is no module {args.module} here")
+        parser.error(f"there is no module {args.module}: check -m")
     try:
         put_under_load(n_probes=args.n_probes, **look_up_options(args))
     except (ValueError, OSError) as error:
         parser.error(sentence(error))
-    # what the program does from here on is its own affair, its errors too
+    # from here on errors are the program's own
     if script is None:
         sys.argv[1:] = rest
         with warnings.catch_warnings():
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _own_part(words: list[str]) -> list[str]:
-    """The words up to the program's name: what follows is the program's, whatever it looks like."""
+    """The words up to the program's name. All later words are the program's."""
     i = 0
     while i < len(words):
         if words[i] == "-m":
@@ -86,7 +86,7 @@ def _script(parser: Parser, name: str) -> Path:
         parser.error(f"there is no file and no program {name}")
     with open(installed, "rb") as opened:
         if b"python" not in opened.readline():
-            parser.error(f"{installed} is no Python program")
+            parser.error(f"{installed} is not a Python program")
     return Path(installed)
 
 

@@ -1,4 +1,4 @@
-"""Puts a FlashHead on a model that is in memory, from wherever it can be had."""
+"""Puts a FlashHead on a model in memory: a given one, a kept one, or a new one."""
 
 import sys
 from collections.abc import Callable
@@ -30,24 +30,24 @@ def attach(
     build: bool = True,
     progress: bool = True,
 ) -> FlashHead:
-    """Puts a FlashHead on a dense mlx-lm model; `detach` takes it off again.
+    """Puts a FlashHead on a dense mlx-lm model. `detach` takes it off again.
 
     Args:
-        model: Any mlx-lm model, with its adapters, and quantized as it is to be.
-        tokenizer: Its tokenizer, as mlx-lm wraps it.
-        flash_head: A folder or a Hugging Face repository that holds one; default: the one that was
+        model: Any mlx-lm model, with its final adapters and bits.
+        tokenizer: Its tokenizer in mlx-lm's wrapper.
+        flash_head: A folder or a Hugging Face repository of a FlashHead; default: the one that was
             built for this model before, else a new one.
-        n_probes: Clusters scored per token; default: the number that the FlashHead names.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
-        build: Build one if there is none, which takes minutes and is done once.
-        progress: Say on standard error what is done, with bars.
+        build: Build one if there is none, once, in a few minutes.
+        progress: Print steps and bars on standard error.
 
     Returns:
-        The FlashHead, which is installed.
+        The installed FlashHead.
 
     Raises:
-        ValueError: If there is none and none is built, if it belongs to another model or is
-            damaged, or if an argument is not valid. The model is then unchanged.
+        ValueError: If there is none and none may be built, if it belongs to another model or is
+            damaged, or if an argument is not valid. The model stays unchanged.
     """
     name = Path(str(getattr(tokenizer, "name_or_path", "") or type(model).__module__)).name
     say = teller(progress)
@@ -73,22 +73,21 @@ def install_found(
     progress: bool,
     say: Say,
 ) -> FlashHead | None:
-    """Installs the FlashHead that was found, else one that is kept.
+    """Installs the found FlashHead, else a kept one.
 
     Args:
         model: A dense mlx-lm model.
         tokenizer: Its tokenizer.
         found: A FlashHead of the user's or of the model's folder.
-        name: What the model is called.
-        n_probes: Clusters scored per token; default: the number that the FlashHead names.
+        name: The model's name.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
-        missing: What is done where there is none: ``BUILD`` one, ``REFUSE``, or leave the model
-            ``DENSE``.
+        missing: Without one, ``BUILD`` it, ``REFUSE``, or leave the model ``DENSE``.
         progress: Show bars.
-        say: Told what is done.
+        say: Called with a sentence at each step.
 
     Returns:
-        The FlashHead, or None for a model that is left dense.
+        The FlashHead, or None for a model that stays dense.
 
     Raises:
         ValueError: As in :func:`attach`.

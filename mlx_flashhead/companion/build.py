@@ -27,18 +27,18 @@ def build(
     say: Callable[[str], None],
     progress: bool = True,
 ) -> Found:
-    """Builds a FlashHead, unless another process does: then the one that it has built.
+    """Builds a FlashHead, or waits for another process that builds it.
 
     Args:
         model: A dense mlx-lm model.
         tokenizer: Its tokenizer.
         location: Its head.
-        name: What the model is called, without a path of this machine.
-        say: Told what is done and where it is kept, or why it is not.
+        name: The model's name, without a path of this machine.
+        say: Called with a sentence at each step.
         progress: Show bars.
 
     Raises:
-        ValueError: If the model does not allow it.
+        ValueError: If the model cannot have one.
     """
     check_plain_product(location)
     rows = location.rows()
@@ -65,6 +65,6 @@ def build(
             reason = str(error).partition(": choose")[0].rstrip(".")
             say(
                 f"The FlashHead was not kept ({reason}): it is built again next time, unless "
-                f"{cache.HOME_VARIABLE} names a place that can be written."
+                f"{cache.HOME_VARIABLE} names a writable place."
             )
     return Found(index, str(place))

@@ -1,7 +1,7 @@
-"""The FlashHeads that were built on this machine, found by what the model's head is.
+"""The FlashHeads that were built on this machine, found by the rows of the model's head.
 
-Each is a folder, written whole or not at all. Its name is the fingerprint of the rows and the
-version of the recipe, so a model that moved or is called otherwise finds its own.
+Each is a folder, written completely or not at all. Its name is the fingerprint of the rows and the
+version of the recipe, so a moved or renamed model finds its own.
 """
 
 import os
@@ -21,7 +21,7 @@ from ..index.settings import FlashHeadConfig
 from .look_up import Found
 
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
-# Raised where a build makes something else than before: what older ones made is then built anew.
+# Version of the recipe. A new one builds all FlashHeads again.
 RECIPE = 1
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint
 
@@ -30,11 +30,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Entry:
-    """A FlashHead that is kept.
+    """A kept FlashHead.
 
     Attributes:
-        folder: Where.
-        config: What it says of itself; None if it is damaged.
+        folder: Its folder.
+        config: Its settings; None if it is damaged.
     """
 
     folder: Path
@@ -52,13 +52,13 @@ class Entry:
 
 
 def home() -> Path:
-    """Where FlashHeads are kept: ``$MLX_FLASHHEAD_HOME``, else ``~/.cache/mlx_flashhead``."""
+    """The folder of kept FlashHeads: ``$MLX_FLASHHEAD_HOME``, else ``~/.cache/mlx_flashhead``."""
     named = os.environ.get(HOME_VARIABLE)
     return Path(named).expanduser() if named else Path.home() / ".cache" / "mlx_flashhead"
 
 
 def entries() -> list[Entry]:
-    """All that are kept, the latest first."""
+    """All kept FlashHeads, the latest first."""
     folders = [folder for folder in _shelf().glob("[!.]*") if folder.is_dir()]
     found = []
     for folder in folders:
@@ -70,7 +70,7 @@ def entries() -> list[Entry]:
 
 
 def place_of(rows: Matrix) -> Path:
-    """Where the FlashHead of these rows is kept, whether it is there or not."""
+    """The place of these rows' FlashHead, which may not exist yet."""
     return _shelf() / f"{rows.fingerprint()[:_NAME_LENGTH]}-{RECIPE}"
 
 
@@ -79,7 +79,7 @@ def find(rows: Matrix, say: Say) -> Found | None:
 
     Args:
         rows: A model's, in token order.
-        say: Told where an entry is damaged, which then counts as missing.
+        say: Called with a sentence for a damaged entry, which counts as missing.
     """
     own = place_of(rows)
     index = _read(own, say) if own.is_dir() else None
@@ -87,11 +87,11 @@ def find(rows: Matrix, say: Say) -> Found | None:
 
 
 def keep(index: FlashHeadIndex, place: Path) -> None:
-    """Keeps a FlashHead; a damaged one in its place is replaced.
+    """Keeps a FlashHead and replaces a damaged one in its place.
 
     Raises:
-        OSError: If it cannot be written; nothing is left behind then.
-        ValueError: Likewise, in a sentence.
+        OSError: If it cannot be written. Nothing is left behind.
+        ValueError: The same, in a sentence.
     """
     with new_folder(place) as folder:
         write_companion(folder, index)
@@ -104,13 +104,13 @@ def remove(entry: Entry) -> None:
 
 @contextmanager
 def one_at_a_time(place: Path, say: Say) -> Iterator[None]:
-    """Within the block, no other process builds what is kept in ``place``.
+    """Within the block, no other process builds the FlashHead of ``place``.
 
-    Where nothing can be written there is no lock either.
+    Without a writable place there is no lock.
 
     Args:
-        place: Of the FlashHead.
-        say: Told where another process is waited for.
+        place: The FlashHead's place.
+        say: Called with a sentence before it waits for another process.
     """
     lock = FileLock(home() / "locks" / f"{place.name}.lock")
     try:
@@ -124,7 +124,7 @@ def one_at_a_time(place: Path, say: Say) -> Iterator[None]:
         yield
         return
     with lock:
-        lock.release()  # the block has a count of its own
+        lock.release()  # the block holds the lock itself
         yield
 
 
@@ -133,7 +133,7 @@ def _shelf() -> Path:
 
 
 def _nearest(rows: Matrix, own: Path) -> Found | None:
-    """The entry whose rows are nearest, of those that are near."""
+    """The entry with the nearest rows, if any are near enough."""
     best, best_cosine = None, 0.0
     for entry in entries():
         of_this_recipe = entry.folder.name.endswith(f"-{RECIPE}") and entry.folder != own
@@ -156,5 +156,5 @@ def _read(folder: Path, say: Say) -> FlashHeadIndex | None:
     try:
         return read_index(folder)
     except (ValueError, OSError) as error:
-        say(f"{str(error).partition(': ')[0]}: it is built anew.")
+        say(f"{str(error).partition(': ')[0]}: it is built again.")
         return None

@@ -1,4 +1,4 @@
-"""Loads any model of mlx-lm with a FlashHead: mlx-lm loads it, then the FlashHead is attached."""
+"""Loads any model of mlx-lm and attaches a FlashHead."""
 
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ def load(
 ):
     """Loads a model with a FlashHead; takes ``mlx_lm.load``'s arguments and more.
 
-    The FlashHead is the one that is given, else the one in the model's folder, else the one that
-    was built for this model before. If there is none of these it is built and kept.
+    It takes the given FlashHead, else the one in the model's folder, else the one that was built
+    for this model before. Otherwise it builds one and keeps it.
 
     Args:
         path_or_hf_repo: A local folder or a Hugging Face repository: any model that mlx-lm loads.
@@ -47,18 +47,18 @@ def load(
         return_config: Also return the model's configuration.
         revision: Branch, tag or commit of the repository.
         trust_remote_code: Allow the repository's own Python code.
-        flash_head: A folder or a Hugging Face repository that holds a FlashHead.
-        build: Build a FlashHead if there is none, which takes minutes and is done once.
-        n_probes: Clusters scored per token; default: the number that the FlashHead names.
+        flash_head: A folder or a Hugging Face repository of a FlashHead.
+        build: Build a FlashHead if there is none, once, in a few minutes.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
-        progress: Say on standard error what is done, with bars.
+        progress: Print steps and bars on standard error.
 
     Returns:
         ``(model, tokenizer)``, with the configuration as a third item if asked for.
 
     Raises:
-        ValueError: If the model does not exist, if there is no FlashHead and none is built, if it
-            is damaged or belongs to another model, or if an argument is not valid.
+        ValueError: If the model does not exist, if there is no FlashHead and none may be built, if
+            it is damaged or belongs to another model, or if an argument is not valid.
     """
     loaded = load_or(
         BUILD if build else REFUSE,
@@ -86,16 +86,16 @@ def load_or(
     progress: bool = True,
     **options: Any,
 ):
-    """Loads a model with the FlashHead that there is; as :func:`load` but for its absence.
+    """Loads a model as :func:`load` does, with a choice for a missing FlashHead.
 
     Args:
-        missing: What is done where there is none, as in :func:`install_found`.
-        folder: The model's.
-        flash_head: A folder or a Hugging Face repository that holds a FlashHead.
-        n_probes: Clusters scored per token; default: the number that the FlashHead names.
+        missing: The choice, as in :func:`install_found`.
+        folder: The model's folder.
+        flash_head: A folder or a Hugging Face repository of a FlashHead.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
-        progress: Say on standard error what is done, with bars.
-        **options: Of ``mlx_lm.load``.
+        progress: Print steps and bars on standard error.
+        **options: Options of ``mlx_lm.load``.
 
     Returns:
         ``(model, tokenizer, config)``.
@@ -116,7 +116,7 @@ def load_or(
 def load_draft(
     path_or_hf_repo: str, *, n_probes: int | None = None, trust_remote_code: bool = False
 ):
-    """Loads a draft model, with its FlashHead if there is one; none is built.
+    """Loads a draft model, with its FlashHead if it has one. It builds none.
 
     The target verifies each draft, so fewer probes cost no exactness. By default a head drafts with
     a quarter of its own number.
@@ -162,8 +162,8 @@ def sharded_load(
 ):
     """Loads this process's part of a model: ``mlx_lm.utils.sharded_load`` with a FlashHead.
 
-    Several processes build none: the FlashHead is given, in the model's folder, or one that was
-    built before by a process that had the model to itself.
+    Several processes do not build a FlashHead. It is given, in the model's folder, or was built
+    before by a single process.
 
     Args:
         path_or_hf_repo: A folder at the same place on each machine, or a Hugging Face repository.
@@ -173,10 +173,10 @@ def sharded_load(
         return_config: Also return the model's configuration.
         tokenizer_config: Passed to the tokenizer.
         trust_remote_code: Allow the repository's own Python code.
-        flash_head: A folder or a Hugging Face repository that holds a FlashHead.
-        n_probes: Clusters scored per token; default: the number that the FlashHead names.
+        flash_head: A folder or a Hugging Face repository of a FlashHead.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
-        progress: Say on standard error what is done.
+        progress: Print steps on standard error.
 
     Returns:
         ``(model, tokenizer)``, with the configuration as a third item if asked for.

@@ -1,6 +1,6 @@
-"""Where a FlashHead is looked for before one is built: where the user says, in the model's folder.
+"""Finds a given FlashHead, or the one in the model's folder.
 
-Nothing is looked for on the network but what the user names.
+It asks the network only for repositories that the user names.
 """
 
 import argparse
@@ -25,11 +25,11 @@ FILES = [FILE_NAME, SETTINGS_NAME, CONFIG_NAME]
 
 @dataclass(frozen=True)
 class Found:
-    """A FlashHead, and where it was.
+    """A FlashHead and its source.
 
     Attributes:
         index: The FlashHead.
-        source: Its folder or repository, for what is said.
+        source: Its folder or repository, for messages.
     """
 
     index: FlashHeadIndex
@@ -43,7 +43,7 @@ def given(flash_head: str | Path | None) -> Found | None:
         flash_head: A folder or a Hugging Face repository; None: none is named.
 
     Raises:
-        ValueError: If there is no such folder or repository, or it holds no FlashHead.
+        ValueError: If the folder or repository does not exist or does not hold a FlashHead.
     """
     if flash_head is None:
         return None
@@ -54,8 +54,8 @@ def inside(folder: Path, say: Callable[[str], None]) -> Found | None:
     """The FlashHead in a model's folder.
 
     Args:
-        folder: The model's.
-        say: Told where the settings speak of an index that is not there.
+        folder: The model's folder.
+        say: Called with a sentence if the settings name a missing index.
 
     Raises:
         ValueError: If it is damaged or of another version.
@@ -64,8 +64,8 @@ def inside(folder: Path, say: Callable[[str], None]) -> Found | None:
         return Found(read_index(folder), str(folder))
     if is_written_here(folder):
         say(
-            f"{folder} names a FlashHead, but {FILE_NAME} is not there (other programs that save "
-            "the model leave it out), so it is looked for elsewhere."
+            f"{folder} names a FlashHead, but {FILE_NAME} is missing (other programs leave it out "
+            "when they save the model), so another one is used."
         )
     return None
 
@@ -75,14 +75,14 @@ def add_look_up_options(group: Any) -> None:
     group.add_argument(
         "--flash-head",
         metavar="FOLDER_OR_REPO",
-        help="Take the FlashHead from there (default: from the model's folder, else the one that "
-        "was built for this model before, else a new one is built once and kept).",
+        help="Source of the FlashHead (default: the model's folder, else the one that was built "
+        "for this model before, else a new one is built once and kept).",
     )
     group.add_argument(
-        "--no-build", action="store_true", help="Refuse to build a FlashHead where there is none."
+        "--no-build", action="store_true", help="Refuse to build a missing FlashHead."
     )
 
 
 def look_up_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The same as arguments of ``load``."""
+    """These flags as arguments of ``load``."""
     return {"flash_head": args.flash_head, "build": not args.no_build}

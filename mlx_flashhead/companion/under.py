@@ -1,4 +1,4 @@
-"""A FlashHead under ``mlx_lm.load``: programs that know nothing of it run with one."""
+"""A FlashHead under ``mlx_lm.load``, for programs that do not know FlashHead."""
 
 import sys
 from functools import wraps
@@ -15,15 +15,15 @@ from .look_up import given, inside
 def put_under_load(
     *, flash_head: str | Path | None = None, build: bool = True, n_probes: int | None = None
 ) -> None:
-    """From now on ``mlx_lm.load`` attaches a FlashHead to what it loads, where one can be had.
+    """From now on ``mlx_lm.load`` attaches a FlashHead to the models that it loads, if it can.
 
     Args:
-        flash_head: A folder or a Hugging Face repository that holds one.
+        flash_head: A folder or a Hugging Face repository of a FlashHead.
         build: Build one if there is none.
-        n_probes: Clusters scored per token; default: the number that the FlashHead names.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
 
     Raises:
-        ValueError: If the FlashHead that is given cannot be read.
+        ValueError: If the given FlashHead cannot be read.
     """
     found = given(flash_head)
     say = teller(True)
@@ -52,10 +52,10 @@ def put_under_load(
         @wraps(original)
         def load(path_or_hf_repo: Any, *arguments: Any, **options: Any) -> Any:
             try:
-                # mlx-lm would leave out the index of a repository
+                # mlx-lm does not download the index of a repository
                 folder = resolve(str(path_or_hf_repo), options.get("revision"))
             except ValueError:
-                return original(path_or_hf_repo, *arguments, **options)  # it says so in its own way
+                return original(path_or_hf_repo, *arguments, **options)  # with its own error
             loaded = original(path_or_hf_repo, *arguments, **options)
             attach_to(loaded[0], loaded[1], folder)
             return loaded

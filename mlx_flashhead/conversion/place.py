@@ -1,4 +1,4 @@
-"""Where a conversion writes: nothing of anybody else is replaced, and there is room."""
+"""The place of a conversion's result: it replaces nothing else, and the disk has room."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ GIGABYTE = 1e9
 
 
 def check_place(target: Path, overwrite: bool) -> None:
-    """Makes sure that the target may be written.
+    """Checks that the target may be written.
 
     Raises:
         ValueError: If it exists and may not be replaced.
@@ -31,7 +31,7 @@ def check_place(target: Path, overwrite: bool) -> None:
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Makes sure that what is read is not what is written.
+    """Checks that the model's folder and the target are apart.
 
     Raises:
         ValueError: If the folders are the same, or one lies in the other.
@@ -49,14 +49,14 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def check_room(target: Path, nbytes: int) -> None:
-    """Makes sure that the disk has room.
+    """Checks that the disk has room.
 
     Args:
-        target: Where something is written.
-        nbytes: About how much.
+        target: The place to write.
+        nbytes: Approximate size.
 
     Raises:
-        ValueError: If there is less, with both figures.
+        ValueError: If there is less room, with both figures.
     """
     folder = next(parent for parent in target.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free

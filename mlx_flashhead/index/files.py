@@ -1,11 +1,11 @@
 """Reads and writes a FlashHead: beside a model's weights, or in a folder of its own.
 
-A model's folder stays an ordinary mlx-lm folder. ``flash_head.index`` lies beside the weights and
-``config.json`` has one more key, and plain mlx-lm ignores both. In a folder of its own
-``flash_head.json`` has what stands under that key.
+A model's folder stays an ordinary mlx-lm folder. ``flash_head.index`` lies beside the weights, and
+``config.json`` has one more key. Plain mlx-lm ignores both. In a folder of its own the settings are
+in ``flash_head.json``.
 
-The index is a safetensors file of another name: mlx-swift-lm up to 3.31.4, and mlx-vlm where there
-is no ``model.safetensors.index.json``, load every ``*.safetensors`` and refuse unknown arrays.
+The index is a safetensors file with another ending, since mlx-swift-lm up to 3.31.4, and mlx-vlm
+without ``model.safetensors.index.json``, load every ``*.safetensors`` and refuse unknown arrays.
 """
 
 import json
@@ -34,7 +34,7 @@ class FlashHeadIndex:
         config: Settings and measured report.
         token_ids: (C, cluster_size) uint32, V in padded slots.
         centroids: Centroids, bias and tail offset.
-        sketch: A few of the rows that it was made from.
+        sketch: A sketch of its own rows.
     """
 
     config: FlashHeadConfig
@@ -80,7 +80,7 @@ def is_companion(folder: Path) -> bool:
 
 
 def is_written_here(folder: Path) -> bool:
-    """Whether a folder has the settings of a FlashHead, which no other program writes."""
+    """Whether a folder has the settings of a FlashHead."""
     try:
         return _settings(folder) is not None
     except ValueError:
@@ -122,7 +122,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
 
 
 def read_settings(folder: Path) -> FlashHeadConfig:
-    """Reads what a FlashHead says of itself, without its arrays.
+    """Reads the settings of a FlashHead, without its arrays.
 
     Raises:
         ValueError: If there is no FlashHead, or its settings are damaged or of another version.
@@ -156,11 +156,11 @@ def _write_arrays(folder: Path, index: FlashHeadIndex) -> None:
         "sketch.lengths": index.sketch.lengths,
     }
     arrays |= {f"centroids.{name}": array for name, array in centroids.matrix.arrays().items()}
-    # the fingerprint ties the file to its settings, which name the rows
+    # the fingerprint ties the file to its settings and the rows
     metadata = {"format": "mlx", "fingerprint": index.config.fingerprint}
     path = folder / FILE_NAME
     try:
-        with path.open("wb") as file:  # to a name MLX would add .safetensors
+        with path.open("wb") as file:  # MLX would add .safetensors to a name
             mx.save_safetensors(file, arrays, metadata=metadata)
     except OSError as error:
         error.filename = error.filename or str(path)

@@ -5,18 +5,18 @@ from .files import FlashHeadIndex
 
 
 def check_fit(index: FlashHeadIndex, rows: Matrix, source: str) -> str | None:
-    """Compares an index with rows that it may not have been made from.
+    """Compares an index with the rows of a model.
 
     Args:
         index: The index.
-        rows: A model's, in token order.
-        source: Where the index is from, for what is said.
+        rows: The model's rows, in token order.
+        source: Source of the index, for messages.
 
     Returns:
-        None for the rows that it was made from, and a sentence for rows that are near.
+        None for the index's own rows, a sentence for near rows.
 
     Raises:
-        ValueError: If they are others.
+        ValueError: If the rows are other ones.
     """
     config = index.config
     shape, own_shape = (rows.n_rows, rows.hidden_size), (config.vocab_size, index.hidden_size)

@@ -1,8 +1,8 @@
 """A folder or a file that is written completely or not at all.
 
 It is written under a temporary name beside its place and renamed at the end. A failure or an
-interruption leaves the disk as it was. What a process that was killed has left is removed by the
-next one that writes to the same place.
+interruption leaves the disk as it was. The next process that writes to the same place removes the
+remains of killed ones.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         The folder to write into.
 
     Raises:
-        ValueError: If nothing can be written there.
+        ValueError: If the place cannot be written.
     """
     missing_parents = [parent for parent in target.parents if not parent.exists()]
     folder, lock = None, None
@@ -92,10 +92,10 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """Marks a folder as one that is being written, as long as this process lives.
+    """Marks a folder as being written, as long as this process lives.
 
     Returns:
-        The descriptor that holds the lock, or None: it is held by another, or there are no locks.
+        The descriptor that holds the lock; None if another process holds it or locks do not exist.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -107,7 +107,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _tidy(target: Path) -> None:
-    """Removes what killed processes have left; what was replaced comes back if nothing did."""
+    """Removes the remains of killed processes, and restores a replaced folder if it is missing."""
     for folder in target.parent.glob(f".{target.name}.*"):
         if not folder.is_dir() or time.time() - folder.stat().st_mtime < YOUNG:
             continue

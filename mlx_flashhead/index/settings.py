@@ -1,4 +1,4 @@
-"""The settings of a FlashHead: all of it but the arrays."""
+"""The settings of a FlashHead: everything but its arrays."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -43,7 +43,7 @@ class FlashHeadConfig:
     version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """The form that is written as JSON."""
+        """The form for JSON."""
         return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
 
     @classmethod
@@ -52,7 +52,7 @@ class FlashHeadConfig:
 
         Args:
             values: The form.
-            source: Where it stands, for what is said.
+            source: Its place, for messages.
 
         Raises:
             ValueError: If the version is not this package's, or a key is missing or not valid.

@@ -1,7 +1,7 @@
-"""A few rows of a head, by which an index tells whether other rows are near enough for it.
+"""A few rows of a head, which show whether other rows are near enough for an index.
 
-An index fits every precision of the rows it was made from almost as well as its own. Mean cosine of
-64 rows with the same rows in bfloat16, and their lengths, on SmolLM2-135M and Gemma-3-270M:
+An index serves every precision of its rows almost as well as its own. Mean cosine of 64 rows with
+the same rows in bfloat16, and their lengths, on SmolLM2-135M and Gemma-3-270M:
 
 ==========================  ======  ==============
 rows                        cosine  lengths differ
@@ -30,7 +30,7 @@ MIN_COSINE, MAX_LENGTH_CHANGE = 0.97, 0.05
 
 @dataclass(frozen=True)
 class Likeness:
-    """How near the rows of a model are to those of a sketch.
+    """The likeness of a model's rows to those of a sketch.
 
     Attributes:
         cosine: Mean cosine of a row with its counterpart.
@@ -42,13 +42,13 @@ class Likeness:
 
     @property
     def near(self) -> bool:
-        """Whether an index of the one serves the other."""
+        """Whether an index of one serves the other."""
         return self.cosine >= MIN_COSINE and self.length_change <= MAX_LENGTH_CHANGE
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """Evenly spaced rows of a head, without regard to how they are stored.
+    """Evenly spaced rows of a head, independent of their format.
 
     Attributes:
         directions: (64, D) float16 rows of length 1.
@@ -67,7 +67,7 @@ class Sketch:
         return cls(mx.array(directions.astype(np.float16)), mx.array(lengths))
 
     def fits(self, hidden_size: int) -> bool:
-        """Whether the arrays are those of rows of that width."""
+        """Whether the arrays fit rows of that width."""
         n_rows = self.directions.shape[0] if self.directions.ndim else 0
         return (
             self.directions.shape == (n_rows, hidden_size)
@@ -81,7 +81,7 @@ class Sketch:
         other = Sketch.of(rows)
         cosines = (as_float32(self.directions) * as_float32(other.directions)).sum(axis=1)
         mine, theirs = np.array(self.lengths), np.array(other.lengths)
-        there = np.maximum(mine, theirs) > 0  # rows of zeros say nothing
+        there = np.maximum(mine, theirs) > 0  # rows of zeros have no direction
         change = np.abs(theirs - mine)[there] / np.maximum(mine, theirs)[there]
         if not there.any():
             return Likeness(1.0, 0.0)

@@ -146,7 +146,9 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd, kept):
     capfd.readouterr()
     load(str(folder))
     errors = capfd.readouterr().err
-    assert f"{file} cannot be read because it is damaged or incomplete: it is built anew." in errors
+    assert (
+        f"{file} cannot be read because it is damaged or incomplete: it is built again." in errors
+    )
     assert file.read_bytes() == content
     load(str(folder))
     assert capfd.readouterr().err == ""
@@ -271,5 +273,5 @@ def test_a_folder_whose_index_was_left_out(folder, quick, tmp_path, capfd):
     (converted / FILE_NAME).unlink()
     assert get_flash_head(load(str(converted))[0]) is not None
     errors = capfd.readouterr().err
-    assert f"{converted} names a FlashHead, but {FILE_NAME} is not there" in errors
+    assert f"{converted} names a FlashHead, but {FILE_NAME} is missing" in errors
     assert "Building" in errors
