@@ -1,4 +1,4 @@
-"""The first use of a model: the time to its first token, by stage, and that of the second use."""
+"""The first use of a model: the time to its first token by stage, and that of the second use."""
 
 import os
 import tempfile
@@ -24,14 +24,14 @@ STAGES = (
 
 
 def first_use_benchmark(model: str, *, prompt: str = "Why is the sky blue?") -> dict:
-    """Uses a model twice, in two processes, with a place of its own for what is built.
+    """Uses a model twice, in two processes, with a separate place for the built FlashHead.
 
     Args:
         model: A folder or repository without a FlashHead.
-        prompt: What is asked.
+        prompt: The prompt.
 
     Returns:
-        Seconds by stage of both uses, and what was built, JSON-ready.
+        Seconds by stage of both uses, and the built FlashHead, JSON-ready.
     """
     with tempfile.TemporaryDirectory() as home:
         first, second = (_alone(model, prompt, home) for _ in range(2))
@@ -60,7 +60,7 @@ def _use(model: str, prompt: str, home: str) -> dict:
 def answer(model, tokenizer, prompt: str) -> str:
     """The first piece of text of the answer to a prompt, through the chat template if there is one.
 
-    It stands by itself to be timed.
+    A function of its own, so that its time can be measured.
     """
     if tokenizer.has_chat_template:
         messages = [{"role": "user", "content": prompt}]

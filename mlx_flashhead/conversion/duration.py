@@ -1,4 +1,4 @@
-"""How long the index of a head should take on this machine, told before the work."""
+"""The expected time of building an index on this machine."""
 
 import time
 
@@ -7,18 +7,18 @@ import numpy as np
 from ..head.matrix import Matrix
 from .options import IndexOptions
 
-# Passes over all centroids, and over all rows for each position, that cost as much as clustering,
-# fitting and measuring do.
+# Passes over all centroids, and over all rows for each position, that take as long as clustering,
+# fitting and measuring.
 CLUSTER_PASSES, POSITION_PASSES = 8, 6
-SAMPLE = 1024  # rows and columns of the product that tells the machine's speed
+SAMPLE = 1024  # rows and columns of the product that measures the machine's speed
 
 
 def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
-    """About how long an index takes at most: the time limit of the text, and that of the products.
+    """The approximate greatest time of an index: the time limit of the text, and the products.
 
     Args:
-        rows: The head's.
-        options: How the index is made.
+        rows: The head's rows.
+        options: The options of the index.
     """
     n_clusters = -(-rows.n_rows // options.cluster_size)
     passes = CLUSTER_PASSES * n_clusters + POSITION_PASSES * options.calibration_positions
@@ -27,13 +27,13 @@ def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
 
 
 def in_words(seconds: float) -> str:
-    """A duration as it is told: "a minute" or "7 minutes", rounded up."""
+    """A duration in words: "a minute" or "7 minutes", rounded up."""
     minutes = max(1, -(-round(seconds) // 60))
     return "a minute" if minutes == 1 else f"{minutes} minutes"
 
 
 def _operations_per_second() -> float:
-    """Of a product of floats by numpy, which multiplies nearly all that is multiplied."""
+    """Speed of a product of floats by numpy, which does nearly all of the work."""
     matrix = np.ones((SAMPLE, SAMPLE), dtype=np.float32)
     best = np.inf
     for _ in range(3):

@@ -19,7 +19,7 @@ from ..head.centroids import Centroids
 from ..head.flash_head import FlashHead
 from .locate import EMBEDDING, Asker, HeadLocation, check_plain_product, find_head
 
-# What the classes below are mixed into: their own base while types are checked.
+# Base of the classes below while types are checked.
 if TYPE_CHECKING:
     _Module = nn.Module
 else:
@@ -71,7 +71,7 @@ def install(
         eos_token_ids: Tokens whose clusters are always scored.
         backend: "metal", "mlx" or None to choose.
         max_positions: More positions (B·L) than this at once are computed densely; None leaves it
-            to the path that is taken.
+            to the path.
         location: The head, where it is already known.
 
     Returns:

@@ -50,7 +50,7 @@ class HeadLocation:
         module: The output projection itself.
         path: Its dotted name in the model, such as "lm_head" or "model.embed_tokens".
         method: "__call__" for a linear layer, "as_linear" for a tied embedding.
-        asked_by: The function of the model that asks it for the logits; None if that is not known.
+        asked_by: The function of the model that asks it for the logits; None if unknown.
         hidden_dtype: Dtype of its input states.
     """
 
