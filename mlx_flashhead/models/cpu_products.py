@@ -108,4 +108,4 @@ def _attention(
 
 def _to_mlx(array: np.ndarray) -> mx.array:
     # mx.array of a numpy array loses a Ctrl-C that comes meanwhile, a memoryview does not
-    return mx.array(memoryview(array))
+    return mx.array(memoryview(array))  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ in the model's own order when it is read.
 
 import copy
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -163,7 +163,7 @@ def _subclass(module: nn.Module, mixin: type) -> None:
     module.__class__ = _class_of(mixin, type(module))
 
 
-def _class_of(mixin: type, base: type) -> type:
+def _class_of(mixin: type, base: type) -> Any:
     return type(base.__name__, (mixin, base), {"__module__": base.__module__})
 
 
@@ -180,7 +180,8 @@ class _Pickled:
 
     def __reduce_ex__(self, protocol):
         mixin, base = type(self).__bases__
-        return _unpickled, (mixin, base, dict(dict.items(self)), dict(vars(self)))
+        arrays = dict(dict.items(cast(dict, self)))
+        return _unpickled, (mixin, base, arrays, dict(vars(self)))
 
 
 def installed_module(model: nn.Module) -> nn.Module | None:
