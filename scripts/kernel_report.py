@@ -174,6 +174,13 @@ def stored_ratio(kernel: dict, share: float) -> float:
     return lines * LINE / (share * sum(buffer["size_bytes"] for buffer in stored))
 
 
+def gathers_per_token(expand: dict, vocab_size: int) -> float:
+    """Values that expand reads at places found in the data, per token: words and logits."""
+    size = {"words": 4, "logits": 2}
+    read = {name: expand["buffers"][name]["read_bytes"] for name in size}
+    return sum(read[name] / size[name] for name in size) / vocab_size
+
+
 def table(kernel: dict) -> Table:
     """One kernel's figures for a screen of 80 columns."""
     title = (
@@ -205,7 +212,8 @@ def summary(report: dict) -> str:
         f"Distinct lines, read and written: full logits {report['full_logits_mb']:.2f} MB and "
         f"greedy token {report['greedy_token_mb']:.2f} MB, in 4 dispatches each; dense "
         f"{report['dense_mb']:.2f} MB in 1.\nLines read over bytes needed: route "
-        f"{report['route_lines_over_bytes']:.3f}, score {report['score_lines_over_bytes']:.3f}."
+        f"{report['route_lines_over_bytes']:.3f}, score {report['score_lines_over_bytes']:.3f}.\n"
+        f"Gathers of expand: {report['expand_gathers_per_token']:.2f} per token."
     )
 
 
@@ -229,6 +237,7 @@ def make_report(vocab_size: int, hidden_size: int, bits: int, n_probes: int) -> 
         "greedy_token_mb": lines_mb([*common, named["token"]]),
         "dense_mb": lines_mb([dense_kernel]),
         "route_lines_over_bytes": stored_ratio(named["route"], 1.0),
+        "expand_gathers_per_token": gathers_per_token(named["expand"], vocab_size),
         "score_lines_over_bytes": stored_ratio(named["score"], n_probes / n_clusters),
     }
 

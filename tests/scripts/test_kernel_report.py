@@ -46,6 +46,9 @@ def test_report_of_a_head(monkeypatch, capsys, tmp_path):
         assert kernels[name]["buffers"]["weight"]["distinct_read_lines"] == n_bytes // 128
     assert 1 <= report["route_lines_over_bytes"] <= 1.05
     assert 1 <= report["score_lines_over_bytes"] <= 1.05
+    # a word for each token, and a logit where it was scored
+    assert report["expand_gathers_per_token"] == pytest.approx(1 + n_probes * 16 / vocab_size)
+    assert f"Gathers of expand: {report['expand_gathers_per_token']:.2f} per token" in printed
     assert kernels["expand"]["buffers"]["expanded"]["written_bytes"] == 2 * vocab_size
     dense_bytes = vocab_size * row_bytes + 2 * hidden_size + 2 * vocab_size
     assert report["dense_mb"] == pytest.approx(dense_bytes / 1e6, rel=1e-4)
