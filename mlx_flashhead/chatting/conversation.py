@@ -204,6 +204,7 @@ class Conversation:
             self.tokenizer,
             prompt[answer.n_cached :],
             dense=dense,
+            logprobs=False,
             prompt_cache=self.cache.arrays,
             prompt_progress_callback=progress,
             **kwargs,

@@ -6,7 +6,6 @@ logits it estimates the other rows. It knows arrays only; `install.py` puts it o
 Source: arXiv 2603.14591; centroids, tail and margin as in `centroids.py` and `portable.py`.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 from .backend import PORTABLE, checked, choose_backend, make_steps
 from .centroids import Centroids
 from .clustered import ClusteredRows
+from .greedy import GreedyTokens
 from .matrix import Matrix
 from .portable import PortableSteps, faster_by_column
 from .rescoring import Call, LatestCall
@@ -72,6 +72,7 @@ class FlashHead:
         self._max_positions = max_positions
         self.n_probes = n_probes
         self._draw_temperature: float | None = None
+        self._greedy: GreedyTokens | None = None
         self._watchers: tuple[ref[LatestCall], ...] = ()
 
     def __getstate__(self) -> dict:
@@ -176,8 +177,8 @@ class FlashHead:
         Args:
             steps: Of the same rows, for a head on another path.
         """
-        copied = copy.copy(self)
-        copied._watchers = ()
+        copied = type(self).__new__(type(self))  # the same steps, unlike a pickled head's
+        vars(copied).update(vars(self), _watchers=())
         if steps is not None:
             copied._steps, copied.clustered = steps, steps.clustered
         return copied
@@ -200,6 +201,7 @@ class FlashHead:
         n_probes: int | None = None,
         dense: bool = False,
         draw_temperature: float | None = None,
+        greedy: GreedyTokens | None = None,
     ) -> Iterator["FlashHead"]:
         """Within the block the head has other settings. The others stay as they are.
 
@@ -213,6 +215,7 @@ class FlashHead:
             n_probes: Clusters scored per position, 1 … C.
             dense: Score every token, the dense model's logits: n_probes = C.
             draw_temperature: Draw the probes at this temperature, above 0.
+            greedy: Takes the greedy tokens. Full logits are not made.
 
         Raises:
             ValueError: If a setting is not valid, or both ``n_probes`` and ``dense`` are given.
@@ -225,17 +228,19 @@ class FlashHead:
             raise ValueError(
                 f"The temperature of the draw is {draw_temperature}: it must be above 0."
             )
-        before = self._n_probes, self._draw_temperature
+        before = self._n_probes, self._draw_temperature, self._greedy
         if dense:
             self.n_probes = self.n_clusters
         elif n_probes is not None:
             self.n_probes = n_probes
         if draw_temperature is not None:
             self._draw_temperature = float(draw_temperature)
+        if greedy is not None:
+            self._greedy = greedy
         try:
             yield self
         finally:
-            self._n_probes, self._draw_temperature = before
+            self._n_probes, self._draw_temperature, self._greedy = before
 
     def dense(self) -> AbstractContextManager["FlashHead"]:
         """``settings(dense=True)``: within the block every token is scored."""
@@ -247,6 +252,9 @@ class FlashHead:
         A probed token has its exact logit, every other token its cluster's estimate, below the best
         candidate. Lazy.
         """
+        if self._greedy is not None:
+            self._tell(None)
+            return self._greedy.take(self.token(hidden))
         if self._is_dense(hidden):
             self._tell(None)
             return self.dense_logits(hidden)

@@ -13,8 +13,10 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm
 
+from ..head.greedy import GreedyTokens
 from .compat.generate import BatchResponse, GenerationResponse
 from .exact import Processor, begin, exact_processors, for_sequence
+from .greedy import decodes_greedily
 from .install import NO_FLASH_HEAD, get_flash_head
 
 
@@ -26,6 +28,7 @@ def stream_generate(
     n_probes: int | None = None,
     dense: bool = False,
     draw_temperature: float | None = None,
+    logprobs: bool = True,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
@@ -37,6 +40,8 @@ def stream_generate(
         n_probes: Clusters scored per token in this call.
         dense: Score every token in this call.
         draw_temperature: Draw the probes at this temperature; sample with the same one.
+        logprobs: Whether the responses' log-probabilities are used. Without them, greedy decoding
+            takes the head's token and makes no full logits (`greedy.py`).
         **kwargs: mlx_lm's keywords, such as max_tokens, sampler, logits_processors. What the
             processors leave is exact, as in :func:`exact_processors`; one with a ``begin``, such
             as :func:`grammar_processor` makes, is told that a text begins.
@@ -47,8 +52,8 @@ def stream_generate(
     Raises:
         ValueError: If the model has no FlashHead, or a setting is not valid.
     """
-    settings = _settings(model, n_probes, dense, draw_temperature)
-    kwargs = _exact(kwargs, model, dense)
+    given = {"n_probes": n_probes, "dense": dense, "draw_temperature": draw_temperature}
+    settings, kwargs = _prepared(model, given, kwargs, logprobs)
     stream = mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
     while True:
         # set for one token at a time, since streams may take turns or be abandoned
@@ -73,9 +78,10 @@ def generate(
 
     Arguments and errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes.
     """
-    settings = _settings(model, n_probes, dense, draw_temperature)
+    given = {"n_probes": n_probes, "dense": dense, "draw_temperature": draw_temperature}
+    settings, kwargs = _prepared(model, given, kwargs, logprobs=False)
     with settings():
-        return mlx_lm.generate(model, tokenizer, prompt, **_exact(kwargs, model, dense))
+        return mlx_lm.generate(model, tokenizer, prompt, **kwargs)
 
 
 def batch_generate(
@@ -93,23 +99,30 @@ def batch_generate(
     Each prompt gets its own copy of a logits processor that has ``for_sequence``, such as those of
     :func:`grammar_processor`.
     """
-    settings = _settings(model, n_probes, dense, draw_temperature)
+    given = {"n_probes": n_probes, "dense": dense, "draw_temperature": draw_temperature}
+    settings = _settings(model, given)
     with settings():
         return mlx_lm.batch_generate(
             model, tokenizer, prompts, **_exact(kwargs, model, dense, several=True)
         )
 
 
-def _settings(
-    model: nn.Module, n_probes: int | None, dense: bool, draw_temperature: float | None
-) -> Callable[[], AbstractContextManager]:
+def _prepared(
+    model: nn.Module, given: dict[str, Any], kwargs: dict[str, Any], logprobs: bool
+) -> tuple[Callable[[], AbstractContextManager], dict[str, Any]]:
+    """What opens a block with these settings, and the keywords for mlx-lm."""
+    if not logprobs and decodes_greedily(model, given, kwargs):
+        tokens = GreedyTokens()
+        return _settings(model, given | {"greedy": tokens}), kwargs | {"sampler": tokens.sampler}
+    return _settings(model, given), _exact(kwargs, model, given["dense"])
+
+
+def _settings(model: nn.Module, given: dict[str, Any]) -> Callable[[], AbstractContextManager]:
     """A function that opens a block in which the model's head has these settings."""
     head = get_flash_head(model)
     if head is not None:
-        return partial(
-            head.settings, n_probes=n_probes, dense=dense, draw_temperature=draw_temperature
-        )
-    if n_probes is None and draw_temperature is None:
+        return partial(head.settings, **given)
+    if given["n_probes"] is None and given["draw_temperature"] is None:
         return nullcontext  # a dense model generates as it is
     raise ValueError(NO_FLASH_HEAD)
 

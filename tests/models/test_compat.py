@@ -86,6 +86,7 @@ CALLS = {
         ("cache_type",),
     ),
     "mlx_lm.models.cache.LRUPromptCache.trim_to": (("self",), ("n_bytes",)),
+    "mlx_lm.sample_utils.greedy_sampler": (("logprobs",), ()),
     "mlx_lm.sample_utils.make_logits_processors": (
         (
             *("logit_bias", "repetition_penalty", "repetition_context_size"),
