@@ -1,4 +1,4 @@
-"""Builds a real model, converts it, and shows its dense and its FlashHead form side by side.
+"""Builds a real model and its FlashHead, and shows the dense and the FlashHead form side by side.
 
 `scripts/demo.sh` runs this in a virtual environment of the checkout. Both forms have the same
 weights at the same precision. Both generate greedily through mlx-lm, in turn, so that neither slows
@@ -19,7 +19,6 @@ from side_by_side import compare
 
 MODELS = Path("models")
 DENSE_MODEL = MODELS / "SmolLM2-135M-Instruct"
-FLASH_HEAD_MODEL = MODELS / "SmolLM2-135M-Instruct-FlashHead"
 PROMPT = "Why is the sky blue? Explain it to a child."
 
 
@@ -40,12 +39,8 @@ def main() -> None:
 
     console = Console()
     fetch_smollm2(DENSE_MODEL)
-    if FLASH_HEAD_MODEL.exists():
-        console.print(f"Its FlashHead form is already there: {FLASH_HEAD_MODEL}")
-    else:
-        console.print("Converting it, which is done once and takes a few minutes on two cores.")
-        mlx_flashhead.convert(str(DENSE_MODEL), str(FLASH_HEAD_MODEL))
-    flash, tokenizer = mlx_flashhead.load(str(FLASH_HEAD_MODEL))
+    # its FlashHead is built at the first use, and found where it is kept at the second
+    flash, tokenizer = mlx_flashhead.load(str(DENSE_MODEL))
     compare(
         dense_copy(flash),
         flash,
