@@ -66,7 +66,18 @@ class Check:
 def compiled_for(sdk: str) -> tuple[str, ...]:
     """The command that compiles the kernels' file by itself."""
     source, result = "metal/flash_head.metal", os.devnull
-    return ("xcrun", "-sdk", sdk, "metal", "-std=metal3.1", "-c", source, "-o", result)
+    return (
+        "xcrun",
+        "-sdk",
+        sdk,
+        "metal",
+        "-std=metal3.1",
+        "-fno-fast-math",
+        "-c",
+        source,
+        "-o",
+        result,
+    )
 
 
 def kernel_tests() -> tuple[str, ...]:
