@@ -81,7 +81,9 @@ class FlashHead:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, _watchers=())
-        self._steps, self.backend_reason = make_steps(self.clustered, self._backend_asked)
+        self._steps, reason = make_steps(self.clustered, self._backend_asked)
+        if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
+            self.backend_reason = reason
 
     def __repr__(self) -> str:
         return (
@@ -170,6 +172,8 @@ class FlashHead:
         self._steps, self.backend_reason = checked(
             self._steps, self.backend_reason, self._backend_asked, dtype, self.n_probes
         )
+        if self.backend == PORTABLE:
+            self._backend_asked = PORTABLE  # as long as this head lives, pickled or not
 
     def copy(self, steps: PortableSteps | None = None) -> "FlashHead":
         """A head with its own settings that shares the arrays, which never change.

@@ -210,10 +210,14 @@ class TestText:
         path, made = tmp_path / "flash_head.metal", tmp_path / "flash_head.air"
         path.write_text(kernel_source())
         for sdk in ("macosx", "iphoneos"):
-            command = ["xcrun", "-sdk", sdk, "metal", "-c", path, "-o", made]
+            command = ["xcrun", "-sdk", sdk, "metal", "-fno-fast-math", "-c", path, "-o", made]
             result = subprocess.run(command, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
             assert made.stat().st_size > 0
+
+    def test_is_ascii(self):
+        """MLX and Swift hand it to the compiler as ASCII."""
+        assert kernel_source().isascii()
 
     def test_is_the_file_of_this_installation(self):
         folder = Path(kernel_text.__file__).parents[1]

@@ -9,9 +9,15 @@ import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
 from mlx_flashhead.head.kernels import MetalSteps
-from mlx_kernels import mlx_logits
+from mlx_kernels import mlx_logits, parts
 
-pytestmark = pytest.mark.skipif(on_gpu(), reason="the emulator's sums are compared")
+pytestmark = [
+    pytest.mark.skipif(on_gpu(), reason="the emulator's sums are compared"),
+    pytest.mark.skipif(
+        "U(x[i]) + U(x[i + 1])" not in parts("quantized.h", "load_vector"),
+        reason="this version of MLX adds four hidden values in the model's dtype",
+    ),
+]
 
 AFFINE = [
     ({"bits": bits, "group_size": group}, hidden_size, n_rows)

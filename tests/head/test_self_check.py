@@ -1,6 +1,7 @@
 """The trial of the kernels when a head is installed: each kernel broken in each way."""
 
 import logging
+import pickle
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -89,6 +90,8 @@ def check_falls_back(caplog, kernel, said):
     assert head.backend == "mlx" and f"the kernel '{kernel}' {said}" in head.backend_reason
     (record,) = caplog.records
     assert record.getMessage() == head.backend_reason
+    again = pickle.loads(pickle.dumps(head))
+    assert (again.backend, again.backend_reason) == ("mlx", head.backend_reason)
     sentence = head.backend_reason
     assert "please report this as an issue, with the output of `mlx_flashhead.bench" in sentence
     assert sentence.startswith("FlashHead takes MLX's own operations instead of its Metal kernels")
