@@ -1,7 +1,8 @@
 """Generates tokens for sequences whose prompts have been read.
 
-Sequences of one model and one number of probes are a :class:`Batch`. A sequence that cannot be in a
-batch, as with a draft model or a quantized cache, is a :class:`Single`. Singles take turns.
+Sequences of one model, one number of probes and similar lengths are a :class:`Batch`. A sequence
+that cannot be in a batch, as with a draft model or a quantized cache, is a :class:`Single`. Batches
+and singles take turns.
 """
 
 import sys
@@ -47,6 +48,9 @@ class Decoder(ABC):
 class Batch(Decoder):
     """mlx-lm's batch of sequences of one model, with one number of probes.
 
+    A batch pads every cache to the longest one. Prompts of similar lengths therefore share a batch:
+    a long text does not multiply the memory and the time of short questions.
+
     Args:
         job: The first sequence, which is not added yet.
         size: Greatest number of sequences.
@@ -55,6 +59,7 @@ class Batch(Decoder):
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
         self._served, self._n_probes = job.served, job.n_probes
+        self._length = length_class(len(job.prompt.tokens))
         self._generator = BatchGenerator(
             job.served.model, completion_batch_size=size, prefill_batch_size=size, stream=stream
         )
@@ -62,7 +67,8 @@ class Batch(Decoder):
 
     def takes(self, job: Job) -> bool:
         """Whether a sequence can join this batch."""
-        return job.served is self._served and job.n_probes == self._n_probes
+        alike = job.served is self._served and job.n_probes == self._n_probes
+        return alike and length_class(len(job.prompt.tokens)) == self._length
 
     def add(self, reading: Reading) -> None:
         """Adds a sequence whose prompt has been read."""
@@ -168,6 +174,11 @@ class Single(Decoder):
     @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self._cache)
+
+
+def length_class(n_tokens: int) -> int:
+    """A class of lengths: 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on."""
+    return max(0, (n_tokens - 1).bit_length() - 9) // 2
 
 
 def _processors(job: Job) -> list[LogitsProcessor]:

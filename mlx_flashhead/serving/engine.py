@@ -1,8 +1,8 @@
 """The thread that computes: it reads prompts a chunk at a time, between the tokens of others.
 
 While prompts wait, half of the time goes to them and half to the answers in progress. The prompt
-with the fewest tokens left and the oldest prompt take turns. A long text therefore does not hold up
-a short question, and short questions do not hold up a long text for ever.
+with the fewest tokens left has three of four turns, the oldest prompt the fourth. So a long text
+does not hold up a short question, and short questions do not hold up a long text for ever.
 """
 
 import gc
@@ -133,7 +133,7 @@ class Engine:
             return
         self._turn += 1
         reading = self._readings[0]
-        if self._turn % 2:
+        if self._turn % 4:
             reading = min(self._readings, key=lambda r: r.left)
         try:
             if reading.left:

@@ -9,6 +9,7 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.serving import reading
+from mlx_flashhead.serving.decoding import length_class
 from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.job import Failure, Job, Progress, Token
 from mlx_flashhead.serving.prompts import Prompt
@@ -233,6 +234,26 @@ def test_long_prompts_are_not_starved_by_short_ones(start, chunks):
         ended.set()
         for asker in askers:
             asker.join()
+
+
+@pytest.mark.parametrize(
+    "n_tokens, expected",
+    [(1, 0), (1024, 0), (1025, 1), (4096, 1), (4097, 2), (16_384, 2), (16_385, 3)],
+)
+def test_classes_of_lengths(n_tokens, expected):
+    assert length_class(n_tokens) == expected
+
+
+def test_a_long_prompt_does_not_pad_the_caches_of_short_ones(start, flash):
+    engine = start(context=4000)
+    text = [LONG[i % 400] for i in range(1500)]
+    long = submit(engine, text, 10_000, **NEVER_ENDS)
+    until(long, Token)
+    short = submit(engine, SHORT, 10_000, **NEVER_ENDS)
+    until(short, Token)
+    sizes = sorted(decoder.nbytes for decoder in engine._decoders)
+    assert len(sizes) == 2 and 4 * sizes[0] < sizes[1]
+    long.cancelled = short.cancelled = True
 
 
 def test_a_failure_ends_the_answer_and_nothing_else(start, flash):
