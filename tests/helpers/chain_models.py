@@ -56,18 +56,3 @@ def write_chain_model(
     weights["lm_head.weight"] = rows
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     return folder
-
-
-def write_model_with_ruled_out_tokens(folder: Path, prompt: str, allowed: int) -> Path:
-    """Writes a llama that gives all but the first tokens a logit of -inf after ``prompt``."""
-    write_model(folder, tied=False, hidden_size=128)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    (token,) = tokenizer.encode(prompt)
-    weights = dict(mx.load(str(folder / "model.safetensors")))
-    for name, array in weights.items():
-        if "o_proj" in name or "down_proj" in name:
-            weights[name] = mx.zeros_like(array)
-    signs = mx.sign(weights["model.embed_tokens.weight"][token])
-    weights["lm_head.weight"][allowed:] = -3e38 * signs  # the product overflows
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    return folder

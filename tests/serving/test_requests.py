@@ -2,10 +2,12 @@
 
 import json
 
+import mlx_lm
 import pytest
 
 from mlx_flashhead.serving.problems import Problem
 from mlx_flashhead.serving.requests import MAX_CHOICES, MAX_LOGPROBS
+from mlx_flashhead.serving.served import ServedModel
 from model_folders import VOCAB_SIZE
 from served_models import checked, served_model
 
@@ -83,6 +85,14 @@ def test_values_arrive(tiny):
 )
 def test_dense_is_a_number_of_probes(tiny, fields, n_probes):
     assert chat(tiny, **fields).n_probes == n_probes
+
+
+def test_a_dense_model_has_no_probes(random_model):
+    model, tokenizer = mlx_lm.load(str(random_model / "dense"))
+    served = ServedModel(("tiny",), model, tokenizer, None, 512)
+    assert chat(served).n_probes is chat(served, dense=True).n_probes is None
+    with pytest.raises(Problem, match="has no FlashHead: leave n_probes out"):
+        chat(served, n_probes=2)
 
 
 def test_a_server_that_is_dense_by_default(random_model):
