@@ -77,7 +77,7 @@ def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:
 
 
 def _model(entry: Entry) -> str:
-    return entry.config.recipe.get("name", "unknown") if entry.config else "damaged"
+    return entry.config.recipe.get("model", "unknown") if entry.config else "damaged"
 
 
 def _size(nbytes: int) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -45,11 +46,12 @@ def real_model_folder() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def flash_head_home(monkeypatch, tmp_path_factory) -> Path:
+def flash_head_home(tmp_path_factory) -> Iterator[Path]:
     """Where FlashHeads are kept: for each test a place of its own, never the user's."""
     home = tmp_path_factory.mktemp("flash_heads") / "home"
-    monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(home))
-    return home
+    with pytest.MonkeyPatch.context() as patch:  # a test may undo its own patches
+        patch.setenv("MLX_FLASHHEAD_HOME", str(home))
+        yield home
 
 
 @pytest.fixture

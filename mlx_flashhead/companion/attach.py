@@ -12,6 +12,7 @@ from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head
 from ..models.load import install_index
 from ..models.locate import find_head
+from ..publishing.origin import Origin
 from . import cache
 from .build import build as build_index
 from .look_up import Found, given
@@ -50,11 +51,12 @@ def attach(
             damaged, or if an argument is not valid. The model stays unchanged.
     """
     name = Path(str(getattr(tokenizer, "name_or_path", "") or type(model).__module__)).name
+    origin = Origin(name)
     say = teller(progress)
     found = given(flash_head)
     missing = BUILD if build else REFUSE
     installed = install_found(
-        model, tokenizer, found, name,
+        model, tokenizer, found, origin,
         n_probes=n_probes, backend=backend, missing=missing, progress=progress, say=say,
     )  # fmt: skip
     assert installed is not None  # only DENSE leaves it out
@@ -65,7 +67,7 @@ def install_found(
     model: nn.Module,
     tokenizer: Any,
     found: Found | None,
-    name: str,
+    origin: Origin,
     *,
     n_probes: int | None,
     backend: str | None,
@@ -79,7 +81,7 @@ def install_found(
         model: A dense mlx-lm model.
         tokenizer: Its tokenizer.
         found: A FlashHead of the user's or of the model's folder.
-        name: The model's name.
+        origin: Where the model is from.
         n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
         missing: Without one, ``BUILD`` it, ``REFUSE``, or leave the model ``DENSE``.
@@ -106,10 +108,11 @@ def install_found(
             return None
         if missing == REFUSE:
             raise ValueError(
-                f"There is no FlashHead of {name} yet: let it be built (without --no-build, in one "
-                "process), name one with --flash-head, or use the model dense (--dense)."
+                f"There is no FlashHead of {origin.known_as} yet: let it be built (without "
+                "--no-build, in one process), name one with --flash-head, or use the model dense "
+                "(--dense)."
             )
-        found = build_index(model, tokenizer, location, name=name, say=say, progress=progress)
+        found = build_index(model, tokenizer, location, origin=origin, say=say, progress=progress)
     return install_index(
         model, found.index, n_probes=n_probes, backend=backend, source=found.source, say=say
     )

@@ -11,6 +11,8 @@ from ..conversion.duration import expected_seconds, in_words
 from ..conversion.options import IndexOptions
 from ..conversion.pipeline import make_index
 from ..models.locate import HeadLocation, check_plain_product
+from ..publishing.origin import Origin, card_metadata
+from ..publishing.publish import checkpoint_name
 from ..publishing.recipe import make_recipe
 from . import cache
 from .look_up import Found
@@ -23,7 +25,7 @@ def build(
     tokenizer: Any,
     location: HeadLocation,
     *,
-    name: str,
+    origin: Origin,
     say: Callable[[str], None],
     progress: bool = True,
 ) -> Found:
@@ -33,7 +35,7 @@ def build(
         model: A dense mlx-lm model.
         tokenizer: Its tokenizer.
         location: Its head.
-        name: The model's name, without a path of this machine.
+        origin: Where the model is from.
         say: Called with a sentence at each step.
         progress: Show bars.
 
@@ -51,12 +53,16 @@ def build(
         options.check_size(rows.n_rows)
         duration = in_words(expected_seconds(rows, options))
         say(
-            f"Building the FlashHead of {name}. This is done once and takes about {duration} at "
-            f"most. It is kept in {place}."
+            f"Building the FlashHead of {origin.known_as}. This is done once and takes about "
+            f"{duration} at most. It is kept in {place}."
         )
         recipe = make_recipe(
-            {INDEX_ONLY: True}, model=name, revision=None, seed=options.seed, name=name
-        )
+            {INDEX_ONLY: True},
+            model=origin.known_as,
+            revision=origin.revision,
+            seed=options.seed,
+            name=checkpoint_name(origin, None),
+        ) | {"metadata": card_metadata(origin, "adapter")}
         with redirect_stdout(sys.stderr):  # standard output is the command's own
             index = make_index(model, tokenizer, location, options, None, recipe, progress=progress)
         try:

@@ -82,8 +82,11 @@ def find(rows: Matrix, say: Say) -> Found | None:
         say: Called with a sentence for a damaged entry, which counts as missing.
     """
     own = place_of(rows)
-    index = _read(own, say) if own.is_dir() else None
-    return _nearest(rows, own) if index is None else Found(index, str(own))
+    try:
+        index = _read(own, say) if own.is_dir() else None
+        return _nearest(rows, own) if index is None else Found(index, str(own))
+    except OSError:  # what cannot be read is not there
+        return None
 
 
 def keep(index: FlashHeadIndex, place: Path) -> None:

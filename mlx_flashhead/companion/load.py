@@ -9,7 +9,7 @@ from ..index.files import FILE_NAME
 from ..models.install import get_flash_head
 from ..models.load import load_dense, resolve
 from ..models.sharded import load_dense_part
-from ..publishing.origin import known_name
+from ..publishing.origin import local_origin
 from .attach import BUILD, DENSE, REFUSE, install_found, teller
 from .look_up import given, inside
 
@@ -107,7 +107,7 @@ def load_or(
     found = given(flash_head) or inside(folder, say)
     model, tokenizer, config = load_dense(folder, **options)
     install_found(
-        model, tokenizer, found, known_name(folder),
+        model, tokenizer, found, local_origin(folder),
         n_probes=n_probes, backend=backend, missing=missing, progress=progress, say=say,
     )  # fmt: skip
     return model, tokenizer, config
@@ -196,7 +196,7 @@ def sharded_load(
         trust_remote_code=trust_remote_code,
     )
     install_found(
-        model, tokenizer, found, known_name(folder),
+        model, tokenizer, found, local_origin(folder),
         n_probes=n_probes, backend=backend, missing=REFUSE, progress=progress, say=say,
     )  # fmt: skip
     return (model, tokenizer, config) if return_config else (model, tokenizer)

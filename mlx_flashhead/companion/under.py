@@ -7,7 +7,7 @@ from typing import Any
 
 from ..models.compat.load import Load, wrap_load
 from ..models.load import resolve
-from ..publishing.origin import known_name
+from ..publishing.origin import local_origin
 from .attach import BUILD, REFUSE, install_found, teller
 from .look_up import given, inside
 
@@ -36,7 +36,7 @@ def put_under_load(
                 model,
                 tokenizer,
                 found or inside(folder, say),
-                known_name(folder),
+                local_origin(folder),
                 n_probes=n_probes,
                 backend=None,
                 missing=BUILD if build else REFUSE,

@@ -84,7 +84,7 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
         mx.eval(model.parameters())
         recipe = make_recipe(
             asked.flags(),
-            model=origin.repo_id or origin.name,
+            model=origin.known_as,
             revision=origin.revision,
             seed=asked.seed,
             name=name,
@@ -214,7 +214,7 @@ def _calibrate(
         if progress and time.monotonic() - start > options.calibration_seconds:
             print(
                 f"The time was up after {len(found):,} of {options.calibration_positions:,} "
-                "positions: --calibration-seconds takes more."
+                "positions: mlx_flashhead.convert --calibration-seconds takes more."
             )
         return found
     states, next_ids = text_states(

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ASIDE = "replaced"
+# Parts of the names of temporary folders, which nobody else's folders have.
+NEW, OLD = "mlx_flashhead-new", "mlx_flashhead-old"
 YOUNG = 10.0  # seconds in which a process may not have locked its folder yet
 
 
@@ -37,7 +38,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _tidy(target)
-            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            folder = Path(tempfile.mkdtemp(prefix=_prefix(target, NEW), dir=target.parent))
             lock = _lock(folder)
             folder.chmod(0o755)  # mkdtemp's are private
         except OSError as error:
@@ -77,7 +78,7 @@ def new_file(target: Path) -> Iterator[Path]:
     lock = None
     try:
         _tidy(target)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(target, NEW), dir=target.parent))
         lock = _lock(folder)
     except OSError as error:
         error.filename = str(target)  # instead of the temporary folder's
@@ -89,6 +90,10 @@ def new_file(target: Path) -> Iterator[Path]:
         if lock is not None:
             os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prefix(target: Path, kind: str) -> str:
+    return f".{target.name}.{kind}."
 
 
 def _lock(folder: Path) -> int | None:
@@ -108,14 +113,15 @@ def _lock(folder: Path) -> int | None:
 
 def _tidy(target: Path) -> None:
     """Removes the remains of killed processes, and restores a replaced folder if it is missing."""
-    for folder in target.parent.glob(f".{target.name}.*"):
+    prefixes = (_prefix(target, NEW), _prefix(target, OLD))
+    for folder in [f for f in target.parent.iterdir() if f.name.startswith(prefixes)]:
         if not folder.is_dir() or time.time() - folder.stat().st_mtime < YOUNG:
             continue
         lock = _lock(folder)
         if lock is None:
             continue
         replaced = folder / target.name
-        if folder.name.startswith(f".{target.name}.{ASIDE}.") and not target.exists():
+        if folder.name.startswith(_prefix(target, OLD)) and not target.exists():
             with suppress(FileNotFoundError):
                 os.replace(replaced, target)
         shutil.rmtree(folder, ignore_errors=True)
@@ -124,7 +130,7 @@ def _tidy(target: Path) -> None:
 
 def _exchange(folder: Path, target: Path) -> None:
     """Puts ``folder`` in the place of ``target``, then deletes the old folder."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.{ASIDE}.", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(target, OLD), dir=target.parent))
     replaced = aside / target.name
     try:
         os.replace(target, replaced)

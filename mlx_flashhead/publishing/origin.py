@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import ModelCard, snapshot_download
@@ -31,11 +31,16 @@ class Origin:
     """
 
     name: str
-    repo_id: str | None
-    revision: str | None
-    metadata: dict
-    licence: Licence | None
-    files: tuple[Path, ...]
+    repo_id: str | None = None
+    revision: str | None = None
+    metadata: dict = field(default_factory=dict)
+    licence: Licence | None = None
+    files: tuple[Path, ...] = ()
+
+    @property
+    def known_as(self) -> str:
+        """The name by which others can find it: its repository, if that is known."""
+        return self.repo_id or self.name
 
 
 def find_origin(
@@ -72,12 +77,9 @@ def find_origin(
     return Origin(name, repo_id, revision, metadata, licence, files)
 
 
-def known_name(folder: Path) -> str:
-    """A model's name, without a look on the network: its repository, else its folder."""
-    repo_id, _ = _cached_repository(folder)
-    if repo_id is None:
-        repo_id = _repository_in(_read_settings(folder), read_metadata(folder / CARD_FILE))
-    return repo_id or folder.resolve().name
+def local_origin(folder: Path) -> Origin:
+    """The origin of a model as its folder tells it, without a look on the network."""
+    return find_origin(str(folder), folder)
 
 
 def card_metadata(origin: Origin, relation: str = "quantized") -> dict:

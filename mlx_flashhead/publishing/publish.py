@@ -133,7 +133,7 @@ def check_licence(origin: Origin, repo_id: str | None, target: Path) -> None:
         ValueError: If the licence is not known, if it does not allow the name, or if its text is
             missing.
     """
-    licences.check_known(card_metadata(origin), origin.repo_id or origin.name)
+    licences.check_known(card_metadata(origin), origin.known_as)
     if repo_id is not None:
         licences.check_name(origin.licence, repo_id)
     files = [*origin.files, *licences.licence_files(target)]

@@ -26,8 +26,8 @@ def make_recipe(
         name: Name of the result.
 
     Returns:
-        ``name``, ``command``, ``versions``, ``platform`` and, if files were read, their SHA-256 as
-        ``files``. JSON-ready, and without paths of this machine.
+        ``name``, ``model``, ``command``, ``versions``, ``platform`` and, if files were read, their
+        SHA-256 as ``files``. JSON-ready, and without paths of this machine.
     """
     words = ["mlx_flashhead.convert", "--hf-path", model]
     if revision is not None:
@@ -48,6 +48,7 @@ def make_recipe(
     words += ["--seed", str(seed), "--mlx-path", name]
     recipe = {
         "name": name,
+        "model": model,
         "command": shlex.join(words),
         "versions": {"python": platform.python_version()} | _versions(),
         "platform": f"{platform.system()} {platform.machine()}",

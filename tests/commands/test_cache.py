@@ -14,9 +14,9 @@ def kept(flash_head_home, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     for seed, name in enumerate(("owner/One", "Two", "Three")):
         model = tiny_model(seed=seed)
-        index = tiny_index(model, recipe={"name": name})
+        index = tiny_index(model, recipe={"model": name})
         cache.keep(index, cache.place_of(find_head(model).rows()))
-    (damaged,) = (e.folder for e in cache.entries() if e.config.recipe["name"] == "Three")
+    (damaged,) = (e.folder for e in cache.entries() if e.config.recipe["model"] == "Three")
     (damaged / SETTINGS_NAME).write_text("{")
 
 
@@ -38,7 +38,7 @@ def test_removes_some(run, refused, kept):
         ["Removed", "damaged"],
     ]
     (left,) = cache.entries()
-    assert left.config.recipe["name"] == "Two" and (left.folder / FILE_NAME).exists()
+    assert left.config.recipe["model"] == "Two" and (left.folder / FILE_NAME).exists()
     assert "No FlashHead of Four is kept" in refused("cache", "--remove", "Two", "Four")
     assert len(cache.entries()) == 1
 

@@ -20,6 +20,7 @@ from mlx_flashhead.companion.load import load, load_or, sharded_load
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, write_companion
 from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.install import detach, get_flash_head
+from mlx_flashhead.publishing.origin import Origin
 from model_folders import write_model
 from tiny_models import tiny_index, tiny_model
 
@@ -114,7 +115,9 @@ def test_attach_builds_for_a_model_from_anywhere(folder, quick):
     head = attach(model, tokenizer, progress=False)
     assert head.clustered.rows.bits == 8
     (entry,) = cache.entries()
-    assert entry.config.recipe["name"] == "My-Model"
+    recipe = entry.config.recipe
+    assert (recipe["model"], recipe["name"]) == ("My-Model", "My-Model-FlashHead")
+    assert recipe["metadata"]["base_model_relation"] == "adapter"
     assert str(folder.parent) not in json.dumps(entry.config.to_dict())
 
 
@@ -133,7 +136,7 @@ def test_heads_that_are_not_supported():
     with pytest.raises(UnsupportedHeadError, match="cannot be intercepted"):
         attach(model, None)
     options = {"n_probes": None, "backend": None, "progress": False, "say": print}
-    assert install_found(model, None, None, "x", missing=DENSE, **options) is None
+    assert install_found(model, None, None, Origin("x"), missing=DENSE, **options) is None
 
 
 @pytest.mark.parametrize("kept", [0, 0.5, 0.99])

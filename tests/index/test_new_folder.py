@@ -206,7 +206,7 @@ def test_leftovers_of_killed_processes_go(tmp_path):
 
 def test_what_was_put_aside_comes_back(tmp_path):
     """A process was killed between putting the old folder aside and the new one in its place."""
-    target, aside = tmp_path / "model", tmp_path / ".model.replaced.x"
+    target, aside = tmp_path / "model", tmp_path / ".model.mlx_flashhead-old.x"
     (aside / "model").mkdir(parents=True)
     (aside / "model" / "weights").write_bytes(b"old")
     os.utime(aside, (0, 0))
