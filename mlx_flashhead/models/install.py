@@ -111,6 +111,7 @@ def install(
     around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
     module._flash_head = head
     module._asked_by = location.asked_by
+    module.train(model.training)  # nn.quantize leaves its new modules in training mode
     _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
     for parent in around:
         _subclass(parent, _FlashParent)
