@@ -122,9 +122,9 @@ def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
 
 def test_installed_wheel_finds_its_kernels(installed):
     code = (
-        "import sys, mlx_flashhead, mlx_flashhead.head.kernels as kernels\n"
+        "import sys, mlx_flashhead, mlx_flashhead.head.kernel_text as text\n"
         "print(mlx_flashhead.__file__)\n"
-        "sys.stdout.write(kernels.kernel_source())"
+        "sys.stdout.write(text.kernel_source())"
     )
     found = output_of(installed / "bin" / "python", "-c", code, cwd=installed)
     place, _, source = found.partition("\n")

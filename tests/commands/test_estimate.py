@@ -6,6 +6,7 @@ import json
 import pytest
 
 from mlx_flashhead.benchmarks.estimate import add_parser, run
+from mlx_flashhead.index.files import FILE_NAME
 from model_folders import VOCAB_SIZE, write_model
 
 
@@ -94,6 +95,7 @@ def test_what_is_refused(estimate, arguments, said):
 
 def test_a_damaged_checkpoint_is_refused(estimate, tmp_path):
     folder = write_model(tmp_path / "model", further={"flash_head": {"version": 99}})
+    (folder / FILE_NAME).touch()
     with pytest.raises(ValueError, match="has version 99"):
         estimate("--model", folder, "--chip", "m1")
 

@@ -146,7 +146,7 @@ def test_other_modes_of_the_body(tmp_path, load, folders, mode, head_bits):
     if head_bits is None:
         assert rows.mode == mode
     else:
-        assert (rows.mode, rows.bits) == ("affine", 8 if head_bits == 8 else None)
+        assert (rows.mode, rows.bits) == ("affine", 8 if head_bits == 8 else 0)
     assert loaded.model.layers[0].mlp.up_proj.mode == mode
     np.testing.assert_array_equal(np.array(model(PROMPT)), np.array(loaded(PROMPT)))
 
