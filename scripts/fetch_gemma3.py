@@ -130,7 +130,7 @@ def hugging_face_name(name: str) -> str:
 
 
 def model_config(metadata: dict) -> dict:
-    """The ``config.json`` of the architecture, without what the tokens decide."""
+    """The ``config.json`` of the architecture, without the entries that the tokens decide."""
     return {
         "_name_or_path": GGUF_NAME,
         "architectures": ["Gemma3ForCausalLM"],

@@ -177,8 +177,8 @@ def _load(
 
 
 def _nbytes(rows: Matrix, model: nn.Module, index_only: bool) -> int:
-    """About what is written, as far as it is known before the work."""
-    index = rows.n_rows * (4 + rows.hidden_size // 16)  # ids, centroids of 4 bits and what is small
+    """Approximate size of the result, from what is known before the work."""
+    index = rows.n_rows * (4 + rows.hidden_size // 16)  # ids, centroids of 4 bits and small arrays
     if index_only:
         return index
     weights: Any = tree_flatten(model.parameters())

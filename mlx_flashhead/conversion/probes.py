@@ -116,8 +116,10 @@ def choose_probes(
 
 
 def kind_weights(kinds: np.ndarray) -> np.ndarray:
-    """Weights of positions (N,) of sum 1 by which all kinds weigh the same, but for those of fewer
-    positions than the mean, which weigh as much less: they show little."""
+    """Weights of positions (N,) of sum 1, with the same weight for each kind.
+
+    A kind with fewer positions than the mean weighs less in proportion, since it shows little.
+    """
     _, place, sizes = np.unique(kinds, return_inverse=True, return_counts=True)
     shares = np.minimum(sizes, sizes.mean())
     return (shares / sizes)[place] / shares.sum()

@@ -132,8 +132,8 @@ def install_index(
         index: The FlashHead.
         n_probes: Clusters scored per token; default: the number that the index names.
         backend: "metal", "mlx" or None to choose.
-        source: Where the index is from, for what is said.
-        say: Told where the rows are near ones.
+        source: Source of the index, for messages.
+        say: Called with a sentence if the rows are near ones.
 
     Raises:
         ValueError: If the model has other rows, or an argument is not valid.

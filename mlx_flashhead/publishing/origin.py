@@ -78,12 +78,12 @@ def find_origin(
 
 
 def local_origin(folder: Path) -> Origin:
-    """The origin of a model as its folder tells it, without a look on the network."""
+    """The origin of a model from its folder alone, without the network."""
     return find_origin(str(folder), folder)
 
 
 def card_metadata(origin: Origin, relation: str = "quantized") -> dict:
-    """The header of the card of what is made from a model.
+    """The header of a derived model's card.
 
     Args:
         origin: The model.
