@@ -1,1 +1,1 @@
-"""Speed: of a head, of a model, of a conversion. No command and no printing in here."""
+"""Speed and memory: of a head, of a model, of a conversion. No entry point in here."""

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mlx_flashhead import benchmark as benchmark_command
+from mlx_flashhead.benchmarks.options import make_parser
 from mlx_flashhead.benchmarks.output import _short, crossover_sentence
 
 HEAD = ("head", "--shape", "320,64", "--n-probes", 3, "--rounds", 1)
@@ -124,7 +125,7 @@ def test_milliseconds_are_short(ms, said):
 
 
 def test_known_shape_has_256_probes(monkeypatch):
-    parsed = benchmark_command.make_parser().parse_args(["head", "--shape", "Qwen3-0.6B"])
+    parsed = make_parser("").parse_args(["head", "--shape", "Qwen3-0.6B"])
     assert parsed.shape == [("qwen3-0.6b", (151936, 1024))]
     made = []
     monkeypatch.setattr(
@@ -164,7 +165,7 @@ def test_sampler_of_a_model(run, converted, tmp_path):
 
 
 def test_samplers_have_the_usual_vocabulary(monkeypatch):
-    parsed = benchmark_command.make_parser().parse_args(["sampler"])
+    parsed = make_parser("").parse_args(["sampler"])
     made = []
     monkeypatch.setattr(
         benchmark_command, "random_head", lambda *shape, **form: made.append((*shape, form))
