@@ -4,6 +4,7 @@ import gc
 import pickle
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -212,3 +213,15 @@ def test_a_model_with_a_flash_head_pickles(form):
     detach(copied)
     assert type(copied) is type(tiny_model())
     assert mx.array_equal(copied(tokens), dense)
+
+
+def test_a_model_that_was_quantized_in_memory_uses_its_flash_head():
+    """MLX's new layers are in training mode, in which a FlashHead scores every token."""
+    model = tiny_model(tied=False)
+    nn.quantize(model, group_size=32, bits=4)
+    tokens = mx.array([[3, 1, 7]])
+    dense = model(tokens)
+    install_index(model, tiny_index(model))
+    assert not mx.allclose(model(tokens), dense, atol=1e-2)
+    model.train()
+    assert mx.allclose(model(tokens), dense, atol=1e-4)
