@@ -109,8 +109,6 @@ def install(
     mx.clear_cache()  # it holds the rows in their old order
     mx.eval(head.arrays())
     around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
-    if not model.training:
-        module.eval()  # nn.quantize makes layers that are in training mode
     module._flash_head = head
     module._asked_by = location.asked_by
     module.train(model.training)  # nn.quantize leaves its new modules in training mode
