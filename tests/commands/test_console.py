@@ -19,7 +19,7 @@ import pytest
     ],
 )
 def test_how_commands_end(run, monkeypatch, command, error, code, said):
-    def parser():
+    def parser(*_):
         raise error
 
     module = importlib.import_module(f"mlx_flashhead.{command}")
