@@ -113,7 +113,12 @@ def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
         assert archive.read("mlx_flashhead/metal/flash_head.metal") == KERNELS.read_bytes()
     package = CHECKOUT / "mlx_flashhead"
     page = package / "serving" / "page"
-    files = [*package.rglob("*.py"), package / "py.typed", *page.iterdir()]
+    files = [
+        *package.rglob("*.py"),
+        package / "py.typed",
+        *page.rglob("*.*"),
+        *page.rglob("LICENSE"),
+    ]
     modules = {path.relative_to(CHECKOUT).as_posix() for path in files}
     assert modules <= names
     top = {name.split("/")[0] for name in names}

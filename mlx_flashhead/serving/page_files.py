@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from .access import path_of
@@ -11,14 +12,18 @@ _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".woff2": "font/woff2",
     ".png": "image/png",
     ".webmanifest": "application/manifest+json",
 }
 _MANIFEST_LINK = 'href="/manifest.webmanifest"'
-# Allows the page's own files only, without scripts in the text or a frame around the page.
+# Allows the page's own files only, without scripts or styles in the text or a frame around it.
+# Only DOMPurify may turn a text into HTML.
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; "
+    "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
 )
 # The page that asks for the token loads nothing: its few styles are in it.
 _LOCKED_POLICY = _POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
@@ -58,11 +63,18 @@ def page_file(target: str, token: str | None) -> PageFile | None:
         return _response(json.dumps(manifest).encode(), ".webmanifest")
     if path == "/apple-touch-icon.png":
         return _response(_read("apple-touch-icon.png"), ".png")
-    folder, _, name = path.rpartition("/")
     # looked up in a listing, since a client's text must not become a path
-    if folder == "/page" and name in {file.name for file in FOLDER.iterdir()}:
+    name = path.removeprefix("/page/")
+    if name != path and name in page_names():
         return _response(_read(name), Path(name).suffix)
     return None
+
+
+@cache
+def page_names() -> frozenset[str]:
+    """The files under ``/page/``, as paths in the folder."""
+    files = (file for file in FOLDER.rglob("*") if file.suffix in _TYPES)
+    return frozenset(file.relative_to(FOLDER).as_posix() for file in files)
 
 
 def locked_page(wrong: bool) -> PageFile:

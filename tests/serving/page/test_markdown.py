@@ -10,7 +10,8 @@ RENDER = """async (text) => {
     const box = document.createElement("div");
     renderMarkdown(box, text);
     box.querySelectorAll(".code-bar").forEach((bar) => bar.remove());
-    return box.innerHTML.replaceAll(' target="_blank" rel="noopener noreferrer"', "");
+    return box.innerHTML.replaceAll(' target="_blank" rel="noopener noreferrer"', "")
+        .replaceAll(/>\\n+/g, ">").replaceAll(/\\n+</g, "<");
 }"""
 CASES = {
     "plain": "<p>plain</p>",
@@ -28,8 +29,9 @@ CASES = {
     "- a\n- b\n  - c\n  - d\n- e": "<ul><li>a</li><li>b<ul><li>c</li><li>d</li></ul></li>"
     "<li>e</li></ul>",
     "3. a\n4. b": '<ol start="3"><li>a</li><li>b</li></ol>',
-    "1. a\n\n2. b\n\nend": "<ol><li>a</li><li>b</li></ol><p>end</p>",
-    "1. a\n\n   ```\n   x\n   ```\n2. b": "<ol><li>a<pre><code>x</code></pre></li><li>b</li></ol>",
+    "1. a\n\n2. b\n\nend": "<ol><li><p>a</p></li><li><p>b</p></li></ol><p>end</p>",
+    "1. a\n\n   ```\n   x\n   ```\n2. b": "<ol><li><p>a</p><pre><code>x</code></pre></li>"
+    "<li><p>b</p></li></ol>",
     "- a\n\n  more": "<ul><li><p>a</p><p>more</p></li></ul>",
     "text:\n- a": "<p>text:</p><ul><li>a</li></ul>",
     "> a\n> - b\n\nc": "<blockquote><p>a</p><ul><li>b</li></ul></blockquote><p>c</p>",
@@ -37,9 +39,9 @@ CASES = {
     "```py\nif a:\n    b\n\nc\n```\nend": "<pre><code>if a:\n    b\n\nc</code></pre><p>end</p>",
     "```\nopen\n# still": "<pre><code>open\n# still</code></pre>",
     "````\n```\n````": "<pre><code>```</code></pre>",
-    "|a|b|\n|-|:-:|\n|1|`x\\|y`|\n|2|": '<div class="table"><table><thead><tr><th class="">a</th>'
-    '<th class="center">b</th></tr></thead><tbody><tr><td class="">1</td><td class="center">'
-    '<code>x|y</code></td></tr><tr><td class="">2</td><td class="center"></td></tr></tbody>'
+    "|a|b|\n|-|:-:|\n|1|`x\\|y`|\n|2|": '<div class="table"><table><thead><tr><th>a</th>'
+    '<th align="center">b</th></tr></thead><tbody><tr><td>1</td><td align="center">'
+    '<code>x|y</code></td></tr><tr><td>2</td><td align="center"></td></tr></tbody>'
     "</table></div>",
     "a | b": "<p>a | b</p>",
     "[a *b*](https://x.example/y_(z))": '<p><a href="https://x.example/y_(z)">a <em>b</em></a></p>',
@@ -59,6 +61,33 @@ CASES = {
     "<javascript:alert(1)>": "<p>&lt;javascript:alert(1)&gt;</p>",
     "```<img src=x>\n</code><script>\n```": "<pre><code>&lt;/code&gt;&lt;script&gt;</code></pre>",
 }
+# Formulas: (source, whether it stands by itself) of each, and the text without them.
+MATHS = {
+    r"So $x = \frac{1}{2}$, \(y_1\).": ([(r"x = \frac{1}{2}", False), ("y_1", False)], "So , ."),
+    "$$\na \\\\\nb\n$$\nend": ([("a \\\\\nb", True)], "end"),
+    "Then\n\\[ \\vec{x} \\]\nend": ([("\\vec{x}", True)], "Thenend"),
+    "\\begin{align}\na &= b\n\\end{align}": ([("\\begin{align}\na &= b\n\\end{align}", True)], ""),
+    "- one\n  $$\n  x\n  $$\n- two $y$": ([("x", True), ("y", False)], "onetwo "),
+    "*a $x*y$ b*": ([("x*y", False)], "a  b"),
+    "costs $5 or $10, not 3 $ in $HOME:$PATH": ([], "costs $5 or $10, not 3 $ in $HOME:$PATH"),
+    "`$x$` \\$x$": ([], "$x$ $x$"),
+    "```\n$$\nx\n$$\n```": ([], "$$x$$"),
+    "$$\n\\frac{1}{": ([], "$$\\frac{1}{"),
+    r"$\undefined$ $\def\a{\a\a}\a$": ([], r"\undefined \def\a{\a\a}\a"),
+}
+FORMULAS = """async (text) => {
+    const { renderMarkdown } = await import("/page/markdown.js");
+    const box = document.createElement("div");
+    renderMarkdown(box, text);
+    box.querySelectorAll(".code-bar").forEach((bar) => bar.remove());
+    const found = [...box.querySelectorAll(".katex")].map((node) => {
+        const source = node.querySelector("annotation").textContent;
+        const display = Boolean(node.closest(".katex-display"));
+        node.remove();
+        return [source, display];
+    });
+    return [found, box.textContent.replaceAll("\\n", "")];
+}"""
 ATTACK = """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">
 <iframe src="javascript:parent.hacked = 3"></iframe><svg onload="window.hacked = 4">
 
@@ -74,6 +103,14 @@ ATTACK = """<script>window.hacked = 1</script><img src=x onerror="window.hacked 
 | <form action=/> | <input autofocus onfocus=hacked=10> |
 
 # <marquee onstart=hacked=11>
+
+$\\href{javascript:hacked=12}{x}$ $\\htmlData{onclick=hacked}{y}$ $\\includegraphics{/v1/models}$
+$$\\htmlStyle{position: fixed}{z} \\text{<img src=x onerror=hacked=13>}$$
+$<img src=x onerror=hacked=14>$ [ref] <a onmouseover=hacked=15>
+
+[ref]: javascript:hacked=16 "onclick=hacked=17"
+
+- [ ] <input onfocus=hacked=18> &lt;img src=x onerror=hacked=19&gt;
 """
 
 
@@ -90,9 +127,46 @@ def test_elements(address, open_page):
     assert rendered == CASES
 
 
+def test_links_open_elsewhere_and_tell_nothing(address, open_page):
+    page = open_page(address[0])
+    attributes = page.evaluate(
+        """async () => {
+            const { renderMarkdown } = await import("/page/markdown.js");
+            const box = document.createElement("div");
+            renderMarkdown(box, "[a](https://x.example) https://y.example");
+            return [...box.querySelectorAll("a")].map(({ target, rel }) => [target, rel]);
+        }"""
+    )
+    assert attributes == [["_blank", "noopener noreferrer"]] * 2
+
+
+def test_formulas(address, open_page):
+    page = open_page(address[0])
+    rendered = {text: page.evaluate(FORMULAS, text) for text in MATHS}
+    assert rendered == {
+        text: [[list(one) for one in found], rest] for text, (found, rest) in MATHS.items()
+    }
+
+
+def test_formulas_are_set_without_inline_styles(address, open_page):
+    """The policy forbids style attributes in a text. What KaTeX wants is done in another way."""
+    url, script = address
+    formula = r"$$\vec{x} = \fcolorbox{red}{white}{$\sqrt{\pmb{y}}$} \quad \rule{99em}{1em}$$"
+    script.answers = [["Formulas:\n\n", formula]]
+    page = open_page(url, "iphone")
+    page.locator("#input").fill("Formulas?")
+    page.locator("#send").tap()
+    arrow = page.locator(".katex .katex-overlay svg")
+    expect(arrow).to_be_visible()
+    assert arrow.bounding_box()["width"] < 12  # 0.471em
+    assert page.evaluate("document.fonts.check('16px KaTeX_Math')")
+    assert page.evaluate("scroller.scrollWidth <= scroller.clientWidth")
+    assert page.locator(".katex-rule").bounding_box()["width"] < 500
+
+
 def test_each_start_of_a_text_renders_and_long_ones_end(address, open_page):
     page = open_page(address[0])
-    text = "".join(f"{case}\n\n" for case in CASES)
+    text = "".join(f"{case}\n\n" for case in (*CASES, *MATHS))
     for end in range(0, len(text), 7):
         page.evaluate(RENDER, text[:end])
     for unit in (
@@ -109,6 +183,11 @@ def test_each_start_of_a_text_renders_and_long_ones_end(address, open_page):
         "https://a",
         "1. ",
         "~~a",
+        "$",
+        "$a ",
+        "\\(",
+        "\\[",
+        "\\begin{a}",
     ):
         page.evaluate(RENDER, unit * 4000)
         page.evaluate(RENDER, f"{unit}\n" * 1000)
