@@ -158,6 +158,12 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
         "--include-path", metavar="FOLDER", help="Folder with further tasks, as YAML files."
     )
     group.add_argument(
+        "--output-dir",
+        metavar="FOLDER",
+        help="Write the figures into a file in this folder, of the name and the form of "
+        "mlx_lm.evaluate's.",
+    )
+    group.add_argument(
         "--num-shots", type=whole_number(0), help="Worked examples before each question."
     )
     group.add_argument("--limit", type=whole_number(1), help="Questions per task at most.")
@@ -204,6 +210,8 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
 def _check_arguments(args: argparse.Namespace) -> None:
     """Raises before any work begins if arguments contradict each other."""
     if not args.tasks:
+        if args.output_dir:
+            raise ValueError("--output-dir is for --tasks: write other figures with --json.")
         if args.answers or args.structured:
             option = "answers" if args.answers else "structured"
             others = ["answers", "text", "precisions", "masks", "positions", "plot", "structured"]
@@ -241,9 +249,14 @@ def _check_arguments(args: argparse.Namespace) -> None:
 def _run_tasks(args: argparse.Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # lm-eval starts processes
     from_extra("lm_eval", EXTRA, "--tasks")
-    from .evaluation.tasks import evaluate_tasks, find_tasks
+    from .evaluation.tasks import by_task, evaluate_tasks, find_tasks, results_file
 
     names = [name for given in args.tasks for name in given.split(",") if name]
+    output = None
+    if args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        output = results_file(args.output_dir, args.model, names, args.num_shots)
+        check_writable("--output-dir", str(output))
     manager = find_tasks(names, args.include_path)
     model, tokenizer = load(
         args.model,
@@ -275,6 +288,8 @@ def _run_tasks(args: argparse.Namespace) -> None:
     if args.json:
         figures = {"model": args.model, "results": [measure.to_dict() for measure in measures]}
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    if output is not None:
+        output.write_text(json.dumps(by_task(measures), indent=4))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,27 @@ def evaluate_tasks(
         with lm.estimated_perplexity():
             measures += _measures(run(rolling), FLASH_HEAD)
     return measures
+
+
+def results_file(folder: str, model: str, names: Sequence[str], num_shots: int | None) -> Path:
+    """The file in which ``mlx_lm.evaluate --output-dir`` would write these results."""
+    shots = [] if num_shots is None else [f"{num_shots:02d}"]
+    parts = ["eval", model.replace("/", "_"), version("lm_eval"), *shots, *names]
+    return Path(folder) / "_".join(parts)
+
+
+def by_task(measures: Iterable[TaskMeasure]) -> dict[str, dict[str, float]]:
+    """The figures in the form of lm-eval's results, JSON-ready.
+
+    Where a metric was measured under both heads, it is the dense one.
+    """
+    tasks: dict[str, dict[str, float]] = {}
+    for measure in measures:
+        figures = tasks.setdefault(measure.task, {})
+        figures.setdefault(f"{measure.metric},{measure.filter}", measure.value)
+        if measure.stderr is not None:
+            figures.setdefault(f"{measure.metric}_stderr,{measure.filter}", measure.stderr)
+    return tasks
 
 
 def _output_types(results: dict) -> dict[str, str]:

@@ -7,6 +7,7 @@ does not hold up a short question, and short questions do not hold up a long tex
 
 import gc
 import logging
+import secrets
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ import mlx.core as mx
 from ..models.compat.utils import maybe_set_recommended_wired_limit
 from .decoding import Batch, Decoder, Single
 from .job import Failure, Job
+from .problems import Problem
 from .prompt_caches import PromptCaches
 from .reading import Pace, Reading
 from .served import Catalogue
@@ -164,6 +166,8 @@ class Engine:
                 steps = decoder.step()
             except Exception as error:
                 logger.exception("Some answers have failed")
+                # a sampler that fails while MLX compiles it leaves no usable random state
+                mx.random.seed(secrets.randbits(63))
                 self._decoders.remove(decoder)
                 for job in decoder.jobs:
                     job.tell(Failure(error))
@@ -193,6 +197,9 @@ class Engine:
 def _is_complete(job: Job, token: int, logprobs: mx.array) -> bool:
     try:
         return job.take(token, logprobs)
+    except Problem as problem:
+        job.tell(Failure(problem))
+        return True
     except Exception as error:
         logger.exception("An answer has failed")
         job.tell(Failure(error))

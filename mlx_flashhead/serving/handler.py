@@ -225,6 +225,8 @@ class _Answer:
             if self._handler.client_has_gone():
                 raise ConnectionAbortedError
             if isinstance(event, Failure):
+                if isinstance(event.error, Problem):
+                    raise event.error
                 raise Problem("The answer has failed: see the server's log.", status=500)
             if event is not None:
                 yield index, event

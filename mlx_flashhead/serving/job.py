@@ -9,6 +9,7 @@ import mlx.core as mx
 from ..structured.processor import GrammarProcessor
 from .answer_text import AnswerText, Piece
 from .logprobs import TokenLogprobs, token_logprobs
+from .problems import Problem
 from .prompts import Prompt
 from .sampling import LogitsProcessor, Sampler
 from .served import ServedModel
@@ -44,7 +45,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Failure:
-    """The answer has failed within the server."""
+    """The answer has failed: within the server, or as a :class:`Problem` of the request."""
 
     error: Exception
 
@@ -114,12 +115,19 @@ class Job:
 
         Returns:
             Whether the answer is complete.
+
+        Raises:
+            Problem: If its form cannot be followed.
         """
         self.n_tokens += 1
         self.times[1:] = [time.monotonic()]
         if token in self.served.tokenizer.eos_token_ids:
             if self.grammar and self.grammar.problem:
-                raise ValueError(f"The answer has left its form: {self.grammar.problem}.")
+                raise Problem(
+                    f"The form cannot be followed any further ({self.grammar.problem}): "
+                    "simplify it.",
+                    "response_format",
+                )
             piece, _ = self._text.finish()
             self.tell(Token(piece, None, "stop"))
             return True

@@ -144,7 +144,7 @@ def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> Sampl
         top_k=top_k if top_k < served.vocab_size else 0,  # a top_k of all tokens cuts none off
         min_p=fields.number("min_p", defaults.min_p, 0, 1),
         xtc_probability=fields.number("xtc_probability", 0.0, 0, 1),
-        xtc_threshold=fields.number("xtc_threshold", 0.1, 0, 1),
+        xtc_threshold=fields.number("xtc_threshold", 0.1, 0, 0.5),
     )
 
 

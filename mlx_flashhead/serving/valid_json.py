@@ -2,19 +2,32 @@
 
 import json
 import math
+import re
 from typing import Any, NoReturn
+
+# An escape of half a character. A whole one beyond the first 65,536 takes two.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def loads(text: bytes) -> Any:
     """Reads JSON.
 
     Raises:
-        ValueError: If the text is not JSON, or holds a number that is not finite.
+        ValueError: If the text is not JSON, or holds a number that is not finite or half of a
+            character, which no tokenizer takes.
     """
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite_number)
+        decoded = text.decode("utf-8-sig")
+        value = json.loads(decoded, parse_constant=_refuse, parse_float=_finite_number)
+        if _HALF.search(decoded):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError("a text in it holds half of a character") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    return value
 
 
 def dumps(value: Any) -> str:

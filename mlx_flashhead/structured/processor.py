@@ -38,7 +38,8 @@ class GrammarProcessor:
             :meth:`for_sequence` has made.
 
     Raises:
-        ValueError: If llguidance is not installed or cannot read the tokenizer.
+        ValueError: If llguidance is not installed or cannot read the tokenizer, or if no text has
+            the form.
     """
 
     def __init__(self, tokenizer: Any, grammar: Grammar, *, after: Sequence[int] = ()):
@@ -47,6 +48,9 @@ class GrammarProcessor:
         self._after = list(after)
         self._vocabulary = _vocabulary(tokenizer)
         self._matcher = llguidance().LLMatcher(self._vocabulary, grammar.compiled, log_level=0)
+        self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise ValueError(f"No text fits the {grammar.kind}: check that it can end.")
         self._n_prompt: int | None = None
         self._generated: list[int] = []
         self._n_matched = 0  # of these, the number that the grammar has accepted

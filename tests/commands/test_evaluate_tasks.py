@@ -1,6 +1,7 @@
 """``evaluate --tasks``: the table, the file, and what is refused before the work."""
 
 import json
+import re
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_tasks_are_printed_and_written(run, arguments, tmp_path, monkeypatch):
     file = tmp_path / "out.json"
     code, output, errors = run(
         "evaluate", *arguments, "--tasks", f"{CHOICE},{GENERATE}", PERPLEXITY,
-        "--json", file, "--limit", 2, "--num-shots", 1,
+        "--json", file, "--limit", 2, "--num-shots", 1, "--output-dir", tmp_path / "new",
     )  # fmt: skip
     assert code == 0, errors
     assert "Traceback" not in errors
@@ -47,6 +48,11 @@ def test_tasks_are_printed_and_written(run, arguments, tmp_path, monkeypatch):
         assert f"{result['value']:.4f}" in line
     assert "approximation" in output
     assert {result["samples"] for result in results} == {2}
+    (written,) = (tmp_path / "new").iterdir()
+    assert re.fullmatch(f"eval_.*_01_{CHOICE}_{GENERATE}_{PERPLEXITY}", written.name)
+    tasks = json.loads(written.read_text())
+    assert tasks[CHOICE]["acc,none"] == results[0]["value"]
+    assert tasks[PERPLEXITY]["byte_perplexity,none"] == results[2]["value"]
 
 
 def test_probes_of_tasks(run, arguments, tmp_path):
@@ -85,6 +91,11 @@ def test_probes_of_tasks(run, arguments, tmp_path):
 )
 def test_refused_arguments(refused, arguments, further, said):
     assert said in refused("evaluate", *arguments, "--tasks", CHOICE, *further)
+
+
+def test_a_folder_for_results_needs_tasks(refused, converted):
+    line = refused("evaluate", "--model", converted, "--text", "a", "--output-dir", "b")
+    assert "--output-dir is for --tasks" in line
 
 
 def test_neither_a_text_nor_tasks(refused, converted):

@@ -6,6 +6,7 @@ from queue import SimpleQueue
 
 import mlx.core as mx
 import pytest
+from mlx_lm.sample_utils import make_sampler
 
 import mlx_flashhead
 from mlx_flashhead.serving import reading
@@ -267,6 +268,16 @@ def test_a_failure_ends_the_answer_and_nothing_else(start, flash):
     good = submit(engine, SHORT)
     assert tokens_of(good) == generated(flash, SHORT)
     assert engine.healthy
+
+
+def test_a_sampler_that_fails_does_not_spoil_the_draws_of_others(start):
+    """mlx-lm's refuses the threshold while MLX compiles it."""
+    engine = start()
+    bad = job(engine, SHORT)
+    bad.sampler = make_sampler(temp=1.0, xtc_probability=1.0, xtc_threshold=0.9)
+    engine.submit([bad])
+    assert "threshold" in str(until(bad, Failure | Token).error)
+    assert len(tokens_of(submit(engine, SHORT, temperature=1.0))) > 0
 
 
 def test_a_failure_of_the_loop_itself_is_told_to_all(start, flash, monkeypatch):

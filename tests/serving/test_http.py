@@ -342,7 +342,8 @@ def test_mistakes_are_told(server, change, field, stream):
     [
         (b"{", "/v1/completions", 400, "The body is not JSON"),
         (b"[]", "/v1/completions", 400, "must be a JSON object"),
-        (b"\xff", "/v1/completions", 400, "decode"),
+        (b"\xff", "/v1/completions", 400, "not UTF-8"),
+        (b'{"prompt": "\\ud83d"}', "/v1/completions", 400, "half of a character"),
         (b"[" * 100_000, "/v1/completions", 400, "nested too deeply"),
         (b'{"prompt": "a", "temperature": NaN}', "/v1/completions", 400, "NaN is not JSON"),
         (b"{}", "/v1/completions", 400, "prompt must be a text"),

@@ -160,6 +160,7 @@ def test_prompts_of_all_forms(tiny, prompt, prompts):
         ({"temperature": "1"}, "temperature", "must be a number"),
         ({"temperature": True}, "temperature", "must be a number"),
         ({"top_p": 7}, "top_p", "it must be 0 to 1"),
+        ({"xtc_threshold": 1}, "xtc_threshold", "it must be 0 to 0.5"),
         ({"repetition_penalty": -1}, "repetition_penalty", "at least 0"),
         ({"presence_penalty": 10**400}, "presence_penalty", "is 1000"),
         ({"logit_bias": {"5": None}}, "logit_bias", "give each token id a number"),

@@ -106,6 +106,11 @@ def test_answer_is_the_packages(client, random_model):
     )
 
 
+def test_schema_without_an_end_is_told(client):
+    with pytest.raises(openai.BadRequestError, match="No text fits the JSON schema"):
+        ask(client, schema_format({"$ref": "#"}))
+
+
 def test_wrong_schema_is_told_with_its_place(client):
     with pytest.raises(openai.BadRequestError) as raised:
         ask(client, schema_format({"properties": {"a": {"type": "strin"}}}))

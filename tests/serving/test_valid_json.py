@@ -23,7 +23,7 @@ def test_halves_of_characters_can_be_sent():
     assert dumps("\ud800").encode() == b'"\\ud800"'
 
 
-@pytest.mark.parametrize("text", [b'{"a": [1.5, null]}', b"3", b'"\\ud800"'])
+@pytest.mark.parametrize("text", [b'{"a": [1.5, null]}', b"3", b'"\\ud83d\\ude00"'])
 def test_json_is_read(text):
     assert loads(text) == json.loads(text)
 
@@ -35,7 +35,10 @@ def test_json_is_read(text):
         (b"[-Infinity]", "-Infinity is not JSON"),
         (b"1e999", "too large"),
         (b"{", "Expecting"),
-        (b"\xff", "decode"),
+        (b'"\xff"', "byte 1 is not UTF-8"),
+        (b'{"a": ["\\ud800"]}', "half of a character"),
+        (b'{"\\udE00": 1}', "half of a character"),
+        (b'"\xed\xa0\x80"', "byte 1 is not UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
         (b"1" * 5000, "4300 digits"),
     ],
