@@ -9,10 +9,10 @@ from .cli.console import command
 from .cli.processes import join_processes
 from .models.load import resolve
 from .serving.access import Access
-from .serving.access_options import access_of, check_access
 from .serving.ending import Ending
 from .serving.http import requests_logged, serve
 from .serving.lan import announce as announce_on_network
+from .serving.network_options import access_of, check_network_options
 from .serving.options import make_parser
 from .serving.served import Catalogue
 
@@ -26,7 +26,7 @@ def main() -> None:
         parser.error("--dense scores every token: leave --n-probes out")
     if flags.draft_probes is not None and flags.draft_model is None:
         parser.error("--draft-probes are a draft model's: add --draft-model, or leave it out")
-    check_access(parser, flags)
+    check_network_options(parser, flags)
     if join_processes().size() > 1:
         parser.error("the server is one process: start it without mlx.launch")
     with Ending() as ending, requests_logged(flags.log_level):

@@ -6,7 +6,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..cli.console import sentence
-from ..cli.terminal import StopKey, Terminal, Typed
+from ..cli.terminal import StopKey, Terminal
+from ..cli.typed import Typed
 from ..models.install import get_flash_head
 from .conversation import LENGTH, STOPPED, Answer, Conversation
 from .kept import keep

@@ -17,9 +17,10 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from .terminal import PROMPT, is_open
+from .typed import PROMPT, is_open
 
 CONTINUATION = "… "
+KEPT_TEXTS = 1000
 
 
 def line_editor(
@@ -92,10 +93,19 @@ def _ending_at_signals(app: Application[str]) -> Iterator[Callable[[], None]]:
 
 
 class _KeptHistory(FileHistory):
+    """A history in a file, of which the newest texts stay from one start to the next."""
+
     def __init__(self, path: Path):
         super().__init__(path)
         with suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            newest = list(self.load_history_strings())
+            if len(newest) > KEPT_TEXTS:
+                shorter = FileHistory(path.with_suffix(".new"))
+                Path(shorter.filename).unlink(missing_ok=True)
+                for text in reversed(newest[:KEPT_TEXTS]):
+                    shorter.store_string(text)
+                Path(shorter.filename).replace(path)
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):  # a full disk must not end the chat

@@ -4,35 +4,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from .extras import from_extra
+from .typed import PROMPT, QUOTES, Typed, is_open, without_quotes
 from .wrapping import WordWrap
 
-PROMPT = "> "
-QUOTES = '"""'
 # An answer must not move the cursor, change colours or ring the bell, here or behind a pipe.
 UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
-
-
-@dataclass(frozen=True)
-class Typed:
-    """A text that the user has typed or pasted.
-
-    Attributes:
-        text: Without the quotes around several lines.
-        plain: One line without quotes, which may be a command.
-    """
-
-    text: str
-    plain: bool
-
-
-def is_open(text: str) -> bool:
-    """Whether a text begins with three quotes and the closing three are missing."""
-    text = text.strip()
-    return text.startswith(QUOTES) and (len(text) < 6 or not text.endswith(QUOTES))
 
 
 class Terminal:
@@ -71,10 +50,7 @@ class Terminal:
                 text += "\n" + self._read_line()
             except EOFError:
                 text += QUOTES
-        text = text.strip("\n")
-        if text.strip().startswith(QUOTES):
-            return Typed(text.strip().removeprefix(QUOTES).removesuffix(QUOTES).strip(), False)
-        return Typed(text, "\n" not in text)
+        return without_quotes(text)
 
     def show(self, piece: str) -> None:
         """Prints a piece of an answer. The beginning of a word waits for its end."""

@@ -90,7 +90,8 @@ def qr_code(text: str, *, colours: bool) -> str:
     """
     code = from_extra("segno", "qr", "A QR code of this address").make(text, error="l", micro=False)
     out = io.StringIO()
-    code.terminal(out, compact=True, border=2)
+    # with a wide border the code of a full IPv6 address leaves no line for the text
+    code.terminal(out, compact=True, border=2 if code.version < 5 else 1)
     lines = out.getvalue().splitlines()
     if colours:
         lines = [f"{_BLACK_AND_WHITE}{line}{_PLAIN}" for line in lines]
@@ -98,7 +99,9 @@ def qr_code(text: str, *, colours: bool) -> str:
 
 
 def announce(host: str, port: int, token: str, out: TextIO) -> None:
-    """Prints how another device opens the page and uses the API, within 80 columns and 24 lines.
+    """Prints how another device opens the page and uses the API.
+
+    The page's part comes last, and is on the screen if that has 80 columns and 24 lines.
 
     Args:
         host: The address that the server is bound to.
@@ -116,10 +119,10 @@ def announce(host: str, port: int, token: str, out: TextIO) -> None:
     except ValueError as missing:
         code = str(missing)
     lines = [
+        f"Programs use {url(address, port)}v1 with the token as their API key.",
+        "Whoever has the token can use the model. The connection is not encrypted.",
         "Open this on an iPad, an iPhone or any computer of the network:",
         code,
         f"  {page}",
-        f"Programs use {url(address, port)}v1 with the token as their API key.",
-        "Whoever has the token can use the model. The connection is not encrypted.",
     ]
     print("\n".join(lines), file=out, flush=True)

@@ -1,10 +1,10 @@
-"""The server's flags: those of mlx-lm that apply here, and more."""
+"""The server's parser, with the flags for its models, its requests and their limits."""
 
 import argparse
 
 from ..cli.arguments import Parser, json_object, number, one_of, share, whole_number
 from ..companion.look_up import add_look_up_options
-from .access_options import add_access_flags
+from .network_options import add_network_options
 
 
 def make_parser() -> Parser:
@@ -16,7 +16,7 @@ def make_parser() -> Parser:
     _add_models(parser)
     _add_defaults(parser)
     _add_limits(parser)
-    add_access_flags(parser)
+    add_network_options(parser)
     return parser
 
 

@@ -10,6 +10,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from mlx_flashhead.cli import line_editor as module
 from mlx_flashhead.cli.line_editor import _Commands, _KeptHistory, line_editor
 
 
@@ -41,6 +42,15 @@ def test_the_history_is_kept_for_its_user_alone(tmp_path):
     _KeptHistory(file).append_string("one\nquestion of two lines")
     assert list(_KeptHistory(file).load_history_strings()) == ["one\nquestion of two lines"]
     assert file.parent.stat().st_mode & 0o077 == 0
+
+
+def test_the_newest_texts_of_a_history_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "KEPT_TEXTS", 2)
+    file = tmp_path / "history"
+    for text in ("first", "second\nof two lines", "third"):
+        _KeptHistory(file).append_string(text)
+    assert list(_KeptHistory(file).load_history_strings()) == ["third", "second\nof two lines"]
+    assert [path.name for path in tmp_path.iterdir()] == ["history"]
 
 
 def test_a_history_that_cannot_be_kept_is_no_reason_to_stop(tmp_path):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mlx_flashhead.serving.access import is_token
-from mlx_flashhead.serving.access_options import access_of, check_access
+from mlx_flashhead.serving.network_options import access_of, check_network_options
 from mlx_flashhead.serving.options import make_parser
 
 
@@ -18,7 +18,7 @@ def parse(tmp_path):
         args = parser.parse_args(
             ["--model", "model", "--token-file", str(tmp_path / "token"), *flags]
         )
-        check_access(parser, args)
+        check_network_options(parser, args)
         return args
 
     return parse

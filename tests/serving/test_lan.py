@@ -20,6 +20,7 @@ from mlx_flashhead.serving.lan import (
     own_address,
     own_names,
     qr_code,
+    url,
 )
 
 TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
@@ -47,21 +48,29 @@ def test_qr_code_can_be_scanned(colours):
     assert scanned(printed.split("\n")) == PAGE
 
 
-def announced(encoding="utf-8"):
+def announced(encoding="utf-8", host="192.168.178.123"):
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    announce("192.168.178.123", 8080, TOKEN, out)
+    announce(host, 8080, TOKEN, out)
     return out.buffer.getvalue().decode(encoding)
 
 
-def test_announcement_stays_on_a_small_screen():
+def test_announcement_says_how_programs_connect():
+    assert "Programs use http://192.168.178.123:8080/v1 with the token" in announced()
+
+
+@pytest.mark.parametrize(
+    "host", ["192.168.178.123", "fd00::1", "2001:db8:85a3:1319:8a2e:1370:7344:4b6f"]
+)
+def test_announcement_stays_on_a_small_screen(host):
     screen = pyte.Screen(80, 24)
     terminal = pyte.Stream(screen)
     terminal.feed("Serving a model of some name with FlashHead at http://0.0.0.0:8080\r\n" * 30)
-    terminal.feed(announced().replace("\n", "\r\n"))
+    terminal.feed(announced(host=host).replace("\n", "\r\n"))
     shown = [line.rstrip() for line in screen.display]
-    assert shown[0].startswith("Open this on an iPad") and f"  {PAGE}" in shown
-    assert any("http://192.168.178.123:8080/v1 with the token" in line for line in shown)
-    assert scanned(line for line in shown if line and set(line) <= set("█▀▄ ")) == PAGE
+    page = url(host, 8080, TOKEN)
+    assert any(line.startswith("Open this on an iPad") for line in shown)
+    assert f"  {page}" in "".join(shown)
+    assert scanned(line for line in shown if line and set(line) <= set("█▀▄ ")) == page
 
 
 def test_announcement_for_a_terminal_of_ascii():

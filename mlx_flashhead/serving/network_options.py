@@ -1,4 +1,4 @@
-"""The server's flags for its address and its clients."""
+"""The server's flags for its address, its clients and its log."""
 
 import argparse
 import re
@@ -12,8 +12,8 @@ _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?"
 _ALL_INTERFACES = "0.0.0.0"
 
 
-def add_access_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags for address, clients and log."""
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
     group = parser.add_argument_group("network")
     group.add_argument(
         "--host",
@@ -62,7 +62,7 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_access(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_network_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the command with a sentence if the flags contradict each other; fills in the host."""
     if args.host is None:
         args.host = _ALL_INTERFACES if args.lan else "127.0.0.1"
