@@ -24,6 +24,7 @@ EXTRAS = {
     "qr": {"segno"},
     "structured": {"llguidance", "jsonschema"},
     "tasks": {"lm-eval"},
+    "vlm": {"mlx-vlm"},
 }
 
 

@@ -12,6 +12,7 @@ from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head
 from ..models.load import install_index
 from ..models.locate import find_head
+from ..models.processor_text import name_of
 from ..publishing.origin import Origin
 from . import cache
 from .build import build as build_index
@@ -31,11 +32,11 @@ def attach(
     build: bool = True,
     progress: bool = True,
 ) -> FlashHead:
-    """Puts a FlashHead on a dense mlx-lm model. `detach` takes it off again.
+    """Puts a FlashHead on a dense model. `detach` takes it off again.
 
     Args:
-        model: Any mlx-lm model, with its final adapters and bits.
-        tokenizer: Its tokenizer in mlx-lm's wrapper.
+        model: Any model of mlx-lm or mlx-vlm, with its final adapters and bits.
+        tokenizer: What its ``load`` returned beside it: mlx-lm's tokenizer, or mlx-vlm's processor.
         flash_head: A folder or a Hugging Face repository of a FlashHead; default: the one that was
             built for this model before, else a new one.
         n_probes: Clusters scored per token; default: the FlashHead's own number.
@@ -50,7 +51,7 @@ def attach(
         ValueError: If there is none and none may be built, if it belongs to another model or is
             damaged, or if an argument is not valid. The model stays unchanged.
     """
-    name = Path(str(getattr(tokenizer, "name_or_path", "") or type(model).__module__)).name
+    name = Path(name_of(tokenizer) or type(model).__module__).name
     origin = Origin(name)
     say = teller(progress)
     found = given(flash_head)
@@ -78,8 +79,8 @@ def install_found(
     """Installs the found FlashHead, else a kept one.
 
     Args:
-        model: A dense mlx-lm model.
-        tokenizer: Its tokenizer.
+        model: A dense model of mlx-lm or mlx-vlm.
+        tokenizer: Its tokenizer or processor.
         found: A FlashHead of the user's or of the model's folder.
         origin: Where the model is from.
         n_probes: Clusters scored per token; default: the FlashHead's own number.

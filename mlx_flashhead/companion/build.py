@@ -11,6 +11,7 @@ from ..conversion.duration import expected_seconds, in_words
 from ..conversion.options import IndexOptions
 from ..conversion.pipeline import make_index
 from ..models.locate import HeadLocation, check_plain_product
+from ..models.processor_text import text_side
 from ..publishing.origin import Origin, card_metadata
 from ..publishing.publish import checkpoint_name
 from ..publishing.recipe import make_recipe
@@ -32,8 +33,8 @@ def build(
     """Builds a FlashHead, or waits for another process that builds it.
 
     Args:
-        model: A dense mlx-lm model.
-        tokenizer: Its tokenizer.
+        model: A dense model of mlx-lm or mlx-vlm.
+        tokenizer: Its tokenizer or processor.
         location: Its head.
         origin: Where the model is from.
         say: Called with a sentence at each step.
@@ -64,7 +65,8 @@ def build(
             name=checkpoint_name(origin, None),
         ) | {"metadata": card_metadata(origin, "adapter")}
         with redirect_stdout(sys.stderr):  # standard output is the command's own
-            index = make_index(model, tokenizer, location, options, None, recipe, progress=progress)
+            text = text_side(model, tokenizer)
+            index = make_index(model, text, location, options, None, recipe, progress=progress)
         try:
             cache.keep(index, place)
         except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A FlashHead under ``mlx_lm.load``, for programs that do not know FlashHead."""
+"""A FlashHead under ``mlx_lm.load`` and ``mlx_vlm.load``, for programs that do not know it."""
 
 import sys
 from functools import wraps
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.compat.load import Load, wrap_load
+from ..models.compat.vlm.load import wrap_load as wrap_vlm_load
 from ..models.load import resolve
 from ..publishing.origin import local_origin
 from .attach import BUILD, REFUSE, install_found, teller
@@ -15,7 +16,7 @@ from .look_up import given, inside
 def put_under_load(
     *, flash_head: str | Path | None = None, build: bool = True, n_probes: int | None = None
 ) -> None:
-    """From now on ``mlx_lm.load`` attaches a FlashHead to the models that it loads, if it can.
+    """From now on ``load`` of mlx-lm and mlx-vlm attaches a FlashHead to a model, if it can.
 
     Args:
         flash_head: A folder or a Hugging Face repository of a FlashHead.
@@ -31,17 +32,23 @@ def put_under_load(
 
     def attach_to(model: Any, tokenizer: Any, folder: Path) -> None:
         nonlocal warned
+        origin = local_origin(folder)
         try:
-            install_found(
+            head = install_found(
                 model,
                 tokenizer,
                 found or inside(folder, say),
-                local_origin(folder),
+                origin,
                 n_probes=n_probes,
                 backend=None,
                 missing=BUILD if build else REFUSE,
                 progress=True,
                 say=say,
+            )
+            assert head is not None  # only DENSE leaves it out
+            say(
+                f"With FlashHead: {origin.known_as}, {head.n_probes} of {head.n_clusters} clusters "
+                "scored per token."
             )
         except (ValueError, OSError) as error:
             if not warned:
@@ -52,8 +59,11 @@ def put_under_load(
         @wraps(original)
         def load(path_or_hf_repo: Any, *arguments: Any, **options: Any) -> Any:
             try:
-                # mlx-lm does not download the index of a repository
-                folder = resolve(str(path_or_hf_repo), options.get("revision"))
+                # neither library downloads the index of a repository
+                # and mlx_vlm.generate names a revision of a folder too
+                is_folder = Path(path_or_hf_repo).expanduser().is_dir()
+                revision = None if is_folder else options.get("revision")
+                folder = resolve(str(path_or_hf_repo), revision)
             except ValueError:
                 return original(path_or_hf_repo, *arguments, **options)  # with its own error
             loaded = original(path_or_hf_repo, *arguments, **options)
@@ -63,3 +73,4 @@ def put_under_load(
         return load
 
     wrap_load(wrap)
+    wrap_vlm_load(wrap)

@@ -13,8 +13,9 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from ..models.compat.generate import BatchGenerator
+from ..models.batches import batch_generator
 from ..models.cpu_products import numpy_products
+from ..models.libraries import forward
 from ..models.locate import HeadLocation, recorded_hidden
 from ..models.sampling import make_sampler
 
@@ -73,13 +74,8 @@ def generated_states(
             recorded.clear()
             return tokens
 
-        generator = BatchGenerator(
-            model,
-            stop_tokens=[[token] for token in tokenizer.eos_token_ids],
-            sampler=sampler,
-            completion_batch_size=BATCH_SIZE,
-            prefill_batch_size=BATCH_SIZE,
-        )
+        ends = [[token] for token in tokenizer.eos_token_ids]
+        generator = batch_generator(model, ends, sampler, BATCH_SIZE)
         missing = min(BATCH_SIZE, -(-positions // SEQUENCE_TOKENS))
         while count < positions and time.monotonic() < deadline:
             if missing:
@@ -199,7 +195,7 @@ def read_windows(
                 break
             length = len(inputs[batch[0]])
             # shorter ones are padded at the end, where no state looks
-            model(mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch]))
+            forward(model, mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch]))
             # only the states are evaluated, and the windows' logits are never computed
             read = np.array(recorded[-1].astype(mx.float32))
             recorded.clear()

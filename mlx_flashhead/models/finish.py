@@ -15,6 +15,7 @@ import mlx.nn as nn
 from ..head.flash_head import FlashHead
 from .errors import UnsupportedHeadError
 from .install import installed_head, installed_module
+from .libraries import architecture, forward
 
 Finish = Callable[[mx.array], mx.array]
 
@@ -53,10 +54,9 @@ def _run(model: nn.Module, logits: mx.array, token: int = 0) -> mx.array:
     head = module._flash_head
     module._flash_head = _Answer(head, logits)
     try:
-        output = model(mx.array([[token]]))
+        return forward(model, mx.array([[token]]))
     finally:
         module._flash_head = head
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _learn(model: nn.Module, head: FlashHead) -> Finish:
@@ -69,10 +69,9 @@ def _learn(model: nn.Module, head: FlashHead) -> Finish:
     apart = mx.where(mixed, finished, _run(model, high, token=1))
     together = _run(model, mx.where(mixed, low, high))
     if apart.shape != low.shape or not mx.allclose(apart, together, rtol=1e-4, atol=1e-4):
-        name = type(model).__module__.rsplit(".", 1)[-1]
         raise UnsupportedHeadError(
-            f"This {name!r} model mixes the logits of different tokens, so logits processors "
-            "cannot be exact with FlashHead: use dense=True with them."
+            f"This {architecture(model)!r} model mixes the logits of different tokens, so logits "
+            "processors cannot be exact with FlashHead: use dense=True with them."
         )
     # the model's Python code runs once, while this is traced
     run = mx.compile(lambda logits: _run(model, logits[None])[0])

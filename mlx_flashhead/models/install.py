@@ -17,6 +17,8 @@ import numpy as np
 
 from ..head.centroids import Centroids
 from ..head.flash_head import FlashHead
+from .compat.vlm.head_weights import HeadWeights
+from .libraries import is_vlm
 from .locate import EMBEDDING, Asker, HeadLocation, check_plain_product, find_head
 
 # Base of the classes below while types are checked.
@@ -64,7 +66,7 @@ def install(
     Order matters: load, cast, quantize, apply adapters and shard first, then install.
 
     Args:
-        model: Any mlx-lm model whose head :func:`find_head` finds.
+        model: Any model of mlx-lm or mlx-vlm whose head :func:`find_head` finds.
         token_ids: (C, cluster_size) integers, V in padded slots.
         centroids: Centroids fitted for these clusters.
         n_probes: Clusters scored per position, 1 … C.
@@ -115,6 +117,8 @@ def install(
     _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
     for parent in around:
         _subclass(parent, _FlashParent)
+    if is_vlm(model):
+        HeadWeights(lambda layer: isinstance(layer, _FlashModule)).keep()
     return head
 
 
@@ -224,13 +228,10 @@ class _FlashModule(_Pickled, _Module):
     def _project(self, hidden: mx.array) -> mx.array:
         """(..., D) → (..., V): the model's logits, or the product with all rows for other uses.
 
-        Gradients do not pass through the choice of clusters, so training uses all rows. So do calls
-        from other places of the model's code: gemma4_text finds tokens by their embeddings.
+        Gradients do not pass through the choice of clusters, so training uses all rows.
         """
-        asked_by, usual = Asker.of(sys._getframe(2).f_code), self._asked_by
-        elsewhere = usual is not None and asked_by != usual
-        same_file = usual is not None and asked_by.file == usual.file
-        if self.training or (elsewhere and same_file):
+        asked_by = Asker.of(sys._getframe(2).f_code)
+        if self.training or not asked_by.wants_logits(self._asked_by):
             return self._flash_head.dense_logits(hidden)
         return self._flash_head(hidden)
 

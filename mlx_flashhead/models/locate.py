@@ -1,4 +1,4 @@
-"""Finds the output projection of any mlx-lm model, and records its inputs.
+"""Finds the output projection of any model of mlx-lm or mlx-vlm, and records its inputs.
 
 Neither a model's configuration nor its list of modules tells where the head is. So one forward pass
 is traced, without evaluating anything. The head is the last module that has a row for each token
@@ -16,7 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.matrix import Matrix
+from .compat.vlm.head_weights import DECISIONS
 from .errors import UnsupportedHeadError
+from .libraries import architecture, check_writes_text, forward, library
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
 
@@ -30,6 +32,22 @@ class Asker(NamedTuple):
     @classmethod
     def of(cls, code: CodeType) -> "Asker":
         return cls(code.co_filename, code.co_qualname)
+
+    def wants_logits(self, usual: "Asker | None") -> bool:
+        """Whether this function decodes with a head's product.
+
+        The other functions of a model's file do not: gemma4_text finds tokens by their embeddings.
+        mlx-vlm's models have several functions for logits.
+
+        Args:
+            usual: The function that makes the model's logits, if it is known.
+        """
+        if usual is None or self == usual:
+            return True
+        own_name = self.name.rpartition(".")[2]
+        if own_name in DECISIONS:
+            return False
+        return self.file != usual.file or "logits" in own_name
 
 
 class _Call(NamedTuple):
@@ -95,6 +113,7 @@ def find_head(model: nn.Module) -> HeadLocation:
         UnsupportedHeadError: If no module's output is the logits, the module cannot be intercepted,
             or the model itself does not run.
     """
+    check_writes_text(model)
     modules = [m for m in model.modules() if _matrix(m) is not None]
     calls: list[_Call] = []
 
@@ -106,17 +125,15 @@ def find_head(model: nn.Module) -> HeadLocation:
             asked_by = Asker.of(sys._getframe(2).f_code)  # past the observer
             calls.append(_Call(module, method, output.shape[-1], asked_by, hidden.dtype))
 
-    name = type(model).__module__.rsplit(".", 1)[-1]
+    name, home = architecture(model), library(model)
     try:
         with _observed({type(m) for m in modules}, record):
-            output = model(mx.array([[0]]))
+            vocab_size = forward(model, mx.array([[0]])).shape[-1]
     except Exception as error:  # whatever the model's code raises
         raise UnsupportedHeadError(
-            f"mlx-lm's code of this {name!r} model fails on a token by itself "
+            f"{home}'s code of this {name!r} model fails on a token by itself "
             f"({type(error).__name__}: {error}), so it cannot be served with FlashHead either."
         ) from error
-    logits = output[0] if isinstance(output, tuple) else output
-    vocab_size = logits.shape[-1]
     found = [
         call
         for call in calls
@@ -129,13 +146,13 @@ def find_head(model: nn.Module) -> HeadLocation:
                 raise _adapted(path)
         raise UnsupportedHeadError(
             f"The output projection of this {name!r} model cannot be intercepted (its {vocab_size} "
-            "logits come from no layer of its own): use it with mlx_lm, without FlashHead."
+            f"logits come from no layer of its own): use it with {home}, without FlashHead."
         )
     head = found[-1]
     if sum(other.module is head.module for other in found) > 1:
         raise UnsupportedHeadError(
             f"This {name!r} model uses its output projection more than once per token, which "
-            "FlashHead does not support: use it with mlx_lm, without FlashHead."
+            f"FlashHead does not support: use it with {home}, without FlashHead."
         )
     path = next(path for path, other in model.named_modules() if other is head.module)
     _refuse_wrapped(model, head.module, path)

@@ -121,7 +121,7 @@ def test_product_that_is_no_call_is_refused(arch):
     with pytest.raises(ValueError) as error:
         find_head(model)
     assert classes(model) == before
-    error.match(rf"'{arch}' model cannot be intercepted \(its 203 logits.*\): use it with mlx_lm")
+    error.match(rf"'{arch}' model cannot be intercepted \(its 203 logits.*\): use it with mlx-lm")
 
 
 def adapted(tied: bool) -> nn.Module:

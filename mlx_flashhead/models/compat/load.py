@@ -1,10 +1,11 @@
 """``mlx_lm.load`` in programs that know nothing of FlashHead: another function in its place."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import mlx_lm
+
+from .imports import put_in_place
 
 Load = Callable[..., Any]
 
@@ -18,10 +19,4 @@ def wrap_load(wrap: Callable[[Load], Load]) -> None:
     Args:
         wrap: Makes the function from the original.
     """
-    original = mlx_lm.load
-    replacement = wrap(original)
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").split(".")[0] == "mlx_lm":
-            for name, value in list(vars(module).items()):
-                if value is original:
-                    setattr(module, name, replacement)
+    put_in_place("mlx_lm", mlx_lm, "load", wrap(mlx_lm.load))

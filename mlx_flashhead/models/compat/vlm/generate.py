@@ -1,0 +1,47 @@
+"""``mlx_vlm.generate``: its generator of many texts at once, with the face of mlx-lm's."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+from mlx_vlm.generate.ar import BatchGenerator
+
+from ...libraries import embeddings
+from .prompt_utils import StoppingCriteria
+
+
+class TextGenerator:
+    """Generates from token ids alone.
+
+    Args:
+        model: A whole model of mlx-vlm.
+        stop_tokens: Sequences of one token that end a text.
+        sampler: A function of log-probabilities (B, V) that returns tokens (B,).
+        **options: Options of mlx-vlm's generator.
+    """
+
+    def __init__(self, model: Any, stop_tokens: Any, sampler: Any, **options: Any):
+        ends = [token for (token,) in stop_tokens]
+        # a stand-in, since the generator adds to the stop tokens of the tokenizer that it is given
+        tokenizer = SimpleNamespace(stopping_criteria=StoppingCriteria(ends))
+        self._model = model
+        self._generator = BatchGenerator(
+            model.language_model, tokenizer, sampler=sampler, **options
+        )
+
+    def insert(self, prompts: list[list[int]], max_tokens: list[int]) -> None:
+        """Queues prompts (token ids)."""
+        given = [embeddings(self._model, mx.array([prompt])) for prompt in prompts]
+        self._generator.insert(prompts, max_tokens, prompt_kwargs=given)
+
+    def next_generated(self) -> list[Any]:
+        """The next token of each text that is being written."""
+        while self._generator.has_work:
+            _, responses = self._generator.next()
+            if responses:
+                return responses
+        return []
+
+    def close(self) -> None:
+        """Ends it."""
+        self._generator.close()

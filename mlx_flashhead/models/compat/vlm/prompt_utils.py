@@ -1,0 +1,19 @@
+"""``mlx_vlm.prompt_utils`` and the processor's part of ``mlx_vlm.utils``: text for a model."""
+
+from typing import Any
+
+from mlx_vlm.prompt_utils import apply_chat_template
+from mlx_vlm.utils import StoppingCriteria, resolve_eos_token_ids, should_add_special_tokens
+
+__all__ = ["StoppingCriteria", "chat_text", "resolve_eos_token_ids", "should_add_special_tokens"]
+
+
+def chat_text(
+    processor: Any, config: Any, messages: list[dict[str, str]], add_generation_prompt: bool
+) -> str | None:
+    """A conversation without pictures in the model's own form; None if it has no such form."""
+    try:
+        text = apply_chat_template(processor, config, messages, add_generation_prompt)
+    except ValueError:  # no form of messages is known for the architecture
+        return None
+    return text if isinstance(text, str) else None

@@ -1,0 +1,67 @@
+"""The models of two libraries, mlx-lm and mlx-vlm: which one a model is of, and how it runs.
+
+A model of mlx-vlm turns tokens and pictures into embeddings, and its ``language_model`` turns these
+into logits. Text goes the same way, so positions and caches are those of mlx-vlm's own generation.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .errors import UnsupportedHeadError
+
+
+def is_vlm(model: nn.Module) -> bool:
+    """Whether ``model`` is one of mlx-vlm."""
+    return any(cls.__module__.split(".")[0] == "mlx_vlm" for cls in type(model).__mro__)
+
+
+def library(model: nn.Module) -> str:
+    """The name of the model's library, for messages."""
+    return "mlx-vlm" if is_vlm(model) else "mlx-lm"
+
+
+def architecture(model: nn.Module) -> str:
+    """The name of the model's architecture, for messages."""
+    return type(model).__module__.rsplit(".", 1)[-1]
+
+
+def forward(model: nn.Module, tokens: mx.array) -> mx.array:
+    """The logits (B, L, V) of token ids (B, L), without a cache."""
+    whole: Any = model
+    if is_vlm(model):
+        output = whole.language_model(tokens, **embeddings(model, tokens))
+    else:
+        output = whole(tokens)
+    logits = getattr(output, "logits", output)
+    return logits[0] if isinstance(logits, tuple) else logits
+
+
+def check_writes_text(model: nn.Module) -> None:
+    """Checks that a model of mlx-vlm writes text, one token after the other.
+
+    Raises:
+        UnsupportedHeadError: If it does not.
+    """
+    if not is_vlm(model):
+        return
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "language_model"):
+        raise UnsupportedHeadError(
+            f"This {architecture(model)!r} model of mlx-vlm writes no text, so it has no output "
+            "projection for a FlashHead: use it without FlashHead."
+        )
+    from .compat.vlm.diffusion import is_diffusion_model  # mlx-vlm is an extra
+
+    if is_diffusion_model(model):
+        raise UnsupportedHeadError(
+            f"This {architecture(model)!r} model writes all tokens of a block at once, by "
+            "diffusion, which FlashHead does not make faster: use it without FlashHead."
+        )
+
+
+def embeddings(model: nn.Module, tokens: mx.array) -> dict[str, Any]:
+    """What mlx-vlm gives a language model besides token ids (B, L): embeddings and positions."""
+    whole: Any = model
+    found = whole.get_input_embeddings(tokens, None)
+    return {name: value for name, value in vars(found).items() if value is not None}

@@ -1,0 +1,67 @@
+"""The text side of mlx-vlm's processors, with the face of mlx-lm's tokenizers."""
+
+from typing import Any
+
+import mlx.nn as nn
+
+from .libraries import is_vlm
+
+PROBE = [{"role": "user", "content": "Hello"}]
+
+
+def text_side(model: nn.Module, processor: Any) -> Any:
+    """The tokenizer of a model: mlx-lm's as it is, the text side of mlx-vlm's processor."""
+    return ProcessorText(model, processor) if is_vlm(model) else processor
+
+
+def name_of(processor: Any) -> str:
+    """The name or path that a tokenizer, or a processor's tokenizer, was loaded from."""
+    held = (processor, getattr(processor, "tokenizer", None))
+    return next((str(name) for one in held if (name := getattr(one, "name_or_path", ""))), "")
+
+
+class ProcessorText:
+    """A processor's tokenizer, whose chat template is the model's own, without pictures.
+
+    Everything else is the tokenizer's.
+
+    Args:
+        model: A model of mlx-vlm.
+        processor: Its processor, or a tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any):
+        from .compat.vlm import prompt_utils  # mlx-vlm is an extra
+
+        self._utils = prompt_utils
+        self._config: Any = model.config
+        self._processor = processor
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        known = getattr(self._tokenizer, "stopping_criteria", None)
+        ends = getattr(known, "eos_token_ids", None) or getattr(self._config, "eos_token_id", None)
+        self.eos_token_ids = prompt_utils.resolve_eos_token_ids(ends, self._tokenizer)
+        templates = (getattr(one, "chat_template", None) for one in (processor, self._tokenizer))
+        self.has_chat_template = any(templates) and self._chat(PROBE, False) is not None
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+    ) -> Any:
+        """Token ids of a conversation, or its text, as mlx-vlm gives them to the model."""
+        text = self._chat(messages, add_generation_prompt)
+        if not tokenize:
+            return text
+        model_type = self._config.model_type
+        special = self._utils.should_add_special_tokens(model_type, self._processor)
+        return self._tokenizer.encode(text, add_special_tokens=special)
+
+    def _chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
+        return self._utils.chat_text(self._processor, self._config, messages, add_generation_prompt)
