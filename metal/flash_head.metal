@@ -13,9 +13,8 @@
 // cluster's word is its place among the probes, or the estimate of its tokens' logits.
 //
 // The text has three users. `mx.fast.metal_kernel` in Python and `MLXFast.metalKernel` in Swift take
-// it as their header, without the parts that FLASH_HEAD_JIT hides, and each kernel calls one
-// function below. Python takes only the sections that a kernel needs; a section begins under a line
-// of slashes with its name. `metal -c` compiles the whole file with the [[kernel]] wrappers at its
+// the sections that a kernel needs as its header, and the kernel calls one function below. A section
+// begins under a line of slashes with its name. `metal -c` compiles the whole file with the [[kernel]] wrappers at its
 // end, which also state the order of the arguments. D, C, n and V are template arguments. R and p
 // are not, so another number of probes or positions compiles nothing.
 //

@@ -3,6 +3,7 @@
     scripts/check_mac.sh [CHECK …] [--report FOLDER]
 
 compile    the kernels' file by itself, for macOS and for iOS, by Apple's compiler
+swift      the Swift package, for macOS and for iOS, by Xcode
 kernels    the kernels' tests, on the GPU
 tokens     a real model's tokens, on the kernels and on plain MLX
 benchmark  a report of speed
@@ -80,6 +81,15 @@ def compiled_for(sdk: str) -> tuple[str, ...]:
     )
 
 
+def built_for(system: str) -> tuple[str, ...]:
+    """The command that builds the Swift package. xcodebuild takes the package of its folder."""
+    build = (
+        "xcodebuild build -scheme FlashHead-Package -skipMacroValidation "
+        f"-skipPackagePluginValidation -destination generic/platform={system}"
+    )
+    return ("sh", "-c", f"cd metal/swift && {build}")
+
+
 def kernel_tests() -> tuple[str, ...]:
     """The files of tests that run kernels."""
     found = sorted((CHECKOUT / "tests").rglob("test_*kernel*.py"))
@@ -96,6 +106,14 @@ def checks() -> tuple[Check, ...]:
             (compiled_for("macosx"), compiled_for("iphoneos")),
             "The compiler names the line of metal/flash_head.metal. If its toolchain is missing: "
             "xcodebuild -downloadComponent MetalToolchain.",
+            needs_gpu=False,
+        ),
+        Check(
+            "swift",
+            "Xcode builds the Swift package",
+            (built_for("macOS"), built_for("iOS")),
+            "The compiler names the line in metal/swift. mlx-swift 0.31.6 needs Xcode 26 with "
+            "Swift 6.3.",
             needs_gpu=False,
         ),
         Check(

@@ -1,1 +1,1 @@
-"""The head as functions for an app."""
+"""A head's kernels in a file, for apps."""

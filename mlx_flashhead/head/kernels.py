@@ -6,6 +6,7 @@ formats that the kernels do not read.
 """
 
 import re
+from collections.abc import Callable
 
 import mlx.core as mx
 
@@ -99,16 +100,6 @@ class _StoredRows:
         self.sections = (maker.partition("_rows")[0], "dot")
 
 
-def _kernel(name: str, inputs: list[str], outputs: list[str], body: str, *sections: str):
-    return mx.fast.metal_kernel(
-        name=f"flash_head_{name}",
-        input_names=inputs,
-        output_names=outputs,
-        header=header(*sections, name),
-        source=body,
-    )
-
-
 class MetalSteps(PortableSteps):
     """Route, select, score, expand and token, each one Metal kernel. Nothing is evaluated.
 
@@ -117,8 +108,7 @@ class MetalSteps(PortableSteps):
 
     Args:
         clustered: The rows and the index.
-        n_probes: Clusters scored, for kernels of this number only, without an argument for it; None
-            for any number.
+        metal_kernel: Makes a kernel; default: ``mx.fast.metal_kernel``.
 
     Attributes:
         unread: The steps that stay plain operations, and the formats; see :func:`unread`.
@@ -127,8 +117,9 @@ class MetalSteps(PortableSteps):
     name = "metal"
     limit_reason = ESTIMATED
 
-    def __init__(self, clustered: ClusteredRows, n_probes: int | None = None):
+    def __init__(self, clustered: ClusteredRows, metal_kernel: Callable | None = None):
         super().__init__(clustered)
+        self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
         self.unread = unread(clustered)
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         self._counts: dict[int, mx.array] = {}  # numbers of probes, as arrays
@@ -149,20 +140,27 @@ class MetalSteps(PortableSteps):
             self._make_route()
         if "score" not in self.unread:
             self._make_score()
-        inputs = ["scores", "tail_offset"]
-        if n_probes is None:
-            inputs.append("n_probes")
-        else:
-            self._templates["select"].append(("n_probes", n_probes))
-        self._fixed = n_probes is not None
-        self._select = _kernel("select", inputs, ["probes", "words"], SELECT_BODY)
-        self._expand = _kernel(
+        self._select = self._kernel(
+            "select", ["scores", "tail_offset", "n_probes"], ["probes", "words"], SELECT_BODY
+        )
+        self._expand = self._kernel(
             "expand", ["words", "slot_of", "logits", "best"], ["expanded"], EXPAND_BODY
         )
-        self._token = _kernel(
+        self._token = self._kernel(
             "token", ["probes", "token_ids", "logits", "best"], ["tokens"], TOKEN_BODY
         )
-        self._ids = _kernel("ids", ["probes", "token_ids"], ["ids"], IDS_BODY)
+        self._ids = self._kernel("ids", ["probes", "token_ids"], ["ids"], IDS_BODY)
+
+    def _kernel(
+        self, name: str, inputs: list[str], outputs: list[str], body: str, *sections: str
+    ) -> Callable:
+        return self._metal_kernel(
+            name=f"flash_head_{name}",
+            input_names=inputs,
+            output_names=outputs,
+            header=header(*sections, name),
+            source=body,
+        )
 
     def _make_route(self) -> None:
         clustered = self.clustered
@@ -170,7 +168,7 @@ class MetalSteps(PortableSteps):
         self._matrix_from = matrix_from(clustered.hidden_size, clustered.n_clusters, architecture)
         centroids = _StoredRows(clustered.centroids.matrix, clustered.n_clusters)
         self._route_arrays = [*centroids.arrays, clustered.route_bias]
-        self._route = _kernel(
+        self._route = self._kernel(
             "route",
             ["hidden", *centroids.names, "route_bias"],
             ["scores"],
@@ -188,7 +186,7 @@ class MetalSteps(PortableSteps):
         bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
         self._score_arrays = [clustered.token_ids, *rows.arrays, *bias]
         self._score_threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))
-        self._score = _kernel(
+        self._score = self._kernel(
             "score",
             ["hidden", "probes", "token_ids", *rows.names, *["bias"] * len(bias)],
             ["logits", "best"],
@@ -225,14 +223,11 @@ class MetalSteps(PortableSteps):
         """The ``n_probes`` best clusters of each row, ascending, and a word for each cluster."""
         n_positions, n_clusters = scores.shape
         held = max(n_probes, MIN_PROBES)
-        inputs = [scores, self._tail_offset]
-        if not self._fixed:
-            count = self._counts.get(n_probes)
-            if count is None:
-                count = self._counts[n_probes] = mx.array(n_probes, dtype=mx.uint32)
-            inputs.append(count)
+        count = self._counts.get(n_probes)
+        if count is None:
+            count = self._counts[n_probes] = mx.array(n_probes, dtype=mx.uint32)
         probes, words = self._select(
-            inputs=inputs,
+            inputs=[scores, self._tail_offset, count],
             template=self._templates["select"],
             grid=(SELECT_THREADS, n_positions, 1),
             threadgroup=(SELECT_THREADS, 1, 1),

@@ -48,6 +48,15 @@ def test_kernels_are_compiled_for_both_systems():
         assert (CHECKOUT / source).is_file()
 
 
+def test_the_swift_package_is_built_for_both_systems():
+    run = Runner()
+    passed, page = check_mac.run_check(CHECKS["swift"], run)
+    assert passed and page.startswith("# swift: Xcode builds the Swift package")
+    assert [line.rstrip("'").rpartition("=")[2] for line in run.ran] == ["macOS", "iOS"]
+    folder = run.ran[0].partition("cd ")[2].split()[0]
+    assert (CHECKOUT / folder / "Package.swift").is_file()
+
+
 def test_a_compiler_s_error_is_an_issue():
     error = "metal/flash_head.metal:12:3: error: unknown type name 'bfloat17'\n"
     passed, page = check_mac.run_check(CHECKS["compile"], Runner(iphoneos=(1, error)))

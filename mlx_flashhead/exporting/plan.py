@@ -1,0 +1,165 @@
+"""A head's kernels in a file, for programs in other languages.
+
+The file is a safetensors file. It holds the FlashHead's arrays, and in its metadata a plan: the
+texts of the kernels and their launches, as `MetalSteps` gives them to MLX. A program that has MLX
+and the model's own rows replays the launches one after the other. `metal/swift` does so in Swift.
+
+The plan is JSON:
+
+    head       path of the model's output layer, such as "model.embed_tokens"
+    dtype      dtype of the hidden states
+    rows       shape and dtype of each array of that layer: the program's model must have the same
+    launches   name, inputNames, outputNames, source, header: arguments of MLX's ``metalKernel``
+               arrays: names of the inputs among the file's arrays, the results so far, the rows as
+               "rows_weight" …, and "hidden" (1, D)
+               template, grid, threadGroup, outputShapes, outputDTypes: arguments of the call
+
+The last launch gives "expanded", the full logits (1, V). For R positions the second number of each
+grid and the first of each shape are R times as large. Rows are in the order of "token_ids", with
+any row in a padded slot. "slot_of" tells a token's place in that order.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..head.clustered import ClusteredRows
+from ..head.flash_head import FlashHead
+from ..head.kernels import MetalSteps, unread
+from ..models.locate import HeadLocation
+
+METADATA_KEY = "flash_head"
+
+
+class _Recorder:
+    """Stands in for ``mx.fast.metal_kernel``: writes the launches down and runs nothing.
+
+    Args:
+        arrays: Arrays by name. An input that is not among them gets the name its kernel has for it.
+
+    Attributes:
+        arrays: All arrays so far by name, results too.
+        launches: The launches so far, as in the plan.
+    """
+
+    def __init__(self, arrays: dict[str, mx.array]):
+        self.arrays = dict(arrays)
+        self.launches: list[dict[str, Any]] = []
+
+    def kernel(
+        self,
+        *,
+        name: str,
+        input_names: list[str],
+        output_names: list[str],
+        header: str,
+        source: str,
+    ) -> Callable[..., list[mx.array]]:
+        """Takes the place of ``mx.fast.metal_kernel``."""
+
+        def launch(
+            *,
+            inputs: list[mx.array],
+            template: list[tuple[str, Any]],
+            grid: Sequence[int],
+            threadgroup: Sequence[int],
+            output_shapes: list[tuple[int, ...]],
+            output_dtypes: list[mx.Dtype],
+        ) -> list[mx.array]:
+            self.launches.append(
+                {
+                    "name": name,
+                    "inputNames": input_names,
+                    "outputNames": output_names,
+                    "source": source,
+                    "header": header,
+                    "arrays": list(map(self._name, inputs, input_names)),
+                    "template": [{"name": key, "value": _value(item)} for key, item in template],
+                    "grid": list(grid),
+                    "threadGroup": list(threadgroup),
+                    "outputShapes": [list(shape) for shape in output_shapes],
+                    "outputDTypes": [_value(dtype) for dtype in output_dtypes],
+                }
+            )
+            results = [mx.zeros(*each) for each in zip(output_shapes, output_dtypes, strict=True)]
+            self.arrays |= zip(output_names, results, strict=True)
+            return results
+
+        return launch
+
+    def _name(self, array: mx.array, input_name: str) -> str:
+        for name, known in self.arrays.items():
+            if known is array:
+                return name
+        self.arrays[input_name] = array
+        return input_name
+
+
+def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str, mx.array]:
+    """Writes the file. Another program scores as many clusters as ``head`` is set to.
+
+    Args:
+        head: The head.
+        location: Its place in the model.
+        path: The file; an existing one is overwritten.
+
+    Returns:
+        The arrays in the file.
+
+    Raises:
+        ValueError: If the kernels do not read this head's rows.
+    """
+    clustered = head.clustered.in_rows()
+    forms = unread(clustered)
+    if forms:
+        raise ValueError(
+            f"The Metal kernels do not read {' and '.join(forms.values())} rows: export a model "
+            "whose head has 4, 8, 16 or 32 bits."
+        )
+    arrays, launches = record(clustered, location.hidden_dtype, head.n_probes)
+    rows = {
+        name: {"shape": [clustered.vocab_size, *array.shape[2:]], "dtype": _value(array.dtype)}
+        for name, array in clustered.rows.arrays().items()
+    }
+    plan = {
+        "head": location.path,
+        "dtype": _value(location.hidden_dtype),
+        "rows": rows,
+        "launches": launches,
+    }
+    mx.save_safetensors(str(path), arrays, {METADATA_KEY: json.dumps(plan)})
+    return arrays
+
+
+def record(
+    clustered: ClusteredRows, dtype: mx.Dtype, n_probes: int
+) -> tuple[dict[str, mx.array], list[dict[str, Any]]]:
+    """The arrays that the launches read besides rows and hidden state, and the launches.
+
+    Args:
+        clustered: The rows, each in one piece, and the index.
+        dtype: Of the hidden state.
+        n_probes: Clusters scored.
+    """
+    hidden = mx.zeros((1, clustered.hidden_size), dtype)
+    rows = {f"rows_{name}": array for name, array in clustered.rows.arrays().items()}
+    centroids = clustered.centroids.matrix.arrays()
+    stored = {f"centroids_{name}": array for name, array in centroids.items()}
+    recorder = _Recorder({"hidden": hidden} | rows | stored)
+    steps = MetalSteps(clustered, recorder.kernel)
+    scores = steps.route(hidden)
+    selection = steps.select(scores, n_probes)
+    candidates = steps.score(hidden, selection)
+    steps.expand(scores, selection, candidates)
+    made = {name for launch in recorder.launches for name in launch["outputNames"]}
+    left_out = {"hidden", *rows, *made}
+    arrays = {name: array for name, array in recorder.arrays.items() if name not in left_out}
+    return arrays, recorder.launches
+
+
+def _value(item: int | bool | mx.Dtype) -> int | bool | str:
+    """A template argument in JSON: a number, true or false, or the name of a dtype."""
+    return str(item).removeprefix("mlx.core.") if isinstance(item, mx.Dtype) else item

@@ -1,0 +1,185 @@
+"""The exported plan: replayed as metal/swift does it, it gives what the head gives."""
+
+import json
+import re
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernel_cases import kernels, to_numpy
+from mlx_flashhead.exporting.plan import METADATA_KEY, export_plan, record
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.models.locate import HeadLocation
+from tiny_models import fitted, random_clusters, random_rows
+
+SWIFT = Path(__file__).parents[2] / "metal" / "swift" / "Sources" / "FlashHead"
+VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_PROBES = 203, 64, 16, 9
+N_CLUSTERS = 13
+FORMS = {
+    "float32": {},
+    "bias": {"bias": True},
+    "bfloat16": {"dtype": mx.bfloat16},
+    "float16": {"dtype": mx.float16},
+    "4 bits": {"bits": 4},
+    "4 bits of bfloat16": {"bits": 4, "dtype": mx.bfloat16},
+    "8 bits": {"bits": 8},
+    "mxfp4": {"bits": 4, "mode": "mxfp4"},
+}
+
+
+def make_rows(form):
+    return random_rows(np.random.default_rng(0), VOCAB_SIZE, HIDDEN_SIZE, **FORMS[form])
+
+
+def make_head(rows, n_probes=N_PROBES):
+    token_ids = random_clusters(np.random.default_rng(1), VOCAB_SIZE, CLUSTER_SIZE)
+    centroids = fitted(rows, token_ids)
+    return FlashHead(rows, token_ids, centroids, n_probes=n_probes, eos_token_ids=(3,))
+
+
+def states(n_positions, dtype):
+    values = np.random.default_rng(2).normal(size=(n_positions, HIDDEN_SIZE))
+    return mx.array(values.astype(np.float32)).astype(dtype)
+
+
+def dtype_of(form):
+    return FORMS[form].get("dtype", mx.float32)
+
+
+def exported(head, dtype, path):
+    """The file's arrays and plan."""
+    export_plan(head, HeadLocation(None, "lm_head", "__call__", hidden_dtype=dtype), path)
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    return arrays, json.loads(metadata[METADATA_KEY])
+
+
+def replay(arrays, plan, rows, hidden):
+    """Full logits as FlashHead.swift computes them, from the model's own rows (V, …)."""
+    order = mx.minimum(arrays["token_ids"].flatten().astype(mx.int32), VOCAB_SIZE - 1)
+    arrays = arrays | {f"rows_{name}": rows.arrays()[name][order] for name in plan["rows"]}
+    n_positions = hidden.shape[0]
+    arrays["hidden"] = hidden.astype(getattr(mx, plan["dtype"]))
+    for launch in plan["launches"]:
+        kernel = mx.fast.metal_kernel(
+            name=launch["name"],
+            input_names=launch["inputNames"],
+            output_names=launch["outputNames"],
+            source=launch["source"],
+            header=launch["header"],
+        )
+        x, y, z = launch["grid"]
+        results = kernel(
+            inputs=[arrays[name] for name in launch["arrays"]],
+            template=[(each["name"], argument(each["value"])) for each in launch["template"]],
+            grid=(x, y * n_positions, z),
+            threadgroup=tuple(launch["threadGroup"]),
+            output_shapes=[(n * n_positions, *rest) for n, *rest in launch["outputShapes"]],
+            output_dtypes=[getattr(mx, name) for name in launch["outputDTypes"]],
+        )
+        arrays |= zip(launch["outputNames"], results, strict=True)
+    return arrays["expanded"]
+
+
+def argument(value):
+    return getattr(mx, value) if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_plan_gives_the_kernels_logits(tmp_path, form):
+    rows, dtype = make_rows(form), dtype_of(form)
+    arrays, plan = exported(make_head(rows), dtype, tmp_path / "head.safetensors")
+    hidden = states(3, dtype)
+    with kernels():
+        head = make_head(rows)
+        expected = [head(hidden[i : i + 1]) for i in range(3)]
+        found = replay(arrays, plan, rows, hidden)
+        mx.eval(expected, found)
+    assert head.backend == "metal" and found.dtype == expected[0].dtype
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(to_numpy(one), to_numpy(other[0]))
+    exact = hidden.astype(mx.float32) @ rows.dequantized(mx.float32).T
+    exact = exact if rows.bias is None else exact + rows.bias
+    best = mx.take_along_axis(exact, mx.argmax(found, axis=-1, keepdims=True), axis=-1)
+    assert np.allclose(to_numpy(best[:, 0]), to_numpy(found.max(axis=-1)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("n_probes", [1, 7, N_CLUSTERS - 1])
+def test_any_number_of_probes_is_exported(tmp_path, n_probes):
+    rows = make_rows("4 bits")
+    arrays, plan = exported(make_head(rows, n_probes), mx.float32, tmp_path / "head.safetensors")
+    assert arrays["n_probes"].item() == n_probes
+    hidden = states(1, mx.float32)
+    with kernels():
+        found, expected = replay(arrays, plan, rows, hidden), make_head(rows, n_probes)(hidden)
+        assert np.array_equal(to_numpy(found), to_numpy(expected))
+
+
+def test_the_arrays_have_names_shapes_and_dtypes(tmp_path):
+    rows = make_rows("4 bits")
+    head = make_head(rows)
+    arrays, plan = exported(head, mx.float16, tmp_path / "head.safetensors")
+    stored = head.clustered.centroids.matrix.arrays()
+    assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == {
+        "token_ids": ((N_CLUSTERS, CLUSTER_SIZE), mx.uint32),
+        "slot_of": ((VOCAB_SIZE,), mx.uint32),
+        "route_bias": ((N_CLUSTERS,), mx.float32),
+        "tail_offset": ((N_CLUSTERS,), mx.float32),
+        "n_probes": ((), mx.uint32),
+        **{f"centroids_{name}": (array.shape, array.dtype) for name, array in stored.items()},
+    }
+    assert (plan["head"], plan["dtype"]) == ("lm_head", "float16")
+    assert plan["rows"] == {
+        name: {"shape": list(array.shape), "dtype": str(array.dtype).rpartition(".")[-1]}
+        for name, array in rows.arrays().items()
+    }
+    in_clusters = rows.weight[mx.minimum(arrays["token_ids"].flatten(), VOCAB_SIZE - 1)]
+    assert mx.array_equal(in_clusters[arrays["slot_of"]], rows.weight)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_texts_are_those_that_python_gives_to_mlx(form):
+    clustered = make_head(make_rows(form)).clustered.in_rows()
+    _, launches = record(clustered, mx.float32, N_PROBES)
+    with mock.patch.object(mx.fast, "metal_kernel") as metal_kernel:
+        MetalSteps(clustered)
+    given = {call.kwargs["name"]: call.kwargs for call in metal_kernel.call_args_list}
+    steps = ("route", "select", "score", "expand")
+    assert [launch["name"] for launch in launches] == [f"flash_head_{step}" for step in steps]
+    for launch in launches:
+        assert given[launch["name"]] == {
+            "name": launch["name"],
+            "input_names": launch["inputNames"],
+            "output_names": launch["outputNames"],
+            "source": launch["source"],
+            "header": launch["header"],
+        }
+
+
+def test_swift_reads_all_that_the_plan_holds(tmp_path):
+    """No kernel's text stands in Swift, and its types have the keys of the JSON."""
+    _, plan = exported(make_head(make_rows("4 bits")), mx.float32, tmp_path / "head.safetensors")
+    sources = "".join(file.read_text(encoding="utf-8") for file in SWIFT.glob("*.swift"))
+    assert "flash_head::" not in sources
+
+    def fields(name):
+        """The stored properties of a struct, by their indentation."""
+        indent, body = re.search(rf"(?ms)^( *)struct {name}: \w+ {{\n(.*?)^\1}}", sources).groups()
+        return set(re.findall(rf"(?m)^{indent}    let (\w+): ", body))
+
+    launch = plan["launches"][0]
+    assert fields("Plan") == plan.keys()
+    assert fields("Launch") == launch.keys()
+    assert fields("Argument") == launch["template"][0].keys()
+    assert fields("Rows") == plan["rows"]["weight"].keys()
+    assert f'metadata["{METADATA_KEY}"]' in sources
+
+
+def test_rows_that_the_kernels_do_not_read_are_refused(tmp_path):
+    rows = random_rows(np.random.default_rng(0), VOCAB_SIZE, HIDDEN_SIZE, bits=3)
+    location = HeadLocation(None, "lm_head", "__call__")
+    with pytest.raises(ValueError, match="do not read 3-bit affine rows: export a model whose"):
+        export_plan(make_head(rows), location, tmp_path / "head.safetensors")
