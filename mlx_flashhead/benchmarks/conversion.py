@@ -21,7 +21,7 @@ from ..head.matrix import Matrix
 
 # The functions of each stage, by the module that calls them.
 INDEX_STAGES = (
-    ("given text", "conversion.mix", "given_positions"),
+    ("given text", "conversion.mix", "read_windows"),
     ("written text", "conversion.mix", "written_positions"),
     ("given text", "conversion.pipeline", "text_states"),
     ("clustering", "conversion.indexing", "cluster_rows"),

@@ -23,7 +23,7 @@ SEQUENCE_TOKENS = 64
 BATCH_SIZE = 32
 WINDOW_TOKENS = 512  # of one given text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
-SORTED_TOKENS = 4 * READ_TOKENS  # of the windows that are sorted by length
+LEAST_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
 
 
 def generated_states(
@@ -206,18 +206,19 @@ def read_windows(
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of windows to read together, the longest first in each: of like length, but not far
-    from their order."""
+    """Places of windows of like length to read together, the longest first, near their order."""
     waiting: list[int] = []
     for place in range(len(lengths)):
         waiting.append(place)
-        if sum(lengths[i] for i in waiting) < SORTED_TOKENS and place < len(lengths) - 1:
+        if sum(lengths[i] for i in waiting) < READ_TOKENS and place < len(lengths) - 1:
             continue
         waiting.sort(key=lambda i: -lengths[i])
         while waiting:
-            together = max(1, READ_TOKENS // lengths[waiting[0]])
-            yield waiting[:together]
-            waiting = waiting[together:]
+            longest = lengths[waiting[0]]
+            alike = [i for i in waiting if lengths[i] >= LEAST_LENGTH * longest]
+            together = alike[: max(1, READ_TOKENS // longest)]
+            yield together
+            waiting = waiting[len(together) :]
 
 
 def read_text(path: str | Path) -> str:

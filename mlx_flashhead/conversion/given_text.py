@@ -12,15 +12,17 @@ from importlib import resources
 from pathlib import Path
 
 PROSE, DOCUMENTATION, CODE, PYTHON = "prose", "documentation", "code", "Python"
-MARKUP, LANGUAGES, DIALOGUE = "mark-up", "other languages", "dialogue"
-KINDS = (PROSE, DOCUMENTATION, CODE, MARKUP, LANGUAGES, PYTHON, DIALOGUE)
+MARKUP, DIALOGUE = "mark-up", "dialogue"
+EUROPEAN, ASIAN = "European languages", "Asian languages"
+KINDS = (PROSE, DOCUMENTATION, CODE, MARKUP, EUROPEAN, ASIAN, PYTHON, DIALOGUE)
 
 FILES = {
     PROSE: "prose.txt",
     DOCUMENTATION: "documentation.txt",
     CODE: "code.txt",
     MARKUP: "markup.txt",
-    LANGUAGES: "languages.txt",
+    EUROPEAN: "european.txt",
+    ASIAN: "asian.txt",
 }
 SEPARATOR = "%%%%\n"  # between the documents of a file
 SPEAKERS = {"User": "user", "Assistant": "assistant"}

@@ -11,65 +11,82 @@ import numpy as np
 
 from ..models.locate import HeadLocation
 from .calibration import beginning_of_text, generated_states, read_windows, windows_of
-from .given_text import DIALOGUE, KINDS, dialogues, given_documents
+from .given_text import ASIAN, DIALOGUE, EUROPEAN, KINDS, dialogues, given_documents
 from .positions import Positions
 from .prompts import chat_prompts, varied_prompts
 
 ANSWERS, SELF_WRITTEN = "answers, greedy", "self-written"
 MIX_WINDOW = 256  # positions; longer windows take more time and gain little
+# Each human language has clusters of its own, so there are more and shorter windows of them.
+LANGUAGES_WINDOW = 64
+SHARES = {kind: 2 if kind in (EUROPEAN, ASIAN) else 1 for kind in KINDS}  # of the given text
 WRITTEN_SHARE = 1 / 6  # of the positions, since written text costs more time and teaches less
-READING_SHARE = 2 / 3  # of the time
+READING_SHARE = 1 / 2  # of the time, for given text; a slow machine would leave none for writing
 HELD_OUT_SHARE = 1 / 4  # of each kind
 LEAST_WINDOW = 8  # tokens; shorter rests are left out
 
 
-def given_positions(
-    model: nn.Module,
-    tokenizer,
-    location: HeadLocation,
-    positions_per_kind: int,
-    *,
-    seconds: float = float("inf"),
-    progress: bool = True,
-) -> Positions:
-    """States of the given text, at most ``positions_per_kind`` of each kind.
+class GivenText:
+    """Given text in windows, of each kind about its share of ``positions``.
 
     The kinds take turns, so that a time limit shortens all of them.
     """
-    token_ids = {
-        kind: [list(tokenizer.encode(document)) for document in documents]
-        for kind, documents in given_documents().items()
-    }
-    token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
-    beginning = beginning_of_text(tokenizer)
-    by_kind = [
-        _chosen_windows(documents, beginning, positions_per_kind)
-        for documents in token_ids.values()
-    ]
-    turns = [(turn, kind) for kind, chosen in enumerate(by_kind) for turn in range(len(chosen))]
-    turns.sort()
-    windows = [by_kind[kind][turn] for turn, kind in turns]
-    states = read_windows(
-        model,
-        location,
-        windows,
-        [beginning] * len(windows),
-        seconds=seconds,
-        progress=progress,
-    )
-    parts = []
-    for kind, name in enumerate(token_ids):
-        read = [i for i, (_, of) in enumerate(turns) if of == kind and len(states[i])]
-        if read:
-            parts.append(
-                Positions.of_one_kind(
-                    name,
-                    np.concatenate([states[i] for i in read]),
-                    np.concatenate([np.array(windows[i][1:], dtype=np.int64) for i in read]),
-                    HELD_OUT_SHARE,
+
+    def __init__(self, model: nn.Module, tokenizer, location: HeadLocation, positions: int):
+        self._model, self._location = model, location
+        token_ids = {
+            kind: [list(tokenizer.encode(document)) for document in documents]
+            for kind, documents in given_documents().items()
+        }
+        token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
+        self._beginning = beginning_of_text(tokenizer)
+        self._names = tuple(token_ids)
+        placed = []
+        for kind, name in enumerate(self._names):
+            wanted = -(-positions * SHARES[name] // sum(SHARES.values()))
+            length = MIX_WINDOW if SHARES[name] == 1 else LANGUAGES_WINDOW
+            before = 0
+            for window in _chosen_windows(token_ids[name], self._beginning, wanted, length):
+                placed.append((before / wanted, kind, window))
+                before += len(window) - 1
+        placed.sort(key=lambda one: one[:2])
+        self._kinds = [kind for _, kind, _ in placed]
+        self._windows = [window for *_, window in placed]
+        self._states: list[np.ndarray | None] = [None] * len(placed)
+
+    def read(self, seconds: float, *, progress: bool = True) -> None:
+        """Reads windows that are not read yet until the time is up, a few at least."""
+        places = [i for i, states in enumerate(self._states) if states is None]
+        if not places:
+            return
+        found = read_windows(
+            self._model,
+            self._location,
+            [self._windows[i] for i in places],
+            [self._beginning] * len(places),
+            seconds=seconds,
+            progress=progress,
+        )
+        for i, states in zip(places, found, strict=True):
+            if len(states):
+                self._states[i] = states
+
+    def positions(self) -> Positions:
+        """The states that are read."""
+        parts = []
+        for kind, name in enumerate(self._names):
+            states, next_ids = [], []
+            for of, window, read in zip(self._kinds, self._windows, self._states, strict=True):
+                if of == kind and read is not None:
+                    states.append(read)
+                    next_ids.append(np.array(window[1:], dtype=np.int64))
+            if states:
+                parts.append(
+                    Positions.of_one_kind(
+                        name, np.concatenate(states), np.concatenate(next_ids), HELD_OUT_SHARE
+                    )
                 )
-            )
-    return Positions.joined(parts)
+        return Positions.joined(parts)
 
 
 def _dialogue(tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -80,9 +97,9 @@ def _dialogue(tokenizer, messages: list[dict[str, str]]) -> list[int]:
 
 
 def _chosen_windows(
-    documents: list[list[int]], beginning: list[int], positions: int
+    documents: list[list[int]], beginning: list[int], positions: int, length: int
 ) -> list[list[int]]:
-    """Windows of all documents in a fixed random order, up to a number of positions.
+    """Windows of ``length`` of all documents in a fixed random order, up to some positions.
 
     The first windows of all documents come before any second one.
     """
@@ -91,7 +108,7 @@ def _chosen_windows(
     for token_ids in documents:
         if beginning and token_ids[:1] == beginning:
             token_ids = token_ids[1:]
-        for place, window in enumerate(windows_of(token_ids, MIX_WINDOW)):
+        for place, window in enumerate(windows_of(token_ids, length)):
             placed.append((place, rng.random(), window))
     chosen = []
     for _, _, window in sorted(placed):
@@ -113,14 +130,16 @@ def written_positions(
 ) -> list[Positions]:
     """States of text that the model writes: half of them greedy answers, half sampled text.
 
-    There are fewer positions if the time limit comes first.
+    There are fewer positions if the time limit comes first. The answers have half of the time, and
+    the sampled text what they leave.
     """
+    until = time.monotonic() + seconds
     rng = np.random.default_rng(seed)
     vocab_size = location.rows().n_rows
     parts = []
-    for name, prompts, temperature in (
-        (ANSWERS, chat_prompts(tokenizer, rng), 0.0),
-        (SELF_WRITTEN, varied_prompts(tokenizer, vocab_size, rng), 1.0),
+    for name, prompts, temperature, share in (
+        (ANSWERS, chat_prompts(tokenizer, rng), 0.0, 1 / 2),
+        (SELF_WRITTEN, varied_prompts(tokenizer, vocab_size, rng), 1.0, 1),
     ):
         states, next_ids = generated_states(
             model,
@@ -130,7 +149,7 @@ def written_positions(
             positions // 2,
             seed=seed,
             temperature=temperature,
-            seconds=seconds / 2,
+            seconds=share * (until - time.monotonic()),
             progress=progress,
         )
         if len(states):
@@ -150,6 +169,9 @@ def mixed_positions(
 ) -> Positions:
     """States of the mix: of text that the model writes, and of given text.
 
+    Reading has half of the time, writing has the rest, and what writing leaves goes to text that is
+    not read yet.
+
     Args:
         model: A dense mlx-lm model.
         tokenizer: Its tokenizer.
@@ -159,12 +181,10 @@ def mixed_positions(
         seconds: Time limit of reading and writing together.
         progress: Show bars.
     """
-    n_written = round(WRITTEN_SHARE * positions)
-    per_kind = -(-(positions - n_written) // len(KINDS))
     until = time.monotonic() + seconds
-    given = given_positions(
-        model, tokenizer, location, per_kind, seconds=READING_SHARE * seconds, progress=progress
-    )
+    n_written = round(WRITTEN_SHARE * positions)
+    given = GivenText(model, tokenizer, location, positions - n_written)
+    given.read(READING_SHARE * (until - time.monotonic()), progress=progress)
     written = written_positions(
         model,
         tokenizer,
@@ -174,4 +194,7 @@ def mixed_positions(
         seconds=until - time.monotonic(),
         progress=progress,
     )
-    return Positions.joined([given, *written])
+    left = until - time.monotonic()
+    if left > 0:
+        given.read(left, progress=progress)
+    return Positions.joined([given.positions(), *written])

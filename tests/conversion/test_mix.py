@@ -7,7 +7,7 @@ import pytest
 
 from mlx_flashhead.conversion import calibration, mix
 from mlx_flashhead.conversion.given_text import KINDS
-from mlx_flashhead.conversion.mix import ANSWERS, SELF_WRITTEN, given_positions, mixed_positions
+from mlx_flashhead.conversion.mix import ANSWERS, SELF_WRITTEN, GivenText, mixed_positions
 from mlx_flashhead.conversion.positions import Positions
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
@@ -30,8 +30,9 @@ def test_as_many_positions_of_each_kind(loaded):
     found = found_in(loaded)
     assert found.names == (*KINDS, ANSWERS, SELF_WRITTEN)
     counts = np.bincount(found.kinds)
-    assert (counts[:7] == 72).all()  # 5/6 of 600 by 7, rounded up
-    assert (counts[7:] == 50).all()
+    given = counts[: len(KINDS)]  # 5/6 of 600 by 10, and twice as much of the languages
+    assert dict(zip(KINDS, given, strict=True)) == {kind: 50 * mix.SHARES[kind] for kind in KINDS}
+    assert (counts[len(KINDS) :] == 50).all()
     for kind, count in enumerate(counts):
         held_out = found.held_out[found.kinds == kind]
         assert held_out.sum() == round(count / 4)
@@ -57,26 +58,78 @@ def test_the_same_seed_gives_the_same_mix(loaded):
 
 
 def test_fewer_positions_of_every_kind_when_the_time_is_up(loaded, monkeypatch):
-    monkeypatch.setattr(calibration, "READ_TOKENS", 300)
-    monkeypatch.setattr(calibration, "SORTED_TOKENS", 300)
-    found = given_positions(*loaded, 3000, seconds=0, progress=False)
-    assert 0 < len(found) < 600
-    whole = given_positions(*loaded, 500, progress=False)
-    assert (np.bincount(whole.kinds) == 500).all()
-    assert len(found_in(loaded, positions=60, seconds=1e-9)) == 7 * 8  # nothing is written
+    monkeypatch.setattr(calibration, "READ_TOKENS", 2500)  # one window of each kind
+    text = GivenText(*loaded, 4000)
+    text.read(0, progress=False)
+    part = text.positions()
+    assert set(part.names) == {kind for kind in KINDS if mix.SHARES[kind] == 1}
+    assert len(part) < 2000
+    text.read(float("inf"), progress=False)
+    whole = text.positions()
+    np.testing.assert_array_equal(np.bincount(whole.kinds), [400 * mix.SHARES[k] for k in KINDS])
+    once = GivenText(*loaded, 4000)
+    once.read(float("inf"), progress=False)
+    np.testing.assert_array_equal(whole.next_ids, once.positions().next_ids)
+    assert set(found_in(loaded, positions=60, seconds=1e-9).names) <= set(KINDS)  # none written
 
 
-def test_long_documents_do_not_crowd_out_others(loaded, monkeypatch):
+class Clock:
+    """A clock that runs by the work that is done."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("reading", "writing", "counts"),
+    [
+        (0.05, 0.1, (1000, 200)),  # there is time for all
+        (0.1, 0.1, (1000, 200)),  # writing leaves 40 seconds to the rest of the given text
+        (0.2, 1.0, (300, 60)),  # half of the time each
+        (0.01, 1.0, (1000, 110)),  # reading leaves 50 seconds to writing
+    ],
+)
+def test_given_text_leaves_time_to_write(loaded, monkeypatch, reading, writing, counts):
+    """``reading`` and ``writing`` seconds a token, 120 seconds in all."""
+    clock, width = Clock(), 2
+
+    def read_windows(model, location, windows, prefixes, *, seconds, progress):
+        until, states = clock.now + seconds, []
+        for window in windows:
+            late = clock.now > until
+            states.append(np.ones((0 if late else len(window) - 1, width), np.float32))
+            clock.now += reading * len(states[-1])
+        return states
+
+    def generated_states(*args, seconds, **kwargs):
+        count = min(args[4], round(seconds / writing))
+        clock.now += writing * count
+        return np.ones((count, width), np.float32), np.ones(count, np.int64)
+
+    monkeypatch.setattr(mix, "time", clock)
     monkeypatch.setattr(mix, "MIX_WINDOW", 10)
+    monkeypatch.setattr(mix, "LANGUAGES_WINDOW", 10)
+    monkeypatch.setattr(mix, "read_windows", read_windows)
+    monkeypatch.setattr(mix, "generated_states", generated_states)
+    found = mixed_positions(*loaded, 1200, seconds=120, progress=False)
+    given = found.kinds < len(KINDS)
+    assert given.sum() == pytest.approx(counts[0], abs=20)
+    assert (~given).sum() == pytest.approx(counts[1], abs=2)
+    assert clock.now < 122
+
+
+def test_long_documents_do_not_crowd_out_others():
     documents = [list(range(100)), list(range(200, 225)), list(range(300, 312))]
-    chosen = mix._chosen_windows(documents, [], 50)
+    chosen = mix._chosen_windows(documents, [], 50, 10)
     assert sum(len(window) - 1 for window in chosen) == 50
     assert {window[0] for window in chosen[:3]} == {0, 200, 300}
     assert all(len(window) >= mix.LEAST_WINDOW for window in chosen)
 
 
 def test_what_begins_a_text_is_not_taken_for_text():
-    chosen = mix._chosen_windows([[7, *range(20, 40)]], [7], 100)
+    chosen = mix._chosen_windows([[7, *range(20, 40)]], [7], 100, 50)
     assert chosen == [list(range(20, 40))]
 
 
