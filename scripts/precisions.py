@@ -60,7 +60,15 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"of the rows, besides bfloat16 (default: {', '.join([*FORMS][1:])}, "
         f"{', '.join(f'noise {share}' for share in NOISE)})",
     )
-    parser.add_argument("--json", metavar="OUT", help="write the figures to a JSON file")
+    parser.add_argument(
+        "--own",
+        type=lambda names: names.split(","),
+        metavar="NAME,…",
+        help="forms that get a FlashHead of their own too (default: all)",
+    )
+    parser.add_argument(
+        "--json", metavar="OUT", help="write the figures to a JSON file, after each form"
+    )
     return parser
 
 
@@ -76,25 +84,45 @@ def main() -> None:
         raise ValueError(f"{args.model} is quantized: give the model in 16 bits or more.")
     calibration = mixed_positions(model, tokenizer, location, args.calibration_positions)
     states, next_ids = text_states(model, tokenizer, location, text, positions=args.positions)
-    found = []
+    about = {"model": Path(args.model).name, "positions": len(states)}
+    found: list[dict] = []
     shared = None
     for name, form in forms(rows).items():
         if args.forms is not None and name not in (SIXTEEN, *args.forms):
             continue
-        own = build_index(form, calibration, progress=False)
+        with_own = shared is None or args.own is None or name in args.own
+        own = build_index(form, calibration, progress=False) if with_own else None
         shared = shared or own
-        probes = sorted({*args.probes, shared.config.n_probes})
-        likeness = shared.sketch.likeness(form)
-        for whose, index in ((OWN, own), (SHARED, shared)):
-            for measured in figures(index, form, states, next_ids, probes):
-                about = {"rows": name, "flash_head": whose, "cosine": likeness.cosine}
-                about["length_change"] = likeness.length_change
-                found.append(about | measured)
+        assert shared is not None
+        found += rows_of_form(name, form, own, shared, states, next_ids, args.probes)
+        if args.json:
+            Path(args.json).write_text(json.dumps(about | {"figures": found}, indent=2) + "\n")
         print(f"{name}: measured", file=sys.stderr)
-    print_figures(found, f"{Path(args.model).name}, {len(states):,} positions")
-    if args.json:
-        result = {"model": Path(args.model).name, "positions": len(states), "figures": found}
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    print_figures(found, f"{about['model']}, {len(states):,} positions")
+
+
+def rows_of_form(
+    name: str,
+    form: Matrix,
+    own: FlashHeadIndex | None,
+    shared: FlashHeadIndex,
+    states: np.ndarray,
+    next_ids: np.ndarray,
+    probes: list[int],
+) -> list[dict]:
+    """Figures of one form with its own FlashHead, if it has one, and with the shared one."""
+    likeness = shared.sketch.likeness(form)
+    found = []
+    for whose, index in ((OWN, own), (SHARED, shared)):
+        if index is None:
+            continue
+        for measured in figures(
+            index, form, states, next_ids, sorted({*probes, shared.config.n_probes})
+        ):
+            about = {"rows": name, "flash_head": whose, "cosine": likeness.cosine}
+            about["length_change"] = likeness.length_change
+            found.append(about | measured)
+    return found
 
 
 def forms(rows: Matrix) -> dict[str, Matrix]:
@@ -145,13 +173,14 @@ def figures(
 
 def print_figures(found: list[dict], title: str) -> None:
     """Prints a line for each form and FlashHead."""
-    headings = ("rows", "FlashHead", "cosine", "probes", "agreement", "KL", "perplexity")
+    headings = ("rows", "FlashHead", "cosine", "length", "probes", "agreement", "KL", "perplexity")
     table = new_table(title, headings, left=2)
     for one in found:
         table.add_row(
-            one["rows"] if one["flash_head"] == OWN else "",
+            one["rows"],
             one["flash_head"],
             f"{one['cosine']:.4f}",
+            f"{one['length_change']:.1%}",
             str(one["n_probes"]),
             f"{one['agreement']:.2%}",
             f"{one['kl']:.4f}",
