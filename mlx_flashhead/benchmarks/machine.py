@@ -1,6 +1,5 @@
 """The machine on which a figure was measured."""
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..head.blas import blas_name
 from .apple_gpu import PEAK_GB_S
 from .timing import in_turns
 
@@ -34,7 +34,7 @@ def machine() -> dict:
         "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
-        "blas": _blas(),
+        "blas": blas_name(),
         "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
         "load_average": round(os.getloadavg()[0], 2),
     }
@@ -79,16 +79,3 @@ def _chip(processor: str) -> str:
 def _sysctl(name: str) -> str:
     result = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False)
     return result.stdout.strip()
-
-
-def _blas() -> str:
-    """The BLAS of MLX's CPU products, with its number of threads if it is known."""
-    if sys.platform == "darwin":
-        return "Accelerate"
-    process = ctypes.CDLL(None)  # finds preloaded libraries
-    if not hasattr(process, "openblas_get_config"):
-        return "the reference BLAS of the mlx wheel"
-    process.openblas_get_config.restype = ctypes.c_char_p
-    threads = process.openblas_get_num_threads()
-    name = " ".join(process.openblas_get_config().decode().split()[:2])
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"

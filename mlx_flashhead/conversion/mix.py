@@ -27,7 +27,7 @@ LEAST_WINDOW = 8  # tokens; shorter rests are left out
 
 
 class GivenText:
-    """Given text in windows, of each kind about its share of ``positions``.
+    """Given text in windows, of each kind its share of ``positions`` at most.
 
     The kinds take turns, so that a time limit shortens all of them.
     """
@@ -41,9 +41,10 @@ class GivenText:
         token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
         self._beginning = beginning_of_text(tokenizer)
         self._names = tuple(token_ids)
+        ends = np.cumsum([0, *(SHARES[name] for name in self._names)])
+        wanted_of = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
         placed = []
-        for kind, name in enumerate(self._names):
-            wanted = -(-positions * SHARES[name] // sum(SHARES.values()))
+        for kind, (name, wanted) in enumerate(zip(self._names, wanted_of, strict=True)):
             length = MIX_WINDOW if SHARES[name] == 1 else LANGUAGES_WINDOW
             before = 0
             for window in _chosen_windows(token_ids[name], self._beginning, wanted, length):
@@ -137,16 +138,17 @@ def written_positions(
     rng = np.random.default_rng(seed)
     vocab_size = location.rows().n_rows
     parts = []
-    for name, prompts, temperature, share in (
-        (ANSWERS, chat_prompts(tokenizer, rng), 0.0, 1 / 2),
-        (SELF_WRITTEN, varied_prompts(tokenizer, vocab_size, rng), 1.0, 1),
+    answered = positions // 2
+    for name, prompts, temperature, wanted, share in (
+        (ANSWERS, chat_prompts(tokenizer, rng), 0.0, answered, 1 / 2),
+        (SELF_WRITTEN, varied_prompts(tokenizer, vocab_size, rng), 1.0, positions - answered, 1),
     ):
         states, next_ids = generated_states(
             model,
             tokenizer,
             location,
             prompts,
-            positions // 2,
+            wanted,
             seed=seed,
             temperature=temperature,
             seconds=share * (until - time.monotonic()),

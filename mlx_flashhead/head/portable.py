@@ -10,6 +10,7 @@ Nothing here evaluates. A prompt's logits stay lazy, since nobody reads them.
 
 import mlx.core as mx
 
+from .blas import REFERENCE, blas_name
 from .clustered import ClusteredRows
 from .matrix import Matrix
 from .steps import Candidates, Selection, Steps, in_token_order
@@ -26,8 +27,8 @@ BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
 PIECE = 64  # rows that are dequantized at once
 
 
-# Positions (B·L) up to which FlashHead is the faster path on a CPU (docs/speed.md). Larger heads
-# and fewer probes allow more.
+# Positions (B·L) up to which FlashHead is the faster path on a CPU: with the reference BLAS at any
+# number of probes. A fast BLAS multiplies many positions well, and there C/p is a limit too.
 CPU_POSITIONS = 32
 MEASURED = "measured on a CPU: docs/speed.md"
 ESTIMATED = "an estimate: C/p positions read as many rows as the dense head"
@@ -83,6 +84,7 @@ class PortableSteps(Steps):
     def __init__(self, clustered: ClusteredRows):
         super().__init__(clustered)
         self._on_cpu = mx.default_device().type == mx.cpu
+        self._reference_blas = self._on_cpu and blas_name() == REFERENCE
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         centroids = clustered.centroids
         self._centroids = in_blocks(centroids.matrix) if self._on_cpu else None
@@ -96,7 +98,10 @@ class PortableSteps(Steps):
         An estimate on a GPU, where memory bounds both: C/p positions read as many rows as the dense
         head, which reads each of them once.
         """
-        return CPU_POSITIONS if self._on_cpu else max(1, self.clustered.n_clusters // n_probes)
+        if self._reference_blas:
+            return CPU_POSITIONS
+        by_rows = max(1, self.clustered.n_clusters // n_probes)
+        return min(by_rows, CPU_POSITIONS) if self._on_cpu else by_rows
 
     @property
     def limit_reason(self) -> str:

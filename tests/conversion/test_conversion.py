@@ -180,7 +180,7 @@ def test_calibration_is_recorded(sources, tmp_path, calibration):
     )
     positions = 0 if calibration == "none" else 100
     assert given.calibration == {"source": calibration, "positions": positions, "seed": 3}
-    assert given.report.get("positions", 0) == {"none": 0, "mix": 25, "file": 25}[calibration]
+    assert given.report.get("positions", 0) == {"none": 0, "mix": 24, "file": 25}[calibration]
     assert 1 <= given.n_probes <= N_CLUSTERS
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.head import portable
+from mlx_flashhead.head.blas import REFERENCE
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
@@ -78,3 +79,19 @@ def test_both_layouts_give_the_same(n_states, bias):
         found.append((steps.dense(hidden), steps.score(hidden, selection).logits))
     for by_row, by_column in zip(*found, strict=True):
         np.testing.assert_allclose(np.array(by_row), np.array(by_column), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("blas", "limits"),
+    [("OpenBLAS 0.3.29, 1 thread", [32, 12, 1]), (REFERENCE, [32, 32, 32])],
+)
+def test_with_a_fast_blas_fewer_positions_are_retrieved_the_more_probes(monkeypatch, blas, limits):
+    if mx.default_device().type != mx.cpu:
+        pytest.skip("the limit of a CPU")
+    rng = np.random.default_rng(0)
+    rows = random_rows(rng, 3072, 8)
+    token_ids = random_clusters(rng, 3072, 4)
+    clustered = ClusteredRows.build(rows, token_ids, fitted(rows, token_ids))
+    monkeypatch.setattr(portable, "blas_name", lambda: blas)
+    steps = PortableSteps(clustered)
+    assert [steps.max_positions(n_probes) for n_probes in (8, 64, 768)] == limits
