@@ -39,7 +39,7 @@ class GuardedHandler(TimedHandler, ABC):
 
     @abstractmethod
     def page_info(self) -> Mapping[str, Any]:
-        """The page's defaults: the model's name and the settings."""
+        """What the page needs to know: the models, the default first, and the settings."""
 
     @abstractmethod
     def healthy(self) -> bool:

@@ -21,7 +21,7 @@ from .problems import Problem
 from .prompts import Prompt, read_prompts
 from .requests import Request, read_request
 from .sampling import sampler_for
-from .served import Catalogue
+from .served import Catalogue, ServedModel
 from .time_limit import time_limit
 from .valid_json import dumps, loads
 
@@ -74,17 +74,13 @@ class ApiHandler(GuardedHandler):
         return self._service.engine.healthy
 
     def page_info(self) -> Mapping[str, Any]:
-        flags, served = self._service.flags, self._service.catalogue.default
-        info = {
-            "model": served.name,
+        flags, models = self._service.flags, self._service.catalogue.models
+        return {
             "temperature": flags.temp,
             "top_p": flags.top_p,
             "max_tokens": flags.max_tokens,
+            "models": [*map(_page_model, models)],
         }
-        if served.head is not None:
-            info |= {"dense": flags.dense, "n_probes": served.head.n_probes}
-            info |= {"n_clusters": served.head.n_clusters}
-        return info
 
     def get(self, path: str) -> None:
         catalogue = self._service.catalogue
@@ -125,6 +121,14 @@ class ApiHandler(GuardedHandler):
     def _model(self, name: str) -> dict[str, Any]:
         started = self._service.started
         return {"id": name, "object": "model", "created": started, "owned_by": "mlx_flashhead"}
+
+
+def _page_model(served: ServedModel) -> dict[str, Any]:
+    info: dict[str, Any] = {"name": served.name}
+    if served.head is not None:
+        info |= {"dense": served.dense, "n_probes": served.head.n_probes}
+        info |= {"n_clusters": served.head.n_clusters}
+    return info
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

@@ -105,20 +105,23 @@ class Catalogue:
 
     Args:
         models: The first of them is the default.
+
+    Attributes:
+        models: The models, in this order.
     """
 
     def __init__(self, models: Iterable[ServedModel]):
-        self._models = tuple(models)
+        self.models = tuple(models)
 
     @property
     def default(self) -> ServedModel:
         """The model of a request without a model's name."""
-        return self._models[0]
+        return self.models[0]
 
     @property
     def names(self) -> list[str]:
         """Every name, those of the default first."""
-        return [name for model in self._models for name in model.names]
+        return [name for model in self.models for name in model.names]
 
     def find(self, name: str | None) -> ServedModel:
         """The model of that name, the default for None.
@@ -128,7 +131,7 @@ class Catalogue:
         """
         if name is None or name == DEFAULT_NAME:
             return self.default
-        for model in self._models:
+        for model in self.models:
             if name in model.names:
                 return model
         raise Problem(

@@ -14,14 +14,13 @@ from mlx_flashhead.serving.problems import Problem
 
 # The name of a machine on a network: plain http, so no secure context. The browser maps it here.
 LAN_NAME = "studio.local"
-INFO = {
-    "model": "SmolLM2-135M-Instruct",
-    "temperature": 0.0,
-    "top_p": 1.0,
-    "max_tokens": 512,
+MODEL = {
+    "name": "SmolLM2-135M-Instruct",
+    "dense": False,
     "n_probes": 120,
     "n_clusters": 3072,
 }
+INFO = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "models": [MODEL]}
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Script:
         seen: (method, path, headers) of all requests.
         left: Set as soon as a client has gone before its answer was complete.
         access: The rules.
+        info: What the page is told about the server.
         log: Lines of the server's log.
     """
 
@@ -51,6 +51,7 @@ class Script:
         self.seen = []
         self.left = Event()
         self.access = access
+        self.info = INFO
         self.log = []
 
 
@@ -67,7 +68,7 @@ class ScriptedHandler(GuardedHandler):
         return self.script.access  # a test may change it
 
     def page_info(self):
-        return INFO
+        return self.script.info
 
     def healthy(self):
         return True

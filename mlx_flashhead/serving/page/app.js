@@ -1,57 +1,60 @@
 // The chat: ties the parts of the page together.
 
-import { closeHistory, drawHistory } from "./history.js";
+import { compare } from "./compare.js";
+import { drawComposer, focusComposer, useComposer } from "./composer.js";
 import { connect, lost } from "./connection.js";
-import { requestSettings, useDefaults } from "./settings.js";
+import { chatTitle, fromFile, newChat, requestMessages, toFile } from "./conversation.js";
+import { saveFile } from "./dom.js";
+import { closeHistory, drawHistory, useImport } from "./history.js";
+import { defaultInstructions, showInstructions, useInstructions } from "./instructions.js";
+import { model, severalModels, useModels } from "./models.js";
+import { tell } from "./notice.js";
+import { onPreference } from "./preferences.js";
+import { openSettings, requestSettings, useDefaults } from "./settings.js";
 import { Run } from "./run.js";
 import * as store from "./store.js";
-import { drawChat, drawMessage } from "./view.js";
+import { drawActions, drawChat, drawMessage, drawSystem } from "./view.js";
 import { follow } from "./viewport.js";
 
 const SAVE_MS = 500; // between savings while an answer grows
-const input = document.getElementById("input");
-const sendButton = document.getElementById("send");
-const stopButton = document.getElementById("stop");
-const hasPointer = matchMedia("(any-pointer: fine)"); // and so, most likely, a keyboard
+const exportButton = document.getElementById("export");
 
 const chats = store.loadChats();
 const runs = new Map(); // conversation → its running answer
-let current = chats.find((chat) => chat.id === store.loadCurrent()) ?? store.newChat();
+let current =
+  chats.find((chat) => chat.id === store.loadCurrent()) ?? newChat(defaultInstructions());
 
-const handlers = { again };
+const handlers = () => ({
+  edit,
+  again,
+  ...(model().n_clusters && { compare: compareWith }),
+});
 
 function open(chat) {
   current = chat;
   store.saveCurrent(chat.id);
   closeHistory();
-  drawChat(current, handlers);
+  drawChat(current, handlers());
   drawFrame();
 }
 
 function remove(chat) {
-  if (!confirm(`Delete “${store.chatTitle(chat)}”?`)) return;
+  if (!confirm(`Delete “${chatTitle(chat)}”?`)) return;
   runs.get(chat)?.stop();
   runs.delete(chat);
   chats.splice(chats.indexOf(chat), 1);
   store.deleteChat(chat);
-  if (chat === current) open(store.newChat());
+  if (chat === current) open(newChat(defaultInstructions()));
   else drawFrame();
 }
 
 // Everything but the messages: title, list, buttons.
 function drawFrame() {
-  document.getElementById("title").textContent = store.chatTitle(current);
+  document.getElementById("title").textContent = chatTitle(current);
+  exportButton.hidden = !current.messages.length;
   drawHistory(chats, current, { open, remove });
-  drawComposer();
-}
-
-function drawComposer() {
-  const running = runs.has(current);
-  stopButton.hidden = !running;
-  sendButton.hidden = running;
-  sendButton.disabled = !input.value.trim();
-  input.style.height = "auto";
-  input.style.height = `${input.scrollHeight}px`;
+  showInstructions(current);
+  drawComposer(runs.has(current));
 }
 
 function save(chat) {
@@ -59,14 +62,22 @@ function save(chat) {
   document.getElementById("full").hidden = store.saveChat(chat);
 }
 
-function send() {
-  const content = input.value.trim();
-  if (!content || runs.has(current)) return;
-  input.value = "";
-  store.saveDraft("");
-  if (!hasPointer.matches) input.blur(); // the keyboard makes room for the answer
+function toFront(chat) {
+  chat.updated = Date.now();
+  if (chats.includes(chat)) chats.splice(chats.indexOf(chat), 1);
+  chats.unshift(chat);
+}
+
+function send(content) {
   current.messages.push({ role: "user", content });
   answer(current);
+}
+
+// Asks a question in other words. What followed it goes.
+function edit(message, content) {
+  if (runs.has(current)) return;
+  current.messages.splice(current.messages.indexOf(message));
+  send(content);
 }
 
 // Answers the last question again and replaces its answer.
@@ -76,28 +87,30 @@ function again() {
   answer(current);
 }
 
+function compareWith(message) {
+  if (runs.size) tell("An answer is still growing: compare when it is complete.");
+  else compare(requestMessages(current, current.messages.indexOf(message)), lost);
+}
+
 async function answer(chat) {
-  const asked = chat.messages
-    .filter(({ role, content }) => role === "user" || content)
-    .map(({ role, content }) => ({ role, content }));
+  const asked = requestMessages(chat);
   const message = { role: "assistant", content: "", running: true };
+  if (severalModels()) message.model = model().name;
   chat.messages.push(message);
-  chat.updated = Date.now();
-  if (chats.includes(chat)) chats.splice(chats.indexOf(chat), 1);
-  chats.unshift(chat);
+  toFront(chat);
   store.saveCurrent(chat.id);
 
   const run = new Run(asked, message, requestSettings(), painter(chat, message));
   runs.set(chat, run);
   save(chat);
-  drawChat(chat, handlers);
+  drawChat(chat, handlers());
   drawFrame();
   const failure = await run.finish();
   runs.delete(chat);
   save(chat);
   if (chat === current) {
-    drawMessage(chat, message, handlers);
-    drawComposer();
+    drawMessage(chat, message, handlers());
+    drawFrame();
   }
   if (failure) lost(failure);
 }
@@ -115,31 +128,35 @@ function painter(chat, message) {
     waiting = true;
     requestAnimationFrame(() => {
       waiting = false;
-      if (chat === current && chat.messages.includes(message)) drawMessage(chat, message, handlers);
+      if (chat === current && chat.messages.includes(message)) drawMessage(chat, message, handlers());
     });
   };
 }
 
-document.getElementById("composer").addEventListener("submit", (event) => {
-  event.preventDefault();
-  send();
-});
-input.addEventListener("input", () => {
-  store.saveDraft(input.value);
-  drawComposer();
-});
-// With a keyboard and a pointer Return sends. On a touch screen alone it begins a new line.
-input.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.isComposing) return;
-  if ((hasPointer.matches && !event.shiftKey) || event.metaKey || event.ctrlKey) {
-    event.preventDefault();
-    send();
+async function importFile(file) {
+  try {
+    const chat = await fromFile(file);
+    toFront(chat);
+    save(chat);
+    open(chat);
+  } catch (error) {
+    closeHistory();
+    tell(error.message);
   }
+}
+
+useComposer({ send, stop: () => runs.get(current)?.stop() });
+useImport(importFile);
+useInstructions((chat) => {
+  save(chat);
+  drawSystem(chat);
 });
-stopButton.addEventListener("click", () => runs.get(current)?.stop());
+onPreference(() => drawActions(current, handlers())); // another model may have no FlashHead
+document.getElementById("show-system").addEventListener("click", openSettings);
+exportButton.addEventListener("click", () => saveFile(toFile(current, model().name ?? "")));
 document.getElementById("new-chat").addEventListener("click", () => {
-  open(current.messages.length ? store.newChat() : current);
-  input.focus();
+  open(current.messages.length ? newChat(defaultInstructions()) : current);
+  focusComposer();
 });
 // Some browsers break answers off before they hide the page, which looks like a lost server.
 for (const event of ["beforeunload", "pagehide"]) {
@@ -154,10 +171,10 @@ for (const event of ["beforeunload", "pagehide"]) {
 // The token came in the address. Now the browser has it as a cookie.
 if (location.search) history.replaceState(null, "", location.pathname);
 follow(window.visualViewport);
-input.value = store.loadDraft();
-drawChat(current, handlers);
+drawChat(current, handlers());
 drawFrame();
 connect((info) => {
-  document.getElementById("model").textContent = info.model ?? "";
+  useModels(info.models);
   useDefaults(info);
+  drawActions(current, handlers());
 });

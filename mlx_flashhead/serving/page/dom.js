@@ -1,4 +1,4 @@
-// Elements. Text always becomes text, since nothing in the page parses HTML.
+// Elements. Text always becomes text: only markdown.js parses HTML.
 
 export function element(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -20,6 +20,24 @@ export function iconButton(name, label, onclick) {
   button.setAttribute("aria-label", label);
   button.title = label;
   return button;
+}
+
+const hasPointer = matchMedia("(any-pointer: fine)"); // and so, most likely, a keyboard
+
+// Whether a key sends a text. Return alone does with a keyboard and a pointer; on a touch screen
+// alone it begins a new line.
+export const sends = (event) =>
+  event.key === "Enter" &&
+  !event.isComposing &&
+  ((hasPointer.matches && !event.shiftKey) || event.metaKey || event.ctrlKey);
+
+// Takes the on-screen keyboard away.
+export const leaveKeyboard = (area) => hasPointer.matches || area.blur();
+
+// Makes a text area as high as its text.
+export function fitHeight(area) {
+  area.style.height = "auto";
+  area.style.height = `${area.scrollHeight}px`;
 }
 
 // Copies without the Clipboard API, which needs https.
@@ -47,4 +65,14 @@ export function copyButton(label, getText) {
     }, 1500);
   });
   return button;
+}
+
+// Offers a file for download.
+export function saveFile(file) {
+  const href = URL.createObjectURL(file);
+  const link = element("a", { href, download: file.name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(href), 60_000); // Safari reads it later
 }

@@ -1,12 +1,13 @@
 // The list of conversations, a drawer on small screens.
 
 import { element, iconButton } from "./dom.js";
-import { chatTitle } from "./store.js";
+import { chatTitle } from "./conversation.js";
 
 const list = document.getElementById("chats");
 const panel = document.getElementById("history");
 const main = document.getElementById("main");
 const opener = document.getElementById("open-history");
+const picker = document.getElementById("import-file");
 const wide = matchMedia("(min-width: 900px)");
 
 // handlers: {open(chat), remove(chat)}
@@ -44,6 +45,16 @@ function setOpen(open) {
   main.inert = open && !wide.matches;
   opener.setAttribute("aria-expanded", String(open));
   if (open) panel.querySelector("#close-history").focus();
+}
+
+// importFile(file) is called with a file that the user has chosen.
+export function useImport(importFile) {
+  document.getElementById("import").addEventListener("click", () => picker.click());
+  picker.addEventListener("change", () => {
+    const [file] = picker.files;
+    picker.value = ""; // the same file can be chosen again
+    if (file) importFile(file);
+  });
 }
 
 opener.addEventListener("click", () => setOpen(true));

@@ -1,11 +1,14 @@
 // Draws a conversation. Knows elements and messages, but not the server.
 
-import { copyButton, element, iconButton } from "./dom.js";
+import { actionsOf } from "./actions.js";
+import { element } from "./dom.js";
+import { editQuestion } from "./edit.js";
 import { renderMarkdown } from "./markdown.js";
 
 const scroller = document.getElementById("scroller");
 const list = document.getElementById("messages");
 const toEnd = document.getElementById("to-end");
+const system = document.getElementById("show-system");
 const NEAR = 80; // pixels from the end that count as the end
 
 let following = true; // until the reader scrolls up
@@ -29,12 +32,20 @@ export function scrollToEnd() {
   scroller.scrollTop = scroller.scrollHeight;
 }
 
-// handlers: {again()}, called for the last answer.
+// handlers: {edit(message, text), again(), compare(message), instructions()}; compare is missing
+// where there is nothing to compare.
 export function drawChat(chat, handlers) {
   list.replaceChildren(...chat.messages.map((message) => create(message)));
   document.getElementById("welcome").hidden = chat.messages.length > 0;
+  drawSystem(chat);
   drawActions(chat, handlers);
   scrollToEnd();
+}
+
+// The instructions, in a line above the conversation.
+export function drawSystem(chat) {
+  system.hidden = !chat.system;
+  system.querySelector("span").textContent = chat.system;
 }
 
 export function drawMessage(chat, message, handlers) {
@@ -91,49 +102,39 @@ function updateThinking(node, message) {
   details.lastChild.textContent = message.reasoning.trim();
 }
 
-// The buttons below each message; "again" below the last answer only.
-function drawActions(chat, handlers) {
+// What stands below each message: "again" below the last answer only.
+export function drawActions(chat, handlers) {
   const last = chat.messages.at(-1);
   for (const message of chat.messages) {
-    const footer = drawn.get(message).querySelector("footer");
-    const state = JSON.stringify([message === last, message.running, message.error, message.stats]);
+    const node = drawn.get(message);
+    const footer = node.querySelector("footer");
+    const can = message.running ? {} : possible(chat, message, last, handlers);
+    const { running, error, stopped, finish, stats } = message;
+    const state = JSON.stringify([Object.keys(can), running, error, stopped, finish, stats]);
     if (footer.state === state) continue;
     footer.state = state;
-    const parts = message.running ? [] : actionsOf(message, message === last && handlers);
-    footer.replaceChildren(...parts);
+    footer.replaceChildren(...(running ? [] : actionsOf(message, can)));
   }
 }
 
-function actionsOf(message, handlers) {
-  const parts = [];
-  const answer = message.role === "assistant";
-  if (message.error) parts.push(notice(message.error, "", handlers));
-  else if (message.stopped) parts.push(notice("Stopped before the end.", "mild"));
-  else if (message.finish === "length") {
-    parts.push(notice("The longest answer is reached. Settings can make it longer.", "mild"));
-  }
-  const actions = element("div", { className: "actions" });
-  if (message.content) actions.append(copyButton("Copy", () => message.content));
-  if (answer && handlers) actions.append(iconButton("again", "Answer again", handlers.again));
-  if (message.stats) actions.append(element("span", { className: "stats" }, statsText(message.stats)));
-  parts.push(actions);
-  return parts;
+function possible(chat, message, last, handlers) {
+  if (message.role === "user") return last.running ? {} : { edit: () => edit(chat, message, handlers) };
+  const can = {};
+  if (message === last) can.again = handlers.again;
+  if (handlers.compare && message.content) can.compare = () => handlers.compare(message);
+  return can;
 }
 
-function notice(text, className, handlers) {
-  const node = element("div", { className: `notice ${className}` }, element("span", {}, text));
-  if (!className) node.setAttribute("role", "alert");
-  if (handlers) {
-    const button = element("button", { type: "button", className: "text strong" }, "Try again");
-    button.addEventListener("click", handlers.again);
-    node.append(button);
-  }
-  return node;
-}
-
-// stats: {tokens, speed (tokens/s, null for a single token), first (seconds to the first token)}
-function statsText({ tokens, speed, first }) {
-  const parts = [`${tokens} ${tokens === 1 ? "token" : "tokens"}`, `first after ${first.toFixed(1)} s`];
-  if (speed !== null) parts.unshift(`${speed.toFixed(1)} tokens/s`);
-  return parts.join(" · ");
+function edit(chat, message, handlers) {
+  const node = drawn.get(message);
+  const replaced = chat.messages.indexOf(message) < chat.messages.length - 2;
+  const cancel = () => {
+    node.classList.remove("edited");
+    update(node, message);
+  };
+  node.classList.add("edited");
+  editQuestion(node.querySelector(".body"), message.content, replaced, {
+    save: (text) => handlers.edit(message, text),
+    cancel,
+  });
 }

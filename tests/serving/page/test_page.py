@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from page_actions import TOKEN, answers, ask
-from scripted_server import INFO, Read
+from scripted_server import MODEL, Read
 
 ANSWER = """## Why the sky is blue
 
@@ -53,7 +53,7 @@ def test_ask_and_see_the_stream(lan, open_page, screenshot, screen, dark):
     text = pieces(ANSWER)
     script.answers = [[*text[:32], half, *text[32:]]]
     page = open_page(f"{url}?token={TOKEN}", screen, dark=dark)
-    expect(page.locator("#model")).to_have_text(INFO["model"])
+    expect(page.locator("#model")).to_have_text(MODEL["name"])
     assert not page.evaluate("isSecureContext")
     assert page.url == url  # the token has left the address bar
     screenshot(page, f"{name}-1-welcome")
@@ -152,7 +152,7 @@ def test_conversations_are_found_again(server, open_page, screenshot):
 def test_settings_go_into_the_request(server, open_page, screenshot):
     port, script = server
     page = open_page(f"http://127.0.0.1:{port}/", "iphone")
-    expect(page.locator("#model")).to_have_text(INFO["model"])
+    expect(page.locator("#model")).to_have_text(MODEL["name"])
     ask(page, "Plain")
     expect(page.locator(".stats")).to_have_count(1)
     page.locator("#open-settings").tap()

@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from scripted_server import INFO, scripted_server
+from scripted_server import MODEL, scripted_server
 
 SCREENS = ("ipad", "ipad-landscape", "iphone", "iphone-se")
 WIDE = (
@@ -20,7 +20,7 @@ WIDE = (
 def url():
     """The address of a server whose every answer is wide."""
     with scripted_server() as (port, script):
-        script.answers = [[WIDE] for _ in range(20)]
+        script.answers = [[WIDE] for _ in range(30)]
         yield f"http://127.0.0.1:{port}/"
 
 
@@ -30,7 +30,7 @@ def show(url, open_page):
 
     def show(screen):
         page = open_page(url, screen)
-        expect(page.locator("#model")).to_have_text(INFO["model"])
+        expect(page.locator("#model")).to_have_text(MODEL["name"])
         page.locator("#input").fill("Wide")
         page.locator("#send").tap()
         expect(page.locator(".stats")).to_be_visible()
@@ -42,11 +42,12 @@ def show(url, open_page):
 @pytest.mark.parametrize("screen", SCREENS)
 def test_nothing_is_too_small_or_sticks_out(show, screen):
     page = show(screen)
-    for opened in (None, "#open-settings"):
+    page.get_by_role("button", name="Edit the question").tap()
+    for opened in (None, ".message [aria-label^=Compare]", "#open-settings"):
         if opened:
             page.locator(opened).tap()
         sizes = page.evaluate(
-            """() => [...document.querySelectorAll("button, input, textarea, summary")]
+            """() => [...document.querySelectorAll("button, input, textarea, select, summary")]
                 .filter((e) => e.checkVisibility({ visibilityProperty: true }))
                 .map((e) => [e.id || e.className, e.getBoundingClientRect().toJSON()])"""
         )
@@ -57,6 +58,7 @@ def test_nothing_is_too_small_or_sticks_out(show, screen):
             )
             assert min(box["width"], box["height"]) >= smallest, name
             assert box["left"] >= 0 and box["right"] <= page.viewport_size["width"], name
+        page.evaluate("document.querySelector('dialog[open]')?.close()")
     assert page.evaluate("scroller.scrollWidth <= scroller.clientWidth")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
@@ -64,7 +66,7 @@ def test_nothing_is_too_small_or_sticks_out(show, screen):
 def test_inputs_do_not_make_ios_zoom_in(show):
     page = show("iphone")
     sizes = page.evaluate(
-        """[...document.querySelectorAll("input, textarea")]
+        """[...document.querySelectorAll("input, textarea, select")]
             .map((e) => parseFloat(getComputedStyle(e).fontSize))"""
     )
     assert len(sizes) > 5 and min(sizes) >= 16

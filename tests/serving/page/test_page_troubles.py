@@ -7,7 +7,7 @@ from playwright.sync_api import expect
 
 from mlx_flashhead.serving.access import Access
 from page_actions import TOKEN, answers, ask
-from scripted_server import BREAK, INFO, Script, scripted_server
+from scripted_server import BREAK, MODEL, Script, scripted_server
 
 
 def test_reload_in_the_middle_of_an_answer(server, open_page):
@@ -32,9 +32,9 @@ def test_wrong_token_then_the_right_one(lan, open_page, screenshot):
     expect(page.locator(".wrong")).to_contain_text("That is not")
     page.get_by_label("Token").fill(f" {TOKEN} ")
     page.get_by_role("button", name="Open").tap()
-    expect(page.locator("#model")).to_have_text(INFO["model"])
+    expect(page.locator("#model")).to_have_text(MODEL["name"])
     page.reload()
-    expect(page.locator("#model")).to_have_text(INFO["model"])
+    expect(page.locator("#model")).to_have_text(MODEL["name"])
     manifest = page.evaluate("document.querySelector('link[rel=manifest]').href")
     assert manifest == f"{url}manifest.webmanifest?token={TOKEN}"
 
@@ -148,7 +148,7 @@ def test_damaged_records_cost_no_other_conversation(server, open_page):
     for settings in ('"x"', "null", '{"temperature": "hot", "dense": 3, "max_tokens": 9}'):
         page.evaluate(keep, ["flashhead.settings", settings])
         page.reload()
-        expect(page.locator("#model")).to_have_text(INFO["model"])
+        expect(page.locator("#model")).to_have_text(MODEL["name"])
         expect(page.locator("#chats .name")).to_have_text(["Is this kept?"])
     page.locator("#open-history").tap()
     page.locator("#chats .open").tap()

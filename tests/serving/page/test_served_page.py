@@ -18,10 +18,11 @@ CHECKOUT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A tiny FlashHead checkpoint."""
+    """A tiny FlashHead checkpoint, with another one beside it."""
     folder = tmp_path_factory.mktemp("served")
     model = write_model(folder / "model", hidden_size=32)
-    convert(str(model), str(folder / "tiny-flashhead"), calibration="none")
+    for name in ("tiny-flashhead", "other-flashhead"):
+        convert(str(model), str(folder / name), calibration="none")
     return folder / "tiny-flashhead"
 
 
@@ -31,6 +32,7 @@ def lan(checkpoint, tmp_path_factory):
     token_file = tmp_path_factory.mktemp("token") / "token"
     command = [sys.executable, "-m", "mlx_flashhead.server", "--model", checkpoint, "--lan"]
     command += ["--port", "0", "--max-tokens", "40", "--token-file", token_file]
+    command += ["--allow-models", checkpoint.with_name("other-flashhead")]
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment
@@ -76,6 +78,22 @@ def test_page_talks_to_the_model(page_url, open_page):
     page.get_by_role("button", name="Answer again").tap()
     expect(page.locator(".stats")).to_contain_text("token")
     expect(page.locator(".notice[role=alert]")).to_have_count(0)
+
+
+def test_page_compares_with_dense_and_changes_the_model(page_url, open_page):
+    page = open_page(page_url, "iphone")
+    expect(page.locator("#model")).to_have_text("tiny-flashhead")
+    page.get_by_label("Model", exact=True).select_option("other-flashhead")
+    page.locator("#open-settings").tap()
+    page.locator("#system").fill("Be brief.")
+    page.get_by_role("button", name="Done").tap()
+    page.locator("#input").fill("Hello")
+    page.locator("#send").tap()
+    expect(page.locator(".stats")).to_contain_text("other-flashhead")
+    page.get_by_role("button", name="Compare with dense").tap()
+    # a random model without calibration writes another text
+    expect(page.locator("#verdict")).to_contain_text(re.compile("are equal|differ"))
+    expect(page.locator("#sides .notice")).to_have_count(0)
 
 
 def test_program_needs_the_token(page_url):

@@ -1,0 +1,106 @@
+// A conversation: its form, its title, and its file. The file has the form of the terminal chat's
+// /save, with some more fields for each message.
+
+const LARGEST = 8 << 20; // bytes of a file
+
+// A new conversation with instructions for the model.
+export function newChat(system = "") {
+  // crypto.randomUUID needs https
+  const bytes = crypto.getRandomValues(new Uint8Array(12));
+  const id = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return { id, updated: Date.now(), system, messages: [] };
+}
+
+export function chatTitle(chat) {
+  const first = chat.messages.find((message) => message.role === "user");
+  return first ? first.content.trim().replace(/\s+/g, " ").slice(0, 80) : "New conversation";
+}
+
+// The messages before `end` as a request has them. An answer that failed without a word is left out.
+export function requestMessages(chat, end = chat.messages.length) {
+  const messages = chat.messages
+    .slice(0, end)
+    .filter(({ role, content }) => role === "user" || content)
+    .map(({ role, content }) => ({ role, content }));
+  return chat.system ? [{ role: "system", content: chat.system }, ...messages] : messages;
+}
+
+const isText = (value) => typeof value === "string";
+const isNumber = (value) => Number.isFinite(value);
+
+// Whether the page can draw a message.
+export function isMessage(message) {
+  const { role, content, reasoning = "", error = "", model = "", stats } = message ?? {};
+  return (
+    ["user", "assistant"].includes(role) &&
+    [content, reasoning, error, model].every(isText) &&
+    (!stats ||
+      ([stats.tokens, stats.first].every(isNumber) &&
+        (stats.speed === null || isNumber(stats.speed))))
+  );
+}
+
+// A conversation from its stored record; null if that is damaged.
+export function fromRecord(id, record) {
+  if (!Array.isArray(record?.messages) || !record.messages.every(isMessage)) return null;
+  for (const message of record.messages) {
+    if (message.running) Object.assign(message, { running: false, stopped: true });
+    delete message.read;
+  }
+  return {
+    id,
+    updated: isNumber(record.updated) ? record.updated : 0,
+    system: isText(record.system) ? record.system : "",
+    messages: record.messages,
+  };
+}
+
+export function toFile(chat, model) {
+  const system = chat.system ? [{ role: "system", content: chat.system }] : [];
+  const messages = chat.messages.map(known);
+  const text = JSON.stringify({ model, messages: [...system, ...messages] }, null, 2);
+  const name = chatTitle(chat)
+    .toLowerCase()
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .replace(/^-+|-+$/g, "")
+    .slice(0, 50);
+  return new File([`${text}\n`], `${name || "conversation"}.json`, { type: "application/json" });
+}
+
+// A new conversation from a file. Throws an Error of one sentence if the file does not hold one.
+export async function fromFile(file) {
+  try {
+    if (file.size > LARGEST) throw new Error("it has more than 8 MB");
+    const { system, messages } = readMessages(await file.text());
+    return Object.assign(newChat(system), { messages });
+  } catch (error) {
+    const reason = `“${file.name}” holds no conversation (${error.message})`;
+    throw new Error(`${reason}: choose a file that was exported here.`);
+  }
+}
+
+function readMessages(text) {
+  let content;
+  try {
+    content = JSON.parse(text);
+  } catch {
+    throw new Error("it is not JSON");
+  }
+  const all = content?.messages;
+  if (!Array.isArray(all) || !all.length) throw new Error("it has no messages");
+  const first = all[0]?.role === "system" ? 1 : 0;
+  if (first && !isText(all[0].content)) throw new Error("its instructions are not text");
+  const messages = all.slice(first);
+  messages.forEach((message, index) => {
+    if (!isMessage(message)) throw new Error(`its message ${index + first + 1} is damaged`);
+    const expected = index % 2 ? "assistant" : "user";
+    if (message.role !== expected) throw new Error("its questions and answers do not take turns");
+  });
+  if (messages.length % 2) throw new Error("its last question has no answer");
+  if (!messages.length) throw new Error("it has no messages");
+  return { system: first ? all[0].content : "", messages: messages.map(known) };
+}
+
+// The fields of a message that the page knows.
+const known = ({ role, content, reasoning, error, finish, stopped, model, stats }) =>
+  ({ role, content, reasoning, error, finish, stopped, model, stats });

@@ -1,0 +1,123 @@
+"""The same question with FlashHead and dense, side by side."""
+
+from threading import Event
+
+import pytest
+from playwright.sync_api import expect
+
+from page_actions import answers, ask
+from scripted_server import INFO
+
+
+def sides(page):
+    """The texts of FlashHead and dense."""
+    return page.locator("#sides .body")
+
+
+@pytest.fixture
+def asked(server, open_page):
+    """A page with an answer: screen → page. Other answers follow."""
+
+    def asked(screen, *following, dark=False):
+        port, script = server
+        script.answers = [["First."], *following]
+        page = open_page(f"http://127.0.0.1:{port}/", screen, dark=dark)
+        ask(page, "Why?")
+        expect(page.locator(".stats")).to_be_visible()
+        return page
+
+    return asked
+
+
+def compare(page):
+    page.get_by_role("button", name="Compare with dense").last.tap()
+
+
+@pytest.mark.parametrize("screen, dark", [("ipad", False), ("iphone", True)])
+def test_equal_texts(server, asked, screenshot, screen, dark):
+    script = server[1]
+    half = Event()
+    text = ["Because ", "$E = mc^2$", " holds."]
+    page = asked(screen, [*text[:2], half, text[2]], text, dark=dark)
+    compare(page)
+    expect(sides(page).first).to_contain_text("Because")
+    expect(page.locator("#verdict")).to_have_text("FlashHead answers …")
+    expect(sides(page).last).to_be_empty()
+    assert len(script.requests) == 2  # dense has not been asked yet
+    half.set()
+    expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
+    expect(page.locator("#verdict")).to_contain_text("times the speed")
+    expect(page.locator("#sides .speed")).to_contain_text(["tokens/s"] * 2)
+    expect(page.locator("#sides small")).to_contain_text(["3 tokens"] * 2)
+    expect(sides(page).locator(".katex")).to_have_count(2)
+    boxes = [side.bounding_box() for side in page.locator("#sides article").all()]
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
+    assert boxes[1]["x"] + boxes[1]["width"] <= page.viewport_size["width"]
+    screenshot(page, f"{screen}-{'dark' if dark else 'light'}-13-compare")
+    page.get_by_role("button", name="Done").tap()
+    expect(answers(page)).to_have_text("First.")  # the conversation is as it was
+    assert [body.get("dense") for body in script.requests] == [None, False, True]
+    assert all(body["messages"] == script.requests[0]["messages"] for body in script.requests)
+    assert not any("seed" in body for body in script.requests)
+
+
+def test_texts_that_part(asked):
+    page = asked("ipad", ["One two ", "three."], ["One two ", "four."], ["Other."], ["Texts."])
+    compare(page)
+    expect(page.locator("#verdict")).to_contain_text("The first 2 words are equal.")
+    page.get_by_role("button", name="Again", exact=True).tap()
+    expect(page.locator("#verdict")).to_contain_text("The texts differ from the first word.")
+    expect(sides(page)).to_have_text(["Other.", "Texts."])
+
+
+def test_random_draws_have_the_same_seed(server, asked):
+    script = server[1]
+    page = asked("ipad")
+    page.locator("#open-settings").tap()
+    page.locator("#temperature").fill("0.7")
+    page.locator("#n_probes").fill("256")
+    page.locator("#dense").tap()
+    page.get_by_role("button", name="Done").tap()
+    compare(page)
+    expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
+    flash, dense = script.requests[1:]
+    assert flash["seed"] == dense["seed"] and flash["temperature"] == dense["temperature"] == 0.7
+    assert (flash["dense"], flash["n_probes"]) == (False, 256)
+    assert dense["dense"] and "n_probes" not in dense
+
+
+def test_closing_ends_the_answer(server, asked):
+    script = server[1]
+    page = asked("iphone", ["Half ", Event()], ["Again."], ["Again."])
+    compare(page)
+    expect(sides(page).first).to_have_text("Half")
+    page.get_by_role("button", name="Done").tap()
+    assert script.left.wait(20)
+    compare(page)
+    expect(sides(page)).to_have_text(["Again.", "Again."])
+    assert len(script.requests) == 4
+
+
+def test_a_refusal_is_said_and_tried_again(asked):
+    page = asked("ipad", ["One."], "The answer has failed.", ["One."], ["One."])
+    compare(page)
+    expect(page.locator("#sides .notice")).to_contain_text("The answer has failed.")
+    page.get_by_role("button", name="Try again").tap()
+    expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
+    expect(page.locator("#sides .notice")).to_have_count(0)
+
+
+def test_an_answer_in_progress_comes_first(asked):
+    page = asked("ipad", ["Growing", Event()])
+    ask(page, "More?")
+    expect(answers(page).last).to_have_text("Growing")
+    page.get_by_role("button", name="Compare with dense").first.tap()
+    expect(page.locator("#note")).to_contain_text("An answer is still growing")
+    expect(page.locator("#compare")).to_be_hidden()
+
+
+def test_a_dense_model_has_nothing_to_compare(server, asked):
+    server[1].info = INFO | {"models": [{"name": "plain"}]}
+    page = asked("ipad")
+    expect(page.get_by_role("button", name="Answer again")).to_be_visible()
+    expect(page.get_by_role("button", name="Compare with dense")).to_have_count(0)
