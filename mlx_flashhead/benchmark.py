@@ -1,4 +1,4 @@
-"""Measures speed and memory: of a head, a model, a conversion, samplers; or estimates them."""
+"""Measures speed and memory: of a head, a model, a conversion, servers; or estimates them."""
 
 import argparse
 import json
@@ -29,11 +29,13 @@ from .benchmarks.options import (
     MODEL,
     POSITIONS,
     SAMPLER,
+    SERVER,
     make_parser,
 )
 from .benchmarks.output import draw, print_result
 from .benchmarks.positions import COUNTS, positions_benchmark
 from .benchmarks.sampler import sampler_benchmark
+from .benchmarks.server import server_benchmark
 from .cli.console import check_writable, command
 from .cli.pictures import check_picture
 from .cli.tables import check_tables
@@ -41,6 +43,7 @@ from .companion.load import load
 from .companion.look_up import look_up_options
 from .head.flash_head import FlashHead
 from .models.install import dense_copy, installed_head
+from .models.load import resolve
 
 SAMPLER_WIDTH = 64  # of the random heads: a sampler reads the clusters, not the rows
 REPORT = """\
@@ -73,6 +76,7 @@ def main() -> None:
         DRAFT: _draft,
         HOST: _host,
         MEMORY: _memory,
+        SERVER: _server,
     }
     found = measure[args.kind](args)
     result = {
@@ -131,6 +135,22 @@ def _memory(args: argparse.Namespace) -> list[dict]:
     name, (vocab_size, hidden_size) = args.shape
     found = head_memory(vocab_size, hidden_size, n_probes=_usual_probes(vocab_size))
     return [{"name": name} | one for one in found]
+
+
+def _server(args: argparse.Namespace) -> list[dict]:
+    options = ["--n-probes", str(args.n_probes)] if args.n_probes is not None else []
+    options += ["--flash-head", args.flash_head] if args.flash_head is not None else []
+    options += ["--no-build"] if args.no_build else []
+    return [
+        server_benchmark(
+            resolve(args.model),
+            options=options,
+            clients=args.clients,
+            requests=args.requests,
+            tokens=args.tokens,
+            rounds=args.rounds,
+        )
+    ]
 
 
 def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:

@@ -9,12 +9,8 @@ others hang up, send long texts, texts that are too long, or nonsense.
 import argparse
 import json
 import random
-import re
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,17 +23,16 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(CHECKOUT))  # works uninstalled too
 
+from mlx_flashhead.benchmarks.clients import CHAT_PATH, HOST, ServerProcess, ask, question_body
+from mlx_flashhead.benchmarks.server import SENTENCE, TOPICS
 from mlx_flashhead.cli.arguments import Parser, number, whole_number
 from mlx_flashhead.cli.console import command
 
 TOKENS = 24
-PATH = "/v1/chat/completions"
-TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
 FORMS = (
     "Write a sentence about {}.",
     "What is known about {}? " + "Think of all sides of it. " * 20,
 )
-SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
 KINDS = {"sound": 12, "hangs up": 4, "long text": 1, "too long": 1, "nonsense": 4}
 NONSENSE = (
     b"GET / HTTP/9.9\r\n\r\n",
@@ -115,29 +110,29 @@ class Client:
 
     def _sound(self) -> tuple[str, str | None]:
         question = self._random.choice(list(self._expected))
-        began = time.monotonic()
-        text, first = ask(self._port, question, stream=self._random.random() < 0.5)
-        if first is not None:
+        stream = self._random.random() < 0.5
+        reply = ask(self._port, question, max_tokens=TOKENS, stream=stream)
+        if reply.first_seconds is not None:
             with self._tally.lock:
-                self._tally.first.append(first - began)
-        if text == self._expected[question]:
+                self._tally.first.append(reply.first_seconds)
+        if reply.text == self._expected[question]:
             return "sound: as alone", None
-        return "sound: another text", f"{question[:40]!r} got {text!r}"
+        return "sound: another text", f"{question[:40]!r} got {reply.text!r}"
 
     def _hang_up(self) -> tuple[str, str | None]:
         question = self._random.choice([SENTENCE * 150, *self._expected])
-        body = _body(question, self._random.random() < 0.5, 500)
-        with socket.create_connection(("127.0.0.1", self._port), timeout=60) as connection:
+        body = question_body(question, self._random.random() < 0.5, 500)
+        with socket.create_connection((HOST, self._port), timeout=60) as connection:
             connection.sendall(_head(len(body)) + body)
             time.sleep(self._random.choice([0, 0.1, 0.5, 2.0]))
         return "hung up", None
 
     def _long(self) -> tuple[str, str | None]:
-        text, _ = ask(self._port, SENTENCE * 100, stream=False, max_tokens=4)
-        return "long text: answered", None if text else "no answer"
+        reply = ask(self._port, SENTENCE * 100, max_tokens=4, stream=False)
+        return "long text: answered", None if reply.text else "no answer"
 
     def _too_long(self) -> tuple[str, str | None]:
-        status, answer = _post(self._port, _body(SENTENCE * 2000, False))
+        status, answer = _post(self._port, question_body(SENTENCE * 2000, False, TOKENS))
         return f"too long: {status}", None if status == 400 else str(answer)
 
     def _nonsense(self) -> tuple[str, str | None]:
@@ -145,7 +140,7 @@ class Client:
             status, answer = _post(self._port, self._random.choice(BODIES))
             refused = status in (400, 404) and "message" in answer["error"]
             return f"nonsense: {status}", None if refused else str(answer)
-        with socket.create_connection(("127.0.0.1", self._port), timeout=60) as connection:
+        with socket.create_connection((HOST, self._port), timeout=60) as connection:
             connection.sendall(self._random.choice(NONSENSE))
             connection.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
@@ -153,76 +148,29 @@ class Client:
         return f"nonsense: {status}", None
 
 
-def ask(
-    port: int, question: str, *, stream: bool, max_tokens: int = TOKENS
-) -> tuple[str, float | None]:
-    """The answer to a question, and the time of its first text if it is streamed.
-
-    Raises:
-        ValueError: If the server does not answer.
-    """
-    connection = HTTPConnection("127.0.0.1", port, timeout=600)
-    try:
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", PATH, _body(question, stream, max_tokens), headers)
-        response = connection.getresponse()
-        if not stream or response.status != 200:
-            answer = json.loads(response.read())
-            if response.status != 200:
-                raise ValueError(f"{response.status}: {answer}")
-            return answer["choices"][0]["message"]["content"], None
-        text, first = "", None
-        for line in response:
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise ValueError(str(chunk))
-            for choice in chunk["choices"]:
-                text += choice["delta"].get("content", "")
-                first = first or time.monotonic()
-        return text, first
-    finally:
-        connection.close()
-
-
-def _body(question: str, stream: bool, max_tokens: int = TOKENS) -> bytes:
-    messages = [{"role": "user", "content": question}]
-    return json.dumps({"messages": messages, "stream": stream, "max_tokens": max_tokens}).encode()
-
-
 def _head(length: int) -> bytes:
-    return f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+    return (
+        f"POST {CHAT_PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+    )
 
 
 def _post(port: int, body: bytes) -> tuple[int, dict]:
-    connection = HTTPConnection("127.0.0.1", port, timeout=600)
-    connection.request("POST", PATH, body)
+    connection = HTTPConnection(HOST, port, timeout=600)
+    connection.request("POST", CHAT_PATH, body)
     response = connection.getresponse()
     answer = response.status, json.loads(response.read())
     connection.close()
     return answer
 
 
-def _megabytes(pid: int) -> float:
-    """Resident memory of a process."""
-    said = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
-    return int(said.stdout) / 1024
-
-
-def _watch(pid: int, port: int, tally: Tally, until: float) -> None:
+def _watch(server: ServerProcess, tally: Tally, until: float) -> None:
     """Every few seconds notes the server's memory, and checks that ``/health`` answers at once."""
     began = time.monotonic()
     while time.monotonic() < until:
         asked = time.monotonic()
-        try:
-            connection = HTTPConnection("127.0.0.1", port, timeout=10)
-            connection.request("GET", "/health")
-            healthy = connection.getresponse().status == 200
-        except OSError:
-            healthy = False
+        healthy = server.healthy()
         with tally.lock:
-            tally.memory.append((asked - began, _megabytes(pid)))
+            tally.memory.append((asked - began, server.resident_mb()))
             if not healthy or time.monotonic() - asked > 5:
                 tally.problems.append(f"/health took {time.monotonic() - asked:.1f} s")
         time.sleep(2)
@@ -264,37 +212,24 @@ def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
     tally = Tally()
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlx_flashhead.server", "--model", args.model, "--port", "0"],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            cwd=CHECKOUT,
-        )
-        try:
-            found = re.search(r"http://127\.0\.0\.1:(\d+)", server.stdout.readline())
-            if found is None:
-                log.seek(0)
-                raise ValueError(f"The server did not start: {log.read()}")
-            _run(args, server.pid, int(found[1]), tally)
-            server.send_signal(signal.SIGTERM)
-            code = server.wait(60)
-        finally:
-            server.kill()
-        log.seek(0)
-        print("\n".join(report(tally, log.read(), code)))
+    with ServerProcess("mlx_flashhead.server", "--model", args.model) as server:
+        _run(args, server, tally)
+        code = server.end()
+        print("\n".join(report(tally, server.log(), code)))
     if tally.problems or code:
         sys.exit(1)
 
 
-def _run(args: argparse.Namespace, pid: int, port: int, tally: Tally) -> None:
+def _run(args: argparse.Namespace, server: ServerProcess, tally: Tally) -> None:
     questions = [form.format(topic) for form in FORMS for topic in TOPICS]
-    expected = {question: ask(port, question, stream=False)[0] for question in questions}
+    expected = {
+        question: ask(server.port, question, max_tokens=TOKENS, stream=False).text
+        for question in questions
+    }
     until = time.monotonic() + 60 * args.minutes
-    threads = [Thread(target=_watch, args=(pid, port, tally, until))]
+    threads = [Thread(target=_watch, args=(server, tally, until))]
     for i in range(args.clients):
-        client = Client(port, expected, tally, args.seed + i)
+        client = Client(server.port, expected, tally, args.seed + i)
         threads.append(Thread(target=client.run, args=(until,)))
     for thread in threads:
         thread.start()

@@ -11,12 +11,13 @@ from .draft import PROBES
 from .head import SHAPES
 from .model import SAMPLERS
 from .positions import COUNTS
+from .server import CLIENTS
 
 DTYPES = ("float32", "float16", "bfloat16")
 HEAD, POSITIONS, MODEL, CONVERT = "head", "positions", "model", "convert"
 FIRST_USE = "first-use"
 SAMPLER, DRAFT, ESTIMATE = "sampler", "draft", "estimate"
-HOST, MEMORY = "host", "memory"
+HOST, MEMORY, SERVER = "host", "memory", "server"
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     _add_draft(kinds)
     _add_host(kinds)
     _add_memory(kinds)
+    _add_server(kinds)
     estimate.add_parser(kinds)
     return parser
 
@@ -97,6 +99,43 @@ def _add_memory(kinds) -> None:
     )
     what.add_argument("--model", help="Folder or repository of a FlashHead checkpoint.")
     _add_common(parser, rounds=None)
+
+
+def _add_server(kinds) -> None:
+    parser = kinds.add_parser(
+        SERVER,
+        help="put servers under load",
+        description="Put three servers of one model under load, in turns: with FlashHead, dense, "
+        "and mlx-lm's own. Clients stream answers to prompts of different lengths, and some hang "
+        "up.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="Folder or repository of any model that mlx-lm loads."
+    )
+    add_look_up_options(parser)
+    parser.add_argument(
+        "--n-probes", type=whole_number(1), help="Clusters scored (default: the model's own)."
+    )
+    parser.add_argument(
+        "--clients",
+        type=whole_numbers(1),
+        default=CLIENTS,
+        metavar="1,4,…",
+        help=f"Numbers of clients at once (default: {','.join(map(str, CLIENTS))}).",
+    )
+    parser.add_argument(
+        "--requests",
+        type=whole_number(1),
+        default=16,
+        help="Requests to a server for each number of clients (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=whole_number(1),
+        default=16,
+        help="Tokens of each answer (default: %(default)s).",
+    )
+    _add_common(parser, rounds=1)
 
 
 def _add_which_head(parser: argparse.ArgumentParser) -> None:

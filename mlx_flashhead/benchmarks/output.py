@@ -10,6 +10,7 @@ from .head import DENSE as DENSE_HEAD
 from .model import DENSE, FLASH_HEAD, NO_HEAD
 from .positions import DENSE_PATH
 from .sampler import MLX_LM, OURS
+from .server_output import draw_server, server_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +30,7 @@ def print_result(result: dict) -> None:
         "draft": _draft_table,
         "host": _host_table,
         "memory": _memory_table,
+        "server": server_table,
     }
     make_table = tables[result["kind"]]
     about = result["machine"]
@@ -232,6 +234,7 @@ def draw(result: dict, path: str) -> None:
         "draft": _draw_draft,
         "host": _draw_host,
         "memory": _draw_memory,
+        "server": draw_server,
     }
     for axis, one in zip(axes[:, 0], results, strict=True):
         draw_one[result["kind"]](axis, one)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mlx_flashhead import benchmark as benchmark_command
+from mlx_flashhead.benchmarks import server
 from mlx_flashhead.benchmarks.options import make_parser
 from mlx_flashhead.benchmarks.output import _short, crossover_sentence
 
@@ -91,6 +92,20 @@ def test_host(run, tmp_path):
     )
     added = one["us"]["added by FlashHead full logits"]["median"]
     assert f" {added:.1f} " in screen and "recorded, not run" in screen
+
+
+def test_server(run, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "LENGTHS", (0, 1) * 4)  # the tiny model's context is short
+    screen, (one,) = check_outputs(
+        run, tmp_path, "server", "--model", converted, "--clients", 3, "--requests", 6,
+        "--tokens", 4, "--n-probes", 4,
+    )  # fmt: skip
+    assert [load["server"] for load in one["loads"]] == ["FlashHead", "dense", "mlx_lm.server"]
+    for load in one["loads"]:
+        assert load["answered"] + load["hung_up"] == 6
+        assert load["as_alone"] == load["answered"]
+        assert f" {load['tokens_per_second']['median']:.1f} " in screen
+    assert "No answer was lost" in screen
 
 
 def test_memory_of_a_model(run, converted, tmp_path):

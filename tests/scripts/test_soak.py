@@ -7,6 +7,7 @@ import pytest
 
 import soak
 from mlx_flashhead import convert
+from mlx_flashhead.benchmarks.clients import Reply
 from model_folders import write_model
 
 
@@ -33,7 +34,7 @@ def test_what_is_wrong_is_told():
     assert "Exit code after SIGTERM: 1." in lines
 
 
-@pytest.mark.parametrize("answer", [("other text", None), ValueError("500")])
+@pytest.mark.parametrize("answer", [Reply("other text"), ValueError("500")])
 def test_a_wrong_answer_is_a_problem(monkeypatch, answer):
     def ask(*_, **__):
         if isinstance(answer, Exception):
