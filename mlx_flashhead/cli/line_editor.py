@@ -101,11 +101,11 @@ class _KeptHistory(FileHistory):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             newest = list(self.load_history_strings())
             if len(newest) > KEPT_TEXTS:
-                shorter = FileHistory(path.with_suffix(".new"))
-                Path(shorter.filename).unlink(missing_ok=True)
+                new = path.with_suffix(".new")
+                new.unlink(missing_ok=True)
                 for text in reversed(newest[:KEPT_TEXTS]):
-                    shorter.store_string(text)
-                Path(shorter.filename).replace(path)
+                    FileHistory(new).store_string(text)
+                new.replace(path)
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):  # a full disk must not end the chat
