@@ -1,4 +1,4 @@
-"""Tables of the commands, of one look and 80 columns."""
+"""Tables of the commands, of one look. They fit 80 columns or are as wide as their figures."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -8,6 +8,8 @@ from .extras import from_extra
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+UNLIMITED = 10_000  # columns of a table when its width is measured
 
 
 def new_table(
@@ -44,9 +46,13 @@ def new_table(
 
 
 def show(*parts: "Table | str") -> None:
-    """Prints tables, and lines of text between them."""
+    """Prints tables, and lines of text between them. No figure is cut off."""
     console = _rich("console").Console(highlight=False)
+    screen = console.width
     for part in parts:
+        console.width = UNLIMITED
+        needed = 0 if isinstance(part, str) else console.measure(part).maximum
+        console.width = max(screen, needed)
         console.print(part, markup=False)
 
 
