@@ -104,7 +104,7 @@ def checks() -> tuple[Check, ...]:
             "compile",
             "Apple's compiler accepts the kernels' file",
             (compiled_for("macosx"), compiled_for("iphoneos")),
-            "The compiler names the line of metal/flash_head.metal. If its toolchain is missing: "
+            "The compiler names the file and the line in metal/. If its toolchain is missing: "
             "xcodebuild -downloadComponent MetalToolchain.",
             needs_gpu=False,
         ),

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from mlx_flashhead.__main__ import COMMANDS
 
 CHECKOUT = Path(__file__).parent.parent
-KERNELS = CHECKOUT / "metal" / "flash_head.metal"
+KERNELS = sorted((CHECKOUT / "metal" / "flash_head").iterdir())
 EXTRAS = {
     "report": {"rich", "matplotlib"},
     "chat": {"prompt-toolkit"},
@@ -111,7 +111,11 @@ def requirements(metadata, platform, machine, extra=""):
 def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        assert archive.read("mlx_flashhead/metal/flash_head.metal") == KERNELS.read_bytes()
+        packed = {name for name in names if name.startswith("mlx_flashhead/metal/")}
+        assert packed == {f"mlx_flashhead/metal/flash_head/{file.name}" for file in KERNELS}
+        for file in KERNELS:
+            packed_text = archive.read(f"mlx_flashhead/metal/flash_head/{file.name}")
+            assert packed_text == file.read_bytes()
     package = CHECKOUT / "mlx_flashhead"
     page = package / "serving" / "page"
     files = [
@@ -130,12 +134,13 @@ def test_installed_wheel_finds_its_kernels(installed):
     code = (
         "import sys, mlx_flashhead, mlx_flashhead.head.kernel_text as text\n"
         "print(mlx_flashhead.__file__)\n"
-        "sys.stdout.write(text.kernel_source())"
+        f"for name in {[file.stem for file in KERNELS]}:\n"
+        "    sys.stdout.write(text.part(name))"
     )
     found = output_of(installed / "bin" / "python", "-c", code, cwd=installed)
     place, _, source = found.partition("\n")
     assert Path(place).is_relative_to(installed)
-    assert source == KERNELS.read_text(encoding="utf-8")
+    assert source == "".join(file.read_text(encoding="utf-8") for file in KERNELS)
 
 
 SCRIPTS = ("mlx_flashhead", *(f"mlx_flashhead.{command}" for command in COMMANDS))

@@ -1,7 +1,6 @@
 """The formats of a stored matrix of the head, one row each.
 
-A new format is a row of this table, and a struct in ``metal/flash_head.metal`` if the kernels read
-it.
+A new format is a row of this table, and a file in ``metal/flash_head/`` if the kernels read it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ class Format:
         group_sizes: Columns that may share a scale; empty for floats.
         arrays: Names of the arrays, in the order in which MLX and the kernels take them.
         group_bytes: Bytes of scales and biases per group; those of affine have 16 bits.
-        metal: The function of flash_head.metal that makes rows of the arrays, with its template
+        metal: The kernels' function that makes rows of the arrays, with its template
             arguments; None if the kernels do not read the format.
     """
 

@@ -1,9 +1,8 @@
 """The text of the Metal kernels for ``mx.fast.metal_kernel``.
 
-``metal/flash_head.metal`` holds the functions; a kernel's body is one call of one of them.
+``metal/flash_head/`` holds the functions; a kernel's body is one call of one of them.
 """
 
-import re
 from functools import cache
 from pathlib import Path
 
@@ -45,39 +44,36 @@ IDS_BODY = """
 flash_head::candidate_ids<N>(probes, token_ids, ids, probes_shape[1], thread_position_in_grid);
 """
 
-SECTION = re.compile(r"^/{79}\n// (\w+)", re.MULTILINE)
-
 
 @cache
-def kernel_source() -> str:
-    """The text of flash_head.metal: from the installed package, or beside it in a checkout.
+def part(name: str) -> str:
+    """The text of one file of the kernels: of the installed package, or beside it in a checkout.
+
+    Args:
+        name: Name of the file without its ending.
 
     Raises:
         FileNotFoundError: If it is in neither place.
     """
     package = Path(__file__).parents[1]
+    file = Path("metal", "flash_head", f"{name}.h")
     for folder in (package, package.parent):
-        path = folder / "metal" / "flash_head.metal"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+        if (folder / file).is_file():
+            return (folder / file).read_text(encoding="utf-8")
     raise FileNotFoundError(
-        "The kernels' file metal/flash_head.metal is missing from this installation: "
-        "install mlx-flashhead again."
+        f"The kernels' file {file} is missing from this installation: install mlx-flashhead again."
     )
 
 
 @cache
-def header(*sections: str) -> str:
-    """The sections of the file that a kernel needs, without comments and indentation.
+def header(*names: str) -> str:
+    """The files that a kernel needs, one after the other, without comments and indentation.
 
     Short, since MLX copies and hashes this text at every call of a kernel (docs/speed.md).
 
     Args:
-        sections: Names of sections, each the first word under a line of slashes. "constants" and
-            "values" always come first.
+        names: Names of files. "constants" and "values" always come first.
     """
-    _, *parts = SECTION.split(kernel_source())
-    texts = dict(zip(parts[::2], parts[1::2], strict=True))
-    text = "\n".join(texts[name].partition("\n")[2] for name in ("constants", "values", *sections))
+    text = "\n".join(map(part, ("constants", "values", *names)))
     lines = (line.split("//")[0].strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line) + "\n"

@@ -1,6 +1,6 @@
 """The steps of a FlashHead as Metal kernels, one dispatch each.
 
-``metal/flash_head.metal`` holds the kernels, their plans and shapes. This file knows the arrays and
+``metal/flash_head/`` holds the kernels, their plans and shapes. This file knows the arrays and
 the threads of each. `portable.py` computes the same with plain MLX operations, which also serve for
 formats that the kernels do not read.
 """
@@ -24,7 +24,7 @@ from .matrix import Matrix
 from .portable import ESTIMATED, PortableSteps
 from .steps import Candidates, Selection
 
-# The constants of the same names in flash_head.metal.
+# The constants of the same names in metal/flash_head/constants.h.
 LANES = 32
 ROWS = 4
 ROUTE_SIMDGROUPS = 2

@@ -1,26 +1,15 @@
-"""What the Metal kernels cost, in dispatches and bytes, and the forms their file is taken in."""
+"""What the Metal kernels cost, in dispatches and bytes."""
 
-import shutil
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
-from mlx_flashhead.head import kernel_text
+from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.kernel_text import SELECT_BODY, kernel_source
 from mlx_flashhead.head.kernels import MetalSteps
 
-XCODE = (
-    shutil.which("xcrun")
-    and not subprocess.run(
-        ["xcrun", "-sdk", "macosx", "metal", "--version"], capture_output=True
-    ).returncode
-)
 emulator_only = pytest.mark.skipif(on_gpu(), reason="counts and checks of the emulator")
 LINE = 128
 
@@ -180,7 +169,7 @@ class TestTraffic:
             assert found["hidden"].distinct_bytes_read == hidden.nbytes
 
     def test_threadgroup_memory_and_barriers(self):
-        """As the file's head states them."""
+        """As metal/flash_head.metal states them."""
         rng = np.random.default_rng(3)
         rows = make_rows(rng, 16 * 40, 64, bits=4, group_size=64, dtype=mx.bfloat16)
         clustered = cluster(rng, rows, make_centroids(rng, 40, 64, group_size=64), 16)
@@ -189,69 +178,3 @@ class TestTraffic:
         barriers = {name: dispatch.barriers for name, dispatch in found.items()}
         assert barriers == {"route": 0, "select": 11, "score": 1, "expand": 1, "token": 2, "ids": 0}
         assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16520
-
-
-class TestText:
-    """The file itself, in the forms in which others than this package take it."""
-
-    @emulator_only
-    def test_compiles_by_itself(self, tmp_path):
-        from metal_emulator import KernelFault, check_standalone
-
-        path = tmp_path / "flash_head.metal"
-        path.write_text(kernel_source())
-        check_standalone(path)
-        path.write_text(kernel_source().replace("scores, n_hidden, group,", "scores, group,"))
-        with pytest.raises(KernelFault):  # so the wrappers at its end were compiled, too
-            check_standalone(path)
-
-    @pytest.mark.skipif(not XCODE, reason="no Metal compiler: that takes a Mac with Xcode")
-    def test_compiles_with_apples_compiler(self, tmp_path):
-        path, made = tmp_path / "flash_head.metal", tmp_path / "flash_head.air"
-        path.write_text(kernel_source())
-        for sdk in ("macosx", "iphoneos"):
-            command = ["xcrun", "-sdk", sdk, "metal", "-fno-fast-math", "-c", path, "-o", made]
-            result = subprocess.run(command, capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr
-            assert made.stat().st_size > 0
-
-    def test_is_ascii(self):
-        """MLX and Swift hand it to the compiler as ASCII."""
-        assert kernel_source().isascii()
-
-    def test_is_the_file_of_this_installation(self):
-        folder = Path(kernel_text.__file__).parents[1]
-        texts = [
-            path.read_text(encoding="utf-8")
-            for path in (
-                folder / "metal" / "flash_head.metal",
-                folder.parent / "metal" / "flash_head.metal",
-            )
-            if path.is_file()
-        ]
-        assert kernel_source() == texts[0]
-        assert "#include <metal_stdlib>" in texts[0] and texts[0].count("#include") == 1
-
-    def test_serves_as_a_header_with_the_macro(self):
-        """As an application takes it: unchanged, behind one line."""
-        rng = np.random.default_rng(4)
-        scores = mx.array(rng.normal(size=(2, 70)).astype(np.float32))
-        with kernels():
-            kernel = mx.fast.metal_kernel(
-                name="select_of_an_application",
-                input_names=["scores", "tail_offset", "n_probes"],
-                output_names=["probes", "words"],
-                header=f"#define FLASH_HEAD_JIT 1\n{kernel_source()}",
-                source=SELECT_BODY,
-            )
-            probes, words = kernel(
-                inputs=[scores, mx.zeros(70), mx.array(9, dtype=mx.uint32)],
-                template=[("C", 70)],
-                grid=(512, 2, 1),
-                threadgroup=(512, 1, 1),
-                output_shapes=[(2, 9), (2, 70)],
-                output_dtypes=[mx.uint32, mx.uint32],
-            )
-            mx.eval(probes, words)
-        best = np.sort(np.argsort(-to_numpy(scores), axis=-1)[:, :9], axis=-1)
-        np.testing.assert_array_equal(to_numpy(probes), best)

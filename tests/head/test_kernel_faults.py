@@ -21,7 +21,7 @@ from mlx_flashhead.head.steps import Candidates, Selection
 pytestmark = pytest.mark.skipif(on_gpu(), reason="an emulator's checks: a GPU runs wrong kernels")
 
 BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
-FAULTS = {  # the step that must fail: kind of fault, text of flash_head.metal, text in its place
+FAULTS = {  # the step that must fail: kind of fault, text of the kernels, text in its place
     "select: no barrier before the digits are counted": (
         "uninitialised",
         f"  }}\n{BARRIER}  uint threshold = 0;",

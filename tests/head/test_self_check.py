@@ -23,7 +23,7 @@ from mlx_flashhead.models.install import install
 VOCAB_SIZE, HIDDEN_SIZE, N_CLUSTERS, N_PROBES = 157, 128, 20, 9
 NOT_FINITE = "returns values that are not finite"
 INFINITE = "as_type<float>(0x7f800000u)"
-# kernel, what it is said to do, text of flash_head.metal, text in its place
+# kernel, what it is said to do, text of the kernels, text in its place
 BROKEN = [
     ("route", "does not run on this device", "uint n_hidden,           // R", "uint wrong,"),
     ("select", "does not run on this device", "popcount(are_above);", "no_such(are_above);"),

@@ -2,6 +2,7 @@
 
 import contextlib
 from itertools import combinations, product
+from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.matrix import Matrix
 
+KERNEL_FILES = Path(kernel_text.__file__).parents[2] / "metal" / "flash_head"
 # Half a unit in the last place, relative.
 ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 # Error of a float32 sum, relative to the sum of its terms' magnitudes. A lane adds D/32 terms one
@@ -45,10 +47,11 @@ def kernels(**options):
 
 @contextlib.contextmanager
 def changed_kernels(right: str, wrong: str):
-    """Within the block flash_head.metal has one text in the place of another."""
-    text = kernel_text.kernel_source()
-    assert text.count(right) == 1, right
-    with mock.patch.object(kernel_text, "kernel_source", lambda: text.replace(right, wrong)):
+    """Within the block the kernels' files have one text in the place of another."""
+    files = {file.stem: file.read_text() for file in KERNEL_FILES.glob("*.h")}
+    assert sum(text.count(right) for text in files.values()) == 1, right
+    changed = {name: text.replace(right, wrong) for name, text in files.items()}
+    with mock.patch.object(kernel_text, "part", changed.__getitem__):
         kernel_text.header.cache_clear()
         try:
             yield

@@ -16,6 +16,7 @@ from .faults import KernelFault
 from .frontend import check_syntax_tree, translate
 
 FOLDER = Path(__file__).parent
+LOCAL_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 # What MLX puts before a kernel: metal::utils(), as far as kernels may rely on it.
 MLX_PRELUDE = """\
@@ -221,7 +222,7 @@ def compile_kernel(text: str, entry: str, name: str, check: bool) -> Path:
 
 
 def check_standalone(path) -> None:
-    """Compiles a ``.metal`` file by itself, as ``xcrun metal -c`` would.
+    """Compiles a ``.metal`` file and the files it includes, as ``xcrun metal -c`` would.
 
     Args:
         path: The file.
@@ -231,5 +232,8 @@ def check_standalone(path) -> None:
     """
     path = Path(path)
     with tempfile.TemporaryDirectory() as scratch:
-        text = translate(path.read_text(), path.name)
+        included = LOCAL_INCLUDE.sub(
+            lambda line: (path.parent / line[1]).read_text(), path.read_text()
+        )
+        text = translate(included, path.name)
         check_text(text, path.name, "", Path(scratch), "-fsyntax-only")

@@ -1,0 +1,67 @@
+"""The text of the Metal kernels, as MLX takes it and as a file of its own."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from kernel_cases import KERNEL_FILES, on_gpu
+from mlx_flashhead.head.kernel_text import header, part
+
+STANDALONE = KERNEL_FILES.with_suffix(".metal")
+NAMES = sorted(file.stem for file in KERNEL_FILES.iterdir())
+XCODE = (
+    shutil.which("xcrun")
+    and not subprocess.run(
+        ["xcrun", "-sdk", "macosx", "metal", "--version"], capture_output=True
+    ).returncode
+)
+
+
+@pytest.mark.skipif(on_gpu(), reason="the emulator's compiler")
+def test_the_file_compiles_by_itself(tmp_path):
+    from metal_emulator import KernelFault, check_standalone
+
+    check_standalone(STANDALONE)
+    broken = tmp_path / STANDALONE.name
+    shutil.copytree(KERNEL_FILES, tmp_path / KERNEL_FILES.name)
+    text = STANDALONE.read_text()
+    broken.write_text(text.replace("scores, n_hidden, group,", "scores, group,"))
+    with pytest.raises(KernelFault):  # so the kernels at its end were compiled, too
+        check_standalone(broken)
+
+
+@pytest.mark.skipif(not XCODE, reason="no Metal compiler: that takes a Mac with Xcode")
+def test_the_file_compiles_with_apples_compiler(tmp_path):
+    made = tmp_path / "flash_head.air"
+    for sdk in ("macosx", "iphoneos"):
+        command = ["xcrun", "-sdk", sdk, "metal", "-fno-fast-math", "-c", STANDALONE, "-o", made]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert made.stat().st_size > 0
+
+
+def test_the_file_takes_all_parts_once():
+    included = re.findall(r'^#include "flash_head/(\w+)\.h"$', STANDALONE.read_text(), re.M)
+    assert sorted(included) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_are_ascii_and_include_nothing(name):
+    """MLX and Swift hand them to the compiler as ASCII, and that knows no folder of ours."""
+    text = part(name)
+    assert text == (KERNEL_FILES / f"{name}.h").read_text(encoding="utf-8")
+    assert text.isascii() and "#include" not in text
+
+
+def test_a_kernel_gets_the_parts_it_needs_without_comments():
+    text = header("token")
+    assert "greedy_token" in text and "to_finite" in text and "WIDE_THREADS" in text
+    assert "select_probes" not in text and "//" not in text
+    assert all(line == line.strip() != "" for line in text.splitlines())
+
+
+def test_a_missing_part_is_named():
+    with pytest.raises(FileNotFoundError, match=r"flash_head/sort\.h is missing.*install"):
+        part("sort")
