@@ -14,16 +14,17 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".mjs": "text/javascript; charset=utf-8",
     ".woff2": "font/woff2",
+    ".json": "application/json",
     ".png": "image/png",
     ".webmanifest": "application/manifest+json",
 }
 _MANIFEST_LINK = 'href="/manifest.webmanifest"'
 # Allows the page's own files only, without scripts or styles in the text or a frame around it.
-# Only DOMPurify may turn a text into HTML.
+# Only DOMPurify may turn a text into HTML, and offline.js start a worker.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; "
-    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify worker"
 )
 # The page that asks for the token loads nothing: its few styles are in it.
 _LOCKED_POLICY = _POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
@@ -63,6 +64,11 @@ def page_file(target: str, token: str | None) -> PageFile | None:
         return _response(json.dumps(manifest).encode(), ".webmanifest")
     if path == "/apple-touch-icon.png":
         return _response(_read("apple-touch-icon.png"), ".png")
+    if path == "/worker.js":
+        # outside of /page/, since a worker serves the addresses beside and below its own
+        return _response(_read("worker.js"), ".js")
+    if path == "/page/files.json":
+        return _response(json.dumps(sorted(page_names())).encode(), ".json")
     # looked up in a listing, since a client's text must not become a path
     name = path.removeprefix("/page/")
     if name != path and name in page_names():
@@ -73,7 +79,7 @@ def page_file(target: str, token: str | None) -> PageFile | None:
 @cache
 def page_names() -> frozenset[str]:
     """The files under ``/page/``, as paths in the folder."""
-    files = (file for file in FOLDER.rglob("*") if file.suffix in _TYPES)
+    files = (file for file in FOLDER.rglob("*") if file.suffix in _TYPES.keys() - {".json"})
     return frozenset(file.relative_to(FOLDER).as_posix() for file in files)
 
 

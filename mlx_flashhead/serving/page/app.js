@@ -9,6 +9,7 @@ import { closeHistory, drawHistory, useImport } from "./history.js";
 import { defaultInstructions, showInstructions, useInstructions } from "./instructions.js";
 import { model, severalModels, useModels } from "./models.js";
 import { tell } from "./notice.js";
+import { keepPage } from "./offline.js";
 import { onPreference } from "./preferences.js";
 import { openSettings, requestSettings, useDefaults } from "./settings.js";
 import { Run } from "./run.js";
@@ -178,3 +179,4 @@ connect((info) => {
   useDefaults(info);
   drawActions(current, handlers());
 });
+keepPage();

@@ -60,9 +60,10 @@ class Opener:
         self.problems = []
         self.hosts = set()
 
-    def __call__(self, url, screen="ipad", *, dark=False):
+    def __call__(self, url, screen="ipad", *, dark=False, worker=False):
         context = self.browser.new_context(
             **SCREENS[screen],
+            service_workers="allow" if worker else "block",
             has_touch=True,
             is_mobile=True,
             color_scheme="dark" if dark else "light",
@@ -84,7 +85,7 @@ class Opener:
 
 @pytest.fixture
 def open_page(chromium):
-    """Opens a page: (url, screen, dark) → page. No script may fail, no other host be asked."""
+    """Opens a page: (url, screen, dark, worker) → page. No script fails, no other host is asked."""
     opener = Opener(chromium)
     yield opener
     for context in opener.contexts:

@@ -86,6 +86,41 @@ def test_server_gone_and_back(open_page, screenshot):
         expect(answers(page)).to_have_text(["Before.", "After."])
 
 
+def test_page_opens_while_the_server_is_away(open_page, screenshot):
+    script = Script(Access())
+    script.answers = [["So $x^2$."], ["After."]]
+    with scripted_server(script=script) as (port, _):
+        page = open_page(f"http://127.0.0.1:{port}/", "ipad", worker=True)
+        page.evaluate("navigator.serviceWorker.ready.then(() => true)")
+        ask(page, "One?")
+        expect(page.locator(".stats")).to_be_visible()
+    page.reload()
+    expect(answers(page).locator(".katex")).to_be_visible()
+    expect(page.locator("#banner")).to_contain_text("The server does not answer.")
+    assert page.evaluate("document.fonts.load('16px KaTeX_Fraktur').then((fonts) => fonts.length)")
+    screenshot(page, "ipad-light-10-opened-without-server")
+    with scripted_server(script=script, port=port):
+        expect(page.locator("#banner")).to_have_text("The server is back.")
+        ask(page, "Two?")
+        expect(answers(page).last).to_have_text("After.")
+
+
+def test_a_kept_page_does_not_hide_the_token(open_page):
+    """The server's refusal comes through, also for a page that the browser has kept."""
+    with scripted_server(Access(TOKEN)) as (port, script):
+        page = open_page(f"http://127.0.0.1:{port}/?token={TOKEN}", worker=True)
+        page.evaluate("navigator.serviceWorker.ready.then(() => true)")
+        addresses = page.evaluate(
+            """caches.open("flashhead-page").then((cache) => cache.keys())
+                .then((requests) => requests.map(({ url }) => url))"""
+        )
+        assert len(addresses) > 40 and not any(TOKEN in address for address in addresses)
+        assert not any(address.endswith(".json") for address in addresses)
+        script.access = Access("another-token-of-this-server")
+        page.reload()
+        expect(page.get_by_role("heading")).to_have_text("This server needs its token")
+
+
 def test_refused_request_says_why(server, open_page):
     port, script = server
     script.answers = ["n_probes is 9: it must be at most 4.", ["Fine."]]
