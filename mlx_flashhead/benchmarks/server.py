@@ -24,7 +24,7 @@ CLIENTS = (1, 4, 8, 16)
 TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
 SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
 # Sentences before a question. Prompts of different lengths must not hold each other up.
-LENGTHS = (0, 8, 1, 0, 3, 0, 12, 2)
+LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)
 # Of so many clients in succession one hangs up.
 HANGS_UP = 5
 _QUARTERS = 4
@@ -172,7 +172,7 @@ class _Run:
         """Sends all requests and waits for the answers."""
         self._memory = [self._server.resident_mb()]
         began = time.monotonic()
-        threads = [Thread(target=self._ask_on) for _ in range(n_clients)]
+        threads = [Thread(target=self._ask_on, daemon=True) for _ in range(n_clients)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 # Parts of the names of temporary folders, which nobody else's folders have.
 NEW, OLD = "mlx_flashhead-new", "mlx_flashhead-old"
-YOUNG = 10.0  # seconds in which a process may not have locked its folder yet
+YOUNG = 1.0  # seconds in which a process may not have locked its folder yet
 
 
 @contextmanager
