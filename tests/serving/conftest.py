@@ -1,9 +1,14 @@
 """Tiny models for the server's tests."""
 
+import time
+
 import pytest
 
 import mlx_flashhead
 from chain_models import write_chain_model
+from engines import running
+from mlx_flashhead.serving import reading
+from mlx_flashhead.serving.served import Catalogue
 from model_folders import write_model
 from served_models import served_model
 
@@ -47,3 +52,56 @@ def tiny(random_model):
 def chain(chain_model):
     """The counting model as the server has it."""
     return served_model(chain_model)
+
+
+@pytest.fixture
+def start(random_model):
+    """A function that starts engines of the random model: (flags) → engine."""
+    engines = []
+
+    def start(*arguments, **options):
+        def load():
+            return Catalogue([served_model(random_model / "flash", **options)])
+
+        engines.append(running(load, *arguments))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        assert engine.close(20)
+
+
+@pytest.fixture(scope="session")
+def flash(random_model):
+    """``(model, tokenizer)`` of the random model, in this process."""
+    return mlx_flashhead.load(str(random_model / "flash"))
+
+
+@pytest.fixture(scope="module")
+def drafting(random_model):
+    """An engine whose model drafts for itself."""
+
+    def load():
+        served = served_model(random_model / "flash")
+        served.draft_model, _ = mlx_flashhead.load(str(random_model / "flash"))
+        served.batchable = False
+        return Catalogue([served])
+
+    engine = running(load)
+    yield engine
+    assert engine.close(20)
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """(thread-safe) list of the chunks that are read, each of which takes a moment."""
+    read = []
+    compute = reading.Reading._compute
+
+    def slow(self, tokens):
+        read.append((self.job, tokens.size))
+        time.sleep(0.02)
+        compute(self, tokens)
+
+    monkeypatch.setattr(reading.Reading, "_compute", slow)
+    return read

@@ -40,12 +40,6 @@ def client(server):
     return server.client()
 
 
-@pytest.fixture(scope="module")
-def flash(random_model):
-    """``(model, tokenizer)`` of what is served."""
-    return mlx_flashhead.load(str(random_model / "flash"))
-
-
 def chat(client, model="mine", **options):
     options = {"messages": MESSAGES, "max_tokens": TOKENS} | options
     return client.chat.completions.create(model=model, **options)

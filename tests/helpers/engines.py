@@ -1,0 +1,75 @@
+"""Engines in this process, and the answers of their jobs."""
+
+from queue import SimpleQueue
+
+import mlx_flashhead
+from mlx_flashhead.serving.engine import Engine
+from mlx_flashhead.serving.job import Failure, Job, Token
+from mlx_flashhead.serving.prompts import Prompt
+from mlx_flashhead.serving.requests import read_request
+from mlx_flashhead.serving.sampling import sampler_for
+from served_models import flags
+
+LONG = [2 + (7 * i) % 250 for i in range(400)]
+SHORT = [40, 41, 42]
+CHUNK = 16  # tokens of a prompt in the tests' engines
+NEVER_ENDS = {"logit_bias": {"50": 100}}
+
+
+def running(load, *arguments):
+    """An engine; must be closed."""
+    engine = Engine(load, flags("--prefill-step-size", CHUNK, *arguments))
+    engine.catalogue.result(60)
+    return engine
+
+
+def job(engine, tokens, max_tokens=8, processors=(), landmarks=(), **fields):
+    """A job of a request with these fields."""
+    catalogue = engine.catalogue.result()
+    body = {"prompt": "x"} | fields
+    request = read_request(body, chat=False, catalogue=catalogue, defaults=flags())
+    return Job(
+        served=request.served,
+        prompt=Prompt(list(tokens), landmarks),
+        max_tokens=max_tokens,
+        sampler=sampler_for(request.served, request.sampling, request.seed),
+        processors=[*request.penalties.processors(), *processors],
+        stop=request.stop,
+        n_probes=request.n_probes,
+        num_draft_tokens=request.num_draft_tokens,
+        logprobs=0,
+        index=0,
+        events=SimpleQueue(),
+    )
+
+
+def submit(engine, *arguments, **fields):
+    new = job(engine, *arguments, **fields)
+    engine.submit([new])
+    return new
+
+
+def until(job, kind):
+    """The next event of a kind."""
+    while True:
+        _, event = job.events.get(timeout=30)
+        if isinstance(event, kind):
+            return event
+
+
+def tokens_of(job):
+    """All tokens of an answer, but an end token."""
+    found = []
+    while True:
+        event = until(job, Token | Failure)
+        assert isinstance(event, Token), event
+        if event.logprobs is not None:
+            found.append(event.logprobs.token)
+        if event.finish_reason is not None:
+            return found
+
+
+def generated(flash, tokens, max_tokens=8, **options):
+    """The same by the package."""
+    responses = mlx_flashhead.stream_generate(*flash, tokens, max_tokens=max_tokens, **options)
+    return [r.token for r in responses if r.token not in flash[1].eos_token_ids]
