@@ -1,0 +1,118 @@
+"""The kernels on values of any size: infinities, NaN, equal logits, and the cap of the tail."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernel_cases import cluster, kernels, make_centroids, make_rows, to_numpy
+from kernel_checks import PROBED, check_all, check_full, portable_steps, run, small_head
+from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
+from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.portable import PortableSteps
+from mlx_flashhead.head.steps import Candidates, Selection
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("hidden_scale", [1e-20, 1e-4, 6e4, 1e30])
+def test_no_magnitude_gives_an_infinity(dtype, hidden_scale):
+    rng = np.random.default_rng(3)
+    clustered, hidden = small_head(rng, dtype=dtype, scale=2.0, n_tokens=299)
+    if dtype == mx.float16 and hidden_scale == 1e30:
+        hidden_scale = 2e4
+    hidden = (hidden.astype(mx.float32) * hidden_scale).astype(dtype)
+    hidden = mx.clip(hidden, mx.finfo(dtype).min, mx.finfo(dtype).max)
+    outputs = run(clustered, hidden, 9)
+    check_all(clustered, hidden, 9, outputs)
+    for array in (outputs[0], outputs[2].logits, outputs[2].best, outputs[3]):
+        assert np.isfinite(to_numpy(array)).all()
+
+
+def test_a_sum_beyond_float32_saturates():
+    rng = np.random.default_rng(4)
+    rows = make_rows(rng, 64, 64, bits=32, group_size=0, dtype=mx.float32)
+    rows = rows.map(lambda weight: mx.abs(weight) + 1.0)
+    clustered = cluster(rng, rows, make_centroids(rng, 8, 64, group_size=64), 8)
+    hidden = mx.stack([mx.full((64,), 3e37), mx.full((64,), -3e37)])
+    _, _, candidates, full, _ = run(clustered, hidden, 3)
+    highest = mx.finfo(mx.float32).max
+    assert (to_numpy(candidates.logits)[0] == highest).all()
+    assert (to_numpy(candidates.logits)[1] == -highest).all()
+    assert np.isfinite(to_numpy(full)).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_nan_stays_nan(dtype):
+    """On both paths, and at no other position; the greedy token is one of the vocabulary."""
+    rng = np.random.default_rng(14)
+    clustered, hidden = small_head(rng, dtype=dtype, n_tokens=299)
+    hidden[1, 7] = float("nan")
+    outputs = run(clustered, hidden, 9)
+    plain = PortableSteps(clustered)
+    for steps_of in (outputs, portable_steps(plain, hidden, 9)):
+        scores, _, candidates, full, token = steps_of
+        for array in (scores, full):
+            assert np.isnan(to_numpy(array)[1]).all()
+            assert np.isfinite(np.delete(to_numpy(array), 1, axis=0)).all()
+        real = to_numpy(candidates.logits)[1] != mx.finfo(dtype).min
+        assert np.isnan(to_numpy(candidates.logits)[1][real]).all()
+        assert (to_numpy(token) < 299).all()
+    others = [0, 2, 3, 4]
+    sound = run(clustered, hidden[mx.array(others)], 9)
+    np.testing.assert_array_equal(to_numpy(outputs[3])[others], to_numpy(sound[3]))
+
+
+def test_nan_of_one_token():
+    """A row that holds NaN: its token is NaN, and so is what follows from the best candidate."""
+    rng = np.random.default_rng(15)
+    clustered, hidden = small_head(rng, dtype=mx.float32)
+    rows = make_rows(rng, 300, 128, bits=32, group_size=0, dtype=mx.float32)
+    rows.weight[123, 5] = float("nan")
+    token_ids = to_numpy(clustered.token_ids)
+    clustered = ClusteredRows.build(rows, token_ids, clustered.centroids, (123,))
+    outputs = run(clustered, hidden, 9)
+    for _, selection, candidates, full, token in (
+        outputs, portable_steps(PortableSteps(clustered), hidden, 9)
+    ):  # fmt: skip
+        values, logits = to_numpy(full), to_numpy(candidates.logits)
+        assert np.isnan(values[:, 123]).all() and (to_numpy(token) == 123).all()
+        ids = token_ids[to_numpy(selection.probes)]
+        scored = np.isin(np.arange(300), ids[0])
+        assert np.isnan(values[0, ~scored]).all()
+        assert np.isnan(logits).sum() == len(hidden) and np.isnan(logits[ids == 123]).all()
+
+
+@pytest.mark.parametrize("n_probes", [1, 4, 40])
+def test_the_lowest_of_equal_tokens_wins(n_probes):
+    """Three distinct rows for 300 tokens: the winner is there a hundred times."""
+    rng = np.random.default_rng(5)
+    clustered, hidden = small_head(rng)
+    three = mx.array(rng.integers(3, size=(clustered.n_clusters, clustered.cluster_size)))
+    rows = make_rows(rng, 3, 128, bits=8, group_size=64, dtype=mx.float32).take(three)
+    clustered = type(clustered)(**{**clustered.__dict__, "rows": rows})
+    n_probes = min(n_probes, clustered.n_clusters)
+    check_all(clustered, hidden, n_probes, run(clustered, hidden, n_probes))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_the_tail_is_capped_below_the_best_candidate(dtype):
+    """By 1, or a 64th of it where that is more; for bests of either sign, and forced clusters."""
+    rng = np.random.default_rng(11)
+    clustered, _ = small_head(rng, dtype=dtype, n_tokens=299)
+    bests = mx.array([-3e4, -300.0, -5.0, 0.0, 0.5, 40.0, 700.0, 6e4])
+    n_rows, n_clusters = bests.size, clustered.n_clusters
+    logits = (bests[:, None, None] - mx.arange(3 * 8).reshape(1, 3, 8)).astype(dtype)
+    scores = bests[:, None] + mx.array(rng.normal(scale=500, size=(n_rows, n_clusters)))
+    scores[:, -1] = ALWAYS_PROBED
+    probes = mx.broadcast_to(mx.array([4, 9, 11], dtype=mx.uint32), (n_rows, 3))
+    scores = scores.astype(mx.float32)
+    words = (scores + clustered.centroids.tail_offset).view(mx.uint32)
+    words[:, mx.array([4, 9, 11])] = PROBED + mx.arange(3, dtype=mx.uint32)
+    candidates = Candidates(logits, logits.max(axis=-1).astype(mx.float32))
+    with kernels():
+        steps = MetalSteps(clustered)
+        full = steps.expand(scores, Selection(probes, words), candidates)
+        mx.eval(full)
+    check_full(clustered, scores, Selection(probes), candidates, full)
+    scored = np.isin(to_numpy(clustered.slot_of) // 8, [4, 9, 11])
+    found, best = to_numpy(full), to_numpy(logits).max(axis=(1, 2))
+    assert (found[:, ~scored].max(axis=-1) < best).all()
