@@ -210,6 +210,8 @@ class _Answer:
         except Problem as problem:
             self._write_data(problem.as_json())
             return
+        if (speed := self._speed()) is not None:
+            self._write(f": {speed:.2f} tokens/s")
         if self._request.include_usage:
             self._write_data(self._envelope.chunk([], self._usage()))
         self._write("data: [DONE]")
@@ -246,14 +248,19 @@ class _Answer:
             "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
         }
 
+    def _speed(self) -> float | None:
+        """Tokens per second after the first one; None for a single token."""
+        times = [moment for job in self._jobs for moment in job.times]
+        seconds = max(times, default=0.0) - min(times, default=0.0)
+        n_tokens = sum(job.n_tokens for job in self._jobs) - len(self._jobs)
+        return n_tokens / seconds if seconds > 0 else None
+
     def _note(self) -> None:
         usage = self._usage()
-        n_tokens = usage["completion_tokens"]
-        self._handler.note(f"{usage['prompt_tokens']:,} + {n_tokens:,} tokens")
-        times = [moment for job in self._jobs for moment in job.times]
-        if len(set(times)) > 1:
-            seconds = max(times) - min(times)
-            self._handler.note(f"{(n_tokens - len(self._jobs)) / seconds:.1f} tokens/s")
+        prompt_tokens, n_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+        self._handler.note(f"{prompt_tokens:,} + {n_tokens:,} tokens")
+        if (speed := self._speed()) is not None:
+            self._handler.note(f"{speed:.1f} tokens/s")
 
     def _write_data(self, value: Any) -> None:
         self._write(f"data: {dumps(value)}")

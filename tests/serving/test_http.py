@@ -148,6 +148,24 @@ def test_logprobs_are_the_models(client, flash):
         assert found.top_logprobs[i][found.tokens[i]] == found.token_logprobs[i]
 
 
+def test_a_stream_reports_its_speed_in_a_comment(server):
+    body = json.dumps({"messages": MESSAGES, "max_tokens": TOKENS, "stream": True})
+    request = urllib.request.Request(f"{server.url}/v1/chat/completions", data=body.encode())
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    comments = [line for line in lines if line.startswith(": ")]
+    assert re.fullmatch(r": \d+\.\d\d tokens/s", comments[-1])
+
+
+def test_page_is_told_the_models(server, flash):
+    with urllib.request.urlopen(f"{server.url}/page/info.json", timeout=60) as answer:
+        models = strict(answer.read())["models"]
+    assert [model["name"] for model in models] == ["mine", "chain"]
+    head = mlx_flashhead.get_flash_head(flash[0])
+    known = {"dense": False, "n_probes": head.n_probes, "n_clusters": N_CLUSTERS}
+    assert models[0] == {"name": "mine"} | known
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_name_tokens_by_text_and_bytes(client, flash, stream):
     prompt = flash[1].apply_chat_template(MESSAGES, add_generation_prompt=True)

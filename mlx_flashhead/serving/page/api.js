@@ -39,8 +39,8 @@ export async function unlock(token) {
   await request(`/?token=${encodeURIComponent(token.trim())}`);
 }
 
-// Yields {read, text, reasoning, finish, usage}, each optional, until the answer is complete.
-// read is the share of the question that the model has read, 0 … 1.
+// Yields {read, text, reasoning, finish, speed, usage}, each optional, until the answer is complete.
+// read is the share of the question that the model has read, 0 … 1; speed is in tokens/s.
 export async function* ask(messages, settings, signal) {
   const response = await request("/v1/chat/completions", {
     method: "POST",
@@ -57,6 +57,8 @@ export async function* ask(messages, settings, signal) {
     if (comment) {
       const [, done, total] = comment.match(/^prompt (\d+)\/(\d+)$/) ?? [];
       if (total) yield { read: done / total };
+      const [, speed] = comment.match(/^([\d.]+) tokens\/s$/) ?? [];
+      if (speed) yield { speed: Number(speed) };
       continue;
     }
     if (data === "[DONE]") return;

@@ -35,12 +35,13 @@ export class Run {
     return failure;
   }
 
-  take({ read, text, reasoning, finish, usage }, clock) {
+  take({ read, text, reasoning, finish, speed, usage }, clock) {
     if (read !== undefined) this.message.read = read;
     if (text || reasoning) clock.tick();
     if (reasoning) this.message.reasoning = (this.message.reasoning ?? "") + reasoning;
     if (text) this.message.content += text;
     if (finish) this.message.finish = finish;
+    if (speed) clock.speed = speed;
     if (usage) clock.tokens = usage.completion_tokens;
     this.changed();
   }
@@ -52,13 +53,15 @@ export class Run {
   }
 }
 
-// Counts pieces of one or a few tokens until the server reports the number of tokens.
+// The times of an answer. The server reports its speed and its number of tokens at the end. For an
+// answer that is stopped, pieces of one or a few tokens are counted here.
 class Clock {
   constructor() {
     this.start = performance.now();
     this.first = null;
     this.last = null;
     this.tokens = 0;
+    this.speed = null;
   }
 
   tick() {
@@ -70,7 +73,7 @@ class Clock {
   stats() {
     const first = this.first ?? this.start;
     const seconds = (this.last - first) / 1000;
-    const speed = this.tokens > 1 && seconds > 0 ? (this.tokens - 1) / seconds : null;
-    return { tokens: this.tokens, speed, first: (first - this.start) / 1000 };
+    const counted = this.tokens > 1 && seconds > 0 ? (this.tokens - 1) / seconds : null;
+    return { tokens: this.tokens, speed: this.speed ?? counted, first: (first - this.start) / 1000 };
   }
 }

@@ -66,7 +66,7 @@ def test_ask_and_see_the_stream(lan, open_page, screenshot, screen, dark):
     screenshot(page, f"{name}-2-stream")
     half.set()
     expect(page.locator(".stats")).to_contain_text(f"{len(text)} tokens")
-    expect(page.locator(".stats")).to_contain_text("tokens/s")
+    expect(page.locator(".stats")).to_contain_text("35.5 tokens/s")
     expect(page.locator("#send")).to_be_visible()
     expect(answers(page).locator("strong")).to_have_text("mixture of all colours")
     expect(answers(page).locator("ol ul li")).to_have_count(2)
@@ -92,6 +92,20 @@ def test_how_much_of_a_long_question_is_read(server, open_page, screenshot):
     all_of_it.set()
     expect(answers(page)).to_have_text("So long.")
     expect(page.locator(".waiting")).to_have_count(0)
+
+
+def test_stop_while_the_question_is_read(server, open_page):
+    port, script = server
+    script.answers = [[Read(512, 4000), Event()], ["Hello."]]
+    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
+    ask(page, "A long text")
+    expect(page.locator(".waiting")).to_have_text("12 % read")
+    page.locator("#stop").tap()
+    assert script.left.wait(20)
+    expect(page.locator(".notice")).to_have_text("Stopped before the end.")
+    page.locator("#new-chat").tap()
+    ask(page, "Hi")
+    expect(answers(page)).to_have_text("Hello.")
 
 
 def test_stop_and_answer_again(server, open_page, screenshot):

@@ -146,6 +146,7 @@ def test_four_browsers_at_once(lan, open_page):
         expect(page.locator("#chats .name")).to_have_text([f"Question {number}"])
 
 
+QUESTION = {"role": "user", "content": "Hello?"}
 STATS = {"tokens": 5, "speed": 9.5, "first": 0.1}
 DAMAGED = [
     "",
@@ -163,6 +164,7 @@ DAMAGED = [
             {"role": 7, "content": "Hello"},
             {"role": "assistant", "content": "Hello", "reasoning": 1},
             {"role": "assistant", "content": "Hello", "error": {}},
+            {"role": "assistant", "content": "Hello", "model": 3},
             {"role": "assistant", "content": "Hello", "stats": STATS | {"first": None}},
             {"role": "assistant", "content": "Hello", "stats": STATS | {"speed": "fast"}},
         )
@@ -192,6 +194,23 @@ def test_damaged_records_cost_no_other_conversation(server, open_page):
     expect(answers(page)).to_have_text(["Yes.", "Again."])
     sent = script.requests[-1]
     assert sent["max_tokens"] == 9 and not {"temperature", "dense"} & sent.keys()
+
+
+def test_damaged_instructions_cost_no_message(server, open_page):
+    port, script = server
+    page = open_page(f"http://127.0.0.1:{port}/", "ipad-landscape")
+    record = {"updated": 1, "system": {"role": "system"}, "messages": [QUESTION]}
+    page.evaluate(
+        "([key, text]) => localStorage.setItem(key, text)",
+        ["flashhead.chat.old", json.dumps(record)],
+    )
+    page.reload()
+    page.locator("#chats .open").tap()
+    expect(page.locator(".message.user .body")).to_have_text("Hello?")
+    expect(page.locator("#show-system")).to_be_hidden()
+    ask(page, "Well?")
+    expect(page.locator(".stats")).to_be_visible()
+    assert [m["role"] for m in script.requests[-1]["messages"]] == ["user", "user"]
 
 
 def test_browser_that_keeps_nothing(server, open_page):
