@@ -41,7 +41,7 @@ def lan(checkpoint, tmp_path_factory):
             lines = []
             for line in process.stdout:
                 lines.append(line)
-                if "not encrypted" in line:
+                if "?token=" in line:
                     break
             yield "".join(lines)
         finally:
