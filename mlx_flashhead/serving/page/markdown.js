@@ -47,19 +47,32 @@ const marked = new Marked({
   },
 });
 
-// Renders a growing text into a container. Unchanged blocks stay the same elements and keep their
-// scroll position and selection.
+// Renders a growing text into a container. Unchanged blocks and growing code stay the same elements
+// and keep their scroll position and selection.
 export function renderMarkdown(container, text) {
   const blocks = htmlBlocks(text);
   blocks.forEach((html, index) => {
     const present = container.children[index];
     if (present?.source === html) return;
     const node = build(html);
-    node.source = html;
-    if (present) present.replaceWith(node);
-    else container.append(node);
+    if (present && growCode(present, node)) present.source = html;
+    else {
+      node.source = html;
+      if (present) present.replaceWith(node);
+      else container.append(node);
+    }
   });
   while (container.children.length > blocks.length) container.lastElementChild.remove();
+}
+
+// Appends to a code block what another one has in addition. Returns whether that was possible.
+function growCode(present, node) {
+  if (present.tagName !== "PRE" || node.tagName !== "PRE") return false;
+  const [old, grown] = [present, node].map((pre) => pre.querySelector("code").firstChild);
+  const languages = [present, node].map((pre) => pre.querySelector(".language").textContent);
+  if (languages[0] !== languages[1] || !old || !grown?.data.startsWith(old.data)) return false;
+  old.appendData(grown.data.slice(old.length));
+  return true;
 }
 
 // The HTML of each block at the top.

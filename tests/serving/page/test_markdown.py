@@ -151,7 +151,9 @@ def test_formulas(address, open_page):
 def test_formulas_are_set_without_inline_styles(address, open_page):
     """The policy forbids style attributes in a text. What KaTeX wants is done in another way."""
     url, script = address
-    formula = r"$$\vec{x} = \fcolorbox{red}{white}{$\sqrt{\pmb{y}}$} \quad \rule{99em}{1em}$$"
+    formula = (
+        r"$$\vec{x} = \fcolorbox{red}{white}{$\sqrt{\pmb{y}}$} \quad \rule{99em}{1em} \text{!}$$"
+    )
     script.answers = [["Formulas:\n\n", formula]]
     page = open_page(url, "iphone")
     page.locator("#input").fill("Formulas?")
@@ -161,6 +163,10 @@ def test_formulas_are_set_without_inline_styles(address, open_page):
     assert arrow.bounding_box()["width"] < 12  # 0.471em
     assert page.evaluate("document.fonts.check('16px KaTeX_Math')")
     assert page.evaluate("scroller.scrollWidth <= scroller.clientWidth")
+    # classes of the page's own do not reach into a formula
+    words = page.locator(".katex .text")
+    expect(words).to_have_css("color", page.evaluate("getComputedStyle(document.body).color"))
+    expect(words).to_have_css("padding", "0px")
     assert page.locator(".katex-rule").bounding_box()["width"] < 500
 
 
@@ -207,7 +213,27 @@ def test_growing_text_keeps_what_is_done(address, open_page):
             return [same, box.innerHTML];
         }"""
     )
-    assert kept == [[True, True, False, False], "<p>other</p>"]
+    assert kept == [[True, True, True, False], "<p>other</p>"]
+
+
+def test_growing_code_stays_where_it_was_scrolled_to(address, open_page):
+    page = open_page(address[0])
+    place, copied, language = page.evaluate(
+        """async () => {
+            const { renderMarkdown } = await import("/page/markdown.js");
+            const box = document.getElementById("messages");
+            box.className = "body";
+            renderMarkdown(box, "```py\\n" + "wide ".repeat(200) + "\\na");
+            const code = box.querySelector("code");
+            code.scrollLeft = 500;
+            renderMarkdown(box, "```py\\n" + "wide ".repeat(200) + "\\nabc\\n```");
+            const language = () => box.querySelector(".language").textContent;
+            const found = [code.scrollLeft, box.querySelector("code").textContent.slice(-5)];
+            renderMarkdown(box, "```python\\nabc");
+            return [...found, language()];
+        }"""
+    )
+    assert (place, copied, language) == (500, " \nabc", "python")
 
 
 def test_hostile_answer_does_nothing(address, open_page, screenshot):
