@@ -32,8 +32,8 @@ export function scrollToEnd() {
   scroller.scrollTop = scroller.scrollHeight;
 }
 
-// handlers: {edit(message, text), again(), compare(message), instructions()}; compare is missing
-// where there is nothing to compare.
+// handlers: {edit(message, text), again(), compare(message)}; compare is missing where there is
+// nothing to compare.
 export function drawChat(chat, handlers) {
   list.replaceChildren(...chat.messages.map((message) => create(message)));
   document.getElementById("welcome").hidden = chat.messages.length > 0;
