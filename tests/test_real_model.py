@@ -68,7 +68,7 @@ def test_conversion_reaches_the_goals_within_a_quarter_of_the_bytes(converted):
     assert config.report["agreement"] >= 0.998
     assert config.report["kl"] <= 0.03
     assert config.n_probes <= config.n_clusters / 4
-    assert len(config.report["by_kind"]) == 9
+    assert len(config.report["by_kind"]) == 10
 
 
 def test_plain_mlx_lm_loads_the_same_model(converted, real_model_folder):
