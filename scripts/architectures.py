@@ -1,19 +1,21 @@
-"""Writes docs/architectures.md: how FlashHead finds the head of each of mlx-lm's architectures.
+"""Writes docs/architectures.md: how FlashHead finds the head of each architecture.
 
     python scripts/architectures.py [--output docs/architectures.md]
 
-It builds every architecture of the installed mlx-lm with random weights from the tests' small
-configurations, with a head of its own and with one tied to the embedding. For a form that is not
-served it writes the sentence that a user gets.
+It builds every architecture of the installed mlx-lm and mlx-vlm with random weights from the tests'
+small configurations, with a head of its own and with one tied to the embedding. For a form that is
+not served it writes the sentence that a user gets.
 """
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 
+import mlx.nn as nn
 from tqdm import tqdm
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -24,10 +26,13 @@ from architecture_models import architectures, quantized, tiny_architecture
 from emulated_mlx_lm import emulated
 from mlx_flashhead.cli.console import check_writable, command
 from mlx_flashhead.models.errors import UnsupportedHeadError
+from mlx_flashhead.models.libraries import is_vlm
 from mlx_flashhead.models.locate import check_plain_product, find_head
+from vlm_configs import PICTURES
 
 DOCUMENT = CHECKOUT / "docs" / "architectures.md"
 NO_SUCH_FORM, REFUSED, UNTESTED = "–", "refused", "not tested"
+VLM_HEADING = "# Architectures of mlx-vlm"
 SERVED = "`"  # begins a cell that names the head
 
 
@@ -50,16 +55,23 @@ class Form:
         return self.cell.startswith(SERVED)
 
 
-def examine(name: str, tied: bool) -> Form:
-    """How FlashHead finds an architecture's head."""
+def examine(name: str, tied: bool, build: Callable[..., nn.Module], configs: str) -> Form:
+    """How FlashHead finds an architecture's head.
+
+    Args:
+        name: The architecture.
+        tied: What its configuration asks for.
+        build: Builds a tiny model of it.
+        configs: The file of its configuration.
+    """
     try:
-        model = tiny_architecture(name, tied=tied)
+        model = build(name, tied=tied)
     except ImportError as error:
         return Form(REFUSED, f"mlx-lm cannot load it here ({error}).")
     except Exception as error:  # an unknown architecture may fail in any way
         return Form(
             UNTESTED,
-            "tests/helpers/architecture_configs.py has no small configuration for it "
+            f"tests/helpers/{configs} has no small configuration for it "
             f"({type(error).__name__}: {error}).",
         )
     try:
@@ -69,19 +81,31 @@ def examine(name: str, tied: bool) -> Form:
         check_plain_product(location)
     except UnsupportedHeadError as error:
         return Form(REFUSED, str(error))
-    return Form(f"`{location.path}`", bits=find_head(quantized(model)).rows().bits)
+    bits = None if is_vlm(model) else find_head(quantized(model)).rows().bits
+    return Form(f"`{location.path}`", bits=bits)
 
 
 def survey(progress: bool = True) -> dict[str, tuple[Form, Form]]:
     """Untied and tied form of every architecture of the installed mlx-lm."""
-    names = tqdm(architectures(), desc="Architectures", disable=not progress)
+    names = tqdm(architectures(), desc="Architectures of mlx-lm", disable=not progress)
+    how = (tiny_architecture, "architecture_configs.py")
     with emulated():
-        return {name: (examine(name, False), examine(name, True)) for name in names}
+        return {name: (examine(name, False, *how), examine(name, True, *how)) for name in names}
+
+
+def vlm_survey(progress: bool = True) -> dict[str, tuple[Form, Form]]:
+    """Untied and tied form of every architecture of the installed mlx-vlm."""
+    from vlm_models import tiny_vlm, vlm_architectures  # which import mlx-vlm
+
+    names = tqdm(vlm_architectures(), desc="Architectures of mlx-vlm", disable=not progress)
+    how = (tiny_vlm, "vlm_configs.py")
+    with emulated("mlx_vlm"):
+        return {name: (examine(name, False, *how), examine(name, True, *how)) for name in names}
 
 
 def document(found: dict[str, tuple[Form, Form]]) -> str:
-    """The text of docs/architectures.md."""
-    served = [name for name, forms in found.items() if any(form.served for form in forms)]
+    """The part of docs/architectures.md about mlx-lm."""
+    served = _served(found)
     rows = [
         f"| {name} | {untied.cell} | {tied.cell} | {_bits((untied, tied))} |"
         for name, (untied, tied) in found.items()
@@ -111,6 +135,34 @@ candidate. Plain operations replace the Metal kernels of `bitnet` and `muse_spar
 """
 
 
+def vlm_document(found: dict[str, tuple[Form, Form]]) -> str:
+    """The part of docs/architectures.md about mlx-vlm."""
+    served = _served(found)
+    rows = [f"| {name} | {untied.cell} | {tied.cell} |" for name, (untied, tied) in found.items()]
+    return f"""
+{VLM_HEADING}
+
+Written for mlx-vlm {version("mlx-vlm")}, which has its own code for language models without
+pictures too. FlashHead serves {len(served)} of the {len(found)} architectures that take text.
+`tests/models/test_vlm_architectures.py` runs each form as above, without a cache and with one, and
+{len(PICTURES)} architectures with a random picture through their towers:
+
+{fill(", ".join(PICTURES), 100)}.
+
+| architecture | untied | tied |
+|---|---|---|
+{chr(10).join(rows)}
+
+### Not served
+
+{chr(10).join(_reasons(found))}
+"""
+
+
+def _served(found: dict[str, tuple[Form, Form]]) -> list[str]:
+    return [name for name, forms in found.items() if any(form.served for form in forms)]
+
+
 def _bits(forms: Iterable[Form]) -> str:
     bits = dict.fromkeys(str(form.bits or "as it was") for form in forms if form.served)
     return ", ".join(bits) or NO_SUCH_FORM
@@ -138,10 +190,12 @@ def main() -> None:
     parser.add_argument("--output", default=str(DOCUMENT), help="default: %(default)s")
     args = parser.parse_args()
     check_writable("--output", args.output)
-    found = survey()
-    Path(args.output).write_text(document(found), encoding="utf-8")
-    served = sum(any(form.served for form in forms) for forms in found.values())
-    print(f"{served} of {len(found)} architectures of mlx-lm {version('mlx-lm')}: {args.output}")
+    found, vlm_found = survey(), vlm_survey()
+    Path(args.output).write_text(document(found) + vlm_document(vlm_found), encoding="utf-8")
+    for library, forms in (("mlx-lm", found), ("mlx-vlm", vlm_found)):
+        print(
+            f"{len(_served(forms))} of {len(forms)} architectures of {library} {version(library)}"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ A model of mlx-vlm turns tokens and pictures into embeddings, and its ``language
 into logits. Text goes the same way, so positions and caches are those of mlx-vlm's own generation.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -28,14 +30,35 @@ def architecture(model: nn.Module) -> str:
 
 
 def forward(model: nn.Module, tokens: mx.array) -> mx.array:
-    """The logits (B, L, V) of token ids (B, L), without a cache."""
+    """The logits (B, L, V) of token ids (B, L), without a cache. The model stays as it was."""
     whole: Any = model
     if is_vlm(model):
-        output = whole.language_model(tokens, **embeddings(model, tokens))
+        with _as_it_was(model):
+            output = whole.language_model(tokens, **embeddings(model, tokens))
     else:
         output = whole(tokens)
     logits = getattr(output, "logits", output)
     return logits[0] if isinstance(logits, tuple) else logits
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """After the block the modules hold what they held: some of mlx-vlm's keep a text's positions.
+
+    A module is a dict, and one with a FlashHead reads itself in a way of its own.
+    """
+    held = [(module, dict(dict.items(module)), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, arrays, attributes in held:
+            for key in [key for key in dict.keys(module) if key not in arrays]:
+                dict.pop(module, key)
+            changed = {key for key in arrays if dict.get(module, key) is not arrays[key]}
+            dict.update(module, {key: arrays[key] for key in changed})
+            for key in [key for key in vars(module) if key not in attributes]:
+                del vars(module)[key]
+            vars(module).update(attributes)
 
 
 def check_writes_text(model: nn.Module) -> None:
@@ -47,10 +70,7 @@ def check_writes_text(model: nn.Module) -> None:
     if not is_vlm(model):
         return
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "language_model"):
-        raise UnsupportedHeadError(
-            f"This {architecture(model)!r} model of mlx-vlm writes no text, so it has no output "
-            "projection for a FlashHead: use it without FlashHead."
-        )
+        raise _without_text(model)
     from .compat.vlm.diffusion import is_diffusion_model  # mlx-vlm is an extra
 
     if is_diffusion_model(model):
@@ -58,6 +78,23 @@ def check_writes_text(model: nn.Module) -> None:
             f"This {architecture(model)!r} model writes all tokens of a block at once, by "
             "diffusion, which FlashHead does not make faster: use it without FlashHead."
         )
+
+
+def check_has_head(model: nn.Module) -> None:
+    """Checks that the head of a model has not been taken away, as mlx-vlm does for embeddings.
+
+    Raises:
+        UnsupportedHeadError: If it has.
+    """
+    if is_vlm(model) and getattr(getattr(model, "language_model", None), "lm_head", model) is None:
+        raise _without_text(model)
+
+
+def _without_text(model: nn.Module) -> UnsupportedHeadError:
+    return UnsupportedHeadError(
+        f"This {architecture(model)!r} model of mlx-vlm writes no text, so it has no output "
+        "projection for a FlashHead: use it without FlashHead."
+    )
 
 
 def embeddings(model: nn.Module, tokens: mx.array) -> dict[str, Any]:

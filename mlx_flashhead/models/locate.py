@@ -18,7 +18,7 @@ import mlx.nn as nn
 from ..head.matrix import Matrix
 from .compat.vlm.head_weights import DECISIONS
 from .errors import UnsupportedHeadError
-from .libraries import architecture, check_writes_text, forward, library
+from .libraries import architecture, check_has_head, check_writes_text, forward, library
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
 
@@ -130,6 +130,7 @@ def find_head(model: nn.Module) -> HeadLocation:
         with _observed({type(m) for m in modules}, record):
             vocab_size = forward(model, mx.array([[0]])).shape[-1]
     except Exception as error:  # whatever the model's code raises
+        check_has_head(model)
         raise UnsupportedHeadError(
             f"{home}'s code of this {name!r} model fails on a token by itself "
             f"({type(error).__name__}: {error}), so it cannot be served with FlashHead either."

@@ -56,7 +56,7 @@ def tiny_architecture(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
         _tie_by_checkpoint(model)
     if name == "phi3small":  # it writes to tokens that lie beyond a small vocabulary
         model._dummy_tokenizer_ids = mx.array([VOCAB_SIZE - 3, VOCAB_SIZE - 1])
-    model.update(tree_map_with_path(_stirred, model.parameters()))
+    model.update(tree_map_with_path(stirred, model.parameters()))
     model.eval()
     return model
 
@@ -97,7 +97,7 @@ def _tie_by_checkpoint(model: nn.Module) -> None:
             getattr(module, "sanitize", dict)({})
 
 
-def _stirred(path: str, array: mx.array) -> mx.array:
+def stirred(path: str, array: mx.array) -> mx.array:
     """Random values in place of those that start as zeros or ones, such as biases and scales."""
     if array.dtype in (mx.uint8, mx.uint32):  # packed weights
         return mx.random.randint(0, 2**31 - 1, array.shape).astype(array.dtype)

@@ -16,23 +16,28 @@ from mlx_lm.models import bitlinear_layers
 
 
 @contextmanager
-def emulated() -> Iterator[None]:
-    """Within the block, all architectures run on this machine.
+def emulated(library: str = "mlx_lm") -> Iterator[None]:
+    """Within the block, all architectures of mlx_lm or mlx_vlm run on this machine.
 
-    Replaces what the installed mlx-lm has of these names; versions differ.
+    Replaces what the installed library has of these names; versions differ.
     """
     with ExitStack() as stack:
         if not mx.metal.is_available():
-            for owner, replacements in _replacements():
+            for owner, replacements in _replacements(library):
                 for name, replacement in replacements.items():
                     if hasattr(owner, name):
                         stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
 
 
-def _replacements() -> list[tuple[object, dict[str, Callable]]]:
+def _replacements(library: str) -> list[tuple[object, dict[str, Callable]]]:
     fused = {name: globals()[name] for name in FUSED_KERNELS}
-    found = [(bitlinear_layers.BitLinear, {"execute_matmul_kernel": ternary_product})]
+    ternary = {"execute_matmul_kernel": ternary_product}
+    if library == "mlx_vlm":
+        bitnet = import_module("mlx_vlm.models.bitnet.bitlinear")
+        muse_spark = import_module("mlx_vlm.models.muse_spark.language")
+        return [(bitnet.BitLinear, ternary), (muse_spark, fused)]
+    found = [(bitlinear_layers.BitLinear, ternary)]
     if find_spec("mlx_lm.models.muse_spark"):
         found.append((import_module("mlx_lm.models.muse_spark"), fused))
     return found

@@ -22,24 +22,24 @@ from architecture_models import (
     write_architecture,
 )
 from emulated_mlx_lm import emulated
+from form_checks import CLUSTER_SIZE, check_form, close
 from mlx_flashhead.companion.load import load
-from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.pipeline import convert
-from mlx_flashhead.conversion.positions import Positions
 from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.exact import exact_processors
 from mlx_flashhead.models.install import get_flash_head, install
-from mlx_flashhead.models.load import install_index
-from mlx_flashhead.models.locate import find_head, recorded_hidden
+from mlx_flashhead.models.locate import find_head
 
-CLUSTER_SIZE, N_PROBES = 16, 4
-EOS = 7
+
+def own_part() -> str:
+    """The document's part about mlx-lm."""
+    return script.DOCUMENT.read_text(encoding="utf-8").partition(f"\n{script.VLM_HEADING}")[0]
 
 
 def documented_cells() -> dict[tuple[str, bool], str]:
     """(architecture, tied) → its cell in the document's table."""
     cells = {}
-    for line in script.DOCUMENT.read_text(encoding="utf-8").splitlines():
+    for line in own_part().splitlines():
         if line.startswith("| ") and not line.startswith("| architecture"):
             name, untied, tied, _ = line.strip("| ").split(" | ")
             cells |= {(name, False): untied, (name, True): tied}
@@ -63,7 +63,7 @@ def _on_this_machine():
 
 def test_document_is_what_the_script_writes():
     written = script.document(script.survey(progress=False))
-    assert script.DOCUMENT.read_text(encoding="utf-8") == written, (
+    assert own_part() == written, (
         "run `python scripts/architectures.py`; if it says 'not tested', give the architecture a "
         "line in tests/helpers/architecture_configs.py"
     )
@@ -106,11 +106,6 @@ def steps(model, tokens) -> list[mx.array]:
     return [model(tokens), *(model(part, cache=cache) for part in inputs)]
 
 
-def close(actual: mx.array, expected: mx.array) -> bool:
-    same_dtype = actual.dtype == expected.dtype
-    return same_dtype and mx.allclose(actual, expected, rtol=1e-4, atol=1e-4).item()
-
-
 @pytest.mark.parametrize("bits", [None, 4], ids=["dense", "4-bit"])
 @pytest.mark.parametrize("name, tied", SERVED, **form_ids)
 def test_flash_head(name, tied, bits):
@@ -121,42 +116,7 @@ def test_flash_head(name, tied, bits):
     rng = np.random.default_rng(0)
     tokens = mx.array(rng.integers(0, VOCAB_SIZE, (2, 9)))
 
-    text = mx.array(rng.integers(0, VOCAB_SIZE, (1, 40)))
-    with recorded_hidden(location) as states:
-        model(text)
-    index = build_index(
-        location.rows(),
-        Positions.of_one_kind(
-            "text", np.array(states[0][0].astype(mx.float32)), np.array(text[0]), 1 / 4
-        ),
-        cluster_size=CLUSTER_SIZE,
-        n_probes=N_PROBES,
-        eos_token_ids=(EOS,),
-        progress=False,
-    )
-    dense = steps(model, tokens)
-    mx.eval(dense)
-    head = install_index(model, index, backend="mlx")
-
-    head.n_probes = head.n_clusters
-    for actual, expected in zip(steps(model, tokens), dense, strict=True):
-        assert close(actual, expected)
-
-    head.n_probes = N_PROBES
-    with recorded_hidden(location) as states:
-        sparse = steps(model, tokens)
-    estimated = 0
-    for hidden, actual, expected in zip(states, sparse, dense, strict=True):
-        ids, _ = head.candidates(hidden)
-        assert ids.shape == (*hidden.shape[:-1], N_PROBES * CLUSTER_SIZE)
-        real = mx.minimum(ids, VOCAB_SIZE - 1)  # a padded slot looks at the last token instead
-        at = [mx.take_along_axis(logits, real, axis=-1) for logits in (actual, expected)]
-        assert mx.where(ids == VOCAB_SIZE, True, mx.isclose(*at, rtol=1e-4, atol=1e-4)).all()
-        best = mx.argmax(actual, axis=-1, keepdims=True)
-        assert (ids == best).any(axis=-1).all()
-        assert (ids == EOS).any(axis=-1).all()
-        estimated += (mx.abs(actual - expected) > 1e-3).sum().item()
-    assert estimated > 0
+    _, dense = check_form(model, location, lambda: steps(model, tokens))
 
     # under a mask the tokens are those of the dense model, whatever it does with its head's logits
     allowed = mx.array(rng.permutation(VOCAB_SIZE)) < 20

@@ -1,0 +1,77 @@
+"""Whether a FlashHead serves a model's form: what it promises of each logit."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from architecture_configs import VOCAB_SIZE
+from mlx_flashhead.conversion.indexing import build_index
+from mlx_flashhead.conversion.positions import Positions
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.models.libraries import forward
+from mlx_flashhead.models.load import install_index
+from mlx_flashhead.models.locate import HeadLocation, recorded_hidden
+
+CLUSTER_SIZE, N_PROBES = 16, 4
+EOS = 7
+
+
+def close(actual: mx.array, expected: mx.array) -> bool:
+    same_dtype = actual.dtype == expected.dtype
+    return same_dtype and mx.allclose(actual, expected, rtol=1e-4, atol=1e-4).item()
+
+
+def check_form(
+    model: nn.Module, location: HeadLocation, steps: Callable[[], list[mx.array]]
+) -> tuple[FlashHead, list[mx.array]]:
+    """Installs a FlashHead and checks all logits of ``steps`` with all probes and with few.
+
+    Args:
+        model: A dense model.
+        location: Its head.
+        steps: Runs the model in several ways; the logits of each call of the head.
+
+    Returns:
+        The FlashHead, with few probes, and the dense logits.
+    """
+    rng = np.random.default_rng(0)
+    with recorded_hidden(location) as states:
+        while sum(part.size // part.shape[-1] for part in states) < 8:
+            forward(model, mx.array(rng.integers(0, VOCAB_SIZE - 1, (1, 40))))
+    rows = mx.concatenate([part.reshape(-1, part.shape[-1]) for part in states])
+    hidden = np.array(rows.astype(mx.float32))
+    next_ids = rng.integers(0, VOCAB_SIZE, len(hidden))
+    index = build_index(
+        location.rows(),
+        Positions.of_one_kind("text", hidden, next_ids, 1 / 4),
+        cluster_size=CLUSTER_SIZE,
+        n_probes=N_PROBES,
+        eos_token_ids=(EOS,),
+        progress=False,
+    )
+    dense = steps()
+    mx.eval(dense)
+    head = install_index(model, index, backend="mlx")
+
+    head.n_probes = head.n_clusters
+    for actual, expected in zip(steps(), dense, strict=True):
+        assert close(actual, expected)
+
+    head.n_probes = N_PROBES
+    with recorded_hidden(location) as states:
+        sparse = steps()
+    estimated = 0
+    for hidden_states, actual, expected in zip(states, sparse, dense, strict=True):
+        ids, _ = head.candidates(hidden_states)
+        assert ids.shape == (*hidden_states.shape[:-1], N_PROBES * CLUSTER_SIZE)
+        real = mx.minimum(ids, VOCAB_SIZE - 1)  # a padded slot looks at the last token instead
+        at = [mx.take_along_axis(logits, real, axis=-1) for logits in (actual, expected)]
+        assert mx.where(ids == VOCAB_SIZE, True, mx.isclose(*at, rtol=1e-4, atol=1e-4)).all()
+        best = mx.argmax(actual, axis=-1, keepdims=True)
+        assert (ids == best).any(axis=-1).all()
+        assert (ids == EOS).any(axis=-1).all()
+        estimated += (mx.abs(actual - expected) > 1e-3).sum().item()
+    assert estimated > 0
+    return head, dense

@@ -1,0 +1,202 @@
+"""Small configurations of mlx-vlm's architectures, beside those of mlx-lm's."""
+
+from architecture_configs import OVERRIDES, VOCAB_SIZE
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_channels": 3,
+    "layer_norm_eps": 1e-5,
+    "depth": 2,
+    "embed_dim": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "projection_dim": 64,
+    "hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+    "in_chans": 3,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "layers": 2,
+    "width": 32,
+    "heads": 2,
+    "mlp_ratio": 2.0,
+    "vocab_size": VOCAB_SIZE,
+}
+AUDIO = VISION
+IMAGE_TOKEN = VOCAB_SIZE - 1
+IMAGE_TOKENS = dict.fromkeys(("image_token_id", "image_token_index"), IMAGE_TOKEN)
+
+SIGLIP = {"vision": {"model_type": "siglip_vision_model"}}
+PLAIN_VISION = {"vision": {"model_type": "vision"}}
+MROPE = {"type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+GLM4V = {"eos_token_id": [1], "rope_scaling": MROPE, "rope_parameters": MROPE}
+QWEN3_5 = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": MROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
+}
+
+# For each: "text" of the language model, wherever its configuration stands; "text_config" of the
+# nested one alone; "vision", "audio", and the "whole"; "exact" if unknown
+# keys are refused.
+VLM_OVERRIDES: dict[str, dict] = {
+    "aya_vision": SIGLIP,
+    "clef": {
+        "text": QWEN3_5,
+        "whole": {
+            "head_config": {
+                "hidden_size": 64,
+                "width": 32,
+                "routing_layers": 1,
+                "layers": 1,
+                "heads": 2,
+                "feedforward": 64,
+            }
+        },
+    },
+    "colidefics3": SIGLIP,
+    "decider2": {"text": QWEN3_5},
+    "deepseek_v4": {"text": {"o_groups": 2, "o_lora_rank": 32, "hc_mult": 2}},
+    "deepseek_vl_v2": PLAIN_VISION,
+    "deepseekocr": PLAIN_VISION,
+    "deepseekocr_2": {"vision": {"model_type": "vision", "width": {}}},
+    "ernie4_5_moe_vl": {"text": {"mrope_section": [6, 6, 4]}},
+    "florence2": {
+        "vision": {
+            "depths": [1],
+            "dim_embed": [32],
+            "num_heads": [2],
+            "num_groups": [2],
+            "patch_size": [7],
+            "patch_stride": [4],
+            "patch_padding": [3],
+            "patch_prenorm": [False],
+        }
+    },
+    "gemma3": SIGLIP | {"text": {"mm_tokens_per_image": 4}},
+    "gemma3n": {"text": {"intermediate_size": [128, 128]}},
+    "glm4v": {"vision": {"model_type": "glm4v"}, "text": GLM4V},
+    "glm4v_moe": {"vision": {"model_type": "glm4v_moe"}, "text": GLM4V},
+    "glm5_next": {"text": {"qk_rope_head_dim": 0, "mla_use_nope": True}},
+    "glm_ocr": {"exact": True, "text": {"eos_token_id": [1], "rope_parameters": MROPE}},
+    "granite4_vision": {"vision": {"hidden_size": 64}},
+    "hunyuan_vl": {
+        "text": {"rope_scaling": {"type": "xdrope", "alpha": 1.0, "xdrope_section": [4, 4, 4, 4]}}
+    },
+    "idefics2": {
+        "vision": {"model_type": "idefics2"},
+        "whole": {"perceiver_config": {"model_type": "idefics2"}},
+    },
+    "idefics3": SIGLIP,
+    "indic_ocr": {"text": QWEN3_5},
+    "internvl": {"vision": {"model_type": "internvl_vision"}},
+    "internvl_chat": {"vision": {"model_type": "intern_vit_6b"}},
+    "limite": {"text": {"rope_n_pairs": 8, "attn_gate_channels": 32}},
+    "llama4": {
+        "vision": {
+            "model_type": "llama4",
+            "initializer_range": 0.02,
+            "norm_eps": 1e-5,
+            "pixel_shuffle_ratio": 0.5,
+            "projector_dropout": 0.0,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "rope_theta": 10000.0,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "vision_output_dim": 64,
+        }
+    },
+    "llava": {
+        "vision": {"model_type": "clip_vision_model"},
+        "text_config": {"model_type": "llama"},
+    },
+    "llava_bunny": SIGLIP | {"whole": {"auto_map": {}, "mm_hidden_size": 32}},
+    "llava_next": {
+        "vision": {"model_type": "clip_vision_model"},
+        "text_config": {"model_type": "llama"},
+    },
+    "llmjpvl": SIGLIP | {"text_config": {"model_type": "llama"}},
+    "mage_vl": {"vision": {"hidden_size": 64}},
+    "mimo_v2": {"text": OVERRIDES["mimo_v2_flash"]},
+    "minimax_m3": {"text": OVERRIDES["minimax_m3_vl"]},
+    "molmo_point": {"whole": {"adapter_config": {"vit_layers": [-1]}}},
+    "multi_modality": {
+        "vision": {"model_type": "vision", "params": {}},
+        "text_config": {"model_type": "llama"},
+        "whole": {
+            "projector_config": {
+                "cls": "",
+                "model_type": "",
+                "params": {"projector_type": "mlp_gelu", "depth": 1},
+            }
+        },
+    },
+    "muse_spark": {
+        "audio": {"patch_sizes": [2, 2], "hidden_sizes": [32, 32], "depths": [1, 1]},
+    },
+    "nemotron_h_nano_omni": {"text": OVERRIDES["nemotron_h"]},
+    "nemotron_nas": {"text": OVERRIDES["nemotron-nas"]},
+    "paddleocr_vl": {"text": {"rope_parameters": MROPE}},
+    "phi4_siglip": {"exact": True},
+    "paligemma": SIGLIP | {"text_config": {"model_type": "gemma", "hidden_act": "gelu"}},
+    "plamo2vl": SIGLIP | {"text_config": {"model_type": "plamo2"}},
+    "prism_hadamard_qwen35": {"text": QWEN3_5},
+    "qwen3_5": {"text": QWEN3_5},
+    "qwen3_5_moe": {"text": QWEN3_5},
+    "qwen3_5_moe_text": {"text": QWEN3_5},
+    "qwen3_5_text": {"text": QWEN3_5},
+    "qwen3_omni_moe": {"whole": {"enable_audio_output": False}},
+    "qwen4_exp": {"text": QWEN3_5 | {"hc_count": 2, "indexer_head_dim": 32, "indexer_heads": 2}},
+    "unlimited_ocr": PLAIN_VISION,
+}
+
+# Architectures with a picture in the tests: how they take it, and its number of tokens.
+PICTURES: dict[str, tuple[str, int]] = {
+    "aya_vision": ("pixels", 1),
+    "clef": ("two frames", 1),
+    "cohere_compass": ("two frames", 1),
+    "d1": ("packed", 1),
+    "glm4v": ("two frames", 1),
+    "glm4v_moe": ("two frames", 1),
+    "glm5_next": ("two frames", 1),
+    "glm_ocr": ("two frames", 1),
+    "granite_vision": ("tiles", 1),
+    "hunyuan_vl": ("patches", 4),
+    "idefics3": ("tiles", 1),
+    "indic_ocr": ("two frames", 1),
+    "internvl": ("pixels", 1),
+    "internvl_chat": ("pixels", 1),
+    "kimi_k25": ("squares", 1),
+    "kimi_vl": ("squares", 1),
+    "lfm2_vl": ("packed", 1),
+    "llava": ("pixels", 4),
+    "llava_next": ("tiles", 1),
+    "llava_onevision": ("sized", 5),
+    "llmjpvl": ("pixels", 1),
+    "mage_vl": ("patches", 1),
+    "mimo_v2": ("two frames", 1),
+    "minimax_m3_vl": ("two frames", 1),
+    "mistral3": ("sized", 1),
+    "mistral_large3": ("sized", 1),
+    "multi_modality": ("pixels", 1),
+    "muse_spark": ("pixels", 1),
+    "pixtral": ("pixels", 1),
+    "qwen2_5_vl": ("two frames", 1),
+    "qwen3_5": ("two frames", 1),
+    "qwen3_5_moe": ("two frames", 1),
+    "qwen3_vl": ("two frames", 1),
+    "qwen3_vl_moe": ("two frames", 1),
+    "qwen4_exp": ("two frames", 1),
+    "smolvlm": ("tiles", 1),
+    "step3p7": ("pixels", 1),
+    "youtu_vl": ("packed", 1),
+    "zaya1_vl": ("two frames", 1),
+}

@@ -1,0 +1,108 @@
+"""Tiny models of every architecture of mlx-vlm that writes text."""
+
+import importlib
+import pkgutil
+from copy import deepcopy
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+from mlx_vlm import models
+from mlx_vlm.utils import update_module_configs
+
+from architecture_configs import COMMON, OVERRIDES
+from architecture_models import TYING_FLAGS, stirred
+from vlm_configs import (
+    AUDIO,
+    IMAGE_TOKEN,
+    IMAGE_TOKENS,
+    PICTURES,
+    VISION,
+    VLM_OVERRIDES,
+)
+
+PARTS = ("text", "vision", "perceiver", "projector", "audio")
+
+
+def vlm_architectures() -> list[str]:
+    """The names of mlx-vlm's architectures that take text and make logits."""
+    packages = (found.name for found in pkgutil.iter_modules(models.__path__) if found.ispkg)
+    names = []
+    for name in packages:
+        model = getattr(importlib.import_module(f"mlx_vlm.models.{name}"), "Model", None)
+        if hasattr(model, "get_input_embeddings"):
+            names.append(name)
+    return sorted(names)
+
+
+def tiny_vlm(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
+    """A random float32 model of a few layers, not evaluated.
+
+    Args:
+        name: A package of ``mlx_vlm.models``.
+        tied: What the configuration asks for; some architectures do not care.
+        seed: Of the weights.
+    """
+    package = importlib.import_module(f"mlx_vlm.models.{name}")
+    config = vlm_config(name, tied)
+    made = package.ModelConfig.from_dict(config)
+    made = update_module_configs(made, package, config, list(PARTS))
+    mx.random.seed(seed)
+    model = package.Model(made)
+    if name == "phi3small":  # 0.7.10 writes them into the batch, far beyond its end
+        model.language_model._dummy_tokenizer_ids = mx.array([], dtype=mx.int32)
+    if tied and name == "recurrent_gemma":  # tied where the checkpoint has no head
+        model.language_model.sanitize({})
+    model.update(tree_map_with_path(stirred, model.parameters()))
+    model.eval()
+    return model
+
+
+def vlm_config(name: str, tied: bool) -> dict:
+    """The small config.json of an architecture."""
+    own = VLM_OVERRIDES.get(name, {})
+    text = OVERRIDES.get(name, {})
+    text = (text(tied) if callable(text) else text) | own.get("text", {})
+    config = COMMON | IMAGE_TOKENS | dict.fromkeys(TYING_FLAGS, tied) | {"model_type": name} | text
+    parts = {
+        "text_config": config | own.get("text_config", {}),
+        "vision_config": VISION | own.get("vision", {}),
+        "audio_config": AUDIO | own.get("audio", {}),
+        "projector_config": {},
+        "perceiver_config": {},
+    }
+    if own.get("exact"):
+        package = importlib.import_module(f"mlx_vlm.models.{name}")
+        for part, known in (("text_config", "TextConfig"), ("vision_config", "VisionConfig")):
+            fields = getattr(package, known).__dataclass_fields__
+            parts[part] = {key: value for key, value in parts[part].items() if key in fields}
+    nested = {"thinker_config": parts, "talker_config": parts}  # of models that also speak
+    # a copy, since some architectures change their configuration
+    return deepcopy(config | parts | nested | own.get("whole", {}))
+
+
+def picture(name: str, seed: int = 0) -> tuple[mx.array, dict[str, Any]]:
+    """Token ids with a random picture among them, and the picture as the architecture takes it."""
+    form, n_tokens = PICTURES[name]
+    mx.random.seed(seed)
+    pixels = mx.random.normal((1, 3, 28, 28))
+    patches = mx.random.normal((4, 3 * 14 * 14))
+    grid = mx.array([[1, 2, 2]])
+    given = {
+        "pixels": {"pixel_values": pixels},
+        "tiles": {"pixel_values": pixels[None]},
+        "sized": {"pixel_values": pixels, "image_sizes": mx.array([[28, 28]])},
+        "patches": {"pixel_values": patches, "image_grid_thw": grid},
+        "two frames": {"pixel_values": mx.tile(patches, (1, 2)), "image_grid_thw": grid},
+        "squares": {
+            "pixel_values": patches.reshape(4, 3, 14, 14),
+            "image_grid_hws": mx.array([[2, 2]]),
+        },
+        "packed": {
+            "pixel_values": patches[None],
+            "spatial_shapes": mx.array([[2, 2]]),
+            "pixel_attention_mask": mx.ones((1, 4), dtype=mx.int32),
+        },
+    }
+    return mx.array([[5, 7, *([IMAGE_TOKEN] * n_tokens), *range(9, 16)]]), given[form]
