@@ -14,11 +14,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mlx_flashhead.cli.tables import new_table, show
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.formats import USUAL_GROUP
@@ -182,25 +182,14 @@ def gathers_per_token(expand: dict, vocab_size: int) -> float:
 
 
 def table(kernel: dict) -> Table:
-    """One kernel's figures for a screen of 80 columns."""
+    """One kernel's figures."""
     title = (
         f"{kernel['kernel']}: dispatches {kernel['dispatches']}, threads "
         f"{kernel['threadgroups']:,} × {kernel['threads_per_threadgroup']}, barriers "
         f"{kernel['barriers']}, threadgroup memory {kernel['threadgroup_memory_bytes']:,} B"
     )
-    drawn = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=0,
-    )
-    drawn.add_column("buffer", min_width=12)
-    for heading in ("size", "read", "distinct", "lines", "written", "lines"):
-        width = 9 if heading == "lines" else 11
-        drawn.add_column(heading, justify="right", min_width=width, no_wrap=True)
+    headings = ("buffer", "size", "read", "distinct", "lines", "written", "lines")
+    drawn = new_table(title, headings)
     for buffer, counts in kernel["buffers"].items():
         drawn.add_row(buffer, *(f"{value:,}" if value else "" for value in counts.values()))
     return drawn
@@ -254,7 +243,6 @@ def main() -> None:
     if not 1 <= arguments.n_probes <= fewest:
         parser.error(f"--n-probes is {arguments.n_probes}: choose 1 to {fewest}.")
     sys.path.insert(0, str(TESTS))
-    console = Console()
     reports = {}
     try:
         for name in track(names, "Counting", console=Console(stderr=True), transient=True):
@@ -263,11 +251,9 @@ def main() -> None:
         parser.error(str(error))
     for name, report in reports.items():
         sizes = f"V={report['vocab_size']:,}, D={report['hidden_size']:,}"
-        console.rule(f"{name}: {sizes}, C={report['n_clusters']:,}, p={report['n_probes']}")
-        for kernel in report["kernels"]:
-            console.print(table(kernel), "", sep="\n")
-        console.print(summary(report), "", sep="\n")
-    console.print(
+        show(f"{name}: {sizes}, C={report['n_clusters']:,}, p={report['n_probes']}\n")
+        show(*map(table, report["kernels"]), f"{summary(report)}\n")
+    show(
         "Bytes; a line is 128 bytes. All threadgroups ran on the emulator with random weights. The "
         "dense kernel's figures follow from its definition."
     )

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mlx_flashhead import FlashHead, get_flash_head
 from mlx_flashhead.benchmarks.timing import Spread, head_seconds
+from mlx_flashhead.cli.tables import new_table
 from mlx_flashhead.models.locate import find_head, recorded_hidden
 
 TITLES = ("dense", "FlashHead")
@@ -116,9 +117,7 @@ def captured_states(model: nn.Module, prompt: list[int], token_ids: list[int]) -
 
 
 def _table(speeds: tuple[list[float], ...], seconds: tuple[list[float], ...]) -> Table:
-    table = Table(title="median (quartiles)", title_justify="left")
-    for heading in ("", *TITLES, "ratio"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table = new_table("median (quartiles)", ("", *TITLES, "ratio"))
     of_speeds = [Spread.of(values) for values in speeds]
     of_seconds = [Spread.of(values) for values in seconds]
     faster = of_speeds[1].median / of_speeds[0].median

@@ -18,6 +18,7 @@ HEAD, POSITIONS, MODEL, CONVERT = "head", "positions", "model", "convert"
 FIRST_USE = "first-use"
 SAMPLER, DRAFT, ESTIMATE = "sampler", "draft", "estimate"
 HOST, MEMORY, SERVER = "host", "memory", "server"
+ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -45,12 +46,7 @@ def _add_head(kinds) -> None:
         description="Time a head alone: dense, and FlashHead to candidates, a token, full logits.",
     )
     _add_which_head(parser)
-    parser.add_argument(
-        "--positions",
-        type=whole_number(1),
-        default=1,
-        help="Hidden states at once (default: %(default)s).",
-    )
+    _add_number(parser, "--positions", 1, "Hidden states at once")
     _add_common(parser, rounds=20)
 
 
@@ -109,13 +105,7 @@ def _add_server(kinds) -> None:
         "and mlx-lm's own. Clients stream answers to prompts of different lengths, and some hang "
         "up.",
     )
-    parser.add_argument(
-        "--model", required=True, help="Folder or repository of any model that mlx-lm loads."
-    )
-    add_look_up_options(parser)
-    parser.add_argument(
-        "--n-probes", type=whole_number(1), help="Clusters scored (default: the model's own)."
-    )
+    _add_any_model(parser)
     parser.add_argument(
         "--clients",
         type=whole_numbers(1),
@@ -123,19 +113,36 @@ def _add_server(kinds) -> None:
         metavar="1,4,…",
         help=f"Numbers of clients at once (default: {','.join(map(str, CLIENTS))}).",
     )
-    parser.add_argument(
-        "--requests",
-        type=whole_number(1),
-        default=16,
-        help="Requests to a server for each number of clients (default: %(default)s).",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=whole_number(1),
-        default=16,
-        help="Tokens of each answer (default: %(default)s).",
-    )
+    _add_number(parser, "--requests", 16, "Requests to a server for each number of clients")
+    _add_number(parser, "--tokens", 16, "Tokens of each answer")
     _add_common(parser, rounds=1)
+
+
+def _add_any_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=ANY_MODEL)
+    add_look_up_options(parser)
+    parser.add_argument(
+        "--n-probes", type=whole_number(1), help="Clusters scored (default: the model's own)."
+    )
+
+
+def _add_or_model(what, parser: argparse.ArgumentParser) -> None:
+    """A model in the place of random weights, which ``what`` offers."""
+    what.add_argument("--model", help=ANY_MODEL)
+    add_look_up_options(parser)
+    parser.add_argument(
+        "--n-probes",
+        type=whole_number(1),
+        help="Clusters scored (default: 256, or the model's own).",
+    )
+
+
+def _add_number(
+    parser: argparse.ArgumentParser, flag: str, default: int, text: str, *, least: int = 1
+) -> None:
+    parser.add_argument(
+        flag, type=whole_number(least), default=default, help=f"{text} (default: %(default)s)."
+    )
 
 
 def _add_which_head(parser: argparse.ArgumentParser) -> None:
@@ -147,13 +154,7 @@ def _add_which_head(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|V,D",
         help=f"Random weights of the shape {', '.join(SHAPES)} or V,D; may be given several times.",
     )
-    what.add_argument("--model", help="Folder or repository of any model that mlx-lm loads.")
-    add_look_up_options(parser)
-    parser.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored (default: 256, or the model's own).",
-    )
+    _add_or_model(what, parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of random weights.")
     parser.add_argument(
         "--head-bits",
@@ -170,13 +171,7 @@ def _add_model(kinds) -> None:
         help="time a model's decoding",
         description="Time decoding through mlx-lm: dense, with FlashHead, and without any head.",
     )
-    parser.add_argument(
-        "--model", required=True, help="Folder or repository of any model that mlx-lm loads."
-    )
-    add_look_up_options(parser)
-    parser.add_argument(
-        "--n-probes", type=whole_number(1), help="Clusters scored (default: the model's own)."
-    )
+    _add_any_model(parser)
     parser.add_argument(
         "--sampler",
         choices=SAMPLERS,
@@ -189,9 +184,7 @@ def _add_model(kinds) -> None:
         action="append",
         help="Sequences at once; may be given several times (default: 1, 4 and 8).",
     )
-    parser.add_argument(
-        "--tokens", type=whole_number(1), default=20, help="Steps of a run (default: %(default)s)."
-    )
+    _add_number(parser, "--tokens", 20, "Steps of a run")
     _add_common(parser, rounds=12)
 
 
@@ -209,11 +202,11 @@ def _add_convert(kinds) -> None:
         metavar="NAME|V,D",
         help="A random head and random states instead: all stages but the model's.",
     )
-    parser.add_argument(
+    _add_number(
+        parser,
         "--calibration-positions",
-        type=whole_number(1),
-        default=IndexOptions.calibration_positions,
-        help="Positions to calibrate on (default: %(default)s).",
+        IndexOptions.calibration_positions,
+        "Positions to calibrate on",
     )
     _add_common(parser, rounds=None)
 
@@ -244,19 +237,8 @@ def _add_sampler(kinds) -> None:
         action="append",
         help="Of random clusters; may be given several times (default: 128256).",
     )
-    what.add_argument("--model", help="Folder or repository of any model that mlx-lm loads.")
-    add_look_up_options(parser)
-    parser.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored (default: 256, or the model's own).",
-    )
-    parser.add_argument(
-        "--positions",
-        type=whole_number(1),
-        default=1,
-        help="Positions at once (default: %(default)s).",
-    )
+    _add_or_model(what, parser)
+    _add_number(parser, "--positions", 1, "Positions at once")
     _add_common(parser, rounds=20)
 
 
@@ -267,9 +249,7 @@ def _add_draft(kinds) -> None:
         description="Time decoding without a draft, with a dense draft and with a draft's "
         "FlashHead, and count the accepted drafts.",
     )
-    parser.add_argument(
-        "--model", required=True, help="Folder or repository of any model that mlx-lm loads."
-    )
+    parser.add_argument("--model", required=True, help=ANY_MODEL)
     parser.add_argument(
         "--draft-model", required=True, help="Folder or repository of a smaller model that drafts."
     )
@@ -280,29 +260,14 @@ def _add_draft(kinds) -> None:
         metavar="16,32,…",
         help=f"Clusters that the draft scores (default: {','.join(map(str, PROBES))}).",
     )
-    parser.add_argument(
-        "--num-draft-tokens",
-        type=whole_number(1),
-        default=3,
-        help="Tokens drafted at once (default: %(default)s).",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=whole_number(2),
-        default=40,
-        help="Tokens of each answer (default: %(default)s).",
-    )
+    _add_number(parser, "--num-draft-tokens", 3, "Tokens drafted at once")
+    _add_number(parser, "--tokens", 40, "Tokens of each answer", least=2)
     _add_common(parser, rounds=3)
 
 
 def _add_common(parser: argparse.ArgumentParser, rounds: int | None) -> None:
     if rounds is not None:
-        parser.add_argument(
-            "--rounds",
-            type=whole_number(1),
-            default=rounds,
-            help="Runs that count, all forms in turns (default: %(default)s).",
-        )
+        _add_number(parser, "--rounds", rounds, "Runs that count, all forms in turns")
     parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
     parser.add_argument("--plot", metavar="OUT.png", help="Draw the figures into a picture.")
     parser.add_argument(

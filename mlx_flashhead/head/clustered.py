@@ -14,7 +14,7 @@ from .matrix import Matrix
 # Bias of clusters that are always probed: above every real score, finite and exact in float32.
 ALWAYS_PROBED = 1e30
 
-PIECES = 1024  # rows are laid out by columns in this number of pieces, which saves memory
+PIECES = 4096  # rows are laid out by columns in this number of pieces, of which ten exist at once
 
 
 @dataclass(frozen=True)
