@@ -1,12 +1,11 @@
 """``export``: the file, the table, and what is refused."""
 
-import json
 import os
 
 import mlx.core as mx
 import pytest
 
-from mlx_flashhead.exporting.plan import METADATA_KEY
+from plan_replay import read_plan
 
 
 @pytest.fixture
@@ -15,7 +14,7 @@ def output(tmp_path):
 
 
 def plan_of(file):
-    return json.loads(mx.load(str(file), return_metadata=True)[1][METADATA_KEY])
+    return read_plan(file)[1]
 
 
 def test_the_file_holds_arrays_and_kernels(run, converted, output):

@@ -1,6 +1,5 @@
 """The exported plan: replayed as metal/swift does it, it gives what the head gives."""
 
-import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -14,6 +13,7 @@ from mlx_flashhead.exporting.plan import METADATA_KEY, export_plan, record
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.models.locate import HeadLocation
+from plan_replay import read_plan, replay
 from tiny_models import fitted, random_clusters, random_rows
 
 SWIFT = Path(__file__).parents[2] / "metal" / "swift" / "Sources" / "FlashHead"
@@ -53,39 +53,7 @@ def dtype_of(form):
 def exported(head, dtype, path):
     """The file's arrays and plan."""
     export_plan(head, HeadLocation(None, "lm_head", "__call__", hidden_dtype=dtype), path)
-    arrays, metadata = mx.load(str(path), return_metadata=True)
-    return arrays, json.loads(metadata[METADATA_KEY])
-
-
-def replay(arrays, plan, rows, hidden):
-    """Full logits as FlashHead.swift computes them, from the model's own rows (V, …)."""
-    order = mx.minimum(arrays["token_ids"].flatten().astype(mx.int32), VOCAB_SIZE - 1)
-    arrays = arrays | {f"rows_{name}": rows.arrays()[name][order] for name in plan["rows"]}
-    n_positions = hidden.shape[0]
-    arrays["hidden"] = hidden.astype(getattr(mx, plan["dtype"]))
-    for launch in plan["launches"]:
-        kernel = mx.fast.metal_kernel(
-            name=launch["name"],
-            input_names=launch["inputNames"],
-            output_names=launch["outputNames"],
-            source=launch["source"],
-            header=launch["header"],
-        )
-        x, y, z = launch["grid"]
-        results = kernel(
-            inputs=[arrays[name] for name in launch["arrays"]],
-            template=[(each["name"], argument(each["value"])) for each in launch["template"]],
-            grid=(x, y * n_positions, z),
-            threadgroup=tuple(launch["threadGroup"]),
-            output_shapes=[(n * n_positions, *rest) for n, *rest in launch["outputShapes"]],
-            output_dtypes=[getattr(mx, name) for name in launch["outputDTypes"]],
-        )
-        arrays |= zip(launch["outputNames"], results, strict=True)
-    return arrays["expanded"]
-
-
-def argument(value):
-    return getattr(mx, value) if isinstance(value, str) else value
+    return read_plan(path)
 
 
 @pytest.mark.parametrize("form", FORMS)

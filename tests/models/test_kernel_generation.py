@@ -11,8 +11,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from kernel_cases import kernels, on_gpu, to_numpy
 from mlx_flashhead import detach, generate, get_flash_head, stream_generate
 from mlx_flashhead.conversion.indexing import build_index
+from mlx_flashhead.exporting.plan import export_plan
 from mlx_flashhead.models.load import install_index, load_dense
 from mlx_flashhead.models.locate import find_head, recorded_hidden
+from plan_replay import read_plan, replay
 
 pytestmark = pytest.mark.real
 
@@ -115,3 +117,17 @@ def test_logits_are_the_portable_ones(real, on_kernels):
     same = np.isclose(found, expected, rtol=1e-4, atol=1e-3)
     assert same.mean() > 0.9999
     np.testing.assert_array_equal(found.argmax(axis=-1), expected.argmax(axis=-1))
+
+
+def test_an_exported_plan_gives_the_same_logits(on_kernels, tmp_path):
+    """From the rows in the model's own order, as an app has them."""
+    model, tokenizer, _ = on_kernels
+    head, location = get_flash_head(model), find_head(model)
+    ids = mx.array(tokenizer.encode(PROMPTS[0]))[None]
+    with recorded_hidden(location) as recorded:
+        expected = to_numpy(model(ids))[0]
+    export_plan(head, location, tmp_path / "head.safetensors")
+    arrays, plan = read_plan(tmp_path / "head.safetensors")
+    found = replay(arrays, plan, head.clustered.token_rows(), recorded[0][0])
+    np.testing.assert_array_equal(to_numpy(found), expected)
+    assert plan["head"] == "model.embed_tokens"

@@ -53,9 +53,10 @@ private func replacements(
         Linear.self, QuantizedLinear.self, Embedding.self, QuantizedEmbedding.self,
     ]
     // Swift's model may be a part of Python's, or hold it as a part.
-    let found = layers.first { path, _ in
+    let alike = layers.filter { path, _ in
         path == plan.head || path.hasSuffix("." + plan.head) || plan.head.hasSuffix("." + path)
     }
+    let found = alike.min { abs($0.0.count - plan.head.count) < abs($1.0.count - plan.head.count) }
     guard let (path, layer) = found, replaceable.contains(where: { $0 == type(of: layer) }) else {
         throw FlashHeadError("The model has no layer \(plan.head) that a FlashHead can replace.")
     }
