@@ -54,7 +54,7 @@ def test_a_model_is_converted_and_generates(dense, tmp_path):
         (("evaluate", "--tasks", "any"), "--tasks", "lm_eval", "tasks"),
         (("benchmark", "model"), "mlx_flashhead.benchmark", "rich", "report"),
         (("benchmark", "model", "--plot", "a.svg"), "--plot", "matplotlib", "report"),
-        (("export", "--output", "a.mlxfn"), "mlx_flashhead.export", "rich", "report"),
+        (("export", "--output", "a.safetensors"), "mlx_flashhead.export", "rich", "report"),
     ],
 )
 def test_a_missing_module_is_named_with_its_extra(

@@ -82,7 +82,7 @@ def test_module_says_how_it_is_used_without_a_warning(command):
         "run": ("-m MODULE", "--flash-head", "--no-build"),
         "cache": ("--remove", "--remove-all"),
         "convert": ("--head-bits", "--model"),
-        "export": ("--include-weights", "--for-mlx", "--model"),
+        "export": ("--n-probes", "--overwrite", "--model"),
         "upload": ("--path", "--repo"),
         "evaluate": ("--probes", "--model"),
         "benchmark": ("head", "model", "convert", "estimate"),
