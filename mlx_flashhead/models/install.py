@@ -238,13 +238,15 @@ class _FlashModule(_Pickled, _Module):
     def _arrays(self) -> dict[str, mx.array]:
         return self._flash_head.clustered.token_rows().arrays()
 
+    def _keeps(self, key: str) -> bool:
+        return key in self._flash_head.clustered.rows.arrays()
+
     def __getitem__(self, key):
-        arrays = self._arrays()
-        return arrays[key] if key in arrays else super().__getitem__(key)
+        return self._arrays()[key] if self._keeps(key) else super().__getitem__(key)
 
     def get(self, key, default=None):
-        arrays = self._arrays()
-        return arrays[key] if key in arrays else super().get(key, default)
+        # nn.Module asks for most attributes here, which must not gather the rows
+        return self._arrays()[key] if self._keeps(key) else super().get(key, default)
 
     def items(self):
         arrays = self._arrays()
@@ -277,7 +279,7 @@ class _FlashModule(_Pickled, _Module):
         self._refuse_change("weight")
 
     def _refuse_change(self, key):
-        if key in self._flash_head.clustered.rows.arrays():
+        if self._keeps(key):
             raise ValueError(
                 f"The {key} of an output projection under FlashHead cannot be changed: call "
                 "mlx_flashhead.detach(model) first, then change it, then attach again."

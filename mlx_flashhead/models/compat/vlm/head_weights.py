@@ -52,9 +52,7 @@ class HeadWeights:
         )
         self._instead(GLM, "verify_logits", lambda lm, x: lm.lm_head(x), lambda lm: lm.lm_head)
         # rows of the draft's tokens only: all tokens cost no more under a FlashHead
-        self._instead(
-            EAGLE3, "_eagle3_hot_token_ids", lambda *_, **__: None, lambda lm: lm.model.embed_tokens
-        )
+        self._instead(EAGLE3, "_eagle3_hot_token_ids", lambda *_, **__: None, _embedding)
         when_imported(LFM2, self._keep_from_lfm2)
 
     def _instead(
@@ -84,7 +82,7 @@ class HeadWeights:
         call, linear = verifier.__call__, verifier._linear
 
         def verify(self_: Any, language_model: Any, *arguments: Any, **options: Any) -> Any:
-            layer = language_model.model.embed_tokens
+            layer = _embedding(language_model)
             if self._applies(layer):  # as if the head were a layer of its own
                 untied = SimpleNamespace(tie_word_embeddings=False)
                 language_model = SimpleNamespace(
@@ -98,3 +96,7 @@ class HeadWeights:
             return layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
 
         verifier.__call__, verifier._linear = verify, staticmethod(asked)
+
+
+def _embedding(language_model: Any) -> Any:
+    return getattr(getattr(language_model, "model", None), "embed_tokens", None)

@@ -1,0 +1,245 @@
+# ruff: noqa: E402 - without mlx-vlm all of this is skipped
+"""Where mlx-vlm reads a head's weights itself: with a FlashHead it asks the layer, or leaves it."""
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+mlx_vlm = pytest.importorskip("mlx_vlm")
+
+from mlx_vlm.generate.ar import generate_step
+from mlx_vlm.models.cache import make_prompt_cache
+from mlx_vlm.models.glm_moe_dsa import speculative_verifier as glm
+from mlx_vlm.server import reranking
+from mlx_vlm.speculative import eagle3, mtp
+from mlx_vlm.speculative.ops import linear
+
+from mlx_flashhead.head.clustered import ClusteredRows
+from mlx_flashhead.models.compat.vlm.generate import TextGenerator
+from mlx_flashhead.models.install import detach, get_flash_head, install
+from mlx_flashhead.models.libraries import forward
+from mlx_flashhead.models.locate import find_head
+from tiny_models import tiny_index
+from vlm_models import tiny_vlm
+
+N_PROBES = 3
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often the rows have been put back into the model's order since, in a list."""
+    found = []
+    gather = ClusteredRows.token_rows
+
+    def counted(self):
+        found.append(self)
+        return gather(self)
+
+    monkeypatch.setattr(ClusteredRows, "token_rows", counted)
+    return found
+
+
+def served(name: str, *, tied: bool, bits: int | None = None) -> nn.Module:
+    """A tiny model with a FlashHead, its head quantized or not."""
+    model = tiny_vlm(name, tied=tied)
+    if bits is not None:
+        module = find_head(model).module
+        nn.quantize(model, 32, bits, class_predicate=lambda _, other: other is module)
+    index = tiny_index(model)
+    install(model, index.token_ids, index.centroids, n_probes=N_PROBES, backend="mlx")
+    return model
+
+
+def hidden_states(model: nn.Module, length: int = 2) -> mx.array:
+    rng = np.random.default_rng(0)
+    width = get_flash_head(model).hidden_size
+    return mx.array(rng.normal(size=(1, length, width)).astype(np.float32))
+
+
+def differs_from_dense(model: nn.Module, hidden: mx.array, logits: mx.array) -> bool:
+    return not mx.allclose(logits, get_flash_head(model).dense_logits(hidden), atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_verification_of_drafts(reads, bits):
+    """Qwen 3.5's own products for it, for the layer of its own and for the tied one."""
+    for tied in (False, True):
+        model = served("qwen3_5", tied=tied, bits=bits)
+        hidden, head = hidden_states(model), get_flash_head(model)
+        text = model.language_model
+        reads.clear()
+        logits = text.speculative_logits_from_hidden(hidden)
+        assert mx.allclose(logits, head(hidden), atol=1e-4)
+        assert mx.array_equal(text.speculative_argmax_from_hidden(hidden), head.token(hidden))
+        layer = text.model.embed_tokens if tied else text.lm_head
+        name = "_embedding_as_linear" if tied else "_linear"
+        verify = getattr(linear, f"_target_verify{name}")
+        assert mx.allclose(verify(layer, hidden), head(hidden), atol=1e-4)
+        assert not reads
+        assert differs_from_dense(model, hidden, logits)
+
+
+def test_fused_greedy_decoding_is_left_out(reads):
+    model = tiny_vlm("qwen3_5", tied=False)
+    nn.quantize(model, 32, 4, class_predicate=lambda path, _: path.endswith("lm_head"))
+    decode = model.language_model.fused_greedy_decode
+    tokens = mx.array([[3]])
+    assert decode(tokens, cache=make_prompt_cache(model.language_model)) is not None
+    index = tiny_index(model)
+    install(model, index.token_ids, index.centroids, n_probes=N_PROBES, backend="mlx")
+    reads.clear()
+    assert decode(tokens, cache=make_prompt_cache(model.language_model)) is None
+    assert not model.language_model.supports_fused_greedy_logits_processors([])
+    assert not reads
+
+
+def test_multi_token_prediction(reads):
+    """The greedy read-out of a quantized head asks the layer; other layers' stays."""
+    model = served("nemotron_h", tied=False, bits=4)
+    hidden, text = hidden_states(model), model.language_model
+    head = get_flash_head(model)
+    reads.clear()
+    assert mtp.decode_quantized_argmax(text.lm_head, hidden) is None
+    logits = mtp._mtp_logits_from_hidden(text, hidden)
+    assert not reads
+    assert mx.allclose(logits, head(hidden), atol=1e-4)
+    assert differs_from_dense(model, hidden, logits)
+    detach(model)
+    tokens = mtp.decode_quantized_argmax(text.lm_head, hidden)
+    assert mx.array_equal(tokens, mx.argmax(text.lm_head(hidden), axis=-1))
+
+
+def test_verification_of_glm(reads):
+    model = served("glm_moe_dsa", tied=False)
+    hidden = hidden_states(model)
+    reads.clear()
+    logits = glm.verify_logits(model.language_model, hidden)
+    assert not reads
+    assert mx.allclose(logits, get_flash_head(model)(hidden), atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_verification_of_lfm2(reads, tied):
+    model = served("lfm2", tied=tied)
+    text, tokens = model.language_model, mx.array([[5, 9, 200]])
+    reads.clear()
+    verified = text(tokens, cache=make_prompt_cache(text), speculative_verify=True)
+    assert not reads
+    assert mx.allclose(verified.logits, forward(model, tokens), atol=1e-4)
+
+
+def test_eagle3_verifies_through_the_layer(reads):
+    """Its rows of the draft's tokens are not gathered: the full logits are fewer bytes."""
+    draft = SimpleNamespace(d2t=mx.zeros((9,), dtype=mx.int32))
+    model = served("gemma4", tied=True)
+    reads.clear()
+    assert eagle3._eagle3_hot_token_ids(model.language_model, draft, [1]) is None
+    assert not reads
+    detach(model)
+    assert eagle3._eagle3_hot_token_ids(model.language_model, draft, [1]).size == 10
+
+
+# Functions outside of `__call__` and without "logits" in their name that ask a head's layer or read
+# its weights, and what they are for.
+OTHER_USES = {
+    "models/d1/d1.py": {"_logz"},  # a decision
+    "server/reranking.py": {"_binary_scores"},  # a decision
+    "models/gemma4_text/language.py": {"_get_per_layer_inputs"},  # tokens by their embeddings
+    # switched off
+    "models/qwen3_5/language.py": {"fused_greedy_decode"},
+    "models/qwen4_exp/language.py": {"fused_greedy_decode"},
+    "speculative/ops/linear.py": {"_target_verify_embedding_as_linear"},
+    # for blocks of many positions, or of models that are refused or write no text
+    "models/diffusion_gemma/language.py": {
+        "diffusion_prepare_self_conditioning",
+        "_embed_canvas",
+    },
+    "models/ernie_image/prompting.py": {"enhance"},
+    "models/llada2_moe/language.py": {"project_hidden", "generate"},
+    "models/molmo_point/molmo_point.py": {"_prefill_forward", "_generate_forward"},
+    "models/nemotron_labs_diffusion/language.py": {
+        "_chunked_greedy_score_hidden",
+        "_project_hidden",
+    },
+    "models/nemotron_voicechat/tts.py": {"set_vocabulary"},
+}
+
+
+def asks_a_head(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr == "lm_head"
+    if not isinstance(node, ast.Attribute):
+        return False
+    read = node.attr == "weight" and isinstance(node.value, ast.Attribute)
+    return node.attr == "as_linear" or (read and node.value.attr in ("lm_head", "embed_tokens"))
+
+
+def test_every_other_use_is_known():
+    """A later mlx-vlm that asks a head's layer for more has to be looked at."""
+    root = Path(mlx_vlm.__file__).parent
+    found: dict[str, set[str]] = {}
+    for file in [
+        *root.glob("models/**/*.py"),
+        *root.glob("[gs]e*/*.py"),
+        *root.glob("spec*/**/*.py"),
+    ]:
+        if "drafters" in file.parts:
+            continue
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef) or "logits" in function.name:
+                continue
+            if function.name != "__call__" and any(map(asks_a_head, ast.walk(function))):
+                found.setdefault(str(file.relative_to(root)), set()).add(function.name)
+    assert found == OTHER_USES
+
+
+def test_a_decision_is_the_dense_models():
+    """The server's reranker compares two tokens, which an estimate must not decide."""
+    model = served("qwen3_vl", tied=False)
+    hidden = hidden_states(model, 5)
+    tokenizer = SimpleNamespace(convert_tokens_to_ids={"yes": 11, "no": 250}.get)
+    mask = mx.ones((1, 5), dtype=mx.int32)
+    (score,) = reranking._binary_scores(model, hidden, mask, tokenizer)
+    logits = get_flash_head(model).dense_logits(hidden[:, -1])[0]
+    assert score == pytest.approx(mx.sigmoid(logits[11] - logits[250]).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name, tied, bits", [("qwen3_5", False, 4), ("gemma4", True, None)])
+def test_a_token_never_reads_the_weights(reads, name, tied, bits):
+    """One text by itself and one of a batch: as many reads for many tokens as for few."""
+    model = served(name, tied=tied, bits=bits)
+    prompt = [5, 9, 200]
+    (first,) = [mx.argmax(forward(model, mx.array([prompt]))[:, -1]).item()]
+
+    def alone(max_tokens):
+        steps = generate_step(mx.array([prompt]), model, None, None, max_tokens=max_tokens)
+        return [token for token, _ in steps]
+
+    def together(max_tokens):
+        written = []
+
+        def sampler(logprobs):
+            written.append(mx.argmax(logprobs, axis=-1))
+            return written[-1]
+
+        generator = TextGenerator(model, [[299]], sampler, prefill_batch_size=1)
+        generator.insert([prompt], [max_tokens])
+        while generator.next_generated():
+            pass
+        generator.close()
+        return [tokens[0].item() for tokens in written[:max_tokens]]
+
+    for write in (alone, together):
+        counts = []
+        for max_tokens in (2, 8):
+            reads.clear()
+            tokens = write(max_tokens)
+            counts.append(len(reads))
+            assert len(tokens) == max_tokens and tokens[0] == first
+        assert counts[0] == counts[1]
+    assert alone(8) == together(8)
