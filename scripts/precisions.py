@@ -4,8 +4,8 @@
 
 The hidden states are those of the model as it is. Only the rows of its head change: to bfloat16, to
 fewer bits, and by noise, as a further training changes them. Each form is compared with the dense
-head of the same rows. The FlashHead of 16 bits has fewer probes or more as it was built; both are
-measured at its number, and at each of --probes.
+head of the same rows, at the number of probes of the FlashHead of 16 bits, and at each of --probes.
+With --flash-head FOLDER that FlashHead is there already, and is not built.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.measures import Routing, measure
 from mlx_flashhead.conversion.mix import mixed_positions
 from mlx_flashhead.head.matrix import Matrix
-from mlx_flashhead.index.files import FlashHeadIndex
+from mlx_flashhead.index.files import FlashHeadIndex, read_index
 from mlx_flashhead.models.load import load_dense, resolve
 from mlx_flashhead.models.locate import find_head
 
@@ -64,7 +64,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--own",
         type=lambda names: names.split(","),
         metavar="NAME,…",
-        help="forms that get a FlashHead of their own too (default: all)",
+        help="forms that get a FlashHead of their own too (default: all, with --flash-head none)",
+    )
+    parser.add_argument(
+        "--flash-head", metavar="FOLDER", help="the FlashHead of 16 bits (default: one is built)"
     )
     parser.add_argument(
         "--json", metavar="OUT", help="write the figures to a JSON file, after each form"
@@ -82,16 +85,17 @@ def main() -> None:
     rows = location.rows()
     if rows.quantized:
         raise ValueError(f"{args.model} is quantized: give the model in 16 bits or more.")
-    calibration = mixed_positions(model, tokenizer, location, args.calibration_positions)
+    shared = None if args.flash_head is None else read_index(Path(args.flash_head))
+    calibration = None
+    if args.flash_head is None or args.own:
+        calibration = mixed_positions(model, tokenizer, location, args.calibration_positions)
     states, next_ids = text_states(model, tokenizer, location, text, positions=args.positions)
     about = {"model": Path(args.model).name, "positions": len(states)}
     found: list[dict] = []
-    shared = None
     for name, form in forms(rows).items():
         if args.forms is not None and name not in (SIXTEEN, *args.forms):
             continue
-        with_own = shared is None or args.own is None or name in args.own
-        own = build_index(form, calibration, progress=False) if with_own else None
+        own = build_index(form, calibration, progress=False) if has_own(name, args) else None
         shared = shared or own
         assert shared is not None
         found += rows_of_form(name, form, own, shared, states, next_ids, args.probes)
@@ -99,6 +103,13 @@ def main() -> None:
             Path(args.json).write_text(json.dumps(about | {"figures": found}, indent=2) + "\n")
         print(f"{name}: measured", file=sys.stderr)
     print_figures(found, f"{about['model']}, {len(states):,} positions")
+
+
+def has_own(name: str, args: argparse.Namespace) -> bool:
+    """Whether a form gets a FlashHead of its own."""
+    if args.flash_head is None and (name == SIXTEEN or args.own is None):
+        return True
+    return args.own is not None and name in args.own
 
 
 def rows_of_form(
