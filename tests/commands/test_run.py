@@ -13,10 +13,9 @@ import pytest
 
 from mlx_flashhead.index.files import write_companion
 from model_folders import write_model
+from run_programs import DENSE, command, free_port, run
 from tiny_models import tiny_index
 
-CHECKOUT = Path(__file__).parents[2]
-DENSE = "Without FlashHead: "
 # A program that knows nothing of FlashHead, and that takes load in two ways.
 PROGRAM = """
 import sys
@@ -38,20 +37,6 @@ def place(tmp_path_factory):
     write_companion(place / "head", tiny_index(mlx_lm.load(str(model))[0]))
     (place / "program.py").write_text(PROGRAM)
     return place
-
-
-def command(*words):
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
-    return [sys.executable, "-m", "mlx_flashhead.run", *map(str, words)], environment
-
-
-def run(place, *words, typed=""):
-    """(exit code, standard output, standard error) of ``mlx_flashhead.run``."""
-    words, environment = command(*words)
-    result = subprocess.run(
-        words, cwd=place, env=environment, input=typed, capture_output=True, text=True
-    )
-    return result.returncode, result.stdout, result.stderr
 
 
 def test_a_program_and_its_arguments(place):
@@ -123,14 +108,6 @@ def test_the_server_of_mlx_lm(place):
         server.send_signal(signal.SIGINT)
         said += server.communicate(timeout=60)[0]
     assert DENSE not in said
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def test_a_program_from_pypi(place, monkeypatch):

@@ -1,0 +1,89 @@
+"""A tiny vision model in a real folder, with a processor that reads pictures."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_vlm.models import qwen2_vl
+from mlx_vlm.utils import update_module_configs
+from PIL import Image
+from transformers import AutoTokenizer
+
+from model_folders import write_tokenizer
+
+TEXT = {
+    "model_type": "qwen2_vl",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+}
+VISION = {
+    "model_type": "qwen2_vl",
+    "depth": 2,
+    "embed_dim": 32,
+    "hidden_size": 64,
+    "num_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "mlp_ratio": 2,
+    "in_channels": 3,
+    "spatial_patch_size": 14,
+}
+MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+# It takes a message's content as parts, as templates of vision models do.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}] {% if message.content is string %}"
+    "{{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}</s>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def write_vision_model(folder: Path, *, tied: bool = False) -> Path:
+    """Writes a random model of the architecture qwen2_vl, whose logits differ from each other."""
+    folder.mkdir(parents=True)
+    write_tokenizer(folder, CHAT_TEMPLATE)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
+    tokenizer.save_pretrained(folder)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(MARKS))
+    ids = {
+        "vision_start_token_id": start,
+        "vision_end_token_id": end,
+        "image_token_id": image,
+        "video_token_id": video,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    text = TEXT | {"vocab_size": len(tokenizer), "tie_word_embeddings": tied}
+    config = {"model_type": "qwen2_vl", "text_config": text, "vision_config": VISION}
+    config |= text | ids | {"model_type": "qwen2_vl"}
+    made = qwen2_vl.ModelConfig.from_dict(deepcopy(config))
+    made = update_module_configs(made, qwen2_vl, deepcopy(config), ["text", "vision"])
+    mx.random.seed(0)
+    weights = {
+        name: array * 4 if array.ndim == 2 and "embed_tokens" not in name else array
+        for name, array in tree_flatten(qwen2_vl.Model(made).parameters())
+    }
+    metadata = {"format": "mlx"}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata=metadata)
+    (folder / "config.json").write_text(json.dumps(config))
+    pictures = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    sizes = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures | sizes))
+    return folder
+
+
+def write_picture(path: Path, colour: str = "red") -> Path:
+    """Writes a picture of 56 × 28 pixels."""
+    picture = Image.new("RGB", (56, 28), colour)
+    picture.paste("white", (0, 0, 20, 20))
+    picture.save(path)
+    return path
