@@ -110,13 +110,14 @@ def server_benchmark(
     }
     loads = {(n, name): Load() for n in clients for name in commands}
     draw = random.Random(0)
-    bar = tqdm(total=rounds * len(loads), desc="Serving", unit="run", leave=False,
+    bar = tqdm(total=rounds * len(loads), desc="Starting servers", unit="run", leave=False,
                disable=not progress)  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(bar)
         servers = {
             name: stack.enter_context(ServerProcess(*command)) for name, command in commands.items()
         }
+        bar.set_description("Serving")
         alone = {name: _answers_alone(server, tokens) for name, server in servers.items()}
         for _ in range(rounds):
             for n in clients:

@@ -7,6 +7,8 @@ from .problems import Problem
 
 _EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
 _MAX_SETTING = 1000  # characters
+# Parts of OpenAI's messages that no template reads.
+_NOT_READ = ("audio", "function_call")
 
 
 def read_messages(messages: list[Any] | None) -> list[dict[str, Any]]:
@@ -57,6 +59,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise Problem(_EXAMPLE, where)
     message = {name: value for name, value in message.items() if value is not None}
+    for name in _NOT_READ:
+        if name in message:
+            raise Problem(f"{where}.{name} is not read here: leave it out.", f"{where}.{name}")
     message["content"] = _text(message.get("content", ""), f"{where}.content")
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")

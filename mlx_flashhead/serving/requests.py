@@ -132,8 +132,14 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
 
 
 def _max_tokens(fields: Fields, default: int) -> int:
-    older: int = fields.whole("max_tokens", default, 1)
-    return fields.whole("max_completion_tokens", older, 1)
+    older = fields.whole("max_tokens", None, 1)
+    newer = fields.whole("max_completion_tokens", older, 1)
+    if None not in (older, newer) and older != newer:
+        raise Problem(
+            f"max_tokens is {older} and max_completion_tokens {newer}: give one of them.",
+            "max_tokens",
+        )
+    return newer or default
 
 
 def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> Sampling:

@@ -54,7 +54,6 @@ def test_values_arrive(tiny):
         stream=True,
         stream_options={"include_usage": True},
         n=3,
-        max_tokens=5,
         max_completion_tokens=6,
         temperature=1,
         top_k=3,
@@ -135,6 +134,11 @@ def test_prompts_of_all_forms(tiny, prompt, prompts):
             "messages[0].content[0]",
             "must be a text",
         ),
+        (
+            {"messages": [{"role": "assistant", "function_call": {}}]},
+            "messages[0].function_call",
+            "not read here",
+        ),
         ({"messages": [{"role": "a", "tool_calls": {}}]}, "messages[0].tool_calls", "a list"),
         ({"messages": [{"role": "a", "tool_calls": [{}]}]}, "messages[0].tool_calls", "a name"),
         (
@@ -169,6 +173,7 @@ def test_prompts_of_all_forms(tiny, prompt, prompts):
         ({"logit_bias": {"x": 1}}, "logit_bias", f"choose 0 to {VOCAB_SIZE - 1}"),
         ({"max_tokens": 0}, "max_tokens", "1 to 2147483647"),
         ({"max_tokens": 10**30}, "max_tokens", "1 to 2147483647"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "give one of them"),
         ({"max_completion_tokens": 1.5}, "max_completion_tokens", "whole number"),
         ({"n_probes": 0}, "n_probes", f"1 to {N_CLUSTERS}"),
         ({"n_probes": 2.5}, "n_probes", "n_probes is 2.5"),
