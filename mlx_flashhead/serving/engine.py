@@ -1,8 +1,9 @@
 """The thread that computes: it reads prompts a chunk at a time, between the tokens of others.
 
-While prompts wait, half of the time goes to them and half to the answers in progress. The prompt
-with the fewest tokens left has three of four turns, the oldest prompt the fourth. So a long text
-does not hold up a short question, and short questions do not hold up a long text for ever.
+While prompts wait, answers in progress have a token after each chunk, and at most half of the time:
+less if they are fewer than the prompts, so that a burst of questions soon shares one batch. The
+prompt with the fewest tokens left has three of four turns, the oldest prompt the fourth. So a long
+text does not hold up a short question, and short questions do not hold up a long text for ever.
 """
 
 import gc
@@ -101,7 +102,8 @@ class Engine:
         self._drop_cancelled()
         began = time.perf_counter()
         self._read()
-        until = 2 * time.perf_counter() - began
+        now = time.perf_counter()
+        until = now + (now - began) * time_for_answers(self._n_decoded(), len(self._readings))
         while self._decode() and time.perf_counter() < until and self._arrived.empty():
             self._drop_cancelled()
 
@@ -192,6 +194,11 @@ class Engine:
         self._waiting, self._readings, self._decoders = [], [], []
         for job in failed:
             job.tell(Failure(error))
+
+
+def time_for_answers(n_answers: int, n_prompts: int) -> float:
+    """The time for answers in progress, relative to that of the prompts: at most as much."""
+    return min(1.0, n_answers / max(1, n_prompts))
 
 
 def _is_complete(job: Job, token: int, logprobs: mx.array) -> bool:

@@ -70,7 +70,9 @@ class Reading:
         """Reads the next chunk and reports the progress."""
         prompt = self.job.prompt
         stops = (*prompt.landmarks, self.done + self.left)
-        end = min(self.done + pace.n_tokens, *(stop for stop in stops if stop > self.done))
+        # a small rest is read along, since few tokens take almost as long as many
+        n_tokens = self.left if self.left <= 1.5 * pace.n_tokens else pace.n_tokens
+        end = min(self.done + n_tokens, *(stop for stop in stops if stop > self.done))
         began = time.perf_counter()
         self._compute(mx.array(prompt.tokens[self.done : end])[None])
         pace.took(end - self.done, time.perf_counter() - began)

@@ -18,7 +18,7 @@ from engines import (
     tokens_of,
     until,
 )
-from mlx_flashhead.serving.engine import Engine
+from mlx_flashhead.serving.engine import Engine, time_for_answers
 from mlx_flashhead.serving.job import Failure, Progress, Token
 from mlx_flashhead.serving.served import Catalogue
 from served_models import flags, served_model
@@ -90,6 +90,13 @@ def test_answers_go_on_while_a_prompt_is_read(start, chunks):
     # half of the time is the answer's
     assert answer.n_tokens - before > len(chunks)
     answer.cancelled = True
+
+
+@pytest.mark.parametrize(
+    "n_answers, n_prompts, expected", [(1, 1, 1), (8, 1, 1), (1, 4, 0.25), (5, 0, 1), (0, 3, 0)]
+)
+def test_a_burst_of_prompts_is_read_before_few_answers_go_on(n_answers, n_prompts, expected):
+    assert time_for_answers(n_answers, n_prompts) == expected
 
 
 def test_long_prompts_are_not_starved_by_short_ones(start, chunks):
