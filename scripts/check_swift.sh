@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Checks the types of metal/swift on Linux, with Swift 6.0 or later:
 #   scripts/check_swift.sh FOLDER
-# FOLDER holds checkouts of the versions in metal/swift/Package.swift: mlx-swift (with its submodule
-# mlx-c), mlx-swift-lm, and swift-numerics 1.1.1. Their sources are compiled as modules, without the
-# bodies of functions. What Apple's frameworks give to mlx-swift-lm, and swift-transformers'
-# tokenizer, is declared below.
+# FOLDER holds checkouts of the versions in metal/swift/Package.swift, mlx-swift and mlx-swift-lm, and
+# of swift-numerics 1.1.1. Their sources are compiled as modules, without the bodies of functions.
+# What Apple's frameworks and swift-transformers give is declared below.
 set -euo pipefail
 package="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/metal/swift"
 sources="$(cd "${1:?usage: scripts/check_swift.sh FOLDER}" && pwd)"
@@ -59,7 +58,7 @@ module FlashHead "$package"/Sources/FlashHead/*.swift
 swiftc -typecheck -module-name FlashHead "${flags[@]}" "$package"/Sources/FlashHead/*.swift
 echo "FlashHead: types are right"
 
-# The macro makes a function's call of it; swift-syntax would be needed to run it.
+# A function stands for the macro, which needs swift-syntax.
 declared Tokenizers < /dev/null
 declared MLXHuggingFace << 'END'
 import MLXLMCommon
