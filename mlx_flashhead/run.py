@@ -1,4 +1,4 @@
-"""Runs another program, unchanged, with a FlashHead under its ``mlx_lm.load``."""
+"""Runs another program, unchanged, with a FlashHead under its load of mlx-lm or mlx-vlm."""
 
 import importlib.util
 import runpy
@@ -17,8 +17,8 @@ def make_parser() -> Parser:
     """The command's arguments."""
     parser = Parser(
         prog="mlx_flashhead.run",
-        description="Run another program with a FlashHead under its mlx_lm.load. Without one, the "
-        "program runs dense, with one warning.",
+        description="Run another program with a FlashHead under its mlx_lm.load or mlx_vlm.load. "
+        "Without one, the program runs dense, with one warning.",
         usage="mlx_flashhead.run [options] (-m MODULE | PROGRAM) [its arguments]",
     )
     parser.add_argument(

@@ -1,1 +1,1 @@
-"""Where mlx-lm is touched: finding a model's head, installing a FlashHead, loading, generating."""
+"""Where mlx-lm and mlx-vlm are touched: finding a head, installing, loading, generating."""
