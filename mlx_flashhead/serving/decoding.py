@@ -186,7 +186,21 @@ def _processors(job: Job) -> list[LogitsProcessor]:
 
     They watch the head, so only the generating thread makes them and drops them.
     """
-    return job.served.exact(job.processors)
+    return job.served.exact([_guarded(job, processor) for processor in job.processors])
+
+
+def _guarded(job: Job, processor: LogitsProcessor) -> LogitsProcessor:
+    """A processor whose failure ends its own sequence only, and not its batch."""
+
+    def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
+        if job.error is None:
+            try:
+                return processor(tokens, logits)
+            except BaseException as error:  # a panic of a library in Rust is no Exception
+                job.error = error
+        return logits
+
+    return guarded
 
 
 def _after(prefix: mx.array, processor: LogitsProcessor) -> LogitsProcessor:

@@ -74,6 +74,7 @@ class Job:
         grammar: A last processor, which keeps the answer in a form and allows the end token alone
             when the form is complete; None for any text.
         cancelled: Set when nobody wants the answer any more. The generating thread then drops it.
+        error: The failure of one of its processors.
         cached: Tokens of the prompt that were found in a cache.
         n_tokens: Generated tokens, with the end token.
         times: Times of the first and the last of them, in seconds of ``time.monotonic``.
@@ -92,6 +93,7 @@ class Job:
     events: SimpleQueue
     grammar: GrammarProcessor | None = None
     cancelled: bool = False
+    error: BaseException | None = None
     cached: int = 0
     n_tokens: int = 0
     times: list[float] = field(default_factory=list)
@@ -118,7 +120,10 @@ class Job:
 
         Raises:
             Problem: If its form cannot be followed.
+            RuntimeError: If one of its processors has failed.
         """
+        if self.error is not None:
+            raise RuntimeError(f"A logits processor has failed: {self.error}") from self.error
         self.n_tokens += 1
         self.times[1:] = [time.monotonic()]
         if token in self.served.tokenizer.eos_token_ids:
