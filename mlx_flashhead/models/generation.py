@@ -18,6 +18,7 @@ from .compat.generate import BatchResponse, GenerationResponse
 from .exact import Processor, begin, exact_processors, for_sequence
 from .greedy import decodes_greedily
 from .install import NO_FLASH_HEAD, get_flash_head
+from .libraries import is_vlm
 
 
 def stream_generate(
@@ -111,14 +112,19 @@ def _prepared(
     model: nn.Module, given: dict[str, Any], kwargs: dict[str, Any], logprobs: bool
 ) -> tuple[Callable[[], AbstractContextManager], dict[str, Any]]:
     """What opens a block with these settings, and the keywords for mlx-lm."""
+    settings = _settings(model, given)  # first, since it may refuse the model
     if not logprobs and decodes_greedily(model, given, kwargs):
         tokens = GreedyTokens()
         return _settings(model, given | {"greedy": tokens}), kwargs | {"sampler": tokens.sampler}
-    return _settings(model, given), _exact(kwargs, model, given["dense"])
+    return settings, _exact(kwargs, model, given["dense"])
 
 
 def _settings(model: nn.Module, given: dict[str, Any]) -> Callable[[], AbstractContextManager]:
     """A function that opens a block in which the model's head has these settings."""
+    if is_vlm(model):
+        raise ValueError(
+            "This is a model of mlx-vlm: generate with mlx_vlm.generate, which asks its FlashHead."
+        )
     head = get_flash_head(model)
     if head is not None:
         return partial(head.settings, **given)

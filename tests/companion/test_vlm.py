@@ -12,6 +12,7 @@ import pytest
 
 mlx_vlm = pytest.importorskip("mlx_vlm")
 
+import mlx_flashhead
 from mlx_flashhead.companion.attach import attach
 from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME, write_companion
@@ -135,6 +136,13 @@ def test_another_models_flash_head(place):
     with pytest.raises(ValueError, match=r"^[^\n]*head[^\n]*\.$"):
         attach(other, None, flash_head=place / "head")
     assert get_flash_head(other) is None
+
+
+def test_generation_is_left_to_mlx_vlm(place, loaded):
+    attach(*loaded, flash_head=place / "head")
+    for function in (mlx_flashhead.generate, mlx_flashhead.batch_generate):
+        with pytest.raises(ValueError, match=r"of mlx-vlm: generate with mlx_vlm.generate"):
+            function(*loaded, "One day")
 
 
 def test_a_model_loaded_twice_and_replaced(place):

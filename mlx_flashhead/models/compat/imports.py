@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +36,8 @@ class _Watch:
         if name != self._name:
             return None
         sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path)
+        spec = next((one for one in found if one is not None), None)  # others may watch it too
         if spec is not None and spec.loader is not None:
             loader, run = spec.loader, spec.loader.exec_module
 
