@@ -12,6 +12,7 @@ import numpy as np
 from .benchmarks import estimate
 from .benchmarks.conversion import convert_benchmark, index_benchmark
 from .benchmarks.draft import draft_benchmark
+from .benchmarks.drawing import draw
 from .benchmarks.first_use import first_use_benchmark
 from .benchmarks.head import CLUSTER_SIZE, head_benchmark, random_head
 from .benchmarks.host import host_benchmark
@@ -32,7 +33,7 @@ from .benchmarks.options import (
     SERVER,
     make_parser,
 )
-from .benchmarks.output import draw, print_result
+from .benchmarks.output import print_result
 from .benchmarks.positions import COUNTS, positions_benchmark
 from .benchmarks.sampler import sampler_benchmark
 from .benchmarks.server import server_benchmark
