@@ -22,7 +22,7 @@ EXTRAS = {
     "report": {"rich", "matplotlib"},
     "chat": {"prompt-toolkit"},
     "qr": {"segno"},
-    "structured": {"llguidance", "jsonschema"},
+    "structured": {"llguidance", "jsonschema", "rfc3339-validator"},
     "tasks": {"lm-eval"},
     "vlm": {"mlx-vlm"},
 }

@@ -63,6 +63,17 @@ def test_invalid_answers_and_others_than_the_dense_models_show(model, tokenizer,
     assert found.same_as_dense == 0
 
 
+@pytest.mark.parametrize(
+    ("form", "valid", "invalid"),
+    [("time", "20:10:10.5-22:05", "20:10"), ("date", "2024-02-29", "2023-02-29")],
+)
+def test_formats_are_those_of_the_schemas_draft(form, valid, invalid):
+    schema = {"type": "string", "format": form}
+    validator = structured._validator(jsonschema, schema)
+    assert structured._validates(validator, json.dumps(valid))
+    assert not structured._validates(validator, json.dumps(invalid))
+
+
 def test_usual_cases_are_sound():
     cases = usual_cases()
     assert len(cases) * (1 + structured.SAMPLED) >= 200
