@@ -6,7 +6,7 @@ positions may reach them by luck. Positions count as independent, although neigh
 not quite. Perplexity has no interval, since one rare token may weigh as much as all others.
 
 Texts of other authors are harder than held-out parts of the same documents. So KL and perplexity
-must be 1.5 times better than their goals (docs/how-it-works.md).
+must be twice as good as their goals (docs/how-it-works.md).
 """
 
 import math
@@ -19,7 +19,7 @@ from .measures import AGREEMENT, KL, NLL, PositionMeasures
 
 CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
 PROBES_MULTIPLE = 8  # numbers of probes are multiples of it
-UNSEEN = 1.5  # KL of unseen texts relative to held-out positions
+UNSEEN = 2.0  # KL of unseen texts relative to held-out positions
 PERPLEXITY_SHARE = 2 / 3  # of the KL: greatest log of the perplexity relative to dense
 GRID_STEP = 1.15  # greatest ratio of two neighbouring numbers of probes
 

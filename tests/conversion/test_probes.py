@@ -51,18 +51,18 @@ def test_the_fewest_that_reach_the_kl_with_confidence():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(1, 1000))
     noise = (noise - noise.mean()) / noise.std()
-    kl = np.array([[0.2], [0.059], [0.049], [0.01]]) + noise  # error of the mean: 0.032
-    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.115)).n_probes == 16
-    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.105)).n_probes == 32
+    kl = np.array([[0.2], [0.059], [0.049], [0.01]]) + 1.2 * noise  # error of the mean: 0.038
+    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.125)).n_probes == 16
+    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.115)).n_probes == 32
 
 
-def test_the_kl_of_unseen_text_is_taken_as_half_as_much_again():
-    kl = np.array([[0.2], [0.067], [0.066], [0.01]]) * np.ones((1, 1000))
+def test_the_kl_of_unseen_text_is_taken_as_twice_as_much():
+    kl = np.array([[0.2], [0.051], [0.049], [0.01]]) * np.ones((1, 1000))
     assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.1)).n_probes == 32
 
 
 def test_the_fewest_whose_perplexity_has_grown_by_two_thirds_of_the_kl_at_most():
-    growth = np.array([[0.5], [0.067], [0.066], [0.0]])
+    growth = np.array([[0.5], [0.051], [0.049], [0.0]])
     assert choose(found_with(growth=growth), Goals(0.5, 0.15)).n_probes == 32
     assert Goals(kl=0.03).perplexity == pytest.approx(1.02, abs=5e-4)
 
