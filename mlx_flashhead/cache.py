@@ -4,7 +4,7 @@ import time
 
 from .cli.arguments import Parser
 from .cli.console import command
-from .cli.tables import new_table, show
+from .cli.tables import new_table, percent, show
 from .companion.cache import HOME_VARIABLE, Entry, entries, home, remove
 
 
@@ -34,7 +34,9 @@ def main() -> None:
     if not args.remove and not args.remove_all:
         print_entries(kept)
         return
-    chosen = kept if args.remove_all else _chosen(kept, args.remove)
+    chosen = _chosen(kept, args.remove) if args.remove else kept
+    if not chosen:
+        print_entries(chosen)
     for entry in chosen:
         nbytes = entry.nbytes
         remove(entry)
@@ -61,7 +63,7 @@ def print_entries(kept: list[Entry]) -> None:
             time.strftime("%Y-%m-%d", time.localtime(entry.built_at)),
             _size(entry.nbytes),
             f"{config.n_probes} of {config.n_clusters}" if config else "–",
-            "–" if agreement is None else f"{agreement:.2%}",
+            "–" if agreement is None else percent(agreement),
         )
     show(table)
 
@@ -69,9 +71,14 @@ def print_entries(kept: list[Entry]) -> None:
 def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:
     chosen = []
     for name in names:
-        found = [e for e in kept if e.folder.name.startswith(name) or _model(e) == name]
+        found = [entry for entry in kept if _model(entry) == name]
+        found = found or [e for e in kept if name and e.folder.name.startswith(name)]
         if not found:
-            raise ValueError(f"No FlashHead of {name} is kept: `mlx_flashhead.cache` lists them.")
+            raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
+        if len({_model(entry) for entry in found}) > 1:
+            raise ValueError(
+                f"The identifiers of {len(found)} models begin with {name}: give more of one."
+            )
         chosen += [entry for entry in found if entry not in chosen]
     return chosen
 

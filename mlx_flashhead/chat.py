@@ -97,7 +97,7 @@ def _load(args) -> tuple[nn.Module, Any]:
 
 
 def _check_arguments(parser, args) -> None:
-    if args.model is None:
+    if not args.model:
         parser.error("--model is needed: a folder or a repository of a model")
     if args.resume and args.system_prompt is not None:
         parser.error(

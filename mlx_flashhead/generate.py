@@ -141,7 +141,7 @@ def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **
 
 
 def _check_arguments(parser, args) -> None:
-    if args.model is None and args.prompt_cache_file is None:
+    if not args.model and args.prompt_cache_file is None:
         parser.error("--model is needed: a folder or a repository of a model")
     if args.draw_probes and (args.dense or not args.temp > 0):
         parser.error("--draw-probes needs --temp above 0, and no --dense")

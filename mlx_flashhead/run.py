@@ -1,6 +1,7 @@
 """Runs another program, unchanged, with a FlashHead under its load of mlx-lm or mlx-vlm."""
 
 import importlib.util
+import os
 import runpy
 import shutil
 import sys
@@ -45,18 +46,19 @@ def main() -> None:
     if args.module is None and args.program is None:
         parser.error("-m MODULE or a program is needed, such as -m mlx_lm.server")
     script = None if args.module is not None else _script(parser, args.program)
-    if args.module is not None and importlib.util.find_spec(args.module.split(".")[0]) is None:
-        parser.error(f"there is no module {args.module}: check -m")
     try:
         put_under_load(n_probes=args.n_probes, **look_up_options(args))
     except (ValueError, OSError) as error:
         parser.error(sentence(error))
-    # from here on errors are the program's own
     if script is None:
+        sys.path[0] = os.getcwd()  # as python -m does
+        if not _can_run(args.module):
+            parser.error(f"there is no module {args.module} that can be run: check -m")
         sys.argv[1:] = rest
         with warnings.catch_warnings():
             # mlx_lm has imported some of its programs
             warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+            # from here on errors are the program's own
             runpy.run_module(args.module, run_name="__main__", alter_sys=True)
     else:
         sys.argv[:] = [str(script), *rest]
@@ -75,6 +77,19 @@ def _own_part(words: list[str]) -> list[str]:
         takes_value = words[i] in ("--n-probes", "--flash-head")
         i += 2 if takes_value else 1
     return words
+
+
+def _can_run(module: str) -> bool:
+    """Whether ``python -m`` can run it: a module, or a package with a ``__main__``."""
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # a module that a package of it lacks
+        return False
+    return spec is not None
 
 
 def _script(parser: Parser, name: str) -> Path:

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from mlx_flashhead.cli.arguments import Parser, whole_number, whole_numbers
 from mlx_flashhead.cli.console import command
-from mlx_flashhead.cli.tables import new_table, show
+from mlx_flashhead.cli.tables import new_table, percent, show
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.measures import Routing, measure
@@ -191,9 +191,9 @@ def print_figures(found: list[dict], title: str) -> None:
             one["rows"],
             one["flash_head"],
             f"{one['cosine']:.4f}",
-            f"{one['length_change']:.1%}",
+            percent(one["length_change"], 1),
             str(one["n_probes"]),
-            f"{one['agreement']:.2%}",
+            percent(one["agreement"]),
             f"{one['kl']:.4f}",
             f"{one['perplexity']:.4f}",
         )

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mlx_flashhead import FlashHead, get_flash_head
 from mlx_flashhead.benchmarks.timing import Spread, head_seconds
-from mlx_flashhead.cli.tables import new_table
+from mlx_flashhead.cli.tables import new_table, percent
 from mlx_flashhead.models.locate import find_head, recorded_hidden
 
 TITLES = ("dense", "FlashHead")
@@ -126,7 +126,7 @@ def _table(speeds: tuple[list[float], ...], seconds: tuple[list[float], ...]) ->
     milliseconds = [spread.scaled(1000) for spread in of_seconds]
     table.add_row("ms/token in the head", *map(_spread, milliseconds), f"{faster:.1f} x")
     shares = (s.median * v.median for s, v in zip(of_seconds, of_speeds, strict=True))
-    table.add_row("the head's share", *(f"{share:.0%}" for share in shares), "")
+    table.add_row("the head's share", *(percent(share, 0) for share in shares), "")
     return table
 
 
@@ -148,8 +148,8 @@ def _agreement(
     agreement = sum(map(int.__eq__, chosen, dense_ids)) / len(dense_ids)
     return (
         f"{texts}\nFlashHead scored {head.n_probes} of {head.n_clusters} clusters per token; "
-        f"given the dense text so far, it chooses the same next token at {agreement:.1%} of the "
-        "positions."
+        "given the dense text so far, it chooses the same next token at "
+        f"{percent(agreement, 1)} of the positions."
     )
 
 

@@ -119,7 +119,7 @@ def print_estimates(shape: ModelShape, chip: str, found: list[Estimate]) -> None
             f"{public.tokens_per_second:g}",
             f"{measured:.2f}",
             f"{estimated:.2f}",
-            f"{error:+.0%}",
+            f"{100 * error:+.0f} %",
         )
     show(table, formula(shape), "", *constants, "", NOTE, public_table)
 

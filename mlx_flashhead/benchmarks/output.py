@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..cli.tables import new_table, show
+from ..cli.tables import new_table, percent, show
 from .conversion import TOTAL
 from .head import CANDIDATES, LOGITS, TOKEN
 from .head import DENSE as DENSE_HEAD
@@ -112,8 +112,9 @@ def _model_table(one: dict) -> "Table":
         f"{one['n_clusters']:,} clusters",
         ("", "tokens/s", "quartiles", "ms", "body", "head", "sampling"),
         f"{one['times_faster']:.2f} times as fast; a free head: "
-        f"{one['times_faster_with_a_free_head']:.2f}. Saved: {one['share_of_free_head_saved']:.1%} "
-        f"of what a free head would save (quartiles {lower:.0%}–{upper:.0%}).",
+        f"{one['times_faster_with_a_free_head']:.2f}. "
+        f"Saved: {percent(one['share_of_free_head_saved'], 1)} of what a free head would save "
+        f"(quartiles {percent(lower, 0)}–{percent(upper, 0)}).",
     )
     for name in (DENSE, FLASH_HEAD, NO_HEAD):
         speed = one["tokens_per_second"][name]
@@ -181,8 +182,8 @@ def _draft_table(one: dict) -> "Table":
             form["name"],
             f"{speed['median']:.1f}",
             _quartiles(speed),
-            "–" if accepted is None else f"{accepted:.1%}",
-            f"{form['same_answers']:.0%}",
+            "–" if accepted is None else percent(accepted, 1),
+            percent(form["same_answers"], 0),
         )
     return table
 
@@ -213,3 +214,4 @@ def _memory_table(one: dict) -> "Table":
 
 def _quartiles(spread: dict) -> str:
     return f"{spread['lower']:.2f}–{spread['upper']:.2f}"
+from ..cli.tables import new_table, percent, show

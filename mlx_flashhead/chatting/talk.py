@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..cli.console import sentence
+from ..cli.tables import percent
 from ..cli.terminal import StopKey, Terminal
 from ..cli.typed import Typed
 from ..models.install import get_flash_head
@@ -217,7 +218,7 @@ def _figures(answer: Answer) -> str:
     if answer.tokens_per_second is not None:
         figures.append(f"{answer.tokens_per_second:.1f} tokens/s")
     if answer.head_share is not None:
-        figures.append(f"{answer.head_share:.1%} of the time in the head")
+        figures.append(f"{percent(answer.head_share, 1)} of the time in the head")
     figures.append(f"prompt {answer.n_prompt} tokens, {answer.n_cached} from the cache")
     if answer.finish == STOPPED:
         figures.append("stopped")

@@ -56,6 +56,11 @@ def show(*parts: "Table | str") -> None:
         console.print(part, markup=False)
 
 
+def percent(share: float, decimals: int = 2) -> str:
+    """A share as text, such as "99.80 %"."""
+    return f"{100 * share:.{decimals}f} %"
+
+
 def check_tables(command: str) -> None:
     """Checks, before long work, that a command can print its tables.
 

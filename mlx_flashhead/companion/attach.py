@@ -109,9 +109,9 @@ def install_found(
             return None
         if missing == REFUSE:
             raise ValueError(
-                f"There is no FlashHead of {origin.known_as} yet: let it be built (without "
-                "--no-build, in one process), name one with --flash-head, or use the model dense "
-                "(--dense)."
+                f"There is no FlashHead of {origin.known_as} yet, and none is built with "
+                "--no-build or in several processes: use the model without them once, name a "
+                "FlashHead (--flash-head), or stay --dense."
             )
         found = build_index(model, tokenizer, location, origin=origin, say=say, progress=progress)
     return install_index(

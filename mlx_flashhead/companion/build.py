@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ..conversion.duration import expected_seconds, in_words
 from ..conversion.options import IndexOptions
-from ..conversion.pipeline import make_index
+from ..conversion.pipeline import index_nbytes, make_index
 from ..models.locate import HeadLocation, check_plain_product
 from ..models.processor_text import text_side
 from ..publishing.origin import Origin, card_metadata
@@ -52,10 +52,11 @@ def build(
             return found
         options = IndexOptions()
         options.check_size(rows.n_rows)
+        obstacle = cache.obstacle(place, index_nbytes(rows))
         duration = in_words(expected_seconds(rows, options))
         say(
-            f"Building the FlashHead of {origin.known_as}. This is done once and takes about "
-            f"{duration} at most. It is kept in {place}."
+            f"Building the FlashHead of {origin.known_as}, which takes at most about {duration}. "
+            + (f"It is kept in {place}." if obstacle is None else _not_kept(obstacle))
         )
         recipe = make_recipe(
             {INDEX_ONLY: True},
@@ -66,13 +67,19 @@ def build(
         ) | {"metadata": card_metadata(origin, "adapter")}
         with redirect_stdout(sys.stderr):  # standard output is the command's own
             text = text_side(model, tokenizer)
-            index = make_index(model, text, location, options, None, recipe, progress=progress)
-        try:
-            cache.keep(index, place)
-        except (OSError, ValueError) as error:
-            reason = str(error).partition(": choose")[0].rstrip(".")
-            say(
-                f"The FlashHead was not kept ({reason}): it is built again next time, unless "
-                f"{cache.HOME_VARIABLE} names a writable place."
+            index = make_index(
+                model, text, location, options, None, recipe, progress=progress, tables=False
             )
+        if obstacle is None:
+            try:
+                cache.keep(index, place)
+            except OSError as error:
+                say(_not_kept(error.strerror or str(error)))
     return Found(index, str(place))
+
+
+def _not_kept(obstacle: str) -> str:
+    return (
+        f"It is not kept, since {cache.home()} cannot be written ({obstacle}): set "
+        f"{cache.HOME_VARIABLE} to another place, or it is built again next time."
+    )

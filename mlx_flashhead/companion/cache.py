@@ -4,12 +4,14 @@ Each is a folder, written completely or not at all. Its name is the fingerprint 
 version of the recipe, so a moved or renamed model finds its own.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from filelock import FileLock, Timeout
 
@@ -98,6 +100,19 @@ def keep(index: FlashHeadIndex, place: Path) -> None:
     """
     with new_folder(place) as folder:
         write_companion(folder, index)
+
+
+def obstacle(place: Path, nbytes: int) -> str | None:
+    """Why a FlashHead of about that size cannot be kept in ``place``; None if it can."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=place.parent):
+            pass
+        if shutil.disk_usage(place.parent).free < nbytes:
+            return os.strerror(errno.ENOSPC)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def remove(entry: Entry) -> None:

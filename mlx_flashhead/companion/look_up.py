@@ -47,7 +47,13 @@ def given(flash_head: str | Path | None) -> Found | None:
     """
     if flash_head is None:
         return None
-    return Found(read_index(resolve(str(flash_head), files=FILES)), str(flash_head))
+    folder = resolve(str(flash_head), files=FILES)
+    if not is_written_here(folder):
+        raise ValueError(
+            f"{flash_head} holds no FlashHead: name another one, or leave it out and one is found "
+            "or built."
+        )
+    return Found(read_index(folder), str(flash_head))
 
 
 def inside(folder: Path, say: Callable[[str], None]) -> Found | None:

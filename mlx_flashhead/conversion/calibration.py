@@ -36,6 +36,7 @@ def generated_states(
     seed: int = 0,
     temperature: float = 1.0,
     seconds: float = float("inf"),
+    description: str = "Writing text",
     progress: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hidden states of text that the model writes itself, in batches.
@@ -49,6 +50,7 @@ def generated_states(
         seed: Seed of the sampling.
         temperature: Of the sampling; 0 is greedy.
         seconds: Time limit. After it no further states are computed.
+        description: Text of the bar.
         progress: Show a bar.
 
     Returns:
@@ -64,7 +66,7 @@ def generated_states(
     with (
         numpy_products(),
         recorded_hidden(location) as recorded,
-        tqdm(total=positions, desc="Writing", unit="token", disable=not progress) as bar,
+        tqdm(total=positions, desc=description, unit="token", disable=not progress) as bar,
     ):
 
         def sampler(logprobs):

@@ -13,7 +13,7 @@ from .measures import Routing, measure_positions
 from .metric import logit_metric
 from .positions import Positions
 from .probes import Goals, choose_probes, probe_grid
-from .report import goals_sentence, make_report, report_lines
+from .report import choice_text, make_report, report_lines
 
 CENTROID_GROUP = 64  # columns that share a scale
 DEFAULT_GOALS = Goals()
@@ -32,6 +32,7 @@ def build_index(
     body_bytes: int | None = None,
     recipe: dict | None = None,
     progress: bool = True,
+    tables: bool = True,
 ) -> FlashHeadIndex:
     """Builds the index of a head.
 
@@ -49,6 +50,7 @@ def build_index(
         body_bytes: Bytes of weights that all other layers read per token, for the report.
         recipe: The recipe to store.
         progress: Show bars and the choice.
+        tables: Show the measured report too.
 
     Raises:
         ValueError: If an argument is not valid.
@@ -82,7 +84,7 @@ def build_index(
     )
     said = []
     matrix = centroids.matrix
-    if matrix.group_size != CENTROID_GROUP:
+    if tables and matrix.group_size != CENTROID_GROUP:
         instead = (
             f"are quantized in groups of {matrix.group_size}"
             if matrix.quantized
@@ -97,10 +99,19 @@ def build_index(
         n_probes = uncalibrated_probes(n_clusters) if n_probes is None else n_probes
         said.append(f"{n_probes} of {n_clusters} clusters per token, not calibrated")
     else:
-        n_probes, report, lines = _chosen(
-            rows, weight, head_bias, token_ids, centroids, n_probes, goals, held_out, body_bytes
+        n_probes, report, chosen = _chosen(
+            rows,
+            weight,
+            head_bias,
+            token_ids,
+            centroids,
+            n_probes,
+            goals,
+            held_out,
+            body_bytes,
+            progress,
         )
-        said += lines
+        said += [*(report_lines(report, n_probes) if tables else []), *chosen]
     if progress:
         print("\n".join(said))
     config = FlashHeadConfig(
@@ -133,8 +144,9 @@ def _chosen(
     goals: Goals,
     held_out: Positions,
     body_bytes: int | None,
+    progress: bool,
 ) -> tuple[int, dict, list[str]]:
-    """The number of probes, the report on the held-out positions, and sentences on both."""
+    """The number of probes, the report on the held-out positions, and a sentence on a choice."""
     n_clusters, cluster_size = token_ids.shape
     matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
     routing = Routing("FlashHead", lambda h: h @ matrix.T + bias, as_float32(centroids.tail_offset))
@@ -154,14 +166,13 @@ def _chosen(
         [routing],
         sorted({*grid, *given}),
         held_out.next_ids,
-        progress=False,
+        progress=progress,
     )
     said = []
     if n_probes is None:
         choice = choose_probes(found, held_out.kinds, goals, bytes_share)
         n_probes = choice.n_probes
-    else:
-        choice = None
+        said.append(choice_text(choice, n_clusters, goals))
     report = make_report(
         found,
         held_out,
@@ -171,9 +182,6 @@ def _chosen(
         dense_bytes=dense_bytes,
         body_bytes=body_bytes,
     )
-    said += report_lines(report, n_probes)
-    if choice is not None:
-        said.append(goals_sentence(choice, goals))
     return n_probes, report, said
 
 

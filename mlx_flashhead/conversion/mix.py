@@ -66,6 +66,7 @@ class GivenText:
             [self._windows[i] for i in places],
             [self._beginning] * len(places),
             seconds=seconds,
+            description="Reading given text",
             progress=progress,
         )
         for i, states in zip(places, found, strict=True):
@@ -139,9 +140,10 @@ def written_positions(
     vocab_size = location.rows().n_rows
     parts = []
     answered = positions // 2
-    for name, prompts, temperature, wanted, share in (
-        (ANSWERS, chat_prompts(tokenizer, rng), 0.0, answered, 1 / 2),
-        (SELF_WRITTEN, varied_prompts(tokenizer, vocab_size, rng), 1.0, positions - answered, 1),
+    requests, beginnings = chat_prompts(tokenizer, rng), varied_prompts(tokenizer, vocab_size, rng)
+    for name, description, prompts, temperature, wanted, share in (
+        (ANSWERS, "Writing answers", requests, 0.0, answered, 1 / 2),
+        (SELF_WRITTEN, "Writing text", beginnings, 1.0, positions - answered, 1),
     ):
         states, next_ids = generated_states(
             model,
@@ -152,6 +154,7 @@ def written_positions(
             seed=seed,
             temperature=temperature,
             seconds=share * (until - time.monotonic()),
+            description=description,
             progress=progress,
         )
         if len(states):

@@ -118,6 +118,7 @@ def make_index(
     recipe: dict[str, Any],
     *,
     progress: bool = True,
+    tables: bool = True,
 ) -> FlashHeadIndex:
     """Makes the index of a model in memory.
 
@@ -129,13 +130,14 @@ def make_index(
         text: Text of the file to calibrate on, if the options name one.
         recipe: The recipe to store.
         progress: Show bars and the choice.
+        tables: Show the measured report too.
 
     Raises:
         ValueError: If the text is too short, or an option does not fit the model.
     """
     positions = None
     if options.calibration != NO_CALIBRATION:
-        positions = _calibrate(model, tokenizer, location, options, text, progress)
+        positions = _calibrate(model, tokenizer, location, options, text, progress, tables)
     return build_index(
         location.rows(),
         positions,
@@ -148,7 +150,13 @@ def make_index(
         body_bytes=_body_bytes(model, location),
         recipe=recipe,
         progress=progress,
+        tables=tables,
     )
+
+
+def index_nbytes(rows: Matrix) -> int:
+    """Approximate size of an index, from what is known before the work."""
+    return rows.n_rows * (4 + rows.hidden_size // 16)  # ids, centroids of 4 bits and small arrays
 
 
 def _load(
@@ -178,7 +186,7 @@ def _load(
 
 def _nbytes(rows: Matrix, model: nn.Module, index_only: bool) -> int:
     """Approximate size of the result, from what is known before the work."""
-    index = rows.n_rows * (4 + rows.hidden_size // 16)  # ids, centroids of 4 bits and small arrays
+    index = index_nbytes(rows)
     if index_only:
         return index
     weights: Any = tree_flatten(model.parameters())
@@ -198,6 +206,7 @@ def _calibrate(
     options: IndexOptions,
     text: str | None,
     progress: bool,
+    tables: bool,
 ) -> Positions:
     """Positions of the text, or of the mix."""
     if text is None:
@@ -211,7 +220,7 @@ def _calibrate(
             seconds=options.calibration_seconds,
             progress=progress,
         )
-        if progress and time.monotonic() - start > options.calibration_seconds:
+        if progress and tables and time.monotonic() - start > options.calibration_seconds:
             print(
                 f"The time was up after {len(found):,} of {options.calibration_positions:,} "
                 "positions: mlx_flashhead.convert --calibration-seconds takes more."

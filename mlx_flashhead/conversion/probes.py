@@ -57,13 +57,26 @@ class Goals:
         """Greatest perplexity of the true next tokens, relative to dense."""
         return math.exp(PERPLEXITY_SHARE * self.kl)
 
+    def in_words(self) -> tuple[str, str, str]:
+        """The goals for agreement, KL and perplexity as text."""
+        return (
+            f"{100 * self.agreement:g} % agreement",
+            f"a KL of {self.kl:g} nats",
+            f"{self.perplexity:.4g} times the dense perplexity",
+        )
+
 
 @dataclass(frozen=True)
 class Choice:
-    """A number of probes, and whether it reaches the goals. If not, the bytes limit it."""
+    """A number of probes, and the goals that it misses since the bytes limit it.
+
+    Attributes:
+        n_probes: The number.
+        missed: The missed goals as text, such as "99.8 % agreement".
+    """
 
     n_probes: int
-    reached: bool
+    missed: tuple[str, ...]
 
 
 def probe_grid(n_clusters: int, largest: int) -> list[int]:
@@ -98,19 +111,20 @@ def choose_probes(
     if not len(kinds):
         raise ValueError("There are no held-out positions to choose n_probes by: give it instead.")
     weights = kind_weights(kinds)
-    choice = Choice(found.probe_counts[0], False)
+    choice = Choice(found.probe_counts[0], goals.in_words())
     for n_probes, values in zip(found.probe_counts, found.values[0], strict=True):
         if n_probes > choice.n_probes and bytes_share(n_probes) > goals.bytes_share:
             break
-        kl = upper_bound(values[KL], weights)
+        kl = max(upper_bound(values[KL], weights), UNSEEN * float(values[KL] @ weights))
         growth = float((values[NLL] - found.dense_nll) @ weights)
         reached = (
-            lower_bound(values[AGREEMENT], weights) >= _possible(goals.agreement, weights)
-            and max(kl, UNSEEN * float(values[KL] @ weights)) <= goals.kl
-            and UNSEEN * growth <= PERPLEXITY_SHARE * goals.kl
+            lower_bound(values[AGREEMENT], weights) >= _possible(goals.agreement, weights),
+            kl <= goals.kl,
+            UNSEEN * growth <= PERPLEXITY_SHARE * goals.kl,
         )
-        choice = Choice(n_probes, reached)
-        if reached:
+        missed = [goal for goal, ok in zip(goals.in_words(), reached, strict=True) if not ok]
+        choice = Choice(n_probes, tuple(missed))
+        if not missed:
             break
     return choice
 

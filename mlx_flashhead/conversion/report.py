@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..cli.tables import percent
 from .measures import Measures, PositionMeasures
 from .positions import Positions
-from .probes import UNSEEN, Choice, Goals
+from .probes import Choice, Goals
 
 
 def make_report(
@@ -79,13 +80,13 @@ def make_report(
 def report_lines(report: dict, n_probes: int) -> list[str]:
     """The report as two tables of plain text, with a mark at the row of ``n_probes``."""
     figures = f"{'agreement':>9} {'KL':>6} {'perplexity':>10}"
-    lines = [f"{'probes':>8} {figures} {'bytes':>6} {'token':>6}"]
+    lines = [f"{'probes':>8} {figures} {'bytes':>7} {'token':>7}"]
     for row in report["by_probes"]:
         mark = "→" if row["n_probes"] == n_probes else ""
         share = row.get("token_share")
         lines.append(
-            f"{mark:1} {row['n_probes']:>6,} {_figures(row)} {row['bytes_share']:>6.1%} "
-            + (f"{'–':>6}" if share is None else f"{share:>6.1%}")
+            f"{mark:1} {row['n_probes']:>6,} {_figures(row)} {percent(row['bytes_share'], 1):>7} "
+            + f"{'–' if share is None else percent(share, 1):>7}"
         )
     lines += ["", f"{'at ' + format(n_probes, ',') + ' probes':18} {'positions':>9} {figures}"]
     for row in report["by_kind"]:
@@ -99,19 +100,20 @@ def report_lines(report: dict, n_probes: int) -> list[str]:
     return lines
 
 
-def goals_sentence(choice: Choice, goals: Goals) -> str:
-    """Whether the chosen number of probes reaches the goals, in a sentence."""
-    asked = (
-        f"{goals.agreement:.2%} agreement, a KL of {goals.kl:g} nats and a perplexity of "
-        f"{goals.perplexity:.3g} times dense on unseen text"
-    )
-    confidence = f"with 95 % confidence, its KL taken as {UNSEEN:g} times that of held-out text"
-    if choice.reached:
-        return f"{choice.n_probes} probes are the fewest that reach {asked}, {confidence}."
+def choice_text(choice: Choice, n_clusters: int, goals: Goals) -> str:
+    """The chosen number of probes, and the goals that it reaches or misses, in short sentences."""
+    scored = f"{choice.n_probes:,} of {n_clusters:,} clusters per token"
+    if not choice.missed:
+        return f"{scored} are the fewest that reach {_joined(goals.in_words())}."
     return (
-        f"{choice.n_probes} probes miss {asked}, {confidence}, but more would read above "
-        f"{goals.bytes_share:.0%} of the dense head's bytes: --n-probes takes more."
+        f"{scored} miss {_joined(choice.missed)}. More would read over "
+        f"{100 * goals.bytes_share:g} % of the dense head's bytes: ask for them with --n-probes."
     )
+
+
+def _joined(parts: Sequence[str]) -> str:
+    *others, last = parts
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _shown(probe_counts: Sequence[int], n_probes: int) -> set[int]:
@@ -123,7 +125,7 @@ def _shown(probe_counts: Sequence[int], n_probes: int) -> set[int]:
 def _figures(row: dict) -> str:
     ratio, kl = row["perplexity_ratio"], row["kl"]
     return (
-        f"{row['agreement']:>9.2%} {'–' if kl is None else format(kl, '.3f'):>6} "
+        f"{percent(row['agreement']):>9} {'–' if kl is None else format(kl, '.3f'):>6} "
         f"{'–' if ratio is None else format(ratio, '.3f'):>10}"
     )
 

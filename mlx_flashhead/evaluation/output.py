@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..cli.pictures import pyplot
-from ..cli.tables import new_table, show
+from ..cli.tables import new_table, percent, show
 from .answers import AnswerEvaluation
 from .masks import MaskEvaluation
 from .precision import PrecisionEvaluation
@@ -70,13 +70,13 @@ def print_table(evaluation: Evaluation) -> None:
         table.add_row(
             "" if measured.routing == previous else measured.routing,
             f"{measured.n_probes}",
-            f"{measured.agreement:.2%}",
-            f"{measured.coverage:.2%}",
-            f"{measured.covered_mass:.2%}",
+            percent(measured.agreement),
+            percent(measured.coverage),
+            percent(measured.covered_mass),
             _or_dash(measured.kl, "{:.3f}"),
             _or_dash(measured.perplexity / evaluation.dense_perplexity, "{:.3f}"),
             _or_dash(measured.drawn_perplexity / evaluation.dense_perplexity, "{:.2f}"),
-            f"{evaluation.bytes_share[measured.n_probes]:.1%}",
+            percent(evaluation.bytes_share[measured.n_probes], 1),
             style="bold" if own else None,
         )
         previous = measured.routing
@@ -101,11 +101,11 @@ def print_precisions(evaluation: PrecisionEvaluation) -> None:
             measured.head,
             f"{measured.bits}",
             "–" if measured.n_probes is None else f"{measured.n_probes}",
-            f"{measured.agreement:.2%}",
+            percent(measured.agreement),
             f"{measured.kl:.5f}",
             f"{measured.perplexity / reference.perplexity:.4f}",
             f"{measured.bytes_read / 1e6:.2f}",
-            f"{measured.bytes_share:.1%}",
+            percent(measured.bytes_share, 1),
         )
         previous = kind
     show(table)
@@ -127,7 +127,7 @@ def print_structured(evaluation: StructuredEvaluation) -> None:
         ("cut at the limit of tokens", evaluation.cut, evaluation.answers),
         ("greedy ones that are the dense model's", evaluation.same_as_dense, evaluation.schemas),
     ):
-        table.add_row(name, f"{count} of {of}", f"{count / max(1, of):.1%}")
+        table.add_row(name, f"{count} of {of}", percent(count / max(1, of), 1))
     show(table)
 
 
@@ -141,7 +141,7 @@ def print_masks(evaluation: MaskEvaluation) -> None:
     )
     for choice in evaluation.choices:
         table.add_row(
-            choice.change, f"{choice.estimates:.2%}", f"{choice.exact:.2%}", f"{choice.differing}"
+            choice.change, percent(choice.estimates), percent(choice.exact), f"{choice.differing}"
         )
     show(table)
 
@@ -182,8 +182,8 @@ def print_answers(evaluation: AnswerEvaluation) -> None:
     for measured in evaluation.measures:
         table.add_row(
             f"{measured.n_probes}",
-            f"{measured.bytes_share:.1%}",
-            f"{measured.identical:.1%}",
+            percent(measured.bytes_share, 1),
+            percent(measured.identical, 1),
             _or_dash(measured.median_parting, "{:.0f}"),
             f"{measured.nats_per_token:+.4f}",
             *(f"{n}" for n in measured.misses),

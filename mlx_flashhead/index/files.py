@@ -8,6 +8,7 @@ The index is a safetensors file with another ending, since mlx-swift-lm up to 3.
 without ``model.safetensors.index.json``, load every ``*.safetensors`` and refuse unknown arrays.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -101,7 +102,9 @@ def read_index(folder: Path) -> FlashHeadIndex:
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
-        mx.eval(arrays)
+        checksum = _checksum(arrays)
+        if metadata.get("checksum", checksum) != checksum:
+            raise ValueError("Bytes have changed.")
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read because it is damaged or incomplete: fetch the file again, or "
@@ -135,7 +138,7 @@ def read_settings(folder: Path) -> FlashHeadConfig:
         )
     by_itself = (folder / SETTINGS_NAME).exists()
     source = SETTINGS_NAME if by_itself else f"{CONFIG_NAME}'s {CONFIG_KEY} entry"
-    return FlashHeadConfig.from_dict(entry, source)
+    return FlashHeadConfig.from_dict(entry, str(folder / source))
 
 
 def _settings(folder: Path) -> Any:
@@ -157,14 +160,19 @@ def _write_arrays(folder: Path, index: FlashHeadIndex) -> None:
     }
     arrays |= {f"centroids.{name}": array for name, array in centroids.matrix.arrays().items()}
     # the fingerprint ties the file to its settings and the rows
-    metadata = {"format": "mlx", "fingerprint": index.config.fingerprint}
+    fingerprint = index.config.fingerprint
+    metadata = {"format": "mlx", "fingerprint": fingerprint, "checksum": _checksum(arrays)}
     path = folder / FILE_NAME
-    try:
-        with path.open("wb") as file:  # MLX would add .safetensors to a name
-            mx.save_safetensors(file, arrays, metadata=metadata)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    with path.open("wb") as file:  # MLX would add .safetensors to a name
+        mx.save_safetensors(file, arrays, metadata=metadata)
+
+
+def _checksum(arrays: dict[str, mx.array]) -> str:
+    """SHA-256 (hex) over the bytes of all arrays, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(bytes(arrays[name].reshape(-1).view(mx.uint8)))
+    return digest.hexdigest()
 
 
 def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:

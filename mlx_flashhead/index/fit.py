@@ -1,5 +1,6 @@
 """Whether an index serves the rows of a model."""
 
+from ..cli.tables import percent
 from ..head.matrix import Matrix
 from .files import FlashHeadIndex
 
@@ -28,7 +29,8 @@ def check_fit(index: FlashHeadIndex, rows: Matrix, source: str) -> str | None:
     if rows.fingerprint() == config.fingerprint:
         return None
     likeness = index.sketch.likeness(rows)
-    figures = f"mean cosine {likeness.cosine:.3f}, lengths {likeness.length_change:.1%} apart"
+    apart = percent(likeness.length_change, 1)
+    figures = f"mean cosine {likeness.cosine:.3f}, lengths {apart} apart"
     if not likeness.near:
         raise ValueError(
             f"The FlashHead in {source} belongs to other rows than this model's ({figures}): "

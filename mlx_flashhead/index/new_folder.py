@@ -31,6 +31,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: If the place cannot be written.
+        OSError: If writing into the folder fails, naming ``target``.
     """
     missing_parents = [parent for parent in target.parents if not parent.exists()]
     folder, lock = None, None
@@ -43,10 +44,15 @@ def new_folder(target: Path) -> Iterator[Path]:
             folder.chmod(0o755)  # mkdtemp's are private
         except OSError as error:
             raise ValueError(
-                f"{target} cannot be written ({error.filename}: {error.strerror}): choose another "
-                "place."
+                f"{target} cannot be written ({error.strerror}): choose another place."
             ) from None
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            within = error.filename is None or Path(error.filename).is_relative_to(folder)
+            if error.strerror and within:
+                error.filename = str(target)
+            raise
         if target.exists():
             _exchange(folder, target)
         else:

@@ -6,8 +6,16 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import huggingface_hub
 import mlx.nn as nn
 import mlx_lm
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME, FlashHeadIndex
@@ -29,6 +37,8 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
     Raises:
         ValueError: If neither the folder nor the repository exists.
     """
+    if not str(path_or_repo):
+        raise ValueError("The name of the model is empty: give a folder or a repository.")
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -37,7 +47,7 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
             )
         return path
     if path.exists():
-        raise ValueError(f"{path_or_repo} is a file: name the model's folder instead.")
+        raise ValueError(f"{path_or_repo} is a file: name its folder instead.")
     if len(path.parts) > 2 or path.is_absolute() or str(path_or_repo).startswith((".", "~")):
         raise ValueError(f"There is no folder {path_or_repo}: check the path of the model.")
     try:
@@ -47,10 +57,35 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
             allow_patterns=files or [*DEFAULT_ALLOW_PATTERNS, FILE_NAME],
         )
     except Exception as error:  # the Hub's client raises many unrelated types
-        raise ValueError(
-            f"There is no folder {path_or_repo!r} here, and the Hugging Face Hub does not give it "
-            f"({reason(error)}): check the name and the network."
-        ) from None  # the error's own text may hold the token
+        # the error's own text may hold the token
+        raise ValueError(_not_given(str(path_or_repo), revision, error)) from None
+
+
+def _not_given(name: str, revision: str | None, error: Exception) -> str:
+    """A sentence on a repository that cannot be downloaded."""
+    missing = f"There is no folder {name!r} here, and"
+    if isinstance(error, GatedRepoError):
+        page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
+        return f"{name} is gated: ask for access on {page}, then log in with `hf auth login`."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{missing} no such repository on the Hugging Face Hub: check the name, or log in with "
+            "`hf auth login` if it is private."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"The repository {name} has no revision {revision!r}: check it on its page."
+    if isinstance(error, HFValidationError):
+        return f"{missing} it cannot be a repository: give a folder or OWNER/NAME."
+    if isinstance(error, LocalEntryNotFoundError):
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            return (
+                f"{missing} it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
+            )
+        return f"{missing} the Hugging Face Hub cannot be reached: check the network and the name."
+    return (
+        f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check the name and "
+        "the network."
+    )
 
 
 def reason(error: Exception) -> str:

@@ -265,5 +265,5 @@ def _has_adapter(module: nn.Module) -> bool:
 def _adapted(path: str) -> UnsupportedHeadError:
     return UnsupportedHeadError(
         f"The output projection {path!r} carries a LoRA adapter, which must be fused first: run "
-        "mlx_lm.fuse, then convert the fused model."
+        "mlx_lm.fuse, then use the fused model."
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..cli.tables import percent
 from ..index.files import FILE_NAME, is_companion
 from ..index.settings import FlashHeadConfig
 from .licences import Licence, changes_in
@@ -185,8 +186,8 @@ def _measured(config: FlashHeadConfig, model: str) -> str:
     if not rows and "agreement" in report:
         return (
             f"On {report['positions']:,} held-out positions the best token is the dense head's in "
-            f"{report['agreement']:.2%}, and the true next token is scored in "
-            f"{report['coverage']:.2%}."
+            f"{percent(report['agreement'])}, and the true next token is scored in "
+            f"{percent(report['coverage'])}."
         )
     if not rows:
         return NOT_MEASURED.format(model=model)
@@ -202,10 +203,10 @@ def _measured(config: FlashHeadConfig, model: str) -> str:
         own = f"**{probes}**" if row["n_probes"] == config.n_probes else probes
         ratio, kl = row["perplexity_ratio"], row["kl"]
         lines.append(
-            f"| {own} | {row['agreement']:.2%} | {row['coverage']:.2%} | "
+            f"| {own} | {percent(row['agreement'])} | {percent(row['coverage'])} | "
             f"{'–' if kl is None else f'{kl:.3f}'} | "
             f"{'–' if ratio is None else f'{ratio:.3f}'} | {_size(row['bytes_per_token'])} | "
-            f"{row['bytes_share']:.1%} |"
+            f"{percent(row['bytes_share'], 1)} |"
         )
     dense = report["dense_perplexity"]
     legend = LEGEND.format(

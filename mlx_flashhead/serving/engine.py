@@ -80,6 +80,7 @@ class Engine:
             catalogue = self._load()
         except Exception as error:
             self.catalogue.set_exception(error)
+            self._free()
             return
         maybe_set_recommended_wired_limit()
         self._stream = mx.default_stream(mx.default_device())
@@ -92,8 +93,11 @@ class Engine:
             except Exception as error:
                 logger.exception("The answers in progress have failed")
                 self._fail_all(error)
-        # arrays and streams of MLX must be freed before their thread ends
         del self._caches, self._readings, self._decoders
+        self._free()
+
+    def _free(self) -> None:
+        """Frees arrays and streams of MLX, which must go before their thread ends."""
         gc.collect()
         mx.clear_streams()
 

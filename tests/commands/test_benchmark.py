@@ -64,7 +64,7 @@ def test_draft(run, converted, tmp_path):
     assert [form["n_probes"] for form in one["forms"]] == [None, None, 1, 4]
     for form in one["forms"][1:]:
         (line,) = (line for line in screen.splitlines() if f" {form['name']} " in line)
-        assert f"{form['acceptance']:.1%}" in line
+        assert f"{100 * form['acceptance']:.1f} %" in line
 
 
 def test_positions(run, tmp_path):

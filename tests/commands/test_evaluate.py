@@ -29,7 +29,10 @@ def test_evaluate_prints_and_writes(run, converted, text, tmp_path, monkeypatch)
     # the table shows the figures that the file has
     few = rows["FlashHead", 2]
     assert few["agreement"] < 1
-    assert f"{few['agreement']:.2%}" in output and f"{few['bytes_share']:.1%}" in output
+    assert (
+        f"{100 * few['agreement']:.2f} %" in output
+        and f"{100 * few['bytes_share']:.1f} %" in output
+    )
     assert rows["FlashHead", N_CLUSTERS]["agreement"] == 1
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
@@ -52,9 +55,9 @@ def test_evaluate_precisions(run, converted, text, tmp_path, monkeypatch):
     ]
     # the table shows the figures that the file has
     reference, last = figures["measures"][0], figures["measures"][-1]
-    assert f"{last['agreement']:.2%}" in output and f"{last['kl']:.5f}" in output
+    assert f"{100 * last['agreement']:.2f} %" in output and f"{last['kl']:.5f}" in output
     assert f"{last['perplexity'] / reference['perplexity']:.4f}" in output
-    assert f"{last['bytes_share']:.1%}" in output
+    assert f"{100 * last['bytes_share']:.1f} %" in output
 
 
 def test_evaluate_answers(run, converted, tmp_path, monkeypatch):
@@ -69,7 +72,7 @@ def test_evaluate_answers(run, converted, tmp_path, monkeypatch):
     assert "2 requests through the chat template, at most 100 tokens" in " ".join(output.split())
     figures = json.loads((tmp_path / "out.json").read_text())
     few, every = figures["measures"]
-    assert f"{few['identical']:.1%}" in output and f"{few['nats_per_token']:+.4f}" in output
+    assert f"{100 * few['identical']:.1f} %" in output and f"{few['nats_per_token']:+.4f}" in output
     assert (every["identical"], every["median_parting"]) == (1, None)
     for other in ("--text", "--masks", "--precisions"):
         refused = (other, "text.txt") if other == "--text" else (other,)
@@ -112,7 +115,10 @@ def test_evaluate_masks(run, converted, text, tmp_path, monkeypatch):
     assert figures["positions"] == 30
     for choice in figures["choices"]:
         (line,) = (line for line in output.splitlines() if choice["change"] in line)
-        assert f"{choice['estimates']:.2%}" in line and f"{choice['exact']:.2%}" in line
+        assert (
+            f"{100 * choice['estimates']:.2f} %" in line
+            and f"{100 * choice['exact']:.2f} %" in line
+        )
 
 
 @pytest.mark.parametrize(

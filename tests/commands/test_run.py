@@ -125,15 +125,21 @@ def test_a_program_from_pypi(place, monkeypatch):
     assert output.strip() and DENSE not in errors
 
 
+@pytest.mark.parametrize("module", ["no_such.module", "mlx_lm.no_such", "model"])
+def test_a_module_that_cannot_be_run(place, module):
+    code, _, errors = run(place, "-m", module)
+    assert code == 2
+    assert errors == f"error: there is no module {module} that can be run: check -m.\n"
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         ((), "-m MODULE or a program is needed"),
-        (("-m", "no_such_module"), "there is no module no_such_module"),
         (("no_such_program",), "there is no file and no program no_such_program"),
         (("ls",), "is not a Python program"),
         (("--n-probes", 0, "program.py"), "--n-probes is 0: give a whole number of 1 or more"),
-        (("--flash-head", "model", "program.py"), "holds no FlashHead"),
+        (("--flash-head", "model", "program.py"), "model holds no FlashHead: name another"),
         (("--flash-head", "./absent", "program.py"), "There is no folder ./absent"),
     ],
 )

@@ -94,6 +94,17 @@ def test_it_ends_while_it_starts(converted, tmp_path, seconds):
     assert not set(errors.read_text().split()) & {"terminate", "Traceback", "libc++abi:"}
 
 
+def test_a_model_that_cannot_be_served_ends_it_with_a_sentence(dense, tmp_path):
+    command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(dense), "--no-build"]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [*command, "--port", "0"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: There is no FlashHead of model yet")
+
+
 def test_a_client_that_goes_leaves_one_line(converted, expected, tmp_path):
     with serving(tmp_path, "--model", converted) as server:
         stream = server.client().completions.create(model="model", prompt=PROMPT, **ENDLESS_ANSWER)

@@ -178,7 +178,7 @@ def test_generating_shows_a_bar(loaded, capsys):
     generated_states(model, tokenizer, find_head(model), prompts_of(tokenizer), 30)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "Writing: 100%" in shown.err
+    assert "Writing text: 100%" in shown.err
     assert "30/30" in shown.err
     generate(model, tokenizer, 3)
     assert capsys.readouterr().err == ""

@@ -144,13 +144,13 @@ def test_a_higher_target_takes_more_probes():
 
 def test_goals_that_read_too_much_are_given_up_and_that_is_said(capsys):
     rows, states, next_ids = make_case()
-    config = build(rows, states, next_ids, goals=Goals(0.9, 1e-9, 0.5), progress=True).config
+    config = build(rows, states, next_ids, goals=Goals(0.1, 1e-9, 0.5), progress=True).config
     (chosen,) = (r for r in config.report["by_probes"] if r["n_probes"] == config.n_probes)
     stored = config.report["dense_bytes"]
     assert chosen["bytes_share"] <= 0.5 < chosen["bytes_share"] + 8 * 8 * 64 * 4 / stored
     said = capsys.readouterr().out
-    assert f"{config.n_probes} probes miss 90.00% agreement, a KL of 1e-09 nats" in said
-    assert "above 50% of the dense head's bytes: --n-probes takes more" in said
+    assert f"\n{config.n_probes} of 51 clusters per token miss a KL of 1e-09 nats and " in said
+    assert "over 50 % of the dense head's bytes: ask for them with --n-probes." in said
 
 
 def test_n_probes_overrides_the_target():
@@ -227,13 +227,21 @@ def test_a_width_without_the_usual_group_is_said_once(
 
 def test_says_what_was_chosen(capsys):
     rows, states, next_ids = make_case()
-    config = build(rows, states, next_ids, progress=True).config
+    goals = Goals(0.5, 3.0, 1.0)
+    config = build(rows, states, next_ids, goals=goals, progress=True).config
     lines = capsys.readouterr().out.splitlines()
     (marked,) = (line for line in lines if line.startswith("→"))
     agreement = config.report["agreement"]
-    assert marked.split()[:3] == ["→", str(config.n_probes), f"{agreement:.2%}"]
+    assert marked.split()[:3] == ["→", str(config.n_probes), f"{100 * agreement:.2f}"]
     (kind,) = (line for line in lines if line.startswith("text"))
-    assert kind.split()[:3] == ["text", "100", f"{agreement:.2%}"]
+    assert kind.split()[:3] == ["text", "100", f"{100 * agreement:.2f}"]
+    choice = (
+        f"{config.n_probes} of 51 clusters per token are the fewest that reach 50 % agreement, "
+        "a KL of 3 nats and 7.389 times the dense perplexity."
+    )
+    assert lines[-1] == choice
+    build(rows, states, next_ids, goals=goals, progress=True, tables=False)
+    assert capsys.readouterr().out == choice + "\n"
     build(rows, progress=True)
     assert capsys.readouterr().out == "8 of 51 clusters per token, not calibrated\n"
     build(rows, states, next_ids)

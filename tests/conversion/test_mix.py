@@ -95,7 +95,7 @@ def test_given_text_leaves_time_to_write(loaded, monkeypatch, reading, writing, 
     """``reading`` and ``writing`` seconds a token, 120 seconds in all."""
     clock, width = Clock(), 2
 
-    def read_windows(model, location, windows, prefixes, *, seconds, progress):
+    def read_windows(model, location, windows, prefixes, *, seconds, **kwargs):
         until, states = clock.now + seconds, []
         for window in windows:
             late = clock.now > until

@@ -44,7 +44,7 @@ def test_the_fewest_that_reach_the_agreement_with_confidence():
     # 1,000 positions: 90 % and 1.645 standard errors of 0.95 points are 91.6 %
     agree = flags(0.5, 0.91, 0.917, 1.0)
     choice = choose(found_with(agree, n_positions=1000), Goals(0.9, 1.0))
-    assert choice == Choice(32, True)
+    assert choice == Choice(32, ())
 
 
 def test_the_fewest_that_reach_the_kl_with_confidence():
@@ -91,7 +91,7 @@ def test_kinds_weigh_the_same_and_those_of_few_positions_less():
 def test_no_more_than_may_be_read_unless_the_first_is_too_much_already():
     found = found_with(kl=1.0)
     choice = choose(found, Goals(0.5, 0.1, bytes_share=0.04))
-    assert choice == Choice(32, False)
+    assert choice == Choice(32, ("a KL of 0.1 nats",))
     assert choose(found, Goals(0.5, 0.1, bytes_share=0.001)).n_probes == 8
     assert choose(found, Goals(0.5, 0.1, bytes_share=1)).n_probes == 64
 

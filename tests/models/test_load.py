@@ -43,7 +43,7 @@ def test_no_such_folder(tmp_path, monkeypatch):
 
 def test_file_in_place_of_a_folder(original):
     path = original / "model.safetensors"
-    refused(lambda: resolve(str(path)), f"{path} is a file", "name the model's folder")
+    refused(lambda: resolve(str(path)), f"{path} is a file", "name its folder")
 
 
 def test_repository_that_cannot_be_had(monkeypatch):

@@ -72,8 +72,8 @@ def test_header_and_text(tmp_path):
         'load("me/Llama")',
         "mlx_lm.generate --model me/Llama",
         "On 1,800 positions",
-        "| 128 | 98.77% | 90.00% | 0.023 | 1.234 | 12.35 MB | 8.8% |",
-        "| **256** | 99.51% | 90.00% | 0.023 | – | 12.35 MB | 8.8% |",
+        "| 128 | 98.77 % | 90.00 % | 0.023 | 1.234 | 12.35 MB | 8.8 % |",
+        "| **256** | 99.51 % | 90.00 % | 0.023 | – | 12.35 MB | 8.8 % |",
         "the dense head's 3.21",
         "dense head reads 139.46 MB",
         "mlx_flashhead.convert --hf-path meta-llama/Llama-3.2-1B -q --seed 7",
@@ -99,7 +99,7 @@ def test_what_was_not_measured_is_not_shown(tmp_path):
 def test_checkpoints_that_recorded_less(tmp_path):
     report = {"positions": 150, "agreement": 0.99, "coverage": 0.9}
     card = write(tmp_path, dataclasses.replace(CONFIG, report=report, recipe={}))
-    assert "On 150 held-out positions" in card and "99.00%" in card and "90.00%" in card
+    assert "On 150 held-out positions" in card and "99.00 %" in card and "90.00 %" in card
     assert "the command was not recorded" in card
 
 
