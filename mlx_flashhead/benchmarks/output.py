@@ -214,4 +214,3 @@ def _memory_table(one: dict) -> "Table":
 
 def _quartiles(spread: dict) -> str:
     return f"{spread['lower']:.2f}–{spread['upper']:.2f}"
-from ..cli.tables import new_table, percent, show

@@ -23,7 +23,7 @@ from ..head.matrix import Matrix
 from ..models.install import installed_head
 from ..models.locate import find_head
 
-FLASH_HEAD, UNIT_MEANS = "FlashHead", "unit means (paper)"
+FLASH_HEAD, UNIT_MEANS = "FlashHead", "unit means"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mlx_flashhead.cli.terminal import UNPRINTABLE
 from model_folders import VOCAB_SIZE, write_model
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
-FIGURES = r"\[(\d+) tokens, [\d.]+ tokens/s, [\d.]+% of the time in the head, prompt (\d+) tokens"
+FIGURES = r"\[(\d+) tokens, [\d.]+ tokens/s, [\d.]+ % of the time in the head, prompt (\d+) tokens"
 ANSWER_TOKENS = 12
 
 
