@@ -99,7 +99,9 @@ def _draw_draft(axis, one: dict) -> None:
     for form in one["forms"]:
         bar = axis.barh(form["name"], form["tokens_per_second"]["median"], color="tab:blue")
         accepted = form["acceptance"]
-        axis.bar_label(bar, labels=["" if accepted is None else f" {percent(accepted, 0)} accepted"])
+        axis.bar_label(
+            bar, labels=["" if accepted is None else f" {percent(accepted, 0)} accepted"]
+        )
     axis.set(title=f"{one['draft_model']} drafts for {one['model']}", xlabel="tokens/s")
     axis.margins(x=0.2)
 
