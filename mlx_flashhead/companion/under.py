@@ -59,10 +59,10 @@ def put_under_load(
         @wraps(original)
         def load(path_or_hf_repo: Any, *arguments: Any, **options: Any) -> Any:
             try:
-                # neither library downloads the index of a repository
-                # and mlx_vlm.generate names a revision of a folder too
+                # mlx_vlm.generate names a revision of a folder too
                 is_folder = Path(path_or_hf_repo).expanduser().is_dir()
                 revision = None if is_folder else options.get("revision")
+                # neither library downloads the FlashHead of a repository
                 folder = resolve(str(path_or_hf_repo), revision)
             except ValueError:
                 return original(path_or_hf_repo, *arguments, **options)  # with its own error

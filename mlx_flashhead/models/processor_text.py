@@ -28,6 +28,9 @@ class ProcessorText:
     Args:
         model: A model of mlx-vlm.
         processor: Its processor, or a tokenizer.
+
+    Raises:
+        ValueError: If it has no tokenizer.
     """
 
     def __init__(self, model: nn.Module, processor: Any):
@@ -37,6 +40,11 @@ class ProcessorText:
         self._config: Any = model.config
         self._processor = processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
+        if not hasattr(self._tokenizer, "encode"):
+            raise ValueError(
+                f"{type(processor).__name__} has no tokenizer, which a FlashHead is built "
+                "with: give the processor that mlx_vlm.load returns."
+            )
         known = getattr(self._tokenizer, "stopping_criteria", None)
         ends = getattr(known, "eos_token_ids", None) or getattr(self._config, "eos_token_id", None)
         self.eos_token_ids = prompt_utils.resolve_eos_token_ids(ends, self._tokenizer)

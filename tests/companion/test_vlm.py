@@ -94,6 +94,18 @@ def test_calibration_speaks_as_the_model_is_spoken_to(loaded, quick, monkeypatch
     assert side.eos_token_ids == [tokenizer.eos_token_id]
 
 
+def test_a_template_that_fails_is_left_out(loaded):
+    model, processor = loaded
+    processor.chat_template = "{{ raise_exception('no') }}"
+    assert not text_side(model, processor).has_chat_template
+
+
+def test_without_a_processor(loaded):
+    with pytest.raises(ValueError, match="NoneType has no tokenizer"):
+        attach(loaded[0], None, progress=False)
+    assert get_flash_head(loaded[0]) is None
+
+
 def test_one_flash_head_serves_both_libraries(tmp_path, quick, capfd):
     folder = str(write_model(tmp_path / "model"))
     attach(*mlx_lm.load(folder))

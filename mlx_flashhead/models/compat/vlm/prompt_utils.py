@@ -14,6 +14,6 @@ def chat_text(
     """A conversation without pictures in the model's own form; None if it has no such form."""
     try:
         text = apply_chat_template(processor, config, messages, add_generation_prompt)
-    except ValueError:  # no form of messages is known for the architecture
+    except Exception:  # of an architecture without such a form, or whatever a template raises
         return None
     return text if isinstance(text, str) else None
