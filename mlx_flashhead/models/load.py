@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from ..head.flash_head import FlashHead
-from ..index.files import FILE_NAME, FlashHeadIndex
+from ..index.files import FILE_NAME, FlashHeadIndex, is_companion
 from ..index.fit import check_fit
 from ..index.redaction import redact
 from .compat.utils import DEFAULT_ALLOW_PATTERNS, download, load_adapters
@@ -73,7 +73,7 @@ def _not_given(name: str, revision: str | None, error: Exception) -> str:
             "`hf auth login` if it is private."
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"The repository {name} has no revision {revision!r}: check it on its page."
+        return f"The repository {name} has no revision {revision!r}: its page lists them."
     if isinstance(error, HFValidationError):
         return f"{missing} it cannot be a repository: give a folder or OWNER/NAME."
     if isinstance(error, LocalEntryNotFoundError):
@@ -99,6 +99,11 @@ def load_dense(folder: Path, **kwargs: Any):
     Raises:
         ValueError: If mlx-lm cannot load it, in one sentence.
     """
+    if is_companion(folder):
+        raise ValueError(
+            f"{folder} is a FlashHead without its model: give it as --flash-head, and the model it "
+            "was made for as --model."
+        )
     adapter_path = kwargs.pop("adapter_path", None)
     with loading(folder):
         loaded: Any = mlx_lm.load(str(folder), return_config=True, **kwargs)

@@ -2,12 +2,13 @@
 
 import importlib
 
+import huggingface_hub
 import mlx.core as mx
 import pytest
 
-from mlx_flashhead.index.files import FILE_NAME
+from mlx_flashhead.index.files import FILE_NAME, write_companion
 from mlx_flashhead.models.install import get_flash_head
-from mlx_flashhead.models.load import install_index, resolve
+from mlx_flashhead.models.load import install_index, load_dense, resolve
 from model_folders import write_model
 from tiny_models import tiny_index, tiny_model
 
@@ -56,6 +57,27 @@ def test_repository_that_cannot_be_had(monkeypatch):
         r"no folder 'owner/name' here.*\(We couldn't connect to the Hub for owner/name\)",
         "check the name and the network",
     )
+
+
+def test_what_the_hub_says_is_one_short_sentence(hub, monkeypatch):
+    hub.put("owner/name", {"config.json": b"{}"})
+    assert (resolve("owner/name") / "config.json").read_text() == "{}"
+    refused(lambda: resolve("owner/name", "v9"), "owner/name has no revision 'v9'")
+    refused(lambda: resolve("owner/other"), "no such repository on the Hugging Face Hub: check")
+    refused(lambda: resolve("owner other"), "it cannot be a repository: give a folder or OWNER/")
+    refused(lambda: resolve(""), "The name of the model is empty")
+    hub.shutdown()
+    hub.server_close()
+    huggingface_hub.close_session()
+    refused(lambda: resolve("owner/other"), "the Hugging Face Hub cannot be reached: check the net")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refused(lambda: resolve("owner/other"), "not downloaded before: .* unset HF_HUB_OFFLINE")
+    assert resolve("owner/name").is_dir()
+
+
+def test_a_flash_head_alone_is_no_model(tmp_path):
+    write_companion(tmp_path, tiny_index(tiny_model()))
+    refused(lambda: load_dense(tmp_path), "is a FlashHead without its model: give it as --flash")
 
 
 def test_repository_is_downloaded_with_its_flash_head(original, monkeypatch):
