@@ -46,13 +46,18 @@ def new_table(
 
 
 def show(*parts: "Table | str") -> None:
-    """Prints tables, and lines of text between them. No figure is cut off."""
+    """Prints tables, and lines of text between them.
+
+    No figure is cut off: a table is as wide as the screen, or wider unless it has a column that
+    folds.
+    """
     console = _rich("console").Console(highlight=False)
     screen = console.width
     for part in parts:
-        console.width = UNLIMITED
-        needed = 0 if isinstance(part, str) else console.measure(part).maximum
-        console.width = max(screen, needed)
+        console.width = screen
+        if not isinstance(part, str) and all(column.no_wrap for column in part.columns):
+            console.width = UNLIMITED
+            console.width = max(screen, console.measure(part).maximum)
         console.print(part, markup=False)
 
 
