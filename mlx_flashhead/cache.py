@@ -62,7 +62,7 @@ def print_entries(kept: list[Entry]) -> None:
             entry.folder.name[:8],
             time.strftime("%Y-%m-%d", time.localtime(entry.built_at)),
             _size(entry.nbytes),
-            f"{config.n_probes} of {config.n_clusters}" if config else "–",
+            f"{config.n_probes:,} of {config.n_clusters:,}" if config else "–",
             "–" if agreement is None else percent(agreement),
         )
     show(table)

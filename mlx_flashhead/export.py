@@ -57,7 +57,7 @@ def main() -> None:
     head = installed_head(model)
     with new_file(output) as path:
         arrays = export_plan(head, find_head(model), path)
-    print_table(arrays, f"{head.n_probes} of {head.n_clusters} clusters")
+    print_table(arrays, f"{head.n_probes:,} of {head.n_clusters:,} clusters")
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
     print(f"Next: add {output.name} and the model's folder to the app, as docs/ipad.md shows.")
 

@@ -147,7 +147,7 @@ def _agreement(
     chosen = [head.token(state[None]).item() for state in states]
     agreement = sum(map(int.__eq__, chosen, dense_ids)) / len(dense_ids)
     return (
-        f"{texts}\nFlashHead scored {head.n_probes} of {head.n_clusters} clusters per token; "
+        f"{texts}\nFlashHead scored {head.n_probes:,} of {head.n_clusters:,} clusters per token; "
         "given the dense text so far, it chooses the same next token at "
         f"{percent(agreement, 1)} of the positions."
     )

@@ -198,7 +198,7 @@ class Talk:
     def _settings(self) -> str:
         if self.head is None:
             return "dense, without FlashHead"
-        clusters = f"{self.head.n_probes} of {self.head.n_clusters} clusters"
+        clusters = f"{self.head.n_probes:,} of {self.head.n_clusters:,} clusters"
         return f"dense ({clusters} otherwise)" if self.dense else f"{clusters} scored per token"
 
 

@@ -47,8 +47,8 @@ def put_under_load(
             )
             assert head is not None  # only DENSE leaves it out
             say(
-                f"With FlashHead: {origin.known_as}, {head.n_probes} of {head.n_clusters} clusters "
-                "scored per token."
+                f"With FlashHead: {origin.known_as}, {head.n_probes:,} of {head.n_clusters:,} "
+                "clusters scored per token."
             )
         except (ValueError, OSError) as error:
             if not warned:

@@ -97,7 +97,7 @@ def build_index(
     report: dict = {}
     if positions is None:
         n_probes = uncalibrated_probes(n_clusters) if n_probes is None else n_probes
-        said.append(f"{n_probes} of {n_clusters} clusters per token, not calibrated")
+        said.append(f"{n_probes:,} of {n_clusters:,} clusters per token, not calibrated")
     else:
         n_probes, report, chosen = _chosen(
             rows,
