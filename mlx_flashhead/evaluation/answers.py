@@ -130,7 +130,7 @@ def evaluate_answers(
         missed = needed > n_probes
         by_answer = np.split(missed, ends[:-1])
         parted = [i for i, of_answer in enumerate(by_answer) if of_answer.any()]
-        with head.settings(n_probes=n_probes):
+        with head.settings(n_probes=n_probes, max_positions=BATCH_SIZE):
             parted_answers, parted_states = _answers(
                 model,
                 tokenizer,

@@ -100,7 +100,10 @@ def evaluate_masks(
     )
     changes = _changes(tokenizer, head.vocab_size, np.random.default_rng(seed))
     right = {name: np.zeros(2, dtype=int) for name, _ in changes}
-    with tqdm(total=len(states), desc="Masks", unit="position", disable=not progress) as bar:
+    with (
+        head.settings(max_positions=BATCH),
+        tqdm(total=len(states), desc="Masks", unit="position", disable=not progress) as bar,
+    ):
         for start in range(0, len(states), BATCH):
             hidden = mx.array(states[start : start + BATCH])
             dense = finish(head.dense_logits(hidden))

@@ -206,6 +206,7 @@ class FlashHead:
         dense: bool = False,
         draw_temperature: float | None = None,
         greedy: GreedyTokens | None = None,
+        max_positions: int | None = None,
     ) -> Iterator["FlashHead"]:
         """Within the block the head has other settings. The others stay as they are.
 
@@ -220,6 +221,7 @@ class FlashHead:
             dense: Score every token, the dense model's logits: n_probes = C.
             draw_temperature: Draw the probes at this temperature, above 0.
             greedy: Takes the greedy tokens. Full logits are not made.
+            max_positions: The limit of positions at once, for measuring the retrieval above it.
 
         Raises:
             ValueError: If a setting is not valid, or both ``n_probes`` and ``dense`` are given.
@@ -232,7 +234,7 @@ class FlashHead:
             raise ValueError(
                 f"The temperature of the draw is {draw_temperature}: it must be above 0."
             )
-        before = self._n_probes, self._draw_temperature, self._greedy
+        before = self._n_probes, self._draw_temperature, self._greedy, self._max_positions
         if dense:
             self.n_probes = self.n_clusters
         elif n_probes is not None:
@@ -241,10 +243,12 @@ class FlashHead:
             self._draw_temperature = float(draw_temperature)
         if greedy is not None:
             self._greedy = greedy
+        if max_positions is not None:
+            self._max_positions = max_positions
         try:
             yield self
         finally:
-            self._n_probes, self._draw_temperature, self._greedy = before
+            self._n_probes, self._draw_temperature, self._greedy, self._max_positions = before
 
     def dense(self) -> AbstractContextManager["FlashHead"]:
         """``settings(dense=True)``: within the block every token is scored."""

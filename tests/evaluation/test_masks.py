@@ -7,7 +7,7 @@ import pytest
 
 from mlx_flashhead.evaluation.masks import MaskEvaluation, evaluate_masks
 from mlx_flashhead.models import exact
-from mlx_flashhead.models.install import get_flash_head, install
+from mlx_flashhead.models.install import get_flash_head, install, installed_head
 from model_folders import VOCAB_SIZE, write_model
 from tiny_models import tiny_index, tiny_model
 
@@ -47,6 +47,14 @@ def test_second_look_makes_every_choice_the_dense_heads(model, tokenizer):
         assert choice.exact == 1 and choice.differing == 0
     assert all(choice.estimates < 1 for choice in found.choices[:-1])
     assert json.loads(json.dumps(found.to_dict()))["choices"][0]["change"] == CHANGES[0]
+
+
+def test_a_limit_of_positions_does_not_make_it_a_comparison_with_itself(model, tokenizer):
+    head, usual = installed_head(model), run(model, tokenizer, positions=20)
+    with head.settings(max_positions=1):
+        assert run(model, tokenizer, positions=20) == usual
+        assert head.max_positions == 1
+    assert head.max_positions > 1
 
 
 def test_too_short_a_second_look_shows(model, tokenizer, monkeypatch):
