@@ -223,10 +223,15 @@ def test_a_folder_of_tasks_that_is_not_there(tmp_path):
         find_tasks([CHOICE], str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize("batch_size", [0, 33])
-def test_batches_that_would_not_go_through_flash_head(flash, task_folder, batch_size):
-    with pytest.raises(ValueError, match=f"--batch-size is {batch_size}: give 1 to 32"):
-        measured(flash, task_folder, GENERATE, batch_size=batch_size)
+def test_an_empty_batch_is_refused(flash, task_folder):
+    with pytest.raises(ValueError, match="--batch-size is 0: give 1 or more"):
+        measured(flash, task_folder, GENERATE, batch_size=0)
+
+
+def test_a_batch_above_the_limit_of_positions_goes_through_flash_head(flash, task_folder):
+    usual = measured(flash, task_folder, PERPLEXITY, batch_size=3)
+    with get_flash_head(flash[0]).settings(max_positions=1):
+        assert measured(flash, task_folder, PERPLEXITY, batch_size=3) == usual
 
 
 def test_a_dense_model_is_refused(dense, task_folder):
