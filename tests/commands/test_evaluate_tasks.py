@@ -80,7 +80,7 @@ def test_probes_of_tasks(run, arguments, tmp_path):
         (("--limit", 0), "--limit is 0: give a whole number of 1"),
         (("--num-shots", -1), "--num-shots is -1: give a whole number of 0"),
         (("--max-tokens", 0), "--max-tokens is 0: give a whole number of 1"),
-        (("--batch-size", 33), "--batch-size is 33: give 1 to 32"),
+        (("--batch-size", 0), "--batch-size is 0: give a whole number of 1"),
         (("--temp", -1), "--temp is -1: give a number of 0"),
         (("--top-p", 7), "--top-p is 7: give 0 to 1"),
         (("--seed", -1), "--seed is -1"),
