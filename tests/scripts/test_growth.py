@@ -67,3 +67,10 @@ def test_plots_need_figures(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run(plots, monkeypatch, "--figures", tmp_path)
     assert end.value.code == 2 and "no figures here" in capsys.readouterr().err
+
+
+def test_the_figures_of_the_pages_can_be_drawn(monkeypatch, tmp_path):
+    run(plots, monkeypatch, "--docs", tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert {"growth.png", "head.png", "model.png", "model-gemma3.png"} <= drawn
+    assert all((plots.CHECKOUT / "docs" / name).exists() for name in drawn)
