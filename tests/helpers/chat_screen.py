@@ -1,6 +1,7 @@
 """A chat at a pseudo-terminal, as its user sees it."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,11 @@ ENVIRONMENT = {
 }
 ROWS, TIMEOUT = 200, 60  # nothing scrolls away
 UP, ESC_ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x1b\r", "\x03", "\x04"
+
+
+def _hear_hang_ups() -> None:
+    """Undoes a nohup around the tests, which the chat would respect."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class ChatScreen:
@@ -41,6 +47,7 @@ class ChatScreen:
             encoding="utf-8",
             codec_errors="replace",
             dimensions=(ROWS, columns),
+            preexec_fn=_hear_hang_ups,
         )
         self.child.delaybeforesend = 0
         self.screen.write_process_input = self.child.send  # where the cursor is, when asked
