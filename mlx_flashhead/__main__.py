@@ -13,7 +13,7 @@ COMMANDS = {
     "cache": "list the FlashHeads that were built here, and remove some",
     "convert": "make a folder of a model and its FlashHead, also with other bits",
     "upload": "publish such a folder on the Hugging Face Hub",
-    "export": "write the head as functions for an app on an iPad or a Mac",
+    "export": "write the head's kernels and arrays for an app on an iPad or a Mac",
     "evaluate": "measure how close FlashHead comes to the dense head",
     "benchmark": "measure speed, or estimate it for an Apple chip",
 }
