@@ -62,7 +62,7 @@ def _head_table(one: dict) -> "Table":
 def _head_title(one: dict) -> str:
     return (
         f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['head_bits']}-bit "
-        f"rows, {one['dtype']}, {one['n_probes']} of {one['n_clusters']:,} clusters"
+        f"rows, {one['dtype']}, {one['n_probes']:,} of {one['n_clusters']:,} clusters"
     )
 
 
@@ -108,7 +108,7 @@ def crossover_sentence(one: dict) -> str:
 def _model_table(one: dict) -> "Table":
     lower, upper = one["share_of_free_head_saved_quartiles"]
     table = new_table(
-        f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes']} of "
+        f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes']:,} of "
         f"{one['n_clusters']:,} clusters",
         ("", "tokens/s", "quartiles", "ms", "body", "head", "sampling"),
         f"{one['times_faster']:.2f} times as fast; a free head: "
@@ -141,7 +141,7 @@ def _convert_table(one: dict) -> "Table":
 
 def _first_use_table(one: dict) -> "Table":
     table = new_table(
-        f"First use of {one['model']}: {one['n_probes']} of {one['n_clusters']:,} clusters",
+        f"First use of {one['model']}: {one['n_probes']:,} of {one['n_clusters']:,} clusters",
         ("stage", "s", "second use, s"),
     )
     for stage, seconds in one["seconds"].items():
@@ -157,7 +157,7 @@ def _first_use_table(one: dict) -> "Table":
 
 def _sampler_table(one: dict) -> "Table":
     table = new_table(
-        f"{one['name']}: V={one['vocab_size']:,}, {one['n_probes']} of {one['n_clusters']:,} "
+        f"{one['name']}: V={one['vocab_size']:,}, {one['n_probes']:,} of {one['n_clusters']:,} "
         f"clusters, batch {one['positions']}",
         ("sampler", "mlx-lm ms", "quartiles", "FlashHead ms", "quartiles", "ratio"),
     )
@@ -190,7 +190,7 @@ def _draft_table(one: dict) -> "Table":
 
 def _host_table(one: dict) -> "Table":
     table = new_table(
-        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['n_probes']} of "
+        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['n_probes']:,} of "
         f"{one['n_clusters']:,} clusters",
         ("host's time per token", "µs", "quartiles"),
         "The kernels are recorded, not run.",
