@@ -24,7 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(CHECKOUT))  # works uninstalled too
 
 from mlx_flashhead.benchmarks.clients import CHAT_PATH, HOST, ServerProcess, ask, question_body
-from mlx_flashhead.benchmarks.server import SENTENCE, TOPICS
+from mlx_flashhead.benchmarks.kinds.server import SENTENCE, TOPICS
 from mlx_flashhead.cli.arguments import Parser, number, whole_number
 from mlx_flashhead.cli.console import command
 
