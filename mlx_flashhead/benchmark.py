@@ -1,9 +1,9 @@
 """Measures the speed of a head, a model or servers, or estimates it for an Apple chip."""
 
 from .benchmarks.kinds import kinds
-from .cli.arguments import Parser
-from .cli.console import command
-from .cli.tables import check_tables
+from .common.arguments import Parser
+from .common.command import command
+from .common.tables import check_tables
 
 
 def make_parser() -> Parser:

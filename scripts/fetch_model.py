@@ -30,8 +30,8 @@ from tokenizers import pre_tokenizers as splits
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # works uninstalled too
 
-from mlx_flashhead.cli.arguments import Parser
-from mlx_flashhead.cli.console import command
+from mlx_flashhead.common.arguments import Parser
+from mlx_flashhead.common.command import command
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FILES = (

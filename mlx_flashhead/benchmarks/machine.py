@@ -11,9 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..common.timing import in_turns, timer
 from ..head.blas import blas_name
 from .apple_gpu import PEAK_GB_S
-from .timing import in_turns, timer
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")

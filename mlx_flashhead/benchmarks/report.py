@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli.arguments import whole_number
-from ..cli.console import check_writable
-from ..cli.pictures import check_picture, pyplot
-from ..cli.tables import show
-from ..companion.look_up import add_look_up_options
+from ..common.arguments import whole_number
+from ..common.command import check_writable
+from ..common.pictures import check_picture, pyplot
+from ..common.tables import show
+from ..loading.look_up import add_look_up_options
 from .machine import machine
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from ..cli.tables import new_table, percent
+from ..common.quantities import percent
+from ..common.tables import new_table
 from ..conversion.calibration import read_windows
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32

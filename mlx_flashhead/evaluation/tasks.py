@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from lm_eval.tasks import TaskManager
 
-from ..cli.tables import new_table
+from ..common.tables import new_table
 from ..models.compat.evaluate import Adapter, chat_template_fn
 from ..models.compat.replaced import replaced
 from ..models.install import installed_head

@@ -12,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..cli.pictures import pyplot
-from ..cli.tables import new_table, percent
+from ..common.pictures import pyplot
+from ..common.quantities import percent
+from ..common.tables import new_table
 from ..conversion.calibration import text_states
 from ..conversion.measures import USUAL_PROBES, Measures, Routing, measure
 from ..head.flash_head import FlashHead

@@ -6,12 +6,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ...cli.arguments import whole_number
-from ...cli.console import check_writable
-from ...cli.tables import new_table, show
-from ...companion import cache
-from ...companion.look_up import inside
-from ...models.load import load_dense, resolve
+from ...common.arguments import whole_number
+from ...common.command import check_writable
+from ...common.tables import new_table, show
+from ...loading import cache
+from ...loading.look_up import inside
+from ...models.dense import load_dense
+from ...models.fetch import resolve
 from ...models.locate import find_head
 from ..apple_gpu import CONSTANTS, PEAK_GB_S, bandwidth
 from ..roofline import (

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ...cli.arguments import whole_number
-from ...cli.tables import new_table
-from ...companion.load import load
-from ...companion.look_up import add_look_up_options, look_up_options
+from ...common.arguments import whole_number
+from ...common.tables import new_table
+from ...common.timing import ColdCaches, Spread, in_turns, timer
 from ...conversion.quantization import HEAD_BITS
 from ...head.flash_head import FlashHead
 from ...head.portable import blocked_product, in_blocks
+from ...loading.load import load
+from ...loading.look_up import add_look_up_options, look_up_options
 from ...models.install import installed_head
 from .. import roofline
 from ..random_head import random_head
 from ..report import ANY_MODEL, Round, add_number, add_report_arguments, report
-from ..timing import ColdCaches, Spread, in_turns, timer
 
 if TYPE_CHECKING:
     from rich.table import Table

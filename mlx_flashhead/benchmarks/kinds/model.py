@@ -17,16 +17,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ...cli.arguments import whole_number
-from ...cli.tables import new_table, percent
-from ...companion.load import load
-from ...companion.look_up import look_up_options
+from ...common.arguments import whole_number
+from ...common.quantities import percent
+from ...common.tables import new_table
+from ...common.timing import Spread, in_turns
+from ...loading.load import load
+from ...loading.look_up import look_up_options
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
 from ...models.locate import find_head, recorded_hidden
 from ...models.sampling import make_sampler
 from ..report import Round, add_model_arguments, add_number, add_report_arguments, report
-from ..timing import Spread, in_turns
 
 if TYPE_CHECKING:
     from rich.table import Table

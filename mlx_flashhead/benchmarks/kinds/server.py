@@ -16,12 +16,12 @@ from statistics import median
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
-from ...cli.arguments import whole_numbers
-from ...cli.tables import new_table
-from ...models.load import resolve
+from ...common.arguments import whole_numbers
+from ...common.tables import new_table
+from ...common.timing import Spread
+from ...models.fetch import resolve
 from ..clients import ServerProcess, ask
 from ..report import Round, add_model_arguments, add_number, add_report_arguments, report
-from ..timing import Spread
 
 if TYPE_CHECKING:
     from rich.table import Table
