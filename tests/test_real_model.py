@@ -7,14 +7,14 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_flashhead.evaluation.masks import evaluate_masks
+from mlx_flashhead.evaluation.structured import evaluate_structured, usual_cases
 
 from mlx_flashhead import FlashHeadConfig, convert, generate, get_flash_head, load
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import raw_means
 from mlx_flashhead.conversion.measures import Routing, measure
-from mlx_flashhead.evaluation.masks import evaluate_masks
-from mlx_flashhead.evaluation.structured import evaluate_structured, usual_cases
 from mlx_flashhead.evaluation.text import FLASH_HEAD, UNIT_MEANS, evaluate
 from mlx_flashhead.models.locate import find_head
 

@@ -49,9 +49,9 @@ def test_a_model_is_converted_and_generates(dense, tmp_path):
 @pytest.mark.parametrize(
     "arguments, what, module, extra",
     [
-        (("evaluate", "--text", "absent"), "mlx_flashhead.evaluate", "rich", "report"),
-        (("evaluate", "--text", "a", "--plot", "a.png"), "--plot", "matplotlib", "report"),
-        (("evaluate", "--tasks", "any"), "--tasks", "lm_eval", "tasks"),
+        (("evaluate", "text", "--text", "a"), "mlx_flashhead.evaluate", "rich", "report"),
+        (("evaluate", "text", "--text", "a", "--plot", "a.png"), "--plot", "matplotlib", "report"),
+        (("evaluate", "tasks", "--tasks", "a"), "mlx_flashhead.evaluate tasks", "lm_eval", "tasks"),
         (("benchmark", "model"), "mlx_flashhead.benchmark", "rich", "report"),
         (("benchmark", "model", "--plot", "a.svg"), "--plot", "matplotlib", "report"),
         (("export", "--output", "a.safetensors"), "mlx_flashhead.export", "rich", "report"),

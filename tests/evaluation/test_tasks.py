@@ -224,7 +224,7 @@ def test_a_folder_of_tasks_that_is_not_there(tmp_path):
 
 
 def test_an_empty_batch_is_refused(flash, task_folder):
-    with pytest.raises(ValueError, match="--batch-size is 0: give 1 or more"):
+    with pytest.raises(ValueError, match="batch_size is 0: give 1 or more"):
         measured(flash, task_folder, GENERATE, batch_size=0)
 
 

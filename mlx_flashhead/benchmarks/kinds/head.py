@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> Iterator[Round]:
     """Times one head after the other, all forms of it in turns and with cold caches."""
     total = (args.rounds + 1) * len(args.shape or [args.model])
-    done, finished = 0, []
+    finished: list[dict] = []
+    done = 0
     for name, head, dtype in _heads(args):
         if not finished:
             yield Round(0, total, f"{name}: {args.positions} at once", [])
@@ -219,12 +220,10 @@ def make_table(one: dict) -> "Table":
         f"Reads {one['read_mb']:.1f} MB of weights, dense {one['head_mb']:.1f} MB; cold caches.",
     )
     for name, ms in one["ms"].items():
-        ratios = ("", "")
+        ratios = ["", ""]
         if name not in DENSE_FORMS:
-            to_dense = (
-                one["times_faster"][f"{name} against {d}"] for d in (DENSE, one["best_dense"])
-            )
-            ratios = tuple(f"{ratio:.1f} x" for ratio in to_dense)
+            pairs = (f"{name} against {dense}" for dense in (DENSE, one["best_dense"]))
+            ratios = [f"{one['times_faster'][pair]:.1f} x" for pair in pairs]
         quartiles = f"{ms['lower']:.2f}–{ms['upper']:.2f}"
         table.add_row(name, f"{ms['median']:.2f}", quartiles, *ratios)
     for name, ms in one.get("gpu_ms", {}).items():

@@ -87,7 +87,8 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
     }
     settings = list(itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8)))
     total = (args.rounds + 1) * len(settings)
-    done, finished = 0, []
+    finished: list[dict] = []
+    done = 0
     yield Round(0, total, f"{args.tokens} steps each: dense, FlashHead, no head", [])
     for sampler, batch in settings:
         steps = partial(
