@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-OF_EXTRAS = ("rich", "matplotlib", "prompt_toolkit", "segno", "llguidance", "jsonschema", "lm_eval")
+OF_EXTRAS = ("rich", "matplotlib", "prompt_toolkit", "segno", "llguidance", "lm_eval")
 # None in sys.modules makes an import fail as that of a module that is not installed.
 RUN = f"""
 import runpy, sys
