@@ -38,9 +38,11 @@ def random_head(
     if n_probes is None:
         n_probes = min(USUAL_PROBES, n_clusters)
     if not 1 <= n_probes <= n_clusters:
-        raise ValueError(f"--n-probes is {n_probes}: this head has {n_clusters} clusters.")
+        raise ValueError(f"{n_probes} clusters cannot be scored: choose 1 to {n_clusters}.")
     if bits != 16 and hidden_size % USUAL_GROUP:
-        raise ValueError(f"A width of {hidden_size} cannot be quantized: give --head-bits 16.")
+        raise ValueError(
+            f"A width of {hidden_size} cannot be quantized: leave the rows in 16 bits."
+        )
     mx.random.seed(seed)
     rows = Matrix(mx.random.normal((vocab_size, hidden_size), scale=0.05).astype(dtype))
     if bits != 16:

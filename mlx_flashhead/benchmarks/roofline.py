@@ -76,8 +76,7 @@ class ModelShape:
         """
         if not 1 <= n_probes <= self.n_clusters:
             raise ValueError(
-                f"--n-probes is {n_probes}, but there are {self.n_clusters} clusters: "
-                f"choose 1 to {self.n_clusters}."
+                f"{n_probes} clusters cannot be scored: choose 1 to {self.n_clusters}."
             )
         return replace(self, n_probes=n_probes)
 

@@ -68,18 +68,20 @@ class Logits:
 
 def difference(states: np.ndarray, exact: Logits, rounded: Logits) -> dict[str, float]:
     """Agreement and KL of one dense head with another."""
-    sums = np.zeros(2)
+    agreement = kl = 0.0
     size = max(1, CHUNK_LOGITS // len(exact.weight))
     for start in range(0, len(states), size):
-        of_exact, of_rounded = (f(states[start : start + size]) for f in (exact, rounded))
-        log_p, log_q = (
-            x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (of_exact, of_rounded)
-        )
-        sums += (
-            (log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum(),
-            (np.exp(log_p) * (log_p - log_q)).sum(),
-        )
-    return dict(zip(("dense_agreement", "dense_kl"), (sums / len(states)).tolist(), strict=True))
+        part = states[start : start + size]
+        log_p, log_q = log_softmax(exact(part)), log_softmax(rounded(part))
+        agreement += (log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum()
+        kl += (np.exp(log_p) * (log_p - log_q)).sum()
+    return {"dense_agreement": agreement / len(states), "dense_kl": kl / len(states)}
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
 def under(

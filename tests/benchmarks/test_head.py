@@ -60,8 +60,8 @@ def test_flash_head_retrieves_at_any_number_of_positions():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ({"n_probes": 21}, "20 clusters"),
-        ({"n_probes": 0}, "20 clusters"),
+        ({"n_probes": 21}, "choose 1 to 20"),
+        ({"n_probes": 0}, "choose 1 to 20"),
         ({"n_probes": 4, "hidden_size": 72, "bits": 4}, "width of 72"),
     ],
 )

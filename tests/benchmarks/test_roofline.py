@@ -179,7 +179,7 @@ def test_probes():
     difference = by_form(SMALL, "m1")[flash].head_mb - by_form(fewer, "m1")[flash].head_mb
     assert difference == pytest.approx(100 * 128 / 1e6)
     for n_probes in (0, 101):
-        with pytest.raises(ValueError, match=f"--n-probes is {n_probes}.* choose 1 to 100"):
+        with pytest.raises(ValueError, match=f"{n_probes} clusters .* choose 1 to 100"):
             SMALL.with_probes(n_probes)
 
 

@@ -121,7 +121,7 @@ def test_every_kind_is_listed(run):
         (("head",), "give one of --shape --model"),
         (("head", "--shape", "llama"), "is not a shape"),
         (("head", "--shape", "320,0"), "is not a shape"),
-        (("head", "--shape", "320,64", "--n-probes", 21), "20 clusters"),
+        (("head", "--shape", "320,64", "--n-probes", 21), "choose 1 to 20"),
         (("head", "--shape", "320,64", "--n-probes", 0), "--n-probes is 0"),
         (("head", "--shape", "320,72", "--head-bits", 4), "width of 72"),
         ((*HEAD[:3], "--rounds", 0), "--rounds is 0"),
