@@ -18,7 +18,7 @@ from .conversion.calibration import read_text
 from .evaluation import answers, text
 from .loading.load import load
 from .loading.look_up import add_look_up_options, look_up_options
-from .models.sampling import make_sampler
+from .lossless.sampler import make_sampler
 
 EXTRA = "tasks"
 

@@ -1,7 +1,8 @@
-"""A whole model: the time of a decode step through mlx-lm, dense, FlashHead and without a head.
+"""A whole model: the time of a token, dense, with FlashHead and without a head.
 
-The model without a head gives stored logits. It shows how much a head that costs nothing saves.
-The FlashHead model uses this package's samplers, the other two use mlx-lm's.
+The dense model decodes with mlx-lm's loop and sampler, and so does the model without a head. That
+one gives stored logits, and shows how much a head that costs nothing saves. With FlashHead the loop
+and the sampler are this package's, and the time holds the checks of its tokens.
 """
 
 import argparse
@@ -9,13 +10,13 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ...common.arguments import whole_number
 from ...common.quantities import percent
@@ -23,17 +24,21 @@ from ...common.tables import new_table
 from ...common.timing import Spread, in_turns
 from ...loading.load import load
 from ...loading.look_up import look_up_options
+from ...lossless.batch import CheckedBatchGenerator
+from ...lossless.loop import checked_steps
+from ...lossless.proposals import Proposer
+from ...lossless.sampler import make_sampler
+from ...models.compat import sample_utils
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
 from ...models.locate import find_head, recorded_hidden
-from ...models.sampling import make_sampler
 from ..report import Round, add_model_arguments, add_number, add_report_arguments, report
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 HELP = "time a model's decoding"
-DESCRIPTION = "Time decoding through mlx-lm: dense, with FlashHead, and without any head."
+DESCRIPTION = "Time decoding: dense, with FlashHead and its checks, and without any head."
 DENSE, FLASH_HEAD, NO_HEAD = "dense", "FlashHead", "no head"
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temp": 0.0},
@@ -61,8 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="Sequences at once; may be given several times (default: 1, 4 and 8).",
     )
-    add_number(parser, "--tokens", 20, "Steps of a run")
-    add_report_arguments(parser, rounds=12)
+    add_number(parser, "--tokens", 48, "Tokens of a run")
+    parser.add_argument(
+        "--no-check", action="store_true", help="Time FlashHead's own choices, without the check."
+    )
+    add_report_arguments(parser, rounds=8)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,7 +87,8 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
     head, dense = installed_head(flash), dense_copy(flash)
     about = {
         "model": Path(args.model).name,
-        "n_probes": head.n_probes,
+        "checked": not args.no_check,
+        "n_probes": head.n_probes if args.no_check else head.checked_probes,
         "n_clusters": head.n_clusters,
         "backend": head.backend,
         "backend_reason": head.backend_reason,
@@ -89,18 +98,13 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
     total = (args.rounds + 1) * len(settings)
     finished: list[dict] = []
     done = 0
-    yield Round(0, total, f"{args.tokens} steps each: dense, FlashHead, no head", [])
+    yield Round(0, total, f"{args.tokens} tokens each: dense, FlashHead, no head", [])
     for sampler, batch in settings:
-        steps = partial(
+        decodes = partial(
             decode_seconds, tokenizer.encode(PROMPT), batch, args.tokens, SAMPLERS[sampler]
         )
-        timers: dict[str, Callable[[int], float]] = {
-            DENSE: partial(steps, dense, nullcontext),
-            FLASH_HEAD: partial(steps, flash, nullcontext),
-            NO_HEAD: partial(steps, dense, partial(without_head, dense)),
-        }
         results = finished
-        for seconds in in_turns(timers, args.rounds):
+        for seconds in in_turns(_timers(decodes, dense, flash, not args.no_check), args.rounds):
             done += 1
             news = f"{sampler}, batch {batch}: warm"
             if seconds[DENSE]:
@@ -109,6 +113,17 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
                 news = f"{sampler}, batch {batch}: {', '.join(latest)} ms"
             yield Round(done, total, news, results)
         finished = results
+
+
+def _timers(
+    decodes: Callable[..., float], dense: nn.Module, flash: nn.Module, check: bool
+) -> dict[str, Callable[[int], float]]:
+    checked = lossless(flash, check)
+    return {
+        DENSE: lambda _: decodes(dense, Loops()),
+        FLASH_HEAD: lambda _: decodes(flash, checked),
+        NO_HEAD: lambda _: decodes(dense, Loops(), partial(without_head, dense)),
+    }
 
 
 @contextmanager
@@ -144,39 +159,59 @@ def without_head(model: nn.Module) -> Iterator[None]:
         module.__class__ = base
 
 
+@dataclass(frozen=True)
+class Loops:
+    """How a model decodes: functions with the arguments of mlx-lm's."""
+
+    steps: Callable[..., Any] = generate_step
+    generator: Callable[..., Any] = BatchGenerator
+    make_sampler: Callable[..., Any] = sample_utils.make_sampler
+
+
+def lossless(model: nn.Module, check: bool) -> Loops:
+    """This package's loops for a model with a FlashHead."""
+    proposer = Proposer(model, check=check, logprobs=False)
+    return Loops(
+        partial(checked_steps, proposer=proposer),
+        partial(CheckedBatchGenerator, proposer=proposer),
+        make_sampler,
+    )
+
+
 def decode_seconds(
     prompt: list[int],
     batch: int,
     tokens: int,
     sampling: dict[str, Any],
     model: nn.Module,
-    context: Callable[[], AbstractContextManager],
-    _: int = 0,
+    loops: Loops,
+    context: Callable[[], AbstractContextManager] = nullcontext,
 ) -> float:
-    """Seconds of one decode step of a batch: the median of ``tokens`` steps after the first.
+    """Seconds of one token of each sequence: the mean of ``tokens`` after the first.
 
     Args:
         prompt: The prompt's tokens, the same for all sequences.
         batch: Sequences at once.
-        tokens: Steps that count.
+        tokens: Tokens that count.
         sampling: Arguments of ``make_sampler``.
         model: The model.
+        loops: How it decodes.
         context: Makes the context in which it decodes.
     """
-    sampler = make_sampler(**sampling, model=model)
+    sampler = loops.make_sampler(**sampling)
     times = []
     with context():
         if batch == 1:
-            steps = generate_step(mx.array(prompt), model, max_tokens=tokens + 1, sampler=sampler)
-            for _step in steps:
+            steps = loops.steps(mx.array(prompt), model, max_tokens=tokens + 1, sampler=sampler)
+            for _ in steps:
                 times.append(time.perf_counter())
         else:
-            generator = BatchGenerator(model, sampler=sampler)
+            generator = loops.generator(model, sampler=sampler)
             generator.insert([prompt] * batch, [tokens + 1] * batch)
             while generator.next_generated():
                 times.append(time.perf_counter())
             generator.close()
-    return float(np.median(np.diff(times)))
+    return (times[-1] - times[0]) / tokens
 
 
 def summary(sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
@@ -190,7 +225,7 @@ def summary(sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
     return {
         "sampler": sampler,
         "batch": batch,
-        "step_ms": {title: spread.to_dict() for title, spread in step.items()},
+        "token_ms": {title: spread.to_dict() for title, spread in step.items()},
         "tokens_per_second": {title: 1000 * batch / s.median for title, s in step.items()},
         "times_faster": dense / flash,
         "times_faster_with_a_free_head": dense / free,
@@ -203,13 +238,13 @@ def make_table(one: dict) -> "Table":
     saved = one["share_of_free_head_saved"]
     table = new_table(
         f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes']:,} of "
-        f"{one['n_clusters']:,} clusters",
+        f"{one['n_clusters']:,} clusters{'' if one['checked'] else ', no check'}",
         ("", "ms", "quartiles", "tokens/s", "faster"),
         "no head: a head that costs nothing. FlashHead saves "
         f"{'–' if saved is None else percent(saved, 0)} of what it would.",
     )
     ratios = {FLASH_HEAD: "times_faster", NO_HEAD: "times_faster_with_a_free_head"}
-    for name, ms in one["step_ms"].items():
+    for name, ms in one["token_ms"].items():
         table.add_row(
             name,
             f"{ms['median']:.2f}",
@@ -223,6 +258,6 @@ def make_table(one: dict) -> "Table":
 def draw(axis: Any, one: dict) -> None:
     """Draws the milliseconds of a step."""
     colors = {DENSE: "tab:gray", FLASH_HEAD: "tab:blue", NO_HEAD: "lightgray"}
-    for name, ms in one["step_ms"].items():
+    for name, ms in one["token_ms"].items():
         axis.bar_label(axis.barh(name, ms["median"], color=colors[name]), fmt=" %.1f")
-    axis.set(title=f"{one['model']}, {one['sampler']}, batch {one['batch']}", xlabel="ms per step")
+    axis.set(title=f"{one['model']}, {one['sampler']}, batch {one['batch']}", xlabel="ms per token")
