@@ -227,4 +227,5 @@ def _probes_needed(
         scores = of_answer @ matrix.T + bias
         own = np.take_along_axis(scores, cluster_of[tokens][:, None], axis=1)
         needed.append(1 + (scores > own).sum(axis=1))
+        needed[-1][0] = 0  # the first token is chosen by the dense head
     return needed

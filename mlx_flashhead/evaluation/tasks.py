@@ -1,7 +1,7 @@
 """Evaluates a model by the tasks of lm-eval, through mlx-lm's own adapter to it.
 
 Choices are scored by their log-likelihood under the dense head, since unlikely tokens need exact
-logits too. Text is generated with FlashHead. Perplexity is measured under the dense head and under
+logits too. Text is generated with FlashHead and its check. Perplexity is measured under the dense head and under
 FlashHead's full logits, which hold estimates for the tokens that were not scored.
 
 No other module needs lm-eval, which is an extra.
@@ -22,7 +22,8 @@ import mlx.nn as nn
 from lm_eval.tasks import TaskManager
 
 from ..common.tables import new_table
-from ..models.compat.evaluate import Adapter, chat_template_fn
+from ..lossless.generation import batch_generate
+from ..models.compat.evaluate import Adapter, chat_template_fn, module
 from ..models.compat.replaced import replaced
 from ..models.install import installed_head
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 DENSE, FLASH_HEAD = "dense", "FlashHead"
 LEGEND = """\
 dense       log-likelihoods and perplexities under the dense head
-FlashHead   generated text; perplexities with its estimates for tokens
-            that were not scored, an approximation of the dense ones
+FlashHead   generated text, each token checked; perplexities with its estimates
+            for tokens that are not scored, an approximation of the dense ones
 ±           standard error, where lm-eval has one"""
 GENERATED, ROLLING = "generate_until", "loglikelihood_rolling"
 
@@ -95,6 +96,10 @@ class TaskModel(Adapter):
         # the limit is for answers, but the adapter cuts questions to it too
         with self.head.dense(), replaced(self, _max_tokens=None):
             return super().loglikelihood(requests)
+
+    def generate_until(self, requests) -> list[str]:
+        with replaced(module, batch_generate=batch_generate):
+            return super().generate_until(requests)
 
     def loglikelihood_rolling(self, requests) -> list[float]:
         if self._estimated:

@@ -75,7 +75,7 @@ def difference(states: np.ndarray, exact: Logits, rounded: Logits) -> dict[str, 
         log_p, log_q = log_softmax(exact(part)), log_softmax(rounded(part))
         agreement += (log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum()
         kl += (np.exp(log_p) * (log_p - log_q)).sum()
-    return {"dense_agreement": agreement / len(states), "dense_kl": kl / len(states)}
+    return {"dense_agreement": float(agreement) / len(states), "dense_kl": float(kl) / len(states)}
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

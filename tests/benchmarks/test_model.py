@@ -1,7 +1,7 @@
 """The benchmark of a model: its three forms, and what is counted."""
 
 import io
-from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -13,12 +13,16 @@ from mlx_flashhead.benchmarks.kinds.model import (
     DENSE,
     FLASH_HEAD,
     NO_HEAD,
+    Loops,
     decode_seconds,
+    lossless,
     make_table,
     summary,
     without_head,
 )
-from tiny_models import VOCAB_SIZE, tiny_model
+from mlx_flashhead.models.compat.generate import generate_step
+from mlx_flashhead.models.install import install
+from tiny_models import VOCAB_SIZE, tiny_index, tiny_model
 
 
 @pytest.fixture
@@ -44,23 +48,50 @@ def test_without_head_the_state_is_still_computed(dense):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_decoding_takes_the_steps_asked_for(dense, monkeypatch, batch):
-    """No end of text ends a run, and the first step is not counted."""
-    times = iter(np.cumsum([0, 4, 4, 1, 3]))
+def test_decoding_takes_the_tokens_asked_for(dense, monkeypatch, batch):
+    """No end of text ends a run, and the first token is not counted."""
+    times = iter(np.cumsum([7, 4, 4, 1, 3]))
     clock = SimpleNamespace(perf_counter=lambda: next(times))  # mlx-lm looks at the real one
     monkeypatch.setattr(kind, "time", clock)
     shapes = []
 
-    def make_sampler(*, model, **_):
+    def make_sampler():
         def sampler(logprobs):
             shapes.append(logprobs.shape)
             return mx.zeros(logprobs.shape[:-1], mx.uint32)
 
         return sampler
 
-    monkeypatch.setattr(kind, "make_sampler", make_sampler)
-    assert decode_seconds([1, 2], batch, 4, {}, dense, nullcontext) == 3.5  # 4, 4, 1, 3
+    loops = Loops(make_sampler=make_sampler)
+    assert decode_seconds([1, 2], batch, 4, {}, dense, loops) == 3  # (4 + 4 + 1 + 3) / 4
     assert set(shapes) == {(batch, VOCAB_SIZE)} and len(shapes) >= 5
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("check", [True, False])
+def test_flash_head_decodes_with_this_package_s_loops(monkeypatch, batch, check):
+    """With the check every token is the dense model's, also in what is timed."""
+    flash = tiny_model()
+    index = tiny_index(flash)
+    install(flash, index.token_ids, index.centroids, n_probes=1)
+    loops = lossless(flash, check)
+    given = []
+
+    def recorded(loop):
+        def run(*arguments, **options):
+            for item in loop(*arguments, **options):
+                given.append(item)
+                yield item
+
+        return run
+
+    loops = replace(loops, steps=recorded(loops.steps))
+    assert decode_seconds([1, 2], batch, 9, {"temp": 0.0}, flash, loops) > 0
+    if batch == 1:
+        tokens = [token for token, _ in given]
+        steps = generate_step(mx.array([1, 2]), tiny_model(), max_tokens=10)
+        expected = [token for token, _ in steps]
+        assert (tokens == expected) == check
 
 
 def test_ratios_are_those_of_the_printed_medians():
@@ -71,7 +102,7 @@ def test_ratios_are_those_of_the_printed_medians():
         NO_HEAD: [0.0479, 0.0479, 0.0479],
     }
     found = summary("greedy", 4, seconds)
-    assert found["step_ms"][DENSE]["median"] == pytest.approx(59.3)
+    assert found["token_ms"][DENSE]["median"] == pytest.approx(59.3)
     assert found["tokens_per_second"][FLASH_HEAD] == pytest.approx(4 / 0.0493)
     assert found["times_faster"] == pytest.approx(59.3 / 49.3)
     assert found["times_faster_with_a_free_head"] == pytest.approx(59.3 / 47.9)
@@ -81,5 +112,5 @@ def test_ratios_are_those_of_the_printed_medians():
 def test_a_machine_too_busy_to_tell_has_no_share():
     found = summary("greedy", 1, {DENSE: [0.010], FLASH_HEAD: [0.011], NO_HEAD: [0.012]})
     assert found["share_of_free_head_saved"] is None
-    about = {"model": "m", "n_probes": 1, "n_clusters": 2}
+    about = {"model": "m", "n_probes": 1, "n_clusters": 2, "checked": True}
     assert "saves – of" in make_table(about | found).caption

@@ -71,7 +71,7 @@ def test_model(run, converted, tmp_path):
     assert all(one["n_probes"] == 2 for one in results)
     for one in results:
         assert f" {one['times_faster']:.2f} x" in screen
-        assert f" {one['step_ms']['no head']['median']:.2f} " in screen
+        assert f" {one['token_ms']['no head']['median']:.2f} " in screen
 
 
 def test_server(run, converted, tmp_path, monkeypatch):
