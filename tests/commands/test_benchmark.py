@@ -45,7 +45,7 @@ def test_head_of_shapes(run, tmp_path):
     settings = {(one["n_probes"], one["positions"], one["dtype"]) for one in results}
     assert settings == {(3, 2, "float32")}
     for one in results:
-        ms = one["ms"]["FlashHead candidates"]["median"]
+        ms = one["ms"]["FlashHead proposal"]["median"]
         assert f" {ms:.2f} " in screen
 
 
@@ -105,7 +105,7 @@ def test_a_stopped_benchmark_reports_its_rounds(tmp_path, number, code):
     assert "FlashHead full logits" in output
     figures = json.loads(file.read_text())
     assert not figures["complete"]
-    assert figures["results"][0]["ms"]["FlashHead token"]["runs"] >= 2
+    assert figures["results"][0]["ms"]["FlashHead proposal"]["runs"] >= 2
 
 
 def test_every_kind_is_listed(run):

@@ -1,4 +1,4 @@
-"""The head alone, dense and FlashHead: hidden states to candidates, a token or full logits."""
+"""The head alone: hidden states to dense logits, or by FlashHead to a proposal or full logits."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HELP = "time a head"
-DESCRIPTION = "Time a head alone: dense, and FlashHead to candidates, a token, full logits."
+DESCRIPTION = "Time a head alone: dense, and FlashHead to a proposed token and to full logits."
 SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in roofline.SHAPES.items()}
 DTYPES = ("float32", "float16", "bfloat16")
 N_STATES = 64
@@ -34,7 +34,7 @@ CHAIN = 16  # calls of a chain, see `chained`
 
 DENSE, DENSE_BLOCKS, DENSE_COLUMNS = "dense (mlx-lm)", "dense in blocks", "dense by columns"
 DENSE_FORMS = {DENSE, DENSE_BLOCKS, DENSE_COLUMNS}
-CANDIDATES, TOKEN, LOGITS = "FlashHead candidates", "FlashHead token", "FlashHead full logits"
+PROPOSAL, LOGITS = "FlashHead proposal", "FlashHead full logits"
 
 Form = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states (R, D)
 
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
                     {"name": name} | summary(head, dtype, args.positions, seconds),
                 ]
                 dense = 1000 * min(seconds[form][-1] for form in DENSE_FORMS & seconds.keys())
-                news = f"{name}: dense {dense:.2f}, FlashHead {1000 * seconds[LOGITS][-1]:.2f} ms"
+                news = f"{name}: dense {dense:.2f}, FlashHead {1000 * seconds[PROPOSAL][-1]:.2f} ms"
             yield Round(done, total, news, results)
         finished = results
         if mx.default_device().type != mx.cpu:
@@ -107,7 +107,8 @@ def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
     The dense forms use the rows in the FlashHead's order, since the order does not change their
     time. Where the FlashHead holds its rows by columns, they use a copy in rows. On a CPU there are
     two more dense forms, which the BLAS multiplies faster than mlx-lm's: in blocks of rows, and the
-    FlashHead's own. The FlashHead retrieves, at any number of positions.
+    FlashHead's own. The FlashHead retrieves from the clusters of its proposals, at any number of
+    positions.
     """
     vocab_size = head.vocab_size
     rows = head.clustered.flat_rows().map(lambda array: array[:vocab_size])
@@ -121,10 +122,9 @@ def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
         columns = head.clustered.rows.weight
         found[DENSE_COLUMNS] = lambda hidden: blocked_product(hidden, columns)
     retrieving = head.copy()
-    retrieving.max_positions = n_positions
+    retrieving.max_positions, retrieving.n_probes = n_positions, head.checked_probes
     return found | {
-        CANDIDATES: retrieving.candidates,
-        TOKEN: retrieving.token,
+        PROPOSAL: lambda hidden: retrieving.propose(hidden, None).tokens,
         LOGITS: retrieving,
     }
 
@@ -150,7 +150,7 @@ def summary(head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -
         "hidden_size": head.hidden_size,
         "n_clusters": head.n_clusters,
         "cluster_size": head.cluster_size,
-        "n_probes": head.n_probes,
+        "n_probes": head.checked_probes,
         "dtype": str(dtype).removeprefix("mlx.core."),
         "head_bits": rows.format.bits,
         "backend": head.backend,
@@ -163,7 +163,7 @@ def summary(head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -
         "times_faster": {
             f"{name} against {dense}": spreads[dense].median / spreads[name].median
             for dense in dict.fromkeys((DENSE, best_dense))
-            for name in (CANDIDATES, TOKEN, LOGITS)
+            for name in (PROPOSAL, LOGITS)
         },
     }
 
@@ -174,7 +174,7 @@ def read_mb(head: FlashHead, n_positions: int = 1) -> float:
     if mx.default_device().type == mx.cpu:  # the centroids are float32 there
         stage_1 = 4 * head.n_clusters * head.hidden_size
     rows = head.clustered.rows.nbytes
-    probed = min(n_positions * head.n_probes, head.n_clusters)
+    probed = min(n_positions * head.checked_probes, head.n_clusters)
     return (stage_1 + rows * probed / head.n_clusters) / 1e6
 
 
