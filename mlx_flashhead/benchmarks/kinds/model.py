@@ -23,7 +23,7 @@ from ...common.quantities import percent
 from ...common.tables import new_table
 from ...common.timing import Spread, in_turns
 from ...loading.load import load
-from ...loading.look_up import look_up_options
+from ...loading.look_up import add_check_option, look_up_options
 from ...lossless.batch import CheckedBatchGenerator
 from ...lossless.loop import checked_steps
 from ...lossless.proposals import Proposer
@@ -67,9 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Sequences at once; may be given several times (default: 1, 4 and 8).",
     )
     add_number(parser, "--tokens", 48, "Tokens of a run")
-    parser.add_argument(
-        "--no-check", action="store_true", help="Time FlashHead's own choices, without the check."
-    )
+    add_check_option(parser)
     add_report_arguments(parser, rounds=8)
 
 
@@ -170,12 +168,8 @@ class Loops:
 
 def lossless(model: nn.Module, check: bool) -> Loops:
     """This package's loops for a model with a FlashHead."""
-    proposer = Proposer(model, check=check, logprobs=False)
-    return Loops(
-        partial(checked_steps, proposer=proposer),
-        partial(CheckedBatchGenerator, proposer=proposer),
-        make_sampler,
-    )
+    how = {"proposer": Proposer(model, check=check), "logprobs": False}
+    return Loops(partial(checked_steps, **how), partial(CheckedBatchGenerator, **how), make_sampler)
 
 
 def decode_seconds(
