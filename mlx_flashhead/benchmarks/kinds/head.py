@@ -14,7 +14,6 @@ from ...common.tables import new_table
 from ...common.timing import ColdCaches, Spread, in_turns, timer
 from ...conversion.quantization import HEAD_BITS
 from ...head.flash_head import FlashHead
-from ...head.portable import blocked_product, in_blocks
 from ...loading.load import load
 from ...loading.look_up import add_look_up_options, look_up_options
 from ...models.install import installed_head
@@ -32,8 +31,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 N_STATES = 64
 CHAIN = 16  # calls of a chain, see `chained`
 
-DENSE, DENSE_BLOCKS, DENSE_COLUMNS = "dense (mlx-lm)", "dense in blocks", "dense by columns"
-DENSE_FORMS = {DENSE, DENSE_BLOCKS, DENSE_COLUMNS}
+DENSE, OWN_DENSE = "dense (mlx-lm)", "dense (FlashHead's)"
+DENSE_FORMS = (DENSE, OWN_DENSE)
 PROPOSAL, LOGITS = "FlashHead proposal", "FlashHead full logits"
 
 Form = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states (R, D)
@@ -92,7 +91,7 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
                     *finished,
                     {"name": name} | summary(head, dtype, args.positions, seconds),
                 ]
-                dense = 1000 * min(seconds[form][-1] for form in DENSE_FORMS & seconds.keys())
+                dense = 1000 * min(seconds[form][-1] for form in DENSE_FORMS)
                 news = f"{name}: dense {dense:.2f}, FlashHead {1000 * seconds[PROPOSAL][-1]:.2f} ms"
             yield Round(done, total, news, results)
         finished = results
@@ -104,26 +103,17 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
 def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
     """The ways to use a head, by name: functions of hidden states (R, D).
 
-    The dense forms use the rows in the FlashHead's order, since the order does not change their
-    time. Where the FlashHead holds its rows by columns, they use a copy in rows. On a CPU there are
-    two more dense forms, which the BLAS multiplies faster than mlx-lm's: in blocks of rows, and the
-    FlashHead's own. The FlashHead retrieves from the clusters of its proposals, at any number of
-    positions.
+    mlx-lm's dense form has the rows in the FlashHead's order, which does not change its time. The
+    FlashHead's dense path may be faster, since it lays the rows out for the CPU. It retrieves from
+    the clusters of its proposals, at any number of positions.
     """
-    vocab_size = head.vocab_size
-    rows = head.clustered.flat_rows().map(lambda array: array[:vocab_size])
+    rows = head.clustered.flat_rows().map(lambda array: array[: head.vocab_size])
     mx.eval(rows.arrays())
-    found: dict[str, Form] = {DENSE: rows.matmul}
-    if not rows.quantized and mx.default_device().type == mx.cpu:
-        blocks = in_blocks(rows, rows.weight.dtype)
-        mx.eval(blocks)
-        found[DENSE_BLOCKS] = lambda hidden: blocked_product(hidden, blocks)[..., :vocab_size]
-    if head.clustered.by_column:
-        columns = head.clustered.rows.weight
-        found[DENSE_COLUMNS] = lambda hidden: blocked_product(hidden, columns)
     retrieving = head.copy()
     retrieving.max_positions, retrieving.n_probes = n_positions, head.checked_probes
-    return found | {
+    return {
+        DENSE: rows.matmul,
+        OWN_DENSE: head.dense_logits,
         PROPOSAL: lambda hidden: retrieving.propose(hidden, None).tokens,
         LOGITS: retrieving,
     }
@@ -143,7 +133,7 @@ def in_batches(
 def summary(head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
     """Shapes, milliseconds and ratios of the medians, JSON-ready."""
     spreads = {name: Spread.of(taken).scaled(1000) for name, taken in seconds.items()}
-    best_dense = min(DENSE_FORMS & spreads.keys(), key=lambda name: spreads[name].median)
+    best_dense = min(DENSE_FORMS, key=lambda name: spreads[name].median)
     rows = head.clustered.rows
     return {
         "vocab_size": head.vocab_size,
