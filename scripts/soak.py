@@ -195,20 +195,15 @@ def report(tally: Tally, log: str, code: int) -> list[str]:
     return lines
 
 
-def make_parser() -> Parser:
-    """The script's parser."""
+@command
+def main() -> None:
+    """Entry point."""
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="Folder of a FlashHead checkpoint.")
     parser.add_argument("--minutes", type=number(0, above=True), default=10.0)
     parser.add_argument("--clients", type=whole_number(1), default=8)
     parser.add_argument("--seed", type=whole_number(0), default=0)
-    return parser
-
-
-@command
-def main() -> None:
-    """Entry point."""
-    args = make_parser().parse_args()
+    args = parser.parse_args()
     tally = Tally()
     with ServerProcess("mlx_flashhead.server", "--model", args.model) as server:
         _run(args, server, tally)
