@@ -5,6 +5,7 @@ batch. A token's mask needs the tokens before it, so the processor waits for the
 computed meanwhile.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,6 +34,8 @@ class GrammarProcessor:
     Attributes:
         grammar: The grammar.
         problem: Reason why the text does not follow the grammar; None as long as it does.
+        mask_seconds: Seconds of each mask, of this processor and of those that
+            :meth:`for_sequence` has made.
 
     Raises:
         ValueError: If llguidance is not installed or cannot read the tokenizer, or if no text has
@@ -54,6 +57,7 @@ class GrammarProcessor:
         self._generated: list[int] = []
         self._n_matched = 0  # of these, the number that the grammar has accepted
         self.problem: str | None = None
+        self.mask_seconds: list[float] = []
 
     def begin(self) -> None:
         """Forgets the text so far. The next tokens are a prompt."""
@@ -63,7 +67,9 @@ class GrammarProcessor:
 
     def for_sequence(self) -> "GrammarProcessor":
         """A processor of the same grammar for another sequence."""
-        return GrammarProcessor(self._tokenizer, self.grammar, after=self._after)
+        made = GrammarProcessor(self._tokenizer, self.grammar, after=self._after)
+        made.mask_seconds = self.mask_seconds
+        return made
 
     def accepts(self, text: str) -> bool:
         """Whether ``text`` is a complete text of the grammar."""
@@ -81,8 +87,10 @@ class GrammarProcessor:
         begin = _end_of(self._after, generated)
         if begin is None:
             return logits
+        start = time.perf_counter()
         self._follow(generated[begin:])
         allowed = self._allowed(logits.shape[-1])
+        self.mask_seconds.append(time.perf_counter() - start)
         return mx.where(mx.array(allowed), logits, -mx.inf)
 
     def _follow(self, generated: list[int]) -> None:

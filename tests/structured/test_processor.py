@@ -65,6 +65,7 @@ def test_json_validates(flash, tokenizer, temperature, seed):
     )  # fmt: skip
     assert processor.accepts(text) and processor.problem is None
     jsonschema.validate(json.loads(text), SCHEMA)
+    assert len(processor.mask_seconds) > 10 and min(processor.mask_seconds) > 0
 
 
 @pytest.mark.parametrize(
