@@ -1,8 +1,8 @@
 """Evaluates a model by the tasks of lm-eval, through mlx-lm's own adapter to it.
 
 Choices are scored by their log-likelihood under the dense head, since unlikely tokens need exact
-logits too. Text is generated with FlashHead and its check. Perplexity is measured under the dense head and under
-FlashHead's full logits, which hold estimates for the tokens that were not scored.
+logits too. Text is generated with FlashHead and its check. Perplexity is measured under the dense
+head and under FlashHead's full logits, which hold estimates for the tokens that were not scored.
 
 No other module needs lm-eval, which is an extra.
 """
