@@ -168,8 +168,12 @@ class Loops:
 
 def lossless(model: nn.Module, check: bool) -> Loops:
     """This package's loops for a model with a FlashHead."""
-    how = {"proposer": Proposer(model, check=check), "logprobs": False}
-    return Loops(partial(checked_steps, **how), partial(CheckedBatchGenerator, **how), make_sampler)
+    proposer = Proposer(model, check=check)
+    return Loops(
+        partial(checked_steps, proposer=proposer, logprobs=False),
+        partial(CheckedBatchGenerator, proposer=proposer, logprobs=False),
+        make_sampler,
+    )
 
 
 def decode_seconds(
