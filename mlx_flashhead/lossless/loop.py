@@ -81,7 +81,7 @@ class _Run:
     ):
         self._model, self._stream, self._cache = model, stream, cache
         self._text, self._proposer, self._options = text, proposer, options
-        self._pace = Pace()
+        self._pace = Pace(proposer.most_waiting)
         self._n_held = 0  # tokens of the text in the cache
         self._n_given = 0  # tokens of the text that the caller has
         self._mark: Mark | None = None  # the caches at a confirmed token
