@@ -1,8 +1,11 @@
 """Converts a model: the flags of ``mlx_lm.convert`` and those of FlashHead."""
 
+import re
+from dataclasses import fields
+
 from .cli.arguments import Parser, adopt
 from .cli.console import command
-from .conversion.options import add_options
+from .conversion.options import ConvertOptions, add_options
 from .conversion.pipeline import convert
 from .models.compat.convert import configure_parser
 
@@ -22,7 +25,20 @@ def make_parser() -> Parser:
 @command
 def main() -> None:
     """Entry point of ``mlx_flashhead.convert``."""
-    convert(**vars(make_parser().parse_args()))
+    try:
+        convert(**vars(make_parser().parse_args()))
+    except ValueError as error:
+        raise ValueError(with_flags(str(error))) from error
+
+
+def with_flags(message: str) -> str:
+    """A message about parameters as one about flags: ``mlx_path`` is --mlx-path."""
+    names = "|".join(one.name for one in fields(ConvertOptions))
+    return re.sub(
+        rf"`({names})`|^({names})(?= is )",
+        lambda found: "--" + (found[1] or found[2]).replace("_", "-"),
+        message,
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""The mix of texts for calibration: text that the model writes, and given text of many kinds.
+"""The texts for calibration: given text of many kinds, and text that the model writes.
 
 Self-written text alone is a narrow teacher and an easy judge (docs/how-it-works.md). The last
 quarter of each kind is held out: it chooses the probes and makes the report.
 """
-
-import time
 
 import mlx.nn as nn
 import numpy as np
@@ -14,6 +12,7 @@ from .calibration import beginning_of_text, generated_states, read_windows, wind
 from .given_text import ASIAN, DIALOGUE, EUROPEAN, KINDS, dialogues, given_documents
 from .positions import Positions
 from .prompts import chat_prompts, varied_prompts
+from .steps import Steps, Stopwatch, stepwise
 
 ANSWERS, SELF_WRITTEN = "answers, greedy", "self-written"
 MIX_WINDOW = 256  # positions; longer windows take more time and gain little
@@ -55,19 +54,28 @@ class GivenText:
         self._windows = [window for *_, window in placed]
         self._states: list[np.ndarray | None] = [None] * len(placed)
 
-    def read(self, seconds: float, *, progress: bool = True) -> None:
-        """Reads windows that are not read yet until the time is up, a few at least."""
+    def read(
+        self, limit: Stopwatch, until: float = 0.0, *, step_seconds: float = float("inf")
+    ) -> Steps[None]:
+        """Reads windows that are not read yet until the time is up, a few at least.
+
+        Args:
+            limit: Time limit.
+            until: Seconds of it that are left to others.
+            step_seconds: As in `read_windows`.
+        """
         places = [i for i, states in enumerate(self._states) if states is None]
         if not places:
             return
-        found = read_windows(
+        found = yield from read_windows.steps(
             self._model,
             self._location,
             [self._windows[i] for i in places],
             [self._beginning] * len(places),
-            seconds=seconds,
-            description="Reading given text",
-            progress=progress,
+            limit=limit,
+            until=until,
+            stage="Reading given text",
+            step_seconds=step_seconds,
         )
         for i, states in zip(places, found, strict=True):
             if len(states):
@@ -126,26 +134,24 @@ def written_positions(
     location: HeadLocation,
     positions: int,
     *,
-    seed: int = 0,
-    seconds: float = float("inf"),
-    progress: bool = True,
-) -> list[Positions]:
+    seed: int,
+    limit: Stopwatch,
+) -> Steps[list[Positions]]:
     """States of text that the model writes: half of them greedy answers, half sampled text.
 
     There are fewer positions if the time limit comes first. The answers have half of the time, and
     the sampled text what they leave.
     """
-    until = time.monotonic() + seconds
     rng = np.random.default_rng(seed)
     vocab_size = location.rows().n_rows
     parts = []
     answered = positions // 2
     requests, beginnings = chat_prompts(tokenizer, rng), varied_prompts(tokenizer, vocab_size, rng)
-    for name, description, prompts, temperature, wanted, share in (
-        (ANSWERS, "Writing answers", requests, 0.0, answered, 1 / 2),
-        (SELF_WRITTEN, "Writing text", beginnings, 1.0, positions - answered, 1),
+    for name, stage, prompts, temperature, wanted, until in (
+        (ANSWERS, "Writing answers", requests, 0.0, answered, limit.left / 2),
+        (SELF_WRITTEN, "Writing text", beginnings, 1.0, positions - answered, 0.0),
     ):
-        states, next_ids = generated_states(
+        states, next_ids = yield from generated_states.steps(
             model,
             tokenizer,
             location,
@@ -153,26 +159,28 @@ def written_positions(
             wanted,
             seed=seed,
             temperature=temperature,
-            seconds=share * (until - time.monotonic()),
-            description=description,
-            progress=progress,
+            limit=limit,
+            until=until,
+            stage=stage,
         )
         if len(states):
             parts.append(Positions.of_one_kind(name, states, next_ids, HELD_OUT_SHARE))
     return parts
 
 
+@stepwise
 def mixed_positions(
     model: nn.Module,
     tokenizer,
     location: HeadLocation,
     positions: int,
     *,
+    written_share: float = WRITTEN_SHARE,
     seed: int = 0,
-    seconds: float = float("inf"),
-    progress: bool = True,
-) -> Positions:
-    """States of the mix: of text that the model writes, and of given text.
+    limit: Stopwatch | None = None,
+    step_seconds: float = float("inf"),
+) -> Steps[Positions]:
+    """States of given text, and of text that the model writes.
 
     Reading has half of the time, writing has the rest, and what writing leaves goes to text that is
     not read yet.
@@ -182,24 +190,21 @@ def mixed_positions(
         tokenizer: Its tokenizer.
         location: Its head.
         positions: Approximate number; fewer if the given text is shorter or the time limit comes.
+        written_share: Share of the positions that the model writes.
         seed: Seed of the written text. The given text is always the same.
-        seconds: Time limit of reading and writing together.
-        progress: Show bars.
+        limit: Time limit of reading and writing together.
+        step_seconds: About the longest time of a step that reads.
     """
-    until = time.monotonic() + seconds
-    n_written = round(WRITTEN_SHARE * positions)
+    limit = limit or Stopwatch()
+    n_written = round(written_share * positions)
     given = GivenText(model, tokenizer, location, positions - n_written)
-    given.read(READING_SHARE * (until - time.monotonic()), progress=progress)
-    written = written_positions(
-        model,
-        tokenizer,
-        location,
-        n_written,
-        seed=seed,
-        seconds=until - time.monotonic(),
-        progress=progress,
-    )
-    left = until - time.monotonic()
-    if left > 0:
-        given.read(left, progress=progress)
+    until = (1 - READING_SHARE) * limit.left if n_written else 0.0
+    yield from given.read(limit, until, step_seconds=step_seconds)
+    written: list[Positions] = []
+    if n_written:
+        written = yield from written_positions(
+            model, tokenizer, location, n_written, seed=seed, limit=limit
+        )
+    if limit.left > 0:
+        yield from given.read(limit, step_seconds=step_seconds)
     return Positions.joined([given.positions(), *written])

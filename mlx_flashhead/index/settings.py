@@ -16,14 +16,19 @@ class FlashHeadConfig:
         vocab_size: Tokens V of the model.
         n_clusters: Number of clusters C.
         cluster_size: Tokens per cluster n.
-        n_probes: Clusters scored per position, 1 … C.
+        n_probes: Clusters that the bare head scores per position, 1 … C.
         eos_token_ids: Tokens whose clusters are always among the probes.
         centroid_bits: Bits per centroid weight (4), or 16/32 for unquantized centroids.
         centroid_group_size: Quantization group of the centroids, 0 when unquantized.
-        calibration: Where the hidden states came from: ``source``, ``positions``, ``seed``.
-        report: Measured on held-out calibration positions: ``agreement``, ``coverage`` (shares of
-            positions), ``probes_needed`` at p50, p90 and p99, ``dense_perplexity``,
-            ``dense_bytes``, and ``by_probes``, which has figures for several numbers of probes.
+        calibration: The hidden states that it was fitted on: ``source``, ``positions``, ``seed``;
+            ``quick`` if less was read on purpose, ``cut_short`` if the time limit came first.
+        report: Measured on held-out calibration positions: ``positions``, ``agreement``,
+            ``coverage`` (shares of them), ``kl``, ``perplexity_ratio``, ``dense_perplexity``,
+            ``dense_bytes``, ``by_probes`` with the same at several numbers of probes, and
+            ``choice``, a sentence on ``n_probes``.
+        lossless: For decoding with a check: ``n_probes``, the number that reads the fewest bytes;
+            ``risk`` that a proposal differs (`conversion/differences.py`); ``by_probes`` with the
+            shares ``greedy_differs`` and ``sampled_differs``. Empty without calibration.
         recipe: How the checkpoint was made: `recipe.py`.
         fingerprint: SHA-256 over 64 evenly spaced rows as stored.
         version: Version of the file format.
@@ -39,6 +44,7 @@ class FlashHeadConfig:
     centroid_group_size: int = 64
     calibration: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    lossless: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
