@@ -3,8 +3,8 @@
 import re
 from dataclasses import fields
 
-from .cli.arguments import Parser, adopt
-from .cli.console import command
+from .common.arguments import Parser, adopt
+from .common.command import command
 from .conversion.options import ConvertOptions, add_options
 from .conversion.pipeline import convert
 from .models.compat.convert import configure_parser

@@ -215,9 +215,7 @@ def read_windows(
     return states
 
 
-def _next_together(
-    waiting: list[int], inputs: Sequence[Sequence[int]], tokens: float
-) -> list[int]:
+def _next_together(waiting: list[int], inputs: Sequence[Sequence[int]], tokens: float) -> list[int]:
     """Takes from ``waiting`` windows of like length to read together, near their order, the longest
     first: as many as hold about ``tokens``, at least one."""
     total, near = 0, 0

@@ -222,7 +222,9 @@ class _DenseView:
         result[KL] = log_total - (self.log_total - self.top)[:, None] + divergence
         if self.truth_logit is not None:
             covered = rank(self.truth_cluster) < probes
-            estimate = np.minimum(tail[self.rows, self.truth_cluster][:, None], cap - self.top[:, None])
+            estimate = np.minimum(
+                tail[self.rows, self.truth_cluster][:, None], cap - self.top[:, None]
+            )
             truth = (self.truth_logit - self.top)[:, None]
             result[COVERAGE] = covered
             result[NLL] = log_total - np.where(covered, truth, estimate)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..cli.tables import percent
+from ..common.quantities import percent
 from ..index.settings import FlashHeadConfig
 from .differences import StepBytes
 from .measures import PositionMeasures
