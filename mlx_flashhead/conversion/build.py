@@ -15,6 +15,7 @@ from ..index.files import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
 from ..models.locate import HeadLocation
 from .calibration import text_states
+from .clustering import PASSES, QUICK_PASSES
 from .indexing import build_index
 from .mix import HELD_OUT_SHARE, WRITTEN_SHARE, mixed_positions
 from .options import MIN_POSITIONS, MIX, NO_CALIBRATION, IndexOptions
@@ -127,6 +128,7 @@ class IndexBuild:
             goals=Goals(options.target_agreement, options.target_kl),
             eos_token_ids=tuple(tokenizer.eos_token_ids),
             calibration=calibration,
+            passes=QUICK_PASSES if options.quick else PASSES,
             seed=options.seed,
             body_bytes=_body_bytes(model, location),
             recipe=recipe,

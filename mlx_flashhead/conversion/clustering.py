@@ -17,12 +17,8 @@ BACKENDS = {"numpy": np, "mlx": mx}
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # a shortlist holds at most one centroid of each bucket
 BLOCK_ROWS, BLOCK_SCORES = 2048, 1 << 22  # rows and scores at once, which bounds memory
-PASSES = 6  # dense passes over all rows
+PASSES, QUICK_PASSES = 6, 3  # dense passes over all rows
 PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
-# Above this many multiply-adds a dense pass takes minutes on a CPU. Then four passes are spread
-# over iterations that each refresh the shortlists of every fourth row.
-LARGE_PRODUCT = 2e12
-LARGE_PASSES, LARGE_PARTS = 4, 4
 
 # Near-duplicates are rows whose squared distance is at most this share of their squared distance
 # to the mean of all rows. They are searched around a sample.
@@ -39,6 +35,7 @@ def cluster_rows(
     seed: int = 0,
     spherical: bool = True,
     metric: np.ndarray | None = None,
+    passes: int = PASSES,
     backend: str | None = None,
 ) -> Steps[np.ndarray]:
     """Groups the rows of a head into clusters of equal size.
@@ -51,7 +48,8 @@ def cluster_rows(
         cluster_size: Rows per cluster, 1 … V.
         seed: The same seed gives the same clusters.
         spherical: Cluster by direction; otherwise by Euclidean distance.
-        metric: (D, D) float32 by which the rows are multiplied first: `metric.py`.
+        metric: (D, d) float32 by which the rows are multiplied first: `metric.py`.
+        passes: Dense passes over all rows.
         backend: "numpy" or "mlx" for the dense products; None is MLX if its default device is a
             GPU, else numpy.
 
@@ -82,7 +80,7 @@ def cluster_rows(
         raise ValueError(f"backend is {backend!r}, but must be 'numpy' or 'mlx'.")
 
     rng = np.random.default_rng(seed)
-    bar = Counter("Clustering", len(rows) * PASSES, "row")
+    bar = Counter("Clustering", len(rows) * passes, "row")
     points = yield from _points(rows, metric, spherical, rng, bar, BACKENDS[backend])
     # only distances matter there, and the last column would hide small ones of them
     alike = points if spherical else points[:, :-1]
@@ -95,7 +93,7 @@ def cluster_rows(
         if len(grouped):
             points = _to_the_front(points, others)
         members = yield from _balanced_kmeans(
-            points, capacity, spherical, rng, bar, BACKENDS[backend]
+            points, capacity, spherical, passes, rng, bar, BACKENDS[backend]
         )
         for column, ids in enumerate(members):
             token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
@@ -113,8 +111,8 @@ def _points(
     """The points to cluster, the only copy of the rows.
 
     Returns:
-        (V, D) of norm 1 if ``spherical``. All zero vectors get the same random direction, which
-        makes them near-duplicates. Otherwise (V, D + 1): the rows less their mean, and a column of
+        (V, d) of norm 1 if ``spherical``. All zero vectors get the same random direction, which
+        makes them near-duplicates. Otherwise (V, d + 1): the rows less their mean, and a column of
         ones.
     """
     vocab_size, hidden_size = len(rows), (rows if metric is None else metric).shape[1]
@@ -202,6 +200,7 @@ def _balanced_kmeans(
     points: np.ndarray,
     capacity: np.ndarray,
     spherical: bool,
+    passes: int,
     rng: np.random.Generator,
     bar: Counter,
     xp,
@@ -218,25 +217,16 @@ def _balanced_kmeans(
         which are the first clusters.
     """
     n_points, n_clusters = len(points), len(capacity)
-    large = n_points * points.shape[1] * n_clusters > LARGE_PRODUCT
-    passes, parts = (LARGE_PASSES, LARGE_PARTS) if large else (PASSES, 1)
+    bar.total = n_points * passes
     members = [rng.permutation(n_points)[:n_clusters]]
     prices = np.zeros(n_clusters, dtype=np.float32)
     length = min(LIST_LENGTH, n_clusters)
-    ids = np.empty((n_points, length), dtype=np.int64)
-    scores = np.empty((n_points, length), dtype=np.float32)
     every = np.arange(n_points)
-    bar.total = n_points * passes
-    for iteration in range((passes - 1) * parts + 1):
+    for iteration in range(passes):
         centroids = _centroids(points, members, spherical)
-        # The first iteration lists all points, a later one every ``parts``-th point.
-        part = slice((iteration - 1) % parts, None, parts) if iteration else slice(None)
-        ids[part], scores[part] = yield from _shortlists(
-            points, every[part], centroids, length, bar, xp
-        )
-        yield from _update_prices(
-            prices, ids, scores, capacity, PRICE_STEPS[min(iteration, 1)], bar
-        )
+        ids, scores = yield from _shortlists(points, every, centroids, length, bar, xp)
+        n_steps = PRICE_STEPS[min(iteration, 1)]
+        yield from _update_prices(prices, ids, scores, capacity, n_steps, bar)
         assigned = yield from _fill(points, centroids, prices, ids, scores, capacity, bar, xp)
         order = np.argsort(assigned, kind="stable")
         first = np.cumsum(capacity) - capacity

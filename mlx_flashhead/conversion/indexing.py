@@ -7,7 +7,7 @@ from ..head.matrix import Matrix, as_float32
 from ..index.files import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
 from ..index.sketch import Sketch
-from .clustering import cluster_rows
+from .clustering import PASSES, cluster_rows
 from .differences import StepBytes, lossless_settings
 from .fitting import fit_centroids
 from .measures import PositionMeasures, Routing, measure_positions
@@ -31,6 +31,7 @@ def build_index(
     goals: Goals = DEFAULT_GOALS,
     eos_token_ids: tuple[int, ...] = (),
     calibration: dict | None = None,
+    passes: int = PASSES,
     seed: int = 0,
     body_bytes: int = 0,
     recipe: dict | None = None,
@@ -47,6 +48,7 @@ def build_index(
         goals: Goals for the held-out positions.
         eos_token_ids: Tokens whose clusters are always scored.
         calibration: What the settings say of the positions.
+        passes: Dense passes of the clustering.
         seed: Seed of the clustering.
         body_bytes: Bytes of weights that all other layers read per token.
         recipe: The recipe to store.
@@ -70,6 +72,7 @@ def build_index(
         seed=seed,
         spherical=fitted_on is None,
         metric=None if fitted_on is None else logit_metric(fitted_on, rows.hidden_size),
+        passes=passes,
     )
     n_clusters = len(token_ids)
     centroids = yield from fit_centroids.steps(

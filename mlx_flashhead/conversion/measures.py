@@ -8,8 +8,8 @@ one pass over the dense logits serves any number of probes.
 - covered mass: mean probability, under the dense head, of the candidates.
 - KL: mean divergence of the distribution with the tail from the dense one, in nats.
 - perplexity: of the true next tokens, under the distribution with the tail.
-- gap, tail: what the head itself knows of its unscored clusters: the best candidate's logit less the
-  best score among them, and the log of their estimated share of the probability.
+- gap, tail: what the head itself knows of its unscored clusters: the best candidate's logit less
+  the best score among them, and the log of their estimated share of the probability.
 """
 
 import math

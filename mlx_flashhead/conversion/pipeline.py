@@ -32,10 +32,11 @@ from ..publishing.publish import (
     publish,
 )
 from ..publishing.recipe import make_recipe
-from .build import index_nbytes
+from .build import IndexBuild, cut_short, index_nbytes
 from .options import ConvertOptions, recipe_flags
 from .place import FILES_KEY, check_apart, check_place, check_room, files_of
 from .quantization import BodyRecipe, body_label, set_bits
+from .report import report_lines
 
 
 def convert(
@@ -88,7 +89,7 @@ def convert(
         trust_remote_code: Allow the repository's own Python code.
         head_bits: Bits of the head's rows (4, 8 or 16), apart from the body's.
         index_only: Make the FlashHead alone, a few MB that go beside the model.
-        quick: Less text and fewer passes: a fraction of the time, and a few more clusters per token.
+        quick: Less text and fewer passes: a fraction of the time, a few more clusters per token.
         cluster_size: Tokens per cluster.
         n_probes: Clusters scored per token, with and without the check; default: chosen.
         target_agreement: Share of positions that must keep the dense head's best token without the
@@ -153,7 +154,9 @@ def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> Flas
             seed=options.seed,
             name=name,
         ) | {"metadata": card_metadata(origin, "adapter" if options.index_only else "quantized")}
-        index = make_index(model, tokenizer, location, asked, text, recipe, progress=progress)
+        build = IndexBuild(model, tokenizer, location, options, text=text, recipe=recipe)
+        index = build.finish(progress=progress)
+        say("\n".join([*report_lines(index.config), *cut_short(index.config)]))
         say(f"Writing {target}")
         config.pop(CONFIG_KEY, None)
         try:
