@@ -207,7 +207,7 @@ def read_windows(
             # only the states are evaluated, and the windows' logits are never computed
             found = np.array(recorded[-1].astype(mx.float32))
         per_second = length * len(batch) / max(time.monotonic() - start, 1e-6)
-        together = min(READ_TOKENS, step_seconds * per_second)
+        together = min(READ_TOKENS, max(1.0, step_seconds * per_second))
         for i, of_window in zip(batch, found, strict=True):
             states[i] = of_window[len(prefixes[i]) : len(inputs[i])]
             read += len(states[i])

@@ -9,6 +9,7 @@ from mlx_flashhead.conversion import calibration, mix
 from mlx_flashhead.conversion.given_text import KINDS
 from mlx_flashhead.conversion.mix import ANSWERS, SELF_WRITTEN, GivenText, mixed_positions
 from mlx_flashhead.conversion.positions import Positions
+from mlx_flashhead.conversion.steps import Step, Stopwatch, stepwise, take_all
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 
@@ -57,29 +58,27 @@ def test_the_same_seed_gives_the_same_mix(loaded):
     assert (first.next_ids[~given] != other.next_ids[~given]).any()
 
 
+def test_given_text_alone(loaded):
+    found = found_in(loaded, written_share=0.0)
+    assert found.names == KINDS
+    assert len(found) == 600
+
+
 def test_fewer_positions_of_every_kind_when_the_time_is_up(loaded, monkeypatch):
     monkeypatch.setattr(calibration, "READ_TOKENS", 2500)  # one window of each kind
     text = GivenText(*loaded, 4000)
-    text.read(0, progress=False)
+    take_all(text.read(Stopwatch(0.0)), progress=False)
     part = text.positions()
     assert set(part.names) == {kind for kind in KINDS if mix.SHARES[kind] == 1}
     assert len(part) < 2000
-    text.read(float("inf"), progress=False)
+    take_all(text.read(Stopwatch()), progress=False)
     whole = text.positions()
     np.testing.assert_array_equal(np.bincount(whole.kinds), [400 * mix.SHARES[k] for k in KINDS])
     once = GivenText(*loaded, 4000)
-    once.read(float("inf"), progress=False)
+    take_all(once.read(Stopwatch()), progress=False)
     np.testing.assert_array_equal(whole.next_ids, once.positions().next_ids)
-    assert set(found_in(loaded, positions=60, seconds=1e-9).names) <= set(KINDS)  # none written
-
-
-class Clock:
-    """A clock that runs by the work that is done."""
-
-    now = 0.0
-
-    def monotonic(self):
-        return self.now
+    none_written = found_in(loaded, positions=60, limit=Stopwatch(1e-9))
+    assert set(none_written.names) <= set(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -93,31 +92,33 @@ class Clock:
 )
 def test_given_text_leaves_time_to_write(loaded, monkeypatch, reading, writing, counts):
     """``reading`` and ``writing`` seconds a token, 120 seconds in all."""
-    clock, width = Clock(), 2
+    width = 2
 
-    def read_windows(model, location, windows, prefixes, *, seconds, **kwargs):
-        until, states = clock.now + seconds, []
+    def read_windows(model, location, windows, prefixes, *, limit, until, **kwargs):
+        states = []
         for window in windows:
-            late = clock.now > until
+            late = limit.left < until
             states.append(np.ones((0 if late else len(window) - 1, width), np.float32))
-            clock.now += reading * len(states[-1])
+            limit.left -= reading * len(states[-1])
+        yield Step("", 1, 1)
         return states
 
-    def generated_states(*args, seconds, **kwargs):
-        count = min(args[4], round(seconds / writing))
-        clock.now += writing * count
+    def generated_states(*args, limit, until, **kwargs):
+        count = min(args[4], round((limit.left - until) / writing))
+        limit.left -= writing * count
+        yield Step("", 1, 1)
         return np.ones((count, width), np.float32), np.ones(count, np.int64)
 
-    monkeypatch.setattr(mix, "time", clock)
     monkeypatch.setattr(mix, "MIX_WINDOW", 10)
     monkeypatch.setattr(mix, "LANGUAGES_WINDOW", 10)
-    monkeypatch.setattr(mix, "read_windows", read_windows)
-    monkeypatch.setattr(mix, "generated_states", generated_states)
-    found = mixed_positions(*loaded, 1200, seconds=120, progress=False)
+    monkeypatch.setattr(mix, "read_windows", stepwise(read_windows))
+    monkeypatch.setattr(mix, "generated_states", stepwise(generated_states))
+    limit = Stopwatch(120)
+    found = mixed_positions(*loaded, 1200, limit=limit, progress=False)
     given = found.kinds < len(KINDS)
     assert given.sum() == pytest.approx(counts[0], abs=20)
     assert (~given).sum() == pytest.approx(counts[1], abs=2)
-    assert clock.now < 122
+    assert limit.left > -2
 
 
 def test_long_documents_do_not_crowd_out_others():
