@@ -16,9 +16,9 @@ from .measures import AGREEMENT, GAP, MASS, TAIL, PositionMeasures
 from .probes import kind_weights
 
 MOST_WAITING = 32  # positions of one check
-NEAR = 2.0  # greatest ratio of a number of probes that the risks are fitted on to the chosen one
+NEAR = 1.4  # greatest ratio of the chosen number of probes to one that the risks are fitted on
 SLOPES = np.geomspace(0.25, 4.0, 33)
-SLOPE_SPREAD = 0.5  # standard deviation of the log of the slope before anything is seen
+SLOPE_SPREAD = 0.3  # standard deviation of the log of the slope before anything is seen
 UNSEEN_DIFFERENCE = 0.5  # positions: where none differs, one in twice as many may still
 LEAST_RISK, GREATEST_RISK = 1e-12, 1 - 1e-6
 

@@ -1,11 +1,13 @@
 """The settings of a FlashHead: everything but its arrays."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 FORMAT_VERSION = 1
 REQUIRED = {"vocab_size", "n_clusters", "cluster_size", "n_probes", "fingerprint"}
 AGAIN = "make it again with mlx_flashhead.convert"
+MOST_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,32 @@ class FlashHeadConfig:
         numbers = [given.get(f.name, f.default) for f in fields(cls) if f.type is int]
         if given["eos_token_ids"] is None or _whole_numbers(numbers) is None:
             raise ValueError(f"{source} must hold whole numbers: {AGAIN}.")
-        return cls(**given)
+        if len(given["eos_token_ids"]) > MOST_END_TOKENS:
+            raise ValueError(
+                f"{source} names {len(given['eos_token_ids'])} tokens that end a text, more than "
+                f"{MOST_END_TOKENS}: {AGAIN}."
+            )
+        objects = ("calibration", "report", "lossless", "recipe")
+        if not all(isinstance(given.get(name, {}), dict) for name in objects):
+            raise ValueError(f"{source} must hold objects as {', '.join(objects)}: {AGAIN}.")
+        config = cls(**given)
+        if not _is_lossless(config.lossless, config.n_clusters):
+            raise ValueError(f"{source} has no valid settings of the check (lossless): {AGAIN}.")
+        return config
+
+
+def _is_lossless(values: dict[str, Any], n_clusters: int) -> bool:
+    """Whether these are the settings of a checked loop, or none."""
+    if not values:
+        return True
+    n_probes, risk = values.get("n_probes"), values.get("risk")
+    if type(n_probes) is not int or not 1 <= n_probes <= n_clusters or not isinstance(risk, dict):
+        return False
+    greedy, sampled = risk.get("greedy"), risk.get("sampled")
+    numbers = [*greedy, sampled] if isinstance(greedy, list | tuple) else []
+    return len(numbers) == 3 and all(
+        type(one) in (int, float) and math.isfinite(one) for one in numbers
+    )
 
 
 def _whole_numbers(values: Any) -> tuple[int, ...] | None:

@@ -200,7 +200,7 @@ def test_calibration_is_recorded(sources, tmp_path, calibration):
     assert given.calibration == {"source": calibration, "positions": positions, "seed": 3}
     assert (
         given.report.get("positions", 0)
-        == {"none": 0, "mix": 24, "given": 25, "file": 25}[calibration]
+        == {"none": 0, "mix": 24, "given": 22, "file": 25}[calibration]
     )
     assert 1 <= given.n_probes <= N_CLUSTERS
 
