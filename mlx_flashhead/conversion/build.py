@@ -117,7 +117,7 @@ class IndexBuild:
                 limit=limit,
                 step_seconds=self._step_seconds,
             )
-            if limit.left <= 0:
+            if limit.cut_short:
                 calibration["cut_short"] = True
         self.reads = False
         self._index = yield from build_index.steps(

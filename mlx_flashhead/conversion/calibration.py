@@ -97,6 +97,7 @@ def generated_states(
             yield Step(stage, min(count, positions), positions, "token")
     finally:
         generator.close()
+    limit.cut_short |= count < positions
     if not states:  # the time limit came before the first step
         return np.empty((0, location.rows().hidden_size), np.float32), np.empty(0, np.int64)
     return np.concatenate(states)[:positions], np.concatenate(drawn)[:positions]
@@ -172,7 +173,6 @@ def read_windows(
     prefixes: Sequence[list[int]],
     *,
     limit: Stopwatch | None = None,
-    until: float = 0.0,
     stage: str = "Reading",
     step_seconds: float = float("inf"),
 ) -> Steps[list[np.ndarray]]:
@@ -184,7 +184,6 @@ def read_windows(
         windows: Token ids, at least two each.
         prefixes: Token ids before each window, whose states are left out.
         limit: Time limit, after which no further windows are read than the first ones.
-        until: Seconds of the limit that are left to others.
         stage: Name of the stage.
         step_seconds: About the longest time of a step, if one window takes no longer.
 
@@ -197,7 +196,7 @@ def read_windows(
     total, read = sum(len(window) - 1 for window in windows), 0
     together: float = READ_TOKENS if step_seconds == float("inf") else 1
     waiting = list(range(len(windows)))
-    while waiting and (not read or limit.left > until):
+    while waiting and (not read or limit.left > 0):
         batch = _next_together(waiting, inputs, together)
         length = len(inputs[batch[0]])
         start = time.monotonic()
@@ -212,6 +211,7 @@ def read_windows(
             states[i] = of_window[len(prefixes[i]) : len(inputs[i])]
             read += len(states[i])
         yield Step(stage, read, total, "token")
+    limit.cut_short |= bool(waiting)
     return states
 
 

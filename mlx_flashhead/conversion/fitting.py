@@ -49,21 +49,6 @@ def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
     return sums / real.sum(axis=1, keepdims=True, dtype=np.float32)
 
 
-def unit_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
-    """Means of the unit rows, scaled to norm 1: the paper's routing, for comparison.
-
-    Arguments and result are those of :func:`raw_means`.
-
-    Source: FlashHead, arXiv 2603.14591.
-    """
-    return _unit(raw_means(_unit(as_float32(rows)), token_ids))
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1)
-
-
 @stepwise
 def fit_centroids(
     rows: np.ndarray | mx.array,

@@ -3,7 +3,6 @@
 ``convert`` in Python, ``mlx_flashhead.convert`` and the stored recipe read them here.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -17,12 +16,11 @@ from .quantization import HEAD_BITS, check_form
 
 MIX, GIVEN, NO_CALIBRATION = "mix", "given", "none"
 MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
-QUICK_POSITIONS = 3_000
+QUICK_POSITIONS = 4_000
 
 
 def option(
     default: Any,
-    help: str | None = None,
     type: Type | None = None,
     *,
     flag: str | None = None,
@@ -33,71 +31,32 @@ def option(
 
     Args:
         default: Its default.
-        help: Its text in the command's help; None: mlx-lm's parser has the flag.
         type: Checks a value; None: everything is allowed.
         flag: Its flag, if that is not its name.
         recipe: Whether it is part of the command that makes the same checkpoint again.
         **parser: Further arguments of ``add_argument``.
     """
-    about = {"help": help, "type": type, "flag": flag, "recipe": recipe, "parser": parser}
+    about = {"type": type, "flag": flag, "recipe": recipe, "parser": parser}
     return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """The options of an index, each with its help text.
+    """The options of an index, which `convert` describes.
 
     Raises:
         ValueError: If an option is not valid.
     """
 
-    quick: bool = option(
-        False,
-        "A quarter of the text, given text alone, and fewer passes: a fraction of the time, and a "
-        "few more clusters per token.",
-        action="store_true",
-    )
-    cluster_size: int = option(16, "Tokens per cluster (default: %(default)s).", whole_number(1))
-    n_probes: int | None = option(
-        None,
-        "Clusters scored per token, with and without the check (default: with the check the number "
-        "that is expected to be fastest, without it the fewest that reach --target-agreement and "
-        "--target-kl).",
-        whole_number(1),
-    )
-    target_agreement: float = option(
-        Goals.agreement,
-        "Share of positions that must keep the dense head's best token without the check, measured "
-        "on the held-out part of the calibration (default: %(default)s).",
-        number(0, 1, above=True),
-    )
-    target_kl: float = option(
-        Goals.kl,
-        "Greatest divergence from the dense head's distribution without the check, in nats; the "
-        "held-out part must reach half of it, since other texts are harder (default: "
-        "%(default)s).",
-        number(0, above=True),
-    )
-    calibration: str = option(
-        MIX,
-        "Text to calibrate on: a mix of given text and of text that the model writes, given text "
-        "alone, none, or a file (default: %(default)s).",
-        metavar="mix|given|none|FILE",
-    )
-    calibration_positions: int = option(
-        12_000, "Positions to calibrate on (default: %(default)s).", whole_number(MIN_POSITIONS)
-    )
-    calibration_seconds: float = option(
-        120.0,
-        "Seconds after which reading and writing the text is cut short (default: %(default)s).",
-        number(0, above=True),
-    )
-    seed: int = option(
-        0,
-        "Seed of the clustering and of the text that the model writes (default: %(default)s).",
-        whole_number(0),
-        recipe=False,
-    )
+    quick: bool = option(False, action="store_true")
+    cluster_size: int = option(16, whole_number(1))
+    n_probes: int | None = option(None, whole_number(1))
+    target_agreement: float = option(Goals.agreement, number(0, 1, above=True))
+    target_kl: float = option(Goals.kl, number(0, above=True))
+    calibration: str = option(MIX, metavar="mix|given|none|FILE")
+    calibration_positions: int = option(12_000, whole_number(MIN_POSITIONS))
+    calibration_seconds: float = option(120.0, number(0, above=True))
+    seed: int = option(0, whole_number(0), recipe=False)
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -157,63 +116,22 @@ class ConvertOptions(IndexOptions):
     hf_path: str = option(None, recipe=False)
     mlx_path: str = option("mlx_model", recipe=False)
     quantize: bool = option(False, flag="-q")
-    q_group_size: int | None = option(None, type=whole_number(1))
-    q_bits: int | None = option(None, type=whole_number(1))
+    q_group_size: int | None = option(None, whole_number(1))
+    q_bits: int | None = option(None, whole_number(1))
     q_mode: str = option("affine")
-    dtype: str | None = option(None, type=one_of(*MODEL_CONVERSION_DTYPES))
+    dtype: str | None = option(None, one_of(*MODEL_CONVERSION_DTYPES))
     upload_repo: str | None = option(None, recipe=False)
-    revision: str | None = option(
-        None,
-        "Branch, tag or commit of the model's repository (default: main).",
-        recipe=False,
-    )
+    revision: str | None = option(None, recipe=False)
     dequantize: bool = option(False, flag="-d")
     quant_predicate: Callable | str | None = option(None)
     trust_remote_code: bool = option(False)
-    head_bits: int | None = option(
-        None,
-        "Bits of the head's rows, apart from the body's (default: as the model has it).",
-        one_of(*HEAD_BITS),
-        metavar="|".join(map(str, HEAD_BITS)),
-    )
-    index_only: bool = option(
-        False,
-        "Make the FlashHead alone, a few MB that go beside the model in any of its precisions.",
-        action="store_true",
-    )
-    base_model: str | None = option(
-        None,
-        "The model's repository, for a folder that does not name it: the card names it and has its "
-        "licence and language.",
-        recipe=False,
-        metavar="OWNER/NAME",
-    )
-    license: str | None = option(
-        None,
-        "The model's licence as the Hub calls it, such as apache-2.0, for a card that does not "
-        "name it.",
-        recipe=False,
-        metavar="ID",
-    )
-    upload: bool | str = option(
-        False,
-        "Upload the checkpoint to the Hugging Face Hub (without a name: "
-        "USER/MODEL-FlashHead-PRECISION). The repository is made before the long work, and the "
-        "folder is kept.",
-        recipe=False,
-        nargs="?",
-        const=True,
-        metavar="OWNER/NAME",
-    )
-    private: bool = option(
-        False, "Make the repository private if it is a new one.", recipe=False, action="store_true"
-    )
-    overwrite: bool = option(
-        False,
-        "Replace the target folder if a conversion has written it.",
-        recipe=False,
-        action="store_true",
-    )
+    head_bits: int | None = option(None, one_of(*HEAD_BITS), metavar="|".join(map(str, HEAD_BITS)))
+    index_only: bool = option(False, action="store_true")
+    base_model: str | None = option(None, recipe=False, metavar="OWNER/NAME")
+    license: str | None = option(None, recipe=False, metavar="ID")
+    upload: bool | str = option(False, recipe=False, nargs="?", const=True, metavar="OWNER/NAME")
+    private: bool = option(False, recipe=False, action="store_true")
+    overwrite: bool = option(False, recipe=False, action="store_true")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -271,21 +189,6 @@ def recipe_flags(options: IndexOptions) -> dict[str, Any]:
         for one in sorted(fields(options), key=lambda one: one.name in of_index)
         if one.metadata["recipe"] and getattr(options, one.name) != one.default
     }
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds to mlx-lm's parser the options that it does not have."""
-    group = parser.add_argument_group("FlashHead")
-    for one in fields(ConvertOptions):
-        about = one.metadata
-        if about["help"] is not None:
-            more = about["parser"]
-            if about["type"] is not None:
-                more = more | {"type": about["type"]}
-            group.add_argument(flag(one), default=one.default, help=about["help"], **more)
-    of_mlx_lm = {one.name: one.metadata["type"] for one in fields(ConvertOptions)}
-    for action in parser._actions:
-        action.type = of_mlx_lm.get(action.dest) or action.type
 
 
 def flag(one: Field) -> str:

@@ -87,22 +87,29 @@ def convert(
         dequantize: Undo the model's quantization.
         quant_predicate: One of mlx-lm's mixed-bit recipes, or a function as mlx-lm takes it.
         trust_remote_code: Allow the repository's own Python code.
-        head_bits: Bits of the head's rows (4, 8 or 16), apart from the body's.
-        index_only: Make the FlashHead alone, a few MB that go beside the model.
-        quick: Less text and fewer passes: a fraction of the time, a few more clusters per token.
+        head_bits: Bits of the head's rows, apart from the body's; default: as the model has it.
+        index_only: Make the FlashHead alone, a few MB that go beside the model in any of its
+            precisions.
+        quick: Less text and fewer passes: a fraction of the time, and a few more clusters per
+            token.
         cluster_size: Tokens per cluster.
-        n_probes: Clusters scored per token, with and without the check; default: chosen.
+        n_probes: Clusters scored per token. Default: with the check the number that is expected to
+            be fastest, without it the fewest that reach the targets.
         target_agreement: Share of positions that must keep the dense head's best token without the
-            check.
+            check, measured on the held-out part of the calibration.
         target_kl: Greatest divergence from the dense head's distribution without the check, in
-            nats. The held-out part of the text must reach half of it.
-        calibration: "mix", "given" (text that the model does not write), "none", or a file.
+            nats. The held-out part must reach half of it, since other texts are harder.
+        calibration: Text to calibrate on: "mix" of given text and of answers that the model writes,
+            "given" text alone, "none", or a file.
         calibration_positions: Positions to calibrate on.
         calibration_seconds: Seconds after which reading and writing the text is cut short.
-        seed: Seed of the clustering and of the text that the model writes.
-        base_model: The model's repository, for a folder that does not name it.
-        license: The model's licence as the Hub calls it, for a card that does not name it.
-        upload: Upload the checkpoint, to this repository if it is a name.
+        seed: Seed of the clustering and of the answers that the model writes.
+        base_model: The model's repository, for a folder that does not name it: the card names it
+            and has its licence and language.
+        license: The model's licence as the Hub calls it, such as apache-2.0, for a card that does
+            not name it.
+        upload: Upload the checkpoint to the Hugging Face Hub, to this repository (without a name:
+            USER/MODEL-FlashHead-PRECISION). It is made before the long work.
         private: Make the repository private if it is a new one.
         overwrite: Replace the target folder if a conversion has written it.
         progress: Show bars and steps.

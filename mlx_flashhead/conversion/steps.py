@@ -92,10 +92,12 @@ class Stopwatch:
 
     Attributes:
         left: Seconds that are left.
+        cut_short: Whether any work ended because of it.
     """
 
     def __init__(self, seconds: float = UNLIMITED):
         self.left = seconds
+        self.cut_short = False
 
     def __enter__(self) -> "Stopwatch":
         self._start = time.monotonic()

@@ -63,7 +63,7 @@ def test_a_build_that_is_cut_short_says_so(loaded):
     options = IndexOptions(quick=True, calibration_seconds=1e-6)
     index = IndexBuild(*loaded, options).finish(progress=False)
     positions = index.config.calibration["positions"]
-    assert index.config.calibration["cut_short"] and positions < 3000
+    assert index.config.calibration["cut_short"] and positions < 4000
     (sentence,) = cut_short(index.config)
     assert f"cut short by the time limit, after {positions:,} positions" in sentence
     whole = IndexBuild(*loaded, OPTIONS).finish(progress=False)

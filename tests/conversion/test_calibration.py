@@ -16,7 +16,7 @@ from mlx_flashhead.conversion.calibration import (
     text_states,
     windows_of,
 )
-from mlx_flashhead.conversion.prompts import varied_prompts
+from mlx_flashhead.conversion.prompts import chat_prompts
 from mlx_flashhead.conversion.steps import Stopwatch
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
@@ -52,7 +52,7 @@ def endless(tokenizer, monkeypatch):
 
 
 def prompts_of(tokenizer, seed=0):
-    return varied_prompts(tokenizer, VOCAB_SIZE, np.random.default_rng(seed))
+    return chat_prompts(tokenizer, np.random.default_rng(seed))
 
 
 def generate(model, tokenizer, positions, *, prompts=None, seed=0, **kwargs):
