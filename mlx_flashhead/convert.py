@@ -10,6 +10,16 @@ from .conversion.pipeline import convert
 from .models.compat.convert import configure_parser
 
 
+def _descriptions(docstring: str) -> dict[str, str]:
+    """The text of each argument in a docstring of Google's form."""
+    arguments = re.split(r"\n {8}(\w+): ", docstring.partition("Args:")[2].partition("\n\n")[0])
+    pairs = zip(arguments[1::2], arguments[2::2], strict=True)
+    return {name: " ".join(text.split()) for name, text in pairs}
+
+
+DESCRIPTIONS = _descriptions(convert.__doc__ or "")
+
+
 def make_parser() -> Parser:
     """mlx-lm's parser with the options that it does not have, as `convert` describes them."""
     parser = adopt(
@@ -19,7 +29,6 @@ def make_parser() -> Parser:
         {"hf_path": "Model to convert: a Hugging Face or mlx-lm folder, or a Hub repository."},
     )
     group = parser.add_argument_group("FlashHead")
-    described = _descriptions(convert.__doc__ or "")
     of_mlx_lm = {action.dest: action for action in parser._actions}
     for one in fields(ConvertOptions):
         about = one.metadata
@@ -28,7 +37,7 @@ def make_parser() -> Parser:
             of_mlx_lm[one.name].type = about["type"] or of_mlx_lm[one.name].type
             continue
         default = "" if one.default is None or one.default is False else " (default: %(default)s)"
-        help = described[one.name].replace("%", "%%").rstrip(".") + f"{default}."
+        help = DESCRIPTIONS[one.name].replace("%", "%%").rstrip(".") + f"{default}."
         group.add_argument(flag(one), default=one.default, help=help, **type, **about["parser"])
     return parser
 
@@ -50,13 +59,6 @@ def with_flags(message: str) -> str:
         lambda found: "--" + (found[1] or found[2]).replace("_", "-"),
         message,
     )
-
-
-def _descriptions(docstring: str) -> dict[str, str]:
-    """The text of each argument in a docstring of Google's form."""
-    arguments = re.split(r"\n {8}(\w+): ", docstring.partition("Args:")[2].partition("\n\n")[0])
-    pairs = zip(arguments[1::2], arguments[2::2], strict=True)
-    return {name: " ".join(text.split()) for name, text in pairs}
 
 
 if __name__ == "__main__":

