@@ -50,6 +50,11 @@ class FlashHeadConfig:
     recipe: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
+    @property
+    def checked_probes(self) -> int | None:
+        """Clusters scored per position in the checked loop; None: ``n_probes``."""
+        return self.lossless.get("n_probes")
+
     def to_dict(self) -> dict[str, Any]:
         """The form for JSON."""
         return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
