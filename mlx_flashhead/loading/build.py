@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..conversion.build import IndexBuild, cut_short, index_nbytes
 from ..conversion.duration import expected_seconds, in_words
-from ..conversion.options import IndexOptions
-from ..conversion.pipeline import index_nbytes, make_index
+from ..conversion.options import IndexOptions, recipe_flags
 from ..models.locate import HeadLocation, check_plain_product
 from ..models.tokenizers import text_side
 from ..publishing.origin import Origin, card_metadata
@@ -50,7 +50,7 @@ def build(
         found = cache.find(rows, lambda _: None)
         if found is not None:
             return found
-        options = IndexOptions()
+        options = IndexOptions(quick=True)
         options.check_size(rows.n_rows)
         obstacle = cache.obstacle(place, index_nbytes(rows))
         duration = in_words(expected_seconds(rows, options))
@@ -59,7 +59,7 @@ def build(
             + (f"It is kept in {place}." if obstacle is None else _not_kept(obstacle))
         )
         recipe = make_recipe(
-            {INDEX_ONLY: True},
+            {INDEX_ONLY: True} | recipe_flags(options),
             model=origin.known_as,
             revision=origin.revision,
             seed=options.seed,
@@ -67,9 +67,11 @@ def build(
         ) | {"metadata": card_metadata(origin, "adapter")}
         with redirect_stdout(sys.stderr):  # standard output is the command's own
             text = text_side(model, tokenizer)
-            index = make_index(
-                model, text, location, options, None, recipe, progress=progress, tables=False
+            index = IndexBuild(model, text, location, options, recipe=recipe).finish(
+                progress=progress
             )
+        for sentence in cut_short(index.config):
+            say(sentence)
         if obstacle is None:
             try:
                 cache.keep(index, place)

@@ -9,6 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
+from mlx_flashhead.index import files
 from mlx_flashhead.index.files import (
     CONFIG_KEY,
     FILE_NAME,
@@ -288,10 +289,43 @@ def load(folder):
 
 
 def save(folder, arrays, metadata):
-    """Writes other arrays, without a checksum."""
-    metadata = {key: value for key, value in metadata.items() if key != "checksum"}
+    """Writes other arrays with their checksum."""
+    metadata = metadata | {"checksum": files._checksum(arrays)}
     with (folder / FILE_NAME).open("wb") as file:
         mx.save_safetensors(file, arrays, metadata=metadata)
+
+
+def test_an_index_without_a_checksum(folder):
+    arrays, metadata = load(folder)
+    del metadata["checksum"]
+    with (folder / FILE_NAME).open("wb") as file:
+        mx.save_safetensors(file, arrays, metadata=metadata)
+    refused(folder, f"{FILE_NAME} cannot be read because it is damaged", CONVERT)
+
+
+@pytest.mark.parametrize("name", [name for name in ARRAYS if "weight" not in name][1:])
+def test_arrays_with_nan(folder, name):
+    arrays, metadata = load(folder)
+    flat = arrays[name].reshape(-1)
+    flat[3] = mx.nan
+    arrays[name] = flat.reshape(arrays[name].shape)
+    save(folder, arrays, metadata)
+    refused(folder, FILE_NAME, "does not hold the arrays .* no NaN", CONVERT)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"eos_token_ids": list(range(258))}, "names 258 tokens that end a text, more than 64"),
+        ({"report": "good"}, "must hold objects as calibration, report, lossless, recipe"),
+        ({"lossless": {"n_probes": 34}}, "no valid settings of the check"),
+        ({"lossless": {"n_probes": 3, "risk": {"greedy": [0], "sampled": 1}}}, "no valid settings"),
+        ({"lossless": {"n_probes": 3, "risk": {"greedy": [0, "1"], "sampled": 1}}}, "no valid"),
+    ],
+)
+def test_settings_that_nothing_has_written(folder, values, said):
+    change_entry(folder, **values)
+    refused(folder, said, CONVERT)
 
 
 @pytest.mark.parametrize("name", ARRAYS)

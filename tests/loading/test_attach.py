@@ -51,10 +51,9 @@ def test_first_use_builds_and_the_second_does_not(folder, quick, capfd, flash_he
     assert output == ""
     assert "Building the FlashHead of My-Model, which takes at most about" in errors
     assert f"It is kept in {entry.folder}." in errors
-    bars = ("Reading given text", "Writing answers", "Writing text", "Clustering", "Fitting")
-    assert all(f"{bar}: 100%" in errors for bar in (*bars, "Measuring"))
-    assert errors.splitlines()[-1].startswith(f"{first.n_probes} of {first.n_clusters} clusters")
-    assert "probes agreement" not in errors  # the tables are for those who convert
+    for bar in ("Reading given text", "Clustering", "Fitting", "Measuring"):
+        assert f"{bar}: 100%" in errors
+    assert "differs" not in errors  # the table is for those who convert
     assert entry.folder.is_relative_to(flash_head_home)
     assert {path.name for path in entry.folder.iterdir()} == {FILE_NAME, SETTINGS_NAME}
     again = get_flash_head(load(str(folder))[0])
@@ -204,11 +203,11 @@ def test_two_processes_build_once(folder, tmp_path, flash_head_home):
         "from mlx_flashhead.loading.load import load\n"
         "from mlx_flashhead.conversion.options import IndexOptions\n"
         "build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)\n"
-        "make = build.make_index\n"
+        "finish = build.IndexBuild.finish\n"
         "def slow(*a, **k):\n"
         "    time.sleep(1)\n"
-        "    return make(*a, **k)\n"
-        "build.make_index = slow\n"
+        "    return finish(*a, **k)\n"
+        "build.IndexBuild.finish = slow\n"
         "load(sys.argv[1])\n"
         "print('loaded')\n"
     )
@@ -229,7 +228,7 @@ def test_an_interrupted_build_leaves_nothing(folder, quick, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "make_index", interrupted)
+    monkeypatch.setattr(build, "IndexBuild", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(str(folder))
     monkeypatch.undo()
