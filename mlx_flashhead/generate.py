@@ -8,8 +8,8 @@ from pathlib import Path
 from .common.arguments import adopt, whole_number
 from .common.command import command
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
-from .loading.load import load, load_draft, sharded_load
-from .loading.look_up import add_look_up_options, look_up_options
+from .loading.load import load_draft, load_with_head, sharded_load
+from .loading.look_up import add_head_options, head_options
 from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
 from .models.dense import load_dense
@@ -35,12 +35,7 @@ def make_parser():
         },
     )
     group = parser.add_argument_group("FlashHead")
-    group.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored per token (default: the FlashHead's own number).",
-    )
-    add_look_up_options(group)
+    add_head_options(group)
     group.add_argument(
         "--draft-probes",
         type=whole_number(1),
@@ -83,15 +78,14 @@ def main() -> None:
             nonlocal target
             if target is not None:  # the draft model comes second
                 return load_draft(
-                    path, n_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
+                    path, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
                 )
             if processes.size() > 1:
                 loaded = _load_part(args, processes, path, **kwargs)
             elif args.dense:
                 loaded = load_dense(resolve(path), **kwargs)
             else:
-                options = look_up_options(args) | kwargs
-                loaded = load(path, n_probes=args.n_probes, return_config=True, **options)
+                loaded = load_with_head(resolve(path), head_options(args), **kwargs)
             target = loaded[0]
             if args.draw_probes:
                 head = installed_head(target)

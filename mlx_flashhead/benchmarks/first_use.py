@@ -18,7 +18,7 @@ STAGES = (
     ("loading", "loading.load", "load_dense"),
     *INDEX_STAGES,
     ("writing", "loading.cache", "write_companion"),
-    ("installing", "loading.attach", "install_index"),
+    ("installing", "loading.attach", "install"),
     (FIRST_TOKEN, "benchmarks.first_use", "answer"),
 )
 

@@ -1,7 +1,6 @@
 """Builds the FlashHead of a model at its first use, and keeps it."""
 
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -10,13 +9,13 @@ import mlx.nn as nn
 from ..conversion.duration import expected_seconds, in_words
 from ..conversion.options import IndexOptions
 from ..conversion.pipeline import index_nbytes, make_index
-from ..models.locate import HeadLocation, check_plain_product
+from ..models.locate import HeadLocation
 from ..models.tokenizers import text_side
 from ..publishing.origin import Origin, card_metadata
 from ..publishing.publish import checkpoint_name
 from ..publishing.recipe import make_recipe
 from . import cache
-from .look_up import Found
+from .look_up import HeadOptions, StoredHead
 
 INDEX_ONLY = "--index-only"
 
@@ -27,33 +26,30 @@ def build(
     location: HeadLocation,
     *,
     origin: Origin,
-    say: Callable[[str], None],
-    progress: bool = True,
-) -> Found:
+    options: HeadOptions,
+) -> StoredHead:
     """Builds a FlashHead, or waits for another process that builds it.
 
     Args:
         model: A dense model of mlx-lm or mlx-vlm.
         tokenizer: Its tokenizer or processor.
-        location: Its head.
+        location: Its head, a plain product.
         origin: Where the model is from.
-        say: Called with a sentence at each step.
-        progress: Show bars.
+        options: The user's choices.
 
     Raises:
         ValueError: If the model cannot have one.
     """
-    check_plain_product(location)
-    rows = location.rows()
+    rows, say = location.rows(), options.say
     place = cache.place_of(rows)
     with cache.one_at_a_time(place, say):
-        found = cache.find(rows, lambda _: None)
-        if found is not None:
-            return found
-        options = IndexOptions()
-        options.check_size(rows.n_rows)
+        kept = cache.find(rows, lambda _: None)
+        if kept is not None:
+            return kept
+        of_index = IndexOptions()
+        of_index.check_size(rows.n_rows)
         obstacle = cache.obstacle(place, index_nbytes(rows))
-        duration = in_words(expected_seconds(rows, options))
+        duration = in_words(expected_seconds(rows, of_index))
         say(
             f"Building the FlashHead of {origin.known_as}, which takes at most about {duration}. "
             + (f"It is kept in {place}." if obstacle is None else _not_kept(obstacle))
@@ -62,20 +58,27 @@ def build(
             {INDEX_ONLY: True},
             model=origin.known_as,
             revision=origin.revision,
-            seed=options.seed,
+            seed=of_index.seed,
             name=checkpoint_name(origin, None),
         ) | {"metadata": card_metadata(origin, "adapter")}
         with redirect_stdout(sys.stderr):  # standard output is the command's own
             text = text_side(model, tokenizer)
             index = make_index(
-                model, text, location, options, None, recipe, progress=progress, tables=False
+                model,
+                text,
+                location,
+                of_index,
+                None,
+                recipe,
+                progress=options.progress,
+                tables=False,
             )
         if obstacle is None:
             try:
                 cache.keep(index, place)
             except OSError as error:
                 say(_not_kept(error.strerror or str(error)))
-    return Found(index, str(place))
+    return StoredHead(index, str(place))
 
 
 def _not_kept(obstacle: str) -> str:

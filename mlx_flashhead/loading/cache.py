@@ -20,7 +20,7 @@ from ..head.matrix import Matrix
 from ..index.files import FlashHeadIndex, read_index, read_settings, write_companion
 from ..index.fit import check_fit
 from ..index.settings import FlashHeadConfig
-from .look_up import Found
+from .look_up import StoredHead
 
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 # Version of the recipe. A new one builds all FlashHeads again.
@@ -73,10 +73,10 @@ def entries() -> list[Entry]:
 
 def place_of(rows: Matrix) -> Path:
     """The place of these rows' FlashHead, which may not exist yet."""
-    return _shelf() / f"{rows.fingerprint()[:_NAME_LENGTH]}-{RECIPE}"
+    return _shelf() / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
 
 
-def find(rows: Matrix, say: Say) -> Found | None:
+def find(rows: Matrix, say: Say) -> StoredHead | None:
     """The FlashHead that was built for these rows, or for another form of them.
 
     Args:
@@ -86,7 +86,7 @@ def find(rows: Matrix, say: Say) -> Found | None:
     own = place_of(rows)
     try:
         index = _read(own, say) if own.is_dir() else None
-        return _nearest(rows, own) if index is None else Found(index, str(own))
+        return _nearest(rows, own) if index is None else StoredHead(index, str(own))
     except OSError:  # what cannot be read is not there
         return None
 
@@ -150,7 +150,7 @@ def _shelf() -> Path:
     return home() / "flash_heads"
 
 
-def _nearest(rows: Matrix, own: Path) -> Found | None:
+def _nearest(rows: Matrix, own: Path) -> StoredHead | None:
     """The entry with the nearest rows, if any are near enough."""
     best, best_cosine = None, 0.0
     for entry in entries():
@@ -166,7 +166,7 @@ def _nearest(rows: Matrix, own: Path) -> Found | None:
             continue
         cosine = index.sketch.likeness(rows).cosine
         if cosine > best_cosine:
-            best, best_cosine = Found(index, str(entry.folder)), cosine
+            best, best_cosine = StoredHead(index, str(entry.folder)), cosine
     return best
 
 

@@ -168,5 +168,5 @@ def test_adapters_that_are_none(folder, tmp_path, content):
     refused(
         lambda: load(str(folder), adapter_path=str(adapters)),
         f"adapters in {adapters} cannot be put on this model",
-        "check --adapter-path",
+        "check `adapter_path`",
     )
