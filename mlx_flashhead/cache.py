@@ -6,6 +6,7 @@ from .common.arguments import Parser
 from .common.command import command
 from .common.quantities import percent
 from .common.tables import new_table, show
+from .common.terminal import printable
 from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     for entry in chosen:
         nbytes = entry.nbytes
         remove(entry)
-        print(f"Removed {_model(entry)} ({entry.folder.name}, {_size(nbytes)})")
+        print(printable(f"Removed {_model(entry)} ({entry.folder.name}, {_size(nbytes)})"))
 
 
 def print_entries(kept: list[Entry]) -> None:
@@ -50,17 +51,17 @@ def print_entries(kept: list[Entry]) -> None:
         print(f"No FlashHead is kept in {home()}.")
         return
     table = new_table(
-        f"{home()}: {_size(sum(entry.nbytes for entry in kept))}",
-        ("model", "id", "built", "size", "probes", "agreement"),
+        printable(f"{home()}: {_size(sum(entry.nbytes for entry in kept))}"),
+        ("id", "model", "built", "size", "probes", "agreement"),
         left=3,
     )
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # some names are long
+    table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"  # some names are long
     for entry in kept:
         config = entry.config
         agreement = config.report.get("agreement") if config else None
         table.add_row(
-            _model(entry),
-            entry.folder.name[:8],
+            printable(entry.folder.name[:8]),
+            printable(_model(entry)),
             time.strftime("%Y-%m-%d", time.localtime(entry.built_at)),
             _size(entry.nbytes),
             f"{config.n_probes:,} of {config.n_clusters:,}" if config else "–",

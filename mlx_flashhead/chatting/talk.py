@@ -6,7 +6,6 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..common.command import sentence
-from ..common.quantities import percent
 from ..common.terminal import StopKey, Terminal
 from ..common.user_input import UserInput
 from ..models.install import get_flash_head
@@ -25,7 +24,12 @@ COMMANDS = {
     "/exit": "leave (or q, or Ctrl-D)",
 }
 WITH_FILES = ("/save", "/load")
-ALIASES = {"q": "/exit", "r": "/reset", "h": "/help", "/quit": "/exit"}  # letters as in mlx_lm.chat
+# What people type for a command; the letters are those of mlx_lm.chat.
+ALIASES = {
+    "/help": ("h", "/h", "help", "?"),
+    "/reset": ("r", "/r"),
+    "/exit": ("q", "/q", "quit", "/quit", "exit"),
+}
 HELP = """\
 Ctrl-C stops an answer. A message that begins with a slash needs a space before it.
 Several lines: paste them, end a line with Esc Enter, or put \"\"\" before and after them.
@@ -67,9 +71,10 @@ class Talk:
         while True:
             try:
                 typed = self.terminal.read()
-                if self._is_end(typed):
+                command, argument = _command(typed)
+                if command == "/exit":
                     return
-                self._do(typed)
+                self._do(command, argument, typed.text.strip())
             except EOFError:
                 if self.terminal.interactive:
                     self.terminal.say("")
@@ -79,26 +84,18 @@ class Talk:
                     raise
                 self.terminal.say("\n/exit or Ctrl-D leaves.")
 
-    def _is_end(self, typed: UserInput) -> bool:
-        return typed.plain and ALIASES.get(typed.text.strip(), typed.text.strip()) == "/exit"
-
-    def _do(self, typed: UserInput) -> None:
-        line = ALIASES.get(typed.text.strip(), typed.text) if typed.plain else typed.text
+    def _do(self, command: str, argument: str, text: str) -> None:
         try:
-            if typed.plain and line.startswith("/"):
-                self._follow(line)
-            elif line.strip():
-                self._answer(line.strip())
+            if command:
+                if command not in COMMANDS:
+                    raise ValueError(f"There is no command {command}: /help lists the commands.")
+                getattr(self, f"_{command[1:]}")(argument)
+            elif text:
+                self._answer(text)
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
             self.terminal.say(sentence(error))
-
-    def _follow(self, line: str) -> None:
-        name, _, argument = line.partition(" ")
-        if name.strip() not in COMMANDS:
-            raise ValueError(f"There is no command {name.strip()}: /help lists the commands.")
-        getattr(self, f"_{name.strip()[1:]}")(argument.strip())
 
     def _answer(self, text: str) -> None:
         before = len(self.conversation.answers)
@@ -202,6 +199,20 @@ class Talk:
         return f"dense ({clusters} otherwise)" if self.dense else f"{clusters} scored per token"
 
 
+def _command(typed: UserInput) -> tuple[str, str]:
+    """The command in a line and its argument; two empty texts if it is a message."""
+    if not typed.plain:
+        return "", ""
+    for command, words in ALIASES.items():
+        if typed.text.strip() in words:
+            return command, ""
+    if not typed.text.startswith("/"):
+        return "", ""
+    name, *rest = typed.text.split(maxsplit=1)
+    name = next((command for command, words in ALIASES.items() if name in words), name)
+    return name, rest[0].strip() if rest else ""
+
+
 def _summary(messages: list[Message]) -> str:
     """A sentence on the state of a conversation."""
     said = f"Continuing the last conversation, {_count(len(messages), 'message')}"
@@ -217,8 +228,6 @@ def _figures(answer: Answer) -> str:
     figures = [_count(answer.n_tokens, "token")]
     if answer.tokens_per_second is not None:
         figures.append(f"{answer.tokens_per_second:.1f} tokens/s")
-    if answer.head_share is not None:
-        figures.append(f"{percent(answer.head_share, 1)} of the time in the head")
     figures.append(f"prompt {answer.n_prompt} tokens, {answer.n_cached} from the cache")
     if answer.finish == STOPPED:
         figures.append("stopped")

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .terminal import printable
+
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another place",
     errno.EDQUOT: "free some space or choose another place",
@@ -73,9 +75,9 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
-        return f"{where}{error.strerror}: {remedy}."
+        return printable(f"{where}{error.strerror}: {remedy}.")
     message = str(error).strip().split("\n")[0] or type(error).__name__
-    return _PARAMETER.sub(_flag, message)
+    return printable(_PARAMETER.sub(_flag, message))
 
 
 def _flag(parameter: re.Match[str]) -> str:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import termios
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from .word_wrap import WordWrap
 
 # An answer must not move the cursor, change colours or ring the bell, here or behind a pipe.
 UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """The text without what could control a terminal."""
+    return text.translate(UNPRINTABLE)
 
 
 class Terminal:
@@ -54,7 +60,7 @@ class Terminal:
 
     def show(self, piece: str) -> None:
         """Prints a piece of an answer. The beginning of a word waits for its end."""
-        piece = piece.translate(UNPRINTABLE)
+        piece = printable(piece)
         sys.stdout.write(piece if self._wrap is None else self._wrap.feed(piece))
         sys.stdout.flush()
 
@@ -91,15 +97,28 @@ def _columns() -> int:
 
 
 class StopKey:
-    """Within the block, Ctrl-C asks to stop. A second Ctrl-C interrupts at once."""
+    """Within the block, Ctrl-C asks to stop. A second Ctrl-C interrupts at once.
+
+    Other keys are not shown, and wait for the next line.
+    """
 
     def __enter__(self) -> Callable[[], bool]:
         self._pressed = False
         self._before = signal.signal(signal.SIGINT, self._press)
+        self._modes = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+        if self._modes is not None:
+            self._set_modes(self._modes[3] & ~(termios.ECHO | termios.ICANON))
         return lambda: self._pressed
 
     def __exit__(self, *error) -> None:
+        if self._modes is not None:
+            self._set_modes(self._modes[3])
         signal.signal(signal.SIGINT, self._before)
+
+    def _set_modes(self, local: int) -> None:
+        assert self._modes is not None
+        modes = [*self._modes[:3], local, *self._modes[4:]]
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
 
     def _press(self, number, frame) -> None:
         if self._pressed:

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -44,8 +44,10 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Its size on the disk."""
-        return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+        """Its size on the disk, as far as it can be read."""
+        with suppress(OSError):
+            return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+        return 0
 
     @property
     def built_at(self) -> float:
@@ -54,9 +56,18 @@ class Entry:
 
 
 def home() -> Path:
-    """The folder of kept FlashHeads: ``$MLX_FLASHHEAD_HOME``, else ``~/.cache/mlx_flashhead``."""
-    named = os.environ.get(HOME_VARIABLE)
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "mlx_flashhead"
+    """The folder of kept FlashHeads: ``$MLX_FLASHHEAD_HOME``, else ``~/.cache/mlx_flashhead``.
+
+    Raises:
+        ValueError: If it is that of a user who does not exist.
+    """
+    folder = os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"The home directory in {folder} is not known: set {HOME_VARIABLE} to a folder."
+        ) from error
 
 
 def entries() -> list[Entry]:
@@ -116,8 +127,11 @@ def obstacle(place: Path, nbytes: int) -> str | None:
 
 
 def remove(entry: Entry) -> None:
-    """Deletes a FlashHead."""
-    shutil.rmtree(entry.folder)
+    """Deletes a FlashHead; of a link, the link alone."""
+    if entry.folder.is_symlink():
+        entry.folder.unlink()
+    else:
+        shutil.rmtree(entry.folder)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from mlx_flashhead.common.terminal import UNPRINTABLE
 from model_folders import VOCAB_SIZE, write_model
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
-FIGURES = r"\[(\d+) tokens, [\d.]+ tokens/s, [\d.]+ % of the time in the head, prompt (\d+) tokens"
+FIGURES = r"\[(\d+) tokens, [\d.]+ tokens/s, prompt (\d+) tokens"
 ANSWER_TOKENS = 12
 
 
@@ -149,7 +149,7 @@ def test_every_command(start, folder):
     chat.type(" /a message that begins with a slash", ">  /a message that begins with a slash")
     assert "tokens/s" in chat.say()
     assert chat.say("") == ""
-    assert "  /help " in chat.say("h")
+    assert "  /help " in chat.say("/h")
     assert chat.leave(CTRL_D) == 0
 
 
@@ -185,6 +185,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(start, days, folder):
     for answer in (first, second):
         assert answer.startswith("".join(DAYS)) and ("".join(DAYS) * 9999).startswith(answer)
     assert chat.leave() == 0
+
+
+def test_keys_typed_during_an_answer_wait_for_the_next_line(start, days):
+    chat = start("--dense", model=days(endless=True), max_tokens=-1, columns=100)
+    chat.type("Which days?", "> Which days?")
+    row = chat.screen.cursor.y + 1
+    chat.type("\r")
+    chat.wait(lambda: chat.lines(row)[2])
+    chat.type("/st")
+    answer = chat.wait(lambda: chat.lines(row)[6]) or chat.interrupt()
+    assert "/st" not in "".join(chat.lines(row)[:7]) + answer
+    chat.child.kill(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("end", ["/exit now", "exit", " quit ", "/quit", "/q", "q"])
+def test_words_that_end_a_chat(typed, converted, end):
+    answers, said = typed(f"{end}\nHello\n", "--model", converted)
+    assert answers == said == ""
 
 
 def test_ctrl_c_at_the_prompt_clears_the_line(start):

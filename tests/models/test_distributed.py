@@ -209,6 +209,6 @@ class SplitHead(nn.Module):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_heads_split_over_the_vocabulary_are_refused(quantized):
-    said = "Each of the 2 processes holds a part .* vocabulary of 128.*`pipeline_group`.*one process"
+    said = "Each of the 2 processes holds a part .* of 128.*`pipeline_group`.*one process"
     with pytest.raises(ValueError, match=said):
         find_head(SplitHead(quantized))
