@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..lossless.generation import stream_generate
 from ..models.compat.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from ..models.generation import stream_generate
 from .messages import ASSISTANT, SYSTEM, USER, Message
 
 STOP, LENGTH, STOPPED = "stop", "length", "stopped"
