@@ -13,10 +13,10 @@ from .common.command import command
 from .common.terminal import Terminal
 from .loading.load import load_with_head
 from .loading.look_up import add_head_options, head_options
+from .lossless.sampler import make_sampler
 from .models.compat.chat import chat_parser
 from .models.fetch import resolve
 from .models.install import get_flash_head
-from .lossless.sampler import make_sampler
 
 
 def make_parser():

@@ -10,13 +10,13 @@ from .common.command import command
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .loading.load import load_draft, load_with_head, sharded_load
 from .loading.look_up import add_head_options, head_options
+from .lossless.generation import generate
+from .lossless.sampler import make_sampler
 from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
 from .models.dense import load_dense
 from .models.fetch import resolve
-from .lossless.generation import generate
 from .models.install import installed_head
-from .lossless.sampler import make_sampler
 from .models.sharded import load_dense_part
 from .structured.options import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor

@@ -14,7 +14,12 @@ PAGES = sorted(
     for page in (CHECKOUT / folder).glob("**/*.md" if folder == ".github" else "*.md")
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-MAX_README_LINES = 160
+MAX_LINES = {
+    "README.md": 150,
+    "docs/generating.md": 150,
+    "docs/server.md": 150,
+    "docs/network.md": 150,
+}
 
 
 def anchors(page):
@@ -36,10 +41,10 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page):
         assert not heading or heading in anchors(target), f"{page}: {link}"
 
 
-def test_the_readme_is_short_and_says_early_what_was_not_measured():
-    lines = (CHECKOUT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= MAX_README_LINES
-    assert any("No Apple GPU has been measured" in line for line in lines[:10])
+@pytest.mark.parametrize("page", MAX_LINES)
+def test_pages_are_short(page):
+    lines = (CHECKOUT / page).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_LINES[page]
 
 
 def mapped_paths(text):

@@ -8,8 +8,8 @@ from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..models.finish import unchanged
 from .products import slot_logits
-from .random_state import random_state, set_random_state
 from .proposals import Proposer
+from .random_state import random_state, set_random_state
 from .rounding import Rounding, rounding_of
 from .screen import certain_best, certain_draw, certain_within
 from .text import Position, Text

@@ -64,9 +64,8 @@ def stream_generate(
     proposer = _proposer(model, n_probes, check, dense, draw_temperature, logprobs, kwargs)
     with_draft = kwargs.get("draft_model") is not None
     stream = mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
-    with loops(**_loops(model, proposer)):
-        with _target(proposer, with_draft):
-            response = next(stream, None)  # takes the loop
+    with loops(**_loops(model, proposer)), _target(proposer, with_draft):
+        response = next(stream, None)  # takes the loop
     while response is not None:
         yield response
         with _target(proposer, with_draft):  # one token at a time, since streams may take turns

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from ...models.compat.sample_utils import make_logits_processors
 from ...lossless.sampler import make_sampler
+from ...models.compat.sample_utils import make_logits_processors
 from ..catalogue import ServedModel
 
 Sampler = Callable[[mx.array], mx.array]
