@@ -4,7 +4,7 @@ import time
 
 from .common.arguments import Parser
 from .common.command import command
-from .common.quantities import percent
+from .common.quantities import megabytes, percent
 from .common.tables import new_table, show
 from .common.terminal import printable
 from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove
@@ -42,7 +42,7 @@ def main() -> None:
     for entry in chosen:
         nbytes = entry.nbytes
         remove(entry)
-        print(printable(f"Removed {_model(entry)} ({entry.folder.name}, {_size(nbytes)})"))
+        print(printable(f"Removed {_model(entry)} ({entry.folder.name}, {megabytes(nbytes)})"))
 
 
 def print_entries(kept: list[Entry]) -> None:
@@ -51,7 +51,7 @@ def print_entries(kept: list[Entry]) -> None:
         print(f"No FlashHead is kept in {home()}.")
         return
     table = new_table(
-        printable(f"{home()}: {_size(sum(entry.nbytes for entry in kept))}"),
+        printable(f"{home()}: {megabytes(sum(entry.nbytes for entry in kept))}"),
         ("id", "model", "built", "size", "probes", "agreement"),
         left=3,
     )
@@ -63,7 +63,7 @@ def print_entries(kept: list[Entry]) -> None:
             printable(entry.folder.name[:8]),
             printable(_model(entry)),
             time.strftime("%Y-%m-%d", time.localtime(entry.built_at)),
-            _size(entry.nbytes),
+            megabytes(entry.nbytes),
             f"{config.n_probes:,} of {config.n_clusters:,}" if config else "–",
             "–" if agreement is None else percent(agreement),
         )
@@ -87,10 +87,6 @@ def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:
 
 def _model(entry: Entry) -> str:
     return entry.config.recipe.get("model", "unknown") if entry.config else "damaged"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

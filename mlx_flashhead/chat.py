@@ -59,7 +59,6 @@ def main() -> None:
         xtc_probability=args.xtc_probability,
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-        model=model,
     )
     options = {
         "max_tokens": args.max_tokens,

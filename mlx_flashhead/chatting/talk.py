@@ -6,8 +6,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..common.command import sentence
-from ..common.terminal import StopKey, Terminal
-from ..common.user_input import UserInput
+from ..common.quantities import count
+from ..common.terminal import StopKey, Terminal, UserInput
 from ..models.install import get_flash_head
 from .conversation import LENGTH, STOPPED, Answer, Conversation
 from .messages import USER, Message, read_conversation, write_conversation
@@ -149,14 +149,14 @@ class Talk:
         lines = [f"{self.name}, {self._settings()}"]
         if self.head is not None:
             lines.append(f"backend {self.head.backend!r}: {self.head.backend_reason}")
-        lines.append(f"{_count(len(conversation.messages), 'message')}, {held}")
+        lines.append(f"{count(len(conversation.messages), 'message')}, {held}")
         if answers:
             lines.append(f"last answer: {_figures(answers[-1])}")
             seconds = sum(answer.seconds for answer in answers)
             tokens = sum(answer.n_tokens for answer in answers)
             after_first = tokens - len(answers)
             speed = f", {after_first / seconds:.1f} tokens/s" if seconds > 0 else ""
-            lines.append(f"{_count(len(answers), 'answer')} of {_count(tokens, 'token')}{speed}")
+            lines.append(f"{count(len(answers), 'answer')} of {count(tokens, 'token')}{speed}")
         lines.append(f"memory at most {mx.get_peak_memory() / 1e9:.2f} GB")
         self.terminal.say("\n".join(lines))
 
@@ -180,12 +180,12 @@ class Talk:
     def _save(self, argument: str) -> None:
         path = _path("/save", argument)
         write_conversation(path, self.conversation.messages, self.name)
-        self.terminal.say(f"Wrote {_count(len(self.conversation.messages), 'message')} to {path}.")
+        self.terminal.say(f"Wrote {count(len(self.conversation.messages), 'message')} to {path}.")
 
     def _load(self, argument: str) -> None:
         path = _path("/load", argument)
         self.conversation.replace(read_conversation(path))
-        self.terminal.say(f"Read {_count(len(self.conversation.messages), 'message')} from {path}.")
+        self.terminal.say(f"Read {count(len(self.conversation.messages), 'message')} from {path}.")
 
     def _flash_head(self):
         if self.head is None:
@@ -201,41 +201,33 @@ class Talk:
 
 def _command(typed: UserInput) -> tuple[str, str]:
     """The command in a line and its argument; two empty texts if it is a message."""
-    if not typed.plain:
+    words = typed.text.split(maxsplit=1)
+    if not typed.plain or not words:
         return "", ""
-    for command, words in ALIASES.items():
-        if typed.text.strip() in words:
-            return command, ""
-    if not typed.text.startswith("/"):
-        return "", ""
-    name, *rest = typed.text.split(maxsplit=1)
-    name = next((command for command, words in ALIASES.items() if name in words), name)
-    return name, rest[0].strip() if rest else ""
+    slash = typed.text.startswith("/")  # after a space it is a message
+    name = next((name for name, others in ALIASES.items() if words[0] in others), words[0])
+    if slash or (len(words) == 1 and "/" not in words[0] and name in ALIASES):
+        return name, words[1].strip() if words[1:] else ""
+    return "", ""
 
 
 def _summary(messages: list[Message]) -> str:
     """A sentence on the state of a conversation."""
-    said = f"Continuing the last conversation, {_count(len(messages), 'message')}"
+    summary = f"Continuing the last conversation, {count(len(messages), 'message')}"
     questions = [message["content"] for message in messages if message["role"] == USER]
-    return (
-        f"{said}; last: {textwrap.shorten(questions[-1], 60, placeholder='…')}"
-        if questions
-        else said
-    )
+    if questions:
+        summary += f"; last: {textwrap.shorten(questions[-1], 60, placeholder='…')}"
+    return summary
 
 
 def _figures(answer: Answer) -> str:
-    figures = [_count(answer.n_tokens, "token")]
+    figures = [count(answer.n_tokens, "token")]
     if answer.tokens_per_second is not None:
         figures.append(f"{answer.tokens_per_second:.1f} tokens/s")
     figures.append(f"prompt {answer.n_prompt} tokens, {answer.n_cached} from the cache")
     if answer.finish == STOPPED:
         figures.append("stopped")
     return ", ".join(figures)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _path(name: str, argument: str) -> Path:

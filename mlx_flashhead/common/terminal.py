@@ -5,12 +5,14 @@ import signal
 import sys
 import termios
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .extras import from_extra
-from .user_input import PROMPT, QUOTES, UserInput, is_open, without_quotes
 from .word_wrap import WordWrap
 
+PROMPT = "> "
+QUOTES = '"""'  # around several lines
 # An answer must not move the cursor, change colours or ring the bell, here or behind a pipe.
 UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
@@ -18,6 +20,33 @@ UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code
 def printable(text: str) -> str:
     """The text without what could control a terminal."""
     return text.translate(UNPRINTABLE)
+
+
+@dataclass(frozen=True)
+class UserInput:
+    """A text that the user has typed or pasted.
+
+    Attributes:
+        text: Without the quotes around several lines.
+        plain: One line without quotes, which may be a command.
+    """
+
+    text: str
+    plain: bool
+
+
+def is_open(text: str) -> bool:
+    """Whether a text begins with three quotes and the closing three are missing."""
+    text = text.strip()
+    return text.startswith(QUOTES) and (len(text) < 6 or not text.endswith(QUOTES))
+
+
+def without_quotes(text: str) -> UserInput:
+    """The text that stands in the quotes, or all of it if there are none."""
+    text = text.strip("\n")
+    if text.strip().startswith(QUOTES):
+        return UserInput(text.strip().removeprefix(QUOTES).removesuffix(QUOTES).strip(), False)
+    return UserInput(text, "\n" not in text)
 
 
 class Terminal:

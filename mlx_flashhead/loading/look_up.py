@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arguments import whole_number
+from ..common.terminal import printable
 from ..index.files import (
     CONFIG_NAME,
     FILE_NAME,
@@ -47,7 +48,7 @@ class HeadOptions:
     def say(self, text: str) -> None:
         """Prints a sentence on standard error, if there is progress to be shown."""
         if self.progress:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,9 @@ class Check:
         for kind, members in groups.items():
             rows = [self._rows[i] for i in members]
             chosen = slots if len(members) == len(self._rows) else slots[mx.array(members)]
-            flags = self._by_logits(rows, chosen) if kind == (None,) else self._by_rows(rows, chosen)
+            flags = (
+                self._by_logits(rows, chosen) if kind == (None,) else self._by_rows(rows, chosen)
+            )
             self._flags.append(([position for _, position, _ in rows], flags))
         if self._proposer.logprobs:
             self._note_logprobs(slots)
@@ -104,9 +106,7 @@ class Check:
             flags.append(certain_within(processed, room, epsilon, position.token, draws))
         return mx.concatenate(flags)
 
-    def _same_draw(
-        self, text: Text, position: Position, index: int, logits: mx.array
-    ) -> mx.array:
+    def _same_draw(self, text: Text, position: Position, index: int, logits: mx.array) -> mx.array:
         """Whether another's sampler, or a chain with XTC, draws the proposal again: (1,) bool."""
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         with random_state(position.random_state):

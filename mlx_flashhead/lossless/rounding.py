@@ -66,9 +66,7 @@ def _measure(head: FlashHead, dtype: mx.Dtype) -> Rounding:
             largest = mx.max(mx.abs(logits)).item()
             apart = max(apart, _distance(in_order[i : i + 1], logits, largest))
             ids, scored = head.candidates(hidden[i : i + 1])
-            wanted = mx.take_along_axis(
-                logits, mx.minimum(ids, head.vocab_size - 1), axis=-1
-            )
+            wanted = mx.take_along_axis(logits, mx.minimum(ids, head.vocab_size - 1), axis=-1)
             wanted = mx.where(ids < head.vocab_size, wanted, scored)
             same = same and mx.array_equal(scored, wanted).item()
             apart_scored = max(apart_scored, _distance(scored, wanted, largest))
