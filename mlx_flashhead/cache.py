@@ -73,15 +73,15 @@ def print_entries(kept: list[Entry]) -> None:
 def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:
     chosen = []
     for name in names:
-        found = [entry for entry in kept if _model(entry) == name]
-        found = found or [e for e in kept if name and e.folder.name.startswith(name)]
-        if not found:
+        matches = [entry for entry in kept if _model(entry) == name]
+        matches = matches or [e for e in kept if name and e.folder.name.startswith(name)]
+        if not matches:
             raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
-        if len({_model(entry) for entry in found}) > 1:
+        if len({_model(entry) for entry in matches}) > 1:
             raise ValueError(
-                f"The identifiers of {len(found)} models begin with {name}: give more of one."
+                f"The identifiers of {len(matches)} models begin with {name}: give more of one."
             )
-        chosen += [entry for entry in found if entry not in chosen]
+        chosen += [entry for entry in matches if entry not in chosen]
     return chosen
 
 

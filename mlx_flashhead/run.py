@@ -36,8 +36,8 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.run``."""
     parser = make_parser()
-    own = _own_part(sys.argv[1:])
-    args, rest = parser.parse_args(own), sys.argv[1 + len(own) :]
+    words = _own_part(sys.argv[1:])
+    args, rest = parser.parse_args(words), sys.argv[1 + len(words) :]
     if args.module is None and args.program is None:
         parser.error("-m MODULE or a program is needed, such as -m mlx_lm.server")
     script = None if args.module is not None else _script(parser, args.program)

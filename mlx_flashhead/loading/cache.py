@@ -73,13 +73,13 @@ def home() -> Path:
 def entries() -> list[Entry]:
     """All kept FlashHeads, the latest first."""
     folders = [folder for folder in _shelf().glob("[!.]*") if folder.is_dir()]
-    found = []
+    kept = []
     for folder in folders:
         try:
-            found.append(Entry(folder, read_settings(folder)))
+            kept.append(Entry(folder, read_settings(folder)))
         except (ValueError, OSError):
-            found.append(Entry(folder, None))
-    return sorted(found, key=lambda entry: entry.built_at, reverse=True)
+            kept.append(Entry(folder, None))
+    return sorted(kept, key=lambda entry: entry.built_at, reverse=True)
 
 
 def place_of(rows: Matrix) -> Path:
@@ -94,10 +94,10 @@ def find(rows: Matrix, say: Say) -> StoredHead | None:
         rows: A model's, in token order.
         say: Called with a sentence for a damaged entry, which counts as missing.
     """
-    own = place_of(rows)
+    place = place_of(rows)
     try:
-        index = _read(own, say) if own.is_dir() else None
-        return _nearest(rows, own) if index is None else StoredHead(index, str(own))
+        index = _read(place, say) if place.is_dir() else None
+        return _nearest(rows, place) if index is None else StoredHead(index, str(place))
     except OSError:  # what cannot be read is not there
         return None
 
@@ -164,11 +164,11 @@ def _shelf() -> Path:
     return home() / "flash_heads"
 
 
-def _nearest(rows: Matrix, own: Path) -> StoredHead | None:
+def _nearest(rows: Matrix, place: Path) -> StoredHead | None:
     """The entry with the nearest rows, if any are near enough."""
     best, best_cosine = None, 0.0
     for entry in entries():
-        of_this_recipe = entry.folder.name.endswith(f"-{RECIPE}") and entry.folder != own
+        of_this_recipe = entry.folder.name.endswith(f"-{RECIPE}") and entry.folder != place
         if not of_this_recipe or entry.config is None or entry.config.vocab_size != rows.n_rows:
             continue
         index = _read(entry.folder, lambda _: None)
