@@ -12,7 +12,7 @@ from .common.arguments import adopt
 from .common.command import command
 from .common.terminal import Terminal
 from .loading.load import load_with_head
-from .loading.look_up import add_head_options, head_options
+from .loading.look_up import add_check_option, add_head_options, head_options
 from .lossless.sampler import make_sampler
 from .models.compat.chat import chat_parser
 from .models.fetch import resolve
@@ -36,6 +36,7 @@ def make_parser():
     group.add_argument(
         "--dense", action="store_true", help="Begin with every token scored: the dense model."
     )
+    add_check_option(group)
     return parser
 
 
@@ -64,6 +65,7 @@ def main() -> None:
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,
         "sampler": sampler,
+        "check": not args.no_check,
     }
     terminal = Terminal([*COMMANDS], WITH_FILES, history_file())
     Talk(conversation, terminal, args, options).run()

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
+from ..head.proposal import Risk
 from ..index.fit import check_fit
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install
@@ -106,6 +107,8 @@ def attach_head(
         index.token_ids,
         index.centroids,
         n_probes=index.config.n_probes if options.n_probes is None else options.n_probes,
+        checked_probes=index.config.checked_probes if options.n_probes is None else None,
+        risk=Risk.of_settings(index.config.lossless),
         eos_token_ids=index.config.eos_token_ids,
         backend=options.backend,
         location=location,
