@@ -70,23 +70,18 @@ def main() -> None:
         _check_processes(parser, args, processes)
         grammar = grammar_of(args)
 
-    target = None  # the model, once it is loaded
     with first_process_speaks(processes):
 
         def load_for_main(path, *, return_config=False, **kwargs):
-            nonlocal target
-            if target is not None:  # the draft model comes second
+            if not return_config:  # as mlx-lm loads the draft model
                 return load_draft(
                     path, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
                 )
             if processes.size() > 1:
-                loaded = _load_part(args, processes, path, **kwargs)
-            elif args.dense:
-                loaded = load_dense(resolve(path), **kwargs)
-            else:
-                loaded = load_with_head(resolve(path), head_options(args), **kwargs)
-            target = loaded[0]
-            return loaded if return_config else loaded[:2]
+                return _load_part(args, processes, path, **kwargs)
+            if args.dense:
+                return load_dense(resolve(path), **kwargs)
+            return load_with_head(resolve(path), head_options(args), **kwargs)
 
         def generate_for_main(model, tokenizer, prompt, **named):
             named["check"] = not args.no_check
