@@ -7,6 +7,7 @@ from pathlib import Path
 from .common.arguments import adopt, whole_number
 from .common.command import command
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
+from .common.terminal import printable_output
 from .loading.load import load_draft, load_with_head, sharded_load
 from .loading.look_up import add_check_option, add_head_options, head_options
 from .lossless.generation import generate
@@ -94,9 +95,10 @@ def main() -> None:
             _tell_unless_whole(processor, text, args.max_tokens)
             return text
 
-        run_generate(
-            args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
-        )
+        with printable_output():
+            run_generate(
+                args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
+            )
         leave_together(processes, generation_stream)
 
 

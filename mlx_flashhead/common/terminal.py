@@ -4,9 +4,11 @@ import os
 import signal
 import sys
 import termios
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from .extras import from_extra
 from .word_wrap import WordWrap
@@ -20,6 +22,30 @@ UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code
 def printable(text: str) -> str:
     """The text without what could control a terminal."""
     return text.translate(UNPRINTABLE)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Within the block, what is printed on a terminal cannot control it."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    with redirect_stdout(cast(TextIO, _Printable(sys.stdout))):
+        yield
+
+
+class _Printable:
+    """A stream whose text is made printable."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,14 @@ def test_generate_dense_is_mlx_lms_output(run, dense, converted, monkeypatch, ca
     assert run("generate", *arguments, dense, "--dense") == (0, expected, "")
 
 
+def test_an_answer_does_not_control_the_terminal(run, dense, monkeypatch):
+    monkeypatch.setattr(generate_command, "generate", lambda *_, **__: "\x1b[2Jtwo\nlines\x07")
+    arguments = ("--model", dense, "--dense", "--prompt", "One day", "--verbose", "F")
+    assert run("generate", *arguments)[1] == "\x1b[2Jtwo\nlines\x07\n"  # behind a pipe
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("generate", *arguments)[1] == "[2Jtwo\nlines\n"
+
+
 def test_generate_reads_standard_input(run, converted, monkeypatch):
     arguments = ("--model", converted, "--max-tokens", 8, "--verbose", "F", "--prompt")
     expected = run("generate", *arguments, "One day")
