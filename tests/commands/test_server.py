@@ -31,10 +31,11 @@ def complete(server, **options):
 
 @pytest.fixture(scope="module")
 def expected(converted):
-    """What the package generates, densely and with one probe."""
+    """What the package generates without checks, densely and with one probe."""
     model, tokenizer = mlx_flashhead.load(str(converted))
+    options = {"max_tokens": TOKENS, "check": False}
     texts = {
-        name: mlx_flashhead.generate(model, tokenizer, PROMPT, max_tokens=TOKENS, **settings)
+        name: mlx_flashhead.generate(model, tokenizer, PROMPT, **options, **settings)
         for name, settings in {"dense": {"dense": True}, "few": {"n_probes": 1}, "": {}}.items()
     }
     assert len(set(texts.values())) == 3
@@ -51,7 +52,7 @@ def test_it_says_where_it_is_and_ends_when_told(converted, expected, tmp_path, n
         assert server.line == (
             f"Serving {converted} with FlashHead at {server.url} (Ctrl-C ends it)\n"
         )
-        assert complete(server) == expected[""]
+        assert complete(server) == expected["dense"]
         code, rest = server.end(number)
         assert (code, rest, server.log()) == (0, "Stopped.\n", "")
 
@@ -110,7 +111,7 @@ def test_a_client_that_goes_leaves_one_line(converted, expected, tmp_path):
         stream = server.client().completions.create(model="model", prompt=PROMPT, **ENDLESS_ANSWER)
         next(iter(stream))
         stream.close()
-        assert complete(server) == expected[""]
+        assert complete(server) == expected["dense"]
         model, *requests = server.lines(3)
         assert "is served with FlashHead(" in model
         assert len(requests) == 2
@@ -121,7 +122,13 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_
     flags = ["--draft-model", dense, "--num-draft-tokens", 2, "--max-tokens", TOKENS]
     flags += ["--prompt-cache-size", 2, "--decode-concurrency", 4, "--n-probes", 1]
     flags += ["--prefill-step-size", 16, "--log-level", "INFO", "--served-model-name", "mine"]
-    flags += ["--chat-template", "{{ messages[0].content }}", "--chat-template-args", "{}"]
+    flags += [
+        "--no-check",
+        "--chat-template",
+        "{{ messages[0].content }}",
+        "--chat-template-args",
+        "{}",
+    ]
     with serving(tmp_path, "--model", converted, *flags) as server:
         client = server.client()
         answer = client.completions.create(model="mine", prompt=PROMPT)
@@ -141,6 +148,7 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_
 
 def test_a_flash_head_checkpoint_drafts_with_its_flash_head(dense, converted, expected, tmp_path):
     flags = ["--draft-model", converted, "--num-draft-tokens", 2, "--log-level", "INFO"]
+    flags += ["--no-check"]
     for model, name in ((converted, ""), (dense, "dense")):
         with serving(tmp_path, "--model", model, *flags) as server:
             assert complete(server) == expected[name]
@@ -148,7 +156,7 @@ def test_a_flash_head_checkpoint_drafts_with_its_flash_head(dense, converted, ex
 
 
 def test_dense_may_be_asked_for(converted, expected, tmp_path):
-    with serving(tmp_path, "--model", converted, "--dense") as server:
+    with serving(tmp_path, "--model", converted, "--dense", "--no-check") as server:
         assert f"{converted} dense at http" in server.line
         assert complete(server) == expected["dense"]
         assert complete(server, extra_body={"dense": False}) == expected[""]
@@ -161,7 +169,8 @@ def test_a_flash_head_of_its_own(dense, refused, expected, tmp_path):
     assert "no FlashHead of model yet" in said
     (tmp_path / "head").mkdir()
     write_companion(tmp_path / "head", tiny_index(load_dense(dense)[0], n_probes=1))
-    with serving(tmp_path, "--model", dense, "--flash-head", tmp_path / "head") as server:
+    flags = ("--flash-head", tmp_path / "head", "--no-check")
+    with serving(tmp_path, "--model", dense, *flags) as server:
         assert f"{dense} with FlashHead at http" in server.line
         assert complete(server) != expected["dense"]
         assert complete(server, extra_body={"dense": True}) == expected["dense"]
