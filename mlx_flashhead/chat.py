@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .chatting.conversation import Conversation
-from .chatting.storage import history_file, last_conversation
 from .chatting.talk import COMMANDS, NO_FLASH_HEAD, WITH_FILES, Talk
+from .chatting.transcript import history_file, last_conversation
 from .common.arguments import adopt
 from .common.command import command
 from .common.terminal import Terminal

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from ..lossless.generation import stream_generate
 from ..models.compat.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from .messages import ASSISTANT, SYSTEM, USER, Message
+from .transcript import ASSISTANT, SYSTEM, USER, Message
 
 STOP, LENGTH, STOPPED = "stop", "length", "stopped"
 
@@ -142,7 +142,7 @@ class Conversation:
         """Continues another conversation, which takes the place of this one.
 
         Args:
-            messages: As `messages.py` reads them from a file.
+            messages: As `transcript.py` reads them from a file.
 
         Raises:
             ValueError: If the chat template refuses them. The conversation stays unchanged.

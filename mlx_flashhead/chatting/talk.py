@@ -10,8 +10,7 @@ from ..common.quantities import count
 from ..common.terminal import StopKey, Terminal, UserInput
 from ..models.install import get_flash_head
 from .conversation import LENGTH, STOPPED, Answer, Conversation
-from .messages import USER, Message, read_conversation, write_conversation
-from .storage import keep
+from .transcript import USER, Message, keep, read_conversation, write_conversation
 
 COMMANDS = {
     "/help": "what can be typed (or h)",

