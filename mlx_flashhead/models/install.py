@@ -85,7 +85,7 @@ def install(
         backend: "metal", "mlx" or None to choose.
         max_positions: More positions (B·L) than this at once are computed densely; None leaves it
             to the path.
-        location: The head, where it is already known.
+        location: The head, where it is already known, and known to be a plain product.
 
     Returns:
         The installed head.
@@ -97,8 +97,9 @@ def install(
     """
     if installed_module(model) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
-    location = location or find_head(model)
-    check_plain_product(location)
+    if location is None:
+        location = find_head(model)
+        check_plain_product(location)
     head = FlashHead(
         location.rows(),
         token_ids,
