@@ -75,3 +75,24 @@ def _failure(one):
         event = until(one, Failure | Token)
         if isinstance(event, Failure):
             return event.error
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError()])
+def test_nothing_ends_the_thread(start, flash, monkeypatch, error):
+    engine = start()
+
+    def fails():
+        raise error
+
+    monkeypatch.setattr(engine, "_read", fails)
+    assert isinstance(_failure(submit(engine, SHORT)), type(error))
+    monkeypatch.undo()
+    assert tokens_of(submit(engine, SHORT)) == generated(flash, SHORT)
+    assert engine.healthy
+
+
+def test_a_thread_that_does_not_come_back_is_not_healthy(start, monkeypatch):
+    engine = start()
+    assert engine.healthy
+    monkeypatch.setattr("mlx_flashhead.serving.engine.engine.STUCK_SECONDS", -1.0)
+    assert not engine.healthy
