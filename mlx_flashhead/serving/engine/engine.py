@@ -6,6 +6,7 @@ prompt with the fewest tokens left has three of four turns, the oldest prompt th
 text does not hold up a short question, and short questions do not hold up a long text for ever.
 """
 
+import copy
 import gc
 import logging
 import math
@@ -167,9 +168,12 @@ class Engine:
         except Empty:
             pass
         n_free = self._flags.decode_concurrency - len(self._readings) - self._n_decoded()
-        for job in self._waiting[: max(0, n_free)]:
-            self._readings.append(Reading(job, self._caches, self._flags))
-        del self._waiting[: max(0, n_free)]
+        for job in list(self._waiting):
+            # answers to one prompt wait until it is read, and begin with a copy of its cache
+            if n_free > 0 and not any(r.job.prompt is job.prompt for r in self._readings):
+                self._readings.append(Reading(job, self._caches, self._flags))
+                self._waiting.remove(job)
+                n_free -= 1
 
     def _n_decoded(self) -> int:
         return sum(len(decoder.jobs) for decoder in self._decoders)
@@ -195,6 +199,9 @@ class Engine:
                 reading.read(self._pace)
             if not reading.left:
                 self._readings.remove(reading)
+                if any(job.prompt is reading.job.prompt for job in self._waiting):
+                    copied = copy.deepcopy(reading.cache)
+                    self._keep(reading.job.served, reading.tokens, copied)
                 self._begin(reading)
         except Exception as error:
             logger.exception("An answer has failed")
