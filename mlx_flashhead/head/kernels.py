@@ -15,9 +15,9 @@ from .kernel_text import (
     EXPAND_BODY,
     IDS_BODY,
     ROUTE_BODY,
+    SAMPLE_BODY,
     SCORE_BODY,
     SELECT_BODY,
-    TOKEN_BODY,
     header,
 )
 from .matrix import Matrix
@@ -29,10 +29,12 @@ LANES = 32
 ROWS = 4
 ROUTE_SIMDGROUPS = 2
 SCORE_SIMDGROUPS = 8
-SELECT_THREADS = 512
+ROW_THREADS = 512
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 MIN_PROBES = 8
+
+NO_DEPTH = 1e30  # of select
 
 SHARED_POSITIONS = 4  # that share one reading of the centroids
 
@@ -97,14 +99,15 @@ class _StoredRows:
             sizes["WORDS"] = _words(stored.hidden_size, stored.bits, n_rows)
         self.template = [(name, size) for name, size in sizes.items() if name in maker]
         self.expression = f"flash_head::{maker}({', '.join(self.names)})"
-        self.sections = (maker.partition("_rows")[0], "dot")
+        self.files = (maker.partition("_rows")[0], "dot")
 
 
 class MetalSteps(PortableSteps):
-    """Route, select, score, expand and token, each one Metal kernel. Nothing is evaluated.
+    """Route, select, score, sample and expand, each one Metal kernel. Nothing is evaluated.
 
     A position holds max(p, 8) probes; beyond p the last one is repeated. One kernel of each kind
-    serves any number of probes and positions. Route has another one for a single position.
+    serves any number of probes and positions. Route has another one for a single position, select
+    for full logits, and sample where its settings have fewer than 8 elements.
 
     Args:
         clustered: The rows and the index.
@@ -122,7 +125,8 @@ class MetalSteps(PortableSteps):
         self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
         self.unread = unread(clustered)
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
-        self._counts: dict[int, mx.array] = {}  # numbers of probes, as arrays
+        self._limits: dict[tuple[int, float], list[mx.array]] = {}  # of select, as arrays
+        self._greedy: dict[int, list[mx.array]] = {}  # settings of sample, by number of positions
         self._dtypes: dict[mx.Dtype, mx.Dtype] = {}  # of logits, by that of the hidden states
         sizes = {"V": self.clustered.vocab_size, "C": clustered.n_clusters}
         sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
@@ -130,7 +134,8 @@ class MetalSteps(PortableSteps):
         self._templates = {
             "select": [("C", sizes["C"])],
             "expand": [(name, sizes[name]) for name in "VCN"],
-            "token": [("N", sizes["N"])],
+            "ids": [("N", sizes["N"])],
+            "sample": [(name, sizes[name]) for name in "NV"],
         }
         self._grid_x = {
             "route": LANES * ROUTE_SIMDGROUPS * -(-sizes["C"] // (ROWS * ROUTE_SIMDGROUPS)),
@@ -141,24 +146,37 @@ class MetalSteps(PortableSteps):
         if "score" not in self.unread:
             self._make_score()
         self._select = self._kernel(
-            "select", ["scores", "tail_offset", "n_probes"], ["probes", "words"], SELECT_BODY
+            "select",
+            ["scores", "n_probes", "depth"],
+            ["probes", "unscored"],
+            SELECT_BODY.format(words="NoWords{}"),
+            *("histogram", "select"),
+        )
+        self._select_words = self._kernel(
+            "select_words",
+            ["scores", "tail_offset", "n_probes", "depth"],
+            ["probes", "unscored", "words"],
+            SELECT_BODY.format(words="cluster_words(words, tail_offset)"),
+            *("histogram", "select"),
+        )
+        scored = ["probes", "token_ids", "logits", "best"]
+        settings = ["unscored", "settings", "top_k", "keys"]
+        self._sample = self._kernel(
+            "sample", [*scored, *settings], ["tokens"], SAMPLE_BODY, "histogram", "sample"
         )
         self._expand = self._kernel(
-            "expand", ["words", "slot_of", "logits", "best"], ["expanded"], EXPAND_BODY
+            "expand", ["words", "slot_of", "logits", "best"], ["expanded"], EXPAND_BODY, "expand"
         )
-        self._token = self._kernel(
-            "token", ["probes", "token_ids", "logits", "best"], ["tokens"], TOKEN_BODY
-        )
-        self._ids = self._kernel("ids", ["probes", "token_ids"], ["ids"], IDS_BODY)
+        self._ids = self._kernel("ids", ["probes", "token_ids"], ["ids"], IDS_BODY, "ids")
 
     def _kernel(
-        self, name: str, inputs: list[str], outputs: list[str], body: str, *sections: str
+        self, name: str, inputs: list[str], outputs: list[str], body: str, *files: str
     ) -> Callable:
         return self._metal_kernel(
             name=f"flash_head_{name}",
             input_names=inputs,
             output_names=outputs,
-            header=header(*sections, name),
+            header=header(*files),
             source=body,
         )
 
@@ -173,7 +191,8 @@ class MetalSteps(PortableSteps):
             ["hidden", *centroids.names, "route_bias"],
             ["scores"],
             ROUTE_BODY.format(rows=centroids.expression),
-            *centroids.sections,
+            *centroids.files,
+            "route",
         )
         sizes = [(name, self._sizes[name]) for name in "DC"]
         self._route_templates = {
@@ -193,7 +212,8 @@ class MetalSteps(PortableSteps):
             SCORE_BODY.format(
                 rows=rows.expression, bias="bias" if bias else "flash_head::NoBias{}"
             ),
-            *rows.sections,
+            *rows.files,
+            "score",
         )
         sizes = [(name, self._sizes[name]) for name in "DNV"]
         self._score_template = [*sizes, ("PADDED", clustered.padded), *rows.template]
@@ -219,27 +239,46 @@ class MetalSteps(PortableSteps):
         )
         return scores
 
-    def select(self, scores: mx.array, n_probes: int) -> Selection:
-        """The ``n_probes`` best clusters of each row, ascending, and a word for each cluster."""
+    def select(
+        self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
+    ) -> Selection:
+        """The ``n_probes`` best clusters of each row, ascending; of clusters that differ by less
+        than 1/64 nat those of lower ids.
+
+        Args:
+            scores: (R, C) float32.
+            n_probes: Clusters to probe, 1 … C.
+            words: Also write what `expand` needs.
+            depth: Clusters more than this many nats below the best one are not probed.
+        """
         n_positions, n_clusters = scores.shape
-        held = max(n_probes, MIN_PROBES)
-        count = self._counts.get(n_probes)
-        if count is None:
-            count = self._counts[n_probes] = mx.array(n_probes, dtype=mx.uint32)
-        probes, words = self._select(
-            inputs=[scores, self._tail_offset, count],
-            template=self._templates["select"],
-            grid=(SELECT_THREADS, n_positions, 1),
-            threadgroup=(SELECT_THREADS, 1, 1),
-            output_shapes=[(n_positions, held), (n_positions, n_clusters)],
-            output_dtypes=[mx.uint32, mx.uint32],
+        limits = self._limits.get((n_probes, depth))
+        if limits is None:
+            limits = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
+            self._limits[n_probes, depth] = limits
+        kernel, tail_offset = (
+            (self._select_words, [self._tail_offset]) if words else (self._select, [])
         )
-        return Selection(probes, words)
+        results = kernel(
+            inputs=[scores, *tail_offset, *limits],
+            template=self._templates["select"],
+            grid=(ROW_THREADS, n_positions, 1),
+            threadgroup=(ROW_THREADS, 1, 1),
+            output_shapes=[
+                (n_positions, max(n_probes, MIN_PROBES)),
+                (n_positions, 2),
+                *[(n_positions, n_clusters)] * words,
+            ],
+            output_dtypes=[mx.uint32, mx.float32, *[mx.uint32] * words],
+        )
+        return Selection(results[0], results[2] if words else None, unscored=results[1])
 
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
         """Logits of the probed clusters' rows: hidden (R, D) → (R, S, n), and (R, S) bests."""
         if "score" in self.unread:
-            logits = super().score(hidden, selection).logits
+            logits, probes = super().score(hidden, selection).logits, selection.probes
+            repeated = mx.pad(probes[:, 1:] == probes[:, :-1], [(0, 0), (1, 0)])[..., None]
+            logits = mx.where(repeated, mx.finfo(logits.dtype).min, logits)
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes = selection.probes
         n_positions, held = probes.shape
@@ -279,18 +318,48 @@ class MetalSteps(PortableSteps):
         )
         return expanded
 
+    def sample(
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        settings: mx.array,
+        top_k: mx.array,
+        keys: mx.array,
+    ) -> mx.array:
+        """A token of each position, drawn or greedy: (R,) uint32.
+
+        Args:
+            selection: From `select`.
+            candidates: Their logits, each ``best`` the highest of its cluster.
+            settings: (R, 3) float32: 1/temperature, 0 for greedy; top_p, 1 for none; the logarithm
+                of min_p, -1e30 for none.
+            top_k: (R,) uint32, 0 for none.
+            keys: (R, 2) uint32, of the noise. Rows of these three past R are not read.
+        """
+        return self._draw(selection, candidates, selection.unscored, settings, top_k, keys)
+
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
+        n_rows = max(candidates.logits.shape[0], MIN_PROBES)  # so that one kernel serves all
+        settings = self._greedy.get(n_rows)
+        if settings is None:
+            counts = mx.zeros((n_rows, 2), dtype=mx.uint32)
+            floats = mx.zeros((n_rows, 3))
+            settings = self._greedy[n_rows] = [floats, floats, counts, counts]
+        return self._draw(selection, candidates, *settings)
+
+    def _draw(self, selection: Selection, candidates: Candidates, *settings: mx.array) -> mx.array:
         logits = candidates.logits
-        n_positions = logits.shape[0]
-        (tokens,) = self._token(
-            inputs=[selection.probes, self.clustered.token_ids, logits, candidates.best],
-            template=self._templates["token"],
-            grid=(WIDE_THREADS, n_positions, 1),
-            threadgroup=(WIDE_THREADS, 1, 1),
-            output_shapes=[(n_positions,)],
+        (tokens,) = self._sample(
+            inputs=[
+                selection.probes, self.clustered.token_ids, logits, candidates.best, *settings,
+            ],
+            template=[*self._templates["sample"], ("T", logits.dtype)],
+            grid=(ROW_THREADS, logits.shape[0], 1),
+            threadgroup=(ROW_THREADS, 1, 1),
+            output_shapes=[(logits.shape[0],)],
             output_dtypes=[mx.uint32],
-        )
+        )  # fmt: skip
         return tokens
 
     def token_ids(self, probes: mx.array) -> mx.array:
@@ -299,7 +368,7 @@ class MetalSteps(PortableSteps):
         cluster_size = self._sizes["N"]
         (ids,) = self._ids(
             inputs=[probes, self.clustered.token_ids],
-            template=self._templates["token"],
+            template=self._templates["ids"],
             grid=(WIDE_THREADS * -(-held * cluster_size // WIDE_THREADS), n_positions, 1),
             threadgroup=(WIDE_THREADS, 1, 1),
             output_shapes=[(n_positions, held, cluster_size)],

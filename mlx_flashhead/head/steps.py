@@ -17,14 +17,18 @@ class Selection(NamedTuple):
     """The clusters to score.
 
     Attributes:
-        probes: (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)):
-            beyond p the last one is repeated, which changes no maximum and no full logits.
+        probes: (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)),
+            ascending: where fewer are worth scoring the last one is repeated, with logits of the
+            lowest finite value.
         words: (R, C) uint32 for the kernel of `expand`, a cluster's place among the probes or the
             estimate of its tokens' logits; None if `expand` makes it from the scores.
+        unscored: (R, 2) float32, the best score of the clusters that are not among the probes, and
+            the log-sum-exp of their scores; the lowest finite value where there are none.
     """
 
     probes: mx.array
     words: mx.array | None = None
+    unscored: mx.array | None = None
 
 
 class Candidates(NamedTuple):
