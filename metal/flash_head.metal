@@ -8,9 +8,9 @@
 // the tokens they belong to.
 //
 // R positions (B*L), D hidden size, C clusters of n rows each, V tokens, p clusters probed per
-// position, S = max(p, 8) of them held. Where select finds fewer than S worth reading, the last probe is
-// repeated, with logits of the lowest finite value. This changes no maximum and keeps these arrays at
-// 8 elements or more (MLX passes smaller ones in another address space, with another kernel). A slot is c*n + i, row i of cluster c; a padded slot has the token id V. A
+// position, S = max(p, 8) of them held. Where select finds fewer than S worth reading, it repeats the last
+// probe. This changes no maximum, and arrays of S values have 8 elements or more (MLX passes smaller
+// ones in another address space, with another kernel). A slot is c*n + i, row i of cluster c; a padded slot has the token id V. A
 // cluster's word is its place among the probes, or the estimate of its tokens' logits.
 //
 // The functions of each step are in flash_head/, and this file has the kernels that call them, for an

@@ -14,10 +14,10 @@
 // cluster whose best cannot reach it, or is not kept, is skipped without a look at its logits. For
 // top_p and top_k a radix search over the distance to the highest x (fixed point, 64 nats in 32 bits)
 // finds the last x that is kept: digits of 10, 11 and 11 bits (16-bit logits: the first two), two
-// histograms, of masses and of counts. Tokens 64 nats below the highest do not count there.
-// It reads 4*S bytes, the logits of the clusters that are looked at, and the ids of the tokens kept.
-// Threadgroup memory: 16,384 + 384 bytes. Barriers: 2; with top_p or top_k 11 more (16-bit: 8), and 4
-// to 6 more with both.
+// histograms, of masses and of counts. Tokens 64 nats below the highest are not kept there.
+// It reads 4*S bytes, the logits and ids of the clusters that are looked at, and with top_p or top_k
+// all logits once a digit.
+// Threadgroup memory: 16,384 + 384 bytes. Barriers: 2, with top_p or top_k 3 more a digit, with both 5.
 
 namespace flash_head {
 
@@ -78,7 +78,7 @@ inline uint find_cut(
     float highest,
     float top_p,
     float tail,                           // the mass of what was not scored
-    uint top_k,
+    uint n_top,                           // top_k
     threadgroup atomic<uint>* histogram,  // [2 * SAMPLE_BINS]
     threadgroup float* sums,              // [ROW_SUMS]
     threadgroup uint* bins,               // [ROW_SIMDGROUPS]
@@ -86,9 +86,9 @@ inline uint find_cut(
     uint simdgroup,
     uint lane) {
   constexpr int LEVELS = sizeof(T) == 4 ? 3 : 2;
-  const bool used[2] = {top_p < 1.0f, top_k > 0};
+  const bool used[2] = {top_p < 1.0f, n_top > 0};
   uint cuts[2] = {0, 0};
-  float limits[2] = {0.0f, float(top_k)};
+  float limits[2] = {0.0f, float(n_top)};
   float unit = 1.0f / MASS_UNITS;
   for (int level = 0; level < LEVELS; level++) {
     const uint shift = 22 - 11 * level;
@@ -98,16 +98,16 @@ inline uint find_cut(
       const uint distance = distance_to(highest, float(logits[i]));
       if (distance < uint(FARTHEST)) {
         const uint digit = (distance >> shift) % SAMPLE_BINS;
-        // relative to the bin of the first digit, whose own mass is a float
-        const float share = exp(-float(distance & 0x3fffffu) / STEPS_PER_NAT);
         if (used[0] && ((distance ^ cuts[0]) & decided) == 0) {
+          // relative to the bin of the first digit, whose own mass is a float
+          const float share = exp(-float(distance & 0x3fffffu) / STEPS_PER_NAT);
           atomic_fetch_add_explicit(
               &histogram[digit], uint(share * MASS_UNITS + 0.5f), memory_order_relaxed);
+          mass += share * exp(-float(distance >> 22) / 16.0f);
         }
         if (used[1] && ((distance ^ cuts[1]) & decided) == 0) {
           atomic_fetch_add_explicit(&histogram[SAMPLE_BINS + digit], 1u, memory_order_relaxed);
         }
-        mass += share * exp(-float(distance >> 22) / 16.0f);
       }
     }
     if (level == 0) {
@@ -173,6 +173,13 @@ inline void sample(
     uint simdgroup,
     uint lane) {
   const size_t first = size_t(position) * held;
+  const float scale = settings[3 * position];
+  const float top_p = settings[3 * position + 1];
+  const uint n_top = top_k[position];
+  const bool cuts = scale != 0.0f && (top_p < 1.0f || n_top > 0);
+  if (cuts) {
+    clear_bins<2 * SAMPLE_BINS>(histogram, thread_id);
+  }
   uint key = 0;
   uint top = 0;  // the cluster of the highest logit
   for (uint i = thread_id; i < held; i += ROW_THREADS) {
@@ -182,10 +189,8 @@ inline void sample(
       top = i;
     }
   }
-  clear_bins<2 * SAMPLE_BINS>(histogram, thread_id);
   threadgroup_best<ROW_SIMDGROUPS>(key, top, shared, simdgroup, lane);
   const float highest = score_of(key);
-  const float scale = settings[3 * position];
   const bool greedy = scale == 0.0f || !(highest > -Finite<T>::highest());
   const uint key_0 = keys[2 * position];
   const uint key_1 = keys[2 * position + 1];
@@ -202,12 +207,15 @@ inline void sample(
     }
     rule.bound = highest * scale + noise_of(simd_min(token), key_0, key_1);
     rule.lowest = highest + settings[3 * position + 2];
-    const float top_p = settings[3 * position + 1];
-    if (top_p < 1.0f || top_k[position] > 0) {
+    if (cuts) {
+      // of the first 8 probes, those that repeat the one before have its logits
+      const bool repeats = lane > 0 && lane < MIN_PROBES &&
+          probes[first + lane] == probes[first + lane - 1];
+      const uint n_logits = simd_min(repeats ? lane : held) * N;
       const float tail = exp(min(unscored[2 * position + 1] - highest, 80.0f));
       rule.cut = find_cut<T>(
-          logits + first * N, held * N, highest, top_p, tail, top_k[position], histogram, sums,
-          shared, thread_id, simdgroup, lane);
+          logits + first * N, n_logits, highest, top_p, tail, n_top, histogram, sums, shared,
+          thread_id, simdgroup, lane);
     }
   }
 

@@ -30,6 +30,9 @@ ROWS = 4
 ROUTE_SIMDGROUPS = 2
 SCORE_SIMDGROUPS = 8
 ROW_THREADS = 512
+SELECT_BINS = 4096
+BINS_PER_NAT = 64.0
+CERTAIN = 1e29
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 MIN_PROBES = 8
@@ -249,9 +252,12 @@ class MetalSteps(PortableSteps):
             scores: (R, C) float32.
             n_probes: Clusters to probe, 1 … C.
             words: Also write what `expand` needs.
-            depth: Clusters more than this many nats below the best one are not probed.
+            depth: Clusters more than this many nats below the best one are not probed. Only for
+                `sample` and `token`, and for rows that a kernel reads.
         """
         n_positions, n_clusters = scores.shape
+        if "score" in self.unread:
+            depth = NO_DEPTH  # MLX's operations would read the repeated probes
         limits = self._limits.get((n_probes, depth))
         if limits is None:
             limits = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
@@ -276,9 +282,7 @@ class MetalSteps(PortableSteps):
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
         """Logits of the probed clusters' rows: hidden (R, D) → (R, S, n), and (R, S) bests."""
         if "score" in self.unread:
-            logits, probes = super().score(hidden, selection).logits, selection.probes
-            repeated = mx.pad(probes[:, 1:] == probes[:, :-1], [(0, 0), (1, 0)])[..., None]
-            logits = mx.where(repeated, mx.finfo(logits.dtype).min, logits)
+            logits = super().score(hidden, selection).logits
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes = selection.probes
         n_positions, held = probes.shape

@@ -8,7 +8,7 @@ from textwrap import shorten
 
 import mlx.core as mx
 
-from .kernels import MetalSteps
+from .kernels import BINS_PER_NAT, CERTAIN, SELECT_BINS, MetalSteps
 from .portable import PortableSteps
 from .steps import Candidates, Selection
 
@@ -78,14 +78,14 @@ class _Trial:
             "select": self.select,
             "score": self.score,
             "expand": self.expand,
-            "token": self.token,
+            "sample": self.sample,
             "ids": self.ids,
         }
 
     def route(self) -> Pairs:
         self.scores = self.steps.route(self.hidden)
         several = self.steps.route(mx.tile(self.hidden, (2, 1)))
-        sample = _sample(self.clustered.n_clusters)
+        sample = _indices(self.clustered.n_clusters)
         matrix = self.clustered.centroids.matrix.take(sample)
         expected = self.hidden.astype(mx.float32) @ matrix.dequantized(mx.float32).T
         found = self.scores[:, sample]
@@ -97,12 +97,21 @@ class _Trial:
 
     def select(self) -> Pairs:
         self.selection = self.steps.select(self.scores, self.n_probes)
+        of_token = self.steps.select(self.scores, self.n_probes, words=False)
         probes = self.selection.probes[:, : self.n_probes]
-        found = mx.sort(mx.take_along_axis(self.scores, probes, axis=-1), axis=-1)
-        expected = mx.sort(self.scores, axis=-1)[:, -self.n_probes :]
-        distinct = mx.sort(probes, axis=-1)
-        repeated = (distinct[:, 1:] == distinct[:, :-1]).sum()
-        return [(found, expected, 0.0), (repeated, mx.zeros(()), 0.0)]
+        bins = _bins(self.scores)
+        found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
+        repeated = (probes[:, 1:] == probes[:, :-1]).sum()
+        left = mx.put_along_axis(self.scores, probes, mx.array(-mx.inf), axis=-1)
+        unscored = mx.stack([left.max(axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
+        lowest = mx.finfo(mx.float32).min
+        return [
+            (found, mx.sort(bins, axis=-1)[:, : self.n_probes], 0.0),
+            (repeated, mx.zeros(()), 0.0),
+            (self.selection.unscored, mx.maximum(unscored, lowest), LEAST),
+            (of_token.probes, self.selection.probes, 0.0),
+            (of_token.unscored, self.selection.unscored, 0.0),
+        ]
 
     def score(self) -> Pairs:
         self.candidates = self.steps.score(self.hidden, self.selection)
@@ -111,7 +120,7 @@ class _Trial:
             pairs.append((self.candidates.best, self.candidates.logits.max(axis=-1), 0.0))
         if "score" in self.steps.unread:  # no kernel
             return pairs
-        sample = _sample(self.n_probes)
+        sample = _indices(self.n_probes)
         clusters = self.selection.probes[0, sample]
         rows = self.clustered.rows.map(lambda array: array[clusters])  # (k, n, …)
         expected = rows.dequantized(mx.float32) @ self.hidden[0].astype(mx.float32)
@@ -126,7 +135,7 @@ class _Trial:
         full = self.steps.expand(self.scores, self.selection, self.candidates)
         return [(full, self.plain.expand(self.scores, *self._plain()), self.rounding)]
 
-    def token(self) -> Pairs:
+    def sample(self) -> Pairs:
         token = self.steps.token(self.selection, self.candidates)
         return [(token, self.plain.token(*self._plain()), 0.0)]
 
@@ -138,7 +147,15 @@ class _Trial:
         return Selection(self.selection.probes), Candidates(self.candidates.logits)
 
 
-def _sample(size: int) -> mx.array:
+def _bins(scores: mx.array) -> mx.array:
+    """Distances to each row's best score as `select` sees them; see metal/flash_head/select.h."""
+    certain = scores >= CERTAIN
+    best = mx.where(certain, mx.finfo(mx.float32).min, scores).max(axis=-1, keepdims=True)
+    distances = mx.floor((best - scores) * BINS_PER_NAT)
+    return mx.where(certain, -1, mx.minimum(distances, SELECT_BINS - 2))
+
+
+def _indices(size: int) -> mx.array:
     """Evenly spaced indices, the first and the last among them."""
     count = min(size, SAMPLE)
     return mx.array([i * (size - 1) // max(count - 1, 1) for i in range(count)])

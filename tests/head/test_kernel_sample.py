@@ -32,14 +32,13 @@ def scored(rng, steps, n_rows, n_probes, dtype, spread=3.0, ties=False):
     probes = [rng.permutation(clustered.n_clusters)[:n_probes] for _ in range(n_rows)]
     probes = np.sort(np.stack(probes), axis=-1)
     held = np.minimum(np.arange(max(n_probes, MIN_PROBES)), n_probes - 1)
-    probes = mx.array(probes[:, held].astype(np.uint32))
+    probes = mx.array(probes.astype(np.uint32))
     logits = rng.normal(scale=spread, size=(*probes.shape, clustered.cluster_size))
     logits = mx.array(np.round(logits) if ties else logits).astype(dtype)
     padded = clustered.token_ids[probes] == clustered.vocab_size
-    repeated = (held != np.arange(len(held)))[None, :, None]
-    logits = mx.where(mx.logical_or(padded, mx.array(repeated)), mx.finfo(dtype).min, logits)
+    logits = mx.where(padded, mx.finfo(dtype).min, logits)[:, mx.array(held)]
     tail = mx.array(rng.normal(size=(n_rows, 2)).astype(np.float32))
-    return Selection(probes, unscored=tail), candidates_of(logits)
+    return Selection(probes[:, mx.array(held)], unscored=tail), candidates_of(logits)
 
 
 def candidates_of(logits):
@@ -56,14 +55,12 @@ def arguments(rng, settings):
 def expected(steps, selection, candidates, settings, top_k, keys):
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
     logits = to_numpy(candidates.logits).astype(np.float32)
-    real = (ids < steps.clustered.vocab_size) & (logits != mx.finfo(candidates.logits.dtype).min)
+    real = ids < steps.clustered.vocab_size
+    real[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # not of repeated probes
     tail = to_numpy(selection.unscored)[:, 1]
-    return [
-        draw(ids[row][real[row]], logits[row][real[row]], tail[row], *rest)
-        for row, rest in enumerate(
-            zip(to_numpy(settings), to_numpy(top_k), to_numpy(keys), strict=False)
-        )
-    ]
+    drawing = map(to_numpy, (settings, top_k, keys))
+    rows = zip(ids, logits, real, tail, *drawing, strict=False)  # settings may have more rows
+    return [draw(ids[real], logits[real], *rest) for ids, logits, real, *rest in rows]
 
 
 def test_noise_is_that_of_mlx():
@@ -112,7 +109,7 @@ def test_values_without_order():
         logits[0, 3, 2] = logits[0, 5, 1] = float("nan")
         logits[1] *= 1e30
         logits[3] = mx.finfo(mx.float32).min
-        tail = mx.array([[0.0, 0.0], [0.0, 0.0], [1e30, 1e30], [0.0, 0.0]])
+        tail = mx.array([[0.0, 0.0], [0.0, 0.0], [1e30, 700.0], [0.0, 0.0]])
         case = selection._replace(unscored=tail), candidates_of(logits)
         drawing = arguments(rng, settings)
         found = steps.sample(*case, *drawing).tolist()
@@ -137,7 +134,7 @@ def test_tokens_are_drawn_with_their_probabilities(setting):
         tokens = np.array(steps.sample(*case, *arguments(rng, [setting] * n_draws)))
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)].ravel()
     real = ids < steps.clustered.vocab_size
-    ids, logits = ids[real], to_numpy(candidates.logits).ravel()[real]
+    ids, logits = ids[real], to_numpy(candidates.logits).ravel()[real].astype(float)
     chances = np.exp(logits * setting[0]) * kept(logits, 0.0, *setting[1:])
     chances = chances / chances.sum()
     counts = np.array([(tokens == token).sum() for token in ids])
