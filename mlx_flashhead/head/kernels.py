@@ -347,8 +347,7 @@ class MetalSteps(PortableSteps):
         n_rows = max(candidates.logits.shape[0], MIN_PROBES)  # so that one kernel serves all
         settings = self._greedy.get(n_rows)
         if settings is None:
-            counts = mx.zeros((n_rows, 2), dtype=mx.uint32)
-            floats = mx.zeros((n_rows, 3))
+            floats, counts = mx.array([[0.0] * 3] * n_rows), mx.array([[0] * 2] * n_rows, mx.uint32)
             settings = self._greedy[n_rows] = [floats, floats, counts, counts]
         return self._draw(selection, candidates, *settings)
 

@@ -76,6 +76,7 @@ class _Trial:
         return {
             "route": self.route,
             "select": self.select,
+            "select_words": self.select_words,
             "score": self.score,
             "expand": self.expand,
             "sample": self.sample,
@@ -96,21 +97,25 @@ class _Trial:
         ]
 
     def select(self) -> Pairs:
-        self.selection = self.steps.select(self.scores, self.n_probes)
-        of_token = self.steps.select(self.scores, self.n_probes, words=False)
-        probes = self.selection.probes[:, : self.n_probes]
+        self.of_token = self.steps.select(self.scores, self.n_probes, words=False)
+        probes = self.of_token.probes[:, : self.n_probes]
         bins = _bins(self.scores)
         found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
         repeated = (probes[:, 1:] == probes[:, :-1]).sum()
         left = mx.put_along_axis(self.scores, probes, mx.array(-mx.inf), axis=-1)
         unscored = mx.stack([left.max(axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
-        lowest = mx.finfo(mx.float32).min
         return [
             (found, mx.sort(bins, axis=-1)[:, : self.n_probes], 0.0),
             (repeated, mx.zeros(()), 0.0),
-            (self.selection.unscored, mx.maximum(unscored, lowest), LEAST),
-            (of_token.probes, self.selection.probes, 0.0),
-            (of_token.unscored, self.selection.unscored, 0.0),
+            (self.of_token.unscored, mx.maximum(unscored, mx.finfo(mx.float32).min), LEAST),
+        ]
+
+    def select_words(self) -> Pairs:
+        self.selection = self.steps.select(self.scores, self.n_probes)
+        found, expected = self.selection, self.of_token
+        return [
+            (found.probes, expected.probes, 0.0),
+            (found.unscored, expected.unscored, 0.0),
         ]
 
     def score(self) -> Pairs:

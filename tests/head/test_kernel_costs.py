@@ -71,20 +71,25 @@ class TestGraph:
             assert memoryview(array).c_contiguous
 
 
-def dispatches_of(clustered, hidden, n_probes):
-    """The emulator's records of a full step and of a greedy one."""
+def dispatches_of(clustered, hidden, n_probes, setting=(1.0, 0.95, -4.0, 20)):
+    """The emulator's records of each kernel in a step, by name."""
+    n_rows = len(hidden)
+    drawing = (
+        mx.broadcast_to(mx.array(setting[:3]), (n_rows, 3)),
+        mx.full((n_rows,), setting[3], dtype=mx.uint32),
+        mx.zeros((n_rows, 2), dtype=mx.uint32),
+    )
     with kernels() as emulator:
         steps = MetalSteps(clustered)
         scores = steps.route(hidden)
-        selection = steps.select(scores, n_probes)
+        selection = steps.select(scores, n_probes, words=False)
         candidates = steps.score(hidden, selection)
-        steps.expand(scores, selection, candidates)
-        steps.token(selection, candidates)
+        steps.sample(selection, candidates, *drawing)
+        steps.expand(scores, steps.select(scores, n_probes), candidates)
         steps.token_ids(selection.probes)
-    names = [dispatch.name for dispatch in emulator.dispatches]
-    steps = ("route", "select", "score", "expand", "token", "ids")
-    assert names == [f"flash_head_{step}" for step in steps]
-    return {name.split("_")[-1]: d for name, d in zip(names, emulator.dispatches, strict=True)}
+    found = {d.name.removeprefix("flash_head_"): d for d in emulator.dispatches}
+    assert list(found) == ["route", "select", "score", "sample", "select_words", "expand", "ids"]
+    return found
 
 
 def stored_lines(dispatch) -> int:
@@ -95,7 +100,7 @@ def stored_lines(dispatch) -> int:
 
 @emulator_only
 def test_neither_probes_nor_positions_compile_anything():
-    """Seven kernels serve a head: route has one for one position and one for several.
+    """Eight kernels serve a head: route has one for one position and one for several.
 
     MLX compiles a text once for each set of template arguments, dtypes and small arrays.
     """
@@ -114,7 +119,7 @@ def test_neither_probes_nor_positions_compile_anything():
                 mx.eval(head(hidden), head.token(hidden), head.candidates(hidden))
                 mx.eval(head.likeliest(values, min(n_probes, 40)))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
-    assert names == {"rou": 2, "sel": 1, "sco": 1, "exp": 1, "tok": 1, "ids": 1}
+    assert names == {"rou": 2, "sel": 1, "sco": 1, "exp": 1, "sam": 1, "ids": 1}
 
 
 @emulator_only
@@ -176,5 +181,26 @@ class TestTraffic:
         hidden = mx.array(rng.normal(size=(2, 64))).astype(mx.bfloat16)
         found = dispatches_of(clustered, hidden, 9)
         barriers = {name: dispatch.barriers for name, dispatch in found.items()}
-        assert barriers == {"route": 0, "select": 11, "score": 1, "expand": 1, "token": 2, "ids": 0}
-        assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16520
+        assert barriers == {
+            "route": 0, "select": 6, "select_words": 6, "score": 1, "expand": 1, "sample": 12,
+            "ids": 0,
+        }  # fmt: skip
+        assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16784
+        for setting, n_barriers in {
+            (0.0, 0.9, -1e30, 9): 2,
+            (1.0, 1.0, -1e30, 0): 2,
+            (1.0, 0.9, -1e30, 0): 8,
+            (1.0, 1.0, -1e30, 9): 8,
+        }.items():
+            assert dispatches_of(clustered, hidden, 9, setting)["sample"].barriers == n_barriers
+
+    @pytest.mark.parametrize("n_clusters", [3072, 9496, 16384])
+    def test_select_reads_the_scores_once(self, n_clusters):
+        rng = np.random.default_rng(4)
+        rows = make_rows(rng, n_clusters, 4, bits=16, group_size=0, dtype=mx.float16)
+        centroids = make_centroids(rng, n_clusters, 4, group_size=0, dtype=mx.float16)
+        clustered = cluster(rng, rows, centroids, 1)
+        scores = mx.array(rng.normal(size=(1, n_clusters)).astype(np.float32))
+        with kernels() as emulator:
+            mx.eval(MetalSteps(clustered).select(scores, n_clusters // 10, words=False))
+        assert emulator.dispatches[0].buffers["scores"].reads == scores.nbytes

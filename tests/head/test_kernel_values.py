@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, to_numpy
-from kernel_checks import PROBED, check_all, check_full, all_steps, run, small_head
+from kernel_checks import PROBED, all_steps, check_all, check_full, run, small_head
 from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.portable import PortableSteps

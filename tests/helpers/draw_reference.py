@@ -1,4 +1,4 @@
-"""The draw of a token in numpy, written from its definition alone; see metal/flash_head/sample.h."""
+"""The draw of a token in numpy, written from its definition; see metal/flash_head/sample.h."""
 
 import numpy as np
 
