@@ -9,8 +9,8 @@
 //   4  places: ballots over ids give every probed cluster its own, and the others are added up
 // So probes ascend, and of the clusters in the last bin the lowest ids are probed. Bin 0 holds NaN and
 // the clusters that are always probed, the last bin all from 64 nats on.
-// `depth` limits the bins: a cluster more than `depth` nats below the best is not probed. Places
-// without a cluster repeat the last one.
+// `depth` limits the bins: a cluster more than `depth` nats below the log-sum-exp of all (without those
+// that are always probed) is not probed. Places without a cluster repeat the last one.
 // unscored: the best score of the clusters that are not probed, and the log-sum-exp of their scores;
 // the lowest finite value where none is left.
 // Threadgroup memory: 16,384 + 388 bytes. Barriers: 6.
@@ -106,6 +106,7 @@ inline void select_probes(
   highest = threadgroup_max<ROW_SIMDGROUPS>(highest, shared, simdgroup, lane);
   const float best = highest == 0 ? 0.0f : score_of(highest);
 
+  float mass = 0.0f;
   for (int block = 0; block < BLOCKS; block++) {
     const uint block_id = first_id + block * (N * LANES);
     if (BLOCKS > 1) {
@@ -116,15 +117,22 @@ inline void select_probes(
       const uint bin = bin_of<C>(block_id + i * LANES, loaded[i], best);
       if (bin < uint(SELECT_BINS)) {
         atomic_fetch_add_explicit(&histogram[bin], 1u, memory_order_relaxed);
+        mass += bin > 0 ? exp(loaded[i] - best) : 0.0f;
       }
     }
   }
+  mass = simd_sum(mass);
+  if (lane == 0) {
+    sums[ROW_SIMDGROUPS + simdgroup] = mass;
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  mass = simd_sum(lane < uint(ROW_SIMDGROUPS) ? sums[ROW_SIMDGROUPS + lane] : 0.0f);
+  const float nats = depth - log(max(mass, 1.0f));
+  const uint deepest = 1u + uint(clamp(nats * BINS_PER_NAT, 0.0f, float(SELECT_BINS)));
   float before;
   uint last = find_bin<SELECT_BINS>(
       histogram, 1.0f, 0.0f, float(n_probes), before, sums, shared, thread_id, simdgroup, lane);
   uint remaining = n_probes - uint(before);
-  const uint deepest = 1u + uint(clamp(depth * BINS_PER_NAT, 0.0f, float(SELECT_BINS)));
   if (last > deepest) {
     last = deepest;
     remaining = n_probes;
@@ -161,7 +169,7 @@ inline void select_probes(
   const uint lower_lanes = (1u << lane) - 1u;
   const float edge = best - float(max(last, 1u) - 1u) / BINS_PER_NAT;  // no score left is higher
   uint left = 0;
-  float mass = 0.0f;
+  mass = 0.0f;
   for (int block = 0; block < BLOCKS; block++) {
     const uint block_id = first_id + block * (N * LANES);
     if (BLOCKS > 1) {

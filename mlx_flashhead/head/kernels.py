@@ -252,7 +252,8 @@ class MetalSteps(PortableSteps):
             scores: (R, C) float32.
             n_probes: Clusters to probe, 1 … C.
             words: Also write what `expand` needs.
-            depth: Clusters more than this many nats below the best one are not probed. Only for
+            depth: Clusters more than this many nats below the log-sum-exp of all scores are not
+                probed, for they hold little: together at most C·exp(-depth) of the mass. Only for
                 `sample` and `token`, and for rows that a kernel reads.
         """
         n_positions, n_clusters = scores.shape

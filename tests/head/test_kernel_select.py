@@ -89,7 +89,7 @@ def test_forced_clusters_are_always_probed():
     check_token(few[3], few[4])
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.5, 2.0, 40.0])
+@pytest.mark.parametrize("depth", [0.0, 2.5, 3.5, 40.0])
 def test_clusters_far_below_the_best_are_not_read(depth):
     rng = np.random.default_rng(8)
     clustered, hidden = small_head(rng, dtype=mx.bfloat16)
