@@ -32,6 +32,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..head.clustered import ClusteredRows
+from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.kernels import MetalSteps, unread
 from ..models.locate import HeadLocation
@@ -169,7 +170,10 @@ def record(
     candidates = steps.score(hidden, selection)
     steps.expand(scores, selection, candidates)
     selection = steps.select(scores, n_probes, words=False)
-    steps.sample(selection, steps.score(hidden, selection), *settings)
+    draws = Draws(*settings, sorts=True)
+    steps.sample(
+        selection, steps.score(hidden, selection), steps.unscored(scores, selection), draws
+    )
     made = {name for launch in recorder.launches.values() for name in launch["outputNames"]}
     left_out = {*of_call, *rows, *made}
     arrays = {name: array for name, array in recorder.arrays.items() if name not in left_out}

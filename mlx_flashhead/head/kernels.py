@@ -11,6 +11,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from .clustered import ClusteredRows
+from .draw import Draws
 from .kernel_text import (
     EXPAND_BODY,
     IDS_BODY,
@@ -22,7 +23,7 @@ from .kernel_text import (
 )
 from .matrix import Matrix
 from .portable import ESTIMATED, PortableSteps
-from .steps import Candidates, Selection
+from .steps import NO_DEPTH, Candidates, Selection
 
 # The constants of the same names in metal/flash_head/constants.h.
 LANES = 32
@@ -36,8 +37,6 @@ CERTAIN = 1e29
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 MIN_PROBES = 8
-
-NO_DEPTH = 1e30  # of select
 
 SHARED_POSITIONS = 4  # that share one reading of the centroids
 
@@ -245,16 +244,9 @@ class MetalSteps(PortableSteps):
     def select(
         self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
     ) -> Selection:
-        """The ``n_probes`` best clusters of each row, ascending; of clusters that differ by less
-        than 1/64 nat those of lower ids.
+        """The ``n_probes`` best clusters of each row, ascending, and the tail.
 
-        Args:
-            scores: (R, C) float32.
-            n_probes: Clusters to probe, 1 … C.
-            words: Also write what `expand` needs.
-            depth: Clusters more than this many nats below the log-sum-exp of all scores are not
-                probed, for they hold little: together at most C·exp(-depth) of the mass. Only for
-                `sample` and `token`, and for rows that a kernel reads.
+        Of clusters that differ by less than 1/64 nat those of lower ids count as better.
         """
         n_positions, n_clusters = scores.shape
         if "score" in self.unread:
@@ -324,24 +316,10 @@ class MetalSteps(PortableSteps):
         return expanded
 
     def sample(
-        self,
-        selection: Selection,
-        candidates: Candidates,
-        settings: mx.array,
-        top_k: mx.array,
-        keys: mx.array,
+        self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
     ) -> mx.array:
-        """A token of each position, drawn or greedy: (R,) uint32.
-
-        Args:
-            selection: From `select`.
-            candidates: Their logits, each ``best`` the highest of its cluster.
-            settings: (R, 3) float32: 1/temperature, 0 for greedy; top_p, 1 for none; the logarithm
-                of min_p, -1e30 for none.
-            top_k: (R,) uint32, 0 for none.
-            keys: (R, 2) uint32, of the noise. Rows of these three past R are not read.
-        """
-        return self._draw(selection, candidates, selection.unscored, settings, top_k, keys)
+        """The drawn token: (R,) uint32, that of `draw.py`."""
+        return self._draw(selection, candidates, unscored, *draws[:3])
 
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""

@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from .blas import REFERENCE, blas_name
 from .clustered import ClusteredRows
+from .draw import Draws, draw, noise
 from .matrix import Matrix
-from .steps import Candidates, Selection, Steps, in_token_order
+from .steps import NO_DEPTH, Candidates, Selection, Steps, in_token_order
 
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
@@ -126,7 +127,9 @@ class PortableSteps(Steps):
             scores = self.clustered.centroids.matrix.matmul(hidden).astype(mx.float32)
         return scores + route_bias
 
-    def select(self, scores: mx.array, n_probes: int) -> Selection:
+    def select(
+        self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
+    ) -> Selection:
         """The ``n_probes`` best clusters of each row, in no particular order: (R, C) → (R, p)."""
         n_clusters = scores.shape[-1]
         if n_probes == n_clusters:
@@ -202,3 +205,17 @@ class PortableSteps(Steps):
         highest = (logits == best) | mx.isnan(logits)
         ids = mx.where(highest, self.token_ids(selection.probes), self.clustered.vocab_size)
         return mx.min(ids, axis=(-2, -1))
+
+    def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
+        if selection.unscored is not None:
+            return selection.unscored
+        lowest = mx.array(mx.finfo(mx.float32).min)
+        left = mx.put_along_axis(scores, selection.probes, lowest, axis=-1)
+        return mx.stack([mx.max(left, axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
+
+    def sample(
+        self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
+    ) -> mx.array:
+        ids = self.token_ids(selection.probes).flatten(1)
+        logits = candidates.logits.flatten(1).astype(mx.float32)
+        return draw(logits, noise(draws.keys, ids), draws, ids, unscored[:, 1])

@@ -8,6 +8,7 @@ from textwrap import shorten
 
 import mlx.core as mx
 
+from .draw import Draws, DrawSettings, position_key
 from .kernels import BINS_PER_NAT, CERTAIN, SELECT_BINS, MetalSteps
 from .portable import PortableSteps
 from .steps import Candidates, Selection
@@ -18,6 +19,13 @@ SAMPLE = 64  # centroids and clusters of rows that are also computed in float32
 # a sixth of its size.
 UNITS = 2  # of rounding
 LEAST = 1e-3
+
+N_DRAWS = 15
+DRAWN = (
+    DrawSettings(temperature=1.0),
+    DrawSettings(temperature=2.0, top_p=0.9),
+    DrawSettings(temperature=0.7, top_k=5, min_p=0.02),
+)
 
 Pairs = list[tuple[mx.array, mx.array, float]]
 
@@ -141,8 +149,20 @@ class _Trial:
         return [(full, self.plain.expand(self.scores, *self._plain()), self.rounding)]
 
     def sample(self) -> Pairs:
+        """The greedy token, and draws with each kind of filter."""
         token = self.steps.token(self.selection, self.candidates)
-        return [(token, self.plain.token(*self._plain()), 0.0)]
+        greedy: Pairs = [(token, self.plain.token(*self._plain()), 0.0)]
+        # of the probes, which the kernels repeat below 8, each once
+        selection = Selection(self.selection.probes[:, : self.n_probes])
+        candidates = Candidates(self.candidates.logits[:, : self.n_probes])
+        unscored = self.of_token.unscored
+        n_other = mx.array(0)
+        for position in range(N_DRAWS):
+            draws = Draws.of([(DRAWN[position % len(DRAWN)], position_key(0, position))])
+            found = self.steps.sample(self.selection, self.candidates, unscored, draws)
+            n_other += found != self.plain.sample(selection, candidates, unscored, draws)
+        # rounding may put a token on the other side of a limit
+        return [*greedy, (mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0)]
 
     def ids(self) -> Pairs:
         probes = self.selection.probes

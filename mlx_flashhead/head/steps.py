@@ -1,7 +1,7 @@
 """The four steps of a FlashHead: the base of both paths.
 
 hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
-              ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token ─▶ (R,)
+              ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token, sample ─▶ (R,)
 """
 
 from abc import ABC, abstractmethod
@@ -11,6 +11,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .clustered import ClusteredRows
+from .draw import Draws
+
+NO_DEPTH = 1e30  # nats: every probe is scored
 
 
 class Selection(NamedTuple):
@@ -22,8 +25,7 @@ class Selection(NamedTuple):
             maximum, and not read again.
         words: (R, C) uint32 for the kernel of `expand`, a cluster's place among the probes or the
             estimate of its tokens' logits; None if `expand` makes it from the scores.
-        unscored: (R, 2) float32, the best score of the clusters that are not among the probes, and
-            the log-sum-exp of their scores; the lowest finite value where there are none.
+        unscored: (R, 2) float32, what :meth:`Steps.unscored` gives; None if it has to be computed.
     """
 
     probes: mx.array
@@ -66,8 +68,19 @@ class Steps(ABC):
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
 
     @abstractmethod
-    def select(self, scores: mx.array, n_probes: int) -> Selection:
-        """The ``n_probes`` best clusters of each row, ascending: (R, C) → (R, p)."""
+    def select(
+        self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
+    ) -> Selection:
+        """The ``n_probes`` best clusters of each row: (R, C) → (R, p).
+
+        Args:
+            scores: (R, C) float32.
+            n_probes: Clusters to probe, 1 … C.
+            words: Also give what the kernel of `expand` needs.
+            depth: Clusters more than this many nats below the log-sum-exp of all scores need not be
+                probed: together they hold at most C·exp(-depth) of the mass. The kernels then score
+                fewer rows; for `token` and `sample` only.
+        """
 
     @abstractmethod
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
@@ -80,6 +93,19 @@ class Steps(ABC):
     @abstractmethod
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32."""
+
+    @abstractmethod
+    def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
+        """Of the clusters that are not probed, (R, 2) float32: the best score, and the logsumexp.
+
+        A cluster's score is the log of its expected mass, so the second is that of the tail.
+        """
+
+    @abstractmethod
+    def sample(
+        self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
+    ) -> mx.array:
+        """The drawn token: (R,) uint32; see `draw.py`."""
 
     def arrays(self) -> list[mx.array]:
         """Arrays held besides those of ``clustered``."""
@@ -101,18 +127,6 @@ class Steps(ABC):
         rows = self.clustered.rows_in(mx.take(self.clustered.slot_of, token_ids))  # (R, K, …)
         logits = replace(rows, bias=None).matmul(hidden[:, None]).squeeze(1)
         return logits if rows.bias is None else logits + rows.bias
-
-    def in_clusters(self, values: mx.array) -> mx.array:
-        """Values by token (R, V) → by cluster (R, C, n); a padded slot gets -inf."""
-        clustered = self.clustered
-        slots = clustered.token_ids.reshape(1, -1)
-        if clustered.padded:
-            last = clustered.vocab_size - 1
-            in_slots = mx.take_along_axis(values, mx.minimum(slots, last), axis=-1)
-            in_slots = mx.where(slots > last, -mx.inf, in_slots)
-        else:
-            in_slots = mx.take_along_axis(values, slots, axis=-1)
-        return in_slots.reshape(-1, clustered.n_clusters, clustered.cluster_size)
 
     def token_ids(self, probes: mx.array) -> mx.array:
         """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""

@@ -10,6 +10,7 @@ import pytest
 
 from kernel_cases import kernels, to_numpy
 from mlx_flashhead.exporting.plan import LOGITS, METADATA_KEY, TOKENS, export_plan, record
+from mlx_flashhead.head.draw import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.models.locate import HeadLocation
@@ -73,7 +74,12 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, form):
         tokens = replay(arrays, plan, rows, hidden, "tokens", **settings)
         steps = MetalSteps(head.clustered)
         selection = steps.select(steps.route(hidden), N_PROBES, words=False)
-        drawn = steps.sample(selection, steps.score(hidden, selection), *settings.values())
+        drawn = steps.sample(
+            selection,
+            steps.score(hidden, selection),
+            selection.unscored,
+            Draws(*settings.values(), True),
+        )
         mx.eval(expected, found, tokens, drawn)
     assert tokens.tolist() == drawn.tolist()
     assert tokens[0] == mx.argmax(found[0])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu
+from mlx_flashhead.head.draw import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
 
@@ -74,17 +75,18 @@ class TestGraph:
 def dispatches_of(clustered, hidden, n_probes, setting=(1.0, 0.95, -4.0, 20)):
     """The emulator's records of each kernel in a step, by name."""
     n_rows = len(hidden)
-    drawing = (
+    drawing = Draws(
         mx.broadcast_to(mx.array(setting[:3]), (n_rows, 3)),
         mx.full((n_rows,), setting[3], dtype=mx.uint32),
         mx.zeros((n_rows, 2), dtype=mx.uint32),
+        sorts=True,
     )
     with kernels() as emulator:
         steps = MetalSteps(clustered)
         scores = steps.route(hidden)
         selection = steps.select(scores, n_probes, words=False)
         candidates = steps.score(hidden, selection)
-        steps.sample(selection, candidates, *drawing)
+        steps.sample(selection, candidates, selection.unscored, drawing)
         steps.expand(scores, steps.select(scores, n_probes), candidates)
         steps.token_ids(selection.probes)
     found = {d.name.removeprefix("flash_head_"): d for d in emulator.dispatches}
@@ -115,9 +117,7 @@ def test_neither_probes_nor_positions_compile_anything():
             head.n_probes = n_probes
             for n_positions in (1, 2, 3, 5, 8, 13, 32):
                 hidden = mx.array(rng.normal(size=(n_positions, 64))).astype(mx.bfloat16)
-                values = mx.array(rng.normal(size=(n_positions, 2 * n_clusters)))
                 mx.eval(head(hidden), head.token(hidden), head.candidates(hidden))
-                mx.eval(head.likeliest(values, min(n_probes, 40)))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
     assert names == {"rou": 2, "sel": 1, "sco": 1, "exp": 1, "sam": 1, "ids": 1}
 

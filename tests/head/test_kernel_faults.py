@@ -15,6 +15,7 @@ from kernel_cases import (
     make_rows,
     on_gpu,
 )
+from mlx_flashhead.head.draw import Draws
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
@@ -115,7 +116,8 @@ def run_steps():
     words = mx.concatenate([mx.broadcast_to(places, (3, 4)), scores[:, 4:].view(mx.uint32)], 1)
     logits = mx.take(mx.array(rng.normal(size=(3, 4, 6))).astype(mx.bfloat16), held, axis=1)
     selection = Selection(probes, words, mx.zeros((3, 2)))
-    drawing = mx.full((3, 3), 0.9), mx.ones(3, dtype=mx.uint32), mx.zeros((3, 2), dtype=mx.uint32)
+    keys = mx.zeros((3, 2), dtype=mx.uint32)
+    drawing = Draws(mx.full((3, 3), 0.9), mx.ones(3, dtype=mx.uint32), keys, sorts=True)
     candidates = Candidates(logits, logits.max(axis=-1).astype(mx.float32))
     steps = MetalSteps(clustered)
     return {
@@ -124,7 +126,7 @@ def run_steps():
         "select": lambda: [steps.select(mx.round(s), 4) for s in (scores, scores[:1])],
         "score": lambda: steps.score(hidden, selection),
         "expand": lambda: steps.expand(scores, selection, candidates),
-        "sample": lambda: steps.sample(selection, candidates, *drawing),
+        "sample": lambda: steps.sample(selection, candidates, selection.unscored, drawing),
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from draw_reference import NONE, draw, kept, noise
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
+from mlx_flashhead.head.draw import Draws
 from mlx_flashhead.head.kernels import MIN_PROBES, MetalSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
@@ -49,10 +50,14 @@ def arguments(rng, settings):
     keys = rng.integers(2**32, size=(len(settings), 2), dtype=np.uint32)
     floats = np.array([setting[:3] for setting in settings], np.float32)
     counts = np.array([setting[3] for setting in settings], np.uint32)
-    return mx.array(floats), mx.array(counts), mx.array(keys)
+    return Draws(mx.array(floats), mx.array(counts), mx.array(keys), sorts=True)
 
 
-def expected(steps, selection, candidates, settings, top_k, keys):
+def drawn_by(steps, case, drawing):
+    return steps.sample(*case, case[0].unscored, drawing)
+
+
+def expected(steps, selection, candidates, settings, top_k, keys, _=True):
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
     logits = to_numpy(candidates.logits).astype(np.float32)
     real = ids < steps.clustered.vocab_size
@@ -80,7 +85,7 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
             for settings in (SETTINGS, SETTINGS[7:8], SETTINGS[14:17], SETTINGS[6:11]):
                 case = scored(rng, steps, len(settings), n_probes, dtype, ties=ties)
                 drawing = arguments(rng, settings)
-                tokens = steps.sample(*case, *drawing)
+                tokens = drawn_by(steps, case, drawing)
                 assert tokens.tolist() == expected(steps, *case, *drawing)
             greedy = steps.token(*case).tolist()
             assert greedy == expected(steps, *case, mx.zeros((5, 3)), *drawing[1:])
@@ -94,7 +99,7 @@ def test_the_token_does_not_depend_on_the_order_of_threads():
         with kernels(order=order, seed=seed):
             steps = steps_of(rng, 16)
             case = scored(rng, steps, len(SETTINGS), 40, mx.bfloat16, ties=True)
-            drawn.append(steps.sample(*case, *arguments(rng, SETTINGS)).tolist())
+            drawn.append(drawn_by(steps, case, arguments(rng, SETTINGS)).tolist())
     assert drawn[1:] == drawn[:1] * 3
 
 
@@ -112,7 +117,7 @@ def test_values_without_order():
         tail = mx.array([[0.0, 0.0], [0.0, 0.0], [1e30, 700.0], [0.0, 0.0]])
         case = selection._replace(unscored=tail), candidates_of(logits)
         drawing = arguments(rng, settings)
-        found = steps.sample(*case, *drawing).tolist()
+        found = drawn_by(steps, case, drawing).tolist()
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
     assert found[0] == ids[0][[3, 5], [2, 1]].min()
     assert found[3] == ids[3].min()
@@ -131,7 +136,7 @@ def test_tokens_are_drawn_with_their_probabilities(setting):
         repeat = [mx.repeat(x, n_draws, axis=0) for x in (selection.probes, candidates.logits)]
         tail = mx.zeros((n_draws, 2))
         case = Selection(repeat[0], unscored=tail), candidates_of(repeat[1])
-        tokens = np.array(steps.sample(*case, *arguments(rng, [setting] * n_draws)))
+        tokens = np.array(drawn_by(steps, case, arguments(rng, [setting] * n_draws)))
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)].ravel()
     real = ids < steps.clustered.vocab_size
     ids, logits = ids[real], to_numpy(candidates.logits).ravel()[real].astype(float)
