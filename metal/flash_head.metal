@@ -32,7 +32,7 @@
 // select   512 x R                        512               6         scores, with words tail_offset
 // score    T*S x R, T = 32*ceil(n/4)      T, at most 256    1         S*n rows, hidden
 // expand   256*ceil(V/1024) x R           256               1         slot_of, words, logits
-// sample   512 x R                        512               2 to 17   best, logits and ids that can win
+// sample   512 x R                        512               2 to 18   best, logits and ids that can win
 // ids      256*ceil(S*n/256) x R          256               0         ids of S clusters
 //
 // H is 1 or 4: the number of positions that share one reading of the centroids. Grids consist of
@@ -164,8 +164,10 @@ template <typename T, int N, int V>
     const device float* settings [[buffer(5)]],
     const device uint* top_k [[buffer(6)]],
     const device uint* keys [[buffer(7)]],
-    device uint* tokens [[buffer(8)]],
-    constant uint& held [[buffer(9)]],
+    constant float* fit [[buffer(8)]],
+    device uint* tokens [[buffer(9)]],
+    device float* risk [[buffer(10)]],
+    constant uint& held [[buffer(11)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint thread_id [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -174,8 +176,8 @@ template <typename T, int N, int V>
   threadgroup uint shared[flash_head::SAMPLE_SHARED];
   threadgroup float sums[flash_head::ROW_SUMS];
   flash_head::sample<N, V, T>(
-      probes, token_ids, logits, best, unscored, settings, top_k, keys, tokens, histogram, shared,
-      sums, held, group.y, thread_id, simdgroup, lane);
+      probes, token_ids, logits, best, unscored, settings, top_k, keys, fit, tokens, risk, histogram,
+      shared, sums, held, group.y, thread_id, simdgroup, lane);
 }
 
 template <int N>

@@ -10,14 +10,19 @@
 //   log_min_p  x is at most that far below the highest
 //   top_k      fewer than top_k tokens have a higher x; 0 keeps all
 //
+// risk: an estimate of the chance that all tokens give another one. Of a greedy token
+// exp(a - b * (x - unscored[0])), of a draw `scale` times the share of the mass that was not scored; at
+// most 1. fit holds a, b, scale.
+//
 // One threadgroup per position. The bests give the highest x, and the noise of its token a bound: a
 // cluster whose best cannot reach it, or is not kept, is skipped without a look at its logits. For
 // top_p and top_k a radix search over the distance to the highest x (fixed point, 64 nats in 32 bits)
 // finds the last x that is kept: digits of 10, 11 and 11 bits (16-bit logits: the first two), two
 // histograms, of masses and of counts. Tokens 64 nats below the highest are not kept there.
-// It reads 4*S bytes, the logits and ids of the clusters that are looked at, and with top_p or top_k
-// all logits once a digit.
-// Threadgroup memory: 16,384 + 384 bytes. Barriers: 2, with top_p or top_k 3 more a digit, with both 5.
+// It reads 4*S bytes, the logits and ids of the clusters that are looked at, for a draw all logits once
+// and with top_p or top_k once more a digit.
+// Threadgroup memory: 16,384 + 384 bytes. Barriers: 2, for a draw 3; with top_p or top_k 3 more a digit,
+// with both 5.
 
 namespace flash_head {
 
@@ -77,7 +82,7 @@ inline uint find_cut(
     uint n_logits,
     float highest,
     float top_p,
-    float tail,                           // the mass of what was not scored
+    float mass,                           // of all tokens, relative to the highest logit's
     uint n_top,                           // top_k
     threadgroup atomic<uint>* histogram,  // [2 * SAMPLE_BINS]
     threadgroup float* sums,              // [ROW_SUMS]
@@ -88,12 +93,11 @@ inline uint find_cut(
   constexpr int LEVELS = sizeof(T) == 4 ? 3 : 2;
   const bool used[2] = {top_p < 1.0f, n_top > 0};
   uint cuts[2] = {0, 0};
-  float limits[2] = {0.0f, float(n_top)};
+  float limits[2] = {top_p * mass, float(n_top)};
   float unit = 1.0f / MASS_UNITS;
   for (int level = 0; level < LEVELS; level++) {
     const uint shift = 22 - 11 * level;
     const uint decided = level == 0 ? 0u : 0xffffffffu << (33 - 11 * level);
-    float mass = 0.0f;
     for (uint i = thread_id; i < n_logits; i += ROW_THREADS) {
       const uint distance = distance_to(highest, float(logits[i]));
       if (distance < uint(FARTHEST)) {
@@ -103,24 +107,13 @@ inline uint find_cut(
           const float share = exp(-float(distance & 0x3fffffu) / STEPS_PER_NAT);
           atomic_fetch_add_explicit(
               &histogram[digit], uint(share * MASS_UNITS + 0.5f), memory_order_relaxed);
-          mass += share * exp(-float(distance >> 22) / 16.0f);
         }
         if (used[1] && ((distance ^ cuts[1]) & decided) == 0) {
           atomic_fetch_add_explicit(&histogram[SAMPLE_BINS + digit], 1u, memory_order_relaxed);
         }
       }
     }
-    if (level == 0) {
-      mass = simd_sum(mass);
-      if (lane == 0) {
-        sums[ROW_SIMDGROUPS + simdgroup] = mass;
-      }
-    }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (level == 0) {
-      mass = simd_sum(lane < uint(ROW_SIMDGROUPS) ? sums[ROW_SIMDGROUPS + lane] : 0.0f);
-      limits[0] = top_p * (mass + tail);
-    }
     FLASH_HEAD_UNROLL
     for (int kind = 0; kind < 2; kind++) {
       if (used[kind]) {
@@ -153,7 +146,8 @@ template <
     typename Unscored,
     typename Settings,
     typename Counts,
-    typename Keys>
+    typename Keys,
+    typename Fit>
 inline void sample(
     Probes probes,                        // (R, S) uint
     Ids token_ids,                        // (slots,) uint, V for a padded slot
@@ -163,7 +157,9 @@ inline void sample(
     Settings settings,                    // (R, 3) float: inv_temperature, top_p, log_min_p
     Counts top_k,                         // (R,) uint
     Keys keys,                            // (R, 2) uint
+    Fit fit,                              // (3,) float
     device uint* tokens,                  // (R,)
+    device float* risk,                   // (R,)
     threadgroup atomic<uint>* histogram,  // [2 * SAMPLE_BINS]
     threadgroup uint* shared,             // [SAMPLE_SHARED]
     threadgroup float* sums,              // [ROW_SUMS]
@@ -198,6 +194,7 @@ inline void sample(
   Rule rule = {
       highest, greedy ? 1.0f : scale, greedy ? 0.0f : MOST_NOISE, highest,
       -Finite<float>::highest(), 0xffffffffu};
+  float mass = 0.0f;  // of the scored tokens
   if (!greedy) {
     uint token = 0xffffffffu;
     for (uint i = lane; i < uint(N); i += LANES) {
@@ -207,14 +204,23 @@ inline void sample(
     }
     rule.bound = highest * scale + noise_of(simd_min(token), key_0, key_1);
     rule.lowest = highest + settings[3 * position + 2];
+    // of the first 8 probes, those that repeat the one before have its logits
+    const bool repeats =
+        lane > 0 && lane < MIN_PROBES && probes[first + lane] == probes[first + lane - 1];
+    const uint n_logits = simd_min(repeats ? lane : held) * N;
+    for (uint i = thread_id; i < n_logits; i += ROW_THREADS) {
+      mass += exp(float(logits[first * N + i]) - highest);
+    }
+    mass = simd_sum(mass);
+    if (lane == 0) {
+      sums[ROW_SIMDGROUPS + simdgroup] = mass;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    mass = simd_sum(lane < uint(ROW_SIMDGROUPS) ? sums[ROW_SIMDGROUPS + lane] : 0.0f);
     if (cuts) {
-      // of the first 8 probes, those that repeat the one before have its logits
-      const bool repeats = lane > 0 && lane < MIN_PROBES &&
-          probes[first + lane] == probes[first + lane - 1];
-      const uint n_logits = simd_min(repeats ? lane : held) * N;
       const float tail = exp(min(unscored[2 * position + 1] - highest, 80.0f));
       rule.cut = find_cut<T>(
-          logits + first * N, n_logits, highest, top_p, tail, n_top, histogram, sums, shared,
+          logits + first * N, n_logits, highest, top_p, mass + tail, n_top, histogram, sums, shared,
           thread_id, simdgroup, lane);
     }
   }
@@ -239,6 +245,9 @@ inline void sample(
   threadgroup_best<ROW_SIMDGROUPS>(key, token, shared + 2 * ROW_SIMDGROUPS, simdgroup, lane);
   if (thread_id == 0) {
     tokens[position] = token;
+    const float gap = highest - unscored[2 * position];
+    const float odds = exp(min(highest + log(mass) - unscored[2 * position + 1], 80.0f));
+    risk[position] = greedy ? exp(min(fit[0] - fit[1] * gap, 0.0f)) : min(fit[2] / (1.0f + odds), 1.0f);
   }
 }
 

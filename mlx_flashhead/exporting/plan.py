@@ -164,13 +164,14 @@ def record(
     stored = {f"centroids_{name}": array for name, array in centroids.items()}
     recorder = _Recorder(of_call | rows | stored)
     steps = MetalSteps(clustered, recorder.kernel)
-    hidden, *settings = of_call.values()
+    hidden = of_call["hidden"]
+    draws = Draws(of_call["settings"], of_call["top_k"], of_call["keys"], sorts=True)
     scores = steps.route(hidden)
     selection = steps.select(scores, n_probes)
     candidates = steps.score(hidden, selection)
     steps.expand(scores, selection, candidates)
     selection = steps.select(scores, n_probes, words=False)
-    draws = Draws(*settings, sorts=True)
+    draws = draws
     steps.sample(
         selection, steps.score(hidden, selection), steps.unscored(scores, selection), draws
     )

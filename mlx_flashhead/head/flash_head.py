@@ -287,7 +287,7 @@ class FlashHead:
         if self._is_dense(hidden):
             return self.dense_logits(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        scores, selection, candidates = self._retrieve(rows, self.n_probes)
+        scores, selection, candidates = self._retrieve(rows, self.n_probes, words=True)
         if self._draw_temperature is not None:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
             # without the estimates, which are of other scores
@@ -303,13 +303,9 @@ class FlashHead:
             draws: Of these rows; None takes the best logit of each.
             full: Make full logits too, for a choice that needs them.
         """
-        scores, selection, candidates = self._retrieve(hidden, self.checked_probes)
+        scores, selection, candidates = self._retrieve(hidden, self.checked_probes, words=full)
         unscored = self._steps.unscored(scores, selection)
-        if draws is None:
-            tokens = self._steps.token(selection, candidates)
-        else:
-            tokens = self._steps.sample(selection, candidates, unscored, draws)
-        risk = self.risk.of(candidates, unscored, draws)
+        tokens, risk = self._steps.choose(selection, candidates, unscored, draws, self.risk)
         expanded = self._steps.expand(scores, selection, candidates) if full else None
         return Proposal(tokens, selection.probes, candidates.logits, unscored, risk, expanded)
 
@@ -319,7 +315,7 @@ class FlashHead:
         K = p·cluster_size. A padded slot has the id V and the dtype's lowest finite value.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
-        _, selection, candidates = self._retrieve(rows, self.n_probes)
+        _, selection, candidates = self._retrieve(rows, self.n_probes, words=False)
         shape = (*hidden.shape[:-1], self.n_probes * self.cluster_size)
         ids = self._steps.token_ids(selection.probes)[:, : self.n_probes]
         return ids.reshape(shape), candidates.logits[:, : self.n_probes].reshape(shape)
@@ -332,7 +328,7 @@ class FlashHead:
         if self._is_dense(hidden):
             return mx.argmax(self.dense_logits(hidden), axis=-1)
         _, selection, candidates = self._retrieve(
-            hidden.reshape(-1, hidden.shape[-1]), self.n_probes
+            hidden.reshape(-1, hidden.shape[-1]), self.n_probes, words=False
         )
         return self._steps.token(selection, candidates).reshape(hidden.shape[:-1])
 
@@ -377,13 +373,13 @@ class FlashHead:
         return self.exact or math.prod(hidden.shape[:-1]) > self.max_positions
 
     def _retrieve(
-        self, rows: mx.array, n_probes: int
+        self, rows: mx.array, n_probes: int, words: bool
     ) -> tuple[mx.array, Selection, Candidates]:
-        """(R, D) → scores (R, C), the probed clusters, and their logits."""
+        """(R, D) → scores (R, C), the probed clusters, and their logits; ``words`` for `expand`."""
         scores = self._steps.route(rows)
         ordering = scores
         if self._draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top
             ordering = scores / self._draw_temperature + mx.random.gumbel(scores.shape)
-        selection = self._steps.select(ordering, n_probes)
+        selection = self._steps.select(ordering, n_probes, words)
         return scores, selection, self._steps.score(rows, selection)

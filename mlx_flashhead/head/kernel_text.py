@@ -37,8 +37,8 @@ threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
 threadgroup uint shared[flash_head::SAMPLE_SHARED];
 threadgroup float sums[flash_head::ROW_SUMS];
 flash_head::sample<N, V, T>(
-    probes, token_ids, logits, best, unscored, settings, top_k, keys, tokens, histogram, shared,
-    sums, best_shape[1], threadgroup_position_in_grid.y, thread_index_in_threadgroup,
+    probes, token_ids, logits, best, unscored, settings, top_k, keys, fit, tokens, risk, histogram,
+    shared, sums, best_shape[1], threadgroup_position_in_grid.y, thread_index_in_threadgroup,
     simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 IDS_BODY = """

@@ -23,6 +23,7 @@ from .kernel_text import (
 )
 from .matrix import Matrix
 from .portable import ESTIMATED, PortableSteps
+from .proposal import Risk
 from .steps import NO_DEPTH, Candidates, Selection
 
 # The constants of the same names in metal/flash_head/constants.h.
@@ -129,6 +130,7 @@ class MetalSteps(PortableSteps):
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         self._limits: dict[tuple[int, float], list[mx.array]] = {}  # of select, as arrays
         self._greedy: dict[int, list[mx.array]] = {}  # settings of sample, by number of positions
+        self._fits: dict[Risk, mx.array] = {}
         self._dtypes: dict[mx.Dtype, mx.Dtype] = {}  # of logits, by that of the hidden states
         sizes = {"V": self.clustered.vocab_size, "C": clustered.n_clusters}
         sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
@@ -162,9 +164,13 @@ class MetalSteps(PortableSteps):
             *("histogram", "select"),
         )
         scored = ["probes", "token_ids", "logits", "best"]
-        settings = ["unscored", "settings", "top_k", "keys"]
+        settings = ["unscored", "settings", "top_k", "keys", "fit"]
         self._sample = self._kernel(
-            "sample", [*scored, *settings], ["tokens"], SAMPLE_BODY, "histogram", "sample"
+            "sample",
+            [*scored, *settings],
+            ["tokens", "risk"],
+            SAMPLE_BODY,
+            *("histogram", "sample"),
         )
         self._expand = self._kernel(
             "expand", ["words", "slot_of", "logits", "best"], ["expanded"], EXPAND_BODY, "expand"
@@ -319,30 +325,50 @@ class MetalSteps(PortableSteps):
         self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
     ) -> mx.array:
         """The drawn token: (R,) uint32, that of `draw.py`."""
-        return self._draw(selection, candidates, unscored, *draws[:3])
+        return self.choose(selection, candidates, unscored, draws, Risk())[0]
 
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
-        n_rows = max(candidates.logits.shape[0], MIN_PROBES)  # so that one kernel serves all
-        settings = self._greedy.get(n_rows)
-        if settings is None:
-            floats, counts = mx.array([[0.0] * 3] * n_rows), mx.array([[0] * 2] * n_rows, mx.uint32)
-            settings = self._greedy[n_rows] = [floats, floats, counts, counts]
-        return self._draw(selection, candidates, *settings)
+        unscored, *_ = self._greedy_draws(candidates)  # any values, for the risk alone
+        return self.choose(selection, candidates, unscored, None, Risk())[0]
 
-    def _draw(self, selection: Selection, candidates: Candidates, *settings: mx.array) -> mx.array:
+    def choose(
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        unscored: mx.array,
+        draws: Draws | None,
+        risk: Risk,
+    ) -> tuple[mx.array, mx.array]:
+        """Tokens and risk in one kernel; see ``PortableSteps.choose``.
+
+        Of the draws, rows past R are not read.
+        """
+        fit = self._fits.get(risk)
+        if fit is None:
+            fit = self._fits[risk] = mx.array(risk)
+        settings = self._greedy_draws(candidates) if draws is None else draws[:3]
         logits = candidates.logits
-        (tokens,) = self._sample(
-            inputs=[
-                selection.probes, self.clustered.token_ids, logits, candidates.best, *settings,
-            ],
+        n_positions = logits.shape[0]
+        scored = [selection.probes, self.clustered.token_ids, logits, candidates.best]
+        tokens, chances = self._sample(
+            inputs=[*scored, unscored, *settings, fit],
             template=[*self._templates["sample"], ("T", logits.dtype)],
-            grid=(ROW_THREADS, logits.shape[0], 1),
+            grid=(ROW_THREADS, n_positions, 1),
             threadgroup=(ROW_THREADS, 1, 1),
-            output_shapes=[(logits.shape[0],)],
-            output_dtypes=[mx.uint32],
-        )  # fmt: skip
-        return tokens
+            output_shapes=[(n_positions,), (n_positions,)],
+            output_dtypes=[mx.uint32, mx.float32],
+        )
+        return tokens, chances
+
+    def _greedy_draws(self, candidates: Candidates) -> list[mx.array]:
+        """Settings, top_k and keys of greedy rows, at least 8: one kernel serves any number."""
+        n_rows = max(candidates.logits.shape[0], MIN_PROBES)
+        draws = self._greedy.get(n_rows)
+        if draws is None:
+            counts = mx.array([[0] * 2] * n_rows, mx.uint32)
+            draws = self._greedy[n_rows] = [mx.array([[0.0] * 3] * n_rows), counts, counts]
+        return draws
 
     def token_ids(self, probes: mx.array) -> mx.array:
         """Token ids of the probed clusters: (R, S) → (R, S, n) uint32, V for a padded slot."""

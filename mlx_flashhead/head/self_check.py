@@ -11,6 +11,7 @@ import mlx.core as mx
 from .draw import Draws, DrawSettings, position_key
 from .kernels import BINS_PER_NAT, CERTAIN, SELECT_BINS, MetalSteps
 from .portable import PortableSteps
+from .proposal import Risk
 from .steps import Candidates, Selection
 
 SAMPLE = 64  # centroids and clusters of rows that are also computed in float32
@@ -20,8 +21,9 @@ SAMPLE = 64  # centroids and clusters of rows that are also computed in float32
 UNITS = 2  # of rounding
 LEAST = 1e-3
 
-N_DRAWS = 15
+N_DRAWS = 16
 DRAWN = (
+    DrawSettings(),
     DrawSettings(temperature=1.0),
     DrawSettings(temperature=2.0, top_p=0.9),
     DrawSettings(temperature=0.7, top_k=5, min_p=0.02),
@@ -107,6 +109,7 @@ class _Trial:
     def select(self) -> Pairs:
         self.of_token = self.steps.select(self.scores, self.n_probes, words=False)
         probes = self.of_token.probes[:, : self.n_probes]
+        self.unscored = self.steps.unscored(self.scores, self.of_token)
         bins = _bins(self.scores)
         found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
         repeated = (probes[:, 1:] == probes[:, :-1]).sum()
@@ -115,15 +118,15 @@ class _Trial:
         return [
             (found, mx.sort(bins, axis=-1)[:, : self.n_probes], 0.0),
             (repeated, mx.zeros(()), 0.0),
-            (self.of_token.unscored, mx.maximum(unscored, mx.finfo(mx.float32).min), LEAST),
+            (self.unscored, mx.maximum(unscored, mx.finfo(mx.float32).min), LEAST),
         ]
 
     def select_words(self) -> Pairs:
         self.selection = self.steps.select(self.scores, self.n_probes)
-        found, expected = self.selection, self.of_token
+        unscored = self.steps.unscored(self.scores, self.selection)
         return [
-            (found.probes, expected.probes, 0.0),
-            (found.unscored, expected.unscored, 0.0),
+            (self.selection.probes, self.of_token.probes, 0.0),
+            (unscored, self.unscored, 0.0),
         ]
 
     def score(self) -> Pairs:
@@ -151,18 +154,21 @@ class _Trial:
     def sample(self) -> Pairs:
         """The greedy token, and draws with each kind of filter."""
         token = self.steps.token(self.selection, self.candidates)
-        greedy: Pairs = [(token, self.plain.token(*self._plain()), 0.0)]
+        pairs: Pairs = [(token, self.plain.token(*self._plain()), 0.0)]
         # of the probes, which the kernels repeat below 8, each once
         selection = Selection(self.selection.probes[:, : self.n_probes])
         candidates = Candidates(self.candidates.logits[:, : self.n_probes])
-        unscored = self.of_token.unscored
         n_other = mx.array(0)
         for position in range(N_DRAWS):
             draws = Draws.of([(DRAWN[position % len(DRAWN)], position_key(0, position))])
-            found = self.steps.sample(self.selection, self.candidates, unscored, draws)
-            n_other += found != self.plain.sample(selection, candidates, unscored, draws)
+            token, risk = self.steps.choose(
+                self.selection, self.candidates, self.unscored, draws, Risk()
+            )
+            expected = self.plain.choose(selection, candidates, self.unscored, draws, Risk())
+            n_other += token != expected[0]
+            pairs.append((risk, expected[1], self.rounding))
         # rounding may put a token on the other side of a limit
-        return [*greedy, (mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0)]
+        return [*pairs, (mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0)]
 
     def ids(self) -> Pairs:
         probes = self.selection.probes

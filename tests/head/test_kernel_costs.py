@@ -1,5 +1,6 @@
 """What the Metal kernels cost, in dispatches and bytes."""
 
+import math
 from collections import Counter
 
 import mlx.core as mx
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu
-from mlx_flashhead.head.draw import Draws
+from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
 
@@ -57,7 +58,13 @@ class TestGraph:
         """Nothing else: no cast, copy, fill, sort, gather or scatter."""
         head = self.head(monkeypatch, mx.bfloat16, bits)
         hidden = mx.zeros((*shape, 128), dtype=dtype)
-        for function in (head, head.token):
+        draws = Draws.of([(DrawSettings(1.0, top_p=0.9), (1, 2))] * math.prod(shape))
+        mx.eval(draws[:3])
+
+        def propose(of):
+            return lambda states: list(head.propose(states.reshape(-1, 128), of)[:5])
+
+        for function in (head, head.token, propose(None), propose(draws)):
             found = self.primitives(function, hidden)
             assert found.pop("CustomKernel") == 4
             assert set(found) <= {"Reshape"}, found  # a view, since the arrays are contiguous
@@ -102,7 +109,8 @@ def stored_lines(dispatch) -> int:
 
 @emulator_only
 def test_neither_probes_nor_positions_compile_anything():
-    """Eight kernels serve a head: route has one for one position and one for several.
+    """Eight kernels serve a head: route has one for one position and one for several, select one
+    for tokens and one for full logits.
 
     MLX compiles a text once for each set of template arguments, dtypes and small arrays.
     """
@@ -119,7 +127,7 @@ def test_neither_probes_nor_positions_compile_anything():
                 hidden = mx.array(rng.normal(size=(n_positions, 64))).astype(mx.bfloat16)
                 mx.eval(head(hidden), head.token(hidden), head.candidates(hidden))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
-    assert names == {"rou": 2, "sel": 1, "sco": 1, "exp": 1, "sam": 1, "ids": 1}
+    assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 1, "ids": 1}
 
 
 @emulator_only
@@ -182,15 +190,15 @@ class TestTraffic:
         found = dispatches_of(clustered, hidden, 9)
         barriers = {name: dispatch.barriers for name, dispatch in found.items()}
         assert barriers == {
-            "route": 0, "select": 6, "select_words": 6, "score": 1, "expand": 1, "sample": 12,
+            "route": 0, "select": 6, "select_words": 6, "score": 1, "expand": 1, "sample": 13,
             "ids": 0,
         }  # fmt: skip
         assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16784
         for setting, n_barriers in {
             (0.0, 0.9, -1e30, 9): 2,
-            (1.0, 1.0, -1e30, 0): 2,
-            (1.0, 0.9, -1e30, 0): 8,
-            (1.0, 1.0, -1e30, 9): 8,
+            (1.0, 1.0, -1e30, 0): 3,
+            (1.0, 0.9, -1e30, 0): 9,
+            (1.0, 1.0, -1e30, 9): 9,
         }.items():
             assert dispatches_of(clustered, hidden, 9, setting)["sample"].barriers == n_barriers
 

@@ -85,10 +85,10 @@ FAULTS = {  # the step that must fail: kind of fault, text of the kernels, text 
         f"  }}\n{BARRIER}  const uint other",
         "  }\n  const uint other",
     ),
-    "sample: no barrier before masses are added up": (
+    "sample: no barrier before the mass is added up": (
         "uninitialised",
-        f"    }}\n{BARRIER.replace('  ', '    ')}    if (level == 0)",
-        "    }\n    if (level == 0)",
+        f"    }}\n  {BARRIER}    mass = simd_sum(",
+        "    }\n    mass = simd_sum(",
     ),
     "sample: memory that is used again without a barrier": (
         "race",

@@ -45,7 +45,8 @@ BROKEN = [
         "probes[first + i / N]) * N + (N - 1 - i % N)",
     ),
     ("sample", "differs", "key_0 + token / 2", "key_0 + token"),
-    ("sample", "differs", "top_p * (mass + tail)", "0.1f * (mass + tail)"),
+    ("sample", "differs", "{top_p * mass,", "{0.1f * mass,"),
+    ("sample", "differs", "fit[2] / (1.0f + odds)", "fit[2] / (2.0f + odds)"),
     ("sample", "differs", "float(n_top)}", "float(n_top) * 9.0f}"),
     ("ids", "differs", "* N + grid_position.x % N]", "* N + (grid_position.x + 1) % N]"),
 ]
@@ -143,7 +144,7 @@ class TestBroken:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_sound_kernels_pass_and_are_built(dtype, caplog):
-    """Each once but for route and sample, which have another for several positions and for draws."""
+    """Each once, but route has another one for several positions, and sample for draws."""
     model = OnlyHead(dtype)
     with kernels() as emulator:
         head = install_on(model)

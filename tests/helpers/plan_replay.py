@@ -40,7 +40,7 @@ def replay(arrays, plan, rows, hidden, path="logits", **settings):
             output_dtypes=[getattr(mx, name) for name in launch["outputDTypes"]],
         )
         arrays |= zip(launch["outputNames"], results, strict=True)
-    return arrays[launch["outputNames"][-1]]
+    return arrays[launch["outputNames"][0]]
 
 
 def _argument(value):

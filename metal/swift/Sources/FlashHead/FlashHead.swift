@@ -122,7 +122,7 @@ final class FlashHead {
                 arrays[name] = result
             }
         }
-        return arrays[plan.launches[names.last!]!.outputNames.last!]!
+        return arrays[plan.launches[names.last!]!.outputNames[0]]!
     }
 
     /// Logits from all rows: hidden states (R, D) → (R, V).
