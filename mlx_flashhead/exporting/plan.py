@@ -171,10 +171,8 @@ def record(
     candidates = steps.score(hidden, selection)
     steps.expand(scores, selection, candidates)
     selection = steps.select(scores, n_probes, words=False)
-    draws = draws
-    steps.sample(
-        selection, steps.score(hidden, selection), steps.unscored(scores, selection), draws
-    )
+    candidates, unscored = steps.score(hidden, selection), steps.unscored(scores, selection)
+    steps.sample(selection, candidates, unscored, draws)
     made = {name for launch in recorder.launches.values() for name in launch["outputNames"]}
     left_out = {*of_call, *rows, *made}
     arrays = {name: array for name, array in recorder.arrays.items() if name not in left_out}

@@ -8,10 +8,10 @@ public struct FlashSettings {
     public var topP: Float  // 1: all
     public var minP: Float  // 0: all
     public var topK: Int  // 0: all
-    public var seed: UInt32
+    public var seed: UInt64
 
     public init(
-        temperature: Float = 0, topP: Float = 1, minP: Float = 0, topK: Int = 0, seed: UInt32 = 0
+        temperature: Float = 0, topP: Float = 1, minP: Float = 0, topK: Int = 0, seed: UInt64 = 0
     ) {
         self.temperature = temperature
         self.topP = topP
@@ -21,16 +21,30 @@ public struct FlashSettings {
     }
 
     /// The kernel's arrays for a number of positions; `step` is the number of those before.
-    func arrays(step: UInt32, positions: Int = 1) -> [String: MLXArray] {
+    func arrays(step: UInt64, positions: Int = 1) -> [String: MLXArray] {
         let inverse = temperature > 0 ? 1 / temperature : 0
         let floats = [inverse, topP, minP > 0 ? log(minP) : -1e30]
-        let keys = (0 ..< UInt32(positions)).flatMap { [seed, step &+ $0] }
+        let keys = (0 ..< UInt64(positions)).flatMap { key(step &+ $0) }
         return [
             "settings": tiled(MLXArray(floats, [1, 3]), repetitions: [positions, 1]),
             "top_k": MLXArray.full([positions], values: MLXArray(UInt32(topK))),
             "keys": MLXArray(keys, [positions, 2]),
         ]
     }
+
+    /// The key of a position, as `position_key` in `head/draw.py` makes it.
+    private func key(_ position: UInt64) -> [UInt32] {
+        let word = mixed(mixed(seed) &+ position)
+        return [UInt32(word >> 32), UInt32(truncatingIfNeeded: word)]
+    }
+}
+
+/// SplitMix64.
+private func mixed(_ value: UInt64) -> UInt64 {
+    var value = value &+ 0x9E37_79B9_7F4A_7C15
+    value = (value ^ (value >> 30)) &* 0xBF58_476D_1CE4_E5B9
+    value = (value ^ (value >> 27)) &* 0x94D0_49BB_1331_11EB
+    return value ^ (value >> 31)
 }
 
 /// Takes tokens from a FlashHead without full logits, drawn or greedy, from the scored rows alone.
@@ -41,7 +55,7 @@ public struct FlashSettings {
 public final class FlashSampler {
     var latest: MLXArray?
     private let settings: FlashSettings
-    private var step: UInt32 = 0
+    private var step: UInt64 = 0
 
     /// - Parameters:
     ///   - settings: how tokens are drawn
@@ -64,7 +78,7 @@ public final class FlashSampler {
     }
 
     func next(_ positions: Int) -> [String: MLXArray] {
-        defer { step = step &+ UInt32(positions) }
+        defer { step = step &+ UInt64(positions) }
         return settings.arrays(step: step, positions: positions)
     }
 }
