@@ -204,7 +204,7 @@ inline void sample(
     }
     rule.bound = highest * scale + noise_of(simd_min(token), key_0, key_1);
     rule.lowest = highest + settings[3 * position + 2];
-    // of the first 8 probes, those that repeat the one before have its logits
+    // where MLX scores the rows, the first 8 probes that repeat the one before have its logits
     const bool repeats =
         lane > 0 && lane < MIN_PROBES && probes[first + lane] == probes[first + lane - 1];
     const uint n_logits = simd_min(repeats ? lane : held) * N;

@@ -6,8 +6,7 @@
 // weight byte is read once. The simdgroups' maxima meet in threadgroup memory: expand and sample
 // then reduce S values instead of S*n.
 // Edges: n not divisible by 4 repeats the last row and drops the result. A padded slot gets the
-// lowest finite value. From the 9th probe on, one that repeats the one before gets it too, and its
-// rows are not read.
+// lowest finite value. So do the slots of a probe that repeats the one before: its rows are not read.
 // Head bias: a pointer (slots,), added to the product rounded to Product, as MLX does; or NoBias.
 
 namespace flash_head {
@@ -54,7 +53,7 @@ inline void score(
   constexpr int SIMDGROUPS = BLOCKS < SCORE_SIMDGROUPS ? BLOCKS : SCORE_SIMDGROUPS;
   const size_t probe = size_t(group.y) * held + group.x;
   const uint cluster = probes[probe];
-  if (group.x >= MIN_PROBES && cluster == probes[probe - 1]) {
+  if (group.x > 0 && cluster == probes[probe - 1]) {
     for (uint i = simdgroup * LANES + lane; i < uint(N); i += SIMDGROUPS * LANES) {
       logits[probe * N + i] = T(-Finite<T>::highest());
     }

@@ -291,7 +291,8 @@ class FlashHead:
         if self._draw_temperature is not None:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
             # without the estimates, which are of other scores
-            selection = Selection(selection.probes)
+            selection = Selection(selection.probes[:, : self.n_probes])
+            candidates = Candidates(candidates.logits[:, : self.n_probes])
         logits = self._steps.expand(scores, selection, candidates)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
@@ -307,7 +308,10 @@ class FlashHead:
         unscored = self._steps.unscored(scores, selection)
         tokens, risk = self._steps.choose(selection, candidates, unscored, draws, self.risk)
         expanded = self._steps.expand(scores, selection, candidates) if full else None
-        return Proposal(tokens, selection.probes, candidates.logits, unscored, risk, expanded)
+        # without the probes that a kernel repeats
+        probes = selection.probes[:, : self.checked_probes]
+        logits = candidates.logits[:, : self.checked_probes]
+        return Proposal(tokens, probes, logits, unscored, risk, expanded)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
         """The scored tokens: hidden (..., D) → ids (..., K) uint32 and logits (..., K).

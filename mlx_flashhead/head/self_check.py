@@ -155,16 +155,13 @@ class _Trial:
         """The greedy token, and draws with each kind of filter."""
         token = self.steps.token(self.selection, self.candidates)
         pairs: Pairs = [(token, self.plain.token(*self._plain()), 0.0)]
-        # of the probes, which the kernels repeat below 8, each once
-        selection = Selection(self.selection.probes[:, : self.n_probes])
-        candidates = Candidates(self.candidates.logits[:, : self.n_probes])
         n_other = mx.array(0)
         for position in range(N_DRAWS):
             draws = Draws.of([(DRAWN[position % len(DRAWN)], position_key(0, position))])
             token, risk = self.steps.choose(
                 self.selection, self.candidates, self.unscored, draws, Risk()
             )
-            expected = self.plain.choose(selection, candidates, self.unscored, draws, Risk())
+            expected = self.plain.choose(*self._plain(), self.unscored, draws, Risk())
             n_other += token != expected[0]
             pairs.append((risk, expected[1], self.rounding))
         # rounding may put a token on the other side of a limit
@@ -175,7 +172,9 @@ class _Trial:
         return [(self.steps.token_ids(probes), self.plain.token_ids(probes), 0.0)]
 
     def _plain(self) -> tuple[Selection, Candidates]:
-        return Selection(self.selection.probes), Candidates(self.candidates.logits)
+        """The probes, which the kernels repeat below 8, each once."""
+        probes = self.selection.probes[:, : self.n_probes]
+        return Selection(probes), Candidates(self.candidates.logits[:, : self.n_probes])
 
 
 def _bins(scores: mx.array) -> mx.array:

@@ -21,8 +21,8 @@ class Selection(NamedTuple):
 
     Attributes:
         probes: (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)),
-            ascending: where fewer are worth scoring the last one is repeated, which changes no
-            maximum, and not read again.
+            ascending: where fewer are worth scoring the last one is repeated, with logits of the
+            lowest finite value, as padded slots have them.
         words: (R, C) uint32 for the kernel of `expand`, a cluster's place among the probes or the
             estimate of its tokens' logits; None if `expand` makes it from the scores.
         unscored: (R, 2) float32, what :meth:`Steps.unscored` gives; None if it has to be computed.

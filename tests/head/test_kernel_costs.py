@@ -67,7 +67,7 @@ class TestGraph:
         for function in (head, head.token, propose(None), propose(draws)):
             found = self.primitives(function, hidden)
             assert found.pop("CustomKernel") == 4
-            assert set(found) <= {"Reshape"}, found  # a view, since the arrays are contiguous
+            assert set(found) <= {"Reshape", "Slice"}, found  # views
 
     def test_kernels_get_contiguous_arrays(self, monkeypatch):
         """MLX would copy any other before each call."""

@@ -35,8 +35,8 @@ def test_a_sum_beyond_float32_saturates():
     hidden = mx.stack([mx.full((64,), 3e37), mx.full((64,), -3e37)])
     _, _, candidates, full, _ = run(clustered, hidden, 3)
     highest = mx.finfo(mx.float32).max
-    assert (to_numpy(candidates.logits)[0] == highest).all()
-    assert (to_numpy(candidates.logits)[1] == -highest).all()
+    assert (to_numpy(candidates.logits)[0, :3] == highest).all()
+    assert (to_numpy(candidates.logits)[1, :3] == -highest).all()
     assert np.isfinite(to_numpy(full)).all()
 
 

@@ -100,7 +100,7 @@ def check_candidates(clustered, hidden, selection, candidates):
     error = errors[of_probes] + ROUNDING[dtype] * np.abs(expected) + 1e-7
     logits = to_numpy(candidates.logits).astype(np.float64)
     padded = to_numpy(clustered.token_ids)[probes] == clustered.vocab_size
-    padded[:, MIN_PROBES:] |= (probes[:, MIN_PROBES:] == probes[:, MIN_PROBES - 1 : -1])[..., None]
+    padded[:, 1:] |= (probes[:, 1:] == probes[:, :-1])[..., None]
     assert (logits[padded] == mx.finfo(dtype).min).all()
     assert (np.abs(logits - expected) <= error)[~padded].all()
     np.testing.assert_array_equal(to_numpy(candidates.best), logits.max(axis=-1))
@@ -117,7 +117,8 @@ def check_full(clustered, scores, selection, candidates, full):
     lowest = mx.finfo(dtype).min
     tail = to_numpy(mx.array(np.maximum(tail, np.float32(lowest))).astype(dtype))
     slots = np.repeat(tail[:, :, None], cluster_size, axis=-1)
-    slots[np.arange(n_rows)[:, None], probes] = logits
+    for place in reversed(range(probes.shape[1])):  # a probe counts where it stands first
+        slots[np.arange(n_rows), probes[:, place]] = logits[:, place]
     assert full.dtype == dtype
     np.testing.assert_array_equal(to_numpy(full), slots.reshape(n_rows, -1)[:, slot_of])
     assert np.isfinite(to_numpy(full)).all()
