@@ -34,7 +34,8 @@ import mlx.core as mx
 from ..head.clustered import ClusteredRows
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
-from ..head.kernels import MetalSteps, unread
+from ..head.kernel_rows import unread
+from ..head.kernels import MetalSteps
 from ..models.locate import HeadLocation
 
 METADATA_KEY = "flash_head"

@@ -5,13 +5,13 @@ the threads of each. `portable.py` computes the same with plain MLX operations, 
 formats that the kernels do not read.
 """
 
-import re
 from collections.abc import Callable
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import Draws
+from .kernel_rows import LANES, StoredRows, matrix_from, unread
 from .kernel_text import (
     EXPAND_BODY,
     IDS_BODY,
@@ -21,88 +21,20 @@ from .kernel_text import (
     SELECT_BODY,
     header,
 )
-from .matrix import Matrix
 from .portable import ESTIMATED, PortableSteps
 from .proposal import Risk
 from .steps import NO_DEPTH, Candidates, Selection
 
 # The constants of the same names in metal/flash_head/constants.h.
-LANES = 32
 ROWS = 4
 ROUTE_SIMDGROUPS = 2
 SCORE_SIMDGROUPS = 8
 ROW_THREADS = 512
-SELECT_BINS = 4096
-BINS_PER_NAT = 64.0
-CERTAIN = 1e29
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 MIN_PROBES = 8
 
 SHARED_POSITIONS = 4  # that share one reading of the centroids
-
-# Positions from which MLX multiplies quantized matrices by its matrix kernels, for at most 2,048
-# columns and rows, at most 4,096, and more, by generation of the GPU; of those in a Max or Ultra.
-# Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp (0.32).
-MATRIX_FROM = ((17, (33, 25, 13)), (15, (13, 15, 13)), (13, (14, 10, 6)), (0, (18, 12, 10)))
-MATRIX_FROM_ULTRA = (32, 18, 12)
-
-
-def matrix_from(hidden_size: int, n_rows: int, architecture: str) -> int:
-    """Positions from which MLX takes its matrix kernels instead of the vector ones.
-
-    Args:
-        hidden_size: Columns D of the matrix.
-        n_rows: Its rows.
-        architecture: The name from ``mx.device_info``, such as "applegpu_g15s". Others occur in
-            tests only and count as the newest.
-    """
-    size = max(hidden_size, n_rows)
-    column = 0 if size <= 2048 else 1 if size <= 4096 else 2
-    found = re.fullmatch(r"applegpu_g(\d+)(\w)", architecture)
-    generation, kind = (int(found[1]), found[2]) if found else (MATRIX_FROM[0][0], "")
-    if kind == "d":
-        return MATRIX_FROM_ULTRA[column]
-    return next(limits[column] for since, limits in MATRIX_FROM if generation >= since)
-
-
-def unread(clustered: ClusteredRows) -> dict[str, str]:
-    """The steps for which no kernel reads the rows, with the format of these rows.
-
-    The other steps stay kernels.
-    """
-    found = {"route": clustered.centroids.matrix.format, "score": clustered.rows.format}
-    return {step: str(form) for step, form in found.items() if form.metal is None}
-
-
-def _words(hidden_size: int, bits: int, n_rows: int) -> int:
-    """Words of 32 bits that a lane takes at once, as in MLX's matrix-vector product with the rows.
-
-    Source: qmv in mlx/backend/metal/quantized.cpp, which is "fast" with two.
-    """
-    return 2 if hidden_size % (2 * LANES * 32 // bits) == 0 and n_rows % 8 == 0 else 1
-
-
-class _StoredRows:
-    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them.
-
-    Args:
-        stored: The rows, of a format that the kernels read.
-        n_rows: Rows of the matrix whose product by MLX's own kernel has the same sums.
-    """
-
-    def __init__(self, stored: Matrix, n_rows: int):
-        maker = stored.format.metal
-        if maker is None:
-            raise ValueError(f"The Metal kernels do not read {stored.format} rows.")
-        self.names = list(stored.format.arrays)
-        self.arrays = [stored.arrays()[name] for name in self.names]
-        sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
-        if stored.quantized:
-            sizes["WORDS"] = _words(stored.hidden_size, stored.bits, n_rows)
-        self.template = [(name, size) for name, size in sizes.items() if name in maker]
-        self.expression = f"flash_head::{maker}({', '.join(self.names)})"
-        self.files = (maker.partition("_rows")[0], "dot")
 
 
 class MetalSteps(PortableSteps):
@@ -192,7 +124,7 @@ class MetalSteps(PortableSteps):
         clustered = self.clustered
         architecture = str(mx.device_info().get("architecture"))
         self._matrix_from = matrix_from(clustered.hidden_size, clustered.n_clusters, architecture)
-        centroids = _StoredRows(clustered.centroids.matrix, clustered.n_clusters)
+        centroids = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
         self._route_arrays = [*centroids.arrays, clustered.route_bias]
         self._route = self._kernel(
             "route",
@@ -209,7 +141,7 @@ class MetalSteps(PortableSteps):
 
     def _make_score(self) -> None:
         clustered = self.clustered
-        rows = _StoredRows(clustered.rows, clustered.vocab_size)
+        rows = StoredRows(clustered.rows, clustered.vocab_size)
         bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
         self._score_arrays = [clustered.token_ids, *rows.arrays, *bias]
         self._score_threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))

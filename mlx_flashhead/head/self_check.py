@@ -9,7 +9,7 @@ from textwrap import shorten
 import mlx.core as mx
 
 from .draw import Draws, DrawSettings, position_key
-from .kernels import BINS_PER_NAT, CERTAIN, SELECT_BINS, MetalSteps
+from .kernels import MetalSteps
 from .portable import PortableSteps
 from .proposal import Risk
 from .steps import Candidates, Selection
@@ -20,6 +20,11 @@ SAMPLE = 64  # centroids and clusters of rows that are also computed in float32
 # a sixth of its size.
 UNITS = 2  # of rounding
 LEAST = 1e-3
+
+# The constants of the same names in metal/flash_head/constants.h.
+SELECT_BINS = 4096
+BINS_PER_NAT = 64.0
+CERTAIN = 1e29
 
 N_DRAWS = 16
 DRAWN = (
