@@ -20,7 +20,7 @@ from .draw import Draws
 from .matrix import Matrix
 from .portable import PortableSteps, faster_by_column
 from .proposal import Proposal, Risk
-from .steps import Candidates, Selection
+from .steps import NO_DEPTH, Candidates, Selection
 
 # Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
 # and JSON; so low that exp() of it is 0.
@@ -55,6 +55,8 @@ class FlashHead:
 
     Attributes:
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
+        depth: Of the checked probes the kernels score those whose score is at most this many nats
+            below the log-sum-exp of all scores: a question of speed alone.
 
     Raises:
         ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
@@ -82,6 +84,7 @@ class FlashHead:
         self.n_probes = n_probes
         if checked_probes is not None:
             self.checked_probes = checked_probes
+        self.depth = NO_DEPTH
         self.risk = risk or Risk()
         self._draw_temperature: float | None = None
         self._project: Project | None = None
@@ -304,7 +307,10 @@ class FlashHead:
             draws: Of these rows; None takes the best logit of each.
             full: Make full logits too, for a choice that needs them.
         """
-        scores, selection, candidates = self._retrieve(hidden, self.checked_probes, words=full)
+        depth = NO_DEPTH if full else self.depth
+        scores, selection, candidates = self._retrieve(
+            hidden, self.checked_probes, words=full, depth=depth
+        )
         unscored = self._steps.unscored(scores, selection)
         tokens, risk = self._steps.choose(selection, candidates, unscored, draws, self.risk)
         expanded = self._steps.expand(scores, selection, candidates) if full else None
@@ -377,7 +383,7 @@ class FlashHead:
         return self.exact or math.prod(hidden.shape[:-1]) > self.max_positions
 
     def _retrieve(
-        self, rows: mx.array, n_probes: int, words: bool
+        self, rows: mx.array, n_probes: int, words: bool, depth: float = NO_DEPTH
     ) -> tuple[mx.array, Selection, Candidates]:
         """(R, D) → scores (R, C), the probed clusters, and their logits; ``words`` for `expand`."""
         scores = self._steps.route(rows)
@@ -385,5 +391,5 @@ class FlashHead:
         if self._draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top
             ordering = scores / self._draw_temperature + mx.random.gumbel(scores.shape)
-        selection = self._steps.select(ordering, n_probes, words)
+        selection = self._steps.select(ordering, n_probes, words, depth)
         return scores, selection, self._steps.score(rows, selection)

@@ -19,6 +19,7 @@ from kernel_cases import (
 )
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.backend import BACKEND_VARIABLE
+from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.models.install import install
 
@@ -86,6 +87,30 @@ class TestShapes:
         found, tokens = logits[row, column], ids[row, column]
         assert (np.abs(found - dense[row, tokens]) <= error[row, tokens] + 1e-6).all()
         np.testing.assert_array_equal(full.reshape(6, -1)[row, tokens], found)
+
+    def test_a_proposal_is_the_portable_one(self):
+        """Token, risk and tail; with a depth the clusters beyond it are not scored."""
+        hidden = mx.random.normal((4, HIDDEN_SIZE), key=mx.random.key(2))
+        settings = [
+            DrawSettings(),
+            DrawSettings(1.0),
+            DrawSettings(0.7, 0.8),
+            DrawSettings(2, 1, 0, 5),
+        ]
+        draws = Draws.of([(s, position_key(1, i)) for i, s in enumerate(settings)])
+        with kernels():
+            head = make_head("metal")
+            for of in (None, draws):
+                found, expected = head.propose(hidden, of), make_head("mlx").propose(hidden, of)
+                assert found.tokens.tolist() == expected.tokens.tolist()
+                for name in ("risk", "unscored"):
+                    pair = to_numpy(getattr(found, name)), to_numpy(getattr(expected, name))
+                    np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-5)
+            head.depth = 0.0
+            near = head.propose(hidden, None)
+        assert (near.unscored[:, 1] >= found.unscored[:, 1]).all()
+        lowest = mx.finfo(near.logits.dtype).min
+        assert ((near.logits == lowest).sum() > (found.logits == lowest).sum()).item()
 
     def test_views_with_strides(self):
         """The last of several positions, as generation takes it, and every second feature."""

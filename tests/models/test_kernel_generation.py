@@ -12,6 +12,7 @@ from kernel_cases import kernels, on_gpu, to_numpy
 from mlx_flashhead import detach, generate, get_flash_head, stream_generate
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.exporting.plan import export_plan
+from mlx_flashhead.head.steps import NO_DEPTH
 from mlx_flashhead.loading.attach import install_index
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.locate import find_head, recorded_hidden
@@ -69,9 +70,10 @@ def on_kernels(real):
         detach(model)
 
 
-@pytest.mark.parametrize("which", range(len(PROMPTS)))
-def test_proposals_give_the_same_tokens(on_kernels, portable, which):
+@pytest.mark.parametrize("which, depth", [(0, NO_DEPTH), (1, 6.0)])
+def test_proposals_give_the_same_tokens(on_kernels, portable, which, depth):
     model, tokenizer, emulator = on_kernels
+    get_flash_head(model).depth = depth
     found, _ = streamed(model, tokenizer, PROMPTS[which])
     assert found == portable[which][0]
     assert len(found) >= 8 and len(set(found)) > 4
