@@ -148,19 +148,19 @@ inline void select_probes(
     FLASH_HEAD_UNROLL
     for (int i = 0; i < N; i++) {
       const uint bin = bin_of<C>(block_id + i * LANES, loaded[i], best);
-      better += popcount(ballot(bin < last));
-      equal += popcount(ballot(bin == last));
+      better += bin < last;
+      equal += bin == last;
     }
   }
+  better = simd_sum(better);
+  equal = simd_sum(equal);
   if (lane == 0) {
     shared[ROW_SIMDGROUPS + simdgroup] = better;
     shared[2 * ROW_SIMDGROUPS + simdgroup] = equal;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const uint of_simdgroup = min(lane, uint(ROW_SIMDGROUPS - 1));
-  const uint every_better = lane < uint(ROW_SIMDGROUPS) ? shared[ROW_SIMDGROUPS + of_simdgroup] : 0u;
-  const uint every_equal =
-      lane < uint(ROW_SIMDGROUPS) ? shared[2 * ROW_SIMDGROUPS + of_simdgroup] : 0u;
+  const uint every_better = lane < uint(ROW_SIMDGROUPS) ? shared[ROW_SIMDGROUPS + lane] : 0u;
+  const uint every_equal = lane < uint(ROW_SIMDGROUPS) ? shared[2 * ROW_SIMDGROUPS + lane] : 0u;
   const uint n_read = simd_sum(every_better) + min(simd_sum(every_equal), remaining);
   better = simd_sum(lane < simdgroup ? every_better : 0u);
   equal = simd_sum(lane < simdgroup ? every_equal : 0u);

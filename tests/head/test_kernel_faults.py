@@ -35,8 +35,8 @@ FAULTS = {  # the step that must fail: kind of fault, text of the kernels, text 
     ),
     "select: no barrier before the counts are read": (
         "uninitialised",
-        f"{BARRIER}  const uint of_simdgroup",
-        "  const uint of_simdgroup",
+        f"{BARRIER}  const uint every_better",
+        "  const uint every_better",
     ),
     "select: a barrier that only some threads reach": (
         "divergent-barrier",
