@@ -1,7 +1,7 @@
 """The loop for one text: mlx-lm's own, started again where a check chooses another token."""
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +13,8 @@ from .pace import Pace
 from .proposals import Proposer
 from .text import ForeignSampler, Position, Processor, Text
 from .way_back import Mark, go_back, mark
+
+MOST_READ = 64  # tokens that may wait while a check is computed
 
 
 def checked_steps(
@@ -55,7 +57,7 @@ def checked_steps(
     cache = prompt_cache
     if cache is None:
         cache = make_prompt_cache(model, max_kv_size)
-    tokens = [*context, *prompt.tolist()]
+    tokens = [*context, *cast(list[int], prompt.tolist())]
     text = Text(sampler, logits_processors or (), tokens, logprobs)
     run = _Run(model, stream, cache, text, proposer, options)
     try:
@@ -98,7 +100,7 @@ class _Run:
                 for confirmed in self._confirmed(steps, max_tokens):
                     for position in confirmed:
                         self._n_given += 1
-                        yield position.token, position.logprobs
+                        yield cast(int, position.token), position.logprobs
                         if self._n_given == max_tokens:
                             return
             finally:
@@ -149,7 +151,7 @@ class _Run:
                 token, _ = next(steps)
             position = text.read(token)
             self._n_held = len(text.tokens) + text.n_read
-            if check is not None:  # launched a step ago
+            if check is not None and (check.ready or text.n_read >= MOST_READ):
                 other = yield from self._outcome(check)
                 check = None
                 if other:
@@ -161,7 +163,12 @@ class _Run:
                 continue
             self._pace.wait(position.risk)
             last = token in proposer.ends or len(text.tokens) + text.n_read == max_tokens
-            if last or self._pace.due:
+            if last and check is not None:
+                other = yield from self._outcome(check)
+                check = None
+                if other:
+                    return
+            if check is None and (last or self._pace.due):
                 self._pace.checked()
                 check = Check(proposer, [(text, text.n_read)])
                 self._checked = self._marked()

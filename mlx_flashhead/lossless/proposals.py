@@ -110,7 +110,7 @@ class Proposer:
         wide = self.finish is not unchanged or any(text.needs_logits for text in texts)
         proposal = head.propose(hidden[:, -1], draws, full=wide)
         self._step, self._tokens = Step(hidden[:, -1], proposal), proposal.tokens
-        return self._full(proposal.full[:, None]) if wide else _nothing(hidden)
+        return _nothing(hidden) if proposal.full is None else self._full(proposal.full[:, None])
 
     def _full(self, logits: mx.array) -> mx.array:
         self._logits = logits[:, -1]
@@ -130,14 +130,15 @@ class Proposer:
         row, index = self._row, text.n_chosen
         self._row += 1
         position = Position(self._step, row)
-        in_head = self._tokens is not None and not text.needs_logits
-        if in_head and (self.finish is unchanged or not self.check):
+        in_head = not text.needs_logits and (self.finish is unchanged or not self.check)
+        if self._tokens is not None and in_head:
             token = self._tokens[row : row + 1]
         else:
             if text.replays:
                 position.random_state = current_random_state()
             logits = self._processed.pop(text, None)
             if logits is None:
+                assert self._logits is not None
                 logits = self._logits[row : row + 1]
             token = text.pick(logits, logprobs, index)
             if position.dense and text.logprobs:

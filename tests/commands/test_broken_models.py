@@ -23,8 +23,8 @@ def copy_with_entry(folder, target, **changes):
 @pytest.fixture(params=["generate", "evaluate"])
 def refused_model(request, refused, text):
     """A function that names a model to a command which must refuse it."""
-    rest = {"generate": ("--prompt", "x"), "evaluate": ("--text", text)}[request.param]
-    return lambda model: refused(request.param, "--model", model, *rest)
+    rest = {"generate": ("--prompt", "x"), "evaluate": ("text", "--text", text)}[request.param]
+    return lambda model: refused(request.param, *rest, "--model", model)
 
 
 @pytest.mark.parametrize("name", ["./absent", "/absent", "absent/model", "one/two/three"])
@@ -35,7 +35,7 @@ def test_no_such_model(refused_model, refused, name, tmp_path):
 
 
 def test_model_without_flash_head(refused, dense, text):
-    for command in (("generate",), ("evaluate", "--text", text)):
+    for command in (("generate",), ("evaluate", "text", "--text", text)):
         said = refused(*command, "--model", dense, "--no-build")
         assert "There is no FlashHead of model yet" in said and "--no-build" in said
 

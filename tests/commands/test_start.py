@@ -84,8 +84,8 @@ def test_module_says_how_it_is_used_without_a_warning(command):
         "convert": ("--head-bits", "--model"),
         "export": ("--n-probes", "--overwrite", "--model"),
         "upload": ("--path", "--repo"),
-        "evaluate": ("--probes", "--model"),
-        "benchmark": ("head", "model", "convert", "estimate"),
+        "evaluate": ("text", "answers", "tasks"),
+        "benchmark": ("head", "model", "server", "estimate"),
     }
     assert all(option in output for option in options[command])
 

@@ -5,10 +5,9 @@ from threading import Thread
 
 import pytest
 
-from mlx_flashhead.benchmarks import server
 from mlx_flashhead.benchmarks.clients import Reply, ServerProcess, ask
-from mlx_flashhead.benchmarks.server import HANGS_UP, Load
-from mlx_flashhead.benchmarks.server_output import outcome
+from mlx_flashhead.benchmarks.kinds import server
+from mlx_flashhead.benchmarks.kinds.server import HANGS_UP, Load, outcome
 
 ALONE = {"first": "one", "second": "two"}
 
@@ -25,7 +24,7 @@ class Idle:
 def loaded(monkeypatch, ask, requests):
     monkeypatch.setattr(server, "ask", ask)
     load = Load()
-    server._Run(Idle(), ALONE, requests, 4, load).go(3)
+    server.Visit(Idle(), ALONE, requests, 4, load).go(3)
     return load.to_dict()
 
 
@@ -40,7 +39,7 @@ def test_answers_are_compared_with_those_alone(monkeypatch):
     # each of the two questions is asked as often, and one of each hangs up
     assert load["as_alone"] == load["anothers"] == HANGS_UP - 1
     assert load["first_seconds"] == {"median": 0.5, "worst": 0.75}
-    assert load["memory_mb"] == [[50.0] * 5]
+    assert load["memory_mb"] == [(50.0, 50.0)]
     assert "Of another question: 4." in outcome({"loads": [load]})
 
 

@@ -1,18 +1,21 @@
-"""``benchmark estimate``: a decode step's time on an Apple chip, from bytes and kernels."""
+"""An estimate of a decode step's time on an Apple chip, from bytes and kernels."""
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ..common.arguments import whole_number
-from ..common.command import check_writable
-from ..common.tables import new_table, show
-from ..index.files import has_flash_head, read_index
-from ..models.dense import load_dense
-from ..models.fetch import resolve
-from .apple_gpu import CONSTANTS, PEAK_GB_S, bandwidth
-from .roofline import (
+from ...common.arguments import whole_number
+from ...common.command import check_writable
+from ...common.tables import new_table, show
+from ...loading import cache
+from ...loading.look_up import inside
+from ...models.dense import load_dense
+from ...models.fetch import resolve
+from ...models.locate import find_head
+from ..apple_gpu import CONSTANTS, PEAK_GB_S, bandwidth
+from ..roofline import (
     SHAPES,
     Estimate,
     ModelShape,
@@ -28,27 +31,28 @@ NOTE = (
 )
 
 
-def add_parser(subparsers) -> argparse.ArgumentParser:
-    """Adds ``estimate`` to the commands of ``benchmark``."""
-    parser = subparsers.add_parser(
-        "estimate",
-        help="estimate the time per token on an Apple chip",
-        description="Estimate milliseconds per token of head and model on an Apple chip, from "
-        "bytes and kernels, beside public measurements. Nothing is run and no weights are read.",
-    )
+HELP = "estimate the time per token on an Apple chip"
+DESCRIPTION = (
+    "Estimate milliseconds per token of head and model on an Apple chip, from bytes and kernels, "
+    "beside public measurements. Nothing is run."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this kind."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--model", help="Folder or Hugging Face repository of any mlx-lm or FlashHead model."
+        "--model", help="Folder or Hugging Face repository of any model that mlx-lm loads."
     )
     what.add_argument("--shape", help=f"A known shape: {', '.join(SHAPES)}.")
     parser.add_argument("--chip", required=True, help=f"One of {', '.join(PEAK_GB_S)}.")
     parser.add_argument(
         "--n-probes",
         type=whole_number(1),
-        help="Clusters scored per token (default: the checkpoint's own number, else 256).",
+        help="Clusters scored per token (default: those of the model's FlashHead, in its folder or "
+        "kept from before, else 256).",
     )
     parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
-    return parser
 
 
 def run(args: argparse.Namespace) -> None:
@@ -129,10 +133,14 @@ def _shape(args: argparse.Namespace) -> ModelShape:
     if args.model is not None:
         folder = resolve(args.model)
         model, _, _ = load_dense(folder, lazy=True)
-        index = read_index(folder) if has_flash_head(folder) else None
-        shape = model_shape(folder.name, model, index)
+        found = inside(folder, _say) or cache.find(find_head(model).rows(), _say)
+        shape = model_shape(folder.name, model, None if found is None else found.index)
     elif args.shape in SHAPES:
         shape = SHAPES[args.shape]
     else:
         raise ValueError(f"There is no shape {args.shape!r}: choose one of {', '.join(SHAPES)}.")
     return shape if args.n_probes is None else shape.with_probes(args.n_probes)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
