@@ -4,8 +4,7 @@
 //                 -- score --> logits (R, S, n), best (R, S) -- sample --> (R,)
 //                                                            or -- expand --> (R, V)
 //
-// For expand, select writes words (R, C) too. For samplers that stop at the logits of score, ids gives
-// the tokens they belong to.
+// For expand, select writes words (R, C) too.
 //
 // R positions (B*L), D hidden size, C clusters of n rows each, V tokens, p clusters probed per
 // position, S = max(p, 8) of them held. Where select finds fewer than S worth reading, it repeats the last
@@ -33,7 +32,6 @@
 // score    T*S x R, T = 32*ceil(n/4)      T, at most 256    1         S*n rows, hidden
 // expand   256*ceil(V/1024) x R           256               1         slot_of, words, logits
 // sample   512 x R                        512               2 to 18   best, logits and ids that can win
-// ids      256*ceil(S*n/256) x R          256               0         ids of S clusters
 //
 // H is 1 or 4: the number of positions that share one reading of the centroids. Grids consist of
 // whole threadgroups.
@@ -54,7 +52,6 @@ typedef bfloat bfloat16_t;
 #include "flash_head/score.h"
 #include "flash_head/expand.h"
 #include "flash_head/sample.h"
-#include "flash_head/ids.h"
 
 // 4-bit rows and centroids of group 64, one position at a time (H = 1). Any other head is one more
 // line at the end.
@@ -180,16 +177,6 @@ template <typename T, int N, int V>
       shared, sums, held, group.y, thread_id, simdgroup, lane);
 }
 
-template <int N>
-[[kernel]] void flash_head_ids(
-    const device uint* probes [[buffer(0)]],
-    const device uint* token_ids [[buffer(1)]],
-    device uint* ids [[buffer(2)]],
-    constant uint& held [[buffer(3)]],
-    uint3 grid_position [[thread_position_in_grid]]) {
-  flash_head::candidate_ids<N>(probes, token_ids, ids, held, grid_position);
-}
-
 #define FLASH_HEAD_KERNEL(name, kernel_name, ...)    \
   template [[host_name(kernel_name "_" name)]] [[kernel]] \
   decltype(__VA_ARGS__) __VA_ARGS__;
@@ -207,4 +194,3 @@ FLASH_HEAD_KERNELS("llama_3_2_1b", bfloat16_t, 128256, 2048, 2)
 FLASH_HEAD_KERNELS("qwen3_0_6b", bfloat16_t, 151936, 1024, 2)
 FLASH_HEAD_KERNELS("gemma_3_270m", bfloat16_t, 262144, 640, 1)
 FLASH_HEAD_KERNELS("smollm2_135m", bfloat16_t, 49152, 576, 1)
-FLASH_HEAD_KERNEL("16", "flash_head_ids", flash_head_ids<16>)

@@ -41,9 +41,6 @@ flash_head::sample<N, V, T>(
     shared, sums, best_shape[1], threadgroup_position_in_grid.y, thread_index_in_threadgroup,
     simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
-IDS_BODY = """
-flash_head::candidate_ids<N>(probes, token_ids, ids, probes_shape[1], thread_position_in_grid);
-"""
 
 
 @cache

@@ -14,7 +14,6 @@ from .draw import Draws
 from .kernel_rows import LANES, StoredRows, matrix_from, unread
 from .kernel_text import (
     EXPAND_BODY,
-    IDS_BODY,
     ROUTE_BODY,
     SAMPLE_BODY,
     SCORE_BODY,
@@ -70,7 +69,6 @@ class MetalSteps(PortableSteps):
         self._templates = {
             "select": [("C", sizes["C"])],
             "expand": [(name, sizes[name]) for name in "VCN"],
-            "ids": [("N", sizes["N"])],
             "sample": [(name, sizes[name]) for name in "NV"],
         }
         self._grid_x = {
@@ -107,7 +105,6 @@ class MetalSteps(PortableSteps):
         self._expand = self._kernel(
             "expand", ["words", "slot_of", "logits", "best"], ["expanded"], EXPAND_BODY, "expand"
         )
-        self._ids = self._kernel("ids", ["probes", "token_ids"], ["ids"], IDS_BODY, "ids")
 
     def _kernel(
         self, name: str, inputs: list[str], outputs: list[str], body: str, *files: str
@@ -301,17 +298,3 @@ class MetalSteps(PortableSteps):
             counts = mx.array([[0] * 2] * n_rows, mx.uint32)
             draws = self._greedy[n_rows] = [mx.array([[0.0] * 3] * n_rows), counts, counts]
         return draws
-
-    def token_ids(self, probes: mx.array) -> mx.array:
-        """Token ids of the probed clusters: (R, S) → (R, S, n) uint32, V for a padded slot."""
-        n_positions, held = probes.shape
-        cluster_size = self._sizes["N"]
-        (ids,) = self._ids(
-            inputs=[probes, self.clustered.token_ids],
-            template=self._templates["ids"],
-            grid=(WIDE_THREADS * -(-held * cluster_size // WIDE_THREADS), n_positions, 1),
-            threadgroup=(WIDE_THREADS, 1, 1),
-            output_shapes=[(n_positions, held, cluster_size)],
-            output_dtypes=[mx.uint32],
-        )
-        return ids

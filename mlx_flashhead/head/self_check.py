@@ -95,7 +95,6 @@ class _Trial:
             "score": self.score,
             "expand": self.expand,
             "sample": self.sample,
-            "ids": self.ids,
         }
 
     def route(self) -> Pairs:
@@ -171,10 +170,6 @@ class _Trial:
             pairs.append((risk, expected[1], self.rounding))
         # rounding may put a token on the other side of a limit
         return [*pairs, (mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0)]
-
-    def ids(self) -> Pairs:
-        probes = self.selection.probes
-        return [(self.steps.token_ids(probes), self.plain.token_ids(probes), 0.0)]
 
     def _plain(self) -> tuple[Selection, Candidates]:
         """The probes, which the kernels repeat below 8, each once."""

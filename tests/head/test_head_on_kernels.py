@@ -183,7 +183,7 @@ class TestChoice:
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
         if emulator is not None:
             names = {dispatch.name for dispatch in emulator.dispatches}
-            steps = ("route", "select", "select_words", "ids", "expand", "sample")
+            steps = ("route", "select", "select_words", "expand", "sample")
             assert names == {f"flash_head_{step}" for step in steps}
 
     def test_chosen_once_on_installation(self, monkeypatch, no_variable):

@@ -95,9 +95,8 @@ def dispatches_of(clustered, hidden, n_probes, setting=(1.0, 0.95, -4.0, 20)):
         candidates = steps.score(hidden, selection)
         steps.sample(selection, candidates, selection.unscored, drawing)
         steps.expand(scores, steps.select(scores, n_probes), candidates)
-        steps.token_ids(selection.probes)
     found = {d.name.removeprefix("flash_head_"): d for d in emulator.dispatches}
-    assert list(found) == ["route", "select", "score", "sample", "select_words", "expand", "ids"]
+    assert list(found) == ["route", "select", "score", "sample", "select_words", "expand"]
     return found
 
 
@@ -109,7 +108,7 @@ def stored_lines(dispatch) -> int:
 
 @emulator_only
 def test_neither_probes_nor_positions_compile_anything():
-    """Eight kernels serve a head: route has one for one position and one for several, select one
+    """Seven kernels serve a head: route has one for one position and one for several, select one
     for tokens and one for full logits.
 
     MLX compiles a text once for each set of template arguments, dtypes and small arrays.
@@ -127,7 +126,7 @@ def test_neither_probes_nor_positions_compile_anything():
                 hidden = mx.array(rng.normal(size=(n_positions, 64))).astype(mx.bfloat16)
                 mx.eval(head(hidden), head.token(hidden), head.candidates(hidden))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
-    assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 1, "ids": 1}
+    assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 1}
 
 
 @emulator_only
@@ -191,7 +190,6 @@ class TestTraffic:
         barriers = {name: dispatch.barriers for name, dispatch in found.items()}
         assert barriers == {
             "route": 0, "select": 6, "select_words": 6, "score": 1, "expand": 1, "sample": 13,
-            "ids": 0,
         }  # fmt: skip
         assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16784
         for setting, n_barriers in {
