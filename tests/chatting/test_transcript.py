@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_flashhead.chatting.messages import read_conversation, write_conversation
+from mlx_flashhead.chatting.transcript import read_conversation, write_conversation
 
 TALK = [
     {"role": "system", "content": "Be brief."},
