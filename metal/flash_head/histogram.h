@@ -27,7 +27,8 @@ inline uint find_bin(
     const uint bin = thread_id * OWN + i;
     const uint counter = atomic_load_explicit(&histogram[bin], memory_order_relaxed);
     atomic_store_explicit(&histogram[bin], 0u, memory_order_relaxed);
-    values[i] = float(counter) * (unit * exp(-decay * float(bin)));
+    const float share = decay == 0.0f ? 1.0f : fast::exp(-decay * float(bin));  // counts stay exact
+    values[i] = float(counter) * (unit * share);
     own += values[i];
   }
   float sum = simd_prefix_exclusive_sum(own);

@@ -104,7 +104,7 @@ inline uint find_cut(
         const uint digit = (distance >> shift) % SAMPLE_BINS;
         if (used[0] && ((distance ^ cuts[0]) & decided) == 0) {
           // relative to the bin of the first digit, whose own mass is a float
-          const float share = exp(-float(distance & 0x3fffffu) / STEPS_PER_NAT);
+          const float share = fast::exp(-float(distance & 0x3fffffu) / STEPS_PER_NAT);
           atomic_fetch_add_explicit(
               &histogram[digit], uint(share * MASS_UNITS + 0.5f), memory_order_relaxed);
         }
@@ -209,7 +209,7 @@ inline void sample(
         lane > 0 && lane < MIN_PROBES && probes[first + lane] == probes[first + lane - 1];
     const uint n_logits = simd_min(repeats ? lane : held) * N;
     for (uint i = thread_id; i < n_logits; i += ROW_THREADS) {
-      mass += exp(float(logits[first * N + i]) - highest);
+      mass += fast::exp(float(logits[first * N + i]) - highest);
     }
     mass = simd_sum(mass);
     if (lane == 0) {
@@ -247,7 +247,8 @@ inline void sample(
     tokens[position] = token;
     const float gap = highest - unscored[2 * position];
     const float odds = exp(min(highest + log(mass) - unscored[2 * position + 1], 80.0f));
-    risk[position] = greedy ? exp(min(fit[0] - fit[1] * gap, 0.0f)) : min(fit[2] / (1.0f + odds), 1.0f);
+    const float of_draw = min(fit[2] / (1.0f + odds), 1.0f);
+    risk[position] = greedy ? exp(min(fit[0] - fit[1] * gap, 0.0f)) : of_draw;
   }
 }
 

@@ -117,7 +117,7 @@ inline void select_probes(
       const uint bin = bin_of<C>(block_id + i * LANES, loaded[i], best);
       if (bin < uint(SELECT_BINS)) {
         atomic_fetch_add_explicit(&histogram[bin], 1u, memory_order_relaxed);
-        mass += bin > 0 ? exp(loaded[i] - best) : 0.0f;
+        mass += bin > 0 ? fast::exp(loaded[i] - best) : 0.0f;
       }
     }
   }
@@ -188,7 +188,7 @@ inline void select_probes(
         words.write(row, id, loaded[i], probed, place);
         if (!probed) {
           left = max(left, order_key(loaded[i]));
-          mass += exp(min(loaded[i] - edge, 1.0f));
+          mass += fast::exp(min(loaded[i] - edge, 1.0f));
         }
       }
       if (probed) {
