@@ -42,6 +42,10 @@ class GuardedHandler(TimedHandler, ABC):
         """What the page needs to know: the models, the default first, and the settings."""
 
     @abstractmethod
+    def health_info(self) -> Mapping[str, Any]:
+        """What ``/health`` tells beside whether requests are answered."""
+
+    @abstractmethod
     def healthy(self) -> bool:
         """Whether requests are answered."""
 
@@ -89,7 +93,8 @@ class GuardedHandler(TimedHandler, ABC):
         if path == HEALTH_PATH:
             healthy = self.healthy()
             status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-            self.send_json({"status": "ok" if healthy else "unavailable"}, status)
+            report = {"status": "ok" if healthy else "unavailable", **self.health_info()}
+            self.send_json(report, status)
         elif path == INFO_PATH:
             self.send_json(self.page_info())
         elif (file := page_file(self.path, self._shown_token())) is not None:
