@@ -66,7 +66,7 @@ class Tuning:
         """Gives a head these settings."""
         head.checked_probes = min(self.n_probes, head.n_clusters)
         head.depth, head.most_waiting = self.depth, self.most_waiting
-        head.stays_dense = self.dense
+        head.gain, head.stays_dense = self.gain, self.dense
 
     def to_dict(self) -> dict[str, Any]:
         """The form for JSON."""
@@ -106,7 +106,7 @@ def tune(
                 check = steps.check_seconds(n_probes, k)
                 expected[n_probes, depth, k] = step * (1 + wasted) + check / k
     n_probes, depth, most_waiting = min(expected, key=lambda settings: expected[settings])
-    Tuning(n_probes, depth, most_waiting, 1.0, dense, 0.0, False).apply(head)
+    Tuning(n_probes, depth, most_waiting, 1.0, dense, 0.0, dense=False).apply(head)
     left = seconds - (time.perf_counter() - began)
     n_tokens = int(min(MOST_TOKENS, max(6, left / (2 * TURNS * dense))))
     gains = [steps.turn(n_tokens) for _ in range(TURNS)]
