@@ -8,7 +8,6 @@ from typing import Any
 
 import huggingface_hub
 import mlx.nn as nn
-import mlx_lm
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -21,7 +20,7 @@ from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME, FlashHeadIndex, is_companion
 from ..index.fit import check_fit
 from ..index.redaction import redact
-from .compat.utils import DEFAULT_ALLOW_PATTERNS, download, load_adapters
+from .compat.utils import DEFAULT_ALLOW_PATTERNS, download, load, load_adapters
 from .install import install
 from .locate import find_head
 
@@ -106,7 +105,7 @@ def load_dense(folder: Path, **kwargs: Any):
         )
     adapter_path = kwargs.pop("adapter_path", None)
     with loading(folder):
-        loaded: Any = mlx_lm.load(str(folder), return_config=True, **kwargs)
+        loaded: Any = load(str(folder), return_config=True, **kwargs)
     model, tokenizer, config = loaded
     if adapter_path is not None:
         model = _adapted(model, adapter_path)

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,16 +11,26 @@ from mlx_lm.generate import (
     BatchGenerator,
     BatchResponse,
     GenerationResponse,
-    TextStateMachine,
     generate_step,
     generation_stream,
-    make_text_state_machine,
     maybe_quantize_kv_cache,
     speculative_generate_step,
+    stream_generate,
 )
 from mlx_lm.generate import setup_arg_parser as generate_parser
 
 from .replaced import replaced
+
+try:
+    from mlx_lm.generate import TextStateMachine, make_text_state_machine
+except ImportError:
+    from . import mlx_lm_0_31 as older
+
+    TextStateMachine = older.TextStateMachine
+    make_text_state_machine = older.make_text_state_machine
+    generate_step = older.on_its_stream(generate_step)
+    speculative_generate_step = older.on_its_stream(speculative_generate_step)
+    generate_parser = older.without_images(generate_parser)
 
 __all__ = [
     "BatchGenerator",
@@ -33,6 +44,7 @@ __all__ = [
     "maybe_quantize_kv_cache",
     "run_generate",
     "speculative_generate_step",
+    "stream_generate",
 ]
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
@@ -55,6 +67,8 @@ def run_generate(
         generate: Replaces its ``generate``.
     """
     parsed = SimpleNamespace(parse_args=lambda: args)
-    names = {"load": load, "make_sampler": make_sampler, "generate": generate}
+    # mlx-lm 0.31 does not hand the leave on
+    trusted = partial(load, trust_remote_code=args.trust_remote_code)
+    names = {"load": trusted, "make_sampler": make_sampler, "generate": generate}
     with replaced(module, setup_arg_parser=lambda: parsed, **names):
         module.main()
