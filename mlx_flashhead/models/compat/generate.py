@@ -11,6 +11,7 @@ from mlx_lm.generate import (
     BatchGenerator,
     BatchResponse,
     GenerationResponse,
+    batch_generate,
     generate_step,
     generation_stream,
     maybe_quantize_kv_cache,
@@ -27,16 +28,18 @@ except ImportError:
     from . import mlx_lm_0_31 as older
 
     TextStateMachine = older.TextStateMachine
+    batch_generate = older.batch_generate
     make_text_state_machine = older.make_text_state_machine
     generate_step = older.on_its_stream(generate_step)
     speculative_generate_step = older.on_its_stream(speculative_generate_step)
-    generate_parser = older.without_images(generate_parser)
+    generate_parser = older.with_values(generate_parser, image=())
 
 __all__ = [
     "BatchGenerator",
     "BatchResponse",
     "GenerationResponse",
     "TextStateMachine",
+    "batch_generate",
     "generate_parser",
     "generate_step",
     "generation_stream",

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.generate import BatchResponse
+from mlx_lm.generate import batch_generate as generate_batch
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download as download
 
 Transitions = dict[str, list[tuple[str, str | None]]]
@@ -24,6 +27,11 @@ DEFAULT_ALLOW_PATTERNS = [
     "*.jsonl",
     "*.jinja",
 ]
+
+
+# Of a tokenizer: the number of its tokens, and a format of answers, which 0.31 knows none of.
+TokenizerWrapper.__len__ = lambda self: len(self._tokenizer)
+TokenizerWrapper.response_initial_state = None
 
 
 def maybe_set_recommended_wired_limit() -> int | None:
@@ -67,12 +75,37 @@ def on_its_stream(steps: Callable[..., Iterator[Any]]) -> Callable[..., Iterator
     return call
 
 
-def without_images(make_parser: Callable[[], ArgumentParser]) -> Callable[[], ArgumentParser]:
-    """A parser of ``mlx_lm.generate`` whose arguments name no image: 0.31 has no ``--image``."""
+class _DecodedIds:
+    """A tokenizer that keeps the ids it decodes."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.decoded: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids: list[int]) -> str:
+        self.decoded.append(ids)
+        return self._tokenizer.decode(ids)
+
+
+def batch_generate(
+    model: Any, tokenizer: Any, prompts: Any, *, return_token_ids: bool = False, **options: Any
+) -> BatchResponse:
+    """``mlx_lm.batch_generate`` with ``token_ids`` in its response, None unless asked for."""
+    seen = _DecodedIds(tokenizer)
+    response: Any = generate_batch(model, seen, prompts, **options)
+    response.token_ids = seen.decoded if return_token_ids else None
+    return response
+
+
+def with_values(make_parser: Callable[[], ArgumentParser], **values: Any) -> Callable:
+    """A maker of parsers of a program, whose arguments have values of options that 0.31 lacks."""
 
     def make() -> ArgumentParser:
         parser = make_parser()
-        parser.set_defaults(image=())
+        parser.set_defaults(**values)
         return parser
 
     return make
