@@ -17,7 +17,7 @@ from .loading.look_up import add_look_up_options
 from .models.compat.chat import chat_parser
 from .models.fetch import resolve
 from .models.install import get_flash_head
-from .models.sampling import make_sampler
+from .lossless.sampler import make_sampler
 
 
 def make_parser():

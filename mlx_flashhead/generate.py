@@ -14,9 +14,9 @@ from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
 from .models.dense import load_dense
 from .models.fetch import resolve
-from .models.generation import generate
+from .lossless.generation import generate
 from .models.install import installed_head
-from .models.sampling import make_sampler
+from .lossless.sampler import make_sampler
 from .models.sharded import load_dense_part
 from .structured.options import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor

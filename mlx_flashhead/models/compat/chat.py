@@ -1,12 +1,10 @@
 """``mlx_lm.chat``: its flags."""
 
-import importlib.util
+from importlib.util import find_spec
 
-from mlx_lm.chat import setup_arg_parser as chat_parser
-
-if importlib.util.find_spec("mlx_lm.cli_ui") is None:  # 0.31
-    from .mlx_lm_0_31 import with_values
-
-    chat_parser = with_values(chat_parser, prefill_step_size=2048)
+if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
+    from mlx_lm.chat import setup_arg_parser as chat_parser
+else:
+    from .mlx_lm_0_31 import chat_parser
 
 __all__ = ["chat_parser"]

@@ -3,55 +3,70 @@
 import argparse
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from mlx_lm.generate import (
-    BatchGenerator,
     BatchResponse,
     GenerationResponse,
-    batch_generate,
-    generate_step,
     generation_stream,
     maybe_quantize_kv_cache,
-    speculative_generate_step,
-    stream_generate,
 )
-from mlx_lm.generate import setup_arg_parser as generate_parser
 
 from .replaced import replaced
 
 try:
-    from mlx_lm.generate import TextStateMachine, make_text_state_machine
+    from mlx_lm.generate import (
+        BatchGenerator,
+        GenerationBatch,
+        StopSequences,
+        TextStateMachine,
+        batch_generate,
+        generate_step,
+        make_text_state_machine,
+        speculative_generate_step,
+    )
+    from mlx_lm.generate import setup_arg_parser as generate_parser
 except ImportError:
-    from . import mlx_lm_0_31 as older
-
-    TextStateMachine = older.TextStateMachine
-    batch_generate = older.batch_generate
-    make_text_state_machine = older.make_text_state_machine
-    generate_step = older.on_its_stream(generate_step)
-    speculative_generate_step = older.on_its_stream(speculative_generate_step)
-    generate_parser = older.with_values(generate_parser, image=())
+    from .mlx_lm_0_31 import (
+        BatchGenerator,
+        GenerationBatch,
+        StopSequences,
+        TextStateMachine,
+        batch_generate,
+        generate_parser,
+        generate_step,
+        make_text_state_machine,
+        speculative_generate_step,
+    )
 
 __all__ = [
     "BatchGenerator",
     "BatchResponse",
+    "GenerationBatch",
     "GenerationResponse",
+    "StopSequences",
     "TextStateMachine",
     "batch_generate",
     "generate_parser",
     "generate_step",
     "generation_stream",
+    "loops",
     "make_text_state_machine",
     "maybe_quantize_kv_cache",
     "run_generate",
     "speculative_generate_step",
-    "stream_generate",
 ]
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
+
+
+def loops(**names: Any) -> AbstractContextManager[None]:
+    """A block in which mlx-lm's functions take other loops, by their names."""
+    return replaced(module, **names)
 
 
 def run_generate(

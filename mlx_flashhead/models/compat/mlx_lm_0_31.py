@@ -1,17 +1,20 @@
 """What mlx-lm 0.31 lacks of 0.32. It leaves with 0.31, and so do the imports of it beside it."""
 
-import inspect
+import importlib
 import json
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import BatchResponse
-from mlx_lm.generate import batch_generate as generate_batch
+from mlx_lm import chat, utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _download as download
+
+# The attribute mlx_lm.generate is the function, so the module is imported by name.
+module = importlib.import_module("mlx_lm.generate")
 
 Transitions = dict[str, list[tuple[str, str | None]]]
 State = tuple[str | None, Transitions, str]
@@ -50,7 +53,7 @@ def checks_code(load: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(path: str, *arguments: Any, trust_remote_code: bool = False, **options: Any) -> Any:
         revision = options.get("revision")
-        folder = Path(download(str(path), revision=revision, allow_patterns=["config.json"]))
+        folder = Path(utils._download(str(path), revision=revision, allow_patterns=["config.json"]))
         config = folder / "config.json"
         # what cannot be read is left to mlx-lm's own errors
         settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
@@ -64,15 +67,109 @@ def checks_code(load: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def on_its_stream(steps: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """A loop of mlx-lm that takes ``stream`` after its models: 0.31's runs on its own."""
-    parameters = inspect.signature(steps).parameters.values()
-    n_positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+load, sharded_load = checks_code(utils.load), checks_code(utils.sharded_load)
 
-    def call(*arguments: Any, stream: Any = None, **options: Any) -> Iterator[Any]:
-        return steps(*arguments[:n_positional], **options)
 
-    return call
+def generate_step(
+    prompt: mx.array,
+    model: Any,
+    stream: Any = None,
+    *,
+    logits_processors: Sequence[Callable] | None = None,
+    **options: Any,
+) -> Iterator[Any]:
+    """mlx-lm's loop, on its own stream. Processors are given the whole prompt, as by 0.32."""
+
+    def after_prompt(process: Callable, tokens: mx.array, logits: mx.array) -> mx.array:
+        return process(mx.concatenate([prompt[:-1], tokens]), logits)
+
+    processors = [partial(after_prompt, process) for process in logits_processors or ()]
+    return module.generate_step(prompt, model, logits_processors=processors, **options)
+
+
+def speculative_generate_step(
+    prompt: mx.array, model: Any, draft_model: Any, stream: Any = None, **options: Any
+) -> Iterator[Any]:
+    """mlx-lm's loop, on its own stream."""
+    return module.speculative_generate_step(prompt, model, draft_model, **options)
+
+
+class StopSequences:
+    """Sequences of tokens that end a text.
+
+    Args:
+        stop_sequences: The sequences.
+    """
+
+    def __init__(self, stop_sequences: Sequence[Sequence[int]] | None = None):
+        self._sequences = [tuple(sequence) for sequence in stop_sequences or ()]
+
+    def matcher(self) -> "_Matcher":
+        """What reads one text."""
+        return _Matcher(self._sequences)
+
+
+class _Matcher:
+    def __init__(self, sequences: list[tuple[int, ...]]):
+        self._sequences = sequences
+        self._longest = max(map(len, sequences), default=0)
+        self._latest: tuple[int, ...] = ()
+
+    def advance(self, token: int) -> bool:
+        """Takes a token. Returns whether a sequence ends with it."""
+        latest = (*self._latest, token)
+        self._latest = latest[-self._longest :] if self._longest else ()
+        return any(sequence == latest[-len(sequence) :] for sequence in self._sequences)
+
+
+class GenerationBatch(module.GenerationBatch):  # type: ignore[name-defined, misc]
+    """mlx-lm's, whose responses have two fields more."""
+
+    @dataclass
+    class Response:
+        """A token of a text."""
+
+        uid: int
+        token: int
+        logprobs: mx.array
+        finish_reason: str | None
+        prompt_cache: list[Any] | None
+        all_tokens: list[int] | None
+
+
+class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined, misc]
+    """mlx-lm's, with 0.32's counters and without its failures on empty parts and processors."""
+
+    @property
+    def _counters(self) -> "_Counters":
+        return _Counters(self)
+
+    def insert_segments(
+        self, segments: list[list[list[int]]], *arguments: Any, **options: Any
+    ) -> list[int]:
+        """Queues prompts in parts, of which empty ones are left out."""
+        parts = [[part for part in segment if part] for segment in segments]
+        if not all(parts):
+            raise ValueError("A sequence has an empty prompt.")
+        return super().insert_segments(parts, *arguments, **options)
+
+    def _next(self) -> tuple[list[Any], list[Any]]:
+        batch = self._generation_batch
+        batch.logits_processors = [own or () for own in batch.logits_processors]
+        return super()._next()
+
+
+class _Counters:
+    def __init__(self, generator: BatchGenerator):
+        self._generator = generator
+
+    @property
+    def generation_tokens(self) -> int:
+        return self._generator._gen_tokens_counter
+
+    @generation_tokens.setter
+    def generation_tokens(self, value: int) -> None:
+        self._generator._gen_tokens_counter = value
 
 
 class _DecodedIds:
@@ -92,23 +189,28 @@ class _DecodedIds:
 
 def batch_generate(
     model: Any, tokenizer: Any, prompts: Any, *, return_token_ids: bool = False, **options: Any
-) -> BatchResponse:
+) -> Any:
     """``mlx_lm.batch_generate`` with ``token_ids`` in its response, None unless asked for."""
     seen = _DecodedIds(tokenizer)
-    response: Any = generate_batch(model, seen, prompts, **options)
+    response = module.batch_generate(model, seen, prompts, **options)
     response.token_ids = seen.decoded if return_token_ids else None
     return response
 
 
-def with_values(make_parser: Callable[[], ArgumentParser], **values: Any) -> Callable:
-    """A maker of parsers of a program, whose arguments have values of options that 0.31 lacks."""
+def generate_parser() -> ArgumentParser:
+    """The flags of ``mlx_lm.generate``, of which 0.31 has no ``--image``."""
+    parser = module.setup_arg_parser()
+    parser.set_defaults(image=())
+    return parser
 
-    def make() -> ArgumentParser:
-        parser = make_parser()
-        parser.set_defaults(**values)
-        return parser
 
-    return make
+def chat_parser() -> ArgumentParser:
+    """The flags of ``mlx_lm.chat``."""
+    parser = chat.setup_arg_parser()
+    parser.add_argument(
+        "--prefill-step-size", type=int, default=2048, help="Tokens of a prompt read at a time."
+    )
+    return parser
 
 
 class TextStateMachine:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ...models.compat.sample_utils import make_logits_processors
-from ...models.sampling import make_sampler
+from ...lossless.sampler import make_sampler
 from ..catalogue import ServedModel
 
 Sampler = Callable[[mx.array], mx.array]
