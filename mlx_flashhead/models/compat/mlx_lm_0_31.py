@@ -15,6 +15,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
+# These names may be replaced later on.
+plain_steps, drafted_steps = module.generate_step, module.speculative_generate_step
 
 Transitions = dict[str, list[tuple[str, str | None]]]
 State = tuple[str | None, Transitions, str]
@@ -84,14 +86,14 @@ def generate_step(
         return process(mx.concatenate([prompt[:-1], tokens]), logits)
 
     processors = [partial(after_prompt, process) for process in logits_processors or ()]
-    return module.generate_step(prompt, model, logits_processors=processors, **options)
+    return plain_steps(prompt, model, logits_processors=processors, **options)
 
 
 def speculative_generate_step(
     prompt: mx.array, model: Any, draft_model: Any, stream: Any = None, **options: Any
 ) -> Iterator[Any]:
     """mlx-lm's loop, on its own stream."""
-    return module.speculative_generate_step(prompt, model, draft_model, **options)
+    return drafted_steps(prompt, model, draft_model, **options)
 
 
 class StopSequences:
