@@ -14,8 +14,8 @@ from .index.settings import FlashHeadConfig
 from .loading.attach import attach
 from .loading.load import load, sharded_load
 from .lossless.generation import batch_generate, generate, stream_generate
-from .models.install import detach, get_flash_head
 from .lossless.sampler import make_sampler
+from .models.install import detach, get_flash_head
 from .structured.processor import grammar_processor
 from .version import __version__
 

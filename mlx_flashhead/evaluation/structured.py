@@ -14,8 +14,8 @@ from tqdm import tqdm
 from ..common.extras import from_extra
 from ..common.timing import Spread
 from ..lossless.generation import batch_generate
-from ..models.install import installed_head
 from ..lossless.sampler import make_sampler
+from ..models.install import installed_head
 from ..structured.grammar import Grammar
 from ..structured.processor import GrammarProcessor
 

@@ -376,9 +376,7 @@ class FlashHead:
     def _is_dense(self, hidden: mx.array) -> bool:
         return self.exact or math.prod(hidden.shape[:-1]) > self.max_positions
 
-    def _retrieve(
-        self, rows: mx.array, n_probes: int
-    ) -> tuple[mx.array, Selection, Candidates]:
+    def _retrieve(self, rows: mx.array, n_probes: int) -> tuple[mx.array, Selection, Candidates]:
         """(R, D) → scores (R, C), the probed clusters, and their logits."""
         scores = self._steps.route(rows)
         ordering = scores

@@ -1,6 +1,7 @@
 """A proposed token, and how likely the dense head chooses another one."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -39,6 +40,13 @@ class Risk(NamedTuple):
     a: float = 0.0
     b: float = 1.0
     scale: float = 1.0
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> "Risk":
+        """From an index's settings of the checked loop; the usual numbers where there are none."""
+        fitted = settings.get("risk") or {}
+        a, b = fitted.get("greedy", (cls().a, cls().b))
+        return cls(a, b, fitted.get("sampled", cls().scale))
 
     def of(self, candidates: Candidates, unscored: mx.array, draws: Draws | None) -> mx.array:
         """The chance for each of R positions, (R,) float32."""

@@ -23,6 +23,7 @@ from .way_back import Mark, go_back, trims
 
 Response = GenerationBatch.Response
 NO_LOGPROBS = mx.zeros((1,))
+IN_GENERATION = 2  # the stage of a text in mlx-lm's batch
 
 
 @dataclass(eq=False)
@@ -83,6 +84,7 @@ class CheckedBatchGenerator(BatchGenerator):
         stop_tokens: Sequences of tokens that end a text.
         sampler: Of texts without one of their own.
         logits_processors: Likewise.
+        logprobs: Whether the log-probabilities of texts are wanted that are inserted from now on.
         **options: More of ``BatchGenerator``.
     """
 
@@ -95,6 +97,7 @@ class CheckedBatchGenerator(BatchGenerator):
         stop_tokens: Sequence[Sequence[int]] | None = None,
         sampler: Any = None,
         logits_processors: Any = None,
+        logprobs: bool = True,
         **options: Any,
     ):
         super().__init__(model, max_tokens=max_tokens, **options)
@@ -106,6 +109,7 @@ class CheckedBatchGenerator(BatchGenerator):
         self._n_sequences = 0
         self._pace = Pace()
         self._check: Check | None = None
+        self.logprobs = logprobs
 
     def insert_segments(
         self,
@@ -131,6 +135,7 @@ class CheckedBatchGenerator(BatchGenerator):
                 (samplers[i] if samplers else None) or sampler,
                 own,
                 before + [token for part in parts for token in part],
+                self.logprobs,
                 beside_others=True,
             )
             limit = max_tokens[i] if max_tokens else self.max_tokens
@@ -271,10 +276,13 @@ class CheckedBatchGenerator(BatchGenerator):
             cache = self._leave(sequence, len(text.tokens) - 1)
             del self._inner[sequence.inner]
             self._join(sequence, [text.tokens[-1:]], cache, text.prompt + text.tokens[:-1])
+            sequence.n_held = len(text.tokens)
         return responses
 
     def _leave(self, sequence: _Sequence, wanted: int) -> list[Any]:
         """Takes a text out of mlx-lm's batch: its own cache, with ``wanted`` of its tokens."""
+        if self._find_uids([sequence.inner])[sequence.inner][0] != IN_GENERATION:
+            sequence.n_held = max(sequence.n_held - 1, 0)  # its latest token is still to be fed
         held = super().remove([sequence.inner], return_prompt_caches=True)[sequence.inner]
         cache = list(held[0])
         if sequence.mark is not None and sequence.n_held != wanted:

@@ -8,8 +8,8 @@ from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..models.finish import unchanged
 from .products import slot_logits
-from .random_state import random_state, set_random_state
 from .proposals import Proposer
+from .random_state import current_random_state, random_state, set_random_state
 from .rounding import Rounding, rounding_of
 from .screen import certain_best, certain_draw, certain_within
 from .text import Position, Text
@@ -56,10 +56,11 @@ class Check:
         for kind, members in groups.items():
             rows = [self._rows[i] for i in members]
             chosen = slots if len(members) == len(self._rows) else slots[mx.array(members)]
-            flags = self._by_logits(rows, chosen) if kind == (None,) else self._by_rows(rows, chosen)
+            flags = (
+                self._by_logits(rows, chosen) if kind == (None,) else self._by_rows(rows, chosen)
+            )
             self._flags.append(([position for _, position, _ in rows], flags))
-        if self._proposer.logprobs:
-            self._note_logprobs(slots)
+        self._note_logprobs(slots)
         mx.async_eval([flags for _, flags in self._flags])
 
     def _kind(self, text: Text) -> tuple:
@@ -104,9 +105,7 @@ class Check:
             flags.append(certain_within(processed, room, epsilon, position.token, draws))
         return mx.concatenate(flags)
 
-    def _same_draw(
-        self, text: Text, position: Position, index: int, logits: mx.array
-    ) -> mx.array:
+    def _same_draw(self, text: Text, position: Position, index: int, logits: mx.array) -> mx.array:
         """Whether another's sampler, or a chain with XTC, draws the proposal again: (1,) bool."""
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         with random_state(position.random_state):
@@ -118,7 +117,10 @@ class Check:
         return self._proposer.finish(logits)
 
     def _note_logprobs(self, slots: mx.array) -> None:
+        """Keeps log-probabilities where they are wanted. They are lazy, since few are read."""
         for i, (text, position, index) in enumerate(self._rows):
+            if not text.logprobs:
+                continue
             logits = self._model_logits(slots[i : i + 1])
             if text.processors:
                 logits = text.process(text.context(index), mx.array(logits))
@@ -139,7 +141,7 @@ class Check:
             position = text.waiting[0]
             if not position.dense and not self._certain[position]:
                 token, logprobs, after = self._settle(text, position)
-                if self._proposer.logprobs:
+                if text.logprobs:
                     position.logprobs = logprobs
                 if token != position.token:
                     position.token = token
@@ -156,7 +158,7 @@ class Check:
         logits = self._proposer.finish(self._head.dense_logits(_hidden(position)))
         with random_state(position.random_state):
             token, logprobs = text.choose(logits, len(text.tokens))
-            return token.item(), logprobs, mx.random.state[0]
+            return token.item(), logprobs, current_random_state()
 
 
 def _hidden(position: Position) -> mx.array:

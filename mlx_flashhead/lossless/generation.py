@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
@@ -61,12 +62,11 @@ def stream_generate(
     Raises:
         ValueError: If the model has no FlashHead, or a setting is not valid.
     """
-    proposer = _proposer(model, n_probes, check, dense, draw_temperature, logprobs, kwargs)
+    proposer = _proposer(model, n_probes, check, dense, draw_temperature)
     with_draft = kwargs.get("draft_model") is not None
     stream = mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
-    with loops(**_loops(model, proposer)):
-        with _target(proposer, with_draft):
-            response = next(stream, None)  # takes the loop
+    with loops(**_loops(model, proposer, logprobs)), _target(proposer, with_draft):
+        response = next(stream, None)  # takes the loop
     while response is not None:
         yield response
         with _target(proposer, with_draft):  # one token at a time, since streams may take turns
@@ -88,9 +88,9 @@ def generate(
 
     Arguments and errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes.
     """
-    proposer = _proposer(model, n_probes, check, dense, draw_temperature, False, kwargs)
+    proposer = _proposer(model, n_probes, check, dense, draw_temperature)
     with_draft = kwargs.get("draft_model") is not None
-    with loops(**_loops(model, proposer)), _target(proposer, with_draft):
+    with loops(**_loops(model, proposer, False)), _target(proposer, with_draft):
         return mlx_lm.generate(model, tokenizer, prompt, **kwargs)
 
 
@@ -110,16 +110,23 @@ def batch_generate(
     Each prompt gets its own copy of a logits processor that has ``for_sequence``, such as those of
     :func:`grammar_processor`.
     """
+    proposer = _proposer(model, n_probes, check, dense, draw_temperature)
     logprobs = bool(kwargs.get("return_logprobs"))
-    proposer = _proposer(model, n_probes, check, dense, draw_temperature, logprobs, kwargs)
 
     def generator(of_model: nn.Module, *arguments: Any, **options: Any) -> Any:
         if of_model is not model:
             return BatchGenerator(of_model, *arguments, **options)
-        return CheckedBatchGenerator(of_model, proposer=proposer, **options)
+        return CheckedBatchGenerator(of_model, proposer=proposer, logprobs=logprobs, **options)
 
     with loops(BatchGenerator=generator):
         return mlx_lm.batch_generate(model, tokenizer, prompts, **kwargs)
+
+
+def checks(model: nn.Module) -> Callable[..., Any] | None:
+    """A loop like mlx-lm's ``generate_step`` for this model; None for one without a FlashHead."""
+    if is_vlm(model) or get_flash_head(model) is None:
+        return None
+    return partial(checked_steps, proposer=Proposer(model, check=True))
 
 
 def _proposer(
@@ -128,8 +135,6 @@ def _proposer(
     check: bool,
     dense: bool,
     draw_temperature: float | None,
-    logprobs: bool,
-    kwargs: dict[str, Any],
 ) -> Proposer:
     """The chooser of tokens for these settings."""
     if is_vlm(model):
@@ -147,17 +152,18 @@ def _proposer(
     if dense:
         settings = {}
     check = check and draw_temperature is None
-    return Proposer(model, check=check, dense=dense, logprobs=logprobs, settings=settings)
+    return Proposer(model, check=check, dense=dense, settings=settings)
 
 
-def _loops(model: nn.Module, proposer: Proposer) -> dict[str, Callable[..., Any]]:
+def _loops(model: nn.Module, proposer: Proposer, logprobs: bool) -> dict[str, Callable[..., Any]]:
     """The loops for mlx-lm's functions, for this model alone."""
 
     def one_text(prompt: Any, of_model: Any, *arguments: Any, **options: Any) -> Any:
         plain = proposer.head is None and not isinstance(options.get("sampler"), Sampler)
         if of_model is not model or plain:
             return generate_step(prompt, of_model, *arguments, **options)
-        return checked_steps(prompt, of_model, *arguments, proposer=proposer, **options)
+        options |= {"proposer": proposer, "logprobs": logprobs}
+        return checked_steps(prompt, of_model, *arguments, **options)
 
     def drafted_text(prompt: Any, of_model: Any, *arguments: Any, **options: Any) -> Any:
         steps = drafted_steps if of_model is model else speculative_generate_step

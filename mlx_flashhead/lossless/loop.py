@@ -26,6 +26,8 @@ def checked_steps(
     logits_processors: Sequence[Processor] | None = None,
     prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
+    logprobs: bool = True,
+    context: Sequence[int] = (),
     **options: Any,
 ) -> Generator[tuple[int, mx.array | None], None, None]:
     """mlx-lm's ``generate_step`` with the choices of the dense model.
@@ -40,10 +42,12 @@ def checked_steps(
         logits_processors: Functions of tokens and logits.
         prompt_cache: Caches, which hold the confirmed tokens at the end.
         max_kv_size: Size of the caches that are made if there are none.
+        logprobs: Whether the log-probabilities are wanted.
+        context: Tokens that the cache holds already, for the processors.
         **options: More keywords of ``generate_step``.
 
     Yields:
-        A token, and log-probabilities (V,) if the proposer is to keep them.
+        A token, and log-probabilities (V,) if they are wanted.
 
     Raises:
         ValueError: If a cache can neither be trimmed nor kept, or as ``generate_step``.
@@ -51,10 +55,11 @@ def checked_steps(
     cache = prompt_cache
     if cache is None:
         cache = make_prompt_cache(model, max_kv_size)
-    text = Text(sampler, logits_processors or (), prompt.tolist())
+    tokens = [*context, *prompt.tolist()]
+    text = Text(sampler, logits_processors or (), tokens, logprobs)
     run = _Run(model, stream, cache, text, proposer, options)
     try:
-        yield from run.positions(prompt, max_tokens)
+        yield from run.positions(prompt, max_tokens, list(context))
     finally:
         if prompt_cache is not None:
             run.leave()
@@ -83,12 +88,12 @@ class _Run:
         self._quantized_from = starts if options.get("kv_bits") is not None else None
 
     def positions(
-        self, prompt: mx.array, max_tokens: int
+        self, prompt: mx.array, max_tokens: int, context: list[int]
     ) -> Generator[tuple[int, mx.array | None], None, None]:
         """The confirmed tokens, each with its log-probabilities."""
-        start, first = prompt, True
+        start, first, before = prompt, True, context
         while self._n_given != max_tokens:
-            steps = self._steps(start, first)
+            steps = self._steps(start, first, before)
             try:
                 for confirmed in self._confirmed(steps, max_tokens):
                     for position in confirmed:
@@ -99,20 +104,21 @@ class _Run:
             finally:
                 steps.close()
             self._go_back(self._n_given - 1)
-            start, first = mx.array(self._text.tokens[-1:], dtype=mx.uint32), False
+            tokens = self._text.prompt + self._text.tokens
+            start, first, before = mx.array(tokens[-1:], dtype=mx.uint32), False, tokens[:-1]
 
     def leave(self) -> None:
         """Brings the cache to the tokens that the caller has."""
         if self._mark is not None and self._n_held != self._n_given:
             self._go_back(self._n_given)
 
-    def _steps(self, start: mx.array, first: bool) -> Generator:
+    def _steps(self, start: mx.array, first: bool, before: list[int]) -> Generator:
         """mlx-lm's loop, from the tokens in the cache on."""
         text, proposer, options = self._text, self._proposer, dict(self._options)
         if not first:
             for name in ("input_embeddings", "prompt_progress_callback"):
                 options.pop(name, None)
-        hooks = proposer.hooks(text, [] if first else text.prompt + text.tokens[:-1])
+        hooks = proposer.hooks(text, before)
         take = hooks["sampler"]
         proposer.texts = None  # the prompt's last position is dense, and so is the first one here
 

@@ -17,6 +17,7 @@ from ..head.flash_head import FlashHead
 from ..models.errors import UnsupportedHeadError
 from ..models.finish import finish_of, unchanged
 from ..models.install import get_flash_head
+from .random_state import current_random_state
 from .text import GREEDY, Position, Step, Text
 
 FINE_DTYPES = (mx.float32,)
@@ -29,7 +30,6 @@ class Proposer:
         model: The model.
         check: Whether the dense rows check the choices, so that they may be proposals.
         dense: Whether every token is scored at every position.
-        logprobs: Whether the log-probabilities are wanted.
         settings: More settings of the head, keywords of ``FlashHead.settings``.
 
     Attributes:
@@ -43,7 +43,6 @@ class Proposer:
         *,
         check: bool,
         dense: bool = False,
-        logprobs: bool = True,
         settings: dict[str, Any] | None = None,
     ):
         self.head = get_flash_head(model)
@@ -55,7 +54,6 @@ class Proposer:
                 self.finish = None  # its logits depend on each other: every choice is dense
         self.dense = dense or self.head is None or (check and self.finish is None)
         self.check = check and not self.dense
-        self.logprobs = logprobs
         self.texts: list[Text] | None = None
         self._settings = settings or {}
         self._row = 0
@@ -98,7 +96,7 @@ class Proposer:
         if self.dense or texts is None or hidden.shape[1] != 1 or len(texts) != len(hidden):
             return self._full(_dense_logits(head, hidden))
         if not self.check:
-            if self.logprobs or any(t.needs_logits or t.settings != GREEDY for t in texts):
+            if any(t.logprobs or t.needs_logits or t.settings != GREEDY for t in texts):
                 return self._full(head.full_logits(hidden))
             self._tokens = head.token(hidden)[:, -1]
             return _nothing(hidden)
@@ -137,12 +135,12 @@ class Proposer:
             token = self._tokens[row : row + 1]
         else:
             if text.replays:
-                position.random_state = mx.random.state[0]
+                position.random_state = current_random_state()
             logits = self._processed.pop(text, None)
             if logits is None:
                 logits = self._logits[row : row + 1]
             token = text.pick(logits, logprobs, index)
-            if position.dense and self.logprobs:
+            if position.dense and text.logprobs:
                 position.logprobs = logprobs.reshape(-1)
         text.waiting.append(position)
         waited = [token]
@@ -175,10 +173,10 @@ def _needs_dense(text: Text, head: FlashHead, dtype: mx.Dtype) -> bool:
     """
     if _is_fine(head, dtype):
         return False
-    return text.settings is None or not all(map(_moves_little, text.processors))
+    return text.settings is None or not all(map(moves_little, text.processors))
 
 
-def _moves_little(processor: Any) -> bool:
+def moves_little(processor: Any) -> bool:
     """Whether a processor at most doubles the distance of two logits: masks, biases, penalties."""
     return getattr(processor, "moves_little", False) or (
         getattr(processor, "__module__", "") == "mlx_lm.sample_utils"

@@ -7,6 +7,7 @@ the product of one position decides.
 
 import math
 from dataclasses import dataclass
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -63,14 +64,12 @@ def _measure(head: FlashHead, dtype: mx.Dtype) -> Rounding:
     in_order = mx.take(together, head.clustered.slot_of, axis=-1)
     with head.settings(n_probes=min(64, head.n_clusters)):
         for i, logits in enumerate(single):
-            largest = mx.max(mx.abs(logits)).item()
+            largest = cast(float, mx.max(mx.abs(logits)).item())
             apart = max(apart, _distance(in_order[i : i + 1], logits, largest))
             ids, scored = head.candidates(hidden[i : i + 1])
-            wanted = mx.take_along_axis(
-                logits, mx.minimum(ids, head.vocab_size - 1), axis=-1
-            )
+            wanted = mx.take_along_axis(logits, mx.minimum(ids, head.vocab_size - 1), axis=-1)
             wanted = mx.where(ids < head.vocab_size, wanted, scored)
-            same = same and mx.array_equal(scored, wanted).item()
+            same = same and bool(mx.array_equal(scored, wanted).item())
             apart_scored = max(apart_scored, _distance(scored, wanted, largest))
     sums = SIGMAS * math.sqrt(head.hidden_size) * 2.0**-24
     floor = sums + (ULPS * epsilon if epsilon > 2.0**-20 else 0)
@@ -81,4 +80,4 @@ def _measure(head: FlashHead, dtype: mx.Dtype) -> Rounding:
 
 def _distance(values: mx.array, others: mx.array, largest: float) -> float:
     apart = mx.abs(values.astype(mx.float32) - others.astype(mx.float32))
-    return mx.max(apart).item() / max(largest, 1e-30)
+    return cast(float, mx.max(apart).item()) / max(largest, 1e-30)

@@ -4,6 +4,8 @@ Its randomness belongs to the seed, the position and the token (`head/draw.py`),
 draw from a few scored tokens and check the draw against all of them.
 """
 
+from typing import cast
+
 import mlx.core as mx
 
 from ..head.draw import Draws, DrawSettings, noise, noise_of_all, position_key, threshold
@@ -15,7 +17,7 @@ XTC_TOKEN = 0xFFFFFFFE
 
 def fresh_seed() -> int:
     """A seed from MLX's random state. Evaluates."""
-    high, low = mx.random.randint(0, 2**31 - 1, shape=(2,)).tolist()
+    high, low = cast(list[int], mx.random.randint(0, 2**31 - 1, shape=(2,)).tolist())
     return high << 31 | low
 
 

@@ -75,6 +75,7 @@ class Text:
             best token.
         processors: Functions of the tokens (n,) and logits (1, V), in their order.
         prompt: Tokens before the text, for the processors.
+        logprobs: Whether its log-probabilities are wanted.
         beside_others: Whether other texts are generated at the same time. Then a sampler of others
             draws from a random state of each position instead of MLX's own.
         tokens: The confirmed tokens.
@@ -84,6 +85,7 @@ class Text:
     sampler: Sampler | ForeignSampler | None
     processors: Sequence[Processor] = ()
     prompt: list[int] = field(default_factory=list)
+    logprobs: bool = False
     beside_others: bool = False
     tokens: list[int] = field(default_factory=list)
     waiting: list[Position] = field(default_factory=list)

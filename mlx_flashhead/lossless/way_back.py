@@ -88,7 +88,7 @@ def trims(layer: Any, quantized_from: int | None) -> bool:
         return False
     offset = _length(layer)
     if offset is None:  # of a batch
-        offset = getattr(layer, "_offset", getattr(layer, "_idx", 0))
+        offset = int(getattr(layer, "_offset", getattr(layer, "_idx", 0)))
     window = getattr(layer, "max_size", None)
     if window is not None and offset + AHEAD >= window:
         return False
