@@ -1,13 +1,21 @@
-"""A FlashHead under ``mlx_lm.load`` and ``mlx_vlm.load``, for programs that do not know it."""
+"""A FlashHead under the loads of mlx-lm and mlx-vlm, for programs that do not know it."""
 
 import sys
-from functools import wraps
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from ..lossless.generation import checks
-from ..models.compat.patched_load import Load, wrap_generate_step, wrap_load
-from ..models.compat.vlm.patched_load import wrap_load as wrap_vlm_load
+from ..models.compat.patched_load import (
+    Load,
+    caller_generates,
+    wrap_generate_step,
+    wrap_load,
+    wrap_load_model,
+    wrap_vlm_load,
+)
+from ..models.compat.utils import load_tokenizer
 from ..models.fetch import resolve
 from ..publishing.origin import local_origin
 from .attach import BUILD, REFUSE, install_found, teller
@@ -17,7 +25,9 @@ from .look_up import given, inside
 def patch_load(
     *, flash_head: str | Path | None = None, build: bool = True, n_probes: int | None = None
 ) -> None:
-    """From now on ``load`` of mlx-lm and mlx-vlm attaches a FlashHead to a model, if it can.
+    """From now on the loads of mlx-lm and mlx-vlm attach a FlashHead to a model, if they can.
+
+    Programs of theirs that convert or train a model get the dense one.
 
     Args:
         flash_head: A folder or a Hugging Face repository of a FlashHead.
@@ -31,13 +41,13 @@ def patch_load(
     say = teller(True)
     warned = False
 
-    def attach_to(model: Any, tokenizer: Any, folder: Path) -> None:
+    def attach_to(model: Any, tokenizer_of: Callable[[], Any], folder: Path) -> None:
         nonlocal warned
         origin = local_origin(folder)
         try:
             head = install_found(
                 model,
-                tokenizer,
+                tokenizer_of(),
                 found or inside(folder, say),
                 origin,
                 n_probes=n_probes,
@@ -59,6 +69,8 @@ def patch_load(
     def wrap(original: Load) -> Load:
         @wraps(original)
         def load(path_or_hf_repo: Any, *arguments: Any, **options: Any) -> Any:
+            if not caller_generates():
+                return original(path_or_hf_repo, *arguments, **options)
             try:
                 # mlx_vlm.generate names a revision of a folder too
                 is_folder = Path(path_or_hf_repo).expanduser().is_dir()
@@ -68,12 +80,24 @@ def patch_load(
             except ValueError:
                 return original(path_or_hf_repo, *arguments, **options)  # with its own error
             loaded = original(path_or_hf_repo, *arguments, **options)
-            attach_to(loaded[0], loaded[1], folder)
+            attach_to(loaded[0], lambda: loaded[1], folder)
             return loaded
 
         return load
 
+    def wrap_model(original: Load) -> Load:
+        @wraps(original)
+        def load_model(model_path: Any, *arguments: Any, **options: Any) -> Any:
+            loaded = original(model_path, *arguments, **options)
+            folder = Path(model_path)
+            ends = loaded[1].get("eos_token_id")
+            attach_to(loaded[0], partial(load_tokenizer, folder, eos_token_ids=ends), folder)
+            return loaded
+
+        return load_model
+
     wrap_load(wrap)
+    wrap_load_model(wrap_model)
     wrap_generate_step(_with_check)
     wrap_vlm_load(wrap)
 

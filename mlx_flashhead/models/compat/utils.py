@@ -1,7 +1,13 @@
 """``mlx_lm.utils``: downloading, loading, quantizing, sharding and saving."""
 
 from mlx_lm.utils import _download as download
-from mlx_lm.utils import dequantize_model, load_adapters, quantize_model, save
+from mlx_lm.utils import (
+    dequantize_model,
+    load_adapters,
+    load_tokenizer,
+    quantize_model,
+    save,
+)
 
 try:
     from mlx_lm.utils import (
@@ -24,6 +30,7 @@ __all__ = [
     "download",
     "load",
     "load_adapters",
+    "load_tokenizer",
     "maybe_set_recommended_wired_limit",
     "quantize_model",
     "save",
