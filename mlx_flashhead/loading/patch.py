@@ -1,5 +1,6 @@
 """A FlashHead under the loads of mlx-lm and mlx-vlm, for programs that do not know it."""
 
+import multiprocessing
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
@@ -100,6 +101,33 @@ def patch_load(
     wrap_load_model(wrap_model)
     wrap_generate_step(_with_check)
     wrap_vlm_load(wrap)
+
+
+class InNewProcesses:
+    """Patches the loads in the processes that a program spawns, too.
+
+    A spawned process is given the settings of the one that starts it, and this among them.
+
+    Args:
+        options: Keywords of :func:`patch_load`.
+    """
+
+    def __init__(self, options: dict[str, Any]):
+        self._options = options
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[dict[str, Any]]]:
+        return _patched, (self._options,)
+
+
+def _patched(options: dict[str, Any]) -> InNewProcesses:
+    patch_load(**options)
+    return InNewProcesses(options)
+
+
+def patch_new_processes(**options: Any) -> None:
+    """From now on :func:`patch_load` with these keywords is called in each spawned process."""
+    settings: Any = multiprocessing.current_process()
+    settings._config["mlx_flashhead"] = InNewProcesses(options)
 
 
 def _with_check(original: Load) -> Load:
