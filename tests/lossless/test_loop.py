@@ -54,9 +54,16 @@ def test_a_sampler_of_others_draws_with_the_state_of_the_proposal(flash, argumen
         found = flash.tokens(sampler=sample_utils.make_sampler(**arguments), **options)
         return found, mx.random.state[0].tolist()
 
-    checked, state = tokens()
-    dense, dense_state = tokens(dense=True)
+    checked, _ = tokens()
+    dense, _ = tokens(dense=True)
     assert checked == dense
+    assert misses
+
+
+def test_a_thread_may_compute_the_check(flash, misses, monkeypatch):
+    monkeypatch.setattr("mlx_flashhead.lossless.products.WORTH_A_THREAD", 0)
+    sampler = make_sampler(temp=0.8, top_p=0.95, seed=1)
+    assert flash.tokens(sampler=sampler) == flash.tokens(sampler=sampler, dense=True)
     assert misses
 
 
