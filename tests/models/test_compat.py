@@ -98,6 +98,10 @@ CALLS = {
     ),
     "mlx_lm.models.cache.LRUPromptCache.trim_to": (("self",), ("n_bytes",)),
     "mlx_lm.sample_utils.greedy_sampler": (("logprobs",), ()),
+    "mlx_lm.sample_utils.make_sampler": (
+        ("temp", "top_p", "min_p", "min_tokens_to_keep", "top_k"),
+        ("xtc_probability", "xtc_threshold", "xtc_special_tokens"),
+    ),
     "mlx_lm.sample_utils.make_logits_processors": (
         (
             *("logit_bias", "repetition_penalty", "repetition_context_size"),
