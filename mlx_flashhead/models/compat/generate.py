@@ -14,6 +14,8 @@ from mlx_lm.generate import (
     generation_stream,
     maybe_quantize_kv_cache,
 )
+from mlx_lm.generate import generate as mlx_lm_generate
+from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 
 from .replaced import replaced
 
@@ -23,11 +25,11 @@ try:
         GenerationBatch,
         StopSequences,
         TextStateMachine,
-        batch_generate,
         generate_step,
         make_text_state_machine,
         speculative_generate_step,
     )
+    from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
     from mlx_lm.generate import setup_arg_parser as generate_parser
 except ImportError:
     from .mlx_lm_0_31 import (
@@ -35,12 +37,12 @@ except ImportError:
         GenerationBatch,
         StopSequences,
         TextStateMachine,
-        batch_generate,
         generate_parser,
         generate_step,
         make_text_state_machine,
         speculative_generate_step,
     )
+    from .mlx_lm_0_31 import batch_generate as mlx_lm_batch_generate
 
 __all__ = [
     "BatchGenerator",
@@ -49,13 +51,15 @@ __all__ = [
     "GenerationResponse",
     "StopSequences",
     "TextStateMachine",
-    "batch_generate",
     "generate_parser",
     "generate_step",
     "generation_stream",
     "loops",
     "make_text_state_machine",
     "maybe_quantize_kv_cache",
+    "mlx_lm_batch_generate",
+    "mlx_lm_generate",
+    "mlx_lm_stream_generate",
     "run_generate",
     "speculative_generate_step",
 ]
