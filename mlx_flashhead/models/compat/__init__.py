@@ -7,9 +7,7 @@ version has renamed or changed, and their users here.
 """
 
 import warnings
-
-import mlx.core as mx
-import mlx_lm
+from importlib.metadata import version
 
 NEWEST = (0, 32)  # of both that is tested
 
@@ -24,5 +22,5 @@ def warn_of_later(package: str, installed: str) -> None:
         )
 
 
-warn_of_later("mlx", mx.__version__)
-warn_of_later("mlx-lm", mlx_lm.__version__)
+for name in ("mlx", "mlx-lm"):
+    warn_of_later(name, version(name))

@@ -32,7 +32,7 @@ try:
     from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
     from mlx_lm.generate import setup_arg_parser as generate_parser
 except ImportError:
-    from .mlx_lm_0_31 import (
+    from .mlx_lm_0_31 import (  # type: ignore[assignment]
         BatchGenerator,
         GenerationBatch,
         StopSequences,
@@ -42,7 +42,9 @@ except ImportError:
         make_text_state_machine,
         speculative_generate_step,
     )
-    from .mlx_lm_0_31 import batch_generate as mlx_lm_batch_generate
+    from .mlx_lm_0_31 import (  # type: ignore[assignment]
+        batch_generate as mlx_lm_batch_generate,
+    )
 
 __all__ = [
     "BatchGenerator",

@@ -35,8 +35,9 @@ DEFAULT_ALLOW_PATTERNS = [
 
 
 # Of a tokenizer: the number of its tokens, and a format of answers, which 0.31 knows none of.
-TokenizerWrapper.__len__ = lambda self: len(self._tokenizer)
-TokenizerWrapper.response_initial_state = None
+Wrapper: Any = TokenizerWrapper
+Wrapper.__len__ = lambda self: len(self._tokenizer)
+Wrapper.response_initial_state = None
 
 
 def maybe_set_recommended_wired_limit() -> int | None:
@@ -124,7 +125,7 @@ class _Matcher:
         return any(sequence == latest[-len(sequence) :] for sequence in self._sequences)
 
 
-class GenerationBatch(module.GenerationBatch):  # type: ignore[name-defined, misc]
+class GenerationBatch(module.GenerationBatch):  # type: ignore[name-defined]
     """mlx-lm's, whose responses have two fields more."""
 
     @dataclass
@@ -139,7 +140,7 @@ class GenerationBatch(module.GenerationBatch):  # type: ignore[name-defined, mis
         all_tokens: list[int] | None
 
 
-class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined, misc]
+class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined]
     """mlx-lm's, with 0.32's counters and without its failures on empty parts and processors."""
 
     @property
