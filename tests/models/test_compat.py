@@ -65,6 +65,8 @@ CALLS = {
         ("model", "tokenizer", "prompts"),
         ("max_tokens", "return_token_ids"),
     ),
+    "mlx_lm.generate.generate": (("model", "tokenizer", "prompt"), ()),
+    "mlx_lm.generate.stream_generate": (("model", "tokenizer", "prompt"), ("max_tokens",)),
     "mlx_lm.generate.generate_step": (
         ("prompt", "model", "stream"),
         (
