@@ -19,6 +19,9 @@ from mlx_flashhead.__main__ import COMMANDS
 CHECKOUT = Path(__file__).parent.parent
 KERNELS = sorted((CHECKOUT / "metal" / "flash_head").iterdir())
 EXTRAS = {
+    "cpu": {"mlx"},
+    "cuda12": {"mlx"},
+    "cuda13": {"mlx"},
     "report": {"rich", "matplotlib"},
     "chat": {"prompt-toolkit"},
     "qr": {"segno"},
@@ -104,8 +107,7 @@ def requirements(metadata, platform, machine, extra=""):
     }
     found = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     found = [r for r in found if r.marker is None or r.marker.evaluate(environment)]
-    assert len({r.name for r in found}) == len(found)
-    return {r.name: r.extras for r in found}
+    return {r.name: set().union(*(o.extras for o in found if o.name == r.name)) for r in found}
 
 
 def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
@@ -169,7 +171,8 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
 @pytest.mark.parametrize("platform, machine", [("linux", "x86_64"), ("darwin", "arm64")])
 def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine, extra):
     found = requirements(metadata, platform, machine, extra)
-    assert found["mlx"] == ({"cpu"} if platform == "linux" else set())
+    backends = {"cpu": {"cpu"}, "cuda12": {"cuda12"}, "cuda13": {"cuda13"}, "test": {"cpu"}}
+    assert found["mlx"] == backends.get(extra, set())
     expected = {"mlx", "mlx-lm", "numpy", "huggingface-hub", "filelock", "tqdm"}
     expected |= EXTRAS.get(extra, set())
     if extra == "test":
