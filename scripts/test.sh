@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format, floors, types, workflows and tests, in a .venv of the checkout. Arguments go to pytest:
+# Lint, format, floors, types, workflows and tests, in a .venv-test of the checkout. Arguments go to pytest:
 #   scripts/test.sh tests/head/test_head.py -k ties
 #   scripts/test.sh -m "not real"          # without the real model
 #   scripts/test.sh --oldest               # with the oldest mlx-lm and mlx, in a .venv-oldest
@@ -14,13 +14,13 @@ if [ "$1" = --oldest ]; then
     tests/serving/test_http.py tests/models/test_{adapters,compat,fetch,install,remote_code}.py \
     tests/commands/test_{generate,chat,convert,run}.py "$@"
 fi
-make_venv .venv -e ".[test]"
+make_venv .venv-test -e ".[test]"
 
-# Says what is checked, then runs a program of the .venv.
+# Says what is checked, then runs a program of the .venv-test.
 check() {
   echo "== $1"
   shift
-  ".venv/bin/$@"
+  ".venv-test/bin/$@"
 }
 
 check "Lint" ruff check --quiet

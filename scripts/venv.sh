@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: one .venv in the checkout serves both. Runs in the bash 3.2 of macOS.
+# Sourced by demo.sh and test.sh: each has an environment of its own in the checkout. Runs in the bash 3.2 of macOS.
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
