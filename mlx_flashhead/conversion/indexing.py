@@ -111,7 +111,7 @@ def build_index(
         n_clusters=n_clusters,
         cluster_size=cluster_size,
         n_probes=n_probes,
-        fingerprint=rows.fingerprint(),
+        fingerprint=rows.fingerprint,
         eos_token_ids=tuple(sorted(i for i in eos_token_ids if i < rows.n_rows)),
         centroid_bits=matrix.format.bits,
         centroid_group_size=matrix.group_size or 0,

@@ -213,7 +213,7 @@ def _is_finite(array: mx.array) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged, since it is not a JSON object: fetch it again.")

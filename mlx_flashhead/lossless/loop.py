@@ -81,11 +81,12 @@ class _Run:
     ):
         self._model, self._stream, self._cache = model, stream, cache
         self._text, self._proposer, self._options = text, proposer, options
-        self._pace = Pace()
+        self._pace = Pace(proposer.most_waiting)
         self._n_held = 0  # tokens of the text in the cache
         self._n_given = 0  # tokens of the text that the caller has
         self._mark: Mark | None = None  # the caches at a confirmed token
         self._checked: Mark | None = None  # the same, if the check confirms
+        self._refused = False  # whether the caches hold a proposal in the last token's place
         starts = options.get("quantized_kv_start", 0)
         self._quantized_from = starts if options.get("kv_bits") is not None else None
 
@@ -106,12 +107,17 @@ class _Run:
             finally:
                 steps.close()
             self._go_back(self._n_given - 1)
+            self._refused = False
             tokens = self._text.prompt + self._text.tokens
             start, first, before = mx.array(tokens[-1:], dtype=mx.uint32), False, tokens[:-1]
 
     def leave(self) -> None:
         """Brings the cache to the tokens that the caller has."""
-        if self._mark is not None and self._n_held != self._n_given:
+        if self._mark is None:
+            return
+        if self._refused and self._n_given == len(self._text.tokens):
+            self._go_back(self._n_given - 1)
+        if self._n_held != self._n_given:
             self._go_back(self._n_given)
 
     def _steps(self, start: mx.array, first: bool, before: list[int]) -> Generator:
@@ -181,6 +187,7 @@ class _Run:
     def _outcome(self, check: Check) -> Generator[list[Position], None, bool]:
         """Hands out what a check confirms. Returns whether it has made another choice."""
         confirmed, other = check.confirm(self._text)
+        self._refused = other
         yield confirmed
         if not other:
             self._mark = self._checked

@@ -108,8 +108,8 @@ tokens, as a multiple of the dense head's{dense}, with estimates for the tokens 
 *Bytes*: weights that the head reads per token; the dense head reads {dense_bytes}. **Bold**: the
 setting. Speed was not measured."""
 NOT_MEASURED = """\
-Nothing, since it was not calibrated. `mlx_flashhead.evaluate --model {model} --text FILE` measures
-it."""
+Nothing, since it was not calibrated. `mlx_flashhead.evaluate text --model {model} --text FILE`
+measures it."""
 
 
 def write_card(

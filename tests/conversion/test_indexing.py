@@ -170,7 +170,7 @@ def test_settings_are_recorded():
     assert (config.n_clusters, config.cluster_size) == (26, 16) == index.token_ids.shape
     assert config.eos_token_ids == (2, 9)  # 1000 is no row of this head
     assert config.calibration == {"source": "file", "positions": 400, "seed": 7}
-    assert config.fingerprint == rows.fingerprint()
+    assert config.fingerprint == rows.fingerprint
     assert (config.centroid_bits, config.centroid_group_size) == (4, 64)
     assert json.loads(json.dumps(config.to_dict(), allow_nan=False)) == config.to_dict()
 
