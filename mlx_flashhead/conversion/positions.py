@@ -51,8 +51,7 @@ class Positions:
 
     def parted(self) -> tuple["Positions", np.ndarray]:
         """The held-out positions, and the states (n, D) of the others."""
-        h = self.held_out
-        held_out = replace(
-            self, states=self.states[h], next_ids=self.next_ids[h], kinds=self.kinds[h], held_out=h[h]
-        )
-        return held_out, self.states[~h]
+        chosen = self.held_out
+        names = ("states", "next_ids", "kinds", "held_out")
+        held_out = replace(self, **{name: getattr(self, name)[chosen] for name in names})
+        return held_out, self.states[~chosen]
