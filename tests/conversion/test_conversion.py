@@ -201,7 +201,7 @@ def test_goals_are_those_asked_for(sources, tmp_path, capsys):
         target_kl=5.0,
         calibration_positions=100,
     )
-    assert "the fewest that reach 1 % agreement, a KL of 2.5 nats and" in capsys.readouterr().out
+    assert "the fewest that reach 1 % agreement and a KL of 2.5 nats" in capsys.readouterr().out
 
 
 def test_says_when_the_text_was_cut_short(sources, tmp_path, capsys):
