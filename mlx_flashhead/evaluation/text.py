@@ -30,6 +30,7 @@ coverage    the true next token is scored
 KL          from the dense head's distribution, in nats
 perplexity  relative to dense, with the estimates of the tail
 bytes       read per token, relative to the dense head"""
+
 USUAL_PROBES = (48, 96, 128, 192, 256, 512)
 
 
@@ -104,7 +105,7 @@ def evaluate(
         lambda h: np.array(head.cluster_scores(mx.array(h))),
         np.array(head.clustered.centroids.tail_offset),
     )
-    found = measure_positions(
+    measured = measure_positions(
         states,
         lambda h: h @ weight.T + bias,
         np.array(head.clustered.token_ids),
@@ -115,10 +116,10 @@ def evaluate(
     )
     return Evaluation(
         positions=len(states),
-        dense_perplexity=found.dense_perplexity(),
+        dense_perplexity=measured.dense_perplexity(),
         n_probes=head.n_probes,
         n_clusters=head.n_clusters,
-        measures=found.means(),
+        measures=measured.means(),
         bytes_share={p: bytes_share(head, p) for p in probe_counts},
     )
 
