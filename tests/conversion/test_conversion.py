@@ -332,7 +332,7 @@ def test_the_index_alone(sources, tmp_path):
         ({"target_agreement": float("nan")}, "`target_agreement` is nan"),
         ({"calibration_positions": -5}, "`calibration_positions` is -5"),
         ({"head_bits": 3}, "`head_bits` is 3"),
-        ({"dtype": "int8"}, "dtype is int8"),
+        ({"dtype": "int8"}, "`dtype` is int8"),
         ({"seed": -1}, "`seed` is -1"),
         ({"quantize": True, "dequantize": True}, "either `quantize` or `dequantize`"),
         ({"quantize": True, "quant_predicate": "mixed_4_6", "q_mode": "mxfp4"}, "affine"),
