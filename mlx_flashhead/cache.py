@@ -65,7 +65,7 @@ def print_entries(kept: list[Entry]) -> None:
             time.strftime("%Y-%m-%d", time.localtime(entry.built_at)),
             megabytes(entry.nbytes),
             f"{config.n_probes:,} of {config.n_clusters:,}" if config else "–",
-            "–" if agreement is None else percent(agreement),
+            percent(agreement) if isinstance(agreement, float | int) else "–",
         )
     show(table)
 
@@ -86,7 +86,7 @@ def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:
 
 
 def _model(entry: Entry) -> str:
-    return entry.config.recipe.get("model", "unknown") if entry.config else "damaged"
+    return str(entry.config.recipe.get("model", "unknown")) if entry.config else "damaged"
 
 
 if __name__ == "__main__":
