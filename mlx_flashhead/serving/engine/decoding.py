@@ -17,6 +17,7 @@ from ...lossless.batch import CheckedBatchGenerator
 from ...lossless.drafts import drafted_steps
 from ...lossless.loop import checked_steps
 from ...lossless.proposals import Proposer, moves_little
+from ..catalogue import ServedModel
 from ..protocol.sampling import LogitsProcessor
 from .job import Job
 from .prefill import Reading
@@ -27,7 +28,13 @@ Held = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
 
 
 class Decoder(ABC):
-    """Some sequences that are generated together."""
+    """Some sequences that are generated together.
+
+    Attributes:
+        proposer: Chooses their tokens; None with a draft model.
+    """
+
+    proposer: Proposer | None = None
 
     @property
     @abstractmethod
@@ -41,6 +48,11 @@ class Decoder(ABC):
     @abstractmethod
     def remove(self, jobs: Iterable[Job]) -> list[Held]:
         """Removes some of the sequences. Returns the tokens and caches of these."""
+
+    def take_head(self, served: ServedModel) -> None:
+        """From the next token on the sequences use a FlashHead that ``served`` has got."""
+        if self.proposer is not None and all(job.served is served for job in self.jobs):
+            self.proposer.look_for_head()
 
     @property
     @abstractmethod
@@ -63,9 +75,10 @@ class Batch(Decoder):
     def __init__(self, job: Job, size: int, stream: mx.Stream):
         self._kind = _kind(job)
         self._length = length_class(len(job.prompt.tokens))
+        self.proposer = proposer_of(job)
         self._generator = CheckedBatchGenerator(
             job.served.model,
-            proposer=proposer_of(job),
+            proposer=self.proposer,
             completion_batch_size=size,
             prefill_batch_size=size,
             stream=stream,
@@ -141,12 +154,13 @@ class Single(Decoder):
         }
         start = mx.array(job.prompt.tokens[-1:])
         if job.served.draft_model is None:
+            self.proposer = proposer_of(job)
             # without an end token of its own, so that its cache holds all tokens it has given
             self._steps: Generator[tuple[Any, ...], None, None] = checked_steps(
                 start,
                 job.served.model,
                 stream,
-                proposer=proposer_of(job),
+                proposer=self.proposer,
                 max_tokens=-1,
                 logprobs=job.logprobs is not None,
                 context=reading.tokens,
