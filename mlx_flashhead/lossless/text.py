@@ -101,7 +101,7 @@ class Text:
         elif self.sampler is not None and self.beside_others:
             self.seed = fresh_seed()
         for processor in self.processors:
-            if hasattr(processor, "begin"):
+            if not self.tokens and hasattr(processor, "begin"):
                 processor.begin()
 
     @property

@@ -133,8 +133,7 @@ def _shape(args: argparse.Namespace) -> ModelShape:
         folder = resolve(args.model)
         model, _, _ = load_dense(folder, lazy=True)
         options = HeadOptions()
-        stored = head_beside(folder, options)
-        stored = stored or cache.find(find_head(model).rows(), options.say)
+        stored = head_beside(folder, options) or cache.find(find_head(model).rows(), options.say)
         shape = model_shape(folder.name, model, None if stored is None else stored.index)
     elif args.shape in SHAPES:
         shape = SHAPES[args.shape]
