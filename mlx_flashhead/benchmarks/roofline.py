@@ -27,7 +27,7 @@ from .apple_gpu import (
 FORMULA = """\
 dense     = rows / bandwidth + {launch} µs
 FlashHead = (centroids + probed rows / g) / bandwidth + {kernels} · {launch} + {select} µs + check
-check     = max(2 · {states} · V · D / arithmetic, rows / bandwidth) / {states}, and {wasted:.0%} of a step
+check     = max(2 · {states} · V · D / arithmetic, rows / bandwidth) / {states} + {wasted:g} steps
 model     = body / bandwidth + head + ({layers} layers · {layer_kernels} + {others}) · {launch} µs
 probed rows: {probes} clusters of {size} rows, of {clusters} clusters"""
 # of floats, and of affine rows in the usual groups

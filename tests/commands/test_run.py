@@ -83,7 +83,19 @@ def test_programs_of_mlx_lm(place, words, printed):
     assert printed in output and DENSE not in errors
 
 
-TRAIN = "--train --fine-tune-type lora --iters 1 --batch-size 1 --num-layers 1 --data data".split()
+TRAIN = [
+    "--train",
+    "--fine-tune-type",
+    "lora",
+    "--iters",
+    "1",
+    "--batch-size",
+    "1",
+    "--num-layers",
+    "1",
+    "--data",
+    "data",
+]
 
 
 @pytest.mark.parametrize(
