@@ -8,11 +8,11 @@ text = generate(model, tokenizer, prompt="…", max_tokens=100)
 import sys
 from types import ModuleType
 
-from .companion.attach import attach
-from .companion.load import load, sharded_load
 from .conversion.pipeline import convert
 from .head.flash_head import FlashHead
 from .index.settings import FlashHeadConfig
+from .loading.attach import attach
+from .loading.load import load, sharded_load
 from .models.exact import exact_processors
 from .models.generation import batch_generate, generate, stream_generate
 from .models.install import detach, get_flash_head

@@ -37,14 +37,14 @@ from .benchmarks.output import print_result
 from .benchmarks.positions import COUNTS, positions_benchmark
 from .benchmarks.sampler import sampler_benchmark
 from .benchmarks.server import server_benchmark
-from .cli.console import check_writable, command
-from .cli.pictures import check_picture
-from .cli.tables import check_tables
-from .companion.load import load
-from .companion.look_up import look_up_options
+from .common.command import check_writable, command
+from .common.pictures import check_picture
+from .common.tables import check_tables
 from .head.flash_head import FlashHead
+from .loading.load import load
+from .loading.look_up import look_up_options
+from .models.fetch import resolve
 from .models.install import dense_copy, installed_head
-from .models.load import resolve
 
 SAMPLER_WIDTH = 64  # of the random heads: a sampler reads the clusters, not the rows
 REPORT = """\

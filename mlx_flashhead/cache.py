@@ -2,10 +2,11 @@
 
 import time
 
-from .cli.arguments import Parser
-from .cli.console import command
-from .cli.tables import new_table, percent, show
-from .companion.cache import HOME_VARIABLE, Entry, entries, home, remove
+from .common.arguments import Parser
+from .common.command import command
+from .common.quantities import percent
+from .common.tables import new_table, show
+from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove
 
 
 def make_parser() -> Parser:

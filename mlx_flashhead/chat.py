@@ -6,17 +6,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .chatting.conversation import Conversation
-from .chatting.kept import history_file, last_conversation
+from .chatting.storage import history_file, last_conversation
 from .chatting.talk import COMMANDS, NO_FLASH_HEAD, WITH_FILES, Talk
-from .cli.arguments import adopt, whole_number
-from .cli.console import command
-from .cli.terminal import Terminal
-from .companion.attach import BUILD, DENSE, REFUSE
-from .companion.load import load_or
-from .companion.look_up import add_look_up_options
+from .common.arguments import adopt, whole_number
+from .common.command import command
+from .common.terminal import Terminal
+from .loading.attach import BUILD, DENSE, REFUSE
+from .loading.load import load_or
+from .loading.look_up import add_look_up_options
 from .models.compat.chat import chat_parser
+from .models.fetch import resolve
 from .models.install import get_flash_head
-from .models.load import resolve
 from .models.sampling import make_sampler
 
 

@@ -1,7 +1,7 @@
 """Converts a model: the flags of ``mlx_lm.convert`` and those of FlashHead."""
 
-from .cli.arguments import Parser, adopt
-from .cli.console import command
+from .common.arguments import Parser, adopt
+from .common.command import command
 from .conversion.options import add_options
 from .conversion.pipeline import convert
 from .models.compat.convert import configure_parser

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .cli.arguments import LIMITS, Parser, json_object, whole_number, whole_numbers
-from .cli.console import check_writable, command
-from .cli.extras import from_extra, installation
-from .cli.pictures import check_picture
-from .cli.tables import check_tables
-from .companion.load import load
-from .companion.look_up import add_look_up_options, look_up_options
+from .common.arguments import LIMITS, Parser, json_object, whole_number, whole_numbers
+from .common.command import check_writable, command
+from .common.extras import from_extra, installation
+from .common.pictures import check_picture
+from .common.tables import check_tables
 from .conversion.calibration import read_text
 from .evaluation.answers import evaluate_answers
 from .evaluation.masks import evaluate_masks
@@ -35,6 +33,8 @@ from .evaluation.output import (
 from .evaluation.precision import evaluate_precisions
 from .evaluation.structured import evaluate_structured
 from .evaluation.text import evaluate
+from .loading.load import load
+from .loading.look_up import add_look_up_options, look_up_options
 from .models.sampling import make_sampler
 
 EXTRA = "tasks"

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .cli.arguments import Parser, whole_number
-from .cli.console import command
-from .cli.tables import check_tables, new_table, show
-from .companion.load import load
-from .companion.look_up import add_look_up_options, look_up_options
+from .common.arguments import Parser, whole_number
+from .common.command import command
+from .common.new_folder import new_file
+from .common.tables import check_tables, new_table, show
 from .exporting.plan import export_plan
 from .head.backend import PORTABLE
 from .index.files import CONFIG_NAME
-from .index.new_folder import new_file
+from .loading.load import load
+from .loading.look_up import add_look_up_options, look_up_options
 from .models.install import installed_head
 from .models.locate import find_head
 

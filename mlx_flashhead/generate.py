@@ -5,16 +5,17 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from .cli.arguments import adopt, whole_number
-from .cli.console import command
-from .cli.processes import draw_alike, first_process_speaks, join_processes, leave_together
-from .companion.load import load, load_draft, sharded_load
-from .companion.look_up import add_look_up_options, look_up_options
+from .common.arguments import adopt, whole_number
+from .common.command import command
+from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
+from .loading.load import load, load_draft, sharded_load
+from .loading.look_up import add_look_up_options, look_up_options
 from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
+from .models.dense import load_dense
+from .models.fetch import resolve
 from .models.generation import generate
 from .models.install import installed_head
-from .models.load import load_dense, resolve
 from .models.sampling import make_sampler
 from .models.sharded import load_dense_part
 from .structured.options import add_grammar_options, grammar_of

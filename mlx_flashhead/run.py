@@ -8,10 +8,10 @@ import sys
 import warnings
 from pathlib import Path
 
-from .cli.arguments import Parser, whole_number
-from .cli.console import sentence
-from .companion.look_up import add_look_up_options, look_up_options
-from .companion.under import put_under_load
+from .common.arguments import Parser, whole_number
+from .common.command import sentence
+from .loading.look_up import add_look_up_options, look_up_options
+from .loading.patch import patch_load
 
 
 def make_parser() -> Parser:
@@ -47,7 +47,7 @@ def main() -> None:
         parser.error("-m MODULE or a program is needed, such as -m mlx_lm.server")
     script = None if args.module is not None else _script(parser, args.program)
     try:
-        put_under_load(n_probes=args.n_probes, **look_up_options(args))
+        patch_load(n_probes=args.n_probes, **look_up_options(args))
     except (ValueError, OSError) as error:
         parser.error(sentence(error))
     if script is None:

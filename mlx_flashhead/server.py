@@ -5,16 +5,16 @@ import sys
 from functools import partial
 from urllib.parse import urlsplit
 
-from .cli.console import command
-from .cli.processes import join_processes
-from .models.load import resolve
-from .serving.access import Access
-from .serving.ending import Ending
-from .serving.http import requests_logged, serve
-from .serving.lan import announce as announce_on_network
-from .serving.network_options import access_of, check_network_options
+from .common.command import command
+from .common.processes import join_processes
+from .models.fetch import resolve
+from .serving.catalogue import Catalogue
+from .serving.network.access import Access
+from .serving.network.addresses import announce as announce_on_network
+from .serving.network.network_options import access_of, check_network_options
+from .serving.network.shutdown import Shutdown
 from .serving.options import make_parser
-from .serving.served import Catalogue
+from .serving.serve import requests_logged, serve
 
 
 @command
@@ -29,7 +29,7 @@ def main() -> None:
     check_network_options(parser, flags)
     if join_processes().size() > 1:
         parser.error("the server is one process: start it without mlx.launch")
-    with Ending() as ending, requests_logged(flags.log_level):
+    with Shutdown() as ending, requests_logged(flags.log_level):
         try:
             for model in (flags.model, flags.draft_model, *flags.allow_models):
                 if model is not None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from .cli.arguments import Parser
-from .cli.console import command
+from .common.arguments import Parser
+from .common.command import command
 from .publishing.publish import publish
 
 

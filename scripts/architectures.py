@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from architecture_models import architectures, quantized, tiny_architecture
 from emulated_mlx_lm import emulated
-from mlx_flashhead.cli.console import check_writable, command
+from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.libraries import is_vlm
 from mlx_flashhead.models.locate import check_plain_product, find_head

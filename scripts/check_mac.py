@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import mlx.core as mx
 
-from mlx_flashhead.cli.console import command
+from mlx_flashhead.common.command import command
 
 PYTHON = sys.executable
 MODEL = Path("models") / "SmolLM2-135M-Instruct"

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     sys.path[0] = str(CHECKOUT)  # works uninstalled too
 
 from mlx_flashhead import get_flash_head, load, stream_generate
-from mlx_flashhead.cli.console import command
+from mlx_flashhead.common.command import command
 from mlx_flashhead.head.backend import BACKEND_VARIABLE
 
 PATHS = ("metal", "mlx")

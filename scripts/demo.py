@@ -13,7 +13,7 @@ from rich.console import Console
 
 import mlx_flashhead
 from fetch_smollm2 import fetch_smollm2
-from mlx_flashhead.cli.console import command
+from mlx_flashhead.common.command import command
 from mlx_flashhead.models.install import dense_copy
 from side_by_side import compare
 

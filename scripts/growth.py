@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from mlx_flashhead.benchmarks.head import head_benchmark, random_head
 from mlx_flashhead.benchmarks.machine import machine
-from mlx_flashhead.cli.console import check_writable, command
+from mlx_flashhead.common.command import check_writable, command
 
 USUAL = {"vocab_size": 131072, "hidden_size": 1024, "n_probes": 256, "n_positions": 1}
 AXES = {

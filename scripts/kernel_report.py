@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mlx_flashhead.cli.tables import new_table, show
+from mlx_flashhead.common.tables import new_table, show
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.formats import USUAL_GROUP

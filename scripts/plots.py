@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from mlx_flashhead.benchmarks.head import CANDIDATES, DENSE, LOGITS
 from mlx_flashhead.benchmarks.model import DENSE as DENSE_MODEL
 from mlx_flashhead.benchmarks.model import FLASH_HEAD, NO_HEAD
-from mlx_flashhead.cli.console import command
+from mlx_flashhead.common.command import command
 
 BEST_DENSE = "best dense"
 STYLES = {

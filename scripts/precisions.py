@@ -19,16 +19,18 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # works uninstalled too
 
-from mlx_flashhead.cli.arguments import Parser, whole_number, whole_numbers
-from mlx_flashhead.cli.console import command
-from mlx_flashhead.cli.tables import new_table, percent, show
+from mlx_flashhead.common.arguments import Parser, whole_number, whole_numbers
+from mlx_flashhead.common.command import command
+from mlx_flashhead.common.quantities import percent
+from mlx_flashhead.common.tables import new_table, show
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.measures import Routing, measure
 from mlx_flashhead.conversion.mix import mixed_positions
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.index.files import FlashHeadIndex, read_index
-from mlx_flashhead.models.load import load_dense, resolve
+from mlx_flashhead.models.dense import load_dense
+from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.locate import find_head
 
 OWN, SHARED = "its own", "of 16 bits"

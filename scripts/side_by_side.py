@@ -18,8 +18,9 @@ from rich.text import Text
 from tqdm import tqdm
 
 from mlx_flashhead import FlashHead, get_flash_head
-from mlx_flashhead.benchmarks.timing import Spread, head_seconds
-from mlx_flashhead.cli.tables import new_table, percent
+from mlx_flashhead.common.quantities import percent
+from mlx_flashhead.common.tables import new_table
+from mlx_flashhead.common.timing import Spread, head_seconds
 from mlx_flashhead.models.locate import find_head, recorded_hidden
 
 TITLES = ("dense", "FlashHead")

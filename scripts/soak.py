@@ -25,8 +25,8 @@ if __name__ == "__main__":
 
 from mlx_flashhead.benchmarks.clients import CHAT_PATH, HOST, ServerProcess, ask, question_body
 from mlx_flashhead.benchmarks.server import SENTENCE, TOPICS
-from mlx_flashhead.cli.arguments import Parser, number, whole_number
-from mlx_flashhead.cli.console import command
+from mlx_flashhead.common.arguments import Parser, number, whole_number
+from mlx_flashhead.common.command import command
 
 TOKENS = 24
 FORMS = (

@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
+from ..common.timing import Spread, turns
 from ..models.compat.generate import generate_step, speculative_generate_step
 from ..models.install import dense_copy, installed_head
-from .timing import Spread, turns
 
 NO_DRAFT, DENSE_DRAFT = "no draft", "dense draft"
 PROBES = (8, 16, 32, 64, 128, 256)

@@ -1,7 +1,7 @@
 """The pictures of ``benchmark``."""
 
-from ..cli.pictures import pyplot
-from ..cli.tables import percent
+from ..common.pictures import pyplot
+from ..common.quantities import percent
 from .conversion import TOTAL
 from .head import DENSE as DENSE_HEAD
 from .head import DENSE_FORMS, LOGITS

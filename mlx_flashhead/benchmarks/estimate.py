@@ -5,11 +5,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from ..cli.arguments import whole_number
-from ..cli.console import check_writable
-from ..cli.tables import new_table, show
+from ..common.arguments import whole_number
+from ..common.command import check_writable
+from ..common.tables import new_table, show
 from ..index.files import has_flash_head, read_index
-from ..models.load import load_dense, resolve
+from ..models.dense import load_dense
+from ..models.fetch import resolve
 from .apple_gpu import CONSTANTS, PEAK_GB_S, bandwidth
 from .roofline import (
     SHAPES,

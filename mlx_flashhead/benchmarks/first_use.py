@@ -7,18 +7,18 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from ..companion.cache import HOME_VARIABLE
-from ..companion.load import load
+from ..loading.cache import HOME_VARIABLE
+from ..loading.load import load
 from ..models.generation import stream_generate
 from ..models.install import installed_head
 from .conversion import INDEX_STAGES, TOTAL, stage_times
 
 START, FIRST_TOKEN = "start of Python", "first token"
 STAGES = (
-    ("loading", "companion.load", "load_dense"),
+    ("loading", "loading.load", "load_dense"),
     *INDEX_STAGES,
-    ("writing", "companion.cache", "write_companion"),
-    ("installing", "companion.attach", "install_index"),
+    ("writing", "loading.cache", "write_companion"),
+    ("installing", "loading.attach", "install_index"),
     (FIRST_TOKEN, "benchmarks.first_use", "answer"),
 )
 

@@ -7,13 +7,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..common.timing import ColdCaches, Spread, in_turns, on_batch
 from ..head.centroids import Centroids
 from ..head.flash_head import FlashHead
 from ..head.formats import USUAL_GROUP, affine_group
 from ..head.matrix import Matrix
 from ..head.portable import blocked_product, in_blocks
 from . import roofline
-from .timing import ColdCaches, Spread, in_turns, on_batch
 
 SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in roofline.SHAPES.items()}
 CLUSTER_SIZE = 16

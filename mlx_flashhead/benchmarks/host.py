@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..common.timing import Spread, turns
 from ..head.flash_head import FlashHead
 from ..head.kernels import MetalSteps
 from ..models.compat.replaced import replaced
-from .timing import Spread, turns
 
 CALLS = 200  # of a run; its time is their median, since other processes take turns with this one
 DENSE, LOGITS, TOKEN = "dense", "FlashHead full logits", "FlashHead token"

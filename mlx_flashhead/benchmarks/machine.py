@@ -11,9 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..common.timing import in_turns
 from ..head.blas import blas_name
 from .apple_gpu import PEAK_GB_S
-from .timing import in_turns
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")
 

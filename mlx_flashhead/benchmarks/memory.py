@@ -15,10 +15,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..companion.load import load
 from ..head.formats import USUAL_GROUP
+from ..loading.load import load
+from ..models.dense import load_dense
+from ..models.fetch import resolve
 from ..models.install import install, installed_head
-from ..models.load import load_dense, resolve
 from .head import CLUSTER_SIZE, random_centroids
 
 DENSE, FLASH_HEAD = "dense", "FlashHead"

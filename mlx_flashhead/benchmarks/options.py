@@ -2,10 +2,10 @@
 
 import argparse
 
-from ..cli.arguments import Parser, whole_number, whole_numbers
-from ..companion.look_up import add_look_up_options
+from ..common.arguments import Parser, whole_number, whole_numbers
 from ..conversion.options import IndexOptions
 from ..conversion.quantization import HEAD_BITS
+from ..loading.look_up import add_look_up_options
 from . import estimate
 from .draft import PROBES
 from .head import SHAPES

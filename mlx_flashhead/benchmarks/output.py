@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from ..cli.tables import new_table, percent, show
+from ..common.quantities import percent
+from ..common.tables import new_table, show
 from .conversion import TOTAL
 from .head import CANDIDATES, LOGITS, TOKEN
 from .head import DENSE as DENSE_HEAD

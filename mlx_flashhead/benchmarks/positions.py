@@ -5,9 +5,9 @@ from functools import partial
 
 import mlx.core as mx
 
+from ..common.timing import ColdCaches, Spread, in_turns, on_batch
 from ..head.flash_head import FlashHead
 from .head import DENSE, LOGITS, Form, form_of, forms, in_batches
-from .timing import ColdCaches, Spread, in_turns, on_batch
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 DENSE_PATH = "FlashHead above max_positions"

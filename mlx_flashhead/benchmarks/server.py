@@ -16,8 +16,8 @@ from threading import Lock, Thread
 
 from tqdm import tqdm
 
+from ..common.timing import Spread
 from .clients import ServerProcess, ask
-from .timing import Spread
 
 FLASH_HEAD, DENSE, MLX_LM = "FlashHead", "dense", "mlx_lm.server"
 CLIENTS = (1, 4, 8, 16)

@@ -3,7 +3,7 @@
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ..cli.tables import new_table
+from ..common.tables import new_table
 from .server import FLASH_HEAD, MLX_LM
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..benchmarks.timing import Spread, head_seconds
+from ..common.timing import Spread, head_seconds
 from ..models.compat.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from ..models.generation import stream_generate
 from ..models.install import get_flash_head

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TypedDict
 
-from ..index.new_folder import new_file
+from ..common.new_folder import new_file
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 KEY = "messages"

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..cli.console import sentence
-from ..cli.tables import percent
-from ..cli.terminal import StopKey, Terminal
-from ..cli.typed import Typed
+from ..common.command import sentence
+from ..common.quantities import percent
+from ..common.terminal import StopKey, Terminal
+from ..common.user_input import UserInput
 from ..models.install import get_flash_head
 from .conversation import LENGTH, STOPPED, Answer, Conversation
-from .kept import keep
 from .messages import USER, Message, read_conversation, write_conversation
+from .storage import keep
 
 COMMANDS = {
     "/help": "what can be typed (or h)",
@@ -79,10 +79,10 @@ class Talk:
                     raise
                 self.terminal.say("\n/exit or Ctrl-D leaves.")
 
-    def _is_end(self, typed: Typed) -> bool:
+    def _is_end(self, typed: UserInput) -> bool:
         return typed.plain and ALIASES.get(typed.text.strip(), typed.text.strip()) == "/exit"
 
-    def _do(self, typed: Typed) -> None:
+    def _do(self, typed: UserInput) -> None:
         line = ALIASES.get(typed.text.strip(), typed.text) if typed.plain else typed.text
         try:
             if typed.plain and line.startswith("/"):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
-from ..cli.arguments import Type, check, number, one_of, whole_number
+from ..common.arguments import Type, check, number, one_of, whole_number
+from ..common.repository_name import full_name
 from ..models.compat.convert import MODEL_CONVERSION_DTYPES
-from ..publishing.hub import full_name
 from .calibration import read_text
 from .probes import Goals
 from .quantization import HEAD_BITS, check_form

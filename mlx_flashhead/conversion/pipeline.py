@@ -12,15 +12,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from ..common.new_folder import new_folder
+from ..common.repository_name import full_name
 from ..head.matrix import Matrix
 from ..index.files import CONFIG_KEY, FlashHeadIndex, write_companion, write_index
-from ..index.new_folder import new_folder
 from ..index.settings import FlashHeadConfig
 from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 from ..models.compat.utils import dequantize_model, save
-from ..models.load import load_dense, resolve
+from ..models.dense import load_dense
+from ..models.fetch import resolve
 from ..models.locate import HeadLocation, check_plain_product, find_head
-from ..publishing.hub import full_name, reserve, sign_in
+from ..publishing.hub import reserve, sign_in
 from ..publishing.origin import card_metadata, find_origin
 from ..publishing.publish import (
     add_documents,

@@ -12,7 +12,7 @@ from io import StringIO
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..cli.arguments import check, one_of
+from ..common.arguments import check, one_of
 from ..head.formats import AFFINE, AFFINE_BITS, FORMATS, affine_group
 from ..models.compat.convert import mixed_quant_predicate_builder
 from ..models.compat.utils import dequantize_model, quantize_model

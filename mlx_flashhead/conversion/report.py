@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..cli.tables import percent
+from ..common.quantities import percent
 from .measures import Measures, PositionMeasures
 from .positions import Positions
 from .probes import Choice, Goals

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from ..cli.pictures import pyplot
-from ..cli.tables import new_table, percent, show
+from ..common.pictures import pyplot
+from ..common.quantities import percent
+from ..common.tables import new_table, show
 from .answers import AnswerEvaluation
 from .masks import MaskEvaluation
 from .precision import PrecisionEvaluation

@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from ..benchmarks.timing import Spread
-from ..cli.extras import from_extra
+from ..common.extras import from_extra
+from ..common.timing import Spread
 from ..models.generation import batch_generate
 from ..models.install import installed_head
 from ..models.sampling import make_sampler

@@ -1,6 +1,6 @@
 """Whether an index serves the rows of a model."""
 
-from ..cli.tables import percent
+from ..common.quantities import percent
 from ..head.matrix import Matrix
 from .files import FlashHeadIndex
 

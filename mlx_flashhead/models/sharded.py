@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from .compat.utils import sharded_load as load_part
-from .load import reason
+from .fetch import reason
 
 
 def load_dense_part(

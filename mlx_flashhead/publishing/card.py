@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..cli.tables import percent
+from ..common.quantities import percent
 from ..index.files import FILE_NAME, is_companion
 from ..index.settings import FlashHeadConfig
 from .licences import Licence, changes_in

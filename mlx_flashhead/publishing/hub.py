@@ -10,14 +10,12 @@ from textwrap import shorten
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import validate_repo_id
 
+from ..common.redaction import redact, redacted_logs
 from ..index.files import is_companion
-from ..index.redaction import redact, redacted_logs
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
@@ -53,23 +51,6 @@ def sign_in() -> str:
             f"{LOGIN}."
         )
     return account["name"]
-
-
-def full_name(name: str, user: str) -> str:
-    """ "owner/name" of a repository that may be named without its owner.
-
-    Raises:
-        ValueError: If the Hub does not allow the name.
-    """
-    repo_id = name if "/" in name else f"{user}/{name}"
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise ValueError(
-            f"{name!r} is not a name of a repository: give OWNER/NAME of letters, digits, '-', '_' "
-            "and '.', at most 96 of them."
-        ) from None
-    return repo_id
 
 
 def reserve(repo_id: str, user: str, private: bool = False) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..common.redaction import holds_secret
+from ..common.repository_name import full_name
 from ..head.formats import AFFINE
 from ..head.matrix import Matrix
 from ..index.files import read_index
-from ..index.redaction import holds_secret
 from ..index.settings import FlashHeadConfig
 from . import hub, licences
 from .card import text_below_marker, write_card
@@ -108,7 +109,7 @@ def publish(
     name = repo or config.recipe.get("name")
     if name is None:
         raise ValueError(f"{folder} does not hold its own name: give it by --repo OWNER/NAME.")
-    repo_id = hub.full_name(name, user)
+    repo_id = full_name(name, user)
     licences.check_name(licence, repo_id)
     check_secrets(folder)
     address = hub.reserve(repo_id, user, private)

@@ -2,9 +2,9 @@
 
 import argparse
 
-from ..cli.arguments import Parser, json_object, number, one_of, share, whole_number
-from ..companion.look_up import add_look_up_options
-from .network_options import add_network_options
+from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
+from ..loading.look_up import add_look_up_options
+from .network.network_options import add_network_options
 
 
 def make_parser() -> Parser:

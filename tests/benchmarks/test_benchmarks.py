@@ -37,7 +37,7 @@ from mlx_flashhead.benchmarks.model import (
 from mlx_flashhead.benchmarks.positions import DENSE_PATH, crossover, positions_benchmark
 from mlx_flashhead.benchmarks.sampler import MLX_LM, OURS, sampler_benchmark, zipf_logprobs
 from mlx_flashhead.benchmarks.sampler import SAMPLERS as TIMED_SAMPLERS
-from mlx_flashhead.benchmarks.timing import in_turns
+from mlx_flashhead.common.timing import in_turns
 from mlx_flashhead.models.install import install
 from model_folders import write_model
 from tiny_models import VOCAB_SIZE, tiny_index, tiny_model

@@ -5,8 +5,8 @@ from functools import partial
 from mlx_flashhead.benchmarks import first_use
 from mlx_flashhead.benchmarks.machine import machine
 from mlx_flashhead.benchmarks.output import print_result
-from mlx_flashhead.companion import build
 from mlx_flashhead.conversion.options import IndexOptions
+from mlx_flashhead.loading import build
 from model_folders import write_model
 
 BUILDING = {"given text", "written text", "clustering", "centroids", "report", "writing"}

@@ -7,7 +7,7 @@ from mlx_lm.sample_utils import make_sampler
 import mlx_flashhead
 from mlx_flashhead.chatting import conversation as module
 from mlx_flashhead.chatting.conversation import LENGTH, STOP, STOPPED, Answer, Conversation
-from mlx_flashhead.models.load import load_dense
+from mlx_flashhead.models.dense import load_dense
 from model_folders import VOCAB_SIZE, write_model, write_tokenizer
 from tiny_models import tiny_model
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlx_flashhead.companion import cache
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME
+from mlx_flashhead.loading import cache
 from mlx_flashhead.models.locate import find_head
 from tiny_models import tiny_index, tiny_model
 

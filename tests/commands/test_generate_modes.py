@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_flashhead
-from mlx_flashhead.companion.load import DRAFT_SHARE
+from mlx_flashhead.loading.load import DRAFT_SHARE
 from model_folders import VOCAB_SIZE, write_tokenizer
 from model_pair import make_pair, uncached
 from remote_code import write_remote_model

@@ -12,7 +12,7 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.index.files import write_companion
-from mlx_flashhead.models.load import load_dense
+from mlx_flashhead.models.dense import load_dense
 from model_folders import VOCAB_SIZE
 from server_process import CHECKOUT, serving
 from tiny_models import tiny_index

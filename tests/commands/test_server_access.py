@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from mlx_flashhead.serving.access import is_token
-from mlx_flashhead.serving.network_options import access_of, check_network_options
+from mlx_flashhead.serving.network.access import is_token
+from mlx_flashhead.serving.network.network_options import access_of, check_network_options
 from mlx_flashhead.serving.options import make_parser
 
 

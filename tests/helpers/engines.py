@@ -3,11 +3,11 @@
 from queue import SimpleQueue
 
 import mlx_flashhead
-from mlx_flashhead.serving.engine import Engine
-from mlx_flashhead.serving.job import Failure, Job, Token
-from mlx_flashhead.serving.prompts import Prompt
-from mlx_flashhead.serving.requests import read_request
-from mlx_flashhead.serving.sampling import sampler_for
+from mlx_flashhead.serving.engine.engine import Engine
+from mlx_flashhead.serving.engine.job import Failure, Job, Token
+from mlx_flashhead.serving.engine.prompts import Prompt
+from mlx_flashhead.serving.protocol.requests import read_request
+from mlx_flashhead.serving.protocol.sampling import sampler_for
 from served_models import flags
 
 LONG = [2 + (7 * i) % 250 for i in range(400)]

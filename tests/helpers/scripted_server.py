@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
 
-from mlx_flashhead.serving import guard
-from mlx_flashhead.serving.access import Access
-from mlx_flashhead.serving.connections import LimitedServer
-from mlx_flashhead.serving.guard import GuardedHandler
-from mlx_flashhead.serving.problems import Problem
+from mlx_flashhead.serving.network import guard
+from mlx_flashhead.serving.network.access import Access
+from mlx_flashhead.serving.network.connections import LimitedServer
+from mlx_flashhead.serving.network.guard import GuardedHandler
+from mlx_flashhead.serving.protocol.errors import Problem
 
 # The name of a machine on a network: plain http, so no secure context. The browser maps it here.
 LAN_NAME = "studio.local"

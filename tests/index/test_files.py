@@ -18,8 +18,8 @@ from mlx_flashhead.index.files import (
     write_companion,
     write_index,
 )
+from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.install import get_flash_head
-from mlx_flashhead.models.load import load_dense
 from model_folders import write_model
 from tiny_models import tiny_index
 

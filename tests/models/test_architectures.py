@@ -23,8 +23,8 @@ from architecture_models import (
 )
 from emulated_mlx_lm import emulated
 from form_checks import CLUSTER_SIZE, check_form, close
-from mlx_flashhead.companion.load import load
 from mlx_flashhead.conversion.pipeline import convert
+from mlx_flashhead.loading.load import load
 from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.exact import exact_processors
 from mlx_flashhead.models.install import get_flash_head, install

@@ -11,9 +11,10 @@ from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 from kernel_cases import kernels
 from mlx_flashhead import generate, get_flash_head, make_sampler, stream_generate
 from mlx_flashhead.head.greedy import GreedyTokens
+from mlx_flashhead.loading.attach import install_index
+from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.greedy import decodes_greedily
 from mlx_flashhead.models.install import detach
-from mlx_flashhead.models.load import install_index, load_dense
 from model_folders import write_model
 from tiny_models import tiny_index
 

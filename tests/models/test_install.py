@@ -10,8 +10,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
+from mlx_flashhead.loading.attach import install_index
 from mlx_flashhead.models.install import dense_copy, detach, get_flash_head, install
-from mlx_flashhead.models.load import install_index
 from mlx_flashhead.models.locate import find_head, recorded_hidden
 from tiny_models import tiny_index, tiny_model
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mlx_flashhead import convert, load
-from mlx_flashhead.models.load import load_dense
+from mlx_flashhead.models.dense import load_dense
 from model_folders import write_model
 from side_by_side import answers, captured_states, compare
 

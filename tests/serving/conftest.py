@@ -7,8 +7,8 @@ import pytest
 import mlx_flashhead
 from chain_models import write_chain_model
 from engines import running
-from mlx_flashhead.serving import reading
-from mlx_flashhead.serving.served import Catalogue
+from mlx_flashhead.serving.catalogue import Catalogue
+from mlx_flashhead.serving.engine import prefill
 from model_folders import write_model
 from served_models import served_model
 
@@ -96,12 +96,12 @@ def drafting(random_model):
 def chunks(monkeypatch):
     """(thread-safe) list of the chunks that are read, each of which takes a moment."""
     read = []
-    compute = reading.Reading._compute
+    compute = prefill.Reading._compute
 
     def slow(self, tokens):
         read.append((self.job, tokens.size))
         time.sleep(0.02)
         compute(self, tokens)
 
-    monkeypatch.setattr(reading.Reading, "_compute", slow)
+    monkeypatch.setattr(prefill.Reading, "_compute", slow)
     return read

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.serving.logprobs import TokenNames
+from mlx_flashhead.serving.protocol.logprobs import TokenNames
 from model_folders import VOCAB_SIZE
 from server_process import serving
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.network.access import Access
 from page_actions import TOKEN
 from scripted_server import LAN_NAME, scripted_server
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from mlx_flashhead.serving.page_files import FOLDER
+from mlx_flashhead.serving.network.page_files import FOLDER
 
 VENDOR = FOLDER / "vendor"
 LISTED = json.loads((VENDOR / "vendored.json").read_text())

@@ -1,1 +1,0 @@
-"""Shared by the commands: arguments, errors, tables, pictures, the terminal, processes."""

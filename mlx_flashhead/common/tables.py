@@ -1,0 +1,74 @@
+"""Tables of the commands, of one look. They fit 80 columns or are as wide as their figures."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from .extras import from_extra
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+UNLIMITED = 10_000  # columns of a table when its width is measured
+
+
+def new_table(
+    title: str | None,
+    headings: Sequence[str],
+    caption: str | None = None,
+    *,
+    left: int = 1,
+    padding: tuple[int, int, int, int] = (0, 1, 0, 0),
+) -> "Table":
+    """An empty table; ``add_row`` and ``add_section`` fill it.
+
+    Args:
+        title: Text above the table.
+        headings: Headings of the columns.
+        caption: Text below the table.
+        left: Number of columns of words. The others hold figures, aligned on the right.
+        padding: Of each cell: top, right, bottom, left.
+
+    Raises:
+        ValueError: If rich is not installed.
+    """
+    table = _rich("table").Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=_rich("box").SIMPLE,
+        padding=padding,
+    )
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if column < left else "right", no_wrap=True)
+    return table
+
+
+def show(*parts: "Table | str") -> None:
+    """Prints tables, and lines of text between them.
+
+    No figure is cut off: a table is as wide as the screen, or wider unless it has a column that
+    folds.
+    """
+    console = _rich("console").Console(highlight=False)
+    screen = console.width
+    for part in parts:
+        console.width = screen
+        if not isinstance(part, str) and all(column.no_wrap for column in part.columns):
+            console.width = UNLIMITED
+            console.width = max(screen, console.measure(part).maximum)
+        console.print(part, markup=False)
+
+
+def check_tables(command: str) -> None:
+    """Checks, before long work, that a command can print its tables.
+
+    Raises:
+        ValueError: If rich is not installed.
+    """
+    from_extra("rich", "report", command)
+
+
+def _rich(name: str) -> ModuleType:
+    return from_extra(f"rich.{name}", "report", "A table")

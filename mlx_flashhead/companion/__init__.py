@@ -1,1 +1,0 @@
-"""A FlashHead apart from its model: found, built at first use, kept, and attached."""

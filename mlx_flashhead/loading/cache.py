@@ -1,0 +1,178 @@
+"""The FlashHeads that were built on this machine, found by the rows of the model's head.
+
+Each is a folder, written completely or not at all. Its name is the fingerprint of the rows and the
+version of the recipe, so a moved or renamed model finds its own.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from filelock import FileLock, Timeout
+
+from ..common.new_folder import new_folder
+from ..head.matrix import Matrix
+from ..index.files import FlashHeadIndex, read_index, read_settings, write_companion
+from ..index.fit import check_fit
+from ..index.settings import FlashHeadConfig
+from .look_up import Found
+
+HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
+# Version of the recipe. A new one builds all FlashHeads again.
+RECIPE = 1
+_NAME_LENGTH = 24  # of the 64 characters of a fingerprint
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kept FlashHead.
+
+    Attributes:
+        folder: Its folder.
+        config: Its settings; None if it is damaged.
+    """
+
+    folder: Path
+    config: FlashHeadConfig | None
+
+    @property
+    def nbytes(self) -> int:
+        """Its size on the disk."""
+        return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+
+    @property
+    def built_at(self) -> float:
+        """When it was built, in seconds of the epoch."""
+        return self.folder.stat().st_mtime
+
+
+def home() -> Path:
+    """The folder of kept FlashHeads: ``$MLX_FLASHHEAD_HOME``, else ``~/.cache/mlx_flashhead``."""
+    named = os.environ.get(HOME_VARIABLE)
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "mlx_flashhead"
+
+
+def entries() -> list[Entry]:
+    """All kept FlashHeads, the latest first."""
+    folders = [folder for folder in _shelf().glob("[!.]*") if folder.is_dir()]
+    found = []
+    for folder in folders:
+        try:
+            found.append(Entry(folder, read_settings(folder)))
+        except (ValueError, OSError):
+            found.append(Entry(folder, None))
+    return sorted(found, key=lambda entry: entry.built_at, reverse=True)
+
+
+def place_of(rows: Matrix) -> Path:
+    """The place of these rows' FlashHead, which may not exist yet."""
+    return _shelf() / f"{rows.fingerprint()[:_NAME_LENGTH]}-{RECIPE}"
+
+
+def find(rows: Matrix, say: Say) -> Found | None:
+    """The FlashHead that was built for these rows, or for another form of them.
+
+    Args:
+        rows: A model's, in token order.
+        say: Called with a sentence for a damaged entry, which counts as missing.
+    """
+    own = place_of(rows)
+    try:
+        index = _read(own, say) if own.is_dir() else None
+        return _nearest(rows, own) if index is None else Found(index, str(own))
+    except OSError:  # what cannot be read is not there
+        return None
+
+
+def keep(index: FlashHeadIndex, place: Path) -> None:
+    """Keeps a FlashHead and replaces a damaged one in its place.
+
+    Raises:
+        OSError: If it cannot be written. Nothing is left behind.
+        ValueError: The same, in a sentence.
+    """
+    with new_folder(place) as folder:
+        write_companion(folder, index)
+
+
+def obstacle(place: Path, nbytes: int) -> str | None:
+    """Why a FlashHead of about that size cannot be kept in ``place``; None if it can."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=place.parent):
+            pass
+        if shutil.disk_usage(place.parent).free < nbytes:
+            return os.strerror(errno.ENOSPC)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def remove(entry: Entry) -> None:
+    """Deletes a FlashHead."""
+    shutil.rmtree(entry.folder)
+
+
+@contextmanager
+def one_at_a_time(place: Path, say: Say) -> Iterator[None]:
+    """Within the block, no other process builds the FlashHead of ``place``.
+
+    Without a writable place there is no lock.
+
+    Args:
+        place: The FlashHead's place.
+        say: Called with a sentence before it waits for another process.
+    """
+    lock = FileLock(home() / "locks" / f"{place.name}.lock")
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say("Another process is building the FlashHead of this model: waiting for it.")
+            lock.acquire()
+    except OSError:
+        yield
+        return
+    with lock:
+        lock.release()  # the block holds the lock itself
+        yield
+
+
+def _shelf() -> Path:
+    return home() / "flash_heads"
+
+
+def _nearest(rows: Matrix, own: Path) -> Found | None:
+    """The entry with the nearest rows, if any are near enough."""
+    best, best_cosine = None, 0.0
+    for entry in entries():
+        of_this_recipe = entry.folder.name.endswith(f"-{RECIPE}") and entry.folder != own
+        if not of_this_recipe or entry.config is None or entry.config.vocab_size != rows.n_rows:
+            continue
+        index = _read(entry.folder, lambda _: None)
+        try:
+            if index is None or index.hidden_size != rows.hidden_size:
+                continue
+            check_fit(index, rows, str(entry.folder))
+        except ValueError:
+            continue
+        cosine = index.sketch.likeness(rows).cosine
+        if cosine > best_cosine:
+            best, best_cosine = Found(index, str(entry.folder)), cosine
+    return best
+
+
+def _read(folder: Path, say: Say) -> FlashHeadIndex | None:
+    try:
+        return read_index(folder)
+    except (ValueError, OSError) as error:
+        say(f"{str(error).partition(': ')[0]}: it is built again.")
+        return None

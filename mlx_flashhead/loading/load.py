@@ -1,0 +1,203 @@
+"""Loads any model of mlx-lm and attaches a FlashHead."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..index.files import FILE_NAME
+from ..models.dense import load_dense
+from ..models.fetch import resolve
+from ..models.install import get_flash_head
+from ..models.sharded import load_dense_part
+from ..publishing.origin import local_origin
+from .attach import BUILD, DENSE, REFUSE, install_found, teller
+from .look_up import given, inside
+
+# A draft model's probes, as a share of its own number.
+DRAFT_SHARE = 1 / 4
+
+
+def load(
+    path_or_hf_repo: str,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    flash_head: str | Path | None = None,
+    build: bool = True,
+    n_probes: int | None = None,
+    backend: str | None = None,
+    progress: bool = True,
+):
+    """Loads a model with a FlashHead; takes ``mlx_lm.load``'s arguments and more.
+
+    It takes the given FlashHead, else the one in the model's folder, else the one that was built
+    for this model before. Otherwise it builds one and keeps it.
+
+    Args:
+        path_or_hf_repo: A local folder or a Hugging Face repository: any model that mlx-lm loads.
+        tokenizer_config: Passed to the tokenizer.
+        model_config: Overrides of the model's configuration.
+        adapter_path: LoRA adapters of the body; an adapted head must be fused first.
+        lazy: Load the body's weights when they are first used.
+        return_config: Also return the model's configuration.
+        revision: Branch, tag or commit of the repository.
+        trust_remote_code: Allow the repository's own Python code.
+        flash_head: A folder or a Hugging Face repository of a FlashHead.
+        build: Build a FlashHead if there is none, once, in a few minutes.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
+        backend: "metal", "mlx" or None to choose.
+        progress: Print steps and bars on standard error.
+
+    Returns:
+        ``(model, tokenizer)``, with the configuration as a third item if asked for.
+
+    Raises:
+        ValueError: If the model does not exist, if there is no FlashHead and none may be built, if
+            it is damaged or belongs to another model, or if an argument is not valid.
+    """
+    loaded = load_or(
+        BUILD if build else REFUSE,
+        resolve(path_or_hf_repo, revision),
+        flash_head=flash_head,
+        n_probes=n_probes,
+        backend=backend,
+        progress=progress,
+        tokenizer_config=tokenizer_config,
+        model_config=model_config,
+        adapter_path=adapter_path,
+        lazy=lazy,
+        trust_remote_code=trust_remote_code,
+    )
+    return loaded if return_config else loaded[:2]
+
+
+def load_or(
+    missing: str,
+    folder: Path,
+    *,
+    flash_head: str | Path | None = None,
+    n_probes: int | None = None,
+    backend: str | None = None,
+    progress: bool = True,
+    **options: Any,
+):
+    """Loads a model as :func:`load` does, with a choice for a missing FlashHead.
+
+    Args:
+        missing: The choice, as in :func:`install_found`.
+        folder: The model's folder.
+        flash_head: A folder or a Hugging Face repository of a FlashHead.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
+        backend: "metal", "mlx" or None to choose.
+        progress: Print steps and bars on standard error.
+        **options: Options of ``mlx_lm.load``.
+
+    Returns:
+        ``(model, tokenizer, config)``.
+
+    Raises:
+        ValueError: As in :func:`load`.
+    """
+    say = teller(progress)
+    found = given(flash_head) or inside(folder, say)
+    model, tokenizer, config = load_dense(folder, **options)
+    install_found(
+        model, tokenizer, found, local_origin(folder),
+        n_probes=n_probes, backend=backend, missing=missing, progress=progress, say=say,
+    )  # fmt: skip
+    return model, tokenizer, config
+
+
+def load_draft(
+    path_or_hf_repo: str, *, n_probes: int | None = None, trust_remote_code: bool = False
+):
+    """Loads a draft model, with its FlashHead if it has one. It builds none.
+
+    The target verifies each draft, so fewer probes cost no exactness. By default a head drafts with
+    a quarter of its own number.
+
+    Args:
+        path_or_hf_repo: A local folder or a Hugging Face repository.
+        n_probes: Clusters that its FlashHead scores per token.
+        trust_remote_code: Allow the repository's own Python code.
+
+    Returns:
+        ``(model, tokenizer)``.
+
+    Raises:
+        ValueError: As in :func:`load`. Also if a number of probes is given without a FlashHead.
+    """
+    model, tokenizer, _ = load_or(
+        DENSE, resolve(path_or_hf_repo), n_probes=n_probes, trust_remote_code=trust_remote_code
+    )
+    head = get_flash_head(model)
+    if head is None:
+        if n_probes is not None:
+            raise ValueError(
+                f"{path_or_hf_repo} has no FlashHead, so it drafts without probes: leave "
+                "--draft-probes out."
+            )
+    elif n_probes is None:
+        head.n_probes = max(1, round(head.n_probes * DRAFT_SHARE))
+    return model, tokenizer
+
+
+def sharded_load(
+    path_or_hf_repo: str,
+    pipeline_group: mx.distributed.Group | None = None,
+    tensor_group: mx.distributed.Group | None = None,
+    return_config: bool = False,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    flash_head: str | Path | None = None,
+    n_probes: int | None = None,
+    backend: str | None = None,
+    progress: bool = True,
+):
+    """Loads this process's part of a model: ``mlx_lm.utils.sharded_load`` with a FlashHead.
+
+    Several processes do not build a FlashHead. It is given, in the model's folder, or was built
+    before by a single process.
+
+    Args:
+        path_or_hf_repo: A folder at the same place on each machine, or a Hugging Face repository.
+        pipeline_group: The processes that share the layers out.
+        tensor_group: The processes that share each layer. Without either group all processes share
+            the model in the way that it supports, tensor first.
+        return_config: Also return the model's configuration.
+        tokenizer_config: Passed to the tokenizer.
+        trust_remote_code: Allow the repository's own Python code.
+        flash_head: A folder or a Hugging Face repository of a FlashHead.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
+        backend: "metal", "mlx" or None to choose.
+        progress: Print steps on standard error.
+
+    Returns:
+        ``(model, tokenizer)``, with the configuration as a third item if asked for.
+
+    Raises:
+        ValueError: If the model cannot be split in this way, if its head is split over the
+            vocabulary, or as in :func:`load`.
+    """
+    say = teller(progress)
+    folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
+    found = given(flash_head) or inside(folder, say)
+    model, tokenizer, config = load_dense_part(
+        path_or_hf_repo,
+        pipeline_group,
+        tensor_group,
+        tokenizer_config=tokenizer_config,
+        trust_remote_code=trust_remote_code,
+    )
+    install_found(
+        model, tokenizer, found, local_origin(folder),
+        n_probes=n_probes, backend=backend, missing=REFUSE, progress=progress, say=say,
+    )  # fmt: skip
+    return (model, tokenizer, config) if return_config else (model, tokenizer)

@@ -1,0 +1,76 @@
+"""Loads dense models by mlx-lm, with its errors as one sentence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import mlx_lm
+
+from ..index.files import is_companion
+from .compat.utils import load_adapters
+from .fetch import reason
+
+
+def load_dense(folder: Path, **kwargs: Any):
+    """``mlx_lm.load`` of a local folder: the dense model, its tokenizer and its configuration.
+
+    Raises:
+        ValueError: If mlx-lm cannot load it, in one sentence.
+    """
+    if is_companion(folder):
+        raise ValueError(
+            f"{folder} is a FlashHead without its model: give it as --flash-head, and the model it "
+            "was made for as --model."
+        )
+    adapter_path = kwargs.pop("adapter_path", None)
+    with loading(folder):
+        loaded: Any = mlx_lm.load(str(folder), return_config=True, **kwargs)
+    model, tokenizer, config = loaded
+    if adapter_path is not None:
+        model = _adapted(model, adapter_path)
+    return model, tokenizer, config
+
+
+def _adapted(model: nn.Module, adapter_path: str) -> nn.Module:
+    """The model with LoRA adapters, as ``mlx_lm.load`` puts them on it.
+
+    Raises:
+        ValueError: If there are none, or they do not fit the model.
+    """
+    try:
+        model = load_adapters(model, adapter_path)
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): check "
+            "--adapter-path."
+        ) from error
+    model.eval()
+    return model
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Within the block mlx-lm loads ``folder``, and its errors become one sentence.
+
+    Raises:
+        ValueError: If mlx-lm fails.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != 1:  # the user ended the program
+            raise
+        # mlx-lm's code of some architectures exits where a package is missing
+        raise ValueError(
+            f"mlx-lm cannot load the model in {folder}, for the reason printed above: install the "
+            "missing package, or use another model."
+        ) from error
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        remedy = "check or fetch it again"
+        if "trust_remote_code" in str(error):
+            remedy = "if you trust its code, add --trust-remote-code"
+        raise ValueError(
+            f"mlx-lm cannot load the model in {folder} ({reason(error)}): {remedy}."
+        ) from error

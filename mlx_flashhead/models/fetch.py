@@ -1,0 +1,84 @@
+"""Fetches models: the folder of a path, or of a repository on the Hugging Face Hub."""
+
+from pathlib import Path
+from textwrap import shorten
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..common.redaction import redact
+from ..index.files import FILE_NAME
+from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
+
+
+def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
+    """The local folder of a model: itself, or its download from the Hugging Face Hub.
+
+    Args:
+        path_or_repo: The folder or the repository.
+        revision: Branch, tag or commit of the repository.
+        files: Patterns of what to download; default: the whole checkpoint.
+
+    Raises:
+        ValueError: If neither the folder nor the repository exists.
+    """
+    if not str(path_or_repo):
+        raise ValueError("The name of the model is empty: give a folder or a repository.")
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{path_or_repo} is a folder, which has no revision {revision!r}: leave it out."
+            )
+        return path
+    if path.exists():
+        raise ValueError(f"{path_or_repo} is a file: name its folder instead.")
+    if len(path.parts) > 2 or path.is_absolute() or str(path_or_repo).startswith((".", "~")):
+        raise ValueError(f"There is no folder {path_or_repo}: check the path of the model.")
+    try:
+        return download(
+            str(path_or_repo),
+            revision=revision,
+            allow_patterns=files or [*DEFAULT_ALLOW_PATTERNS, FILE_NAME],
+        )
+    except Exception as error:  # the Hub's client raises many unrelated types
+        # the error's own text may hold the token
+        raise ValueError(_not_given(str(path_or_repo), revision, error)) from None
+
+
+def _not_given(name: str, revision: str | None, error: Exception) -> str:
+    """A sentence on a repository that cannot be downloaded."""
+    missing = f"There is no folder {name!r} here, and"
+    if isinstance(error, GatedRepoError):
+        page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
+        return f"{name} is gated: ask for access on {page}, then log in with `hf auth login`."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{missing} no such repository on the Hugging Face Hub: check the name, or log in with "
+            "`hf auth login` if it is private."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"The repository {name} has no revision {revision!r}: its page lists them."
+    if isinstance(error, HFValidationError):
+        return f"{missing} it cannot be a repository: give a folder or OWNER/NAME."
+    if isinstance(error, LocalEntryNotFoundError):
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            return (
+                f"{missing} it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
+            )
+        return f"{missing} the Hugging Face Hub cannot be reached: check the network and the name."
+    return (
+        f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check the name and "
+        "the network."
+    )
+
+
+def reason(error: Exception) -> str:
+    """The error's message as one short line without secrets."""
+    return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__

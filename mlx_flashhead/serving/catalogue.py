@@ -1,0 +1,233 @@
+"""The models that are served: loaded at the start, known to clients by their names."""
+
+import logging
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import mlx.core as mx
+import mlx.nn as nn
+from jinja2 import meta
+
+from ..head.flash_head import FlashHead
+from ..loading.attach import BUILD, DENSE, REFUSE
+from ..loading.load import load_draft, load_or
+from ..models.compat.cache import KVCache, make_prompt_cache
+from ..models.dense import load_dense
+from ..models.errors import UnsupportedHeadError
+from ..models.exact import Processor, exact_processors
+from ..models.fetch import resolve
+from ..models.install import get_flash_head
+
+# mlx-lm's word for the model of --model
+DEFAULT_NAME = "default_model"
+# For a model whose configuration and tokenizer do not give its context.
+UNKNOWN_CONTEXT = 32768
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+# Variables that the server or the tokenizer gives a template.
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
+_GENERATION_TAG = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A model in memory.
+
+    Attributes:
+        names: Its names for clients. Answers carry the first.
+        model: The model, with a FlashHead or dense.
+        tokenizer: mlx-lm's wrapper.
+        draft_model: Drafts tokens for it, if there is one.
+        context: Tokens of a prompt and its answer together.
+        template_arguments: Settings of its chat template from the server's flags.
+        dense: Whether every token is scored unless a request says otherwise.
+        head: Its FlashHead, None if it is dense.
+        n_probes: Clusters scored unless a request says otherwise, None if it is dense.
+        vocab_size: Tokens V.
+        batchable: Whether several sequences can be decoded at once.
+        cuttable: Whether its caches can always be cut back to their beginning.
+        template_settings: Names that its chat template takes from ``chat_template_kwargs``.
+        longest_token: Characters of the longest token.
+        exact: Makes a sequence's logits processors exact, if the model allows it.
+    """
+
+    names: tuple[str, ...]
+    model: nn.Module
+    tokenizer: Any
+    draft_model: nn.Module | None
+    context: int
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    dense: bool = False
+
+    def __post_init__(self):
+        self.head: FlashHead | None = get_flash_head(self.model)
+        self.n_probes: int | None = None
+        if self.head is not None:
+            self.n_probes = self.head.n_clusters if self.dense else self.head.n_probes
+        caches = make_prompt_cache(self.model)
+        self.cuttable = all(type(cache) is KVCache for cache in caches)
+        self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
+        # reads a shape, so nothing is computed
+        self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
+        self.template_settings = template_settings(self.tokenizer)
+        self.longest_token = max(map(len, self.tokenizer.get_vocab()))
+        self.exact: Callable[[list[Processor]], list[Processor]] = partial(
+            exact_processors, model=self.model, draft_model=self.draft_model
+        )
+        try:
+            self.exact([lambda _, logits: logits])  # computes and keeps the parts for all requests
+        except UnsupportedHeadError as error:
+            logger.warning("%s", error)
+            self.exact = list
+
+    @property
+    def name(self) -> str:
+        """The name that answers carry."""
+        return self.names[0]
+
+    def with_probes(self, n_probes: int | None) -> AbstractContextManager:
+        """Within the block, ``n_probes`` clusters are scored. A dense model stays as it is."""
+        if self.head is None or n_probes is None:
+            return nullcontext()
+        return self.head.settings(n_probes=n_probes)
+
+
+class Catalogue:
+    """The served models, found by name.
+
+    Args:
+        models: The first of them is the default.
+
+    Attributes:
+        models: The models, in this order.
+    """
+
+    def __init__(self, models: Iterable[ServedModel]):
+        self.models = tuple(models)
+
+    @property
+    def default(self) -> ServedModel:
+        """The model of a request without a model's name."""
+        return self.models[0]
+
+    @property
+    def names(self) -> list[str]:
+        """Every name, those of the default first."""
+        return [name for model in self.models for name in model.names]
+
+    def find(self, name: str | None) -> ServedModel | None:
+        """The model of that name, the default for None; None if no served model has the name."""
+        if name is None or name == DEFAULT_NAME:
+            return self.default
+        return next((model for model in self.models if name in model.names), None)
+
+
+def load_catalogue(args: Namespace) -> Catalogue:
+    """Loads every model that the flags name.
+
+    Raises:
+        ValueError: If a model cannot be loaded, or two have the same name.
+    """
+    aliases = [args.served_model_name] if args.served_model_name else []
+    models = [_load(args, args.model, aliases, default=True)]
+    models += [_load(args, path, [], default=False) for path in args.allow_models]
+    catalogue = Catalogue(models)
+    twice = {name for name in catalogue.names if catalogue.names.count(name) > 1}
+    if twice:
+        raise ValueError(
+            f"Two of the models have the name {min(twice)}: rename a folder, or leave one out."
+        )
+    return catalogue
+
+
+def name_of(path_or_repo: str) -> str:
+    """A model's name for clients: its repository, or its folder's name without the path."""
+    path = Path(path_or_repo).expanduser()
+    return path.resolve().name if path.is_dir() else path_or_repo
+
+
+def template_settings(tokenizer: Any) -> frozenset[str]:
+    """Names of a chat template's variables that the server does not give.
+
+    A template that is Python code takes mlx-lm's ``enable_thinking`` alone.
+    """
+    own = set()
+    if tokenizer.has_thinking:
+        own.add("enable_thinking")  # mlx-lm's name for the template's own
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+        try:
+            tree = environment.parse(_GENERATION_TAG.sub("", template))
+        except jinja2.TemplateError:
+            return frozenset(own)
+        own |= meta.find_undeclared_variables(tree)
+    given = _GIVEN | {"strftime_now", "raise_exception"} | set(tokenizer.special_tokens_map)
+    return frozenset(own - given)
+
+
+def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bool) -> ServedModel:
+    folder = resolve(path_or_repo)
+    config = {"trust_remote_code": args.trust_remote_code}
+    if args.chat_template and default:
+        config["chat_template"] = args.chat_template
+    options = {
+        "tokenizer_config": config,
+        "adapter_path": args.adapter_path if default else None,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if default:
+        options |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
+    missing = DENSE if args.dense else REFUSE if args.no_build else BUILD
+    try:
+        model, tokenizer, config = load_or(missing, folder, **options)
+    except UnsupportedHeadError as error:
+        logger.warning("%s is served dense: %s", path_or_repo, error)
+        for name in ("flash_head", "n_probes"):
+            options.pop(name, None)
+        model, tokenizer, config = load_dense(folder, **options)
+    if (head := get_flash_head(model)) is not None:
+        logger.info("%s is served with %r: %s", path_or_repo, head, head.backend_reason)
+    draft_model = _draft(args, tokenizer) if default and args.draft_model else None
+    context = args.context_size or context_of(config, tokenizer)
+    names = (*aliases, name_of(path_or_repo))
+    return ServedModel(
+        tuple(dict.fromkeys(names)),
+        model,
+        tokenizer,
+        draft_model,
+        context,
+        args.chat_template_args,
+        args.dense and default,
+    )
+
+
+def context_of(config: dict[str, Any], tokenizer: Any) -> int:
+    """The number of tokens in a model's context, from its configuration or its tokenizer."""
+    for part in (config, config.get("text_config") or {}):
+        for key in _CONTEXT_KEYS:
+            if isinstance(part.get(key), int) and part[key] > 1:
+                return part[key]
+    length = tokenizer.model_max_length
+    return (
+        length if 1 < length <= 2**24 else UNKNOWN_CONTEXT
+    )  # transformers writes 1e30 for unknown
+
+
+def _draft(args: Namespace, tokenizer: Any) -> nn.Module:
+    model, draft_tokenizer = load_draft(
+        args.draft_model, n_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
+    )
+    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+        logger.warning("%s has another tokenizer: few drafts will be accepted.", args.draft_model)
+    if (head := get_flash_head(model)) is not None:
+        logger.info("%s drafts with %r", args.draft_model, head)
+    return model

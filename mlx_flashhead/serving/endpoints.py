@@ -1,0 +1,286 @@
+"""Answers requests of OpenAI's API."""
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from queue import Empty, SimpleQueue
+from threading import BoundedSemaphore
+from typing import Any
+from urllib.parse import unquote
+
+from ..common.time_limit import time_limit
+from ..structured.processor import GrammarProcessor
+from .catalogue import Catalogue, ServedModel
+from .engine.engine import Engine
+from .engine.job import Failure, Job, Progress, Token
+from .engine.prompts import Prompt, read_prompts
+from .network.access import Access
+from .network.guard import GuardedHandler
+from .protocol.answers import Choice, Envelope
+from .protocol.errors import Problem
+from .protocol.requests import Request, find_model, read_request
+from .protocol.sampling import sampler_for
+from .protocol.valid_json import dumps, loads
+
+MODELS_PATH = "/v1/models"
+CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
+TEXT_PATHS = ("/v1/completions",)
+# How often a waiting client's connection is checked.
+_LOOK_SECONDS = 0.25
+_PREPARED_AT_ONCE = 8
+READ_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """The state that all requests share.
+
+    Attributes:
+        engine: Computes the answers.
+        catalogue: The models.
+        access: The rules for clients.
+        flags: The server's flags.
+        started: Time of the start, in seconds since 1970.
+        preparing: Lock held while a body becomes tokens, which may take many times its size.
+    """
+
+    engine: Engine
+    catalogue: Catalogue
+    access: Access
+    flags: Namespace
+    started: int
+    preparing: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(_PREPARED_AT_ONCE))
+
+
+class ApiHandler(GuardedHandler):
+    """One request.
+
+    Args:
+        service: The shared state; the other arguments are the base class's.
+    """
+
+    def __init__(self, service: Service, *args):
+        self._service = service
+        super().__init__(*args)
+
+    @property
+    def access(self) -> Access:
+        return self._service.access
+
+    def healthy(self) -> bool:
+        return self._service.engine.healthy
+
+    def page_info(self) -> Mapping[str, Any]:
+        flags, models = self._service.flags, self._service.catalogue.models
+        return {
+            "temperature": flags.temp,
+            "top_p": flags.top_p,
+            "max_tokens": flags.max_tokens,
+            "models": [*map(_page_model, models)],
+        }
+
+    def get(self, path: str) -> None:
+        catalogue = self._service.catalogue
+        if path == MODELS_PATH:
+            self.send_json({"object": "list", "data": [*map(self._model, catalogue.names)]})
+        elif path.startswith(f"{MODELS_PATH}/"):
+            name = unquote(path.removeprefix(f"{MODELS_PATH}/"))
+            find_model(catalogue, name)
+            self.send_json(self._model(name))
+        else:
+            raise Problem(f"There is nothing at {path[:200]}.", status=HTTPStatus.NOT_FOUND)
+
+    def post(self, path: str) -> None:
+        if path not in CHAT_PATHS + TEXT_PATHS:
+            places = ", ".join(TEXT_PATHS + CHAT_PATHS)
+            raise Problem(
+                f"There is nothing at {path[:200]}: post to {places}.", status=HTTPStatus.NOT_FOUND
+            )
+        with self.server.answering(self.connection, self.client_address[0]):
+            body = self.read_body(int(self.headers["Content-Length"]))
+            too_slow = Problem(
+                f"The request could not be read within {READ_SECONDS:g} seconds: simplify its "
+                "response_format or grammar."
+            )
+            with self._service.preparing:
+                with time_limit(READ_SECONDS, too_slow):
+                    request = read_request(
+                        _parsed(body),
+                        chat=path in CHAT_PATHS,
+                        catalogue=self._service.catalogue,
+                        defaults=self._service.flags,
+                    )
+                answer = _Answer(request, read_prompts(request), self)
+            del body
+            with answer.under_way(self._service.engine):
+                answer.stream() if request.stream else answer.send()
+
+    def _model(self, name: str) -> dict[str, Any]:
+        started = self._service.started
+        return {"id": name, "object": "model", "created": started, "owned_by": "mlx_flashhead"}
+
+
+def _page_model(served: ServedModel) -> dict[str, Any]:
+    info: dict[str, Any] = {"name": served.name}
+    if served.head is not None:
+        info |= {"dense": served.dense, "n_probes": served.head.n_probes}
+        info |= {"n_clusters": served.head.n_clusters}
+    return info
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    try:
+        value = loads(body)
+    except ValueError as error:
+        raise Problem(f"The body is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise Problem("The body must be a JSON object.")
+    return value
+
+
+class _Answer:
+    """The answer to one request, from its jobs to the sent bytes."""
+
+    def __init__(self, request: Request, prompts: list[Prompt], handler: ApiHandler):
+        self._request, self._handler = request, handler
+        self._events: SimpleQueue = SimpleQueue()
+        prompts = [prompt for prompt in prompts for _ in range(request.n)]
+        self._jobs = [self._job(index, prompt) for index, prompt in enumerate(prompts)]
+        self._choices = [Choice(request, index) for index in range(len(prompts))]
+        self._envelope = Envelope(request)
+
+    def _job(self, index: int, prompt: Prompt) -> Job:
+        request = self._request
+        # OpenAI's seeds may be negative
+        seed = None if request.seed is None else request.seed % 2**64 + index
+        return Job(
+            served=request.served,
+            prompt=prompt,
+            max_tokens=min(request.max_tokens, request.served.context - len(prompt.tokens)),
+            sampler=sampler_for(request.served, request.sampling, seed),
+            processors=request.penalties.processors(),
+            stop=request.stop,
+            n_probes=request.n_probes,
+            num_draft_tokens=request.num_draft_tokens,
+            logprobs=request.logprobs,
+            index=index,
+            events=self._events,
+            grammar=_grammar(request, prompt),
+        )
+
+    @contextmanager
+    def under_way(self, engine: Engine) -> Iterator[None]:
+        """Within the block the jobs are computed. After it they are cancelled."""
+        engine.submit(self._jobs)
+        try:
+            yield
+        finally:
+            for job in self._jobs:
+                job.cancelled = True
+            self._note()
+
+    def send(self) -> None:
+        """Sends the whole answer when it is complete."""
+        for index, event in self._all_events():
+            if isinstance(event, Token):
+                self._choices[index].add(event.piece, event.logprobs, event.finish_reason)
+        choices = [choice.whole() for choice in self._choices]
+        self._handler.send_json(self._envelope.whole(choices, self._usage()))
+
+    def stream(self) -> None:
+        """Sends the answer piece by piece, as server-sent events."""
+        handler = self._handler
+        handler.send_response(HTTPStatus.OK)
+        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        handler.send_header("Cache-Control", "no-store")
+        handler.end_headers()
+        try:
+            for index, event in self._all_events():
+                if isinstance(event, Progress):
+                    # a comment, which clients ignore and the page shows
+                    self._write(f": prompt {event.done}/{event.total}")
+                    continue
+                choice = self._choices[index]
+                chunk = choice.add(event.piece, event.logprobs, event.finish_reason)
+                if chunk is not None:
+                    self._write_data(self._envelope.chunk([chunk]))
+        except Problem as problem:
+            self._write_data(problem.as_json())
+            return
+        if (speed := self._speed()) is not None:
+            self._write(f": {speed:.2f} tokens/s")
+        if self._request.include_usage:
+            self._write_data(self._envelope.chunk([], self._usage()))
+        self._write("data: [DONE]")
+
+    def _all_events(self) -> Iterator[tuple[int, Progress | Token]]:
+        """The events of all jobs until all are complete.
+
+        Raises:
+            Problem: If one has failed.
+            ConnectionError: If the client has left.
+        """
+        while any(choice.finish_reason is None for choice in self._choices):
+            try:
+                index, event = self._events.get(timeout=_LOOK_SECONDS)
+            except Empty:
+                event = None
+            if self._handler.client_has_gone():
+                raise ConnectionAbortedError
+            if isinstance(event, Failure):
+                if isinstance(event.error, Problem):
+                    raise event.error
+                raise Problem("The answer has failed: see the server's log.", status=500)
+            if event is not None:
+                yield index, event
+
+    def _usage(self) -> dict[str, Any]:
+        once = self._jobs[:: self._request.n]  # a prompt with several answers counts once
+        prompt_tokens = sum(len(job.prompt.tokens) for job in once)
+        completion_tokens = sum(job.n_tokens for job in self._jobs)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
+        }
+
+    def _speed(self) -> float | None:
+        """Tokens per second after the first one; None for a single token."""
+        times = [moment for job in self._jobs for moment in job.times]
+        seconds = max(times, default=0.0) - min(times, default=0.0)
+        n_tokens = sum(job.n_tokens for job in self._jobs) - len(self._jobs)
+        return n_tokens / seconds if seconds > 0 else None
+
+    def _note(self) -> None:
+        usage = self._usage()
+        prompt_tokens, n_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+        self._handler.note(f"{prompt_tokens:,} + {n_tokens:,} tokens")
+        if (speed := self._speed()) is not None:
+            self._handler.note(f"{speed:.1f} tokens/s")
+
+    def _write_data(self, value: Any) -> None:
+        self._write(f"data: {dumps(value)}")
+
+    def _write(self, line: str) -> None:
+        self._handler.wfile.write(f"{line}\n\n".encode())
+
+
+def _grammar(request: Request, prompt: Prompt) -> GrammarProcessor | None:
+    """What keeps an answer in its form, once the thought is at its end that the prompt begins."""
+    if request.form is None:
+        return None
+    tokenizer = request.served.tokenizer
+    after = tokenizer.think_end_tokens if prompt.state == "reasoning" else ()
+    try:
+        return GrammarProcessor(tokenizer, request.form, after=after)
+    except ValueError as error:
+        raise Problem(str(error), "response_format") from None
+
+
+def handler_for(service: Service) -> partial:
+    """A function that a server calls for each connection."""
+    return partial(ApiHandler, service)

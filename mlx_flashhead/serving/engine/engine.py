@@ -1,0 +1,217 @@
+"""The thread that computes: it reads prompts a chunk at a time, between the tokens of others.
+
+While prompts wait, answers in progress have a token after each chunk, and at most half of the time:
+less if they are fewer than the prompts, so that a burst of questions soon shares one batch. The
+prompt with the fewest tokens left has three of four turns, the oldest prompt the fourth. So a long
+text does not hold up a short question, and short questions do not hold up a long text for ever.
+"""
+
+import gc
+import logging
+import secrets
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+
+import mlx.core as mx
+
+from ...models.compat.utils import maybe_set_recommended_wired_limit
+from ..catalogue import Catalogue
+from ..protocol.errors import Problem
+from .decoding import Batch, Decoder, Single
+from .job import Failure, Job
+from .prefill import Pace, Reading
+from .prompt_caches import PromptCaches
+
+_IDLE_SECONDS = 0.1
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers jobs until it is closed.
+
+    Args:
+        load: Loads the models. Called in the generating thread, since MLX requires it.
+        flags: The server's flags.
+
+    Attributes:
+        catalogue: Done as soon as the models are loaded or loading has failed.
+    """
+
+    def __init__(self, load: Callable[[], Catalogue], flags: Namespace):
+        self.catalogue: Future[Catalogue] = Future()
+        self._load = load
+        self._flags = flags
+        self._arrived: SimpleQueue[Job] = SimpleQueue()
+        self._ended = Event()
+        self._waiting: list[Job] = []
+        self._readings: list[Reading] = []
+        self._decoders: list[Decoder] = []
+        self._turn = 0
+        self._thread = Thread(target=self._run, name="generation", daemon=True)
+        self._thread.start()
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Takes jobs. Their events report the progress."""
+        for job in jobs:
+            self._arrived.put(job)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether jobs are answered."""
+        return self._thread.is_alive() and not self._ended.is_set()
+
+    def close(self, seconds: float) -> bool:
+        """Ends the thread. Answers in progress end where they are.
+
+        Returns:
+            Whether the thread has ended within ``seconds``.
+        """
+        self._ended.set()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            catalogue = self._load()
+        except Exception as error:
+            self.catalogue.set_exception(error)
+            self._free()
+            return
+        maybe_set_recommended_wired_limit()
+        self._stream = mx.default_stream(mx.default_device())
+        self._caches = PromptCaches(self._flags.prompt_cache_size, self._flags.prompt_cache_bytes)
+        self._pace = Pace(self._flags.prefill_step_size)
+        self.catalogue.set_result(catalogue)
+        while not self._ended.is_set():
+            try:
+                self._take_turns()
+            except Exception as error:
+                logger.exception("The answers in progress have failed")
+                self._fail_all(error)
+        del self._caches, self._readings, self._decoders
+        self._free()
+
+    def _free(self) -> None:
+        """Frees arrays and streams of MLX, which must go before their thread ends."""
+        gc.collect()
+        mx.clear_streams()
+
+    def _take_turns(self) -> None:
+        self._receive()
+        self._drop_cancelled()
+        began = time.perf_counter()
+        self._read()
+        now = time.perf_counter()
+        until = now + (now - began) * time_for_answers(self._n_decoded(), len(self._readings))
+        while self._decode() and time.perf_counter() < until and self._arrived.empty():
+            self._drop_cancelled()
+
+    def _receive(self) -> None:
+        busy = self._waiting or self._readings or self._decoders
+        try:
+            self._waiting.append(self._arrived.get(timeout=0 if busy else _IDLE_SECONDS))
+            while True:
+                self._waiting.append(self._arrived.get_nowait())
+        except Empty:
+            pass
+        n_free = self._flags.decode_concurrency - len(self._readings) - self._n_decoded()
+        for job in self._waiting[: max(0, n_free)]:
+            self._readings.append(Reading(job, self._caches, self._flags))
+        del self._waiting[: max(0, n_free)]
+
+    def _n_decoded(self) -> int:
+        return sum(len(decoder.jobs) for decoder in self._decoders)
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = [job for job in self._waiting if not job.cancelled]
+        for reading in [r for r in self._readings if r.job.cancelled]:
+            self._readings.remove(reading)
+            self._caches.keep(reading.job.served, reading.tokens, reading.cache)
+        for decoder in list(self._decoders):
+            self._remove(decoder, [job for job in decoder.jobs if job.cancelled])
+
+    def _read(self) -> None:
+        """Reads a chunk of one prompt. A prompt that is read completely goes on to decoding."""
+        if not self._readings:
+            return
+        self._turn += 1
+        reading = self._readings[0]
+        if self._turn % 4:
+            reading = min(self._readings, key=lambda r: r.left)
+        try:
+            if reading.left:
+                reading.read(self._pace)
+            if not reading.left:
+                self._readings.remove(reading)
+                self._begin(reading)
+        except Exception as error:
+            logger.exception("An answer has failed")
+            reading.job.tell(Failure(error))
+            self._readings = [r for r in self._readings if r is not reading]
+
+    def _begin(self, reading: Reading) -> None:
+        job = reading.job
+        if not job.served.batchable or self._flags.kv_bits is not None:
+            self._decoders.append(Single(reading, self._flags, self._stream))
+            return
+        batches = [d for d in self._decoders if isinstance(d, Batch) and d.takes(job)]
+        if not batches:
+            batches = [Batch(job, self._flags.decode_concurrency, self._stream)]
+            self._decoders += batches
+        batches[0].add(reading)
+
+    def _decode(self) -> bool:
+        """Generates a token for every answer in progress. Returns whether there are any."""
+        for decoder in list(self._decoders):
+            try:
+                steps = decoder.step()
+            except Exception as error:
+                logger.exception("Some answers have failed")
+                # a sampler that fails while MLX compiles it leaves no usable random state
+                mx.random.seed(secrets.randbits(63))
+                self._decoders.remove(decoder)
+                for job in decoder.jobs:
+                    job.tell(Failure(error))
+                continue
+            self._remove(decoder, [step[0] for step in steps if _is_complete(*step)])
+        return bool(self._decoders)
+
+    def _remove(self, decoder: Decoder, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        served = jobs[0].served
+        for tokens, cache in decoder.remove(jobs):
+            self._caches.keep(served, tokens, cache)
+        if not decoder.jobs:
+            self._decoders.remove(decoder)
+        in_use = [decoder.nbytes for decoder in self._decoders]
+        self._caches.make_room(in_use + [reading.nbytes for reading in self._readings])
+
+    def _fail_all(self, error: Exception) -> None:
+        failed = [*self._waiting, *(r.job for r in self._readings)]
+        failed += [job for decoder in self._decoders for job in decoder.jobs]
+        self._waiting, self._readings, self._decoders = [], [], []
+        for job in failed:
+            job.tell(Failure(error))
+
+
+def time_for_answers(n_answers: int, n_prompts: int) -> float:
+    """The time for answers in progress, relative to that of the prompts: at most as much."""
+    return min(1.0, n_answers / max(1, n_prompts))
+
+
+def _is_complete(job: Job, token: int, logprobs: mx.array) -> bool:
+    try:
+        return job.take(token, logprobs)
+    except Problem as problem:
+        job.tell(Failure(problem))
+        return True
+    except Exception as error:
+        logger.exception("An answer has failed")
+        job.tell(Failure(error))
+        return True

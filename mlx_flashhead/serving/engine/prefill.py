@@ -1,0 +1,101 @@
+"""Reads a prompt into a cache, a chunk at a time."""
+
+import copy
+import time
+from argparse import Namespace
+
+import mlx.core as mx
+
+from ...models.compat.generate import maybe_quantize_kv_cache
+from .job import Job, Progress
+from .prompt_caches import KVCaches, PromptCaches, new_caches, split_caches
+
+# Seconds of a chunk. After it, other answers and cancelled requests have their turn.
+CHUNK_SECONDS = 0.4
+SMALLEST_CHUNK = 16
+
+
+class Pace:
+    """The number of tokens of a prompt to read at once, from the time of the chunks before.
+
+    Args:
+        largest: Greatest number.
+    """
+
+    def __init__(self, largest: int):
+        self._largest = largest
+        self.n_tokens = min(2 * SMALLEST_CHUNK, largest)
+
+    def took(self, n_tokens: int, seconds: float) -> None:
+        """Notes the time of a chunk."""
+        if seconds > CHUNK_SECONDS:
+            self.n_tokens = max(SMALLEST_CHUNK, n_tokens // 2)
+        elif n_tokens == self.n_tokens and seconds < CHUNK_SECONDS / 3:
+            self.n_tokens = min(2 * n_tokens, self._largest)
+
+
+class Reading:
+    """A prompt in the course of being read, up to its last token, with which the answer begins.
+
+    Args:
+        job: The job of the prompt.
+        caches: Caches of earlier prompts, which also take those of this prompt's landmarks.
+        flags: The server's flags.
+    """
+
+    def __init__(self, job: Job, caches: PromptCaches, flags: Namespace):
+        self.job = job
+        self._caches = caches
+        self._flags = flags
+        found, self.done = caches.find(job.served, job.prompt.tokens)
+        job.cached = self.done
+        self.cache: KVCaches = found if found is not None else new_caches(job.served)
+
+    @property
+    def left(self) -> int:
+        """Tokens still to be read."""
+        return len(self.job.prompt.tokens) - 1 - self.done
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens that the cache holds."""
+        return self.job.prompt.tokens[: self.done]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return sum(layer.nbytes for layer in self.cache)
+
+    def read(self, pace: Pace) -> None:
+        """Reads the next chunk and reports the progress."""
+        prompt = self.job.prompt
+        stops = (*prompt.landmarks, self.done + self.left)
+        # a small rest is read along, since few tokens take almost as long as many
+        n_tokens = self.left if self.left <= 1.5 * pace.n_tokens else pace.n_tokens
+        end = min(self.done + n_tokens, *(stop for stop in stops if stop > self.done))
+        began = time.perf_counter()
+        self._compute(mx.array(prompt.tokens[self.done : end])[None])
+        pace.took(end - self.done, time.perf_counter() - began)
+        self.done = end
+        if end in prompt.landmarks:
+            self._caches.keep(self.job.served, self.tokens, copy.deepcopy(self.cache), "user")
+        if self.left == 0:
+            mx.clear_cache()
+        self.job.tell(Progress(self.done, len(prompt.tokens)))
+
+    def _compute(self, tokens: mx.array) -> None:
+        """Runs the models over tokens (1, n), without computing their logits."""
+        served = self.job.served
+        own, drafts = split_caches(served, self.cache)
+        served.model(tokens, cache=own)
+        if served.draft_model is not None:
+            served.draft_model(tokens, cache=drafts)
+        for caches in (own, drafts):
+            maybe_quantize_kv_cache(
+                caches,
+                self._flags.quantized_kv_start,
+                self._flags.kv_group_size,
+                self._flags.kv_bits,
+            )
+        self.cache = own + drafts
+        mx.eval([layer.state for layer in self.cache])

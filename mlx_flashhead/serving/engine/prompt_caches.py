@@ -1,0 +1,82 @@
+"""The caches of earlier prompts, by their tokens."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+
+from ...models.compat.cache import (
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+from ..catalogue import ServedModel
+
+KVCaches = list[Any]  # of a model's layers, and of its draft model's
+
+
+class PromptCaches:
+    """mlx-lm's store of caches.
+
+    Args:
+        max_size: Number of caches to keep.
+        max_bytes: Memory of these and of the caches in use together; None is no limit.
+    """
+
+    def __init__(self, max_size: int, max_bytes: int | None):
+        self._kept = LRUPromptCache(max_size)
+        self._max_bytes = max_bytes
+
+    def find(self, served: ServedModel, tokens: list[int]) -> tuple[KVCaches | None, int]:
+        """A copy of the cache that holds most of a prompt, and its number of tokens.
+
+        It leaves out the prompt's last token, from which the model goes on.
+        """
+        cache, rest = self._kept.fetch_nearest_cache(served.name, tokens)
+        if rest:
+            return cache, len(tokens) - len(rest)
+        if can_trim_prompt_cache(cache):
+            trim_prompt_cache(cache, 1)
+            return cache, len(tokens) - 1
+        cache, rest = self._kept.fetch_nearest_cache(served.name, tokens[:-1])
+        return cache, len(tokens) - 1 - len(rest)
+
+    def keep(
+        self, served: ServedModel, tokens: list[int], cache: KVCaches, kind: str = "assistant"
+    ) -> None:
+        """Keeps a cache.
+
+        Args:
+            served: Its model.
+            tokens: Its tokens.
+            cache: The cache, which must not change any more.
+            kind: mlx-lm's "system", "user" or "assistant". The last kind is dropped first.
+        """
+        if tokens:
+            # evaluated, since an unevaluated part of a batch's cache keeps the whole of it
+            mx.eval([layer.state for layer in cache])
+            self._kept.insert_cache(served.name, tokens, cache, cache_type=kind)
+
+    def make_room(self, in_use: Iterable[int]) -> None:
+        """Drops caches until all fit.
+
+        Args:
+            in_use: Bytes of the caches in use.
+        """
+        if self._max_bytes is not None:
+            self._kept.trim_to(n_bytes=self._max_bytes - sum(in_use))
+
+
+def new_caches(served: ServedModel) -> KVCaches:
+    """Empty ones."""
+    models = [served.model] if served.draft_model is None else [served.model, served.draft_model]
+    return [cache for model in models for cache in make_prompt_cache(model)]
+
+
+def split_caches(served: ServedModel, cache: KVCaches) -> tuple[KVCaches, KVCaches]:
+    """The model's own part, and its draft model's."""
+    if served.draft_model is None:
+        return cache, []
+    n_layers = len(served.model.layers)
+    return cache[:n_layers], cache[n_layers:]

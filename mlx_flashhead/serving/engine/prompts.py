@@ -1,0 +1,145 @@
+"""From a request to tokens: chat templates, the tokenizer, and the limit of the context."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...common.time_limit import time_limit
+from ..catalogue import ServedModel
+from ..protocol.errors import Problem
+from ..protocol.requests import Request
+
+RENDER_SECONDS = 5.0
+# The tokens that begin a thought are searched within this distance of a prompt's end.
+_THOUGHT_TAIL = 11
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt.
+
+    Attributes:
+        tokens: At least one token.
+        landmarks: Lengths at which its cache is kept, since other prompts begin in the same way.
+        state: State of the text at the answer's beginning, "normal" or "reasoning".
+    """
+
+    tokens: list[int]
+    landmarks: tuple[int, ...] = ()
+    state: str = "normal"
+
+
+def read_prompts(request: Request) -> list[Prompt]:
+    """The prompts of a request: one of a chat, one for each text.
+
+    Raises:
+        Problem: If a template fails, or a prompt is empty or longer than the context.
+    """
+    if request.chat:
+        return [_chat_prompt(request)]
+    return [Prompt(_text_tokens(request.served, prompt)) for prompt in request.prompts]
+
+
+def _text_tokens(served: ServedModel, prompt: str | list[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        return _checked(served, prompt, "prompt")
+    _check_characters(served, prompt, "prompt")
+    return _checked(served, served.tokenizer.encode(prompt), "prompt")
+
+
+def _chat_prompt(request: Request) -> Prompt:
+    served = request.served
+    text = _render(request, request.messages)
+    _check_characters(served, text, "messages")
+    tokens = _checked(served, served.tokenizer.encode(text, add_special_tokens=False), "messages")
+    landmarks: tuple[int, ...] = ()
+    if not served.cuttable:
+        landmarks = (*_end_of_system(request, tokens), _start_of_thought(served, tokens))
+    return Prompt(tokens, landmarks, _state(served, tokens))
+
+
+def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = True) -> str:
+    tokenizer = request.served.tokenizer
+    if not tokenizer.has_chat_template:
+        raise Problem(
+            "This model has no chat template: use /v1/completions, or start the server with "
+            "--chat-template.",
+            "messages",
+        )
+    too_slow = Problem(
+        f"The chat template did not end within {RENDER_SECONDS:g} seconds: send fewer messages.",
+        "messages",
+    )
+    try:
+        with time_limit(RENDER_SECONDS, too_slow):
+            return tokenizer.apply_chat_template(
+                messages,
+                tools=request.tools or None,
+                add_generation_prompt=answer,
+                tokenize=False,
+                **(request.served.template_arguments | request.template_settings),
+            )
+    except Problem:
+        raise
+    except Exception as error:  # templates raise any type
+        raise Problem(
+            f"The chat template cannot be filled in: {error or type(error).__name__}", "messages"
+        ) from error
+
+
+def _check_characters(served: ServedModel, text: str, field: str) -> None:
+    """Refuses a text that is too long for the context whatever its tokens are."""
+    if len(text) > served.context * served.longest_token:
+        raise _too_long(served, f"more than {served.context:,}", field)
+
+
+def _checked(served: ServedModel, tokens: list[int], field: str) -> list[int]:
+    if not tokens:
+        raise Problem("The prompt is empty: it needs at least one token.", field)
+    if len(tokens) >= served.context:
+        raise _too_long(served, f"{len(tokens):,}", field)
+    return tokens
+
+
+def _too_long(served: ServedModel, length: str, field: str) -> Problem:
+    return Problem(
+        f"The prompt has {length} tokens, and at most {served.context - 1:,} are read, since the "
+        f"answer needs one of the context's {served.context:,}: send less.",
+        field,
+        code="context_length_exceeded",
+    )
+
+
+def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
+    """How many tokens the prompt shares with others of the same system messages."""
+    messages = request.messages
+    n_system = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    if not 0 < n_system < len(messages):
+        return []
+    other = [*messages[:n_system], {"role": "user", "content": ""}]
+    try:
+        text = _render(request, other, answer=False)
+    except Problem:
+        return []  # an answer does not need landmarks
+    shared = request.served.tokenizer.encode(text, add_special_tokens=False)
+    differ = (i for i, (a, b) in enumerate(zip(shared, tokens, strict=False)) if a != b)
+    return [next(differ, 0)]
+
+
+def _start_of_thought(served: ServedModel, tokens: list[int]) -> int:
+    """The prompt's length before the thought that its end begins. The next prompt lacks it."""
+    tokenizer = served.tokenizer
+    if tokenizer.has_thinking:
+        start = tokenizer.rfind_think_start(tokens, start=len(tokens) - _THOUGHT_TAIL)
+        if start >= 0:
+            return start
+    return len(tokens) - 1
+
+
+def _state(served: ServedModel, tokens: list[int]) -> str:
+    tokenizer = served.tokenizer
+    if tokenizer.response_initial_state:
+        return tokenizer.response_initial_state
+    if not tokenizer.has_thinking:
+        return "normal"
+    thinks = tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens)
+    return "reasoning" if thinks else "normal"

@@ -1,0 +1,187 @@
+"""Who may use the server: rules on the token, the Host, the Origin and the size of a request.
+
+On 127.0.0.1 there is no token, but the Host must be a name of this machine. Otherwise any web page
+could reach the server if its own name resolves to this address (DNS rebinding). On a network every
+request except the icon's and the manifest's needs the token too.
+"""
+
+import hmac
+import ipaddress
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.message import Message
+from http import HTTPStatus
+from urllib.parse import parse_qs, urlsplit
+
+from ..protocol.errors import Problem
+
+COOKIE = "flashhead_token"
+# An operating system fetches these without cookies to put a page on the Home Screen.
+PUBLIC_PATHS = frozenset({"/manifest.webmanifest", "/apple-touch-icon.png"})
+# A browser that opens one of these cannot send a header. Elsewhere the address must not carry the
+# token, since browsers keep addresses in their histories.
+QUERY_PATHS = frozenset({"/", "/manifest.webmanifest"})
+
+_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # letters and digits that people do not mix up
+_GROUPS, _GROUP_LENGTH = 5, 4
+_TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
+_TOKEN_IN_TARGET = re.compile(r"(?<=[?&]token=)[^&\s]*")
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rules of one server.
+
+    Attributes:
+        token: The token that clients send; None on 127.0.0.1, where they need none.
+        hosts: Further host names of the server, in lower case.
+        origins: Origins of other sites whose scripts may use the API, such as
+            ``https://chat.example``.
+        max_body_bytes: Size of a request's body.
+    """
+
+    token: str | None = None
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+    max_body_bytes: int = 4 << 20
+
+    def check(self, method: str, target: str, headers: Message) -> None:
+        """Checks that a request may be served.
+
+        Args:
+            method: Such as ``GET``.
+            target: Path and query, as requested.
+            headers: The request's headers.
+
+        Raises:
+            Problem: If it may not, with the first reason.
+        """
+        self._check_host(headers)
+        self._check_origin(headers)
+        self._check_token(method, target, headers)
+        self._check_body(method, headers)
+
+    def knows_host(self, host: str) -> bool:
+        """Whether a Host header names this server, whatever its port."""
+        match = _HOST.fullmatch(host.strip())
+        if match is None:
+            return False
+        name = (match[1] or match[2]).lower().rstrip(".")
+        if name == "localhost" or name in self.hosts:
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            # machines of the network answer for names in .local, and the DNS does not
+            return self.token is not None and name.endswith(".local")
+        # a page from an address has that address as its origin, so nothing was rebound
+        return address.is_loopback or self.token is not None
+
+    def accepts(self, token: str | None) -> bool:
+        """Whether ``token`` is the server's, in a time that does not depend on the token."""
+        if self.token is None:
+            return True
+        given = (token or "").strip().encode()
+        return hmac.compare_digest(given, self.token.encode())
+
+    def cross_origin(self, headers: Message) -> str | None:
+        """The request's Origin if it is an allowed site, else None."""
+        origin = headers.get("Origin")
+        return origin if origin in self.origins else None
+
+    def _check_host(self, headers: Message) -> None:
+        hosts = headers.get_all("Host", [])
+        if len(hosts) != 1:
+            raise Problem("A request needs one Host header.")
+        if not self.knows_host(hosts[0]):
+            raise Problem(
+                "This server does not go by that name: use its address, or start it with "
+                "--allowed-hosts and the name.",
+                status=HTTPStatus.FORBIDDEN,
+            )
+
+    def _check_origin(self, headers: Message) -> None:
+        origin = headers.get("Origin")
+        if origin is not None:
+            own = f"http://{headers['Host'].strip()}".lower()
+            allowed = origin.lower() == own or origin in self.origins
+        else:
+            # a link on another site may lead here, but its scripts and images may not
+            by_script = headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+            allowed = not by_script or headers.get("Sec-Fetch-Mode") == "navigate"
+        if not allowed:
+            raise Problem(
+                "Scripts of other sites may not use this server: start it with --allowed-origins "
+                "and the site's origin to allow one.",
+                status=HTTPStatus.FORBIDDEN,
+            )
+
+    def _check_token(self, method: str, target: str, headers: Message) -> None:
+        preflight = method == "OPTIONS" and self.cross_origin(headers) is not None
+        if preflight or (method == "GET" and path_of(target) in PUBLIC_PATHS):
+            return
+        if not any(self.accepts(token) for token in given_tokens(target, headers)):
+            raise Problem(
+                "This server needs the token that it printed at its start, as "
+                "'Authorization: Bearer TOKEN'.",
+                status=HTTPStatus.UNAUTHORIZED,
+            )
+
+    def _check_body(self, method: str, headers: Message) -> None:
+        lengths = headers.get_all("Content-Length", [])
+        if "Transfer-Encoding" in headers or (method == "POST" and not lengths):
+            raise Problem(
+                "A request with a body needs Content-Length.", status=HTTPStatus.LENGTH_REQUIRED
+            )
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,15}", length) for length in lengths):
+            raise Problem("Content-Length must be one whole number.")
+        if lengths and int(lengths[0]) > self.max_body_bytes:
+            raise Problem(
+                f"The request has {int(lengths[0]):,} bytes, and at most "
+                f"{self.max_body_bytes:,} are read: send less.",
+                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            )
+
+
+def new_token() -> str:
+    """A random token of 99 bits that can be read aloud and typed."""
+    letters = [secrets.choice(_LETTERS) for _ in range(_GROUPS * _GROUP_LENGTH)]
+    groups = range(0, len(letters), _GROUP_LENGTH)
+    return "-".join("".join(letters[i : i + _GROUP_LENGTH]) for i in groups)
+
+
+def is_token(text: str) -> bool:
+    """Whether ``text`` can be a token: long enough, and unchanged in an address."""
+    return _TOKEN.fullmatch(text) is not None
+
+
+def path_of(target: str) -> str:
+    """The path of a request's target, without its query."""
+    return target.partition("?")[0]
+
+
+def query_token(target: str) -> str | None:
+    """The token in the query of a request's target."""
+    values: Mapping[str, list[str]] = parse_qs(urlsplit(target).query)
+    return values.get("token", [None])[0]
+
+
+def given_tokens(target: str, headers: Message) -> list[str | None]:
+    """Every token of a request; [None] if there is none."""
+    tokens = [query_token(target)] if path_of(target) in QUERY_PATHS else []
+    scheme, _, credentials = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        tokens.append(credentials)
+    for part in headers.get("Cookie", "").split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == COOKIE:
+            tokens.append(value)
+    return tokens or [None]
+
+
+def without_token(target: str) -> str:
+    """A request line or target without the token, for a log."""
+    return _TOKEN_IN_TARGET.sub("…", target)

@@ -1,0 +1,128 @@
+"""A server on the local network: its address, its token, and both as a QR code."""
+
+import io
+import ipaddress
+import os
+import socket
+from pathlib import Path
+from typing import TextIO
+
+from ...common.extras import from_extra
+from .access import is_token, new_token
+
+TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
+_BLACK_AND_WHITE = "\x1b[97;40m"
+_PLAIN = "\x1b[0m"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def own_names() -> frozenset[str]:
+    """Names by which other machines may call this one, in lower case."""
+    name = socket.gethostname().lower().rstrip(".")
+    return frozenset({name, name.partition(".")[0]} - {""})
+
+
+def own_address(host: str) -> str:
+    """The address under which other machines reach a server that is bound to ``host``.
+
+    Without a route to any network it is 127.0.0.1.
+    """
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # chooses the interface for an address that is reserved for documentation; sends nothing
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]
+
+
+def kept_token(path: Path) -> str:
+    """The token in a file. A missing file is made with a new token.
+
+    The token is kept so that an app on a Home Screen still opens after a restart of the server.
+
+    Raises:
+        ValueError: If the file does not hold a token.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        token = new_token()
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(file, "w", encoding="ascii") as opened:
+            opened.write(token + "\n")
+        return token
+    token = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not is_token(token):
+        raise ValueError(
+            f"{path} does not hold a token (16 to 128 letters, digits, '-' or '_'): delete it, and "
+            "a new one is made."
+        )
+    return token
+
+
+def url(host: str, port: int, token: str | None = None) -> str:
+    """The page's address."""
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
+
+
+def qr_code(text: str, *, colours: bool) -> str:
+    """A QR code for a terminal, two modules to a character: half blocks.
+
+    Args:
+        text: Its text.
+        colours: Whether the terminal understands colours. If not, it is taken to be dark.
+
+    Raises:
+        ValueError: If segno is not installed.
+    """
+    code = from_extra("segno", "qr", "A QR code of this address").make(text, error="l", micro=False)
+    out = io.StringIO()
+    # with a wide border the code of a full IPv6 address leaves no line for the text
+    code.terminal(out, compact=True, border=2 if code.version < 5 else 1)
+    lines = out.getvalue().splitlines()
+    if colours:
+        lines = [f"{_BLACK_AND_WHITE}{line}{_PLAIN}" for line in lines]
+    return "\n".join(lines)
+
+
+def announce(host: str, port: int, token: str, out: TextIO) -> None:
+    """Prints how another device opens the page and uses the API.
+
+    The page's part comes last, and is on the screen if that has 80 columns and 24 lines.
+
+    Args:
+        host: The address that the server is bound to.
+        port: Its port.
+        token: Its token.
+        out: The terminal.
+    """
+    address = own_address(host)
+    page = url(address, port, token)
+    try:
+        code = qr_code(page, colours=out.isatty())
+        code.encode(out.encoding or "ascii")
+    except UnicodeEncodeError:  # ASCII would make the code too large
+        code = f"A QR code of it needs a terminal with UTF-8. This one has {out.encoding}."
+    except ValueError as missing:
+        code = str(missing)
+    lines = [
+        f"Programs use {url(address, port)}v1 with the token as their API key.",
+        "Whoever has the token can use the model. The connection is not encrypted.",
+        "Open this on an iPad, an iPhone or any computer of the network:",
+        code,
+        f"  {page}",
+    ]
+    print("\n".join(lines), file=out, flush=True)

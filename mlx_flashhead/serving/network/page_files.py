@@ -1,0 +1,110 @@
+"""The files of the page, with their headers."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from .access import path_of
+
+FOLDER = Path(__file__).parent.parent / "page"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".woff2": "font/woff2",
+    ".json": "application/json",
+    ".png": "image/png",
+    ".webmanifest": "application/manifest+json",
+}
+_MANIFEST_LINK = 'href="/manifest.webmanifest"'
+# Allows the page's own files only, without scripts or styles in the text or a frame around it.
+# Only DOMPurify may turn a text into HTML, and offline.js start a worker.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; "
+    "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify worker"
+)
+# The page that asks for the token loads nothing: its few styles are in it.
+_LOCKED_POLICY = _POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
+
+
+@dataclass(frozen=True)
+class PageFile:
+    """A response of the page.
+
+    Attributes:
+        content: The body.
+        headers: Its headers, without the length.
+    """
+
+    content: bytes
+    headers: dict[str, str]
+
+
+def page_file(target: str, token: str | None) -> PageFile | None:
+    """The file of the page under a request's target, or None.
+
+    Args:
+        target: Path and query.
+        token: The client's token, if the server has one. A Home Screen app does not share the
+            browser's cookies, so the manifest's start address carries it.
+    """
+    path = path_of(target)
+    if path == "/":
+        text = _read("index.html").decode()
+        if token is not None:
+            text = text.replace(_MANIFEST_LINK, f'{_MANIFEST_LINK[:-1]}?token={token}"')
+        return _response(text.encode(), ".html")
+    if path == "/manifest.webmanifest":
+        manifest = json.loads(_read("manifest.webmanifest"))
+        if token is not None:
+            manifest["start_url"] += f"?token={token}"
+        return _response(json.dumps(manifest).encode(), ".webmanifest")
+    if path == "/apple-touch-icon.png":
+        return _response(_read("apple-touch-icon.png"), ".png")
+    if path == "/worker.js":
+        # outside of /page/, since a worker serves the addresses beside and below its own
+        return _response(_read("worker.js"), ".js")
+    if path == "/page/files.json":
+        return _response(json.dumps(sorted(page_names())).encode(), ".json")
+    # looked up in a listing, since a client's text must not become a path
+    name = path.removeprefix("/page/")
+    if name != path and name in page_names():
+        return _response(_read(name), Path(name).suffix)
+    return None
+
+
+@cache
+def page_names() -> frozenset[str]:
+    """The files under ``/page/``, as paths in the folder."""
+    files = (file for file in FOLDER.rglob("*") if file.suffix in _TYPES.keys() - {".json"})
+    return frozenset(file.relative_to(FOLDER).as_posix() for file in files)
+
+
+def locked_page(wrong: bool) -> PageFile:
+    """The page that asks for the token.
+
+    Args:
+        wrong: Whether the client gave a wrong token.
+    """
+    text = _read("locked.html").decode()
+    if not wrong:
+        text = text.replace('<p class="wrong">', '<p class="wrong" hidden>')
+    return _response(text.encode(), ".html", _LOCKED_POLICY)
+
+
+def _read(name: str) -> bytes:
+    return (FOLDER / name).read_bytes()
+
+
+def _response(content: bytes, suffix: str, policy: str = _POLICY) -> PageFile:
+    headers = {
+        "Content-Type": _TYPES[suffix],
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }
+    return PageFile(content, headers)

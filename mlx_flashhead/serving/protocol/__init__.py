@@ -1,0 +1,1 @@
+"""OpenAI's API: requests and what they may ask for, answers, errors."""

@@ -1,0 +1,141 @@
+"""Answers in the form of OpenAI's API: whole, or in chunks."""
+
+import time
+import uuid
+from typing import Any
+
+from ...version import __version__
+from .answer_text import Piece
+from .logprobs import TokenLogprobs, TokenNames
+from .requests import Request
+from .tool_calls import ToolCalls
+
+_FINGERPRINT = f"mlx_flashhead-{__version__}"
+
+
+class Choice:
+    """One of a request's answers, up to its latest token.
+
+    Args:
+        request: The request.
+        index: Number of the answer.
+    """
+
+    def __init__(self, request: Request, index: int):
+        self.index = index
+        self.finish_reason: str | None = None
+        self._chat = request.chat
+        self._tools = ToolCalls(request)
+        self._names = TokenNames(request.served.tokenizer)
+        self._with_logprobs = request.logprobs is not None
+        self._begun = False
+        self._whole = Piece()
+        self._calls: list[dict[str, Any]] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._offset = 0  # characters of the text before the next token
+
+    def add(
+        self, piece: Piece, logprobs: TokenLogprobs | None, finish_reason: str | None
+    ) -> dict[str, Any] | None:
+        """Adds a token's piece of text.
+
+        Returns:
+            The piece as a chunk's choice; None if there is nothing to send.
+        """
+        calls = [call for text in piece.calls for call in self._tools.read(text)]
+        content = piece.content + self._tools.unread()
+        piece = Piece(content, piece.reasoning)
+        found = [] if logprobs is None else [logprobs]
+        self._whole += piece
+        self._calls += calls
+        self._logprobs += found
+        if finish_reason == "stop" and self._calls:
+            finish_reason = "tool_calls"
+        self.finish_reason = finish_reason
+        if not (content or piece.reasoning or calls or found or finish_reason):
+            return None
+        choice = self._choice(found)
+        if not self._chat:
+            return choice | {"text": content}
+        delta: dict[str, Any] = {}
+        if not self._begun:
+            delta = {"role": "assistant", "content": ""}
+            self._begun = True
+        if content:
+            delta["content"] = content
+        if piece.reasoning:
+            delta["reasoning"] = piece.reasoning
+        if calls:
+            first = len(self._calls) - len(calls)
+            delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(calls)]
+        return choice | {"delta": delta}
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer as a choice."""
+        self._offset = 0
+        choice = self._choice(self._logprobs)
+        if not self._chat:
+            return choice | {"text": self._whole.content}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": self._whole.content,
+            "refusal": None,
+        }
+        if self._whole.reasoning:
+            message["reasoning"] = self._whole.reasoning
+        if self._calls:
+            message["content"] = self._whole.content or None
+            message["tool_calls"] = self._calls
+        return choice | {"message": message}
+
+    def _choice(self, found: list[TokenLogprobs]) -> dict[str, Any]:
+        logprobs = None
+        if self._with_logprobs and self._chat:
+            logprobs = {"content": [self._names.chat(one) for one in found], "refusal": None}
+        elif self._with_logprobs:
+            logprobs = self._text_logprobs(found)
+        return {"index": self.index, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+    def _text_logprobs(self, found: list[TokenLogprobs]) -> dict[str, Any]:
+        texts = [self._names.text(one.token) for one in found]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [one.logprob for one in found],
+            "top_logprobs": [{self._names.text(i): lp for i, lp in one.tops} for one in found],
+            "text_offset": offsets,
+        }
+
+
+class Envelope:
+    """The frame around the choices of one request.
+
+    Args:
+        request: The request.
+    """
+
+    def __init__(self, request: Request):
+        self._request = request
+        kind = "chatcmpl" if request.chat else "cmpl"
+        self._common = {
+            "id": f"{kind}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": request.served.name,
+            "system_fingerprint": _FINGERPRINT,
+        }
+
+    def chunk(
+        self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A part of a stream; the last part has ``usage``."""
+        kind = "chat.completion.chunk" if self._request.chat else "text_completion"
+        chunk = {**self._common, "object": kind, "choices": choices}
+        return chunk | {"usage": usage} if self._request.include_usage else chunk
+
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        """A complete answer."""
+        kind = "chat.completion" if self._request.chat else "text_completion"
+        return {**self._common, "object": kind, "choices": choices, "usage": usage}

@@ -1,0 +1,102 @@
+"""A chat's messages and the settings of its template, checked."""
+
+import json
+from typing import Any
+
+from .errors import Problem
+
+_EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
+_MAX_SETTING = 1000  # characters
+# Parts of OpenAI's messages that no template reads.
+_NOT_READ = ("audio", "function_call")
+
+
+def read_messages(messages: list[Any] | None) -> list[dict[str, Any]]:
+    """The messages in the form of chat templates: each content a text, each argument an object.
+
+    Raises:
+        Problem: If a message is not valid, or holds something other than text.
+    """
+    if not messages:
+        raise Problem(_EXAMPLE, "messages")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def read_template_settings(
+    settings: dict[str, Any], known: frozenset[str]
+) -> dict[str, bool | int | float | str]:
+    """The settings of a chat template.
+
+    Args:
+        settings: The client's settings.
+        known: Names that the template takes.
+
+    Raises:
+        Problem: If the template does not take a setting, or its value is not plain.
+    """
+    field = "chat_template_kwargs"
+    for name, value in settings.items():
+        if name not in known:
+            takes = ", ".join(sorted(known)) or "none"
+            raise Problem(
+                f"{field}.{name[:40]} is not a setting of this model's chat template, which takes: "
+                f"{takes}.",
+                field,
+            )
+        plain = isinstance(value, bool | int | float | str)
+        if not plain or (isinstance(value, str) and len(value) > _MAX_SETTING):
+            raise Problem(
+                f"{field}.{name} must be true, false, a number or a text of at most "
+                f"{_MAX_SETTING:,} characters.",
+                field,
+            )
+        if isinstance(value, int | float) and abs(value) > 1e9:
+            raise Problem(f"{field}.{name} is too large.", field)
+    return settings
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise Problem(_EXAMPLE, where)
+    message = {name: value for name, value in message.items() if value is not None}
+    for name in _NOT_READ:
+        if name in message:
+            raise Problem(f"{where}.{name} is not read here: leave it out.", f"{where}.{name}")
+    message["content"] = _text(message.get("content", ""), f"{where}.content")
+    if "tool_calls" in message:
+        message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
+    return message
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Problem(f"{where} must be a text, or a list of parts with text.", where)
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise Problem(f"{where}[{i}] must be text.", f"{where}[{i}]")
+        if not isinstance(part.get("text"), str):
+            raise Problem(f"{where}[{i}].text must be a text.", f"{where}[{i}]")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """The calls, with arguments as objects: templates write them as JSON themselves."""
+    if not isinstance(calls, list):
+        raise Problem(f"{where} must be a list.", where)
+    read = []
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Problem(f"{where}[{i}].function must be an object with a name.", where)
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                raise Problem(f"{where}[{i}].function.arguments must be JSON.", where) from None
+        read.append({**call, "function": {**function, "arguments": arguments}})
+    return read

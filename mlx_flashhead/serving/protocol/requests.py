@@ -1,0 +1,297 @@
+"""Checks requests: every field is served as in OpenAI's API, or refused."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+from ...structured.grammar import Grammar
+from ..catalogue import Catalogue, ServedModel
+from .errors import Problem
+from .messages import read_messages, read_template_settings
+from .request_fields import Fields
+from .response_format import read_form
+from .sampling import Penalties, Sampling
+
+# Greatest number of texts of a request: n times the number of its prompts.
+MAX_CHOICES = 16
+MAX_LOGPROBS = 20
+_MAX_STOPS = 16
+# A larger bias has the same effect, and would be infinite in float16.
+_MAX_BIAS = 1e4
+# Labels of a client's own, which ask for nothing.
+_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request.
+
+    Attributes:
+        served: The model that answers.
+        chat: Whether it is a chat. Otherwise it continues texts.
+        stream: Whether the answer is sent piece by piece.
+        include_usage: Whether a stream ends with the numbers of tokens.
+        n: Answers to each prompt.
+        max_tokens: Greatest number of an answer's tokens. The context may leave room for fewer.
+        sampling: Settings of the draws.
+        penalties: Changes of the logits before that.
+        form: Form of an answer; None for any text.
+        seed: Seed of the draws; None for random ones.
+        stop: Texts before which an answer ends.
+        n_probes: Clusters scored per token; None for a dense model.
+        num_draft_tokens: Tokens drafted at once, where there is a draft model.
+        logprobs: Number of likeliest tokens to report with each token's logprob; None reports no
+            logprobs.
+        messages: Messages of a chat.
+        tools: Tools that a chat may call.
+        template_settings: Settings of the chat template.
+        prompts: Texts or token ids to continue.
+    """
+
+    served: ServedModel
+    chat: bool
+    stream: bool
+    include_usage: bool
+    n: int
+    max_tokens: int
+    sampling: Sampling
+    penalties: Penalties
+    form: Grammar | None
+    seed: int | None
+    stop: tuple[str, ...]
+    n_probes: int | None
+    num_draft_tokens: int
+    logprobs: int | None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    template_settings: dict[str, Any]
+    prompts: list[str | list[int]]
+
+
+def find_model(catalogue: Catalogue, name: str | None) -> ServedModel:
+    """The served model of that name, the default for None.
+
+    Raises:
+        Problem: If no served model has the name.
+    """
+    served = catalogue.find(name)
+    if served is None:
+        raise Problem(
+            f"No model of that name is served here: choose {' or '.join(catalogue.names)}.",
+            "model",
+            status=404,
+            code="model_not_found",
+        )
+    return served
+
+
+def read_request(
+    body: dict[str, Any], *, chat: bool, catalogue: Catalogue, defaults: Namespace
+) -> Request:
+    """Checks a request.
+
+    Args:
+        body: Its JSON.
+        chat: Whether it was sent to the chat's address.
+        catalogue: The served models.
+        defaults: The server's flags.
+
+    Raises:
+        Problem: If it cannot be served, naming the field.
+    """
+    fields = Fields(body)
+    served = find_model(catalogue, fields.take("model", str))
+    stream = fields.take("stream", bool, False)
+    request = Request(
+        served=served,
+        chat=chat,
+        stream=stream,
+        include_usage=_include_usage(fields, stream),
+        n=fields.whole("n", 1, 1, MAX_CHOICES),
+        max_tokens=_max_tokens(fields, defaults.max_tokens),
+        sampling=_sampling(fields, served, defaults),
+        penalties=_penalties(fields, served),
+        form=read_form(fields),
+        seed=fields.whole("seed", None, -(2**63), 2**64 - 1),
+        stop=_stop(fields),
+        n_probes=_n_probes(fields, served),
+        num_draft_tokens=fields.whole("num_draft_tokens", defaults.num_draft_tokens, 1, 64),
+        logprobs=_chat_logprobs(fields) if chat else _text_logprobs(fields),
+        messages=read_messages(fields.take("messages", list)) if chat else [],
+        tools=_tools(fields, served) if chat else [],
+        template_settings=_template_settings(fields, served) if chat else {},
+        prompts=[] if chat else _prompts(fields, served),
+    )
+    _refuse_what_is_not_done(fields, chat)
+    fields.end()
+    if request.form is not None and request.tools:
+        raise Problem("An answer of a given form calls no tools: leave tools out.", "tools")
+    if request.n * max(1, len(request.prompts)) > MAX_CHOICES:
+        raise Problem(
+            f"n times the number of prompts is {request.n * len(request.prompts)}: at most "
+            f"{MAX_CHOICES} texts are made for a request.",
+            "n",
+        )
+    return request
+
+
+def _include_usage(fields: Fields, stream: bool) -> bool:
+    options = fields.take("stream_options", dict)
+    if options is None:
+        return False
+    if not stream:
+        raise Problem("stream_options are for requests with stream.", "stream_options")
+    options = Fields(options)
+    include_usage = options.take("include_usage", bool, False)
+    options.only("include_obfuscation", False, why="chunks are sent as they are, so leave it out.")
+    options.end()
+    return include_usage
+
+
+def _max_tokens(fields: Fields, default: int) -> int:
+    older = fields.whole("max_tokens", None, 1)
+    newer = fields.whole("max_completion_tokens", older, 1)
+    if None not in (older, newer) and older != newer:
+        raise Problem(
+            f"max_tokens is {older} and max_completion_tokens {newer}: give one of them.",
+            "max_tokens",
+        )
+    return newer or default
+
+
+def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> Sampling:
+    top_k = fields.whole("top_k", defaults.top_k)
+    return Sampling(
+        temp=fields.number("temperature", defaults.temp, 0, 100),
+        top_p=fields.number("top_p", defaults.top_p, 0, 1),
+        top_k=top_k if top_k < served.vocab_size else 0,  # a top_k of all tokens cuts none off
+        min_p=fields.number("min_p", defaults.min_p, 0, 1),
+        xtc_probability=fields.number("xtc_probability", 0.0, 0, 1),
+        xtc_threshold=fields.number("xtc_threshold", 0.1, 0, 0.5),
+    )
+
+
+def _penalties(fields: Fields, served: ServedModel) -> Penalties:
+    bias = {}
+    for key, value in fields.take("logit_bias", dict, {}).items():
+        token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
+        if not 0 <= token < served.vocab_size:
+            raise Problem(
+                f"logit_bias names the token {key[:20]}, but this model has {served.vocab_size}: "
+                f"choose 0 to {served.vocab_size - 1}.",
+                "logit_bias",
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise Problem("logit_bias must give each token id a number.", "logit_bias")
+        bias[token] = float(max(-_MAX_BIAS, min(_MAX_BIAS, value)))
+    return Penalties(
+        logit_bias=tuple(bias.items()),
+        repetition_penalty=fields.number("repetition_penalty", 0.0, 0),
+        repetition_context_size=fields.whole("repetition_context_size", 20),
+        presence_penalty=fields.number("presence_penalty", 0.0),
+        presence_context_size=fields.whole("presence_context_size", 20),
+        frequency_penalty=fields.number("frequency_penalty", 0.0),
+        frequency_context_size=fields.whole("frequency_context_size", 20),
+    )
+
+
+def _stop(fields: Fields) -> tuple[str, ...]:
+    stop = fields.take("stop", default=())
+    words = [stop] if isinstance(stop, str) else stop
+    sound = isinstance(words, list | tuple) and len(words) <= _MAX_STOPS
+    if not sound or not all(isinstance(word, str) and word for word in words):
+        raise Problem(
+            f"stop must be a text or a list of at most {_MAX_STOPS} texts, none of them empty.",
+            "stop",
+        )
+    return tuple(words)
+
+
+def _n_probes(fields: Fields, served: ServedModel) -> int | None:
+    head = served.head
+    dense = fields.take("dense", bool)
+    n_probes = fields.whole("n_probes", None, 1, 2**31 - 1 if head is None else head.n_clusters)
+    if n_probes is not None and head is None:
+        raise Problem("This model has no FlashHead: leave n_probes out.", "n_probes")
+    if dense and n_probes is not None:
+        raise Problem("dense scores every token: leave n_probes out.", "n_probes")
+    if head is None:
+        return None
+    if dense is None:
+        return n_probes or served.n_probes
+    return head.n_clusters if dense else n_probes or head.n_probes
+
+
+def _chat_logprobs(fields: Fields) -> int | None:
+    wanted = fields.take("logprobs", bool, False)
+    tops = fields.whole("top_logprobs", None, 0, MAX_LOGPROBS)
+    if tops is not None and not wanted:
+        raise Problem("top_logprobs needs logprobs to be true.", "top_logprobs")
+    return (tops or 0) if wanted else None
+
+
+def _text_logprobs(fields: Fields) -> int | None:
+    return fields.whole("logprobs", None, 0, MAX_LOGPROBS)
+
+
+def _tools(fields: Fields, served: ServedModel) -> list[dict[str, Any]]:
+    tools = fields.take("tools", list, [])
+    choice = fields.take("tool_choice", default="auto")
+    if choice not in ("auto", "none"):
+        raise Problem(
+            'tool_choice must be "auto" or "none": a call cannot be forced.', "tool_choice"
+        )
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise Problem(f'tools[{i}] must be {{"type": "function", "function": …}}.', "tools")
+        if not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
+            raise Problem(f"tools[{i}].function must be an object with a name.", "tools")
+    if tools and not served.tokenizer.has_tool_calling:
+        raise Problem("This model's chat template knows no tools: leave them out.", "tools")
+    return tools if choice == "auto" else []
+
+
+def _template_settings(fields: Fields, served: ServedModel) -> dict[str, Any]:
+    return read_template_settings(
+        fields.take("chat_template_kwargs", dict, {}), served.template_settings
+    )
+
+
+def _prompts(fields: Fields, served: ServedModel) -> list[str | list[int]]:
+    given = fields.take("prompt")
+    if isinstance(given, str) or (isinstance(given, list) and given and _is_token(given[0])):
+        given = [given]
+    if not isinstance(given, list) or not given:
+        raise Problem("prompt must be a text, a list of texts, or token ids.", "prompt")
+    for prompt in given:
+        if isinstance(prompt, str):
+            continue
+        if not isinstance(prompt, list) or not all(map(_is_token, prompt)):
+            raise Problem("prompt must be a text, a list of texts, or token ids.", "prompt")
+        if any(not 0 <= token < served.vocab_size for token in prompt):
+            raise Problem(
+                "prompt holds a token that this model does not have: choose 0 to "
+                f"{served.vocab_size - 1}.",
+                "prompt",
+            )
+    return given
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int
+
+
+def _refuse_what_is_not_done(fields: Fields, chat: bool) -> None:
+    fields.only("store", False, why="nothing is stored here, so leave it out.")
+    fields.only("service_tier", "auto", "default", why="there is one tier, so leave it out.")
+    for name in _LABELS:
+        fields.take(name)
+    if chat:
+        fields.only("modalities", ["text"], why="answers are text, so leave it out.")
+        fields.only("parallel_tool_calls", True, why="calls are not held back, so leave it out.")
+    else:
+        fields.only("echo", False, why="the prompt is not repeated, so leave it out.")
+        fields.only("best_of", 1, why="answers are not compared, so leave it out.")
+        fields.only("suffix", "", why="a text is continued to its end alone, so leave it out.")
+    for name in ("adapters", "draft_model"):
+        fields.only(name, why="it is chosen when the server is started.")

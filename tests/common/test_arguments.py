@@ -1,0 +1,97 @@
+"""Arguments: what a type takes and refuses, and how a refusal reads."""
+
+import argparse
+
+import pytest
+
+from mlx_flashhead.common.arguments import (
+    Parser,
+    adopt,
+    check,
+    json_object,
+    number,
+    one_of,
+    whole_number,
+    whole_numbers,
+)
+
+
+@pytest.mark.parametrize(
+    "type, taken, value",
+    [
+        (whole_number(1), "12", 12),
+        (whole_number(0, 3), 3, 3),
+        (whole_number(1, or_else={-1: "no limit"}), "-1", -1),
+        (number(0), "0.5", 0.5),
+        (number(0, 1), 1, 1.0),
+        (number(0, 1, above=True), "1e-3", 0.001),
+        (one_of(4, 8), "8", 8),
+        (one_of("a", "b"), "b", "b"),
+        (whole_numbers(1), "48, 96", [48, 96]),
+        (json_object, '{"a": 1}', {"a": 1}),
+    ],
+)
+def test_taken(type, taken, value):
+    found = type(taken)
+    assert found == value and found.__class__ is value.__class__
+
+
+@pytest.mark.parametrize(
+    "type, refused, wanted",
+    [
+        (whole_number(1), "0", "give a whole number of 1 or more"),
+        (whole_number(1), "1.5", "give a whole number of 1 or more"),
+        (whole_number(1), 2.0, "give a whole number of 1 or more"),
+        (whole_number(1), True, "give a whole number of 1 or more"),
+        (whole_number(0, 3), "4", "give 0 to 3"),
+        (
+            whole_number(1, or_else={-1: "no limit"}),
+            "-2",
+            "give a whole number of 1 or more, or -1 for no limit",
+        ),
+        (number(0), "-0.1", "give a number of 0 or more"),
+        (number(0), "nan", "give a number of 0 or more"),
+        (number(0), "inf", "give a number of 0 or more"),
+        (number(0, 1), "1.01", "give 0 to 1"),
+        (number(0, 1, above=True), "0", "give a number above 0, at most 1"),
+        (one_of(4, 8, 16), "5", "choose 4, 8 or 16"),
+        (whole_numbers(1), "4,", "give whole numbers of 1 or more such as 48,96,256"),
+        (json_object, "[1]", 'give a JSON object such as {"enable_thinking": false}'),
+    ],
+)
+def test_refused(type, refused, wanted):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        type(refused)
+    assert str(caught.value) == f"it is {refused}: {wanted}"
+
+
+def test_in_python():
+    check("n_probes", 3, whole_number(1))
+    with pytest.raises(ValueError, match=r"^n_probes is 0: give a whole number of 1 or more\.$"):
+        check("n_probes", 0, whole_number(1))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["-n", "0"], "--number is 0: give a whole number of 1 or more."),
+        (["-n"], "--number needs one argument."),
+        (["-n", "1", "--kind", "c"], "--kind is c: choose a, b."),
+        ([], "--number is needed."),
+        (["-n", "1", "--other"], "there is no option --other: --help lists them."),
+    ],
+)
+def test_an_error_is_one_sentence(words, said, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--number", "-n", type=whole_number(1), required=True)
+    parser.add_argument("--kind", choices=("a", "b"))
+    parser.add_argument("--temp", type=float)
+    adopted = adopt(parser, "mlx_flashhead.x", "Does x.", {"kind": "One of two."})
+    assert isinstance(adopted, Parser)
+    for given, expected in ((words, said), (["--temp", "-1"], "--temp is -1: give a number of 0")):
+        with pytest.raises(SystemExit) as end:
+            adopted.parse_args(given)
+        assert end.value.code == 2
+        output, errors = capsys.readouterr()
+        assert output == "" and errors.startswith(f"error: {expected}") and errors.count("\n") == 1
+    assert "One of two." in adopted.format_help() and "Does x." in adopted.format_help()

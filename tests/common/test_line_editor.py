@@ -1,0 +1,94 @@
+"""Completion of commands and files, and a history that is kept where it can be."""
+
+import signal
+
+import pytest
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from mlx_flashhead.common import line_editor as module
+from mlx_flashhead.common.line_editor import _Commands, _KeptHistory, line_editor
+
+
+@pytest.fixture
+def completions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / "sub" / "deeper.json").touch()
+    completer = _Commands(["/save", "/stats", "/exit"], ["/save"])
+
+    def completions(line):
+        found = completer.get_completions(Document(line), CompleteEvent())
+        return [line[: len(line) + one.start_position] + one.text for one in found]
+
+    return completions
+
+
+def test_commands_and_files_are_completed(completions):
+    assert completions("/s") == ["/save ", "/stats "]
+    assert completions("") == completions("hello") == completions("/exit ") == []
+    assert completions("/save ") == ["/save a folder", "/save sub"]
+    assert completions("/save sub/de") == ["/save sub/deep", "/save sub/deeper.json"]
+    assert completions("/save absent/x") == []
+
+
+def test_the_history_is_kept_for_its_user_alone(tmp_path):
+    file = tmp_path / "new" / "history"
+    _KeptHistory(file).append_string("one\nquestion of two lines")
+    assert list(_KeptHistory(file).load_history_strings()) == ["one\nquestion of two lines"]
+    assert file.parent.stat().st_mode & 0o077 == 0
+
+
+def test_the_newest_texts_of_a_history_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "KEPT_TEXTS", 2)
+    file = tmp_path / "history"
+    for text in ("first", "second\nof two lines", "third"):
+        _KeptHistory(file).append_string(text)
+    assert list(_KeptHistory(file).load_history_strings()) == ["third", "second\nof two lines"]
+    assert [path.name for path in tmp_path.iterdir()] == ["history"]
+
+
+def test_a_history_that_cannot_be_kept_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "file").touch()
+    history = _KeptHistory(tmp_path / "file" / "history")
+    history.append_string("a question")
+    assert history.get_strings() == ["a question"]
+
+
+@pytest.mark.parametrize("moment", ["before it starts", "when it starts", "while it waits"])
+def test_a_signal_ends_the_editor_first(tmp_path, monkeypatch, moment):
+    """Whenever it comes: out of an event loop the handler's exception may be lost."""
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    prompt = PromptSession.prompt
+
+    def prompt_with_signal(session, text, pre_run):
+        def started():
+            if moment == "when it starts":
+                signal.raise_signal(signal.SIGTERM)
+            pre_run()
+            if moment == "while it waits":
+                session.app.loop.call_later(0.1, signal.raise_signal, signal.SIGTERM)
+
+        if moment == "before it starts":
+            signal.raise_signal(signal.SIGTERM)
+        return prompt(session, text, pre_run=started)
+
+    monkeypatch.setattr(PromptSession, "prompt", prompt_with_signal)
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):
+            read = line_editor([], [], tmp_path / "history")
+            with pytest.raises(SystemExit) as caught:
+                read()
+        assert caught.value.code == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is end
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,261 @@
+"""A folder that is there completely or not at all, and conversions that are cut short."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_flashhead.common.new_folder import new_folder
+from mlx_flashhead.conversion import pipeline as conversion
+from mlx_flashhead.conversion.pipeline import convert
+from model_folders import write_model
+
+STAGES = (
+    "resolve",
+    "load_dense",
+    "find_head",
+    "set_bits",
+    "check_plain_product",
+    "mixed_positions",
+    "build_index",
+    "save",
+    "write_index",
+)
+
+
+def snapshot(folder):
+    """{path: bytes or None} of all that lies under a folder."""
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny model's folder."""
+    return write_model(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(params=[False, True], ids=["new", "overwrite"])
+def place(request, tmp_path):
+    """``(target, overwrite)``: a target that does not exist, and one that does."""
+    target = tmp_path / "deep" / "model"
+    if request.param:
+        target.mkdir(parents=True)
+        (target / "config.json").write_text('{"flash_head": {}}')
+        (target / "weights").write_bytes(b"old")
+    return target, request.param
+
+
+def convert_quickly(source, place):
+    target, overwrite = place
+    return convert(
+        str(source),
+        str(target),
+        overwrite=overwrite,
+        calibration_positions=100,
+        progress=False,
+    )
+
+
+def test_appears_at_the_end(place, tmp_path):
+    target, _ = place
+    before = snapshot(target)
+    with new_folder(target) as folder:
+        (folder / "weights").write_bytes(b"new")
+        assert folder.parent == target.parent
+        assert snapshot(target) == before
+    assert snapshot(target) == {Path("weights"): b"new"}
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_can_be_read_by_others(tmp_path):
+    with new_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_is_replaced_comes_back(tmp_path, monkeypatch, failing, error):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    before = snapshot(tmp_path)
+    replace, calls = os.replace, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == failing:
+            raise error
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(error), new_folder(target) as folder:
+        (folder / "config.json").write_text("new")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_interrupted_conversion_leaves_all_as_it_was(source, place, tmp_path, monkeypatch, stage):
+    before = snapshot(tmp_path)
+    original = getattr(conversion, stage)
+
+    def interrupted(*arguments, **options):
+        original(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, stage, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_quickly(source, place)
+    assert snapshot(tmp_path) == before
+
+
+def test_full_disk_leaves_all_as_it_was(source, place, tmp_path, monkeypatch):
+    def save(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(conversion, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        convert_quickly(source, place)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("file", ["model.safetensors", "flash_head.index"])
+def test_full_disk_under_mlx(source, place, tmp_path, monkeypatch, file):
+    """MLX does not raise an OSError then."""
+    save = conversion.save
+
+    def save_to_full_disk(folder, *arguments, **options):
+        (folder / file).symlink_to("/dev/full")
+        save(folder, *arguments, **options)
+
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(conversion, "save", save_to_full_disk)
+    with pytest.raises(OSError, match=r"free some space or choose another|No space left on device"):
+        convert_quickly(source, place)
+    assert snapshot(tmp_path) == before
+
+
+def test_existing_target_is_refused(source, tmp_path):
+    target = write_model(tmp_path / "model")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"exists already.*--overwrite"):
+        convert_quickly(source, (target, False))
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_target_that_is_a_file(source, tmp_path, overwrite):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match="is a file"):
+        convert_quickly(source, (tmp_path / "file", overwrite))
+    with pytest.raises(ValueError, match="cannot be written"):
+        convert_quickly(source, (tmp_path / "file" / "model", overwrite))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["to_mother.txt", "config.json"])
+def test_only_what_was_written_here_is_overwritten(source, tmp_path, name):
+    """A slip of the hand such as ``--mlx-path ~ --overwrite`` deletes nothing, nor a model."""
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / name).write_text("{}")
+    (tmp_path / "empty").mkdir()
+    before = snapshot(tmp_path / "letters")
+    with pytest.raises(ValueError, match=r"was not written by mlx_flashhead\.convert"):
+        convert_quickly(source, (tmp_path / "letters", True))
+    assert snapshot(tmp_path / "letters") == before
+    convert_quickly(source, (tmp_path / "empty", True))
+    assert (tmp_path / "empty" / "config.json").exists()
+
+
+def test_leftovers_of_killed_processes_go(tmp_path):
+    """What a process that was killed has left, but not what another one is writing."""
+    target = tmp_path / "model"
+    program = (
+        "import os, pathlib, sys\n"
+        "from mlx_flashhead.common.new_folder import new_folder\n"
+        "with new_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'weights').write_bytes(b'half')\n"
+        "    print(folder, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(conversion.__file__).parents[2])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", program, str(target)]
+    killed, alive = (subprocess.Popen(command, env=environment, **pipes) for _ in range(2))
+    left, written = (Path(process.stdout.readline().strip()) for process in (killed, alive))
+    killed.kill()
+    killed.wait()
+    for folder in (left, written):
+        os.utime(folder, (0, 0))
+    with new_folder(target) as folder:
+        (folder / "weights").write_bytes(b"whole")
+    assert not left.exists() and written.exists()
+    alive.communicate()
+    assert alive.returncode == 0
+    assert snapshot(tmp_path) == {Path("model"): None, Path("model/weights"): b"half"}
+
+
+def test_what_was_put_aside_comes_back(tmp_path):
+    """A process was killed between putting the old folder aside and the new one in its place."""
+    target, aside = tmp_path / "model", tmp_path / ".model.mlx_flashhead-old.x"
+    (aside / "model").mkdir(parents=True)
+    (aside / "model" / "weights").write_bytes(b"old")
+    os.utime(aside, (0, 0))
+    with pytest.raises(KeyboardInterrupt), new_folder(target):
+        assert (target / "weights").read_bytes() == b"old"
+        raise KeyboardInterrupt
+    assert snapshot(tmp_path) == {Path("model"): None, Path("model/weights"): b"old"}
+
+
+def test_place_without_permission(source, tmp_path, monkeypatch):
+    """The administrator may write everywhere, so the refusal is made up."""
+
+    def mkdtemp(**_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
+
+    monkeypatch.setattr("tempfile.mkdtemp", mkdtemp)
+    with pytest.raises(ValueError, match=r"cannot be written \(.*Permission denied"):
+        convert_quickly(source, (tmp_path / "new" / "model", False))
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "number, code, overwrite", [(signal.SIGTERM, 143, False), (signal.SIGINT, 130, True)]
+)
+def test_signal_to_a_real_conversion(source, tmp_path, number, code, overwrite):
+    if overwrite:
+        write_model(tmp_path / "model", further={"flash_head": {}})
+    before = snapshot(tmp_path)
+    # a test run in the background ignores SIGINT, and its children with it
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from mlx_flashhead.convert import main; main()"
+    )
+    arguments = ["--model", source, "--mlx-path", tmp_path / "model"]
+    arguments += ["--calibration-positions", "100000000", *["--overwrite"] * overwrite]
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", program, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(conversion.__file__).parents[2])},
+    ) as process:
+        seen = b""
+        while seen.count(b"Reading") < 2:  # the bar moves: the conversion is well under way
+            part = os.read(process.stderr.fileno(), 4096)
+            assert part, seen
+            seen += part
+        assert snapshot(tmp_path) != before
+        process.send_signal(number)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode == code, rest
+    assert b"Traceback" not in rest
+    assert snapshot(tmp_path) == before

@@ -1,0 +1,286 @@
+"""Attaching a FlashHead to a model that is in memory, from wherever it can be had."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+
+import mlx_flashhead
+from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, write_companion
+from mlx_flashhead.loading import build, cache
+from mlx_flashhead.loading.attach import DENSE, attach, install_found
+from mlx_flashhead.loading.load import load, load_or, sharded_load
+from mlx_flashhead.models.errors import UnsupportedHeadError
+from mlx_flashhead.models.install import detach, get_flash_head
+from mlx_flashhead.publishing.origin import Origin
+from model_folders import write_model
+from tiny_models import tiny_index, tiny_model
+
+CHECKOUT = Path(__file__).parents[2]
+TOKENS = mx.array([[3, 1, 200, 7]])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder without a FlashHead."""
+    return write_model(tmp_path / "My-Model")
+
+
+@pytest.fixture
+def companion(folder, tmp_path):
+    """A folder with the FlashHead of that model alone, of 7 probes."""
+    place = tmp_path / "companion"
+    place.mkdir()
+    write_companion(place, tiny_index(mlx_lm.load(str(folder))[0], n_probes=7))
+    return place
+
+
+def test_first_use_builds_and_the_second_does_not(folder, quick, capfd, flash_head_home):
+    model, tokenizer = load(str(folder))
+    first = get_flash_head(model)
+    output, errors = capfd.readouterr()
+    (entry,) = cache.entries()
+    assert output == ""
+    assert "Building the FlashHead of My-Model, which takes at most about" in errors
+    assert f"It is kept in {entry.folder}." in errors
+    bars = ("Reading given text", "Writing answers", "Writing text", "Clustering", "Fitting")
+    assert all(f"{bar}: 100%" in errors for bar in (*bars, "Measuring"))
+    assert errors.splitlines()[-1].startswith(f"{first.n_probes} of {first.n_clusters} clusters")
+    assert "probes agreement" not in errors  # the tables are for those who convert
+    assert entry.folder.is_relative_to(flash_head_home)
+    assert {path.name for path in entry.folder.iterdir()} == {FILE_NAME, SETTINGS_NAME}
+    again = get_flash_head(load(str(folder))[0])
+    assert capfd.readouterr() == ("", "")
+    assert mx.array_equal(again.clustered.token_ids, first.clustered.token_ids)
+    assert again.n_probes == first.n_probes
+    assert mlx_lm.generate(model, tokenizer, "One day", max_tokens=3)
+
+
+def test_found_by_what_the_model_is(folder, quick, tmp_path, capfd):
+    load(str(folder))
+    moved = shutil.move(folder, tmp_path / "elsewhere")
+    capfd.readouterr()
+    load(str(moved))
+    assert capfd.readouterr().err == ""
+    load(str(write_model(tmp_path / "other", seed=1)))
+    assert "Building the FlashHead of other" in capfd.readouterr().err
+    assert len(cache.entries()) == 2
+
+
+def test_another_precision_takes_the_nearest(folder, quick, tmp_path, capfd):
+    load(str(folder))
+    load(str(write_model(tmp_path / "other", seed=1)))
+    mlx_lm.convert(str(folder), str(tmp_path / "quantized"), quantize=True)
+    capfd.readouterr()
+    model, _ = load(str(tmp_path / "quantized"))
+    assert "was made from another form of these rows" in capfd.readouterr().err
+    assert get_flash_head(model).clustered.rows.bits == 4
+    assert len(cache.entries()) == 2
+
+
+def test_order_of_the_look_up(folder, companion, quick, tmp_path):
+    def probes(**options):
+        return get_flash_head(load(str(folder), **options)[0]).n_probes
+
+    kept = probes()
+    assert kept != 7 and len(cache.entries()) == 1
+    write_companion(folder, tiny_index(mlx_lm.load(str(folder))[0], n_probes=5))
+    assert probes() == 5  # in the model's folder
+    assert probes(flash_head=str(companion)) == 7  # given
+    assert probes(flash_head=str(companion), n_probes=3) == 3
+
+
+def test_attach_and_detach(folder, companion):
+    model, tokenizer = mlx_lm.load(str(folder))
+    dense = model(TOKENS)
+    head = attach(model, tokenizer, companion)
+    assert get_flash_head(model) is head and head.n_probes == 7
+    assert not mx.allclose(model(TOKENS), dense)
+    with pytest.raises(ValueError, match="already installed on this model: detach it first"):
+        attach(model, tokenizer, companion)
+    detach(model)
+    assert get_flash_head(model) is None
+    assert mx.array_equal(model(TOKENS), dense)
+    assert mlx_flashhead.attach is attach and mlx_flashhead.detach is detach
+
+
+def test_attach_builds_for_a_model_from_anywhere(folder, quick):
+    model, tokenizer = mlx_lm.load(str(folder))
+    nn.quantize(model, group_size=64, bits=8)
+    head = attach(model, tokenizer, progress=False)
+    assert head.clustered.rows.bits == 8
+    (entry,) = cache.entries()
+    recipe = entry.config.recipe
+    assert (recipe["model"], recipe["name"]) == ("My-Model", "My-Model-FlashHead")
+    assert recipe["metadata"]["base_model_relation"] == "adapter"
+    assert str(folder.parent) not in json.dumps(entry.config.to_dict())
+
+
+def test_nothing_is_built_that_was_not_wanted(folder):
+    with pytest.raises(ValueError, match=r"no FlashHead of My-Model yet, and .*--dense"):
+        load(str(folder), build=False)
+    model, _, _ = load_or(DENSE, folder)
+    assert get_flash_head(model) is None
+    with pytest.raises(ValueError, match=r"no FlashHead of My-Model yet"):
+        sharded_load(str(folder))  # several processes build none
+    assert cache.entries() == []
+
+
+def test_heads_that_are_not_supported():
+    model = tiny_model("minicpm")
+    with pytest.raises(UnsupportedHeadError, match="cannot be intercepted"):
+        attach(model, None)
+    options = {"n_probes": None, "backend": None, "progress": False, "say": print}
+    assert install_found(model, None, None, Origin("x"), missing=DENSE, **options) is None
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_a_damaged_entry_is_built_anew(folder, quick, capfd, kept):
+    load(str(folder))
+    (entry,) = cache.entries()
+    file = entry.folder / FILE_NAME
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    capfd.readouterr()
+    load(str(folder))
+    errors = capfd.readouterr().err
+    assert (
+        f"{file} cannot be read because it is damaged or incomplete: it is built again." in errors
+    )
+    assert file.read_bytes() == content
+    load(str(folder))
+    assert capfd.readouterr().err == ""
+
+
+def test_an_entry_of_another_recipe_is_not_taken(folder, quick, monkeypatch, capfd):
+    load(str(folder))
+    monkeypatch.setattr(cache, "RECIPE", cache.RECIPE + 1)
+    load(str(folder))
+    assert "Building" in capfd.readouterr().err
+    assert len(cache.entries()) == 2
+
+
+@pytest.mark.parametrize("trouble", ["full", "file", "no permission"])
+def test_a_head_that_cannot_be_kept_works_all_the_same(
+    folder, quick, monkeypatch, capfd, flash_head_home, trouble
+):
+    if trouble == "file":
+        flash_head_home.write_text("")
+    elif trouble == "full":
+
+        def write(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), FILE_NAME)
+
+        monkeypatch.setattr(cache, "write_companion", write)
+    else:  # an administrator may write everywhere, so the refusal is made up
+
+        def refuse(*_, **__):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(flash_head_home))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    model, _ = load(str(folder))
+    assert get_flash_head(model) is not None
+    errors = capfd.readouterr().err
+    reason = {"full": "No space left on device", "file": "Not a directory"}.get(trouble)
+    reason = reason or "Permission denied"
+    said = f"It is not kept, since {flash_head_home} cannot be written ({reason}): set MLX_FLASH"
+    assert errors.count(said) == 1 and errors.count("kept") == (2 if trouble == "full" else 1)
+    monkeypatch.undo()
+    assert not list(flash_head_home.rglob(".*"))
+
+
+def test_two_processes_build_once(folder, tmp_path, flash_head_home):
+    program = (
+        "import functools, sys, time\n"
+        "from mlx_flashhead.loading import build\n"
+        "from mlx_flashhead.loading.load import load\n"
+        "from mlx_flashhead.conversion.options import IndexOptions\n"
+        "build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)\n"
+        "make = build.make_index\n"
+        "def slow(*a, **k):\n"
+        "    time.sleep(1)\n"
+        "    return make(*a, **k)\n"
+        "build.make_index = slow\n"
+        "load(sys.argv[1])\n"
+        "print('loaded')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, "-c", program, str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [output for output, _ in said] == ["loaded\n", "loaded\n"]
+    errors = "".join(errors for _, errors in said)
+    assert errors.count("Building the FlashHead") == 1
+    assert errors.count("Another process is building") == 1
+    assert len(list((flash_head_home / "flash_heads").iterdir())) == 1
+
+
+def test_an_interrupted_build_leaves_nothing(folder, quick, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "make_index", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(str(folder))
+    monkeypatch.undo()
+    assert cache.entries() == []
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda place: (place / FILE_NAME).unlink(), f"{FILE_NAME} is missing"),
+        (lambda place: (place / SETTINGS_NAME).unlink(), "holds no FlashHead"),
+        (lambda place: (place / FILE_NAME).write_bytes(b"x"), "damaged or incomplete"),
+        (lambda place: change(place, version=2), "has version 2"),
+        (lambda place: change(place, vocab_size=257), "for 257 tokens of width 64, but the model"),
+    ],
+)
+def test_companions_that_cannot_be_used(folder, companion, spoil, said):
+    spoil(companion)
+    with pytest.raises(ValueError, match=said) as caught:
+        load(str(folder), flash_head=companion)
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+def change(place, **values):
+    settings = json.loads((place / SETTINGS_NAME).read_text())
+    (place / SETTINGS_NAME).write_text(json.dumps(settings | values))
+
+
+def test_a_companion_of_another_model(companion, tmp_path):
+    other = write_model(tmp_path / "other", seed=3)
+    with pytest.raises(ValueError, match=rf"in {companion} belongs to other rows than this"):
+        load(str(other), flash_head=companion)
+
+
+def test_a_companion_from_the_hub(hub, folder, companion):
+    files = {path.name: path.read_bytes() for path in companion.iterdir()}
+    hub.put("maker/Heads", files | {"README.md": b"x", "model.safetensors": b"no"})
+    model, _ = load(str(folder), flash_head="maker/Heads")
+    assert get_flash_head(model).n_probes == 7
+    assert not any("model.safetensors" in path for _, path in hub.requests)
+    hub.put("maker/Empty", {"config.json": b"{}"})
+    with pytest.raises(ValueError, match="holds no FlashHead"):
+        load(str(folder), flash_head="maker/Empty")
+
+
+def test_a_folder_whose_index_was_left_out(folder, quick, tmp_path, capfd):
+    """mlx_lm.fuse and mlx_lm.convert write such folders."""
+    converted = tmp_path / "converted"
+    mlx_flashhead.convert(str(folder), str(converted), calibration="none", progress=False)
+    (converted / FILE_NAME).unlink()
+    assert get_flash_head(load(str(converted))[0]) is not None
+    errors = capfd.readouterr().err
+    assert f"{converted} names a FlashHead, but {FILE_NAME} is missing" in errors
+    assert "Building" in errors

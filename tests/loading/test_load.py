@@ -1,0 +1,172 @@
+"""Loading any model with a FlashHead, and what is said where that cannot be done."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_flashhead.index.files import write_index
+from mlx_flashhead.loading.load import load
+from mlx_flashhead.models.dense import load_dense
+from mlx_flashhead.models.install import get_flash_head
+from model_folders import VOCAB_SIZE, write_model
+from tiny_models import tiny_index, tiny_model
+
+TOKENS = mx.array([[3, 1, 200, 7]])
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "4-bit"])
+def original(request, tmp_path_factory):
+    """A folder with FlashHead: 258 tokens in 33 clusters, 4 probes."""
+    folder = tmp_path_factory.mktemp("load") / "model"
+    write_model(folder, tied=request.param == "tied")
+    if request.param == "4-bit":
+        quantize(folder)
+    write_index(folder, tiny_index(load_dense(folder)[0], eos_token_ids=(1,)))
+    return folder
+
+
+def quantize(folder):
+    """Puts a quantized model of the same vocabulary in place of the folder's."""
+    model = tiny_model(vocab_size=VOCAB_SIZE, num_hidden_layers=2, tied=False, bits=4)
+    weights = tree_flatten(model.parameters(), destination={})
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"] = {"group_size": 32, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(original, tmp_path / "model")
+
+
+def test_loads_a_model_with_flash_head(original):
+    model, tokenizer = load(str(original))
+    head = get_flash_head(model)
+    assert (head.n_clusters, head.cluster_size, head.n_probes) == (33, 8, 4)
+    assert head.eos_token_ids == (1,)
+    assert tokenizer.eos_token_id == 1
+    dense, _ = mlx_lm.load(str(original))
+    assert not mx.allclose(model(TOKENS), dense(TOKENS))
+    with head.dense():
+        assert mx.allclose(model(TOKENS), dense(TOKENS), rtol=0, atol=1e-4)
+    # random models end late or never, so the texts are compared token by token
+    with head.dense():
+        text = mlx_lm.generate(model, tokenizer, "hello", max_tokens=12)
+    assert text == mlx_lm.generate(dense, tokenizer, "hello", max_tokens=12)
+    assert text
+
+
+def test_arguments_are_passed_on(original):
+    model, _, config = load(
+        str(original), lazy=True, return_config=True, n_probes=33, backend="mlx"
+    )
+    assert config["model_type"] == "llama"
+    head = get_flash_head(model)
+    assert (head.n_probes, head.backend) == (33, "mlx")
+    with_other_eos, tokenizer = load(str(original), tokenizer_config={"eos_token": "A"})
+    assert tokenizer.eos_token == "A"
+    assert get_flash_head(with_other_eos) is not None
+
+
+def refused(call, *expected):
+    """The call raises one sentence with each of the patterns."""
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    for pattern in expected:
+        error.match(pattern)
+
+
+def test_folder_that_is_no_model(tmp_path):
+    refused(lambda: load(str(tmp_path)), f"mlx-lm cannot load the model in {tmp_path}")
+
+
+@pytest.mark.parametrize("n_probes", [0, -3, 34])
+def test_n_probes_out_of_range(original, n_probes):
+    refused(
+        lambda: load(str(original), n_probes=n_probes),
+        f"n_probes is {n_probes}, but this head has 33 clusters: choose 1 to 33",
+    )
+
+
+def test_unknown_backend(original):
+    refused(lambda: load(str(original), backend="cuda"), "Unknown FlashHead backend 'cuda'")
+
+
+def test_weights_of_another_model(folder):
+    path = str(folder / "model.safetensors")
+    weights = mx.load(path)
+    name = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    weights[name] = weights[name][::-1]
+    mx.eval(weights)
+    mx.save_safetensors(path, weights, metadata={"format": "mlx"})
+    refused(lambda: load(str(folder)), f"in {folder} belongs to other rows", "one is found")
+
+
+def test_weights_in_another_form(folder, capfd):
+    """Some rows were changed a little, as by a further training."""
+    path = str(folder / "model.safetensors")
+    weights = mx.load(path)
+    name = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    weights[name] = weights[name].at[0, 0].add(1)
+    mx.eval(weights)
+    mx.save_safetensors(path, weights, metadata={"format": "mlx"})
+    model, _ = load(str(folder))
+    assert get_flash_head(model).n_clusters == 33
+    output, errors = capfd.readouterr()
+    assert output == "" and f"in {folder} was made from another form of these rows" in errors
+
+
+def spoil_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def remove_a_tensor(folder):
+    path = str(folder / "model.safetensors")
+    weights = mx.load(path)
+    weights.pop("model.norm.weight")
+    mx.eval(weights)
+    mx.save_safetensors(path, weights, metadata={"format": "mlx"})
+
+
+def change_model_type(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_weights, remove_weights, remove_a_tensor, change_model_type]
+)
+def test_model_that_mlx_lm_cannot_load(folder, spoil):
+    spoil(folder)
+    refused(
+        lambda: load(str(folder)),
+        rf"mlx-lm cannot load the model in {folder} \(.*\w\)",
+        "check or fetch it again",
+    )
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"num_layers": 1}'])
+def test_adapters_that_are_none(folder, tmp_path, content):
+    adapters = tmp_path / "adapters"
+    if content is not None:
+        adapters.mkdir()
+        (adapters / "adapter_config.json").write_text(content)
+    refused(
+        lambda: load(str(folder), adapter_path=str(adapters)),
+        f"adapters in {adapters} cannot be put on this model",
+        "check --adapter-path",
+    )

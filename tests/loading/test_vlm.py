@@ -1,0 +1,197 @@
+# ruff: noqa: E402 - without mlx-vlm all of this is skipped
+"""A FlashHead on models that mlx-vlm has loaded, with pictures and without."""
+
+import gc
+import shutil
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+mlx_vlm = pytest.importorskip("mlx_vlm")
+
+import mlx_flashhead
+from mlx_flashhead.conversion.pipeline import convert
+from mlx_flashhead.index.files import FILE_NAME, write_companion
+from mlx_flashhead.loading.attach import attach
+from mlx_flashhead.models.errors import UnsupportedHeadError
+from mlx_flashhead.models.install import detach, get_flash_head
+from mlx_flashhead.models.tokenizers import ProcessorText, text_side
+from model_folders import write_model
+from tiny_models import tiny_index
+from vlm_folders import MARKS, write_picture, write_vision_model
+from vlm_models import tiny_vlm
+
+QUESTION = [{"role": "user", "content": "What is it?"}]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A vision model, a picture, and a FlashHead of the model apart."""
+    place = tmp_path_factory.mktemp("vlm")
+    folder = write_vision_model(place / "model")
+    write_picture(place / "picture.png")
+    (place / "head").mkdir()
+    write_companion(place / "head", tiny_index(mlx_vlm.load(str(folder))[0]))
+    return place
+
+
+@pytest.fixture
+def loaded(place):
+    return mlx_vlm.load(str(place / "model"))
+
+
+def answer(model, processor, picture=None) -> str:
+    """A greedy answer of mlx-vlm's own generation."""
+    images = [] if picture is None else [str(picture)]
+    prompt = mlx_vlm.apply_chat_template(processor, model.config, QUESTION, num_images=len(images))
+    return mlx_vlm.generate(model, processor, prompt, image=images or None, max_tokens=9).text
+
+
+@pytest.mark.parametrize("with_picture", [False, True], ids=["text", "picture"])
+def test_answers_are_the_dense_models_with_all_probes(place, loaded, with_picture):
+    picture = place / "picture.png" if with_picture else None
+    dense = answer(*loaded, picture)
+    head = attach(*loaded, flash_head=place / "head")
+    few = answer(*loaded, picture)
+    with head.dense():
+        assert answer(*loaded, picture) == dense
+    detach(loaded[0])
+    assert answer(*loaded, picture) == dense
+    assert few and dense
+
+
+def test_it_is_built_at_first_use_and_kept(loaded, quick, capfd):
+    """Through the model's own chat template, without a picture's tokens."""
+    head = attach(*loaded)
+    assert "Building the FlashHead of model" in capfd.readouterr().err
+    detach(loaded[0])
+    again = attach(*loaded)
+    assert "Building" not in capfd.readouterr().err
+    assert mx.array_equal(again.clustered.token_ids, head.clustered.token_ids)
+
+
+def test_calibration_speaks_as_the_model_is_spoken_to(loaded, quick, monkeypatch):
+    model, processor = loaded
+    seen = []
+    original = ProcessorText.apply_chat_template
+
+    def spy(self, *arguments, **options):
+        seen.append(original(self, *arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(ProcessorText, "apply_chat_template", spy)
+    attach(model, processor, progress=False)
+    tokenizer = processor.tokenizer
+    begins = tokenizer.encode("[user] ", add_special_tokens=False)
+    assert len(seen) > 10 and all(ids[: len(begins)] == begins for ids in seen)
+    assert not set(tokenizer.convert_tokens_to_ids(list(MARKS))) & {i for ids in seen for i in ids}
+    text = mlx_vlm.apply_chat_template(processor, model.config, QUESTION)
+    side = text_side(model, processor)
+    assert side.apply_chat_template(QUESTION, True) == tokenizer.encode(text)
+    assert side.eos_token_ids == [tokenizer.eos_token_id]
+
+
+def test_a_template_that_fails_is_left_out(loaded):
+    model, processor = loaded
+    processor.chat_template = "{{ raise_exception('no') }}"
+    assert not text_side(model, processor).has_chat_template
+
+
+def test_without_a_processor(loaded):
+    with pytest.raises(ValueError, match="NoneType has no tokenizer"):
+        attach(loaded[0], None, progress=False)
+    assert get_flash_head(loaded[0]) is None
+
+
+def test_one_flash_head_serves_both_libraries(tmp_path, quick, capfd):
+    folder = str(write_model(tmp_path / "model"))
+    attach(*mlx_lm.load(folder))
+    capfd.readouterr()
+    model, tokenizer = mlx_vlm.load(folder)
+    attach(model, tokenizer)
+    assert "Building" not in capfd.readouterr().err
+    assert answer(model, tokenizer)
+
+
+@pytest.mark.parametrize("with_index_file", [True, False])
+def test_converted_folder_loads(tmp_path, with_index_file):
+    """Without the list of weights mlx-vlm loads each file that ends in .safetensors."""
+    source, folder = write_model(tmp_path / "source"), tmp_path / "converted"
+    convert(str(source), str(folder), calibration="none", progress=False)
+    assert (folder / FILE_NAME).exists()
+    if not with_index_file:
+        (folder / "model.safetensors.index.json").unlink()
+    dense = answer(*mlx_vlm.load(str(source)))
+    model, tokenizer = mlx_vlm.load(str(folder))
+    assert answer(model, tokenizer) == dense
+    with attach(model, tokenizer, folder).dense():
+        assert answer(model, tokenizer) == dense
+    if not with_index_file:  # what another ending would do
+        shutil.copy(folder / FILE_NAME, folder / "flash_head.safetensors")
+        with pytest.raises(ValueError, match="parameters not in model"):
+            mlx_vlm.load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["sam3", "colidefics3"])
+def test_a_model_that_writes_no_text(name):
+    model = tiny_vlm(name, tied=False)
+    with pytest.raises(UnsupportedHeadError, match=rf"^This '{name}' model .* writes no text.*\.$"):
+        attach(model, None, build=False)
+    assert get_flash_head(model) is None
+
+
+def test_another_models_flash_head(place):
+    other = tiny_vlm("llava", tied=False)
+    with pytest.raises(ValueError, match=r"^[^\n]*head[^\n]*\.$"):
+        attach(other, None, flash_head=place / "head")
+    assert get_flash_head(other) is None
+
+
+def test_generation_is_left_to_mlx_vlm(place, loaded):
+    attach(*loaded, flash_head=place / "head")
+    for function in (mlx_flashhead.generate, mlx_flashhead.batch_generate):
+        with pytest.raises(ValueError, match=r"of mlx-vlm: generate with mlx_vlm.generate"):
+            function(*loaded, "One day")
+
+
+def test_a_model_loaded_twice_and_replaced(place):
+    first, second = (mlx_vlm.load(str(place / "model")) for _ in range(2))
+    heads = [attach(*loaded, flash_head=place / "head") for loaded in (first, second)]
+    text = answer(*first)
+    assert heads[0] is not heads[1] and answer(*second) == text
+    with pytest.raises(ValueError, match="already installed"):
+        attach(*first, flash_head=place / "head")
+    gone = weakref.ref(heads[0])
+    del heads, first
+    gc.collect()
+    assert gone() is None
+    assert answer(*second) == text
+
+
+def test_threads_generate_at_once(place):
+    """Each with a model of its own, since mlx-vlm's models keep a text's positions."""
+    models = [mlx_vlm.load(str(place / "model")) for _ in range(3)]
+    for loaded in models:
+        attach(*loaded, flash_head=place / "head")
+    texts = [answer(*loaded, place / "picture.png") for loaded in models]
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda loaded: answer(*loaded, place / "picture.png"), models)
+        assert list(found) == texts
+
+
+def test_threads_share_a_language_model(tmp_path):
+    model, tokenizer = mlx_vlm.load(str(write_model(tmp_path / "model")))
+    (tmp_path / "head").mkdir()
+    write_companion(tmp_path / "head", tiny_index(model))
+    attach(model, tokenizer, flash_head=tmp_path / "head")
+    prompts = ["One day", "A dog", "Why?", "In the end"]
+
+    def text(prompt):
+        return mlx_vlm.generate(model, tokenizer, prompt, max_tokens=9).text
+
+    alone = list(map(text, prompts))
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(text, prompts)) == alone

@@ -1,0 +1,109 @@
+"""Finding a model's folder, and installing a stored FlashHead on a model."""
+
+import huggingface_hub
+import mlx.core as mx
+import pytest
+
+from mlx_flashhead.index.files import FILE_NAME, write_companion
+from mlx_flashhead.loading.attach import install_index
+from mlx_flashhead.models import fetch
+from mlx_flashhead.models.dense import load_dense
+from mlx_flashhead.models.fetch import resolve
+from mlx_flashhead.models.install import get_flash_head
+from model_folders import write_model
+from tiny_models import tiny_index, tiny_model
+
+TOKENS = mx.array([[3, 1, 200, 7]])
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A model's folder."""
+    return write_model(tmp_path_factory.mktemp("load") / "model")
+
+
+def refused(call, *expected):
+    """The call raises one sentence with each of the patterns."""
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    for pattern in expected:
+        error.match(pattern)
+
+
+def test_no_such_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "download", pytest.fail)  # the Hub is not asked
+    refused(lambda: resolve(str(tmp_path / "nowhere")), "There is no folder .*nowhere", "check")
+    refused(lambda: resolve("./nowhere"), "There is no folder", "check")
+    refused(lambda: resolve("~/nowhere/at/all"), "There is no folder", "check")
+    refused(lambda: resolve("one/two/three"), "There is no folder one/two/three", "check")
+
+
+def test_file_in_place_of_a_folder(original):
+    path = original / "model.safetensors"
+    refused(lambda: resolve(str(path)), f"{path} is a file", "name its folder")
+
+
+def test_repository_that_cannot_be_had(monkeypatch):
+    def fail(repository, **_):
+        raise OSError(f"We couldn't connect to the Hub\nfor {repository}.\n")
+
+    monkeypatch.setattr(fetch, "download", fail)
+    refused(
+        lambda: resolve("owner/name"),
+        r"no folder 'owner/name' here.*\(We couldn't connect to the Hub for owner/name\)",
+        "check the name and the network",
+    )
+
+
+def test_what_the_hub_says_is_one_short_sentence(hub, monkeypatch):
+    hub.put("owner/name", {"config.json": b"{}"})
+    assert (resolve("owner/name") / "config.json").read_text() == "{}"
+    refused(lambda: resolve("owner/name", "v9"), "owner/name has no revision 'v9'")
+    refused(lambda: resolve("owner/other"), "no such repository on the Hugging Face Hub: check")
+    refused(lambda: resolve("owner other"), "it cannot be a repository: give a folder or OWNER/")
+    refused(lambda: resolve(""), "The name of the model is empty")
+    hub.shutdown()
+    hub.server_close()
+    huggingface_hub.close_session()
+    refused(lambda: resolve("owner/other"), "the Hugging Face Hub cannot be reached: check the net")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refused(lambda: resolve("owner/other"), "not downloaded before: .* unset HF_HUB_OFFLINE")
+    assert resolve("owner/name").is_dir()
+
+
+def test_a_flash_head_alone_is_no_model(tmp_path):
+    write_companion(tmp_path, tiny_index(tiny_model()))
+    refused(lambda: load_dense(tmp_path), "is a FlashHead without its model: give it as --flash")
+
+
+def test_repository_is_downloaded_with_its_flash_head(original, monkeypatch):
+    asked = {}
+
+    def download(repository, **kwargs):
+        asked.update(repository=repository, **kwargs)
+        return original
+
+    monkeypatch.setattr(fetch, "download", download)
+    assert resolve("owner/name", revision="v1") == original
+    assert (asked["repository"], asked["revision"]) == ("owner/name", "v1")
+    assert FILE_NAME in asked["allow_patterns"]
+    assert "*.json" in asked["allow_patterns"]
+
+
+def test_home_is_expanded(original, monkeypatch):
+    monkeypatch.setenv("HOME", str(original.parent))
+    assert resolve("~/model") == original
+
+
+def test_index_of_another_model_leaves_the_model():
+    model, other = tiny_model(), tiny_model(seed=1)
+    dense = model(TOKENS)
+    refused(lambda: install_index(model, tiny_index(other)), "belongs to other rows")
+    assert get_flash_head(model) is None
+    assert mx.array_equal(model(TOKENS), dense)
+    head = install_index(model, tiny_index(model), n_probes=9)
+    assert get_flash_head(model) is head
+    assert head.n_probes == 9

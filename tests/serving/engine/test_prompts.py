@@ -1,0 +1,137 @@
+"""From requests to tokens: templates, their settings and their time, and the context's limit."""
+
+import copy
+import time
+
+import pytest
+
+from mlx_flashhead.serving.catalogue import ServedModel
+from mlx_flashhead.serving.engine import prompts
+from mlx_flashhead.serving.engine.prompts import read_prompts
+from mlx_flashhead.serving.protocol.errors import Problem
+from served_models import checked
+
+MESSAGES = [{"role": "user", "content": "One day"}]
+# A thousand million rounds: nothing that ends while somebody waits.
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def chat(served, messages=MESSAGES, **fields):
+    (prompt,) = read_prompts(checked(served, {"messages": messages} | fields))
+    return prompt
+
+
+def with_template(served: ServedModel, template: str, **options) -> ServedModel:
+    """The same model with another chat template."""
+    tokenizer = copy.copy(served.tokenizer)
+    tokenizer._tokenizer = copy.copy(served.tokenizer._tokenizer)
+    tokenizer.chat_template = template
+    tokenizer.has_chat_template = template is not None
+    options = {"template_arguments": {}} | options
+    return ServedModel(served.names, served.model, tokenizer, None, served.context, **options)
+
+
+def test_a_chat_is_what_its_template_makes(tiny):
+    text = "<s>[user] One day\n[assistant] "
+    assert tiny.tokenizer.decode(chat(tiny).tokens) == text
+    assert chat(tiny).tokens == tiny.tokenizer.apply_chat_template(
+        MESSAGES, add_generation_prompt=True
+    )
+
+
+def test_texts_and_tokens_are_taken_as_they_are(tiny):
+    request = checked(tiny, {"prompt": ["ab", [5, 6]]}, chat=False)
+    first, second = read_prompts(request)
+    assert (first.tokens, second.tokens) == (tiny.tokenizer.encode("ab"), [5, 6])
+
+
+def test_a_clients_template_is_refused(tiny):
+    for name in ("chat_template", "messages", "tools", "bos_token", "add_generation_prompt"):
+        with pytest.raises(Problem, match=f"{name} is not a setting") as told:
+            chat(tiny, chat_template_kwargs={name: ENDLESS})
+        assert told.value.field == "chat_template_kwargs"
+
+
+def test_settings_are_those_that_the_template_takes(tiny):
+    served = with_template(tiny, "{{ mode }}{% if loud %}!{% endif %}{{ messages[0].content }}")
+    assert served.template_settings == {"mode", "loud"}
+
+    def text(**settings):
+        return served.tokenizer.decode(chat(served, chat_template_kwargs=settings).tokens)
+
+    assert text(mode="a", loud=True) == "a!One day"
+    assert text(mode=5) == "5One day"
+    for value in ([1], {"a": 1}, "x" * 1001, 1e10, 10**10):
+        with pytest.raises(Problem, match="mode"):
+            text(mode=value)
+    with pytest.raises(Problem, match="takes: loud, mode"):
+        text(other=1)
+
+
+def test_settings_by_whoever_starts_the_server_may_be_anything(tiny):
+    served = with_template(tiny, "{{ a[0] }}{{ b }}", template_arguments={"a": ["x"], "b": 1})
+    assert served.tokenizer.decode(chat(served).tokens) == "x1"
+    found = chat(served, chat_template_kwargs={"b": 2})
+    assert served.tokenizer.decode(found.tokens) == "x2"
+
+
+@pytest.mark.parametrize(
+    "template, names",
+    [
+        ("{% generation %}{{ a }}{% endgeneration %}{% break %}", {"a"}),
+        ("{% for m in messages %}{{ m }}{% endfor %}{% set b = 1 %}{{ b }}", set()),
+        ("{{ strftime_now('%d') }}{{ raise_exception(eos_token) }}", set()),
+        ("{% if", set()),
+    ],
+)
+def test_names_that_a_template_takes(tiny, template, names):
+    assert with_template(tiny, template).template_settings == names
+
+
+def test_a_template_that_does_not_end_is_given_up(tiny, monkeypatch):
+    monkeypatch.setattr(prompts, "RENDER_SECONDS", 0.1)
+    served = with_template(tiny, ENDLESS)
+    began = time.monotonic()
+    with pytest.raises(Problem, match=r"did not end within 0\.1 seconds"):
+        chat(served)
+    assert time.monotonic() - began < 10
+
+
+def test_templates_that_fail_are_told(tiny):
+    served = with_template(tiny, "{{ raise_exception('only two messages') }}")
+    with pytest.raises(Problem, match="only two messages"):
+        chat(served)
+
+
+def test_a_model_without_a_template_continues_texts_only(tiny):
+    with pytest.raises(Problem, match="no chat template: use /v1/completions"):
+        chat(with_template(tiny, None))
+
+
+def test_a_prompt_leaves_room_for_a_token(tiny):
+    def text(length):
+        (prompt,) = read_prompts(checked(tiny, {"prompt": "a" * length}, chat=False))
+        return prompt.tokens
+
+    assert len(text(511)) == 511
+    with pytest.raises(Problem, match="has 512 tokens, and at most 511 are read") as told:
+        text(512)
+    assert (told.value.field, told.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(Problem, match="has 529 tokens, and at most 511"):
+        chat(tiny, [{"role": "user", "content": "a" * 508}])
+    with pytest.raises(Problem, match="at most 511"):
+        read_prompts(checked(tiny, {"prompt": [5] * 512}, chat=False))
+
+
+def test_what_is_much_too_long_is_refused_before_it_is_tokenized(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny.tokenizer), "encode", None, raising=False)
+    longest = tiny.longest_token
+    assert longest == len("</s>")
+    with pytest.raises(Problem, match="more than 512 tokens"):
+        read_prompts(checked(tiny, {"prompt": "a" * (512 * longest + 1)}, chat=False))
+
+
+def test_empty_prompts_are_refused(tiny):
+    for prompt in ("", [[]]):
+        with pytest.raises(Problem, match="The prompt is empty"):
+            read_prompts(checked(tiny, {"prompt": prompt}, chat=False))

@@ -1,0 +1,130 @@
+"""What the terminal shows when the server opens to the network."""
+
+import io
+import os
+import socket
+import stat
+import sys
+
+import numpy as np
+import pyte
+import pytest
+import zxingcpp
+
+from mlx_flashhead.serving.network import addresses
+from mlx_flashhead.serving.network.access import is_token
+from mlx_flashhead.serving.network.addresses import (
+    announce,
+    is_loopback,
+    kept_token,
+    own_address,
+    own_names,
+    qr_code,
+    url,
+)
+
+TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
+PAGE = f"http://192.168.178.123:8080/?token={TOKEN}"
+
+
+def scanned(lines):
+    """What a camera reads from a terminal with light letters on dark ground."""
+    lines = [line.removeprefix("\x1b[97;40m").removesuffix("\x1b[0m") for line in lines]
+    halves = {"█": (1, 1), "▀": (1, 0), "▄": (0, 1)}
+    width = max(map(len, lines))
+    rows = [
+        [halves.get(c, (0, 0))[half] for c in line.ljust(width)]
+        for line in lines
+        for half in (0, 1)
+    ]
+    image = np.kron(np.array(rows, np.uint8) * 255, np.ones((6, 6), np.uint8))
+    return zxingcpp.read_barcode(np.pad(image, 24)).text
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_qr_code_can_be_scanned(colours):
+    printed = qr_code(PAGE, colours=colours)
+    assert ("\x1b[" in printed) == colours
+    assert scanned(printed.split("\n")) == PAGE
+
+
+def announced(encoding="utf-8", host="192.168.178.123"):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    announce(host, 8080, TOKEN, out)
+    return out.buffer.getvalue().decode(encoding)
+
+
+def test_announcement_says_how_programs_connect():
+    assert "Programs use http://192.168.178.123:8080/v1 with the token" in announced()
+
+
+@pytest.mark.parametrize(
+    "host", ["192.168.178.123", "fd00::1", "2001:db8:85a3:1319:8a2e:1370:7344:4b6f"]
+)
+def test_announcement_stays_on_a_small_screen(host):
+    screen = pyte.Screen(80, 24)
+    terminal = pyte.Stream(screen)
+    terminal.feed("Serving a model of some name with FlashHead at http://0.0.0.0:8080\r\n" * 30)
+    terminal.feed(announced(host=host).replace("\n", "\r\n"))
+    shown = [line.rstrip() for line in screen.display]
+    page = url(host, 8080, TOKEN)
+    assert any(line.startswith("Open this on an iPad") for line in shown)
+    assert f"  {page}" in "".join(shown)
+    assert scanned(line for line in shown if line and set(line) <= set("█▀▄ ")) == page
+
+
+def test_announcement_for_a_terminal_of_ascii():
+    printed = announced("ascii")
+    assert f"  {PAGE}\n" in printed and "needs a terminal with UTF-8" in printed
+
+
+def test_announcement_without_what_draws_the_code(monkeypatch):
+    """The address is there all the same, and how the code is had."""
+    monkeypatch.setitem(sys.modules, "segno", None)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    announce("192.168.178.123", 8080, TOKEN, out)
+    printed = out.buffer.getvalue().decode()
+    assert f"  {PAGE}\n" in printed
+    assert "needs segno, which is not installed: pip install 'mlx_flashhead[qr]'.\n" in printed
+
+
+def test_token_is_kept_and_private(tmp_path):
+    path = tmp_path / "folder" / "token"
+    token = kept_token(path)
+    assert is_token(token)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert kept_token(path) == token
+    path.unlink()
+    assert kept_token(path) != token
+
+
+@pytest.mark.parametrize("content", [b"", b"short\n", b"\xff\xfe" * 20, b'"><script>'])
+def test_file_without_a_token_is_refused(tmp_path, content):
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"does not hold a token .* delete it"):
+        kept_token(path)
+
+
+def test_addresses():
+    assert addresses.url("192.168.1.5", 80, "t") == "http://192.168.1.5:80/?token=t"
+    assert addresses.url("fd00::1", 80) == "http://[fd00::1]:80/"
+    assert own_address("10.1.2.3") == "10.1.2.3"
+    assert socket.inet_aton(own_address("0.0.0.0"))
+    assert [is_loopback(h) for h in ("127.0.0.1", "::1", "localhost", "127.8.9.1")] == [True] * 4
+    assert [is_loopback(h) for h in ("0.0.0.0", "::", "192.168.1.5", "mac.local", "")] == [
+        False
+    ] * 5
+
+
+def test_machine_without_a_network(monkeypatch):
+    def connect(self, address):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(addresses.socket.socket, "connect", connect)
+    assert own_address("0.0.0.0") == "127.0.0.1"
+
+
+def test_own_names(monkeypatch):
+    monkeypatch.setattr(addresses.socket, "gethostname", lambda: "Studio.fritz.box")
+    assert own_names() == {"studio", "studio.fritz.box"}

@@ -1,0 +1,49 @@
+"""JSON without NaN and Infinity, in both directions."""
+
+import json
+import math
+
+import pytest
+
+from mlx_flashhead.serving.protocol.valid_json import dumps, loads
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ({"a": [1.5, "é", None, True]}, {"a": [1.5, "é", None, True]}),
+        ({"a": math.inf, "b": [math.nan, (-math.inf,)]}, {"a": None, "b": [None, [None]]}),
+    ],
+)
+def test_what_is_written_can_be_read(value, expected):
+    assert json.loads(dumps(value)) == expected
+
+
+def test_halves_of_characters_can_be_sent():
+    assert dumps("\ud800").encode() == b'"\\ud800"'
+
+
+@pytest.mark.parametrize("text", [b'{"a": [1.5, null]}', b"3", b'"\\ud83d\\ude00"'])
+def test_json_is_read(text):
+    assert loads(text) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (b'{"a": NaN}', "NaN is not JSON"),
+        (b"[-Infinity]", "-Infinity is not JSON"),
+        (b"1e999", "too large"),
+        (b"{", "Expecting"),
+        (b'"\xff"', "byte 1 is not UTF-8"),
+        (b'{"a": ["\\ud800"]}', "half of a character"),
+        (b'{"\\udE00": 1}', "half of a character"),
+        (b'"\xed\xa0\x80"', "byte 1 is not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"1" * 5000, "4300 digits"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_the_rest_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        loads(text)
