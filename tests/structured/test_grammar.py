@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from mlx_flashhead.structured import grammar
 from mlx_flashhead.structured.grammar import Grammar, GrammarError, llguidance
 
 
@@ -32,6 +33,19 @@ def test_wrong_schema_names_the_place(schema, place, said):
     message = str(raised.value)
     assert message.startswith(f"The JSON schema is wrong at {place}")
     assert said in message and message.endswith(".") and "\n" not in message
+
+
+def test_the_search_for_the_place_is_bounded_and_waits_for_a_reader(monkeypatch):
+    compiled = []
+    compile_schema = grammar._compile_schema
+    monkeypatch.setattr(
+        grammar, "_compile_schema", lambda schema: compiled.append(0) or compile_schema(schema)
+    )
+    with pytest.raises(GrammarError) as raised:
+        Grammar.from_json_schema({"allOf": [{"not": {}}] * 900})
+    assert len(compiled) == 1
+    assert '"not" is not supported' in str(raised.value)
+    assert len(compiled) <= 1 + grammar.MAX_COMPILED
 
 
 @pytest.mark.parametrize("schema", [[], "text", None, 5])

@@ -102,7 +102,7 @@ class Job:
     def __post_init__(self):
         if self.grammar is not None:
             self.processors = [*self.processors, self.grammar]
-        self._text = AnswerText(self.served, self.stop, self.prompt.state)
+        self._text = AnswerText(self.served, self.stop, self.prompt.state, self.prompt.keep_space)
 
     def tell(self, event: Event) -> None:
         """Puts an event into the queue."""
