@@ -1,12 +1,16 @@
 """Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and some more."""
 
+import functools
 import json
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
+from typing import TextIO, cast
 
 from .common.arguments import adopt, whole_number
 from .common.command import command
+from .common.printable import PrintableOutput
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .loading.load import load, load_draft, sharded_load
 from .loading.look_up import add_look_up_options, look_up_options
@@ -93,6 +97,7 @@ def main() -> None:
                 options = look_up_options(args) | kwargs
                 loaded = load(path, n_probes=args.n_probes, return_config=True, **options)
             target = loaded[0]
+            loaded[1].apply_chat_template = _checked_template(loaded[1].apply_chat_template)
             if args.draw_probes:
                 head = installed_head(target)
                 stack.enter_context(head.settings(draw_temperature=args.temp))
@@ -109,10 +114,29 @@ def main() -> None:
             _tell_unless_whole(processor, text, args.max_tokens)
             return text
 
+        if sys.stdout.isatty():
+            stack.enter_context(redirect_stdout(cast(TextIO, PrintableOutput(sys.stdout))))
         run_generate(
             args, load=load_for_main, make_sampler=sampler_for_main, generate=generate_for_main
         )
         leave_together(processes, generation_stream)
+
+
+def _checked_template(apply_chat_template: Callable) -> Callable:
+    """The same, with errors of the template as a ValueError."""
+
+    @functools.wraps(apply_chat_template)
+    def apply(*args, **kwargs):
+        try:
+            return apply_chat_template(*args, **kwargs)
+        except Exception as error:  # templates and their engine raise any type
+            reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+            raise ValueError(
+                f"The model's chat template cannot be filled in ({reason}): give "
+                "--ignore-chat-template."
+            ) from error
+
+    return apply
 
 
 def _tell_unless_whole(processor: GrammarProcessor, text: str, max_tokens: int) -> None:

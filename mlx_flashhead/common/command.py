@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .printable import printable
+
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another place",
     errno.EDQUOT: "free some space or choose another place",
@@ -23,6 +25,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def run(*args, **kwargs):
         _end_as_if_interrupted()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by end_at_interrupt
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             main(*args, **kwargs)
         except KeyboardInterrupt:
@@ -35,6 +39,19 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2)
 
     return run
+
+
+def end_at_interrupt() -> None:
+    """Lets Ctrl-C end the process without a traceback until the command begins.
+
+    The imports take seconds. Does nothing in a program that is not one of the commands.
+    """
+    name = "mlx_flashhead"
+    started = Path(sys.argv[0]).name if sys.argv else ""
+    as_module = started == "-m" and any(word.startswith(name) for word in sys.orig_argv)
+    by_python = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if (started.startswith(name) or as_module) and by_python:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check_writable(option: str, path: str) -> None:
@@ -64,9 +81,9 @@ def _end_as_if_interrupted() -> None:
 
 
 def sentence(error: Exception) -> str:
-    """The error's message for a user, on one line."""
+    """The error's message for a user, on one line. It may hold a model's or the Hub's words."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
-        return f"{where}{error.strerror}: {remedy}."
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        return printable(f"{where}{error.strerror}: {remedy}.")
+    return printable(str(error).strip().split("\n")[0]) or type(error).__name__

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .extras import from_extra
+from .printable import printable
 from .user_input import PROMPT, QUOTES, UserInput, is_open, without_quotes
 from .word_wrap import WordWrap
-
-# An answer must not move the cursor, change colours or ring the bell, here or behind a pipe.
-UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 class Terminal:
@@ -54,7 +52,7 @@ class Terminal:
 
     def show(self, piece: str) -> None:
         """Prints a piece of an answer. The beginning of a word waits for its end."""
-        piece = piece.translate(UNPRINTABLE)
+        piece = printable(piece)
         sys.stdout.write(piece if self._wrap is None else self._wrap.feed(piece))
         sys.stdout.flush()
 

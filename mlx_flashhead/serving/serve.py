@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
 
+from ..common.printable import PrintableFormatter
 from .catalogue import Catalogue, load_catalogue
 from .endpoints import ApiHandler, Service, handler_for
 from .engine.engine import Engine
@@ -63,7 +64,7 @@ def requests_logged(level: str) -> Iterator[None]:
         level: Such as "INFO".
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package = logging.getLogger(__name__.partition(".")[0])
     package.addHandler(handler)
     package.setLevel(level)

@@ -18,7 +18,7 @@ from chain_models import write_chain_model
 from chat_screen import CTRL_D, ENVIRONMENT, ESC_ENTER, UP, ChatScreen
 from mlx_flashhead.chatting import talk
 from mlx_flashhead.chatting.conversation import Conversation
-from mlx_flashhead.common.terminal import UNPRINTABLE
+from mlx_flashhead.common.printable import UNPRINTABLE
 from model_folders import VOCAB_SIZE, write_model
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_json_schema(generate, schema, further):
 def test_regular_expression(generate):
     code, output, _ = generate("--regex", "[0-9]{4}(ab)+c")
     assert code == 0 and re.fullmatch("[0-9]{4}(ab)+c\n", output)
+
+
+def test_an_answer_does_not_act_on_a_terminal(generate, monkeypatch):
+    pattern = "a\\x1b\\[2Jb"
+    assert generate("--regex", pattern)[1] == "a\x1b[2Jb\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert generate("--regex", pattern)[1] == "a[2Jb\n"
 
 
 def test_grammar(generate, tmp_path):

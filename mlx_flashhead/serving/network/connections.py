@@ -140,6 +140,7 @@ class TimedHandler(BaseHTTPRequestHandler):
     """
 
     server: LimitedServer
+    raw_requestline: bytes
     server_version, sys_version = "mlx_flashhead", ""  # without versions
     head_seconds = 10.0
     body_seconds = 60.0
