@@ -20,6 +20,8 @@ from ..common.extras import from_extra
 JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
 
 
+# The character 0 and its spellings. mlx-lm's detokenizers write it as another one.
+_ZERO = re.compile(r"\x00|\\(x00|u0000|U00000000|[xuU]\{0+\})")
 # Schemas that the search for the place of an error compiles, each of which may take milliseconds.
 MAX_COMPILED = 100
 
@@ -85,6 +87,11 @@ class Grammar:
         """
         if not isinstance(pattern, str) or not pattern:
             raise GrammarError(f"The regular expression is {_shown(pattern)}: it must be a text.")
+        if _ZERO.search(pattern):
+            raise GrammarError(
+                f"The regular expression {_shown(pattern)} holds the character 0, which no text "
+                "has here: leave it out."
+            )
         compiled = _matcher_class().grammar_from_regex(pattern)
         problem = _problem(compiled)
         if problem:

@@ -268,7 +268,7 @@ def test_called_tools_answer(client):
     assert answer.choices[0].message.tool_calls
 
 
-def test_models_have_names_and_no_paths(client):
+def test_models_have_names_and_no_paths(server, client, random_model):
     names = [model.id for model in client.models.list().data]
     assert names == ["mine", "flash", "chain"]
     for name in names:
@@ -276,20 +276,8 @@ def test_models_have_names_and_no_paths(client):
         assert chat(client, model=name, max_tokens=1).model == ("mine" if name == "flash" else name)
     with pytest.raises(openai.NotFoundError, match="choose mine or flash"):
         client.models.retrieve("/etc")
-
-
-@pytest.mark.parametrize(
-    "name", ["/", "", ".", "..", "/etc", "/no/such", "gpt-4o", "someone/model"]
-)
-def test_no_other_model_is_served_nor_looked_for(server, client, random_model, name):
-    """Folders that are there and others get one and the same answer."""
-    with pytest.raises(openai.NotFoundError) as told:
-        complete(client, model=name)
-    assert told.value.body["code"] == "model_not_found"
-    assert told.value.body["message"].startswith("No model of that name is served here")
-    with pytest.raises(openai.NotFoundError) as other:
-        complete(client, model=str(random_model / "dense"))
-    assert other.value.body == told.value.body
+    told = [post(server, {"model": name}) for name in ("/no/such", str(random_model / "dense"))]
+    assert told[0] == told[1]  # which folders there are is not said
 
 
 def test_several_answers_and_prompts(client, flash):
@@ -311,11 +299,6 @@ def test_several_answers_and_prompts(client, flash):
     assert [choice.message.content for choice in whole.choices] == texts
 
 
-def test_token_prompts(client, flash):
-    tokens = flash[1].encode("One day")
-    assert complete(client, tokens) == generated(flash)
-
-
 def test_biases_choose_tokens(client, flash):
     (token,) = flash[1].encode("7")
     assert complete(client, logit_bias={str(token): 100}) == "7" * TOKENS
@@ -327,28 +310,15 @@ def test_biases_choose_tokens(client, flash):
     assert all(entry.bytes != first for entry in answer.choices[0].logprobs.content)
 
 
-def test_null_is_as_good_as_nothing(server):
-    fields = ("model", "stream", "stream_options", "max_tokens", "temperature", "logprobs", "stop")
-    body = dict.fromkeys(fields) | {"messages": MESSAGES}
-    status, answer = post(server, body)
-    assert status == 200
-    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     "change, field",
     [
         ({"messages": "hello"}, "messages"),
-        ({"temperature": -1}, "temperature"),
-        ({"n_probes": N_CLUSTERS + 1}, "n_probes"),
-        ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json"}}, "response_format"),
         ({"chat_template_kwargs": {"chat_template": ENDLESS}}, "chat_template_kwargs"),
         ({"messages": [{"role": "user", "content": "a" * 600}]}, "messages"),
         ({"model": "./absent"}, "model"),
-        ({"adapters": "./absent"}, "adapters"),
-        ({"draft_model": "./absent"}, "draft_model"),
     ],
     ids=lambda value: json.dumps(value)[:40],
 )
@@ -366,10 +336,7 @@ def test_mistakes_are_told(server, change, field, stream):
     [
         (b"{", "/v1/completions", 400, "The body is not JSON"),
         (b"[]", "/v1/completions", 400, "must be a JSON object"),
-        (b"\xff", "/v1/completions", 400, "not UTF-8"),
         (b'{"prompt": "\\ud83d"}', "/v1/completions", 400, "half of a character"),
-        (b"[" * 100_000, "/v1/completions", 400, "nested too deeply"),
-        (b'{"prompt": "a", "temperature": NaN}', "/v1/completions", 400, "NaN is not JSON"),
         (b"{}", "/v1/completions", 400, "prompt must be a text"),
         (b'{"prompt": ""}', "/v1/completions", 400, "The prompt is empty"),
         (b"{}", "/v1/no/such", 404, "nothing at /v1/no/such"),
@@ -386,11 +353,6 @@ def test_what_is_no_request_is_told(server, body, path, status, said):
         found = post(server, body, path)
     assert found[0] == status
     assert said in found[1]["error"]["message"]
-
-
-def test_large_top_k_cuts_nothing_off(client):
-    options = {"temperature": 1.0, "seed": 2}
-    assert complete(client, extra={"top_k": 10**6}, **options) == complete(client, **options)
 
 
 def send(server, **fields):

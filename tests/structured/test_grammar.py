@@ -56,7 +56,14 @@ def test_schema_must_be_an_object(schema):
 
 @pytest.mark.parametrize(
     "pattern, said",
-    [("a(b", "unclosed group"), ("(?=a)b", "look-around"), ("", "must be a text"), (7, "is 7")],
+    [
+        ("a(b", "unclosed group"),
+        ("(?=a)b", "look-around"),
+        ("", "must be a text"),
+        (7, "is 7"),
+        ("a\\x00", "the character 0"),
+        ("\0", "the character 0"),
+    ],
 )
 def test_wrong_regular_expression(pattern, said):
     with pytest.raises(GrammarError, match=said):
