@@ -17,7 +17,7 @@ import numpy as np
 from .grammar import Grammar, llguidance
 
 # Seconds of computing that all masks of a sequence may take in addition to a limit for each.
-CREDIT_SECONDS = 0.25
+CREDIT_SECONDS = 0.05
 
 # llguidance's form of each tokenizer with its end-of-text tokens, which takes a second to make.
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
