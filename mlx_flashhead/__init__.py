@@ -17,10 +17,9 @@ from .head.flash_head import FlashHead
 from .index.settings import FlashHeadConfig
 from .loading.attach import attach
 from .loading.load import load, sharded_load
-from .models.exact import exact_processors
-from .models.generation import batch_generate, generate, stream_generate
+from .lossless.generation import batch_generate, generate, stream_generate
+from .lossless.sampler import make_sampler
 from .models.install import detach, get_flash_head
-from .models.sampling import make_sampler
 from .structured.processor import grammar_processor
 from .version import __version__
 
@@ -32,7 +31,6 @@ __all__ = [
     "batch_generate",
     "convert",
     "detach",
-    "exact_processors",
     "generate",
     "get_flash_head",
     "grammar_processor",

@@ -13,11 +13,11 @@ from .common.command import command
 from .common.terminal import Terminal
 from .loading.attach import BUILD, DENSE, REFUSE
 from .loading.load import load_or
-from .loading.look_up import add_look_up_options
+from .loading.look_up import add_check_option, add_look_up_options
+from .lossless.sampler import make_sampler
 from .models.compat.chat import chat_parser
 from .models.fetch import resolve
 from .models.install import get_flash_head
-from .models.sampling import make_sampler
 
 
 def make_parser():
@@ -42,6 +42,7 @@ def make_parser():
     group.add_argument(
         "--dense", action="store_true", help="Begin with every token scored: the dense model."
     )
+    add_check_option(group)
     return parser
 
 
@@ -65,12 +66,12 @@ def main() -> None:
         xtc_probability=args.xtc_probability,
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-        model=model,
     )
     options = {
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,
         "sampler": sampler,
+        "check": not args.no_check,
     }
     terminal = Terminal([*COMMANDS], WITH_FILES, history_file())
     Talk(conversation, terminal, args, options).run()

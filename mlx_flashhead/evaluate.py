@@ -35,7 +35,7 @@ from .evaluation.structured import evaluate_structured
 from .evaluation.text import evaluate
 from .loading.load import load
 from .loading.look_up import add_look_up_options, look_up_options
-from .models.sampling import make_sampler
+from .lossless.sampler import make_sampler
 
 EXTRA = "tasks"
 

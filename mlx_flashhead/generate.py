@@ -4,7 +4,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -13,14 +13,13 @@ from .common.command import command
 from .common.printable import PrintableOutput
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .loading.load import load, load_draft, sharded_load
-from .loading.look_up import add_look_up_options, look_up_options
+from .loading.look_up import add_check_option, add_look_up_options, look_up_options
+from .lossless.generation import generate
+from .lossless.sampler import make_sampler
 from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
 from .models.dense import load_dense
 from .models.fetch import resolve
-from .models.generation import generate
-from .models.install import installed_head
-from .models.sampling import make_sampler
 from .models.sharded import load_dense_part
 from .structured.options import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor
@@ -54,6 +53,7 @@ def make_parser():
     group.add_argument(
         "--dense", action="store_true", help="Score every token: the dense model, for comparison."
     )
+    add_check_option(group)
     group.add_argument(
         "--draw-probes",
         action="store_true",
@@ -81,7 +81,7 @@ def main() -> None:
         grammar = grammar_of(args)
 
     target = None  # the model, once it is loaded
-    with first_process_speaks(processes), ExitStack() as stack:
+    with first_process_speaks(processes):
 
         def load_for_main(path, *, return_config=False, **kwargs):
             nonlocal target
@@ -98,15 +98,12 @@ def main() -> None:
                 loaded = load(path, n_probes=args.n_probes, return_config=True, **options)
             target = loaded[0]
             loaded[1].apply_chat_template = _checked_template(loaded[1].apply_chat_template)
-            if args.draw_probes:
-                head = installed_head(target)
-                stack.enter_context(head.settings(draw_temperature=args.temp))
             return loaded if return_config else loaded[:2]
 
-        def sampler_for_main(*arguments, **named):
-            return make_sampler(*arguments, **named, model=None if args.dense else target)
-
         def generate_for_main(model, tokenizer, prompt, **named):
+            named["check"] = not args.no_check
+            if args.draw_probes:
+                named["draw_temperature"] = args.temp
             if grammar is None:
                 return generate(model, tokenizer, prompt, **named)
             processor = GrammarProcessor(tokenizer, grammar)
@@ -114,12 +111,18 @@ def main() -> None:
             _tell_unless_whole(processor, text, args.max_tokens)
             return text
 
-        if sys.stdout.isatty():
-            stack.enter_context(redirect_stdout(cast(TextIO, PrintableOutput(sys.stdout))))
-        run_generate(
-            args, load=load_for_main, make_sampler=sampler_for_main, generate=generate_for_main
-        )
+        with _printable_at_a_terminal():
+            run_generate(
+                args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
+            )
         leave_together(processes, generation_stream)
+
+
+def _printable_at_a_terminal() -> AbstractContextManager:
+    """A block in which an answer does not act on a terminal. A file gets it as it is."""
+    if not sys.stdout.isatty():
+        return nullcontext()
+    return redirect_stdout(cast(TextIO, PrintableOutput(sys.stdout)))
 
 
 def _checked_template(apply_chat_template: Callable) -> Callable:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..loading.cache import HOME_VARIABLE
 from ..loading.load import load
-from ..models.generation import stream_generate
+from ..lossless.generation import stream_generate
 from ..models.install import installed_head
 from .conversion import INDEX_STAGES, TOTAL, stage_times
 

@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..common.timing import Spread, in_turns, turns
+from ..lossless.sampler import make_sampler
 from ..models.compat.generate import BatchGenerator, generate_step
 from ..models.locate import find_head, recorded_hidden
-from ..models.sampling import make_sampler
 
 DENSE, FLASH_HEAD, NO_HEAD = "dense", "FlashHead", "no head"
 SAMPLERS: dict[str, dict[str, Any]] = {

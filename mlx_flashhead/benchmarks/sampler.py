@@ -9,7 +9,7 @@ import numpy as np
 
 from ..common.timing import Spread, in_turns, on_batch
 from ..head.flash_head import FlashHead
-from ..models.sampling import make_sampler
+from ..lossless.sampler import make_sampler
 
 MLX_LM, OURS = "mlx-lm", "FlashHead"
 SAMPLERS: dict[str, dict[str, Any]] = {

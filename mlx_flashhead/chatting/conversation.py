@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..common.timing import Spread, head_seconds
+from ..lossless.generation import stream_generate
 from ..models.compat.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from ..models.generation import stream_generate
 from ..models.install import get_flash_head
 from ..models.locate import HeadLocation, find_head, recorded_hidden
 from .messages import ASSISTANT, SYSTEM, USER, Message

@@ -13,11 +13,11 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from ..lossless.sampler import make_sampler
 from ..models.batches import batch_generator
 from ..models.cpu_products import numpy_products
 from ..models.libraries import forward
 from ..models.locate import HeadLocation, recorded_hidden
-from ..models.sampling import make_sampler
 
 SEQUENCE_TOKENS = 64
 BATCH_SIZE = 32

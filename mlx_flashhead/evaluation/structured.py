@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from ..common.extras import from_extra
 from ..common.timing import Spread
-from ..models.generation import batch_generate
+from ..lossless.generation import batch_generate
+from ..lossless.sampler import make_sampler
 from ..models.install import installed_head
-from ..models.sampling import make_sampler
 from ..structured.grammar import Grammar
 from ..structured.processor import GrammarProcessor
 

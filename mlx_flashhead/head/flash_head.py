@@ -7,9 +7,8 @@ Source: arXiv 2603.14591; centroids, tail and margin as in `centroids.py` and `p
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from weakref import ref
 
 import mlx.core as mx
 import numpy as np
@@ -17,15 +16,21 @@ import numpy as np
 from .backend import PORTABLE, checked, choose_backend, make_steps
 from .centroids import Centroids
 from .clustered import ClusteredRows
-from .greedy import GreedyTokens
+from .draw import Draws
 from .matrix import Matrix
 from .portable import PortableSteps, faster_by_column
-from .rescoring import Call, LatestCall
+from .proposal import Proposal, Risk
 from .steps import Candidates, Selection
 
 # Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
 # and JSON; so low that exp() of it is 0.
 NEVER_DRAWN = -1e4
+
+# What a block of `settings` may change.
+SETTINGS = ("_n_probes", "_checked_probes", "_draw_temperature", "_project", "_max_positions")
+
+# The head and its hidden states (..., D) → logits (..., V), or what their reader makes of them.
+Project = Callable[["FlashHead", mx.array], mx.array]
 
 
 class FlashHead:
@@ -39,6 +44,8 @@ class FlashHead:
         token_ids: (C, cluster_size) integers, V in padded slots.
         centroids: Centroids fitted for these clusters.
         n_probes: Clusters scored per position, 1 … C.
+        checked_probes: Clusters scored where the dense rows check the choice; None: ``n_probes``.
+        risk: How likely a proposal differs from the dense choice.
         eos_token_ids: Their clusters are always among the probes, so that an answer can end.
             With fewer probes than such clusters, only they are scored.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
@@ -60,6 +67,8 @@ class FlashHead:
         centroids: Centroids,
         *,
         n_probes: int,
+        checked_probes: int | None = None,
+        risk: Risk | None = None,
         eos_token_ids: tuple[int, ...] = (),
         backend: str | None = None,
         max_positions: int | None = None,
@@ -71,16 +80,18 @@ class FlashHead:
         self.eos_token_ids = tuple(eos_token_ids)
         self._max_positions = max_positions
         self.n_probes = n_probes
+        if checked_probes is not None:
+            self.checked_probes = checked_probes
+        self.risk = risk or Risk()
         self._draw_temperature: float | None = None
-        self._greedy: GreedyTokens | None = None
-        self._watchers: tuple[ref[LatestCall], ...] = ()
+        self._project: Project | None = None
 
     def __getstate__(self) -> dict:
-        """Everything but what belongs to this process: kernels, and those who watch."""
-        return {k: v for k, v in vars(self).items() if k not in ("_steps", "_watchers")}
+        """Everything but what belongs to this process: kernels, and who asks now."""
+        return {k: v for k, v in vars(self).items() if k != "_steps"} | {"_project": None}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, _watchers=())
+        vars(self).update(state)
         self._steps, reason = make_steps(self.clustered, self._backend_asked)
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
             self.backend_reason = reason
@@ -133,6 +144,8 @@ class FlashHead:
     def n_probes(self) -> int:
         """Clusters scored per position, 1 … C; with C the head is exact.
 
+        Setting it sets ``checked_probes`` too.
+
         Raises:
             ValueError: When set to anything else.
         """
@@ -140,6 +153,22 @@ class FlashHead:
 
     @n_probes.setter
     def n_probes(self, value: int) -> None:
+        self._n_probes = self._checked_probes = self._valid(value)
+
+    @property
+    def checked_probes(self) -> int:
+        """Clusters scored where the dense rows check the choice: a question of speed alone.
+
+        Raises:
+            ValueError: When set to anything but 1 … C.
+        """
+        return self._checked_probes
+
+    @checked_probes.setter
+    def checked_probes(self, value: int) -> None:
+        self._checked_probes = self._valid(value)
+
+    def _valid(self, value: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise ValueError(f"n_probes must be a whole number, not {value!r}.")
         if not 1 <= value <= self.n_clusters:
@@ -147,7 +176,7 @@ class FlashHead:
                 f"n_probes is {value}, but this head has {self.n_clusters} clusters: "
                 f"choose 1 to {self.n_clusters}."
             )
-        self._n_probes = int(value)
+        return int(value)
 
     @property
     def exact(self) -> bool:
@@ -182,21 +211,10 @@ class FlashHead:
             steps: Of the same rows, for a head on another path.
         """
         copied = type(self).__new__(type(self))  # the same steps, unlike a pickled head's
-        vars(copied).update(vars(self), _watchers=())
+        vars(copied).update(vars(self))
         if steps is not None:
             copied._steps, copied.clustered = steps, steps.clustered
         return copied
-
-    def watch(self, latest: LatestCall) -> None:
-        """From now on, and as long as it lives, ``latest`` holds this head's latest call.
-
-        Several heads may share it. It then holds the latest call of any of them.
-        """
-        # a new tuple, since another thread may be iterating over the old one
-        self._watchers = (*self._watchers, ref(latest, self._forget))
-
-    def _forget(self, gone: ref) -> None:
-        self._watchers = tuple(watcher for watcher in self._watchers if watcher is not gone)
 
     @contextmanager
     def settings(
@@ -205,7 +223,7 @@ class FlashHead:
         n_probes: int | None = None,
         dense: bool = False,
         draw_temperature: float | None = None,
-        greedy: GreedyTokens | None = None,
+        project: "Project | None" = None,
         max_positions: int | None = None,
     ) -> Iterator["FlashHead"]:
         """Within the block the head has other settings. The others stay as they are.
@@ -220,7 +238,7 @@ class FlashHead:
             n_probes: Clusters scored per position, 1 … C.
             dense: Score every token, the dense model's logits: n_probes = C.
             draw_temperature: Draw the probes at this temperature, above 0.
-            greedy: Takes the greedy tokens. Full logits are not made.
+            project: Called in the head's place, with the head and its hidden states.
             max_positions: The limit of positions at once, for measuring the retrieval above it.
 
         Raises:
@@ -234,21 +252,21 @@ class FlashHead:
             raise ValueError(
                 f"The temperature of the draw is {draw_temperature}: it must be above 0."
             )
-        before = self._n_probes, self._draw_temperature, self._greedy, self._max_positions
+        before = {name: getattr(self, name) for name in SETTINGS}
         if dense:
             self.n_probes = self.n_clusters
         elif n_probes is not None:
             self.n_probes = n_probes
         if draw_temperature is not None:
             self._draw_temperature = float(draw_temperature)
-        if greedy is not None:
-            self._greedy = greedy
+        if project is not None:
+            self._project = project
         if max_positions is not None:
             self._max_positions = max_positions
         try:
             yield self
         finally:
-            self._n_probes, self._draw_temperature, self._greedy, self._max_positions = before
+            vars(self).update(before)
 
     def dense(self) -> AbstractContextManager["FlashHead"]:
         """``settings(dense=True)``: within the block every token is scored."""
@@ -260,26 +278,40 @@ class FlashHead:
         A probed token has its exact logit, every other token its cluster's estimate, below the best
         candidate. Lazy.
         """
-        if self._greedy is not None:
-            self._tell(None)
-            return self._greedy.take(self.token(hidden))
+        if self._project is not None:
+            return self._project(self, hidden)
+        return self.full_logits(hidden)
+
+    def full_logits(self, hidden: mx.array) -> mx.array:
+        """As a call, whoever asks in the head's place."""
         if self._is_dense(hidden):
-            self._tell(None)
             return self.dense_logits(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        scores, selection, candidates = self._retrieve(rows)
-        drawn = self._draw_temperature is not None
-        if drawn:
+        scores, selection, candidates = self._retrieve(rows, self.n_probes)
+        if self._draw_temperature is not None:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
-            selection = Selection(
-                selection.probes
-            )  # without the estimates, which are of other scores
+            # without the estimates, which are of other scores
+            selection = Selection(selection.probes)
         logits = self._steps.expand(scores, selection, candidates)
-        if self._watchers:
-            # no second look with drawn clusters, since tokens of others must not be sampled
-            probes = selection.probes[:, : self.n_probes]
-            self._tell(None if drawn else Call(self, self._steps, rows, probes, logits))
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def propose(self, hidden: mx.array, draws: Draws | None, full: bool = False) -> Proposal:
+        """Tokens chosen from ``checked_probes`` clusters, for a check by the dense rows.
+
+        Args:
+            hidden: (R, D) states.
+            draws: Of these rows; None takes the best logit of each.
+            full: Make full logits too, for a choice that needs them.
+        """
+        scores, selection, candidates = self._retrieve(hidden, self.checked_probes)
+        unscored = self._steps.unscored(scores, selection)
+        if draws is None:
+            tokens = self._steps.token(selection, candidates)
+        else:
+            tokens = self._steps.sample(selection, candidates, unscored, draws)
+        risk = self.risk.of(candidates, unscored, draws)
+        expanded = self._steps.expand(scores, selection, candidates) if full else None
+        return Proposal(tokens, selection.probes, candidates.logits, unscored, risk, expanded)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
         """The scored tokens: hidden (..., D) → ids (..., K) uint32 and logits (..., K).
@@ -287,33 +319,10 @@ class FlashHead:
         K = p·cluster_size. A padded slot has the id V and the dtype's lowest finite value.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
-        _, selection, candidates = self._retrieve(rows)
+        _, selection, candidates = self._retrieve(rows, self.n_probes)
         shape = (*hidden.shape[:-1], self.n_probes * self.cluster_size)
         ids = self._steps.token_ids(selection.probes)[:, : self.n_probes]
         return ids.reshape(shape), candidates.logits[:, : self.n_probes].reshape(shape)
-
-    def likeliest(self, values: mx.array, n_clusters: int) -> tuple[mx.array, mx.array]:
-        """The tokens of the clusters that hold the highest values.
-
-        The clusters are chosen by the best value of their tokens, so the result contains the
-        ``n_clusters`` tokens of highest value. Processors that have raised or ruled out tokens
-        count.
-
-        Args:
-            values: (R, V), a value for each token, such as log-probabilities.
-            n_clusters: Clusters to choose for each row.
-
-        Returns:
-            Ids (R, K) uint32 and values (R, K), K = n_clusters·cluster_size. A padded slot has the
-            id V and the value -inf.
-        """
-        blocks = self._steps.in_clusters(values)
-        best = mx.max(blocks, axis=-1).astype(mx.float32)
-        probes = self._steps.select(best, n_clusters).probes
-        ids = self._steps.token_ids(probes)[:, :n_clusters]
-        chosen = probes[:, :n_clusters, None]
-        kept = mx.take_along_axis(blocks, chosen, axis=1)  # (R, n_clusters, n)
-        return ids.flatten(1), kept.flatten(1)
 
     def token(self, hidden: mx.array) -> mx.array:
         """The greedy token: hidden (..., D) → (...) uint32, without full logits.
@@ -322,8 +331,17 @@ class FlashHead:
         """
         if self._is_dense(hidden):
             return mx.argmax(self.dense_logits(hidden), axis=-1)
-        _, selection, candidates = self._retrieve(hidden.reshape(-1, hidden.shape[-1]))
+        _, selection, candidates = self._retrieve(
+            hidden.reshape(-1, hidden.shape[-1]), self.n_probes
+        )
         return self._steps.token(selection, candidates).reshape(hidden.shape[:-1])
+
+    def slot_logits(self, hidden: mx.array) -> mx.array:
+        """The dense head's logits in the order of the clusters: hidden (R, D) → (R, C, n).
+
+        A padded slot repeats the logit of the last token.
+        """
+        return self._steps.product(hidden).reshape(len(hidden), self.n_clusters, -1)
 
     def dense_logits(self, hidden: mx.array) -> mx.array:
         """The dense head's logits: hidden (..., D) → (..., V)."""
@@ -355,21 +373,15 @@ class FlashHead:
         slots = mx.take(self.clustered.slot_of, token_ids)
         return self.clustered.rows_in(slots).dequantized()
 
-    def _tell(self, call: Call | None) -> None:
-        for watcher in self._watchers:
-            latest = watcher()
-            if latest is not None:
-                latest.call = call
-
     def _is_dense(self, hidden: mx.array) -> bool:
         return self.exact or math.prod(hidden.shape[:-1]) > self.max_positions
 
-    def _retrieve(self, rows: mx.array) -> tuple[mx.array, Selection, Candidates]:
+    def _retrieve(self, rows: mx.array, n_probes: int) -> tuple[mx.array, Selection, Candidates]:
         """(R, D) → scores (R, C), the probed clusters, and their logits."""
         scores = self._steps.route(rows)
         ordering = scores
         if self._draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top
             ordering = scores / self._draw_temperature + mx.random.gumbel(scores.shape)
-        selection = self._steps.select(ordering, self.n_probes)
+        selection = self._steps.select(ordering, n_probes)
         return scores, selection, self._steps.score(rows, selection)

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from .blas import REFERENCE, blas_name
 from .clustered import ClusteredRows
+from .draw import Draws, draw, noise
 from .matrix import Matrix
 from .steps import Candidates, Selection, Steps, in_token_order
 
@@ -202,3 +203,17 @@ class PortableSteps(Steps):
         highest = (logits == best) | mx.isnan(logits)
         ids = mx.where(highest, self.token_ids(selection.probes), self.clustered.vocab_size)
         return mx.min(ids, axis=(-2, -1))
+
+    def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
+        if selection.unscored is not None:
+            return selection.unscored
+        lowest = mx.array(mx.finfo(mx.float32).min)
+        left = mx.put_along_axis(scores, selection.probes, lowest, axis=-1)
+        return mx.stack([mx.max(left, axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
+
+    def sample(
+        self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
+    ) -> mx.array:
+        ids = self.token_ids(selection.probes).flatten(1)
+        logits = candidates.logits.flatten(1).astype(mx.float32)
+        return draw(logits, noise(draws.keys, ids), draws, ids, unscored[:, 1])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .clustered import ClusteredRows
+from .draw import Draws
 
 
 class Selection(NamedTuple):
@@ -21,10 +22,12 @@ class Selection(NamedTuple):
             beyond p the last one is repeated, which changes no maximum and no full logits.
         words: (R, C) uint32 for the kernel of `expand`, a cluster's place among the probes or the
             estimate of its tokens' logits; None if `expand` makes it from the scores.
+        unscored: (R, 2) float32, what :meth:`Steps.unscored` gives; None if it has to be computed.
     """
 
     probes: mx.array
     words: mx.array | None = None
+    unscored: mx.array | None = None
 
 
 class Candidates(NamedTuple):
@@ -77,6 +80,19 @@ class Steps(ABC):
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32."""
 
+    @abstractmethod
+    def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
+        """Of the clusters that are not probed, (R, 2) float32: the best score, and the logsumexp.
+
+        A cluster's score is the log of its expected mass, so the second is that of the tail.
+        """
+
+    @abstractmethod
+    def sample(
+        self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
+    ) -> mx.array:
+        """The drawn token: (R,) uint32; see `draw.py`."""
+
     def arrays(self) -> list[mx.array]:
         """Arrays held besides those of ``clustered``."""
         return []
@@ -97,18 +113,6 @@ class Steps(ABC):
         rows = self.clustered.rows_in(mx.take(self.clustered.slot_of, token_ids))  # (R, K, …)
         logits = replace(rows, bias=None).matmul(hidden[:, None]).squeeze(1)
         return logits if rows.bias is None else logits + rows.bias
-
-    def in_clusters(self, values: mx.array) -> mx.array:
-        """Values by token (R, V) → by cluster (R, C, n); a padded slot gets -inf."""
-        clustered = self.clustered
-        slots = clustered.token_ids.reshape(1, -1)
-        if clustered.padded:
-            last = clustered.vocab_size - 1
-            in_slots = mx.take_along_axis(values, mx.minimum(slots, last), axis=-1)
-            in_slots = mx.where(slots > last, -mx.inf, in_slots)
-        else:
-            in_slots = mx.take_along_axis(values, slots, axis=-1)
-        return in_slots.reshape(-1, clustered.n_clusters, clustered.cluster_size)
 
     def token_ids(self, probes: mx.array) -> mx.array:
         """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""

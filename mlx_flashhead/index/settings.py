@@ -24,6 +24,8 @@ class FlashHeadConfig:
         report: Measured on held-out calibration positions: ``agreement``, ``coverage`` (shares of
             positions), ``probes_needed`` at p50, p90 and p99, ``dense_perplexity``,
             ``dense_bytes``, and ``by_probes``, which has figures for several numbers of probes.
+        lossless: What the checked loop needs: ``n_probes``, ``risk`` and ``by_probes``, shares of
+            positions at which the dense head chooses another token.
         recipe: How the checkpoint was made: `recipe.py`.
         fingerprint: SHA-256 over 64 evenly spaced rows as stored.
         version: Version of the file format.
@@ -39,8 +41,14 @@ class FlashHeadConfig:
     centroid_group_size: int = 64
     calibration: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    lossless: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
+
+    @property
+    def checked_probes(self) -> int | None:
+        """Clusters scored per position in the checked loop; None: ``n_probes``."""
+        return self.lossless.get("n_probes")
 
     def to_dict(self) -> dict[str, Any]:
         """The form for JSON."""

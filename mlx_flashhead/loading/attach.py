@@ -8,6 +8,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
+from ..head.proposal import Risk
 from ..index.files import FILE_NAME, FlashHeadIndex
 from ..index.fit import check_fit
 from ..models.errors import UnsupportedHeadError
@@ -151,6 +152,8 @@ def install_index(
         index.token_ids,
         index.centroids,
         n_probes=index.config.n_probes if n_probes is None else n_probes,
+        checked_probes=index.config.checked_probes if n_probes is None else None,
+        risk=Risk.of_settings(index.config.lossless),
         eos_token_ids=index.config.eos_token_ids,
         backend=backend,
         location=location,

@@ -89,6 +89,16 @@ def add_look_up_options(group: Any) -> None:
     )
 
 
+def add_check_option(group: Any) -> None:
+    """Adds ``--no-check`` to a command's arguments."""
+    group.add_argument(
+        "--no-check",
+        action="store_true",
+        help="Take the FlashHead's choices as they are (default: the dense rows check every token, "
+        "so that the text is the dense model's).",
+    )
+
+
 def look_up_options(args: argparse.Namespace) -> dict[str, Any]:
     """These flags as arguments of ``load``."""
     return {"flash_head": args.flash_head, "build": not args.no_build}

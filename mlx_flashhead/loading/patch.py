@@ -5,7 +5,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from ..models.compat.patched_load import Load, wrap_load
+from ..lossless.generation import checks
+from ..models.compat.patched_load import Load, wrap_generate_step, wrap_load
 from ..models.compat.vlm.patched_load import wrap_load as wrap_vlm_load
 from ..models.fetch import resolve
 from ..publishing.origin import local_origin
@@ -73,4 +74,16 @@ def patch_load(
         return load
 
     wrap_load(wrap)
+    wrap_generate_step(_with_check)
     wrap_vlm_load(wrap)
+
+
+def _with_check(original: Load) -> Load:
+    """``generate_step`` with the dense model's choices, for models with a FlashHead."""
+
+    @wraps(original)
+    def generate_step(prompt: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+        steps = checks(model)
+        return (steps or original)(prompt, model, *arguments, **options)
+
+    return generate_step

@@ -109,3 +109,16 @@ def _attention(
 def _to_mlx(array: np.ndarray) -> mx.array:
     # mx.array of a numpy array loses a Ctrl-C that comes meanwhile, a memoryview does not
     return mx.array(memoryview(array))  # type: ignore[arg-type]
+
+
+def slot_products(weight: mx.array, hidden: mx.array) -> mx.array:
+    """Products with rows in clusters: weight (C, n, D) float32, hidden (k, D) → (k, C, n).
+
+    Evaluates both. The rows of a cluster may lie by columns.
+    """
+    rows, states = np.asarray(weight), np.asarray(hidden.astype(mx.float32))
+    if rows.flags.c_contiguous:
+        flat = states @ rows.reshape(-1, rows.shape[-1]).T
+        return _to_mlx(flat.reshape(len(states), *rows.shape[:2]))
+    products = np.matmul(states[None], rows.swapaxes(1, 2))  # (C, k, n)
+    return _to_mlx(np.ascontiguousarray(products.swapaxes(0, 1)))

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..head.centroids import Centroids
 from ..head.flash_head import FlashHead
+from ..head.proposal import Risk
 from .compat.vlm.head_weights import HeadWeights
 from .libraries import is_vlm
 from .locate import EMBEDDING, Asker, HeadLocation, check_plain_product, find_head
@@ -54,6 +55,8 @@ def install(
     centroids: Centroids,
     *,
     n_probes: int,
+    checked_probes: int | None = None,
+    risk: Risk | None = None,
     eos_token_ids: tuple[int, ...] = (),
     backend: str | None = None,
     max_positions: int | None = None,
@@ -70,6 +73,8 @@ def install(
         token_ids: (C, cluster_size) integers, V in padded slots.
         centroids: Centroids fitted for these clusters.
         n_probes: Clusters scored per position, 1 … C.
+        checked_probes: Clusters scored where the dense rows check the choice; None: ``n_probes``.
+        risk: How likely a proposal differs from the dense choice.
         eos_token_ids: Tokens whose clusters are always scored.
         backend: "metal", "mlx" or None to choose.
         max_positions: More positions (B·L) than this at once are computed densely; None leaves it
@@ -93,6 +98,8 @@ def install(
         token_ids,
         centroids,
         n_probes=n_probes,
+        checked_probes=checked_probes,
+        risk=risk,
         eos_token_ids=eos_token_ids,
         backend=backend,
         max_positions=max_positions,

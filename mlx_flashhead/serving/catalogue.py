@@ -3,10 +3,8 @@
 import logging
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from ..loading.load import load_draft, load_or
 from ..models.compat.cache import KVCache, make_prompt_cache
 from ..models.dense import load_dense
 from ..models.errors import UnsupportedHeadError
-from ..models.exact import Processor, exact_processors
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
 
@@ -50,13 +47,12 @@ class ServedModel:
         template_arguments: Settings of its chat template from the server's flags.
         dense: Whether every token is scored unless a request says otherwise.
         head: Its FlashHead, None if it is dense.
-        n_probes: Clusters scored unless a request says otherwise, None if it is dense.
         vocab_size: Tokens V.
         batchable: Whether several sequences can be decoded at once.
         cuttable: Whether its caches can always be cut back to their beginning.
         template_settings: Names that its chat template takes from ``chat_template_kwargs``.
         longest_token: Characters of the longest token.
-        exact: Makes a sequence's logits processors exact, if the model allows it.
+        check: Whether the dense rows check every token.
     """
 
     names: tuple[str, ...]
@@ -66,12 +62,10 @@ class ServedModel:
     context: int
     template_arguments: dict[str, Any] = field(default_factory=dict)
     dense: bool = False
+    check: bool = True
 
     def __post_init__(self):
         self.head: FlashHead | None = get_flash_head(self.model)
-        self.n_probes: int | None = None
-        if self.head is not None:
-            self.n_probes = self.head.n_clusters if self.dense else self.head.n_probes
         caches = make_prompt_cache(self.model)
         self.cuttable = all(type(cache) is KVCache for cache in caches)
         self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
@@ -79,25 +73,11 @@ class ServedModel:
         self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
         self.template_settings = template_settings(self.tokenizer)
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))
-        self.exact: Callable[[list[Processor]], list[Processor]] = partial(
-            exact_processors, model=self.model, draft_model=self.draft_model
-        )
-        try:
-            self.exact([lambda _, logits: logits])  # computes and keeps the parts for all requests
-        except UnsupportedHeadError as error:
-            logger.warning("%s", error)
-            self.exact = list
 
     @property
     def name(self) -> str:
         """The name that answers carry."""
         return self.names[0]
-
-    def with_probes(self, n_probes: int | None) -> AbstractContextManager:
-        """Within the block, ``n_probes`` clusters are scored. A dense model stays as it is."""
-        if self.head is None or n_probes is None:
-            return nullcontext()
-        return self.head.settings(n_probes=n_probes)
 
 
 class Catalogue:
@@ -207,6 +187,7 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         context,
         args.chat_template_args,
         args.dense and default,
+        not args.no_check,
     )
 
 

@@ -166,6 +166,7 @@ class _Answer:
             processors=request.penalties.processors(),
             stop=request.stop,
             n_probes=request.n_probes,
+            dense=request.dense,
             num_draft_tokens=request.num_draft_tokens,
             logprobs=request.logprobs,
             index=index,

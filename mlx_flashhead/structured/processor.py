@@ -48,6 +48,8 @@ class GrammarProcessor:
             the form.
     """
 
+    moves_little = True  # a mask leaves the distances of logits as they are
+
     def __init__(
         self,
         tokenizer: Any,

@@ -84,6 +84,15 @@ def tiny_model(
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
     if arch == "gemma3_text" and tied:
         model.sanitize({})  # tells by the checkpoint's keys, not by the configuration
+    randomized(model, dtype, seed)
+    if bits is not None:
+        nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
+    mx.eval(model.parameters())
+    return model
+
+
+def randomized(model: nn.Module, dtype: mx.Dtype = mx.float32, seed: int = 0) -> nn.Module:
+    """The model with random weights and biases, large enough for logits that differ."""
     rng = np.random.default_rng(seed)
 
     def draw(array):
@@ -92,8 +101,6 @@ def tiny_model(
         return mx.array(values + (array.ndim == 1)).astype(dtype)
 
     model.update(tree_map(draw, model.parameters()))
-    if bits is not None:
-        nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
     model.eval()
     mx.eval(model.parameters())
     return model

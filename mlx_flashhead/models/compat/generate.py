@@ -3,13 +3,16 @@
 import argparse
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
 from mlx_lm.generate import (
     BatchGenerator,
     BatchResponse,
+    GenerationBatch,
     GenerationResponse,
+    StopSequences,
     TextStateMachine,
     generate_step,
     generation_stream,
@@ -24,11 +27,14 @@ from .replaced import replaced
 __all__ = [
     "BatchGenerator",
     "BatchResponse",
+    "GenerationBatch",
     "GenerationResponse",
+    "StopSequences",
     "TextStateMachine",
     "generate_parser",
     "generate_step",
     "generation_stream",
+    "loops",
     "make_text_state_machine",
     "maybe_quantize_kv_cache",
     "run_generate",
@@ -37,6 +43,11 @@ __all__ = [
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
+
+
+def loops(**names: Any) -> AbstractContextManager[None]:
+    """A block in which mlx-lm's functions take other loops, by their names."""
+    return replaced(module, **names)
 
 
 def run_generate(

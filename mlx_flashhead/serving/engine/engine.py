@@ -8,7 +8,6 @@ text does not hold up a short question, and short questions do not hold up a lon
 
 import gc
 import logging
-import secrets
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -172,13 +171,15 @@ class Engine:
                 steps = decoder.step()
             except Exception as error:
                 logger.exception("Some answers have failed")
-                # a sampler that fails while MLX compiles it leaves no usable random state
-                mx.random.seed(secrets.randbits(63))
                 self._decoders.remove(decoder)
                 for job in decoder.jobs:
                     job.tell(Failure(error))
                 continue
-            self._remove(decoder, [step[0] for step in steps if _is_complete(*step)])
+            complete: list[Job] = []
+            for job, token, logprobs in steps:  # several tokens of a job may come at once
+                if job not in complete and _is_complete(job, token, logprobs):
+                    complete.append(job)
+            self._remove(decoder, complete)
         return bool(self._decoders)
 
     def _remove(self, decoder: Decoder, jobs: list[Job]) -> None:

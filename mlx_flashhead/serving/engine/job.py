@@ -66,7 +66,8 @@ class Job:
             for every token, with all tokens so far, and may hold a state of this sequence. Arrays
             that it holds must be evaluated already: it is called in another thread.
         stop: Texts that end the answer.
-        n_probes: Clusters scored per token; None for a dense model.
+        n_probes: Clusters scored per token; None: the head's own number.
+        dense: Whether every token is scored.
         num_draft_tokens: Tokens drafted at once.
         logprobs: Number of likeliest tokens to report; None reports no logprobs.
         index: Number of this answer within its request.
@@ -87,6 +88,7 @@ class Job:
     processors: list[LogitsProcessor]
     stop: tuple[str, ...]
     n_probes: int | None
+    dense: bool
     num_draft_tokens: int
     logprobs: int | None
     index: int

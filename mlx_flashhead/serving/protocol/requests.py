@@ -40,7 +40,8 @@ class Request:
         form: Form of an answer; None for any text.
         seed: Seed of the draws; None for random ones.
         stop: Texts before which an answer ends.
-        n_probes: Clusters scored per token; None for a dense model.
+        n_probes: Clusters scored per token; None: the head's own number.
+        dense: Whether every token is scored.
         num_draft_tokens: Tokens drafted at once, where there is a draft model.
         logprobs: Number of likeliest tokens to report with each token's logprob; None reports no
             logprobs.
@@ -62,6 +63,7 @@ class Request:
     seed: int | None
     stop: tuple[str, ...]
     n_probes: int | None
+    dense: bool
     num_draft_tokens: int
     logprobs: int | None
     messages: list[dict[str, Any]]
@@ -116,7 +118,7 @@ def read_request(
         form=read_form(fields),
         seed=fields.whole("seed", None, -(2**63), 2**64 - 1),
         stop=_stop(fields),
-        n_probes=_n_probes(fields, served),
+        **_probes(fields, served),
         num_draft_tokens=fields.whole("num_draft_tokens", defaults.num_draft_tokens, 1, 64),
         logprobs=_chat_logprobs(fields) if chat else _text_logprobs(fields),
         messages=read_messages(fields.take("messages", list)) if chat else [],
@@ -213,7 +215,8 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _n_probes(fields: Fields, served: ServedModel) -> int | None:
+def _probes(fields: Fields, served: ServedModel) -> dict[str, Any]:
+    """The fields ``n_probes`` and ``dense``."""
     head = served.head
     dense = fields.take("dense", bool)
     n_probes = fields.whole("n_probes", None, 1, 2**31 - 1 if head is None else head.n_clusters)
@@ -221,11 +224,9 @@ def _n_probes(fields: Fields, served: ServedModel) -> int | None:
         raise Problem("This model has no FlashHead: leave n_probes out.", "n_probes")
     if dense and n_probes is not None:
         raise Problem("dense scores every token: leave n_probes out.", "n_probes")
-    if head is None:
-        return None
     if dense is None:
-        return n_probes or served.n_probes
-    return head.n_clusters if dense else n_probes or head.n_probes
+        dense = served.dense and n_probes is None
+    return {"n_probes": n_probes, "dense": dense}
 
 
 def _chat_logprobs(fields: Fields) -> int | None:

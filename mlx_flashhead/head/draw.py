@@ -1,0 +1,193 @@
+"""The draw of a token: temperature, top-k, top-p and min-p, with noise that belongs to each token.
+
+The noise is a function of the text's seed, the position and the token's id. It is computed for the
+tokens that are looked at and no others. So the scored tokens, all tokens and a kernel draw the same
+token wherever they see the same logits, and a text does not depend on who else is in its batch.
+
+    token = argmax over the kept tokens of logit / temperature + noise
+
+Filters see the logits at temperature 1, as mlx-lm's do, and each of them is a threshold: a token is
+kept if its logit reaches the highest of theirs. A temperature of 0 takes the best logit.
+
+Source: Gumbel 1954, the Gumbel-max trick; Salmon et al. 2011, "Parallel random numbers: as easy as
+    1, 2, 3", for Threefry, which is MLX's generator.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+NO_MIN_P = -1e30
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """The settings of one text's draws.
+
+    Attributes:
+        temperature: 0 takes the best logit.
+        top_p: Keep the likeliest tokens that together have this probability; 1 keeps all.
+        min_p: Keep tokens of at least this share of the best one's probability; 0 keeps all.
+        top_k: Keep this number of best tokens, and those equal to the last; 0 keeps all.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def filters(self) -> bool:
+        """Whether any token may be left out."""
+        return self.top_p < 1 or self.min_p > 0 or self.top_k > 0
+
+
+class Draws(NamedTuple):
+    """The draws of R rows, as arrays.
+
+    Attributes:
+        settings: (R, 3) float32: 1 / temperature (0: the best logit), top_p, log(min_p).
+        top_k: (R,) uint32; 0 keeps all.
+        keys: (R, 2) uint32, of each row's seed and position.
+        sorts: Whether a row needs its logits in order.
+    """
+
+    settings: mx.array
+    top_k: mx.array
+    keys: mx.array
+    sorts: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> "Draws":
+        """The draws of some rows, from the settings and the key of each."""
+        values = [
+            (
+                1 / s.temperature if s.temperature else 0.0,
+                s.top_p,
+                math.log(s.min_p) if s.min_p else NO_MIN_P,
+            )
+            for s, _ in rows
+        ]
+        return cls(
+            mx.array(values, dtype=mx.float32),
+            mx.array([s.top_k for s, _ in rows], dtype=mx.uint32),
+            mx.array([key for _, key in rows], dtype=mx.uint32),
+            any(s.top_p < 1 or s.top_k for s, _ in rows),
+        )
+
+
+def position_key(seed: int, position: int) -> tuple[int, int]:
+    """The key of a position: two words of 32 bits.
+
+    Source: SplitMix64 (Steele, Lea and Flood 2014) of the seed's stream at this position.
+    """
+    word = _mixed(_mixed(seed) + position)
+    return word >> 32, word & 0xFFFFFFFF
+
+
+def _mixed(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return value ^ (value >> 31)
+
+
+def noise(keys: mx.array, token_ids: mx.array) -> mx.array:
+    """Gumbel noise of tokens: keys (R, 2), ids (R, K) uint32 → (R, K) float32.
+
+    Two neighbouring ids share a call of Threefry.
+    """
+    first = keys[:, :1] + token_ids // 2
+    pairs = mx.stack([first, mx.broadcast_to(keys[:, 1:], first.shape)], axis=-1)
+    words = _uniform(pairs.reshape(-1, 2)).reshape(*first.shape, 2)
+    return _gumbel(mx.where(token_ids % 2 == 0, words[..., 0], words[..., 1]))
+
+
+def noise_of_all(keys: mx.array, vocab_size: int) -> mx.array:
+    """Gumbel noise of tokens 0 … V-1: keys (R, 2) → (R, V) float32."""
+    first = keys[:, :1] + mx.arange(-(-vocab_size // 2), dtype=mx.uint32)
+    pairs = mx.stack([first, mx.broadcast_to(keys[:, 1:], first.shape)], axis=-1)
+    words = _uniform(pairs.reshape(-1, 2)).reshape(len(keys), -1)
+    return _gumbel(words[:, :vocab_size])
+
+
+# a key of each row, and two words of each key
+_uniform = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
+
+
+def _gumbel(uniform: mx.array) -> mx.array:
+    return -mx.log(-mx.log(uniform))  # -inf at 0
+
+
+def log_mass(logits: mx.array) -> mx.array:
+    """The log of the summed exponentials: (R, K) float32 → (R, 1)."""
+    return mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def threshold(logits: mx.array, draws: Draws, log_total: mx.array) -> mx.array:
+    """The lowest logit that the filters keep.
+
+    Args:
+        logits: (R, K) float32.
+        draws: The rows' draws.
+        log_total: (R, 1), log of the mass of all tokens, with those that are not among the K.
+
+    Returns:
+        (R, 1) float32.
+    """
+    best = mx.max(logits, axis=-1, keepdims=True)
+    lowest = best + draws.settings[:, 2:]
+    if not draws.sorts:
+        return lowest
+    n_logits = logits.shape[-1]
+    ordered = mx.sort(logits, axis=-1)
+    shares = mx.exp(ordered - log_total)
+    above = mx.cumsum(shares, axis=-1, reverse=True, inclusive=False)
+    n_dropped = (above >= draws.settings[:, 1:2]).sum(axis=-1, keepdims=True)
+    by_mass = mx.take_along_axis(ordered, mx.minimum(n_dropped, n_logits - 1), axis=-1)
+    by_mass = mx.where(draws.settings[:, 1:2] < 1, by_mass, -mx.inf)
+    kept = mx.where(draws.top_k == 0, n_logits, mx.minimum(draws.top_k, n_logits))[:, None]
+    by_count = mx.take_along_axis(ordered, n_logits - kept, axis=-1)
+    return mx.maximum(lowest, mx.maximum(by_mass, by_count))
+
+
+def draw(
+    logits: mx.array,
+    gumbel: mx.array | None,
+    draws: Draws,
+    token_ids: mx.array | None = None,
+    others: mx.array | None = None,
+) -> mx.array:
+    """Draws a token of each row.
+
+    Args:
+        logits: (R, K) float32.
+        gumbel: (R, K) noise of these tokens; None if all rows take the best logit.
+        draws: The rows' draws.
+        token_ids: (R, K) uint32; None where they are 0 … V-1.
+        others: (R,) log of the mass of tokens that are not among the K; None if there are none.
+
+    Returns:
+        (R,) uint32; of equal values the lowest id.
+    """
+    values = logits
+    if gumbel is not None:
+        total = log_mass(logits)
+        if others is not None:
+            total = mx.logaddexp(total, others[:, None])
+        inverse = draws.settings[:, :1]
+        noisy = logits * inverse + gumbel
+        noisy = mx.where(logits >= threshold(logits, draws, total), noisy, -mx.inf)
+        values = mx.where(inverse == 0, logits, noisy)
+    if token_ids is None:
+        return mx.argmax(values, axis=-1)
+    best = mx.max(values, axis=-1, keepdims=True)
+    highest = (values == best) | mx.isnan(values)
+    return mx.min(mx.where(highest, token_ids, mx.array(0xFFFFFFFF, mx.uint32)), axis=-1)

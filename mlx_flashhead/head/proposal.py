@@ -1,0 +1,62 @@
+"""A proposed token, and how likely the dense head chooses another one."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .draw import Draws
+from .steps import Candidates
+
+
+class Proposal(NamedTuple):
+    """Tokens chosen from the scored rows of R positions.
+
+    Attributes:
+        tokens: (R,) uint32.
+        probes: (R, S) uint32, the probed clusters.
+        logits: (R, S, n), the scored tokens' logits.
+        unscored: (R, 2) float32, best score and log-mass of the clusters that were not probed.
+        risk: (R,) float32, an estimate of the chance of another choice.
+        full: (R, V) logits with estimates, if they were asked for.
+    """
+
+    tokens: mx.array
+    probes: mx.array
+    logits: mx.array
+    unscored: mx.array
+    risk: mx.array
+    full: mx.array | None
+
+
+class Risk(NamedTuple):
+    """How the estimate of that chance depends on what was not scored.
+
+    For the best token it is exp(a - b·gap), where the gap is that of the best scored logit to the
+    best score of the other clusters. For a draw it is the other clusters' share of the mass times
+    ``scale``. Both are at most 1. A conversion fits the numbers; they decide about speed alone.
+    """
+
+    a: float = 0.0
+    b: float = 1.0
+    scale: float = 1.0
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> "Risk":
+        """From an index's settings of the checked loop; the usual numbers where there are none."""
+        fitted = settings.get("risk") or {}
+        a, b = fitted.get("greedy", (cls().a, cls().b))
+        return cls(a, b, fitted.get("sampled", cls().scale))
+
+    def of(self, candidates: Candidates, unscored: mx.array, draws: Draws | None) -> mx.array:
+        """The chance for each of R positions, (R,) float32."""
+        if candidates.best is not None:
+            best = mx.max(candidates.best, axis=-1)
+        else:
+            best = mx.max(candidates.logits, axis=(-2, -1)).astype(mx.float32)
+        greedy = mx.exp(self.a - self.b * (best - unscored[:, 0]))
+        if draws is None:
+            return mx.minimum(greedy, 1.0)
+        scored = mx.logsumexp(candidates.logits.astype(mx.float32), axis=(-2, -1))
+        drawn = self.scale * mx.sigmoid(unscored[:, 1] - scored)
+        return mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)

@@ -1,0 +1,180 @@
+"""Generation with the choices of the dense model: mlx-lm's functions on the checked loops."""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import mlx.nn as nn
+import mlx_lm
+
+from ..models.compat.generate import (
+    BatchGenerator,
+    BatchResponse,
+    GenerationResponse,
+    generate_step,
+    loops,
+    speculative_generate_step,
+)
+from ..models.install import NO_FLASH_HEAD, get_flash_head
+from ..models.libraries import is_vlm
+from .batch import CheckedBatchGenerator
+from .drafts import drafted_steps
+from .loop import checked_steps
+from .proposals import Proposer
+from .sampler import Sampler
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer,
+    prompt,
+    *,
+    n_probes: int | None = None,
+    check: bool = True,
+    dense: bool = False,
+    draw_temperature: float | None = None,
+    logprobs: bool = True,
+    **kwargs: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
+
+    The text is the dense model's, for any sampler, processors and seed: the FlashHead proposes
+    tokens, and the dense rows check them before they are given out.
+
+    Args:
+        model: A model loaded by ``mlx_flashhead.load``, or any dense one.
+        tokenizer: Its tokenizer.
+        prompt: Text, token ids or an array of them.
+        n_probes: Clusters scored per token in this call.
+        check: Check every token. Without, the FlashHead alone chooses, with estimates for tokens
+            that it does not score.
+        dense: Score every token in this call.
+        draw_temperature: Draw the probes at this temperature, and check nothing; sample with the
+            same one.
+        logprobs: Whether the responses' log-probabilities are used. They are the dense model's.
+        **kwargs: mlx_lm's keywords, such as max_tokens, sampler, logits_processors. A processor
+            with a ``begin``, such as :func:`grammar_processor` makes, is told that a text begins.
+
+    Yields:
+        mlx_lm's responses.
+
+    Raises:
+        ValueError: If the model has no FlashHead, or a setting is not valid.
+    """
+    proposer = _proposer(model, n_probes, check, dense, draw_temperature)
+    with_draft = kwargs.get("draft_model") is not None
+    stream = mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
+    with loops(**_loops(model, proposer, logprobs)), _target(proposer, with_draft):
+        response = next(stream, None)  # takes the loop
+    while response is not None:
+        yield response
+        with _target(proposer, with_draft):  # one token at a time, since streams may take turns
+            response = next(stream, None)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer,
+    prompt,
+    *,
+    n_probes: int | None = None,
+    check: bool = True,
+    dense: bool = False,
+    draw_temperature: float | None = None,
+    **kwargs: Any,
+) -> str:
+    """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead.
+
+    Arguments and errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes.
+    """
+    proposer = _proposer(model, n_probes, check, dense, draw_temperature)
+    with_draft = kwargs.get("draft_model") is not None
+    with loops(**_loops(model, proposer, False)), _target(proposer, with_draft):
+        return mlx_lm.generate(model, tokenizer, prompt, **kwargs)
+
+
+def batch_generate(
+    model: nn.Module,
+    tokenizer,
+    prompts: list[list[int]],
+    *,
+    n_probes: int | None = None,
+    check: bool = True,
+    dense: bool = False,
+    draw_temperature: float | None = None,
+    **kwargs: Any,
+) -> BatchResponse:
+    """Generates for several prompts at once: ``mlx_lm.batch_generate`` with the same settings.
+
+    Each prompt gets its own copy of a logits processor that has ``for_sequence``, such as those of
+    :func:`grammar_processor`.
+    """
+    proposer = _proposer(model, n_probes, check, dense, draw_temperature)
+    logprobs = bool(kwargs.get("return_logprobs"))
+
+    def generator(of_model: nn.Module, *arguments: Any, **options: Any) -> Any:
+        if of_model is not model:
+            return BatchGenerator(of_model, *arguments, **options)
+        return CheckedBatchGenerator(of_model, proposer=proposer, logprobs=logprobs, **options)
+
+    with loops(BatchGenerator=generator):
+        return mlx_lm.batch_generate(model, tokenizer, prompts, **kwargs)
+
+
+def checks(model: nn.Module) -> Callable[..., Any] | None:
+    """A loop like mlx-lm's ``generate_step`` for this model; None for one without a FlashHead."""
+    if is_vlm(model) or get_flash_head(model) is None:
+        return None
+    return partial(checked_steps, proposer=Proposer(model, check=True))
+
+
+def _proposer(
+    model: nn.Module,
+    n_probes: int | None,
+    check: bool,
+    dense: bool,
+    draw_temperature: float | None,
+) -> Proposer:
+    """The chooser of tokens for these settings."""
+    if is_vlm(model):
+        raise ValueError(
+            "This is a model of mlx-vlm: generate with mlx_vlm.generate, which asks its FlashHead."
+        )
+    head = get_flash_head(model)
+    settings: dict[str, Any] = {"n_probes": n_probes, "draw_temperature": draw_temperature}
+    if head is None:
+        if any(value is not None for value in settings.values()):
+            raise ValueError(NO_FLASH_HEAD)
+    else:
+        with head.settings(dense=dense, **settings):
+            pass  # refuses what is not valid, before anything is computed
+    if dense:
+        settings = {}
+    check = check and draw_temperature is None
+    return Proposer(model, check=check, dense=dense, settings=settings)
+
+
+def _loops(model: nn.Module, proposer: Proposer, logprobs: bool) -> dict[str, Callable[..., Any]]:
+    """The loops for mlx-lm's functions, for this model alone."""
+
+    def one_text(prompt: Any, of_model: Any, *arguments: Any, **options: Any) -> Any:
+        plain = proposer.head is None and not isinstance(options.get("sampler"), Sampler)
+        if of_model is not model or plain:
+            return generate_step(prompt, of_model, *arguments, **options)
+        options |= {"proposer": proposer, "logprobs": logprobs}
+        return checked_steps(prompt, of_model, *arguments, **options)
+
+    def drafted_text(prompt: Any, of_model: Any, *arguments: Any, **options: Any) -> Any:
+        steps = drafted_steps if of_model is model else speculative_generate_step
+        return steps(prompt, of_model, *arguments, **options)
+
+    return {"generate_step": one_text, "speculative_generate_step": drafted_text}
+
+
+@contextmanager
+def _target(proposer: Proposer, with_draft: bool) -> Iterator[None]:
+    """With a draft model the target scores all of its positions densely, in one product."""
+    head = proposer.head
+    with head.dense() if with_draft and head is not None and proposer.check else nullcontext():
+        yield

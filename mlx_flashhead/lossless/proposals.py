@@ -1,0 +1,191 @@
+"""Proposals: what stands in the head's place while a loop of mlx-lm generates.
+
+The loop calls the model, then a text's processors, then its sampler. The head's call chooses tokens
+from the rows that it scores and keeps the hidden states. The sampler hands the tokens out.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..head.draw import Draws
+from ..head.flash_head import FlashHead
+from ..models.errors import UnsupportedHeadError
+from ..models.finish import finish_of, unchanged
+from ..models.install import get_flash_head
+from .random_state import current_random_state
+from .text import GREEDY, Position, Step, Text
+
+FINE_DTYPES = (mx.float32,)
+
+
+class Proposer:
+    """Chooses the tokens of one loop's texts.
+
+    Args:
+        model: The model.
+        check: Whether the dense rows check the choices, so that they may be proposals.
+        dense: Whether every token is scored at every position.
+        settings: More settings of the head, keywords of ``FlashHead.settings``.
+
+    Attributes:
+        texts: The texts of the next call's rows, in their order. Without them a call is dense, as
+            for a prompt and for the first token after it. A call takes them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        check: bool,
+        dense: bool = False,
+        settings: dict[str, Any] | None = None,
+    ):
+        self.head = get_flash_head(model)
+        self.finish: Callable[[mx.array], mx.array] | None = unchanged
+        if self.head is not None:
+            try:
+                self.finish = finish_of(model)
+            except UnsupportedHeadError:
+                self.finish = None  # its logits depend on each other: every choice is dense
+        self.dense = dense or self.head is None or (check and self.finish is None)
+        self.check = check and not self.dense
+        self.texts: list[Text] | None = None
+        self._settings = settings or {}
+        self._row = 0
+        self._step: Step | None = None
+        self._tokens: mx.array | None = None
+        self._logits: mx.array | None = None
+        self._processed: dict[Text, mx.array] = {}
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end most texts: whether one is confirmed is asked at once."""
+        return () if self.head is None else self.head.eos_token_ids
+
+    def in_place(self) -> AbstractContextManager:
+        """A block in which the head's calls come here."""
+        if self.head is None:
+            return nullcontext()
+        return self.head.settings(project=self._project, **self._settings)
+
+    def hooks(self, text: Text, before: list[int] | None = None) -> dict[str, Any]:
+        """A text's sampler and processors for mlx-lm's loop.
+
+        Args:
+            text: The text.
+            before: Tokens that the loop does not give to processors, before those that it does.
+        """
+        prefix = mx.array(before, dtype=mx.uint32) if before else None
+        reads_logits = text.needs_logits or self.finish is not unchanged or self.head is None
+        processors = [partial(self._process, text, prefix)] if reads_logits else []
+        return {"sampler": partial(self._take, text), "logits_processors": processors}
+
+    def _project(self, head: FlashHead, hidden: mx.array) -> mx.array:
+        """In the head's place: hidden (R, L, D) → logits (R, L, V), or (R, L, 1) that say nothing.
+
+        Nothing is evaluated: the logits of a prompt stay lazy, since nobody reads them.
+        """
+        self._row, self._step, self._tokens = 0, None, None
+        self._processed.clear()
+        texts, self.texts = self.texts, None
+        if self.dense or texts is None or hidden.shape[1] != 1 or len(texts) != len(hidden):
+            return self._full(_dense_logits(head, hidden))
+        if not self.check:
+            if any(t.logprobs or t.needs_logits or t.settings != GREEDY for t in texts):
+                return self._full(head.full_logits(hidden))
+            self._tokens = head.token(hidden)[:, -1]
+            return _nothing(hidden)
+        if any(_needs_dense(text, head, hidden.dtype) for text in texts):
+            return self._full(_dense_logits(head, hidden))
+        settings = [text.settings or GREEDY for text in texts]
+        draws = None
+        if not all(s.greedy for s in settings):
+            keys = [text.key(text.n_chosen) for text in texts]
+            draws = Draws.of(list(zip(settings, keys, strict=True)))
+        wide = self.finish is not unchanged or any(text.needs_logits for text in texts)
+        proposal = head.propose(hidden[:, -1], draws, full=wide)
+        self._step, self._tokens = Step(hidden[:, -1], proposal), proposal.tokens
+        return self._full(proposal.full[:, None]) if wide else _nothing(hidden)
+
+    def _full(self, logits: mx.array) -> mx.array:
+        self._logits = logits[:, -1]
+        return logits
+
+    def _process(
+        self, text: Text, prefix: mx.array | None, tokens: mx.array, logits: mx.array
+    ) -> mx.array:
+        """A processor for mlx-lm's loop: all of the text's."""
+        if prefix is not None:
+            tokens = mx.concatenate([prefix, tokens.astype(mx.uint32)])
+        self._processed[text] = text.process(tokens, logits)
+        return self._processed[text]
+
+    def _take(self, text: Text, logprobs: mx.array) -> mx.array:
+        """A sampler for mlx-lm's loop, called for one row after the other: the token, (1,)."""
+        row, index = self._row, text.n_chosen
+        self._row += 1
+        position = Position(self._step, row)
+        in_head = self._tokens is not None and not text.needs_logits
+        if in_head and (self.finish is unchanged or not self.check):
+            token = self._tokens[row : row + 1]
+        else:
+            if text.replays:
+                position.random_state = current_random_state()
+            logits = self._processed.pop(text, None)
+            if logits is None:
+                logits = self._logits[row : row + 1]
+            token = text.pick(logits, logprobs, index)
+            if position.dense and text.logprobs:
+                position.logprobs = logprobs.reshape(-1)
+        text.waiting.append(position)
+        waited = [token]
+        if self._step is not None:
+            waited.append(self._step.proposal.risk)
+        if position.random_state is not None:
+            waited.append(position.random_state)
+        mx.async_eval(waited)
+        return token
+
+
+def _dense_logits(head: FlashHead, hidden: mx.array) -> mx.array:
+    """The dense logits of each position by itself: (R, L, D) → (R, L, V).
+
+    A product of several rows rounds otherwise, which matters in 16 bits. Positions of a prompt are
+    not read, and stay together.
+    """
+    n_rows, length = hidden.shape[:2]
+    if n_rows == 1 or length != 1 or _is_fine(head, hidden.dtype):
+        return head.dense_logits(hidden)
+    return mx.concatenate([head.dense_logits(hidden[i : i + 1]) for i in range(n_rows)])
+
+
+def _needs_dense(text: Text, head: FlashHead, dtype: mx.Dtype) -> bool:
+    """Whether a check could not tell what rounding does to a text's choice.
+
+    A sampler of others, and a processor that may stretch differences, see the logits of several
+    states at once in the check. In float32 these are the same numbers to six digits, in 16 bits
+    they are not.
+    """
+    if _is_fine(head, dtype):
+        return False
+    return text.settings is None or not all(map(moves_little, text.processors))
+
+
+def moves_little(processor: Any) -> bool:
+    """Whether a processor at most doubles the distance of two logits: masks, biases, penalties."""
+    return getattr(processor, "moves_little", False) or (
+        getattr(processor, "__module__", "") == "mlx_lm.sample_utils"
+    )
+
+
+def _is_fine(head: FlashHead, dtype: mx.Dtype) -> bool:
+    return head.clustered.rows.logits_dtype(dtype) in FINE_DTYPES
+
+
+def _nothing(hidden: mx.array) -> mx.array:
+    return mx.zeros((*hidden.shape[:2], 1))

@@ -1,0 +1,83 @@
+"""How far the logits of one state may lie from those of several states at once.
+
+"Dense" is what MLX computes for one position. A product of k states has other kernels and rounds
+otherwise, and so may the rows of a few clusters. What the check cannot decide within this distance,
+the product of one position decides.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+
+from ..head.flash_head import FlashHead
+from .products import slot_logits
+
+N_STATES = 4
+ULPS = 2  # of the result's dtype: each of two values is rounded to the nearest
+SIGMAS = 16  # of a sum's rounding errors, which grow with the root of the number of terms
+MEASURED = 4  # times what was measured on a few states
+
+_EPSILON = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
+_known: WeakKeyDictionary[FlashHead, "Rounding"] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Distances to the dense logits of one position.
+
+    Attributes:
+        epsilon: Spacing of the logits' dtype, relative to a logit.
+        batch: Greatest distance of a product of several states, relative to the largest logit.
+        scored: Greatest distance of a scored token's logit, likewise; 0 if it is the same number.
+    """
+
+    epsilon: float
+    batch: float
+    scored: float
+
+    @property
+    def in_16_bits(self) -> bool:
+        """Whether the logits are so coarse that neighbours matter at many positions."""
+        return self.epsilon > 2.0**-20
+
+
+def rounding_of(head: FlashHead, dtype: mx.Dtype) -> Rounding:
+    """The distances for a head and hidden states of ``dtype``, measured once. Evaluates.
+
+    Source: Higham and Mary 2019, "A new approach to probabilistic rounding error analysis", for the
+        root of the number of terms.
+    """
+    if head not in _known:
+        _known[head] = _measure(head, dtype)
+    return _known[head]
+
+
+def _measure(head: FlashHead, dtype: mx.Dtype) -> Rounding:
+    hidden = mx.random.normal((N_STATES, head.hidden_size), key=mx.random.key(0)).astype(dtype)
+    single = [head.dense_logits(hidden[i : i + 1]) for i in range(N_STATES)]
+    epsilon = _EPSILON[single[0].dtype]
+    apart, apart_scored, same = 0.0, 0.0, True
+    together = slot_logits(head, hidden).reshape(N_STATES, -1)
+    in_order = mx.take(together, head.clustered.slot_of, axis=-1)
+    with head.settings(n_probes=min(64, head.n_clusters)):
+        for i, logits in enumerate(single):
+            largest = cast(float, mx.max(mx.abs(logits)).item())
+            apart = max(apart, _distance(in_order[i : i + 1], logits, largest))
+            ids, scored = head.candidates(hidden[i : i + 1])
+            wanted = mx.take_along_axis(logits, mx.minimum(ids, head.vocab_size - 1), axis=-1)
+            wanted = mx.where(ids < head.vocab_size, wanted, scored)
+            same = same and bool(mx.array_equal(scored, wanted).item())
+            apart_scored = max(apart_scored, _distance(scored, wanted, largest))
+    sums = SIGMAS * math.sqrt(head.hidden_size) * 2.0**-24
+    floor = sums + (ULPS * epsilon if epsilon > 2.0**-20 else 0)
+    batch = max(floor, MEASURED * apart)
+    scored = 0.0 if same else max(floor, MEASURED * apart_scored)
+    return Rounding(epsilon, batch, scored)
+
+
+def _distance(values: mx.array, others: mx.array, largest: float) -> float:
+    apart = mx.abs(values.astype(mx.float32) - others.astype(mx.float32))
+    return cast(float, mx.max(apart).item()) / max(largest, 1e-30)

@@ -1,0 +1,168 @@
+"""The package's sampler: temperature, top-p, min-p, top-k and XTC, as mlx-lm's chain of them.
+
+Its randomness belongs to the seed, the position and the token (`head/draw.py`), so the loop can
+draw from a few scored tokens and check the draw against all of them.
+"""
+
+from typing import cast
+
+import mlx.core as mx
+
+from ..head.draw import Draws, DrawSettings, noise, noise_of_all, position_key, threshold
+from ..head.draw import draw as draw_token
+
+# The "token" whose uniform number decides whether XTC is applied at a position.
+XTC_TOKEN = 0xFFFFFFFE
+
+
+def fresh_seed() -> int:
+    """A seed from MLX's random state. Evaluates."""
+    high, low = cast(list[int], mx.random.randint(0, 2**31 - 1, shape=(2,)).tolist())
+    return high << 31 | low
+
+
+class Sampler:
+    """Draws tokens from logits.
+
+    Args:
+        settings: Temperature and filters.
+        min_tokens_to_keep: Min-p keeps at least this number of tokens.
+        xtc_probability: How often XTC is applied.
+        xtc_threshold: Probability above which XTC removes all tokens but the least likely one.
+        xtc_special_tokens: Tokens that XTC leaves alone.
+        seed: Of every text; None takes one from MLX's random state for each.
+    """
+
+    def __init__(
+        self,
+        settings: DrawSettings,
+        *,
+        min_tokens_to_keep: int = 1,
+        xtc_probability: float = 0.0,
+        xtc_threshold: float = 0.1,
+        xtc_special_tokens: tuple[int, ...] = (),
+        seed: int | None = None,
+    ):
+        self.settings = settings
+        self.seed = seed
+        self._min_kept = min_tokens_to_keep if settings.min_p else 1
+        self._xtc = xtc_probability, xtc_threshold, xtc_special_tokens
+        self._calls = 0
+        self._call_seed: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether :class:`Draws` describe its draws: without XTC and a least number of tokens."""
+        return self.settings.greedy or (self._xtc[0] == 0 and self._min_kept == 1)
+
+    def text_seed(self) -> int:
+        """The seed for a new text. Evaluates a number of MLX's random state if it has none."""
+        return fresh_seed() if self.seed is None else self.seed
+
+    def choose(self, logits: mx.array, seed: int, position: int) -> mx.array:
+        """The token of a position: logits (1, V) → (1,) uint32. Lazy."""
+        logits = logits.astype(mx.float32)
+        if self.settings.greedy:
+            return mx.argmax(logits, axis=-1)
+        key = position_key(seed, position)
+        if self.plain:
+            draws = Draws.of([(self.settings, key)])
+            return draw_token(logits, noise_of_all(draws.keys, logits.shape[-1]), draws)
+        return self._choose_with_xtc(logits, key)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """For loops of others: log-probabilities (..., V) → tokens (...).
+
+        Each call is a position, and each row a text of its own.
+        """
+        if self._call_seed is None:
+            self._call_seed = self.text_seed()
+        rows = logprobs.reshape(-1, logprobs.shape[-1])
+        tokens = [
+            self.choose(rows[i : i + 1], self._call_seed + i, self._calls) for i in range(len(rows))
+        ]
+        self._calls += 1
+        return mx.concatenate(tokens).reshape(logprobs.shape[:-1])
+
+    def _choose_with_xtc(self, logits: mx.array, key: tuple[int, int]) -> mx.array:
+        """In mlx-lm's order: top-p, min-p, XTC, top-k, and the draw at the temperature."""
+        s = self.settings
+        probability, least, special = self._xtc
+        without_top_k = DrawSettings(s.temperature, s.top_p, s.min_p)
+        draws = Draws.of([(without_top_k, key)])
+        total = mx.logsumexp(logits, axis=-1, keepdims=True)
+        lowest = threshold(logits, draws, total)
+        if self._min_kept > 1:
+            n = min(self._min_kept, logits.shape[-1])
+            lowest = mx.minimum(lowest, mx.sort(logits, axis=-1)[:, -n, None])
+        kept = mx.where(logits >= lowest, logits, -mx.inf)
+        if probability > 0:
+            shares = mx.softmax(kept, axis=-1)
+            likely = shares > least
+            last = mx.min(mx.where(likely, shares, mx.inf), axis=-1, keepdims=True)
+            removed = likely & (shares > last)
+            if special:
+                removed[:, list(special)] = False
+            chance = noise(draws.keys, mx.array([[XTC_TOKEN]], dtype=mx.uint32))
+            applied = mx.exp(-mx.exp(-chance)) <= probability  # the uniform number again
+            kept = mx.where(applied & removed, -mx.inf, kept)
+        if s.top_k:
+            n = min(s.top_k, logits.shape[-1])
+            kept = mx.where(kept >= mx.sort(kept, axis=-1)[:, -n, None], kept, -mx.inf)
+        gumbel = noise_of_all(draws.keys, logits.shape[-1])
+        return mx.argmax(kept / s.temperature + gumbel, axis=-1)
+
+
+def make_sampler(
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
+    top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: list[int] | None = None,
+    *,
+    seed: int | None = None,
+) -> Sampler:
+    """A sampler with the arguments of ``mlx_lm.sample_utils.make_sampler``.
+
+    It draws from mlx-lm's distribution, with noise of its own: the same seed gives other tokens
+    than mlx-lm's sampler. Of equal logits at the end of a top-k all are kept.
+
+    Args:
+        temp: Temperature; 0 takes the likeliest token.
+        top_p: Keep the likeliest tokens that together have this probability; 0 or 1 keeps all.
+        min_p: Keep tokens of at least this share of the likeliest one's probability.
+        min_tokens_to_keep: Min-p keeps at least this number of tokens.
+        top_k: Keep this number of likeliest tokens; 0 keeps all.
+        xtc_probability: How often XTC is applied.
+        xtc_threshold: Probability above which XTC removes all tokens but the least likely one.
+        xtc_special_tokens: Tokens that XTC leaves alone.
+        seed: Of every text; default: a new one for each text, from MLX's random state.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+    _check("temp", temp, 0, 1e6)
+    _check("top_p", top_p, 0, 1)
+    _check("min_p", min_p, 0, 1)
+    _check("xtc_probability", xtc_probability, 0, 1)
+    _check("xtc_threshold", xtc_threshold, 0, 0.5)
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}: it must be 0, which keeps all tokens, or more.")
+    if min_tokens_to_keep < 1:
+        raise ValueError(f"min_tokens_to_keep is {min_tokens_to_keep}: it must be at least 1.")
+    return Sampler(
+        DrawSettings(float(temp), float(top_p) or 1.0, float(min_p), int(top_k)),
+        min_tokens_to_keep=min_tokens_to_keep,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        xtc_special_tokens=tuple(xtc_special_tokens or ()),
+        seed=seed,
+    )
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}: it must be {low} to {high:g}.")

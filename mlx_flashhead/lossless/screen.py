@@ -1,0 +1,173 @@
+"""Which proposals are certain to be the dense choice, judged by the logits of k states at once.
+
+A scored token has its logit of one position. All others have one from the product of k states,
+which may lie some rounding away from it. A proposal is certain if it is the choice whatever lies
+within the rounding. The others are decided by their own dense logits, so a doubt costs time and
+never a token.
+"""
+
+import mlx.core as mx
+
+from ..head.draw import Draws, log_mass, noise, noise_of_all, threshold
+from ..head.flash_head import FlashHead
+from .rounding import Rounding
+
+# Clusters that were not scored, whose tokens a filter may keep all the same.
+MORE_CLUSTERS = 32
+
+
+def certain_best(
+    head: FlashHead,
+    rounding: Rounding,
+    slots: mx.array,
+    probes: mx.array,
+    scored: mx.array,
+    tokens: mx.array,
+) -> mx.array:
+    """For proposals of the best token: (k,) bool, lazy.
+
+    Args:
+        head: The head.
+        rounding: Its rounding.
+        slots: (k, C, n), logits of k states at once, in the order of the clusters.
+        probes: (k, S), the probed clusters.
+        scored: (k, S, n), the logits of their tokens.
+        tokens: (k,), the proposals.
+    """
+    largest = _largest(slots)
+    others = _without(slots, probes, head).max(axis=(1, 2))
+    ids = mx.take(head.clustered.token_ids, probes, axis=0)
+    logits = scored.astype(mx.float32)
+    own = mx.max(logits, axis=(1, 2))
+    second = mx.max(mx.where(ids == tokens[:, None, None], -mx.inf, logits), axis=(1, 2))
+    # mlx-lm's loop takes the best log-probability, which is rounded once more
+    below = mx.logsumexp(logits, axis=(1, 2)) - own + (own - second) + 0.5
+    merged = below * rounding.epsilon
+    above_scored = own - second > 2 * rounding.scored * largest + merged
+    above_others = own - others > (rounding.batch + rounding.scored) * largest + merged
+    return above_scored & above_others
+
+
+def certain_draw(
+    head: FlashHead,
+    rounding: Rounding,
+    slots: mx.array,
+    probes: mx.array,
+    scored: mx.array,
+    tokens: mx.array,
+    draws: Draws,
+    filters: bool,
+) -> mx.array:
+    """For drawn proposals, as :func:`certain_best`.
+
+    Args:
+        draws: The draws of these positions.
+        filters: Whether every row leaves tokens out. Without filters any token may be drawn.
+    """
+    largest = _largest(slots)[:, None]
+    room, room_scored = rounding.batch * largest, rounding.scored * largest
+    others = _without(slots, probes, head)
+    tail = mx.logsumexp(others, axis=(1, 2))[:, None]
+    near, left = _nearest(others)
+    ids = mx.take(head.clustered.token_ids, mx.concatenate([probes, near], axis=-1), axis=0)
+    ids = ids.flatten(1)
+    logits = scored.astype(mx.float32).flatten(1)
+    more = mx.take_along_axis(others, near[..., None], axis=1).flatten(1)
+    low = mx.concatenate([logits - room_scored, more - room], axis=-1)
+    high = mx.concatenate([logits + room_scored, more + room], axis=-1)
+    n_scored = logits.shape[-1]
+    least = mx.logaddexp(log_mass(low[:, :n_scored]), tail - room)
+    most = mx.logaddexp(log_mass(high[:, :n_scored]), tail + room)
+    own = ids == tokens[:, None]
+    worst, rival, lowest = _outcomes(low, high, own, noise(draws.keys, ids), draws, least, most)
+    if filters:
+        return (worst > rival) & (left + room[:, 0] < lowest)
+    gumbel = noise_of_all(draws.keys, head.vocab_size)
+    real = mx.minimum(head.clustered.token_ids.reshape(-1), head.vocab_size - 1)
+    gumbel = mx.take(gumbel, real, axis=-1).reshape(slots.shape)
+    noisy = (others + room[..., None]) * draws.settings[:, :1, None] + gumbel
+    return worst > mx.maximum(rival, mx.max(noisy, axis=(1, 2)))
+
+
+def certain_within(
+    logits: mx.array, room: mx.array, epsilon: float, token: int, draws: Draws | None
+) -> mx.array:
+    """For a choice from the logits of all tokens, each of which may lie ``room`` away.
+
+    Args:
+        logits: (1, V), what the choice is made of.
+        room: The distance, a scalar.
+        epsilon: Spacing of the logits' dtype, relative to a logit.
+        token: The proposal.
+        draws: Of the position; None takes the best logit.
+
+    Returns:
+        (1,) bool, lazy.
+    """
+    values = logits.astype(mx.float32)
+    own = (mx.arange(values.shape[-1]) == token)[None]
+    if draws is None:
+        best = mx.max(mx.where(own, values, -mx.inf), axis=-1)
+        second = mx.max(mx.where(own, -mx.inf, values), axis=-1)
+        merged = (log_mass(values)[:, 0] - second + 0.5) * epsilon
+        return best - second > 2 * room + merged
+    low, high = values - room, values + room
+    gumbel = noise_of_all(draws.keys, values.shape[-1])
+    worst, rival, _ = _outcomes(low, high, own, gumbel, draws, log_mass(low), log_mass(high))
+    return worst > rival
+
+
+def _outcomes(
+    low: mx.array,
+    high: mx.array,
+    own: mx.array,
+    gumbel: mx.array,
+    draws: Draws,
+    least: mx.array,
+    most: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The proposal at its worst, and the others at their best.
+
+    Args:
+        low, high: (k, K), between which each logit lies.
+        own: (k, K), which token is the proposal.
+        gumbel: (k, K) noise.
+        draws: The draws.
+        least, most: (k, 1), between which the log of the mass of all tokens lies.
+
+    Returns:
+        (k,) the proposal's lowest noisy logit, -inf where it may be left out; (k,) the highest one
+        of any other that may be kept; (k,) the lowest logit that may be kept.
+    """
+    surely, maybe = threshold(high, draws, least), threshold(low, draws, most)
+    inverse = draws.settings[:, :1]
+    worst = mx.where(own & (low >= surely), low * inverse + gumbel, -mx.inf)
+    rival = mx.where(~own & (high >= maybe), high * inverse + gumbel, -mx.inf)
+    return mx.max(worst, axis=-1), mx.max(rival, axis=-1), maybe[:, 0]
+
+
+def _nearest(others: mx.array) -> tuple[mx.array, mx.array]:
+    """The clusters with the best logits, (k, m) uint32, and the best logit of all others, (k,)."""
+    best = mx.max(others, axis=-1)
+    n_clusters = best.shape[-1]
+    if n_clusters <= MORE_CLUSTERS:
+        every = mx.broadcast_to(mx.arange(n_clusters, dtype=mx.uint32), best.shape)
+        return every, mx.full((len(best),), -mx.inf)
+    order = mx.argpartition(-best, kth=MORE_CLUSTERS, axis=-1)
+    left = mx.take_along_axis(best, order[:, MORE_CLUSTERS : MORE_CLUSTERS + 1], axis=-1)
+    return order[:, :MORE_CLUSTERS], left[:, 0]
+
+
+def _largest(slots: mx.array) -> mx.array:
+    """The largest absolute logit of each state: (k, C, n) → (k,) float32."""
+    high, low = mx.max(slots, axis=(1, 2)), mx.min(slots, axis=(1, 2))
+    return mx.maximum(high, -low).astype(mx.float32)
+
+
+def _without(slots: mx.array, probes: mx.array, head: FlashHead) -> mx.array:
+    """The logits (k, C, n) float32, with -inf where they were scored or the slot is padded."""
+    values = slots.astype(mx.float32)
+    values = mx.put_along_axis(values, probes[..., None], mx.array(-mx.inf), axis=1)
+    if head.clustered.padded:
+        values = mx.where(head.clustered.token_ids == head.vocab_size, -mx.inf, values)
+    return values

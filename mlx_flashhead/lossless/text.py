@@ -1,0 +1,189 @@
+"""One text in progress: how its tokens are chosen, and those that wait for their check."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..head.draw import DrawSettings, position_key
+from ..head.proposal import Proposal
+from ..models.compat.sample_utils import greedy_sampler
+from .random_state import random_state
+from .sampler import Sampler, fresh_seed
+
+Processor = Callable[[Any, mx.array], mx.array]
+ForeignSampler = Callable[[mx.array], mx.array]
+
+GREEDY = DrawSettings()
+
+
+@dataclass(eq=False)
+class Step:
+    """What one call of a head computed for its rows.
+
+    Attributes:
+        hidden: (R, D), the head's input.
+        proposal: The rows' proposals.
+    """
+
+    hidden: mx.array
+    proposal: Proposal
+
+    @cached_property
+    def risks(self) -> list[float]:
+        """The rows' estimated chances that the dense logits choose another token; waits."""
+        return cast(list[float], self.proposal.risk.tolist())
+
+
+@dataclass(eq=False)
+class Position:
+    """A place in a text whose token has been chosen.
+
+    Attributes:
+        step: The call that proposed the token; None where the dense logits chose it.
+        row: Its row there.
+        random_state: MLX's random state before another's sampler was called.
+        logprobs: (V,) log-probabilities of the dense logits, where they are wanted and known.
+        token: The token, as soon as it is read.
+    """
+
+    step: Step | None = None
+    row: int = 0
+    random_state: mx.array | None = None
+    logprobs: mx.array | None = None
+    token: int | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the token needs no check."""
+        return self.step is None
+
+    @property
+    def risk(self) -> float:
+        """The estimated chance that the dense logits choose another token; waits for it."""
+        return 0.0 if self.step is None else self.step.risks[self.row]
+
+
+@dataclass(eq=False)
+class Text:
+    """A text in progress.
+
+    Attributes:
+        sampler: The package's, or another's function of log-probabilities (1, V); None takes the
+            best token.
+        processors: Functions of the tokens (n,) and logits (1, V), in their order.
+        prompt: Tokens before the text, for the processors.
+        logprobs: Whether its log-probabilities are wanted.
+        beside_others: Whether other texts are generated at the same time. Then a sampler of others
+            draws from a random state of each position instead of MLX's own.
+        tokens: The confirmed tokens.
+        waiting: The positions after them, in order.
+    """
+
+    sampler: Sampler | ForeignSampler | None
+    processors: Sequence[Processor] = ()
+    prompt: list[int] = field(default_factory=list)
+    logprobs: bool = False
+    beside_others: bool = False
+    tokens: list[int] = field(default_factory=list)
+    waiting: list[Position] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.sampler is greedy_sampler:
+            self.sampler = None
+        self.processors = list(self.processors)
+        self.seed = 0
+        if isinstance(self.sampler, Sampler):
+            if not self.sampler.settings.greedy:
+                self.seed = self.sampler.text_seed()
+        elif self.sampler is not None and self.beside_others:
+            self.seed = fresh_seed()
+        for processor in self.processors:
+            if hasattr(processor, "begin"):
+                processor.begin()
+
+    @property
+    def settings(self) -> DrawSettings | None:
+        """The settings of its draws, None where these do not describe its sampler."""
+        if self.sampler is None:
+            return GREEDY
+        if isinstance(self.sampler, Sampler) and self.sampler.plain:
+            return self.sampler.settings
+        return None
+
+    @property
+    def replays(self) -> bool:
+        """Whether its sampler draws from MLX's random state, which a check has to put back."""
+        foreign = self.sampler is not None and not isinstance(self.sampler, Sampler)
+        return foreign and not self.beside_others
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a choice needs logits of all tokens."""
+        return bool(self.processors) or self.settings is None
+
+    @property
+    def n_chosen(self) -> int:
+        """Tokens that are confirmed or wait."""
+        return len(self.tokens) + len(self.waiting)
+
+    def key(self, index: int) -> tuple[int, int]:
+        """The key of the noise at the text's token ``index``."""
+        return position_key(self.seed, index)
+
+    def context(self, index: int) -> mx.array:
+        """The tokens before the text's token ``index``, with the prompt: (n,) uint32."""
+        later = [position.token for position in self.waiting[: index - len(self.tokens)]]
+        return mx.array(self.prompt + self.tokens[:index] + later, dtype=mx.uint32)
+
+    def process(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """The logits (1, V) after the processors, which may write into their argument."""
+        for processor in self.processors:
+            logits = processor(tokens, logits)
+        return logits
+
+    def pick(self, logits: mx.array, logprobs: mx.array, index: int) -> mx.array:
+        """The token that processed logits (1, V) choose, (1,) uint32.
+
+        Args:
+            logits: The logits.
+            logprobs: The same, normalized as mlx-lm's loops do.
+            index: The token's place in the text.
+        """
+        if self.sampler is None:
+            return mx.argmax(logprobs, axis=-1)
+        if isinstance(self.sampler, Sampler):
+            if self.sampler.settings.greedy:
+                return mx.argmax(logprobs, axis=-1)
+            return self.sampler.choose(logits, self.seed, index)
+        if self.beside_others:
+            with random_state(mx.array(self.key(index), dtype=mx.uint32)):
+                return self.sampler(logprobs)
+        return self.sampler(logprobs)
+
+    def choose(self, logits: mx.array, index: int) -> tuple[mx.array, mx.array]:
+        """The token (1,) that the model's logits (1, V) choose, and log-probabilities (V,)."""
+        if self.processors:
+            logits = self.process(self.context(index), mx.array(logits))
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return self.pick(logits, logprobs, index), logprobs.squeeze(0)
+
+    @property
+    def n_read(self) -> int:
+        """Waiting positions whose token is known: all but those that are being computed."""
+        return sum(position.token is not None for position in self.waiting)
+
+    def read(self, token: int) -> Position:
+        """Notes the token of the first position that has none yet."""
+        position = self.waiting[self.n_read]
+        position.token = token
+        return position
+
+    def confirm(self) -> Position:
+        """Moves the first waiting position to the confirmed tokens."""
+        position = self.waiting.pop(0)
+        assert position.token is not None
+        self.tokens.append(position.token)
+        return position

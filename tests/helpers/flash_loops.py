@@ -1,0 +1,66 @@
+"""Tiny models with a FlashHead of random clusters, which proposes other tokens often."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_flashhead import get_flash_head
+from mlx_flashhead.lossless.batch import CheckedBatchGenerator
+from mlx_flashhead.lossless.loop import checked_steps
+from mlx_flashhead.lossless.proposals import Proposer
+from mlx_flashhead.models.install import install
+from tiny_models import tiny_index, tiny_model
+
+PROMPT = [5, 17, 3, 99, 42, 7]
+OTHERS = [[8, 8, 120], [1, 2, 3, 4, 5, 6, 7, 9], [60, 61]]
+
+
+@dataclass(frozen=True)
+class Flash:
+    """A model with a FlashHead, and its loops with and without the check."""
+
+    model: Any
+
+    @property
+    def head(self):
+        return get_flash_head(self.model)
+
+    def tokens(self, *, dense=False, check=True, max_tokens=40, prompt=PROMPT, seed=7, **options):
+        """The tokens of the loop for one text."""
+        mx.random.seed(seed)
+        return [token for token, _ in self.steps(dense, check, max_tokens, prompt, **options)]
+
+    def steps(self, dense=False, check=True, max_tokens=40, prompt=PROMPT, **options):
+        proposer = Proposer(self.model, check=check, dense=dense)
+        prompt = mx.array(prompt, dtype=mx.uint32)
+        return checked_steps(
+            prompt, self.model, proposer=proposer, max_tokens=max_tokens, **options
+        )
+
+    def batch(self, prompts, *, dense=False, check=True, max_tokens=25, seed=7, **options):
+        """The tokens of each text of a batch, and the responses that ended them."""
+        mx.random.seed(seed)
+        proposer = Proposer(self.model, check=check, dense=dense)
+        generator = CheckedBatchGenerator(self.model, proposer=proposer, logprobs=False)
+        uids = generator.insert(prompts, [max_tokens] * len(prompts), **options)
+        tokens, ends = {uid: [] for uid in uids}, {}
+        while responses := generator.next_generated():
+            for response in responses:
+                tokens[response.uid].append(response.token)
+                if response.finish_reason is not None:
+                    ends[response.uid] = response
+        generator.close()
+        return [tokens[uid] for uid in uids], [ends[uid] for uid in uids]
+
+
+def flash_of(model, n_probes=3) -> Flash:
+    """A model with a FlashHead of random clusters."""
+    index = tiny_index(model, n_probes=n_probes)
+    install(model, index.token_ids, index.centroids, n_probes=n_probes)
+    return Flash(model)
+
+
+def make_flash(arch="llama", n_probes=3, **options) -> Flash:
+    """A tiny model with a FlashHead of random clusters."""
+    return flash_of(tiny_model(arch, **options), n_probes)

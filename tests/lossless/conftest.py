@@ -1,0 +1,27 @@
+"""A tiny model whose FlashHead often proposes another token than the dense head's."""
+
+import pytest
+
+from flash_loops import make_flash
+from mlx_flashhead.lossless.check import Check
+
+
+@pytest.fixture(scope="session")
+def flash():
+    return make_flash(num_hidden_layers=2)
+
+
+@pytest.fixture
+def misses(monkeypatch):
+    """The positions at which a check chose another token: a test without any shows nothing."""
+    found = []
+    settle = Check._settle
+
+    def counting(self, text, position):
+        result = settle(self, text, position)
+        if result[0] != position.token:
+            found.append(position)
+        return result
+
+    monkeypatch.setattr(Check, "_settle", counting)
+    return found

@@ -1,0 +1,141 @@
+"""Texts that are generated together: each has the tokens that it has alone."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
+
+from flash_loops import OTHERS, PROMPT, make_flash
+from mlx_flashhead import make_sampler
+from mlx_flashhead.lossless.batch import CheckedBatchGenerator
+from mlx_flashhead.lossless.proposals import Proposer
+
+PROMPTS = [PROMPT, *OTHERS]
+SETTINGS = [
+    {},
+    {"temp": 1.0, "seed": 1},
+    {"temp": 0.8, "top_p": 0.9, "seed": 2},
+    {"temp": 1.2, "xtc_probability": 0.5, "xtc_threshold": 0.05, "seed": 3},
+]
+
+
+def alone(flash, prompt, settings, processors, **options):
+    return flash.tokens(
+        prompt=prompt,
+        max_tokens=25,
+        dense=True,
+        sampler=make_sampler(**settings),
+        logits_processors=processors,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("with_processors", [False, True])
+def test_mixed_settings_share_the_steps(flash, misses, with_processors):
+    processors = [[], make_logits_processors(repetition_penalty=1.3), [], []]
+    processors = processors if with_processors else [[]] * 4
+    tokens, ends = flash.batch(
+        PROMPTS,
+        samplers=[make_sampler(**settings) for settings in SETTINGS],
+        logits_processors=processors,
+    )
+    expected = [alone(flash, *each) for each in zip(PROMPTS, SETTINGS, processors, strict=True)]
+    assert tokens == expected
+    assert misses
+    for prompt, found, end in zip(PROMPTS, tokens, ends, strict=True):
+        assert end.finish_reason == "length"
+        assert end.all_tokens == prompt + found
+        assert [layer.offset for layer in end.prompt_cache] == [len(prompt) + 25] * 2
+
+
+def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
+    """Greedy and drawn rows share one call that makes no full logits."""
+    monkeypatch.setattr(type(flash.head._steps), "expand", None)
+    settings = [SETTINGS[i] for i in (0, 1, 2, 0)]
+    tokens, _ = flash.batch(PROMPTS, samplers=[make_sampler(**s) for s in settings])
+    assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
+
+
+def test_another_sampler_draws_as_in_a_dense_batch(flash, misses):
+    from mlx_lm.sample_utils import make_sampler as others
+
+    sampler = [others(temp=1.0)] * 4
+    checked, _ = flash.batch(PROMPTS, samplers=sampler)
+    assert checked == flash.batch(PROMPTS, samplers=sampler, dense=True)[0]
+    assert misses
+
+
+def test_rotating_caches_go_back(misses):
+    flash = make_flash(num_hidden_layers=2)
+
+    def caches():
+        return [[RotatingKVCache(max_size=12) for _ in range(2)] for _ in PROMPTS]
+
+    checked, _ = flash.batch(PROMPTS, caches=caches())
+    assert checked == flash.batch(PROMPTS, caches=caches(), dense=True)[0]
+    assert misses
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16], ids=str)
+def test_a_batch_in_16_bits(dtype, misses):
+    flash = make_flash(dtype=dtype, bits=4)
+    samplers = [make_sampler(**SETTINGS[i]) for i in (0, 1, 2, 0)]
+    checked, _ = flash.batch(PROMPTS, samplers=samplers)
+    assert checked == flash.batch(PROMPTS, samplers=samplers, dense=True)[0]
+    assert misses
+
+
+@pytest.mark.parametrize("n_steps", range(1, 12))
+def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, n_steps):
+    """As when a client hangs up, between any proposal and its check."""
+    expected = [alone(flash, prompt, {}, []) for prompt in PROMPTS]
+    proposer = Proposer(flash.model, check=True)
+    generator = CheckedBatchGenerator(flash.model, proposer=proposer, logprobs=False)
+    uids = generator.insert(PROMPTS, [25] * 4)
+    tokens = {uid: [] for uid in uids}
+    for step in range(60):
+        if step == n_steps:
+            cache, held = generator.remove(uids[1:2], return_prompt_caches=True)[uids[1]]
+            assert held == PROMPTS[1] + tokens[uids[1]] or not tokens[uids[1]]
+            if tokens[uids[1]]:
+                assert [layer.offset for layer in cache] == [len(held)] * 2
+        for response in generator.next()[1]:
+            tokens[response.uid].append(response.token)
+    for i in (0, 2, 3):
+        assert tokens[uids[i]] == expected[i]
+    assert tokens[uids[1]] == expected[1][: len(tokens[uids[1]])]
+
+
+def test_a_text_that_joins_later(flash):
+    proposer = Proposer(flash.model, check=True)
+    generator = CheckedBatchGenerator(flash.model, proposer=proposer, logprobs=False)
+    (first,) = generator.insert([PROMPT], [25])
+    tokens = {first: []}
+    second = None
+    for step in range(60):
+        if step == 5:
+            cache = make_prompt_cache(flash.model)
+            flash.model(mx.array([OTHERS[0][:-1]]), cache=cache)
+            (second,) = generator.insert(
+                [OTHERS[0][-1:]], [25], caches=[cache], all_tokens=[OTHERS[0][:-1]]
+            )
+            tokens[second] = []
+        for response in generator.next()[1]:
+            tokens[response.uid].append(response.token)
+    assert tokens[first] == alone(flash, PROMPT, {}, [])
+    assert tokens[second] == alone(flash, OTHERS[0], {}, [])
+
+
+def test_a_stop_token_ends_a_text(flash):
+    expected = alone(flash, PROMPT, {}, [])
+    proposer = Proposer(flash.model, check=True)
+    stop = expected[10]
+    generator = CheckedBatchGenerator(flash.model, proposer=proposer, stop_tokens=[[stop]])
+    generator.insert([PROMPT], [25])
+    responses = []
+    while found := generator.next_generated():
+        responses += found
+    n = expected.index(stop) + 1
+    assert [response.token for response in responses] == expected[:n]
+    assert responses[-1].finish_reason == "stop"
+    assert [layer.offset for layer in responses[-1].prompt_cache] == [len(PROMPT) + n] * 2

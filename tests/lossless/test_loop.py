@@ -1,0 +1,222 @@
+"""The loop for one text: the dense model's tokens, whatever is proposed."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm import sample_utils
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from flash_loops import PROMPT, make_flash
+from mlx_flashhead import make_sampler
+
+SAMPLERS = {
+    "greedy": {},
+    "temperature": {"temp": 1.0},
+    "top-p": {"temp": 0.8, "top_p": 0.95},
+    "min-p": {"temp": 0.7, "min_p": 0.05},
+    "top-k": {"temp": 1.0, "top_k": 5},
+    "all": {"temp": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    "xtc": {"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.05},
+}
+ONLY = mx.array([token % 7 == 0 for token in range(203)])
+PROCESSORS = {
+    "penalty": lambda: sample_utils.make_logits_processors(repetition_penalty=1.3),
+    "bias": lambda: sample_utils.make_logits_processors(logit_bias={5: 9.0, 40: -9.0}),
+    "mask": lambda: [lambda _, logits: mx.where(ONLY, logits, -mx.inf)],
+    "temperature": lambda: [lambda _, logits: logits * 3.0],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("n_probes", [1, 3, 26])
+def test_every_sampler(flash, name, n_probes, misses):
+    with flash.head.settings(n_probes=n_probes):
+        tokens = flash.tokens(sampler=make_sampler(**SAMPLERS[name]))
+    assert tokens == flash.tokens(dense=True, sampler=make_sampler(**SAMPLERS[name]))
+    assert len(tokens) == 40
+    assert bool(misses) == (n_probes < 26)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("sampler", [{}, {"temp": 0.9, "top_p": 0.9}], ids=["greedy", "top-p"])
+def test_every_processor(flash, name, sampler, misses):
+    def tokens(**options):
+        return flash.tokens(
+            sampler=make_sampler(**sampler), logits_processors=PROCESSORS[name](), **options
+        )
+
+    assert tokens() == tokens(dense=True)
+    assert misses
+
+
+@pytest.mark.parametrize("arguments", [{"temp": 1.0}, {"temp": 0.8, "top_p": 0.9, "top_k": 30}])
+def test_a_sampler_of_others_draws_with_the_state_of_the_proposal(flash, arguments, misses):
+    def tokens(**options):
+        found = flash.tokens(sampler=sample_utils.make_sampler(**arguments), **options)
+        return found, mx.random.state[0].tolist()
+
+    checked, state = tokens()
+    dense, dense_state = tokens(dense=True)
+    assert checked == dense
+    assert misses
+
+
+def test_a_seed_is_that_of_the_text(flash):
+    first = flash.tokens(sampler=make_sampler(temp=1.0, seed=3))
+    assert flash.tokens(sampler=make_sampler(temp=1.0, seed=3), seed=99) == first
+    assert flash.tokens(sampler=make_sampler(temp=1.0, seed=4)) != first
+    assert flash.tokens(sampler=make_sampler(temp=1.0), seed=1) != flash.tokens(
+        sampler=make_sampler(temp=1.0), seed=2
+    )
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("sampler", [{}, {"temp": 1.0}, {"temp": 0.8, "top_p": 0.9}], ids=str)
+def test_every_format(dtype, bits, sampler, misses):
+    flash = make_flash(dtype=dtype, bits=bits)
+    tokens = [flash.tokens(dense=d, sampler=make_sampler(**sampler)) for d in (False, True)]
+    assert tokens[0] == tokens[1]
+    assert misses
+
+
+ARCHITECTURES = {
+    "softcap": ("gemma2", {"final_logit_softcapping": 30.0}),
+    "scale": ("cohere", {"logit_scale": 0.5}),
+    "bias": ("phi", {}),
+    "window": ("gemma3_text", {"sliding_window": 16, "sliding_window_pattern": 2,
+                               "num_hidden_layers": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("sampler", [{}, {"temp": 9.0, "top_p": 0.99}], ids=["greedy", "hot"])
+def test_every_architecture(name, sampler, misses):
+    arch, options = ARCHITECTURES[name]
+    flash = make_flash(arch, **options)
+    tokens = [flash.tokens(dense=d, sampler=make_sampler(**sampler)) for d in (False, True)]
+    assert tokens[0] == tokens[1]
+    assert misses or not sampler or name == "softcap"  # its choices are clear
+
+
+CACHES = {
+    "plain": lambda model: make_prompt_cache(model),
+    "rotating": lambda model: [RotatingKVCache(max_size=12, keep=2) for _ in model.layers],
+    "mixed": lambda model: [KVCache(), RotatingKVCache(max_size=12, keep=2)],
+}
+QUANTIZED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 20}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("options", [{}, QUANTIZED], ids=["", "quantized"])
+@pytest.mark.parametrize("stop", [1, 2, 9, 40])
+def test_every_cache_holds_the_confirmed_tokens(flash, name, options, stop, misses):
+    """The caller leaves after any token, and goes on as after the dense loop."""
+    if options and name != "plain":
+        pytest.skip("mlx-lm quantizes plain caches only")
+
+    def run(dense):
+        cache = CACHES[name](flash.model)
+        steps = flash.steps(dense=dense, prompt_cache=cache, **options)
+        tokens = [next(steps)[0] for _ in range(stop)]
+        steps.close()
+        held = [layer.offset for layer in cache]
+        more = flash.steps(dense=True, prompt=[77], max_tokens=8, prompt_cache=cache, **options)
+        return tokens, held, [token for token, _ in more]
+
+    checked, dense = run(False), run(True)
+    assert checked == dense
+    assert checked[1] == [len(PROMPT) + stop] * 2
+
+
+def test_state_space_layers_are_kept_and_fed_again(misses):
+    from mlx_lm.models import mamba2
+
+    from flash_loops import flash_of
+    from tiny_models import randomized
+
+    args = mamba2.ModelArgs(
+        model_type="mamba2", num_heads=4, head_dim=32, vocab_size=203, hidden_size=64,
+        intermediate_size=128, state_size=16, num_hidden_layers=2, layer_norm_epsilon=1e-5,
+        conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True, tie_word_embeddings=True,
+        time_step_limit=(0.01, 1.0), time_step_rank=4,
+    )  # fmt: skip
+    flash = flash_of(randomized(mamba2.Model(args)))
+    assert flash.tokens() == flash.tokens(dense=True)
+    assert misses
+
+
+def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
+    checked = list(flash.steps(max_tokens=20))
+    dense = list(flash.steps(max_tokens=20, dense=True))
+    for (token, found), (same, expected) in zip(checked, dense, strict=True):
+        assert token == same
+        assert mx.allclose(found, expected, atol=1e-4)
+    assert misses
+
+
+def test_nothing_is_checked_without_the_check(flash, monkeypatch):
+    monkeypatch.setattr("mlx_flashhead.lossless.loop.Check", None)
+    bare = flash.tokens(check=False)
+    assert bare == flash.tokens(check=False, logprobs=False)
+    assert bare != flash.tokens(dense=True)
+
+
+@pytest.mark.parametrize("call", [1, 2, 7, 20])
+def test_a_processor_that_raises_leaves_confirmed_tokens(flash, call):
+    calls = []
+
+    def processor(tokens, logits):
+        calls.append(len(tokens))
+        if len(calls) == call:
+            raise RuntimeError("boom")
+        return logits
+
+    dense = flash.tokens(dense=True)
+    cache = make_prompt_cache(flash.model)
+    tokens = []
+    with pytest.raises(RuntimeError, match="boom"):
+        for token, _ in flash.steps(prompt_cache=cache, logits_processors=[processor]):
+            tokens.append(token)
+    assert tokens == dense[: len(tokens)]
+    if tokens:
+        assert [layer.offset for layer in cache] == [len(PROMPT) + len(tokens)] * 2
+
+
+def test_nan_is_decided_as_by_the_dense_head():
+    flash = make_flash()
+    flash.model.model.layers[0].mlp.down_proj.weight *= mx.nan
+    assert flash.tokens(max_tokens=5) == flash.tokens(max_tokens=5, dense=True)
+
+
+def test_a_cache_that_cannot_be_kept_is_refused(flash):
+    class Stubborn(KVCache):
+        def is_trimmable(self):
+            return False
+
+        def __deepcopy__(self, memo):
+            raise TypeError("no copy")
+
+    cache = [Stubborn() for _ in flash.model.layers]
+    with pytest.raises(ValueError, match="Stubborn can neither be trimmed nor copied"):
+        list(flash.steps(prompt_cache=cache))
+
+
+def test_the_first_tokens_do_not_wait(flash, monkeypatch):
+    """Checks come after 1, 2, 4, … tokens, so that the first token is as early as ever."""
+    monkeypatch.setattr("mlx_flashhead.lossless.pace.MOST_RISK", 1e9)
+    calls = []
+    original = flash.model.__class__.__call__
+
+    def counting(self, *arguments, **options):
+        calls.append(0)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(flash.model.__class__, "__call__", counting)
+    with flash.head.settings(n_probes=26):
+        steps = flash.steps()
+        seen = []
+        for _ in range(8):
+            next(steps)
+            seen.append(len(calls))
+        steps.close()
+    assert seen == [3, 5, 7, 7, 11, 11, 11, 11]  # the prompt, then a step ahead of the check
