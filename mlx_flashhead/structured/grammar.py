@@ -3,7 +3,6 @@
 llguidance reads them. It refuses unsupported parts, so none is ignored silently.
 """
 
-import copy
 import json
 import re
 from collections.abc import Iterator
@@ -145,9 +144,10 @@ def _problem(compiled: str) -> str:
 def _compile_schema(schema: dict) -> tuple[str, str]:
     """llguidance's form of the schema, and its objection."""
     try:
-        compiled = _matcher_class().grammar_from_json_schema(
-            json.dumps(schema), defaults=JSON_OPTIONS
-        )
+        text = json.dumps(schema)
+        compiled = _matcher_class().grammar_from_json_schema(text, defaults=JSON_OPTIONS)
+    except RecursionError:
+        return "", "it is nested too deeply"
     except ValueError as error:
         return "", str(error)
     return compiled, _problem(compiled)
@@ -159,8 +159,11 @@ def _place(schema: Any, problem: str) -> tuple[str, str]:
     llguidance does not give the place. A part of the schema is the cause if the problem is gone
     without it. The search goes on within that part, and ends after MAX_COMPILED schemas.
     """
-    place, node, root = "", schema, copy.deepcopy(schema)
-    here = root
+    try:
+        root = json.loads(json.dumps(schema))
+    except RecursionError:
+        return "", problem
+    place, node, here = "", schema, root
     left = MAX_COMPILED
     while True:
         for key, part in islice(_parts(node), left):

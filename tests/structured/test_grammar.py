@@ -8,6 +8,13 @@ from mlx_flashhead.structured import grammar
 from mlx_flashhead.structured.grammar import Grammar, GrammarError, llguidance
 
 
+def nested(levels):
+    schema = {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     "schema, place, said",
     [
@@ -24,6 +31,8 @@ from mlx_flashhead.structured.grammar import Grammar, GrammarError, llguidance
             "/$defs/t/items",
             "does not exist",
         ),
+        (nested(450), "/items/items/items", "recursion"),
+        (nested(5000), "its top", "nested too deeply"),
         ({"items": {"type": "y"}, "properties": {"b": {"type": "z"}}}, "/", "Invalid type"),
     ],
 )
