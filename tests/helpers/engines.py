@@ -36,6 +36,7 @@ def job(engine, tokens, max_tokens=8, processors=(), landmarks=(), **fields):
         processors=[*request.penalties.processors(), *processors],
         stop=request.stop,
         n_probes=request.n_probes,
+        dense=request.dense,
         num_draft_tokens=request.num_draft_tokens,
         logprobs=0,
         index=0,

@@ -54,8 +54,8 @@ def test_a_sampler_of_others_draws_with_the_state_of_the_proposal(flash, argumen
         found = flash.tokens(sampler=sample_utils.make_sampler(**arguments), **options)
         return found, mx.random.state[0].tolist()
 
-    checked, state = tokens()
-    dense, dense_state = tokens(dense=True)
+    checked, _ = tokens()
+    dense, _ = tokens(dense=True)
     assert checked == dense
     assert misses
 

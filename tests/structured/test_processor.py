@@ -11,14 +11,12 @@ import pytest
 
 from mlx_flashhead import (
     batch_generate,
-    exact_processors,
     generate,
     grammar_processor,
     stream_generate,
 )
 from mlx_flashhead.models.compat.generate import BatchGenerator
 from mlx_flashhead.models.install import install
-from mlx_flashhead.models.sampling import make_sampler
 from mlx_flashhead.structured.grammar import Grammar
 from mlx_flashhead.structured.processor import GrammarProcessor
 from model_folders import VOCAB_SIZE, write_model
@@ -63,7 +61,7 @@ def test_json_validates(flash, tokenizer, temperature, seed):
     processor = grammar_processor(tokenizer, json_schema=SCHEMA)
     text = generate(
         flash, tokenizer, f"prompt {seed}", max_tokens=300, logits_processors=[processor],
-        sampler=make_sampler(temp=temperature, top_p=0.95, model=flash),
+        sampler=make_sampler(temp=temperature, top_p=0.95),
     )  # fmt: skip
     assert processor.accepts(text) and processor.problem is None
     jsonschema.validate(json.loads(text), SCHEMA)
@@ -119,14 +117,6 @@ def test_batch(flash, tokenizer, prompts):
         jsonschema.validate(json.loads(text), SCHEMA)
         alone = generate(flash, tokenizer, prompt, max_tokens=200, logits_processors=[processor])
         assert text == alone
-
-
-def test_batch_of_exact_processors(flash, tokenizer):
-    processors = exact_processors([grammar_processor(tokenizer, regex=PATTERN)], flash)
-    found = batch_generate(
-        flash, tokenizer, [[5], [6, 7]], max_tokens=30, logits_processors=processors
-    )
-    assert all(re.fullmatch(PATTERN, text) for text in found.texts)
 
 
 def test_sequences_with_grammars_of_their_own(flash, tokenizer):

@@ -62,7 +62,7 @@ def test_processors_see_the_whole_sequence(start):
 
     tokens = tokens_of(submit(engine, LONG, 4, processors=[look]))
     assert seen[0] == LONG
-    assert seen[3] == [*LONG, *tokens[:3]]
+    assert [*LONG, *tokens[:3]] in seen
 
 
 def test_a_processor_that_leaves_the_end_token_ends_the_answer(start):

@@ -34,7 +34,7 @@ def test_defaults_are_the_flags(tiny):
     request = checked(tiny, {"messages": MESSAGES}, arguments=arguments)
     sampling = request.sampling
     assert (sampling.temp, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 7, 0.1)
-    assert (request.max_tokens, request.n_probes, request.logprobs) == (9, 4, None)
+    assert (request.max_tokens, request.n_probes, request.logprobs) == (9, None, None)
     assert request == checked(
         tiny, dict.fromkeys(FIELDS) | {"messages": MESSAGES}, arguments=arguments
     )
@@ -86,11 +86,17 @@ def test_values_arrive(tiny):
 
 
 @pytest.mark.parametrize(
-    "fields, n_probes",
-    [({}, 4), ({"n_probes": 2}, 2), ({"dense": True}, N_CLUSTERS), ({"dense": False}, 4)],
+    "fields, n_probes, dense",
+    [
+        ({}, None, False),
+        ({"n_probes": 2}, 2, False),
+        ({"dense": True}, None, True),
+        ({"dense": False}, None, False),
+    ],
 )
-def test_dense_is_a_number_of_probes(tiny, fields, n_probes):
-    assert chat(tiny, **fields).n_probes == n_probes
+def test_dense_and_the_number_of_probes(tiny, fields, n_probes, dense):
+    request = chat(tiny, **fields)
+    assert (request.n_probes, request.dense) == (n_probes, dense)
 
 
 def test_a_dense_model_has_no_probes(random_model):
@@ -103,9 +109,9 @@ def test_a_dense_model_has_no_probes(random_model):
 
 def test_a_server_that_is_dense_by_default(random_model):
     served = served_model(random_model / "flash", dense=True)
-    assert chat(served).n_probes == N_CLUSTERS
-    assert chat(served, dense=False).n_probes == 4
-    assert chat(served, n_probes=2).n_probes == 2
+    assert chat(served).dense
+    assert not chat(served, dense=False).dense
+    assert not chat(served, n_probes=2).dense
 
 
 @pytest.mark.parametrize(
