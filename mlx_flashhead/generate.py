@@ -4,16 +4,14 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TextIO, cast
 
 from .common.arguments import adopt, whole_number
 from .common.command import command
-from .common.printable import PrintableOutput
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
-from .loading.load import load, load_draft, sharded_load
-from .loading.look_up import add_check_option, add_look_up_options, look_up_options
+from .common.terminal import printable_output
+from .loading.load import load_draft, load_with_head, sharded_load
+from .loading.look_up import add_check_option, add_head_options, head_options
 from .lossless.generation import generate
 from .lossless.sampler import make_sampler
 from .models.compat.cache import load_prompt_cache
@@ -38,12 +36,7 @@ def make_parser():
         },
     )
     group = parser.add_argument_group("FlashHead")
-    group.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored per token (default: the FlashHead's own number).",
-    )
-    add_look_up_options(group)
+    add_head_options(group)
     group.add_argument(
         "--draft-probes",
         type=whole_number(1),
@@ -80,25 +73,21 @@ def main() -> None:
         _check_processes(parser, args, processes)
         grammar = grammar_of(args)
 
-    target = None  # the model, once it is loaded
     with first_process_speaks(processes):
 
         def load_for_main(path, *, return_config=False, **kwargs):
-            nonlocal target
-            if target is not None:  # the draft model comes second
+            if not return_config:  # as mlx-lm loads the draft model
                 return load_draft(
-                    path, n_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
+                    path, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
                 )
             if processes.size() > 1:
                 loaded = _load_part(args, processes, path, **kwargs)
             elif args.dense:
                 loaded = load_dense(resolve(path), **kwargs)
             else:
-                options = look_up_options(args) | kwargs
-                loaded = load(path, n_probes=args.n_probes, return_config=True, **options)
-            target = loaded[0]
+                loaded = load_with_head(resolve(path), head_options(args), **kwargs)
             loaded[1].apply_chat_template = _checked_template(loaded[1].apply_chat_template)
-            return loaded if return_config else loaded[:2]
+            return loaded
 
         def generate_for_main(model, tokenizer, prompt, **named):
             named["check"] = not args.no_check
@@ -111,18 +100,11 @@ def main() -> None:
             _tell_unless_whole(processor, text, args.max_tokens)
             return text
 
-        with _printable_at_a_terminal():
+        with printable_output():
             run_generate(
                 args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
             )
         leave_together(processes, generation_stream)
-
-
-def _printable_at_a_terminal() -> AbstractContextManager:
-    """A block in which an answer does not act on a terminal. A file gets it as it is."""
-    if not sys.stdout.isatty():
-        return nullcontext()
-    return redirect_stdout(cast(TextIO, PrintableOutput(sys.stdout)))
 
 
 def _checked_template(apply_chat_template: Callable) -> Callable:

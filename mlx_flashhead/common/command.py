@@ -2,12 +2,13 @@
 
 import errno
 import functools
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .printable import printable
+from .terminal import printable
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another place",
@@ -17,6 +18,10 @@ _REMEDIES = {
     errno.EPERM: "choose another place, or get the permission",
     errno.EROFS: "choose another place, or get the permission",
 }
+
+
+_PARAMETER = re.compile(r"`([a-z]+(?:_[a-z]+)*)(=True|=False)?`")
+_FLAGS = {"pipeline_group": "pipeline"}  # whose names differ
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -81,9 +86,17 @@ def _end_as_if_interrupted() -> None:
 
 
 def sentence(error: Exception) -> str:
-    """The error's message for a user, on one line. It may hold a model's or the Hub's words."""
+    """The error's message for a user of a command, on one line, with flags for parameters."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
         return printable(f"{where}{error.strerror}: {remedy}.")
-    return printable(str(error).strip().split("\n")[0]) or type(error).__name__
+    message = str(error).strip().split("\n")[0] or type(error).__name__
+    return printable(_PARAMETER.sub(_flag, message))
+
+
+def _flag(parameter: re.Match[str]) -> str:
+    """The flag of a parameter that Python's message names, such as `build=False`."""
+    name, value = parameter.groups()
+    name = _FLAGS.get(name, name.replace("_", "-"))
+    return f"--no-{name}" if value == "=False" else f"--{name}"

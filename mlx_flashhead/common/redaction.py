@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from huggingface_hub import get_token
 
-from .printable import printable
+from .terminal import printable
 
 HIDDEN = "…"
 _PATTERNS = (

@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from ..common.printable import printable
 from ..common.redaction import redact, redacted_logs
+from ..common.terminal import printable
 from ..index.files import is_companion
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -95,8 +95,8 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
         raise ValueError(_unreachable(error)) from None
     if is_public:
         raise ValueError(
-            f"{repo_id} exists already and is public, in spite of --private: choose another name, "
-            "or make it private on its page."
+            f"{repo_id} exists already and is public, in spite of `private=True`: choose another "
+            "name, or make it private on its page."
         )
     return str(address)
 
