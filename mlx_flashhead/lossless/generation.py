@@ -23,6 +23,7 @@ from .drafts import drafted_steps
 from .loop import checked_steps
 from .proposals import Proposer
 from .sampler import Sampler
+from .text import begin
 
 
 def stream_generate(
@@ -159,8 +160,10 @@ def _loops(model: nn.Module, proposer: Proposer, logprobs: bool) -> dict[str, Ca
     """The loops for mlx-lm's functions, for this model alone."""
 
     def one_text(prompt: Any, of_model: Any, *arguments: Any, **options: Any) -> Any:
-        plain = proposer.head is None and not isinstance(options.get("sampler"), Sampler)
-        if of_model is not model or plain:
+        if of_model is not model:
+            return generate_step(prompt, of_model, *arguments, **options)
+        if proposer.head is None and not isinstance(options.get("sampler"), Sampler):
+            begin(options.get("logits_processors"))
             return generate_step(prompt, of_model, *arguments, **options)
         options |= {"proposer": proposer, "logprobs": logprobs}
         return checked_steps(prompt, of_model, *arguments, **options)
