@@ -13,6 +13,7 @@ from mlx_flashhead import (
     batch_generate,
     generate,
     grammar_processor,
+    make_sampler,
     stream_generate,
 )
 from mlx_flashhead.models.compat.generate import BatchGenerator
