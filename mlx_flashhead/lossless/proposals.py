@@ -73,6 +73,17 @@ class Proposer:
             return nullcontext()
         return self.head.settings(project=self._project, **self._settings)
 
+    def with_draft(self) -> AbstractContextManager:
+        """A block for mlx-lm's loop with a draft model, which verifies several positions at once.
+
+        The head scores every token of them in one product, or by itself without the check.
+        """
+        if self.head is None:
+            return nullcontext()
+        if self.check or self.dense:
+            return self.head.dense()
+        return self.head.settings(**self._settings)
+
     def hooks(self, text: Text, before: list[int] | None = None) -> dict[str, Any]:
         """A text's sampler and processors for mlx-lm's loop.
 

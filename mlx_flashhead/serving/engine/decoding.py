@@ -8,7 +8,7 @@ and singles take turns.
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -132,6 +132,8 @@ class Single(Decoder):
         job = reading.job
         self._jobs, self._cache = [job], reading.cache
         self._generated: list[int] = []
+        proposer = proposer_of(job)
+        self._block = nullcontext if job.served.draft_model is None else proposer.with_draft
         options: dict[str, Any] = {
             "sampler": job.sampler,
             "prompt_cache": self._cache,
@@ -146,7 +148,7 @@ class Single(Decoder):
                 start,
                 job.served.model,
                 stream,
-                proposer=proposer_of(job),
+                proposer=proposer,
                 max_tokens=-1,
                 logprobs=job.logprobs is not None,
                 context=reading.tokens,
@@ -172,7 +174,7 @@ class Single(Decoder):
 
     def step(self) -> list[Step]:
         (job,) = self._jobs
-        with dense_target(job):
+        with self._block():
             token, logprobs = next(self._steps)[:2]
         self._generated.append(token)
         return [(job, token, logprobs)]
@@ -205,14 +207,6 @@ def proposer_of(job: Job) -> Proposer:
     """Chooses the tokens of a sequence, and of those that share its batch."""
     settings = {} if job.n_probes is None else {"n_probes": job.n_probes}
     return Proposer(job.served.model, check=job.served.check, dense=job.dense, settings=settings)
-
-
-def dense_target(job: Job) -> AbstractContextManager:
-    """With a draft model, a block in which the target scores all of its positions densely."""
-    head = job.served.head
-    if job.served.draft_model is None or head is None:
-        return nullcontext()
-    return head.dense() if job.served.check or job.dense else head.settings(n_probes=job.n_probes)
 
 
 def length_class(n_tokens: int) -> int:
