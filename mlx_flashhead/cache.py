@@ -4,8 +4,9 @@ import time
 
 from .common.arguments import Parser
 from .common.command import command
-from .common.quantities import percent
+from .common.quantities import megabytes, percent
 from .common.tables import new_table, show
+from .common.terminal import printable
 from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     for entry in chosen:
         nbytes = entry.nbytes
         remove(entry)
-        print(f"Removed {_model(entry)} ({entry.folder.name}, {_size(nbytes)})")
+        print(printable(f"Removed {_model(entry)} ({entry.folder.name}, {megabytes(nbytes)})"))
 
 
 def print_entries(kept: list[Entry]) -> None:
@@ -50,19 +51,19 @@ def print_entries(kept: list[Entry]) -> None:
         print(f"No FlashHead is kept in {home()}.")
         return
     table = new_table(
-        f"{home()}: {_size(sum(entry.nbytes for entry in kept))}",
-        ("model", "id", "built", "size", "probes", "agreement"),
+        printable(f"{home()}: {megabytes(sum(entry.nbytes for entry in kept))}"),
+        ("id", "model", "built", "size", "probes", "agreement"),
         left=3,
     )
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # some names are long
+    table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"  # some names are long
     for entry in kept:
         config = entry.config
         agreement = config.report.get("agreement") if config else None
         table.add_row(
-            _model(entry),
-            entry.folder.name[:8],
+            printable(entry.folder.name[:8]),
+            printable(_model(entry)),
             time.strftime("%Y-%m-%d", time.localtime(entry.built_at)),
-            _size(entry.nbytes),
+            megabytes(entry.nbytes),
             f"{config.n_probes:,} of {config.n_clusters:,}" if config else "–",
             "–" if agreement is None else percent(agreement),
         )
@@ -72,24 +73,20 @@ def print_entries(kept: list[Entry]) -> None:
 def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:
     chosen = []
     for name in names:
-        found = [entry for entry in kept if _model(entry) == name]
-        found = found or [e for e in kept if name and e.folder.name.startswith(name)]
-        if not found:
+        matches = [entry for entry in kept if _model(entry) == name]
+        matches = matches or [e for e in kept if name and e.folder.name.startswith(name)]
+        if not matches:
             raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
-        if len({_model(entry) for entry in found}) > 1:
+        if len({_model(entry) for entry in matches}) > 1:
             raise ValueError(
-                f"The identifiers of {len(found)} models begin with {name}: give more of one."
+                f"The identifiers of {len(matches)} models begin with {name}: give more of one."
             )
-        chosen += [entry for entry in found if entry not in chosen]
+        chosen += [entry for entry in matches if entry not in chosen]
     return chosen
 
 
 def _model(entry: Entry) -> str:
     return entry.config.recipe.get("model", "unknown") if entry.config else "damaged"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .chatting.conversation import Conversation
-from .chatting.storage import history_file, last_conversation
 from .chatting.talk import COMMANDS, NO_FLASH_HEAD, WITH_FILES, Talk
-from .common.arguments import adopt, whole_number
+from .chatting.transcript import history_file, last_conversation
+from .common.arguments import adopt
 from .common.command import command
 from .common.terminal import Terminal
-from .loading.attach import BUILD, DENSE, REFUSE
-from .loading.load import load_or
-from .loading.look_up import add_check_option, add_look_up_options
+from .loading.load import load_with_head
+from .loading.look_up import add_check_option, add_head_options, head_options
 from .lossless.sampler import make_sampler
 from .models.compat.chat import chat_parser
 from .models.fetch import resolve
@@ -33,12 +32,7 @@ def make_parser():
         "--resume", action="store_true", help="Continue the last conversation at a terminal."
     )
     group = parser.add_argument_group("FlashHead")
-    group.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored per token (default: the FlashHead's own number).",
-    )
-    add_look_up_options(group)
+    add_head_options(group)
     group.add_argument(
         "--dense", action="store_true", help="Begin with every token scored: the dense model."
     )
@@ -79,18 +73,12 @@ def main() -> None:
 
 def _load(args) -> tuple[nn.Module, Any]:
     """The model with its FlashHead, and the tokenizer; ``--dense`` can do without a FlashHead."""
-    options = {
-        "adapter_path": args.adapter_path,
-        "tokenizer_config": {"trust_remote_code": args.trust_remote_code},
-        "trust_remote_code": args.trust_remote_code,
-    }
-    missing = DENSE if args.dense else REFUSE if args.no_build else BUILD
-    model, tokenizer, _ = load_or(
-        missing,
+    model, tokenizer, _ = load_with_head(
         resolve(args.model),
-        flash_head=args.flash_head,
-        n_probes=args.n_probes,
-        **options,
+        head_options(args, dense=args.dense),
+        adapter_path=args.adapter_path,
+        tokenizer_config={"trust_remote_code": args.trust_remote_code},
+        trust_remote_code=args.trust_remote_code,
     )
     if args.n_probes is not None and get_flash_head(model) is None:
         raise ValueError(NO_FLASH_HEAD)

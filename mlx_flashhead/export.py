@@ -1,18 +1,20 @@
 """Writes a head's kernels and arrays for an app that uses MLX, on an iPad for example."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from .common.arguments import Parser, whole_number
+from .common.arguments import Parser
 from .common.command import command
 from .common.new_folder import new_file
 from .common.tables import check_tables, new_table, show
 from .exporting.plan import export_plan
 from .head.backend import PORTABLE
 from .index.files import CONFIG_NAME
-from .loading.load import load
-from .loading.look_up import add_look_up_options, look_up_options
+from .loading.load import load_with_head
+from .loading.look_up import add_head_options, head_options
+from .models.fetch import resolve
 from .models.install import installed_head
 from .models.locate import find_head
 
@@ -31,14 +33,9 @@ def make_parser() -> Parser:
         required=True,
         help="Folder or Hugging Face repository of any model that mlx-lm loads.",
     )
-    add_look_up_options(parser)
+    add_head_options(parser)
     parser.add_argument(
         "--output", required=True, metavar="head.safetensors", help="File to write."
-    )
-    parser.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored per token (default: the number chosen at conversion).",
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace an existing file.")
     return parser
@@ -52,8 +49,8 @@ def main() -> None:
     output = Path(args.output).expanduser()
     _check_output(output, args.overwrite)
 
-    options = look_up_options(args) | {"n_probes": args.n_probes}
-    model, _ = load(args.model, backend=PORTABLE, **options)
+    options = replace(head_options(args), backend=PORTABLE)
+    model, _, _ = load_with_head(resolve(args.model), options)
     head = installed_head(model)
     with new_file(output) as path:
         arrays = export_plan(head, find_head(model), path)

@@ -7,8 +7,9 @@ from pathlib import Path
 from .common.arguments import adopt, whole_number
 from .common.command import command
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
-from .loading.load import load, load_draft, sharded_load
-from .loading.look_up import add_check_option, add_look_up_options, look_up_options
+from .common.terminal import printable_output
+from .loading.load import load_draft, load_with_head, sharded_load
+from .loading.look_up import add_check_option, add_head_options, head_options
 from .lossless.generation import generate
 from .lossless.sampler import make_sampler
 from .models.compat.cache import load_prompt_cache
@@ -33,12 +34,7 @@ def make_parser():
         },
     )
     group = parser.add_argument_group("FlashHead")
-    group.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored per token (default: the FlashHead's own number).",
-    )
-    add_look_up_options(group)
+    add_head_options(group)
     group.add_argument(
         "--draft-probes",
         type=whole_number(1),
@@ -75,24 +71,18 @@ def main() -> None:
         _check_processes(parser, args, processes)
         grammar = grammar_of(args)
 
-    target = None  # the model, once it is loaded
     with first_process_speaks(processes):
 
         def load_for_main(path, *, return_config=False, **kwargs):
-            nonlocal target
-            if target is not None:  # the draft model comes second
+            if not return_config:  # as mlx-lm loads the draft model
                 return load_draft(
-                    path, n_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
+                    path, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
                 )
             if processes.size() > 1:
-                loaded = _load_part(args, processes, path, **kwargs)
-            elif args.dense:
-                loaded = load_dense(resolve(path), **kwargs)
-            else:
-                options = look_up_options(args) | kwargs
-                loaded = load(path, n_probes=args.n_probes, return_config=True, **options)
-            target = loaded[0]
-            return loaded if return_config else loaded[:2]
+                return _load_part(args, processes, path, **kwargs)
+            if args.dense:
+                return load_dense(resolve(path), **kwargs)
+            return load_with_head(resolve(path), head_options(args), **kwargs)
 
         def generate_for_main(model, tokenizer, prompt, **named):
             named["check"] = not args.no_check
@@ -105,9 +95,10 @@ def main() -> None:
             _tell_unless_whole(processor, text, args.max_tokens)
             return text
 
-        run_generate(
-            args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
-        )
+        with printable_output():
+            run_generate(
+                args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
+            )
         leave_together(processes, generation_stream)
 
 

@@ -8,9 +8,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from .common.arguments import Parser, whole_number
+from .common.arguments import Parser
 from .common.command import sentence
-from .loading.look_up import add_look_up_options, look_up_options
+from .loading.look_up import add_head_options, head_options
 from .loading.patch import patch_load
 
 
@@ -22,12 +22,7 @@ def make_parser() -> Parser:
         "Without one, the program runs dense, with one warning.",
         usage="mlx_flashhead.run [options] (-m MODULE | PROGRAM) [its arguments]",
     )
-    parser.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored per token (default: the FlashHead's own number).",
-    )
-    add_look_up_options(parser)
+    add_head_options(parser)
     parser.add_argument("-m", dest="module", metavar="MODULE", help="A module, as python -m does.")
     parser.add_argument(
         "program",
@@ -41,13 +36,13 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.run``."""
     parser = make_parser()
-    own = _own_part(sys.argv[1:])
-    args, rest = parser.parse_args(own), sys.argv[1 + len(own) :]
+    words = _own_part(sys.argv[1:])
+    args, rest = parser.parse_args(words), sys.argv[1 + len(words) :]
     if args.module is None and args.program is None:
         parser.error("-m MODULE or a program is needed, such as -m mlx_lm.server")
     script = None if args.module is not None else _script(parser, args.program)
     try:
-        patch_load(n_probes=args.n_probes, **look_up_options(args))
+        patch_load(head_options(args))
     except (ValueError, OSError) as error:
         parser.error(sentence(error))
     if script is None:

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 from architecture_models import architectures, quantized, tiny_architecture
 from emulated_mlx_lm import emulated
 from mlx_flashhead.common.command import check_writable, command
+from mlx_flashhead.common.extras import from_extra
 from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.libraries import is_vlm
 from mlx_flashhead.models.locate import check_plain_product, find_head
@@ -189,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default=str(DOCUMENT), help="default: %(default)s")
     args = parser.parse_args()
+    from_extra("mlx_vlm", "vlm", "scripts/architectures.py")
     check_writable("--output", args.output)
     found, vlm_found = survey(), vlm_survey()
     Path(args.output).write_text(document(found) + vlm_document(vlm_found), encoding="utf-8")

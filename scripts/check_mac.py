@@ -127,7 +127,7 @@ def checks() -> tuple[Check, ...]:
             "tokens",
             "a real model generates the same tokens on the kernels and on plain MLX",
             (
-                (PYTHON, "scripts/fetch_smollm2.py", str(MODEL)),
+                (PYTHON, "scripts/fetch_model.py", "smollm2", str(MODEL)),
                 (
                     *(*module, "mlx_flashhead.convert", "--hf-path", str(MODEL)),
                     *("--mlx-path", str(FLASH_HEAD_MODEL), "--overwrite"),

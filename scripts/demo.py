@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 import mlx_flashhead
-from fetch_smollm2 import fetch_smollm2
+from fetch_model import fetch
 from mlx_flashhead.common.command import command
 from mlx_flashhead.models.install import dense_copy
 from side_by_side import compare
@@ -38,7 +38,7 @@ def main() -> None:
         parser.error("--prompt is empty: ask something")
 
     console = Console()
-    fetch_smollm2(DENSE_MODEL)
+    fetch("smollm2", DENSE_MODEL)
     # its FlashHead is built at the first use, and found where it is kept at the second
     flash, tokenizer = mlx_flashhead.load(str(DENSE_MODEL))
     compare(

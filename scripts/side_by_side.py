@@ -8,7 +8,6 @@ from itertools import takewhile
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from mlx_flashhead import FlashHead, get_flash_head
+from mlx_flashhead import FlashHead, get_flash_head, stream_generate
 from mlx_flashhead.common.quantities import percent
 from mlx_flashhead.common.tables import new_table
 from mlx_flashhead.common.timing import Spread, head_seconds
@@ -49,7 +48,8 @@ def answers(model: nn.Module, tokenizer, prompt: list[int], max_tokens: int) -> 
     """Generates greedily; yields the growing answer after each token."""
     answer = Answer()
     before = None
-    for response in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=max_tokens):
+    options = {"max_tokens": max_tokens, "logprobs": False}
+    for response in stream_generate(model, tokenizer, prompt, **options):
         now = time.perf_counter()
         if before is not None:
             answer.seconds.append(now - before)
@@ -144,13 +144,11 @@ def _agreement(
         texts = f"The two texts are the same, token for token ({n_same})."
     else:
         texts = f"The two texts are the same for {n_same} of {len(dense_ids)} tokens."
-    # one state at a time: many at once would be computed densely
-    chosen = [head.token(state[None]).item() for state in states]
-    agreement = sum(map(int.__eq__, chosen, dense_ids)) / len(dense_ids)
+    proposed = head.propose(states, None).tokens.tolist()
+    agreement = sum(map(int.__eq__, proposed, dense_ids)) / len(dense_ids)
     return (
-        f"{texts}\nFlashHead scored {head.n_probes:,} of {head.n_clusters:,} clusters per token; "
-        "given the dense text so far, it chooses the same next token at "
-        f"{percent(agreement, 1)} of the positions."
+        f"{texts}\nFlashHead scored {head.checked_probes:,} of {head.n_clusters:,} clusters per "
+        f"token. {percent(agreement, 1)} of its proposals were right; the dense rows check them."
     )
 
 

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(CHECKOUT))  # works uninstalled too
 
 from mlx_flashhead.benchmarks.clients import CHAT_PATH, HOST, ServerProcess, ask, question_body
-from mlx_flashhead.benchmarks.server import SENTENCE, TOPICS
+from mlx_flashhead.benchmarks.kinds.server import SENTENCE, TOPICS
 from mlx_flashhead.common.arguments import Parser, number, whole_number
 from mlx_flashhead.common.command import command
 
@@ -110,8 +110,7 @@ class Client:
 
     def _sound(self) -> tuple[str, str | None]:
         question = self._random.choice(list(self._expected))
-        stream = self._random.random() < 0.5
-        reply = ask(self._port, question, max_tokens=TOKENS, stream=stream)
+        reply = ask(self._port, question, max_tokens=TOKENS)
         if reply.first_seconds is not None:
             with self._tally.lock:
                 self._tally.first.append(reply.first_seconds)
@@ -120,19 +119,18 @@ class Client:
         return "sound: another text", f"{question[:40]!r} got {reply.text!r}"
 
     def _hang_up(self) -> tuple[str, str | None]:
-        question = self._random.choice([SENTENCE * 150, *self._expected])
-        body = question_body(question, self._random.random() < 0.5, 500)
+        body = question_body(self._random.choice([SENTENCE * 150, *self._expected]), 500)
         with socket.create_connection((HOST, self._port), timeout=60) as connection:
             connection.sendall(_head(len(body)) + body)
             time.sleep(self._random.choice([0, 0.1, 0.5, 2.0]))
         return "hung up", None
 
     def _long(self) -> tuple[str, str | None]:
-        reply = ask(self._port, SENTENCE * 100, max_tokens=4, stream=False)
+        reply = ask(self._port, SENTENCE * 100, max_tokens=4)
         return "long text: answered", None if reply.text else "no answer"
 
     def _too_long(self) -> tuple[str, str | None]:
-        status, answer = _post(self._port, question_body(SENTENCE * 2000, False, TOKENS))
+        status, answer = _post(self._port, question_body(SENTENCE * 2000, TOKENS))
         return f"too long: {status}", None if status == 400 else str(answer)
 
     def _nonsense(self) -> tuple[str, str | None]:
@@ -197,20 +195,15 @@ def report(tally: Tally, log: str, code: int) -> list[str]:
     return lines
 
 
-def make_parser() -> Parser:
-    """The script's parser."""
+@command
+def main() -> None:
+    """Entry point."""
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="Folder of a FlashHead checkpoint.")
     parser.add_argument("--minutes", type=number(0, above=True), default=10.0)
     parser.add_argument("--clients", type=whole_number(1), default=8)
     parser.add_argument("--seed", type=whole_number(0), default=0)
-    return parser
-
-
-@command
-def main() -> None:
-    """Entry point."""
-    args = make_parser().parse_args()
+    args = parser.parse_args()
     tally = Tally()
     with ServerProcess("mlx_flashhead.server", "--model", args.model) as server:
         _run(args, server, tally)
@@ -223,8 +216,7 @@ def main() -> None:
 def _run(args: argparse.Namespace, server: ServerProcess, tally: Tally) -> None:
     questions = [form.format(topic) for form in FORMS for topic in TOPICS]
     expected = {
-        question: ask(server.port, question, max_tokens=TOKENS, stream=False).text
-        for question in questions
+        question: ask(server.port, question, max_tokens=TOKENS).text for question in questions
     }
     until = time.monotonic() + 60 * args.minutes
     threads = [Thread(target=_watch, args=(server, tally, until))]

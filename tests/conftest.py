@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from fetch_smollm2 import fetch_smollm2
+from fetch_model import fetch
 from loopback_hub import TOKEN, Account, LoopbackHub
 
 
@@ -40,7 +40,7 @@ def real_model_folder() -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "smollm2.lock"):  # the tests run in several processes
-            return fetch_smollm2(cache / "smollm2")
+            return fetch("smollm2", cache / "smollm2")
     except (ValueError, OSError) as error:
         pytest.fail(f"{error} (Tests without the real model: -m 'not real'.)", pytrace=False)
 

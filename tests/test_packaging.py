@@ -22,7 +22,7 @@ EXTRAS = {
     "report": {"rich", "matplotlib"},
     "chat": {"prompt-toolkit"},
     "qr": {"segno"},
-    "structured": {"llguidance", "jsonschema", "rfc3339-validator"},
+    "structured": {"llguidance"},
     "tasks": {"lm-eval"},
     "vlm": {"mlx-vlm"},
 }
@@ -176,6 +176,7 @@ def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine,
         expected |= {
             *set().union(*EXTRAS.values()),
             "pytest",
+            "jsonschema",
             "pytest-xdist",
             "openai",
             "playwright",

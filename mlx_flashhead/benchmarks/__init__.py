@@ -1,1 +1,1 @@
-"""Speed and memory: of a head, of a model, of a conversion. No entry point in here."""
+"""Speed, measured or estimated: each kind of benchmark is a file in `kinds`."""

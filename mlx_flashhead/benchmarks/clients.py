@@ -109,8 +109,8 @@ class Reply:
 
     Attributes:
         text: Its text; as far as it came, if the client hung up.
-        n_tokens: Its tokens, as the server counts them; None if they are not known.
-        first_seconds: Seconds to the first text; None if it was not streamed or has no text.
+        n_tokens: Its tokens, as the server counts them; None if the client hung up.
+        first_seconds: Seconds to the first text; None if it has none.
     """
 
     text: str
@@ -118,17 +118,14 @@ class Reply:
     first_seconds: float | None = None
 
 
-def ask(
-    port: int, question: str, *, max_tokens: int, stream: bool = True, hang_up: bool = False
-) -> Reply:
-    """Asks a server on this machine, and waits for the answer.
+def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> Reply:
+    """Asks a server on this machine for a greedy answer, and receives it piece by piece.
 
     Args:
         port: The server's port.
         question: The question.
         max_tokens: Of the answer.
-        stream: Receive the answer piece by piece.
-        hang_up: Leave after the first text of a stream.
+        hang_up: Leave after the first text.
 
     Raises:
         ValueError: If the server answers with an error, or not completely.
@@ -136,17 +133,13 @@ def ask(
     """
     connection = HTTPConnection(HOST, port, timeout=_ANSWER_SECONDS)
     began = time.monotonic()
+    text, first = "", None
     try:
         headers = {"Content-Type": "application/json"}
-        connection.request("POST", CHAT_PATH, question_body(question, stream, max_tokens), headers)
+        connection.request("POST", CHAT_PATH, question_body(question, max_tokens), headers)
         response = connection.getresponse()
         if response.status != 200:
             raise ValueError(f"{response.status}: {response.read().decode(errors='replace')}")
-        if not stream:
-            answer = json.loads(response.read())
-            text = answer["choices"][0]["message"]["content"]
-            return Reply(text, answer["usage"]["completion_tokens"])
-        text, first = "", None
         for line in response:
             if line.startswith(b"data: [DONE]"):
                 raise ValueError("the stream has no usage")
@@ -170,14 +163,13 @@ def ask(
         connection.close()
 
 
-def question_body(question: str, stream: bool, max_tokens: int) -> bytes:
-    """The body of a request for a greedy answer."""
+def question_body(question: str, max_tokens: int) -> bytes:
+    """The body of a request for a greedy answer as a stream."""
     body = {
         "messages": [{"role": "user", "content": question}],
         "max_tokens": max_tokens,
         "temperature": 0,
-        "stream": stream,
+        "stream": True,
+        "stream_options": {"include_usage": True},
     }
-    if stream:
-        body["stream_options"] = {"include_usage": True}
     return json.dumps(body).encode()

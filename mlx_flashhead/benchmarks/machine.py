@@ -11,13 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..common.timing import in_turns
+from ..common.timing import in_turns, timer
 from ..head.blas import blas_name
 from .apple_gpu import PEAK_GB_S
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")
-
-
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -49,8 +47,8 @@ def read_bandwidth_gb_s(rounds: int = 5) -> float:
     """Memory read by one reduction over 512 MB on the default device, in GB/s: the best run."""
     memory = mx.ones((512 << 20) // 4)
     mx.eval(memory)
-    (seconds,) = in_turns({"read": lambda _: mx.max(memory)}, rounds, progress=False).values()
-    return memory.nbytes / min(seconds) / 1e9
+    *_, seconds = in_turns({"read": timer(lambda _: mx.max(memory))}, rounds)
+    return memory.nbytes / min(seconds["read"]) / 1e9
 
 
 def _cores() -> int:

@@ -76,8 +76,7 @@ class ModelShape:
         """
         if not 1 <= n_probes <= self.n_clusters:
             raise ValueError(
-                f"--n-probes is {n_probes}, but there are {self.n_clusters} clusters: "
-                f"choose 1 to {self.n_clusters}."
+                f"{n_probes} clusters cannot be scored: choose 1 to {self.n_clusters}."
             )
         return replace(self, n_probes=n_probes)
 
@@ -181,7 +180,7 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
         shape,
         n_clusters=index.config.n_clusters,
         cluster_size=index.config.cluster_size,
-        n_probes=index.config.n_probes,
+        n_probes=index.config.checked_probes or index.config.n_probes,
         stage_1_bytes=index.centroids.routing_bytes,
     )
 

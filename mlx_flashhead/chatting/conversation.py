@@ -7,19 +7,14 @@ that cannot be trimmed is made anew. The way in which an answer ended therefore 
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
-from ..common.timing import Spread, head_seconds
 from ..lossless.generation import stream_generate
 from ..models.compat.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from ..models.install import get_flash_head
-from ..models.locate import HeadLocation, find_head, recorded_hidden
-from .messages import ASSISTANT, SYSTEM, USER, Message
+from .transcript import ASSISTANT, SYSTEM, USER, Message
 
 STOP, LENGTH, STOPPED = "stop", "length", "stopped"
 
@@ -34,7 +29,6 @@ class Answer:
         n_cached: Number of these that were in the cache already.
         times: The time of each token, in seconds of a clock.
         finish: "stop" at an end-of-text token, "length" at the limit, "stopped" by the user.
-        seconds_in_head: Seconds of the head alone for one token; None if not measured.
     """
 
     text: str = ""
@@ -42,7 +36,6 @@ class Answer:
     n_cached: int = 0
     times: list[float] = field(default_factory=list)
     finish: str = STOPPED
-    seconds_in_head: float | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -56,13 +49,6 @@ class Answer:
     @property
     def tokens_per_second(self) -> float | None:
         return (self.n_tokens - 1) / self.seconds if self.seconds > 0 else None
-
-    @property
-    def head_share(self) -> float | None:
-        """The head's time of a token relative to the whole time of a token."""
-        if self.seconds_in_head is None or self.tokens_per_second is None:
-            return None
-        return self.seconds_in_head * self.tokens_per_second
 
 
 class _Stopped(Exception):
@@ -141,7 +127,6 @@ class Conversation:
         self.tokenizer = tokenizer
         self.cache = FollowingCache(model, max_kv_size)
         self.answers: list[Answer] = []
-        self._head = _location(model)
         self._start = [] if system_prompt is None else [Message(role=SYSTEM, content=system_prompt)]
         self.messages: list[Message] = list(self._start)
         if self._start:
@@ -157,7 +142,7 @@ class Conversation:
         """Continues another conversation, which takes the place of this one.
 
         Args:
-            messages: As `messages.py` reads them from a file.
+            messages: As `transcript.py` reads them from a file.
 
         Raises:
             ValueError: If the chat template refuses them. The conversation stays unchanged.
@@ -209,9 +194,8 @@ class Conversation:
             prompt_progress_callback=progress,
             **kwargs,
         )
-        states: list[mx.array] = []
         try:
-            for response in self._recorded(stream, states):
+            for response in stream:
                 answer.times.append(time.perf_counter())
                 if answer.n_tokens == 1:
                     self.cache.token_ids = list(prompt)
@@ -232,7 +216,6 @@ class Conversation:
             if answer.text or answer.finish != STOPPED:
                 self.messages += [question, Message(role=ASSISTANT, content=answer.text)]
                 self.answers.append(answer)
-        answer.seconds_in_head = self._seconds_in_head(states, dense)
 
     def _tokens(self, messages: list[Message]) -> list[int]:
         try:
@@ -242,39 +225,3 @@ class Conversation:
             raise ValueError(
                 f"The model's chat template does not take this conversation ({reason})."
             ) from error
-
-    def _recorded(self, stream: Iterator, states: list[mx.array]) -> Iterator:
-        """The stream. Keeps the hidden state of the second token, on which the head is timed.
-
-        One state is enough, and recording takes time.
-        """
-        number = 0
-        while True:
-            if number == 1 and self._head is not None:
-                with recorded_hidden(self._head) as recorded:
-                    response = next(stream, None)
-                states += recorded
-            else:
-                response = next(stream, None)
-            if response is None:
-                return
-            yield response
-            number += 1
-
-    def _seconds_in_head(self, states: list[mx.array], dense: bool) -> float | None:
-        if not states or self._head is None:
-            return None
-        project = getattr(self._head.module, self._head.method)
-        head = get_flash_head(self.model)
-        settings = nullcontext() if head is None else head.settings(dense=dense)
-        with settings:
-            (seconds,) = head_seconds((project,), states[-1][0, -1:])
-        return Spread.of(seconds).median
-
-
-def _location(model: nn.Module) -> HeadLocation | None:
-    """The head to time; None if a dense model's head is not a layer of its own."""
-    try:
-        return find_head(model)
-    except ValueError:
-        return None

@@ -6,13 +6,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..common.command import sentence
-from ..common.quantities import percent
-from ..common.terminal import StopKey, Terminal
-from ..common.user_input import UserInput
+from ..common.quantities import count
+from ..common.terminal import StopKey, Terminal, UserInput
 from ..models.install import get_flash_head
 from .conversation import LENGTH, STOPPED, Answer, Conversation
-from .messages import USER, Message, read_conversation, write_conversation
-from .storage import keep
+from .transcript import USER, Message, keep, read_conversation, write_conversation
 
 COMMANDS = {
     "/help": "what can be typed (or h)",
@@ -25,7 +23,12 @@ COMMANDS = {
     "/exit": "leave (or q, or Ctrl-D)",
 }
 WITH_FILES = ("/save", "/load")
-ALIASES = {"q": "/exit", "r": "/reset", "h": "/help", "/quit": "/exit"}  # letters as in mlx_lm.chat
+# What people type for a command; the letters are those of mlx_lm.chat.
+ALIASES = {
+    "/help": ("h", "/h", "help", "?"),
+    "/reset": ("r", "/r"),
+    "/exit": ("q", "/q", "quit", "/quit", "exit"),
+}
 HELP = """\
 Ctrl-C stops an answer. A message that begins with a slash needs a space before it.
 Several lines: paste them, end a line with Esc Enter, or put \"\"\" before and after them.
@@ -67,9 +70,10 @@ class Talk:
         while True:
             try:
                 typed = self.terminal.read()
-                if self._is_end(typed):
+                command, argument = _command(typed)
+                if command == "/exit":
                     return
-                self._do(typed)
+                self._do(command, argument, typed.text.strip())
             except EOFError:
                 if self.terminal.interactive:
                     self.terminal.say("")
@@ -79,26 +83,18 @@ class Talk:
                     raise
                 self.terminal.say("\n/exit or Ctrl-D leaves.")
 
-    def _is_end(self, typed: UserInput) -> bool:
-        return typed.plain and ALIASES.get(typed.text.strip(), typed.text.strip()) == "/exit"
-
-    def _do(self, typed: UserInput) -> None:
-        line = ALIASES.get(typed.text.strip(), typed.text) if typed.plain else typed.text
+    def _do(self, command: str, argument: str, text: str) -> None:
         try:
-            if typed.plain and line.startswith("/"):
-                self._follow(line)
-            elif line.strip():
-                self._answer(line.strip())
+            if command:
+                if command not in COMMANDS:
+                    raise ValueError(f"There is no command {command}: /help lists the commands.")
+                getattr(self, f"_{command[1:]}")(argument)
+            elif text:
+                self._answer(text)
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
             self.terminal.say(sentence(error))
-
-    def _follow(self, line: str) -> None:
-        name, _, argument = line.partition(" ")
-        if name.strip() not in COMMANDS:
-            raise ValueError(f"There is no command {name.strip()}: /help lists the commands.")
-        getattr(self, f"_{name.strip()[1:]}")(argument.strip())
 
     def _answer(self, text: str) -> None:
         before = len(self.conversation.answers)
@@ -152,14 +148,14 @@ class Talk:
         lines = [f"{self.name}, {self._settings()}"]
         if self.head is not None:
             lines.append(f"backend {self.head.backend!r}: {self.head.backend_reason}")
-        lines.append(f"{_count(len(conversation.messages), 'message')}, {held}")
+        lines.append(f"{count(len(conversation.messages), 'message')}, {held}")
         if answers:
             lines.append(f"last answer: {_figures(answers[-1])}")
             seconds = sum(answer.seconds for answer in answers)
             tokens = sum(answer.n_tokens for answer in answers)
             after_first = tokens - len(answers)
             speed = f", {after_first / seconds:.1f} tokens/s" if seconds > 0 else ""
-            lines.append(f"{_count(len(answers), 'answer')} of {_count(tokens, 'token')}{speed}")
+            lines.append(f"{count(len(answers), 'answer')} of {count(tokens, 'token')}{speed}")
         lines.append(f"memory at most {mx.get_peak_memory() / 1e9:.2f} GB")
         self.terminal.say("\n".join(lines))
 
@@ -183,12 +179,12 @@ class Talk:
     def _save(self, argument: str) -> None:
         path = _path("/save", argument)
         write_conversation(path, self.conversation.messages, self.name)
-        self.terminal.say(f"Wrote {_count(len(self.conversation.messages), 'message')} to {path}.")
+        self.terminal.say(f"Wrote {count(len(self.conversation.messages), 'message')} to {path}.")
 
     def _load(self, argument: str) -> None:
         path = _path("/load", argument)
         self.conversation.replace(read_conversation(path))
-        self.terminal.say(f"Read {_count(len(self.conversation.messages), 'message')} from {path}.")
+        self.terminal.say(f"Read {count(len(self.conversation.messages), 'message')} from {path}.")
 
     def _flash_head(self):
         if self.head is None:
@@ -202,31 +198,35 @@ class Talk:
         return f"dense ({clusters} otherwise)" if self.dense else f"{clusters} scored per token"
 
 
+def _command(typed: UserInput) -> tuple[str, str]:
+    """The command in a line and its argument; two empty texts if it is a message."""
+    words = typed.text.split(maxsplit=1)
+    if not typed.plain or not words:
+        return "", ""
+    slash = typed.text.startswith("/")  # after a space it is a message
+    name = next((name for name, others in ALIASES.items() if words[0] in others), words[0])
+    if slash or (len(words) == 1 and "/" not in words[0] and name in ALIASES):
+        return name, words[1].strip() if words[1:] else ""
+    return "", ""
+
+
 def _summary(messages: list[Message]) -> str:
     """A sentence on the state of a conversation."""
-    said = f"Continuing the last conversation, {_count(len(messages), 'message')}"
+    summary = f"Continuing the last conversation, {count(len(messages), 'message')}"
     questions = [message["content"] for message in messages if message["role"] == USER]
-    return (
-        f"{said}; last: {textwrap.shorten(questions[-1], 60, placeholder='…')}"
-        if questions
-        else said
-    )
+    if questions:
+        summary += f"; last: {textwrap.shorten(questions[-1], 60, placeholder='…')}"
+    return summary
 
 
 def _figures(answer: Answer) -> str:
-    figures = [_count(answer.n_tokens, "token")]
+    figures = [count(answer.n_tokens, "token")]
     if answer.tokens_per_second is not None:
         figures.append(f"{answer.tokens_per_second:.1f} tokens/s")
-    if answer.head_share is not None:
-        figures.append(f"{percent(answer.head_share, 1)} of the time in the head")
     figures.append(f"prompt {answer.n_prompt} tokens, {answer.n_cached} from the cache")
     if answer.finish == STOPPED:
         figures.append("stopped")
     return ", ".join(figures)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _path(name: str, argument: str) -> Path:

@@ -60,13 +60,13 @@ def whole_number(
     wanted = _wanted("a whole number", low, high)
     wanted += "".join(f", or {value} for {meaning}" for value, meaning in others.items())
 
-    def convert(given: str | int) -> int:
+    def convert(raw: str | int) -> int:
         with suppress(TypeError, ValueError):
-            value = int(given)
+            value = int(raw)
             within = low <= value <= (math.inf if high is None else high)
-            if (within or value in others) and not isinstance(given, bool | float):
+            if (within or value in others) and not isinstance(raw, bool | float):
                 return value
-        raise argparse.ArgumentTypeError(f"it is {given}: {wanted}")
+        raise argparse.ArgumentTypeError(f"it is {raw}: {wanted}")
 
     return convert
 
@@ -83,14 +83,14 @@ def number(low: float, high: float | None = None, *, above: bool = False) -> Typ
     if above and high is not None:
         wanted += f", at most {high:g}"
 
-    def convert(given: str | float) -> float:
+    def convert(raw: str | float) -> float:
         try:
-            value = float(given)
+            value = float(raw)
         except (TypeError, ValueError):
             value = math.nan
         within = low < value if above else low <= value
         if not (within and value <= (math.inf if high is None else high) and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"it is {given}: {wanted}")
+            raise argparse.ArgumentTypeError(f"it is {raw}: {wanted}")
         return value
 
     return convert
@@ -99,11 +99,11 @@ def number(low: float, high: float | None = None, *, above: bool = False) -> Typ
 def one_of(*choices: Any) -> Type:
     """A type of argument: one of a few numbers or words."""
 
-    def convert(given: Any) -> Any:
+    def convert(raw: Any) -> Any:
         for choice in choices:
-            if given == choice or given == str(choice):
+            if raw == choice or raw == str(choice):
                 return choice
-        raise argparse.ArgumentTypeError(f"it is {given}: choose {_either(choices)}")
+        raise argparse.ArgumentTypeError(f"it is {raw}: choose {_either(choices)}")
 
     return convert
 
@@ -178,13 +178,13 @@ def _sentence(message: str) -> str:
             name += ":"
         message = f"{name} {rest}"
     message = re.sub(r"(--[\w-]+)(/-\w+)+", r"\1", message)
-    for said, instead in (
+    for pattern, sentence in (
         (r"the following arguments are required: ([^,]*)", r"\1 is needed"),
         (r"the following arguments are required: (.*)", r"\1 are needed"),
         (r"one of the arguments (.*) is required", r"give one of \1"),
         (r"unrecognized arguments: (.*)", r"there is no option \1: --help lists them"),
     ):
-        message = re.sub(f"^{said}$", instead, message)
+        message = re.sub(f"^{pattern}$", sentence, message)
     return f"{message.rstrip('.')}."
 
 

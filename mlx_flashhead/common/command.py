@@ -2,10 +2,13 @@
 
 import errno
 import functools
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from .terminal import printable
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another place",
@@ -15,6 +18,10 @@ _REMEDIES = {
     errno.EPERM: "choose another place, or get the permission",
     errno.EROFS: "choose another place, or get the permission",
 }
+
+
+_PARAMETER = re.compile(r"`([a-z]+(?:_[a-z]+)*)(=True|=False)?`")
+_FLAGS = {"pipeline_group": "pipeline"}  # whose names differ
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -64,9 +71,17 @@ def _end_as_if_interrupted() -> None:
 
 
 def sentence(error: Exception) -> str:
-    """The error's message for a user, on one line."""
+    """The error's message for a user of a command, on one line, with flags for parameters."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
-        return f"{where}{error.strerror}: {remedy}."
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        return printable(f"{where}{error.strerror}: {remedy}.")
+    message = str(error).strip().split("\n")[0] or type(error).__name__
+    return printable(_PARAMETER.sub(_flag, message))
+
+
+def _flag(parameter: re.Match[str]) -> str:
+    """The flag of a parameter that Python's message names, such as `build=False`."""
+    name, value = parameter.groups()
+    name = _FLAGS.get(name, name.replace("_", "-"))
+    return f"--no-{name}" if value == "=False" else f"--{name}"

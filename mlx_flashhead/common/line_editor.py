@@ -17,7 +17,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from .user_input import PROMPT, is_open
+from .terminal import PROMPT, is_open
 
 CONTINUATION = "… "
 KEPT_TEXTS = 1000

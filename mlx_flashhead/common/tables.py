@@ -9,6 +9,7 @@ from .extras import from_extra
 if TYPE_CHECKING:
     from rich.table import Table
 
+FOLDED = 12  # columns that a column which folds keeps
 UNLIMITED = 10_000  # columns of a table when its width is measured
 
 
@@ -48,17 +49,22 @@ def new_table(
 def show(*parts: "Table | str") -> None:
     """Prints tables, and lines of text between them.
 
-    No figure is cut off: a table is as wide as the screen, or wider unless it has a column that
-    folds.
+    No figure is cut off: a table is as wide as the screen, or wider where it must be. A column
+    that folds makes way first.
     """
-    console = _rich("console").Console(highlight=False)
+    console = _rich("console").Console(highlight=False, markup=False, emoji=False)
     screen = console.width
     for part in parts:
         console.width = screen
-        if not isinstance(part, str) and all(column.no_wrap for column in part.columns):
+        if not isinstance(part, str):
             console.width = UNLIMITED
-            console.width = max(screen, console.measure(part).maximum)
-        console.print(part, markup=False)
+            width = console.measure(part).maximum
+            for column in part.columns:
+                if not column.no_wrap:
+                    widest = max(len(str(cell)) for cell in column.cells)
+                    width -= max(0, widest - FOLDED)
+            console.width = max(screen, width)
+        console.print(part)
 
 
 def check_tables(command: str) -> None:

@@ -3,15 +3,76 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import termios
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from .extras import from_extra
-from .user_input import PROMPT, QUOTES, UserInput, is_open, without_quotes
 from .word_wrap import WordWrap
 
+PROMPT = "> "
+QUOTES = '"""'  # around several lines
 # An answer must not move the cursor, change colours or ring the bell, here or behind a pipe.
 UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """The text without what could control a terminal."""
+    return text.translate(UNPRINTABLE)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Within the block, what is printed on a terminal cannot control it."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    with redirect_stdout(cast(TextIO, _Printable(sys.stdout))):
+        yield
+
+
+class _Printable:
+    """A stream whose text is made printable."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@dataclass(frozen=True)
+class UserInput:
+    """A text that the user has typed or pasted.
+
+    Attributes:
+        text: Without the quotes around several lines.
+        plain: One line without quotes, which may be a command.
+    """
+
+    text: str
+    plain: bool
+
+
+def is_open(text: str) -> bool:
+    """Whether a text begins with three quotes and the closing three are missing."""
+    text = text.strip()
+    return text.startswith(QUOTES) and (len(text) < 6 or not text.endswith(QUOTES))
+
+
+def without_quotes(text: str) -> UserInput:
+    """The text that stands in the quotes, or all of it if there are none."""
+    text = text.strip("\n")
+    if text.strip().startswith(QUOTES):
+        return UserInput(text.strip().removeprefix(QUOTES).removesuffix(QUOTES).strip(), False)
+    return UserInput(text, "\n" not in text)
 
 
 class Terminal:
@@ -54,7 +115,7 @@ class Terminal:
 
     def show(self, piece: str) -> None:
         """Prints a piece of an answer. The beginning of a word waits for its end."""
-        piece = piece.translate(UNPRINTABLE)
+        piece = printable(piece)
         sys.stdout.write(piece if self._wrap is None else self._wrap.feed(piece))
         sys.stdout.flush()
 
@@ -91,15 +152,28 @@ def _columns() -> int:
 
 
 class StopKey:
-    """Within the block, Ctrl-C asks to stop. A second Ctrl-C interrupts at once."""
+    """Within the block, Ctrl-C asks to stop. A second Ctrl-C interrupts at once.
+
+    Other keys are not shown, and wait for the next line.
+    """
 
     def __enter__(self) -> Callable[[], bool]:
         self._pressed = False
         self._before = signal.signal(signal.SIGINT, self._press)
+        self._modes = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+        if self._modes is not None:
+            self._set_modes(self._modes[3] & ~(termios.ECHO | termios.ICANON))
         return lambda: self._pressed
 
     def __exit__(self, *error) -> None:
+        if self._modes is not None:
+            self._set_modes(self._modes[3])
         signal.signal(signal.SIGINT, self._before)
+
+    def _set_modes(self, local: int) -> None:
+        assert self._modes is not None
+        modes = [*self._modes[:3], local, *self._modes[4:]]
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
 
     def _press(self, number, frame) -> None:
         if self._pressed:

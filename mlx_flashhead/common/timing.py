@@ -1,4 +1,4 @@
-"""How times are measured: in turns, warm, over many runs.
+"""How times are measured: in turns, warm, over many rounds.
 
 The compared functions run in turns, once each in a round, so that a machine that heats up or shares
 its cores slows all of them alike. Each round has another order, since a run leaves its pages and
@@ -7,13 +7,13 @@ caches behind. The first round warms up and is not counted. Results are medians 
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 HEAD_ROUNDS = 5
 CACHES_BYTES = 128 << 20  # more than the last cache of most machines
@@ -58,58 +58,46 @@ class ColdCaches:
         mx.eval(self._memory)
 
 
-def turns(items: Iterable[Item], rounds: int) -> Iterator[tuple[int, Item]]:
-    """Yields the number of the round, 0 … rounds, and each item, in a new order each round.
-
-    The orders are the same for the same number of items.
-    """
-    items, draw = list(items), random.Random(0)
-    for number in range(rounds + 1):
-        for item in draw.sample(items, len(items)):
-            yield number, item
-
-
-def on_batch(form: Callable[[mx.array], Any], batches: Sequence[mx.array], number: int) -> Any:
-    """The result of a function for the batch of that number."""
-    return form(batches[number])
-
-
 def in_turns(
-    runs: Mapping[Item, Callable[[int], object]],
-    rounds: int,
-    *,
-    before: Callable[[], None] | None = None,
-    progress: bool = True,
-    description: str = "Timing",
-) -> dict[Item, list[float]]:
-    """Times functions in turns: one round to warm up, then ``rounds`` that count.
+    timers: Mapping[Item, Callable[[int], float]], rounds: int
+) -> Iterator[dict[Item, list[float]]]:
+    """Measures in turns: one round to warm up, then ``rounds`` that count.
 
     Args:
-        runs: By name, functions of the round's number, 0 … rounds. Arrays in their results are
-            evaluated within the time.
+        timers: By name, functions of the round's number, 0 … rounds, that return seconds.
         rounds: Rounds that count.
-        before: Called before each run, outside its time.
-        progress: Show a bar.
-        description: Of the bar.
 
-    Returns:
-        By name, the seconds of each counted round.
+    Yields:
+        After each round, by name, the seconds of the counted rounds so far.
     """
-    seconds: dict[Item, list[float]] = {name: [] for name in runs}
-    bar = tqdm(
-        total=(rounds + 1) * len(runs), desc=description, unit="run", leave=False,
-        disable=not progress,
-    )  # fmt: skip
-    with bar:
-        for number, name in turns(runs, rounds):
-            if before is not None:
-                before()
-            start = time.perf_counter()
-            mx.eval(runs[name](number))
-            taken = time.perf_counter() - start
-            if number:
+    seconds: dict[Item, list[float]] = {name: [] for name in timers}
+    draw = random.Random(0)
+    for number in range(rounds + 1):
+        order = draw.sample(list(timers), len(timers))
+        of_round = {name: timers[name](number) for name in order}
+        if number:
+            for name, taken in of_round.items():
                 seconds[name].append(taken)
-            bar.update()
+        yield seconds
+
+
+def timer(
+    run: Callable[[int], object], before: Callable[[], None] | None = None
+) -> Callable[[int], float]:
+    """A function of the round's number that measures another one.
+
+    Args:
+        run: A function of the round's number. Arrays in its result are evaluated within the time.
+        before: Called before, outside the time.
+    """
+
+    def seconds(number: int) -> float:
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        mx.eval(run(number))
+        return time.perf_counter() - start
+
     return seconds
 
 
@@ -123,8 +111,10 @@ def head_seconds(heads: tuple[Callable, ...], states: mx.array) -> tuple[list[fl
     Returns:
         For each head the seconds of each state, repeated several times. The heads take turns.
     """
-    runs = {
-        str(number): lambda i, head=head: head(states[None, i % len(states), None])
-        for number, head in enumerate(heads)
-    }
-    return tuple(in_turns(runs, HEAD_ROUNDS * len(states), progress=False).values())
+
+    def run(head: Callable, number: int) -> mx.array:
+        return head(states[None, number % len(states), None])
+
+    timers = {i: timer(partial(run, head)) for i, head in enumerate(heads)}
+    *_, seconds = in_turns(timers, HEAD_ROUNDS * len(states))
+    return tuple(seconds.values())

@@ -11,13 +11,12 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from tqdm import tqdm
 
-from ..lossless.sampler import make_sampler
 from ..models.batches import batch_generator
 from ..models.cpu_products import numpy_products
 from ..models.libraries import forward
 from ..models.locate import HeadLocation, recorded_hidden
+from .steps import Step, Steps, Stopwatch, stepwise
 
 SEQUENCE_TOKENS = 64
 BATCH_SIZE = 32
@@ -26,6 +25,7 @@ READ_TOKENS = 2048  # of windows that are read together
 LEAST_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
 
 
+@stepwise
 def generated_states(
     model: nn.Module,
     tokenizer,
@@ -35,10 +35,10 @@ def generated_states(
     *,
     seed: int = 0,
     temperature: float = 1.0,
-    seconds: float = float("inf"),
-    description: str = "Writing text",
-    progress: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
+    limit: Stopwatch | None = None,
+    until: float = 0.0,
+    stage: str = "Writing text",
+) -> Steps[tuple[np.ndarray, np.ndarray]]:
     """Hidden states of text that the model writes itself, in batches.
 
     Args:
@@ -49,55 +49,61 @@ def generated_states(
         positions: Greatest number of states.
         seed: Seed of the sampling.
         temperature: Of the sampling; 0 is greedy.
-        seconds: Time limit. After it no further states are computed.
-        description: Text of the bar.
-        progress: Show a bar.
+        limit: Time limit. After it no further states are computed.
+        until: Seconds of the limit that are left to others.
+        stage: Name of the stage.
 
     Returns:
         States (N, D) float32 in the order of generation, and the tokens drawn from them (N,) int64.
         N is at most ``positions``.
     """
-    mx.random.seed(seed)
-    draw = make_sampler(temp=temperature)
+    limit = limit or Stopwatch()
+    key = mx.random.key(seed)  # MLX's own state stays as it is between the steps
     steps: list[tuple[mx.array, mx.array]] = []
     states: list[np.ndarray] = []
     drawn: list[np.ndarray] = []
-    count, deadline = 0, time.monotonic() + seconds
-    with (
-        numpy_products(),
-        recorded_hidden(location) as recorded,
-        tqdm(total=positions, desc=description, unit="token", disable=not progress) as bar,
-    ):
+    recorded: list[mx.array] = []
+    count = 0
 
-        def sampler(logprobs):
-            # prompts are padded to one length, so only the last state of each is a real one
-            tokens = draw(logprobs)
-            steps.append((recorded[-1][:, -1].astype(mx.float32), tokens))
-            recorded.clear()
-            return tokens
+    def sampler(logprobs):
+        nonlocal key
+        if temperature == 0:
+            tokens = mx.argmax(logprobs, axis=-1)
+        else:
+            key, own = mx.random.split(key)
+            tokens = mx.random.categorical(logprobs * (1 / temperature), key=own)
+        # prompts are padded to one length, so only the last state of each is a real one
+        steps.append((recorded[-1][:, -1].astype(mx.float32), tokens))
+        recorded.clear()
+        return tokens
 
-        ends = [[token] for token in tokenizer.eos_token_ids]
-        generator = batch_generator(model, ends, sampler, BATCH_SIZE)
+    ends = [[token] for token in tokenizer.eos_token_ids]
+    generator = batch_generator(model, ends, sampler, BATCH_SIZE)
+    try:
         missing = min(BATCH_SIZE, -(-positions // SEQUENCE_TOKENS))
-        while count < positions and time.monotonic() < deadline:
-            if missing:
-                # by length, since prompts read together are padded to the longest
-                fresh = sorted((next(prompts) for _ in range(missing)), key=len)
-                generator.insert(fresh, [SEQUENCE_TOKENS] * missing)
-            responses = generator.next_generated()
-            missing = sum(response.finish_reason is not None for response in responses)
-            for hidden, tokens in steps:
-                states.append(np.array(hidden))
-                drawn.append(np.array(tokens, dtype=np.int64))
-                bar.update(min(len(hidden), positions - count))
-                count += len(hidden)
-            steps.clear()
+        while count < positions and limit.left > until:
+            with limit, numpy_products(), recorded_hidden(location) as recorded:
+                if missing:
+                    # by length, since prompts read together are padded to the longest
+                    fresh = sorted((next(prompts) for _ in range(missing)), key=len)
+                    generator.insert(fresh, [SEQUENCE_TOKENS] * missing)
+                responses = generator.next_generated()
+                missing = sum(response.finish_reason is not None for response in responses)
+                for hidden, tokens in steps:
+                    states.append(np.array(hidden))
+                    drawn.append(np.array(tokens, dtype=np.int64))
+                    count += len(hidden)
+                steps.clear()
+            yield Step(stage, min(count, positions), positions, "token")
+    finally:
         generator.close()
+    limit.cut_short |= count < positions
     if not states:  # the time limit came before the first step
         return np.empty((0, location.rows().hidden_size), np.float32), np.empty(0, np.int64)
     return np.concatenate(states)[:positions], np.concatenate(drawn)[:positions]
 
 
+@stepwise
 def text_states(
     model: nn.Module,
     tokenizer,
@@ -105,9 +111,9 @@ def text_states(
     text: str,
     *,
     positions: int | None = None,
-    description: str = "Reading",
-    progress: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
+    stage: str = "Reading",
+    step_seconds: float = float("inf"),
+) -> Steps[tuple[np.ndarray, np.ndarray]]:
     """Hidden states of a text, in windows of 512 tokens that each start afresh.
 
     If the tokenizer begins a text with a token of its own (BOS), each window begins with it.
@@ -118,8 +124,8 @@ def text_states(
         location: Its head.
         text: The text; special tokens in it, such as chat markup, are understood.
         positions: Greatest number of states; None: all.
-        description: Text of the bar.
-        progress: Show a bar.
+        stage: Name of the stage.
+        step_seconds: As in `read_windows`.
 
     Returns:
         States (N, D) float32 and the true next tokens (N,) int64.
@@ -136,8 +142,8 @@ def text_states(
     # the first window begins with BOS already
     beginning = beginning_of_text(tokenizer)
     prefixes = [[], *([beginning] * len(further))]
-    states = read_windows(
-        model, location, [first, *further], prefixes, description=description, progress=progress
+    states = yield from read_windows.steps(
+        model, location, [first, *further], prefixes, stage=stage, step_seconds=step_seconds
     )
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 
@@ -159,16 +165,17 @@ def windows_of(token_ids: Sequence[int], length: int) -> list[list[int]]:
     ]
 
 
+@stepwise
 def read_windows(
     model: nn.Module,
     location: HeadLocation,
     windows: Sequence[list[int]],
     prefixes: Sequence[list[int]],
     *,
-    seconds: float = float("inf"),
-    description: str = "Reading",
-    progress: bool = True,
-) -> list[np.ndarray]:
+    limit: Stopwatch | None = None,
+    stage: str = "Reading",
+    step_seconds: float = float("inf"),
+) -> Steps[list[np.ndarray]]:
     """Hidden states of each window without its last token, several windows at once.
 
     Args:
@@ -176,51 +183,51 @@ def read_windows(
         location: Its head.
         windows: Token ids, at least two each.
         prefixes: Token ids before each window, whose states are left out.
-        seconds: After which no further windows are read than the first ones.
-        description: Text of the bar.
-        progress: Show a bar.
+        limit: Time limit, after which no further windows are read than the first ones.
+        stage: Name of the stage.
+        step_seconds: About the longest time of a step, if one window takes no longer.
 
     Returns:
         For each window of n tokens (n - 1, D) float32; (0, 0) for one that was not read.
     """
+    limit = limit or Stopwatch()
     states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [[*prefix, *window[:-1]] for prefix, window in zip(prefixes, windows, strict=True)]
-    total = sum(len(window) - 1 for window in windows)
-    deadline = time.monotonic() + seconds
-    with (
-        numpy_products(lazy=location.module),
-        recorded_hidden(location) as recorded,
-        tqdm(total=total, desc=description, unit="token", disable=not progress) as bar,
-    ):
-        for batch in _batches([len(one) for one in inputs]):
-            if any(map(len, states)) and time.monotonic() > deadline:
-                break
-            length = len(inputs[batch[0]])
+    total, read = sum(len(window) - 1 for window in windows), 0
+    together: float = READ_TOKENS if step_seconds == float("inf") else 1
+    waiting = list(range(len(windows)))
+    while waiting and (not read or limit.left > 0):
+        batch = _next_together(waiting, inputs, together)
+        length = len(inputs[batch[0]])
+        start = time.monotonic()
+        with limit, numpy_products(lazy=location.module), recorded_hidden(location) as recorded:
             # shorter ones are padded at the end, where no state looks
             forward(model, mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch]))
             # only the states are evaluated, and the windows' logits are never computed
-            read = np.array(recorded[-1].astype(mx.float32))
-            recorded.clear()
-            for i, one in zip(batch, read, strict=True):
-                states[i] = one[len(prefixes[i]) : len(inputs[i])]
-                bar.update(len(states[i]))
+            found = np.array(recorded[-1].astype(mx.float32))
+        per_second = length * len(batch) / max(time.monotonic() - start, 1e-6)
+        together = min(READ_TOKENS, max(1.0, step_seconds * per_second))
+        for i, of_window in zip(batch, found, strict=True):
+            states[i] = of_window[len(prefixes[i]) : len(inputs[i])]
+            read += len(states[i])
+        yield Step(stage, read, total, "token")
+    limit.cut_short |= bool(waiting)
     return states
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of windows of like length to read together, the longest first, near their order."""
-    waiting: list[int] = []
-    for place in range(len(lengths)):
-        waiting.append(place)
-        if sum(lengths[i] for i in waiting) < READ_TOKENS and place < len(lengths) - 1:
-            continue
-        waiting.sort(key=lambda i: -lengths[i])
-        while waiting:
-            longest = lengths[waiting[0]]
-            alike = [i for i in waiting if lengths[i] >= LEAST_LENGTH * longest]
-            together = alike[: max(1, READ_TOKENS // longest)]
-            yield together
-            waiting = waiting[len(together) :]
+def _next_together(waiting: list[int], inputs: Sequence[Sequence[int]], tokens: float) -> list[int]:
+    """Takes from ``waiting`` windows of like length to read together, near their order, the longest
+    first: as many as hold about ``tokens``, at least one."""
+    total, near = 0, 0
+    while near < len(waiting) and total < tokens:
+        total += len(inputs[waiting[near]])
+        near += 1
+    listed = sorted(waiting[:near], key=lambda i: -len(inputs[i]))
+    longest = len(inputs[listed[0]])
+    alike = [i for i in listed if len(inputs[i]) >= LEAST_LENGTH * longest]
+    batch = alike[: max(1, int(tokens // longest))]
+    waiting[:] = [i for i in waiting if i not in batch]
+    return batch
 
 
 def read_text(path: str | Path) -> str:

@@ -8,21 +8,17 @@ the work. docs/how-it-works.md lists what was worse.
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from ..head.matrix import as_float32
+from .steps import Counter, Steps, stepwise
 
 BACKENDS = {"numpy": np, "mlx": mx}
 
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # a shortlist holds at most one centroid of each bucket
 BLOCK_ROWS, BLOCK_SCORES = 2048, 1 << 22  # rows and scores at once, which bounds memory
-PASSES = 6  # dense passes over all rows
+PASSES, QUICK_PASSES = 6, 3  # dense passes over all rows
 PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
-# Above this many multiply-adds a dense pass takes minutes on a CPU. Then four passes are spread
-# over iterations that each refresh the shortlists of every fourth row.
-LARGE_PRODUCT = 2e12
-LARGE_PASSES, LARGE_PARTS = 4, 4
 
 # Near-duplicates are rows whose squared distance is at most this share of their squared distance
 # to the mean of all rows. They are searched around a sample.
@@ -31,6 +27,7 @@ DUPLICATE_SAMPLE = 1024
 ROUNDING = 1e-5  # of a squared distance, relative to the squared norm
 
 
+@stepwise
 def cluster_rows(
     rows: np.ndarray | mx.array,
     cluster_size: int = 16,
@@ -38,9 +35,9 @@ def cluster_rows(
     seed: int = 0,
     spherical: bool = True,
     metric: np.ndarray | None = None,
-    progress: bool = True,
+    passes: int = PASSES,
     backend: str | None = None,
-) -> np.ndarray:
+) -> Steps[np.ndarray]:
     """Groups the rows of a head into clusters of equal size.
 
     If ``cluster_size`` does not divide V, the last clusters hold one row less, or several less if
@@ -51,8 +48,8 @@ def cluster_rows(
         cluster_size: Rows per cluster, 1 … V.
         seed: The same seed gives the same clusters.
         spherical: Cluster by direction; otherwise by Euclidean distance.
-        metric: (D, D) float32 by which the rows are multiplied first: `metric.py`.
-        progress: Show a progress bar.
+        metric: (D, d) float32 by which the rows are multiplied first: `metric.py`.
+        passes: Dense passes over all rows.
         backend: "numpy" or "mlx" for the dense products; None is MLX if its default device is a
             GPU, else numpy.
 
@@ -83,10 +80,11 @@ def cluster_rows(
         raise ValueError(f"backend is {backend!r}, but must be 'numpy' or 'mlx'.")
 
     rng = np.random.default_rng(seed)
-    points = _points(rows, metric, spherical, rng, BACKENDS[backend])
+    bar = Counter("Clustering", len(rows) * passes, "row")
+    points = yield from _points(rows, metric, spherical, rng, bar, BACKENDS[backend])
     # only distances matter there, and the last column would hide small ones of them
     alike = points if spherical else points[:, :-1]
-    grouped, others = _group_duplicates(alike, cluster_size, rng)
+    grouped, others = yield from _group_duplicates(alike, cluster_size, rng, bar)
     n_clusters = -(-len(others) // cluster_size)
     token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
     token_ids[: len(grouped)] = grouped
@@ -94,23 +92,30 @@ def cluster_rows(
         capacity = len(others) // n_clusters + (np.arange(n_clusters) < len(others) % n_clusters)
         if len(grouped):
             points = _to_the_front(points, others)
-        members = _balanced_kmeans(points, capacity, spherical, rng, progress, BACKENDS[backend])
+        members = yield from _balanced_kmeans(
+            points, capacity, spherical, passes, rng, bar, BACKENDS[backend]
+        )
         for column, ids in enumerate(members):
             token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
     return np.sort(token_ids, axis=1)
 
 
 def _points(
-    rows: np.ndarray, metric: np.ndarray | None, spherical: bool, rng: np.random.Generator, xp
-) -> np.ndarray:
+    rows: np.ndarray,
+    metric: np.ndarray | None,
+    spherical: bool,
+    rng: np.random.Generator,
+    bar: Counter,
+    xp,
+) -> Steps[np.ndarray]:
     """The points to cluster, the only copy of the rows.
 
     Returns:
-        (V, D) of norm 1 if ``spherical``. All zero vectors get the same random direction, which
-        makes them near-duplicates. Otherwise (V, D + 1): the rows less their mean, and a column of
+        (V, d) of norm 1 if ``spherical``. All zero vectors get the same random direction, which
+        makes them near-duplicates. Otherwise (V, d + 1): the rows less their mean, and a column of
         ones.
     """
-    vocab_size, hidden_size = rows.shape
+    vocab_size, hidden_size = len(rows), (rows if metric is None else metric).shape[1]
     points = np.ones((vocab_size, hidden_size + (not spherical)), dtype=np.float32)
     mapped = points[:, :hidden_size]
     if metric is not None:
@@ -120,6 +125,7 @@ def _points(
         mapped[start : start + len(block)] = (
             block if metric is None else np.asarray(xp.array(block) @ metric)
         )
+        yield bar.step()
     if not spherical:  # keeps distances, and products lose fewer digits
         mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
         return points
@@ -150,8 +156,8 @@ def _squares(vectors: np.ndarray) -> np.ndarray:
 
 
 def _group_duplicates(
-    points: np.ndarray, cluster_size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+    points: np.ndarray, cluster_size: int, rng: np.random.Generator, bar: Counter
+) -> Steps[tuple[np.ndarray, np.ndarray]]:
     """Groups large sets of nearly identical rows, such as those of unused tokens.
 
     Thousands of them would list the same few centroids, and the fill would list them again for
@@ -167,6 +173,7 @@ def _group_duplicates(
     n_near = np.zeros(len(sample), dtype=np.int64)
     for start in range(0, len(points), BLOCK_ROWS):
         n_near += _near(points[start : start + BLOCK_ROWS], points[sample], middle).sum(axis=0)
+        yield bar.step()
     groups = [np.empty((0, cluster_size), dtype=np.int64)]
     left = np.ones(len(points), dtype=bool)
     for i in np.argsort(-n_near, kind="stable"):
@@ -193,10 +200,11 @@ def _balanced_kmeans(
     points: np.ndarray,
     capacity: np.ndarray,
     spherical: bool,
+    passes: int,
     rng: np.random.Generator,
-    progress: bool,
+    bar: Counter,
     xp,
-) -> list[np.ndarray]:
+) -> Steps[list[np.ndarray]]:
     """Balanced k-means.
 
     Args:
@@ -209,21 +217,17 @@ def _balanced_kmeans(
         which are the first clusters.
     """
     n_points, n_clusters = len(points), len(capacity)
-    large = n_points * points.shape[1] * n_clusters > LARGE_PRODUCT
-    passes, parts = (LARGE_PASSES, LARGE_PARTS) if large else (PASSES, 1)
+    bar.total = n_points * passes
     members = [rng.permutation(n_points)[:n_clusters]]
     prices = np.zeros(n_clusters, dtype=np.float32)
     length = min(LIST_LENGTH, n_clusters)
-    ids = np.empty((n_points, length), dtype=np.int64)
-    scores = np.empty((n_points, length), dtype=np.float32)
     every = np.arange(n_points)
-    for iteration in tqdm(range((passes - 1) * parts + 1), desc="Clustering", disable=not progress):
+    for iteration in range(passes):
         centroids = _centroids(points, members, spherical)
-        # The first iteration lists all points, a later one every ``parts``-th point.
-        part = slice((iteration - 1) % parts, None, parts) if iteration else slice(None)
-        ids[part], scores[part] = _shortlists(points, every[part], centroids, length, xp)
-        _update_prices(prices, ids, scores, capacity, PRICE_STEPS[min(iteration, 1)])
-        assigned = _fill(points, centroids, prices, ids, scores, capacity, xp)
+        ids, scores = yield from _shortlists(points, every, centroids, length, bar, xp)
+        n_steps = PRICE_STEPS[min(iteration, 1)]
+        yield from _update_prices(prices, ids, scores, capacity, n_steps, bar)
+        assigned = yield from _fill(points, centroids, prices, ids, scores, capacity, bar, xp)
         order = np.argsort(assigned, kind="stable")
         first = np.cumsum(capacity) - capacity
         members = [order[first[capacity > j] + j] for j in range(capacity[0])]
@@ -248,8 +252,8 @@ def _centroids(points: np.ndarray, members: list[np.ndarray], spherical: bool) -
 
 
 def _shortlists(
-    points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, length: int, xp
-) -> tuple[np.ndarray, np.ndarray]:
+    points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, length: int, bar: Counter, xp
+) -> Steps[tuple[np.ndarray, np.ndarray]]:
     """The best centroids of the points ``rows`` (R,), unordered.
 
     The centroids are dealt into buckets, and the best of each bucket is a candidate. A selection
@@ -279,12 +283,18 @@ def _shortlists(
         within = xp.argmax(xp.take_along_axis(products, buckets[:, None, :], axis=2), axis=1)
         ids[block] = np.asarray(within * n_buckets + buckets)
         scores[block] = np.asarray(xp.take_along_axis(best, buckets, axis=1))
+        yield bar.step(len(listed))
     return ids, scores
 
 
 def _update_prices(
-    prices: np.ndarray, ids: np.ndarray, scores: np.ndarray, capacity: np.ndarray, n_steps: int
-) -> None:
+    prices: np.ndarray,
+    ids: np.ndarray,
+    scores: np.ndarray,
+    capacity: np.ndarray,
+    n_steps: int,
+    bar: Counter,
+) -> Steps[None]:
     """Moves the prices (C,) in place until demand for each centroid meets its capacity."""
     step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
     for _ in range(n_steps):
@@ -292,6 +302,7 @@ def _update_prices(
         wanted = np.bincount(ids[np.arange(len(ids)), best], minlength=len(prices))
         prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
         step *= 0.95
+        yield bar.step()
 
 
 def _fill(
@@ -301,8 +312,9 @@ def _fill(
     ids: np.ndarray,
     scores: np.ndarray,
     capacity: np.ndarray,
+    bar: Counter,
     xp,
-) -> np.ndarray:
+) -> Steps[np.ndarray]:
     """The cluster of each point, (V,): cluster c gets exactly ``capacity[c]`` points.
 
     Points whose shortlist is full get a new shortlist among the open clusters.
@@ -317,8 +329,9 @@ def _fill(
         if not len(waiting):
             return assigned
         opened = np.flatnonzero(free)
-        listed, scores = _shortlists(
-            points, waiting, centroids[opened], min(LIST_LENGTH, len(opened)), xp
+        yield bar.step()
+        listed, scores = yield from _shortlists(
+            points, waiting, centroids[opened], min(LIST_LENGTH, len(opened)), bar, xp
         )
         ids = opened[listed]
         utilities = scores - prices[ids]

@@ -5,11 +5,12 @@ import time
 import numpy as np
 
 from ..head.matrix import Matrix
+from .clustering import PASSES, QUICK_PASSES
 from .options import IndexOptions
 
-# Passes over all centroids, and over all rows for each position, that take as long as clustering,
-# fitting and measuring.
-CLUSTER_PASSES, POSITION_PASSES = 8, 6
+# Passes over all centroids for each dense pass of the clustering, and over all rows for each
+# position, that take as long as clustering, fitting and measuring.
+CLUSTER_PASSES, POSITION_PASSES = 0.5, 6
 SAMPLE = 1024  # rows and columns of the product that measures the machine's speed
 
 
@@ -21,7 +22,8 @@ def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
         options: The options of the index.
     """
     n_clusters = -(-rows.n_rows // options.cluster_size)
-    passes = CLUSTER_PASSES * n_clusters + POSITION_PASSES * options.calibration_positions
+    n_passes = QUICK_PASSES if options.quick else PASSES
+    passes = CLUSTER_PASSES * n_passes * n_clusters + POSITION_PASSES * options.positions
     products = 2.0 * rows.n_rows * rows.hidden_size * passes / _operations_per_second()
     return options.calibration_seconds + products
 

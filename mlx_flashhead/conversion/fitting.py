@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from ..head.centroids import Centroids
 from ..head.formats import AFFINE_BITS, GROUPS, USUAL_GROUP, affine_group
 from ..head.matrix import Matrix, as_float32
 from .metric import BLOCK_STATES, checked_states, covariance
+from .steps import Step, Steps, stepwise
 
 BLOCK_CLUSTERS = 64  # at once, which bounds memory
 DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
@@ -49,21 +49,7 @@ def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
     return sums / real.sum(axis=1, keepdims=True, dtype=np.float32)
 
 
-def unit_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
-    """Means of the unit rows, scaled to norm 1: the paper's routing, for comparison.
-
-    Arguments and result are those of :func:`raw_means`.
-
-    Source: FlashHead, arXiv 2603.14591.
-    """
-    return _unit(raw_means(_unit(as_float32(rows)), token_ids))
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1)
-
-
+@stepwise
 def fit_centroids(
     rows: np.ndarray | mx.array,
     token_ids: np.ndarray,
@@ -74,8 +60,7 @@ def fit_centroids(
     bits: int = 4,
     group_size: int = USUAL_GROUP,
     dtype: mx.Dtype = mx.float16,
-    progress: bool = True,
-) -> Centroids:
+) -> Steps[Centroids]:
     """Fits and quantizes the centroids.
 
     Without states they are the plain means, and b_c is the mean of the head's bias. A token that is
@@ -91,7 +76,6 @@ def fit_centroids(
         group_size: 32, 64 or 128. If it does not divide D it is 32. If 32 does not divide D either,
             the centroids stay floats.
         dtype: Of scales and offsets, or of the centroids if they stay unquantized.
-        progress: Show a progress bar.
 
     Raises:
         ValueError: If an argument is not as described, or a state is not finite.
@@ -114,7 +98,7 @@ def fit_centroids(
         centroids, covariance = means, np.eye(hidden_size)
     else:
         states = checked_states(states, hidden_size)
-        moments = _moments(rows, means, token_ids, states, head_bias, progress)
+        moments = yield from _moments(rows, means, token_ids, states, head_bias)
         covariance = moments.covariance
         # max: equal states have no variance, and the means are kept
         penalty = ridge * max(np.trace(covariance) / hidden_size, 1e-12)
@@ -155,8 +139,7 @@ def _moments(
     token_ids: np.ndarray,
     states: np.ndarray,
     head_bias: np.ndarray,
-    progress: bool,
-) -> _Moments:
+) -> Steps[_Moments]:
     n_states, hidden_size = states.shape
     n_clusters = len(token_ids)
     state_mean, state_covariance = covariance(states)
@@ -166,7 +149,7 @@ def _moments(
     squares = np.zeros(n_clusters)
     cross = np.zeros((n_clusters, hidden_size))
     slot_bias = np.append(head_bias, -np.inf).astype(np.float32)  # leaves padded slots out
-    for start in tqdm(range(0, n_clusters, BLOCK_CLUSTERS), desc="Fitting", disable=not progress):
+    for start in range(0, n_clusters, BLOCK_CLUSTERS):
         part = slice(start, start + BLOCK_CLUSTERS)
         slots = token_ids[part].T  # (cluster_size, c): sums over a cluster run along axis 0
         columns = rows[np.minimum(slots, len(rows) - 1)].reshape(-1, hidden_size).T
@@ -178,6 +161,7 @@ def _moments(
             total[part] += residuals.sum(axis=0, dtype=np.float64)
             squares[part] += np.square(residuals, dtype=np.float64).sum(axis=0)
             cross[part] += residuals.T @ centred_block
+            yield Step("Fitting", min(start + BLOCK_CLUSTERS, n_clusters), n_clusters, "cluster")
     mean = total / n_states
     return _Moments(
         state_mean=state_mean,

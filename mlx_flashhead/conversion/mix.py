@@ -1,10 +1,10 @@
-"""The mix of texts for calibration: text that the model writes, and given text of many kinds.
+"""The texts for calibration: given text of many kinds, and answers that the model writes.
 
 Self-written text alone is a narrow teacher and an easy judge (docs/how-it-works.md). The last
 quarter of each kind is held out: it chooses the probes and makes the report.
 """
 
-import time
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -13,85 +13,134 @@ from ..models.locate import HeadLocation
 from .calibration import beginning_of_text, generated_states, read_windows, windows_of
 from .given_text import ASIAN, DIALOGUE, EUROPEAN, KINDS, dialogues, given_documents
 from .positions import Positions
-from .prompts import chat_prompts, varied_prompts
+from .prompts import chat_prompts
+from .steps import Steps, Stopwatch, stepwise
 
-ANSWERS, SELF_WRITTEN = "answers, greedy", "self-written"
-MIX_WINDOW = 256  # positions; longer windows take more time and gain little
-# Each human language has clusters of its own, so there are more and shorter windows of them.
-LANGUAGES_WINDOW = 64
+ANSWERS = {"answers, greedy": 0.0, "answers, sampled": 1.0}  # and their temperatures
+WINDOW = 64  # positions; longer windows take longer steps and gain nothing
 SHARES = {kind: 2 if kind in (EUROPEAN, ASIAN) else 1 for kind in KINDS}  # of the given text
 WRITTEN_SHARE = 1 / 6  # of the positions, since written text costs more time and teaches less
-READING_SHARE = 1 / 2  # of the time, for given text; a slow machine would leave none for writing
+WRITING_SHARE = 1 / 2  # of the time at most
 HELD_OUT_SHARE = 1 / 4  # of each kind
 LEAST_WINDOW = 8  # tokens; shorter rests are left out
 
 
-class GivenText:
-    """Given text in windows, of each kind its share of ``positions`` at most.
+@stepwise
+def mixed_positions(
+    model: nn.Module,
+    tokenizer: Any,
+    location: HeadLocation,
+    positions: int,
+    *,
+    written_share: float = WRITTEN_SHARE,
+    seed: int = 0,
+    limit: Stopwatch | None = None,
+    step_seconds: float = float("inf"),
+) -> Steps[Positions]:
+    """States of answers that the model writes, and of given text. Writing has half of the time.
+
+    Args:
+        model: A dense mlx-lm model.
+        tokenizer: Its tokenizer.
+        location: Its head.
+        positions: Approximate number; fewer if the given text is shorter or the time limit comes.
+        written_share: Share of the positions that the model writes.
+        seed: Seed of the written text. The given text is always the same.
+        limit: Time limit of writing and reading together.
+        step_seconds: About the longest time of a step that reads.
+    """
+    limit = limit or Stopwatch()
+    n_written = len(ANSWERS) * round(written_share * positions / len(ANSWERS))
+    written = yield from _written(model, tokenizer, location, n_written, seed, limit)
+    given = yield from _given(
+        model, tokenizer, location, positions - n_written, limit, step_seconds
+    )
+    return Positions.joined([*given, *written])
+
+
+def _given(
+    model: nn.Module,
+    tokenizer: Any,
+    location: HeadLocation,
+    positions: int,
+    limit: Stopwatch,
+    step_seconds: float,
+) -> Steps[list[Positions]]:
+    """States of given text, of each kind its share of ``positions`` at most.
 
     The kinds take turns, so that a time limit shortens all of them.
     """
+    token_ids = {
+        kind: [list(tokenizer.encode(document)) for document in documents]
+        for kind, documents in given_documents().items()
+    }
+    token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
+    beginning = beginning_of_text(tokenizer)
+    ends = np.cumsum([0, *(SHARES[name] for name in token_ids)])
+    wanted_of = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
+    placed: list[tuple[float, str, list[int]]] = []
+    for (name, documents), wanted in zip(token_ids.items(), wanted_of, strict=True):
+        before = 0
+        for window in _chosen_windows(documents, beginning, wanted):
+            placed.append((before / wanted, name, window))
+            before += len(window) - 1
+    placed.sort(key=lambda one: one[0])
+    states = yield from read_windows.steps(
+        model,
+        location,
+        [window for *_, window in placed],
+        [beginning] * len(placed),
+        limit=limit,
+        stage="Reading given text",
+        step_seconds=step_seconds,
+    )
+    parts = []
+    for kind in token_ids:
+        read = [
+            (of_window, np.array(window[1:], dtype=np.int64))
+            for (_, name, window), of_window in zip(placed, states, strict=True)
+            if name == kind and len(of_window)
+        ]
+        if read:
+            of_kind, next_ids = (np.concatenate(arrays) for arrays in zip(*read, strict=True))
+            parts.append(Positions.of_one_kind(kind, of_kind, next_ids, HELD_OUT_SHARE))
+    return parts
 
-    def __init__(self, model: nn.Module, tokenizer, location: HeadLocation, positions: int):
-        self._model, self._location = model, location
-        token_ids = {
-            kind: [list(tokenizer.encode(document)) for document in documents]
-            for kind, documents in given_documents().items()
-        }
-        token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
-        self._beginning = beginning_of_text(tokenizer)
-        self._names = tuple(token_ids)
-        ends = np.cumsum([0, *(SHARES[name] for name in self._names)])
-        wanted_of = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
-        placed = []
-        for kind, (name, wanted) in enumerate(zip(self._names, wanted_of, strict=True)):
-            length = MIX_WINDOW if SHARES[name] == 1 else LANGUAGES_WINDOW
-            before = 0
-            for window in _chosen_windows(token_ids[name], self._beginning, wanted, length):
-                placed.append((before / wanted, kind, window))
-                before += len(window) - 1
-        placed.sort(key=lambda one: one[:2])
-        self._kinds = [kind for _, kind, _ in placed]
-        self._windows = [window for *_, window in placed]
-        self._states: list[np.ndarray | None] = [None] * len(placed)
 
-    def read(self, seconds: float, *, progress: bool = True) -> None:
-        """Reads windows that are not read yet until the time is up, a few at least."""
-        places = [i for i, states in enumerate(self._states) if states is None]
-        if not places:
-            return
-        found = read_windows(
-            self._model,
-            self._location,
-            [self._windows[i] for i in places],
-            [self._beginning] * len(places),
-            seconds=seconds,
-            description="Reading given text",
-            progress=progress,
+def _written(
+    model: nn.Module,
+    tokenizer: Any,
+    location: HeadLocation,
+    positions: int,
+    seed: int,
+    limit: Stopwatch,
+) -> Steps[list[Positions]]:
+    """States of answers that the model writes: half of them greedy, half sampled.
+
+    There are fewer positions if their share of the time is over first.
+    """
+    parts: list[Positions] = []
+    wanted = positions // len(ANSWERS)
+    share = WRITING_SHARE * limit.left / len(ANSWERS)
+    for place, (name, temperature) in enumerate(ANSWERS.items() if wanted else ()):
+        states, next_ids = yield from generated_states.steps(
+            model,
+            tokenizer,
+            location,
+            chat_prompts(tokenizer, np.random.default_rng([seed, place])),
+            wanted,
+            seed=seed,
+            temperature=temperature,
+            limit=limit,
+            until=limit.left - share,
+            stage="Writing answers",
         )
-        for i, states in zip(places, found, strict=True):
-            if len(states):
-                self._states[i] = states
-
-    def positions(self) -> Positions:
-        """The states that are read."""
-        parts = []
-        for kind, name in enumerate(self._names):
-            states, next_ids = [], []
-            for of, window, read in zip(self._kinds, self._windows, self._states, strict=True):
-                if of == kind and read is not None:
-                    states.append(read)
-                    next_ids.append(np.array(window[1:], dtype=np.int64))
-            if states:
-                parts.append(
-                    Positions.of_one_kind(
-                        name, np.concatenate(states), np.concatenate(next_ids), HELD_OUT_SHARE
-                    )
-                )
-        return Positions.joined(parts)
+        if len(states):
+            parts.append(Positions.of_one_kind(name, states, next_ids, HELD_OUT_SHARE))
+    return parts
 
 
-def _dialogue(tokenizer, messages: list[dict[str, str]]) -> list[int]:
+def _dialogue(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     if tokenizer.has_chat_template:
         return list(tokenizer.apply_chat_template(messages, tokenize=True))
     lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
@@ -99,9 +148,9 @@ def _dialogue(tokenizer, messages: list[dict[str, str]]) -> list[int]:
 
 
 def _chosen_windows(
-    documents: list[list[int]], beginning: list[int], positions: int, length: int
+    documents: list[list[int]], beginning: list[int], positions: int
 ) -> list[list[int]]:
-    """Windows of ``length`` of all documents in a fixed random order, up to some positions.
+    """Windows of all documents in a fixed random order, up to some positions.
 
     The first windows of all documents come before any second one.
     """
@@ -110,7 +159,7 @@ def _chosen_windows(
     for token_ids in documents:
         if beginning and token_ids[:1] == beginning:
             token_ids = token_ids[1:]
-        for place, window in enumerate(windows_of(token_ids, length)):
+        for place, window in enumerate(windows_of(token_ids, WINDOW)):
             placed.append((place, rng.random(), window))
     chosen = []
     for _, _, window in sorted(placed):
@@ -118,88 +167,3 @@ def _chosen_windows(
             chosen.append(window[: positions + 1])
             positions -= len(chosen[-1]) - 1
     return chosen
-
-
-def written_positions(
-    model: nn.Module,
-    tokenizer,
-    location: HeadLocation,
-    positions: int,
-    *,
-    seed: int = 0,
-    seconds: float = float("inf"),
-    progress: bool = True,
-) -> list[Positions]:
-    """States of text that the model writes: half of them greedy answers, half sampled text.
-
-    There are fewer positions if the time limit comes first. The answers have half of the time, and
-    the sampled text what they leave.
-    """
-    until = time.monotonic() + seconds
-    rng = np.random.default_rng(seed)
-    vocab_size = location.rows().n_rows
-    parts = []
-    answered = positions // 2
-    requests, beginnings = chat_prompts(tokenizer, rng), varied_prompts(tokenizer, vocab_size, rng)
-    for name, description, prompts, temperature, wanted, share in (
-        (ANSWERS, "Writing answers", requests, 0.0, answered, 1 / 2),
-        (SELF_WRITTEN, "Writing text", beginnings, 1.0, positions - answered, 1),
-    ):
-        states, next_ids = generated_states(
-            model,
-            tokenizer,
-            location,
-            prompts,
-            wanted,
-            seed=seed,
-            temperature=temperature,
-            seconds=share * (until - time.monotonic()),
-            description=description,
-            progress=progress,
-        )
-        if len(states):
-            parts.append(Positions.of_one_kind(name, states, next_ids, HELD_OUT_SHARE))
-    return parts
-
-
-def mixed_positions(
-    model: nn.Module,
-    tokenizer,
-    location: HeadLocation,
-    positions: int,
-    *,
-    seed: int = 0,
-    seconds: float = float("inf"),
-    progress: bool = True,
-) -> Positions:
-    """States of the mix: of text that the model writes, and of given text.
-
-    Reading has half of the time, writing has the rest, and what writing leaves goes to text that is
-    not read yet.
-
-    Args:
-        model: A dense mlx-lm model.
-        tokenizer: Its tokenizer.
-        location: Its head.
-        positions: Approximate number; fewer if the given text is shorter or the time limit comes.
-        seed: Seed of the written text. The given text is always the same.
-        seconds: Time limit of reading and writing together.
-        progress: Show bars.
-    """
-    until = time.monotonic() + seconds
-    n_written = round(WRITTEN_SHARE * positions)
-    given = GivenText(model, tokenizer, location, positions - n_written)
-    given.read(READING_SHARE * (until - time.monotonic()), progress=progress)
-    written = written_positions(
-        model,
-        tokenizer,
-        location,
-        n_written,
-        seed=seed,
-        seconds=until - time.monotonic(),
-        progress=progress,
-    )
-    left = until - time.monotonic()
-    if left > 0:
-        given.read(left, progress=progress)
-    return Positions.joined([given.positions(), *written])

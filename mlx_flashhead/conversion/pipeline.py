@@ -3,8 +3,8 @@
 A failed or interrupted conversion leaves nothing behind.
 """
 
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 from ..models.compat.utils import dequantize_model, save
 from ..models.dense import load_dense
 from ..models.fetch import resolve
-from ..models.locate import HeadLocation, check_plain_product, find_head
+from ..models.locate import check_plain_product, find_head
 from ..publishing.hub import reserve, sign_in
 from ..publishing.origin import card_metadata, find_origin
 from ..publishing.publish import (
@@ -32,23 +32,87 @@ from ..publishing.publish import (
     publish,
 )
 from ..publishing.recipe import make_recipe
-from .calibration import text_states
-from .indexing import build_index
-from .mix import HELD_OUT_SHARE, mixed_positions
-from .options import MIN_POSITIONS, NO_CALIBRATION, ConvertOptions, IndexOptions
-from .place import check_apart, check_place, check_room
-from .positions import Positions
-from .probes import Goals
+from .build import IndexBuild, cut_short, index_nbytes
+from .options import ConvertOptions, recipe_flags
+from .place import FILES_KEY, check_apart, check_place, check_room, files_of
 from .quantization import BodyRecipe, body_label, set_bits
+from .report import report_lines
 
 
-def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHeadConfig:
+def convert(
+    hf_path: str,
+    mlx_path: str = "mlx_model",
+    quantize: bool = False,
+    q_group_size: int | None = None,
+    q_bits: int | None = None,
+    q_mode: str = "affine",
+    dtype: str | None = None,
+    upload_repo: str | None = None,
+    revision: str | None = None,
+    dequantize: bool = False,
+    quant_predicate: Callable | str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    head_bits: int | None = None,
+    index_only: bool = False,
+    quick: bool = False,
+    cluster_size: int = 16,
+    n_probes: int | None = None,
+    target_agreement: float = 0.998,
+    target_kl: float = 0.03,
+    calibration: str = "mix",
+    calibration_positions: int = 12_000,
+    calibration_seconds: float = 120.0,
+    seed: int = 0,
+    base_model: str | None = None,
+    license: str | None = None,
+    upload: bool | str = False,
+    private: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> FlashHeadConfig:
     """Converts a model: ``mlx_lm.convert``'s arguments, in its order, and those of FlashHead.
 
     Args:
-        *arguments: Options of `ConvertOptions`: usually the model and the folder to write.
+        hf_path: A local folder (Hugging Face or mlx-lm, also quantized) or a Hub repository.
+        mlx_path: Folder to write.
+        quantize: Quantize the model.
+        q_group_size: Weights that share a scale; default: the mode's usual number.
+        q_bits: Bits per weight; default: the mode's usual number.
+        q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
+        dtype: Of the weights that are not quantized; default: an mlx-lm folder's own, else the
+            configuration's ``torch_dtype``.
+        upload_repo: Repository to upload the checkpoint to, as ``upload``.
+        revision: Branch, tag or commit of the repository.
+        dequantize: Undo the model's quantization.
+        quant_predicate: One of mlx-lm's mixed-bit recipes, or a function as mlx-lm takes it.
+        trust_remote_code: Allow the repository's own Python code.
+        head_bits: Bits of the head's rows, apart from the body's; default: as the model has it.
+        index_only: Make the FlashHead alone, a few MB that go beside the model in any of its
+            precisions.
+        quick: Less text and fewer passes: a fraction of the time, and a few more clusters per
+            token.
+        cluster_size: Tokens per cluster.
+        n_probes: Clusters scored per token. Default: with the check the number that is expected to
+            be fastest, without it the fewest that reach the targets.
+        target_agreement: Share of positions that must keep the dense head's best token without the
+            check, measured on the held-out part of the calibration.
+        target_kl: Greatest divergence from the dense head's distribution without the check, in
+            nats. The held-out part must reach half of it, since other texts are harder.
+        calibration: Text to calibrate on: "mix" of given text and of answers that the model writes,
+            "given" text alone, "none", or a file.
+        calibration_positions: Positions to calibrate on.
+        calibration_seconds: Seconds after which reading and writing the text is cut short.
+        seed: Seed of the clustering and of the answers that the model writes.
+        base_model: The model's repository, for a folder that does not name it: the card names it
+            and has its licence and language.
+        license: The model's licence as the Hub calls it, such as apache-2.0, for a card that does
+            not name it.
+        upload: Upload the checkpoint to the Hugging Face Hub, to this repository (without a name:
+            USER/MODEL-FlashHead-PRECISION). It is made before the long work.
+        private: Make the repository private if it is a new one.
+        overwrite: Replace the target folder if a conversion has written it.
         progress: Show bars and steps.
-        **options: The same by name.
 
     Returns:
         The stored settings with the measured report.
@@ -59,106 +123,70 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
             kept then.
         OSError: If the checkpoint cannot be written. Nothing is left behind.
     """
-    asked = ConvertOptions(*arguments, **options)
-    text = asked.calibration_text()
-    say = print if progress else (lambda *_: None)
-    target = Path(asked.mlx_path).expanduser()
-    check_place(target, asked.overwrite)
+    options = {name: value for name, value in locals().items() if name != "progress"}
+    return _convert(ConvertOptions(**options), print if progress else None)
+
+
+def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> FlashHeadConfig:
+    """Converts a model. Without ``say`` nothing is shown."""
+    progress = say is not None
+    say = say or (lambda _: None)
+    text = options.calibration_text()
+    target = Path(options.mlx_path).expanduser()
+    check_place(target, options.overwrite)
     with new_folder(target) as folder:
         # before the long work, since the Hub would refuse only at its end
-        user = sign_in() if asked.uploads else ""
-        repo_id = full_name(asked.repository, user) if asked.repository else None
-        source = resolve(asked.hf_path, asked.revision)
+        user = sign_in() if options.uploads else ""
+        repo_id = full_name(options.repository, user) if options.repository else None
+        source = resolve(options.hf_path, options.revision)
         check_apart(source, target)
-        origin = find_origin(asked.hf_path, source, asked.base_model, asked.license)
-        if asked.uploads:
+        origin = find_origin(options.hf_path, source, options.base_model, options.license)
+        if options.uploads:
             check_licence(origin, repo_id, target)
-        say(f"Loading {asked.hf_path}")
-        model, tokenizer, config = _load(source, asked, say)
+        say(f"Loading {options.hf_path}")
+        model, tokenizer, config = _load(source, options, say)
         location = find_head(model)
         check_plain_product(location)
-        label = body_label(_body(asked), config) or precision_label(location.rows())
-        name = checkpoint_name(origin, None if asked.index_only else label)
-        check_room(target, _nbytes(location.rows(), model, asked.index_only))
-        if asked.uploads:
+        label = body_label(_body(options), config) or precision_label(location.rows())
+        name = checkpoint_name(origin, None if options.index_only else label)
+        check_room(target, _nbytes(location.rows(), model, options.index_only))
+        if options.uploads:
             repo_id = repo_id or full_name(name, user)
-            reserve(repo_id, user, asked.private)
+            reserve(repo_id, user, options.private)
         mx.eval(model.parameters())
         recipe = make_recipe(
-            asked.flags(),
+            recipe_flags(options),
             model=origin.known_as,
             revision=origin.revision,
-            seed=asked.seed,
+            seed=options.seed,
             name=name,
-        ) | {"metadata": card_metadata(origin, "adapter" if asked.index_only else "quantized")}
-        index = make_index(model, tokenizer, location, asked, text, recipe, progress=progress)
+        ) | {"metadata": card_metadata(origin, "adapter" if options.index_only else "quantized")}
+        build = IndexBuild(model, tokenizer, location, options, text=text, recipe=recipe)
+        index = build.finish(progress=progress)
+        say("\n".join([*report_lines(index.config), *cut_short(index.config)]))
         say(f"Writing {target}")
         config.pop(CONFIG_KEY, None)
         try:
-            if asked.index_only:
-                write_companion(folder, index)
-            else:
+            if not options.index_only:
                 save(folder, str(source), model, tokenizer, config, donate_model=False)
-                write_index(folder, index)
+            index = _with_files(index, folder)
+            write = write_companion if options.index_only else write_index
+            write(folder, index)
             add_documents(folder, origin, index.config, target)
         except RuntimeError as error:  # MLX raises this for a full disk
             raise OSError(
                 f"{target} cannot be written ({error}): free some space or choose another "
-                "--mlx-path."
+                "`mlx_path`."
             ) from error
-    if asked.uploads:
-        say(f"Uploaded to {publish(target, repo_id, private=asked.private, say=say)}")
+    if options.uploads:
+        say(f"Uploaded to {publish(target, repo_id, private=options.private, say=say)}")
     return index.config
 
 
-def make_index(
-    model: nn.Module,
-    tokenizer: Any,
-    location: HeadLocation,
-    options: IndexOptions,
-    text: str | None,
-    recipe: dict[str, Any],
-    *,
-    progress: bool = True,
-    tables: bool = True,
-) -> FlashHeadIndex:
-    """Makes the index of a model in memory.
-
-    Args:
-        model: A dense mlx-lm model.
-        tokenizer: Its tokenizer.
-        location: Its head.
-        options: The options of the index.
-        text: Text of the file to calibrate on, if the options name one.
-        recipe: The recipe to store.
-        progress: Show bars and the choice.
-        tables: Show the measured report too.
-
-    Raises:
-        ValueError: If the text is too short, or an option does not fit the model.
-    """
-    positions = None
-    if options.calibration != NO_CALIBRATION:
-        positions = _calibrate(model, tokenizer, location, options, text, progress, tables)
-    return build_index(
-        location.rows(),
-        positions,
-        cluster_size=options.cluster_size,
-        n_probes=options.n_probes,
-        goals=Goals(options.target_agreement, options.target_kl),
-        eos_token_ids=tuple(tokenizer.eos_token_ids),
-        source="file" if text is not None else options.calibration,
-        seed=options.seed,
-        body_bytes=_body_bytes(model, location),
-        recipe=recipe,
-        progress=progress,
-        tables=tables,
-    )
-
-
-def index_nbytes(rows: Matrix) -> int:
-    """Approximate size of an index, from what is known before the work."""
-    return rows.n_rows * (4 + rows.hidden_size // 16)  # ids, centroids of 4 bits and small arrays
+def _with_files(index: FlashHeadIndex, folder: Path) -> FlashHeadIndex:
+    """The index with the names of the conversion's files, which `check_place` reads again."""
+    recipe = index.config.recipe | {FILES_KEY: files_of(folder)}
+    return replace(index, config=replace(index.config, recipe=recipe))
 
 
 def _load(
@@ -199,66 +227,6 @@ def _body(options: ConvertOptions) -> BodyRecipe | None:
     if not options.quantize:
         return None
     return BodyRecipe(options.q_group_size, options.q_bits, options.q_mode, options.quant_predicate)
-
-
-def _calibrate(
-    model: nn.Module,
-    tokenizer: Any,
-    location: HeadLocation,
-    options: IndexOptions,
-    text: str | None,
-    progress: bool,
-    tables: bool,
-) -> Positions:
-    """Positions of the text, or of the mix."""
-    if text is None:
-        start = time.monotonic()
-        found = mixed_positions(
-            model,
-            tokenizer,
-            location,
-            options.calibration_positions,
-            seed=options.seed,
-            seconds=options.calibration_seconds,
-            progress=progress,
-        )
-        if progress and tables and time.monotonic() - start > options.calibration_seconds:
-            print(
-                f"The time was up after {len(found):,} of {options.calibration_positions:,} "
-                "positions: mlx_flashhead.convert --calibration-seconds takes more."
-            )
-        return found
-    states, next_ids = text_states(
-        model,
-        tokenizer,
-        location,
-        text,
-        positions=options.calibration_positions,
-        progress=progress,
-    )
-    if len(states) < MIN_POSITIONS:
-        raise ValueError(
-            f"{options.calibration} has only {len(states)} positions to calibrate on: give a text "
-            "of some pages."
-        )
-    return Positions.of_one_kind("file", states, next_ids, HELD_OUT_SHARE)
-
-
-def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
-    """Bytes of all weights without the head and the embeddings, of which a token reads one row."""
-    beside = {id(location.module)}
-    beside |= {
-        id(module)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-    }
-    return sum(
-        array.nbytes
-        for module in model.modules()
-        if id(module) not in beside
-        for array in module.values()
-        if isinstance(array, mx.array)
-    )
 
 
 def _named_dtype(source: Path, config: dict) -> str | None:

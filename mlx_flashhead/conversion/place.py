@@ -1,51 +1,80 @@
 """The place of a conversion's result: it replaces nothing else, and the disk has room."""
 
+import os
 import shutil
 from pathlib import Path
 
-from ..index.files import is_written_here
+from ..index.files import CONFIG_NAME, FILE_NAME, SETTINGS_NAME, is_written_here, read_settings
+from ..publishing.licences import licence_files
+from ..publishing.origin import CARD_FILE
 
 GIGABYTE = 1e9
+FILES_KEY = "folder"  # of the recipe: the names of the files that a conversion has written
+LISTED = 3  # names of other files in a message
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of the files of a conversion, from its folder while it is written."""
+    settings = CONFIG_NAME if (folder / CONFIG_NAME).exists() else SETTINGS_NAME
+    return sorted({*(file.name for file in folder.iterdir()), FILE_NAME, settings})
 
 
 def check_place(target: Path, overwrite: bool) -> None:
     """Checks that the target may be written.
 
     Raises:
-        ValueError: If it exists and may not be replaced.
+        ValueError: If it exists and may not be replaced, or holds anything that a conversion has
+            not written.
     """
     if not target.exists():
         return
     if not target.is_dir():
-        raise ValueError(f"{target} is a file, not a folder: choose another --mlx-path.")
+        raise ValueError(f"{target} is a file, not a folder: choose another `mlx_path`.")
     if not overwrite:
         raise ValueError(
-            f"{target} exists already: choose another --mlx-path, or pass --overwrite to replace "
-            "it."
+            f"{target} exists already: choose another `mlx_path`, or `overwrite` to replace it."
         )
-    if any(target.iterdir()) and not is_written_here(target):
+    names = {file.name for file in target.iterdir()}
+    if names and not is_written_here(target):
         raise ValueError(
-            f"{target} was not written by mlx_flashhead.convert, so --overwrite does not replace "
-            "it: choose another --mlx-path, or delete it yourself."
+            f"{target} was not written by mlx_flashhead.convert, so `overwrite` does not replace "
+            "it: choose another `mlx_path`, or delete it yourself."
         )
+    if names:
+        written = read_settings(target).recipe.get(FILES_KEY, [])
+        written = {*written, CARD_FILE, *(file.name for file in licence_files(target))}
+        others = sorted(names - written)
+        if others:
+            some = ", ".join(others[:LISTED]) + (", …" if len(others) > LISTED else "")
+            raise ValueError(
+                f"{target} holds {some}, which no conversion has written: move that away, or "
+                "choose another `mlx_path`."
+            )
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Checks that the model's folder and the target are apart.
+    """Checks that the model's folder and the target are apart, by any path to them.
 
     Raises:
         ValueError: If the folders are the same, or one lies in the other.
     """
-    one, other = source.resolve(), target.resolve()
-    if one == other:
+    if _same(source, target):
         raise ValueError(
-            f"--mlx-path {target} is the folder of the model itself: choose another one."
+            f"`mlx_path` {target} is the folder of the model itself: choose another one."
         )
-    if one in other.parents or other in one.parents:
+    if _within(source, target) or _within(target, source):
         raise ValueError(
-            f"The model's folder {source} and --mlx-path {target} lie one inside the other: choose "
+            f"The model's folder {source} and `mlx_path` {target} lie one inside the other: choose "
             "a place beside it."
         )
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and os.path.samefile(one, other)
+
+
+def _within(folder: Path, outer: Path) -> bool:
+    return any(_same(parent, outer) for parent in folder.resolve().parents)
 
 
 def check_room(target: Path, nbytes: int) -> None:
@@ -63,5 +92,5 @@ def check_room(target: Path, nbytes: int) -> None:
     if free < nbytes:
         raise ValueError(
             f"{target} needs {nbytes / GIGABYTE:.2f} GB, but only {free / GIGABYTE:.2f} GB are "
-            "free there: free some space or choose another --mlx-path."
+            "free there: free some space or choose another `mlx_path`."
         )

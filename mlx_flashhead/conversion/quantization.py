@@ -50,10 +50,10 @@ def check_form(mode: str, bits: int | None, group_size: int | None) -> None:
     """
     of_mode = [one for one in FORMATS if one.mode == mode]
     if bits is not None:
-        check("--q-bits", bits, one_of(*sorted({one.bits for one in of_mode})))
+        check("q_bits", bits, one_of(*sorted({one.bits for one in of_mode})))
     if group_size is not None:
         groups = {size for one in of_mode for size in one.group_sizes}
-        check("--q-group-size", group_size, one_of(*sorted(groups)))
+        check("q_group_size", group_size, one_of(*sorted(groups)))
 
 
 def body_label(body: BodyRecipe | None, config: dict) -> str | None:
@@ -99,7 +99,7 @@ def set_bits(
         return model, config
     if head_bits is not None and head_bits > stored_bits:
         raise ValueError(
-            f"--head-bits {head_bits} is more than the {stored_bits} bits that this model's head "
+            f"`head_bits` {head_bits} is more than the {stored_bits} bits that this model's head "
             "has: convert from a checkpoint with a finer head, or leave the option out."
         )
     if head_bits is not None and head_bits < stored_bits < 16:
@@ -128,7 +128,7 @@ def set_bits(
     if head_bits is not None and head_bits != (head.bits if "scales" in head else 16):
         raise ValueError(
             "The head's width is not a multiple of the body's quantization group, so mlx-lm leaves "
-            "it out: choose a smaller --q-group-size, or leave --head-bits out."
+            "it out: choose a smaller `q_group_size`, or leave `head_bits` out."
         )
     return model, config
 
@@ -140,7 +140,7 @@ def _body_predicate(model: nn.Module, body: BodyRecipe | None):
         return body.predicate
     if body.predicate is not None:
         if body.mode != AFFINE:
-            raise ValueError("Mixed-bit recipes (--quant-predicate) need --q-mode affine.")
+            raise ValueError("Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.")
         return mixed_quant_predicate_builder(body.predicate, model, body.group_size or 64)
     return getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
@@ -151,5 +151,5 @@ def _group_size(width: int, asked: int | None) -> int:
         return group_size
     raise ValueError(
         f"The head's width {width} is not a multiple of a quantization group "
-        f"({asked or '64 or 32'}): leave --head-bits out."
+        f"({asked or '64 or 32'}): leave `head_bits` out."
     )

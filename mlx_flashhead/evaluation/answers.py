@@ -1,32 +1,40 @@
-"""How far whole greedy answers stay those of the dense model.
+"""How far whole greedy answers of the head alone, without a check, stay those of the dense model.
 
 The dense model answers each request once. As long as an answer is the same, so are the hidden
 states, and FlashHead chooses as the dense head does wherever the best token's cluster is among the
 probes. So the states along the dense answer tell, for every number of probes, where the answers
-part; only those that do are generated again.
+part.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
-from itertools import chain
+from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from ..common.quantities import percent
+from ..common.tables import new_table
 from ..conversion.calibration import read_windows
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..models.compat.generate import BatchGenerator
 from ..models.cpu_products import numpy_products
+from ..models.install import installed_head
 from ..models.locate import find_head
-from .text import bytes_share, check_probe_counts, installed_head
+from .text import bytes_share, check_probe_counts
 
-CONFIDENCES = (0.0, 0.5, 0.8)  # of the dense head in its best token: from each to the next
+if TYPE_CHECKING:
+    from rich.table import Table
+
 BATCH_SIZE = 32
-BLOCK_LOGITS = 1 << 24
+LEGEND = """\
+identical  greedy answers that are the dense model's to the end
+parting    tokens that the others share with it, the median
+agreement  share of the dense answers' tokens that FlashHead would choose
+bytes      read per token, relative to the dense head"""
 
 
 @dataclass(frozen=True)
@@ -36,20 +44,16 @@ class AnswerMeasures:
     Attributes:
         n_probes: Clusters scored per position.
         identical: Share of answers that are the same to the end, 0 … 1.
-        median_parting: Tokens that the others share with the dense answer, the median; NaN where
+        median_parting: Tokens that the others share with the dense answer, the median; None where
             all are identical.
-        nats_per_token: How much less likely the dense model finds a token of FlashHead's answers
-            than one of its own, over all answers.
-        misses: Positions of the dense answers at which FlashHead would choose another token, by
-            the dense head's confidence in its own: below 0.5, 0.5 to 0.8, 0.8 and above.
+        agreement: Share of the dense answers' positions with the same choice, 0 … 1.
         bytes_share: Bytes read per token, relative to the dense head.
     """
 
     n_probes: int
     identical: float
-    median_parting: float
-    nats_per_token: float
-    misses: tuple[int, ...]
+    median_parting: float | None
+    agreement: float
     bytes_share: float
 
 
@@ -61,30 +65,26 @@ class AnswerEvaluation:
         requests: Number of requests.
         chat_template: Whether they went through one.
         tokens: Longest answer.
-        positions: Tokens of all dense answers, by confidence as ``AnswerMeasures.misses``.
-        n_probes: The checkpoint's own number of probes.
+        positions: Tokens of all dense answers.
+        n_probes: The model's own number of probes.
         n_clusters: Number of clusters.
-        measures: One entry a number of probes.
+        measures: One entry for each number of probes.
     """
 
     requests: int
     chat_template: bool
     tokens: int
-    positions: tuple[int, ...]
+    positions: int
     n_probes: int
     n_clusters: int
     measures: list[AnswerMeasures]
 
     def to_dict(self) -> dict:
         """JSON-ready."""
-        found = asdict(self)
-        for one in found["measures"]:
-            if one["median_parting"] != one["median_parting"]:
-                one["median_parting"] = None
-        return found
+        return asdict(self)
 
 
-def requests() -> list[str]:
+def usual_requests() -> list[str]:
     """The requests that are answered; calibration has others."""
     text = (resources.files(__package__) / "requests.txt").read_text(encoding="utf-8")
     return text.splitlines()
@@ -96,7 +96,7 @@ def evaluate_answers(
     *,
     probe_counts: Sequence[int] | None = None,
     tokens: int = 100,
-    asked: Sequence[str] | None = None,
+    requests: Sequence[str] | None = None,
     progress: bool = True,
 ) -> AnswerEvaluation:
     """Compares greedy answers of ``model`` with those of its dense head.
@@ -106,52 +106,33 @@ def evaluate_answers(
         tokenizer: Its tokenizer. Without a chat template the requests are texts to go on from.
         probe_counts: Numbers of probes, 1 … C; default: half, once and twice the model's own.
         tokens: Length at which an answer is cut.
-        asked: Requests; default: :func:`requests`.
-        progress: Show bars.
+        requests: What is asked; default: :func:`usual_requests`.
+        progress: Show a bar.
 
     Raises:
         ValueError: If the model has no FlashHead, or a number of probes is not valid.
     """
     head = installed_head(model)
     if probe_counts is None:
-        own = head.n_probes
-        probe_counts = [max(1, own // 2), own, min(2 * own, head.n_clusters)]
+        probe_counts = [max(1, head.n_probes // 2), head.n_probes]
+        probe_counts += [min(2 * head.n_probes, head.n_clusters)]
     probe_counts = check_probe_counts(head, probe_counts)
-    prompts = [_prompt(tokenizer, text) for text in (requests() if asked is None else asked)]
+    prompts = [
+        _prompt(tokenizer, text) for text in (usual_requests() if requests is None else requests)
+    ]
     with head.dense():
-        dense, states = _answers(model, tokenizer, prompts, tokens, "Answering, dense", progress)
-    chosen = np.array(list(chain(*dense)), dtype=np.int64)
-    confidence = np.exp(-_negative_log_likelihood(head, np.concatenate(states), chosen))
-    needed = _probes_needed(head, np.concatenate(states), chosen)
-    bins = np.digitize(confidence, CONFIDENCES) - 1
-    ends = np.cumsum([len(answer) for answer in dense])
+        answers = _greedy_answers(model, tokenizer, prompts, tokens, progress)
+    needed = _probes_needed(head, _states(model, prompts, answers), answers)
     measures = []
     for n_probes in probe_counts:
-        missed = needed > n_probes
-        by_answer = np.split(missed, ends[:-1])
-        parted = [i for i, of_answer in enumerate(by_answer) if of_answer.any()]
-        with head.settings(n_probes=n_probes, max_positions=BATCH_SIZE):
-            parted_answers, parted_states = _answers(
-                model,
-                tokenizer,
-                [prompts[i] for i in parted],
-                tokens,
-                f"Answering, {n_probes} probes",
-                progress,
-            )
-        kept = ~np.isin(np.repeat(np.arange(len(prompts)), np.diff(ends, prepend=0)), parted)
-        nll = [-np.log(confidence[kept])]
-        if parted:
-            own_ids = np.array(list(chain(*parted_answers)), dtype=np.int64)
-            nll.append(_negative_log_likelihood(head, np.concatenate(parted_states), own_ids))
-        partings = [int(by_answer[i].argmax()) for i in parted]
+        missed = [of_answer > n_probes for of_answer in needed]
+        partings = [int(of_answer.argmax()) for of_answer in missed if of_answer.any()]
         measures.append(
             AnswerMeasures(
                 n_probes=n_probes,
-                identical=1 - len(parted) / len(prompts),
-                median_parting=float(np.median(partings)) if partings else math.nan,
-                nats_per_token=float(np.concatenate(nll).mean() + np.log(confidence).mean()),
-                misses=_by_confidence(bins[missed]),
+                identical=1 - len(partings) / len(prompts),
+                median_parting=float(np.median(partings)) if partings else None,
+                agreement=1 - float(np.concatenate(missed).mean()),
                 bytes_share=bytes_share(head, n_probes),
             )
         )
@@ -159,11 +140,34 @@ def evaluate_answers(
         requests=len(prompts),
         chat_template=bool(tokenizer.has_chat_template),
         tokens=tokens,
-        positions=_by_confidence(bins),
+        positions=sum(map(len, answers)),
         n_probes=head.n_probes,
         n_clusters=head.n_clusters,
         measures=measures,
     )
+
+
+def make_table(evaluation: AnswerEvaluation) -> "Table":
+    """A line for each number of probes, the model's own in bold."""
+    way = "through the chat template" if evaluation.chat_template else "without a chat template"
+    table = new_table(
+        f"{evaluation.requests} requests {way}, at most {evaluation.tokens} tokens, "
+        f"{evaluation.n_clusters} clusters",
+        ("probes", "identical", "parting", "agreement", "bytes"),
+        LEGEND,
+        left=0,
+    )
+    for measured in evaluation.measures:
+        parting = measured.median_parting
+        table.add_row(
+            f"{measured.n_probes}",
+            percent(measured.identical, 1),
+            "–" if parting is None else f"{parting:.0f}",
+            percent(measured.agreement),
+            percent(measured.bytes_share, 1),
+            style="bold" if measured.n_probes == evaluation.n_probes else None,
+        )
+    return table
 
 
 def _prompt(tokenizer, text: str) -> list[int]:
@@ -173,84 +177,55 @@ def _prompt(tokenizer, text: str) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
-def _answers(
-    model: nn.Module,
-    tokenizer,
-    prompts: Sequence[list[int]],
-    tokens: int,
-    description: str,
-    progress: bool,
-) -> tuple[list[list[int]], list[np.ndarray]]:
-    """Greedy answers, and the states (n, D) from which their tokens were chosen.
-
-    The token that ends an answer is part of it.
-    """
-    answers: list[list[int]] = [[] for _ in prompts]
-    if not prompts:
-        return answers, []
+def _greedy_answers(
+    model: nn.Module, tokenizer, prompts: Sequence[list[int]], tokens: int, progress: bool
+) -> list[list[int]]:
+    """Greedy answers. The token that ends an answer is part of it."""
     generator = BatchGenerator(
         model,
         stop_tokens=[[token] for token in tokenizer.eos_token_ids],
         completion_batch_size=BATCH_SIZE,
         prefill_batch_size=BATCH_SIZE,
     )
-    uids = generator.insert(list(prompts), [tokens] * len(prompts))
-    place = {uid: i for i, uid in enumerate(uids)}
+    answers: dict[int, list[int]] = {
+        uid: [] for uid in generator.insert(list(prompts), [tokens] * len(prompts))
+    }
     with (
         numpy_products(),
-        tqdm(total=len(prompts), desc=description, unit="answer", disable=not progress) as bar,
+        tqdm(total=len(prompts), desc="Answering", unit="answer", disable=not progress) as bar,
     ):
         left = len(prompts)
         while left:
             for response in generator.next_generated():
-                answers[place[response.uid]].append(response.token)
+                answers[response.uid].append(response.token)
                 if response.finish_reason is not None:
                     left -= 1
                     bar.update()
     generator.close()
-    location = find_head(model)
-    # one pass over each gives the states
-    windows = [[*p, *answer] for p, answer in zip(prompts, answers, strict=True)]
-    read = read_windows(model, location, windows, [[]] * len(windows), progress=False)
-    return answers, [of_window[len(p) - 1 :] for p, of_window in zip(prompts, read, strict=True)]
+    return list(answers.values())
 
 
-def _by_confidence(bins: np.ndarray) -> tuple[int, ...]:
-    return tuple(np.bincount(bins, minlength=len(CONFIDENCES)).tolist())
+def _states(
+    model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> list[np.ndarray]:
+    """The states (n, D) from which each answer's n tokens were chosen, by one pass over it."""
+    windows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    read = read_windows(model, find_head(model), windows, [[]] * len(windows), progress=False)
+    return [states[len(p) - 1 :] for p, states in zip(prompts, read, strict=True)]
 
 
-def _negative_log_likelihood(
-    head: FlashHead, states: np.ndarray, token_ids: np.ndarray
-) -> np.ndarray:
-    """Of tokens (N,) under the dense head's distribution at states (N, D): (N,) nats."""
-    rows = head.clustered.token_rows()
-    weight = as_float32(rows.dequantized())
-    bias = 0.0 if rows.bias is None else as_float32(rows.bias)
-    found = np.empty(len(states))
-    size = max(1, BLOCK_LOGITS // len(weight))
-    for start in range(0, len(states), size):
-        part = slice(start, start + size)
-        logits = states[part] @ weight.T + bias
-        own = np.take_along_axis(logits, token_ids[part, None], axis=1)[:, 0]
-        best = logits.max(axis=1)
-        logits -= best[:, None]
-        found[part] = best - own + np.log(np.exp(logits, out=logits).sum(axis=1))
-    return found
-
-
-def _probes_needed(head: FlashHead, states: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-    """Probes with which each token (N,) is scored at its state (N, D): (N,) integers."""
+def _probes_needed(
+    head: FlashHead, states: Sequence[np.ndarray], answers: Sequence[list[int]]
+) -> list[np.ndarray]:
+    """For each answer: the probes with which each of its n tokens is scored, (n,) integers."""
     clustered = head.clustered
-    cluster_of = np.empty(head.vocab_size + 1, np.int64)
-    ids = np.array(clustered.token_ids)
-    cluster_of[ids.ravel()] = np.repeat(np.arange(len(ids)), ids.shape[1])
+    cluster_of = np.array(clustered.slot_of).astype(np.int64) // head.cluster_size
     matrix = as_float32(clustered.centroids.matrix.dequantized())
     bias = as_float32(clustered.route_bias)  # lifts the clusters that are always scored
-    needed = np.empty(len(states), np.int64)
-    size = max(1, BLOCK_LOGITS // len(matrix))
-    for start in range(0, len(states), size):
-        part = slice(start, start + size)
-        scores = states[part] @ matrix.T + bias
-        own = np.take_along_axis(scores, cluster_of[token_ids[part], None], axis=1)
-        needed[part] = 1 + (scores > own).sum(axis=1)
+    needed = []
+    for of_answer, tokens in zip(states, answers, strict=True):
+        scores = of_answer @ matrix.T + bias
+        own = np.take_along_axis(scores, cluster_of[tokens][:, None], axis=1)
+        needed.append(1 + (scores > own).sum(axis=1))
+        needed[-1][0] = 0  # the first token is chosen by the dense head
     return needed

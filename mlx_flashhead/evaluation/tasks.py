@@ -1,8 +1,8 @@
 """Evaluates a model by the tasks of lm-eval, through mlx-lm's own adapter to it.
 
 Choices are scored by their log-likelihood under the dense head, since unlikely tokens need exact
-logits too. Text is generated with FlashHead. Perplexity is measured under the dense head and under
-FlashHead's full logits, which hold estimates for the tokens that were not scored.
+logits too. Text is generated with FlashHead and its check. Perplexity is measured under the dense
+head and under FlashHead's full logits, which hold estimates for the tokens that were not scored.
 
 No other module needs lm-eval, which is an extra.
 """
@@ -14,18 +14,28 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval
 import mlx.core as mx
 import mlx.nn as nn
 from lm_eval.tasks import TaskManager
 
-from ..models.compat.evaluate import Adapter, chat_template_fn
+from ..common.tables import new_table
+from ..lossless.generation import batch_generate
+from ..models.compat.evaluate import Adapter, chat_template_fn, module
 from ..models.compat.replaced import replaced
 from ..models.install import installed_head
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 DENSE, FLASH_HEAD = "dense", "FlashHead"
+LEGEND = """\
+dense       log-likelihoods and perplexities under the dense head
+FlashHead   generated text, each token checked; perplexities with its estimates
+            for tokens that are not scored, an approximation of the dense ones
+±           standard error, where lm-eval has one"""
 GENERATED, ROLLING = "generate_until", "loglikelihood_rolling"
 
 
@@ -87,6 +97,10 @@ class TaskModel(Adapter):
         with self.head.dense(), replaced(self, _max_tokens=None):
             return super().loglikelihood(requests)
 
+    def generate_until(self, requests) -> list[str]:
+        with replaced(module, batch_generate=batch_generate):
+            return super().generate_until(requests)
+
     def loglikelihood_rolling(self, requests) -> list[float]:
         if self._estimated:
             return super().loglikelihood_rolling(requests)
@@ -120,7 +134,7 @@ def find_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
     """
     if folder is not None:
         if not Path(folder).is_dir():
-            raise ValueError(f"--include-path {folder}: there is no such folder.")
+            raise ValueError(f"{folder}: there is no such folder of tasks.")
         # lm-eval's own tasks take many seconds to list
         local = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= set(local.all_tasks):
@@ -172,7 +186,7 @@ def evaluate_tasks(
     """
     head = installed_head(model)
     if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}: give 1 or more.")
+        raise ValueError(f"batch_size is {batch_size}: give 1 or more.")
     lm = TaskModel(model, tokenizer, batch_size=batch_size, **options)
     mx.random.seed(seed)
 
@@ -223,6 +237,27 @@ def by_task(measures: Iterable[TaskMeasure]) -> dict[str, dict[str, float]]:
         if measure.stderr is not None:
             figures.setdefault(f"{measure.metric}_stderr,{measure.filter}", measure.stderr)
     return tasks
+
+
+def make_table(measures: Iterable[TaskMeasure]) -> "Table":
+    """A line for each task, metric and head."""
+    table = new_table(
+        None, ("task", "head", "metric", "shots", "samples", "value", "±"), LEGEND, left=3
+    )
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # some names are long
+    previous = None
+    for one in sorted(measures, key=lambda m: (m.task, m.metric, m.filter)):
+        if previous not in (None, one.task):
+            table.add_section()
+        table.add_row(
+            "" if one.task == previous else one.task,
+            one.head,
+            one.metric if one.filter == "none" else f"{one.metric} ({one.filter})",
+            *("–" if number is None else str(number) for number in (one.n_shots, one.samples)),
+            *("–" if x is None or x != x else f"{x:.4f}" for x in (one.value, one.stderr)),
+        )
+        previous = one.task
+    return table
 
 
 def _output_types(results: dict) -> dict[str, str]:

@@ -1,29 +1,35 @@
-"""Measures a FlashHead model on a text, beside the paper's routing on the same clusters.
-
-The paper's clusters follow the rows' directions, as those of a conversion without calibration do.
-Measure the paper's routing on such clusters.
+"""Measures a FlashHead on a text, against the dense head of the same model.
 
 Figures are of the head's output. A model that scales or caps its logits afterwards has the same
 agreement and coverage, but another perplexity.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..common.pictures import pyplot
+from ..common.quantities import percent
+from ..common.tables import new_table
 from ..conversion.calibration import text_states
-from ..conversion.fitting import unit_means
 from ..conversion.measures import USUAL_PROBES, Measures, Routing, measure
 from ..head.flash_head import FlashHead
-from ..head.matrix import Matrix
 from ..models.install import installed_head
 from ..models.locate import find_head
 
-FLASH_HEAD, UNIT_MEANS = "FlashHead", "unit means"
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LEGEND = """\
+agreement   same best token as the dense head
+coverage    the true next token is scored
+KL          from the dense head's distribution, in nats
+perplexity  relative to dense, with the estimates of the tail
+bytes       read per token, relative to the dense head"""
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,9 @@ class Evaluation:
     Attributes:
         positions: Number of positions.
         dense_perplexity: Of the true next tokens under the dense head.
-        n_probes: The checkpoint's own number of probes.
+        n_probes: The model's own number of probes.
         n_clusters: Number of clusters.
-        measures: One entry for each routing and number of probes.
+        measures: One entry for each number of probes.
         bytes_share: Bytes read per token relative to the dense head, by number of probes.
     """
 
@@ -48,16 +54,15 @@ class Evaluation:
 
     def to_dict(self) -> dict:
         """JSON-ready."""
-        rows = [
-            measured.to_dict() | {"bytes_share": self.bytes_share[measured.n_probes]}
-            for measured in self.measures
-        ]
         return {
             "positions": self.positions,
             "dense_perplexity": self.dense_perplexity,
             "n_probes": self.n_probes,
             "n_clusters": self.n_clusters,
-            "rows": rows,
+            "rows": [
+                measured.to_dict() | {"bytes_share": self.bytes_share[measured.n_probes]}
+                for measured in self.measures
+            ],
         }
 
 
@@ -68,7 +73,6 @@ def evaluate(
     *,
     probe_counts: Sequence[int] | None = None,
     positions: int | None = None,
-    seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
     """Measures ``model`` on ``text``.
@@ -79,7 +83,6 @@ def evaluate(
         text: A text that calibration has not seen.
         probe_counts: Numbers of probes, 1 … C; default: the usual ones and the model's own.
         positions: How many positions at most; default: all of the text's.
-        seed: Seed of the drawn probes.
         progress: Show bars.
 
     Raises:
@@ -93,28 +96,21 @@ def evaluate(
     states, next_ids = text_states(
         model, tokenizer, find_head(model), text, positions=positions, progress=progress
     )
-    token_ids = np.array(head.clustered.token_ids)
     rows = head.clustered.token_rows()
     weight = np.array(rows.dequantized().astype(mx.float32))
     bias = 0.0 if rows.bias is None else np.array(rows.bias.astype(mx.float32))
-    paper_centroids = _as_stage_1(unit_means(weight, token_ids), head)
-    routings = [
-        Routing(
-            FLASH_HEAD,
-            lambda h: np.array(head.cluster_scores(mx.array(h))),
-            np.array(head.clustered.centroids.tail_offset),
-            drawn=True,
-        ),
-        Routing(UNIT_MEANS, lambda h: h @ paper_centroids.T, None),
-    ]
+    routing = Routing(
+        "FlashHead",
+        lambda h: np.array(head.cluster_scores(mx.array(h))),
+        np.array(head.clustered.centroids.tail_offset),
+    )
     measures, dense_perplexity = measure(
         states,
         lambda h: h @ weight.T + bias,
-        token_ids,
-        routings,
+        np.array(head.clustered.token_ids),
+        [routing],
         probe_counts,
         next_ids,
-        seed=seed,
         progress=progress,
     )
     return Evaluation(
@@ -137,33 +133,58 @@ def check_probe_counts(head: FlashHead, probe_counts: Sequence[int]) -> list[int
     for n_probes in probe_counts:
         if not 1 <= n_probes <= head.n_clusters:
             raise ValueError(
-                f"--probes {n_probes} is not possible: this model has {head.n_clusters} clusters, "
+                f"{n_probes} probes are not possible: this model has {head.n_clusters} clusters, "
                 f"so choose 1 to {head.n_clusters}."
             )
     return probe_counts
 
 
-def row_bytes(rows: Matrix) -> float:
-    """Bytes that are stored for each row."""
-    return rows.nbytes / math.prod(rows.weight.shape[:-1])
-
-
-def bytes_read(head: FlashHead, n_probes: int, bytes_per_row: float) -> float:
-    """Bytes of weights read per token with rows of a given size: stage 1 + p clusters."""
-    routing_bytes = head.clustered.centroids.routing_bytes
-    return routing_bytes + n_probes * head.cluster_size * bytes_per_row
-
-
 def bytes_share(head: FlashHead, n_probes: int) -> float:
-    """Bytes of weights read per token, relative to the dense head."""
-    bytes_per_row = row_bytes(head.clustered.rows)
-    return bytes_read(head, n_probes, bytes_per_row) / (bytes_per_row * head.vocab_size)
+    """Bytes of weights read per token, stage 1 and p clusters, relative to the dense head."""
+    rows = head.clustered.rows
+    bytes_per_row = rows.nbytes / (head.n_clusters * head.cluster_size)
+    read = head.clustered.centroids.routing_bytes + n_probes * head.cluster_size * bytes_per_row
+    return read / (bytes_per_row * head.vocab_size)
 
 
-def _as_stage_1(centroids: np.ndarray, head: FlashHead) -> np.ndarray:
-    """Other centroids at the precision of the head's own, rounded to nearest."""
-    own = head.clustered.centroids.matrix
-    if not own.quantized:
-        return centroids
-    rounded = Matrix(mx.array(centroids)).quantize(**own.quantization)
-    return np.array(rounded.dequantized())
+def make_table(evaluation: Evaluation) -> "Table":
+    """A line for each number of probes, the model's own in bold."""
+    table = new_table(
+        f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, "
+        f"dense perplexity {evaluation.dense_perplexity:.2f}",
+        ("probes", "agreement", "coverage", "KL", "perplexity", "bytes"),
+        LEGEND,
+        left=0,
+    )
+    for measured in evaluation.measures:
+        table.add_row(
+            f"{measured.n_probes}",
+            percent(measured.agreement),
+            percent(measured.coverage),
+            f"{measured.kl:.3f}",
+            f"{measured.perplexity / evaluation.dense_perplexity:.3f}",
+            percent(evaluation.bytes_share[measured.n_probes], 1),
+            style="bold" if measured.n_probes == evaluation.n_probes else None,
+        )
+    return table
+
+
+def draw(evaluation: Evaluation, path: str) -> None:
+    """Draws agreement and coverage against the number of probes into a picture."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    probes = [measured.n_probes for measured in evaluation.measures]
+    for name, label in (
+        ("agreement", "same best token as the dense head"),
+        ("coverage", "true next token scored"),
+    ):
+        shares = [100 * getattr(measured, name) for measured in evaluation.measures]
+        axis.plot(probes, shares, marker="o", label=label)
+    axis.axvline(evaluation.n_probes, color="tab:gray", linestyle=":", label="as converted")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel=f"clusters scored of {evaluation.n_clusters:,}", ylabel="% of positions")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

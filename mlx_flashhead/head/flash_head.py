@@ -26,6 +26,8 @@ from .steps import Candidates, Selection
 # and JSON; so low that exp() of it is 0.
 NEVER_DRAWN = -1e4
 
+MOST_WAITING = 32  # states of a check: a product of more gains little
+
 # What a block of `settings` may change.
 SETTINGS = ("_n_probes", "_checked_probes", "_draw_temperature", "_project", "_max_positions")
 
@@ -54,6 +56,8 @@ class FlashHead:
             to the path.
 
     Attributes:
+        most_waiting: Proposals that wait for a check at most.
+        stays_dense: Whether proposals gain nothing on this machine.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
 
     Raises:
@@ -83,6 +87,8 @@ class FlashHead:
         if checked_probes is not None:
             self.checked_probes = checked_probes
         self.risk = risk or Risk()
+        self.most_waiting = MOST_WAITING
+        self.stays_dense = False
         self._draw_temperature: float | None = None
         self._project: Project | None = None
 
@@ -134,6 +140,16 @@ class FlashHead:
     @max_positions.setter
     def max_positions(self, value: int | None) -> None:
         self._max_positions = value
+
+    @property
+    def checked_positions(self) -> int:
+        """More rows than this at once are not worth proposals: their product reads each row once.
+
+        An estimate, as ``max_positions``.
+        """
+        if self._max_positions is not None:
+            return self._max_positions
+        return self._steps.max_positions(self.checked_probes)
 
     @property
     def max_positions_reason(self) -> str:

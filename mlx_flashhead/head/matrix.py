@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -143,6 +144,7 @@ class Matrix:
         ids = np.linspace(0, self.n_rows - 1, SAMPLE_ROWS).astype(np.uint32)
         return self.take(mx.array(ids))
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sample as stored, the dtypes and the shapes."""
         digest = hashlib.sha256()

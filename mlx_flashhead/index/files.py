@@ -102,8 +102,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
-        checksum = _checksum(arrays)
-        if metadata.get("checksum", checksum) != checksum:
+        if metadata.get("checksum") != _checksum(arrays):
             raise ValueError("Bytes have changed.")
     except (RuntimeError, ValueError) as error:
         raise ValueError(
@@ -119,7 +118,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
     if index is None:
         raise ValueError(
             f"{path} does not hold the arrays that its settings describe "
-            f"({config.n_clusters} clusters of {config.cluster_size}): {AGAIN}."
+            f"({config.n_clusters} clusters of {config.cluster_size}, no NaN): {AGAIN}."
         )
     return index
 
@@ -191,6 +190,8 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
         sketch = Sketch(arrays["sketch.directions"], arrays["sketch.lengths"])
     except KeyError:
         return None
+    if not all(map(_is_finite, arrays.values())):
+        return None
     groups = matrix.weight if matrix.scales is None else matrix.scales
     hidden_size = math.prod(groups.shape[1:]) * max(config.centroid_group_size, 1)
     n_slots = config.n_clusters * config.cluster_size
@@ -205,10 +206,14 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
     return FlashHeadIndex(config, np.array(token_ids), centroids, sketch) if fits else None
 
 
+def _is_finite(array: mx.array) -> bool:
+    return not mx.issubdtype(array.dtype, mx.floating) or bool(mx.isfinite(array).all())
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged, since it is not a JSON object: fetch it again.")

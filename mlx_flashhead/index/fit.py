@@ -26,7 +26,7 @@ def check_fit(index: FlashHeadIndex, rows: Matrix, source: str) -> str | None:
             f"The FlashHead in {source} is for {own_shape[0]} tokens of width {own_shape[1]}, but "
             f"the model has {shape[0]} of width {shape[1]}: {_REMEDY}."
         )
-    if rows.fingerprint() == config.fingerprint:
+    if rows.fingerprint == config.fingerprint:
         return None
     likeness = index.sketch.likeness(rows)
     apart = percent(likeness.length_change, 1)

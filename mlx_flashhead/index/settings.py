@@ -1,11 +1,13 @@
 """The settings of a FlashHead: everything but its arrays."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 FORMAT_VERSION = 1
 REQUIRED = {"vocab_size", "n_clusters", "cluster_size", "n_probes", "fingerprint"}
 AGAIN = "make it again with mlx_flashhead.convert"
+MOST_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position
 
 
 @dataclass(frozen=True)
@@ -16,16 +18,19 @@ class FlashHeadConfig:
         vocab_size: Tokens V of the model.
         n_clusters: Number of clusters C.
         cluster_size: Tokens per cluster n.
-        n_probes: Clusters scored per position, 1 … C.
+        n_probes: Clusters that the bare head scores per position, 1 … C.
         eos_token_ids: Tokens whose clusters are always among the probes.
         centroid_bits: Bits per centroid weight (4), or 16/32 for unquantized centroids.
         centroid_group_size: Quantization group of the centroids, 0 when unquantized.
-        calibration: Where the hidden states came from: ``source``, ``positions``, ``seed``.
-        report: Measured on held-out calibration positions: ``agreement``, ``coverage`` (shares of
-            positions), ``probes_needed`` at p50, p90 and p99, ``dense_perplexity``,
-            ``dense_bytes``, and ``by_probes``, which has figures for several numbers of probes.
-        lossless: What the checked loop needs: ``n_probes``, ``risk`` and ``by_probes``, shares of
-            positions at which the dense head chooses another token.
+        calibration: The hidden states that it was fitted on: ``source``, ``positions``, ``seed``;
+            ``quick`` if less was read on purpose, ``cut_short`` if the time limit came first.
+        report: Measured on held-out calibration positions: ``positions``, ``agreement``,
+            ``coverage`` (shares of them), ``kl``, ``perplexity_ratio``, ``dense_perplexity``,
+            ``dense_bytes``, ``by_probes`` with the same at several numbers of probes, and
+            ``choice``, a sentence on ``n_probes``.
+        lossless: For decoding with a check: ``n_probes``, the number that reads the fewest bytes;
+            ``risk`` that a proposal differs (`conversion/differences.py`); ``by_probes`` with the
+            shares ``greedy_differs`` and ``sampled_differs``. Empty without calibration.
         recipe: How the checkpoint was made: `recipe.py`.
         fingerprint: SHA-256 over 64 evenly spaced rows as stored.
         version: Version of the file format.
@@ -80,7 +85,32 @@ class FlashHeadConfig:
         numbers = [given.get(f.name, f.default) for f in fields(cls) if f.type is int]
         if given["eos_token_ids"] is None or _whole_numbers(numbers) is None:
             raise ValueError(f"{source} must hold whole numbers: {AGAIN}.")
-        return cls(**given)
+        if len(given["eos_token_ids"]) > MOST_END_TOKENS:
+            raise ValueError(
+                f"{source} names {len(given['eos_token_ids'])} tokens that end a text, more than "
+                f"{MOST_END_TOKENS}: {AGAIN}."
+            )
+        objects = ("calibration", "report", "lossless", "recipe")
+        if not all(isinstance(given.get(name, {}), dict) for name in objects):
+            raise ValueError(f"{source} must hold objects as {', '.join(objects)}: {AGAIN}.")
+        config = cls(**given)
+        if not _is_lossless(config.lossless, config.n_clusters):
+            raise ValueError(f"{source} has no valid settings of the check (lossless): {AGAIN}.")
+        return config
+
+
+def _is_lossless(values: dict[str, Any], n_clusters: int) -> bool:
+    """Whether these are the settings of a checked loop, or none."""
+    if not values:
+        return True
+    n_probes, risk = values.get("n_probes"), values.get("risk")
+    if type(n_probes) is not int or not 1 <= n_probes <= n_clusters or not isinstance(risk, dict):
+        return False
+    greedy, sampled = risk.get("greedy"), risk.get("sampled")
+    numbers = [*greedy, sampled] if isinstance(greedy, list | tuple) else []
+    return len(numbers) == 3 and all(
+        type(one) in (int, float) and math.isfinite(one) for one in numbers
+    )
 
 
 def _whole_numbers(values: Any) -> tuple[int, ...] | None:

@@ -1,7 +1,5 @@
-"""Puts a FlashHead on a model in memory: a given one, a kept one, or a new one."""
+"""Puts a FlashHead on a model in memory: a named one, a kept one, or a new one."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +7,15 @@ import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
 from ..head.proposal import Risk
-from ..index.files import FILE_NAME, FlashHeadIndex
 from ..index.fit import check_fit
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install
-from ..models.locate import find_head
+from ..models.locate import check_plain_product, find_head
 from ..models.tokenizers import name_of
 from ..publishing.origin import Origin
 from . import cache
-from .build import build as build_index
-from .look_up import Found, given
-
-BUILD, REFUSE, DENSE = "build", "refuse", "dense"
-Say = Callable[[str], None]
+from .build import build
+from .look_up import BUILD, DENSE, REFUSE, HeadOptions, StoredHead, named_head
 
 
 def attach(
@@ -53,43 +47,28 @@ def attach(
         ValueError: If there is none and none may be built, if it belongs to another model or is
             damaged, or if an argument is not valid. The model stays unchanged.
     """
-    name = Path(name_of(tokenizer) or type(model).__module__).name
-    origin = Origin(name)
-    say = teller(progress)
-    found = given(flash_head)
-    missing = BUILD if build else REFUSE
-    installed = install_found(
-        model, tokenizer, found, origin,
-        n_probes=n_probes, backend=backend, missing=missing, progress=progress, say=say,
-    )  # fmt: skip
-    assert installed is not None  # only DENSE leaves it out
-    return installed
+    options = HeadOptions(flash_head, BUILD if build else REFUSE, n_probes, backend, progress)
+    origin = Origin(Path(name_of(tokenizer) or type(model).__module__).name)
+    head = attach_head(model, tokenizer, named_head(options), origin, options)
+    assert head is not None  # only DENSE leaves it out
+    return head
 
 
-def install_found(
+def attach_head(
     model: nn.Module,
     tokenizer: Any,
-    found: Found | None,
+    stored: StoredHead | None,
     origin: Origin,
-    *,
-    n_probes: int | None,
-    backend: str | None,
-    missing: str = BUILD,
-    progress: bool,
-    say: Say,
+    options: HeadOptions,
 ) -> FlashHead | None:
-    """Installs the found FlashHead, else a kept one.
+    """Puts the stored FlashHead on a dense model, else a kept one, else a new one.
 
     Args:
         model: A dense model of mlx-lm or mlx-vlm.
         tokenizer: Its tokenizer or processor.
-        found: A FlashHead of the user's or of the model's folder.
+        stored: A FlashHead that the user names, or that lies in the model's folder.
         origin: Where the model is from.
-        n_probes: Clusters scored per token; default: the FlashHead's own number.
-        backend: "metal", "mlx" or None to choose.
-        missing: Without one, ``BUILD`` it, ``REFUSE``, or leave the model ``DENSE``.
-        progress: Show bars.
-        say: Called with a sentence at each step.
+        options: The user's choices.
 
     Returns:
         The FlashHead, or None for a model that stays dense.
@@ -99,72 +78,38 @@ def install_found(
     """
     if get_flash_head(model) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
+    may_stay_dense = options.missing == DENSE and stored is None
     try:
         location = find_head(model)
     except UnsupportedHeadError:
-        if missing == DENSE and found is None:
+        if may_stay_dense:
             return None
         raise
-    found = found or cache.find(location.rows(), say)
-    if found is None:
-        if missing == DENSE:
-            return None
-        if missing == REFUSE:
-            raise ValueError(
-                f"There is no FlashHead of {origin.known_as} yet, and none is built with "
-                "--no-build or in several processes: use the model without them once, name a "
-                "FlashHead (--flash-head), or stay --dense."
-            )
-        found = build_index(model, tokenizer, location, origin=origin, say=say, progress=progress)
-    return install_index(
-        model, found.index, n_probes=n_probes, backend=backend, source=found.source, say=say
-    )
-
-
-def install_index(
-    model: nn.Module,
-    index: FlashHeadIndex,
-    *,
-    n_probes: int | None = None,
-    backend: str | None = None,
-    source: str = FILE_NAME,
-    say: Callable[[str], None] = lambda _: None,
-) -> FlashHead:
-    """Installs a stored FlashHead on a model whose rows it was made from, or near ones.
-
-    Args:
-        model: A dense mlx-lm model.
-        index: The FlashHead.
-        n_probes: Clusters scored per token; default: the number that the index names.
-        backend: "metal", "mlx" or None to choose.
-        source: Source of the index, for messages.
-        say: Called with a sentence if the rows are near ones.
-
-    Raises:
-        ValueError: If the model has other rows, or an argument is not valid.
-    """
-    location = find_head(model)
-    near = check_fit(index, location.rows(), source)
+    rows = location.rows()
+    stored = stored or cache.find(rows, options.say)
+    if stored is None and may_stay_dense:
+        return None
+    if stored is None and options.missing == REFUSE:
+        raise ValueError(
+            f"There is no FlashHead of {origin.known_as} yet, and `build=False` or several "
+            "processes build none: use the model without them once, or name one as `flash_head`."
+        )
+    check_plain_product(location)
+    if stored is None:
+        stored = build(model, tokenizer, location, origin=origin, options=options)
+    index = stored.index
+    near = check_fit(index, rows, stored.source)
     if near is not None:
-        say(near)
+        options.say(near)
+    del rows  # the installation moves them
     return install(
         model,
         index.token_ids,
         index.centroids,
-        n_probes=index.config.n_probes if n_probes is None else n_probes,
-        checked_probes=index.config.checked_probes if n_probes is None else None,
+        n_probes=index.config.n_probes if options.n_probes is None else options.n_probes,
+        checked_probes=index.config.checked_probes if options.n_probes is None else None,
         risk=Risk.of_settings(index.config.lossless),
         eos_token_ids=index.config.eos_token_ids,
-        backend=backend,
+        backend=options.backend,
         location=location,
     )
-
-
-def teller(progress: bool) -> Say:
-    """A function that says a sentence on standard error, or nothing."""
-
-    def say(text: str) -> None:
-        if progress:
-            print(text, file=sys.stderr, flush=True)
-
-    return say

@@ -1,22 +1,23 @@
 """Builds the FlashHead of a model at its first use, and keeps it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Generator
 from contextlib import redirect_stdout
 from typing import Any
 
 import mlx.nn as nn
 
+from ..conversion.build import IndexBuild, cut_short, index_nbytes
 from ..conversion.duration import expected_seconds, in_words
-from ..conversion.options import IndexOptions
-from ..conversion.pipeline import index_nbytes, make_index
-from ..models.locate import HeadLocation, check_plain_product
+from ..conversion.options import IndexOptions, recipe_flags
+from ..conversion.steps import Step, take_all
+from ..models.locate import HeadLocation
 from ..models.tokenizers import text_side
 from ..publishing.origin import Origin, card_metadata
 from ..publishing.publish import checkpoint_name
 from ..publishing.recipe import make_recipe
 from . import cache
-from .look_up import Found
+from .look_up import HeadOptions, StoredHead
 
 INDEX_ONLY = "--index-only"
 
@@ -27,55 +28,82 @@ def build(
     location: HeadLocation,
     *,
     origin: Origin,
-    say: Callable[[str], None],
-    progress: bool = True,
-) -> Found:
+    options: HeadOptions,
+) -> StoredHead:
     """Builds a FlashHead, or waits for another process that builds it.
 
     Args:
-        model: A dense model of mlx-lm or mlx-vlm.
+        model: A dense model of mlx-lm or mlx-vlm, whose head is a plain product.
         tokenizer: Its tokenizer or processor.
         location: Its head.
         origin: Where the model is from.
-        say: Called with a sentence at each step.
-        progress: Show bars.
+        options: The user's choices.
 
     Raises:
         ValueError: If the model cannot have one.
     """
-    check_plain_product(location)
-    rows = location.rows()
+    steps = build_steps(model, tokenizer, location, origin=origin, options=options)
+    with redirect_stdout(sys.stderr):  # standard output is the command's own
+        stored = take_all(steps, progress=options.progress)
+    assert stored is not None  # it has waited
+    return stored
+
+
+def build_steps(
+    model: nn.Module,
+    tokenizer: Any,
+    location: HeadLocation,
+    *,
+    origin: Origin,
+    options: HeadOptions,
+    waits: bool = True,
+) -> Generator[Step, None, StoredHead | None]:
+    """The same in short steps. A build that is dropped between them leaves nothing behind.
+
+    Args:
+        waits: Wait for another process that builds it; else nothing is built then.
+
+    Returns:
+        The FlashHead, None if another process builds it.
+    """
+    rows, say = location.rows(), options.say
     place = cache.place_of(rows)
-    with cache.one_at_a_time(place, say):
-        found = cache.find(rows, lambda _: None)
-        if found is not None:
-            return found
-        options = IndexOptions()
-        options.check_size(rows.n_rows)
+    with cache.one_at_a_time(place, say, waits=waits) as free:
+        if not free:
+            return None
+        kept = cache.find(rows, lambda _: None)
+        if kept is not None:
+            return kept
+        of_index = IndexOptions(quick=True)
+        of_index.check_size(rows.n_rows)
         obstacle = cache.obstacle(place, index_nbytes(rows))
-        duration = in_words(expected_seconds(rows, options))
+        duration = in_words(expected_seconds(rows, of_index))
         say(
             f"Building the FlashHead of {origin.known_as}, which takes at most about {duration}. "
             + (f"It is kept in {place}." if obstacle is None else _not_kept(obstacle))
         )
+        del rows
         recipe = make_recipe(
-            {INDEX_ONLY: True},
+            {INDEX_ONLY: True} | recipe_flags(of_index),
             model=origin.known_as,
             revision=origin.revision,
-            seed=options.seed,
+            seed=of_index.seed,
             name=checkpoint_name(origin, None),
         ) | {"metadata": card_metadata(origin, "adapter")}
-        with redirect_stdout(sys.stderr):  # standard output is the command's own
-            text = text_side(model, tokenizer)
-            index = make_index(
-                model, text, location, options, None, recipe, progress=progress, tables=False
-            )
+        build = IndexBuild(model, text_side(model, tokenizer), location, of_index, recipe=recipe)
+        try:
+            yield from build
+        finally:
+            build.close()
+        index = build.index
+        for sentence in cut_short(index.config):
+            say(sentence)
         if obstacle is None:
             try:
                 cache.keep(index, place)
             except OSError as error:
                 say(_not_kept(error.strerror or str(error)))
-    return Found(index, str(place))
+    return StoredHead(index, str(place))
 
 
 def _not_kept(obstacle: str) -> str:

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,7 +20,7 @@ from ..head.matrix import Matrix
 from ..index.files import FlashHeadIndex, read_index, read_settings, write_companion
 from ..index.fit import check_fit
 from ..index.settings import FlashHeadConfig
-from .look_up import Found
+from .look_up import StoredHead
 
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 # Version of the recipe. A new one builds all FlashHeads again.
@@ -44,8 +44,10 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Its size on the disk."""
-        return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+        """Its size on the disk, as far as it can be read."""
+        with suppress(OSError):
+            return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+        return 0
 
     @property
     def built_at(self) -> float:
@@ -54,39 +56,48 @@ class Entry:
 
 
 def home() -> Path:
-    """The folder of kept FlashHeads: ``$MLX_FLASHHEAD_HOME``, else ``~/.cache/mlx_flashhead``."""
-    named = os.environ.get(HOME_VARIABLE)
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "mlx_flashhead"
+    """The folder of kept FlashHeads: ``$MLX_FLASHHEAD_HOME``, else ``~/.cache/mlx_flashhead``.
+
+    Raises:
+        ValueError: If it is that of a user who does not exist.
+    """
+    folder = os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"The home directory in {folder} is not known: set {HOME_VARIABLE} to a folder."
+        ) from error
 
 
 def entries() -> list[Entry]:
     """All kept FlashHeads, the latest first."""
     folders = [folder for folder in _shelf().glob("[!.]*") if folder.is_dir()]
-    found = []
+    kept = []
     for folder in folders:
         try:
-            found.append(Entry(folder, read_settings(folder)))
+            kept.append(Entry(folder, read_settings(folder)))
         except (ValueError, OSError):
-            found.append(Entry(folder, None))
-    return sorted(found, key=lambda entry: entry.built_at, reverse=True)
+            kept.append(Entry(folder, None))
+    return sorted(kept, key=lambda entry: entry.built_at, reverse=True)
 
 
 def place_of(rows: Matrix) -> Path:
     """The place of these rows' FlashHead, which may not exist yet."""
-    return _shelf() / f"{rows.fingerprint()[:_NAME_LENGTH]}-{RECIPE}"
+    return _shelf() / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
 
 
-def find(rows: Matrix, say: Say) -> Found | None:
+def find(rows: Matrix, say: Say) -> StoredHead | None:
     """The FlashHead that was built for these rows, or for another form of them.
 
     Args:
         rows: A model's, in token order.
         say: Called with a sentence for a damaged entry, which counts as missing.
     """
-    own = place_of(rows)
+    place = place_of(rows)
     try:
-        index = _read(own, say) if own.is_dir() else None
-        return _nearest(rows, own) if index is None else Found(index, str(own))
+        index = _read(place, say) if place.is_dir() else None
+        return _nearest(rows, place) if index is None else StoredHead(index, str(place))
     except OSError:  # what cannot be read is not there
         return None
 
@@ -116,12 +127,15 @@ def obstacle(place: Path, nbytes: int) -> str | None:
 
 
 def remove(entry: Entry) -> None:
-    """Deletes a FlashHead."""
-    shutil.rmtree(entry.folder)
+    """Deletes a FlashHead; of a link, the link alone."""
+    if entry.folder.is_symlink():
+        entry.folder.unlink()
+    else:
+        shutil.rmtree(entry.folder)
 
 
 @contextmanager
-def one_at_a_time(place: Path, say: Say) -> Iterator[None]:
+def one_at_a_time(place: Path, say: Say, *, waits: bool = True) -> Iterator[bool]:
     """Within the block, no other process builds the FlashHead of ``place``.
 
     Without a writable place there is no lock.
@@ -129,6 +143,7 @@ def one_at_a_time(place: Path, say: Say) -> Iterator[None]:
     Args:
         place: The FlashHead's place.
         say: Called with a sentence before it waits for another process.
+        waits: Wait for another process; else the block gets False while one builds.
     """
     lock = FileLock(home() / "locks" / f"{place.name}.lock")
     try:
@@ -136,25 +151,28 @@ def one_at_a_time(place: Path, say: Say) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not waits:
+                yield False
+                return
             say("Another process is building the FlashHead of this model: waiting for it.")
             lock.acquire()
     except OSError:
-        yield
+        yield True
         return
     with lock:
         lock.release()  # the block holds the lock itself
-        yield
+        yield True
 
 
 def _shelf() -> Path:
     return home() / "flash_heads"
 
 
-def _nearest(rows: Matrix, own: Path) -> Found | None:
+def _nearest(rows: Matrix, place: Path) -> StoredHead | None:
     """The entry with the nearest rows, if any are near enough."""
     best, best_cosine = None, 0.0
     for entry in entries():
-        of_this_recipe = entry.folder.name.endswith(f"-{RECIPE}") and entry.folder != own
+        of_this_recipe = entry.folder.name.endswith(f"-{RECIPE}") and entry.folder != place
         if not of_this_recipe or entry.config is None or entry.config.vocab_size != rows.n_rows:
             continue
         index = _read(entry.folder, lambda _: None)
@@ -166,7 +184,7 @@ def _nearest(rows: Matrix, own: Path) -> Found | None:
             continue
         cosine = index.sketch.likeness(rows).cosine
         if cosine > best_cosine:
-            best, best_cosine = Found(index, str(entry.folder)), cosine
+            best, best_cosine = StoredHead(index, str(entry.folder)), cosine
     return best
 
 

@@ -11,8 +11,8 @@ from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.sharded import load_dense_part
 from ..publishing.origin import local_origin
-from .attach import BUILD, DENSE, REFUSE, install_found, teller
-from .look_up import given, inside
+from .attach import attach_head
+from .look_up import BUILD, DENSE, REFUSE, HeadOptions, head_beside, named_head
 
 # A draft model's probes, as a share of its own number.
 DRAFT_SHARE = 1 / 4
@@ -61,13 +61,9 @@ def load(
         ValueError: If the model does not exist, if there is no FlashHead and none may be built, if
             it is damaged or belongs to another model, or if an argument is not valid.
     """
-    loaded = load_or(
-        BUILD if build else REFUSE,
+    loaded = load_with_head(
         resolve(path_or_hf_repo, revision),
-        flash_head=flash_head,
-        n_probes=n_probes,
-        backend=backend,
-        progress=progress,
+        HeadOptions(flash_head, BUILD if build else REFUSE, n_probes, backend, progress),
         tokenizer_config=tokenizer_config,
         model_config=model_config,
         adapter_path=adapter_path,
@@ -77,26 +73,13 @@ def load(
     return loaded if return_config else loaded[:2]
 
 
-def load_or(
-    missing: str,
-    folder: Path,
-    *,
-    flash_head: str | Path | None = None,
-    n_probes: int | None = None,
-    backend: str | None = None,
-    progress: bool = True,
-    **options: Any,
-):
-    """Loads a model as :func:`load` does, with a choice for a missing FlashHead.
+def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
+    """Loads the model of a folder and puts its FlashHead on it.
 
     Args:
-        missing: The choice, as in :func:`install_found`.
         folder: The model's folder.
-        flash_head: A folder or a Hugging Face repository of a FlashHead.
-        n_probes: Clusters scored per token; default: the FlashHead's own number.
-        backend: "metal", "mlx" or None to choose.
-        progress: Print steps and bars on standard error.
-        **options: Options of ``mlx_lm.load``.
+        options: The choices for its FlashHead.
+        **of_mlx_lm: Arguments of ``mlx_lm.load``.
 
     Returns:
         ``(model, tokenizer, config)``.
@@ -104,18 +87,14 @@ def load_or(
     Raises:
         ValueError: As in :func:`load`.
     """
-    say = teller(progress)
-    found = given(flash_head) or inside(folder, say)
-    model, tokenizer, config = load_dense(folder, **options)
-    install_found(
-        model, tokenizer, found, local_origin(folder),
-        n_probes=n_probes, backend=backend, missing=missing, progress=progress, say=say,
-    )  # fmt: skip
+    stored = named_head(options) or head_beside(folder, options)
+    model, tokenizer, config = load_dense(folder, **of_mlx_lm)
+    attach_head(model, tokenizer, stored, local_origin(folder), options)
     return model, tokenizer, config
 
 
 def load_draft(
-    path_or_hf_repo: str, *, n_probes: int | None = None, trust_remote_code: bool = False
+    path_or_hf_repo: str, *, draft_probes: int | None = None, trust_remote_code: bool = False
 ):
     """Loads a draft model, with its FlashHead if it has one. It builds none.
 
@@ -124,7 +103,7 @@ def load_draft(
 
     Args:
         path_or_hf_repo: A local folder or a Hugging Face repository.
-        n_probes: Clusters that its FlashHead scores per token.
+        draft_probes: Clusters that its FlashHead scores per token.
         trust_remote_code: Allow the repository's own Python code.
 
     Returns:
@@ -133,17 +112,19 @@ def load_draft(
     Raises:
         ValueError: As in :func:`load`. Also if a number of probes is given without a FlashHead.
     """
-    model, tokenizer, _ = load_or(
-        DENSE, resolve(path_or_hf_repo), n_probes=n_probes, trust_remote_code=trust_remote_code
+    model, tokenizer, _ = load_with_head(
+        resolve(path_or_hf_repo),
+        HeadOptions(missing=DENSE, n_probes=draft_probes),
+        trust_remote_code=trust_remote_code,
     )
     head = get_flash_head(model)
     if head is None:
-        if n_probes is not None:
+        if draft_probes is not None:
             raise ValueError(
                 f"{path_or_hf_repo} has no FlashHead, so it drafts without probes: leave "
-                "--draft-probes out."
+                "`draft_probes` out."
             )
-    elif n_probes is None:
+    elif draft_probes is None:
         head.n_probes = max(1, round(head.n_probes * DRAFT_SHARE))
     return model, tokenizer
 
@@ -186,9 +167,9 @@ def sharded_load(
         ValueError: If the model cannot be split in this way, if its head is split over the
             vocabulary, or as in :func:`load`.
     """
-    say = teller(progress)
+    options = HeadOptions(flash_head, REFUSE, n_probes, backend, progress)
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
-    found = given(flash_head) or inside(folder, say)
+    stored = named_head(options) or head_beside(folder, options)
     model, tokenizer, config = load_dense_part(
         path_or_hf_repo,
         pipeline_group,
@@ -196,8 +177,5 @@ def sharded_load(
         tokenizer_config=tokenizer_config,
         trust_remote_code=trust_remote_code,
     )
-    install_found(
-        model, tokenizer, found, local_origin(folder),
-        n_probes=n_probes, backend=backend, missing=REFUSE, progress=progress, say=say,
-    )  # fmt: skip
+    attach_head(model, tokenizer, stored, local_origin(folder), options)
     return (model, tokenizer, config) if return_config else (model, tokenizer)

@@ -1,14 +1,16 @@
-"""Finds a given FlashHead, or the one in the model's folder.
+"""What a user chooses of a FlashHead, and the look-up: a named one, or the one beside the model.
 
 It asks the network only for repositories that the user names.
 """
 
 import argparse
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.arguments import whole_number
+from ..common.terminal import printable
 from ..index.files import (
     CONFIG_NAME,
     FILE_NAME,
@@ -21,10 +23,36 @@ from ..index.files import (
 from ..models.fetch import resolve
 
 FILES = [FILE_NAME, SETTINGS_NAME, CONFIG_NAME]
+BUILD, REFUSE, DENSE = "build", "refuse", "dense"
 
 
 @dataclass(frozen=True)
-class Found:
+class HeadOptions:
+    """How a model gets its FlashHead.
+
+    Attributes:
+        flash_head: A folder or a Hugging Face repository of a FlashHead; default: the one in the
+            model's folder, else the one that was built for the model before.
+        missing: Without any, ``BUILD`` it, ``REFUSE``, or leave the model ``DENSE``.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
+        backend: "metal", "mlx" or None to choose.
+        progress: Print steps and bars on standard error.
+    """
+
+    flash_head: str | Path | None = None
+    missing: str = BUILD
+    n_probes: int | None = None
+    backend: str | None = None
+    progress: bool = True
+
+    def say(self, text: str) -> None:
+        """Prints a sentence on standard error, if there is progress to be shown."""
+        if self.progress:
+            print(printable(text), file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class StoredHead:
     """A FlashHead and its source.
 
     Attributes:
@@ -36,44 +64,47 @@ class Found:
     source: str
 
 
-def given(flash_head: str | Path | None) -> Found | None:
-    """The FlashHead that the user names.
-
-    Args:
-        flash_head: A folder or a Hugging Face repository; None: none is named.
+def named_head(options: HeadOptions) -> StoredHead | None:
+    """The FlashHead that the user names, or None.
 
     Raises:
-        ValueError: If the folder or repository does not exist or does not hold a FlashHead.
+        ValueError: If it does not exist, or is damaged.
     """
-    if flash_head is None:
+    if options.flash_head is None:
         return None
-    folder = resolve(str(flash_head), files=FILES)
+    folder = resolve(str(options.flash_head), files=FILES)
     if not is_written_here(folder):
         raise ValueError(
-            f"{flash_head} holds no FlashHead: name another one, or leave it out and one is found "
-            "or built."
+            f"{options.flash_head} holds no FlashHead: name another one, or leave it out and one "
+            "is found or built."
         )
-    return Found(read_index(folder), str(flash_head))
+    return StoredHead(read_index(folder), str(options.flash_head))
 
 
-def inside(folder: Path, say: Callable[[str], None]) -> Found | None:
-    """The FlashHead in a model's folder.
-
-    Args:
-        folder: The model's folder.
-        say: Called with a sentence if the settings name a missing index.
+def head_beside(folder: Path, options: HeadOptions) -> StoredHead | None:
+    """The FlashHead in a model's folder, or None.
 
     Raises:
         ValueError: If it is damaged or of another version.
     """
     if has_flash_head(folder):
-        return Found(read_index(folder), str(folder))
+        return StoredHead(read_index(folder), str(folder))
     if is_written_here(folder):
-        say(
+        options.say(
             f"{folder} names a FlashHead, but {FILE_NAME} is missing (other programs leave it out "
             "when they save the model), so another one is used."
         )
     return None
+
+
+def add_head_options(group: Any) -> None:
+    """Adds ``--n-probes``, ``--flash-head`` and ``--no-build`` to a command's arguments."""
+    group.add_argument(
+        "--n-probes",
+        type=whole_number(1),
+        help="Clusters scored per token (default: the FlashHead's own number).",
+    )
+    add_look_up_options(group)
 
 
 def add_look_up_options(group: Any) -> None:
@@ -100,5 +131,16 @@ def add_check_option(group: Any) -> None:
 
 
 def look_up_options(args: argparse.Namespace) -> dict[str, Any]:
-    """These flags as arguments of ``load``."""
+    """``--flash-head`` and ``--no-build`` as arguments of ``load``."""
     return {"flash_head": args.flash_head, "build": not args.no_build}
+
+
+def head_options(args: argparse.Namespace, *, dense: bool = False) -> HeadOptions:
+    """The flags of :func:`add_head_options`.
+
+    Args:
+        args: A command's arguments.
+        dense: Whether the model may do without a FlashHead.
+    """
+    missing = DENSE if dense else REFUSE if args.no_build else BUILD
+    return HeadOptions(args.flash_head, missing, args.n_probes)

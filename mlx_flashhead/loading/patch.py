@@ -1,73 +1,59 @@
 """A FlashHead under ``mlx_lm.load`` and ``mlx_vlm.load``, for programs that do not know it."""
 
-import sys
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from ..common.command import sentence
 from ..lossless.generation import checks
 from ..models.compat.patched_load import Load, wrap_generate_step, wrap_load
 from ..models.compat.vlm.patched_load import wrap_load as wrap_vlm_load
 from ..models.fetch import resolve
 from ..publishing.origin import local_origin
-from .attach import BUILD, REFUSE, install_found, teller
-from .look_up import given, inside
+from .attach import attach_head
+from .look_up import HeadOptions, head_beside, named_head
 
 
-def patch_load(
-    *, flash_head: str | Path | None = None, build: bool = True, n_probes: int | None = None
-) -> None:
+def patch_load(options: HeadOptions) -> None:
     """From now on ``load`` of mlx-lm and mlx-vlm attaches a FlashHead to a model, if it can.
 
     Args:
-        flash_head: A folder or a Hugging Face repository of a FlashHead.
-        build: Build one if there is none.
-        n_probes: Clusters scored per token; default: the FlashHead's own number.
+        options: The choices for it.
 
     Raises:
-        ValueError: If the given FlashHead cannot be read.
+        ValueError: If the FlashHead that the user names cannot be read.
     """
-    found = given(flash_head)
-    say = teller(True)
+    chosen = named_head(options)
     warned = False
 
     def attach_to(model: Any, tokenizer: Any, folder: Path) -> None:
         nonlocal warned
         origin = local_origin(folder)
         try:
-            head = install_found(
-                model,
-                tokenizer,
-                found or inside(folder, say),
-                origin,
-                n_probes=n_probes,
-                backend=None,
-                missing=BUILD if build else REFUSE,
-                progress=True,
-                say=say,
-            )
+            stored = chosen or head_beside(folder, options)
+            head = attach_head(model, tokenizer, stored, origin, options)
             assert head is not None  # only DENSE leaves it out
-            say(
+            options.say(
                 f"With FlashHead: {origin.known_as}, {head.n_probes:,} of {head.n_clusters:,} "
                 "clusters scored per token."
             )
         except (ValueError, OSError) as error:
             if not warned:
-                print(f"Without FlashHead: {error}", file=sys.stderr, flush=True)
+                options.say(f"Without FlashHead: {sentence(error)}")
             warned = True
 
     def wrap(original: Load) -> Load:
         @wraps(original)
-        def load(path_or_hf_repo: Any, *arguments: Any, **options: Any) -> Any:
+        def load(path_or_hf_repo: Any, *arguments: Any, **named: Any) -> Any:
             try:
                 # mlx_vlm.generate names a revision of a folder too
                 is_folder = Path(path_or_hf_repo).expanduser().is_dir()
-                revision = None if is_folder else options.get("revision")
+                revision = None if is_folder else named.get("revision")
                 # neither library downloads the FlashHead of a repository
                 folder = resolve(str(path_or_hf_repo), revision)
             except ValueError:
-                return original(path_or_hf_repo, *arguments, **options)  # with its own error
-            loaded = original(path_or_hf_repo, *arguments, **options)
+                return original(path_or_hf_repo, *arguments, **named)  # with its own error
+            loaded = original(path_or_hf_repo, *arguments, **named)
             attach_to(loaded[0], loaded[1], folder)
             return loaded
 

@@ -9,13 +9,14 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat.generate import BatchGenerator, GenerationBatch, StopSequences
 from .check import Check
+from .loop import MOST_READ
 from .pace import Pace
 from .proposals import Proposer
 from .text import Position, Text
@@ -107,7 +108,7 @@ class CheckedBatchGenerator(BatchGenerator):
         self._sequences: dict[int, _Sequence] = {}
         self._inner: dict[int, _Sequence] = {}
         self._n_sequences = 0
-        self._pace = Pace()
+        self._pace = Pace(proposer.most_waiting)
         self._check: Check | None = None
         self.logprobs = logprobs
 
@@ -199,14 +200,16 @@ class CheckedBatchGenerator(BatchGenerator):
             sequence.text.read(step.token)
             sequence.n_held = len(sequence.text.tokens) + sequence.text.n_read
         responses: list[Any] = []
-        if self._check is not None:  # launched a step ago
+        if self._check is not None and (self._check.ready or self._n_waiting >= MOST_READ):
             responses += self._outcome()
         last = False
         for step in steps:
             waiting = self._inner.get(step.uid)  # a text that has ended or gone back is not there
             if waiting is not None:
                 last = self._wait(waiting, responses) or last
-        if last or self._pace.due:
+        if last and self._check is not None:
+            responses += self._outcome()
+        if self._check is None and (last or self._pace.due):
             self._launch()
             if last:
                 responses += self._outcome()
@@ -231,6 +234,11 @@ class CheckedBatchGenerator(BatchGenerator):
         length = len(text.tokens) + text.n_read
         return position.token in self._proposer.ends or length == sequence.max_tokens
 
+    @property
+    def _n_waiting(self) -> int:
+        """The most positions of a text that wait."""
+        return max((s.text.n_read for s in self._inner.values()), default=0)
+
     def _launch(self) -> None:
         waiting = [s for s in self._inner.values() if s.text.n_read]
         self._check = Check(self._proposer, [(s.text, s.text.n_read) for s in waiting])
@@ -241,6 +249,7 @@ class CheckedBatchGenerator(BatchGenerator):
     def _outcome(self) -> list[Any]:
         """Gives out what the check confirms. A text with another choice goes back."""
         check, self._check = self._check, None
+        assert check is not None
         responses: list[Any] = []
         for sequence in list(self._inner.values()):
             if sequence.text not in check.texts:
@@ -268,9 +277,8 @@ class CheckedBatchGenerator(BatchGenerator):
                 tokens = sequence.all_tokens
                 self._forget(sequence)
             logprobs = NO_LOGPROBS if position.logprobs is None else position.logprobs
-            responses.append(
-                Response(sequence.uid, position.token, logprobs, reason, cache, tokens)
-            )
+            token = cast(int, position.token)
+            responses.append(Response(sequence.uid, token, logprobs, reason, cache, tokens))
             if reason is not None:
                 return responses
         if goes_back:

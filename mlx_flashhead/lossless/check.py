@@ -1,18 +1,22 @@
 """The check: the dense rows over all waiting states at once, and what it confirms."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..models.finish import unchanged
-from .products import slot_logits
+from .products import SlotProduct
 from .proposals import Proposer
 from .random_state import current_random_state, random_state, set_random_state
-from .rounding import Rounding, rounding_of
+from .rounding import rounding_of
 from .screen import certain_best, certain_draw, certain_within
-from .text import Position, Text
+from .text import GREEDY, Position, Text
+
+Row = tuple[Text, Position, int]  # a text, a position, its place in the text
+Kind = tuple[bool, bool] | None
 
 
 class Check:
@@ -26,9 +30,10 @@ class Check:
     """
 
     def __init__(self, proposer: Proposer, counts: Sequence[tuple[Text, int]]):
-        self._proposer = proposer
         assert proposer.head is not None
+        assert proposer.finish is not None
         self._head: FlashHead = proposer.head
+        self._finish = proposer.finish
         self._counts = [(text, n) for text, n in counts if n]
         self._rows = [
             (text, text.waiting[i], len(text.tokens) + i)
@@ -36,6 +41,7 @@ class Check:
             for i in range(n)
             if not text.waiting[i].dense
         ]
+        self._product: SlotProduct | None = None
         self._certain: dict[Position, bool] = {}
         self._flags: list[tuple[list[Position], mx.array]] = []
         if self._rows:
@@ -46,47 +52,56 @@ class Check:
         """The texts."""
         return [text for text, _ in self._counts]
 
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`confirm` waits for no thread."""
+        return self._product is None or self._product.ready
+
     def _launch(self) -> None:
         hidden = mx.concatenate([_hidden(position) for _, position, _ in self._rows])
-        self._rounding: Rounding = rounding_of(self._head, hidden.dtype)
-        slots = slot_logits(self._head, hidden)
-        groups: dict[tuple, list[int]] = {}
+        self._rounding = rounding_of(self._head, hidden.dtype)
+        self._product = SlotProduct(self._head, hidden)
+        if self._product.ready:
+            self._screen()
+
+    def _screen(self) -> None:
+        """Judges the rows by the product, as soon as it is there."""
+        assert self._product is not None
+        slots, self._product = self._product.result(), None
+        groups: dict[Kind, list[int]] = {}
         for i, (text, _, _) in enumerate(self._rows):
             groups.setdefault(self._kind(text), []).append(i)
+        flags = []
         for kind, members in groups.items():
             rows = [self._rows[i] for i in members]
             chosen = slots if len(members) == len(self._rows) else slots[mx.array(members)]
-            flags = (
-                self._by_logits(rows, chosen) if kind == (None,) else self._by_rows(rows, chosen)
-            )
-            self._flags.append(([position for _, position, _ in rows], flags))
+            judge = self._by_logits if kind is None else self._by_rows
+            flags.append(judge(rows, chosen))
+            self._flags.append(([position for _, position, _ in rows], flags[-1]))
         self._note_logprobs(slots)
-        mx.async_eval([flags for _, flags in self._flags])
+        mx.async_eval(flags)
 
-    def _kind(self, text: Text) -> tuple:
-        """Texts of one kind are screened together."""
-        if text.needs_logits or self._proposer.finish is not unchanged:
-            return (None,)
-        return text.settings.greedy, text.settings.filters
+    def _kind(self, text: Text) -> Kind:
+        """Texts of one kind are screened together. None: by the logits of all tokens."""
+        settings = text.settings
+        if settings is None or text.processors or self._finish is not unchanged:
+            return None
+        return settings.greedy, settings.filters
 
-    def _by_rows(self, rows: list[tuple[Text, Position, int]], slots: mx.array) -> mx.array:
+    def _by_rows(self, rows: list[Row], slots: mx.array) -> mx.array:
         """For choices by the head's own logits alone: which are certain, (k,) bool."""
         positions = [position for _, position, _ in rows]
-        proposals = [position.step.proposal for position in positions]
-        places = [slice(position.row, position.row + 1) for position in positions]
-        parts = [
-            mx.concatenate([getattr(p, name)[at] for p, at in zip(proposals, places, strict=True)])
-            for name in ("probes", "logits")
-        ]
+        probes = mx.concatenate([_row(position, "probes") for position in positions])
+        scored = mx.concatenate([_row(position, "logits") for position in positions])
         tokens = mx.array([position.token for position in positions], dtype=mx.uint32)
-        arguments = (self._head, self._rounding, slots, *parts, tokens)
-        settings = rows[0][0].settings
-        if settings.greedy:
-            return certain_best(*arguments)
-        draws = Draws.of([(text.settings, text.key(index)) for text, _, index in rows])
-        return certain_draw(*arguments, draws, filters=settings.filters)
+        settings = [(text.settings or GREEDY, text.key(index)) for text, _, index in rows]
+        head, rounding = self._head, self._rounding
+        if settings[0][0].greedy:
+            return certain_best(head, rounding, slots, probes, scored, tokens)
+        draws, filters = Draws.of(settings), settings[0][0].filters
+        return certain_draw(head, rounding, slots, probes, scored, tokens, draws, filters)
 
-    def _by_logits(self, rows: list[tuple[Text, Position, int]], slots: mx.array) -> mx.array:
+    def _by_logits(self, rows: list[Row], slots: mx.array) -> mx.array:
         """For choices that need the model's logits: which are certain, (k,) bool."""
         flags = []
         for i, (text, position, index) in enumerate(rows):
@@ -102,7 +117,8 @@ class Check:
             draws = None if settings.greedy else Draws.of([(settings, text.key(index))])
             room = 2 * room if text.processors else room  # they at most double a distance
             epsilon = self._rounding.epsilon
-            flags.append(certain_within(processed, room, epsilon, position.token, draws))
+            token = cast(int, position.token)
+            flags.append(certain_within(processed, room, epsilon, token, draws))
         return mx.concatenate(flags)
 
     def _same_draw(self, text: Text, position: Position, index: int, logits: mx.array) -> mx.array:
@@ -114,7 +130,7 @@ class Check:
     def _model_logits(self, slots: mx.array) -> mx.array:
         """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
         logits = mx.take(slots.reshape(len(slots), -1), self._head.clustered.slot_of, axis=-1)
-        return self._proposer.finish(logits)
+        return self._finish(logits)
 
     def _note_logprobs(self, slots: mx.array) -> None:
         """Keeps log-probabilities where they are wanted. They are lazy, since few are read."""
@@ -132,8 +148,10 @@ class Check:
         Waits for the check. They become confirmed tokens. After another choice nothing waits any
         more, and the text goes on from there.
         """
+        if self._product is not None:
+            self._screen()
         for positions, flags in self._flags:
-            self._certain.update(zip(positions, flags.tolist(), strict=True))
+            self._certain.update(zip(positions, cast(list[bool], flags.tolist()), strict=True))
         self._flags = []
         n = dict(self._counts)[text]
         confirmed: list[Position] = []
@@ -155,11 +173,19 @@ class Check:
 
     def _settle(self, text: Text, position: Position) -> tuple[int, mx.array, mx.array]:
         """What the dense logits of this one position choose, and MLX's random state after it."""
-        logits = self._proposer.finish(self._head.dense_logits(_hidden(position)))
+        logits = self._finish(self._head.dense_logits(_hidden(position)))
         with random_state(position.random_state):
             token, logprobs = text.choose(logits, len(text.tokens))
-            return token.item(), logprobs, current_random_state()
+            return cast(int, token.item()), logprobs, current_random_state()
 
 
 def _hidden(position: Position) -> mx.array:
+    assert position.step is not None
     return position.step.hidden[position.row : position.row + 1]
+
+
+def _row(position: Position, name: str) -> mx.array:
+    """The position's part of an array of its proposal."""
+    assert position.step is not None
+    array: mx.array = getattr(position.step.proposal, name)
+    return array[position.row : position.row + 1]

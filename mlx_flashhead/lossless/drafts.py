@@ -50,7 +50,7 @@ class _DraftSampler:
 
 def drafted_steps(
     prompt: mx.array, model: Any, draft_model: Any, *arguments: Any, **options: Any
-) -> Generator[tuple[int, mx.array, bool], None, None]:
+) -> Generator[tuple[Any, mx.array, bool], None, None]:
     """mlx-lm's ``speculative_generate_step`` with the package's draws."""
     begin(options.get("logits_processors"))
     sampler = options.get("sampler")

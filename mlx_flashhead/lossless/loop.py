@@ -1,7 +1,7 @@
 """The loop for one text: mlx-lm's own, started again where a check chooses another token."""
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +13,8 @@ from .pace import Pace
 from .proposals import Proposer
 from .text import ForeignSampler, Position, Processor, Text
 from .way_back import Mark, go_back, mark
+
+MOST_READ = 64  # tokens that may wait while a check is computed
 
 
 def checked_steps(
@@ -55,7 +57,7 @@ def checked_steps(
     cache = prompt_cache
     if cache is None:
         cache = make_prompt_cache(model, max_kv_size)
-    tokens = [*context, *prompt.tolist()]
+    tokens = [*context, *cast(list[int], prompt.tolist())]
     text = Text(sampler, logits_processors or (), tokens, logprobs)
     run = _Run(model, stream, cache, text, proposer, options)
     try:
@@ -79,11 +81,12 @@ class _Run:
     ):
         self._model, self._stream, self._cache = model, stream, cache
         self._text, self._proposer, self._options = text, proposer, options
-        self._pace = Pace()
+        self._pace = Pace(proposer.most_waiting)
         self._n_held = 0  # tokens of the text in the cache
         self._n_given = 0  # tokens of the text that the caller has
         self._mark: Mark | None = None  # the caches at a confirmed token
         self._checked: Mark | None = None  # the same, if the check confirms
+        self._refused = False  # whether the caches hold a proposal in the last token's place
         starts = options.get("quantized_kv_start", 0)
         self._quantized_from = starts if options.get("kv_bits") is not None else None
 
@@ -98,18 +101,23 @@ class _Run:
                 for confirmed in self._confirmed(steps, max_tokens):
                     for position in confirmed:
                         self._n_given += 1
-                        yield position.token, position.logprobs
+                        yield cast(int, position.token), position.logprobs
                         if self._n_given == max_tokens:
                             return
             finally:
                 steps.close()
             self._go_back(self._n_given - 1)
+            self._refused = False
             tokens = self._text.prompt + self._text.tokens
             start, first, before = mx.array(tokens[-1:], dtype=mx.uint32), False, tokens[:-1]
 
     def leave(self) -> None:
         """Brings the cache to the tokens that the caller has."""
-        if self._mark is not None and self._n_held != self._n_given:
+        if self._mark is None:
+            return
+        if self._refused and self._n_given == len(self._text.tokens):
+            self._go_back(self._n_given - 1)
+        if self._n_held != self._n_given:
             self._go_back(self._n_given)
 
     def _steps(self, start: mx.array, first: bool, before: list[int]) -> Generator:
@@ -149,7 +157,7 @@ class _Run:
                 token, _ = next(steps)
             position = text.read(token)
             self._n_held = len(text.tokens) + text.n_read
-            if check is not None:  # launched a step ago
+            if check is not None and (check.ready or text.n_read >= MOST_READ):
                 other = yield from self._outcome(check)
                 check = None
                 if other:
@@ -161,7 +169,12 @@ class _Run:
                 continue
             self._pace.wait(position.risk)
             last = token in proposer.ends or len(text.tokens) + text.n_read == max_tokens
-            if last or self._pace.due:
+            if last and check is not None:
+                other = yield from self._outcome(check)
+                check = None
+                if other:
+                    return
+            if check is None and (last or self._pace.due):
                 self._pace.checked()
                 check = Check(proposer, [(text, text.n_read)])
                 self._checked = self._marked()
@@ -174,6 +187,7 @@ class _Run:
     def _outcome(self, check: Check) -> Generator[list[Position], None, bool]:
         """Hands out what a check confirms. Returns whether it has made another choice."""
         confirmed, other = check.confirm(self._text)
+        self._refused = other
         yield confirmed
         if not other:
             self._mark = self._checked

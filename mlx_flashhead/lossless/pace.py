@@ -2,7 +2,8 @@
 
 import time
 
-MOST_WAITING = 32  # tokens: a product of more states gains little
+from ..head.flash_head import MOST_WAITING
+
 MOST_RISK = 0.03
 MOST_SECONDS = 0.1
 FEW = 8  # tokens that may wait longer, on a machine that is slow to compute them
@@ -12,9 +13,13 @@ class Pace:
     """Decides when the tokens that wait are checked.
 
     The first checks come after 1, 2, 4, … tokens, so that text begins to flow at once.
+
+    Args:
+        most_waiting: Tokens that wait at most.
     """
 
-    def __init__(self):
+    def __init__(self, most_waiting: int = MOST_WAITING):
+        self._most = most_waiting
         self._limit = 1
         self._risk = 0.0
         self._n = 0
@@ -34,7 +39,7 @@ class Pace:
             return False
         waited = time.perf_counter() - self._since
         return (
-            self._n >= min(self._limit, MOST_WAITING)
+            self._n >= min(self._limit, self._most)
             or self._risk >= MOST_RISK
             or (self._n >= FEW and waited >= MOST_SECONDS)
         )

@@ -17,6 +17,7 @@ from ..head.flash_head import FlashHead
 from ..models.errors import UnsupportedHeadError
 from ..models.finish import finish_of, unchanged
 from ..models.install import get_flash_head
+from .pace import MOST_WAITING
 from .random_state import current_random_state
 from .text import GREEDY, Position, Step, Text
 
@@ -52,15 +53,26 @@ class Proposer:
                 self.finish = finish_of(model)
             except UnsupportedHeadError:
                 self.finish = None  # its logits depend on each other: every choice is dense
-        self.dense = dense or self.head is None or (check and self.finish is None)
+        self._settings = settings or {}
+        self.dense = dense or self.head is None or (check and self._stays_dense())
         self.check = check and not self.dense
         self.texts: list[Text] | None = None
-        self._settings = settings or {}
         self._row = 0
         self._step: Step | None = None
         self._tokens: mx.array | None = None
         self._logits: mx.array | None = None
         self._processed: dict[Text, mx.array] = {}
+
+    def _stays_dense(self) -> bool:
+        """Whether checked steps would gain nothing, or could not be checked."""
+        assert self.head is not None
+        chosen = self._settings.get("n_probes") is not None
+        return self.finish is None or (self.head.stays_dense and not chosen)
+
+    @property
+    def most_waiting(self) -> int:
+        """Tokens that wait for a check at most."""
+        return MOST_WAITING if self.head is None else self.head.most_waiting
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -111,7 +123,8 @@ class Proposer:
                 return self._full(head.full_logits(hidden))
             self._tokens = head.token(hidden)[:, -1]
             return _nothing(hidden)
-        if any(_needs_dense(text, head, hidden.dtype) for text in texts):
+        too_many = len(texts) > head.checked_positions
+        if too_many or any(_needs_dense(text, head, hidden.dtype) for text in texts):
             return self._full(_dense_logits(head, hidden))
         settings = [text.settings or GREEDY for text in texts]
         draws = None
@@ -121,7 +134,7 @@ class Proposer:
         wide = self.finish is not unchanged or any(text.needs_logits for text in texts)
         proposal = head.propose(hidden[:, -1], draws, full=wide)
         self._step, self._tokens = Step(hidden[:, -1], proposal), proposal.tokens
-        return self._full(proposal.full[:, None]) if wide else _nothing(hidden)
+        return _nothing(hidden) if proposal.full is None else self._full(proposal.full[:, None])
 
     def _full(self, logits: mx.array) -> mx.array:
         self._logits = logits[:, -1]
@@ -141,14 +154,15 @@ class Proposer:
         row, index = self._row, text.n_chosen
         self._row += 1
         position = Position(self._step, row)
-        in_head = self._tokens is not None and not text.needs_logits
-        if in_head and (self.finish is unchanged or not self.check):
+        in_head = not text.needs_logits and (self.finish is unchanged or not self.check)
+        if self._tokens is not None and in_head:
             token = self._tokens[row : row + 1]
         else:
             if text.replays:
                 position.random_state = current_random_state()
             logits = self._processed.pop(text, None)
             if logits is None:
+                assert self._logits is not None
                 logits = self._logits[row : row + 1]
             token = text.pick(logits, logprobs, index)
             if position.dense and text.logprobs:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 
 from ..head.flash_head import FlashHead
-from .products import slot_logits
+from .products import SlotProduct
 
 N_STATES = 4
 ULPS = 2  # of the result's dtype: each of two values is rounded to the nearest
@@ -60,7 +60,7 @@ def _measure(head: FlashHead, dtype: mx.Dtype) -> Rounding:
     single = [head.dense_logits(hidden[i : i + 1]) for i in range(N_STATES)]
     epsilon = _EPSILON[single[0].dtype]
     apart, apart_scored, same = 0.0, 0.0, True
-    together = slot_logits(head, hidden).reshape(N_STATES, -1)
+    together = SlotProduct(head, hidden).result().reshape(N_STATES, -1)
     in_order = mx.take(together, head.clustered.slot_of, axis=-1)
     with head.settings(n_probes=min(64, head.n_clusters)):
         for i, logits in enumerate(single):
@@ -73,9 +73,8 @@ def _measure(head: FlashHead, dtype: mx.Dtype) -> Rounding:
             apart_scored = max(apart_scored, _distance(scored, wanted, largest))
     sums = SIGMAS * math.sqrt(head.hidden_size) * 2.0**-24
     floor = sums + (ULPS * epsilon if epsilon > 2.0**-20 else 0)
-    batch = max(floor, MEASURED * apart)
-    scored = 0.0 if same else max(floor, MEASURED * apart_scored)
-    return Rounding(epsilon, batch, scored)
+    distance_of_scored = 0.0 if same else max(floor, MEASURED * apart_scored)
+    return Rounding(epsilon, max(floor, MEASURED * apart), distance_of_scored)
 
 
 def _distance(values: mx.array, others: mx.array, largest: float) -> float:

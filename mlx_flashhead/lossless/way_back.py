@@ -86,14 +86,16 @@ def trims(layer: Any, quantized_from: int | None) -> bool:
         return False
     if hasattr(layer, "chunk_size"):  # forgets what is before its chunk
         return False
-    offset = _length(layer)
-    if offset is None:  # of a batch
+    length = _length(layer)
+    offset = length or 0
+    if length is None:  # of a batch
         offset = int(getattr(layer, "_offset", getattr(layer, "_idx", 0)))
     window = getattr(layer, "max_size", None)
     if window is not None and offset + AHEAD >= window:
         return False
-    converts = quantized_from is not None and hasattr(layer, "to_quantized")
-    return not converts or offset + AHEAD < quantized_from
+    if quantized_from is None or not hasattr(layer, "to_quantized"):
+        return True
+    return offset + AHEAD < quantized_from
 
 
 def _copied(layer: Any) -> Any:

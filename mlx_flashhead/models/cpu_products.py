@@ -75,7 +75,7 @@ def _product(layer: nn.Module, x: mx.array) -> mx.array:
     # float32 arrays are views of MLX's memory
     matrix = np.asarray(weight.astype(mx.float32))
     states = np.asarray(x.astype(mx.float32))
-    product = _to_mlx(states.reshape(-1, states.shape[-1]) @ matrix.T)
+    product = to_mlx(states.reshape(-1, states.shape[-1]) @ matrix.T)
     product = product.reshape(*x.shape[:-1], len(matrix)).astype(x.dtype)
     return product + layer.bias if "bias" in layer else product
 
@@ -103,22 +103,21 @@ def _attention(
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
     mixed = scores.reshape(batch, groups, -1, scores.shape[-1]) @ held
-    return _to_mlx(mixed.reshape(batch, heads, length, -1)).astype(queries.dtype)
+    return to_mlx(mixed.reshape(batch, heads, length, -1)).astype(queries.dtype)
 
 
-def _to_mlx(array: np.ndarray) -> mx.array:
+def to_mlx(array: np.ndarray) -> mx.array:
+    """The array as MLX's."""
     # mx.array of a numpy array loses a Ctrl-C that comes meanwhile, a memoryview does not
     return mx.array(memoryview(array))  # type: ignore[arg-type]
 
 
-def slot_products(weight: mx.array, hidden: mx.array) -> mx.array:
-    """Products with rows in clusters: weight (C, n, D) float32, hidden (k, D) → (k, C, n).
+def slot_products(rows: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """Products with rows in clusters: (C, n, D) and (k, D) float32 → (k, C, n).
 
-    Evaluates both. The rows of a cluster may lie by columns.
+    The rows of a cluster may lie by columns.
     """
-    rows, states = np.asarray(weight), np.asarray(hidden.astype(mx.float32))
     if rows.flags.c_contiguous:
-        flat = states @ rows.reshape(-1, rows.shape[-1]).T
-        return _to_mlx(flat.reshape(len(states), *rows.shape[:2]))
+        return (states @ rows.reshape(-1, rows.shape[-1]).T).reshape(-1, *rows.shape[:2])
     products = np.matmul(states[None], rows.swapaxes(1, 2))  # (C, k, n)
-    return _to_mlx(np.ascontiguousarray(products.swapaxes(0, 1)))
+    return np.ascontiguousarray(products.swapaxes(0, 1))

@@ -21,8 +21,8 @@ def load_dense(folder: Path, **kwargs: Any):
     """
     if is_companion(folder):
         raise ValueError(
-            f"{folder} is a FlashHead without its model: give it as --flash-head, and the model it "
-            "was made for as --model."
+            f"{folder} is a FlashHead without its model: give it as `flash_head`, and the model "
+            "it was made for in its place."
         )
     adapter_path = kwargs.pop("adapter_path", None)
     with loading(folder):
@@ -44,7 +44,7 @@ def _adapted(model: nn.Module, adapter_path: str) -> nn.Module:
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): check "
-            "--adapter-path."
+            "`adapter_path`."
         ) from error
     model.eval()
     return model
@@ -70,7 +70,7 @@ def loading(folder: Path) -> Iterator[None]:
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         remedy = "check or fetch it again"
         if "trust_remote_code" in str(error):
-            remedy = "if you trust its code, add --trust-remote-code"
+            remedy = "if you trust its code, add `trust_remote_code=True`"
         raise ValueError(
             f"mlx-lm cannot load the model in {folder} ({reason(error)}): {remedy}."
         ) from error

@@ -1,5 +1,6 @@
 """Fetches models: the folder of a path, or of a repository on the Hugging Face Hub."""
 
+from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
 
@@ -30,7 +31,9 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
     """
     if not str(path_or_repo):
         raise ValueError("The name of the model is empty: give a folder or a repository.")
-    path = Path(path_or_repo).expanduser()
+    path = Path(path_or_repo)
+    with suppress(RuntimeError):  # of a user who does not exist
+        path = path.expanduser()
     if path.is_dir():
         if revision is not None:
             raise ValueError(

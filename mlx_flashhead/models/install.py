@@ -49,6 +49,12 @@ def installed_head(model: nn.Module) -> FlashHead:
     return head
 
 
+def hidden_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype of the hidden states that reach the FlashHead of ``model``."""
+    module: Any = installed_module(model)
+    return module._hidden_dtype
+
+
 def install(
     model: nn.Module,
     token_ids: np.ndarray,
@@ -79,7 +85,7 @@ def install(
         backend: "metal", "mlx" or None to choose.
         max_positions: More positions (B·L) than this at once are computed densely; None leaves it
             to the path.
-        location: The head, where it is already known.
+        location: The head, where it is already known, and known to be a plain product.
 
     Returns:
         The installed head.
@@ -91,8 +97,9 @@ def install(
     """
     if installed_module(model) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
-    location = location or find_head(model)
-    check_plain_product(location)
+    if location is None:
+        location = find_head(model)
+        check_plain_product(location)
     head = FlashHead(
         location.rows(),
         token_ids,
@@ -120,6 +127,7 @@ def install(
     around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
     module._flash_head = head
     module._asked_by = location.asked_by
+    module._hidden_dtype = location.hidden_dtype
     module.train(model.training)  # nn.quantize leaves its new modules in training mode
     _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
     for parent in around:
@@ -142,7 +150,7 @@ def detach(model: nn.Module) -> None:
     for changed in model.modules():
         if isinstance(changed, _FlashModule | _FlashParent):
             changed.__class__ = type(changed).__bases__[1]
-    del module._flash_head, module._asked_by
+    del module._flash_head, module._asked_by, module._hidden_dtype
     _put_back(module, head)
 
 
@@ -231,6 +239,7 @@ class _FlashModule(_Pickled, _Module):
 
     _flash_head: FlashHead
     _asked_by: Asker | None
+    _hidden_dtype: mx.Dtype
 
     def _project(self, hidden: mx.array) -> mx.array:
         """(..., D) → (..., V): the model's logits, or the product with all rows for other uses.

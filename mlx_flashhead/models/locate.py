@@ -247,7 +247,7 @@ def _refuse_split(calls: list[_Call], vocab_size: int, name: str) -> None:
                 raise UnsupportedHeadError(
                     f"Each of the {processes} processes holds a part of this {name!r} model's "
                     f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
-                    "by layers instead (--pipeline, or a pipeline_group), or use one process."
+                    "by layers instead, with a `pipeline_group`, or use one process."
                 )
 
 

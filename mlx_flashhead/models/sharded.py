@@ -40,12 +40,11 @@ def load_dense_part(
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # each model has its own shard() with its own errors
-        other_way = (
-            "--pipeline where the model has it" if pipeline_group is None else "no --pipeline"
-        )
+        no = "" if pipeline_group is None else "no "
         raise ValueError(
             f"mlx-lm cannot split the model {path_or_hf_repo} between these processes "
-            f"({reason(error)}): use {other_way}, another number of processes, or one."
+            f"({reason(error)}): use {no}`pipeline_group`, another number of "
+            "processes, or one."
         ) from error
     if pipeline_group is None and hasattr(model, "shard"):
         processes = (tensor_group or mx.distributed.init()).size()
@@ -63,7 +62,7 @@ def _check_attention_heads(config: dict, processes: int, *, by_layers: bool) -> 
         return
     # some models repeat their key-value heads if there are fewer of them than processes
     if heads % processes or (groups % processes and processes % groups):
-        instead = "--pipeline (a pipeline_group)" if by_layers else "one"
+        instead = "`pipeline_group`" if by_layers else "one"
         raise ValueError(
             f"The model's {heads} attention heads ({groups} of keys and values) cannot be shared "
             f"out to {processes} processes: use {instead}, or a number of processes that divides "

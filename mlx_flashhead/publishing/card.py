@@ -16,6 +16,7 @@ MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->
 RELATIONS = ("quantized", "adapter")
 SOURCES = {
     "mix": "given text of many kinds and text that the model wrote",
+    "given": "given text of many kinds",
     "file": "a text that was given",
 }
 BODY = """\
@@ -107,8 +108,8 @@ tokens, as a multiple of the dense head's{dense}, with estimates for the tokens 
 *Bytes*: weights that the head reads per token; the dense head reads {dense_bytes}. **Bold**: the
 setting. Speed was not measured."""
 NOT_MEASURED = """\
-Nothing, since it was not calibrated. `mlx_flashhead.evaluate --model {model} --text FILE` measures
-it."""
+Nothing, since it was not calibrated. `mlx_flashhead.evaluate text --model {model} --text FILE`
+measures it."""
 
 
 def write_card(

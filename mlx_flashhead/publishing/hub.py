@@ -87,8 +87,8 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
         raise ValueError(_unreachable(error)) from None
     if is_public:
         raise ValueError(
-            f"{repo_id} exists already and is public, in spite of --private: choose another name, "
-            "or make it private on its page."
+            f"{repo_id} exists already and is public, in spite of `private=True`: choose another "
+            "name, or make it private on its page."
         )
     return str(address)
 

@@ -116,7 +116,7 @@ def check_known(metadata: dict, model: str) -> None:
     if not metadata.get("license"):
         raise ValueError(
             f"The licence of {model} is not known, since its card does not name it: give it as "
-            "the Hub calls it, such as --license apache-2.0."
+            "`license`, such as apache-2.0."
         )
 
 

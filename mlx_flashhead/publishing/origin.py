@@ -119,7 +119,7 @@ def with_licence(metadata: dict, license: str | None) -> dict:
         return metadata
     if declared:
         raise ValueError(
-            f"--license {license} contradicts the model's card, which says {declared}: leave it "
+            f"`license` {license} contradicts the model's card, which says {declared}: leave it "
             "out."
         )
     return metadata | {"license": license}

@@ -108,7 +108,7 @@ def publish(
     user = hub.sign_in()
     name = repo or config.recipe.get("name")
     if name is None:
-        raise ValueError(f"{folder} does not hold its own name: give it by --repo OWNER/NAME.")
+        raise ValueError(f"{folder} does not hold its own name: give OWNER/NAME as `repo`.")
     repo_id = full_name(name, user)
     licences.check_name(licence, repo_id)
     check_secrets(folder)
@@ -138,7 +138,7 @@ def check_licence(origin: Origin, repo_id: str | None, target: Path) -> None:
     if repo_id is not None:
         licences.check_name(origin.licence, repo_id)
     files = [*origin.files, *licences.licence_files(target)]
-    licences.check_text(origin.licence, files, str(target), "convert without --upload, ")
+    licences.check_text(origin.licence, files, str(target), "convert without `upload`, ")
 
 
 def check_secrets(folder: Path) -> None:

@@ -4,7 +4,7 @@ import logging
 import re
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import mlx.nn as nn
 from jinja2 import meta
 
 from ..head.flash_head import FlashHead
-from ..loading.attach import BUILD, DENSE, REFUSE
-from ..loading.load import load_draft, load_or
+from ..loading.load import load_draft, load_with_head
+from ..loading.look_up import head_options
 from ..models.compat.cache import KVCache, make_prompt_cache
 from ..models.dense import load_dense
 from ..models.errors import UnsupportedHeadError
@@ -164,15 +164,13 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         "adapter_path": args.adapter_path if default else None,
         "trust_remote_code": args.trust_remote_code,
     }
-    if default:
-        options |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
-    missing = DENSE if args.dense else REFUSE if args.no_build else BUILD
+    choices = head_options(args, dense=args.dense)
+    if not default:
+        choices = replace(choices, flash_head=None, n_probes=None)
     try:
-        model, tokenizer, config = load_or(missing, folder, **options)
+        model, tokenizer, config = load_with_head(folder, choices, **options)
     except UnsupportedHeadError as error:
         logger.warning("%s is served dense: %s", path_or_repo, error)
-        for name in ("flash_head", "n_probes"):
-            options.pop(name, None)
         model, tokenizer, config = load_dense(folder, **options)
     if (head := get_flash_head(model)) is not None:
         logger.info("%s is served with %r: %s", path_or_repo, head, head.backend_reason)
@@ -205,7 +203,7 @@ def context_of(config: dict[str, Any], tokenizer: Any) -> int:
 
 def _draft(args: Namespace, tokenizer: Any) -> nn.Module:
     model, draft_tokenizer = load_draft(
-        args.draft_model, n_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
+        args.draft_model, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
     )
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
         logger.warning("%s has another tokenizer: few drafts will be accepted.", args.draft_model)

@@ -43,7 +43,7 @@ def test_convert_says_what_it_does(run, dense, tmp_path, text):
     assert code == 0
     assert output.splitlines()[0] == f"Loading {dense}"
     assert output.splitlines()[-1] == f"Writing {target}"
-    assert "Measured on held-out positions" in output
+    assert "held-out positions: how often the proposed token is not the dense" in output
     assert "Reading" in errors and "Fitting" in errors
     model, _, config = mlx_flashhead.load(str(target), return_config=True)
     entry = config[CONFIG_KEY]
@@ -64,7 +64,8 @@ def test_convert_passes_every_flag_of_mlx_lms(run, monkeypatch):
         "--upload-repo", "me/tiny", "--trust-remote-code", "--overwrite",
     )  # fmt: skip
     assert ConvertOptions(**given) == ConvertOptions(
-        "m", "p", True, 32, 4, "mxfp4", "float16", "me/tiny", quant_predicate="mixed_4_6",
+        hf_path="m", mlx_path="p", quantize=True, q_group_size=32, q_bits=4, q_mode="mxfp4",
+        dtype="float16", upload_repo="me/tiny", quant_predicate="mixed_4_6",
         trust_remote_code=True, overwrite=True,
     )  # fmt: skip
 
@@ -74,7 +75,7 @@ def test_the_command_has_the_defaults_of_python(run, monkeypatch):
     monkeypatch.setattr(convert_command, "convert", lambda **options: given.update(options))
     run("convert", "--model", "m")
     assert given.keys() == {one.name for one in fields(ConvertOptions)}
-    assert ConvertOptions(**given) == ConvertOptions("m")
+    assert ConvertOptions(**given) == ConvertOptions(hf_path="m")
 
 
 def test_convert_says_that_tied_rows_change_together(run, tmp_path):
@@ -95,7 +96,9 @@ def test_convert_says_that_tied_rows_change_together(run, tmp_path):
         (("--calibration-positions", -1), "--calibration-positions is -1"),
         (("--head-bits", 5), "--head-bits is 5: choose 4, 8 or 16"),
         (("--calibration", "absent.txt"), "absent.txt cannot be read"),
-        (("-q", "-d"), "not both"),
+        (("-q", "-d"), "either --quantize or --dequantize, not both"),
+        (("--q-bits", 7, "-q"), "--q-bits is 7: choose 1, 2, 3, 4, 5, 6 or 8"),
+        (("--index-only", "--head-bits", 8), "--index-only writes no weights: leave --head-bits"),
     ],
 )
 def test_convert_refuses_arguments(refused, dense, tmp_path, arguments, said):
@@ -105,7 +108,7 @@ def test_convert_refuses_arguments(refused, dense, tmp_path, arguments, said):
 
 
 def test_convert_needs_a_model(refused):
-    assert "--model is needed" in refused("convert")
+    assert "--hf-path is needed" in refused("convert")
 
 
 def test_convert_refuses_an_unsupported_head(refused, tmp_path):

@@ -1,4 +1,4 @@
-"""``evaluate --tasks``: the table, the file, and what is refused before the work."""
+"""``evaluate tasks``: the table, the file, and what is refused before the work."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def test_tasks_are_printed_and_written(run, arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "out.json"
     code, output, errors = run(
-        "evaluate", *arguments, "--tasks", f"{CHOICE},{GENERATE}", PERPLEXITY,
+        "evaluate", "tasks", *arguments, "--tasks", f"{CHOICE},{GENERATE}", PERPLEXITY,
         "--json", file, "--limit", 2, "--num-shots", 1, "--output-dir", tmp_path / "new",
     )  # fmt: skip
     assert code == 0, errors
@@ -60,8 +60,8 @@ def test_probes_of_tasks(run, arguments, tmp_path):
     values = {}
     for probes in (1, 17):
         file = tmp_path / f"{probes}.json"
-        tasks = ("--tasks", PERPLEXITY, "--probes", probes, "--json", file)
-        assert run("evaluate", *arguments, *tasks)[0] == 0
+        tasks = ("--tasks", PERPLEXITY, "--n-probes", probes, "--json", file)
+        assert run("evaluate", "tasks", *arguments, *tasks)[0] == 0
         results = json.loads(file.read_text())["results"]
         values[probes] = {r["head"]: r["value"] for r in results if "byte_p" in r["metric"]}
     assert values[1]["dense"] == values[17]["dense"] != pytest.approx(values[1]["FlashHead"])
@@ -71,12 +71,7 @@ def test_probes_of_tasks(run, arguments, tmp_path):
 @pytest.mark.parametrize(
     "further, said",
     [
-        (("--text", "text.txt"), "--text measures on a text"),
-        (("--precisions",), "--precisions measures on a text"),
-        (("--positions", 3), "--positions measures on a text"),
-        (("--plot", "out.png"), "--plot measures on a text"),
-        (("--probes", "2,3"), "give --probes one number"),
-        (("--probes", "18"), "choose 1 to 17"),
+        (("--n-probes", "18"), "17"),
         (("--limit", 0), "--limit is 0: give a whole number of 1"),
         (("--num-shots", -1), "--num-shots is -1: give a whole number of 0"),
         (("--max-tokens", 0), "--max-tokens is 0: give a whole number of 1"),
@@ -90,14 +85,4 @@ def test_probes_of_tasks(run, arguments, tmp_path):
     ],
 )
 def test_refused_arguments(refused, arguments, further, said):
-    assert said in refused("evaluate", *arguments, "--tasks", CHOICE, *further)
-
-
-def test_a_folder_for_results_needs_tasks(refused, converted):
-    line = refused("evaluate", "--model", converted, "--text", "a", "--output-dir", "b")
-    assert "--output-dir is for --tasks" in line
-
-
-def test_neither_a_text_nor_tasks(refused, converted):
-    line = refused("evaluate", "--model", converted)
-    assert "--text FILE" in line and "--tasks TASK" in line
+    assert said in refused("evaluate", "tasks", *arguments, "--tasks", CHOICE, *further)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-OF_EXTRAS = ("rich", "matplotlib", "prompt_toolkit", "segno", "llguidance", "jsonschema", "lm_eval")
+OF_EXTRAS = ("rich", "matplotlib", "prompt_toolkit", "segno", "llguidance", "lm_eval")
 # None in sys.modules makes an import fail as that of a module that is not installed.
 RUN = f"""
 import runpy, sys
@@ -49,9 +49,9 @@ def test_a_model_is_converted_and_generates(dense, tmp_path):
 @pytest.mark.parametrize(
     "arguments, what, module, extra",
     [
-        (("evaluate", "--text", "absent"), "mlx_flashhead.evaluate", "rich", "report"),
-        (("evaluate", "--text", "a", "--plot", "a.png"), "--plot", "matplotlib", "report"),
-        (("evaluate", "--tasks", "any"), "--tasks", "lm_eval", "tasks"),
+        (("evaluate", "text", "--text", "a"), "mlx_flashhead.evaluate", "rich", "report"),
+        (("evaluate", "text", "--text", "a", "--plot", "a.png"), "--plot", "matplotlib", "report"),
+        (("evaluate", "tasks", "--tasks", "a"), "mlx_flashhead.evaluate tasks", "lm_eval", "tasks"),
         (("benchmark", "model"), "mlx_flashhead.benchmark", "rich", "report"),
         (("benchmark", "model", "--plot", "a.svg"), "--plot", "matplotlib", "report"),
         (("export", "--output", "a.safetensors"), "mlx_flashhead.export", "rich", "report"),

@@ -25,8 +25,9 @@ def test_generate_prints_the_text(run, converted):
     code, output, errors = run("generate", *arguments, "--verbose", "F")
     assert (code, errors) == (0, "")
     assert output == mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=8) + "\n"
-    few = run("generate", *arguments, "--verbose", "F", "--n-probes", 1)[1]
-    assert few == mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=8, n_probes=1) + "\n"
+    few = run("generate", *arguments, "--verbose", "F", "--n-probes", 1, "--no-check")[1]
+    settings = {"n_probes": 1, "check": False}
+    assert few == mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=8, **settings) + "\n"
     assert few != output
     code, verbose, errors = run("generate", *arguments)
     assert (code, errors) == (0, "")
@@ -43,6 +44,14 @@ def test_generate_dense_is_mlx_lms_output(run, dense, converted, monkeypatch, ca
     assert run("generate", *arguments, dense, "--dense") == (0, expected, "")
 
 
+def test_an_answer_does_not_control_the_terminal(run, dense, monkeypatch):
+    monkeypatch.setattr(generate_command, "generate", lambda *_, **__: "\x1b[2Jtwo\nlines\x07")
+    arguments = ("--model", dense, "--dense", "--prompt", "One day", "--verbose", "F")
+    assert run("generate", *arguments)[1] == "\x1b[2Jtwo\nlines\x07\n"  # behind a pipe
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("generate", *arguments)[1] == "[2Jtwo\nlines\n"
+
+
 def test_generate_reads_standard_input(run, converted, monkeypatch):
     arguments = ("--model", converted, "--max-tokens", 8, "--verbose", "F", "--prompt")
     expected = run("generate", *arguments, "One day")
@@ -57,7 +66,7 @@ def test_generate_draws_probes(run, converted):
     assert (code, errors) == (0, "")
     mx.random.seed(3)
     model, tokenizer = mlx_flashhead.load(str(converted))  # an empty model's weights are drawn
-    sampler = make_sampler(temp=1.0)
+    sampler = mlx_flashhead.make_sampler(temp=1.0)
     expected = mlx_flashhead.generate(
         model, tokenizer, "One day", max_tokens=8, draw_temperature=1.0, sampler=sampler
     )
@@ -77,9 +86,6 @@ def test_generate_samples_with_this_packages_sampler(run, converted, monkeypatch
     assert run("generate", *arguments, "--temp", 0.8, "--top-p", 0.9, "--top-k", 5)[0] == 0
     (((temp, top_p, min_p, keep), named),) = asked
     assert (temp, top_p, min_p, keep, named["top_k"]) == (0.8, 0.9, 0.0, 1, 5)
-    assert mlx_flashhead.get_flash_head(named["model"]) is not None
-    assert run("generate", *arguments, "--dense")[0] == 0
-    assert asked[1][1]["model"] is None
 
 
 def test_generate_with_a_draft_model(run, dense, converted):
@@ -110,14 +116,11 @@ def test_generate_without_a_chat_template(run, tmp_path):
     [
         ((), "--model is needed"),
         (("--model", "x", "--max-tokens", 0), "--max-tokens is 0"),
-        (("--model", "x", "--max-tokens", "many"), "--max-tokens is many: give a whole number"),
         (("--model", "x", "--draw-probes"), "--temp above 0"),
         (("--model", "x", "--draw-probes", "--temp", 1, "--dense"), "no --dense"),
         (("--model", "x", "--dense", "--n-probes", 4), "leave --n-probes out"),
         (("--model", "x", "--prompt-cache-file", "absent"), "no such file"),
         (("--model", "x", "--temp", "nan"), "--temp is nan: give a number of 0 or more"),
-        (("--model", "x", "--temp", -1), "--temp is -1: give a number of 0 or more"),
-        (("--model", "x", "--top-p", 7), "--top-p is 7: give 0 to 1"),
         (("--model", "x", "--n-probes", 0), "--n-probes is 0: give a whole number of 1 or more"),
         (("--model", "x", "--chat-template-config", "{"), "give a JSON object such as"),
         (("--model", "x", "--no-such-flag"), "there is no option --no-such-flag"),

@@ -8,19 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mlx_flashhead.__main__ import COMMANDS
+
 CHECKOUT = Path(__file__).parents[2]
-COMMANDS = (
-    "generate",
-    "chat",
-    "server",
-    "run",
-    "cache",
-    "convert",
-    "export",
-    "upload",
-    "evaluate",
-    "benchmark",
-)
 
 IMPORTS = (
     "import mlx_flashhead.{name}",
@@ -37,7 +27,7 @@ import sys
 from inspect import isfunction
 
 for way in {IMPORTS!r}:
-    for name in {COMMANDS!r}:
+    for name in {[*COMMANDS]!r}:
         for module in [m for m in sys.modules if m.split('.')[0] == 'mlx_flashhead']:
             del sys.modules[module]
         run_package = "run_module('mlx_flashhead'," in way
@@ -75,19 +65,6 @@ def test_module_says_how_it_is_used_without_a_warning(command):
     )
     assert (code, errors) == (0, "")
     assert output.startswith(f"usage: {module} ")
-    options = {
-        "generate": ("--draw-probes", "--model"),
-        "chat": ("--n-probes", "--system-prompt"),
-        "server": ("--n-probes", "--model", "--prompt-cache-size", "--lan"),
-        "run": ("-m MODULE", "--flash-head", "--no-build"),
-        "cache": ("--remove", "--remove-all"),
-        "convert": ("--head-bits", "--model"),
-        "export": ("--n-probes", "--overwrite", "--model"),
-        "upload": ("--path", "--repo"),
-        "evaluate": ("--probes", "--model"),
-        "benchmark": ("head", "model", "convert", "estimate"),
-    }
-    assert all(option in output for option in options[command])
 
 
 def test_package_names_its_commands():

@@ -33,7 +33,7 @@ def test_upload_asks_for_a_licence(run, refused, hub, tmp_path):
     source = write_model(tmp_path / "bare", card=None)
     run(*convert(source, tmp_path / "new"))
     said = refused("upload", "--path", tmp_path / "new", "--repo", "me/x")
-    assert "is not known" in said and "--license apache-2.0" in said
+    assert "is not known" in said and "--license, such as apache-2.0" in said
     code, _, errors = run(
         "upload", "--path", tmp_path / "new", "--repo", "me/x", "--license", "mit"
     )

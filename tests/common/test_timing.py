@@ -1,14 +1,9 @@
-"""How runs are interleaved and summed up; no time is compared with anything."""
-
-import json
+"""How rounds are interleaved and summed up; no time is compared with anything."""
 
 import mlx.core as mx
-import pytest
 
-from mlx_flashhead.benchmarks import machine as machine_module
-from mlx_flashhead.benchmarks.machine import machine, read_bandwidth_gb_s
 from mlx_flashhead.common import timing
-from mlx_flashhead.common.timing import Spread, head_seconds, in_turns, turns
+from mlx_flashhead.common.timing import Spread, head_seconds, in_turns, timer
 
 
 def test_spread_is_median_and_quartiles():
@@ -17,71 +12,48 @@ def test_spread_is_median_and_quartiles():
     assert spread.scaled(1000).to_dict() == {"median": 3e3, "lower": 2e3, "upper": 4e3, "runs": 5}
 
 
-def test_runs_take_turns_after_a_warm_up(monkeypatch):
-    clock = iter(range(1000))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+def test_rounds_take_turns_after_a_warm_up():
+    """Each comes first, and each follows every other one; the first round does not count."""
     calls = []
 
-    def run(name, ticks):
-        def call(number):
-            calls.append((name, number))
-            for _ in range(ticks):
-                next(clock)
+    def one(name):
+        return lambda number: calls.append((name, number)) or 10 * number
 
-        return call
-
-    seconds = in_turns(
-        {"A": run("A", 2), "B": run("B", 7)},
-        3,
-        before=lambda: (calls.append("before"), next(clock)),
-        progress=False,
+    *_, before_last, last = (
+        {name: list(taken) for name, taken in seconds.items()}
+        for seconds in in_turns({name: one(name) for name in "ABC"}, 20)
     )
-    assert seconds == {"A": [3] * 3, "B": [8] * 3}  # one tick is the measurement's own
-    assert calls[::2] == ["before"] * 8
-    rounds = [calls[i + 1 : i + 4 : 2] for i in range(0, 16, 4)]
-    assert [sorted(found) for found in rounds] == [[("A", i), ("B", i)] for i in range(4)]
-
-
-def test_rounds_differ_in_their_order():
-    """Each comes first, and each follows every other one."""
-    found = list(turns("ABC", 20))
-    rounds = ["".join(item for number, item in found if number == i) for i in range(21)]
-    assert {"".join(sorted(order)) for order in rounds} == {"ABC"}
+    assert last == {name: [10 * number for number in range(1, 21)] for name in "ABC"}
+    assert {len(taken) for taken in before_last.values()} == {19}
+    rounds = ["".join(name for name, number in calls if number == i) for i in range(21)]
+    assert [number for _, number in calls] == sorted(number for _, number in calls)
     assert set(rounds) == {"ABC", "ACB", "BAC", "BCA", "CAB", "CBA"}
-    assert found == list(turns("ABC", 20))
 
 
-def test_what_runs_return_is_evaluated(monkeypatch):
+def test_only_whole_rounds_count():
+    def stopped(number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return 1.0
+
+    seen = []
+    try:
+        for seconds in in_turns({"A": lambda _: 1.0, "B": stopped}, 5):
+            seen.append({name: list(taken) for name, taken in seconds.items()})
+    except KeyboardInterrupt:
+        pass
+    assert seen == [{"A": [], "B": []}, {"A": [1.0], "B": [1.0]}]
+
+
+def test_a_timer_takes_the_run_and_its_evaluation(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     evaluated = []
     original = mx.eval
     monkeypatch.setattr(timing.mx, "eval", lambda *a: (evaluated.extend(a), original(*a)))
-    made = {"array": lambda _: mx.ones(3) + 1, "pair": lambda _: (mx.ones(2), mx.ones(1))}
-    in_turns(made, 1, progress=False)
-    assert sorted(len(e) for e in evaluated) == [2, 2, 3, 3]
-
-
-def test_machine_is_json_and_names_what_matters(monkeypatch):
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    found = json.loads(json.dumps(machine()))
-    for key in ("processor", "system", "blas", "date"):
-        assert isinstance(found[key], str) and found[key]
-    assert found["versions"]["mlx"] == mx.__version__
-    assert found["threads"]["OPENBLAS_NUM_THREADS"] == "1"
-    assert found["cores"] >= 1 and found["memory_gb"] > 0.1
-    if mx.metal.is_available():
-        assert found["gpu"] and found["read_bandwidth_gb_s"] > 0
-
-
-@pytest.mark.parametrize(
-    "processor, chip", [("Apple M3 Max", "m3-max"), ("Apple M1", "m1"), ("AMD EPYC", "amd-epyc")]
-)
-def test_chip_of_a_processor(processor, chip):
-    assert machine_module._chip(processor) == chip
-
-
-def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
-    monkeypatch.setattr(machine_module, "in_turns", lambda *a, **k: {"read": [0.5, 0.25, 1.0]})
-    assert read_bandwidth_gb_s() == pytest.approx((512 << 20) / 0.25 / 1e9)
+    measured = timer(lambda number: (mx.ones(number), next(clock)), lambda: next(clock))
+    assert measured(3) == 2  # without the tick before
+    assert evaluated[0][0].shape == (3,)
 
 
 def test_heads_take_turns():

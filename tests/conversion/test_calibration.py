@@ -16,7 +16,8 @@ from mlx_flashhead.conversion.calibration import (
     text_states,
     windows_of,
 )
-from mlx_flashhead.conversion.prompts import varied_prompts
+from mlx_flashhead.conversion.prompts import chat_prompts
+from mlx_flashhead.conversion.steps import Stopwatch
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
@@ -51,7 +52,7 @@ def endless(tokenizer, monkeypatch):
 
 
 def prompts_of(tokenizer, seed=0):
-    return varied_prompts(tokenizer, VOCAB_SIZE, np.random.default_rng(seed))
+    return chat_prompts(tokenizer, np.random.default_rng(seed))
 
 
 def generate(model, tokenizer, positions, *, prompts=None, seed=0, **kwargs):
@@ -166,10 +167,10 @@ def test_sixteen_bit_models_give_float32_states(endless):
 
 
 def test_no_further_states_when_the_time_is_up(loaded, endless):
-    states, drawn = generate(loaded[0], endless, 10_000, seconds=0)
+    states, drawn = generate(loaded[0], endless, 10_000, limit=Stopwatch(0))
     assert states.shape == (0, 64)
     assert drawn.shape == (0,)
-    states, drawn = generate(loaded[0], endless, 100_000, seconds=1)
+    states, drawn = generate(loaded[0], endless, 100_000, limit=Stopwatch(1))
     assert 0 < len(states) == len(drawn) < 100_000
 
 
@@ -236,6 +237,28 @@ def test_windows_read_together_do_not_mix(loaded, monkeypatch):
         np.testing.assert_allclose(states, expected, atol=2e-4)
 
 
+def test_short_steps_read_the_same(loaded):
+    """A window at a time where a step may take no time; the model is as it was between them."""
+    model, tokenizer = loaded
+    location = find_head(model)
+    token_ids = tokenizer.encode(TEXT)
+    windows = [token_ids[start : start + 20] for start in range(0, 100, 20)]
+    whole = read_windows(model, location, windows, [[]] * 5, progress=False)
+    before = type(location.module).__dict__.copy()
+    steps = read_windows.steps(model, location, windows, [[]] * 5, step_seconds=0.0)
+    done = []
+    while True:
+        try:
+            done.append(next(steps).done)
+        except StopIteration as end:
+            found = end.value
+            break
+        assert dict(type(location.module).__dict__) == before
+    assert done == [19, 38, 57, 76, 95]
+    for one, other in zip(found, whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+
+
 def test_windows_begin_with_the_token_that_ended_the_one_before():
     assert windows_of(list(range(8)), 3) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7]]
     assert windows_of([1, 2, 3, 4], 3) == [[1, 2, 3, 4]]
@@ -256,7 +279,7 @@ def test_text_states_stop_at_the_positions_asked_for(loaded, positions):
 
 def test_reading_shows_a_bar(loaded, capsys):
     model, tokenizer = loaded
-    text_states(model, tokenizer, find_head(model), TEXT, description="Measuring it")
+    text_states(model, tokenizer, find_head(model), TEXT, stage="Measuring it")
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "Measuring it: 100%" in shown.err

@@ -8,6 +8,7 @@ import pytest
 
 from mlx_flashhead.conversion import clustering
 from mlx_flashhead.conversion.clustering import cluster_rows
+from mlx_flashhead.conversion.steps import Counter, take_all
 from mlx_flashhead.head.matrix import as_float32
 
 
@@ -111,11 +112,8 @@ def test_any_float_dtype(dtype):
 
 @pytest.mark.parametrize("common", [0, 30])
 @pytest.mark.parametrize("spherical", [True, False])
-@pytest.mark.parametrize("large", [False, True])
-def test_recovers_planted_clusters(monkeypatch, large, spherical, common):
+def test_recovers_planted_clusters(spherical, common):
     """Also where all rows have much in common, which says nothing about their differences."""
-    if large:
-        monkeypatch.setattr(clustering, "LARGE_PRODUCT", 0)
     rows, group_of = planted_rows(120, 16, 24, common=common)
     token_ids = cluster_rows(rows, 16, spherical=spherical, progress=False)
     check_balanced(token_ids, len(rows), 16)
@@ -171,16 +169,6 @@ def test_backends_are_equally_good(spherical):
         for b in ("numpy", "mlx")
     ]
     assert qualities[0] == pytest.approx(qualities[1], rel=0.01)
-
-
-def test_large_products_are_clustered_as_well(monkeypatch):
-    """Four passes of which three are spread over several iterations."""
-    rows = normal_rows(2501, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
-    usual = spherical_quality(rows, cluster_rows(rows, 16, progress=False))
-    monkeypatch.setattr(clustering, "LARGE_PRODUCT", 0)
-    token_ids = cluster_rows(rows, 16, progress=False)
-    check_balanced(token_ids, len(rows), 16)
-    assert spherical_quality(rows, token_ids) > usual - 0.01
 
 
 def test_prices_make_better_clusters(monkeypatch):
@@ -256,9 +244,14 @@ def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike, metric):
     assert peak < 1.5 * rows.nbytes
 
 
+def shortlists(points, centroids):
+    every, bar = np.arange(len(points)), Counter("", len(points))
+    return take_all(clustering._shortlists(points, every, centroids, 24, bar, np), progress=False)
+
+
 def test_shortlists_hold_the_best_of_each_bucket():
     points, centroids = normal_rows(300, 8), normal_rows(600, 8, seed=1)
-    ids, scores = clustering._shortlists(points, np.arange(len(points)), centroids, 24, np)
+    ids, scores = shortlists(points, centroids)
     products = points @ centroids.T
     np.testing.assert_allclose(np.take_along_axis(products, ids, axis=1), scores, rtol=1e-5)
     for row, listed in zip(products, ids, strict=True):
@@ -270,7 +263,7 @@ def test_shortlists_hold_the_best_of_each_bucket():
 def test_prices_spread_the_demand():
     points, centroids = normal_rows(800, 6), normal_rows(50, 6, seed=1)
     centroids[:5] *= 4  # nearly all points would have one of these
-    ids, scores = clustering._shortlists(points, np.arange(len(points)), centroids, 24, np)
+    ids, scores = shortlists(points, centroids)
     prices, capacity = np.zeros(50, np.float32), np.full(50, 16)
 
     def wanted():
@@ -278,7 +271,7 @@ def test_prices_spread_the_demand():
         return np.bincount(choice[:, 0], minlength=50)
 
     before = wanted()
-    clustering._update_prices(prices, ids, scores, capacity, 40)
+    take_all(clustering._update_prices(prices, ids, scores, capacity, 40, Counter("", 1)))
     assert before.max() > 100
     assert wanted().max() < 40
     assert prices[before.argmax()] > prices[before.argmin()]

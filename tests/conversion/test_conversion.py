@@ -1,7 +1,11 @@
 """Conversion: the same model as mlx-lm's own, and an index beside it."""
 
+import inspect
 import json
+import os
 import shutil
+from dataclasses import fields
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -11,7 +15,9 @@ from mlx_lm.utils import load_model
 
 import mlx_flashhead
 from mlx_flashhead.conversion import pipeline
+from mlx_flashhead.conversion.options import ConvertOptions
 from mlx_flashhead.conversion.pipeline import convert
+from mlx_flashhead.conversion.place import check_apart
 from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.models.install import get_flash_head
 from model_folders import VOCAB_SIZE, write_model
@@ -166,7 +172,19 @@ def test_dequantized_body_with_a_quantized_head(tmp_path, sources):
     assert get_flash_head(model).clustered.rows.bits == 8
 
 
-@pytest.mark.parametrize("calibration", ["mix", "none", "file"])
+def test_the_signature_has_every_option_with_its_default():
+    parameters = dict(inspect.signature(convert).parameters)
+    del parameters["progress"]
+    options = {one.name: one for one in fields(ConvertOptions)}
+    assert parameters.keys() == options.keys()
+    for name, parameter in parameters.items():
+        assert parameter.default == options[name].default or name == "hf_path"
+        assert f" {name}: " in convert.__doc__
+    of_mlx_lm = list(inspect.signature(mlx_lm.convert).parameters)
+    assert list(parameters)[: len(of_mlx_lm)] == of_mlx_lm
+
+
+@pytest.mark.parametrize("calibration", ["mix", "given", "none", "file"])
 def test_calibration_is_recorded(sources, tmp_path, calibration):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a bridge over a river. " * 3)
@@ -180,7 +198,10 @@ def test_calibration_is_recorded(sources, tmp_path, calibration):
     )
     positions = 0 if calibration == "none" else 100
     assert given.calibration == {"source": calibration, "positions": positions, "seed": 3}
-    assert given.report.get("positions", 0) == {"none": 0, "mix": 24, "file": 25}[calibration]
+    assert (
+        given.report.get("positions", 0)
+        == {"none": 0, "mix": 24, "given": 22, "file": 25}[calibration]
+    )
     assert 1 <= given.n_probes <= N_CLUSTERS
 
 
@@ -192,15 +213,16 @@ def test_goals_are_those_asked_for(sources, tmp_path, capsys):
         target_kl=5.0,
         calibration_positions=100,
     )
-    assert "the fewest that reach 1 % agreement, a KL of 5 nats and" in capsys.readouterr().out
+    assert "the fewest that reach 1 % agreement, a KL of 2.5 nats and" in capsys.readouterr().out
 
 
-def test_says_when_the_time_was_up(sources, tmp_path, capsys):
+def test_says_when_the_text_was_cut_short(sources, tmp_path, capsys):
     options = {"calibration_positions": 100, "calibration_seconds": 1e-6}
     config = convert(str(sources["tied"]), str(tmp_path / "found"), **options)
     positions = config.calibration["positions"]
     assert positions < 100
-    assert f"The time was up after {positions} of 100 positions" in capsys.readouterr().out
+    assert config.calibration["cut_short"]
+    assert f"cut short by the time limit, after {positions} pos" in capsys.readouterr().out
 
 
 def test_a_seed_gives_one_file(sources, tmp_path):
@@ -235,6 +257,35 @@ def test_replaces_what_it_wrote(tmp_path, name, sources):
     assert list(tmp_path.iterdir()) == [place]
 
 
+def test_what_a_conversion_did_not_write_is_not_deleted(sources, tmp_path):
+    place = tmp_path / "model"
+    convert(str(sources["tied"]), str(place), **QUICK)
+    (place / "notes.txt").write_text("mine")
+    (place / "runs").mkdir()
+    before = {path.name for path in place.iterdir()}
+    with pytest.raises(
+        ValueError, match=r"holds notes\.txt, runs, which no conversion has written"
+    ):
+        convert(str(sources["tied"]), str(place), overwrite=True, **QUICK)
+    assert {path.name for path in place.iterdir()} == before
+
+
+def test_folders_are_told_apart_by_what_they_are(tmp_path, monkeypatch):
+    """As a bind mount shows one folder at two paths."""
+    source, other = tmp_path / "source", tmp_path / "mounted"
+    source.mkdir(), other.mkdir()
+    of = os.path.samefile
+
+    def samefile(one, two):
+        return of(*(source if Path(path) == other else path for path in (one, two)))
+
+    monkeypatch.setattr(os.path, "samefile", samefile)
+    with pytest.raises(ValueError, match="is the folder of the model itself"):
+        check_apart(source, other)
+    with pytest.raises(ValueError, match="lie one inside the other"):
+        check_apart(source, other / "new")
+
+
 def test_the_model_itself_is_not_written_over(sources, tmp_path):
     place = tmp_path / "deep" / "model"
     convert(str(sources["tied"]), str(place), **QUICK)
@@ -252,7 +303,7 @@ def test_the_model_itself_is_not_written_over(sources, tmp_path):
 def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    monkeypatch.setattr(pipeline, "make_index", pytest.fail)
+    monkeypatch.setattr(pipeline, "IndexBuild", pytest.fail)
     with pytest.raises(ValueError, match=r"needs 0\.00 GB, but only 0\.00 GB are free there"):
         convert(str(sources["tied"]), str(tmp_path / "found"), **QUICK)
     assert list(tmp_path.iterdir()) == []
@@ -283,18 +334,18 @@ def test_the_index_alone(sources, tmp_path):
         ({"head_bits": 3}, "head_bits is 3"),
         ({"dtype": "int8"}, "dtype is int8"),
         ({"seed": -1}, "seed is -1"),
-        ({"quantize": True, "dequantize": True}, "either --quantize or --dequantize"),
+        ({"quantize": True, "dequantize": True}, "either `quantize` or `dequantize`"),
         ({"quantize": True, "quant_predicate": "mixed_4_6", "q_mode": "mxfp4"}, "affine"),
-        ({"quantize": True, "q_bits": 7}, "--q-bits is 7: choose 1, 2, 3, 4, 5, 6 or 8"),
-        ({"quantize": True, "q_group_size": 7}, "--q-group-size is 7: choose 32, 64 or 128"),
+        ({"quantize": True, "q_bits": 7}, "q_bits is 7: choose 1, 2, 3, 4, 5, 6 or 8"),
+        ({"quantize": True, "q_group_size": 7}, "q_group_size is 7: choose 32, 64 or 128"),
         ({"quantize": True, "q_group_size": 64, "q_mode": "mxfp4"}, "size is 64: choose 32"),
-        ({"q_bits": 8}, "--q-bits is for a quantized model: add --quantize"),
-        ({"q_group_size": 32}, "--q-group-size is for a quantized model"),
-        ({"q_mode": "mxfp4"}, "--q-mode is for a quantized model"),
-        ({"quant_predicate": "mixed_4_6"}, "--quant-predicate is for a quantized model"),
+        ({"q_bits": 8}, "`q_bits` is for a quantized model: add `quantize`"),
+        ({"q_group_size": 32}, "`q_group_size` is for a quantized model"),
+        ({"q_mode": "mxfp4"}, "`q_mode` is for a quantized model"),
+        ({"quant_predicate": "mixed_4_6"}, "`quant_predicate` is for a quantized model"),
         ({"revision": "main"}, "is a folder, which has no revision 'main'"),
-        ({"index_only": True, "quantize": True}, "writes no weights: leave --quantize out"),
-        ({"index_only": True, "head_bits": 8}, "writes no weights: leave --head-bits out"),
+        ({"index_only": True, "quantize": True}, "writes no weights: leave `quantize` out"),
+        ({"index_only": True, "head_bits": 8}, "writes no weights: leave `head_bits` out"),
         ({"calibration": "absent.txt"}, "absent.txt cannot be read"),
         ({"calibration": "."}, "cannot be read"),
     ],

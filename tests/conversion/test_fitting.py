@@ -9,7 +9,6 @@ from mlx_flashhead.conversion.fitting import (
     _quantize,
     fit_centroids,
     raw_means,
-    unit_means,
 )
 from tiny_models import random_clusters
 
@@ -61,12 +60,6 @@ def test_means(case):
     clusters = members(token_ids, len(rows))
     raw = np.stack([rows[ids].mean(axis=0) for ids in clusters])
     np.testing.assert_allclose(raw_means(rows, token_ids), raw, atol=1e-6)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit_rows = np.divide(rows, norms, where=norms > 0, out=np.zeros_like(rows))
-    unit = np.stack([unit_rows[ids].sum(axis=0) for ids in clusters])
-    lengths = np.linalg.norm(unit, axis=1, keepdims=True)
-    unit = np.divide(unit, lengths, where=lengths > 0, out=np.zeros_like(unit))
-    np.testing.assert_allclose(unit_means(rows, token_ids), unit, atol=1e-6)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

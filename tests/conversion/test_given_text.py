@@ -4,7 +4,7 @@ import pytest
 
 from mlx_flashhead.conversion import given_text
 from mlx_flashhead.conversion.given_text import dialogues, given_documents
-from mlx_flashhead.evaluation.answers import requests
+from mlx_flashhead.evaluation.answers import usual_requests
 
 
 @pytest.fixture(scope="module")
@@ -50,4 +50,4 @@ def test_dialogues_alternate():
 
 def test_no_request_of_the_evaluation_is_calibrated_on():
     asked = {message["content"] for messages in dialogues() for message in messages}
-    assert not asked & set(requests())
+    assert not asked & set(usual_requests())

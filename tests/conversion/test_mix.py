@@ -7,8 +7,9 @@ import pytest
 
 from mlx_flashhead.conversion import calibration, mix
 from mlx_flashhead.conversion.given_text import KINDS
-from mlx_flashhead.conversion.mix import ANSWERS, SELF_WRITTEN, GivenText, mixed_positions
+from mlx_flashhead.conversion.mix import ANSWERS, mixed_positions
 from mlx_flashhead.conversion.positions import Positions
+from mlx_flashhead.conversion.steps import Step, Stopwatch, stepwise
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 
@@ -28,7 +29,7 @@ def found_in(loaded, positions=600, **kwargs):
 
 def test_as_many_positions_of_each_kind(loaded):
     found = found_in(loaded)
-    assert found.names == (*KINDS, ANSWERS, SELF_WRITTEN)
+    assert found.names == (*KINDS, *ANSWERS)
     counts = np.bincount(found.kinds)
     given = counts[: len(KINDS)]  # 5/6 of 600 by 10, and twice as much of the languages
     assert dict(zip(KINDS, given, strict=True)) == {kind: 50 * mix.SHARES[kind] for kind in KINDS}
@@ -45,7 +46,7 @@ def test_the_states_are_those_of_the_text(loaded):
     """The greedy answers' next tokens follow from their states; of given text the last window's."""
     found = found_in(loaded)
     head = found.states @ np.array(loaded[2].rows().dequantized(mx.float32)).T
-    greedy = found.kinds == found.names.index(ANSWERS)
+    greedy = found.kinds == found.names.index("answers, greedy")
     np.testing.assert_array_equal(head[greedy].argmax(axis=1), found.next_ids[greedy])
 
 
@@ -57,79 +58,70 @@ def test_the_same_seed_gives_the_same_mix(loaded):
     assert (first.next_ids[~given] != other.next_ids[~given]).any()
 
 
+def test_given_text_alone(loaded):
+    found = found_in(loaded, written_share=0.0)
+    assert found.names == KINDS
+    assert len(found) == 600
+
+
 def test_fewer_positions_of_every_kind_when_the_time_is_up(loaded, monkeypatch):
-    monkeypatch.setattr(calibration, "READ_TOKENS", 2500)  # one window of each kind
-    text = GivenText(*loaded, 4000)
-    text.read(0, progress=False)
-    part = text.positions()
-    assert set(part.names) == {kind for kind in KINDS if mix.SHARES[kind] == 1}
-    assert len(part) < 2000
-    text.read(float("inf"), progress=False)
-    whole = text.positions()
-    np.testing.assert_array_equal(np.bincount(whole.kinds), [400 * mix.SHARES[k] for k in KINDS])
-    once = GivenText(*loaded, 4000)
-    once.read(float("inf"), progress=False)
-    np.testing.assert_array_equal(whole.next_ids, once.positions().next_ids)
-    assert set(found_in(loaded, positions=60, seconds=1e-9).names) <= set(KINDS)  # none written
-
-
-class Clock:
-    """A clock that runs by the work that is done."""
-
-    now = 0.0
-
-    def monotonic(self):
-        return self.now
+    monkeypatch.setattr(calibration, "READ_TOKENS", 700)  # one window of each kind
+    limit = Stopwatch(1e-9)
+    found = found_in(loaded, positions=4000, limit=limit)
+    assert set(found.names) >= set(KINDS)
+    assert len(found) < 1000 and limit.cut_short
 
 
 @pytest.mark.parametrize(
     ("reading", "writing", "counts"),
     [
         (0.05, 0.1, (1000, 200)),  # there is time for all
-        (0.1, 0.1, (1000, 200)),  # writing leaves 40 seconds to the rest of the given text
         (0.2, 1.0, (300, 60)),  # half of the time each
-        (0.01, 1.0, (1000, 110)),  # reading leaves 50 seconds to writing
+        (0.01, 1.0, (1000, 60)),  # writing has no more than its half
+        (0.1, 0.1, (1000, 200)),  # and leaves the rest of it to reading
     ],
 )
-def test_given_text_leaves_time_to_write(loaded, monkeypatch, reading, writing, counts):
+def test_writing_leaves_time_to_read(loaded, monkeypatch, reading, writing, counts):
     """``reading`` and ``writing`` seconds a token, 120 seconds in all."""
-    clock, width = Clock(), 2
+    width = 2
 
-    def read_windows(model, location, windows, prefixes, *, seconds, **kwargs):
-        until, states = clock.now + seconds, []
+    def read_windows(model, location, windows, prefixes, *, limit, **kwargs):
+        states = []
         for window in windows:
-            late = clock.now > until
+            late = limit.left < 0
             states.append(np.ones((0 if late else len(window) - 1, width), np.float32))
-            clock.now += reading * len(states[-1])
+            limit.left -= reading * len(states[-1])
+        yield Step("", 1, 1)
         return states
 
-    def generated_states(*args, seconds, **kwargs):
-        count = min(args[4], round(seconds / writing))
-        clock.now += writing * count
+    def generated_states(*args, limit, until, **kwargs):
+        count = min(args[4], round((limit.left - until) / writing))
+        limit.left -= writing * count
+        yield Step("", 1, 1)
         return np.ones((count, width), np.float32), np.ones(count, np.int64)
 
-    monkeypatch.setattr(mix, "time", clock)
-    monkeypatch.setattr(mix, "MIX_WINDOW", 10)
-    monkeypatch.setattr(mix, "LANGUAGES_WINDOW", 10)
-    monkeypatch.setattr(mix, "read_windows", read_windows)
-    monkeypatch.setattr(mix, "generated_states", generated_states)
-    found = mixed_positions(*loaded, 1200, seconds=120, progress=False)
+    monkeypatch.setattr(mix, "WINDOW", 10)
+    monkeypatch.setattr(mix, "read_windows", stepwise(read_windows))
+    monkeypatch.setattr(mix, "generated_states", stepwise(generated_states))
+    limit = Stopwatch(120)
+    found = mixed_positions(*loaded, 1200, limit=limit, progress=False)
     given = found.kinds < len(KINDS)
     assert given.sum() == pytest.approx(counts[0], abs=20)
     assert (~given).sum() == pytest.approx(counts[1], abs=2)
-    assert clock.now < 122
+    assert limit.left > -3
 
 
-def test_long_documents_do_not_crowd_out_others():
+def test_long_documents_do_not_crowd_out_others(monkeypatch):
+    monkeypatch.setattr(mix, "WINDOW", 10)
     documents = [list(range(100)), list(range(200, 225)), list(range(300, 312))]
-    chosen = mix._chosen_windows(documents, [], 50, 10)
+    chosen = mix._chosen_windows(documents, [], 50)
     assert sum(len(window) - 1 for window in chosen) == 50
     assert {window[0] for window in chosen[:3]} == {0, 200, 300}
     assert all(len(window) >= mix.LEAST_WINDOW for window in chosen)
 
 
 def test_what_begins_a_text_is_not_taken_for_text():
-    chosen = mix._chosen_windows([[7, *range(20, 40)]], [7], 100, 50)
+    chosen = mix._chosen_windows([[7, *range(20, 40)]], [7], 100)
     assert chosen == [list(range(20, 40))]
 
 

@@ -5,15 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion.measures import AGREEMENT, KL, NLL, PositionMeasures, Routing
+from mlx_flashhead.conversion.measures import AGREEMENT, KL, NLL, PositionMeasures
 from mlx_flashhead.conversion.probes import (
-    Choice,
     Goals,
     choose_probes,
     kind_weights,
     lower_bound,
     probe_grid,
-    upper_bound,
 )
 
 GRID = [8, 16, 32, 64]
@@ -22,11 +20,11 @@ FREE = Goals(0.5, 10.0, 1.0)
 
 def found_with(agree=None, kl=None, growth=0.0, n_positions=100, grid=GRID):
     """Measures of one routing, (P, N) each; what is not given is reached by all."""
-    found = PositionMeasures([Routing("own", None, None)], grid, n_positions, known=True)
-    found.values[0, :, AGREEMENT] = 1.0 if agree is None else agree
-    found.values[0, :, KL] = 0.0 if kl is None else kl
+    found = PositionMeasures(grid, n_positions, known=True)
+    found.values[:, AGREEMENT] = 1.0 if agree is None else agree
+    found.values[:, KL] = 0.0 if kl is None else kl
     found.dense_nll[:] = 3.0
-    found.values[0, :, NLL] = 3.0 + growth
+    found.values[:, NLL] = 3.0 + growth
     return found
 
 
@@ -44,16 +42,7 @@ def test_the_fewest_that_reach_the_agreement_with_confidence():
     # 1,000 positions: 90 % and 1.645 standard errors of 0.95 points are 91.6 %
     agree = flags(0.5, 0.91, 0.917, 1.0)
     choice = choose(found_with(agree, n_positions=1000), Goals(0.9, 1.0))
-    assert choice == Choice(32, ())
-
-
-def test_the_fewest_that_reach_the_kl_with_confidence():
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=(1, 1000))
-    noise = (noise - noise.mean()) / noise.std()
-    kl = np.array([[0.2], [0.059], [0.049], [0.01]]) + 1.2 * noise  # error of the mean: 0.038
-    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.125)).n_probes == 16
-    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.115)).n_probes == 32
+    assert (choice.n_probes, choice.missed, choice.unshown) == (32, (), ())
 
 
 def test_the_kl_of_unseen_text_is_taken_as_twice_as_much():
@@ -64,7 +53,6 @@ def test_the_kl_of_unseen_text_is_taken_as_twice_as_much():
 def test_the_fewest_whose_perplexity_has_grown_by_two_thirds_of_the_kl_at_most():
     growth = np.array([[0.5], [0.051], [0.049], [0.0]])
     assert choose(found_with(growth=growth), Goals(0.5, 0.15)).n_probes == 32
-    assert Goals(kl=0.03).perplexity == pytest.approx(1.02, abs=5e-4)
 
 
 def test_both_goals_must_be_reached():
@@ -91,7 +79,7 @@ def test_kinds_weigh_the_same_and_those_of_few_positions_less():
 def test_no_more_than_may_be_read_unless_the_first_is_too_much_already():
     found = found_with(kl=1.0)
     choice = choose(found, Goals(0.5, 0.1, bytes_share=0.04))
-    assert choice == Choice(32, ("a KL of 0.1 nats",))
+    assert (choice.n_probes, choice.missed, choice.unshown) == (32, ("a KL of 0.05 nats",), ())
     assert choose(found, Goals(0.5, 0.1, bytes_share=0.001)).n_probes == 8
     assert choose(found, Goals(0.5, 0.1, bytes_share=1)).n_probes == 64
 
@@ -104,14 +92,34 @@ def test_few_positions_that_cannot_show_a_goal_must_all_agree(n_positions):
     assert choose(found_with(agree, n_positions=n_positions), Goals(0.998, 1.0)).n_probes == 32
 
 
+def test_the_words_are_what_the_rule_asks():
+    goals = Goals(0.5, 0.03)
+    assert goals.in_words() == (
+        "50 % agreement",
+        "a KL of 0.015 nats",
+        "1.01 times the dense perplexity",
+    )
+    reached = choose(found_with(), goals)
+    assert reached.in_words(3072) == (
+        "8 of 3,072 clusters per token are the fewest that reach 50 % agreement, a KL of 0.015 "
+        "nats and 1.01 times the dense perplexity on held-out text."
+    )
+    # 99 of 100 are more than 98 %, but cannot show it
+    limited = Goals(0.98, 0.03, bytes_share=0.02)
+    few = choose(found_with(flags(0.99, 0.99, 0.99, 0.99, n_positions=100), kl=0.02), limited)
+    assert few.in_words(3072) == (
+        "16 of 3,072 clusters per token miss a KL of 0.015 nats and reach 98 % agreement on "
+        "held-out text, on too few positions to be sure. More would read over 2 % of the dense "
+        "head's bytes."
+    )
+
+
 def test_bounds():
     weights = np.full(400, 1 / 400)
     agree = np.arange(400) < 360
     bound = lower_bound(agree, weights)
     # Wilson: the share whose own standard error reaches to what was seen
     assert bound + 1.645 * np.sqrt(bound * (1 - bound) / 400) == pytest.approx(0.9)
-    values = np.arange(400.0)
-    assert upper_bound(values, weights) == pytest.approx(199.5 + 1.645 * values.std() / 20)
 
 
 def test_grid():
@@ -122,21 +130,6 @@ def test_grid():
     assert grid[-2] < 3072 <= grid[-1]
     assert probe_grid(13, 100) == [8, 13]
     assert probe_grid(3, 1) == [3]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ((0,), "The target agreement is 0: it is a share"),
-        ((1.01,), "The target agreement is 1.01"),
-        ((float("nan"),), "The target agreement is nan"),
-        ((0.9, 0), "The target KL is 0: give nats above 0"),
-        ((0.9, float("nan")), "The target KL is nan"),
-    ],
-)
-def test_goals_out_of_range(arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        Goals(*arguments)
 
 
 def test_no_held_out_positions():

@@ -120,7 +120,7 @@ def test_quantized_checkpoints(tmp_path, load, folders, tied, body_bits):
         stored = head_weight(model)
         if head_bits > body_bits:
             with pytest.raises(
-                ValueError, match=f"--head-bits {head_bits} is more than the {body_bits}"
+                ValueError, match=f"`head_bits` {head_bits} is more than the {body_bits}"
             ):
                 set_bits(model, config, head_path, None, head_bits)
             continue
@@ -201,7 +201,7 @@ def test_group_that_fits_the_head(tmp_path, load, hidden_size, body, head_bits, 
             8,
             "not a multiple of the body's quantization group, so mlx-lm leaves it out",
         ),
-        (64, recipe(mode="mxfp4", predicate="mixed_4_6"), None, "need --q-mode affine"),
+        (64, recipe(mode="mxfp4", predicate="mixed_4_6"), None, "need the affine `q_mode`"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(tmp_path, load, hidden_size, body, head_bits, sentence):

@@ -8,7 +8,7 @@ import pytest
 from test_text import installed_model
 
 from mlx_flashhead import get_flash_head, stream_generate
-from mlx_flashhead.evaluation.answers import evaluate_answers, requests
+from mlx_flashhead.evaluation.answers import evaluate_answers, usual_requests
 from model_folders import write_model
 
 ASKED = ["Why?", "Name a river.", "Count to ten", "Who?", "Say something about bridges."]
@@ -31,20 +31,20 @@ def answer(model, tokenizer, text, **settings):
     if tokenizer.has_chat_template:
         messages = [{"role": "user", "content": text}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    stream = stream_generate(model, tokenizer, prompt, max_tokens=TOKENS, **settings)
+    stream = stream_generate(model, tokenizer, prompt, max_tokens=TOKENS, check=False, **settings)
     return [response.token for response in stream]
 
 
 @pytest.fixture(scope="module")
 def found(model, tokenizer):
     return evaluate_answers(
-        model, tokenizer, probe_counts=[1, 6, 33], tokens=TOKENS, asked=ASKED, progress=False
+        model, tokenizer, probe_counts=[1, 6, 33], tokens=TOKENS, requests=ASKED, progress=False
     )
 
 
 def test_answers_are_those_of_generation(found, model, tokenizer):
     dense = [answer(model, tokenizer, text, dense=True) for text in ASKED]
-    assert sum(found.positions) == sum(map(len, dense))
+    assert found.positions == sum(map(len, dense))
     assert found.chat_template == tokenizer.has_chat_template
     for measured in found.measures:
         own = [answer(model, tokenizer, text, n_probes=measured.n_probes) for text in ASKED]
@@ -58,30 +58,27 @@ def test_answers_are_those_of_generation(found, model, tokenizer):
         if partings:
             assert measured.median_parting == np.median(partings)
         else:
-            assert np.isnan(measured.median_parting)
-            assert measured.nats_per_token == pytest.approx(0)
-            assert sum(measured.misses) == 0
+            assert (measured.median_parting, measured.agreement) == (None, 1)
 
 
 def test_few_probes_part_and_all_do_not(found):
     few, _, all_of_them = found.measures
     assert few.identical < 1
-    assert few.nats_per_token > 0
-    assert sum(few.misses) > 0
-    assert all_of_them.identical == 1
+    assert few.agreement < 1
+    assert (all_of_them.identical, all_of_them.agreement) == (1, 1)
 
 
 def test_by_default_half_once_and_twice_the_probes(model, tokenizer):
-    found = evaluate_answers(model, tokenizer, tokens=3, asked=ASKED[:2], progress=False)
+    found = evaluate_answers(model, tokenizer, tokens=3, requests=ASKED[:2], progress=False)
     own = get_flash_head(model).n_probes
     assert [measured.n_probes for measured in found.measures] == [own // 2, own, 2 * own]
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["requests"] == 2
 
 
 def test_numbers_of_probes_are_checked(model, tokenizer):
-    with pytest.raises(ValueError, match="34 is not possible"):
-        evaluate_answers(model, tokenizer, probe_counts=[34], asked=ASKED, progress=False)
+    with pytest.raises(ValueError, match="34 probes are not possible"):
+        evaluate_answers(model, tokenizer, probe_counts=[34], requests=ASKED, progress=False)
 
 
 def test_the_requests_are_more_than_a_hundred_different_ones():
-    assert len(requests()) == len(set(requests())) >= 100
+    assert len(usual_requests()) == len(set(usual_requests())) >= 100

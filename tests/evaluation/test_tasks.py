@@ -124,7 +124,7 @@ def test_a_limit_of_tokens_does_not_cut_the_questions(flash):
     assert limited == free and math.isfinite(free)
 
 
-def test_text_is_generated_with_flash_head(flash, dense, task_folder, monkeypatch):
+def test_text_is_generated_with_the_check(flash, dense, task_folder, monkeypatch):
     said = []
     original = tasks.TaskModel.generate_until
 
@@ -136,8 +136,9 @@ def test_text_is_generated_with_flash_head(flash, dense, task_folder, monkeypatc
     found = measured(flash, task_folder, GENERATE)
     assert set(found) == {(GENERATE, FLASH_HEAD, "exact_match")}
     questions = [document["question"] for document in DOCUMENTS]
-    assert said == [generate(*flash, question, max_tokens=TOKENS) for question in questions]
-    assert said != [mlx_lm.generate(*dense, question, max_tokens=TOKENS) for question in questions]
+    assert said == [mlx_lm.generate(*dense, question, max_tokens=TOKENS) for question in questions]
+    unchecked = {"check": False, "max_tokens": TOKENS}
+    assert said != [generate(*flash, question, **unchecked) for question in questions]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -224,7 +225,7 @@ def test_a_folder_of_tasks_that_is_not_there(tmp_path):
 
 
 def test_an_empty_batch_is_refused(flash, task_folder):
-    with pytest.raises(ValueError, match="--batch-size is 0: give 1 or more"):
+    with pytest.raises(ValueError, match="batch_size is 0: give 1 or more"):
         measured(flash, task_folder, GENERATE, batch_size=0)
 
 

@@ -74,8 +74,8 @@ def test_take_gathers_every_array():
 def test_fingerprint_is_of_the_stored_rows():
     rows = random_rows(np.random.default_rng(3), 500, 32, bits=4)
     again = random_rows(np.random.default_rng(3), 500, 32, bits=4)
-    assert rows.fingerprint() == again.fingerprint()
-    assert len(rows.fingerprint()) == 64
+    assert rows.fingerprint == again.fingerprint
+    assert len(rows.fingerprint) == 64
     changed = {
         "first row": replace(rows, weight=rows.weight.at[0, 0].add(1)),
         "last row": replace(rows, weight=rows.weight.at[499, 0].add(1)),
@@ -87,7 +87,7 @@ def test_fingerprint_is_of_the_stored_rows():
         "order": rows.take(mx.arange(499, -1, -1)),
     }
     for what, other in changed.items():
-        assert other.fingerprint() != rows.fingerprint(), what
+        assert other.fingerprint != rows.fingerprint, what
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -95,4 +95,4 @@ def test_fingerprint_is_of_the_stored_rows():
 def test_fingerprint_of_any_size(dtype, vocab_size):
     rows = random_rows(np.random.default_rng(5), vocab_size, 8, dtype=dtype)
     other = replace(rows, weight=rows.weight.at[vocab_size // 2, 3].add(1))
-    assert rows.fingerprint() != other.fingerprint()
+    assert rows.fingerprint != other.fingerprint

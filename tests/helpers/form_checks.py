@@ -10,9 +10,9 @@ from architecture_configs import VOCAB_SIZE
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.positions import Positions
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.loading.attach import install_index
 from mlx_flashhead.models.libraries import forward
 from mlx_flashhead.models.locate import HeadLocation, recorded_hidden
+from tiny_models import install_index
 
 CLUSTER_SIZE, N_PROBES = 16, 4
 EOS = 7

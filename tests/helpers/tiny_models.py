@@ -9,10 +9,12 @@ from mlx.utils import tree_map
 
 from mlx_flashhead.conversion.fitting import fit_centroids
 from mlx_flashhead.head.centroids import Centroids
+from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.index.files import FlashHeadIndex
 from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.index.sketch import Sketch
+from mlx_flashhead.models.install import install
 from mlx_flashhead.models.locate import find_head
 
 VOCAB_SIZE, HIDDEN_SIZE = 203, 64
@@ -172,6 +174,20 @@ def tiny_index(
         calibration={"source": "none"},
         report={"agreement": 0.5},
         recipe=recipe or {},
-        fingerprint=rows.fingerprint(),
+        fingerprint=rows.fingerprint,
     )
     return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))
+
+
+def install_index(
+    model: nn.Module, index: FlashHeadIndex, *, backend: str | None = None
+) -> FlashHead:
+    """Installs a FlashHead on the model that it was made for."""
+    return install(
+        model,
+        index.token_ids,
+        index.centroids,
+        n_probes=index.config.n_probes,
+        eos_token_ids=index.config.eos_token_ids,
+        backend=backend,
+    )

@@ -9,6 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
+from mlx_flashhead.index import files
 from mlx_flashhead.index.files import (
     CONFIG_KEY,
     FILE_NAME,
@@ -18,6 +19,7 @@ from mlx_flashhead.index.files import (
     write_companion,
     write_index,
 )
+from mlx_flashhead.index.settings import REQUIRED
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.install import get_flash_head
 from model_folders import write_model
@@ -161,28 +163,21 @@ def test_truncated_file(folder, kept):
     refused(folder, f"{FILE_NAME} cannot be read", "damaged or incomplete", CONVERT)
 
 
-@pytest.mark.parametrize("place", [-1, -3000])
-def test_a_changed_bit(folder, place):
-    path = folder / FILE_NAME
-    content = bytearray(path.read_bytes())
-    content[place] ^= 0x10
-    path.write_bytes(content)
-    refused(folder, f"{FILE_NAME} cannot be read", "damaged or incomplete", CONVERT)
-
-
 @pytest.mark.parametrize(
-    "content",
+    "spoil",
     [
-        bytes(1000),
-        np.random.default_rng(0).bytes(5000),
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
-        b"\x02\x00\x00\x00\x00\x00\x00\x00[]",
-        b"\x02\x00\x00\x00\x00\x00\x00\x00{}",
+        lambda content: content[:-1] + bytes([content[-1] ^ 0x10]),
+        lambda content: bytes(1000),
+        lambda content: np.random.default_rng(0).bytes(5000),
+        lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        lambda content: b"\x02\x00\x00\x00\x00\x00\x00\x00[]",
+        lambda content: b"\x02\x00\x00\x00\x00\x00\x00\x00{}",
     ],
-    ids=["zeros", "random", "pointer", "list", "empty"],
+    ids=["a changed bit", "zeros", "random", "pointer", "list", "empty"],
 )
-def test_garbage_file(folder, content):
-    (folder / FILE_NAME).write_bytes(content)
+def test_garbage_file(folder, spoil):
+    path = folder / FILE_NAME
+    path.write_bytes(spoil(path.read_bytes()))
     refused(folder, FILE_NAME, CONVERT)
 
 
@@ -198,45 +193,28 @@ def change_entry(folder, **values):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_other_version(folder, version):
-    change_entry(folder, version=version)
-    refused(folder, rf"config\.json.*version {version!r}.*reads version 1", "update", CONVERT)
-
-
-@pytest.mark.parametrize("entry", [[], "yes", 1, {}])
-def test_entry_that_is_none(folder, entry):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {CONFIG_KEY: entry}))
-    refused(folder, r"config\.json.*version None", CONVERT)
-
-
 @pytest.mark.parametrize(
-    "key", ["vocab_size", "n_clusters", "cluster_size", "n_probes", "fingerprint"]
-)
-def test_missing_key(folder, key):
-    config = json.loads((folder / "config.json").read_text())
-    del config[CONFIG_KEY][key]
-    (folder / "config.json").write_text(json.dumps(config))
-    refused(folder, rf"config\.json's flash_head entry lacks {key}", CONVERT)
-
-
-@pytest.mark.parametrize(
-    "values",
+    "change, said",
     [
-        {"n_probes": "4"},
-        {"n_clusters": 33.0},
-        {"cluster_size": None},
-        {"eos_token_ids": 1},
-        {"eos_token_ids": ["1"]},
-        {"centroid_bits": [4]},
-        {"centroid_group_size": True},
+        (lambda entry: entry | {"version": 2}, "version 2.*reads version 1"),
+        (lambda entry: entry | {"version": "1"}, "version '1'.*reads version 1"),
+        (lambda entry: [], "version None"),
+        (lambda entry: {}, "version None"),
+        (lambda entry: entry | {"n_probes": "4"}, "whole numbers"),
+        (lambda entry: entry | {"n_clusters": 33.0}, "whole numbers"),
+        (lambda entry: entry | {"eos_token_ids": ["1"]}, "whole numbers"),
+        (lambda entry: entry | {"centroid_group_size": True}, "whole numbers"),
+        *(
+            (lambda entry, key=key: {k: v for k, v in entry.items() if k != key}, f"lacks {key}")
+            for key in REQUIRED
+        ),
     ],
-    ids=str,
 )
-def test_value_of_another_type(folder, values):
-    change_entry(folder, **values)
-    refused(folder, r"config\.json.*whole numbers", CONVERT)
+def test_settings_that_are_none(folder, change, said):
+    config = json.loads((folder / "config.json").read_text())
+    config[CONFIG_KEY] = change(config[CONFIG_KEY])
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, rf"config\.json.*{said}", CONVERT)
 
 
 def test_keys_of_a_later_package_are_ignored(folder, original):
@@ -288,10 +266,43 @@ def load(folder):
 
 
 def save(folder, arrays, metadata):
-    """Writes other arrays, without a checksum."""
-    metadata = {key: value for key, value in metadata.items() if key != "checksum"}
+    """Writes other arrays with their checksum."""
+    metadata = metadata | {"checksum": files._checksum(arrays)}
     with (folder / FILE_NAME).open("wb") as file:
         mx.save_safetensors(file, arrays, metadata=metadata)
+
+
+def test_an_index_without_a_checksum(folder):
+    arrays, metadata = load(folder)
+    del metadata["checksum"]
+    with (folder / FILE_NAME).open("wb") as file:
+        mx.save_safetensors(file, arrays, metadata=metadata)
+    refused(folder, f"{FILE_NAME} cannot be read because it is damaged", CONVERT)
+
+
+@pytest.mark.parametrize("name", [name for name in ARRAYS if "weight" not in name][1:])
+def test_arrays_with_nan(folder, name):
+    arrays, metadata = load(folder)
+    flat = arrays[name].reshape(-1)
+    flat[3] = mx.nan
+    arrays[name] = flat.reshape(arrays[name].shape)
+    save(folder, arrays, metadata)
+    refused(folder, FILE_NAME, "does not hold the arrays .* no NaN", CONVERT)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"eos_token_ids": list(range(258))}, "names 258 tokens that end a text, more than 64"),
+        ({"report": "good"}, "must hold objects as calibration, report, lossless, recipe"),
+        ({"lossless": {"n_probes": 34}}, "no valid settings of the check"),
+        ({"lossless": {"n_probes": 3, "risk": {"greedy": [0], "sampled": 1}}}, "no valid settings"),
+        ({"lossless": {"n_probes": 3, "risk": {"greedy": [0, "1"], "sampled": 1}}}, "no valid"),
+    ],
+)
+def test_settings_that_nothing_has_written(folder, values, said):
+    change_entry(folder, **values)
+    refused(folder, said, CONVERT)
 
 
 @pytest.mark.parametrize("name", ARRAYS)

@@ -89,18 +89,6 @@ def test_folder_that_is_no_model(tmp_path):
     refused(lambda: load(str(tmp_path)), f"mlx-lm cannot load the model in {tmp_path}")
 
 
-@pytest.mark.parametrize("n_probes", [0, -3, 34])
-def test_n_probes_out_of_range(original, n_probes):
-    refused(
-        lambda: load(str(original), n_probes=n_probes),
-        f"n_probes is {n_probes}, but this head has 33 clusters: choose 1 to 33",
-    )
-
-
-def test_unknown_backend(original):
-    refused(lambda: load(str(original), backend="cuda"), "Unknown FlashHead backend 'cuda'")
-
-
 def test_weights_of_another_model(folder):
     path = str(folder / "model.safetensors")
     weights = mx.load(path)
@@ -168,5 +156,5 @@ def test_adapters_that_are_none(folder, tmp_path, content):
     refused(
         lambda: load(str(folder), adapter_path=str(adapters)),
         f"adapters in {adapters} cannot be put on this model",
-        "check --adapter-path",
+        "check `adapter_path`",
     )

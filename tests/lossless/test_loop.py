@@ -60,6 +60,13 @@ def test_a_sampler_of_others_draws_with_the_state_of_the_proposal(flash, argumen
     assert misses
 
 
+def test_a_thread_may_compute_the_check(flash, misses, monkeypatch):
+    monkeypatch.setattr("mlx_flashhead.lossless.products.WORTH_A_THREAD", 0)
+    sampler = make_sampler(temp=0.8, top_p=0.95, seed=1)
+    assert flash.tokens(sampler=sampler) == flash.tokens(sampler=sampler, dense=True)
+    assert misses
+
+
 def test_a_seed_is_that_of_the_text(flash):
     first = flash.tokens(sampler=make_sampler(temp=1.0, seed=3))
     assert flash.tokens(sampler=make_sampler(temp=1.0, seed=3), seed=99) == first

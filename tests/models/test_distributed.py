@@ -172,7 +172,7 @@ def test_a_model_that_cannot_be_pipelined(llama):
     ],
 )
 def test_attention_heads_that_cannot_be_shared_out(config, said):
-    for by_layers, instead in ((True, "use --pipeline"), (False, "use one, or")):
+    for by_layers, instead in ((True, "use `pipeline_group`"), (False, "use one, or")):
         with pytest.raises(ValueError, match=f"{said}.*{instead}"):
             _check_attention_heads(config, 2, by_layers=by_layers)
 
@@ -209,6 +209,6 @@ class SplitHead(nn.Module):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_heads_split_over_the_vocabulary_are_refused(quantized):
-    said = "Each of the 2 processes holds a part .* vocabulary of 128.*--pipeline.*one process"
+    said = "Each of the 2 processes holds a part .* of 128.*`pipeline_group`.*one process"
     with pytest.raises(ValueError, match=said):
         find_head(SplitHead(quantized))

@@ -5,11 +5,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_flashhead.index.files import FILE_NAME, write_companion
-from mlx_flashhead.loading.attach import install_index
 from mlx_flashhead.models import fetch
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.fetch import resolve
-from mlx_flashhead.models.install import get_flash_head
 from model_folders import write_model
 from tiny_models import tiny_index, tiny_model
 
@@ -76,7 +74,7 @@ def test_what_the_hub_says_is_one_short_sentence(hub, monkeypatch):
 
 def test_a_flash_head_alone_is_no_model(tmp_path):
     write_companion(tmp_path, tiny_index(tiny_model()))
-    refused(lambda: load_dense(tmp_path), "is a FlashHead without its model: give it as --flash")
+    refused(lambda: load_dense(tmp_path), "is a FlashHead without its model: give it as `flash")
 
 
 def test_repository_is_downloaded_with_its_flash_head(original, monkeypatch):
@@ -96,14 +94,3 @@ def test_repository_is_downloaded_with_its_flash_head(original, monkeypatch):
 def test_home_is_expanded(original, monkeypatch):
     monkeypatch.setenv("HOME", str(original.parent))
     assert resolve("~/model") == original
-
-
-def test_index_of_another_model_leaves_the_model():
-    model, other = tiny_model(), tiny_model(seed=1)
-    dense = model(TOKENS)
-    refused(lambda: install_index(model, tiny_index(other)), "belongs to other rows")
-    assert get_flash_head(model) is None
-    assert mx.array_equal(model(TOKENS), dense)
-    head = install_index(model, tiny_index(model), n_probes=9)
-    assert get_flash_head(model) is head
-    assert head.n_probes == 9

@@ -10,10 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
-from mlx_flashhead.loading.attach import install_index
 from mlx_flashhead.models.install import dense_copy, detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head, recorded_hidden
-from tiny_models import tiny_index, tiny_model
+from tiny_models import install_index, tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7], [9, 9, 0, 202]])
 TIED, UNTIED, BIAS = {"tied": True}, {"tied": False}, {"arch": "phi"}

@@ -12,10 +12,10 @@ from kernel_cases import kernels, on_gpu, to_numpy
 from mlx_flashhead import detach, generate, get_flash_head, stream_generate
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.exporting.plan import export_plan
-from mlx_flashhead.loading.attach import install_index
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.locate import find_head, recorded_hidden
 from plan_replay import read_plan, replay
+from tiny_models import install_index
 
 pytestmark = pytest.mark.real
 

@@ -121,7 +121,7 @@ def test_private(hub, converted):
     publish(converted, "me/hidden", private=True)
     publish(converted, "me/open")
     assert hub.repositories["me/hidden"].private and not hub.repositories["me/open"].private
-    with pytest.raises(ValueError, match="public, in spite of --private"):
+    with pytest.raises(ValueError, match="public, in spite of `private=True`"):
         publish(converted, "me/open", private=True)
 
 
@@ -153,17 +153,17 @@ def test_text_below_the_marker_is_kept(hub, converted):
 def test_a_model_without_a_licence_is_not_published(hub, tmp_path):
     source = write_model(tmp_path / "bare", card=None)
     for arguments in ({"upload": True}, {"upload_repo": "me/tiny"}):
-        with pytest.raises(ValueError, match=r"licence of bare is not known.*--license"):
+        with pytest.raises(ValueError, match=r"licence of bare is not known.*`license`"):
             convert(str(source), str(tmp_path / "new"), **arguments, **QUICK)
     assert not (tmp_path / "new").exists() and hub.repositories == {}
     convert(str(source), str(tmp_path / "new"), **QUICK)
-    with pytest.raises(ValueError, match=r"licence of .*new is not known.*--license"):
+    with pytest.raises(ValueError, match=r"licence of .*new is not known.*`license`"):
         publish(tmp_path / "new", "me/tiny")
     assert hub.repositories == {}
     publish(tmp_path / "new", "me/tiny", license="mit")
     assert "\nlicense: mit\n" in hub.files("me/tiny")["README.md"].decode()
     publish(tmp_path / "new", "me/tiny")  # it stands on the card now
-    with pytest.raises(ValueError, match=r"--license gemma contradicts .* says mit"):
+    with pytest.raises(ValueError, match=r"`license` gemma contradicts .* says mit"):
         publish(tmp_path / "new", "me/tiny", license="gemma")
     convert(str(source), str(tmp_path / "other"), upload_repo="me/o", license="mit", **QUICK)
     assert "\nlicense: mit\n" in hub.files("me/o")["README.md"].decode()

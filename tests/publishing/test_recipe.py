@@ -3,15 +3,19 @@
 import hashlib
 import shlex
 
-from mlx_flashhead.conversion.options import ConvertOptions
+from mlx_flashhead.conversion.options import ConvertOptions, recipe_flags
 from mlx_flashhead.convert import make_parser
 from mlx_flashhead.publishing.recipe import make_recipe
 
 
 def recipe(revision=None, **options):
-    given = ConvertOptions("/home/ann/model", "/home/ann/out", **options)
+    given = ConvertOptions(hf_path="/home/ann/model", mlx_path="/home/ann/out", **options)
     return make_recipe(
-        given.flags(), model="maker/Model", revision=revision, seed=given.seed, name="Model-4bit"
+        recipe_flags(given),
+        model="maker/Model",
+        revision=revision,
+        seed=given.seed,
+        name="Model-4bit",
     )
 
 
@@ -24,8 +28,8 @@ def test_the_command_makes_the_same_again():
     again = ConvertOptions(**vars(make_parser().parse_args(words)))
     assert program == "mlx_flashhead.convert"
     assert again == ConvertOptions(
-        "maker/Model", "Model-4bit", revision="abc", quantize=True, q_bits=8, head_bits=16, seed=3,
-        quant_predicate="mixed_4_6", trust_remote_code=True,
+        hf_path="maker/Model", mlx_path="Model-4bit", revision="abc", quantize=True, q_bits=8,
+        head_bits=16, seed=3, quant_predicate="mixed_4_6", trust_remote_code=True,
     )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def test_tokens_stop_at_the_first_command_that_fails(gpu):
     run = Runner(convert=(2, "error: no space.\n"))
     passed, page = check_mac.run_check(CHECKS["tokens"], run)
     assert not passed and "error: no space." in page
-    assert "fetch_smollm2.py" in run.ran[0] and len(run.ran) == 2
+    assert "fetch_model.py" in run.ran[0] and len(run.ran) == 2
     run = Runner()
     assert check_mac.run_check(CHECKS["tokens"], run)[0]
     assert "compare_paths.py" in run.ran[-1] and len(run.ran) == 3
@@ -117,7 +117,7 @@ def test_commands_are_those_that_there_are(gpu):
         for command in check.commands:
             words = list(command)
             flags = [word for word in words if word.startswith("--")]
-            if "scripts/fetch_smollm2.py" in words:
+            if "scripts/fetch_model.py" in words:
                 assert (CHECKOUT / words[1]).is_file()
                 continue
             upto = next(i for i, word in enumerate(words) if word.startswith("--"))

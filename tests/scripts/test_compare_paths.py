@@ -54,7 +54,7 @@ def test_a_wrong_kernel_is_told_with_its_place(checkpoint, monkeypatch, capsys):
         compare_paths.main()
     assert stopped.value.code == 1
     printed = capsys.readouterr().out
-    assert "'One day': 0 of 6 tokens are the same, then the paths part." in printed
+    assert "'One day': 1 of 6 tokens are the same, then the paths part." in printed
     assert "no tie" in printed and "metal takes token 5, dense logit" in printed
 
 

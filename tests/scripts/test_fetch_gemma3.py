@@ -1,4 +1,4 @@
-"""The second real model's folder: dequantisation, names and tokenizer, on tiny files."""
+"""Gemma's folder: dequantization, names and tokenizer, on tiny files."""
 
 import itertools
 import sys
@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text
 from tokenizers import Tokenizer
 
-import fetch_gemma3 as script
-from pypi_models import hugging_face_name
+import fetch_model as script
+from fetch_model import GEMMA_NAMES, MODELS, hugging_face_name, read_gemma3, write_folder
 
 WORDS = ["▁", "a", "b", "c", "▁a", "bc", "▁abc", "abc", "ab", "\n\n", "<html>"]
 TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *WORDS]
@@ -67,7 +67,7 @@ def model():
 @pytest.fixture(scope="module")
 def gguf(model, tmp_path_factory):
     """The same model as llama.cpp stores it: 8-bit embedding, norms one higher."""
-    path = tmp_path_factory.mktemp("gguf") / script.GGUF_NAME
+    path = tmp_path_factory.mktemp("gguf") / MODELS["gemma3"].gguf_name
     writer = GGUFWriter(path, "gemma3")
     for name, value in METADATA.items():
         writer.add_uint32(f"gemma3.{name}", value)
@@ -76,8 +76,8 @@ def gguf(model, tmp_path_factory):
     writer.add_token_list(TOKENS)
     writer.add_token_scores([float(score) for score in SCORES])
     writer.add_token_types(KINDS)
-    stored = [f"blk.{layer}.{module}.weight" for layer in range(6) for module in script.NAMES]
-    names = {hugging_face_name(name, script.NAMES): name for name in stored}
+    stored = [f"blk.{layer}.{module}.weight" for layer in range(6) for module in GEMMA_NAMES]
+    names = {hugging_face_name(name, GEMMA_NAMES): name for name in stored}
     names["model.norm.weight"] = "output_norm.weight"
     for name, array in tree_flatten(model.parameters()):
         weight = np.array(array)
@@ -96,7 +96,7 @@ def gguf(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(gguf, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    script.write_folder(folder, gguf, "float32")
+    write_folder(folder, gguf.name, read_gemma3(gguf), "float32")
     return folder
 
 
@@ -107,14 +107,14 @@ def test_same_model_as_before_it_was_stored(model, folder):
         # eight bits a weight: half a step of a block's largest weight over 127
         tolerance = 0.004 if name == "model.embed_tokens.weight" else 1e-6
         np.testing.assert_allclose(stored[name], array, atol=tolerance)
-    assert config["_name_or_path"] == script.GGUF_NAME
+    assert config["_name_or_path"] == MODELS["gemma3"].gguf_name
     token_ids = mx.array([list(range(2, 42))])
     logits = model(token_ids)
     np.testing.assert_allclose(loaded(token_ids), logits, atol=0.05 * mx.abs(logits).max().item())
 
 
 def test_other_dtypes(gguf, tmp_path):
-    script.write_folder(tmp_path, gguf, "bfloat16")
+    write_folder(tmp_path, gguf.name, read_gemma3(gguf), "bfloat16")
     weights = mx.load(str(tmp_path / "model.safetensors"))
     assert {array.dtype for array in weights.values()} == {mx.bfloat16}
 
@@ -196,8 +196,7 @@ def test_best_scored_pieces_win(folder):
 def test_missing_reader_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r"gguf.* is missing: pip install gguf\."):
-        script.fetch_gemma3(tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
+        read_gemma3(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(
@@ -211,5 +210,5 @@ def test_missing_reader_is_one_sentence(tmp_path, monkeypatch):
 )
 def test_the_four_norms_of_a_layer(stored, expected):
     """All have one shape: nothing else would tell that two are swapped."""
-    found = hugging_face_name(f"blk.3.{stored}.weight", script.NAMES)
+    found = hugging_face_name(f"blk.3.{stored}.weight", GEMMA_NAMES)
     assert found == f"model.layers.3.{expected}.weight"

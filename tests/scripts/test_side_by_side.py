@@ -48,7 +48,7 @@ def test_texts_are_the_models_own(models):
     for token in of_dense.token_ids:
         assert token == mx.argmax(dense(mx.array([ids]))[0, -1]).item()
         ids.append(token)
-    assert of_flash.token_ids != of_dense.token_ids  # 2 of 17 random clusters: they must part
+    assert of_flash.token_ids == of_dense.token_ids
 
 
 def test_captured_states_are_those_the_answer_was_drawn_from(models):
@@ -60,7 +60,7 @@ def test_captured_states_are_those_the_answer_was_drawn_from(models):
     assert mx.argmax(logits, axis=-1).tolist() == answer.token_ids
 
 
-def test_agreement_is_that_of_the_head_position_by_position(models):
+def test_the_share_of_right_proposals(models):
     dense, flash, tokenizer = models
     messages = [{"role": "user", "content": "hello"}]
     prompt = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
@@ -69,4 +69,6 @@ def test_agreement_is_that_of_the_head_position_by_position(models):
     chosen = [mx.argmax(flash.lm_head(state[None])).item() for state in states]
     same = np.mean(np.array(chosen) == np.array(answer.token_ids))
     assert 0 < same < 1
-    assert f"at {100 * same:.1f} %" in shown(models, terminal=False, max_tokens=40, runs=1)
+    assert f"{100 * same:.1f} % of its proposals were right" in shown(
+        models, terminal=False, max_tokens=40, runs=1
+    )

@@ -84,8 +84,8 @@ class Access:
         """Whether ``token`` is the server's, in a time that does not depend on the token."""
         if self.token is None:
             return True
-        given = (token or "").strip().encode()
-        return hmac.compare_digest(given, self.token.encode())
+        sent = (token or "").strip().encode()
+        return hmac.compare_digest(sent, self.token.encode())
 
     def cross_origin(self, headers: Message) -> str | None:
         """The request's Origin if it is an allowed site, else None."""
@@ -106,8 +106,8 @@ class Access:
     def _check_origin(self, headers: Message) -> None:
         origin = headers.get("Origin")
         if origin is not None:
-            own = f"http://{headers['Host'].strip()}".lower()
-            allowed = origin.lower() == own or origin in self.origins
+            page = f"http://{headers['Host'].strip()}".lower()
+            allowed = origin.lower() == page or origin in self.origins
         else:
             # a link on another site may lead here, but its scripts and images may not
             by_script = headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")

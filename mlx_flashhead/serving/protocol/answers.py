@@ -45,16 +45,16 @@ class Choice:
         calls = [call for text in piece.calls for call in self._tools.read(text)]
         content = piece.content + self._tools.unread()
         piece = Piece(content, piece.reasoning)
-        found = [] if logprobs is None else [logprobs]
+        entries = [] if logprobs is None else [logprobs]
         self._whole += piece
         self._calls += calls
-        self._logprobs += found
+        self._logprobs += entries
         if finish_reason == "stop" and self._calls:
             finish_reason = "tool_calls"
         self.finish_reason = finish_reason
-        if not (content or piece.reasoning or calls or found or finish_reason):
+        if not (content or piece.reasoning or calls or entries or finish_reason):
             return None
-        choice = self._choice(found)
+        choice = self._choice(entries)
         if not self._chat:
             return choice | {"text": content}
         delta: dict[str, Any] = {}
@@ -88,24 +88,26 @@ class Choice:
             message["tool_calls"] = self._calls
         return choice | {"message": message}
 
-    def _choice(self, found: list[TokenLogprobs]) -> dict[str, Any]:
+    def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
         logprobs = None
         if self._with_logprobs and self._chat:
-            logprobs = {"content": [self._names.chat(one) for one in found], "refusal": None}
+            logprobs = {"content": [self._names.chat(entry) for entry in entries], "refusal": None}
         elif self._with_logprobs:
-            logprobs = self._text_logprobs(found)
+            logprobs = self._text_logprobs(entries)
         return {"index": self.index, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
-    def _text_logprobs(self, found: list[TokenLogprobs]) -> dict[str, Any]:
-        texts = [self._names.text(one.token) for one in found]
+    def _text_logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        texts = [self._names.text(entry.token) for entry in entries]
         offsets = []
         for text in texts:
             offsets.append(self._offset)
             self._offset += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [one.logprob for one in found],
-            "top_logprobs": [{self._names.text(i): lp for i, lp in one.tops} for one in found],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [
+                {self._names.text(i): lp for i, lp in entry.tops} for entry in entries
+            ],
             "text_offset": offsets,
         }
 

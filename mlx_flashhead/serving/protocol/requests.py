@@ -259,12 +259,14 @@ def _template_settings(fields: Fields, served: ServedModel) -> dict[str, Any]:
 
 
 def _prompts(fields: Fields, served: ServedModel) -> list[str | list[int]]:
-    given = fields.take("prompt")
-    if isinstance(given, str) or (isinstance(given, list) and given and _is_token(given[0])):
-        given = [given]
-    if not isinstance(given, list) or not given:
+    prompts = fields.take("prompt")
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not isinstance(prompts, list) or not prompts:
         raise Problem("prompt must be a text, a list of texts, or token ids.", "prompt")
-    for prompt in given:
+    if _is_token(prompts[0]):
+        prompts = [prompts]
+    for prompt in prompts:
         if isinstance(prompt, str):
             continue
         if not isinstance(prompt, list) or not all(map(_is_token, prompt)):
@@ -275,7 +277,7 @@ def _prompts(fields: Fields, served: ServedModel) -> list[str | list[int]]:
                 f"{served.vocab_size - 1}.",
                 "prompt",
             )
-    return given
+    return prompts
 
 
 def _is_token(value: Any) -> bool:

@@ -23,10 +23,10 @@ def read_form(fields: Fields) -> Grammar | None:
         Problem: If it cannot be followed, naming the place.
     """
     forms = [_response_format(fields.take(_FORMAT)), _regex(fields), _lark(fields)]
-    given = [form for form in forms if form is not None]
-    if len(given) > 1:
+    grammars = [form for form in forms if form is not None]
+    if len(grammars) > 1:
         raise Problem("An answer has one form: give response_format, regex or grammar.", _FORMAT)
-    return given[0] if given else None
+    return grammars[0] if grammars else None
 
 
 def _response_format(value: Any) -> Grammar | None:

@@ -137,7 +137,7 @@ def test_export_and_import(server, page, tmp_path):
 
 
 def test_a_file_of_the_terminal_chat_is_read(page, tmp_path):
-    from mlx_flashhead.chatting.messages import Message, read_conversation, write_conversation
+    from mlx_flashhead.chatting.transcript import Message, read_conversation, write_conversation
 
     path = tmp_path / "chat.json"
     messages = [Message(role="user", content="Hi"), Message(role="assistant", content="Hello!")]

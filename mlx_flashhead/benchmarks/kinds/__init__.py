@@ -1,0 +1,14 @@
+"""The kinds of `mlx_flashhead.benchmark`, each named like its file, with these four names in it:
+
+``HELP``, ``DESCRIPTION``, ``add_arguments(parser)`` and ``run(args)``. `..report` runs rounds.
+"""
+
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+
+
+def kinds() -> dict[str, ModuleType]:
+    """All kinds by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return {name: import_module(f"{__name__}.{name}") for name in names}

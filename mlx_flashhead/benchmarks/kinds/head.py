@@ -1,0 +1,265 @@
+"""The head alone: hidden states to dense logits, or by FlashHead to a proposal or full logits."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...common.arguments import whole_number
+from ...common.tables import new_table
+from ...common.timing import ColdCaches, Spread, in_turns, timer
+from ...conversion.quantization import HEAD_BITS
+from ...head.flash_head import FlashHead
+from ...loading.load import load
+from ...loading.look_up import add_look_up_options, look_up_options
+from ...models.install import installed_head
+from .. import roofline
+from ..random_head import random_head
+from ..report import ANY_MODEL, Round, add_number, add_report_arguments, report
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HELP = "time a head"
+DESCRIPTION = "Time a head alone: dense, and FlashHead to a proposed token and to full logits."
+SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in roofline.SHAPES.items()}
+DTYPES = ("float32", "float16", "bfloat16")
+N_STATES = 64
+CHAIN = 16  # calls of a chain, see `chained`
+
+DENSE, OWN_DENSE = "dense (mlx-lm)", "dense (FlashHead's)"
+DENSE_FORMS = (DENSE, OWN_DENSE)
+PROPOSAL, LOGITS = "FlashHead proposal", "FlashHead full logits"
+
+Form = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states (R, D)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this kind."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="NAME|V,D",
+        help=f"Random weights of the shape {', '.join(SHAPES)} or V,D; may be given several times.",
+    )
+    what.add_argument("--model", help=ANY_MODEL)
+    add_look_up_options(parser)
+    parser.add_argument(
+        "--n-probes",
+        type=whole_number(1),
+        help="Clusters scored (default: 256, or the model's own).",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of random weights.")
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=HEAD_BITS,
+        default=16,
+        help="Bits of random rows; 16 leaves them in --dtype (default: %(default)s).",
+    )
+    add_number(parser, "--positions", 1, "Hidden states at once")
+    add_report_arguments(parser, rounds=20)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Times the heads of the command line."""
+    report(args, measure(args), make_table, draw)
+
+
+def measure(args: argparse.Namespace) -> Iterator[Round]:
+    """Times one head after the other, all forms of it in turns and with cold caches."""
+    total = (args.rounds + 1) * len(args.shape or [args.model])
+    finished: list[dict] = []
+    done = 0
+    for name, head, dtype in _heads(args):
+        if not finished:
+            yield Round(0, total, f"{name}: {args.positions} at once", [])
+        named = forms(head, args.positions)
+        batches = in_batches(head.hidden_size, dtype, args.positions, args.rounds + 1)
+        results = finished
+        for seconds in in_turns(_timers(named, batches), args.rounds):
+            done += 1
+            news = f"{name}: warm"
+            if seconds[LOGITS]:
+                results = [
+                    *finished,
+                    {"name": name} | summary(head, dtype, args.positions, seconds),
+                ]
+                dense = 1000 * min(seconds[form][-1] for form in DENSE_FORMS)
+                news = f"{name}: dense {dense:.2f}, FlashHead {1000 * seconds[PROPOSAL][-1]:.2f} ms"
+            yield Round(done, total, news, results)
+        finished = results
+        if mx.default_device().type != mx.cpu:
+            finished[-1]["gpu_ms"] = chained(named, batches[:CHAIN], args.rounds)
+            yield Round(done, total, f"{name}: the GPU alone", finished)
+
+
+def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
+    """The ways to use a head, by name: functions of hidden states (R, D).
+
+    mlx-lm's dense form has the rows in the FlashHead's order, which does not change its time. The
+    FlashHead's dense path may be faster, since it lays the rows out for the CPU. It retrieves from
+    the clusters of its proposals, at any number of positions.
+    """
+    rows = head.clustered.flat_rows().map(lambda array: array[: head.vocab_size])
+    mx.eval(rows.arrays())
+    retrieving = head.copy()
+    retrieving.max_positions, retrieving.n_probes = n_positions, head.checked_probes
+    return {
+        DENSE: rows.matmul,
+        OWN_DENSE: head.dense_logits,
+        PROPOSAL: lambda hidden: retrieving.propose(hidden, None).tokens,
+        LOGITS: retrieving,
+    }
+
+
+def in_batches(
+    hidden_size: int, dtype: mx.Dtype, n_positions: int, n_batches: int
+) -> list[mx.array]:
+    """Batches (n_positions, D) of 64 random hidden states, used in turn."""
+    states = np.random.default_rng(0).normal(size=(N_STATES, hidden_size)).astype(np.float32)
+    numbers = np.arange(n_batches * n_positions).reshape(n_batches, n_positions) % N_STATES
+    batches = [mx.array(states[row]).astype(dtype) for row in numbers]
+    mx.eval(batches)
+    return batches
+
+
+def summary(head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
+    """Shapes, milliseconds and ratios of the medians, JSON-ready."""
+    spreads = {name: Spread.of(taken).scaled(1000) for name, taken in seconds.items()}
+    best_dense = min(DENSE_FORMS, key=lambda name: spreads[name].median)
+    rows = head.clustered.rows
+    return {
+        "vocab_size": head.vocab_size,
+        "hidden_size": head.hidden_size,
+        "n_clusters": head.n_clusters,
+        "cluster_size": head.cluster_size,
+        "n_probes": head.checked_probes,
+        "dtype": str(dtype).removeprefix("mlx.core."),
+        "head_bits": rows.format.bits,
+        "backend": head.backend,
+        "backend_reason": head.backend_reason,
+        "positions": n_positions,
+        "head_mb": rows.nbytes / 1e6,
+        "read_mb": read_mb(head, n_positions),
+        "best_dense": best_dense,
+        "ms": {name: spread.to_dict() for name, spread in spreads.items()},
+        "times_faster": {
+            f"{name} against {dense}": spreads[dense].median / spreads[name].median
+            for dense in dict.fromkeys((DENSE, best_dense))
+            for name in (PROPOSAL, LOGITS)
+        },
+    }
+
+
+def read_mb(head: FlashHead, n_positions: int = 1) -> float:
+    """Megabytes of weights that a call reads on this device if no two states share a cluster."""
+    stage_1 = head.clustered.centroids.matrix.nbytes
+    if mx.default_device().type == mx.cpu:  # the centroids are float32 there
+        stage_1 = 4 * head.n_clusters * head.hidden_size
+    rows = head.clustered.rows.nbytes
+    probed = min(n_positions * head.checked_probes, head.n_clusters)
+    return (stage_1 + rows * probed / head.n_clusters) / 1e6
+
+
+def chained(
+    named: dict[str, Form], batches: list[mx.array], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a call within one submission to the GPU, without the host's time.
+
+    Each call's hidden state depends on the result of the call before. The median cost of this
+    dependence is timed too, and subtracted. Caches are warm: weights that fit into the last one
+    come from it.
+    """
+
+    def chain(form: Form, _: int) -> mx.array:
+        link = mx.zeros((), batches[0].dtype)
+        for hidden in batches:
+            made = form(hidden + 0 * link)
+            made = made[-1] if isinstance(made, tuple) else made
+            link = made.reshape(-1)[0].astype(hidden.dtype)
+        return link
+
+    nothing = "nothing"
+    timers = {
+        name: timer(partial(chain, form))
+        for name, form in {nothing: lambda hidden: hidden, **named}.items()
+    }
+    *_, seconds = in_turns(timers, rounds)
+    alone = np.median(seconds.pop(nothing))
+    per_call = 1000 / len(batches)
+    return {
+        name: Spread.of([max(0.0, s - alone) for s in taken]).scaled(per_call).to_dict()
+        for name, taken in seconds.items()
+    }
+
+
+def make_table(one: dict) -> "Table":
+    """The table of one head."""
+    table = new_table(
+        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['head_bits']}-bit "
+        f"rows, {one['dtype']}, {one['n_probes']:,} of {one['n_clusters']:,} clusters, batch "
+        f"{one['positions']}",
+        ("", "ms", "quartiles", "vs mlx-lm", "vs best dense"),
+        f"Reads {one['read_mb']:.1f} MB of weights, dense {one['head_mb']:.1f} MB; cold caches.",
+    )
+    for name, ms in one["ms"].items():
+        ratios = ["", ""]
+        if name not in DENSE_FORMS:
+            pairs = (f"{name} against {dense}" for dense in (DENSE, one["best_dense"]))
+            ratios = [f"{one['times_faster'][pair]:.1f} x" for pair in pairs]
+        quartiles = f"{ms['lower']:.2f}–{ms['upper']:.2f}"
+        table.add_row(name, f"{ms['median']:.2f}", quartiles, *ratios)
+    for name, ms in one.get("gpu_ms", {}).items():
+        quartiles = f"{ms['lower']:.3f}–{ms['upper']:.3f}"
+        table.add_row(f"{name}, GPU alone", f"{ms['median']:.3f}", quartiles, "", "")
+    return table
+
+
+def draw(axis: Any, one: dict) -> None:
+    """Draws the milliseconds of one head."""
+    for name, ms in one["ms"].items():
+        color = "tab:gray" if name in DENSE_FORMS else "tab:blue"
+        axis.bar_label(axis.barh(name, ms["median"], color=color), fmt=" %.2f")
+    axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="ms per call")
+
+
+def _timers(named: dict[str, Form], batches: list[mx.array]) -> dict[str, Callable[[int], float]]:
+    def call(form: Form, number: int) -> Any:
+        return form(batches[number])
+
+    cold = ColdCaches()
+    return {name: timer(partial(call, form), before=cold) for name, form in named.items()}
+
+
+def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
+    """Yields the heads of the command line: name, head, and the dtype of its hidden states."""
+    if args.model is not None:
+        model, _ = load(args.model, n_probes=args.n_probes, **look_up_options(args))
+        head = installed_head(model)
+        rows = head.clustered.rows
+        values = rows.weight if rows.scales is None else rows.scales
+        yield Path(args.model).name, head, values.dtype
+        return
+    dtype = getattr(mx, args.dtype)
+    for name, shape in args.shape:
+        form = {"n_probes": args.n_probes, "dtype": dtype, "bits": args.head_bits}
+        yield name, random_head(*shape, **form), dtype
+
+
+def _shape(text: str) -> tuple[str, tuple[int, int]]:
+    """ "qwen3-0.6b" or "151936,1024" → its name and (V, D)."""
+    if text.lower() in SHAPES:
+        return text.lower(), SHAPES[text.lower()]
+    parts = text.split(",")
+    if len(parts) == 2 and all(p.strip().isdecimal() and int(p) > 0 for p in parts):
+        return text, (int(parts[0]), int(parts[1]))
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a shape: give {', '.join(SHAPES)}, or V,D such as 32000,512"
+    )

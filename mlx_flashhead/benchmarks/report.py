@@ -1,0 +1,168 @@
+"""The course of a benchmark: its rounds on the screen, then its table, its file and its picture.
+
+A benchmark that is stopped, by Ctrl-C or SIGTERM, reports the rounds that it has.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..common.arguments import whole_number
+from ..common.command import check_writable
+from ..common.pictures import check_picture, pyplot
+from ..common.tables import show
+from ..loading.look_up import add_look_up_options
+from .machine import machine
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
+REPORT = """\
+Please send this to the project as an issue, with the template "Benchmark":
+
+```json
+{figures}
+```"""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What is known after a round.
+
+    Attributes:
+        done: Number of rounds so far; 0 before the first.
+        total: Number of all rounds.
+        news: The round in a few words.
+        results: All figures so far, JSON-ready.
+    """
+
+    done: int
+    total: int
+    news: str
+    results: list[dict]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the kinds that need a model."""
+    parser.add_argument("--model", required=True, help=ANY_MODEL)
+    add_look_up_options(parser)
+    parser.add_argument(
+        "--n-probes", type=whole_number(1), help="Clusters scored (default: the model's own)."
+    )
+
+
+def add_number(parser: argparse.ArgumentParser, flag: str, default: int, text: str) -> None:
+    """Adds a flag for a whole number of 1 or more."""
+    parser.add_argument(
+        flag, type=whole_number(1), default=default, help=f"{text} (default: %(default)s)."
+    )
+
+
+def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Adds the flags of all kinds that measure.
+
+    Args:
+        parser: The kind's.
+        rounds: Default of ``--rounds``.
+    """
+    add_number(parser, "--rounds", rounds, "Rounds that count")
+    parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
+    parser.add_argument("--plot", metavar="OUT.png", help="Draw the figures into a picture.")
+    parser.add_argument(
+        "--report", action="store_true", help="Print the figures as JSON, to be sent as an issue."
+    )
+
+
+def report(
+    args: argparse.Namespace,
+    rounds: Iterator[Round],
+    make_table: Callable[[dict], "Table"],
+    draw: Callable[[Any, dict], None],
+) -> None:
+    """Runs a benchmark and reports it.
+
+    Args:
+        args: The command line, with the flags of :func:`add_report_arguments`.
+        rounds: The benchmark. It begins once the outputs have been found writable.
+        make_table: Makes the table of one result.
+        draw: Draws one result on an axis of matplotlib.
+
+    Raises:
+        ValueError: If an output cannot be written, or the benchmark cannot be run.
+    """
+    if args.json:
+        check_writable("--json", args.json)
+    if args.plot:
+        check_picture("--plot", args.plot)
+    results, stopped = _until_stopped(rounds)
+    figures = {
+        "kind": args.kind,
+        "machine": machine(),
+        "command": " ".join(["mlx_flashhead.benchmark", *sys.argv[1:]]),
+        "complete": stopped is None,
+        "results": results,
+    }
+    show(*map(make_table, results), _machine_line(figures["machine"]))
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    if args.plot:
+        _draw(results, draw, args.plot)
+    if args.report:
+        print(REPORT.format(figures=json.dumps(figures, indent=1)))
+    if stopped is not None:
+        raise stopped
+
+
+def _until_stopped(rounds: Iterator[Round]) -> tuple[list[dict], BaseException | None]:
+    """Prints each round with the time that is left. Returns the figures, and what stopped it."""
+    results: list[dict] = []
+    start = time.monotonic()
+    try:
+        for one in rounds:
+            results = one.results
+            if not one.done:
+                start = time.monotonic()
+                left = f"{one.total} rounds"
+            else:
+                seconds = (time.monotonic() - start) / one.done * (one.total - one.done)
+                left = f"{one.done} of {one.total}, {_duration(seconds)} left"
+            print(f"[{left}] {one.news}", file=sys.stderr, flush=True)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if not results:
+            raise
+        print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
+        return results, stopped
+    return results, None
+
+
+def _duration(seconds: float) -> str:
+    """Such as "40 s" or "7 min"."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _machine_line(about: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
+        f"{versions}; {about['date']}"
+    )
+
+
+def _draw(results: list[dict], draw: Callable[[Any, dict], None], path: str) -> None:
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        len(results), figsize=(8, 0.6 + 2.2 * len(results)), layout="constrained", squeeze=False
+    )
+    for axis, one in zip(axes[:, 0], results, strict=True):
+        draw(axis, one)
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
+        axis.margins(x=0.1)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,137 @@
+"""The transcript of a conversation: its messages, and their file of JSON."""
+
+import json
+from pathlib import Path
+from typing import TypedDict
+
+from ..common.new_folder import new_file
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+KEY = "messages"
+# What a chat at the terminal keeps for its user from one start to the next.
+FOLDER = "~/.config/mlx_flashhead/chat"
+
+
+class Message(TypedDict):
+    """One message in the form of chat templates."""
+
+    role: str
+    content: str
+
+
+def check_messages(messages: object) -> list[Message]:
+    """Checks the messages of a conversation that continues with a question.
+
+    Returns:
+        The roles and contents, without any other fields.
+
+    Raises:
+        ValueError: If a message is not valid, naming its place.
+    """
+    if not isinstance(messages, list):
+        raise ValueError(f"a conversation is a list of messages under the key {KEY!r}")
+    checked = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise ValueError(f"message {number} must have a role and a content, both of text")
+        checked.append(Message(role=message["role"], content=message["content"]))
+    first = 1 if checked and checked[0]["role"] == SYSTEM else 0
+    for number, message in enumerate(checked[first:]):
+        expected = (USER, ASSISTANT)[number % 2]
+        if message["role"] != expected:
+            raise ValueError(
+                f"message {number + first + 1} has the role {message['role']!r} instead of "
+                f"{expected!r}, since the roles take turns"
+            )
+    if len(checked[first:]) % 2:
+        raise ValueError("its last question has no answer")
+    return checked
+
+
+def read_conversation(
+    path: Path, *, remedy: str = "choose a file written by /save"
+) -> list[Message]:
+    """Reads the messages of a file in the form of ``write_conversation``.
+
+    Args:
+        path: The file.
+        remedy: Advice for a file that does not hold a conversation.
+
+    Raises:
+        ValueError: If it does not hold a conversation.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return check_messages(content.get(KEY) if isinstance(content, dict) else content)
+    except json.JSONDecodeError as error:
+        reason = f"it is not JSON: {error.msg} in line {error.lineno}"
+    except UnicodeDecodeError:
+        reason = "it is not text in UTF-8"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"{path} does not hold a conversation ({reason}): {remedy}.")
+
+
+def write_conversation(
+    path: Path, messages: list[Message], model: str, *, replace: bool = False
+) -> None:
+    """Writes the messages as JSON, completely or not at all.
+
+    Args:
+        path: The file. An existing file is replaced if it holds a conversation.
+        messages: The messages.
+        model: The model's name, for the reader.
+        replace: Replace any existing file.
+
+    Raises:
+        ValueError: If the existing file is not a conversation.
+        OSError: If it cannot be written.
+    """
+    if path.exists() and not replace:
+        try:
+            read_conversation(path)
+        except ValueError:
+            raise ValueError(
+                f"{path} exists already and is not a conversation: choose another name."
+            ) from None
+    text = json.dumps({"model": model, KEY: messages}, indent=2, ensure_ascii=False) + "\n"
+    with new_file(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def history_file() -> Path:
+    """The file in which the line editor keeps typed lines."""
+    return Path(FOLDER, "history").expanduser()
+
+
+def keep(messages: list[Message], model: str) -> None:
+    """Keeps a conversation as the last one.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path = _last_file()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_conversation(path, messages, model, replace=True)
+
+
+def last_conversation() -> list[Message]:
+    """The messages of the last conversation.
+
+    Raises:
+        ValueError: If there is none, or its file is damaged.
+        OSError: If it cannot be read.
+    """
+    path = _last_file()
+    if not path.exists():
+        raise ValueError("There is no conversation to --resume: none has been kept yet.")
+    return read_conversation(path, remedy="start without --resume")
+
+
+def _last_file() -> Path:
+    return Path(FOLDER, "last.json").expanduser()

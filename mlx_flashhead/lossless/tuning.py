@@ -1,0 +1,179 @@
+"""What a machine gains: the loop's settings with the least time a token, measured in turns.
+
+The text does not depend on them, so they are a question of speed alone. First the parts are timed:
+a dense step, a step with some numbers of probes, a check of some numbers of states. The index knows
+how often a number of probes proposes another token. The best expected time is then tried against
+dense decoding, in turns. A FlashHead that does not win at least 3 % leaves the steps dense.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..head.flash_head import FlashHead
+from ..models.install import hidden_dtype, installed_head
+from .loop import checked_steps
+from .pace import MOST_WAITING
+from .products import SlotProduct
+from .proposals import Proposer
+from .rounding import rounding_of
+from .screen import certain_best
+
+SECONDS = 3.0  # of all measurements
+LEAST_GAIN = 1.03
+WAITING = (8, 16, MOST_WAITING)
+SHARES = (0.5, 1.0, 2.0)  # numbers of probes to try, relative to the index's
+TURNS = 3
+MOST_TOKENS = 24  # of one turn
+BUSY = 0.15  # spread of the turns above which the machine did something else too
+PROMPT = 12  # tokens of the prompt
+TOKENS = 5  # whose times make a median
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The settings of the checked loop on one machine.
+
+    Attributes:
+        n_probes: Clusters scored for a proposal.
+        most_waiting: Tokens that may wait for a check.
+        gain: Tokens per second relative to dense decoding, the median of the turns.
+        spread: Half of the range of the turns' gains.
+        dense: Whether dense decoding is as fast, so that the steps stay dense.
+        again: Whether it should be measured once more, since the turns differ.
+    """
+
+    n_probes: int
+    most_waiting: int
+    gain: float
+    spread: float
+    dense: bool
+    again: bool = False
+
+    def apply(self, head: FlashHead) -> None:
+        """Gives a head these settings."""
+        head.checked_probes = min(self.n_probes, head.n_clusters)
+        head.most_waiting = self.most_waiting
+        head.stays_dense = self.dense
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form for JSON."""
+        return asdict(self)
+
+
+def tune(
+    model: nn.Module, differences: Sequence[dict[str, float]] = (), *, seconds: float = SECONDS
+) -> Tuning | None:
+    """Measures the settings on this machine, in about ``seconds``, and gives them to the head.
+
+    Args:
+        model: A model with a FlashHead.
+        differences: Shares of positions with another proposal, by number of probes, as the index
+            has them: ``n_probes``, ``greedy_differs``.
+        seconds: The time to take.
+
+    Returns:
+        The settings; None if a step takes so long that none can be measured in this time.
+    """
+    head = installed_head(model)
+    usual = head.checked_probes
+    began = time.perf_counter()
+    steps = _Steps(model)
+    dense = steps.seconds(dense=True)
+    if dense > seconds / 20:
+        return None
+    shares = {int(d["n_probes"]): d["greedy_differs"] for d in differences}
+    expected = {}
+    for n_probes in _grid(head, usual, shares):
+        step = steps.seconds(n_probes=n_probes)
+        for k in WAITING:
+            wasted = _share(shares, n_probes) * (k / 2 + 1)
+            expected[n_probes, k] = step * (1 + wasted) + steps.check_seconds(n_probes, k) / k
+    n_probes, most_waiting = min(expected, key=lambda pair: expected[pair])
+    Tuning(n_probes, most_waiting, 1.0, 0.0, False).apply(head)
+    left = seconds - (time.perf_counter() - began)
+    n_tokens = int(min(MOST_TOKENS, max(6, left / (2 * TURNS * dense))))
+    gains = [steps.turn(n_tokens) for _ in range(TURNS)]
+    gain, spread = median(gains), (max(gains) - min(gains)) / 2
+    found = Tuning(
+        n_probes, most_waiting, gain, spread, dense=gain < LEAST_GAIN, again=spread > BUSY
+    )
+    found.apply(head)
+    return found
+
+
+def _grid(head: FlashHead, usual: int, shares: dict[int, float]) -> list[int]:
+    """Numbers of probes to try: the index's, and some that it knows about."""
+    wanted = {max(1, min(head.n_clusters, round(usual * share))) for share in SHARES}
+    if not shares:
+        return [usual]
+    return sorted({min(shares, key=lambda known: abs(known - n)) for n in wanted} | {usual})
+
+
+def _share(shares: dict[int, float], n_probes: int) -> float:
+    """The share of differences at a number of probes: that of the nearest known number below."""
+    below = [n for n in shares if n <= n_probes]
+    if not below:
+        return max(shares.values(), default=0.0)
+    return shares[max(below)]
+
+
+class _Steps:
+    """Steps of a model on a short text of no meaning.
+
+    Args:
+        model: The model, with a FlashHead.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model, self._head = model, installed_head(model)
+        vocab_size = self._head.vocab_size
+        ids = [(7919 * i + 13) % vocab_size for i in range(PROMPT)]
+        self._prompt = mx.array(ids, dtype=mx.uint32)
+        self._dtype = hidden_dtype(model)
+
+    def seconds(self, *, dense: bool = False, n_probes: int | None = None) -> float:
+        """The median time of a token without any check."""
+        settings = {} if n_probes is None else {"n_probes": n_probes}
+        proposer = Proposer(self._model, check=False, dense=dense, settings=settings)
+        return median(self._times(proposer, TOKENS)[1:])
+
+    def check_seconds(self, n_probes: int, k: int) -> float:
+        """The time of a check of ``k`` states, the better of two."""
+        head = self._head
+        hidden = mx.random.normal((k, head.hidden_size), key=mx.random.key(0)).astype(self._dtype)
+        with head.settings(n_probes=n_probes):
+            proposal = head.propose(hidden, None)
+        mx.eval(proposal)
+        rounding = rounding_of(head, self._dtype)
+        times = []
+        for _ in range(2):
+            began = time.perf_counter()
+            slots = SlotProduct(head, hidden).result()
+            parts = proposal.probes, proposal.logits, proposal.tokens
+            mx.eval(certain_best(head, rounding, slots, *parts))
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    def turn(self, n_tokens: int) -> float:
+        """Checked tokens per second relative to dense ones, one after the other."""
+        dense = sum(self._times(Proposer(self._model, check=False, dense=True), n_tokens)[1:])
+        proposer = Proposer(self._model, check=True)
+        return dense / sum(self._times(proposer, n_tokens)[1:])
+
+    def _times(self, proposer: Proposer, n_tokens: int) -> list[float]:
+        """The time of each token."""
+        steps = checked_steps(
+            self._prompt, self._model, proposer=proposer, max_tokens=n_tokens, logprobs=False
+        )
+        times, before = [], time.perf_counter()
+        for _ in steps:
+            now = time.perf_counter()
+            times.append(now - before)
+            before = now
+        return times

@@ -1,0 +1,112 @@
+"""The benchmark of a head: what is timed computes what it should, and the ratios are right."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.benchmarks.kinds import head as kind
+from mlx_flashhead.benchmarks.kinds.head import (
+    DENSE,
+    LOGITS,
+    OWN_DENSE,
+    PROPOSAL,
+    chained,
+    forms,
+    read_mb,
+    summary,
+)
+from mlx_flashhead.benchmarks.random_head import random_head
+
+
+@pytest.mark.parametrize("bits, dtype", [(16, mx.float32), (16, mx.bfloat16), (4, mx.float16)])
+@pytest.mark.parametrize("vocab_size, hidden_size", [(320, 64), (203, 128)])
+def test_forms_agree_with_the_rows(bits, dtype, vocab_size, hidden_size):
+    head = random_head(vocab_size, hidden_size, n_probes=5, dtype=dtype, bits=bits)
+    assert (head.vocab_size, head.hidden_size, head.n_probes) == (vocab_size, hidden_size, 5)
+    assert head.clustered.rows.quantized == (bits != 16)
+    named = forms(head, 2)
+    hidden = mx.random.normal((2, hidden_size)).astype(dtype)
+    slots = head.clustered.flat_rows().dequantized().astype(mx.float32)[:vocab_size]
+    rows = head.clustered.token_rows().dequantized().astype(mx.float32)
+    loose = {"rtol": 5e-2, "atol": 5e-2} if dtype != mx.float32 else {"rtol": 1e-4, "atol": 1e-4}
+    for name, expected in ((DENSE, slots), (OWN_DENSE, rows)):
+        logits = np.array(named[name](hidden).astype(mx.float32))
+        np.testing.assert_allclose(logits, hidden.astype(mx.float32) @ expected.T, **loose)
+    full = np.array(named[LOGITS](hidden).astype(mx.float32))
+    assert full.shape == (2, vocab_size)
+    assert (np.array(named[PROPOSAL](hidden)) == full.argmax(-1)).all()
+
+
+def test_flash_head_retrieves_at_any_number_of_positions():
+    head = random_head(320, 64, n_probes=5)
+    head.max_positions = 4
+    hidden = mx.random.normal((40, 64))
+    logits = np.array(forms(head, 40)[LOGITS](hidden))
+    assert not np.allclose(logits, head(hidden), atol=1e-3)  # which is dense
+    head.max_positions = 40
+    np.testing.assert_allclose(logits, head(hidden), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"n_probes": 21}, "choose 1 to 20"),
+        ({"n_probes": 0}, "choose 1 to 20"),
+        ({"n_probes": 4, "hidden_size": 72, "bits": 4}, "width of 72"),
+    ],
+)
+def test_random_head_refuses(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        random_head(**{"vocab_size": 320, "hidden_size": 64} | arguments)
+
+
+def test_random_head_has_256_probes_or_all():
+    assert random_head(16 * 300, 32).n_probes == 256
+    assert random_head(203, 32).n_probes == 13
+
+
+def test_ratios_are_those_of_the_printed_medians():
+    head = random_head(320, 64, n_probes=5)
+    seconds = {
+        DENSE: [0.010, 0.100, 0.011],
+        OWN_DENSE: [0.009, 0.008, 0.007],
+        PROPOSAL: [0.001, 0.002, 0.090],
+        LOGITS: [0.004, 0.005, 0.001],
+    }
+    found = summary(head, mx.float32, 3, seconds)
+    json.dumps(found)
+    assert (found["positions"], found["n_clusters"], found["head_bits"]) == (3, 20, 32)
+    assert found["best_dense"] == OWN_DENSE
+    assert found["times_faster"][f"{LOGITS} against {DENSE}"] == pytest.approx(11 / 4)
+    assert found["times_faster"][f"{LOGITS} against {OWN_DENSE}"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize("n_positions", [1, 3])
+def test_bytes_by_hand(n_positions):
+    """Float32 centroids on a CPU, and the probed clusters' rows."""
+    head = random_head(320, 64, n_probes=5)
+    stage_1 = 20 * 64 * 4 if mx.default_device().type == mx.cpu else 20 * 64 * 9 / 16
+    expected = (stage_1 + 5 * n_positions * 16 * 64 * 4) / 1e6
+    assert read_mb(head, n_positions) == pytest.approx(expected)
+
+
+def test_chain_calls_the_form_with_each_state():
+    states = [mx.full((1, 4), value) for value in (1.0, 2.0, 5.0)]
+    seen = []
+
+    def form(hidden):
+        seen.append(hidden)
+        return mx.zeros(1), hidden * 1e30
+
+    found = chained({"form": form}, states, 2)
+    assert found["form"]["runs"] == 2
+    assert [h[0, 0].item() for h in seen] == [1, 2, 5] * 3
+
+
+def test_each_round_has_other_states():
+    first, second = kind.in_batches(64, mx.float32, 3, 2)
+    assert first.shape == (3, 64) and not mx.array_equal(first, second)
+    (wrapped,) = kind.in_batches(8, mx.bfloat16, 65, 1)
+    assert wrapped.dtype == mx.bfloat16 and mx.array_equal(wrapped[64], wrapped[0])

@@ -1,0 +1,33 @@
+"""The machine of a figure."""
+
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_flashhead.benchmarks import machine as module
+from mlx_flashhead.benchmarks.machine import machine, read_bandwidth_gb_s
+
+
+def test_machine_is_json_and_names_what_matters(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    found = json.loads(json.dumps(machine()))
+    for key in ("processor", "system", "blas", "date"):
+        assert isinstance(found[key], str) and found[key]
+    assert found["versions"]["mlx"] == mx.__version__
+    assert found["threads"]["OPENBLAS_NUM_THREADS"] == "1"
+    assert found["cores"] >= 1 and found["memory_gb"] > 0.1
+    if mx.metal.is_available():
+        assert found["gpu"] and found["read_bandwidth_gb_s"] > 0
+
+
+@pytest.mark.parametrize(
+    "processor, chip", [("Apple M3 Max", "m3-max"), ("Apple M1", "m1"), ("AMD EPYC", "amd-epyc")]
+)
+def test_chip_of_a_processor(processor, chip):
+    assert module._chip(processor) == chip
+
+
+def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
+    monkeypatch.setattr(module, "in_turns", lambda *_: iter([{"read": [0.5, 0.25, 1.0]}]))
+    assert read_bandwidth_gb_s() == pytest.approx((512 << 20) / 0.25 / 1e9)

@@ -1,0 +1,90 @@
+"""The course of a benchmark: its rounds, and what is kept when it is stopped."""
+
+import argparse
+import json
+
+import pytest
+
+from mlx_flashhead.benchmarks import report as module
+from mlx_flashhead.benchmarks.report import Round, report
+from mlx_flashhead.common.tables import new_table
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    return argparse.Namespace(
+        kind="any", json=str(tmp_path / "out.json"), plot=str(tmp_path / "out.png"), report=False
+    )
+
+
+def make_table(one):
+    table = new_table(None, ("figure",))
+    table.add_row(f"figure {one['value']}")
+    return table
+
+
+def draw(axis, one):
+    axis.barh("value", one["value"])
+
+
+def rounds(*ends, total=4):
+    """Rounds with growing figures, then the error of ``ends``."""
+    yield Round(0, total, "ready", [])
+    yield Round(1, total, "warm", [])
+    for value in (2, 3):
+        yield Round(value, total, f"round of {value}", [{"value": value}])
+    for end in ends:
+        raise end
+
+
+def test_rounds_are_printed_as_they_come_with_the_time_that_is_left(arguments, monkeypatch, capsys):
+    clock = iter((0, 100, 110, 120, 130))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 130))
+    report(arguments, rounds(), make_table, draw)
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        "[4 rounds] ready",
+        "[1 of 4, 30 s left] warm",
+        "[2 of 4, 20 s left] round of 2",
+        "[3 of 4, 10 s left] round of 3",
+    ]
+    assert "figure 3" in shown.out
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_stopped_benchmark_keeps_its_figures(arguments, capsys, tmp_path, stop):
+    with pytest.raises(type(stop)) as end:
+        report(arguments, rounds(stop), make_table, draw)
+    assert end.value is stop
+    shown = capsys.readouterr()
+    assert "figure 3" in shown.out and "Stopped" in shown.err
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert (figures["complete"], figures["results"]) == (False, [{"value": 3}])
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_reported_before_the_first_figure(arguments, capsys, tmp_path):
+    def stopped_at_once():
+        yield Round(0, 4, "ready", [])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report(arguments, stopped_at_once(), make_table, draw)
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds, said", [(0.4, "0 s"), (89, "89 s"), (420, "7 min")])
+def test_durations(seconds, said):
+    assert module._duration(seconds) == said
+
+
+def test_outputs_are_checked_before_the_work(arguments, tmp_path):
+    arguments.json = str(tmp_path / "absent" / "out.json")
+
+    def never():
+        raise AssertionError("the outputs come first")
+        yield
+
+    with pytest.raises(ValueError, match="cannot be written"):
+        report(arguments, never(), make_table, draw)

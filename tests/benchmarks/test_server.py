@@ -1,0 +1,83 @@
+"""Servers under load: what counts as answered, lost and mixed up, and what a client refuses."""
+
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
+import pytest
+
+from mlx_flashhead.benchmarks.clients import Reply, ServerProcess, ask
+from mlx_flashhead.benchmarks.kinds import server
+from mlx_flashhead.benchmarks.kinds.server import HANGS_UP, Load, outcome
+
+ALONE = {"first": "one", "second": "two"}
+
+
+class Idle:
+    """In place of a server's process."""
+
+    port = 0
+
+    def resident_mb(self):
+        return 50.0
+
+
+def loaded(monkeypatch, ask, requests):
+    monkeypatch.setattr(server, "ask", ask)
+    load = Load()
+    server.Visit(Idle(), ALONE, requests, 4, load).go(3)
+    return load.to_dict()
+
+
+def test_answers_are_compared_with_those_alone(monkeypatch):
+    replies = {"first": Reply("two", 5, 0.5), "second": Reply("two", 5, 0.25)}
+
+    def ask(port, question, *, max_tokens, hang_up):
+        return Reply("o", None, 0.75) if hang_up else replies[question]
+
+    load = loaded(monkeypatch, ask, 2 * HANGS_UP)
+    assert (load["answered"], load["hung_up"], load["lost"]) == (2 * HANGS_UP - 2, 2, 0)
+    # each of the two questions is asked as often, and one of each hangs up
+    assert load["as_alone"] == load["anothers"] == HANGS_UP - 1
+    assert load["first_seconds"] == {"median": 0.5, "worst": 0.75}
+    assert load["memory_mb"] == [(50.0, 50.0)]
+    assert "Of another question: 4." in outcome({"loads": [load]})
+
+
+def test_what_is_lost_is_told(monkeypatch):
+    def ask(port, question, **_):
+        raise ValueError("the stream broke off")
+
+    load = loaded(monkeypatch, ask, 3)
+    assert (load["answered"], load["lost"]) == (0, 3)
+    said = outcome({"loads": [load]})
+    assert said.startswith("Lost: 3.") and "'first': the stream broke off" in said
+
+
+@pytest.mark.parametrize(
+    "status, body, said",
+    [
+        (503, '{"error": "busy"}', '503: {"error": "busy"}'),
+        (200, 'data: {"error": {"message": "failed"}}\n\n', "failed"),
+        (200, 'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', "broke off"),
+        (200, "data: [DONE]\n\n", "has no usage"),
+    ],
+)
+def test_an_answer_that_is_not_complete_is_refused(status, body, said):
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as answering:
+        Thread(target=answering.handle_request).start()
+        with pytest.raises(ValueError, match=said):
+            ask(answering.server_port, "question", max_tokens=1)
+
+
+def test_a_server_that_does_not_start_is_told():
+    with pytest.raises(ValueError, match=r"mlx_flashhead.server .* did not start: error: "):
+        ServerProcess("mlx_flashhead.server", "--no-such-flag").__enter__()

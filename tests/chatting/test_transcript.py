@@ -1,0 +1,79 @@
+"""Conversations as files."""
+
+import json
+
+import pytest
+
+from mlx_flashhead.chatting.transcript import read_conversation, write_conversation
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": 'Grüße\n"zitiert"'},
+    {"role": "assistant", "content": "[bold]\x1b �"},
+]
+
+
+@pytest.mark.parametrize("messages", [TALK, TALK[1:], TALK[:1], []])
+def test_what_is_written_is_read(tmp_path, messages):
+    file = tmp_path / "chat.json"
+    write_conversation(file, messages, "a model")
+    assert read_conversation(file) == messages
+    assert json.loads(file.read_text())["model"] == "a model"
+    assert "Grüße" in file.read_text() or TALK[1] not in messages
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_a_bare_list_is_read_and_other_keys_are_left_out(tmp_path):
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps([message | {"name": "x"} for message in TALK]))
+    assert read_conversation(file) == TALK
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "it is not JSON: "),
+        ("", "it is not JSON: "),
+        ("[" * 100_000, "it is nested too deeply"),
+        ("3", "a list of messages under the key 'messages'"),
+        ('{"talk": []}', "a list of messages under the key 'messages'"),
+        ('["hello"]', "message 1 must have a role and a content"),
+        ('[{"role": "user"}]', "message 1 must have a role and a content"),
+        ('[{"role": "user", "content": [1]}]', "message 1 must have a role and a content"),
+        ('[{"role": "user", "content": "a"}]', "its last question has no answer"),
+        ('[{"role": "assistant", "content": "a"}]', "message 1 has the role 'assistant'"),
+        (json.dumps([*TALK[1:], *TALK[1:], *TALK]), "message 5 has the role 'system'"),
+        (json.dumps([TALK[1], TALK[1]]), "message 2 has the role 'user' instead of 'assistant'"),
+    ],
+)
+def test_other_files_are_refused_in_one_sentence(tmp_path, content, said):
+    file = tmp_path / "chat.json"
+    file.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        read_conversation(file)
+    assert said in str(caught.value)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    file = tmp_path / "chat.json"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not text in UTF-8"):
+        read_conversation(file)
+
+
+def test_a_conversation_is_replaced_and_nothing_else(tmp_path):
+    file = tmp_path / "chat.json"
+    write_conversation(file, TALK, "a model")
+    write_conversation(file, TALK[1:], "a model")
+    assert read_conversation(file) == TALK[1:]
+    file.write_text("shopping list")
+    with pytest.raises(ValueError, match="exists already and is not a conversation"):
+        write_conversation(file, TALK, "a model")
+    assert file.read_text() == "shopping list"
+
+
+def test_what_cannot_be_written_names_the_file(tmp_path):
+    with pytest.raises(OSError) as caught:
+        write_conversation(tmp_path / "absent" / "chat.json", TALK, "a model")
+    assert caught.value.filename == str(tmp_path / "absent" / "chat.json")

