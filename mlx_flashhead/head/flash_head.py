@@ -364,21 +364,6 @@ class FlashHead:
         logits = self._steps.dense(hidden.reshape(-1, hidden.shape[-1]))
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
-    def logits_of(self, hidden: mx.array, token_ids: mx.array) -> mx.array:
-        """The dense head's logits of given tokens, whatever the probes are.
-
-        Args:
-            hidden: (..., D) states.
-            token_ids: (..., K) integers, 0 … V-1, for each state; (K,) for all of them.
-
-        Returns:
-            (..., K) in the dense head's dtype. Lazy.
-        """
-        shape = (*hidden.shape[:-1], token_ids.shape[-1])
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        ids = mx.broadcast_to(token_ids, shape).reshape(len(rows), -1)
-        return self._steps.logits_of(rows, ids).reshape(shape)
-
     def cluster_scores(self, hidden: mx.array) -> mx.array:
         """Stage 1 alone: hidden (..., D) → (..., C) float32, ALWAYS_PROBED for forced clusters."""
         scores = self._steps.route(hidden.reshape(-1, hidden.shape[-1]))

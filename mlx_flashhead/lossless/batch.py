@@ -303,7 +303,8 @@ class CheckedBatchGenerator(BatchGenerator):
         tokens, marked, n_held = sequence.text.tokens, sequence.mark.own(), sequence.n_held
 
         def feed(place: int) -> None:
-            self.model(mx.array([tokens[place : place + 1]], dtype=mx.uint32), cache=cache)
+            with self._proposer.in_place():
+                self.model(mx.array([tokens[place : place + 1]], dtype=mx.uint32), cache=cache)
             mx.eval([layer.state for layer in cache])
 
         for n_tokens in (wanted - 1, wanted) if refused else (wanted,):
