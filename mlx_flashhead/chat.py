@@ -11,12 +11,14 @@ from .chatting.transcript import history_file, last_conversation
 from .common.arguments import adopt
 from .common.command import command
 from .common.terminal import Terminal
+from .loading.background import IdleBuild, background_build
 from .loading.load import load_with_head
-from .loading.look_up import add_check_option, add_head_options, head_options
+from .loading.look_up import LATER, add_answering_options, add_probes_option, head_options
 from .lossless.sampler import make_sampler
 from .models.compat.chat import chat_parser
 from .models.fetch import resolve
 from .models.install import get_flash_head
+from .publishing.origin import local_origin
 
 
 def make_parser():
@@ -32,11 +34,11 @@ def make_parser():
         "--resume", action="store_true", help="Continue the last conversation at a terminal."
     )
     group = parser.add_argument_group("FlashHead")
-    add_head_options(group)
+    add_probes_option(group)
+    add_answering_options(group)
     group.add_argument(
         "--dense", action="store_true", help="Begin with every token scored: the dense model."
     )
-    add_check_option(group)
     return parser
 
 
@@ -68,7 +70,15 @@ def main() -> None:
         "check": not args.no_check,
     }
     terminal = Terminal([*COMMANDS], WITH_FILES, history_file())
-    Talk(conversation, terminal, args, options).run()
+    build = None
+    if (how := head_options(args, dense=args.dense)).missing == LATER:
+        build = background_build(model, tokenizer, local_origin(resolve(args.model)), how)
+    idle = None if build is None else IdleBuild(build)
+    try:
+        Talk(conversation, terminal, args, options, idle).run()
+    finally:
+        if idle is not None:
+            idle.close()
 
 
 def _load(args) -> tuple[nn.Module, Any]:
@@ -80,7 +90,7 @@ def _load(args) -> tuple[nn.Module, Any]:
         tokenizer_config={"trust_remote_code": args.trust_remote_code},
         trust_remote_code=args.trust_remote_code,
     )
-    if args.n_probes is not None and get_flash_head(model) is None:
+    if args.n_probes is not None and args.dense and get_flash_head(model) is None:
         raise ValueError(NO_FLASH_HEAD)
     return model, tokenizer
 

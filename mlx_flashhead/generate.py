@@ -3,13 +3,15 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from .common.arguments import adopt, whole_number
 from .common.command import command
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .common.terminal import printable_output
+from .loading.background import background_build
 from .loading.load import load_draft, load_with_head, sharded_load
-from .loading.look_up import add_check_option, add_head_options, head_options
+from .loading.look_up import LATER, add_answering_options, add_probes_option, head_options
 from .lossless.generation import generate
 from .lossless.sampler import make_sampler
 from .models.compat.cache import load_prompt_cache
@@ -17,6 +19,7 @@ from .models.compat.generate import generate_parser, generation_stream, run_gene
 from .models.dense import load_dense
 from .models.fetch import resolve
 from .models.sharded import load_dense_part
+from .publishing.origin import local_origin
 from .structured.options import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor
 
@@ -34,7 +37,8 @@ def make_parser():
         },
     )
     group = parser.add_argument_group("FlashHead")
-    add_head_options(group)
+    add_probes_option(group)
+    add_answering_options(group)
     group.add_argument(
         "--draft-probes",
         type=whole_number(1),
@@ -44,7 +48,6 @@ def make_parser():
     group.add_argument(
         "--dense", action="store_true", help="Score every token: the dense model, for comparison."
     )
-    add_check_option(group)
     group.add_argument(
         "--draw-probes",
         action="store_true",
@@ -71,6 +74,7 @@ def main() -> None:
         _check_processes(parser, args, processes)
         grammar = grammar_of(args)
 
+    loaded: list[Any] = []
     with first_process_speaks(processes):
 
         def load_for_main(path, *, return_config=False, **kwargs):
@@ -82,7 +86,10 @@ def main() -> None:
                 return _load_part(args, processes, path, **kwargs)
             if args.dense:
                 return load_dense(resolve(path), **kwargs)
-            return load_with_head(resolve(path), head_options(args), **kwargs)
+            folder = resolve(path)
+            model, tokenizer, config = load_with_head(folder, head_options(args), **kwargs)
+            loaded[:] = model, tokenizer, folder
+            return model, tokenizer, config
 
         def generate_for_main(model, tokenizer, prompt, **named):
             named["check"] = not args.no_check
@@ -99,7 +106,26 @@ def main() -> None:
             run_generate(
                 args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
             )
+        _build_for_next_time(args, *loaded)
         leave_together(processes, generation_stream)
+
+
+def _build_for_next_time(args, model=None, tokenizer=None, folder=None) -> None:
+    """Builds the FlashHead after the answer, if the model has none yet."""
+    options = head_options(args)
+    if model is None or options.missing != LATER:
+        return
+    build = background_build(model, tokenizer, local_origin(folder), options)
+    if build is None:
+        return
+    sys.stdout.flush()
+    options.say("Preparing FlashHead for next time …, Ctrl-C skips it.")
+    try:
+        build.finish()
+    except KeyboardInterrupt:
+        options.say("Skipped: it is built another time.")
+    finally:
+        build.drop()
 
 
 def _tell_unless_whole(processor: GrammarProcessor, text: str, max_tokens: int) -> None:

@@ -1,6 +1,8 @@
 """A talk at the terminal: the user types messages and commands."""
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -8,6 +10,7 @@ import mlx.core as mx
 from ..common.command import sentence
 from ..common.quantities import count
 from ..common.terminal import StopKey, Terminal, UserInput
+from ..loading.background import IdleBuild
 from ..models.install import get_flash_head
 from .conversation import LENGTH, STOPPED, Answer, Conversation
 from .transcript import USER, Message, keep, read_conversation, write_conversation
@@ -45,9 +48,17 @@ class Talk:
         terminal: The terminal.
         args: The command line's arguments.
         options: Keywords of each answer.
+        idle: A FlashHead that is built while the user types and reads.
     """
 
-    def __init__(self, conversation: Conversation, terminal: Terminal, args, options: dict):
+    def __init__(
+        self,
+        conversation: Conversation,
+        terminal: Terminal,
+        args,
+        options: dict,
+        idle: IdleBuild | None = None,
+    ):
         self.conversation = conversation
         self.terminal = terminal
         self.name = args.model
@@ -58,6 +69,7 @@ class Talk:
         self.head = get_flash_head(conversation.model)
         self.dense = args.dense
         self.options = options
+        self.idle = idle
 
     def run(self) -> None:
         """Until the end of the input or /exit."""
@@ -99,7 +111,7 @@ class Talk:
     def _answer(self, text: str) -> None:
         before = len(self.conversation.answers)
         try:
-            with StopKey() as stopping:
+            with self._model_to_itself(), StopKey() as stopping:
                 for piece in self.conversation.ask(
                     text, stopping=stopping, dense=self.dense, **self.options
                 ):
@@ -119,6 +131,19 @@ class Talk:
                 "limit, or -1 for none]"
             )
         self._keep()
+
+    @contextmanager
+    def _model_to_itself(self) -> Iterator[None]:
+        """A block in which nothing is built; says once that a FlashHead is there."""
+        if self.idle is None:
+            yield
+            return
+        with self.idle.paused():
+            if self.head is None:
+                self.head = get_flash_head(self.conversation.model)
+                if self.head is not None:
+                    self.terminal.say(f"[FlashHead is ready: {self._settings()}]")
+            yield
 
     def _keep(self) -> None:
         """Keeps the conversation for ``--resume``; prints once if that fails."""

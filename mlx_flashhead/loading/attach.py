@@ -10,12 +10,13 @@ from ..head.proposal import Risk
 from ..index.fit import check_fit
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install
-from ..models.locate import check_plain_product, find_head
+from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.tokenizers import name_of
 from ..publishing.origin import Origin
 from . import cache
 from .build import build
-from .look_up import BUILD, DENSE, REFUSE, HeadOptions, StoredHead, named_head
+from .look_up import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, named_head
+from .tuned import tune_head
 
 
 def attach(
@@ -78,7 +79,7 @@ def attach_head(
     """
     if get_flash_head(model) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
-    may_stay_dense = options.missing == DENSE and stored is None
+    may_stay_dense = options.missing in (DENSE, LATER) and stored is None
     try:
         location = find_head(model)
     except UnsupportedHeadError:
@@ -97,12 +98,27 @@ def attach_head(
     check_plain_product(location)
     if stored is None:
         stored = build(model, tokenizer, location, origin=origin, options=options)
+    del rows  # the installation moves them
+    return install_stored(model, stored, options, location)
+
+
+def install_stored(
+    model: nn.Module,
+    stored: StoredHead,
+    options: HeadOptions,
+    location: HeadLocation | None = None,
+) -> FlashHead:
+    """Puts a stored FlashHead on a dense model, with the settings for this machine.
+
+    Raises:
+        ValueError: If it does not fit, or an option is not valid. The model stays unchanged.
+    """
     index = stored.index
-    near = check_fit(index, rows, stored.source)
+    location = location or find_head(model)
+    near = check_fit(index, location.rows(), stored.source)
     if near is not None:
         options.say(near)
-    del rows  # the installation moves them
-    return install(
+    head = install(
         model,
         index.token_ids,
         index.centroids,
@@ -113,3 +129,5 @@ def attach_head(
         backend=options.backend,
         location=location,
     )
+    tune_head(model, index, options)
+    return head

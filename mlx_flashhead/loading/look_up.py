@@ -23,7 +23,7 @@ from ..index.files import (
 from ..models.fetch import resolve
 
 FILES = [FILE_NAME, SETTINGS_NAME, CONFIG_NAME]
-BUILD, REFUSE, DENSE = "build", "refuse", "dense"
+BUILD, REFUSE, DENSE, LATER = "build", "refuse", "dense", "later"
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,13 @@ class HeadOptions:
     Attributes:
         flash_head: A folder or a Hugging Face repository of a FlashHead; default: the one in the
             model's folder, else the one that was built for the model before.
-        missing: Without any, ``BUILD`` it, ``REFUSE``, or leave the model ``DENSE``.
+        missing: Without any, ``BUILD`` it, ``REFUSE``, or leave the model ``DENSE``: for good, or
+            until it is built ``LATER``.
         n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
         progress: Print steps and bars on standard error.
+        tunes: Measure the settings of the loop on this machine, once.
+        always: Use a FlashHead that makes nothing faster, too.
     """
 
     flash_head: str | Path | None = None
@@ -44,6 +47,8 @@ class HeadOptions:
     n_probes: int | None = None
     backend: str | None = None
     progress: bool = True
+    tunes: bool = True
+    always: bool = False
 
     def say(self, text: str) -> None:
         """Prints a sentence on standard error, if there is progress to be shown."""
@@ -99,24 +104,53 @@ def head_beside(folder: Path, options: HeadOptions) -> StoredHead | None:
 
 def add_head_options(group: Any) -> None:
     """Adds ``--n-probes``, ``--flash-head`` and ``--no-build`` to a command's arguments."""
+    add_probes_option(group)
+    add_look_up_options(group)
+
+
+def add_probes_option(group: Any) -> None:
+    """Adds ``--n-probes`` to a command's arguments."""
     group.add_argument(
         "--n-probes",
         type=whole_number(1),
-        help="Clusters scored per token (default: the FlashHead's own number).",
+        help="Clusters scored per token (default: the number that is fastest on this machine).",
     )
-    add_look_up_options(group)
 
 
 def add_look_up_options(group: Any) -> None:
     """Adds ``--flash-head`` and ``--no-build`` to a command's arguments."""
+    _add_source(group)
+    group.add_argument(
+        "--no-build", action="store_true", help="Refuse to build a missing FlashHead."
+    )
+
+
+def add_answering_options(group: Any) -> None:
+    """Adds the flags of a command that answers before a FlashHead is built."""
+    _add_source(group)
+    group.add_argument(
+        "--no-build", action="store_true", help="Build no FlashHead: without one, answer dense."
+    )
+    group.add_argument(
+        "--build-first",
+        action="store_true",
+        help="Build a missing FlashHead before the first answer (default: the model answers dense, "
+        "and the FlashHead is built when there is time).",
+    )
+    group.add_argument(
+        "--flash-head-always",
+        action="store_true",
+        help="Use the FlashHead where it makes this model no faster on this machine, too.",
+    )
+    add_check_option(group)
+
+
+def _add_source(group: Any) -> None:
     group.add_argument(
         "--flash-head",
         metavar="FOLDER_OR_REPO",
         help="Source of the FlashHead (default: the model's folder, else the one that was built "
         "for this model before, else a new one is built once and kept).",
-    )
-    group.add_argument(
-        "--no-build", action="store_true", help="Refuse to build a missing FlashHead."
     )
 
 
@@ -136,11 +170,19 @@ def look_up_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def head_options(args: argparse.Namespace, *, dense: bool = False) -> HeadOptions:
-    """The flags of :func:`add_head_options`.
+    """The flags of :func:`add_head_options` or :func:`add_answering_options`.
 
     Args:
         args: A command's arguments.
         dense: Whether the model may do without a FlashHead.
     """
-    missing = DENSE if dense else REFUSE if args.no_build else BUILD
-    return HeadOptions(args.flash_head, missing, args.n_probes)
+    answers_first = "build_first" in args
+    missing = BUILD
+    if dense or (answers_first and args.no_build):
+        missing = DENSE
+    elif args.no_build:
+        missing = REFUSE
+    elif answers_first and not args.build_first:
+        missing = LATER
+    always = answers_first and args.flash_head_always
+    return HeadOptions(args.flash_head, missing, args.n_probes, always=always)

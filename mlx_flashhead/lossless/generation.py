@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import mlx.nn as nn
-import mlx_lm
 
 from ..models.compat.generate import (
     BatchGenerator,
@@ -14,6 +13,9 @@ from ..models.compat.generate import (
     GenerationResponse,
     generate_step,
     loops,
+    mlx_lm_batch_generate,
+    mlx_lm_generate,
+    mlx_lm_stream_generate,
     speculative_generate_step,
 )
 from ..models.install import NO_FLASH_HEAD, get_flash_head
@@ -65,7 +67,7 @@ def stream_generate(
     """
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
     block = proposer.with_draft if kwargs.get("draft_model") is not None else nullcontext
-    stream = mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
+    stream = mlx_lm_stream_generate(model, tokenizer, prompt, **kwargs)
     with loops(**_loops(model, proposer, logprobs)), block():
         response = next(stream, None)  # takes the loop
     while response is not None:
@@ -92,7 +94,7 @@ def generate(
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
     block = proposer.with_draft if kwargs.get("draft_model") is not None else nullcontext
     with loops(**_loops(model, proposer, False)), block():
-        return mlx_lm.generate(model, tokenizer, prompt, **kwargs)
+        return mlx_lm_generate(model, tokenizer, prompt, **kwargs)
 
 
 def batch_generate(
@@ -120,7 +122,7 @@ def batch_generate(
         return CheckedBatchGenerator(of_model, proposer=proposer, logprobs=logprobs, **options)
 
     with loops(BatchGenerator=generator):
-        return mlx_lm.batch_generate(model, tokenizer, prompts, **kwargs)
+        return mlx_lm_batch_generate(model, tokenizer, prompts, **kwargs)
 
 
 def checks(model: nn.Module) -> Callable[..., Any] | None:

@@ -46,16 +46,12 @@ class Proposer:
         dense: bool = False,
         settings: dict[str, Any] | None = None,
     ):
-        self.head = get_flash_head(model)
-        self.finish: Callable[[mx.array], mx.array] | None = unchanged
-        if self.head is not None:
-            try:
-                self.finish = finish_of(model)
-            except UnsupportedHeadError:
-                self.finish = None  # its logits depend on each other: every choice is dense
+        self._model, self._wanted = model, (check, dense)
         self._settings = settings or {}
-        self.dense = dense or self.head is None or (check and self._stays_dense())
-        self.check = check and not self.dense
+        self.head: FlashHead | None = None
+        self.finish: Callable[[mx.array], mx.array] | None = unchanged
+        self.dense, self.check = True, False
+        self.look_for_head()
         self.texts: list[Text] | None = None
         self._row = 0
         self._step: Step | None = None
@@ -78,6 +74,19 @@ class Proposer:
     def ends(self) -> tuple[int, ...]:
         """Tokens that end most texts: whether one is confirmed is asked at once."""
         return () if self.head is None else self.head.eos_token_ids
+
+    def look_for_head(self) -> None:
+        """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
+        self.head = get_flash_head(self._model)
+        if self.head is None:
+            return
+        try:
+            self.finish = finish_of(self._model)
+        except UnsupportedHeadError:
+            self.finish = None  # its logits depend on each other: every choice is dense
+        check, dense = self._wanted
+        self.dense = dense or (check and self._stays_dense())
+        self.check = check and not self.dense
 
     def in_place(self) -> AbstractContextManager:
         """A block in which the head's calls come here."""

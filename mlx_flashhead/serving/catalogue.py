@@ -14,13 +14,15 @@ import mlx.nn as nn
 from jinja2 import meta
 
 from ..head.flash_head import FlashHead
+from ..loading.background import BackgroundBuild, background_build
 from ..loading.load import load_draft, load_with_head
-from ..loading.look_up import head_options
+from ..loading.look_up import LATER, head_options
 from ..models.compat.cache import KVCache, make_prompt_cache
 from ..models.dense import load_dense
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
+from ..publishing.origin import local_origin
 
 # mlx-lm's word for the model of --model
 DEFAULT_NAME = "default_model"
@@ -53,6 +55,7 @@ class ServedModel:
         template_settings: Names that its chat template takes from ``chat_template_kwargs``.
         longest_token: Characters of the longest token.
         check: Whether the dense rows check every token.
+        build: The build of its FlashHead, if it has none yet.
     """
 
     names: tuple[str, ...]
@@ -63,6 +66,7 @@ class ServedModel:
     template_arguments: dict[str, Any] = field(default_factory=dict)
     dense: bool = False
     check: bool = True
+    build: BackgroundBuild | None = None
 
     def __post_init__(self):
         self.head: FlashHead | None = get_flash_head(self.model)
@@ -73,6 +77,17 @@ class ServedModel:
         self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
         self.template_settings = template_settings(self.tokenizer)
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))
+
+    def take_head(self) -> None:
+        """Takes the FlashHead that has been put on the model."""
+        self.head = get_flash_head(self.model)
+
+    @property
+    def head_in_use(self) -> str:
+        """The head that answers: "FlashHead", or "dense" and why."""
+        if self.head is not None and not self.dense:
+            return "dense: FlashHead is no faster here" if self.head.stays_dense else "FlashHead"
+        return "dense: FlashHead is being built" if self.build is not None else "dense"
 
     @property
     def name(self) -> str:
@@ -186,6 +201,9 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         args.chat_template_args,
         args.dense and default,
         not args.no_check,
+        background_build(model, tokenizer, local_origin(folder), choices)
+        if choices.missing == LATER
+        else None,
     )
 
 

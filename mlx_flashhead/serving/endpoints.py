@@ -73,6 +73,10 @@ class ApiHandler(GuardedHandler):
     def healthy(self) -> bool:
         return self._service.engine.healthy
 
+    def health_info(self) -> Mapping[str, Any]:
+        models = self._service.catalogue.models
+        return {"heads": {served.name: served.head_in_use for served in models}}
+
     def page_info(self) -> Mapping[str, Any]:
         flags, models = self._service.flags, self._service.catalogue.models
         return {
@@ -119,8 +123,14 @@ class ApiHandler(GuardedHandler):
                 answer.stream() if request.stream else answer.send()
 
     def _model(self, name: str) -> dict[str, Any]:
-        started = self._service.started
-        return {"id": name, "object": "model", "created": started, "owned_by": "mlx_flashhead"}
+        served = find_model(self._service.catalogue, name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._service.started,
+            "owned_by": "mlx_flashhead",
+            "head": served.head_in_use,
+        }
 
 
 def _page_model(served: ServedModel) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import argparse
 
 from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
-from ..loading.look_up import add_check_option, add_look_up_options
+from ..loading.look_up import add_answering_options
 from .network.network_options import add_network_options
 
 
@@ -47,13 +47,12 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         help="Clusters scored per token, unless a request gives its own n_probes (default: the "
         "number that the FlashHead names).",
     )
-    add_look_up_options(group)
+    add_answering_options(group)
     group.add_argument(
         "--dense",
         action="store_true",
         help="Score every token, unless a request says otherwise: the dense model.",
     )
-    add_check_option(group)
     group.add_argument("--adapter-path", help="Folder of LoRA adapters for --model.")
     group.add_argument("--draft-model", help="A model that drafts tokens for --model.")
     group.add_argument(

@@ -20,7 +20,10 @@ from mlx_lm.generate import (
     maybe_quantize_kv_cache,
     speculative_generate_step,
 )
+from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
+from mlx_lm.generate import generate as mlx_lm_generate
 from mlx_lm.generate import setup_arg_parser as generate_parser
+from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 
 from .replaced import replaced
 
@@ -37,6 +40,9 @@ __all__ = [
     "loops",
     "make_text_state_machine",
     "maybe_quantize_kv_cache",
+    "mlx_lm_batch_generate",
+    "mlx_lm_generate",
+    "mlx_lm_stream_generate",
     "run_generate",
     "speculative_generate_step",
 ]

@@ -17,6 +17,7 @@ from ...lossless.batch import CheckedBatchGenerator
 from ...lossless.drafts import drafted_steps
 from ...lossless.loop import checked_steps
 from ...lossless.proposals import Proposer, moves_little
+from ..catalogue import ServedModel
 from ..protocol.sampling import LogitsProcessor
 from .job import Job
 from .prefill import Reading
@@ -27,7 +28,13 @@ Held = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
 
 
 class Decoder(ABC):
-    """Some sequences that are generated together."""
+    """Some sequences that are generated together.
+
+    Attributes:
+        proposer: Chooses their tokens.
+    """
+
+    proposer: Proposer
 
     @property
     @abstractmethod
@@ -41,6 +48,11 @@ class Decoder(ABC):
     @abstractmethod
     def remove(self, jobs: Iterable[Job]) -> list[Held]:
         """Removes some of the sequences. Returns the tokens and caches of these."""
+
+    def take_head(self, served: ServedModel) -> None:
+        """From the next token on the sequences use a FlashHead that ``served`` has got."""
+        if all(job.served is served for job in self.jobs):
+            self.proposer.look_for_head()
 
     @property
     @abstractmethod
@@ -63,9 +75,10 @@ class Batch(Decoder):
     def __init__(self, job: Job, size: int, stream: mx.Stream):
         self._kind = _kind(job)
         self._length = length_class(len(job.prompt.tokens))
+        self.proposer = proposer_of(job)
         self._generator = CheckedBatchGenerator(
             job.served.model,
-            proposer=proposer_of(job),
+            proposer=self.proposer,
             completion_batch_size=size,
             prefill_batch_size=size,
             stream=stream,
@@ -132,8 +145,8 @@ class Single(Decoder):
         job = reading.job
         self._jobs, self._cache = [job], reading.cache
         self._generated: list[int] = []
-        proposer = proposer_of(job)
-        self._block = nullcontext if job.served.draft_model is None else proposer.with_draft
+        self.proposer = proposer_of(job)
+        self._block = nullcontext if job.served.draft_model is None else self.proposer.with_draft
         options: dict[str, Any] = {
             "sampler": job.sampler,
             "prompt_cache": self._cache,
@@ -148,7 +161,7 @@ class Single(Decoder):
                 start,
                 job.served.model,
                 stream,
-                proposer=proposer,
+                proposer=self.proposer,
                 max_tokens=-1,
                 logprobs=job.logprobs is not None,
                 context=reading.tokens,

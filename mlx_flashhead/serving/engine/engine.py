@@ -18,7 +18,7 @@ from threading import Event, Thread
 import mlx.core as mx
 
 from ...models.compat.utils import maybe_set_recommended_wired_limit
-from ..catalogue import Catalogue
+from ..catalogue import Catalogue, ServedModel
 from ..protocol.errors import Problem
 from .decoding import Batch, Decoder, Single
 from .job import Failure, Job
@@ -26,6 +26,7 @@ from .prefill import Pace, Reading
 from .prompt_caches import PromptCaches
 
 _IDLE_SECONDS = 0.1
+MOST_BUILD_SECONDS = 0.2  # of a build at once, while answers are written
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Engine:
         self._readings: list[Reading] = []
         self._decoders: list[Decoder] = []
         self._turn = 0
+        self._builds: list[ServedModel] = []
+        self._build_seconds = 0.0  # that a build may take while answers are written
         self._thread = Thread(target=self._run, name="generation", daemon=True)
         self._thread.start()
 
@@ -85,6 +88,7 @@ class Engine:
         self._stream = mx.default_stream(mx.default_device())
         self._caches = PromptCaches(self._flags.prompt_cache_size, self._flags.prompt_cache_bytes)
         self._pace = Pace(self._flags.prefill_step_size)
+        self._builds = [served for served in catalogue.models if served.build is not None]
         self.catalogue.set_result(catalogue)
         while not self._ended.is_set():
             try:
@@ -102,6 +106,7 @@ class Engine:
 
     def _take_turns(self) -> None:
         self._receive()
+        turn = time.perf_counter()
         self._drop_cancelled()
         began = time.perf_counter()
         self._read()
@@ -109,11 +114,49 @@ class Engine:
         until = now + (now - began) * time_for_answers(self._n_decoded(), len(self._readings))
         while self._decode() and time.perf_counter() < until and self._arrived.empty():
             self._drop_cancelled()
+        self._build(time.perf_counter() - turn)
+
+    @property
+    def _busy(self) -> bool:
+        """Whether there are prompts to be read or answers to be written."""
+        return bool(self._waiting or self._readings or self._decoders)
+
+    def _build(self, seconds: float) -> None:
+        """Advances the build of a FlashHead: in idle time, else a fifth of the time.
+
+        Args:
+            seconds: Time that the answers have had since the last call.
+        """
+        if not self._builds:
+            return
+        self._build_seconds = min(self._build_seconds + seconds / 4, MOST_BUILD_SECONDS)
+        if self._busy and self._build_seconds <= 0:
+            return
+        began = time.perf_counter()
+        served = self._builds[0]
+        build = served.build
+        assert build is not None
+        try:
+            more = build.advance()
+            if not more and build.install(tunes=not self._busy):
+                served.take_head()
+                for decoder in self._decoders:
+                    decoder.take_head(served)
+                logger.info("%s is served with its FlashHead from now on", served.name)
+        except Exception as error:
+            logger.warning("%s stays dense: %s", served.name, error)
+            more = False
+        if not more:
+            build.drop()
+            served.build = None
+            del self._builds[0]
+        if self._busy:
+            self._build_seconds -= time.perf_counter() - began
 
     def _receive(self) -> None:
-        busy = self._waiting or self._readings or self._decoders
+        waits = not self._busy and not self._builds
         try:
-            self._waiting.append(self._arrived.get(timeout=0 if busy else _IDLE_SECONDS))
+            self._waiting.append(self._arrived.get(timeout=_IDLE_SECONDS if waits else 0))
             while True:
                 self._waiting.append(self._arrived.get_nowait())
         except Empty:

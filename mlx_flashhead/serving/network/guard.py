@@ -89,7 +89,8 @@ class GuardedHandler(TimedHandler, ABC):
         if path == HEALTH_PATH:
             healthy = self.healthy()
             status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-            self.send_json({"status": "ok" if healthy else "unavailable"}, status)
+            report = {"status": "ok" if healthy else "unavailable", **self.health_info()}
+            self.send_json(report, status)
         elif path == INFO_PATH:
             self.send_json(self.page_info())
         elif (file := page_file(self.path, self._shown_token())) is not None:

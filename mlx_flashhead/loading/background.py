@@ -1,0 +1,144 @@
+"""The build of a FlashHead beside the use of its model: the answer comes first.
+
+With the check, an answer does not depend on the FlashHead, so nobody waits for one. The model
+answers dense until it is there.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from threading import Event, Lock, Thread
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..conversion.steps import take_all
+from ..models.errors import UnsupportedHeadError
+from ..models.install import get_flash_head
+from ..models.libraries import is_vlm
+from ..models.locate import check_plain_product, find_head
+from ..publishing.origin import Origin
+from .attach import install_stored
+from .build import build_steps
+from .look_up import HeadOptions, StoredHead
+
+
+class BackgroundBuild:
+    """A FlashHead that is built in steps, whenever there is time.
+
+    Args:
+        model: A dense model.
+        tokenizer: Its tokenizer.
+        origin: Where the model is from.
+        options: The user's choices.
+
+    Raises:
+        UnsupportedHeadError: If the model can have none.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, origin: Origin, options: HeadOptions):
+        self._model, self._options = model, options
+        location = find_head(model)
+        check_plain_product(location)
+        self.steps = build_steps(
+            model, tokenizer, location, origin=origin, options=options, waits=False
+        )
+        self._stored: StoredHead | None = None
+        self.ended = False
+
+    def advance(self) -> bool:
+        """Takes a step, of about a tenth of a second. Returns whether there are more.
+
+        Raises:
+            ValueError: If the model can have no FlashHead after all.
+        """
+        try:
+            next(self.steps)
+            return True
+        except StopIteration as end:
+            self._stored, self.ended = end.value, True
+            return False
+
+    def finish(self) -> None:
+        """Takes all steps that are left, with bars."""
+        self._stored, self.ended = take_all(self.steps, progress=self._options.progress), True
+
+    def drop(self) -> None:
+        """Ends the build. Nothing is left of it."""
+        self.steps.close()
+        self.ended = True
+
+    def install(self, *, tunes: bool = True) -> bool:
+        """Puts the FlashHead on the model, between two tokens. Returns whether there is one.
+
+        Args:
+            tunes: Measure the settings on this machine, if that is still to be done.
+        """
+        if self._stored is None or get_flash_head(self._model) is not None:
+            return False
+        options = replace(self._options, tunes=tunes and self._options.tunes)
+        install_stored(self._model, self._stored, options)
+        return True
+
+
+def background_build(
+    model: nn.Module, tokenizer, origin: Origin, options: HeadOptions
+) -> BackgroundBuild | None:
+    """The build for a model that has no FlashHead; None if it has one or can have none."""
+    if get_flash_head(model) is not None or is_vlm(model):
+        return None
+    try:
+        return BackgroundBuild(model, tokenizer, origin, options)
+    except UnsupportedHeadError as error:
+        options.say(f"Without FlashHead: {error}")
+        return None
+
+
+class IdleBuild:
+    """Advances a build in a thread while its model is idle.
+
+    Args:
+        build: The build, which is installed at its end.
+    """
+
+    def __init__(self, build: BackgroundBuild):
+        self._build = build
+        self._using_model = Lock()
+        self._idle, self._closed = Event(), Event()
+        self._idle.set()
+        self._thread = Thread(target=self._run, name="build", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block in which the model may be used. Waits for the step that is being taken."""
+        self._idle.clear()
+        try:
+            with self._using_model:
+                yield
+        finally:
+            self._idle.set()
+
+    def close(self) -> None:
+        """Drops what is not built."""
+        self._closed.set()
+        self._idle.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closed.is_set():
+                self._idle.wait()
+                with self._using_model:
+                    if self._closed.is_set() or not self._build.advance():
+                        break
+            if self._build.ended:
+                self._idle.wait()
+                with self._using_model:
+                    self._build.install()
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"Without FlashHead: {error}", file=sys.stderr)
+        finally:
+            self._build.drop()
+            mx.clear_streams()  # which must go before their thread ends

@@ -1,0 +1,88 @@
+"""The settings of the loop that were measured on this machine, kept beside the FlashHeads."""
+
+import json
+import platform
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..common.new_folder import new_file
+from ..head.flash_head import FlashHead
+from ..index.files import FlashHeadIndex
+from ..lossless.tuning import LEAST_GAIN, Tuning, tune
+from ..models.install import hidden_dtype, installed_head
+from . import cache
+from .look_up import HeadOptions
+
+
+def tune_head(model: nn.Module, index: FlashHeadIndex, options: HeadOptions) -> None:
+    """Gives the FlashHead of ``model`` the settings that were measured on this machine.
+
+    They are measured at the first use of this machine, version of MLX and dtype, in about three
+    seconds; once more if the machine was busy then. A number of probes that the user has chosen
+    stays, and ``always`` keeps a FlashHead that gains nothing.
+    """
+    if options.n_probes is not None or not options.tunes:
+        return
+    head = installed_head(model)
+    place, key = place_of(index), _machine(head, model)
+    known = read(place)
+    tuning = known.get(key)
+    if tuning is None or tuning.again:
+        measured = tune(model, index.config.lossless.get("by_probes", ()))
+        if measured is None:
+            return
+        again = measured.again and tuning is None  # one repetition, and no more
+        tuning = Tuning(**measured.to_dict() | {"again": again})
+        _write(place, known | {key: tuning})
+        if tuning.dense and not options.always:
+            options.say(
+                f"FlashHead would not make this model faster on this machine ({tuning.gain:.2f}x, "
+                f"and at least {LEAST_GAIN:g}x is asked): it stays dense. "
+                "`flash_head_always=True` overrides it."
+            )
+    tuning.apply(head)
+    if options.always:
+        head.stays_dense = False
+
+
+def place_of(index: FlashHeadIndex) -> Path:
+    """The file of the settings for these rows."""
+    return cache.home() / "speeds" / f"{index.config.fingerprint[:24]}.json"
+
+
+def read(place: Path) -> dict[str, Tuning]:
+    """The settings by machine; none where they cannot be read."""
+    known = {field.name for field in fields(Tuning)}
+    try:
+        stored = json.loads(place.read_text(encoding="utf-8"))
+        return {key: Tuning(**value) for key, value in stored.items() if set(value) == known}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def here(index: FlashHeadIndex, model: nn.Module) -> Tuning | None:
+    """The settings that were measured for a model on this machine."""
+    return read(place_of(index)).get(_machine(installed_head(model), model))
+
+
+def _write(place: Path, tunings: dict[str, Tuning]) -> None:
+    stored: dict[str, Any] = {key: tuning.to_dict() for key, tuning in tunings.items()}
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(place) as file:
+            file.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+    except (OSError, ValueError):
+        return  # measured again next time
+
+
+def _machine(head: FlashHead, model: nn.Module) -> str:
+    """What the times depend on."""
+    device = mx.device_info().get("device_name") or platform.processor() or platform.machine()
+    dtype = str(hidden_dtype(model)).removeprefix("mlx.core.")
+    rows = head.clustered.rows.format
+    return f"{device}, {head.backend}, mlx {version('mlx')}, {rows} rows, {dtype}"
