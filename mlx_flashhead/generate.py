@@ -1,7 +1,9 @@
 """Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and some more."""
 
 import json
+import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +117,17 @@ def _build_for_next_time(args, model=None, tokenizer=None, folder=None) -> None:
     options = head_options(args)
     if model is None or options.missing != LATER:
         return
-    build = background_build(model, tokenizer, local_origin(folder), options)
+    build = background_build(model, tokenizer, local_origin(folder), options, math.inf)
     if build is None:
         return
     sys.stdout.flush()
     options.say("Preparing FlashHead for next time …, Ctrl-C skips it.")
+    began = time.perf_counter()
     try:
         build.finish()
+        seconds = time.perf_counter() - began
+        if build.install():
+            options.say(build.price(seconds))
     except KeyboardInterrupt:
         options.say("Skipped: it is built another time.")
     finally:

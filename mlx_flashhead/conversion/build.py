@@ -45,6 +45,8 @@ class IndexBuild:
         options: The options of the index.
         text: Text of the file to calibrate on, if the options name one.
         recipe: The recipe to store.
+        step_seconds: Time that a step of the model may take, where a window of text takes no
+            longer.
 
     Raises:
         ValueError: At a step, if the text is too short or an option does not fit the model.
@@ -59,10 +61,11 @@ class IndexBuild:
         *,
         text: str | None = None,
         recipe: dict[str, Any] | None = None,
+        step_seconds: float = STEP_SECONDS,
     ):
         self.reads = options.source != NO_CALIBRATION
         self._index: FlashHeadIndex | None = None
-        self._step_seconds = STEP_SECONDS
+        self._step_seconds = step_seconds
         self._steps = self._all_steps(model, tokenizer, location, options, text, recipe)
 
     def __iter__(self) -> Iterator[Step]:

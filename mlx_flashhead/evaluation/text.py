@@ -16,7 +16,7 @@ from ..common.pictures import pyplot
 from ..common.quantities import percent
 from ..common.tables import new_table
 from ..conversion.calibration import text_states
-from ..conversion.measures import USUAL_PROBES, Measures, Routing, measure
+from ..conversion.measures import Measures, Routing, measure_positions
 from ..head.flash_head import FlashHead
 from ..models.install import installed_head
 from ..models.locate import find_head
@@ -30,6 +30,8 @@ coverage    the true next token is scored
 KL          from the dense head's distribution, in nats
 perplexity  relative to dense, with the estimates of the tail
 bytes       read per token, relative to the dense head"""
+
+USUAL_PROBES = (48, 96, 128, 192, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -100,25 +102,24 @@ def evaluate(
     weight = np.array(rows.dequantized().astype(mx.float32))
     bias = 0.0 if rows.bias is None else np.array(rows.bias.astype(mx.float32))
     routing = Routing(
-        "FlashHead",
         lambda h: np.array(head.cluster_scores(mx.array(h))),
         np.array(head.clustered.centroids.tail_offset),
     )
-    measures, dense_perplexity = measure(
+    measured = measure_positions(
         states,
         lambda h: h @ weight.T + bias,
         np.array(head.clustered.token_ids),
-        [routing],
+        routing,
         probe_counts,
         next_ids,
         progress=progress,
     )
     return Evaluation(
         positions=len(states),
-        dense_perplexity=dense_perplexity,
+        dense_perplexity=measured.dense_perplexity(),
         n_probes=head.n_probes,
         n_clusters=head.n_clusters,
-        measures=measures,
+        measures=measured.means(),
         bytes_share={p: bytes_share(head, p) for p in probe_counts},
     )
 

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Event, Lock, Thread
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..conversion.build import STEP_SECONDS
 from ..conversion.steps import take_all
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head
@@ -22,6 +24,7 @@ from ..publishing.origin import Origin
 from .attach import install_stored
 from .build import build_steps
 from .look_up import HeadOptions, StoredHead
+from .tuned import here
 
 
 class BackgroundBuild:
@@ -32,17 +35,31 @@ class BackgroundBuild:
         tokenizer: Its tokenizer.
         origin: Where the model is from.
         options: The user's choices.
+        step_seconds: Time that a step of the model may take.
 
     Raises:
         UnsupportedHeadError: If the model can have none.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, origin: Origin, options: HeadOptions):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        origin: Origin,
+        options: HeadOptions,
+        step_seconds: float = STEP_SECONDS,
+    ):
         self._model, self._options = model, options
         location = find_head(model)
         check_plain_product(location)
         self.steps = build_steps(
-            model, tokenizer, location, origin=origin, options=options, waits=False
+            model,
+            tokenizer,
+            location,
+            origin=origin,
+            options=options,
+            waits=False,
+            step_seconds=step_seconds,
         )
         self._stored: StoredHead | None = None
         self.ended = False
@@ -81,18 +98,39 @@ class BackgroundBuild:
         install_stored(self._model, self._stored, options)
         return True
 
+    def price(self, seconds: float) -> str:
+        """A sentence on what the build has taken and when it pays back, after :meth:`install`."""
+        tuning = None if self._stored is None else here(self._stored.index, self._model)
+        spent = f"FlashHead is ready for next time. Its build took {seconds:.0f} s"
+        if tuning is None or tuning.dense:
+            return f"{spent}."
+        saved = tuning.dense_seconds * (1 - 1 / tuning.gain)
+        return (
+            f"{spent}, and it makes this model {tuning.gain:.2f} times as fast on this machine: "
+            f"that pays back after about {_rounded(seconds / saved):,} tokens."
+        )
+
 
 def background_build(
-    model: nn.Module, tokenizer, origin: Origin, options: HeadOptions
+    model: nn.Module,
+    tokenizer: Any,
+    origin: Origin,
+    options: HeadOptions,
+    step_seconds: float = STEP_SECONDS,
 ) -> BackgroundBuild | None:
     """The build for a model that has no FlashHead; None if it has one or can have none."""
     if get_flash_head(model) is not None or is_vlm(model):
         return None
     try:
-        return BackgroundBuild(model, tokenizer, origin, options)
+        return BackgroundBuild(model, tokenizer, origin, options, step_seconds)
     except UnsupportedHeadError as error:
         options.say(f"Without FlashHead: {error}")
         return None
+
+
+def _rounded(number: float) -> int:
+    """Two digits of a number."""
+    return int(float(f"{number:.2g}"))
 
 
 class IdleBuild:

@@ -1,5 +1,6 @@
 """Builds the FlashHead of a model at its first use, and keeps it."""
 
+import math
 import sys
 from collections.abc import Generator
 from contextlib import redirect_stdout
@@ -57,11 +58,13 @@ def build_steps(
     origin: Origin,
     options: HeadOptions,
     waits: bool = True,
+    step_seconds: float = math.inf,
 ) -> Generator[Step, None, StoredHead | None]:
     """The same in short steps. A build that is dropped between them leaves nothing behind.
 
     Args:
         waits: Wait for another process that builds it; else nothing is built then.
+        step_seconds: Time that a step of the model may take.
 
     Returns:
         The FlashHead, None if another process builds it.
@@ -90,7 +93,14 @@ def build_steps(
             seed=of_index.seed,
             name=checkpoint_name(origin, None),
         ) | {"metadata": card_metadata(origin, "adapter")}
-        build = IndexBuild(model, text_side(model, tokenizer), location, of_index, recipe=recipe)
+        build = IndexBuild(
+            model,
+            text_side(model, tokenizer),
+            location,
+            of_index,
+            recipe=recipe,
+            step_seconds=step_seconds,
+        )
         try:
             yield from build
         finally:

@@ -29,7 +29,7 @@ LEAST_GAIN = 1.03
 WAITING = (8, 16, MOST_WAITING)
 SHARES = (0.5, 1.0, 2.0)  # numbers of probes to try, relative to the index's
 TURNS = 3
-MOST_TOKENS = 24  # of one turn
+MOST_TOKENS = 16  # of one turn
 BUSY = 0.15  # spread of the turns above which the machine did something else too
 PROMPT = 12  # tokens of the prompt
 TOKENS = 5  # whose times make a median
@@ -43,6 +43,7 @@ class Tuning:
         n_probes: Clusters scored for a proposal.
         most_waiting: Tokens that may wait for a check.
         gain: Tokens per second relative to dense decoding, the median of the turns.
+        dense_seconds: Time of a token when it is decoded densely.
         spread: Half of the range of the turns' gains.
         dense: Whether dense decoding is as fast, so that the steps stay dense.
         again: Whether it should be measured once more, since the turns differ.
@@ -51,6 +52,7 @@ class Tuning:
     n_probes: int
     most_waiting: int
     gain: float
+    dense_seconds: float
     spread: float
     dense: bool
     again: bool = False
@@ -95,16 +97,15 @@ def tune(
             wasted = _share(shares, n_probes) * (k / 2 + 1)
             expected[n_probes, k] = step * (1 + wasted) + steps.check_seconds(n_probes, k) / k
     n_probes, most_waiting = min(expected, key=lambda pair: expected[pair])
-    Tuning(n_probes, most_waiting, 1.0, 0.0, False).apply(head)
+    Tuning(n_probes, most_waiting, 1.0, dense, 0.0, False).apply(head)
     left = seconds - (time.perf_counter() - began)
     n_tokens = int(min(MOST_TOKENS, max(6, left / (2 * TURNS * dense))))
     gains = [steps.turn(n_tokens) for _ in range(TURNS)]
     gain, spread = median(gains), (max(gains) - min(gains)) / 2
-    found = Tuning(
-        n_probes, most_waiting, gain, spread, dense=gain < LEAST_GAIN, again=spread > BUSY
-    )
-    found.apply(head)
-    return found
+    stays, again = gain < LEAST_GAIN, spread > BUSY
+    tuning = Tuning(n_probes, most_waiting, gain, dense, spread, stays, again)
+    tuning.apply(head)
+    return tuning
 
 
 def _grid(head: FlashHead, usual: int, shares: dict[int, float]) -> list[int]:

@@ -75,7 +75,7 @@ class ApiHandler(GuardedHandler):
 
     def health_info(self) -> Mapping[str, Any]:
         models = self._service.catalogue.models
-        return {"heads": {served.name: served.head_in_use for served in models}}
+        return {"heads": [served.head_in_use for served in models]}
 
     def page_info(self) -> Mapping[str, Any]:
         flags, models = self._service.flags, self._service.catalogue.models

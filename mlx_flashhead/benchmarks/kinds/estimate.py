@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from ...common.arguments import whole_number
 from ...common.command import check_writable
 from ...common.tables import new_table, show
 from ...loading import cache
-from ...loading.look_up import inside
+from ...loading.look_up import HeadOptions, head_beside
 from ...models.dense import load_dense
 from ...models.fetch import resolve
 from ...models.locate import find_head
@@ -133,14 +132,11 @@ def _shape(args: argparse.Namespace) -> ModelShape:
     if args.model is not None:
         folder = resolve(args.model)
         model, _, _ = load_dense(folder, lazy=True)
-        found = inside(folder, _say) or cache.find(find_head(model).rows(), _say)
-        shape = model_shape(folder.name, model, None if found is None else found.index)
+        options = HeadOptions()
+        stored = head_beside(folder, options) or cache.find(find_head(model).rows(), options.say)
+        shape = model_shape(folder.name, model, None if stored is None else stored.index)
     elif args.shape in SHAPES:
         shape = SHAPES[args.shape]
     else:
         raise ValueError(f"There is no shape {args.shape!r}: choose one of {', '.join(SHAPES)}.")
     return shape if args.n_probes is None else shape.with_probes(args.n_probes)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -42,6 +42,10 @@ class GuardedHandler(TimedHandler, ABC):
         """What the page needs to know: the models, the default first, and the settings."""
 
     @abstractmethod
+    def health_info(self) -> Mapping[str, Any]:
+        """What ``/health`` tells beside whether requests are answered."""
+
+    @abstractmethod
     def healthy(self) -> bool:
         """Whether requests are answered."""
 

@@ -1,0 +1,85 @@
+"""A FlashHead that is built beside the use of its model."""
+
+import threading
+
+import mlx_lm
+import pytest
+
+from mlx_flashhead import get_flash_head, stream_generate
+from mlx_flashhead.loading import cache
+from mlx_flashhead.loading.background import IdleBuild, background_build
+from mlx_flashhead.loading.look_up import HeadOptions
+from mlx_flashhead.publishing.origin import Origin
+from model_folders import write_model
+
+OPTIONS = HeadOptions(progress=False, tunes=False)
+
+
+@pytest.fixture
+def loaded(tmp_path, quick, flash_head_home):
+    return mlx_lm.load(str(write_model(tmp_path / "model")))
+
+
+def build_of(model, tokenizer):
+    return background_build(model, tokenizer, Origin("model"), OPTIONS)
+
+
+def tokens(model, tokenizer, prompt="One day", n=20):
+    stream = stream_generate(model, tokenizer, prompt, max_tokens=n)
+    return [response.token for response in stream]
+
+
+def test_text_before_between_and_after_is_the_dense_models(loaded):
+    model, tokenizer = loaded
+    dense = tokens(model, tokenizer)
+    build = build_of(model, tokenizer)
+    n_steps = 1
+    while build.advance():
+        n_steps += 1
+        if n_steps % 5 == 0:
+            assert tokens(model, tokenizer) == dense
+            assert get_flash_head(model) is None
+    assert n_steps > 10
+    assert build.install()
+    assert get_flash_head(model) is not None
+    assert tokens(model, tokenizer) == dense
+    assert len(cache.entries()) == 1
+    assert build_of(model, tokenizer) is None
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 5, 20])
+def test_a_dropped_build_leaves_nothing(loaded, flash_head_home, n_steps):
+    model, tokenizer = loaded
+    build = build_of(model, tokenizer)
+    for _ in range(n_steps):
+        build.advance()
+    build.drop()
+    assert not build.install()
+    assert get_flash_head(model) is None
+    assert not cache.entries()
+    again = build_of(model, tokenizer)  # nothing is locked any more
+    again.finish()
+    assert again.install()
+
+
+def test_another_process_builds(loaded):
+    model, tokenizer = loaded
+    first, second = build_of(model, tokenizer), build_of(model, tokenizer)
+    assert first.advance()
+    assert not second.advance()
+    assert not second.install()
+    first.drop()
+
+
+def test_a_thread_builds_while_nothing_is_written(loaded):
+    model, tokenizer = loaded
+    dense = tokens(model, tokenizer)
+    idle = IdleBuild(build_of(model, tokenizer))
+    seen = []
+    while get_flash_head(model) is None and len(seen) < 200:
+        with idle.paused():
+            seen.append(tokens(model, tokenizer, n=8))
+    idle.close()
+    assert get_flash_head(model) is not None
+    assert all(found == dense[:8] for found in seen)
+    assert "build" not in [thread.name for thread in threading.enumerate()]

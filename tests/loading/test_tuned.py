@@ -1,0 +1,113 @@
+"""The settings of the loop, measured once on a machine."""
+
+import json
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+from flash_loops import make_flash
+from mlx_flashhead import get_flash_head
+from mlx_flashhead.loading import tuned
+from mlx_flashhead.loading.attach import install_stored
+from mlx_flashhead.loading.look_up import HeadOptions, StoredHead
+from mlx_flashhead.lossless import tuning as tuning_module
+from mlx_flashhead.lossless.tuning import Tuning, tune
+from tiny_models import tiny_index, tiny_model
+
+FAST = Tuning(2, 8, 1.5, 0.01, 0.0, dense=False)
+SLOW = Tuning(3, 16, 1.01, 0.01, 0.0, dense=True)
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """What is measured, in turn; a further measurement fails."""
+
+    def set_results(*results):
+        left = list(results)
+        monkeypatch.setattr(tuned, "tune", lambda model, differences: left.pop(0))
+        return left
+
+    return set_results
+
+
+def loaded(**options):
+    """A model with its FlashHead, as at a load."""
+    model = tiny_model()
+    index = tiny_index(model, n_probes=4)
+    said = []
+    choices = HeadOptions(**options)
+    object.__setattr__(choices, "say", said.append)
+    install_stored(model, StoredHead(index, "here"), choices)
+    return get_flash_head(model), said
+
+
+def test_it_is_measured_once(measure, flash_head_home):
+    left = measure(FAST)
+    for _ in range(2):
+        head, said = loaded()
+        assert (head.checked_probes, head.most_waiting, head.stays_dense) == (2, 8, False)
+        assert head.n_probes == 4 and not said
+    assert not left
+
+
+def test_a_head_that_gains_nothing_stays_dense_and_says_so(measure, flash_head_home):
+    measure(SLOW)
+    head, said = loaded()
+    assert head.stays_dense
+    (sentence,) = said
+    assert "would not make this model faster on this machine (1.01x" in sentence
+    assert "it stays dense" in sentence
+    assert loaded()[1] == []
+    assert not loaded(always=True)[0].stays_dense
+
+
+def test_a_busy_machine_is_measured_once_more(measure, flash_head_home):
+    busy = Tuning(2, 8, 1.0, 0.01, 0.5, dense=True, again=True)
+    left = measure(busy, busy)
+    assert loaded()[0].stays_dense
+    assert loaded()[0].stays_dense
+    assert not left
+    loaded()  # no third time
+
+
+def test_a_chosen_number_of_probes_stays(measure, flash_head_home):
+    measure()
+    head, _ = loaded(n_probes=3)
+    assert (head.checked_probes, head.stays_dense) == (3, False)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"x": 3}', '{"x": {"gain": 2}}'])
+def test_a_damaged_file_is_measured_again(measure, flash_head_home, text):
+    measure(FAST, FAST)
+    loaded()
+    (place,) = flash_head_home.glob("speeds/*.json")
+    place.write_text(text)
+    assert loaded()[0].checked_probes == 2
+    assert FAST.to_dict() in json.loads(place.read_text()).values()
+
+
+def test_a_measurement_chooses_and_changes_no_text():
+    flash = make_flash()
+    before = flash.tokens()
+    shares = [{"n_probes": n, "greedy_differs": s} for n, s in ((1, 0.5), (3, 0.2), (13, 0.0))]
+    found = tune(flash.model, shares, seconds=1.0)
+    assert found.n_probes in (1, 3, 13) and found.most_waiting in tuning_module.WAITING
+    assert found.gain > 0 and found.dense == (found.gain < tuning_module.LEAST_GAIN)
+    assert flash.head.stays_dense == found.dense
+    assert flash.tokens() == before
+    flash.head.stays_dense = True
+    assert flash.tokens() == before
+    assert flash.tokens(dense=True) == before
+
+
+def test_steps_that_take_too_long_are_not_measured(monkeypatch):
+    assert tune(make_flash().model, seconds=1e-6) is None
+
+
+def test_the_random_state_is_left_alone():
+    flash = make_flash()
+    mx.random.seed(5)
+    before = mx.random.state[0].tolist()
+    tune(flash.model, seconds=0.5)
+    assert mx.random.state[0].tolist() == before
