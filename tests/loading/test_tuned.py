@@ -3,7 +3,6 @@
 import json
 
 import mlx.core as mx
-import mlx_lm
 import pytest
 
 from flash_loops import make_flash
