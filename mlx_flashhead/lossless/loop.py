@@ -30,6 +30,7 @@ def checked_steps(
     max_kv_size: int | None = None,
     logprobs: bool = True,
     context: Sequence[int] = (),
+    n_begun: int = 0,
     **options: Any,
 ) -> Generator[tuple[int, mx.array | None], None, None]:
     """mlx-lm's ``generate_step`` with the choices of the dense model.
@@ -46,6 +47,7 @@ def checked_steps(
         max_kv_size: Size of the caches that are made if there are none.
         logprobs: Whether the log-probabilities are wanted.
         context: Tokens that the cache holds already, for the processors.
+        n_begun: How many of the last of all these tokens are of this text, which is continued.
         **options: More keywords of ``generate_step``.
 
     Yields:
@@ -58,7 +60,8 @@ def checked_steps(
     if cache is None:
         cache = make_prompt_cache(model, max_kv_size)
     tokens = [*context, *cast(list[int], prompt.tolist())]
-    text = Text(sampler, logits_processors or (), tokens, logprobs)
+    begun = len(tokens) - n_begun
+    text = Text(sampler, logits_processors or (), tokens[:begun], logprobs, tokens=tokens[begun:])
     run = _Run(model, stream, cache, text, proposer, options)
     try:
         yield from run.positions(prompt, max_tokens, list(context))
@@ -83,7 +86,7 @@ class _Run:
         self._text, self._proposer, self._options = text, proposer, options
         self._pace = Pace(proposer.most_waiting)
         self._n_held = 0  # tokens of the text in the cache
-        self._n_given = 0  # tokens of the text that the caller has
+        self._n_given = len(text.tokens)  # tokens of the text that the caller has
         self._mark: Mark | None = None  # the caches at a confirmed token
         self._checked: Mark | None = None  # the same, if the check confirms
         self._refused = False  # whether the caches hold a proposal in the last token's place

@@ -107,7 +107,8 @@ class Text:
                 self.seed = self.sampler.text_seed()
         elif self.sampler is not None and self.beside_others:
             self.seed = fresh_seed()
-        begin(self.processors)
+        if not self.tokens:
+            begin(self.processors)
 
     @property
     def settings(self) -> DrawSettings | None:

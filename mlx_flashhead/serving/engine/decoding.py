@@ -144,7 +144,7 @@ class Single(Decoder):
     def __init__(self, reading: Reading, flags: Namespace, stream: mx.Stream):
         job = reading.job
         self._jobs, self._cache = [job], reading.cache
-        self._generated: list[int] = []
+        self._before, self._generated = job.all_tokens, list[int]()
         self.proposer = proposer_of(job)
         self._block = nullcontext if job.served.draft_model is None else self.proposer.with_draft
         options: dict[str, Any] = {
@@ -154,7 +154,7 @@ class Single(Decoder):
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
         }
-        start = mx.array(job.prompt.tokens[-1:])
+        start = mx.array(job.all_tokens[-1:])
         if job.served.draft_model is None:
             # without an end token of its own, so that its cache holds all tokens it has given
             self._steps: Generator[tuple[Any, ...], None, None] = checked_steps(
@@ -165,6 +165,7 @@ class Single(Decoder):
                 max_tokens=-1,
                 logprobs=job.logprobs is not None,
                 context=reading.tokens,
+                n_begun=len(job.tokens),
                 logits_processors=guarded(job),
                 **options,
             )
@@ -197,7 +198,7 @@ class Single(Decoder):
             return []
         (job,), self._jobs = self._jobs, []
         self._steps.close()  # brings the cache to the tokens that were given
-        tokens = job.prompt.tokens + self._generated
+        tokens = self._before + self._generated
         if job.served.draft_model is not None:
             # a draft model's cache may be some tokens behind
             n_held = min(len(tokens), *(cache.offset for cache in self._cache))

@@ -23,7 +23,7 @@ from ..protocol.errors import Problem
 from .decoding import Batch, Decoder, Single
 from .job import Failure, Job
 from .prefill import Pace, Reading
-from .prompt_caches import PromptCaches
+from .prompt_caches import KVCaches, PromptCaches
 
 _IDLE_SECONDS = 0.1
 MOST_BUILD_SECONDS = 0.2  # of a build at once, while answers are written
@@ -173,7 +173,7 @@ class Engine:
         self._waiting = [job for job in self._waiting if not job.cancelled]
         for reading in [r for r in self._readings if r.job.cancelled]:
             self._readings.remove(reading)
-            self._caches.keep(reading.job.served, reading.tokens, reading.cache)
+            self._keep(reading.job.served, reading.tokens, reading.cache)
         for decoder in list(self._decoders):
             self._remove(decoder, [job for job in decoder.jobs if job.cancelled])
 
@@ -198,7 +198,7 @@ class Engine:
 
     def _begin(self, reading: Reading) -> None:
         job = reading.job
-        if not job.served.batchable or self._flags.kv_bits is not None:
+        if job.alone or not job.served.batchable or self._flags.kv_bits is not None:
             self._decoders.append(Single(reading, self._flags, self._stream))
             return
         batches = [d for d in self._decoders if isinstance(d, Batch) and d.takes(job)]
@@ -213,10 +213,16 @@ class Engine:
             try:
                 steps = decoder.step()
             except Exception as error:
-                logger.exception("Some answers have failed")
                 self._decoders.remove(decoder)
-                for job in decoder.jobs:
-                    job.tell(Failure(error))
+                jobs = decoder.jobs
+                if len(jobs) == 1:
+                    logger.exception("An answer has failed")
+                    jobs[0].tell(Failure(error))
+                    continue
+                # one of them may be the cause
+                logger.warning("A step of %d answers has failed", len(jobs), exc_info=error)
+                for job in jobs:
+                    self._go_on_alone(job)
                 continue
             complete: list[Job] = []
             for job, token, logprobs in steps:  # several tokens of a job may come at once
@@ -225,16 +231,39 @@ class Engine:
             self._remove(decoder, complete)
         return bool(self._decoders)
 
+    def _go_on_alone(self, job: Job) -> None:
+        """An answer goes on by itself from its confirmed tokens."""
+        job.alone = True
+        try:
+            self._readings.append(Reading(job, self._caches, self._flags))
+        except Exception as error:
+            logger.exception("An answer has failed")
+            job.tell(Failure(error))
+
     def _remove(self, decoder: Decoder, jobs: list[Job]) -> None:
+        """Takes answers out of a decoder. A cache that cannot be kept costs nobody's answer."""
         if not jobs:
             return
-        served = jobs[0].served
-        for tokens, cache in decoder.remove(jobs):
-            self._caches.keep(served, tokens, cache)
+        try:
+            held = decoder.remove(jobs)
+        except Exception as error:
+            logger.warning("Caches of %d answers are lost: %s", len(jobs), error, exc_info=error)
+            self._decoders.remove(decoder)
+            for job in [job for job in decoder.jobs if job not in jobs]:
+                self._go_on_alone(job)
+            return
         if not decoder.jobs:
             self._decoders.remove(decoder)
-        in_use = [decoder.nbytes for decoder in self._decoders]
-        self._caches.make_room(in_use + [reading.nbytes for reading in self._readings])
+        for tokens, cache in held:
+            self._keep(jobs[0].served, tokens, cache)
+
+    def _keep(self, served: ServedModel, tokens: list[int], cache: KVCaches) -> None:
+        try:
+            self._caches.keep(served, tokens, cache)
+            in_use = [decoder.nbytes for decoder in self._decoders]
+            self._caches.make_room(in_use + [reading.nbytes for reading in self._readings])
+        except Exception as error:
+            logger.warning("A prompt's cache is not kept: %s", error, exc_info=error)
 
     def _fail_all(self, error: Exception) -> None:
         failed = [*self._waiting, *(r.job for r in self._readings)]

@@ -77,7 +77,8 @@ class Job:
         cancelled: Set when nobody wants the answer any more. The generating thread then drops it.
         error: The failure of one of its processors.
         cached: Tokens of the prompt that were found in a cache.
-        n_tokens: Generated tokens, with the end token.
+        alone: Whether it goes on by itself, after a failure of a step that it shared.
+        tokens: Generated tokens, with the end token.
         times: Times of the first and the last of them, in seconds of ``time.monotonic``.
     """
 
@@ -97,7 +98,8 @@ class Job:
     cancelled: bool = False
     error: BaseException | None = None
     cached: int = 0
-    n_tokens: int = 0
+    alone: bool = False
+    tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     _text: AnswerText = field(init=False)
 
@@ -105,6 +107,16 @@ class Job:
         if self.grammar is not None:
             self.processors = [*self.processors, self.grammar]
         self._text = AnswerText(self.served, self.stop, self.prompt.state)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of generated tokens, with the end token."""
+        return len(self.tokens)
+
+    @property
+    def all_tokens(self) -> list[int]:
+        """The prompt and the generated tokens."""
+        return self.prompt.tokens + self.tokens
 
     def tell(self, event: Event) -> None:
         """Puts an event into the queue."""
@@ -126,7 +138,7 @@ class Job:
         """
         if self.error is not None:
             raise RuntimeError(f"A logits processor has failed: {self.error}") from self.error
-        self.n_tokens += 1
+        self.tokens.append(token)
         self.times[1:] = [time.monotonic()]
         if token in self.served.tokenizer.eos_token_ids:
             if self.grammar and self.grammar.problem:

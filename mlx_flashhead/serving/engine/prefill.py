@@ -47,19 +47,21 @@ class Reading:
         self.job = job
         self._caches = caches
         self._flags = flags
-        found, self.done = caches.find(job.served, job.prompt.tokens)
-        job.cached = self.done
+        self._all_tokens = job.all_tokens
+        found, self.done = caches.find(job.served, self._all_tokens)
+        if not job.alone:
+            job.cached = self.done
         self.cache: KVCaches = found if found is not None else new_caches(job.served)
 
     @property
     def left(self) -> int:
         """Tokens still to be read."""
-        return len(self.job.prompt.tokens) - 1 - self.done
+        return len(self._all_tokens) - 1 - self.done
 
     @property
     def tokens(self) -> list[int]:
         """Tokens that the cache holds."""
-        return self.job.prompt.tokens[: self.done]
+        return self._all_tokens[: self.done]
 
     @property
     def nbytes(self) -> int:
@@ -74,14 +76,15 @@ class Reading:
         n_tokens = self.left if self.left <= 1.5 * pace.n_tokens else pace.n_tokens
         end = min(self.done + n_tokens, *(stop for stop in stops if stop > self.done))
         began = time.perf_counter()
-        self._compute(mx.array(prompt.tokens[self.done : end])[None])
+        self._compute(mx.array(self._all_tokens[self.done : end])[None])
         pace.took(end - self.done, time.perf_counter() - began)
         self.done = end
         if end in prompt.landmarks:
             self._caches.keep(self.job.served, self.tokens, copy.deepcopy(self.cache), "user")
         if self.left == 0:
             mx.clear_cache()
-        self.job.tell(Progress(self.done, len(prompt.tokens)))
+        if not self.job.alone:
+            self.job.tell(Progress(self.done, len(prompt.tokens)))
 
     def _compute(self, tokens: mx.array) -> None:
         """Runs the models over tokens (1, n), without computing their logits."""
