@@ -58,6 +58,8 @@ class FlashHead:
     Attributes:
         most_waiting: Proposals that wait for a check at most.
         stays_dense: Whether proposals gain nothing on this machine.
+        in_step: Whether several processes compute the same steps, so that no time may decide when
+            a check comes.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
 
     Raises:
@@ -89,6 +91,7 @@ class FlashHead:
         self.risk = risk or Risk()
         self.most_waiting = MOST_WAITING
         self.stays_dense = False
+        self.in_step = False
         self._draw_temperature: float | None = None
         self._project: Project | None = None
 

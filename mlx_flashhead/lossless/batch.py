@@ -108,7 +108,7 @@ class CheckedBatchGenerator(BatchGenerator):
         self._sequences: dict[int, _Sequence] = {}
         self._inner: dict[int, _Sequence] = {}
         self._n_sequences = 0
-        self._pace = Pace(proposer.most_waiting)
+        self._pace = Pace(proposer.most_waiting, timed=not proposer.in_step)
         self._check: Check | None = None
         self.logprobs = logprobs
 

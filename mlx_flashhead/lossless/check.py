@@ -54,8 +54,8 @@ class Check:
 
     @property
     def ready(self) -> bool:
-        """Whether :meth:`confirm` waits for no thread."""
-        return self._product is None or self._product.ready
+        """Whether it is time to :meth:`confirm`: no thread is at work, or it is waited for."""
+        return self._product is None or self._product.ready or self._proposer.in_step
 
     def _launch(self) -> None:
         hidden = mx.concatenate([_hidden(position) for _, position, _ in self._rows])

@@ -71,6 +71,11 @@ class Proposer:
         return MOST_WAITING if self.head is None else self.head.most_waiting
 
     @property
+    def in_step(self) -> bool:
+        """Whether checks come after the same tokens whatever the time; see `FlashHead`."""
+        return self.head is not None and self.head.in_step
+
+    @property
     def ends(self) -> tuple[int, ...]:
         """Tokens that end most texts: whether one is confirmed is asked at once."""
         return () if self.head is None else self.head.eos_token_ids
