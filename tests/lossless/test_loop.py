@@ -1,5 +1,7 @@
 """The loop for one text: the dense model's tokens, whatever is proposed."""
 
+from itertools import count
+
 import mlx.core as mx
 import pytest
 from mlx_lm import sample_utils
@@ -7,6 +9,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
+from mlx_flashhead.lossless.products import SlotProduct
 from tiny_models import randomized, tiny_model
 
 SAMPLERS = {
@@ -239,3 +242,25 @@ def test_the_first_tokens_do_not_wait(flash, monkeypatch):
             seen.append(len(calls))
         steps.close()
     assert seen == [3, 5, 7, 7, 11, 11, 11, 11]  # the prompt, then a step ahead of the check
+
+
+def test_processes_that_share_a_model_take_the_same_steps(monkeypatch):
+    """However long a check takes on each of them."""
+    flash = make_flash()
+    flash.head.in_step = True
+    flash.tokens(max_tokens=1)  # the first use learns what the model does with logits
+    original, calls = type(flash.model).__call__, []
+
+    def counting(self, *arguments, **options):
+        calls.append(0)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(type(flash.model), "__call__", counting)
+    steps = []
+    for ready, seconds in ((True, 0.0), (False, 10.0)):
+        monkeypatch.setattr(SlotProduct, "ready", ready)
+        clock = count(step=seconds)
+        monkeypatch.setattr("time.perf_counter", lambda clock=clock: next(clock))
+        calls.clear()
+        steps.append((flash.tokens(), len(calls)))
+    assert steps[0] == steps[1]
