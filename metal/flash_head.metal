@@ -1,15 +1,15 @@
-// FlashHead's steps: from hidden states to full logits or to the greedy token.
+// FlashHead's steps: from hidden states to full logits, or to a token, greedy or drawn.
 //
-//   hidden (R, D) -- route --> scores (R, C) -- select --> probes (R, S), words (R, C)
-//                 -- score --> logits (R, S, n), best (R, S) -- expand --> (R, V)
-//                                                            or -- token --> (R,)
+//   hidden (R, D) -- route --> scores (R, C) -- select --> probes (R, S), unscored (R, 2)
+//                 -- score --> logits (R, S, n), best (R, S) -- sample --> (R,)
+//                                                            or -- expand --> (R, V)
 //
-// For samplers that stop at the logits of score, ids gives the tokens they belong to.
+// For expand, select writes words (R, C) too.
 //
 // R positions (B*L), D hidden size, C clusters of n rows each, V tokens, p clusters probed per
-// position, S = max(p, 8) of them held. Below 8 the last probe is repeated. This changes no maximum
-// and keeps every array at 8 elements or more (MLX passes smaller ones in another address space,
-// with another kernel). A slot is c*n + i, row i of cluster c; a padded slot has the token id V. A
+// position, S = max(p, 8) of them held. Where select finds fewer than S worth reading, it repeats the last
+// probe. This changes no maximum, and arrays of S values have 8 elements or more (MLX passes smaller
+// ones in another address space, with another kernel). A slot is c*n + i, row i of cluster c; a padded slot has the token id V. A
 // cluster's word is its place among the probes, or the estimate of its tokens' logits.
 //
 // The functions of each step are in flash_head/, and this file has the kernels that call them, for an
@@ -28,11 +28,10 @@
 //
 // kernel   grid (threads)                 threadgroup       barriers  distinct bytes read
 // route    64*ceil(C/8) x ceil(R/H)       64                0         centroids ceil(R/H) times, hidden
-// select   512 x R                        512               11        scores, tail_offset
+// select   512 x R                        512               6         scores, with words tail_offset
 // score    T*S x R, T = 32*ceil(n/4)      T, at most 256    1         S*n rows, hidden
 // expand   256*ceil(V/1024) x R           256               1         slot_of, words, logits
-// token    256 x R                        256               2         best, the winners' logits and ids
-// ids      256*ceil(S*n/256) x R          256               0         ids of S clusters
+// sample   512 x R                        512               2 to 18   best, logits and ids that can win
 //
 // H is 1 or 4: the number of positions that share one reading of the centroids. Grids consist of
 // whole threadgroups.
@@ -48,11 +47,11 @@ typedef bfloat bfloat16_t;
 #include "flash_head/dense.h"
 #include "flash_head/dot.h"
 #include "flash_head/route.h"
+#include "flash_head/histogram.h"
 #include "flash_head/select.h"
 #include "flash_head/score.h"
 #include "flash_head/expand.h"
-#include "flash_head/token.h"
-#include "flash_head/ids.h"
+#include "flash_head/sample.h"
 
 // 4-bit rows and centroids of group 64, one position at a time (H = 1). Any other head is one more
 // line at the end.
@@ -75,22 +74,43 @@ template <typename T, int D, int C, int WORDS>
 }
 
 template <int C>
-[[kernel]] void flash_head_select(
+[[kernel, max_total_threads_per_threadgroup(512)]] void flash_head_select(
     const device float* scores [[buffer(0)]],
-    const device float* tail_offset [[buffer(1)]],
-    constant uint& n_probes [[buffer(2)]],
+    constant uint& n_probes [[buffer(1)]],
+    constant float& depth [[buffer(2)]],
     device uint* probes [[buffer(3)]],
-    device uint* words [[buffer(4)]],
+    device float* unscored [[buffer(4)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint thread_id [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup atomic<uint> histogram[flash_head::HISTOGRAM];
-  threadgroup uint totals[2 * flash_head::SELECT_SIMDGROUPS];
-  threadgroup uint chosen[2];
+  threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
+  threadgroup uint shared[flash_head::SELECT_SHARED];
+  threadgroup float sums[flash_head::ROW_SUMS];
   flash_head::select_probes<C>(
-      scores, tail_offset, n_probes, probes, words, histogram, totals, chosen, group.y, thread_id,
-      simdgroup, lane);
+      scores, flash_head::NoWords{}, n_probes, depth, probes, unscored, histogram, shared, sums,
+      group.y, thread_id, simdgroup, lane);
+}
+
+template <int C>
+[[kernel, max_total_threads_per_threadgroup(512)]] void flash_head_select_words(
+    const device float* scores [[buffer(0)]],
+    const device float* tail_offset [[buffer(1)]],
+    constant uint& n_probes [[buffer(2)]],
+    constant float& depth [[buffer(3)]],
+    device uint* probes [[buffer(4)]],
+    device float* unscored [[buffer(5)]],
+    device uint* words [[buffer(6)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint thread_id [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
+  threadgroup uint shared[flash_head::SELECT_SHARED];
+  threadgroup float sums[flash_head::ROW_SUMS];
+  flash_head::select_probes<C>(
+      scores, flash_head::cluster_words(words, tail_offset), n_probes, depth, probes, unscored,
+      histogram, shared, sums, group.y, thread_id, simdgroup, lane);
 }
 
 template <typename T, int D, int N, int V, bool PADDED, int WORDS>
@@ -131,33 +151,30 @@ template <typename T, int V, int C, int N>
       words, slot_of, logits, best, expanded, shared, held, group, thread_id, simdgroup, lane);
 }
 
-template <typename T, int N>
-[[kernel]] void flash_head_token(
+template <typename T, int N, int V>
+[[kernel, max_total_threads_per_threadgroup(512)]] void flash_head_sample(
     const device uint* probes [[buffer(0)]],
     const device uint* token_ids [[buffer(1)]],
     const device T* logits [[buffer(2)]],
     const device float* best [[buffer(3)]],
-    device uint* tokens [[buffer(4)]],
-    constant uint& held [[buffer(5)]],
+    const device float* unscored [[buffer(4)]],
+    const device float* settings [[buffer(5)]],
+    const device uint* top_k [[buffer(6)]],
+    const device uint* keys [[buffer(7)]],
+    constant float* fit [[buffer(8)]],
+    device uint* tokens [[buffer(9)]],
+    device float* risk [[buffer(10)]],
+    constant uint& held [[buffer(11)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint thread_id [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup uint shared[flash_head::WIDE_SIMDGROUPS];
-  threadgroup uint lowest[flash_head::WIDE_SIMDGROUPS];
-  flash_head::greedy_token<N>(
-      probes, token_ids, logits, best, tokens, shared, lowest, held, group.y, thread_id, simdgroup,
-      lane);
-}
-
-template <int N>
-[[kernel]] void flash_head_ids(
-    const device uint* probes [[buffer(0)]],
-    const device uint* token_ids [[buffer(1)]],
-    device uint* ids [[buffer(2)]],
-    constant uint& held [[buffer(3)]],
-    uint3 grid_position [[thread_position_in_grid]]) {
-  flash_head::candidate_ids<N>(probes, token_ids, ids, held, grid_position);
+  threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
+  threadgroup uint shared[flash_head::SAMPLE_SHARED];
+  threadgroup float sums[flash_head::ROW_SUMS];
+  flash_head::sample<N, V, T>(
+      probes, token_ids, logits, best, unscored, settings, top_k, keys, fit, tokens, risk, histogram,
+      shared, sums, held, group.y, thread_id, simdgroup, lane);
 }
 
 #define FLASH_HEAD_KERNEL(name, kernel_name, ...)    \
@@ -168,12 +185,12 @@ template <int N>
 #define FLASH_HEAD_KERNELS(name, T, V, D, WORDS)                                              \
   FLASH_HEAD_KERNEL(name, "flash_head_route", flash_head_route<T, D, V / 16, WORDS>)          \
   FLASH_HEAD_KERNEL(name, "flash_head_select", flash_head_select<V / 16>)                     \
+  FLASH_HEAD_KERNEL(name, "flash_head_select_words", flash_head_select_words<V / 16>)         \
   FLASH_HEAD_KERNEL(name, "flash_head_score", flash_head_score<T, D, 16, V, false, WORDS>)    \
+  FLASH_HEAD_KERNEL(name, "flash_head_sample", flash_head_sample<T, 16, V>)                   \
   FLASH_HEAD_KERNEL(name, "flash_head_expand", flash_head_expand<T, V, V / 16, 16>)
 
 FLASH_HEAD_KERNELS("llama_3_2_1b", bfloat16_t, 128256, 2048, 2)
 FLASH_HEAD_KERNELS("qwen3_0_6b", bfloat16_t, 151936, 1024, 2)
 FLASH_HEAD_KERNELS("gemma_3_270m", bfloat16_t, 262144, 640, 1)
 FLASH_HEAD_KERNELS("smollm2_135m", bfloat16_t, 49152, 576, 1)
-FLASH_HEAD_KERNEL("16", "flash_head_token", flash_head_token<bfloat16_t, 16>)
-FLASH_HEAD_KERNEL("16", "flash_head_ids", flash_head_ids<16>)

@@ -16,6 +16,8 @@ from .serving.network.shutdown import Shutdown
 from .serving.options import make_parser
 from .serving.serve import requests_logged, serve
 
+LOST = 75  # EX_TEMPFAIL: a supervisor starts the server again
+
 
 @command
 def main() -> None:
@@ -35,6 +37,8 @@ def main() -> None:
                 if model is not None:
                     resolve(model)  # downloads happen here, where Ctrl-C ends them
             serve(flags, partial(access_of, flags), partial(_announce, flags), ending.wait)
+            print("error: the thread that answers is lost: start the server again.")
+            ending.leave(LOST)
         except KeyboardInterrupt:
             print("Stopped.")
             ending.leave(0)

@@ -75,7 +75,7 @@ def count(clustered: ClusteredRows, n_probes: int) -> list[dict]:
         selection = steps.select(scores, n_probes)
         candidates = steps.score(hidden, selection)
         steps.expand(scores, selection, candidates)
-        steps.token(selection, candidates)
+        steps.token(steps.select(scores, n_probes, words=False), candidates)
     return [
         {
             "kernel": dispatch.name.removeprefix("flash_head_"),
@@ -212,7 +212,7 @@ def make_report(vocab_size: int, hidden_size: int, bits: int, n_probes: int) -> 
     dense_kernel = dense(vocab_size, hidden_size, bits)
     n_clusters = vocab_size // CLUSTER_SIZE
     named = {kernel["kernel"]: kernel for kernel in kernels}
-    common = [named[name] for name in ("route", "select", "score")]
+    common = [named[name] for name in ("route", "score")]
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -222,8 +222,8 @@ def make_report(vocab_size: int, hidden_size: int, bits: int, n_probes: int) -> 
         "head_bits": bits,
         "sampled": False,
         "kernels": [*kernels, dense_kernel],
-        "full_logits_mb": lines_mb([*common, named["expand"]]),
-        "greedy_token_mb": lines_mb([*common, named["token"]]),
+        "full_logits_mb": lines_mb([*common, named["select_words"], named["expand"]]),
+        "greedy_token_mb": lines_mb([*common, named["select"], named["sample"]]),
         "dense_mb": lines_mb([dense_kernel]),
         "route_lines_over_bytes": stored_ratio(named["route"], 1.0),
         "expand_gathers_per_token": gathers_per_token(named["expand"], vocab_size),

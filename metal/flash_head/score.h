@@ -3,11 +3,11 @@
 // One threadgroup per probe; a simdgroup takes 4 rows of its cluster, each as in route, and with more
 // than 32 rows every 8th block of 4. A cluster is one block of rows, so the threadgroup reads
 // consecutive memory: at n = 16, D = 2048 and 4 bits 16 KB, then 2 KB of scales and biases. Every
-// weight byte is read once. The simdgroups' maxima meet in threadgroup memory: expand and token then
-// reduce S values instead of S*n.
+// weight byte is read once. The simdgroups' maxima meet in threadgroup memory: expand and sample
+// then reduce S values instead of S*n.
 // Edges: n not divisible by 4 repeats the last row and drops the result. A padded slot gets the
-// lowest finite value. Head bias: a pointer (slots,), added to the product rounded to Product, as
-// MLX does; or NoBias.
+// lowest finite value. So do the slots of a probe that repeats the one before: its rows are not read.
+// Head bias: a pointer (slots,), added to the product rounded to Product, as MLX does; or NoBias.
 
 namespace flash_head {
 
@@ -53,6 +53,15 @@ inline void score(
   constexpr int SIMDGROUPS = BLOCKS < SCORE_SIMDGROUPS ? BLOCKS : SCORE_SIMDGROUPS;
   const size_t probe = size_t(group.y) * held + group.x;
   const uint cluster = probes[probe];
+  if (group.x > 0 && cluster == probes[probe - 1]) {
+    for (uint i = simdgroup * LANES + lane; i < uint(N); i += SIMDGROUPS * LANES) {
+      logits[probe * N + i] = T(-Finite<T>::highest());
+    }
+    if (simdgroup == 0 && lane == 0) {
+      best[probe] = -Finite<T>::highest();
+    }
+    return;  // the whole threadgroup
+  }
   uint highest = 0;
   for (int first = simdgroup * BLOCK; first < N; first += SIMDGROUPS * BLOCK) {
     const int last_row = min(BLOCK, N - first) - 1;

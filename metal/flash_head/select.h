@@ -1,92 +1,65 @@
-// select: the p best clusters of each position, without a sort
+// select: the p best clusters of each position, without a sort, and what the others hold
 //
-// One threadgroup per position. Each score becomes an unsigned key of the same order. Thread
-// (simdgroup s, lane l) holds ids s*32*K + 32*i + l, K = ceil(C/512). Up to 16 keys stay in registers
-// (C = 8,192). More are read again, 16 at a time, in each of the five rounds (C = 262,144: 1 MB a
-// round). 512 threads instead of 1,024 leave enough registers.
-// Three radix passes over 10, 11 and 11 bits from the top find the p-th largest key, the threshold:
-// count digits of the keys that match so far, in 4, 2 and 2 copies of the histogram, since close
-// scores share their top bits; sum the copies; a prefix sum from the highest digit finds the one in
-// which the count reaches what remains. Keys above the threshold are probed, and of the keys equal to
-// it the first `remaining` by id. Ballots over ids give every probed cluster its place. So probes
-// ascend, ties go to the lowest id, and the order of the atomics does not matter.
-// Edges: an id past C has key 0, below that of any score, and is never reached since p <= C.
-// Threadgroup memory: 16,384 + 136 bytes. Barriers: 1, 3 per pass, and 1.
+// One threadgroup per position. Thread (simdgroup s, lane l) holds the scores of ids s*32*K + 32*i + l,
+// K = ceil(C/512). Up to 32 scores stay in registers (C = 16,384); more are read again in each of the
+// four rounds, in equal blocks.
+//   1  the best score
+//   2  a histogram of the distances to it, in bins of 1/64 nat, and the bin of the p-th cluster
+//   3  how many clusters of each simdgroup lie in better bins, and how many in this one
+//   4  places: ballots over ids give every probed cluster its own, and the others are added up
+// So probes ascend, and of the clusters in the last bin the lowest ids are probed. Bin 0 holds NaN and
+// the clusters that are always probed, the last bin all from 64 nats on.
+// `depth` limits the bins: a cluster more than `depth` nats below the log-sum-exp of all (without those
+// that are always probed) is not probed. Places without a cluster repeat the last one.
+// unscored: the best score of the clusters that are not probed, and the log-sum-exp of their scores;
+// the lowest finite value where none is left.
+// Threadgroup memory: 16,384 + 388 bytes. Barriers: 6.
 
 namespace flash_head {
 
-// The keys of ids first_id, first_id + 32, ...
+// What expand needs of a cluster: its place among the probes, or the estimate of its logits.
+template <typename Offsets>
+struct Words {
+  device uint* words;   // (R, C)
+  Offsets tail_offset;  // (C,) float
+
+  void write(size_t row, uint id, float score, bool probed, uint place) const {
+    const float estimate = to_finite<float>(score + tail_offset[id]);
+    const uint bits = isnan(estimate) ? NOT_A_NUMBER : as_type<uint>(estimate);
+    words[row + id] = probed ? PROBED | place : bits;
+  }
+};
+
+template <typename Offsets>
+inline Words<Offsets> cluster_words(device uint* words, Offsets tail_offset) {
+  return Words<Offsets>{words, tail_offset};
+}
+
+// For tokens, which need none.
+struct NoWords {
+  void write(size_t, uint, float, bool, uint) const {}
+};
+
+// The scores of ids first_id, first_id + 32, ...
 template <int C, int N, typename Scores>
-inline void load_keys(Scores scores, uint first_id, thread uint* keys) {
+inline void load_scores(Scores scores, uint first_id, thread float* loaded) {
   FLASH_HEAD_UNROLL
   for (int i = 0; i < N; i++) {
     const uint id = first_id + i * LANES;
-    keys[i] = id < uint(C) ? order_key(scores[id]) : 0u;
+    loaded[i] = id < uint(C) ? to_finite<float>(scores[id]) : 0.0f;
   }
 }
 
-// One radix pass: the digit of the threshold at SHIFT, and the number of keys needed with it.
-template <int C, int BLOCKS, int N, int SHIFT, int BITS, typename Scores>
-inline void find_digit(
-    Scores scores,
-    uint first_id,
-    thread uint* keys,
-    thread uint& threshold,
-    thread uint& remaining,
-    threadgroup atomic<uint>* histogram,
-    threadgroup uint* totals,
-    threadgroup uint* chosen,
-    uint thread_id,
-    uint simdgroup,
-    uint lane) {
-  constexpr int DIGITS = 1 << BITS;
-  constexpr int COPIES = HISTOGRAM / DIGITS;
-  constexpr int OWN = DIGITS / SELECT_THREADS;  // digits that a thread adds up
-  constexpr uint DECIDED = SHIFT + BITS < 32 ? 0xffffffffu << ((SHIFT + BITS) % 32) : 0u;
-  for (int block = 0; block < BLOCKS; block++) {
-    if (BLOCKS > 1) {
-      load_keys<C, N>(scores, first_id + block * (N * LANES), keys);
-    }
-    FLASH_HEAD_UNROLL
-    for (int i = 0; i < N; i++) {
-      if (((keys[i] ^ threshold) & DECIDED) == 0) {
-        const uint bin = ((keys[i] >> SHIFT) & (DIGITS - 1)) * COPIES + lane % COPIES;
-        atomic_fetch_add_explicit(&histogram[bin], 1u, memory_order_relaxed);
-      }
-    }
+// SELECT_BINS for an id past the last cluster.
+template <int C>
+inline uint bin_of(uint id, float score, float best) {
+  if (id >= uint(C)) {
+    return SELECT_BINS;
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  uint counts[OWN];
-  uint own = 0;
-  const uint highest = DIGITS - 1 - thread_id * OWN;
-  FLASH_HEAD_UNROLL
-  for (int digit = 0; digit < OWN; digit++) {
-    counts[digit] = 0;
-    FLASH_HEAD_UNROLL
-    for (int copy = 0; copy < COPIES; copy++) {
-      const uint bin = (highest - digit) * COPIES + copy;
-      counts[digit] += atomic_load_explicit(&histogram[bin], memory_order_relaxed);
-      atomic_store_explicit(&histogram[bin], 0u, memory_order_relaxed);  // for the next pass
-    }
-    own += counts[digit];
+  if (!(score < CERTAIN)) {
+    return 0;
   }
-  uint before = simd_prefix_exclusive_sum(own);  // keys with a higher digit
-  if (lane == LANES - 1) {
-    totals[simdgroup] = before + own;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  before += simd_sum(lane < simdgroup ? totals[lane] : 0u);
-  FLASH_HEAD_UNROLL
-  for (int digit = 0; digit < OWN; digit++) {
-    if (before < remaining && before + counts[digit] >= remaining) {  // true once
-      chosen[0] = highest - digit;
-      chosen[1] = remaining - before;
-    }
-    before += counts[digit];
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  threshold |= chosen[0] << SHIFT;
-  remaining = chosen[1];
+  return 1u + uint(min((best - score) * BINS_PER_NAT, float(SELECT_BINS - 2)));
 }
 
 // The lanes of the simdgroup for which it is true, a bit each.
@@ -94,95 +67,155 @@ inline uint ballot(bool yes) {
   return uint(simd_vote::vote_t(simd_ballot(yes)));
 }
 
-template <int C, typename Scores, typename Offsets>
+template <int C, typename Scores, typename WordsOrNot>
 inline void select_probes(
     Scores scores,                        // (R, C) float
-    Offsets tail_offset,                  // (C,) float
+    WordsOrNot words,
     uint n_probes,                        // p
+    float depth,
     device uint* probes,                  // (R, S)
-    device uint* words,                   // (R, C)
-    threadgroup atomic<uint>* histogram,  // [HISTOGRAM]
-    threadgroup uint* totals,             // [2 * SELECT_SIMDGROUPS]
-    threadgroup uint* chosen,             // [2]
+    device float* unscored,               // (R, 2)
+    threadgroup atomic<uint>* histogram,  // [SELECT_BINS]
+    threadgroup uint* shared,             // [SELECT_SHARED]
+    threadgroup float* sums,              // [ROW_SUMS]
     uint position,
     uint thread_id,
     uint simdgroup,
     uint lane) {
-  constexpr int K = (C + SELECT_THREADS - 1) / SELECT_THREADS;
-  constexpr int BLOCKS = (K + SELECT_KEYS - 1) / SELECT_KEYS;
-  constexpr int N = BLOCKS > 1 ? SELECT_KEYS : K;
+  constexpr int K = (C + ROW_THREADS - 1) / ROW_THREADS;
+  constexpr int BLOCKS = (K + SELECT_SCORES - 1) / SELECT_SCORES;
+  constexpr int N = (K + BLOCKS - 1) / BLOCKS;
   const uint first_id = simdgroup * (LANES * N * BLOCKS) + lane;
   const size_t row = size_t(position) * C;
-  uint keys[N];
-  load_keys<C, N>(scores + row, first_id, keys);
+  float loaded[N];
+  load_scores<C, N>(scores + row, first_id, loaded);
 
-  for (uint i = thread_id; i < uint(HISTOGRAM); i += SELECT_THREADS) {
-    atomic_store_explicit(&histogram[i], 0u, memory_order_relaxed);
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  uint threshold = 0;
-  uint remaining = n_probes;
-  find_digit<C, BLOCKS, N, 22, 10>(
-      scores + row, first_id, keys, threshold, remaining, histogram, totals, chosen, thread_id,
-      simdgroup, lane);
-  find_digit<C, BLOCKS, N, 11, 11>(
-      scores + row, first_id, keys, threshold, remaining, histogram, totals, chosen, thread_id,
-      simdgroup, lane);
-  find_digit<C, BLOCKS, N, 0, 11>(
-      scores + row, first_id, keys, threshold, remaining, histogram, totals, chosen, thread_id,
-      simdgroup, lane);
-
-  uint above = 0;
-  uint equal = 0;
-  for (int block = 0; block < BLOCKS; block++) {
-    if (BLOCKS > 1) {
-      load_keys<C, N>(scores + row, first_id + block * (N * LANES), keys);
-    }
-    FLASH_HEAD_UNROLL
-    for (int i = 0; i < N; i++) {
-      above += popcount(ballot(keys[i] > threshold));
-      equal += popcount(ballot(keys[i] == threshold));
-    }
-  }
-  if (lane == 0) {
-    totals[simdgroup] = above;
-    totals[SELECT_SIMDGROUPS + simdgroup] = equal;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  above = simd_sum(lane < simdgroup ? totals[lane] : 0u);
-  equal = simd_sum(lane < simdgroup ? totals[SELECT_SIMDGROUPS + lane] : 0u);
-  const uint held = max(n_probes, MIN_PROBES);
-  const uint lower_lanes = (1u << lane) - 1u;
+  uint highest = 0;
   for (int block = 0; block < BLOCKS; block++) {
     const uint block_id = first_id + block * (N * LANES);
     if (BLOCKS > 1) {
-      load_keys<C, N>(scores + row, block_id, keys);
+      load_scores<C, N>(scores + row, block_id, loaded);
     }
     FLASH_HEAD_UNROLL
     for (int i = 0; i < N; i++) {
-      const uint are_above = ballot(keys[i] > threshold);
-      const uint are_equal = ballot(keys[i] == threshold);
-      const uint equal_before = equal + popcount(are_equal & lower_lanes);
-      const uint place = above + popcount(are_above & lower_lanes) + min(equal_before, remaining);
-      const bool probed =
-          keys[i] > threshold || (keys[i] == threshold && equal_before < remaining);
+      const bool counts = block_id + i * LANES < uint(C) && loaded[i] < CERTAIN;
+      highest = max(highest, counts ? order_key(loaded[i]) : 0u);
+    }
+  }
+  clear_bins<SELECT_BINS>(histogram, thread_id);
+  highest = threadgroup_max<ROW_SIMDGROUPS>(highest, shared, simdgroup, lane);
+  const float best = highest == 0 ? 0.0f : score_of(highest);
+
+  float mass = 0.0f;
+  for (int block = 0; block < BLOCKS; block++) {
+    const uint block_id = first_id + block * (N * LANES);
+    if (BLOCKS > 1) {
+      load_scores<C, N>(scores + row, block_id, loaded);
+    }
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < N; i++) {
+      const uint bin = bin_of<C>(block_id + i * LANES, loaded[i], best);
+      if (bin < uint(SELECT_BINS)) {
+        atomic_fetch_add_explicit(&histogram[bin], 1u, memory_order_relaxed);
+        mass += bin > 0 ? fast::exp(loaded[i] - best) : 0.0f;
+      }
+    }
+  }
+  mass = simd_sum(mass);
+  if (lane == 0) {
+    sums[ROW_SIMDGROUPS + simdgroup] = mass;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  mass = simd_sum(lane < uint(ROW_SIMDGROUPS) ? sums[ROW_SIMDGROUPS + lane] : 0.0f);
+  const float nats = depth - log(max(mass, 1.0f));
+  const uint deepest = 1u + uint(clamp(nats * BINS_PER_NAT, 0.0f, float(SELECT_BINS)));
+  float before;
+  uint last = find_bin<SELECT_BINS>(
+      histogram, 1.0f, 0.0f, float(n_probes), before, sums, shared, thread_id, simdgroup, lane);
+  uint remaining = n_probes - uint(before);
+  if (last > deepest) {
+    last = deepest;
+    remaining = n_probes;
+  }
+
+  uint better = 0;
+  uint equal = 0;
+  for (int block = 0; block < BLOCKS; block++) {
+    const uint block_id = first_id + block * (N * LANES);
+    if (BLOCKS > 1) {
+      load_scores<C, N>(scores + row, block_id, loaded);
+    }
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < N; i++) {
+      const uint bin = bin_of<C>(block_id + i * LANES, loaded[i], best);
+      better += bin < last;
+      equal += bin == last;
+    }
+  }
+  better = simd_sum(better);
+  equal = simd_sum(equal);
+  if (lane == 0) {
+    shared[ROW_SIMDGROUPS + simdgroup] = better;
+    shared[2 * ROW_SIMDGROUPS + simdgroup] = equal;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const uint every_better = lane < uint(ROW_SIMDGROUPS) ? shared[ROW_SIMDGROUPS + lane] : 0u;
+  const uint every_equal = lane < uint(ROW_SIMDGROUPS) ? shared[2 * ROW_SIMDGROUPS + lane] : 0u;
+  const uint n_read = simd_sum(every_better) + min(simd_sum(every_equal), remaining);
+  better = simd_sum(lane < simdgroup ? every_better : 0u);
+  equal = simd_sum(lane < simdgroup ? every_equal : 0u);
+
+  const uint held = max(n_probes, MIN_PROBES);
+  const uint lower_lanes = (1u << lane) - 1u;
+  const float edge = best - float(max(last, 1u) - 1u) / BINS_PER_NAT;  // no score left is higher
+  uint left = 0;
+  mass = 0.0f;
+  for (int block = 0; block < BLOCKS; block++) {
+    const uint block_id = first_id + block * (N * LANES);
+    if (BLOCKS > 1) {
+      load_scores<C, N>(scores + row, block_id, loaded);
+    }
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < N; i++) {
       const uint id = block_id + i * LANES;
+      const uint bin = bin_of<C>(id, loaded[i], best);
+      const uint are_better = ballot(bin < last);
+      const uint are_equal = ballot(bin == last);
+      const uint equal_before = equal + popcount(are_equal & lower_lanes);
+      const uint place = better + popcount(are_better & lower_lanes) + min(equal_before, remaining);
+      const bool probed = bin < last || (bin == last && equal_before < remaining);
       if (id < uint(C)) {
-        const float estimate = to_finite<float>(score_of(keys[i]) + tail_offset[id]);
-        const uint bits = isnan(estimate) ? NOT_A_NUMBER : as_type<uint>(estimate);
-        words[row + id] = probed ? PROBED | place : bits;
+        words.write(row, id, loaded[i], probed, place);
+        if (!probed) {
+          left = max(left, order_key(loaded[i]));
+          mass += fast::exp(min(loaded[i] - edge, 1.0f));
+        }
       }
       if (probed) {
         probes[position * held + place] = id;
-        if (place == n_probes - 1) {
-          for (uint i = n_probes; i < held; i++) {
-            probes[position * held + i] = id;
-          }
+        if (place == n_read - 1) {
+          shared[4 * ROW_SIMDGROUPS] = id;
         }
       }
-      above += popcount(are_above);
+      better += popcount(are_better);
       equal += popcount(are_equal);
     }
+  }
+  mass = simd_sum(mass);
+  if (lane == 0) {
+    sums[simdgroup] = mass;
+  }
+  left = threadgroup_max<ROW_SIMDGROUPS>(left, shared + 3 * ROW_SIMDGROUPS, simdgroup, lane);
+  for (uint i = n_read + thread_id; i < held; i += ROW_THREADS) {
+    probes[position * held + i] = shared[4 * ROW_SIMDGROUPS];
+  }
+  mass = simd_sum(lane < uint(ROW_SIMDGROUPS) ? sums[lane] : 0.0f);
+  if (thread_id == 0) {
+    const float lowest = -Finite<float>::highest();
+    const float highest_left = left == 0 ? lowest : score_of(left);
+    unscored[2 * position] = highest_left;
+    // the mass is 0 where all scores left are far below the edge
+    unscored[2 * position + 1] = mass > 0.0f ? max(highest_left, edge + log(mass)) : highest_left;
   }
 }
 

@@ -48,4 +48,21 @@ inline uint threadgroup_max(uint key, threadgroup uint* shared, uint simdgroup, 
   return simd_max(shared[min(lane, uint(SIMDGROUPS - 1))]);
 }
 
+// Largest key of the threadgroup and the lowest id that has it, on every thread. `shared` holds two
+// values per simdgroup.
+template <int SIMDGROUPS>
+inline void threadgroup_best(
+    thread uint& key, thread uint& id, threadgroup uint* shared, uint simdgroup, uint lane) {
+  const uint highest = simd_max(key);
+  const uint lowest = simd_min(key == highest ? id : 0xffffffffu);
+  if (lane == 0) {
+    shared[simdgroup] = highest;
+    shared[SIMDGROUPS + simdgroup] = lowest;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const uint other = min(lane, uint(SIMDGROUPS - 1));
+  key = simd_max(shared[other]);
+  id = simd_min(shared[other] == key ? shared[SIMDGROUPS + other] : 0xffffffffu);
+}
+
 }  // namespace flash_head

@@ -9,14 +9,19 @@ The plan is JSON:
     head       path of the model's output layer, such as "model.embed_tokens"
     dtype      dtype of the hidden states
     rows       shape and dtype of each array of that layer: the program's model must have the same
-    launches   name, inputNames, outputNames, source, header: arguments of MLX's ``metalKernel``
+    limit      more positions than this at once read more rows than the dense head
+    logits     names of the launches that give "expanded", the full logits (1, V), in their order
+    tokens     names of those that give "tokens" (1,) from "settings" (1, 3) float32, "top_k" (1,)
+               uint32 and "keys" (1, 2) uint32, which are those of ``MetalSteps.sample``
+    launches   by name
+               name, inputNames, outputNames, source, header: arguments of MLX's ``metalKernel``
                arrays: names of the inputs among the file's arrays, the results so far, the rows as
                "rows_weight" …, and "hidden" (1, D)
                template, grid, threadGroup, outputShapes, outputDTypes: arguments of the call
 
-The last launch gives "expanded", the full logits (1, V). For R positions the second number of each
-grid and the first of each shape are R times as large. Rows are in the order of "token_ids", with
-any row in a padded slot. "slot_of" tells a token's place in that order.
+For R positions the second number of each grid and the first of each shape are R times as large.
+Rows are in the order of "token_ids", with any row in a padded slot. "slot_of" tells a token's place
+in that order.
 """
 
 import json
@@ -27,11 +32,15 @@ from typing import Any
 import mlx.core as mx
 
 from ..head.clustered import ClusteredRows
+from ..head.draw import Draws
 from ..head.flash_head import FlashHead
-from ..head.kernels import MetalSteps, unread
+from ..head.kernel_rows import unread
+from ..head.kernels import MetalSteps
 from ..models.locate import HeadLocation
 
 METADATA_KEY = "flash_head"
+LOGITS = ("route", "select_words", "score", "expand")
+TOKENS = ("route", "select", "score", "sample")
 
 
 class _Recorder:
@@ -42,12 +51,12 @@ class _Recorder:
 
     Attributes:
         arrays: All arrays so far by name, results too.
-        launches: The launches so far, as in the plan.
+        launches: The launches so far by name, as in the plan.
     """
 
     def __init__(self, arrays: dict[str, mx.array]):
         self.arrays = dict(arrays)
-        self.launches: list[dict[str, Any]] = []
+        self.launches: dict[str, dict[str, Any]] = {}
 
     def kernel(
         self,
@@ -69,21 +78,19 @@ class _Recorder:
             output_shapes: list[tuple[int, ...]],
             output_dtypes: list[mx.Dtype],
         ) -> list[mx.array]:
-            self.launches.append(
-                {
-                    "name": name,
-                    "inputNames": input_names,
-                    "outputNames": output_names,
-                    "source": source,
-                    "header": header,
-                    "arrays": list(map(self._name, inputs, input_names)),
-                    "template": [{"name": key, "value": _value(item)} for key, item in template],
-                    "grid": list(grid),
-                    "threadGroup": list(threadgroup),
-                    "outputShapes": [list(shape) for shape in output_shapes],
-                    "outputDTypes": [_value(dtype) for dtype in output_dtypes],
-                }
-            )
+            self.launches[name] = {
+                "name": name,
+                "inputNames": input_names,
+                "outputNames": output_names,
+                "source": source,
+                "header": header,
+                "arrays": list(map(self._name, inputs, input_names)),
+                "template": [{"name": key, "value": _value(item)} for key, item in template],
+                "grid": list(grid),
+                "threadGroup": list(threadgroup),
+                "outputShapes": [list(shape) for shape in output_shapes],
+                "outputDTypes": [_value(dtype) for dtype in output_dtypes],
+            }
             results = [mx.zeros(*each) for each in zip(output_shapes, output_dtypes, strict=True)]
             self.arrays |= zip(output_names, results, strict=True)
             return results
@@ -128,6 +135,9 @@ def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str
         "head": location.path,
         "dtype": _value(location.hidden_dtype),
         "rows": rows,
+        "limit": clustered.n_clusters // head.n_probes,
+        "logits": [f"flash_head_{step}" for step in LOGITS],
+        "tokens": [f"flash_head_{step}" for step in TOKENS],
         "launches": launches,
     }
     mx.save_safetensors(str(path), arrays, {METADATA_KEY: json.dumps(plan)})
@@ -136,26 +146,36 @@ def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str
 
 def record(
     clustered: ClusteredRows, dtype: mx.Dtype, n_probes: int
-) -> tuple[dict[str, mx.array], list[dict[str, Any]]]:
-    """The arrays that the launches read besides rows and hidden state, and the launches.
+) -> tuple[dict[str, mx.array], dict[str, dict[str, Any]]]:
+    """The arrays that the launches read, but for rows and a call's own, and the launches.
 
     Args:
         clustered: The rows, each in one piece, and the index.
         dtype: Of the hidden state.
         n_probes: Clusters scored.
     """
-    hidden = mx.zeros((1, clustered.hidden_size), dtype)
+    of_call = {
+        "hidden": mx.zeros((1, clustered.hidden_size), dtype),
+        "settings": mx.zeros((1, 3)),
+        "top_k": mx.zeros((1,), mx.uint32),
+        "keys": mx.zeros((1, 2), mx.uint32),
+    }
     rows = {f"rows_{name}": array for name, array in clustered.rows.arrays().items()}
     centroids = clustered.centroids.matrix.arrays()
     stored = {f"centroids_{name}": array for name, array in centroids.items()}
-    recorder = _Recorder({"hidden": hidden} | rows | stored)
+    recorder = _Recorder(of_call | rows | stored)
     steps = MetalSteps(clustered, recorder.kernel)
+    hidden = of_call["hidden"]
+    draws = Draws(of_call["settings"], of_call["top_k"], of_call["keys"], sorts=True)
     scores = steps.route(hidden)
     selection = steps.select(scores, n_probes)
     candidates = steps.score(hidden, selection)
     steps.expand(scores, selection, candidates)
-    made = {name for launch in recorder.launches for name in launch["outputNames"]}
-    left_out = {"hidden", *rows, *made}
+    selection = steps.select(scores, n_probes, words=False)
+    candidates, unscored = steps.score(hidden, selection), steps.unscored(scores, selection)
+    steps.sample(selection, candidates, unscored, draws)
+    made = {name for launch in recorder.launches.values() for name in launch["outputNames"]}
+    left_out = {*of_call, *rows, *made}
     arrays = {name: array for name, array in recorder.arrays.items() if name not in left_out}
     return arrays, recorder.launches
 

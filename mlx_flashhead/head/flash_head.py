@@ -20,7 +20,7 @@ from .draw import Draws
 from .matrix import Matrix
 from .portable import PortableSteps, faster_by_column
 from .proposal import Proposal, Risk
-from .steps import Candidates, Selection
+from .steps import NO_DEPTH, Candidates, Selection
 
 # Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
 # and JSON; so low that exp() of it is 0.
@@ -57,10 +57,13 @@ class FlashHead:
 
     Attributes:
         most_waiting: Proposals that wait for a check at most.
+        gain: Measured tokens per second on this machine, relative to dense decoding, if known.
         stays_dense: Whether proposals gain nothing on this machine.
         in_step: Whether several processes compute the same steps, so that no time may decide when
             a check comes.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
+        depth: Of the checked probes the kernels score those whose score is at most this many nats
+            below the log-sum-exp of all scores: a question of speed alone.
 
     Raises:
         ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
@@ -88,8 +91,10 @@ class FlashHead:
         self.n_probes = n_probes
         if checked_probes is not None:
             self.checked_probes = checked_probes
+        self.depth = NO_DEPTH
         self.risk = risk or Risk()
         self.most_waiting = MOST_WAITING
+        self.gain: float | None = None
         self.stays_dense = False
         self.in_step = False
         self._draw_temperature: float | None = None
@@ -306,11 +311,12 @@ class FlashHead:
         if self._is_dense(hidden):
             return self.dense_logits(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        scores, selection, candidates = self._retrieve(rows, self.n_probes)
+        scores, selection, candidates = self._retrieve(rows, self.n_probes, words=True)
         if self._draw_temperature is not None:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
             # without the estimates, which are of other scores
-            selection = Selection(selection.probes)
+            selection = Selection(selection.probes[:, : self.n_probes])
+            candidates = Candidates(candidates.logits[:, : self.n_probes])
         logits = self._steps.expand(scores, selection, candidates)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
@@ -322,15 +328,17 @@ class FlashHead:
             draws: Of these rows; None takes the best logit of each.
             full: Make full logits too, for a choice that needs them.
         """
-        scores, selection, candidates = self._retrieve(hidden, self.checked_probes)
+        depth = NO_DEPTH if full else self.depth
+        scores, selection, candidates = self._retrieve(
+            hidden, self.checked_probes, words=full, depth=depth
+        )
         unscored = self._steps.unscored(scores, selection)
-        if draws is None:
-            tokens = self._steps.token(selection, candidates)
-        else:
-            tokens = self._steps.sample(selection, candidates, unscored, draws)
-        risk = self.risk.of(candidates, unscored, draws)
+        tokens, risk = self._steps.choose(selection, candidates, unscored, draws, self.risk)
         expanded = self._steps.expand(scores, selection, candidates) if full else None
-        return Proposal(tokens, selection.probes, candidates.logits, unscored, risk, expanded)
+        # without the probes that a kernel repeats
+        probes = selection.probes[:, : self.checked_probes]
+        logits = candidates.logits[:, : self.checked_probes]
+        return Proposal(tokens, probes, logits, unscored, risk, expanded)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
         """The scored tokens: hidden (..., D) → ids (..., K) uint32 and logits (..., K).
@@ -338,7 +346,7 @@ class FlashHead:
         K = p·cluster_size. A padded slot has the id V and the dtype's lowest finite value.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
-        _, selection, candidates = self._retrieve(rows, self.n_probes)
+        _, selection, candidates = self._retrieve(rows, self.n_probes, words=False)
         shape = (*hidden.shape[:-1], self.n_probes * self.cluster_size)
         ids = self._steps.token_ids(selection.probes)[:, : self.n_probes]
         return ids.reshape(shape), candidates.logits[:, : self.n_probes].reshape(shape)
@@ -351,7 +359,7 @@ class FlashHead:
         if self._is_dense(hidden):
             return mx.argmax(self.dense_logits(hidden), axis=-1)
         _, selection, candidates = self._retrieve(
-            hidden.reshape(-1, hidden.shape[-1]), self.n_probes
+            hidden.reshape(-1, hidden.shape[-1]), self.n_probes, words=False
         )
         return self._steps.token(selection, candidates).reshape(hidden.shape[:-1])
 
@@ -380,12 +388,14 @@ class FlashHead:
     def _is_dense(self, hidden: mx.array) -> bool:
         return self.exact or math.prod(hidden.shape[:-1]) > self.max_positions
 
-    def _retrieve(self, rows: mx.array, n_probes: int) -> tuple[mx.array, Selection, Candidates]:
-        """(R, D) → scores (R, C), the probed clusters, and their logits."""
+    def _retrieve(
+        self, rows: mx.array, n_probes: int, words: bool, depth: float = NO_DEPTH
+    ) -> tuple[mx.array, Selection, Candidates]:
+        """(R, D) → scores (R, C), the probed clusters, and their logits; ``words`` for `expand`."""
         scores = self._steps.route(rows)
         ordering = scores
         if self._draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top
             ordering = scores / self._draw_temperature + mx.random.gumbel(scores.shape)
-        selection = self._steps.select(ordering, n_probes)
+        selection = self._steps.select(ordering, n_probes, words, depth)
         return scores, selection, self._steps.score(rows, selection)

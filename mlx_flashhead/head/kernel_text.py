@@ -12,11 +12,11 @@ flash_head::route<D, C, H>(
     simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 SELECT_BODY = """
-threadgroup atomic<uint> histogram[flash_head::HISTOGRAM];
-threadgroup uint totals[2 * flash_head::SELECT_SIMDGROUPS];
-threadgroup uint chosen[2];
+threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
+threadgroup uint shared[flash_head::SELECT_SHARED];
+threadgroup float sums[flash_head::ROW_SUMS];
 flash_head::select_probes<C>(
-    scores, tail_offset, n_probes, probes, words, histogram, totals, chosen,
+    scores, flash_head::{words}, n_probes, depth, probes, unscored, histogram, shared, sums,
     threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
     thread_index_in_simdgroup);
 """
@@ -32,16 +32,14 @@ flash_head::expand<V, C, N>(
     words, slot_of, logits, best, expanded, shared, best_shape[1], threadgroup_position_in_grid,
     thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
-TOKEN_BODY = """
-threadgroup uint shared[flash_head::WIDE_SIMDGROUPS];
-threadgroup uint lowest[flash_head::WIDE_SIMDGROUPS];
-flash_head::greedy_token<N>(
-    probes, token_ids, logits, best, tokens, shared, lowest, best_shape[1],
-    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
-    thread_index_in_simdgroup);
-"""
-IDS_BODY = """
-flash_head::candidate_ids<N>(probes, token_ids, ids, probes_shape[1], thread_position_in_grid);
+SAMPLE_BODY = """
+threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
+threadgroup uint shared[flash_head::SAMPLE_SHARED];
+threadgroup float sums[flash_head::ROW_SUMS];
+flash_head::sample<N, V, T>(
+    probes, token_ids, logits, best, unscored, settings, top_k, keys, fit, tokens, risk, histogram,
+    shared, sums, best_shape[1], threadgroup_position_in_grid.y, thread_index_in_threadgroup,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 
 

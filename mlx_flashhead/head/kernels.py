@@ -5,106 +5,43 @@ the threads of each. `portable.py` computes the same with plain MLX operations, 
 formats that the kernels do not read.
 """
 
-import re
 from collections.abc import Callable
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
+from .draw import Draws
+from .kernel_rows import LANES, StoredRows, matrix_from, unread
 from .kernel_text import (
     EXPAND_BODY,
-    IDS_BODY,
     ROUTE_BODY,
+    SAMPLE_BODY,
     SCORE_BODY,
     SELECT_BODY,
-    TOKEN_BODY,
     header,
 )
-from .matrix import Matrix
 from .portable import ESTIMATED, PortableSteps
-from .steps import Candidates, Selection
+from .proposal import Risk
+from .steps import NO_DEPTH, Candidates, Selection
 
 # The constants of the same names in metal/flash_head/constants.h.
-LANES = 32
 ROWS = 4
 ROUTE_SIMDGROUPS = 2
 SCORE_SIMDGROUPS = 8
-SELECT_THREADS = 512
+ROW_THREADS = 512
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 MIN_PROBES = 8
 
 SHARED_POSITIONS = 4  # that share one reading of the centroids
 
-# Positions from which MLX multiplies quantized matrices by its matrix kernels, for at most 2,048
-# columns and rows, at most 4,096, and more, by generation of the GPU; of those in a Max or Ultra.
-# Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp (0.32).
-MATRIX_FROM = ((17, (33, 25, 13)), (15, (13, 15, 13)), (13, (14, 10, 6)), (0, (18, 12, 10)))
-MATRIX_FROM_ULTRA = (32, 18, 12)
-
-
-def matrix_from(hidden_size: int, n_rows: int, architecture: str) -> int:
-    """Positions from which MLX takes its matrix kernels instead of the vector ones.
-
-    Args:
-        hidden_size: Columns D of the matrix.
-        n_rows: Its rows.
-        architecture: The name from ``mx.device_info``, such as "applegpu_g15s". Others occur in
-            tests only and count as the newest.
-    """
-    size = max(hidden_size, n_rows)
-    column = 0 if size <= 2048 else 1 if size <= 4096 else 2
-    found = re.fullmatch(r"applegpu_g(\d+)(\w)", architecture)
-    generation, kind = (int(found[1]), found[2]) if found else (MATRIX_FROM[0][0], "")
-    if kind == "d":
-        return MATRIX_FROM_ULTRA[column]
-    return next(limits[column] for since, limits in MATRIX_FROM if generation >= since)
-
-
-def unread(clustered: ClusteredRows) -> dict[str, str]:
-    """The steps for which no kernel reads the rows, with the format of these rows.
-
-    The other steps stay kernels.
-    """
-    found = {"route": clustered.centroids.matrix.format, "score": clustered.rows.format}
-    return {step: str(form) for step, form in found.items() if form.metal is None}
-
-
-def _words(hidden_size: int, bits: int, n_rows: int) -> int:
-    """Words of 32 bits that a lane takes at once, as in MLX's matrix-vector product with the rows.
-
-    Source: qmv in mlx/backend/metal/quantized.cpp, which is "fast" with two.
-    """
-    return 2 if hidden_size % (2 * LANES * 32 // bits) == 0 and n_rows % 8 == 0 else 1
-
-
-class _StoredRows:
-    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them.
-
-    Args:
-        stored: The rows, of a format that the kernels read.
-        n_rows: Rows of the matrix whose product by MLX's own kernel has the same sums.
-    """
-
-    def __init__(self, stored: Matrix, n_rows: int):
-        maker = stored.format.metal
-        if maker is None:
-            raise ValueError(f"The Metal kernels do not read {stored.format} rows.")
-        self.names = list(stored.format.arrays)
-        self.arrays = [stored.arrays()[name] for name in self.names]
-        sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
-        if stored.quantized:
-            sizes["WORDS"] = _words(stored.hidden_size, stored.bits, n_rows)
-        self.template = [(name, size) for name, size in sizes.items() if name in maker]
-        self.expression = f"flash_head::{maker}({', '.join(self.names)})"
-        self.sections = (maker.partition("_rows")[0], "dot")
-
 
 class MetalSteps(PortableSteps):
-    """Route, select, score, expand and token, each one Metal kernel. Nothing is evaluated.
+    """Route, select, score, sample and expand, each one Metal kernel. Nothing is evaluated.
 
     A position holds max(p, 8) probes; beyond p the last one is repeated. One kernel of each kind
-    serves any number of probes and positions. Route has another one for a single position.
+    serves any number of probes and positions. Route has another one for a single position, select
+    for full logits, and sample where its settings have fewer than 8 elements.
 
     Args:
         clustered: The rows and the index.
@@ -122,7 +59,9 @@ class MetalSteps(PortableSteps):
         self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
         self.unread = unread(clustered)
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
-        self._counts: dict[int, mx.array] = {}  # numbers of probes, as arrays
+        self._limits: dict[tuple[int, float], list[mx.array]] = {}  # of select, as arrays
+        self._greedy: dict[int, list[mx.array]] = {}  # settings of sample, by number of positions
+        self._fits: dict[Risk, mx.array] = {}
         self._dtypes: dict[mx.Dtype, mx.Dtype] = {}  # of logits, by that of the hidden states
         sizes = {"V": self.clustered.vocab_size, "C": clustered.n_clusters}
         sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
@@ -130,7 +69,7 @@ class MetalSteps(PortableSteps):
         self._templates = {
             "select": [("C", sizes["C"])],
             "expand": [(name, sizes[name]) for name in "VCN"],
-            "token": [("N", sizes["N"])],
+            "sample": [(name, sizes[name]) for name in "NV"],
         }
         self._grid_x = {
             "route": LANES * ROUTE_SIMDGROUPS * -(-sizes["C"] // (ROWS * ROUTE_SIMDGROUPS)),
@@ -141,24 +80,40 @@ class MetalSteps(PortableSteps):
         if "score" not in self.unread:
             self._make_score()
         self._select = self._kernel(
-            "select", ["scores", "tail_offset", "n_probes"], ["probes", "words"], SELECT_BODY
+            "select",
+            ["scores", "n_probes", "depth"],
+            ["probes", "unscored"],
+            SELECT_BODY.format(words="NoWords{}"),
+            *("histogram", "select"),
+        )
+        self._select_words = self._kernel(
+            "select_words",
+            ["scores", "tail_offset", "n_probes", "depth"],
+            ["probes", "unscored", "words"],
+            SELECT_BODY.format(words="cluster_words(words, tail_offset)"),
+            *("histogram", "select"),
+        )
+        scored = ["probes", "token_ids", "logits", "best"]
+        settings = ["unscored", "settings", "top_k", "keys", "fit"]
+        self._sample = self._kernel(
+            "sample",
+            [*scored, *settings],
+            ["tokens", "risk"],
+            SAMPLE_BODY,
+            *("histogram", "sample"),
         )
         self._expand = self._kernel(
-            "expand", ["words", "slot_of", "logits", "best"], ["expanded"], EXPAND_BODY
+            "expand", ["words", "slot_of", "logits", "best"], ["expanded"], EXPAND_BODY, "expand"
         )
-        self._token = self._kernel(
-            "token", ["probes", "token_ids", "logits", "best"], ["tokens"], TOKEN_BODY
-        )
-        self._ids = self._kernel("ids", ["probes", "token_ids"], ["ids"], IDS_BODY)
 
     def _kernel(
-        self, name: str, inputs: list[str], outputs: list[str], body: str, *sections: str
+        self, name: str, inputs: list[str], outputs: list[str], body: str, *files: str
     ) -> Callable:
         return self._metal_kernel(
             name=f"flash_head_{name}",
             input_names=inputs,
             output_names=outputs,
-            header=header(*sections, name),
+            header=header(*files),
             source=body,
         )
 
@@ -166,14 +121,15 @@ class MetalSteps(PortableSteps):
         clustered = self.clustered
         architecture = str(mx.device_info().get("architecture"))
         self._matrix_from = matrix_from(clustered.hidden_size, clustered.n_clusters, architecture)
-        centroids = _StoredRows(clustered.centroids.matrix, clustered.n_clusters)
+        centroids = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
         self._route_arrays = [*centroids.arrays, clustered.route_bias]
         self._route = self._kernel(
             "route",
             ["hidden", *centroids.names, "route_bias"],
             ["scores"],
             ROUTE_BODY.format(rows=centroids.expression),
-            *centroids.sections,
+            *centroids.files,
+            "route",
         )
         sizes = [(name, self._sizes[name]) for name in "DC"]
         self._route_templates = {
@@ -182,7 +138,7 @@ class MetalSteps(PortableSteps):
 
     def _make_score(self) -> None:
         clustered = self.clustered
-        rows = _StoredRows(clustered.rows, clustered.vocab_size)
+        rows = StoredRows(clustered.rows, clustered.vocab_size)
         bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
         self._score_arrays = [clustered.token_ids, *rows.arrays, *bias]
         self._score_threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))
@@ -193,7 +149,8 @@ class MetalSteps(PortableSteps):
             SCORE_BODY.format(
                 rows=rows.expression, bias="bias" if bias else "flash_head::NoBias{}"
             ),
-            *rows.sections,
+            *rows.files,
+            "score",
         )
         sizes = [(name, self._sizes[name]) for name in "DNV"]
         self._score_template = [*sizes, ("PADDED", clustered.padded), *rows.template]
@@ -219,22 +176,36 @@ class MetalSteps(PortableSteps):
         )
         return scores
 
-    def select(self, scores: mx.array, n_probes: int) -> Selection:
-        """The ``n_probes`` best clusters of each row, ascending, and a word for each cluster."""
+    def select(
+        self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
+    ) -> Selection:
+        """The ``n_probes`` best clusters of each row, ascending, and the tail.
+
+        Of clusters that differ by less than 1/64 nat those of lower ids count as better.
+        """
         n_positions, n_clusters = scores.shape
-        held = max(n_probes, MIN_PROBES)
-        count = self._counts.get(n_probes)
-        if count is None:
-            count = self._counts[n_probes] = mx.array(n_probes, dtype=mx.uint32)
-        probes, words = self._select(
-            inputs=[scores, self._tail_offset, count],
-            template=self._templates["select"],
-            grid=(SELECT_THREADS, n_positions, 1),
-            threadgroup=(SELECT_THREADS, 1, 1),
-            output_shapes=[(n_positions, held), (n_positions, n_clusters)],
-            output_dtypes=[mx.uint32, mx.uint32],
+        if "score" in self.unread:
+            depth = NO_DEPTH  # MLX's operations would read the repeated probes
+        limits = self._limits.get((n_probes, depth))
+        if limits is None:
+            limits = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
+            self._limits[n_probes, depth] = limits
+        kernel, tail_offset = (
+            (self._select_words, [self._tail_offset]) if words else (self._select, [])
         )
-        return Selection(probes, words)
+        results = kernel(
+            inputs=[scores, *tail_offset, *limits],
+            template=self._templates["select"],
+            grid=(ROW_THREADS, n_positions, 1),
+            threadgroup=(ROW_THREADS, 1, 1),
+            output_shapes=[
+                (n_positions, max(n_probes, MIN_PROBES)),
+                (n_positions, 2),
+                *[(n_positions, n_clusters)] * words,
+            ],
+            output_dtypes=[mx.uint32, mx.float32, *[mx.uint32] * words],
+        )
+        return Selection(results[0], results[2] if words else None, unscored=results[1])
 
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
         """Logits of the probed clusters' rows: hidden (R, D) → (R, S, n), and (R, S) bests."""
@@ -279,30 +250,51 @@ class MetalSteps(PortableSteps):
         )
         return expanded
 
+    def sample(
+        self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
+    ) -> mx.array:
+        """The drawn token: (R,) uint32, that of `draw.py`."""
+        return self.choose(selection, candidates, unscored, draws, Risk())[0]
+
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
+        unscored, *_ = self._greedy_draws(candidates)  # any values, for the risk alone
+        return self.choose(selection, candidates, unscored, None, Risk())[0]
+
+    def choose(
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        unscored: mx.array,
+        draws: Draws | None,
+        risk: Risk,
+    ) -> tuple[mx.array, mx.array]:
+        """Tokens and risk in one kernel; see ``PortableSteps.choose``.
+
+        Of the draws, rows past R are not read.
+        """
+        fit = self._fits.get(risk)
+        if fit is None:
+            fit = self._fits[risk] = mx.array(risk)
+        settings = self._greedy_draws(candidates) if draws is None else draws[:3]
         logits = candidates.logits
         n_positions = logits.shape[0]
-        (tokens,) = self._token(
-            inputs=[selection.probes, self.clustered.token_ids, logits, candidates.best],
-            template=self._templates["token"],
-            grid=(WIDE_THREADS, n_positions, 1),
-            threadgroup=(WIDE_THREADS, 1, 1),
-            output_shapes=[(n_positions,)],
-            output_dtypes=[mx.uint32],
+        scored = [selection.probes, self.clustered.token_ids, logits, candidates.best]
+        tokens, chances = self._sample(
+            inputs=[*scored, unscored, *settings, fit],
+            template=[*self._templates["sample"], ("T", logits.dtype)],
+            grid=(ROW_THREADS, n_positions, 1),
+            threadgroup=(ROW_THREADS, 1, 1),
+            output_shapes=[(n_positions,), (n_positions,)],
+            output_dtypes=[mx.uint32, mx.float32],
         )
-        return tokens
+        return tokens, chances
 
-    def token_ids(self, probes: mx.array) -> mx.array:
-        """Token ids of the probed clusters: (R, S) → (R, S, n) uint32, V for a padded slot."""
-        n_positions, held = probes.shape
-        cluster_size = self._sizes["N"]
-        (ids,) = self._ids(
-            inputs=[probes, self.clustered.token_ids],
-            template=self._templates["token"],
-            grid=(WIDE_THREADS * -(-held * cluster_size // WIDE_THREADS), n_positions, 1),
-            threadgroup=(WIDE_THREADS, 1, 1),
-            output_shapes=[(n_positions, held, cluster_size)],
-            output_dtypes=[mx.uint32],
-        )
-        return ids
+    def _greedy_draws(self, candidates: Candidates) -> list[mx.array]:
+        """Settings, top_k and keys of greedy rows, at least 8: one kernel serves any number."""
+        n_rows = max(candidates.logits.shape[0], MIN_PROBES)
+        draws = self._greedy.get(n_rows)
+        if draws is None:
+            counts = mx.array([[0] * 2] * n_rows, mx.uint32)
+            draws = self._greedy[n_rows] = [mx.array([[0.0] * 3] * n_rows), counts, counts]
+        return draws

@@ -14,7 +14,8 @@ from .blas import REFERENCE, blas_name
 from .clustered import ClusteredRows
 from .draw import Draws, draw, noise
 from .matrix import Matrix
-from .steps import Candidates, Selection, Steps, in_token_order
+from .proposal import Risk
+from .steps import NO_DEPTH, Candidates, Selection, Steps, in_token_order
 
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
@@ -127,7 +128,9 @@ class PortableSteps(Steps):
             scores = self.clustered.centroids.matrix.matmul(hidden).astype(mx.float32)
         return scores + route_bias
 
-    def select(self, scores: mx.array, n_probes: int) -> Selection:
+    def select(
+        self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
+    ) -> Selection:
         """The ``n_probes`` best clusters of each row, in no particular order: (R, C) → (R, p)."""
         n_clusters = scores.shape[-1]
         if n_probes == n_clusters:
@@ -217,3 +220,29 @@ class PortableSteps(Steps):
         ids = self.token_ids(selection.probes).flatten(1)
         logits = candidates.logits.flatten(1).astype(mx.float32)
         return draw(logits, noise(draws.keys, ids), draws, ids, unscored[:, 1])
+
+    def choose(
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        unscored: mx.array,
+        draws: Draws | None,
+        risk: Risk,
+    ) -> tuple[mx.array, mx.array]:
+        """A token of each row, and an estimate of the chance that the dense head chooses another.
+
+        Args:
+            selection: The probed clusters.
+            candidates: Their logits.
+            unscored: (R, 2) float32, from :meth:`unscored`.
+            draws: Of these rows; None takes the best logit of each.
+            risk: How the chance is estimated.
+
+        Returns:
+            Tokens (R,) uint32 and chances (R,) float32.
+        """
+        if draws is None:
+            tokens = self.token(selection, candidates)
+        else:
+            tokens = self.sample(selection, candidates, unscored, draws)
+        return tokens, risk.of(candidates, unscored, draws)

@@ -8,8 +8,10 @@ from textwrap import shorten
 
 import mlx.core as mx
 
+from .draw import Draws, DrawSettings, position_key
 from .kernels import MetalSteps
 from .portable import PortableSteps
+from .proposal import Risk
 from .steps import Candidates, Selection
 
 SAMPLE = 64  # centroids and clusters of rows that are also computed in float32
@@ -18,6 +20,19 @@ SAMPLE = 64  # centroids and clusters of rows that are also computed in float32
 # a sixth of its size.
 UNITS = 2  # of rounding
 LEAST = 1e-3
+
+# The constants of the same names in metal/flash_head/constants.h.
+SELECT_BINS = 4096
+BINS_PER_NAT = 64.0
+CERTAIN = 1e29
+
+N_DRAWS = 16
+DRAWN = (
+    DrawSettings(),
+    DrawSettings(temperature=1.0),
+    DrawSettings(temperature=2.0, top_p=0.9),
+    DrawSettings(temperature=0.7, top_k=5, min_p=0.02),
+)
 
 Pairs = list[tuple[mx.array, mx.array, float]]
 
@@ -76,16 +91,16 @@ class _Trial:
         return {
             "route": self.route,
             "select": self.select,
+            "select_words": self.select_words,
             "score": self.score,
             "expand": self.expand,
-            "token": self.token,
-            "ids": self.ids,
+            "sample": self.sample,
         }
 
     def route(self) -> Pairs:
         self.scores = self.steps.route(self.hidden)
         several = self.steps.route(mx.tile(self.hidden, (2, 1)))
-        sample = _sample(self.clustered.n_clusters)
+        sample = _indices(self.clustered.n_clusters)
         matrix = self.clustered.centroids.matrix.take(sample)
         expected = self.hidden.astype(mx.float32) @ matrix.dequantized(mx.float32).T
         found = self.scores[:, sample]
@@ -96,13 +111,27 @@ class _Trial:
         ]
 
     def select(self) -> Pairs:
+        self.of_token = self.steps.select(self.scores, self.n_probes, words=False)
+        probes = self.of_token.probes[:, : self.n_probes]
+        self.unscored = self.steps.unscored(self.scores, self.of_token)
+        bins = _bins(self.scores)
+        found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
+        repeated = (probes[:, 1:] == probes[:, :-1]).sum()
+        left = mx.put_along_axis(self.scores, probes, mx.array(-mx.inf), axis=-1)
+        unscored = mx.stack([left.max(axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
+        return [
+            (found, mx.sort(bins, axis=-1)[:, : self.n_probes], 0.0),
+            (repeated, mx.zeros(()), 0.0),
+            (self.unscored, mx.maximum(unscored, mx.finfo(mx.float32).min), LEAST),
+        ]
+
+    def select_words(self) -> Pairs:
         self.selection = self.steps.select(self.scores, self.n_probes)
-        probes = self.selection.probes[:, : self.n_probes]
-        found = mx.sort(mx.take_along_axis(self.scores, probes, axis=-1), axis=-1)
-        expected = mx.sort(self.scores, axis=-1)[:, -self.n_probes :]
-        distinct = mx.sort(probes, axis=-1)
-        repeated = (distinct[:, 1:] == distinct[:, :-1]).sum()
-        return [(found, expected, 0.0), (repeated, mx.zeros(()), 0.0)]
+        unscored = self.steps.unscored(self.scores, self.selection)
+        return [
+            (self.selection.probes, self.of_token.probes, 0.0),
+            (unscored, self.unscored, 0.0),
+        ]
 
     def score(self) -> Pairs:
         self.candidates = self.steps.score(self.hidden, self.selection)
@@ -111,7 +140,7 @@ class _Trial:
             pairs.append((self.candidates.best, self.candidates.logits.max(axis=-1), 0.0))
         if "score" in self.steps.unread:  # no kernel
             return pairs
-        sample = _sample(self.n_probes)
+        sample = _indices(self.n_probes)
         clusters = self.selection.probes[0, sample]
         rows = self.clustered.rows.map(lambda array: array[clusters])  # (k, n, …)
         expected = rows.dequantized(mx.float32) @ self.hidden[0].astype(mx.float32)
@@ -126,19 +155,37 @@ class _Trial:
         full = self.steps.expand(self.scores, self.selection, self.candidates)
         return [(full, self.plain.expand(self.scores, *self._plain()), self.rounding)]
 
-    def token(self) -> Pairs:
+    def sample(self) -> Pairs:
+        """The greedy token, and draws with each kind of filter."""
         token = self.steps.token(self.selection, self.candidates)
-        return [(token, self.plain.token(*self._plain()), 0.0)]
-
-    def ids(self) -> Pairs:
-        probes = self.selection.probes
-        return [(self.steps.token_ids(probes), self.plain.token_ids(probes), 0.0)]
+        pairs: Pairs = [(token, self.plain.token(*self._plain()), 0.0)]
+        n_other = mx.array(0)
+        for position in range(N_DRAWS):
+            draws = Draws.of([(DRAWN[position % len(DRAWN)], position_key(0, position))])
+            token, risk = self.steps.choose(
+                self.selection, self.candidates, self.unscored, draws, Risk()
+            )
+            expected = self.plain.choose(*self._plain(), self.unscored, draws, Risk())
+            n_other += token != expected[0]
+            pairs.append((risk, expected[1], self.rounding))
+        # rounding may put a token on the other side of a limit
+        return [*pairs, (mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0)]
 
     def _plain(self) -> tuple[Selection, Candidates]:
-        return Selection(self.selection.probes), Candidates(self.candidates.logits)
+        """The probes, which the kernels repeat below 8, each once."""
+        probes = self.selection.probes[:, : self.n_probes]
+        return Selection(probes), Candidates(self.candidates.logits[:, : self.n_probes])
 
 
-def _sample(size: int) -> mx.array:
+def _bins(scores: mx.array) -> mx.array:
+    """Distances to each row's best score as `select` sees them; see metal/flash_head/select.h."""
+    certain = scores >= CERTAIN
+    best = mx.where(certain, mx.finfo(mx.float32).min, scores).max(axis=-1, keepdims=True)
+    distances = mx.floor((best - scores) * BINS_PER_NAT)
+    return mx.where(certain, -1, mx.minimum(distances, SELECT_BINS - 2))
+
+
+def _indices(size: int) -> mx.array:
     """Evenly spaced indices, the first and the last among them."""
     count = min(size, SAMPLE)
     return mx.array([i * (size - 1) // max(count - 1, 1) for i in range(count)])

@@ -1,7 +1,7 @@
 """The four steps of a FlashHead: the base of both paths.
 
 hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
-              ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token ─▶ (R,)
+              ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token, sample ─▶ (R,)
 """
 
 from abc import ABC, abstractmethod
@@ -12,13 +12,16 @@ import mlx.core as mx
 from .clustered import ClusteredRows
 from .draw import Draws
 
+NO_DEPTH = 1e30  # nats: every probe is scored
+
 
 class Selection(NamedTuple):
     """The clusters to score.
 
     Attributes:
-        probes: (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)):
-            beyond p the last one is repeated, which changes no maximum and no full logits.
+        probes: (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)),
+            ascending: where fewer are worth scoring the last one is repeated, with logits of the
+            lowest finite value, as padded slots have them.
         words: (R, C) uint32 for the kernel of `expand`, a cluster's place among the probes or the
             estimate of its tokens' logits; None if `expand` makes it from the scores.
         unscored: (R, 2) float32, what :meth:`Steps.unscored` gives; None if it has to be computed.
@@ -64,8 +67,19 @@ class Steps(ABC):
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
 
     @abstractmethod
-    def select(self, scores: mx.array, n_probes: int) -> Selection:
-        """The ``n_probes`` best clusters of each row, ascending: (R, C) → (R, p)."""
+    def select(
+        self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
+    ) -> Selection:
+        """The ``n_probes`` best clusters of each row: (R, C) → (R, p).
+
+        Args:
+            scores: (R, C) float32.
+            n_probes: Clusters to probe, 1 … C.
+            words: Also give what the kernel of `expand` needs.
+            depth: Clusters more than this many nats below the log-sum-exp of all scores need not be
+                probed: together they hold at most C·exp(-depth) of the mass. The kernels then score
+                fewer rows; for `token` and `sample` only.
+        """
 
     @abstractmethod
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:

@@ -185,6 +185,7 @@ class _Answer:
     @contextmanager
     def under_way(self, engine: Engine) -> Iterator[None]:
         """Within the block the jobs are computed. After it they are cancelled."""
+        self._engine = engine
         engine.submit(self._jobs)
         try:
             yield
@@ -247,6 +248,8 @@ class _Answer:
                 raise Problem("The answer has failed: see the server's log.", status=500)
             if event is not None:
                 yield index, event
+            elif not self._engine.healthy:
+                raise Problem("The server has lost the thread that answers.", status=503)
 
     def _usage(self) -> dict[str, Any]:
         once = self._jobs[:: self._request.n]  # a prompt with several answers counts once

@@ -23,7 +23,7 @@ def serve(
     flags: Namespace,
     access: Callable[[], Access],
     announce: Callable[[str, Catalogue, Access], None],
-    wait: Callable[[], None],
+    wait: Callable[[Callable[[], bool]], None],
 ) -> None:
     """Serves until ``wait`` returns or raises.
 
@@ -31,7 +31,8 @@ def serve(
         flags: The server's flags.
         access: Makes the rules once the models are loaded.
         announce: Called with the server's address when it answers.
-        wait: Waits for the end, in this thread.
+        wait: Waits in this thread for the end, or until the function that it gets says that the
+            server is not healthy.
 
     Raises:
         ValueError: If the port cannot be used, or a model cannot be loaded.
@@ -48,7 +49,7 @@ def serve(
             ).start()
             announce(_url(flags.host, server.server_port), catalogue, rules)
             try:
-                wait()
+                wait(lambda: engine.healthy)
             finally:
                 server.shutdown()
         finally:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels, to_numpy
-from mlx_flashhead.exporting.plan import METADATA_KEY, export_plan, record
+from mlx_flashhead.exporting.plan import LOGITS, METADATA_KEY, TOKENS, export_plan, record
+from mlx_flashhead.head.draw import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.models.locate import HeadLocation
@@ -65,7 +66,23 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, form):
         head = make_head(rows)
         expected = [head(hidden[i : i + 1]) for i in range(3)]
         found = replay(arrays, plan, rows, hidden)
-        mx.eval(expected, found)
+        settings = {
+            "settings": mx.array([[0.0, 1.0, -1e30], [1.0, 0.9, -1e30], [0.7, 1.0, -3.0]]),
+            "top_k": mx.array([0, 20, 0], mx.uint32),
+            "keys": mx.array([[0, 1], [0, 2], [5, 3]], mx.uint32),
+        }
+        tokens = replay(arrays, plan, rows, hidden, "tokens", **settings)
+        steps = MetalSteps(head.clustered)
+        selection = steps.select(steps.route(hidden), N_PROBES, words=False)
+        drawn = steps.sample(
+            selection,
+            steps.score(hidden, selection),
+            selection.unscored,
+            Draws(*settings.values(), True),
+        )
+        mx.eval(expected, found, tokens, drawn)
+    assert tokens.tolist() == drawn.tolist()
+    assert tokens[0] == mx.argmax(found[0])
     assert head.backend == "metal" and found.dtype == expected[0].dtype
     for one, other in zip(found, expected, strict=True):
         assert np.array_equal(to_numpy(one), to_numpy(other[0]))
@@ -97,6 +114,8 @@ def test_the_arrays_have_names_shapes_and_dtypes(tmp_path):
         "route_bias": ((N_CLUSTERS,), mx.float32),
         "tail_offset": ((N_CLUSTERS,), mx.float32),
         "n_probes": ((), mx.uint32),
+        "depth": ((), mx.float32),
+        "fit": ((3,), mx.float32),
         **{f"centroids_{name}": (array.shape, array.dtype) for name, array in stored.items()},
     }
     assert (plan["head"], plan["dtype"]) == ("lm_head", "float16")
@@ -115,9 +134,8 @@ def test_the_texts_are_those_that_python_gives_to_mlx(form):
     with mock.patch.object(mx.fast, "metal_kernel") as metal_kernel:
         MetalSteps(clustered)
     given = {call.kwargs["name"]: call.kwargs for call in metal_kernel.call_args_list}
-    steps = ("route", "select", "score", "expand")
-    assert [launch["name"] for launch in launches] == [f"flash_head_{step}" for step in steps]
-    for launch in launches:
+    assert launches.keys() == {f"flash_head_{step}" for step in (*LOGITS, *TOKENS)}
+    for launch in launches.values():
         assert given[launch["name"]] == {
             "name": launch["name"],
             "input_names": launch["inputNames"],
@@ -138,7 +156,7 @@ def test_swift_reads_all_that_the_plan_holds(tmp_path):
         indent, body = re.search(rf"(?ms)^( *)struct {name}: \w+ {{\n(.*?)^\1}}", sources).groups()
         return set(re.findall(rf"(?m)^{indent}    let (\w+): ", body))
 
-    launch = plan["launches"][0]
+    launch = plan["launches"]["flash_head_route"]
     assert fields("Plan") == plan.keys()
     assert fields("Launch") == launch.keys()
     assert fields("Argument") == launch["template"][0].keys()

@@ -19,6 +19,7 @@ from kernel_cases import (
 )
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.backend import BACKEND_VARIABLE
+from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.models.install import install
 
@@ -87,27 +88,29 @@ class TestShapes:
         assert (np.abs(found - dense[row, tokens]) <= error[row, tokens] + 1e-6).all()
         np.testing.assert_array_equal(full.reshape(6, -1)[row, tokens], found)
 
-    def test_clusters_of_the_highest_values(self):
-        """As samplers ask for them: grammars rule tokens out by -inf."""
-        values = mx.random.normal((3, VOCAB_SIZE), key=mx.random.key(2))
-        values = mx.where(values < -0.5, -mx.inf, values)
-        values[0, 1:] = -mx.inf  # fewer clusters than are asked for hold anything
+    def test_a_proposal_is_the_portable_one(self):
+        """Token, risk and tail; with a depth the clusters beyond it are not scored."""
+        hidden = mx.random.normal((4, HIDDEN_SIZE), key=mx.random.key(2))
+        settings = [
+            DrawSettings(),
+            DrawSettings(1.0),
+            DrawSettings(0.7, 0.8),
+            DrawSettings(2, 1, 0, 5),
+        ]
+        draws = Draws.of([(s, position_key(1, i)) for i, s in enumerate(settings)])
         with kernels():
-            found = make_head("metal").likeliest(values, 5)
-            mx.eval(found)
-        expected = make_head("mlx").likeliest(values, 5)
-        for ids, kept in (found, expected):
-            assert ids.shape == kept.shape == (3, 5 * CLUSTER_SIZE)
-            for row in range(3):
-                real = np.array(ids[row]) < VOCAB_SIZE
-                token_ids, given = np.array(ids[row])[real], to_numpy(kept[row])
-                assert (given[real] == to_numpy(values[row])[token_ids]).all()
-                assert (given[~real] == -np.inf).all()
-        for row in range(1, 3):
-            assert set(found[0][row].tolist()) == set(expected[0][row].tolist())
-        best = np.argsort(-to_numpy(values), axis=-1)[:, :5]
-        assert all(set(best[row]) <= set(found[0][row].tolist()) for row in (1, 2))
-        assert 0 in found[0][0].tolist()
+            head = make_head("metal")
+            for of in (None, draws):
+                found, expected = head.propose(hidden, of), make_head("mlx").propose(hidden, of)
+                assert found.tokens.tolist() == expected.tokens.tolist()
+                for name in ("risk", "unscored"):
+                    pair = to_numpy(getattr(found, name)), to_numpy(getattr(expected, name))
+                    np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-5)
+            head.depth = 0.0
+            near = head.propose(hidden, None)
+        assert (near.unscored[:, 1] >= found.unscored[:, 1]).all()
+        lowest = mx.finfo(near.logits.dtype).min
+        assert ((near.logits == lowest).sum() > (found.logits == lowest).sum()).item()
 
     def test_views_with_strides(self):
         """The last of several positions, as generation takes it, and every second feature."""
@@ -180,7 +183,7 @@ class TestChoice:
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
         if emulator is not None:
             names = {dispatch.name for dispatch in emulator.dispatches}
-            steps = ("route", "select", "ids", "expand", "token")
+            steps = ("route", "select", "select_words", "expand", "sample")
             assert names == {f"flash_head_{step}" for step in steps}
 
     def test_chosen_once_on_installation(self, monkeypatch, no_variable):

@@ -1,5 +1,6 @@
 """What the Metal kernels cost, in dispatches and bytes."""
 
+import math
 from collections import Counter
 
 import mlx.core as mx
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu
+from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
 
@@ -56,10 +58,16 @@ class TestGraph:
         """Nothing else: no cast, copy, fill, sort, gather or scatter."""
         head = self.head(monkeypatch, mx.bfloat16, bits)
         hidden = mx.zeros((*shape, 128), dtype=dtype)
-        for function in (head, head.token):
+        draws = Draws.of([(DrawSettings(1.0, top_p=0.9), (1, 2))] * math.prod(shape))
+        mx.eval(draws[:3])
+
+        def propose(of):
+            return lambda states: list(head.propose(states.reshape(-1, 128), of)[:5])
+
+        for function in (head, head.token, propose(None), propose(draws)):
             found = self.primitives(function, hidden)
             assert found.pop("CustomKernel") == 4
-            assert set(found) <= {"Reshape"}, found  # a view, since the arrays are contiguous
+            assert set(found) <= {"Reshape", "Slice"}, found  # views
 
     def test_kernels_get_contiguous_arrays(self, monkeypatch):
         """MLX would copy any other before each call."""
@@ -71,20 +79,25 @@ class TestGraph:
             assert memoryview(array).c_contiguous
 
 
-def dispatches_of(clustered, hidden, n_probes):
-    """The emulator's records of a full step and of a greedy one."""
+def dispatches_of(clustered, hidden, n_probes, setting=(1.0, 0.95, -4.0, 20)):
+    """The emulator's records of each kernel in a step, by name."""
+    n_rows = len(hidden)
+    drawing = Draws(
+        mx.broadcast_to(mx.array(setting[:3]), (n_rows, 3)),
+        mx.full((n_rows,), setting[3], dtype=mx.uint32),
+        mx.zeros((n_rows, 2), dtype=mx.uint32),
+        sorts=True,
+    )
     with kernels() as emulator:
         steps = MetalSteps(clustered)
         scores = steps.route(hidden)
-        selection = steps.select(scores, n_probes)
+        selection = steps.select(scores, n_probes, words=False)
         candidates = steps.score(hidden, selection)
-        steps.expand(scores, selection, candidates)
-        steps.token(selection, candidates)
-        steps.token_ids(selection.probes)
-    names = [dispatch.name for dispatch in emulator.dispatches]
-    steps = ("route", "select", "score", "expand", "token", "ids")
-    assert names == [f"flash_head_{step}" for step in steps]
-    return {name.split("_")[-1]: d for name, d in zip(names, emulator.dispatches, strict=True)}
+        steps.sample(selection, candidates, selection.unscored, drawing)
+        steps.expand(scores, steps.select(scores, n_probes), candidates)
+    found = {d.name.removeprefix("flash_head_"): d for d in emulator.dispatches}
+    assert list(found) == ["route", "select", "score", "sample", "select_words", "expand"]
+    return found
 
 
 def stored_lines(dispatch) -> int:
@@ -95,7 +108,8 @@ def stored_lines(dispatch) -> int:
 
 @emulator_only
 def test_neither_probes_nor_positions_compile_anything():
-    """Seven kernels serve a head: route has one for one position and one for several.
+    """Seven kernels serve a head: route has one for one position and one for several, select one
+    for tokens and one for full logits.
 
     MLX compiles a text once for each set of template arguments, dtypes and small arrays.
     """
@@ -110,11 +124,9 @@ def test_neither_probes_nor_positions_compile_anything():
             head.n_probes = n_probes
             for n_positions in (1, 2, 3, 5, 8, 13, 32):
                 hidden = mx.array(rng.normal(size=(n_positions, 64))).astype(mx.bfloat16)
-                values = mx.array(rng.normal(size=(n_positions, 2 * n_clusters)))
                 mx.eval(head(hidden), head.token(hidden), head.candidates(hidden))
-                mx.eval(head.likeliest(values, min(n_probes, 40)))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
-    assert names == {"rou": 2, "sel": 1, "sco": 1, "exp": 1, "tok": 1, "ids": 1}
+    assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 1}
 
 
 @emulator_only
@@ -176,5 +188,25 @@ class TestTraffic:
         hidden = mx.array(rng.normal(size=(2, 64))).astype(mx.bfloat16)
         found = dispatches_of(clustered, hidden, 9)
         barriers = {name: dispatch.barriers for name, dispatch in found.items()}
-        assert barriers == {"route": 0, "select": 11, "score": 1, "expand": 1, "token": 2, "ids": 0}
-        assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16520
+        assert barriers == {
+            "route": 0, "select": 6, "select_words": 6, "score": 1, "expand": 1, "sample": 13,
+        }  # fmt: skip
+        assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16784
+        for setting, n_barriers in {
+            (0.0, 0.9, -1e30, 9): 2,
+            (1.0, 1.0, -1e30, 0): 3,
+            (1.0, 0.9, -1e30, 0): 9,
+            (1.0, 1.0, -1e30, 9): 9,
+        }.items():
+            assert dispatches_of(clustered, hidden, 9, setting)["sample"].barriers == n_barriers
+
+    @pytest.mark.parametrize("n_clusters", [3072, 9496, 16384])
+    def test_select_reads_the_scores_once(self, n_clusters):
+        rng = np.random.default_rng(4)
+        rows = make_rows(rng, n_clusters, 4, bits=16, group_size=0, dtype=mx.float16)
+        centroids = make_centroids(rng, n_clusters, 4, group_size=0, dtype=mx.float16)
+        clustered = cluster(rng, rows, centroids, 1)
+        scores = mx.array(rng.normal(size=(1, n_clusters)).astype(np.float32))
+        with kernels() as emulator:
+            mx.eval(MetalSteps(clustered).select(scores, n_clusters // 10, words=False))
+        assert emulator.dispatches[0].buffers["scores"].reads == scores.nbytes

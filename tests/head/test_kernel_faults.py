@@ -15,6 +15,7 @@ from kernel_cases import (
     make_rows,
     on_gpu,
 )
+from mlx_flashhead.head.draw import Draws
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
@@ -22,53 +23,43 @@ pytestmark = pytest.mark.skipif(on_gpu(), reason="an emulator's checks: a GPU ru
 
 BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 FAULTS = {  # the step that must fail: kind of fault, text of the kernels, text in its place
-    "select: no barrier before the digits are counted": (
+    "select: no barrier before the distances are counted": (
         "uninitialised",
-        f"  }}\n{BARRIER}  uint threshold = 0;",
-        "  }\n  uint threshold = 0;",
+        f"  }}\n{BARRIER}  return simd_max(",
+        "  }\n  return simd_max(",
     ),
-    "select: no barrier before the counts are added up": (
+    "select: no barrier before the bin is read": (
         "race",
-        f"  }}\n{BARRIER}  uint counts[OWN];",
-        "  }\n  uint counts[OWN];",
+        f"{BARRIER}  const uint of_other",
+        "  const uint of_other",
     ),
-    "select: no barrier before the threshold is read": (
+    "select: no barrier before the counts are read": (
         "uninitialised",
-        f"{BARRIER}  threshold |= chosen[0]",
-        "  threshold |= chosen[0]",
-    ),
-    "select: counters that the next pass finds full": (
-        "uninitialised",
-        "      atomic_store_explicit(&histogram[bin], 0u, memory_order_relaxed);  // for",
-        "      //",
-    ),
-    "select: no barrier where memory is used again": (
-        "race",
-        f"= equal;\n  }}\n{BARRIER}",
-        "= equal;\n  }\n",
+        f"{BARRIER}  const uint every_better",
+        "  const uint every_better",
     ),
     "select: a barrier that only some threads reach": (
         "divergent-barrier",
-        "  uint threshold = 0;",
-        "  if (first_id >= uint(C)) return;\n  uint threshold = 0;",
+        "  clear_bins<SELECT_BINS>(",
+        "  if (first_id >= uint(C)) return;\n  clear_bins<SELECT_BINS>(",
     ),
     "select: ids past the last cluster": ("out-of-bounds", "id < uint(C) ?", "true ?"),
     "select: a place past the last probe": (
         "race",
-        "(keys[i] == threshold && equal_before < remaining)",
-        "keys[i] == threshold",
+        "(bin == last && equal_before < remaining)",
+        "bin == last",
     ),
     "select: places that nothing is written to": (
         "uninitialised",
-        "probes[position * held + i] = id;",
-        "",
+        "i = n_read + thread_id;",
+        "i = n_read + 1 + thread_id;",
     ),
     "select: another address space": (
-        "compile",
-        "threadgroup uint* totals,             // [2 * SELECT_SIMDGROUPS]",
-        "device uint* totals,",
+        "address-space",
+        "threadgroup uint* shared,             // [SELECT_SHARED]",
+        "device uint* shared,",
     ),
-    "token: a missing address space": (
+    "expand: a missing address space": (
         "address-space",
         "uint key, threadgroup uint* shared",
         "uint key, uint* shared",
@@ -81,11 +72,6 @@ FAULTS = {  # the step that must fail: kind of fault, text of the kernels, text 
         "if (lane < 31) totals[i] = Rows::reduce(totals[i]);",
     ),
     "score: rows past the end of a cluster": ("race", "min(BLOCK, N - first)", "BLOCK"),
-    "score: no barrier before the maxima are read": (
-        "uninitialised",
-        f"  }}\n{BARRIER}  return simd_max(",
-        "  }\n  return simd_max(",
-    ),
     "score: one simdgroup returns before the barrier": (
         "divergent-barrier",
         "  uint highest = 0;\n  for (int first",
@@ -94,10 +80,20 @@ FAULTS = {  # the step that must fail: kind of fault, text of the kernels, text 
     "expand: tokens past the vocabulary": ("out-of-bounds", "token < uint(V)", "true"),
     "expand: tokens left out": ("uninitialised", "token < uint(V)", "token < uint(V - 1)"),
     "expand: a place that is no probe's": ("out-of-bounds", "(word & PLACE)", "word"),
-    "token: no barrier before the lowest id is read": (
+    "sample: no barrier before the best is read": (
         "uninitialised",
-        f"  }}\n{BARRIER}  token = simd_min(",
-        "  }\n  token = simd_min(",
+        f"  }}\n{BARRIER}  const uint other",
+        "  }\n  const uint other",
+    ),
+    "sample: no barrier before the mass is added up": (
+        "uninitialised",
+        f"    }}\n  {BARRIER}    mass = simd_sum(",
+        "    }\n    mass = simd_sum(",
+    ),
+    "sample: memory that is used again without a barrier": (
+        "race",
+        "shared + 2 * ROW_SIMDGROUPS, simdgroup, lane);\n  if (thread_id",
+        "shared, simdgroup, lane);\n  if (thread_id",
     ),
     "score: an implicit conversion to bfloat": (
         "compile",
@@ -119,7 +115,9 @@ def run_steps():
     places = mx.array([0, 1, 2, 3], dtype=mx.uint32) + 0xFFC00000
     words = mx.concatenate([mx.broadcast_to(places, (3, 4)), scores[:, 4:].view(mx.uint32)], 1)
     logits = mx.take(mx.array(rng.normal(size=(3, 4, 6))).astype(mx.bfloat16), held, axis=1)
-    selection = Selection(probes, words)
+    selection = Selection(probes, words, mx.zeros((3, 2)))
+    keys = mx.zeros((3, 2), dtype=mx.uint32)
+    drawing = Draws(mx.full((3, 3), 0.9), mx.ones(3, dtype=mx.uint32), keys, sorts=True)
     candidates = Candidates(logits, logits.max(axis=-1).astype(mx.float32))
     steps = MetalSteps(clustered)
     return {
@@ -128,7 +126,7 @@ def run_steps():
         "select": lambda: [steps.select(mx.round(s), 4) for s in (scores, scores[:1])],
         "score": lambda: steps.score(hidden, selection),
         "expand": lambda: steps.expand(scores, selection, candidates),
-        "token": lambda: steps.token(selection, candidates),
+        "sample": lambda: steps.sample(selection, candidates, selection.unscored, drawing),
     }
 
 

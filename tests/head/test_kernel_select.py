@@ -9,6 +9,7 @@ from kernel_checks import (
     NOT_A_NUMBER,
     PROBED,
     check_all,
+    check_candidates,
     check_full,
     check_selection,
     check_token,
@@ -26,10 +27,10 @@ def bare_clusters(rng, n_clusters):
     return cluster(rng, rows, centroids, 1)
 
 
-# 8,192 are the most that stay in registers, and 262,144 a Gemma head in clusters of 1
-@pytest.mark.parametrize("n_clusters", [1, 5, 31, 32, 513, 8016, 8193, 16384, 262144])
+# 16,384 are the most that stay in registers, and 262,144 a Gemma head in clusters of 1
+@pytest.mark.parametrize("n_clusters", [1, 5, 31, 32, 513, 9496, 16384, 16385, 262144])
 def test_select_is_a_stable_sort_whatever_the_scores(n_clusters):
-    """Ties, all equal, forced, huge and tiny scores, both zeros; p from 1 to C."""
+    """By bins of 1/64 nat: ties, forced, huge and tiny scores, both zeros; p from 1 to C."""
     rng = np.random.default_rng(2)
     scores = rng.normal(size=(8, n_clusters)).astype(np.float32)
     scores[1] = 3.25
@@ -63,7 +64,7 @@ def test_select_takes_nan_first(n_clusters):
     with kernels():
         found = MetalSteps(clustered).select(mx.array(scores), 9)
         mx.eval(found)
-    for probes, words, row in zip(*map(to_numpy, found), scores, strict=True):
+    for probes, words, row in zip(*map(to_numpy, found[:2]), scores, strict=True):
         assert {3, 17, 30} <= set(probes.tolist()) if row is scores[1] else {17, 30} <= set(probes)
         expected = np.argsort(np.where(np.isnan(row), -np.inf, -row), kind="stable")[:9]
         np.testing.assert_array_equal(probes, np.sort(expected))
@@ -86,3 +87,29 @@ def test_forced_clusters_are_always_probed():
     few = run(clustered, hidden, 2)  # more forced than probed: they still end below the cap
     check_full(clustered, few[0], *few[1:4])
     check_token(few[3], few[4])
+
+
+@pytest.mark.parametrize("depth", [0.0, 2.5, 3.5, 40.0])
+def test_clusters_far_below_the_best_are_not_read(depth):
+    rng = np.random.default_rng(8)
+    clustered, hidden = small_head(rng, dtype=mx.bfloat16)
+    with kernels() as emulator:
+        steps = MetalSteps(clustered)
+        scores = steps.route(hidden)
+        selection = steps.select(scores, 30, depth=depth)
+        candidates = steps.score(hidden, selection)
+        tokens = steps.token(selection, candidates)
+        drawn = steps.select(scores, 30, words=False, depth=depth)
+        mx.eval(tokens, drawn)
+    check_selection(clustered, scores, 30, selection, depth)
+    check_candidates(clustered, hidden, selection, candidates)
+    for one, other in zip(drawn[::2], selection[::2], strict=True):
+        np.testing.assert_array_equal(one, other)
+    best = to_numpy(candidates.logits).reshape(5, -1).argmax(axis=-1)
+    ids = to_numpy(clustered.token_ids)[to_numpy(selection.probes)].reshape(5, -1)
+    np.testing.assert_array_equal(tokens, ids[np.arange(5), best])
+    if emulator is not None:
+        weight = emulator.dispatches[2].buffers["weight"]
+        held = to_numpy(selection.probes)
+        repeats = (held[:, 1:] == held[:, :-1]).sum()
+        assert weight.reads == weight.bytes // clustered.n_clusters * (held.size - repeats)

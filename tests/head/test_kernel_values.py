@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, to_numpy
-from kernel_checks import PROBED, check_all, check_full, portable_steps, run, small_head
+from kernel_checks import PROBED, all_steps, check_all, check_full, run, small_head
 from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.portable import PortableSteps
@@ -35,8 +35,8 @@ def test_a_sum_beyond_float32_saturates():
     hidden = mx.stack([mx.full((64,), 3e37), mx.full((64,), -3e37)])
     _, _, candidates, full, _ = run(clustered, hidden, 3)
     highest = mx.finfo(mx.float32).max
-    assert (to_numpy(candidates.logits)[0] == highest).all()
-    assert (to_numpy(candidates.logits)[1] == -highest).all()
+    assert (to_numpy(candidates.logits)[0, :3] == highest).all()
+    assert (to_numpy(candidates.logits)[1, :3] == -highest).all()
     assert np.isfinite(to_numpy(full)).all()
 
 
@@ -48,7 +48,7 @@ def test_nan_stays_nan(dtype):
     hidden[1, 7] = float("nan")
     outputs = run(clustered, hidden, 9)
     plain = PortableSteps(clustered)
-    for steps_of in (outputs, portable_steps(plain, hidden, 9)):
+    for steps_of in (outputs, all_steps(plain, hidden, 9)):
         scores, _, candidates, full, token = steps_of
         for array in (scores, full):
             assert np.isnan(to_numpy(array)[1]).all()
@@ -71,7 +71,7 @@ def test_nan_of_one_token():
     clustered = ClusteredRows.build(rows, token_ids, clustered.centroids, (123,))
     outputs = run(clustered, hidden, 9)
     for _, selection, candidates, full, token in (
-        outputs, portable_steps(PortableSteps(clustered), hidden, 9)
+        outputs, all_steps(PortableSteps(clustered), hidden, 9)
     ):  # fmt: skip
         values, logits = to_numpy(full), to_numpy(candidates.logits)
         assert np.isnan(values[:, 123]).all() and (to_numpy(token) == 123).all()

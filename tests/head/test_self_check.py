@@ -26,26 +26,32 @@ INFINITE = "as_type<float>(0x7f800000u)"
 # kernel, what it is said to do, text of the kernels, text in its place
 BROKEN = [
     ("route", "does not run on this device", "uint n_hidden,           // R", "uint wrong,"),
-    ("select", "does not run on this device", "popcount(are_above);", "no_such(are_above);"),
+    ("select", "does not run on this device", "popcount(are_better);", "no_such(are_better);"),
     ("route", NOT_FINITE, "to_finite<float>(totals[", f"({INFINITE} + totals["),
     ("score", NOT_FINITE, "to_finite<T>(logit)", f"T({INFINITE})"),
     ("expand", NOT_FINITE, "to_finite<T>(tail)", f"T({INFINITE})"),
     ("route", "differs", "chunk < uint(Rows::CHUNKS)", "chunk + 1 < uint(Rows::CHUNKS)"),
     ("route", NOT_FINITE, "size_t(position + h) * C", "size_t(position) * C"),
-    ("select", "differs", "order_key(scores[id])", "order_key(-scores[id])"),
+    ("select", "differs", "(best - score) *", "fabs(score) *"),
+    ("select", "differs", "edge + log(mass)", "edge + mass"),
     ("score", "differs", "slot = size_t(cluster) * N + first", "slot = size_t(cluster) * N"),
     ("score", "differs", "= score_of(highest);", "= score_of(highest) + 1.0f;"),
     ("expand", "differs", "slot % N]", "(slot + 1) % N]"),
     ("expand", "differs", "|| estimate < cap", "|| estimate > cap"),
     (
-        "token",
+        "sample",
         "differs",
-        "probes[first + i]) * N + slot",
-        "probes[first + i]) * N + (N - 1 - slot)",
+        "probes[first + i / N]) * N + i % N",
+        "probes[first + i / N]) * N + (N - 1 - i % N)",
     ),
-    ("ids", "differs", "* N + grid_position.x % N]", "* N + (grid_position.x + 1) % N]"),
+    ("sample", "differs", "key_0 + token / 2", "key_0 + token"),
+    ("sample", "differs", "{top_p * mass,", "{0.1f * mass,"),
+    ("sample", "differs", "fit[2] / (1.0f + odds)", "fit[2] / (2.0f + odds)"),
+    ("sample", "differs", "float(n_top)}", "float(n_top) * 9.0f}"),
 ]
-REFUSED = {"route": 63, "select": 448, "score": 32, "expand": 255, "token": 224, "ids": 128}
+REFUSED = {
+    "route": 63, "select": 448, "select_words": 448, "score": 32, "expand": 255, "sample": 480,
+}  # fmt: skip
 
 
 class OnlyHead(nn.Module):
@@ -136,16 +142,16 @@ class TestBroken:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_sound_kernels_pass_and_are_built(dtype, caplog):
-    """Each once but for route, which has one kernel more for several positions."""
+    """Each once, but route has another one for several positions, and sample for draws."""
     model = OnlyHead(dtype)
     with kernels() as emulator:
         head = install_on(model)
         assert head.backend == "metal" and not caplog.records
         if emulator is not None:
             names = [dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches]
-            assert names == ["route", "route", "select", "score", "expand", "token", "ids"]
+            assert list(dict.fromkeys(names)) == list(REFUSED)
             built = set(emulator.built)
-            assert len(built) == 7
+            assert len(built) == 8
         mx.eval(model(mx.array([[5]])), model(mx.array([[5, 6]])))
         if emulator is not None:
             assert emulator.built == built

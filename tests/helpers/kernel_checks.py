@@ -10,20 +10,15 @@ PROBED, NOT_A_NUMBER = 0xFFC00000, 0x7FC00000  # words at or above the first are
 
 
 def run(clustered, hidden, n_probes, **options):
-    """All five steps."""
+    """All steps, on the kernels."""
     with kernels(**options):
-        steps = MetalSteps(clustered)
-        scores = steps.route(hidden)
-        selection = steps.select(scores, n_probes)
-        candidates = steps.score(hidden, selection)
-        full = steps.expand(scores, selection, candidates)
-        token = steps.token(selection, candidates)
-        mx.eval(scores, selection, candidates, full, token)
-    return scores, selection, candidates, full, token
+        results = all_steps(MetalSteps(clustered), hidden, n_probes)
+        mx.eval(*results)
+    return results
 
 
-def portable_steps(steps, hidden, n_probes):
-    """As `run`, on the portable path."""
+def all_steps(steps, hidden, n_probes):
+    """Scores, selection, candidates, full logits and greedy token, on the path of ``steps``."""
     scores = steps.route(hidden)
     selection = steps.select(scores, n_probes)
     candidates = steps.score(hidden, selection)
@@ -47,23 +42,42 @@ def check_scores(clustered, hidden, scores):
     assert (np.abs(to_numpy(scores) - expected) <= error).all()
 
 
-def check_selection(clustered, scores, n_probes, selection):
-    """Exactly the first p of a stable sort, ascending, and each cluster's place or estimate."""
+def bins_of(scores: np.ndarray) -> np.ndarray:
+    """Distances to the best score of each row (R, C) in 1/64 nat; 0 for NaN and forced clusters."""
+    certain = ~(scores < 1e29)
+    scores = np.clip(scores, -np.finfo(np.float32).max, None)
+    best = np.where(certain, -np.inf, scores).max(axis=-1, keepdims=True).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        bins = 1 + np.minimum((best - scores) * np.float32(64), 4094)
+    return np.where(certain, 0, bins).astype(int)
+
+
+def check_selection(clustered, scores, n_probes, selection, depth=100):
+    """The first p of a stable sort by bins, ascending, with each cluster's place or estimate.
+
+    And what the others hold.
+    """
     scores = to_numpy(scores)
     held, words = to_numpy(selection.probes), to_numpy(selection.words)
-    probes = held[:, :n_probes]
     assert held.dtype == words.dtype == np.uint32
     assert held.shape[1] == max(n_probes, MIN_PROBES)
-    assert (held[:, n_probes:] == held[:, n_probes - 1 : n_probes]).all()
-    best = np.argsort(-scores, axis=-1, kind="stable")[:, :n_probes]
-    np.testing.assert_array_equal(probes, np.sort(best, axis=-1))
     highest = np.finfo(np.float32).max
     with np.errstate(over="ignore"):
         estimates = scores + to_numpy(clustered.centroids.tail_offset)
     expected = np.clip(estimates, -highest, highest).view(np.uint32)
     expected[np.isnan(estimates)] = NOT_A_NUMBER
-    places = np.broadcast_to(PROBED + np.arange(n_probes, dtype=np.uint32), probes.shape)
-    np.put_along_axis(expected, probes.astype(np.int64), places, axis=-1)
+    for row, bins in enumerate(bins_of(scores)):
+        deepest = depth - np.log(np.exp((1 - bins[bins > 0]) / 64).sum()) if depth < 100 else 100
+        n_read = min(n_probes, int((bins <= 1 + max(deepest, 0) * 64).sum()))
+        probes = held[row, :n_read]
+        np.testing.assert_array_equal(probes, np.sort(np.argsort(bins, kind="stable")[:n_read]))
+        assert (held[row, n_read:] == probes[-1]).all()
+        expected[row, probes] = PROBED + np.arange(n_read, dtype=np.uint32)
+        left = np.clip(np.delete(scores[row], probes).astype(np.float64), -highest, highest)
+        best, every = (left.max(), np.logaddexp.reduce(left)) if len(left) else (-highest,) * 2
+        np.testing.assert_allclose(
+            to_numpy(selection.unscored)[row], [best, every], rtol=1e-5, atol=1e-5
+        )
     is_zero = (words << 1 == 0) & (expected << 1 == 0)  # of either sign
     np.testing.assert_array_equal(words[~is_zero], expected[~is_zero])
 
@@ -86,6 +100,7 @@ def check_candidates(clustered, hidden, selection, candidates):
     error = errors[of_probes] + ROUNDING[dtype] * np.abs(expected) + 1e-7
     logits = to_numpy(candidates.logits).astype(np.float64)
     padded = to_numpy(clustered.token_ids)[probes] == clustered.vocab_size
+    padded[:, 1:] |= (probes[:, 1:] == probes[:, :-1])[..., None]
     assert (logits[padded] == mx.finfo(dtype).min).all()
     assert (np.abs(logits - expected) <= error)[~padded].all()
     np.testing.assert_array_equal(to_numpy(candidates.best), logits.max(axis=-1))
@@ -102,7 +117,8 @@ def check_full(clustered, scores, selection, candidates, full):
     lowest = mx.finfo(dtype).min
     tail = to_numpy(mx.array(np.maximum(tail, np.float32(lowest))).astype(dtype))
     slots = np.repeat(tail[:, :, None], cluster_size, axis=-1)
-    slots[np.arange(n_rows)[:, None], probes] = logits
+    for place in reversed(range(probes.shape[1])):  # a probe counts where it stands first
+        slots[np.arange(n_rows), probes[:, place]] = logits[:, place]
     assert full.dtype == dtype
     np.testing.assert_array_equal(to_numpy(full), slots.reshape(n_rows, -1)[:, slot_of])
     assert np.isfinite(to_numpy(full)).all()

@@ -13,14 +13,16 @@ def read_plan(path):
     return arrays, json.loads(metadata[METADATA_KEY])
 
 
-def replay(arrays, plan, rows, hidden):
-    """Full logits as FlashHead.swift computes them, from the model's own rows (V, …)."""
+def replay(arrays, plan, rows, hidden, path="logits", **settings):
+    """Full logits, or tokens, as FlashHead.swift computes them from the model's own rows (V, …)."""
     last = arrays["slot_of"].size - 1
     order = mx.minimum(arrays["token_ids"].flatten().astype(mx.int32), last)
     arrays = arrays | {f"rows_{name}": rows.arrays()[name][order] for name in plan["rows"]}
     n_positions = hidden.shape[0]
+    arrays |= settings
     arrays["hidden"] = hidden.astype(getattr(mx, plan["dtype"]))
-    for launch in plan["launches"]:
+    for name in plan[path]:
+        launch = plan["launches"][name]
         kernel = mx.fast.metal_kernel(
             name=launch["name"],
             input_names=launch["inputNames"],
@@ -38,7 +40,7 @@ def replay(arrays, plan, rows, hidden):
             output_dtypes=[getattr(mx, name) for name in launch["outputDTypes"]],
         )
         arrays |= zip(launch["outputNames"], results, strict=True)
-    return arrays["expanded"]
+    return arrays[launch["outputNames"][0]]
 
 
 def _argument(value):

@@ -12,6 +12,7 @@ from kernel_cases import kernels, on_gpu, to_numpy
 from mlx_flashhead import detach, generate, get_flash_head, stream_generate
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.exporting.plan import export_plan
+from mlx_flashhead.head.steps import NO_DEPTH
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.locate import find_head, recorded_hidden
 from plan_replay import read_plan, replay
@@ -69,16 +70,17 @@ def on_kernels(real):
         detach(model)
 
 
-@pytest.mark.parametrize("which", range(len(PROMPTS)))
-def test_full_logits_give_the_same_tokens(on_kernels, portable, which):
+@pytest.mark.parametrize("which, depth", [(0, NO_DEPTH), (1, 6.0)])
+def test_proposals_give_the_same_tokens(on_kernels, portable, which, depth):
     model, tokenizer, emulator = on_kernels
+    get_flash_head(model).depth = depth
     found, _ = streamed(model, tokenizer, PROMPTS[which])
     assert found == portable[which][0]
     assert len(found) >= 8 and len(set(found)) > 4
     if not on_gpu():
         names = [dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches]
-        assert names[:4] == ["route", "select", "score", "expand"]
-        assert names == names[:4] * (len(names) // 4) and len(names) // 4 >= len(found)
+        assert set(names) == {"route", "select", "score", "sample"}
+        assert names.count("sample") >= len(found) - 1
 
 
 def test_generate_gives_the_same_text(on_kernels, portable):
@@ -101,7 +103,7 @@ def test_greedy_tokens_without_full_logits_are_the_same(on_kernels, portable):
         found += ids
     assert found == portable[0][0]
     if not on_gpu():
-        assert emulator.dispatches[-1].name == "flash_head_token"
+        assert emulator.dispatches[-1].name == "flash_head_sample"
 
 
 def test_logits_are_the_portable_ones(real, on_kernels):
@@ -114,9 +116,9 @@ def test_logits_are_the_portable_ones(real, on_kernels):
     install_index(model, index, backend="mlx")
     expected = to_numpy(model(ids))[0]
     assert found.shape == expected.shape == (ids.size, get_flash_head(model).vocab_size)
-    # where two clusters score the same but for rounding, either may be probed
+    # where two clusters differ by less than 1/64 nat, either may be probed
     same = np.isclose(found, expected, rtol=1e-4, atol=1e-3)
-    assert same.mean() > 0.9999
+    assert same.mean() > 0.998
     np.testing.assert_array_equal(found.argmax(axis=-1), expected.argmax(axis=-1))
 
 

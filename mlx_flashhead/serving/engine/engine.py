@@ -6,8 +6,10 @@ prompt with the fewest tokens left has three of four turns, the oldest prompt th
 text does not hold up a short question, and short questions do not hold up a long text for ever.
 """
 
+import copy
 import gc
 import logging
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -26,6 +28,7 @@ from .prefill import Pace, Reading
 from .prompt_caches import KVCaches, PromptCaches
 
 _IDLE_SECONDS = 0.1
+STUCK_SECONDS = 300.0  # of one turn: no chunk of a prompt takes as long
 MOST_BUILD_SECONDS = 0.2  # of a build at once, while answers are written
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ class Engine:
         self._readings: list[Reading] = []
         self._decoders: list[Decoder] = []
         self._turn = 0
+        self._latest_turn = math.inf  # nothing is stuck before the first one
         self._builds: list[ServedModel] = []
         self._build_seconds = 0.0  # that a build may take while answers are written
         self._thread = Thread(target=self._run, name="generation", daemon=True)
@@ -64,8 +68,9 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """Whether jobs are answered."""
-        return self._thread.is_alive() and not self._ended.is_set()
+        """Whether jobs are answered: the thread lives, and comes back from its turns."""
+        stuck = time.monotonic() - self._latest_turn > STUCK_SECONDS
+        return self._thread.is_alive() and not self._ended.is_set() and not stuck
 
     def close(self, seconds: float) -> bool:
         """Ends the thread. Answers in progress end where they are.
@@ -91,9 +96,10 @@ class Engine:
         self._builds = [served for served in catalogue.models if served.build is not None]
         self.catalogue.set_result(catalogue)
         while not self._ended.is_set():
+            self._latest_turn = time.monotonic()
             try:
                 self._take_turns()
-            except Exception as error:
+            except BaseException as error:  # whatever it is, the model stays in memory
                 logger.exception("The answers in progress have failed")
                 self._fail_all(error)
         del self._caches, self._readings, self._decoders
@@ -162,9 +168,12 @@ class Engine:
         except Empty:
             pass
         n_free = self._flags.decode_concurrency - len(self._readings) - self._n_decoded()
-        for job in self._waiting[: max(0, n_free)]:
-            self._readings.append(Reading(job, self._caches, self._flags))
-        del self._waiting[: max(0, n_free)]
+        for job in list(self._waiting):
+            # answers to one prompt wait until it is read, and begin with a copy of its cache
+            if n_free > 0 and not any(r.job.prompt is job.prompt for r in self._readings):
+                self._readings.append(Reading(job, self._caches, self._flags))
+                self._waiting.remove(job)
+                n_free -= 1
 
     def _n_decoded(self) -> int:
         return sum(len(decoder.jobs) for decoder in self._decoders)
@@ -190,6 +199,9 @@ class Engine:
                 reading.read(self._pace)
             if not reading.left:
                 self._readings.remove(reading)
+                if any(job.prompt is reading.job.prompt for job in self._waiting):
+                    copied = copy.deepcopy(reading.cache)
+                    self._keep(reading.job.served, reading.tokens, copied)
                 self._begin(reading)
         except Exception as error:
             logger.exception("An answer has failed")
@@ -265,7 +277,7 @@ class Engine:
         except Exception as error:
             logger.warning("A prompt's cache is not kept: %s", error, exc_info=error)
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_all(self, error: BaseException) -> None:
         failed = [*self._waiting, *(r.job for r in self._readings)]
         failed += [job for decoder in self._decoders for job in decoder.jobs]
         self._waiting, self._readings, self._decoders = [], [], []

@@ -47,7 +47,7 @@ class Token:
 class Failure:
     """The answer has failed: within the server, or as a :class:`Problem` of the request."""
 
-    error: Exception
+    error: BaseException
 
 
 Event = Progress | Token | Failure

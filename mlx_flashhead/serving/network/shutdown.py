@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from threading import Event
 from types import FrameType
 
+LOOK_SECONDS = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -28,14 +30,14 @@ class Shutdown:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def wait(self) -> None:
-        """Waits for a signal.
+    def wait(self, healthy: Callable[[], bool]) -> None:
+        """Waits for a signal, or until ``healthy`` says False.
 
         Raises:
-            KeyboardInterrupt: When one has come.
+            KeyboardInterrupt: When a signal has come.
         """
-        while True:
-            Event().wait(3600)
+        while healthy():
+            Event().wait(LOOK_SECONDS)
 
     def leave(self, code: int) -> None:
         """Ends the process at once, with all that was printed."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engines import SHORT, generated, job, submit, tokens_of, until
+from engines import LONG, SHORT, generated, job, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import CheckedBatchGenerator
 from mlx_flashhead.lossless.sampler import make_sampler
 from mlx_flashhead.serving.engine.decoding import Batch
@@ -75,3 +75,36 @@ def _failure(one):
         event = until(one, Failure | Token)
         if isinstance(event, Failure):
             return event.error
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError()])
+def test_nothing_ends_the_thread(start, flash, monkeypatch, error):
+    engine = start()
+
+    def fails():
+        raise error
+
+    monkeypatch.setattr(engine, "_read", fails)
+    assert isinstance(_failure(submit(engine, SHORT)), type(error))
+    monkeypatch.undo()
+    assert tokens_of(submit(engine, SHORT)) == generated(flash, SHORT)
+    assert engine.healthy
+
+
+def test_a_thread_that_does_not_come_back_is_not_healthy(start, monkeypatch):
+    engine = start()
+    assert engine.healthy
+    monkeypatch.setattr("mlx_flashhead.serving.engine.engine.STUCK_SECONDS", -1.0)
+    assert not engine.healthy
+
+
+def test_answers_to_one_prompt_read_it_once(start, flash, chunks):
+    engine = start()
+    jobs = [job(engine, LONG, 4) for _ in range(6)]
+    for one in jobs[1:]:
+        one.prompt = jobs[0].prompt
+    engine.submit(jobs)
+    for one in jobs:
+        assert tokens_of(one) == generated(flash, LONG, 4)
+    assert {of for of, _ in chunks} == {jobs[0]}
+    assert [one.cached for one in jobs] == [0, *[len(LONG) - 1] * 5]

@@ -12,7 +12,9 @@ guard arguments.count == 2 else {
 }
 let model = try await LLMModelFactory.shared.load(
     from: arguments[0], using: #huggingFaceTokenizerLoader())
-try installFlashHead(from: arguments[1], in: model.model)
+if let trouble = try installFlashHead(from: arguments[1], in: model.model) {
+    print("FlashHead's kernels do not run on this device, so all rows are read: \(trouble)")
+}
 let session = ChatSession(model)
 while let question = readLine() {
     for try await piece in session.streamResponse(to: question) {

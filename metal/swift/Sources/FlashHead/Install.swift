@@ -2,8 +2,13 @@ import Foundation
 import MLX
 import MLXNN
 
+/// A layer in the place of a model's own.
+protocol FlashLayer {
+    var head: FlashHead { get }
+}
+
 /// An output layer of its own.
-private final class FlashLinear: Linear {
+private final class FlashLinear: Linear, FlashLayer {
     let head: FlashHead
 
     init(_ head: FlashHead) {
@@ -15,7 +20,7 @@ private final class FlashLinear: Linear {
 }
 
 /// An embedding that is also the output layer.
-private final class FlashEmbedding: Embedding {
+private final class FlashEmbedding: Embedding, FlashLayer {
     let head: FlashHead
 
     init(_ head: FlashHead) {
@@ -29,19 +34,24 @@ private final class FlashEmbedding: Embedding {
 
 /// Puts a FlashHead in the place of a model's output layer.
 ///
-/// The layer's rows move into the FlashHead. For a moment this needs room for a second output layer.
+/// The layer's rows move into the FlashHead, one array after the other: for a moment this needs room for
+/// its weight a second time. Each kernel runs once. If one fails, all rows are read instead, as in the
+/// layer before.
 ///
 /// - Parameters:
 ///   - file: what `mlx_flashhead.export` has written for this model
 ///   - model: a model that mlx-swift-lm has loaded
-public func installFlashHead(from file: URL, in model: Module) throws {
+/// - Returns: what MLX says of a kernel that does not run on this device, or nil
+@discardableResult
+public func installFlashHead(from file: URL, in model: Module) throws -> String? {
     let (arrays, metadata) = try loadArraysAndMetadata(url: file)
     guard let text = metadata["flash_head"] else {
         throw FlashHeadError("\(file.lastPathComponent) was not written by mlx_flashhead.export.")
     }
     let plan = try JSONDecoder().decode(Plan.self, from: Data(text.utf8))
-    try model.update(modules: .unflattened(replacements(in: model, plan, arrays)), verify: .all)
-    Memory.clearCache()  // of the rows in their old order
+    let layers = try replacements(in: model, plan, arrays)
+    try model.update(modules: .unflattened(layers), verify: .all)
+    return (layers[0].1 as? FlashLayer)?.head.trouble
 }
 
 /// The new layers, by their paths.

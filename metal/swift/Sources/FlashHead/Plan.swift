@@ -12,7 +12,10 @@ struct Plan: Decodable {
     let head: String  // path of the model's output layer
     let dtype: String  // of the hidden states
     let rows: [String: Rows]  // by their names in that layer
-    let launches: [Launch]
+    let limit: Int  // more positions at once read more rows than the dense layer
+    let logits: [String]  // the launches that give full logits, in their order
+    let tokens: [String]  // those that give tokens
+    let launches: [String: Launch]
 }
 
 /// A kernel and its launch for one position.
@@ -58,6 +61,11 @@ struct Launch: Decodable {
     let threadGroup: [Int]
     let outputShapes: [[Int]]
     let outputDTypes: [String]
+
+    /// A number among the template arguments.
+    func argument(_ name: String) -> Int {
+        template.first { $0.name == name }?.value.argument as! Int
+    }
 }
 
 extension DType {
