@@ -93,7 +93,7 @@ def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:
 
 
 def _model(entry: Entry) -> str:
-    return entry.config.recipe.get("model", "unknown") if entry.config else "damaged"
+    return str(entry.config.recipe.get("model", "unknown")) if entry.config else "damaged"
 
 
 if __name__ == "__main__":

@@ -45,20 +45,7 @@ def make_parser() -> Parser:
 @command
 def main() -> None:
     """Entry point of ``mlx_flashhead.convert``."""
-    try:
-        convert(**vars(make_parser().parse_args()))
-    except ValueError as error:
-        raise ValueError(with_flags(str(error))) from error
-
-
-def with_flags(message: str) -> str:
-    """A message about parameters as one about flags: ``mlx_path`` becomes --mlx-path."""
-    names = "|".join(one.name for one in fields(ConvertOptions))
-    return re.sub(
-        rf"`({names})`|^({names})(?= is )",
-        lambda found: "--" + (found[1] or found[2]).replace("_", "-"),
-        message,
-    )
+    convert(**vars(make_parser().parse_args()))
 
 
 if __name__ == "__main__":

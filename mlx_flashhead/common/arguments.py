@@ -151,7 +151,7 @@ def check(name: str, value: Any, type: Type) -> None:
     try:
         type(value)
     except argparse.ArgumentTypeError as error:
-        raise ValueError(f"{name} {str(error).removeprefix('it ')}.") from None
+        raise ValueError(f"`{name}` {str(error).removeprefix('it ')}.") from None
 
 
 def _wanted(kind: str, low: float, high: float | None) -> str:

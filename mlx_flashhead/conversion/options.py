@@ -94,13 +94,13 @@ class IndexOptions:
         size = self.cluster_size
         if size > vocab_size:
             raise ValueError(
-                f"cluster_size is {size}, but the model has {vocab_size} tokens: choose at most "
+                f"`cluster_size` is {size}, but the model has {vocab_size} tokens: choose at most "
                 f"{vocab_size} (16 is usual)."
             )
         n_clusters = -(-vocab_size // size)
         if self.n_probes is not None and self.n_probes > n_clusters:
             raise ValueError(
-                f"n_probes is {self.n_probes}, but clusters of {size} make only {n_clusters} of "
+                f"`n_probes` is {self.n_probes}, but clusters of {size} make only {n_clusters} of "
                 f"them: choose 1 to {n_clusters}."
             )
 

@@ -1,6 +1,7 @@
 """``cache``: what it lists and removes."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_narrow_screen_keeps_the_identifiers(run, kept, monkeypatch):
     assert "…" not in output
 
 
-@pytest.mark.parametrize("spoil", ["nested", "a link", "a text", "forbidden"])
+@pytest.mark.parametrize("spoil", ["nested", "a link", "a text", "forbidden", "strange"])
 def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch, spoil):
     bad = next(entry.folder for entry in cache.entries() if entry.config is None)
     if spoil == "nested":
@@ -47,6 +48,12 @@ def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch, spoil):
     elif spoil == "a link":
         bad = bad.rename(tmp_path / "elsewhere")
         cache.entries()[0].folder.with_name("link").symlink_to(bad)
+    elif spoil == "strange":
+        other = next(entry.folder for entry in cache.entries() if entry.config is not None)
+        settings = json.loads((other / SETTINGS_NAME).read_text())
+        settings["recipe"]["model"], settings["report"] = ["a", 1], {"agreement": "high"}
+        (cache.entries()[0].folder.with_name("strange")).mkdir()
+        (other.with_name("strange") / SETTINGS_NAME).write_text(json.dumps(settings))
     elif spoil == "a text":
         bad.rename(bad.with_name("old"))
         bad.write_text("")

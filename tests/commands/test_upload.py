@@ -87,7 +87,7 @@ def test_convert_refuses_before_it_begins(refused, hub, dense, tmp_path):
 
 def test_an_argument_that_is_wrong_makes_no_repository(refused, hub, dense, tmp_path):
     flags = ("--upload", "--cluster-size", VOCAB_SIZE + 1)
-    assert "cluster_size" in refused(*convert(dense, tmp_path / "new", *flags))
+    assert "--cluster-size is" in refused(*convert(dense, tmp_path / "new", *flags))
     assert hub.repositories == {}
 
 

@@ -67,7 +67,7 @@ def test_refused(type, refused, wanted):
 
 def test_in_python():
     check("n_probes", 3, whole_number(1))
-    with pytest.raises(ValueError, match=r"^n_probes is 0: give a whole number of 1 or more\.$"):
+    with pytest.raises(ValueError, match=r"^`n_probes` is 0: give a whole number of 1 or more\.$"):
         check("n_probes", 0, whole_number(1))
 
 
