@@ -4,10 +4,11 @@ import time
 
 from .common.arguments import Parser
 from .common.command import command
-from .common.quantities import megabytes, percent
+from .common.quantities import megabytes
 from .common.tables import new_table, show
 from .common.terminal import printable
 from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove
+from .loading.tuned import read
 
 
 def make_parser() -> Parser:
@@ -52,22 +53,28 @@ def print_entries(kept: list[Entry]) -> None:
         return
     table = new_table(
         printable(f"{home()}: {megabytes(sum(entry.nbytes for entry in kept))}"),
-        ("id", "model", "built", "size", "probes", "agreement"),
+        ("id", "model", "built", "size", "probes", "speed here"),
         left=3,
     )
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"  # some names are long
     for entry in kept:
         config = entry.config
-        agreement = config.report.get("agreement") if config else None
         table.add_row(
             printable(entry.folder.name[:8]),
             printable(_model(entry)),
             time.strftime("%Y-%m-%d", time.localtime(entry.built_at)),
             megabytes(entry.nbytes),
             f"{config.n_probes:,} of {config.n_clusters:,}" if config else "–",
-            percent(agreement) if isinstance(agreement, float | int) else "–",
+            _speeds(entry),
         )
     show(table)
+
+
+def _speeds(entry: Entry) -> str:
+    """What was measured on this machine, for each dtype and version of MLX."""
+    speeds = read(home() / "speeds" / f"{entry.folder.name.split('-')[0]}.json")
+    gains = [f"{t.gain:.2f} x{' (dense)' if t.dense else ''}" for t in speeds.values()]
+    return ", ".join(dict.fromkeys(gains)) or "–"
 
 
 def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from .common.arguments import Parser
 from .common.command import sentence
 from .loading.look_up import add_head_options, head_options
-from .loading.patch import patch_load
+from .loading.patch import patch_load, patch_new_processes
 
 
 def make_parser() -> Parser:
@@ -42,7 +42,9 @@ def main() -> None:
         parser.error("-m MODULE or a program is needed, such as -m mlx_lm.server")
     script = None if args.module is not None else _script(parser, args.program)
     try:
-        patch_load(head_options(args))
+        options = head_options(args)
+        patch_load(options)
+        patch_new_processes(options)
     except (ValueError, OSError) as error:
         parser.error(sentence(error))
     if script is None:

@@ -210,7 +210,7 @@ def failure(check: Check, arguments: tuple[str, ...] | None, output: str, code: 
     parts = [f"# Mac: {check.name} fails on {where}", f"Expected: {check.what}."]
     if arguments is not None:
         again = f"scripts/check_mac.sh {check.name}"
-        command_line = shlex.join(arguments).replace(PYTHON, ".venv/bin/python")
+        command_line = shlex.join(arguments).replace(PYTHON, ".venv-test/bin/python")
         parts.append(f"To see it again: `{again}`, or this part alone:\n\n```\n{command_line}\n```")
         parts.append(f"It ends with exit code {code}{cut}:")
     parts += [f"```\n{shown}\n```", _table(list(facts.items())), f"Where to look: {check.advice}"]

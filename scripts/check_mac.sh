@@ -5,5 +5,5 @@
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh
-make_venv test
-exec .venv/bin/python scripts/check_mac.py "$@"
+make_venv .venv-test -e ".[test]"
+exec .venv-test/bin/python scripts/check_mac.py "$@"

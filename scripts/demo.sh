@@ -5,5 +5,5 @@
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh
-make_venv report
-exec .venv/bin/python scripts/demo.py "$@"
+make_venv .venv-demo -e ".[report]"
+exec .venv-demo/bin/python scripts/demo.py "$@"

@@ -1,17 +1,26 @@
 #!/usr/bin/env bash
-# Lint, format, floors, types, workflows and tests, in a .venv of the checkout. Arguments go to pytest:
+# Lint, format, floors, types, workflows and tests, in a .venv-test of the checkout. Arguments go to pytest:
 #   scripts/test.sh tests/head/test_head.py -k ties
 #   scripts/test.sh -m "not real"          # without the real model
+#   scripts/test.sh --oldest               # with the oldest mlx-lm and mlx, in a .venv-oldest
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh
-make_venv test
 
-# Says what is checked, then runs a program of the .venv.
+if [ "$1" = --oldest ]; then
+  shift
+  make_venv .venv-oldest -r scripts/oldest.txt
+  exec .venv-oldest/bin/pytest -q -m "not real and not newest" tests/lossless tests/serving/engine \
+    tests/serving/test_http.py tests/models/test_{adapters,compat,fetch,install,remote_code}.py \
+    tests/commands/test_{generate,chat,convert,run}.py "$@"
+fi
+make_venv .venv-test -e ".[test]"
+
+# Says what is checked, then runs a program of the .venv-test.
 check() {
   echo "== $1"
   shift
-  ".venv/bin/$@"
+  ".venv-test/bin/$@"
 }
 
 check "Lint" ruff check --quiet

@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: one .venv in the checkout serves both. Runs in the bash 3.2 of macOS.
+# Sourced by demo.sh and test.sh: each has an environment of its own in the checkout. Runs in the bash 3.2 of macOS.
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -22,22 +22,24 @@ find_python() {
   return 1
 }
 
-# Makes .venv and installs the checkout into it, editable; a second call finds it done.
-#   $1  extras of pyproject.toml, as in "report,qr", or nothing
+# Makes a .venv of the checkout and installs into it; a second call finds it done.
+#   $1  its folder
+#   …   what pip installs
 make_venv() {
-  local extras="$1" python
-  local stamp=".venv/.installed-${extras:-plain}"
-  # The programs in .venv know the folder it was made in: a moved checkout makes its own anew.
-  if [ "$(cat .venv/.checkout 2>/dev/null)" != "$PWD" ] ||
-    ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  local venv="$1" python
+  shift
+  local stamp="$venv/.installed-$(echo "$*" | tr -c '[:alnum:]\n' _)"
+  # The programs in it know the folder it was made in: a moved checkout makes its own anew.
+  if [ "$(cat "$venv/.checkout" 2>/dev/null)" != "$PWD" ] ||
+    ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python="$(find_python)" || return 1
-    "$python" -m venv --clear .venv || return 1
-    echo "$PWD" >.venv/.checkout
+    "$python" -m venv --clear "$venv" || return 1
+    echo "$PWD" >"$venv/.checkout"
   fi
-  if [ ! "$stamp" -nt pyproject.toml ]; then
-    echo "Installing mlx_flashhead${extras:+ with its extras $extras} into .venv …"
-    if ! .venv/bin/python -m pip install -q -e ".${extras:+[$extras]}"; then
-      echo "error: pip could not install mlx_flashhead into $PWD/.venv; its reason stands above." >&2
+  if [ ! "$stamp" -nt pyproject.toml ] || [ ! "$stamp" -nt scripts/oldest.txt ]; then
+    echo "Installing $* into $venv …"
+    if ! "$venv/bin/python" -m pip install -q "$@"; then
+      echo "error: pip could not install $* into $PWD/$venv; its reason stands above." >&2
       return 1
     fi
     touch "$stamp"

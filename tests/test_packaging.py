@@ -104,8 +104,7 @@ def requirements(metadata, platform, machine, extra=""):
     }
     found = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     found = [r for r in found if r.marker is None or r.marker.evaluate(environment)]
-    assert len({r.name for r in found}) == len(found)
-    return {r.name: r.extras for r in found}
+    return {r.name: set().union(*(o.extras for o in found if o.name == r.name)) for r in found}
 
 
 def test_wheel_holds_the_package_and_the_kernels_alone(wheel):

@@ -14,11 +14,21 @@ import mlx.nn as nn
 from ..head.formats import AFFINE, AFFINE_BITS, FLOATS, USUAL_GROUP, find_format
 from ..index.files import FlashHeadIndex
 from ..models.locate import find_head
-from .apple_gpu import GATHER_SHARE, LAUNCH_US, PUBLIC_MEASUREMENTS, Measurement, bandwidth
+from .apple_gpu import (
+    GATHER_SHARE,
+    LAUNCH_US,
+    PUBLIC_MEASUREMENTS,
+    SELECT_US,
+    Measurement,
+    arithmetic,
+    bandwidth,
+)
 
 FORMULA = """\
-head  = (other bytes + probed rows / g) / bandwidth + {head_kernels} · {launch} µs
-model = body / bandwidth + head + ({layers} layers · {layer_kernels} + {others}) · {launch} µs
+dense     = rows / bandwidth + {launch} µs
+FlashHead = (centroids + probed rows / g) / bandwidth + {kernels} · {launch} + {select} µs + check
+check     = max(2 · {states} · V · D / arithmetic, rows / bandwidth) / {states} + {wasted:g} steps
+model     = body / bandwidth + head + ({layers} layers · {layer_kernels} + {others}) · {launch} µs
 probed rows: {probes} clusters of {size} rows, of {clusters} clusters"""
 # of floats, and of affine rows in the usual groups
 BYTES_PER_WEIGHT = {16: find_format(FLOATS, 16).bytes_per_weight()} | {
@@ -30,7 +40,9 @@ OTHER_KERNELS = 5
 # down, addition. Independent kernels run at once. Norms are added.
 LAYER_KERNELS = 10
 DENSE_KERNELS = 1
-FLASH_HEAD_KERNELS = 4  # route, select, score, expand: metal/README.md
+FLASH_HEAD_KERNELS = 4  # route, select, score, sample: metal/README.md
+STATES = 32  # of a check, whose product has tiles of 32 rows
+WASTED = 0.02  # of the steps are thrown away, at half a per cent of differences
 USUAL_PROBES, CLUSTER_SIZE = 256, 16
 
 
@@ -188,7 +200,10 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
 def formula(shape: ModelShape) -> str:
     """The formula of `estimates` with the model's numbers."""
     return FORMULA.format(
-        head_kernels=f"({DENSE_KERNELS} or {FLASH_HEAD_KERNELS})",
+        kernels=FLASH_HEAD_KERNELS,
+        select=SELECT_US,
+        states=STATES,
+        wasted=WASTED,
         launch=LAUNCH_US,
         layers=shape.n_layers,
         layer_kernels=shape.layer_kernels,
@@ -236,17 +251,20 @@ def _estimate(
     head_bytes: float,
 ) -> Estimate:
     gb_s = bandwidth(chip)
-    logits = 2 * shape.vocab_size  # written
-    if form == "dense":
-        plain, probed, kernels = head_bytes + logits, 0.0, DENSE_KERNELS
-    else:
-        slots = 4 * shape.vocab_size  # each token's slot, read to write the full logits
-        plain, kernels = shape.stage_1_bytes + slots + logits, FLASH_HEAD_KERNELS
-        probed = head_bytes / shape.vocab_size * shape.n_probes * shape.cluster_size
-    head_us = (plain + probed / GATHER_SHARE) / gb_s / 1e3 + kernels * LAUNCH_US
     other_kernels = shape.n_layers * shape.layer_kernels + OTHER_KERNELS
-    model_us = body_bytes / gb_s / 1e3 + head_us + other_kernels * LAUNCH_US
-    return Estimate(form, *precision, (plain + probed) / 1e6, head_us / 1e3, model_us / 1e3)
+    body_us = body_bytes / gb_s / 1e3 + other_kernels * LAUNCH_US
+    if form == "dense":
+        read = head_bytes + 2 * shape.vocab_size  # the logits are written
+        head_us = read / gb_s / 1e3 + DENSE_KERNELS * LAUNCH_US
+    else:
+        probed = head_bytes / shape.vocab_size * shape.n_probes * shape.cluster_size
+        head_us = (shape.stage_1_bytes + probed / GATHER_SHARE) / gb_s / 1e3
+        head_us += FLASH_HEAD_KERNELS * LAUNCH_US + SELECT_US
+        product = 2 * STATES * shape.vocab_size * shape.hidden_size / arithmetic(chip) / 1e6
+        check_us = max(product, head_bytes / gb_s / 1e3) / STATES
+        head_us += check_us + WASTED * (body_us + head_us)
+        read = shape.stage_1_bytes + probed + head_bytes / STATES
+    return Estimate(form, *precision, read / 1e6, head_us / 1e3, (body_us + head_us) / 1e3)
 
 
 def _usual_index(vocab_size: int, hidden_size: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..common.command import sentence
 from ..common.quantities import count
 from ..common.terminal import StopKey, Terminal, UserInput
+from ..head.flash_head import FlashHead
 from ..loading.background import IdleBuild
 from ..models.install import get_flash_head
 from .conversation import LENGTH, STOPPED, Answer, Conversation
@@ -173,6 +174,7 @@ class Talk:
         lines = [f"{self.name}, {self._settings()}"]
         if self.head is not None:
             lines.append(f"backend {self.head.backend!r}: {self.head.backend_reason}")
+            lines += _speed_here(self.head)
         lines.append(f"{count(len(conversation.messages), 'message')}, {held}")
         if answers:
             lines.append(f"last answer: {_figures(answers[-1])}")
@@ -233,6 +235,15 @@ def _command(typed: UserInput) -> tuple[str, str]:
     if slash or (len(words) == 1 and "/" not in words[0] and name in ALIASES):
         return name, words[1].strip() if words[1:] else ""
     return "", ""
+
+
+def _speed_here(head: FlashHead) -> list[str]:
+    """What was measured on this machine, if anything was."""
+    if head.gain is None:
+        return []
+    how = f"{head.checked_probes:,} clusters a proposal, a check of at most {head.most_waiting}"
+    kept = "stays dense" if head.stays_dense else how
+    return [f"measured on this machine: {head.gain:.2f} times as fast as dense, {kept}"]
 
 
 def _summary(messages: list[Message]) -> str:

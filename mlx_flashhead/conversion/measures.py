@@ -23,7 +23,7 @@ from .steps import Step, Steps, stepwise
 
 CHUNK_STATES, CHUNK_LOGITS = 128, 1 << 23  # at once, which bounds memory
 LEAST_LOGIT = np.float32(-1e30)
-GREATEST_EXPONENT = 100.0  # of an estimate relative to the best logit, which avoids overflow
+GREATEST_TAIL = 100.0  # of an estimate over the best logit: forced clusters have a huge score
 # Places of a position's measures.
 AGREEMENT, COVERAGE, MASS, KL, NLL, GAP, TAIL = range(7)
 
@@ -196,7 +196,8 @@ class _DenseView:
             return (scores > own).sum(1)[:, None]
 
         tail = (scores + tail_offset).astype(np.float64) - self.top[:, None]
-        weight = self.sizes * np.exp(np.minimum(tail, GREATEST_EXPONENT))
+        tail = np.minimum(tail, GREATEST_TAIL)
+        weight = self.sizes * np.exp(tail)
         moved = self.mean_logit - self.mass * tail
         best = np.maximum.accumulate(np.take_along_axis(self.best, order, 1), 1)[:, probes - 1]
         best = best.astype(np.float64)

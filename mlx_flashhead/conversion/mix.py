@@ -17,12 +17,13 @@ from .prompts import chat_prompts
 from .steps import Steps, Stopwatch, stepwise
 
 ANSWERS = {"answers, greedy": 0.0, "answers, sampled": 1.0}  # and their temperatures
-WINDOW = 64  # positions; longer windows take longer steps and gain nothing
+WINDOW = 64  # tokens; longer windows take longer steps and gain nothing
+CONTEXT = 8  # first tokens of a window, whose states have seen too little and are left out
 SHARES = {kind: 2 if kind in (EUROPEAN, ASIAN) else 1 for kind in KINDS}  # of the given text
 WRITTEN_SHARE = 1 / 6  # of the positions, since written text costs more time and teaches less
 WRITING_SHARE = 1 / 2  # of the time at most
 HELD_OUT_SHARE = 1 / 4  # of each kind
-LEAST_WINDOW = 8  # tokens; shorter rests are left out
+LEAST_WINDOW = 16  # tokens; shorter rests are left out
 
 
 @stepwise
@@ -83,7 +84,7 @@ def _given(
         before = 0
         for window in _chosen_windows(documents, beginning, wanted):
             placed.append((before / wanted, name, window))
-            before += len(window) - 1
+            before += len(window) - 1 - CONTEXT
     placed.sort(key=lambda one: one[0])
     states = yield from read_windows.steps(
         model,
@@ -97,7 +98,7 @@ def _given(
     parts = []
     for kind in token_ids:
         read = [
-            (of_window, np.array(window[1:], dtype=np.int64))
+            (of_window[CONTEXT:], np.array(window[CONTEXT + 1 :], dtype=np.int64))
             for (_, name, window), of_window in zip(placed, states, strict=True)
             if name == kind and len(of_window)
         ]
@@ -164,6 +165,6 @@ def _chosen_windows(
     chosen = []
     for _, _, window in sorted(placed):
         if len(window) >= LEAST_WINDOW and positions > 0:
-            chosen.append(window[: positions + 1])
-            positions -= len(chosen[-1]) - 1
+            chosen.append(window[: CONTEXT + positions + 1])
+            positions -= len(chosen[-1]) - 1 - CONTEXT
     return chosen

@@ -1,7 +1,7 @@
 """Positions to calibrate on: hidden states with their next tokens and kinds of text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,16 +49,9 @@ class Positions:
     def __len__(self) -> int:
         return len(self.states)
 
-    def take(self, chosen: np.ndarray) -> "Positions":
-        """The positions ``chosen``, (N,) bool."""
-        return Positions(
-            self.states[chosen],
-            self.next_ids[chosen],
-            self.kinds[chosen],
-            self.held_out[chosen],
-            self.names,
-        )
-
     def parted(self) -> tuple["Positions", np.ndarray]:
         """The held-out positions, and the states (n, D) of the others."""
-        return self.take(self.held_out), self.states[~self.held_out]
+        chosen = self.held_out
+        names = ("states", "next_ids", "kinds", "held_out")
+        held_out = replace(self, **{name: getattr(self, name)[chosen] for name in names})
+        return held_out, self.states[~chosen]

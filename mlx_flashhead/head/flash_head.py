@@ -57,6 +57,7 @@ class FlashHead:
 
     Attributes:
         most_waiting: Proposals that wait for a check at most.
+        gain: Measured tokens per second on this machine, relative to dense decoding, if known.
         stays_dense: Whether proposals gain nothing on this machine.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
         depth: Of the checked probes the kernels score those whose score is at most this many nats
@@ -91,6 +92,7 @@ class FlashHead:
         self.depth = NO_DEPTH
         self.risk = risk or Risk()
         self.most_waiting = MOST_WAITING
+        self.gain: float | None = None
         self.stays_dense = False
         self._draw_temperature: float | None = None
         self._project: Project | None = None

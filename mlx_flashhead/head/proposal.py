@@ -57,6 +57,8 @@ class Risk(NamedTuple):
         greedy = mx.exp(self.a - self.b * (best - unscored[:, 0]))
         if draws is None:
             return mx.minimum(greedy, 1.0)
-        scored = mx.logsumexp(candidates.logits.astype(mx.float32), axis=(-2, -1))
+        logits = candidates.logits.astype(mx.float32)
+        # over one axis: mlx 0.31 keeps one of two that has a single element
+        scored = mx.logsumexp(logits.flatten(-2), axis=-1)
         drawn = self.scale * mx.sigmoid(unscored[:, 1] - scored)
         return mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)

@@ -1,13 +1,22 @@
-"""A FlashHead under ``mlx_lm.load`` and ``mlx_vlm.load``, for programs that do not know it."""
+"""A FlashHead under the loads of mlx-lm and mlx-vlm, for programs that do not know it."""
 
-from functools import wraps
+import multiprocessing
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from ..common.command import sentence
 from ..lossless.generation import checks
-from ..models.compat.patched_load import Load, wrap_generate_step, wrap_load
-from ..models.compat.vlm.patched_load import wrap_load as wrap_vlm_load
+from ..models.compat.patched_load import (
+    Load,
+    caller_generates,
+    wrap_generate_step,
+    wrap_load,
+    wrap_load_model,
+    wrap_vlm_load,
+)
+from ..models.compat.utils import load_tokenizer
 from ..models.fetch import resolve
 from ..publishing.origin import local_origin
 from .attach import attach_head
@@ -15,7 +24,9 @@ from .look_up import HeadOptions, head_beside, named_head
 
 
 def patch_load(options: HeadOptions) -> None:
-    """From now on ``load`` of mlx-lm and mlx-vlm attaches a FlashHead to a model, if it can.
+    """From now on the loads of mlx-lm and mlx-vlm attach a FlashHead to a model, if they can.
+
+    Programs of theirs that convert or train a model get the dense one.
 
     Args:
         options: The choices for it.
@@ -26,12 +37,12 @@ def patch_load(options: HeadOptions) -> None:
     chosen = named_head(options)
     warned = False
 
-    def attach_to(model: Any, tokenizer: Any, folder: Path) -> None:
+    def attach_to(model: Any, tokenizer_of: Callable[[], Any], folder: Path) -> None:
         nonlocal warned
         origin = local_origin(folder)
         try:
             stored = chosen or head_beside(folder, options)
-            head = attach_head(model, tokenizer, stored, origin, options)
+            head = attach_head(model, tokenizer_of(), stored, origin, options)
             assert head is not None  # only DENSE leaves it out
             options.say(
                 f"With FlashHead: {origin.known_as}, {head.n_probes:,} of {head.n_clusters:,} "
@@ -45,6 +56,8 @@ def patch_load(options: HeadOptions) -> None:
     def wrap(original: Load) -> Load:
         @wraps(original)
         def load(path_or_hf_repo: Any, *arguments: Any, **named: Any) -> Any:
+            if not caller_generates():
+                return original(path_or_hf_repo, *arguments, **named)
             try:
                 # mlx_vlm.generate names a revision of a folder too
                 is_folder = Path(path_or_hf_repo).expanduser().is_dir()
@@ -54,14 +67,53 @@ def patch_load(options: HeadOptions) -> None:
             except ValueError:
                 return original(path_or_hf_repo, *arguments, **named)  # with its own error
             loaded = original(path_or_hf_repo, *arguments, **named)
-            attach_to(loaded[0], loaded[1], folder)
+            attach_to(loaded[0], lambda: loaded[1], folder)
             return loaded
 
         return load
 
+    def wrap_model(original: Load) -> Load:
+        @wraps(original)
+        def load_model(model_path: Any, *arguments: Any, **named: Any) -> Any:
+            loaded = original(model_path, *arguments, **named)
+            folder = Path(model_path)
+            ends = loaded[1].get("eos_token_id")
+            attach_to(loaded[0], partial(load_tokenizer, folder, eos_token_ids=ends), folder)
+            return loaded
+
+        return load_model
+
     wrap_load(wrap)
+    wrap_load_model(wrap_model)
     wrap_generate_step(_with_check)
     wrap_vlm_load(wrap)
+
+
+class _InNewProcesses:
+    """Patches the loads in a spawned process, as soon as it is unpickled there."""
+
+    def __init__(self, options: HeadOptions):
+        self._options = options
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[HeadOptions]]:
+        return _patched, (self._options,)
+
+
+def _patched(options: HeadOptions) -> _InNewProcesses:
+    patch_load(options)
+    return _InNewProcesses(options)  # for its own processes
+
+
+def patch_new_processes(options: HeadOptions) -> None:
+    """From now on :func:`patch_load` is called in each process that multiprocessing spawns.
+
+    A process is given the settings of the one that starts it, before the function that it runs.
+
+    Args:
+        options: The choices for the FlashHead.
+    """
+    process: Any = multiprocessing.current_process()
+    process._config["mlx_flashhead"] = _InNewProcesses(options)
 
 
 def _with_check(original: Load) -> Load:

@@ -41,7 +41,7 @@ def certain_best(
     own = mx.max(logits, axis=(1, 2))
     second = mx.max(mx.where(ids == tokens[:, None, None], -mx.inf, logits), axis=(1, 2))
     # mlx-lm's loop takes the best log-probability, which is rounded once more
-    below = mx.logsumexp(logits, axis=(1, 2)) - own + (own - second) + 0.5
+    below = mx.logsumexp(logits.flatten(1), axis=-1) - own + (own - second) + 0.5
     merged = below * rounding.epsilon
     above_scored = own - second > 2 * rounding.scored * largest + merged
     above_others = own - others > (rounding.batch + rounding.scored) * largest + merged
@@ -67,7 +67,7 @@ def certain_draw(
     largest = _largest(slots)[:, None]
     room, room_scored = rounding.batch * largest, rounding.scored * largest
     others = _without(slots, probes, head)
-    tail = mx.logsumexp(others, axis=(1, 2))[:, None]
+    tail = mx.logsumexp(others.flatten(1), axis=-1)[:, None]
     near, left = _nearest(others)
     ids = mx.take(head.clustered.token_ids, mx.concatenate([probes, near], axis=-1), axis=0)
     ids = ids.flatten(1)

@@ -15,7 +15,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..head.backend import PORTABLE
 from ..head.flash_head import FlashHead
+from ..head.steps import NO_DEPTH
 from ..models.install import hidden_dtype, installed_head
 from .loop import checked_steps
 from .pace import MOST_WAITING
@@ -27,6 +29,7 @@ from .screen import certain_best
 SECONDS = 3.0  # of all measurements
 LEAST_GAIN = 1.03
 WAITING = (8, 16, MOST_WAITING)
+DEPTH = 9.0  # leaves out a quarter to a half of the clusters at equal shares of differences
 SHARES = (0.5, 1.0, 2.0)  # numbers of probes to try, relative to the index's
 TURNS = 3
 MOST_TOKENS = 16  # of one turn
@@ -40,7 +43,8 @@ class Tuning:
     """The settings of the checked loop on one machine.
 
     Attributes:
-        n_probes: Clusters scored for a proposal.
+        n_probes: Clusters scored for a proposal, at most.
+        depth: Nats below the mass of all tokens from which a cluster is left out.
         most_waiting: Tokens that may wait for a check.
         gain: Tokens per second relative to dense decoding, the median of the turns.
         dense_seconds: Time of a token when it is decoded densely.
@@ -50,6 +54,7 @@ class Tuning:
     """
 
     n_probes: int
+    depth: float
     most_waiting: int
     gain: float
     dense_seconds: float
@@ -60,8 +65,8 @@ class Tuning:
     def apply(self, head: FlashHead) -> None:
         """Gives a head these settings."""
         head.checked_probes = min(self.n_probes, head.n_clusters)
-        head.most_waiting = self.most_waiting
-        head.stays_dense = self.dense
+        head.depth, head.most_waiting = self.depth, self.most_waiting
+        head.gain, head.stays_dense = self.gain, self.dense
 
     def to_dict(self) -> dict[str, Any]:
         """The form for JSON."""
@@ -91,19 +96,23 @@ def tune(
         return None
     shares = {int(d["n_probes"]): d["greedy_differs"] for d in differences}
     expected = {}
+    depths = (NO_DEPTH,) if head.backend == PORTABLE else (NO_DEPTH, DEPTH)
     for n_probes in _grid(head, usual, shares):
-        step = steps.seconds(n_probes=n_probes)
-        for k in WAITING:
-            wasted = _share(shares, n_probes) * (k / 2 + 1)
-            expected[n_probes, k] = step * (1 + wasted) + steps.check_seconds(n_probes, k) / k
-    n_probes, most_waiting = min(expected, key=lambda pair: expected[pair])
-    Tuning(n_probes, most_waiting, 1.0, dense, 0.0, False).apply(head)
+        for depth in depths:
+            head.depth = depth
+            step = steps.seconds(n_probes=n_probes)
+            for k in WAITING:
+                wasted = _share(shares, n_probes) * (k / 2 + 1)
+                check = steps.check_seconds(n_probes, k)
+                expected[n_probes, depth, k] = step * (1 + wasted) + check / k
+    n_probes, depth, most_waiting = min(expected, key=lambda settings: expected[settings])
+    Tuning(n_probes, depth, most_waiting, 1.0, dense, 0.0, dense=False).apply(head)
     left = seconds - (time.perf_counter() - began)
     n_tokens = int(min(MOST_TOKENS, max(6, left / (2 * TURNS * dense))))
     gains = [steps.turn(n_tokens) for _ in range(TURNS)]
     gain, spread = median(gains), (max(gains) - min(gains)) / 2
     stays, again = gain < LEAST_GAIN, spread > BUSY
-    tuning = Tuning(n_probes, most_waiting, gain, dense, spread, stays, again)
+    tuning = Tuning(n_probes, depth, most_waiting, gain, dense, spread, stays, again)
     tuning.apply(head)
     return tuning
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-import mlx_lm
 
 from ..index.files import is_companion
-from .compat.utils import load_adapters
+from .compat.utils import load, load_adapters
 from .fetch import reason
 
 
@@ -26,7 +25,7 @@ def load_dense(folder: Path, **kwargs: Any):
         )
     adapter_path = kwargs.pop("adapter_path", None)
     with loading(folder):
-        loaded: Any = mlx_lm.load(str(folder), return_config=True, **kwargs)
+        loaded: Any = load(str(folder), return_config=True, **kwargs)
     model, tokenizer, config = loaded
     if adapter_path is not None:
         model = _adapted(model, adapter_path)

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .compat.vlm import too_old
 from .errors import UnsupportedHeadError
 
 
@@ -71,7 +72,13 @@ def check_writes_text(model: nn.Module) -> None:
         return
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "language_model"):
         raise _without_text(model)
-    from .compat.vlm.diffusion import is_diffusion_model  # mlx-vlm is an extra
+    old = too_old()
+    if old is not None:
+        raise UnsupportedHeadError(
+            f"A FlashHead takes mlx-vlm 0.7.8 or newer, and {old} is installed: update mlx-vlm, or "
+            "use the model without FlashHead."
+        )
+    from .compat.vlm.text import is_diffusion_model  # mlx-vlm is an extra
 
     if is_diffusion_model(model):
         raise UnsupportedHeadError(

@@ -83,8 +83,17 @@ class HeadLocation:
         return self.method == EMBEDDING
 
     def rows(self) -> Matrix:
-        """The head's rows as the module stores them."""
+        """The head's rows as the module stores them.
+
+        Raises:
+            UnsupportedHeadError: If they have a scale of the whole matrix besides.
+        """
         module = self.module
+        if "global_scale" in module:
+            raise UnsupportedHeadError(
+                f"The rows of {self.path!r} have a global_scale (NVFP4 of newer mlx), which "
+                "FlashHead does not read: use the model without FlashHead."
+            )
         scales = module.get("scales")
         quantization = (
             {}

@@ -34,9 +34,9 @@ class ProcessorText:
     """
 
     def __init__(self, model: nn.Module, processor: Any):
-        from .compat.vlm import prompt_utils  # mlx-vlm is an extra
+        from .compat.vlm import text as vlm_text  # mlx-vlm is an extra
 
-        self._utils = prompt_utils
+        self._utils = vlm_text
         self._config: Any = model.config
         self._processor = processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
@@ -47,7 +47,7 @@ class ProcessorText:
             )
         known = getattr(self._tokenizer, "stopping_criteria", None)
         ends = getattr(known, "eos_token_ids", None) or getattr(self._config, "eos_token_id", None)
-        self.eos_token_ids = prompt_utils.resolve_eos_token_ids(ends, self._tokenizer)
+        self.eos_token_ids = vlm_text.resolve_eos_token_ids(ends, self._tokenizer)
         templates = (getattr(one, "chat_template", None) for one in (processor, self._tokenizer))
         self.has_chat_template = any(templates) and self._chat(PROBE, False) is not None
 

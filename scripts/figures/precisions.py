@@ -24,7 +24,7 @@ from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.quantities import percent
 from mlx_flashhead.common.tables import new_table, show
 from mlx_flashhead.conversion.calibration import read_text, text_states
-from mlx_flashhead.conversion.measures import Routing, measure
+from mlx_flashhead.conversion.measures import Routing, measure_positions
 from mlx_flashhead.head.matrix import Matrix, as_float32
 from mlx_flashhead.index.files import FlashHeadIndex, read_index
 from mlx_flashhead.models.dense import load_dense
@@ -91,15 +91,15 @@ def under(
     centroids = index.centroids
     matrix = as_float32(centroids.matrix.dequantized())
     offset = as_float32(centroids.bias)
-    routing = Routing("", lambda h: h @ matrix.T + offset, as_float32(centroids.tail_offset))
-    (found,), dense = measure(
-        states, logits, index.token_ids, [routing], [index.config.n_probes], next_ids,
-        progress=False,
-    )  # fmt: skip
+    routing = Routing(lambda h: h @ matrix.T + offset, as_float32(centroids.tail_offset))
+    found = measure_positions(
+        states, logits, index.token_ids, routing, [index.config.n_probes], next_ids, progress=False
+    )
+    (means,) = found.means()
     return {
-        "agreement": found.agreement,
-        "kl": found.kl,
-        "perplexity": found.perplexity / dense,
+        "agreement": means.agreement,
+        "kl": means.kl,
+        "perplexity": means.perplexity / found.dense_perplexity(),
     }
 
 

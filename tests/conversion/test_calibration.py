@@ -112,39 +112,6 @@ def test_tokens_are_drawn_from_their_states(arch, tokenizer, monkeypatch):
     np.testing.assert_array_equal(logits_of(model, states).argmax(axis=1), drawn)
 
 
-def test_temperature_spreads_the_tokens(loaded, endless):
-    model, _ = loaded
-    cold = generate(model, endless, 50, temperature=1e-3)
-    states, drawn = generate(model, endless, 50, temperature=100.0)
-    assert (logits_of(model, cold[0]).argmax(axis=1) == cold[1]).mean() > 0.9
-    assert (logits_of(model, states).argmax(axis=1) == drawn).mean() < 0.2
-
-
-def test_the_text_is_the_models_own_by_default(loaded, endless):
-    """Its tokens surprise the model as much as tokens drawn from its probabilities would.
-
-    A colder text is one the model hardly ever writes, and lacks the states of most others.
-    """
-    states, drawn = generate(loaded[0], endless, 500)
-    logits = logits_of(loaded[0], states).astype(np.float64)
-    surprise = np.log(np.exp(logits).sum(axis=1, keepdims=True)) - logits
-    probability = np.exp(-surprise)
-    expected = (probability * surprise).sum(axis=1)
-    variance = (probability * surprise**2).sum(axis=1) - expected**2
-    excess = surprise[np.arange(len(drawn)), drawn] - expected
-    assert abs(excess.sum()) < 3 * np.sqrt(variance.sum())
-
-
-def test_same_seed_same_states(loaded):
-    model, tokenizer = loaded
-    first = generate(model, tokenizer, 70, seed=5)
-    again = generate(model, tokenizer, 70, seed=5)
-    other = generate(model, tokenizer, 70, seed=6)
-    np.testing.assert_array_equal(first[1], again[1])
-    np.testing.assert_array_equal(first[0], again[0])
-    assert (first[1] != other[1]).any()
-
-
 def test_the_seed_draws_other_tokens_after_the_same_prompts(loaded, endless):
     drawn = [
         generate(loaded[0], endless, 30, prompts=iter([[0, 5]]), seed=seed)[1] for seed in (0, 1, 0)
@@ -172,17 +139,6 @@ def test_no_further_states_when_the_time_is_up(loaded, endless):
     assert drawn.shape == (0,)
     states, drawn = generate(loaded[0], endless, 100_000, limit=Stopwatch(1))
     assert 0 < len(states) == len(drawn) < 100_000
-
-
-def test_generating_shows_a_bar(loaded, capsys):
-    model, tokenizer = loaded
-    generated_states(model, tokenizer, find_head(model), prompts_of(tokenizer), 30)
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "Writing text: 100%" in shown.err
-    assert "30/30" in shown.err
-    generate(model, tokenizer, 3)
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("window", [7, 40, 512])
@@ -277,28 +233,11 @@ def test_text_states_stop_at_the_positions_asked_for(loaded, positions):
     np.testing.assert_array_equal(next_ids, token_ids[1 : count + 1])
 
 
-def test_reading_shows_a_bar(loaded, capsys):
-    model, tokenizer = loaded
-    text_states(model, tokenizer, find_head(model), TEXT, stage="Measuring it")
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "Measuring it: 100%" in shown.err
-
-
 @pytest.mark.parametrize("text", ["", "a"])
 def test_too_short_a_text(loaded, text):
     model, tokenizer = loaded
     with pytest.raises(ValueError, match="too short to measure anything on: give one of some"):
         text_states(model, tokenizer, find_head(model), text, progress=False)
-
-
-def test_the_model_s_methods_are_left_as_they_were(loaded):
-    model, tokenizer = loaded
-    location = find_head(model)
-    before = type(location.module).__dict__.copy()
-    generate(model, tokenizer, 3)
-    text_states(model, tokenizer, location, TEXT, progress=False)
-    assert dict(type(location.module).__dict__) == before
 
 
 def test_read_text(tmp_path):

@@ -81,16 +81,6 @@ def test_balanced_for_any_vocabulary(vocab_size, cluster_size, spherical):
     check_balanced(token_ids, vocab_size, cluster_size)
 
 
-def test_one_cluster_holds_everything_in_order():
-    token_ids = cluster_rows(normal_rows(40, 5), 40, progress=False)
-    np.testing.assert_array_equal(token_ids, np.arange(40)[None])
-
-
-def test_clusters_of_one():
-    token_ids = cluster_rows(normal_rows(300, 5), 1, progress=False)
-    np.testing.assert_array_equal(np.sort(token_ids.ravel()), np.arange(300))
-
-
 @pytest.mark.parametrize("backend", ["numpy", "mlx"])
 def test_same_seed_same_clusters(backend):
     rows = normal_rows(600, 24)
@@ -179,20 +169,6 @@ def test_prices_make_better_clusters(monkeypatch):
     assert priced > free + 0.002
 
 
-def test_better_than_unbalanced_k_means_cut_to_size():
-    """Balance is kept in every iteration; cutting k-means to size afterwards costs much."""
-    rows = normal_rows(1600, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    centroids = unit[np.random.default_rng(0).permutation(1600)[:100]]
-    for _ in range(10):
-        nearest = (unit @ centroids.T).argmax(axis=1)
-        sums = np.stack([unit[nearest == c].sum(axis=0) for c in range(100)])
-        centroids = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
-    cut = np.argsort(nearest, kind="stable").reshape(100, 16)
-    token_ids = cluster_rows(rows, 16, progress=False)
-    assert spherical_quality(rows, token_ids) > spherical_quality(rows, cut) + 0.02
-
-
 @pytest.mark.parametrize("spherical", [True, False])
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_all_rows_equal(value, spherical):
@@ -220,12 +196,6 @@ def test_thousands_of_unused_tokens_keep_to_themselves(kind, spherical):
     assert mixed.sum() <= 2
     of_used = groups[(groups >= 0).all(axis=1)]
     assert (of_used == of_used[:, :1]).all(axis=1).mean() > 0.8
-
-
-def test_equal_rows_share_clusters():
-    rows = np.repeat(normal_rows(50, 12), 16, axis=0)[np.random.default_rng(0).permutation(800)]
-    token_ids = cluster_rows(rows, 16, progress=False)
-    assert spherical_quality(rows, token_ids) > 0.95
 
 
 @pytest.mark.parametrize("metric", [None, np.eye(640, dtype=np.float32)])
@@ -293,11 +263,3 @@ def test_bad_input_is_one_sentence(rows, arguments, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         cluster_rows(rows, progress=False, **arguments)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("progress", [True, False])
-def test_progress_bar(capsys, progress):
-    cluster_rows(normal_rows(100, 4), 8, progress=progress)
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert ("Clustering: 100%" in shown.err) == progress

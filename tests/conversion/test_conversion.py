@@ -152,18 +152,6 @@ def test_head_has_its_own_bits(sources, tmp_path, flags, head_bits):
     mlx_flashhead.load(str(found))
 
 
-def test_finer_quantized_head_gets_coarser(tmp_path, sources):
-    fine, found = tmp_path / "fine", tmp_path / "found"
-    mlx_lm.convert(str(sources["untied"]), str(fine), quantize=True, q_bits=8)
-    convert(str(fine), str(found), head_bits=4, **QUICK)
-    expected = mx.quantize(
-        mx.dequantize(*head_arrays(fine).values(), group_size=64, bits=8), group_size=64, bits=4
-    )
-    for array, other in zip(head_arrays(found).values(), expected, strict=True):
-        assert mx.array_equal(array, other)
-    mlx_flashhead.load(str(found))
-
-
 def test_dequantized_body_with_a_quantized_head(tmp_path, sources):
     found = tmp_path / "found"
     convert(str(sources["quantized"]), str(found), dequantize=True, head_bits=8, **QUICK)
@@ -213,7 +201,7 @@ def test_goals_are_those_asked_for(sources, tmp_path, capsys):
         target_kl=5.0,
         calibration_positions=100,
     )
-    assert "the fewest that reach 1 % agreement, a KL of 2.5 nats and" in capsys.readouterr().out
+    assert "the fewest that reach 1 % agreement and a KL of 2.5 nats" in capsys.readouterr().out
 
 
 def test_says_when_the_text_was_cut_short(sources, tmp_path, capsys):
@@ -237,12 +225,6 @@ def test_a_seed_gives_one_file(sources, tmp_path):
         )
         files.append((tmp_path / name / FILE_NAME).read_bytes())
     assert files[0] == files[1] != files[2]
-
-
-def test_tokenizer_without_a_chat_template(tmp_path):
-    source = write_model(tmp_path / "source", chat_template=None)
-    given = convert(str(source), str(tmp_path / "found"), calibration_positions=100, progress=False)
-    assert given.calibration["positions"] == 100
 
 
 @pytest.mark.parametrize("name", ["tied", "quantized"])
@@ -354,35 +336,6 @@ def test_invalid_arguments_write_nothing(sources, tmp_path, arguments, said):
     with pytest.raises(ValueError, match=said):
         convert(str(sources["tied"]), str(tmp_path / "found"), **(QUICK | arguments))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "content, said",
-    [(b"", "is empty"), (b" \n ", "is empty"), (b"\xff\xfe\x80", "not UTF-8"), (b"a b", "pages")],
-)
-def test_calibration_texts_that_are_none(sources, tmp_path, content, said):
-    text = tmp_path / "text.txt"
-    text.write_bytes(content)
-    with pytest.raises(ValueError, match=said) as caught:
-        convert(
-            str(sources["tied"]), str(tmp_path / "found"), calibration=str(text), progress=False
-        )
-    assert "text.txt" in str(caught.value)
-    assert list(tmp_path.iterdir()) == [text]
-
-
-def test_more_head_bits_than_there_are(sources, tmp_path):
-    with pytest.raises(ValueError, match="more than the 4 bits"):
-        convert(str(sources["quantized"]), str(tmp_path / "found"), head_bits=8, **QUICK)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("hidden_size, flags", [(96, {"quantize": True}), (72, {})])
-def test_head_width_that_fits_no_group(tmp_path, hidden_size, flags):
-    source = write_model(tmp_path / "source", hidden_size=hidden_size, tied=False)
-    with pytest.raises(ValueError, match=r"width .* group"):
-        convert(str(source), str(tmp_path / "found"), head_bits=8, **flags, **QUICK)
-    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_width_that_fits_no_group_is_converted_all_the_same(tmp_path):

@@ -262,11 +262,3 @@ def test_bad_input_is_one_sentence(arguments, sentence):
     rows, token_ids, _, _ = make_case()
     with pytest.raises(ValueError, match=sentence):
         fit(rows, token_ids, **arguments)
-
-
-def test_progress_bar(capsys):
-    rows, token_ids, states, _ = make_case()
-    fit_centroids(rows, token_ids, states)
-    assert "Fitting: 100%" in capsys.readouterr().err
-    fit(rows, token_ids, states)
-    assert capsys.readouterr().err == ""

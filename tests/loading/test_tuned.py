@@ -14,8 +14,8 @@ from mlx_flashhead.lossless import tuning as tuning_module
 from mlx_flashhead.lossless.tuning import Tuning, tune
 from tiny_models import tiny_index, tiny_model
 
-FAST = Tuning(2, 8, 1.5, 0.01, 0.0, dense=False)
-SLOW = Tuning(3, 16, 1.01, 0.01, 0.0, dense=True)
+FAST = Tuning(2, 1e30, 8, 1.5, 0.01, 0.0, dense=False)
+SLOW = Tuning(3, 1e30, 16, 1.01, 0.01, 0.0, dense=True)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_head_that_gains_nothing_stays_dense_and_says_so(measure, flash_head_h
 
 
 def test_a_busy_machine_is_measured_once_more(measure, flash_head_home):
-    busy = Tuning(2, 8, 1.0, 0.01, 0.5, dense=True, again=True)
+    busy = Tuning(2, 1e30, 8, 1.0, 0.01, 0.5, dense=True, again=True)
     left = measure(busy, busy)
     assert loaded()[0].stays_dense
     assert loaded()[0].stays_dense

@@ -1,10 +1,10 @@
 """Models that bring their own Python code, as mlx-lm's ``model_file`` names it."""
 
 import mlx.core as mx
-import mlx_lm
 import pytest
 
 from mlx_flashhead import convert, get_flash_head, load, stream_generate
+from mlx_flashhead.models.compat.utils import load as load_plain
 from remote_code import write_remote_model
 
 
@@ -28,7 +28,7 @@ def greedy(model, ids, n_tokens=10):
 
 
 def test_generates(folders):
-    dense, _ = mlx_lm.load(str(folders[0]), trust_remote_code=True)
+    dense, _ = load_plain(str(folders[0]), trust_remote_code=True)
     model, tokenizer = load(str(folders[1]), trust_remote_code=True)
     assert type(model).__module__ == "custom_model" != "mlx_lm"
     head = get_flash_head(model)

@@ -2,6 +2,25 @@
 
 Other modules import ``mlx_lm`` itself and its samplers (``mlx_lm.sample_utils``) directly. Every
 other name of mlx-lm comes through here, and so does every replacement of one. Tested with mlx-lm
-0.32.0 to 0.32.2. `tests/models/test_compat.py` reports the names that a version has renamed or
-changed, and their users here.
+0.31.3 to 0.32.2 and mlx 0.31.2 to 0.32.4. `tests/models/test_compat.py` reports the names that a
+version has renamed or changed, and their users here.
 """
+
+import warnings
+from importlib.metadata import version
+
+NEWEST = (0, 32)  # of both that is tested
+
+
+def warn_of_later(package: str, installed: str) -> None:
+    """Warns of a version that is later than the tested ones. Nothing is known to break with it."""
+    if tuple(int(part) for part in installed.split(".")[:2]) > NEWEST:
+        warnings.warn(
+            f"mlx_flashhead is tested with {package} up to 0.32, and {installed} is installed: if "
+            f"it fails, install {package}<0.33.",
+            stacklevel=2,
+        )
+
+
+for name in ("mlx", "mlx-lm"):
+    warn_of_later(name, version(name))

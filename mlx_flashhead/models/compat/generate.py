@@ -4,28 +4,47 @@ import argparse
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from mlx_lm.generate import (
-    BatchGenerator,
     BatchResponse,
-    GenerationBatch,
     GenerationResponse,
-    StopSequences,
-    TextStateMachine,
-    generate_step,
     generation_stream,
-    make_text_state_machine,
     maybe_quantize_kv_cache,
-    speculative_generate_step,
 )
-from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
 from mlx_lm.generate import generate as mlx_lm_generate
-from mlx_lm.generate import setup_arg_parser as generate_parser
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 
 from .replaced import replaced
+
+try:
+    from mlx_lm.generate import (
+        BatchGenerator,
+        GenerationBatch,
+        StopSequences,
+        TextStateMachine,
+        generate_step,
+        make_text_state_machine,
+        speculative_generate_step,
+    )
+    from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
+    from mlx_lm.generate import setup_arg_parser as generate_parser
+except ImportError:
+    from .mlx_lm_0_31 import (  # type: ignore[assignment]
+        BatchGenerator,
+        GenerationBatch,
+        StopSequences,
+        TextStateMachine,
+        generate_parser,
+        generate_step,
+        make_text_state_machine,
+        speculative_generate_step,
+    )
+    from .mlx_lm_0_31 import (  # type: ignore[assignment]
+        batch_generate as mlx_lm_batch_generate,
+    )
 
 __all__ = [
     "BatchGenerator",
@@ -72,6 +91,8 @@ def run_generate(
         generate: Replaces its ``generate``.
     """
     parsed = SimpleNamespace(parse_args=lambda: args)
-    names = {"load": load, "make_sampler": make_sampler, "generate": generate}
+    # mlx-lm 0.31 does not hand the leave on
+    trusted = partial(load, trust_remote_code=args.trust_remote_code)
+    names = {"load": trusted, "make_sampler": make_sampler, "generate": generate}
     with replaced(module, setup_arg_parser=lambda: parsed, **names):
         module.main()

@@ -1,21 +1,47 @@
-"""``mlx_lm.load`` in programs that know nothing of FlashHead: another function in its place."""
+"""The loads and the loop of mlx-lm and mlx-vlm in programs that know nothing of FlashHead.
+
+Other functions take their places for the rest of the process. Modules that are imported later take
+these from the library, and its own modules that have taken the original get them too.
+"""
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import mlx_lm
 
-from .imports import put_in_place
+from .imports import put_in_place, when_imported
 
 Load = Callable[..., Any]
 
+# Modules that load a model and do not generate: they convert it, train it, measure its layers.
+WITHOUT_TEXT = (
+    "mlx_lm.cache_prompt",
+    "mlx_lm.convert",
+    "mlx_lm.fuse",
+    "mlx_lm.lora",
+    "mlx_lm.quant",
+    "mlx_lm.share",
+    "mlx_lm.tuner",
+    "mlx_lm.upload",
+    "mlx_vlm.convert",
+    "mlx_vlm.lora",
+    "mlx_vlm.train",
+    "mlx_vlm.trainer",
+)
+
+
+def caller_generates() -> bool:
+    """Whether the module that has called the present function is none of those above."""
+    names = sys._getframe(2).f_globals
+    spec = names.get("__spec__")  # a program that runs has another name than its own
+    name = spec.name if spec is not None else names.get("__name__", "")
+    return not any(name == module or name.startswith(f"{module}.") for module in WITHOUT_TEXT)
+
 
 def wrap_load(wrap: Callable[[Load], Load]) -> None:
-    """Puts a function in the place of ``mlx_lm.load``, for the rest of the process.
-
-    Modules that are imported later take it from ``mlx_lm`` or ``mlx_lm.utils``. Those of mlx-lm
-    that have been imported already get it where they have taken the original.
+    """Replaces ``mlx_lm.load``.
 
     Args:
         wrap: Makes the function from the original.
@@ -23,7 +49,32 @@ def wrap_load(wrap: Callable[[Load], Load]) -> None:
     put_in_place("mlx_lm", mlx_lm, "load", wrap(mlx_lm.load))
 
 
+def wrap_load_model(wrap: Callable[[Load], Load]) -> None:
+    """Replaces ``mlx_lm.utils.load_model``, which some programs call without ``load``.
+
+    ``load`` and ``sharded_load`` call it too. They put adapters and shards on its model, so they
+    keep the original.
+    """
+    module = importlib.import_module("mlx_lm.utils")
+    original = module.load_model
+    wrapped = wrap(original)
+
+    def load_model(*arguments: Any, **options: Any) -> Any:
+        by_library = sys._getframe(1).f_globals is vars(module)
+        return (original if by_library else wrapped)(*arguments, **options)
+
+    put_in_place("mlx_lm", module, "load_model", load_model)
+
+
 def wrap_generate_step(wrap: Callable[[Load], Load]) -> None:
-    """Puts a function in the place of mlx-lm's ``generate_step``, in the same way."""
+    """Replaces mlx-lm's ``generate_step``."""
     module = importlib.import_module("mlx_lm.generate")
     put_in_place("mlx_lm", module, "generate_step", wrap(module.generate_step))
+
+
+def wrap_vlm_load(wrap: Callable[[Load], Load]) -> None:
+    """Replaces ``mlx_vlm.load``, as soon as a program imports mlx-vlm."""
+    when_imported(
+        "mlx_vlm.utils",
+        lambda module: put_in_place("mlx_vlm", module, "load", wrap(module.load)),
+    )

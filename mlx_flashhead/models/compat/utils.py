@@ -1,21 +1,36 @@
-"""``mlx_lm.utils``: downloading, quantizing, sharding and saving."""
+"""``mlx_lm.utils``: downloading, loading, quantizing, sharding and saving."""
 
+from mlx_lm.utils import _download as download
 from mlx_lm.utils import (
-    DEFAULT_ALLOW_PATTERNS,
     dequantize_model,
     load_adapters,
-    maybe_set_recommended_wired_limit,
+    load_tokenizer,
     quantize_model,
     save,
-    sharded_load,
 )
-from mlx_lm.utils import _download as download
+
+try:
+    from mlx_lm.utils import (
+        DEFAULT_ALLOW_PATTERNS,
+        load,
+        maybe_set_recommended_wired_limit,
+        sharded_load,
+    )
+except ImportError:
+    from .mlx_lm_0_31 import (
+        DEFAULT_ALLOW_PATTERNS,
+        load,
+        maybe_set_recommended_wired_limit,
+        sharded_load,
+    )
 
 __all__ = [
     "DEFAULT_ALLOW_PATTERNS",
     "dequantize_model",
     "download",
+    "load",
     "load_adapters",
+    "load_tokenizer",
     "maybe_set_recommended_wired_limit",
     "quantize_model",
     "save",

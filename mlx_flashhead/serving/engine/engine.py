@@ -19,6 +19,7 @@ from threading import Event, Thread
 
 import mlx.core as mx
 
+from ...models.compat.mlx_core import let_thread_draw
 from ...models.compat.utils import maybe_set_recommended_wired_limit
 from ..catalogue import Catalogue, ServedModel
 from ..protocol.errors import Problem
@@ -90,6 +91,7 @@ class Engine:
             self._free()
             return
         maybe_set_recommended_wired_limit()
+        let_thread_draw()
         self._stream = mx.default_stream(mx.default_device())
         self._caches = PromptCaches(self._flags.prompt_cache_size, self._flags.prompt_cache_bytes)
         self._pace = Pace(self._flags.prefill_step_size)

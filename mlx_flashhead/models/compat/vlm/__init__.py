@@ -1,5 +1,17 @@
-"""The names of mlx-vlm that may move from one version to the next: a file per module or concern.
+"""The names of mlx-vlm that may move from one version to the next, and what is put in their place.
 
-Nothing here imports mlx-vlm before a program does, since it is an extra. Tested with mlx-vlm
-0.7.8 to 0.7.10. `tests/models/test_vlm_*.py` show what a version has renamed or changed.
+Only mlx-vlm's own programs and models import a file of this folder, since mlx-vlm is an extra.
+Tested with mlx-vlm 0.7.8 to 0.7.10: 0.7.2 and older decode by other modules. Tests of vision models
+show what a version has renamed or changed.
 """
+
+from importlib.metadata import version
+
+OLDEST = (0, 7, 8)
+
+
+def too_old() -> str | None:
+    """The installed version of mlx-vlm, if a FlashHead cannot be under its models."""
+    installed = version("mlx-vlm")
+    parts = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    return installed if parts < OLDEST else None

@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_vlm.generate.ar import BatchGenerator
 
 from ...libraries import embeddings
-from .prompt_utils import StoppingCriteria
+from .text import StoppingCriteria
 
 
 class TextGenerator:

@@ -1,11 +1,18 @@
-"""``mlx_vlm.prompt_utils`` and the processor's part of ``mlx_vlm.utils``: text for a model."""
+"""What mlx-vlm knows of a model's text: its templates, its end, and whether it writes any."""
 
 from typing import Any
 
+from mlx_vlm.generate.diffusion import is_diffusion_model
 from mlx_vlm.prompt_utils import apply_chat_template
 from mlx_vlm.utils import StoppingCriteria, resolve_eos_token_ids, should_add_special_tokens
 
-__all__ = ["StoppingCriteria", "chat_text", "resolve_eos_token_ids", "should_add_special_tokens"]
+__all__ = [
+    "StoppingCriteria",
+    "chat_text",
+    "is_diffusion_model",
+    "resolve_eos_token_ids",
+    "should_add_special_tokens",
+]
 
 
 def chat_text(

@@ -1,0 +1,270 @@
+"""What mlx-lm 0.31 lacks of 0.32. It leaves with 0.31, and so do the imports of it beside it."""
+
+import importlib
+import json
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import chat, utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# The attribute mlx_lm.generate is the function, so the module is imported by name.
+module = importlib.import_module("mlx_lm.generate")
+# These names may be replaced later on.
+plain_steps, drafted_steps = module.generate_step, module.speculative_generate_step
+
+Transitions = dict[str, list[tuple[str, str | None]]]
+State = tuple[str | None, Transitions, str]
+
+DEFAULT_ALLOW_PATTERNS = [
+    "*.json",
+    "model*.safetensors",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+]
+
+
+# Of a tokenizer: the number of its tokens, and a format of answers, which 0.31 knows none of.
+Wrapper: Any = TokenizerWrapper
+Wrapper.__len__ = lambda self: len(self._tokenizer)
+Wrapper.response_initial_state = None
+
+
+def maybe_set_recommended_wired_limit() -> int | None:
+    """Lets the GPU keep as much memory as is recommended. Returns the limit before, if any."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    return None if recommended is None else mx.set_wired_limit(int(recommended))
+
+
+def greedy_sampler(logprobs: mx.array) -> mx.array:
+    """The likeliest tokens (B,) of log-probabilities (B, V)."""
+    return mx.argmax(logprobs, axis=-1)
+
+
+def checks_code(load: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``load`` that takes ``trust_remote_code``: 0.31 runs a checkpoint's own code unasked."""
+
+    def checked(path: str, *arguments: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+        revision = options.get("revision")
+        folder = Path(utils._download(str(path), revision=revision, allow_patterns=["config.json"]))
+        config = folder / "config.json"
+        # what cannot be read is left to mlx-lm's own errors
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if settings.get("model_file") is not None and not trust_remote_code:
+            raise ValueError(
+                f"The model at {folder} runs its own Python code ({settings['model_file']!r}): "
+                "pass trust_remote_code=True if you trust it."
+            )
+        return load(path, *arguments, **options)
+
+    return checked
+
+
+load, sharded_load = checks_code(utils.load), checks_code(utils.sharded_load)
+
+
+def generate_step(
+    prompt: mx.array,
+    model: Any,
+    stream: Any = None,
+    *,
+    logits_processors: Sequence[Callable] | None = None,
+    **options: Any,
+) -> Iterator[Any]:
+    """mlx-lm's loop, on its own stream. Processors are given the whole prompt, as by 0.32."""
+
+    def after_prompt(process: Callable, tokens: mx.array, logits: mx.array) -> mx.array:
+        return process(mx.concatenate([prompt[:-1], tokens]), logits)
+
+    processors = [partial(after_prompt, process) for process in logits_processors or ()]
+    return plain_steps(prompt, model, logits_processors=processors, **options)
+
+
+def speculative_generate_step(
+    prompt: mx.array, model: Any, draft_model: Any, stream: Any = None, **options: Any
+) -> Iterator[Any]:
+    """mlx-lm's loop, on its own stream."""
+    return drafted_steps(prompt, model, draft_model, **options)
+
+
+class StopSequences:
+    """Sequences of tokens that end a text.
+
+    Args:
+        stop_sequences: The sequences.
+    """
+
+    def __init__(self, stop_sequences: Sequence[Sequence[int]] | None = None):
+        self._sequences = [tuple(sequence) for sequence in stop_sequences or ()]
+
+    def matcher(self) -> "_Matcher":
+        """What reads one text."""
+        return _Matcher(self._sequences)
+
+
+class _Matcher:
+    def __init__(self, sequences: list[tuple[int, ...]]):
+        self._sequences = sequences
+        self._longest = max(map(len, sequences), default=0)
+        self._latest: tuple[int, ...] = ()
+
+    def advance(self, token: int) -> bool:
+        """Takes a token. Returns whether a sequence ends with it."""
+        latest = (*self._latest, token)
+        self._latest = latest[-self._longest :] if self._longest else ()
+        return any(sequence == latest[-len(sequence) :] for sequence in self._sequences)
+
+
+class GenerationBatch(module.GenerationBatch):  # type: ignore[name-defined]
+    """mlx-lm's, whose responses have two fields more."""
+
+    @dataclass
+    class Response:
+        """A token of a text."""
+
+        uid: int
+        token: int
+        logprobs: mx.array
+        finish_reason: str | None
+        prompt_cache: list[Any] | None
+        all_tokens: list[int] | None
+
+
+class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined]
+    """mlx-lm's, with 0.32's counters and without its failures on empty parts and processors."""
+
+    @property
+    def _counters(self) -> "_Counters":
+        return _Counters(self)
+
+    def insert_segments(
+        self, segments: list[list[list[int]]], *arguments: Any, **options: Any
+    ) -> list[int]:
+        """Queues prompts in parts, of which empty ones are left out."""
+        parts = [[part for part in segment if part] for segment in segments]
+        if not all(parts):
+            raise ValueError("A sequence has an empty prompt.")
+        return super().insert_segments(parts, *arguments, **options)
+
+    def _next(self) -> tuple[list[Any], list[Any]]:
+        batch = self._generation_batch
+        batch.logits_processors = [own or () for own in batch.logits_processors]
+        return super()._next()
+
+
+class _Counters:
+    def __init__(self, generator: BatchGenerator):
+        self._generator = generator
+
+    @property
+    def generation_tokens(self) -> int:
+        return self._generator._gen_tokens_counter
+
+    @generation_tokens.setter
+    def generation_tokens(self, value: int) -> None:
+        self._generator._gen_tokens_counter = value
+
+
+class _DecodedIds:
+    """A tokenizer that keeps the ids it decodes."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.decoded: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids: list[int]) -> str:
+        self.decoded.append(ids)
+        return self._tokenizer.decode(ids)
+
+
+def batch_generate(
+    model: Any, tokenizer: Any, prompts: Any, *, return_token_ids: bool = False, **options: Any
+) -> Any:
+    """``mlx_lm.batch_generate`` with ``token_ids`` in its response, None unless asked for."""
+    seen = _DecodedIds(tokenizer)
+    response = module.batch_generate(model, seen, prompts, **options)
+    response.token_ids = seen.decoded if return_token_ids else None
+    return response
+
+
+def generate_parser() -> ArgumentParser:
+    """The flags of ``mlx_lm.generate``, of which 0.31 has no ``--image``."""
+    parser = module.setup_arg_parser()
+    parser.set_defaults(image=())
+    return parser
+
+
+def chat_parser() -> ArgumentParser:
+    """The flags of ``mlx_lm.chat``."""
+    parser = chat.setup_arg_parser()
+    parser.add_argument(
+        "--prefill-step-size", type=int, default=2048, help="Tokens of a prompt read at a time."
+    )
+    return parser
+
+
+class TextStateMachine:
+    """Follows the markers of thoughts and calls in a text, with the face of 0.32's.
+
+    Args:
+        transitions: From a state's name to its markers, each with the state after it.
+    """
+
+    def __init__(self, transitions: Transitions | None = None):
+        self._transitions = transitions or {}
+
+    def make_state(self, initial: str = "normal") -> State:
+        """The state at the beginning of a text."""
+        return initial, self._transitions, ""
+
+    @staticmethod
+    def split(state: State, text: str) -> tuple[State, list[tuple[str | None, str]]]:
+        """Takes a chunk of text. Returns the state after it, and the text in each state passed."""
+        name, transitions, held = state
+        text = held + text
+        segments: list[tuple[str | None, str]] = []
+        while name is not None:
+            markers = {marker: after for marker, after in transitions.get(name, []) if marker}
+            ends = [(text.find(m) + len(m), -len(m), m) for m in markers if m in text]
+            if not ends:
+                break
+            end, _, marker = min(ends)  # the first to end, of those the longest
+            segments.append((name, text[: end - len(marker)]))
+            name, text = markers[marker], text[end:]
+        if name is None:
+            return (name, transitions, text), [*segments, (name, "")]
+        beginnings = [n for m in markers for n in range(1, len(m)) if text.endswith(m[:n])]
+        certain = len(text) - max(beginnings, default=0)
+        return (name, transitions, text[certain:]), [*segments, (name, text[:certain])]
+
+    @staticmethod
+    def flush(state: State) -> tuple[State, str, str | None]:
+        """Gives out the text held back as a possible beginning of a marker."""
+        name, transitions, held = state
+        return (name, transitions, ""), held, name
+
+
+def make_text_state_machine(tokenizer: Any) -> TextStateMachine:
+    """The markers of a tokenizer's thoughts and calls of tools."""
+    transitions: Transitions = {"normal": []}
+    if tokenizer.has_thinking:
+        transitions["normal"].append((tokenizer.think_start, "reasoning"))
+        transitions["reasoning"] = [(tokenizer.think_end, "normal")]
+    if tokenizer.has_tool_calling:
+        for edges in list(transitions.values()):
+            edges.append((tokenizer.tool_call_start, "tool"))
+        transitions["tool"] = [(tokenizer.tool_call_end, "normal")]
+    return TextStateMachine(transitions)
