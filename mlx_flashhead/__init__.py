@@ -8,6 +8,10 @@ text = generate(model, tokenizer, prompt="…", max_tokens=100)
 import sys
 from types import ModuleType
 
+from .common.command import end_at_interrupt
+
+end_at_interrupt()  # before the imports below, which take seconds
+
 from .conversion.pipeline import convert
 from .head.flash_head import FlashHead
 from .index.settings import FlashHeadConfig

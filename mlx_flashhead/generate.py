@@ -1,9 +1,11 @@
 """Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and some more."""
 
+import functools
 import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ def main() -> None:
         _check_processes(parser, args, processes)
         grammar = grammar_of(args)
 
-    loaded: list[Any] = []
+    answering: list[Any] = []
     with first_process_speaks(processes):
 
         def load_for_main(path, *, return_config=False, **kwargs):
@@ -85,13 +87,15 @@ def main() -> None:
                     path, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
                 )
             if processes.size() > 1:
-                return _load_part(args, processes, path, **kwargs)
-            if args.dense:
-                return load_dense(resolve(path), **kwargs)
-            folder = resolve(path)
-            model, tokenizer, config = load_with_head(folder, head_options(args), **kwargs)
-            loaded[:] = model, tokenizer, folder
-            return model, tokenizer, config
+                loaded = _load_part(args, processes, path, **kwargs)
+            elif args.dense:
+                loaded = load_dense(resolve(path), **kwargs)
+            else:
+                folder = resolve(path)
+                loaded = load_with_head(folder, head_options(args), **kwargs)
+                answering[:] = *loaded[:2], folder
+            loaded[1].apply_chat_template = _checked_template(loaded[1].apply_chat_template)
+            return loaded
 
         def generate_for_main(model, tokenizer, prompt, **named):
             named["check"] = not args.no_check
@@ -108,7 +112,7 @@ def main() -> None:
             run_generate(
                 args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
             )
-        _build_for_next_time(args, *loaded)
+        _build_for_next_time(args, *answering)
         leave_together(processes, generation_stream)
 
 
@@ -132,6 +136,23 @@ def _build_for_next_time(args, model=None, tokenizer=None, folder=None) -> None:
         options.say("Skipped: it is built another time.")
     finally:
         build.drop()
+
+
+def _checked_template(apply_chat_template: Callable) -> Callable:
+    """The same, with errors of the template as a ValueError."""
+
+    @functools.wraps(apply_chat_template)
+    def apply(*args, **kwargs):
+        try:
+            return apply_chat_template(*args, **kwargs)
+        except Exception as error:  # templates and their engine raise any type
+            reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+            raise ValueError(
+                f"The model's chat template cannot be filled in ({reason}): give "
+                "--ignore-chat-template."
+            ) from error
+
+    return apply
 
 
 def _tell_unless_whole(processor: GrammarProcessor, text: str, max_tokens: int) -> None:

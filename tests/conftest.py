@@ -45,6 +45,14 @@ def real_model_folder() -> Path:
         pytest.fail(f"{error} (Tests without the real model: -m 'not real'.)", pytrace=False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_tuned() -> Iterator[None]:
+    """A tiny model would stay dense, after seconds of measuring: no test would show a FlashHead."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_flashhead.loading.tuned.tune", lambda *_, **__: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def flash_head_home(tmp_path_factory) -> Iterator[Path]:
     """Where FlashHeads are kept: for each test a place of its own, never the user's."""

@@ -30,6 +30,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def run(*args, **kwargs):
         _end_as_if_interrupted()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by end_at_interrupt
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             main(*args, **kwargs)
         except KeyboardInterrupt:
@@ -42,6 +44,19 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2)
 
     return run
+
+
+def end_at_interrupt() -> None:
+    """Lets Ctrl-C end the process without a traceback until the command begins.
+
+    The imports take seconds. Does nothing in a program that is not one of the commands.
+    """
+    name = "mlx_flashhead"
+    started = Path(sys.argv[0]).name if sys.argv else ""
+    as_module = started == "-m" and any(word.startswith(name) for word in sys.orig_argv)
+    by_python = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if (started.startswith(name) or as_module) and by_python:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check_writable(option: str, path: str) -> None:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from huggingface_hub import get_token
 
+from .terminal import printable
+
 HIDDEN = "…"
 _PATTERNS = (
     (re.compile(r"Bearer\s+[^\s'\"]+"), f"Bearer {HIDDEN}"),
@@ -29,11 +31,11 @@ def redact(text: str) -> str:
 
 @contextmanager
 def redacted_logs() -> Iterator[None]:
-    """Within the block, log messages of the Hub's client are redacted."""
+    """Within the block, log messages of the Hub's client are redacted and printable."""
     handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
 
     def redacted(record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), ()
+        record.msg, record.args = printable(redact(record.getMessage())), ()
         if record.exc_info:
             record.exc_info, record.exc_text = None, None
         return True

@@ -59,6 +59,8 @@ class FlashHead:
         most_waiting: Proposals that wait for a check at most.
         gain: Measured tokens per second on this machine, relative to dense decoding, if known.
         stays_dense: Whether proposals gain nothing on this machine.
+        in_step: Whether several processes compute the same steps, so that no time may decide when
+            a check comes.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
         depth: Of the checked probes the kernels score those whose score is at most this many nats
             below the log-sum-exp of all scores: a question of speed alone.
@@ -94,6 +96,7 @@ class FlashHead:
         self.most_waiting = MOST_WAITING
         self.gain: float | None = None
         self.stays_dense = False
+        self.in_step = False
         self._draw_temperature: float | None = None
         self._project: Project | None = None
 
@@ -371,21 +374,6 @@ class FlashHead:
         """The dense head's logits: hidden (..., D) → (..., V)."""
         logits = self._steps.dense(hidden.reshape(-1, hidden.shape[-1]))
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
-
-    def logits_of(self, hidden: mx.array, token_ids: mx.array) -> mx.array:
-        """The dense head's logits of given tokens, whatever the probes are.
-
-        Args:
-            hidden: (..., D) states.
-            token_ids: (..., K) integers, 0 … V-1, for each state; (K,) for all of them.
-
-        Returns:
-            (..., K) in the dense head's dtype. Lazy.
-        """
-        shape = (*hidden.shape[:-1], token_ids.shape[-1])
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        ids = mx.broadcast_to(token_ids, shape).reshape(len(rows), -1)
-        return self._steps.logits_of(rows, ids).reshape(shape)
 
     def cluster_scores(self, hidden: mx.array) -> mx.array:
         """Stage 1 alone: hidden (..., D) → (..., C) float32, ALWAYS_PROBED for forced clusters."""

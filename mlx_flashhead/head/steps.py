@@ -5,7 +5,6 @@ hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -118,15 +117,6 @@ class Steps(ABC):
     def dense(self, hidden: mx.array) -> mx.array:
         """Logits of all tokens: hidden (R, D) → (R, V)."""
         return in_token_order(self.product(hidden), self.clustered.slot_of)
-
-    def logits_of(self, hidden: mx.array, token_ids: mx.array) -> mx.array:
-        """Logits of given tokens: hidden (R, D), ids (R, K) → (R, K).
-
-        Few rows are read, each by itself, so MLX's own products serve both paths.
-        """
-        rows = self.clustered.rows_in(mx.take(self.clustered.slot_of, token_ids))  # (R, K, …)
-        logits = replace(rows, bias=None).matmul(hidden[:, None]).squeeze(1)
-        return logits if rows.bias is None else logits + rows.bias
 
     def token_ids(self, probes: mx.array) -> mx.array:
         """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""

@@ -167,7 +167,7 @@ def sharded_load(
         ValueError: If the model cannot be split in this way, if its head is split over the
             vocabulary, or as in :func:`load`.
     """
-    options = HeadOptions(flash_head, REFUSE, n_probes, backend, progress)
+    options = HeadOptions(flash_head, REFUSE, n_probes, backend, progress, tunes=False)
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
     stored = named_head(options) or head_beside(folder, options)
     model, tokenizer, config = load_dense_part(
@@ -177,5 +177,7 @@ def sharded_load(
         tokenizer_config=tokenizer_config,
         trust_remote_code=trust_remote_code,
     )
-    attach_head(model, tokenizer, stored, local_origin(folder), options)
+    head = attach_head(model, tokenizer, stored, local_origin(folder), options)
+    assert head is not None
+    head.in_step = True
     return (model, tokenizer, config) if return_config else (model, tokenizer)

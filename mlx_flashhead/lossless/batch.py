@@ -108,7 +108,7 @@ class CheckedBatchGenerator(BatchGenerator):
         self._sequences: dict[int, _Sequence] = {}
         self._inner: dict[int, _Sequence] = {}
         self._n_sequences = 0
-        self._pace = Pace(proposer.most_waiting)
+        self._pace = Pace(proposer.most_waiting, timed=not proposer.in_step)
         self._check: Check | None = None
         self.logprobs = logprobs
 
@@ -272,7 +272,9 @@ class CheckedBatchGenerator(BatchGenerator):
                 reason = "stop"
             cache, tokens = None, None
             if reason is not None:
-                cache, tokens = self._leave(sequence, sequence.n_given), sequence.all_tokens
+                refused = goes_back and sequence.n_given == len(sequence.text.tokens)
+                cache = self._leave(sequence, sequence.n_given, refused)
+                tokens = sequence.all_tokens
                 self._forget(sequence)
             logprobs = NO_LOGPROBS if position.logprobs is None else position.logprobs
             token = cast(int, position.token)
@@ -287,20 +289,28 @@ class CheckedBatchGenerator(BatchGenerator):
             sequence.n_held = len(text.tokens)
         return responses
 
-    def _leave(self, sequence: _Sequence, wanted: int) -> list[Any]:
-        """Takes a text out of mlx-lm's batch: its own cache, with ``wanted`` of its tokens."""
+    def _leave(self, sequence: _Sequence, wanted: int, refused: bool = False) -> list[Any]:
+        """Takes a text out of mlx-lm's batch: its own cache, with ``wanted`` of its tokens.
+
+        ``refused`` says that the batch's cache holds a proposal in the last one's place.
+        """
         if self._find_uids([sequence.inner])[sequence.inner][0] != IN_GENERATION:
             sequence.n_held = max(sequence.n_held - 1, 0)  # its latest token is still to be fed
         held = super().remove([sequence.inner], return_prompt_caches=True)[sequence.inner]
         cache = list(held[0])
-        if sequence.mark is not None and sequence.n_held != wanted:
-            tokens = sequence.text.tokens
+        if sequence.mark is None:
+            return cache
+        tokens, marked, n_held = sequence.text.tokens, sequence.mark.own(), sequence.n_held
 
-            def feed(place: int) -> None:
+        def feed(place: int) -> None:
+            with self._proposer.in_place():
                 self.model(mx.array([tokens[place : place + 1]], dtype=mx.uint32), cache=cache)
-                mx.eval([layer.state for layer in cache])
+            mx.eval([layer.state for layer in cache])
 
-            go_back(cache, sequence.mark.own(), sequence.n_held, wanted, feed)
+        for n_tokens in (wanted - 1, wanted) if refused else (wanted,):
+            if n_held != n_tokens:
+                go_back(cache, marked, n_held, n_tokens, feed)
+                n_held = n_tokens
         return cache
 
     def _forget(self, sequence: _Sequence) -> None:

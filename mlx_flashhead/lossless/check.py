@@ -34,6 +34,7 @@ class Check:
         assert proposer.finish is not None
         self._head: FlashHead = proposer.head
         self._finish = proposer.finish
+        self._waits = proposer.in_step
         self._counts = [(text, n) for text, n in counts if n]
         self._rows = [
             (text, text.waiting[i], len(text.tokens) + i)
@@ -54,8 +55,8 @@ class Check:
 
     @property
     def ready(self) -> bool:
-        """Whether :meth:`confirm` waits for no thread."""
-        return self._product is None or self._product.ready
+        """Whether it is time to :meth:`confirm`: no thread is at work, or it is waited for."""
+        return self._product is None or self._product.ready or self._waits
 
     def _launch(self) -> None:
         hidden = mx.concatenate([_hidden(position) for _, position, _ in self._rows])

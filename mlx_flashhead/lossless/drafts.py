@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..models.compat.generate import speculative_generate_step
 from .sampler import Sampler
+from .text import begin
 
 
 class _DraftSampler:
@@ -51,6 +52,7 @@ def drafted_steps(
     prompt: mx.array, model: Any, draft_model: Any, *arguments: Any, **options: Any
 ) -> Generator[tuple[Any, mx.array, bool], None, None]:
     """mlx-lm's ``speculative_generate_step`` with the package's draws."""
+    begin(options.get("logits_processors"))
     sampler = options.get("sampler")
     steps = partial(speculative_generate_step, prompt, model, draft_model, *arguments)
     if not isinstance(sampler, Sampler) or sampler.settings.greedy:

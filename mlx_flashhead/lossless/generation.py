@@ -1,7 +1,7 @@
 """Generation with the choices of the dense model: mlx-lm's functions on the checked loops."""
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from .drafts import drafted_steps
 from .loop import checked_steps
 from .proposals import Proposer
 from .sampler import Sampler
+from .text import begin
 
 
 def stream_generate(
@@ -65,13 +66,13 @@ def stream_generate(
         ValueError: If the model has no FlashHead, or a setting is not valid.
     """
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
-    with_draft = kwargs.get("draft_model") is not None
+    block = proposer.with_draft if kwargs.get("draft_model") is not None else nullcontext
     stream = mlx_lm_stream_generate(model, tokenizer, prompt, **kwargs)
-    with loops(**_loops(model, proposer, logprobs)), _target(proposer, with_draft):
+    with loops(**_loops(model, proposer, logprobs)), block():
         response = next(stream, None)  # takes the loop
     while response is not None:
         yield response
-        with _target(proposer, with_draft):  # one token at a time, since streams may take turns
+        with block():  # one token at a time, since streams may take turns
             response = next(stream, None)
 
 
@@ -91,8 +92,8 @@ def generate(
     Arguments and errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes.
     """
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
-    with_draft = kwargs.get("draft_model") is not None
-    with loops(**_loops(model, proposer, False)), _target(proposer, with_draft):
+    block = proposer.with_draft if kwargs.get("draft_model") is not None else nullcontext
+    with loops(**_loops(model, proposer, False)), block():
         return mlx_lm_generate(model, tokenizer, prompt, **kwargs)
 
 
@@ -161,8 +162,10 @@ def _loops(model: nn.Module, proposer: Proposer, logprobs: bool) -> dict[str, Ca
     """The loops for mlx-lm's functions, for this model alone."""
 
     def one_text(prompt: Any, of_model: Any, *arguments: Any, **options: Any) -> Any:
-        plain = proposer.head is None and not isinstance(options.get("sampler"), Sampler)
-        if of_model is not model or plain:
+        if of_model is not model:
+            return generate_step(prompt, of_model, *arguments, **options)
+        if proposer.head is None and not isinstance(options.get("sampler"), Sampler):
+            begin(options.get("logits_processors"))
             return generate_step(prompt, of_model, *arguments, **options)
         options |= {"proposer": proposer, "logprobs": logprobs}
         return checked_steps(prompt, of_model, *arguments, **options)
@@ -172,11 +175,3 @@ def _loops(model: nn.Module, proposer: Proposer, logprobs: bool) -> dict[str, Ca
         return steps(prompt, of_model, *arguments, **options)
 
     return {"generate_step": one_text, "speculative_generate_step": drafted_text}
-
-
-@contextmanager
-def _target(proposer: Proposer, with_draft: bool) -> Iterator[None]:
-    """With a draft model the target scores all of its positions densely, in one product."""
-    head = proposer.head
-    with head.dense() if with_draft and head is not None and proposer.check else nullcontext():
-        yield

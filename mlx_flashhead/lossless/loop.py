@@ -84,7 +84,7 @@ class _Run:
     ):
         self._model, self._stream, self._cache = model, stream, cache
         self._text, self._proposer, self._options = text, proposer, options
-        self._pace = Pace(proposer.most_waiting)
+        self._pace = Pace(proposer.most_waiting, timed=not proposer.in_step)
         self._n_held = 0  # tokens of the text in the cache
         self._n_given = len(text.tokens)  # tokens of the text that the caller has
         self._mark: Mark | None = None  # the caches at a confirmed token

@@ -16,10 +16,11 @@ class Pace:
 
     Args:
         most_waiting: Tokens that wait at most.
+        timed: Whether time counts; processes that share a model have to check alike.
     """
 
-    def __init__(self, most_waiting: int = MOST_WAITING):
-        self._most = most_waiting
+    def __init__(self, most_waiting: int = MOST_WAITING, *, timed: bool = True):
+        self._most, self._timed = most_waiting, timed
         self._limit = 1
         self._risk = 0.0
         self._n = 0
@@ -41,7 +42,7 @@ class Pace:
         return (
             self._n >= min(self._limit, self._most)
             or self._risk >= MOST_RISK
-            or (self._n >= FEW and waited >= MOST_SECONDS)
+            or (self._timed and self._n >= FEW and waited >= MOST_SECONDS)
         )
 
     def checked(self) -> None:

@@ -71,6 +71,11 @@ class Proposer:
         return MOST_WAITING if self.head is None else self.head.most_waiting
 
     @property
+    def in_step(self) -> bool:
+        """Whether checks come after the same tokens whatever the time; see `FlashHead`."""
+        return self.head is not None and self.head.in_step
+
+    @property
     def ends(self) -> tuple[int, ...]:
         """Tokens that end most texts: whether one is confirmed is asked at once."""
         return () if self.head is None else self.head.eos_token_ids
@@ -93,6 +98,17 @@ class Proposer:
         if self.head is None:
             return nullcontext()
         return self.head.settings(project=self._project, **self._settings)
+
+    def with_draft(self) -> AbstractContextManager:
+        """A block for mlx-lm's loop with a draft model, which verifies several positions at once.
+
+        The head scores every token of them in one product, or by itself without the check.
+        """
+        if self.head is None:
+            return nullcontext()
+        if self.check or self.dense:
+            return self.head.dense()
+        return self.head.settings(**self._settings)
 
     def hooks(self, text: Text, before: list[int] | None = None) -> dict[str, Any]:
         """A text's sampler and processors for mlx-lm's loop.

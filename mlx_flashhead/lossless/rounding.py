@@ -38,11 +38,6 @@ class Rounding:
     batch: float
     scored: float
 
-    @property
-    def in_16_bits(self) -> bool:
-        """Whether the logits are so coarse that neighbours matter at many positions."""
-        return self.epsilon > 2.0**-20
-
 
 def rounding_of(head: FlashHead, dtype: mx.Dtype) -> Rounding:
     """The distances for a head and hidden states of ``dtype``, measured once. Evaluates.

@@ -19,6 +19,13 @@ ForeignSampler = Callable[[mx.array], mx.array]
 GREEDY = DrawSettings()
 
 
+def begin(processors: Sequence[Processor] | None) -> None:
+    """Tells processors that a text begins, those that have a ``begin``."""
+    for processor in processors or ():
+        if hasattr(processor, "begin"):
+            processor.begin()
+
+
 @dataclass(eq=False)
 class Step:
     """What one call of a head computed for its rows.
@@ -100,9 +107,8 @@ class Text:
                 self.seed = self.sampler.text_seed()
         elif self.sampler is not None and self.beside_others:
             self.seed = fresh_seed()
-        for processor in self.processors:
-            if not self.tokens and hasattr(processor, "begin"):
-                processor.begin()
+        if not self.tokens:
+            begin(self.processors)
 
     @property
     def settings(self) -> DrawSettings | None:

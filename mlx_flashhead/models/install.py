@@ -52,7 +52,7 @@ def installed_head(model: nn.Module) -> FlashHead:
 def hidden_dtype(model: nn.Module) -> mx.Dtype:
     """The dtype of the hidden states that reach the FlashHead of ``model``."""
     module: Any = installed_module(model)
-    return module._hidden_dtype
+    return getattr(mx, module._hidden_dtype)
 
 
 def install(
@@ -127,7 +127,8 @@ def install(
     around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
     module._flash_head = head
     module._asked_by = location.asked_by
-    module._hidden_dtype = location.hidden_dtype
+    # its name, since MLX's dtypes do not pickle
+    module._hidden_dtype = str(location.hidden_dtype).removeprefix("mlx.core.")
     module.train(model.training)  # nn.quantize leaves its new modules in training mode
     _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
     for parent in around:
@@ -239,7 +240,7 @@ class _FlashModule(_Pickled, _Module):
 
     _flash_head: FlashHead
     _asked_by: Asker | None
-    _hidden_dtype: mx.Dtype
+    _hidden_dtype: str
 
     def _project(self, hidden: mx.array) -> mx.array:
         """(..., D) → (..., V): the model's logits, or the product with all rows for other uses.

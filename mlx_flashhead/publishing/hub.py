@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from ..common.redaction import redact, redacted_logs
+from ..common.terminal import printable
 from ..index.files import is_companion
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -44,13 +45,20 @@ def sign_in() -> str:
                 f"{TOKENS_PAGE}, then {LOGIN}."
             ) from None
         raise ValueError(_unreachable(error)) from None
-    token = (account.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == "read":
+    try:
+        name = str(account["name"])
+        token = (account.get("auth") or {}).get("accessToken") or {}
+        may_only_read = token.get("role") == "read"
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(
+            "The Hugging Face Hub did not say whose token this is: check HF_ENDPOINT."
+        ) from None
+    if may_only_read:
         raise ValueError(
             f"The Hugging Face token may only read: make one that may write at {TOKENS_PAGE}, then "
             f"{LOGIN}."
         )
-    return account["name"]
+    return name
 
 
 def reserve(repo_id: str, user: str, private: bool = False) -> str:
@@ -183,4 +191,4 @@ def _reason(error: Exception) -> str:
     while cause is not None and len(said) < 2:
         said.append(" ".join(str(cause).split()).rstrip(".:") or type(cause).__name__)
         cause = cause.__cause__
-    return shorten(redact(": ".join(dict.fromkeys(said))), 300, placeholder=" …")
+    return shorten(printable(redact(": ".join(dict.fromkeys(said)))), 300, placeholder=" …")

@@ -1,6 +1,7 @@
 """The origin of a model: its repository, its commit, its card and its licence."""
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from . import licences
 from .licences import LICENCE_FILES, Licence
 
 CARD_FILE = "README.md"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # Entries of a base model's card that hold for a derived model too.
 KEPT_METADATA = ("license", "license_name", "license_link", "language")
 
@@ -96,14 +98,14 @@ def card_metadata(origin: Origin, relation: str = "quantized") -> dict:
     metadata["pipeline_tag"] = "text-generation"
     if origin.repo_id is not None:
         metadata |= {"base_model": origin.repo_id, "base_model_relation": relation}
-    elif origin.metadata.get("base_model"):
+    elif base := [one for one in _as_list(origin.metadata.get("base_model")) if _is_text(one)]:
         # a folder of unknown origin may still name its own base model
-        metadata["base_model"] = origin.metadata["base_model"]
+        metadata["base_model"] = base if len(base) > 1 else base[0]
         if origin.metadata.get("base_model_relation"):
             metadata["base_model_relation"] = origin.metadata["base_model_relation"]
     if relation == "adapter":
         metadata["base_model_relation"] = relation
-    tags = [tag for tag in _as_list(origin.metadata.get("tags")) if isinstance(tag, str)]
+    tags = filter(_is_text, _as_list(origin.metadata.get("tags")))
     metadata["tags"] = list(dict.fromkeys([*tags, "mlx", "flashhead"]))
     return metadata
 
@@ -158,12 +160,8 @@ def _repository_in(settings: dict, metadata: dict) -> str | None:
     is_conversion = metadata.get("library_name") == "mlx" or (
         metadata.get("base_model_relation") == "quantized"
     )
-    if is_conversion and len(base) == 1:
-        return base[0]
-    named = settings.get("_name_or_path")
-    if not isinstance(named, str) or named.count("/") != 1:
-        return None
-    return named if named[0] not in "./~" and named[-1] != "/" else None
+    named = base[0] if is_conversion and len(base) == 1 else settings.get("_name_or_path")
+    return named if isinstance(named, str) and _REPOSITORY.fullmatch(named) else None
 
 
 def _read_settings(folder: Path) -> dict:
@@ -171,6 +169,10 @@ def _read_settings(folder: Path) -> dict:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return settings if isinstance(settings, dict) else {}
     return {}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _as_list(value: object) -> list:

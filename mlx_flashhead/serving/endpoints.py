@@ -32,6 +32,8 @@ TEXT_PATHS = ("/v1/completions",)
 _LOOK_SECONDS = 0.25
 _PREPARED_AT_ONCE = 8
 READ_SECONDS = 5.0
+# For answers in a form, since a mask that is computed makes all other answers wait.
+SECONDS_PER_MASK = 0.005
 
 
 @dataclass(frozen=True)
@@ -263,11 +265,11 @@ class _Answer:
         }
 
     def _speed(self) -> float | None:
-        """Tokens per second after the first one; None for a single token."""
+        """Tokens per second after the first of each answer; None if there are none."""
         times = [moment for job in self._jobs for moment in job.times]
         seconds = max(times, default=0.0) - min(times, default=0.0)
-        n_tokens = sum(job.n_tokens for job in self._jobs) - len(self._jobs)
-        return n_tokens / seconds if seconds > 0 else None
+        n_tokens = sum(max(0, job.n_tokens - 1) for job in self._jobs)
+        return n_tokens / seconds if n_tokens and seconds > 0 else None
 
     def _note(self) -> None:
         usage = self._usage()
@@ -290,7 +292,9 @@ def _grammar(request: Request, prompt: Prompt) -> GrammarProcessor | None:
     tokenizer = request.served.tokenizer
     after = tokenizer.think_end_tokens if prompt.state == "reasoning" else ()
     try:
-        return GrammarProcessor(tokenizer, request.form, after=after)
+        return GrammarProcessor(
+            tokenizer, request.form, after=after, seconds_per_mask=SECONDS_PER_MASK
+        )
     except ValueError as error:
         raise Problem(str(error), "response_format") from None
 

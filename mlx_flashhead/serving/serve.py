@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
 
+from ..common.terminal import printable
 from .catalogue import Catalogue, load_catalogue
 from .endpoints import ApiHandler, Service, handler_for
 from .engine.engine import Engine
@@ -56,6 +57,13 @@ def serve(
             engine.close(END_SECONDS)
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Formats lines of the log, which may hold a model's words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextmanager
 def requests_logged(level: str) -> Iterator[None]:
     """Within the block, the project's log of requests and errors goes to standard error.
@@ -64,7 +72,7 @@ def requests_logged(level: str) -> Iterator[None]:
         level: Such as "INFO".
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_PrintableFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package = logging.getLogger(__name__.partition(".")[0])
     package.addHandler(handler)
     package.setLevel(level)

@@ -3,11 +3,12 @@
 llguidance reads them. It refuses unsupported parts, so none is ignored silently.
 """
 
-import copy
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +19,30 @@ from ..common.extras import from_extra
 JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
 
 
+# The character 0 and its spellings. mlx-lm's detokenizers write it as another one.
+_ZERO = re.compile(r"\x00|\\(x00|u0000|U00000000|[xuU]\{0+\})")
+# Schemas that the search for the place of an error compiles, each of which may take milliseconds.
+MAX_COMPILED = 100
+
+
 class GrammarError(ValueError):
     """A wrong schema, expression or grammar; the message names the place."""
+
+
+class _SchemaError(GrammarError):
+    """Searches the place when its message is read."""
+
+    def __init__(self, schema: dict, problem: str):
+        super().__init__(problem)
+        self._schema, self._problem = schema, problem
+
+    @cached_property
+    def _message(self) -> str:
+        place, problem = _place(self._schema, self._problem)
+        return f"The JSON schema is wrong at {place or 'its top'}: {problem}."
+
+    def __str__(self) -> str:
+        return self._message
 
 
 @dataclass(frozen=True)
@@ -46,10 +69,12 @@ class Grammar:
                 f"The JSON schema is {_shown(schema)}: it must be an object such as "
                 '{"type": "object"}.'
             )
+        if schema is False:
+            raise GrammarError("The JSON schema is false, which no text fits: give an object.")
+        schema = {} if schema is True else schema
         compiled, problem = _compile_schema(schema)
         if problem:
-            place, problem = _place(schema, problem)
-            raise GrammarError(f"The JSON schema is wrong at {place or 'its top'}: {problem}.")
+            raise _SchemaError(schema, problem)
         return cls("JSON schema", compiled)
 
     @classmethod
@@ -61,6 +86,11 @@ class Grammar:
         """
         if not isinstance(pattern, str) or not pattern:
             raise GrammarError(f"The regular expression is {_shown(pattern)}: it must be a text.")
+        if _ZERO.search(pattern):
+            raise GrammarError(
+                f"The regular expression {_shown(pattern)} holds the character 0, which no text "
+                "has here: leave it out."
+            )
         compiled = _matcher_class().grammar_from_regex(pattern)
         problem = _problem(compiled)
         if problem:
@@ -111,12 +141,13 @@ def _problem(compiled: str) -> str:
     return messages[0] if is_error else ""
 
 
-def _compile_schema(schema: dict | bool) -> tuple[str, str]:
+def _compile_schema(schema: dict) -> tuple[str, str]:
     """llguidance's form of the schema, and its objection."""
     try:
-        compiled = _matcher_class().grammar_from_json_schema(
-            json.dumps(schema), defaults=JSON_OPTIONS
-        )
+        text = json.dumps(schema)
+        compiled = _matcher_class().grammar_from_json_schema(text, defaults=JSON_OPTIONS)
+    except RecursionError:
+        return "", "it is nested too deeply"
     except ValueError as error:
         return "", str(error)
     return compiled, _problem(compiled)
@@ -126,12 +157,17 @@ def _place(schema: Any, problem: str) -> tuple[str, str]:
     """The place of the problem in the schema, as a JSON pointer, and the problem as a sentence.
 
     llguidance does not give the place. A part of the schema is the cause if the problem is gone
-    without it. The search goes on within that part.
+    without it. The search goes on within that part, and ends after MAX_COMPILED schemas.
     """
-    place, node, root = "", schema, copy.deepcopy(schema)
-    here = root
+    try:
+        root = json.loads(json.dumps(schema))
+    except RecursionError:
+        return "", problem
+    place, node, here = "", schema, root
+    left = MAX_COMPILED
     while True:
-        for key, part in _parts(node):
+        for key, part in islice(_parts(node), left):
+            left -= 1
             kept, here[key] = here[key], True
             gone = _compile_schema(root)[1] != problem
             here[key] = kept

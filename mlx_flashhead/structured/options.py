@@ -53,6 +53,8 @@ def _text(option: str, path: str) -> str:
 def _json(path: str) -> dict | bool:
     try:
         return json.loads(_text("--json-schema", path))
+    except RecursionError:
+        raise ValueError(f"--json-schema {path} is nested too deeply: simplify it.") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"--json-schema {path} is not JSON: line {error.lineno}, column {error.colno}: "

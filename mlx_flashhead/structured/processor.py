@@ -5,6 +5,7 @@ batch. A token's mask needs the tokens before it, so the processor waits for the
 computed meanwhile.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from .grammar import Grammar, llguidance
+
+# Seconds of computing that all masks of a sequence may take in addition to a limit for each.
+CREDIT_SECONDS = 0.05
 
 # llguidance's form of each tokenizer with its end-of-text tokens, which takes a second to make.
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
@@ -30,6 +34,8 @@ class GrammarProcessor:
         grammar: The grammar.
         after: Tokens after which the text begins, such as the end of a thought. Until then every
             token is allowed.
+        seconds_per_mask: Seconds of computing that a mask may take on average. Beyond it the text
+            ends, and ``problem`` says so. Ambiguous grammars take more for each further token.
 
     Attributes:
         grammar: The grammar.
@@ -44,8 +50,16 @@ class GrammarProcessor:
 
     moves_little = True  # a mask leaves the distances of logits as they are
 
-    def __init__(self, tokenizer: Any, grammar: Grammar, *, after: Sequence[int] = ()):
+    def __init__(
+        self,
+        tokenizer: Any,
+        grammar: Grammar,
+        *,
+        after: Sequence[int] = (),
+        seconds_per_mask: float = math.inf,
+    ):
         self.grammar = grammar
+        self._seconds_per_mask = seconds_per_mask
         self._tokenizer = tokenizer
         self._after = list(after)
         self._vocabulary = _vocabulary(tokenizer)
@@ -53,21 +67,26 @@ class GrammarProcessor:
         self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise ValueError(f"No text fits the {grammar.kind}: check that it can end.")
-        self._n_prompt: int | None = None
-        self._generated: list[int] = []
-        self._n_matched = 0  # of these, the number that the grammar has accepted
-        self.problem: str | None = None
         self.mask_seconds: list[float] = []
+        self.begin()
 
     def begin(self) -> None:
         """Forgets the text so far. The next tokens are a prompt."""
         self._matcher.reset()
-        self._n_prompt, self._generated, self._n_matched = None, [], 0
-        self.problem = None
+        self._n_prompt: int | None = None
+        self._generated: list[int] = []
+        self._n_matched = 0  # of these, the number that the grammar has accepted
+        self._seconds_left = CREDIT_SECONDS
+        self.problem: str | None = None
 
     def for_sequence(self) -> "GrammarProcessor":
         """A processor of the same grammar for another sequence."""
-        made = GrammarProcessor(self._tokenizer, self.grammar, after=self._after)
+        made = GrammarProcessor(
+            self._tokenizer,
+            self.grammar,
+            after=self._after,
+            seconds_per_mask=self._seconds_per_mask,
+        )
         made.mask_seconds = self.mask_seconds
         return made
 
@@ -87,10 +106,12 @@ class GrammarProcessor:
         begin = _end_of(self._after, generated)
         if begin is None:
             return logits
-        start = time.perf_counter()
-        self._follow(generated[begin:])
+        start, computed = time.perf_counter(), time.thread_time()
+        if self._seconds_left > 0:
+            self._follow(generated[begin:])
         allowed = self._allowed(logits.shape[-1])
         self.mask_seconds.append(time.perf_counter() - start)
+        self._seconds_left += self._seconds_per_mask - (time.thread_time() - computed)
         return mx.where(mx.array(allowed), logits, -mx.inf)
 
     def _follow(self, generated: list[int]) -> None:
@@ -110,7 +131,9 @@ class GrammarProcessor:
         """(V,) bool: the tokens that may come next."""
         ends = self._vocabulary.eos_tokens
         left = self._generated[self._n_matched :]
-        if self._matcher.is_error():
+        if self._seconds_left <= 0:
+            self.problem = f"its masks take more than {self._seconds_per_mask:g} s each"
+        elif self._matcher.is_error():
             self.problem = self._matcher.get_error().splitlines()[0]
         elif left and left[0] not in ends:
             self.problem = f"the token {left[0]} is not allowed there"

@@ -14,6 +14,7 @@ import pytest
         (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
         (BrokenPipeError(), 141, ""),
         (ValueError("One sentence.\nAnd a second line."), 2, "error: One sentence.\n"),
+        (ValueError("No \x1b[31mname\x07\x9b."), 2, "error: No [31mname.\n"),
         (ValueError(), 2, "error: ValueError\n"),
         (OSError("No disk."), 2, "error: No disk.\n"),
     ],

@@ -111,6 +111,13 @@ def test_generate_without_a_chat_template(run, tmp_path):
     assert "Prompt: 7 tokens" in output
 
 
+def test_generate_with_a_chat_template_that_raises(refused, tmp_path):
+    template = "{{ raise_exception('no \x1b[2Jturns') }}"
+    model = write_model(tmp_path / "model", chat_template=template)
+    said = refused("generate", "--dense", "--model", model, "--prompt", "One day")
+    assert "cannot be filled in (no [2Jturns): give --ignore-chat-template" in said
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

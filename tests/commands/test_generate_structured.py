@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -44,6 +45,13 @@ def test_regular_expression(generate):
     assert code == 0 and re.fullmatch("[0-9]{4}(ab)+c\n", output)
 
 
+def test_an_answer_does_not_act_on_a_terminal(generate, monkeypatch):
+    pattern = "a\\x1b\\[2Jb"
+    assert generate("--regex", pattern)[1] == "a\x1b[2Jb\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert generate("--regex", pattern)[1] == "a[2Jb\n"
+
+
 def test_grammar(generate, tmp_path):
     file = tmp_path / "answer.lark"
     file.write_text('start: "yes" | "no"\n')
@@ -64,6 +72,7 @@ def test_text_that_is_cut_is_told(generate, schema):
         ("--json-schema", '{"a": 1,}', "not JSON: line 1, column 9"),
         ("--json-schema", None, "cannot be read"),
         ("--grammar", "start: foo", "line 1, column 8"),
+        ("--json-schema", "[" * 200_000, "nested too deeply"),
         ("--grammar", "", "must be a text"),
     ],
 )

@@ -1,6 +1,7 @@
 """How the commands are started: as modules, by the console scripts and by the scripts folder."""
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -65,6 +66,17 @@ def test_module_says_how_it_is_used_without_a_warning(command):
     )
     assert (code, errors) == (0, "")
     assert output.startswith(f"usage: {module} ")
+
+
+def test_ctrl_c_during_the_imports_ends_without_a_traceback():
+    command = [sys.executable, "-X", "importtime", "-m", "mlx_flashhead.server"]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while not process.stderr.readline().rstrip().endswith(" mlx.core"):
+            pass
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == -signal.SIGINT
 
 
 def test_package_names_its_commands():

@@ -3,14 +3,13 @@
 Signatures and faults have tests of their own.
 """
 
-import builtins
 import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_emulator import Emulator, KernelFault, Traffic, build, check_standalone
+from metal_emulator import Emulator, KernelFault, Traffic, check_standalone
 from metal_emulator.single import ramp, run_kernel
 
 pytestmark = pytest.mark.skipif(
@@ -19,39 +18,6 @@ pytestmark = pytest.mark.skipif(
 
 ORDERS = ("forward", "reverse", "shuffle")
 INDEX = "uint i = thread_position_in_grid.x; "
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("n", [1, 31, 100, 1000])
-def test_saxpy_with_edge_groups(order, n):
-    x, y = mx.random.normal((n,)), mx.random.normal((n,))
-    out = run_kernel(
-        INDEX + "out[i] = a * b[i] + c[i];", 2.0, x, y, shape=(n,), grid=n, emulator=Emulator(order)
-    )
-    assert mx.array_equal(out, 2 * x + y)
-
-
-def test_positions_in_a_grid_of_three_dimensions():
-    """Edge groups are smaller: 5 x 3 x 3 threads in groups of 2 x 2 x 2."""
-    source = """
-        uint3 p = thread_position_in_grid, n = threads_per_grid;
-        device uint* row = out + ((p.z * n.y + p.y) * n.x + p.x) * 4;
-        uint3 g = threadgroup_position_in_grid, d = dispatch_threads_per_threadgroup;
-        uint3 t = thread_position_in_threadgroup, s = threads_per_threadgroup;
-        row[0] = all(g * d + t == p);
-        row[1] = s.x * 100 + s.y * 10 + s.z;
-        row[2] = thread_index_in_threadgroup == (t.z * s.y + t.y) * s.x + t.x;
-        row[3] = threadgroups_per_grid.x * 100 + threadgroups_per_grid.y * 10
-            + threadgroups_per_grid.z;
-    """
-    out = run_kernel(
-        source, shape=(3, 3, 5, 4), dtype=mx.uint32, grid=(5, 3, 3), threadgroup=(2, 2, 2)
-    )
-    z, y, x = np.meshgrid(range(3), range(3), range(5), indexing="ij")
-    sizes = np.where(x < 4, 2, 1) * 100 + np.where(y < 2, 2, 1) * 10 + np.where(z < 2, 2, 1)
-    out = np.array(out)
-    assert (out[..., 0] == 1).all() and (out[..., 2] == 1).all() and (out[..., 3] == 322).all()
-    assert (out[..., 1] == sizes).all()
 
 
 ROW_SUM = """
@@ -89,44 +55,6 @@ def test_row_sum_over_1024_threads_in_every_order(dtype):
     exact = np.array(x.astype(mx.float32)).astype(np.float64).sum(axis=1)
     np.testing.assert_allclose(np.array(results[0]), exact, rtol=1e-6)
     assert all(mx.array_equal(result, results[0]) for result in results)
-
-
-def test_tree_reduction():
-    source = """
-        threadgroup float s[256];
-        uint t = thread_index_in_threadgroup;
-        s[t] = a[thread_position_in_grid.x];
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (uint half_size = 128; half_size > 0; half_size /= 2) {
-            if (t < half_size) s[t] = max(s[t], s[t + half_size]);
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-        }
-        if (t == 0) out[threadgroup_position_in_grid.x] = s[0];
-    """
-    x = mx.random.normal((4, 256))
-    emulator = Emulator("shuffle")
-    out = run_kernel(source, x, shape=(4,), grid=1024, threadgroup=256, emulator=emulator)
-    assert mx.array_equal(out, x.max(axis=1))
-    (dispatch,) = emulator.dispatches
-    assert dispatch.barriers == 9 and dispatch.threadgroup_bytes == 1024
-
-
-def test_threadgroup_variables_of_all_forms():
-    source = """
-        threadgroup uint total, pairs[2][
-            sizeof(uint) * 16];  // ; threadgroup float comment[4];
-        threadgroup vec<float, 4> v[64];
-        uint t = thread_index_in_threadgroup;
-        threadgroup uint* row = pairs[t % 2];
-        row[t] = t; v[t] = float4(t);
-        if (t == 9) total = 100;
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        out[t] = total + pairs[t % 2][t] + v[63 - t].w + sizeof(pairs) / sizeof(uint);
-    """
-    emulator = Emulator()
-    out = run_kernel(source, emulator=emulator)
-    assert np.array_equal(np.array(out), np.full(64, 100 + 63 + 128))
-    assert emulator.dispatches[0].threadgroup_bytes == 16 + 512 + 1024
 
 
 def test_atomic_histogram():
@@ -188,27 +116,6 @@ def test_simd_operations_in_a_partial_simdgroup():
         assert np.array_equal(out[start : start + 32], expected)
 
 
-def test_vectors_and_as_type():
-    source = (
-        INDEX
-        + """
-        float4 v = ((const device float4*)a)[i];
-        uchar4 bytes = as_type<uchar4>(as_type<uint>(v.x));
-        half4 h = half4(v);
-        float2 pair = float2(v.xy) * 2 + float2(float(bytes.w), float(h.w));
-        out[i] = dot(v, float4(pair, v.zw)) + select(float4(0), v, v > float4(0.5)).y;
-    """
-    )
-    x = np.random.default_rng(1).random((16, 4)).astype(np.float32)
-    pair = x[:, :2] * 2
-    pair[:, 0] += x[:, 0].view(np.uint32) >> 24
-    pair[:, 1] += x[:, 3].astype(np.float16).astype(np.float32)
-    expected = (x * np.concatenate([pair, x[:, 2:]], 1)).sum(1)
-    expected += np.where(x[:, 1] > 0.5, x[:, 1], 0)
-    out = run_kernel(source, mx.array(x), shape=(16,), grid=16)
-    np.testing.assert_allclose(np.array(out), expected, rtol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_sixteen_bit_floats_round_as_in_mlx(dtype):
     """Every bit pattern survives a copy through float; products round to nearest even."""
@@ -223,22 +130,6 @@ def test_sixteen_bit_floats_round_as_in_mlx(dtype):
     product = run_kernel(INDEX + "out[i] = T(float(a[i]) * 0.3333f);", x, **options)
     expected = (x.astype(mx.float32) * 0.3333).astype(dtype)
     assert mx.all((product == expected) | mx.isnan(x))
-
-
-def test_input_that_is_not_contiguous():
-    x = ramp(48).reshape(6, 8)
-    view = x.T[1:, ::2]
-    options = dict(shape=view.shape, grid=view.size, threadgroup=32)
-    assert mx.array_equal(run_kernel(INDEX + "out[i] = a[i];", view, **options), view)
-    by_strides = (
-        INDEX + "out[i] = a[i / a_shape[1] * a_strides[0] + i % a_shape[1] * a_strides[1]];"
-    )
-    assert mx.array_equal(
-        run_kernel(by_strides, view, ensure_row_contiguous=False, **options), view
-    )
-
-
-# Counts ---------------------------------------------------------------------------------------
 
 
 def test_traffic_is_exact():
@@ -259,13 +150,6 @@ def test_traffic_is_exact():
         "b": Traffic(16, reads=64, distinct_bytes_read=1, lines_read=1),
         "out": Traffic(64, writes=64, distinct_bytes_written=64, lines_written=1),
     }
-
-
-def test_sample_runs_evenly_spaced_threadgroups():
-    emulator = Emulator(sample_threadgroups=4)
-    run_kernel(INDEX + "out[i] = a[i];", ramp(1024), shape=(1024,), grid=1024, emulator=emulator)
-    traffic = emulator.dispatches[0].buffers["a"]
-    assert traffic.reads == 4 * 64 * 4 and traffic.lines_read == 8
 
 
 def test_without_checks_the_answer_is_the_same():
@@ -349,16 +233,3 @@ def test_standalone_file_with_a_mistake(tmp_path, old, new, message):
     with pytest.raises(KernelFault, match=r"bad\.metal") as fault:
         check_standalone(path)
     assert message in str(fault.value)
-
-
-def test_missing_compiler_is_one_clear_sentence(monkeypatch):
-    real_import = builtins.__import__
-
-    def without_ziglang(name, *args, **kwargs):
-        if name == "ziglang":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_ziglang)
-    with pytest.raises(RuntimeError, match="run pip install ziglang"):
-        build.zig.__wrapped__()

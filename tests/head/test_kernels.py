@@ -4,7 +4,6 @@ On a Mac they run on the GPU, elsewhere on the emulator, with the same assertion
 """
 
 from dataclasses import replace
-from itertools import combinations, product
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +15,6 @@ from kernel_cases import (
     make_centroids,
     make_rows,
     on_gpu,
-    pairs_of,
     to_numpy,
 )
 from kernel_checks import check_all, check_selection, run, small_head
@@ -52,16 +50,6 @@ def is_valid(case) -> bool:
 
 
 CASES = covering_cases(FACTORS, is_valid, n_weights)
-
-
-def test_cases_cover_every_pair_of_values():
-    """All pairs of values but those of a group size that does not divide the hidden size."""
-    covered = set().union(*map(pairs_of, CASES))
-    for one, other in combinations(FACTORS, 2):
-        for values in product(FACTORS[one], FACTORS[other]):
-            pair = ((one, values[0]), (other, values[1]))
-            impossible = (one, other) == ("hidden_size", "group_size") and values[0] % values[1]
-            assert (pair in covered) != bool(impossible), pair
 
 
 def head_of(rng, case, dtype):

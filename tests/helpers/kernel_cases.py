@@ -119,11 +119,6 @@ def products(stored, hidden: mx.array) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def pairs_of(case: dict) -> set:
-    """All pairs of the case's (factor, value) items."""
-    return set(combinations(case.items(), 2))
-
-
 def covering_cases(factors: dict[str, tuple], valid, cost) -> list[dict]:
     """Few cases in which each pair of values occurs that any valid case has.
 

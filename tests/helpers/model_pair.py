@@ -34,6 +34,11 @@ class Pair:
         stream = stream_generate(model, self.tokenizer, prompt, max_tokens=max_tokens, **options)
         return [response.token for response in stream]
 
+    def bare(self, ids, n_tokens=12) -> list[int]:
+        """What the head alone gives: the token after the prompt is the dense model's."""
+        first = uncached(self.dense, ids, 1)
+        return first + uncached(self.model, [*ids, *first], n_tokens - 1)
+
 
 def _attend_strongly(folder: Path) -> None:
     """Makes each token depend on all before it: a fresh model's follows from the last one alone,
@@ -58,7 +63,8 @@ def make_pair(folder: Path, *, tied: bool, seed: int = 4, **options) -> Pair:
 
 def uncached(model, prompt: list[int], n_tokens: int = 12) -> list[int]:
     """Greedy tokens, each by a forward pass over all tokens before it, whose last state alone
-    goes through the head: a mode that answers otherwise is wrong."""
+    goes through the head. Those of the dense model are what every mode has to give; those of a
+    model with a FlashHead, what the bare head has to give."""
     ids = list(prompt)
     for _ in range(n_tokens):
         ids.append(mx.argmax(last_logits(model, ids)).item())
@@ -70,3 +76,9 @@ def last_logits(model, ids: list[int]) -> mx.array:
     if model.args.tie_word_embeddings:
         return model.model.embed_tokens.as_linear(hidden)[0, 0]
     return model.lm_head(hidden)[0, 0]
+
+
+def until_end(pair, tokens):
+    """Without the end of the text and what was made after it."""
+    ends = [i for i, token in enumerate(tokens) if token in pair.tokenizer.eos_token_ids]
+    return tokens[: ends[0]] if ends else tokens

@@ -63,7 +63,9 @@ def serving(folder: Path, *arguments) -> Iterator[Server]:
         folder: Where its standard error goes.
         *arguments: Of ``mlx_flashhead.server``.
     """
-    command = [sys.executable, "-m", "mlx_flashhead.server", "--port", "0", *map(str, arguments)]
+    program = ["-m", "mlx_flashhead.server", "--port", "0"]
+    program += ["--flash-head-always"]  # which is no faster for a tiny model
+    command = [sys.executable, *program, *map(str, arguments)]
     cache = folder / "cache"  # no models but those that are named
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_HUB_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}

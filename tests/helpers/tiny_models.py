@@ -39,13 +39,6 @@ CONFIGS = {
     "cohere": _COMMON,
     "phi": _COMMON | {"partial_rotary_factor": 0.5},
     "gptj": {"n_embd": HIDDEN_SIZE, "n_layer": 1, "n_head": 2, "rotary_dim": 16, "vocab_size": 203},
-    "helium": _WITH_HEAD_DIM
-    | {
-        "attention_bias": False,
-        "mlp_bias": False,
-        "max_position_embeddings": 512,
-        "rope_theta": 10000.0,
-    },
     "llama4_text": _WITH_HEAD_DIM
     | {
         "intermediate_size_mlp": 128,

@@ -1,12 +1,16 @@
 """The loop for one text: the dense model's tokens, whatever is proposed."""
 
+from itertools import count
+
 import mlx.core as mx
 import pytest
 from mlx_lm import sample_utils
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from flash_loops import PROMPT, make_flash
+from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
+from mlx_flashhead.lossless.products import SlotProduct
+from tiny_models import randomized, tiny_model
 
 SAMPLERS = {
     "greedy": {},
@@ -105,6 +109,20 @@ def test_every_architecture(name, sampler, misses):
     assert misses or not sampler or name == "softcap"  # its choices are clear
 
 
+def test_logits_that_depend_on_each_other_are_dense():
+    model = tiny_model(num_hidden_layers=2)
+
+    class Normed(type(model)):
+        def __call__(self, *arguments, **options):
+            logits = super().__call__(*arguments, **options)
+            return logits / mx.linalg.norm(logits, axis=-1, keepdims=True)
+
+    model.__class__ = Normed
+    flash = flash_of(model)
+    sampler = make_sampler(temp=0.05, seed=1)
+    assert flash.tokens(sampler=sampler) == flash.tokens(dense=True, sampler=sampler)
+
+
 CACHES = {
     "plain": lambda model: make_prompt_cache(model),
     "rotating": lambda model: [RotatingKVCache(max_size=12, keep=2) for _ in model.layers],
@@ -137,9 +155,6 @@ def test_every_cache_holds_the_confirmed_tokens(flash, name, options, stop, miss
 
 def test_state_space_layers_are_kept_and_fed_again(misses):
     from mlx_lm.models import mamba2
-
-    from flash_loops import flash_of
-    from tiny_models import randomized
 
     args = mamba2.ModelArgs(
         model_type="mamba2", num_heads=4, head_dim=32, vocab_size=203, hidden_size=64,
@@ -227,3 +242,25 @@ def test_the_first_tokens_do_not_wait(flash, monkeypatch):
             seen.append(len(calls))
         steps.close()
     assert seen == [3, 5, 7, 7, 11, 11, 11, 11]  # the prompt, then a step ahead of the check
+
+
+def test_processes_that_share_a_model_take_the_same_steps(monkeypatch):
+    """However long a check takes on each of them."""
+    flash = make_flash()
+    flash.head.in_step = True
+    flash.tokens(max_tokens=1)  # the first use learns what the model does with logits
+    original, calls = type(flash.model).__call__, []
+
+    def counting(self, *arguments, **options):
+        calls.append(0)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(type(flash.model), "__call__", counting)
+    steps = []
+    for ready, seconds in ((True, 0.0), (False, 10.0)):
+        monkeypatch.setattr(SlotProduct, "ready", ready)
+        clock = count(step=seconds)
+        monkeypatch.setattr("time.perf_counter", lambda clock=clock: next(clock))
+        calls.clear()
+        steps.append((flash.tokens(), len(calls)))
+    assert steps[0] == steps[1]

@@ -23,10 +23,3 @@ def pair(shared_pair):
 def head(pair):
     """The FlashHead of ``pair``."""
     return pair.head
-
-
-@pytest.fixture
-def exact(head):
-    """Every cluster is probed, in this test."""
-    head.n_probes = head.n_clusters
-    return head

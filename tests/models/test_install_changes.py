@@ -186,19 +186,3 @@ def test_failed_installation_leaves_the_model(how, wrong):
     assert parameters(model) == before
     assert mx.array_equal(model(TOKENS), dense)
     assert get_flash_head(model) is None
-
-
-def test_layer_that_is_no_plain_product_is_refused():
-    model = tiny_model(tied=False)
-
-    class Scaled(nn.Linear):
-        def __call__(self, hidden):
-            return 2 * (hidden @ self.weight.T)
-
-    index = tiny_index(model)
-    scaled = Scaled(64, 203, bias=False)
-    scaled.weight = model.lm_head.weight
-    model.lm_head = scaled
-    with pytest.raises(ValueError, match=r"'lm_head' \(Scaled\) is not a plain product"):
-        install(model, index.token_ids, index.centroids, n_probes=4)
-    assert type(model.lm_head) is Scaled

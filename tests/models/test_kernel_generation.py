@@ -6,10 +6,9 @@ On a Mac they run on the GPU, elsewhere on the emulator, with the same assertion
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
 
 from kernel_cases import kernels, on_gpu, to_numpy
-from mlx_flashhead import detach, generate, get_flash_head, stream_generate
+from mlx_flashhead import detach, get_flash_head, stream_generate
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.exporting.plan import export_plan
 from mlx_flashhead.head.steps import NO_DEPTH
@@ -81,29 +80,6 @@ def test_proposals_give_the_same_tokens(on_kernels, portable, which, depth):
         names = [dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches]
         assert set(names) == {"route", "select", "score", "sample"}
         assert names.count("sample") >= len(found) - 1
-
-
-def test_generate_gives_the_same_text(on_kernels, portable):
-    model, tokenizer, _ = on_kernels
-    text = generate(model, tokenizer, PROMPTS[0], max_tokens=MAX_TOKENS)
-    assert text == portable[0][1] and len(text) > 20
-
-
-def test_greedy_tokens_without_full_logits_are_the_same(on_kernels, portable):
-    """Step by step: the token kernel is asked, and its answer is the next input."""
-    model, tokenizer, emulator = on_kernels
-    head, location = get_flash_head(model), find_head(model)
-    cache = make_prompt_cache(model)
-    ids, found = tokenizer.encode(PROMPTS[0]), []
-    while len(found) < MAX_TOKENS:
-        with recorded_hidden(location) as recorded:
-            model(mx.array(ids)[None], cache=cache)
-        (hidden,) = recorded
-        ids = [head.token(hidden[:, -1]).item()]
-        found += ids
-    assert found == portable[0][0]
-    if not on_gpu():
-        assert emulator.dispatches[-1].name == "flash_head_sample"
 
 
 def test_logits_are_the_portable_ones(real, on_kernels):

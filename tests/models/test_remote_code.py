@@ -31,13 +31,10 @@ def test_generates(folders):
     dense, _ = load_plain(str(folders[0]), trust_remote_code=True)
     model, tokenizer = load(str(folders[1]), trust_remote_code=True)
     assert type(model).__module__ == "custom_model" != "mlx_lm"
-    head = get_flash_head(model)
-    ids = tokenizer.encode("How do I bake bread")
-    assert greedy(model, ids) != greedy(dense, ids)
-    for n_probes, reference in ((head.n_probes, model), (head.n_clusters, dense)):
-        options = {"n_probes": n_probes, "max_tokens": 10}
-        found = [response.token for response in stream_generate(model, tokenizer, ids, **options)]
-        assert found == greedy(reference, ids)
+    assert get_flash_head(model) is not None
+    ids, options = tokenizer.encode("How do I bake bread"), {"max_tokens": 10}
+    found = [response.token for response in stream_generate(model, tokenizer, ids, **options)]
+    assert found == greedy(dense, ids) != greedy(model, ids)
 
 
 def test_logits_are_capped_by_the_models_own_code(folders):

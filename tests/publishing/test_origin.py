@@ -55,6 +55,8 @@ def test_header_of_the_new_card(tmp_path):
         (None, {"_name_or_path": "maker/Model"}, None, ("maker/Model", "quantized")),
         (None, {"_name_or_path": "/home/ann/model"}, None, (None, None)),
         (None, {"_name_or_path": "./out"}, None, (None, None)),
+        (None, {"_name_or_path": "a/\x1b[2J"}, None, (None, None)),
+        ("---\nlibrary_name: mlx\nbase_model: 5\n---\n", {}, None, (None, None)),
         ("---\nlibrary_name: mlx\nbase_model: maker/M\n---\n", {}, None, ("maker/M", "quantized")),
         # a copy of a fine-tune's folder does not say its own name, only what it was made from
         (CARD, {}, None, ("maker/Base", None)),

@@ -6,6 +6,7 @@ import time
 
 import huggingface_hub.constants
 import pytest
+from huggingface_hub import HfApi
 
 import mlx_flashhead
 from loopback_hub import TOKEN, Account, Repository
@@ -175,6 +176,7 @@ def test_a_model_without_a_licence_is_not_published(hub, tmp_path):
         ("no token", "me/tiny", r"needs a Hugging Face token, but there is none: log in"),
         ("unknown token", "me/tiny", r"does not accept the token"),
         ("read token", "me/tiny", r"token may only read"),
+        ("no account", "me/tiny", r"did not say whose token this is"),
         ("none", "else/tiny", r"me may not write to else/tiny: choose .* such as me/tiny"),
         ("taken", "else/tiny", r"me may not write to else/tiny"),
         ("offline", "me/tiny", r"cannot be reached .* unset HF_HUB_OFFLINE"),
@@ -192,6 +194,8 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
         hub.accounts.clear()
     elif change == "read token":
         hub.accounts[TOKEN] = Account("me", role="read")
+    elif change == "no account":
+        monkeypatch.setattr(HfApi, "whoami", lambda _: [1])
     elif change == "taken":
         hub.repositories["else/tiny"] = Repository()
     elif change == "offline":

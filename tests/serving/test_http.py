@@ -7,12 +7,14 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import mlx.core as mx
 import openai
 import pytest
 
 import mlx_flashhead
+from mlx_flashhead.serving.endpoints import _Answer
 from mlx_flashhead.serving.protocol.logprobs import TokenNames
 from model_folders import VOCAB_SIZE
 from server_process import serving
@@ -96,8 +98,18 @@ def test_a_text_is_continued(client, flash, options):
     """The prompt is all that the server has in its cache of the first request."""
     model = "chain"
     first = complete(client, "a", model=model, max_tokens=2, **options)
-    assert first == "one two"
-    assert complete(client, "a one two", model=model, **options) == "three four"
+    assert first == " one two"
+    assert complete(client, f"a{first}", model=model, **options) == " three four"
+
+
+def test_spaces_at_the_beginning_are_kept(client):
+    """mlx-lm's detokenizer drops one, which a chat without a form has for its template's sake."""
+    answer = client.completions.create(model="chain", prompt="a", logprobs=0).choices[0]
+    places = zip(answer.logprobs.tokens, answer.logprobs.text_offset, strict=True)
+    assert all(answer.text.startswith(token, offset) for token, offset in places)
+    form = {"regex": " one( two)?"}
+    content = chat(client, model="chain", extra_body=form).choices[0].message.content
+    assert content.startswith(" one")
 
 
 def test_streams_add_up(client):
@@ -208,21 +220,21 @@ def test_seeds_repeat(client):
 
 def test_stop_words_end_the_text(client):
     options = {"model": "chain", "prompt": "a"}
-    assert complete(client, **options) == "one two three four"
+    assert complete(client, **options) == " one two three four"
     for stop in (" three", ["x", " three"]):
         answer = client.completions.create(stop=stop, max_tokens=TOKENS, **options)
-        assert answer.choices[0].text == "one two"
+        assert answer.choices[0].text == " one two"
         assert answer.choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
     "stop, text",
-    [("three", "one two "), (["x", "wo th"], "one t"), (["three", "ne"], "o"), ("five", None)],
+    [("three", " one two "), (["x", "wo th"], " one t"), (["three", "ne"], " o"), ("five", None)],
 )
 def test_stop_words_are_found_within_tokens(client, stop, text):
     options = {"model": "chain", "prompt": "a", "max_tokens": TOKENS, "stop": stop}
     answer = client.completions.create(**options)
-    assert answer.choices[0].text == (text or "one two three four")
+    assert answer.choices[0].text == (text or " one two three four")
     assert answer.choices[0].finish_reason == "stop"
     chunks = [chunk.choices[0] for chunk in client.completions.create(stream=True, **options)]
     assert "".join(chunk.text for chunk in chunks) == answer.choices[0].text
@@ -255,7 +267,7 @@ def test_called_tools_answer(client):
     assert answer.choices[0].message.tool_calls
 
 
-def test_models_have_names_and_no_paths(client):
+def test_models_have_names_and_no_paths(server, client, random_model):
     names = [model.id for model in client.models.list().data]
     assert names == ["mine", "flash", "chain"]
     for name in names:
@@ -263,20 +275,8 @@ def test_models_have_names_and_no_paths(client):
         assert chat(client, model=name, max_tokens=1).model == ("mine" if name == "flash" else name)
     with pytest.raises(openai.NotFoundError, match="choose mine or flash"):
         client.models.retrieve("/etc")
-
-
-@pytest.mark.parametrize(
-    "name", ["/", "", ".", "..", "/etc", "/no/such", "gpt-4o", "someone/model"]
-)
-def test_no_other_model_is_served_nor_looked_for(server, client, random_model, name):
-    """Folders that are there and others get one and the same answer."""
-    with pytest.raises(openai.NotFoundError) as told:
-        complete(client, model=name)
-    assert told.value.body["code"] == "model_not_found"
-    assert told.value.body["message"].startswith("No model of that name is served here")
-    with pytest.raises(openai.NotFoundError) as other:
-        complete(client, model=str(random_model / "dense"))
-    assert other.value.body == told.value.body
+    told = [post(server, {"model": name}) for name in ("/no/such", str(random_model / "dense"))]
+    assert told[0] == told[1]  # which folders there are is not said
 
 
 def test_several_answers_and_prompts(client, flash):
@@ -296,11 +296,6 @@ def test_several_answers_and_prompts(client, flash):
     assert len(set(texts)) == 3
     whole = chat(client, n=3, temperature=1.0, seed=5)
     assert [choice.message.content for choice in whole.choices] == texts
-
-
-def test_token_prompts(client, flash):
-    tokens = flash[1].encode("One day")
-    assert complete(client, tokens) == generated(flash)
 
 
 def test_biases_choose_tokens(client, flash):
@@ -357,14 +352,27 @@ def test_what_is_no_request_is_told(server, body, path, status, said):
     assert said in found[1]["error"]["message"]
 
 
+def send(server, **fields):
+    """A connection on which a chat was asked for."""
+    body = json.dumps({"messages": MESSAGES, "logit_bias": {"50": 100}} | fields).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_only_sends_no_more_has_its_answer(server, stream):
+    with send(server, max_tokens=400, stream=stream) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert b'"finish_reason": "length"' in answer
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_is_logged_and_not_computed_for(server, client, flash, stream):
-    body = {"messages": MESSAGES, "max_tokens": 400, "stream": stream, "logit_bias": {"50": 100}}
-    body = json.dumps(body | {"user": "of this test"}).encode()
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    with send(server, max_tokens=400, stream=stream) as connection:
         if stream:
             connection.recv(1)
     for _ in range(200):
@@ -375,6 +383,12 @@ def test_a_client_that_goes_is_logged_and_not_computed_for(server, client, flash
     assert "POST /v1/chat/completions" in lines[-1]
     n_tokens = int(lines[-1].split(" + ")[1].split()[0])
     assert n_tokens < 400
+
+
+def test_answers_without_a_token_have_no_part_in_the_speed():
+    jobs = [SimpleNamespace(n_tokens=5, times=[1.0, 3.0])]
+    jobs += [SimpleNamespace(n_tokens=0, times=[])] * 9
+    assert _Answer._speed(SimpleNamespace(_jobs=jobs)) == 2.0
 
 
 def test_the_log_has_a_line_for_each_request_and_no_prompt(server, client):
@@ -398,5 +412,6 @@ def test_nothing_has_ended_the_server(server, client, flash):
     """Last in this file: after all of the above."""
     assert complete(client) == generated(flash)
     with urllib.request.urlopen(f"{server.url}/health", timeout=60) as answer:
-        assert strict(answer.read()) == {"status": "ok"}
+        health = strict(answer.read())
+    assert health["status"] == "ok" and set(health["heads"]) == {"FlashHead"}
     assert "Traceback" not in server.log()

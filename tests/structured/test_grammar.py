@@ -4,7 +4,15 @@ import sys
 
 import pytest
 
+from mlx_flashhead.structured import grammar
 from mlx_flashhead.structured.grammar import Grammar, GrammarError, llguidance
+
+
+def nested(levels):
+    schema = {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
 
 
 @pytest.mark.parametrize(
@@ -23,6 +31,8 @@ from mlx_flashhead.structured.grammar import Grammar, GrammarError, llguidance
             "/$defs/t/items",
             "does not exist",
         ),
+        (nested(450), "/items/items/items", "recursion"),
+        (nested(5000), "its top", "nested too deeply"),
         ({"items": {"type": "y"}, "properties": {"b": {"type": "z"}}}, "/", "Invalid type"),
     ],
 )
@@ -34,6 +44,19 @@ def test_wrong_schema_names_the_place(schema, place, said):
     assert said in message and message.endswith(".") and "\n" not in message
 
 
+def test_the_search_for_the_place_is_bounded_and_waits_for_a_reader(monkeypatch):
+    compiled = []
+    compile_schema = grammar._compile_schema
+    monkeypatch.setattr(
+        grammar, "_compile_schema", lambda schema: compiled.append(0) or compile_schema(schema)
+    )
+    with pytest.raises(GrammarError) as raised:
+        Grammar.from_json_schema({"allOf": [{"not": {}}] * 900})
+    assert len(compiled) == 1
+    assert '"not" is not supported' in str(raised.value)
+    assert len(compiled) <= 1 + grammar.MAX_COMPILED
+
+
 @pytest.mark.parametrize("schema", [[], "text", None, 5])
 def test_schema_must_be_an_object(schema):
     with pytest.raises(GrammarError, match="must be an object"):
@@ -42,7 +65,14 @@ def test_schema_must_be_an_object(schema):
 
 @pytest.mark.parametrize(
     "pattern, said",
-    [("a(b", "unclosed group"), ("(?=a)b", "look-around"), ("", "must be a text"), (7, "is 7")],
+    [
+        ("a(b", "unclosed group"),
+        ("(?=a)b", "look-around"),
+        ("", "must be a text"),
+        (7, "is 7"),
+        ("a\\x00", "the character 0"),
+        ("\0", "the character 0"),
+    ],
 )
 def test_wrong_regular_expression(pattern, said):
     with pytest.raises(GrammarError, match=said):

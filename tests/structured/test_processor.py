@@ -202,6 +202,19 @@ def test_token_that_is_not_allowed_ends_the_text(tokenizer):
     assert allowed(processor, [7, a, c]) == {EOS} and processor.problem is None
 
 
+def test_masks_that_take_long_end_the_text(tokenizer):
+    """Those of this grammar take more and more."""
+    (a,) = tokenizer.encode("a")
+    ambiguous = Grammar.from_lark('start: s\ns: s s | s s s | "a"')
+    processor = GrammarProcessor(tokenizer, ambiguous, seconds_per_mask=1e-6)
+    tokens = [7]
+    while allowed(processor, tokens) != {EOS} and len(tokens) < 500:
+        tokens.append(a)
+    assert len(tokens) > 10 and "take more than 1e-06 s each" in processor.problem
+    processor.begin()
+    assert a in allowed(processor, [7]) and processor.problem is None
+
+
 def test_one_form_at_a_time(tokenizer):
     for forms in ({}, {"regex": "a", "grammar": 'start: "a"'}):
         with pytest.raises(ValueError, match="Give one of"):

@@ -8,7 +8,7 @@ and singles take turns.
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -31,10 +31,10 @@ class Decoder(ABC):
     """Some sequences that are generated together.
 
     Attributes:
-        proposer: Chooses their tokens; None with a draft model.
+        proposer: Chooses their tokens.
     """
 
-    proposer: Proposer | None = None
+    proposer: Proposer
 
     @property
     @abstractmethod
@@ -51,7 +51,7 @@ class Decoder(ABC):
 
     def take_head(self, served: ServedModel) -> None:
         """From the next token on the sequences use a FlashHead that ``served`` has got."""
-        if self.proposer is not None and all(job.served is served for job in self.jobs):
+        if all(job.served is served for job in self.jobs):
             self.proposer.look_for_head()
 
     @property
@@ -145,6 +145,8 @@ class Single(Decoder):
         job = reading.job
         self._jobs, self._cache = [job], reading.cache
         self._before, self._generated = job.all_tokens, list[int]()
+        self.proposer = proposer_of(job)
+        self._block = nullcontext if job.served.draft_model is None else self.proposer.with_draft
         options: dict[str, Any] = {
             "sampler": job.sampler,
             "prompt_cache": self._cache,
@@ -154,7 +156,6 @@ class Single(Decoder):
         }
         start = mx.array(job.all_tokens[-1:])
         if job.served.draft_model is None:
-            self.proposer = proposer_of(job)
             # without an end token of its own, so that its cache holds all tokens it has given
             self._steps: Generator[tuple[Any, ...], None, None] = checked_steps(
                 start,
@@ -187,7 +188,7 @@ class Single(Decoder):
 
     def step(self) -> list[Step]:
         (job,) = self._jobs
-        with dense_target(job):
+        with self._block():
             token, logprobs = next(self._steps)[:2]
         self._generated.append(token)
         return [(job, token, logprobs)]
@@ -220,14 +221,6 @@ def proposer_of(job: Job) -> Proposer:
     """Chooses the tokens of a sequence, and of those that share its batch."""
     settings = {} if job.n_probes is None else {"n_probes": job.n_probes}
     return Proposer(job.served.model, check=job.served.check, dense=job.dense, settings=settings)
-
-
-def dense_target(job: Job) -> AbstractContextManager:
-    """With a draft model, a block in which the target scores all of its positions densely."""
-    head = job.served.head
-    if job.served.draft_model is None or head is None:
-        return nullcontext()
-    return head.dense() if job.served.check or job.dense else head.settings(n_probes=job.n_probes)
 
 
 def length_class(n_tokens: int) -> int:

@@ -106,7 +106,7 @@ class Job:
     def __post_init__(self):
         if self.grammar is not None:
             self.processors = [*self.processors, self.grammar]
-        self._text = AnswerText(self.served, self.stop, self.prompt.state)
+        self._text = AnswerText(self.served, self.stop, self.prompt.state, self.prompt.keep_space)
 
     @property
     def n_tokens(self) -> int:

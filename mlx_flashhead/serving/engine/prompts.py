@@ -21,11 +21,13 @@ class Prompt:
         tokens: At least one token.
         landmarks: Lengths at which its cache is kept, since other prompts begin in the same way.
         state: State of the text at the answer's beginning, "normal" or "reasoning".
+        keep_space: Whether a space at the answer's beginning is part of it.
     """
 
     tokens: list[int]
     landmarks: tuple[int, ...] = ()
     state: str = "normal"
+    keep_space: bool = False
 
 
 def read_prompts(request: Request) -> list[Prompt]:
@@ -36,7 +38,8 @@ def read_prompts(request: Request) -> list[Prompt]:
     """
     if request.chat:
         return [_chat_prompt(request)]
-    return [Prompt(_text_tokens(request.served, prompt)) for prompt in request.prompts]
+    texts = [_text_tokens(request.served, prompt) for prompt in request.prompts]
+    return [Prompt(tokens, keep_space=True) for tokens in texts]
 
 
 def _text_tokens(served: ServedModel, prompt: str | list[int]) -> list[int]:
@@ -54,7 +57,7 @@ def _chat_prompt(request: Request) -> Prompt:
     landmarks: tuple[int, ...] = ()
     if not served.cuttable:
         landmarks = (*_end_of_system(request, tokens), _start_of_thought(served, tokens))
-    return Prompt(tokens, landmarks, _state(served, tokens))
+    return Prompt(tokens, landmarks, _state(served, tokens), keep_space=request.form is not None)
 
 
 def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = True) -> str:

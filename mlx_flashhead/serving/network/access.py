@@ -121,7 +121,7 @@ class Access:
 
     def _check_token(self, method: str, target: str, headers: Message) -> None:
         preflight = method == "OPTIONS" and self.cross_origin(headers) is not None
-        if preflight or (method == "GET" and path_of(target) in PUBLIC_PATHS):
+        if preflight or (method in ("GET", "HEAD") and path_of(target) in PUBLIC_PATHS):
             return
         if not any(self.accepts(token) for token in given_tokens(target, headers)):
             raise Problem(

@@ -27,7 +27,6 @@ class GuardedHandler(TimedHandler, ABC):
     def setup(self) -> None:
         """Prepares for a request."""
         super().setup()
-        self._status: HTTPStatus | None = None
         self._notes: list[str] = []
         # the base class does not set these if a request is not HTTP
         self.path, self.headers = "", Message()
@@ -72,7 +71,7 @@ class GuardedHandler(TimedHandler, ABC):
             super().handle()
         except (ConnectionError, TimeoutError):
             self.note("the client has gone")
-        if self._status is not None or self._notes:
+        if self.status is not None or self._notes:
             self._log(time.monotonic() - began)
 
     def parse_request(self) -> bool:
@@ -102,6 +101,8 @@ class GuardedHandler(TimedHandler, ABC):
         else:
             self._answer(self.get)
 
+    do_HEAD = do_GET  # without the body, see _send
+
     def do_POST(self) -> None:
         """Passes the request to the API."""
         self._answer(self.post)
@@ -120,17 +121,14 @@ class GuardedHandler(TimedHandler, ABC):
         headers |= {"Content-Type": "application/json", "Cache-Control": "no-store"}
         self._send(status, PageFile(dumps(value).encode(), headers))
 
-    def send_response(self, code: int, message: str | None = None) -> None:
-        """As the base class's. The log gets the status at the end."""
-        self._status = HTTPStatus(code)
-        super().send_response(code, message)
-
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Replaces the base class's HTML page for requests that are not HTTP."""
         self.close_connection = True
         self.request_version = "HTTP/1.0"  # so that the answer gets a head
         reason = message or HTTPStatus(code).phrase
         self.send_json(Problem(f"{reason}.", status=code).as_json(), HTTPStatus(code))
+        if code == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+            self.discard_rest()
 
     def end_headers(self) -> None:
         """As the base class's, with the headers for scripts of allowed sites."""
@@ -154,7 +152,7 @@ class GuardedHandler(TimedHandler, ABC):
             self.note("the client has gone")
         except Exception:
             logger.exception("A request could not be answered")
-            if self._status is None:
+            if self.status is None:
                 self._refuse(Problem("The server has failed: see its log.", status=500))
 
     def _shown_token(self) -> str | None:
@@ -194,6 +192,6 @@ class GuardedHandler(TimedHandler, ABC):
 
     def _log(self, seconds: float) -> None:
         line = without_token(self.requestline.encode("unicode_escape").decode())[:200]
-        status = "-" if self._status is None else int(self._status)
+        status = "-" if self.status is None else int(self.status)
         notes = ", ".join([f"{seconds:.2f} s", *self._notes])
         logger.info("%s %s %s %s", self.client_address[0], line, status, notes)

@@ -15,10 +15,15 @@ export function actionsOf(message, can) {
   if (content) row.append(copyButton("Copy", () => content));
   if (can.edit) row.append(iconButton("edit", "Edit the question", can.edit));
   if (can.again) row.append(iconButton("again", "Answer again", can.again));
-  if (can.compare) row.append(iconButton("compare", "Compare with dense", can.compare));
+  if (can.compare) row.append(compareButton(can.compare));
   if (stats) row.append(element("span", { className: "stats" }, statsText(stats, message.model)));
   parts.push(row);
   return parts;
+}
+
+function compareButton(onclick) {
+  const title = "The same question with FlashHead and without, side by side";
+  return element("button", { type: "button", className: "text", title, onclick }, "Compare");
 }
 
 // again: for what went wrong, a function that tries again.

@@ -14,16 +14,15 @@ import { onPreference } from "./preferences.js";
 import { openSettings, requestSettings, useDefaults } from "./settings.js";
 import { Run } from "./run.js";
 import * as store from "./store.js";
-import { drawActions, drawChat, drawMessage, drawSystem } from "./view.js";
+import { drawActions, drawChat, drawMessage, drawSystem, isEditing } from "./view.js";
 import { follow } from "./viewport.js";
 
 const SAVE_MS = 500; // between savings while an answer grows
 const exportButton = document.getElementById("export");
 
-const chats = store.loadChats();
 const runs = new Map(); // conversation → its running answer
-let current =
-  chats.find((chat) => chat.id === store.loadCurrent()) ?? newChat(defaultInstructions());
+let chats = store.loadChats();
+let current = null;
 
 const handlers = () => ({
   edit,
@@ -33,20 +32,35 @@ const handlers = () => ({
 
 function open(chat) {
   current = chat;
-  store.saveCurrent(chat.id);
+  store.saveCurrent(""); // one that cannot be drawn is not opened with the page again
   closeHistory();
   drawChat(current, handlers());
   drawFrame();
+  store.saveCurrent(chat.id);
 }
 
 function remove(chat) {
   if (!confirm(`Delete “${chatTitle(chat)}”?`)) return;
   runs.get(chat)?.stop();
   runs.delete(chat);
-  chats.splice(chats.indexOf(chat), 1);
+  chats = chats.filter((other) => other !== chat);
   store.deleteChat(chat);
   if (chat === current) open(newChat(defaultInstructions()));
   else drawFrame();
+}
+
+// Another window has saved or deleted a conversation. One that is answered or edited here stays.
+function reload(id) {
+  const old = [current, ...chats].find((chat) => chat.id === id);
+  if (runs.has(old) || (old === current && isEditing())) return;
+  const chat = store.loadChat(id);
+  chats = chats.filter((other) => other !== old);
+  if (chat) chats = [...chats, chat].sort(store.latestFirst);
+  if (chat && old === current) {
+    current = chat;
+    drawChat(current, handlers());
+  }
+  drawFrame();
 }
 
 // Everything but the messages: title, list, buttons.
@@ -54,19 +68,26 @@ function drawFrame() {
   document.getElementById("title").textContent = chatTitle(current);
   exportButton.hidden = !current.messages.length;
   drawHistory(chats, current, { open, remove });
+  showRoom();
   showInstructions(current);
   drawComposer(runs.has(current));
 }
 
+const showRoom = () => (document.getElementById("full").hidden = store.allStored());
+
 function save(chat) {
   if (!chats.includes(chat)) return; // deleted meanwhile
-  document.getElementById("full").hidden = store.saveChat(chat);
+  const other = store.saveChat(chat);
+  showRoom();
+  if (!other) return;
+  if (chat === current) store.saveCurrent(chat.id);
+  reload(other);
+  tell("Another window has changed this conversation, too: both are kept.");
 }
 
 function toFront(chat) {
   chat.updated = Date.now();
-  if (chats.includes(chat)) chats.splice(chats.indexOf(chat), 1);
-  chats.unshift(chat);
+  chats = [chat, ...chats.filter((other) => other !== chat)];
 }
 
 function send(content) {
@@ -163,8 +184,8 @@ document.getElementById("new-chat").addEventListener("click", () => {
 for (const event of ["beforeunload", "pagehide"]) {
   window.addEventListener(event, () => {
     runs.forEach((run, chat) => {
-      save(chat);
       run.stop();
+      save(chat);
     });
   });
 }
@@ -172,8 +193,8 @@ for (const event of ["beforeunload", "pagehide"]) {
 // The token came in the address. Now the browser has it as a cookie.
 if (location.search) history.replaceState(null, "", location.pathname);
 follow(window.visualViewport);
-drawChat(current, handlers());
-drawFrame();
+open(chats.find((chat) => chat.id === store.loadCurrent()) ?? newChat(defaultInstructions()));
+store.watchChats(reload);
 connect((info) => {
   useModels(info.models);
   useDefaults(info);

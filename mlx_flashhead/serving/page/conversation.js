@@ -3,13 +3,19 @@
 
 const LARGEST = 8 << 20; // bytes of a file
 
-// A new conversation with instructions for the model.
-export function newChat(system = "") {
-  // crypto.randomUUID needs https
+// crypto.randomUUID needs https
+export function newId() {
   const bytes = crypto.getRandomValues(new Uint8Array(12));
-  const id = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-  return { id, updated: Date.now(), system, messages: [] };
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
+
+// A new conversation with instructions for the model.
+export const newChat = (system = "") => ({
+  id: newId(),
+  updated: Date.now(),
+  system,
+  messages: [],
+});
 
 export function chatTitle(chat) {
   const first = chat.messages.find((message) => message.role === "user");

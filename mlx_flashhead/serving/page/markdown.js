@@ -2,10 +2,12 @@
 // a text through, and links lead to http, https or mailto. So nothing that a model writes can run.
 
 import DOMPurify from "./vendor/dompurify/purify.es.mjs";
-import { Marked } from "./vendor/marked/marked.esm.js";
+import { Lexer, Marked } from "./vendor/marked/marked.esm.js";
 import { copyButton, element } from "./dom.js";
 import { escapeHtml, maskMaths, mathsExtensions, setMaths } from "./maths.js";
 
+const LONGEST = 40_000; // characters; what follows them stays as it is written
+const LONGEST_PARAGRAPH = 5000; // the time for one can grow with the square of its length
 const SAFE = /^(?:https?:\/\/|mailto:)/i;
 const CLEAN = {
   ALLOWED_TAGS: (
@@ -47,6 +49,17 @@ const marked = new Marked({
   },
 });
 
+class BoundedLexer extends Lexer {
+  inlineTokens(text, tokens = []) {
+    if (text.length <= LONGEST_PARAGRAPH) return super.inlineTokens(text, tokens);
+    for (const [index, line] of text.split("\n").entries()) {
+      if (index) tokens.push({ type: "br", raw: "\n" });
+      tokens.push({ type: "text", raw: line, text: line });
+    }
+    return tokens;
+  }
+}
+
 // Renders a growing text into a container. Unchanged blocks and growing code stay the same elements
 // and keep their scroll position and selection.
 export function renderMarkdown(container, text) {
@@ -77,14 +90,18 @@ function growCode(present, node) {
 
 // The HTML of each block at the top.
 function htmlBlocks(text) {
+  if (text.length > LONGEST) {
+    return [...htmlBlocks(text.slice(0, LONGEST)), plain(text.slice(LONGEST))];
+  }
   try {
-    const tokens = marked.lexer(text);
+    const tokens = new BoundedLexer(marked.defaults).lex(text);
     return tokens.map((token) => marked.parser([token])).filter((html) => html.trim());
   } catch {
-    // nested too deeply
-    return [`<p class="plain">${escapeHtml(text)}</p>`];
+    return [plain(text)]; // nested too deeply
   }
 }
+
+const plain = (text) => `<p class="plain">${escapeHtml(text)}</p>`;
 
 function build(html) {
   const fragment = DOMPurify.sanitize(html, CLEAN);

@@ -14,6 +14,7 @@ export class Run {
 
   stop() {
     this.controller.abort();
+    Object.assign(this.message, { running: false, stopped: true });
   }
 
   // Resolves when the answer has ended, to the ServerError if there was one.
@@ -25,8 +26,7 @@ export class Run {
         this.take(part, clock);
       }
     } catch (error) {
-      if (this.controller.signal.aborted) this.message.stopped = true;
-      else failure = this.fail(error);
+      if (!this.controller.signal.aborted) failure = this.fail(error);
     }
     this.message.running = false;
     delete this.message.read;

@@ -125,6 +125,8 @@ function possible(chat, message, last, handlers) {
   return can;
 }
 
+export const isEditing = () => list.querySelector(".edited") !== null;
+
 function edit(chat, message, handlers) {
   const node = drawn.get(message);
   const replaced = chat.messages.indexOf(message) < chat.messages.length - 2;

@@ -37,10 +37,18 @@ class AnswerText:
         served: The model.
         stop: Texts that end it.
         state: The state of the text at its beginning.
+        keep_space: Whether a space at its beginning is part of it. mlx-lm's detokenizers drop one.
     """
 
-    def __init__(self, served: ServedModel, stop: tuple[str, ...], state: str):
+    def __init__(
+        self, served: ServedModel, stop: tuple[str, ...], state: str, keep_space: bool = False
+    ):
         self._detokenizer = served.tokenizer.detokenizer
+        if keep_space:
+            # they keep a space that follows another word
+            for token in served.tokenizer.encode("a", add_special_tokens=False):
+                self._detokenizer.add_token(token)
+            _ = self._detokenizer.last_segment
         machine = TextStateMachine({_NORMAL: [(word, None) for word in stop]} if stop else None)
         self._until_stop = machine.make_state()
         self._parts = make_text_state_machine(served.tokenizer).make_state(state)

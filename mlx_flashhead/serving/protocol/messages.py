@@ -1,9 +1,9 @@
 """A chat's messages and the settings of its template, checked."""
 
-import json
 from typing import Any
 
 from .errors import Problem
+from .valid_json import loads
 
 _EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
 _MAX_SETTING = 1000  # characters
@@ -95,8 +95,10 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError:
-                raise Problem(f"{where}[{i}].function.arguments must be JSON.", where) from None
+                arguments = loads((arguments or "{}").encode())
+            except ValueError as error:
+                raise Problem(
+                    f"{where}[{i}].function.arguments must be JSON, but {error}.", where
+                ) from None
         read.append({**call, "function": {**function, "arguments": arguments}})
     return read

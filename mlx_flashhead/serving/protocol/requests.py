@@ -18,6 +18,8 @@ MAX_LOGPROBS = 20
 _MAX_STOPS = 16
 # A larger bias has the same effect, and would be infinite in float16.
 _MAX_BIAS = 1e4
+# OpenAI's limit. Below the other one a draw is the likeliest token, but for overflows.
+_MAX_TEMPERATURE, _MIN_TEMPERATURE = 2, 1e-6
 # Labels of a client's own, which ask for nothing.
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
@@ -163,9 +165,13 @@ def _max_tokens(fields: Fields, default: int) -> int:
 
 def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> Sampling:
     top_k = fields.whole("top_k", defaults.top_k)
+    top_p = fields.number("top_p", defaults.top_p, 0, 1)
+    temp = fields.number("temperature", defaults.temp, 0, _MAX_TEMPERATURE)
+    if top_p == 0 or temp < _MIN_TEMPERATURE:
+        temp = 0.0  # the likeliest token
     return Sampling(
-        temp=fields.number("temperature", defaults.temp, 0, 100),
-        top_p=fields.number("top_p", defaults.top_p, 0, 1),
+        temp=temp,
+        top_p=top_p,
         top_k=top_k if top_k < served.vocab_size else 0,  # a top_k of all tokens cuts none off
         min_p=fields.number("min_p", defaults.min_p, 0, 1),
         xtc_probability=fields.number("xtc_probability", 0.0, 0, 1),

@@ -81,4 +81,15 @@ def _made(where: str, make: Callable[[Any], Grammar], value: Any) -> Grammar:
     try:
         return make(value)
     except ValueError as error:
-        raise Problem(f"{where}: {error}", field) from None
+        raise _WrongForm(where, error, field) from None
+
+
+class _WrongForm(Problem):
+    """Reads the error when it is told, since the place in a schema takes a search."""
+
+    def __init__(self, where: str, error: ValueError, field: str):
+        super().__init__("", field)
+        self._where, self._error = where, error
+
+    def __str__(self) -> str:
+        return f"{self._where}: {self._error}"

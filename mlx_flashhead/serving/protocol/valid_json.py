@@ -3,22 +3,25 @@
 import json
 import math
 import re
+from itertools import chain
 from typing import Any, NoReturn
 
 # An escape of half a character. A whole one beyond the first 65,536 takes two.
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
+MAX_DEPTH = 100  # levels; readers and writers of JSON call themselves for each
 
 
 def loads(text: bytes) -> Any:
     """Reads JSON.
 
     Raises:
-        ValueError: If the text is not JSON, or holds a number that is not finite or half of a
-            character, which no tokenizer takes.
+        ValueError: If the text is not JSON, is nested too deeply, or holds a number that is not
+            finite or half of a character, which no tokenizer takes.
     """
     try:
         decoded = text.decode("utf-8-sig")
         value = json.loads(decoded, parse_constant=_refuse, parse_float=_finite_number)
+        _check_depth(value)
         if _HALF.search(decoded):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -28,6 +31,16 @@ def loads(text: bytes) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [*chain.from_iterable(parts)]
 
 
 def dumps(value: Any) -> str:

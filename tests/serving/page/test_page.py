@@ -94,20 +94,6 @@ def test_how_much_of_a_long_question_is_read(server, open_page, screenshot):
     expect(page.locator(".waiting")).to_have_count(0)
 
 
-def test_stop_while_the_question_is_read(server, open_page):
-    port, script = server
-    script.answers = [[Read(512, 4000), Event()], ["Hello."]]
-    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
-    ask(page, "A long text")
-    expect(page.locator(".waiting")).to_have_text("12 % read")
-    page.locator("#stop").tap()
-    assert script.left.wait(20)
-    expect(page.locator(".notice")).to_have_text("Stopped before the end.")
-    page.locator("#new-chat").tap()
-    ask(page, "Hi")
-    expect(answers(page)).to_have_text("Hello.")
-
-
 def test_stop_and_answer_again(server, open_page, screenshot):
     port, script = server
     script.answers = [["One, ", "two, ", Event()], ["Un, ", "deux."], ["Fin."]]

@@ -30,7 +30,7 @@ def asked(server, open_page):
 
 
 def compare(page):
-    page.get_by_role("button", name="Compare with dense").last.tap()
+    page.get_by_role("button", name="Compare").last.tap()
 
 
 @pytest.mark.parametrize("screen, dark", [("ipad", False), ("iphone", True)])
@@ -111,7 +111,7 @@ def test_an_answer_in_progress_comes_first(asked):
     page = asked("ipad", ["Growing", Event()])
     ask(page, "More?")
     expect(answers(page).last).to_have_text("Growing")
-    page.get_by_role("button", name="Compare with dense").first.tap()
+    page.get_by_role("button", name="Compare").first.tap()
     expect(page.locator("#note")).to_contain_text("An answer is still growing")
     expect(page.locator("#compare")).to_be_hidden()
 
@@ -120,4 +120,4 @@ def test_a_dense_model_has_nothing_to_compare(server, asked):
     server[1].info = INFO | {"models": [{"name": "plain"}]}
     page = asked("ipad")
     expect(page.get_by_role("button", name="Answer again")).to_be_visible()
-    expect(page.get_by_role("button", name="Compare with dense")).to_have_count(0)
+    expect(page.get_by_role("button", name="Compare")).to_have_count(0)

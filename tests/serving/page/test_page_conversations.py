@@ -1,6 +1,7 @@
 """What people do with a conversation: instructions, other words, files, another model."""
 
 import json
+from threading import Event
 
 import pytest
 from playwright.sync_api import expect
@@ -200,6 +201,45 @@ def test_what_a_file_says_does_nothing(page, tmp_path):
     expect(page.locator("main img:not([alt=''])")).to_have_count(0)
 
 
+def test_a_file_that_takes_long_to_draw_does_not_stop_the_page(page, tmp_path):
+    path = tmp_path / "stars.json"
+    answer = {"role": "assistant", "content": "**a" * 130_000}
+    path.write_text(json.dumps({"messages": [HELLO, answer]}))
+    choose_file(page, path)
+    expect(answers(page)).to_contain_text("**a**a")
+    page.reload()
+    expect(answers(page)).to_contain_text("**a**a")
+
+
+def test_two_windows_lose_no_message(server, page):
+    script = server[1]
+    half = Event()
+    script.answers = [["Uno."], ["Due."], ["Tre, ", half, "end."], ["Quattro."]]
+    other = page.context.new_page()
+    other.goto(page.url)
+    ask(page, "One?")
+    expect(page.locator(".stats")).to_be_visible()
+    other.locator("#open-history").tap()
+    other.locator("#chats .open").tap()
+    ask(other, "Two?")
+    expect(other.locator(".stats")).to_have_count(2)
+    expect(answers(page)).to_have_text(["Uno.", "Due."])
+    ask(page, "Three?")
+    expect(answers(page).last).to_have_text("Tre,")
+    ask(other, "Four?")  # at the same time: both go on, each with its own text
+    expect(other.locator(".stats")).to_have_count(3)
+    half.set()
+    expect(answers(page)).to_have_text(["Uno.", "Due.", "Tre, end."])
+    expect(other.locator("#note")).to_contain_text("both are kept")
+    for window in (page, other):
+        window.reload()
+        expect(window.locator("#chats li")).to_have_count(2)
+        for number, text in enumerate(("Quattro.", "Tre, end.")):
+            window.locator("#open-history").tap()
+            window.locator("#chats .open").nth(number).tap()
+            expect(answers(window)).to_have_text(["Uno.", "Due.", text])
+
+
 def test_a_choice_of_models(server, open_page, screenshot):
     port, script = server
     script.info = INFO | {"models": [MODEL, OTHER, PLAIN]}
@@ -213,14 +253,14 @@ def test_a_choice_of_models(server, open_page, screenshot):
     expect(page.locator("output[for=n_probes]")).to_have_text("8 (default)")
     expect(page.locator("#n_probes")).to_have_attribute("max", "64")
     page.get_by_role("button", name="Done").tap()
-    expect(page.get_by_role("button", name="Compare with dense")).to_have_count(1)
+    expect(page.get_by_role("button", name="Compare")).to_have_count(1)
     page.reload()
     expect(page.locator("#model")).to_have_text(OTHER["name"])
     ask(page, "Two?")
     expect(page.locator(".stats").last).to_contain_text(OTHER["name"])
     screenshot(page, "ipad-light-8-models")
     page.get_by_label("Model", exact=True).select_option("plain")
-    expect(page.get_by_role("button", name="Compare with dense")).to_have_count(0)
+    expect(page.get_by_role("button", name="Compare")).to_have_count(0)
     ask(page, "Three?")
     expect(page.locator(".stats")).to_have_count(3)
     assert [body["model"] for body in script.requests] == [MODEL["name"], OTHER["name"], "plain"]

@@ -42,8 +42,10 @@ def show(url, open_page):
 @pytest.mark.parametrize("screen", SCREENS)
 def test_nothing_is_too_small_or_sticks_out(show, screen):
     page = show(screen)
+    nameless = "button:has(svg):not([title]), .round:not([aria-label])"
+    assert page.locator(nameless).count() == 0
     page.get_by_role("button", name="Edit the question").tap()
-    for opened in (None, ".message [aria-label^=Compare]", "#open-settings"):
+    for opened in (None, ".actions .text", "#open-settings"):
         if opened:
             page.locator(opened).tap()
         sizes = page.evaluate(

@@ -213,14 +213,26 @@ def test_damaged_instructions_cost_no_message(server, open_page):
     assert [m["role"] for m in script.requests[-1]["messages"]] == ["user", "user"]
 
 
-def test_browser_that_keeps_nothing(server, open_page):
+def test_browser_without_room(server, open_page):
     port, script = server
-    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
+    page = open_page(f"http://127.0.0.1:{port}/", "ipad-landscape")
     page.evaluate(
-        "() => { Storage.prototype.setItem = () => { throw new DOMException('full'); }; }"
+        """() => {
+            const { setItem } = Storage.prototype;
+            Storage.prototype.setItem = function (key, text) {
+                if (text.length > 1000) throw new DOMException("full");
+                setItem.call(this, key, text);
+            };
+        }"""
     )
     for number in (1, 2):
-        ask(page, f"Question {number}")
+        ask(page, f"Long question {number}" + "?" * 1000)
         expect(page.locator(".stats")).to_have_count(number)
-    expect(page.locator("#full")).to_contain_text("has no room left")
     assert len(script.requests[1]["messages"]) == 3
+    page.locator("#new-chat").tap()
+    ask(page, "A short one?")
+    expect(page.locator(".stats")).to_have_count(1)
+    expect(page.get_by_text("has no room left")).to_be_visible()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete the conversation").last.tap()
+    expect(page.locator("#full")).to_be_hidden()

@@ -24,6 +24,11 @@ def text(served, **fields):
     return checked(served, {"prompt": "One day"} | fields, chat=False)
 
 
+def calling(arguments):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+
+
 def test_defaults_are_the_flags(tiny):
     arguments = ("--temp", 0.5, "--top-p", 0.9, "--top-k", 7, "--min-p", 0.1, "--max-tokens", 9)
     request = checked(tiny, {"messages": MESSAGES}, arguments=arguments)
@@ -76,6 +81,8 @@ def test_values_arrive(tiny):
     assert chat(tiny, logprobs=True).logprobs == 0
     assert text(tiny, logprobs=2).logprobs == 2
     assert chat(tiny, top_k=10**6).sampling.top_k == 0
+    for least in ({"temperature": 1e-7}, {"temperature": 1, "top_p": 0}):
+        assert chat(tiny, **least).sampling.temp == 0
 
 
 @pytest.mark.parametrize(
@@ -147,15 +154,10 @@ def test_prompts_of_all_forms(tiny, prompt, prompts):
         ),
         ({"messages": [{"role": "a", "tool_calls": {}}]}, "messages[0].tool_calls", "a list"),
         ({"messages": [{"role": "a", "tool_calls": [{}]}]}, "messages[0].tool_calls", "a name"),
-        (
-            {
-                "messages": [
-                    {"role": "a", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
-                ]
-            },
-            "messages[0].tool_calls",
-            "must be JSON",
-        ),
+        (calling("{"), "messages[0].tool_calls", "must be JSON"),
+        (calling("[" * 200_000), "messages[0].tool_calls", "nested too deeply"),
+        (calling('{"a": "\\ud800"}'), "messages[0].tool_calls", "half of a character"),
+        (calling('{"a": NaN}'), "messages[0].tool_calls", "NaN is not JSON"),
         ({"model": "gpt-4o"}, "model", "choose tiny"),
         ({"model": ""}, "model", "choose tiny"),
         ({"model": "/"}, "model", "choose tiny"),
@@ -166,7 +168,7 @@ def test_prompts_of_all_forms(tiny, prompt, prompts):
         ({"stream": True, "stream_options": {"x": 1}}, "x", "not a field"),
         ({"n": 0}, "n", "1 to 16"),
         ({"n": MAX_CHOICES + 1}, "n", "1 to 16"),
-        ({"temperature": -1}, "temperature", "it must be 0 to 100"),
+        ({"temperature": 2.1}, "temperature", "it must be 0 to 2"),
         ({"temperature": "1"}, "temperature", "must be a number"),
         ({"temperature": True}, "temperature", "must be a number"),
         ({"top_p": 7}, "top_p", "it must be 0 to 1"),

@@ -26,7 +26,7 @@ def json_schema(schema, **further):
         ({"response_format": {"type": "json_object"}}, "JSON schema"),
         ({"response_format": json_schema(SCHEMA)}, "JSON schema"),
         ({"response_format": json_schema(SCHEMA, strict=True, description="y")}, "JSON schema"),
-        ({"response_format": json_schema(SCHEMA, strict=None)}, "JSON schema"),
+        ({"response_format": json_schema(True, strict=None)}, "JSON schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "JSON schema"),
         ({"response_format": {"type": "regex", "regex": "a+"}}, "regular expression"),
         ({"response_format": {"type": "grammar", "grammar": LARK}}, "grammar"),
@@ -47,6 +47,7 @@ def test_forms(tiny, fields, kind):
         ({"response_format": {"type": ["text"]}}, "response_format", "with a type"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "must be an object"),
         ({"response_format": json_schema(5)}, "response_format", "must be an object"),
+        ({"response_format": json_schema(False)}, "response_format", "which no text fits"),
         ({"response_format": json_schema(SCHEMA, name=None)}, "response_format", "name is missing"),
         ({"response_format": {"type": "regex"}}, "response_format", "regex is missing"),
         (

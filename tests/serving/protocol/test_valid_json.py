@@ -40,6 +40,7 @@ def test_json_is_read(text):
         (b'{"\\udE00": 1}', "half of a character"),
         (b'"\xed\xa0\x80"', "byte 1 is not UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":[' * 51 + b"]}" * 51, "nested too deeply"),
         (b"1" * 5000, "4300 digits"),
     ],
     ids=lambda value: str(value)[:20],

@@ -1,0 +1,58 @@
+"""The text is the dense model's on the Metal kernels, too.
+
+On a Mac they run on the GPU, elsewhere on the emulator, with the same assertions.
+"""
+
+import mlx.core as mx
+import pytest
+
+from flash_loops import OTHERS, PROMPT, flash_of
+from kernel_cases import kernels
+from mlx_flashhead import make_sampler
+from mlx_flashhead.head.steps import NO_DEPTH
+from tiny_models import tiny_model
+
+SAMPLERS = {
+    "greedy": {},
+    "temperature": {"temp": 1.0, "seed": 1},
+    "top-p": {"temp": 0.8, "top_p": 0.9, "seed": 2},
+    "top-p and top-k": {"temp": 0.8, "top_p": 0.9, "top_k": 20, "seed": 3},
+    "min-p": {"temp": 1.0, "min_p": 0.1, "seed": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """A model of 4-bit rows in bfloat16 with the kernels installed, and the emulator."""
+    with kernels(check=False) as emulator:
+        flash = flash_of(tiny_model(dtype=mx.bfloat16, bits=4, num_hidden_layers=2))
+        assert flash.head.backend == "metal"
+        yield flash, emulator
+
+
+@pytest.mark.parametrize("depth", [NO_DEPTH, 1.0])
+@pytest.mark.parametrize("settings", SAMPLERS.values(), ids=SAMPLERS)
+def test_one_text(emulated, monkeypatch, settings, depth, misses):
+    """Whichever clusters are scored, and without logits of all tokens."""
+    flash, emulator = emulated
+    monkeypatch.setattr(flash.head, "depth", depth)
+    if emulator is not None:
+        emulator.dispatches.clear()
+    tokens = flash.tokens(sampler=make_sampler(**settings))
+    assert tokens == flash.tokens(dense=True, sampler=make_sampler(**settings))
+    assert len(tokens) == 40 and misses
+    if emulator is not None:
+        names = {dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches}
+        assert {"route", "select", "score"} <= names and "expand" not in names
+
+
+def test_texts_together(emulated, misses):
+    flash, _ = emulated
+    prompts, settings = [PROMPT, *OTHERS], list(SAMPLERS.values())[:4]
+
+    def tokens(dense):
+        samplers = [make_sampler(**each) for each in settings]
+        return flash.batch(prompts, samplers=samplers, dense=dense)[0]
+
+    assert tokens(dense=False) == tokens(dense=True)
+    assert misses
