@@ -105,7 +105,7 @@ def fit_centroids(
         penalised = covariance + penalty * np.eye(hidden_size)
         centroids = means + np.linalg.solve(penalised, moments.cross.T).T
 
-    matrix, rounded = _quantize(centroids, covariance, bits, group_size, dtype)
+    matrix, rounded = yield from _quantize(centroids, covariance, bits, group_size, dtype)
     if moments is None:
         bias = raw_means(head_bias[:, None], token_ids)[:, 0]
         tail_offset = np.zeros(len(means))
@@ -174,7 +174,7 @@ def _moments(
 
 def _quantize(
     centroids: np.ndarray, covariance: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
-) -> tuple[Matrix, np.ndarray]:
+) -> Steps[tuple[Matrix, np.ndarray]]:
     """Rounds centroids (C, D) so that their products with states of this covariance change least.
 
     The scale spans a group's range exactly, unlike mx.quantize's, which keeps zero representable
@@ -212,6 +212,7 @@ def _quantize(
             later = slice(i + 1, group.stop)
             left[later] -= np.outer(feed[i, later], errors[i - start])
         left[group.stop :] -= feed[group, group.stop :].T @ errors
+        yield Step("Rounding", group.stop, hidden_size, "column")
     matrix = Matrix(
         mx.array(_pack(codes.T, bits)),
         scales=mx.stack(scales, axis=1),

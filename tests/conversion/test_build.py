@@ -33,8 +33,8 @@ def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
             reading.append(build.reads)
             assert text_of(loaded) == expected
         assert 0 <= step.done <= step.total
-    assert stages == ["Reading given text", "Clustering", "Fitting", "Measuring"]
-    assert reading == [True, False, False, False]
+    assert stages == ["Reading given text", "Clustering", "Fitting", "Rounding", "Measuring"]
+    assert reading == [True, False, False, False, False]
     assert mx.array_equal(mx.random.state[0], key)
     at_once = IndexBuild(*loaded, OPTIONS).finish(progress=False)
     assert build.index.config.n_clusters == at_once.config.n_clusters
@@ -73,6 +73,6 @@ def test_a_build_that_is_cut_short_says_so(loaded):
 def test_bars_of_all_stages(loaded, capsys):
     IndexBuild(*loaded, OPTIONS).finish()
     shown = capsys.readouterr()
-    for stage in ("Reading given text", "Clustering", "Fitting", "Measuring"):
+    for stage in ("Reading given text", "Clustering", "Fitting", "Rounding", "Measuring"):
         assert f"{stage}: 100%" in shown.err
     assert shown.out == ""

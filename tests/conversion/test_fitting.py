@@ -4,13 +4,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion.fitting import (
-    _pack,
-    _quantize,
-    fit_centroids,
-    raw_means,
-)
+from mlx_flashhead.conversion import fitting
+from mlx_flashhead.conversion.fitting import _pack, fit_centroids, raw_means
+from mlx_flashhead.conversion.steps import take_all
 from tiny_models import random_clusters
+
+
+def quantize(*args):
+    return take_all(fitting._quantize(*args), progress=False)
 
 
 def make_case(vocab_size=203, hidden_size=64, cluster_size=8, n_states=300, seed=0):
@@ -202,7 +203,7 @@ def test_packing_is_that_of_mlx(bits):
 def test_quantized_values_are_those_accounted_for(bits):
     rows, _, states, _ = make_case(hidden_size=96)
     covariance = np.cov(states.T.astype(np.float64), bias=True)
-    matrix, rounded = _quantize(rows, covariance, bits, 32, mx.float16)
+    matrix, rounded = quantize(rows, covariance, bits, 32, mx.float16)
     np.testing.assert_allclose(np.array(matrix.dequantized(mx.float32)), rounded, atol=1e-6)
 
 
@@ -211,7 +212,7 @@ def test_errors_fed_forward_cost_less_where_the_states_are(bits):
     """GPTQ against rounding to nearest, both with a scale that spans a group, and mx.quantize."""
     rows, _, states, _ = make_case(vocab_size=400, n_states=2000)
     covariance = np.cov(states.T.astype(np.float64), bias=True)
-    _, rounded = _quantize(rows, covariance, bits, 64, mx.float32)
+    _, rounded = quantize(rows, covariance, bits, 64, mx.float32)
     low, high = rows.min(axis=1, keepdims=True), rows.max(axis=1, keepdims=True)
     step = (high - low) / (2**bits - 1)
     nearest = np.round((rows - low) / step) * step + low
@@ -232,8 +233,8 @@ def test_errors_go_where_correlated_states_do_not_see_them():
     states = rng.normal(size=(1000, 8)) @ rng.normal(size=(8, 64))
     covariance = np.cov((states + 0.1 * rng.normal(size=states.shape)).T, bias=True)
     rows = rng.normal(size=(100, 64)).astype(np.float32)
-    _, rounded = _quantize(rows, covariance, 4, 64, mx.float32)
-    _, nearest = _quantize(rows, np.eye(64), 4, 64, mx.float32)
+    _, rounded = quantize(rows, covariance, 4, 64, mx.float32)
+    _, nearest = quantize(rows, np.eye(64), 4, 64, mx.float32)
 
     def cost(values):
         return np.einsum("cd,de,ce->", values - rows, covariance, values - rows)
@@ -243,7 +244,7 @@ def test_errors_go_where_correlated_states_do_not_see_them():
 
 def test_constant_groups():
     rows = np.repeat(np.float32([[0.0], [0.25], [-3.0]]), 64, axis=1)
-    _, rounded = _quantize(rows, np.eye(64), 4, 64, mx.float16)
+    _, rounded = quantize(rows, np.eye(64), 4, 64, mx.float16)
     np.testing.assert_array_equal(rounded, rows)
 
 

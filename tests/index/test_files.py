@@ -206,7 +206,7 @@ def change_entry(folder, **values):
         (lambda entry: entry | {"centroid_group_size": True}, "whole numbers"),
         *(
             (lambda entry, key=key: {k: v for k, v in entry.items() if k != key}, f"lacks {key}")
-            for key in REQUIRED
+            for key in sorted(REQUIRED)
         ),
     ],
 )
