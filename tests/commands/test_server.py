@@ -96,14 +96,15 @@ def test_it_ends_while_it_starts(converted, tmp_path, seconds):
 
 
 def test_a_model_that_cannot_be_served_ends_it_with_a_sentence(dense, tmp_path):
-    command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(dense), "--no-build"]
+    command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(dense)]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(
-        [*command, "--port", "0"], capture_output=True, text=True, env=environment, timeout=60
-    )
+        [*command, "--port", "0", "--flash-head", str(tmp_path)],
+        capture_output=True, text=True, env=environment, timeout=60,
+    )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (2, "")
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("error: There is no FlashHead of model yet")
+    assert line.startswith(f"error: {tmp_path} holds no FlashHead")
 
 
 def test_a_client_that_goes_leaves_one_line(converted, expected, tmp_path):
@@ -156,10 +157,7 @@ def test_dense_may_be_asked_for(converted, expected, tmp_path):
         assert complete(server, extra_body={"n_probes": 1}) == expected["few"]
 
 
-def test_a_flash_head_of_its_own(dense, refused, expected, tmp_path):
-    """It is given; without it one would be built before the server says that it is ready."""
-    said = refused("server", "--model", dense, "--port", 0, "--no-build")
-    assert "no FlashHead of model yet" in said
+def test_a_flash_head_of_its_own(dense, expected, tmp_path):
     (tmp_path / "head").mkdir()
     write_companion(tmp_path / "head", tiny_index(load_dense(dense)[0], n_probes=1))
     flags = ("--flash-head", tmp_path / "head", "--no-check")
