@@ -49,7 +49,7 @@ def main() -> None:
     output = Path(args.output).expanduser()
     _check_output(output, args.overwrite)
 
-    options = replace(head_options(args), backend=PORTABLE)
+    options = replace(head_options(args), backend=PORTABLE, tunes=False)
     model, _, _ = load_with_head(resolve(args.model), options)
     head = installed_head(model)
     with new_file(output) as path:

@@ -17,16 +17,24 @@ from mlx_flashhead.common.command import command
 from mlx_flashhead.models.install import dense_copy
 from side_by_side import compare
 
-MODELS = Path("models")
-DENSE_MODEL = MODELS / "SmolLM2-135M-Instruct"
-PROMPT = "Why is the sky blue? Explain it to a child."
+MODELS = {  # name of scripts/fetch_model.py → folder, prompt
+    "gemma3": (Path("models/Gemma-3-270M"), "The lighthouse keeper had never seen a storm like this."),
+    "smollm2": (Path("models/SmolLM2-135M-Instruct"), "Why is the sky blue?"),
+}
 
 
 @command
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="scripts/demo.sh", description=__doc__.split("\n")[0])
-    parser.add_argument("--prompt", default=PROMPT, help="what to ask (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default="gemma3",
+        help="Gemma-3-270M goes on with a text; SmolLM2-135M, a smaller download, answers "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--prompt", help="what to ask, or the beginning of a text")
     parser.add_argument(
         "--max-tokens", type=int, default=100, help="longest answer (default: %(default)s)"
     )
@@ -34,18 +42,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_tokens < 2 or args.runs < 1:
         parser.error("--max-tokens must be 2 or more, and --runs 1 or more")
-    if not args.prompt.strip():
+    if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty: ask something")
 
     console = Console()
-    fetch("smollm2", DENSE_MODEL)
+    folder, prompt = MODELS[args.model]
+    fetch(args.model, folder)
     # its FlashHead is built at the first use, and found where it is kept at the second
-    flash, tokenizer = mlx_flashhead.load(str(DENSE_MODEL))
+    flash, tokenizer = mlx_flashhead.load(str(folder))
     compare(
         dense_copy(flash),
         flash,
         tokenizer,
-        args.prompt,
+        args.prompt or prompt,
         max_tokens=args.max_tokens,
         runs=args.runs,
         console=console,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on a real model: builds SmolLM2-135M and its FlashHead, and generates from one prompt
+# The main job on a real model: builds Gemma-3-270M and its FlashHead, and generates from one prompt
 # with the dense model and with FlashHead, side by side. A second run reuses what is there.
 #   scripts/demo.sh --prompt "Tell me about the moon." --max-tokens 60
 set -e

@@ -76,14 +76,17 @@ def compare(
         dense: The dense model.
         flash: The same model with a FlashHead.
         tokenizer: Their tokenizer.
-        prompt: What the user asks.
+        prompt: What the user asks, or the beginning of a text.
         max_tokens: Longest answer.
         runs: How often each model generates; the first time is shown.
         console: Where to print.
     """
     models = (dense, flash)
-    messages = [{"role": "user", "content": prompt}]
-    prompt_ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    if tokenizer.has_chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt_ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    else:  # a model that goes on with a text
+        prompt_ids = tokenizer.encode(prompt)
     for model in models:  # warms up
         list(answers(model, tokenizer, prompt_ids, 2))
 

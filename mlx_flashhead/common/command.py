@@ -92,11 +92,15 @@ def sentence(error: Exception) -> str:
         remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
         return printable(f"{where}{error.strerror}: {remedy}.")
     message = str(error).strip().split("\n")[0] or type(error).__name__
-    return printable(_PARAMETER.sub(_flag, message))
+    return printable(with_flags(message))
+
+
+def with_flags(text: str) -> str:
+    """A text that names parameters of Python, such as `build=False`, with a command's flags."""
+    return _PARAMETER.sub(_flag, text)
 
 
 def _flag(parameter: re.Match[str]) -> str:
-    """The flag of a parameter that Python's message names, such as `build=False`."""
     name, value = parameter.groups()
     name = _FLAGS.get(name, name.replace("_", "-"))
     return f"--no-{name}" if value == "=False" else f"--{name}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arguments import whole_number
+from ..common.command import with_flags
 from ..common.terminal import printable
 from ..index.files import (
     CONFIG_NAME,
@@ -40,6 +41,7 @@ class HeadOptions:
         progress: Print steps and bars on standard error.
         tunes: Measure the settings of the loop on this machine, once.
         always: Use a FlashHead that makes nothing faster, too.
+        flags: Name parameters by their flags, since a command asks.
     """
 
     flash_head: str | Path | None = None
@@ -49,10 +51,12 @@ class HeadOptions:
     progress: bool = True
     tunes: bool = True
     always: bool = False
+    flags: bool = False
 
     def say(self, text: str) -> None:
         """Prints a sentence on standard error, if there is progress to be shown."""
         if self.progress:
+            text = with_flags(text) if self.flags else text
             print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -185,4 +189,4 @@ def head_options(args: argparse.Namespace, *, dense: bool = False) -> HeadOption
     elif answers_first and not args.build_first:
         missing = LATER
     always = answers_first and args.flash_head_always
-    return HeadOptions(args.flash_head, missing, args.n_probes, always=always)
+    return HeadOptions(args.flash_head, missing, args.n_probes, always=always, flags=True)

@@ -355,7 +355,6 @@ def test_chat_refuses_flags(refused, arguments, said):
 
 
 def test_chat_refuses_models_and_probes(refused, dense, converted, tmp_path):
-    assert "no FlashHead of model yet" in refused("chat", "--model", dense, "--no-build")
     assert "has no FlashHead" in refused("chat", "--model", dense, "--dense", "--n-probes", 3)
     assert "1 to 17" in refused("chat", "--model", converted, "--n-probes", 18)
     bare = write_model(tmp_path / "bare", chat_template=None)

@@ -97,14 +97,14 @@ def test_it_ends_while_it_starts(converted, tmp_path, seconds):
 
 def test_a_model_that_cannot_be_served_ends_it_with_a_sentence(dense, tmp_path):
     command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(dense)]
-    command += ["--flash-head", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(
-        [*command, "--port", "0"], capture_output=True, text=True, env=environment, timeout=60
-    )
+        [*command, "--port", "0", "--flash-head", str(tmp_path)],
+        capture_output=True, text=True, env=environment, timeout=60,
+    )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (2, "")
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("error: ") and "holds no FlashHead" in line
+    assert line.startswith(f"error: {tmp_path} holds no FlashHead")
 
 
 def test_a_client_that_goes_leaves_one_line(converted, expected, tmp_path):

@@ -94,7 +94,8 @@ def test_console_script_generates_and_prints_nothing_else(converted):
     """No library's notice: all that is on the screen is the answer."""
     script = Path(sysconfig.get_path("scripts")) / "mlx_flashhead.generate"
     assert script.exists(), "install the package first: pip install -e ."
-    arguments = ("--model", converted, "--max-tokens", 5, "--verbose", "F", "--prompt")
+    arguments = ("--model", converted, "--max-tokens", 5, "--verbose", "F")
+    arguments += ("--flash-head-always", "--prompt")
     code, output, errors = start(script, *arguments, "-", input="One day")
     assert (code, errors) == (0, "")
     expected = start(sys.executable, "-m", "mlx_flashhead.generate", *arguments, "One day")

@@ -75,6 +75,9 @@ class ScriptedHandler(GuardedHandler):
     def healthy(self):
         return True
 
+    def health_info(self):
+        return {}
+
     def get(self, path):
         self.script.seen.append(("GET", path, self.headers))
         if path != "/v1/models":
