@@ -18,7 +18,10 @@ from mlx_flashhead.models.install import dense_copy
 from side_by_side import compare
 
 MODELS = {  # name of scripts/fetch_model.py → folder, prompt
-    "gemma3": (Path("models/Gemma-3-270M"), "The lighthouse keeper had never seen a storm like this."),
+    "gemma3": (
+        Path("models/Gemma-3-270M"),
+        "The lighthouse keeper had never seen a storm like this.",
+    ),
     "smollm2": (Path("models/SmolLM2-135M-Instruct"), "Why is the sky blue?"),
 }
 

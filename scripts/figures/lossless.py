@@ -8,6 +8,7 @@ turns: dense, the FlashHead alone, and with the check.
 """
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -101,13 +102,11 @@ def speeds(model, tokenizer, args: argparse.Namespace) -> dict:
                 )
                 rates[form].append((len(times) - 1) / (times[-1] - times[0]))
                 if form == "with the check":
-                    waits += [b - a for a, b in zip(times, times[1:], strict=False)]
+                    waits += [b - a for a, b in itertools.pairwise(times)]
         found[name] = {
             form: {
                 "tokens_per_second": median(values),
-                "relative": median(
-                    a / b for a, b in zip(values, rates["dense"], strict=True)
-                ),
+                "relative": median(a / b for a, b in zip(values, rates["dense"], strict=True)),
                 "of_each_turn": values,
             }
             for form, values in rates.items()
