@@ -59,8 +59,6 @@ def flash_head_home(tmp_path_factory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("flash_heads") / "home"
     with pytest.MonkeyPatch.context() as patch:  # a test may undo its own patches
         patch.setenv("MLX_FLASHHEAD_HOME", str(home))
-        # a tiny model's speed says nothing, and takes seconds; test_tuned.py measures
-        patch.setattr("mlx_flashhead.loading.tuned.tune", lambda *_: None)
         yield home
 
 
