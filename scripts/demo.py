@@ -20,7 +20,7 @@ from side_by_side import compare
 MODELS = {  # name of scripts/fetch_model.py → folder, prompt
     "gemma3": (
         Path("models/Gemma-3-270M"),
-        "The lighthouse keeper had never seen a storm like this.",
+        "The keeper of the lighthouse had never seen such a storm.",
     ),
     "smollm2": (Path("models/SmolLM2-135M-Instruct"), "Why is the sky blue?"),
 }
