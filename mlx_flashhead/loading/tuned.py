@@ -1,6 +1,7 @@
 """The settings of the loop that were measured on this machine, kept beside the FlashHeads."""
 
 import json
+import os
 import platform
 from dataclasses import fields
 from importlib.metadata import version
@@ -18,15 +19,19 @@ from ..models.install import hidden_dtype, installed_head
 from . import cache
 from .look_up import HeadOptions
 
+TUNING_VARIABLE = "MLX_FLASHHEAD_TUNING"
+
 
 def tune_head(model: nn.Module, index: FlashHeadIndex, options: HeadOptions) -> None:
     """Gives the FlashHead of ``model`` the settings that were measured on this machine.
 
     They are measured at the first use of this machine, version of MLX and dtype, in about three
     seconds; once more if the machine was busy then. A number of probes that the user has chosen
-    stays, and ``always`` keeps a FlashHead that gains nothing.
+    stays, and ``always`` keeps a FlashHead that gains nothing. ``$MLX_FLASHHEAD_TUNING=off``
+    measures nothing.
     """
-    if options.n_probes is not None or not options.tunes:
+    off = os.environ.get(TUNING_VARIABLE) == "off"
+    if options.n_probes is not None or not options.tunes or off:
         return
     head = installed_head(model)
     place, key = place_of(index), _machine(head, model)
