@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .common.arguments import adopt, whole_number
-from .common.command import command
+from .common.command import command, ending_soon
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .common.terminal import printable_output
 from .loading.background import background_build
@@ -20,6 +20,7 @@ from .lossless.generation import generate
 from .lossless.sampler import make_sampler
 from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
+from .models.context import UNKNOWN_CONTEXT, context_of
 from .models.dense import load_dense
 from .models.fetch import resolve
 from .models.sharded import load_dense_part
@@ -79,6 +80,7 @@ def main() -> None:
         grammar = grammar_of(args)
 
     answering: list[Any] = []
+    context = UNKNOWN_CONTEXT
     with first_process_speaks(processes):
 
         def load_for_main(path, *, return_config=False, **kwargs):
@@ -94,10 +96,13 @@ def main() -> None:
                 folder = resolve(path)
                 loaded = load_with_head(folder, head_options(args), **kwargs)
                 answering[:] = *loaded[:2], folder
+            nonlocal context
+            context = context_of(loaded[2], loaded[1])
             loaded[1].apply_chat_template = _checked_template(loaded[1].apply_chat_template)
             return loaded
 
         def generate_for_main(model, tokenizer, prompt, **named):
+            _check_prompt(prompt, context)
             named["check"] = not args.no_check
             if args.draw_probes:
                 named["draw_temperature"] = args.temp
@@ -108,12 +113,27 @@ def main() -> None:
             _tell_unless_whole(processor, text, args.max_tokens)
             return text
 
-        with printable_output():
+        with printable_output(), ending_soon():
             run_generate(
                 args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
             )
         _build_for_next_time(args, *answering)
         leave_together(processes, generation_stream)
+
+
+def _check_prompt(prompt, context: int) -> None:
+    """Refuses a prompt before anything is computed or printed.
+
+    Raises:
+        ValueError: If it is empty, or longer than the model's context.
+    """
+    if not len(prompt):
+        raise ValueError("The prompt is empty: give at least one token with --prompt.")
+    if len(prompt) >= context:
+        raise ValueError(
+            f"The prompt has {len(prompt):,} tokens, and at most {context - 1:,} are read, since "
+            f"the answer needs one of the context's {context:,}: give a shorter --prompt."
+        )
 
 
 def _build_for_next_time(args, model=None, tokenizer=None, folder=None) -> None:

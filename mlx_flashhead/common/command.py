@@ -2,10 +2,14 @@
 
 import errno
 import functools
+import os
 import re
 import signal
+import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .terminal import printable
@@ -44,6 +48,37 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2)
 
     return run
+
+
+@contextmanager
+def ending_soon() -> Iterator[None]:
+    """A block that Ctrl-C and SIGTERM end within half a second.
+
+    Python's handlers wait for the code that runs, and a long prompt runs in MLX for minutes. A
+    thread hears of a signal at once. If the handler has not run soon after, the thread ends the
+    process: nothing is being written that could be left half done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        number = reader.recv(1)
+        if number and number[0] in (signal.SIGINT, signal.SIGTERM) and not ended.wait(0.3):
+            print("\nInterrupted.", file=sys.stderr, flush=True)
+            os._exit(130 if number[0] == signal.SIGINT else 143)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
 
 
 def end_at_interrupt() -> None:

@@ -30,6 +30,8 @@ class Check:
     """
 
     def __init__(self, proposer: Proposer, counts: Sequence[tuple[Text, int]]):
+        self._proposer = proposer
+        proposer.n_checks += 1
         assert proposer.head is not None
         assert proposer.finish is not None
         self._head: FlashHead = proposer.head
@@ -163,6 +165,7 @@ class Check:
                 if text.logprobs:
                     position.logprobs = logprobs
                 if token != position.token:
+                    self._proposer.n_others += 1
                     position.token = token
                     text.confirm()
                     text.waiting.clear()

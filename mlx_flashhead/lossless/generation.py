@@ -94,7 +94,10 @@ def generate(
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
     block = proposer.with_draft if kwargs.get("draft_model") is not None else nullcontext
     with loops(**_loops(model, proposer, False)), block():
-        return mlx_lm_generate(model, tokenizer, prompt, **kwargs)
+        text = mlx_lm_generate(model, tokenizer, prompt, **kwargs)
+    if kwargs.get("verbose") and proposer.head is not None:
+        print(proposer.report())
+    return text
 
 
 def batch_generate(

@@ -34,6 +34,8 @@ class Proposer:
         settings: More settings of the head, keywords of ``FlashHead.settings``.
 
     Attributes:
+        n_checks: Checks so far.
+        n_others: Tokens for which they chose another one.
         texts: The texts of the next call's rows, in their order. Without them a call is dense, as
             for a prompt and for the first token after it. A call takes them.
     """
@@ -53,6 +55,7 @@ class Proposer:
         self.dense, self.check = True, False
         self.look_for_head()
         self.texts: list[Text] | None = None
+        self.n_checks = self.n_others = 0
         self._row = 0
         self._step: Step | None = None
         self._tokens: mx.array | None = None
@@ -64,6 +67,19 @@ class Proposer:
         assert self.head is not None
         chosen = self._settings.get("n_probes") is not None
         return self.finish is None or (self.head.stays_dense and not chosen)
+
+    def report(self) -> str:
+        """A line on the head that has been used."""
+        assert self.head is not None
+        if self.dense:
+            return "FlashHead: not used, every token was scored"
+        clusters = self._settings.get("n_probes") or (
+            self.head.checked_probes if self.check else self.head.n_probes
+        )
+        line = f"FlashHead: {clusters:,} of {self.head.n_clusters:,} clusters a token"
+        if not self.check:
+            return f"{line}, no check"
+        return f"{line}, {self.n_checks:,} checks, {self.n_others:,} other choices"
 
     @property
     def most_waiting(self) -> int:

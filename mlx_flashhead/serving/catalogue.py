@@ -18,6 +18,7 @@ from ..loading.background import BackgroundBuild, background_build
 from ..loading.load import load_draft, load_with_head
 from ..loading.look_up import LATER, head_options
 from ..models.compat.cache import KVCache, make_prompt_cache
+from ..models.context import context_of
 from ..models.dense import load_dense
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
@@ -26,9 +27,6 @@ from ..publishing.origin import local_origin
 
 # mlx-lm's word for the model of --model
 DEFAULT_NAME = "default_model"
-# For a model whose configuration and tokenizer do not give its context.
-UNKNOWN_CONTEXT = 32768
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 # Variables that the server or the tokenizer gives a template.
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 _GENERATION_TAG = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
@@ -205,18 +203,6 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         if choices.missing == LATER
         else None,
     )
-
-
-def context_of(config: dict[str, Any], tokenizer: Any) -> int:
-    """The number of tokens in a model's context, from its configuration or its tokenizer."""
-    for part in (config, config.get("text_config") or {}):
-        for key in _CONTEXT_KEYS:
-            if isinstance(part.get(key), int) and part[key] > 1:
-                return part[key]
-    length = tokenizer.model_max_length
-    return (
-        length if 1 < length <= 2**24 else UNKNOWN_CONTEXT
-    )  # transformers writes 1e30 for unknown
 
 
 def _draft(args: Namespace, tokenizer: Any) -> nn.Module:

@@ -165,7 +165,7 @@ def test_estimate_of_a_checkpoint(run, converted, tmp_path):
         "AN ESTIMATE, NOT A MEASUREMENT",
         "as stored",
         "4 clusters of 16 rows, of 17 clusters",
-        "head  = ",
+        "FlashHead = ",
         "issue 4521",
         "311 GB/s, of a peak of 400",
         "Llama-3.2-1B on m5-max",

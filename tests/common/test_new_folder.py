@@ -1,6 +1,7 @@
 """A folder that is there completely or not at all, and conversions that are cut short."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 from mlx_flashhead.common.new_folder import new_folder
 from mlx_flashhead.conversion import pipeline as conversion
 from mlx_flashhead.conversion.pipeline import convert
+from mlx_flashhead.conversion.place import FILES_KEY
+from mlx_flashhead.index.settings import FlashHeadConfig
 from model_folders import write_model
 
 STAGES = (
@@ -20,8 +23,7 @@ STAGES = (
     "find_head",
     "set_bits",
     "check_plain_product",
-    "mixed_positions",
-    "build_index",
+    "IndexBuild",
     "save",
     "write_index",
 )
@@ -47,9 +49,24 @@ def place(request, tmp_path):
     target = tmp_path / "deep" / "model"
     if request.param:
         target.mkdir(parents=True)
-        (target / "config.json").write_text('{"flash_head": {}}')
+        (target / "config.json").write_text(
+            json.dumps({"flash_head": written("config.json", "weights")})
+        )
         (target / "weights").write_bytes(b"old")
     return target, request.param
+
+
+def written(*files):
+    """Settings as a conversion that has written these files leaves them."""
+    settings = FlashHeadConfig(
+        vocab_size=16,
+        n_clusters=1,
+        cluster_size=16,
+        n_probes=1,
+        fingerprint="0" * 64,
+        recipe={FILES_KEY: list(files)},
+    )
+    return settings.to_dict()
 
 
 def convert_quickly(source, place):
@@ -147,7 +164,7 @@ def test_full_disk_under_mlx(source, place, tmp_path, monkeypatch, file):
 def test_existing_target_is_refused(source, tmp_path):
     target = write_model(tmp_path / "model")
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match=r"exists already.*--overwrite"):
+    with pytest.raises(ValueError, match=r"exists already.*`overwrite`"):
         convert_quickly(source, (target, False))
     assert snapshot(tmp_path) == before
 
@@ -233,7 +250,10 @@ def test_place_without_permission(source, tmp_path, monkeypatch):
 )
 def test_signal_to_a_real_conversion(source, tmp_path, number, code, overwrite):
     if overwrite:
-        write_model(tmp_path / "model", further={"flash_head": {}})
+        folder = write_model(tmp_path / "model")
+        config = json.loads((folder / "config.json").read_text())
+        config["flash_head"] = written(*(file.name for file in folder.iterdir()))
+        (folder / "config.json").write_text(json.dumps(config))
     before = snapshot(tmp_path)
     # a test run in the background ignores SIGINT, and its children with it
     program = (

@@ -1,6 +1,7 @@
 """A FlashHead that is built beside the use of its model."""
 
 import threading
+import time
 
 import mlx_lm
 import pytest
@@ -79,6 +80,7 @@ def test_a_thread_builds_while_nothing_is_written(loaded):
     while get_flash_head(model) is None and len(seen) < 200:
         with idle.paused():
             seen.append(tokens(model, tokenizer, n=8))
+        time.sleep(0.02)
     idle.close()
     assert get_flash_head(model) is not None
     assert all(found == dense[:8] for found in seen)
