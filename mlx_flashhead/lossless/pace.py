@@ -6,7 +6,7 @@ from ..head.flash_head import MOST_WAITING
 
 MOST_RISK = 0.03
 MOST_SECONDS = 0.1
-FEW = 8  # tokens that may wait longer, on a machine that is slow to compute them
+FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
 
 
 class Pace:
