@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 FORMAT_VERSION = 1
+DRAFT_DIFFERENCES = 0.01  # of a draft's best tokens
 REQUIRED = {"vocab_size", "n_clusters", "cluster_size", "n_probes", "fingerprint"}
 AGAIN = "make it again with mlx_flashhead.convert"
 MOST_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position
@@ -54,6 +55,19 @@ class FlashHeadConfig:
     def checked_probes(self) -> int | None:
         """Clusters scored per position in the checked loop; None: ``n_probes``."""
         return self.lossless.get("n_probes")
+
+    @property
+    def draft_probes(self) -> int:
+        """The fewest clusters that keep 99 % of the dense head's best tokens, for a draft model.
+
+        Without figures a quarter of ``n_probes``.
+        """
+        enough = [
+            int(figures["n_probes"])
+            for figures in self.lossless.get("by_probes", ())
+            if figures["greedy_differs"] <= DRAFT_DIFFERENCES
+        ]
+        return min(enough, default=max(1, round(self.n_probes / 4)))
 
     def to_dict(self) -> dict[str, Any]:
         """The form for JSON."""

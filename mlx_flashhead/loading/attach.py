@@ -118,14 +118,19 @@ def install_stored(
     near = check_fit(index, location.rows(), stored.source)
     if near is not None:
         options.say(near)
+    config, n_probes, checked_probes = index.config, options.n_probes, None
+    if n_probes is None and options.drafts:
+        n_probes = config.draft_probes
+    elif n_probes is None:
+        n_probes, checked_probes = config.n_probes, config.checked_probes
     head = install(
         model,
         index.token_ids,
         index.centroids,
-        n_probes=index.config.n_probes if options.n_probes is None else options.n_probes,
-        checked_probes=index.config.checked_probes if options.n_probes is None else None,
-        risk=Risk.of_settings(index.config.lossless),
-        eos_token_ids=index.config.eos_token_ids,
+        n_probes=n_probes,
+        checked_probes=checked_probes,
+        risk=Risk.of_settings(config.lossless),
+        eos_token_ids=config.eos_token_ids,
         backend=options.backend,
         location=location,
     )

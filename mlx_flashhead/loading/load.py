@@ -14,9 +14,6 @@ from ..publishing.origin import local_origin
 from .attach import attach_head
 from .look_up import BUILD, DENSE, REFUSE, HeadOptions, head_beside, named_head
 
-# A draft model's probes, as a share of its own number.
-DRAFT_SHARE = 1 / 4
-
 
 def load(
     path_or_hf_repo: str,
@@ -99,7 +96,7 @@ def load_draft(
     """Loads a draft model, with its FlashHead if it has one. It builds none.
 
     The target verifies each draft, so fewer probes cost no exactness. By default a head drafts with
-    a quarter of its own number.
+    the fewest that keep 99 % of the dense head's best tokens.
 
     Args:
         path_or_hf_repo: A local folder or a Hugging Face repository.
@@ -114,18 +111,14 @@ def load_draft(
     """
     model, tokenizer, _ = load_with_head(
         resolve(path_or_hf_repo),
-        HeadOptions(missing=DENSE, n_probes=draft_probes),
+        HeadOptions(missing=DENSE, n_probes=draft_probes, drafts=True),
         trust_remote_code=trust_remote_code,
     )
-    head = get_flash_head(model)
-    if head is None:
-        if draft_probes is not None:
-            raise ValueError(
-                f"{path_or_hf_repo} has no FlashHead, so it drafts without probes: leave "
-                "`draft_probes` out."
-            )
-    elif draft_probes is None:
-        head.n_probes = max(1, round(head.n_probes * DRAFT_SHARE))
+    if draft_probes is not None and get_flash_head(model) is None:
+        raise ValueError(
+            f"{path_or_hf_repo} has no FlashHead, so it drafts without probes: leave "
+            "`draft_probes` out."
+        )
     return model, tokenizer
 
 

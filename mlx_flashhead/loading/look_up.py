@@ -40,6 +40,7 @@ class HeadOptions:
         backend: "metal", "mlx" or None to choose.
         progress: Print steps and bars on standard error.
         tunes: Measure the settings of the loop on this machine, once.
+        drafts: Whether the model drafts for another one.
         always: Use a FlashHead that makes nothing faster, too.
         flags: Name parameters by their flags, since a command asks.
     """
@@ -50,6 +51,7 @@ class HeadOptions:
     backend: str | None = None
     progress: bool = True
     tunes: bool = True
+    drafts: bool = False
     always: bool = False
     flags: bool = False
 

@@ -31,7 +31,7 @@ def tune_head(model: nn.Module, index: FlashHeadIndex, options: HeadOptions) -> 
     measures nothing.
     """
     off = os.environ.get(TUNING_VARIABLE) == "off"
-    if options.n_probes is not None or not options.tunes or off:
+    if options.n_probes is not None or options.drafts or not options.tunes or off:
         return
     head = installed_head(model)
     place, key = place_of(index), _machine(head, model)

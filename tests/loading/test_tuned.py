@@ -1,6 +1,7 @@
 """The settings of the loop, measured once on a machine."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -111,3 +112,14 @@ def test_the_random_state_is_left_alone():
     before = mx.random.state[0].tolist()
     tune(flash.model, seconds=0.5)
     assert mx.random.state[0].tolist() == before
+
+
+@pytest.mark.parametrize(
+    "shares, expected", [({1: 0.3, 2: 0.01, 3: 0.0}, 2), ({1: 0.3}, 1), ({}, 1)]
+)
+def test_a_draft_keeps_nearly_all_of_the_best_tokens(shares, expected):
+    """Fewer clusters than a text's, and a quarter of these where nothing is known."""
+    index = tiny_index(tiny_model(), n_probes=4)
+    by_probes = [{"n_probes": n, "greedy_differs": share} for n, share in shares.items()]
+    config = replace(index.config, lossless={"by_probes": by_probes})
+    assert config.draft_probes == expected
