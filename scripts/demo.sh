@@ -5,5 +5,5 @@
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh
-make_venv .venv-demo -e ".[report]"
+make_venv .venv-demo -e ".[report]" gguf  # which reads the quantized layers of the package
 exec .venv-demo/bin/python scripts/demo.py "$@"
