@@ -39,6 +39,7 @@ def converted(real_model_folder, tmp_path_factory) -> tuple[Path, FlashHeadConfi
         str(real_model_folder),
         str(folder),
         calibration_positions=CALIBRATION_POSITIONS,
+        calibration_seconds=600,  # the bounds are for all positions, on a busy machine too
         progress=False,
     )
     return folder, config

@@ -196,6 +196,7 @@ class Talk:
                     f"/probes is {argument!r}: give a whole number, 1 to {head.n_clusters}."
                 ) from None
             head.n_probes = n_probes
+            head.stays_dense = False  # the user's number comes before what was measured
         self.terminal.say(f"Now {self._settings()}.")
 
     def _dense(self, _: str) -> None:
@@ -221,7 +222,11 @@ class Talk:
     def _settings(self) -> str:
         if self.head is None:
             return "dense, without FlashHead"
-        clusters = f"{self.head.n_probes:,} of {self.head.n_clusters:,} clusters"
+        checked = self.options.get("check", True)
+        if self.head.stays_dense and checked and not self.dense:
+            return "dense, as FlashHead is no faster on this machine"
+        n_probes = self.head.checked_probes if checked else self.head.n_probes
+        clusters = f"{n_probes:,} of {self.head.n_clusters:,} clusters"
         return f"dense ({clusters} otherwise)" if self.dense else f"{clusters} scored per token"
 
 

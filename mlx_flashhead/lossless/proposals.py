@@ -72,7 +72,8 @@ class Proposer:
         """A line on the head that has been used."""
         assert self.head is not None
         if self.dense:
-            return "FlashHead: not used, every token was scored"
+            why = "it is no faster here" if self.head.stays_dense else "every token was scored"
+            return f"FlashHead: not used, {why}"
         clusters = self._settings.get("n_probes") or (
             self.head.checked_probes if self.check else self.head.n_probes
         )

@@ -269,7 +269,7 @@ def test_signal_to_a_real_conversion(source, tmp_path, number, code, overwrite):
         env={**os.environ, "PYTHONPATH": str(Path(conversion.__file__).parents[2])},
     ) as process:
         seen = b""
-        while seen.count(b"Reading") < 2:  # the bar moves: the conversion is well under way
+        while seen.count(b"token/s") < 2:  # the bar moves: the conversion is well under way
             part = os.read(process.stderr.fileno(), 4096)
             assert part, seen
             seen += part
