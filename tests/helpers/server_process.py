@@ -77,7 +77,7 @@ def serving(folder: Path, *arguments) -> Iterator[Server]:
     try:
         line = process.stdout.readline()
         found = re.search(r"http://\S+", line)
-        assert found, f"the server did not start: {errors.read_text()}"
+        assert found, f"the server did not start: {line!r}, {errors.read_text()}"
         yield Server(process, line, found[0], errors)
     finally:
         if process.poll() is None:
