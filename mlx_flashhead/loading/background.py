@@ -101,12 +101,15 @@ class BackgroundBuild:
     def price(self, seconds: float) -> str:
         """A sentence on what the build has taken and when it pays back, after :meth:`install`."""
         tuning = None if self._stored is None else here(self._stored.index, self._model)
-        spent = f"FlashHead is ready for next time. Its build took {seconds:.0f} s"
-        if tuning is None or tuning.dense:
-            return f"{spent}."
+        took = f"build took {seconds:.0f} s"
+        if tuning is not None and tuning.dense:
+            return f"The {took}."  # that the model stays dense has been said
+        ready = f"FlashHead is ready for next time. Its {took}"
+        if tuning is None:
+            return f"{ready}."
         saved = tuning.dense_seconds * (1 - 1 / tuning.gain)
         return (
-            f"{spent}, and it makes this model {tuning.gain:.2f} times as fast on this machine: "
+            f"{ready}, and it makes this model {tuning.gain:.2f} times as fast on this machine: "
             f"that pays back after about {_rounded(seconds / saved):,} tokens."
         )
 

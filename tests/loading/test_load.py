@@ -13,6 +13,7 @@ from mlx_flashhead.loading.load import load
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.install import get_flash_head
 from model_folders import VOCAB_SIZE, write_model
+from refusals import refused
 from tiny_models import tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7]])
@@ -72,17 +73,6 @@ def test_arguments_are_passed_on(original):
     with_other_eos, tokenizer = load(str(original), tokenizer_config={"eos_token": "A"})
     assert tokenizer.eos_token == "A"
     assert get_flash_head(with_other_eos) is not None
-
-
-def refused(call, *expected):
-    """The call raises one sentence with each of the patterns."""
-    with pytest.raises(ValueError) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    for pattern in expected:
-        error.match(pattern)
 
 
 def test_folder_that_is_no_model(tmp_path):

@@ -9,6 +9,7 @@ from mlx_flashhead.models import fetch
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.fetch import resolve
 from model_folders import write_model
+from refusals import refused
 from tiny_models import tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7]])
@@ -18,17 +19,6 @@ TOKENS = mx.array([[3, 1, 200, 7]])
 def original(tmp_path_factory):
     """A model's folder."""
     return write_model(tmp_path_factory.mktemp("load") / "model")
-
-
-def refused(call, *expected):
-    """The call raises one sentence with each of the patterns."""
-    with pytest.raises(ValueError) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    for pattern in expected:
-        error.match(pattern)
 
 
 def test_no_such_folder(tmp_path, monkeypatch):
