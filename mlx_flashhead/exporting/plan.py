@@ -8,6 +8,7 @@ The plan is JSON:
 
     head       path of the model's output layer, such as "model.embed_tokens"
     dtype      dtype of the hidden states
+    hiddenSize their size D
     rows       shape and dtype of each array of that layer: the program's model must have the same
     limit      more positions than this at once read more rows than the dense head
     logits     names of the launches that give "expanded", the full logits (1, V), in their order
@@ -134,6 +135,7 @@ def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str
     plan = {
         "head": location.path,
         "dtype": _value(location.hidden_dtype),
+        "hiddenSize": clustered.hidden_size,
         "rows": rows,
         "limit": clustered.n_clusters // head.n_probes,
         "logits": [f"flash_head_{step}" for step in LOGITS],

@@ -14,7 +14,8 @@ final class FlashHead {
 
     private let plan: Plan
     private let dtype: DType
-    private let kernels: [String: (dtypes: [DType], kernel: MLXFast.MLXFastKernel)]
+    private let dtypes: [String: [DType]]  // of each launch's results
+    private var kernels: [String: MLXFast.MLXFastKernel] = [:]
     private let arrays: [String: MLXArray]
     private let quantization: (groupSize: Int, bits: Int, mode: QuantizationMode)?
 
@@ -40,12 +41,7 @@ final class FlashHead {
         self.plan = plan
         dtype = try DType(named: plan.dtype)
         quantization = (layer as? Quantized).map { ($0.groupSize, $0.bits, $0.mode) }
-        kernels = try plan.launches.mapValues { launch in
-            let kernel = MLXFast.metalKernel(
-                name: launch.name, inputNames: launch.inputNames,
-                outputNames: launch.outputNames, source: launch.source, header: launch.header)
-            return (try launch.outputDTypes.map { try DType(named: $0) }, kernel)
-        }
+        dtypes = try plan.launches.mapValues { try $0.outputDTypes.map { try DType(named: $0) } }
         let order = minimum(tokens.flattened().asType(.int32), slots.size - 1)
         var all = arrays
         for name in plan.rows.keys {
@@ -58,11 +54,7 @@ final class FlashHead {
         eval(Array(all.values))
         self.arrays = all
         do {
-            try withError {
-                let hidden = MLXArray.zeros([1, hiddenSize], dtype: dtype)
-                let settings = FlashSettings().arrays(step: 0)
-                eval(run(plan.logits, hidden), run(plan.tokens, hidden, settings))
-            }
+            try withError(tryKernels)
         } catch {
             trouble = error.localizedDescription
         }
@@ -76,13 +68,12 @@ final class FlashHead {
         let hidden = isPrompt ? hidden[0..., -1, 0...].expandedDimensions(axis: 1) : hidden
         let shape = [hidden.dim(0), hidden.dim(1)]
         let rows = hidden.reshaped(shape[0] * shape[1], hidden.dim(2)).asType(dtype)
-        if trouble == nil, let sampler {
-            let tokens = run(plan.tokens, rows, sampler.next(rows.dim(0)))
+        if let sampler, let tokens = run(plan.tokens, rows, sampler.next(rows.dim(0))) {
             sampler.latest = tokens.reshaped(shape)
             return MLXArray.zeros(shape + [1])
         }
-        let isDense = trouble != nil || rows.dim(0) > plan.limit
-        return (isDense ? dense(rows) : run(plan.logits, rows)).reshaped(shape + [-1])
+        let scored = rows.dim(0) > plan.limit ? nil : run(plan.logits, rows)
+        return (scored ?? dense(rows)).reshaped(shape + [-1])
     }
 
     /// Rows of tokens: ids of any shape → (…, D), for an embedding that is also the output layer.
@@ -99,30 +90,45 @@ final class FlashHead {
         return rows.reshaped(tokens.shape + [-1])
     }
 
-    private var hiddenSize: Int { plan.launches[plan.logits[0]]!.argument("D") }
+    /// Runs each kernel once, within `withError`.
+    private func tryKernels() {
+        kernels = plan.launches.mapValues {
+            MLXFast.metalKernel(
+                name: $0.name, inputNames: $0.inputNames, outputNames: $0.outputNames,
+                source: $0.source, header: $0.header)
+        }
+        let hidden = MLXArray.zeros([1, plan.hiddenSize], dtype: dtype)
+        let results = [
+            run(plan.logits, hidden), run(plan.tokens, hidden, FlashSettings().arrays(step: 0)),
+        ]
+        eval(results.compactMap { $0 })
+    }
 
     /// What the last of the launches gives: hidden states (R, D) → (R, V) or (R).
+    ///
+    /// Nil where MLX refuses a kernel.
     private func run(
         _ names: [String], _ hidden: MLXArray, _ settings: [String: MLXArray] = [:]
-    ) -> MLXArray {
+    ) -> MLXArray? {
+        if trouble != nil { return nil }
         let positions = hidden.dim(0)
         var arrays = self.arrays.merging(settings) { $1 }
         arrays["hidden"] = hidden
         for name in names {
             let launch = plan.launches[name]!
-            let (dtypes, kernel) = kernels[name]!
-            let results = kernel(
+            let results = kernels[name]!(
                 launch.arrays.map { arrays[$0]! },
                 template: launch.template.map { ($0.name, $0.value.argument) },
                 grid: (launch.grid[0], launch.grid[1] * positions, launch.grid[2]),
                 threadGroup: (launch.threadGroup[0], launch.threadGroup[1], launch.threadGroup[2]),
                 outputShapes: launch.outputShapes.map { [$0[0] * positions] + $0.dropFirst() },
-                outputDTypes: dtypes)
+                outputDTypes: dtypes[name]!)
+            if results.count < launch.outputNames.count { return nil }
             for (name, result) in zip(launch.outputNames, results) {
                 arrays[name] = result
             }
         }
-        return arrays[plan.launches[names.last!]!.outputNames[0]]!
+        return names.last.flatMap { arrays[plan.launches[$0]!.outputNames[0]] }
     }
 
     /// Logits from all rows: hidden states (R, D) → (R, V).

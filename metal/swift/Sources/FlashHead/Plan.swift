@@ -11,6 +11,7 @@ struct Plan: Decodable {
 
     let head: String  // path of the model's output layer
     let dtype: String  // of the hidden states
+    let hiddenSize: Int
     let rows: [String: Rows]  // by their names in that layer
     let limit: Int  // more positions at once read more rows than the dense layer
     let logits: [String]  // the launches that give full logits, in their order
@@ -61,11 +62,6 @@ struct Launch: Decodable {
     let threadGroup: [Int]
     let outputShapes: [[Int]]
     let outputDTypes: [String]
-
-    /// A number among the template arguments.
-    func argument(_ name: String) -> Int {
-        template.first { $0.name == name }?.value.argument as! Int
-    }
 }
 
 extension DType {

@@ -4,14 +4,15 @@ import MLXNN
 
 /// How tokens are drawn from the scored rows.
 public struct FlashSettings {
-    public var temperature: Float  // 0: the likeliest token
-    public var topP: Float  // 1: all
-    public var minP: Float  // 0: all
+    public var temperature: Double  // 0: the likeliest token
+    public var topP: Double  // 1: all
+    public var minP: Double  // 0: all
     public var topK: Int  // 0: all
     public var seed: UInt64
 
     public init(
-        temperature: Float = 0, topP: Float = 1, minP: Float = 0, topK: Int = 0, seed: UInt64 = 0
+        temperature: Double = 0, topP: Double = 1, minP: Double = 0, topK: Int = 0,
+        seed: UInt64 = 0
     ) {
         self.temperature = temperature
         self.topP = topP
@@ -26,7 +27,7 @@ public struct FlashSettings {
         let floats = [inverse, topP, minP > 0 ? log(minP) : -1e30]
         let keys = (0 ..< UInt64(positions)).flatMap { key(step &+ $0) }
         return [
-            "settings": tiled(MLXArray(floats, [1, 3]), repetitions: [positions, 1]),
+            "settings": tiled(MLXArray(floats.map(Float.init), [1, 3]), repetitions: [positions, 1]),
             "top_k": MLXArray.full([positions], values: MLXArray(UInt32(topK))),
             "keys": MLXArray(keys, [positions, 2]),
         ]

@@ -1,0 +1,136 @@
+"""The Swift package on Linux: built by scripts/check_swift.sh, its kernels run by the emulator."""
+
+import json
+import os
+import subprocess
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernel_cases import kernels, to_numpy
+from mlx_flashhead.exporting.plan import export_plan
+from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
+from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.models.locate import HeadLocation
+from test_plan import FORMS, HIDDEN_SIZE, VOCAB_SIZE, dtype_of, make_head, make_rows, states
+
+PROGRAM = os.environ.get("MLX_FLASHHEAD_SWIFT")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="runs by scripts/check_swift.sh")
+
+N_PROBES, LIMIT = 4, 3  # of 13 clusters
+TOKENS = mx.array([[0, 7, VOCAB_SIZE - 1], [7, 3, 3]])
+SEED = 2**63 + 11
+SETTINGS = [
+    DrawSettings(),
+    DrawSettings(temperature=0.7, top_p=0.9),
+    DrawSettings(temperature=1.3, min_p=0.05, top_k=20),
+]
+FIELDS = {"temperature": "temperature", "topP": "top_p", "minP": "min_p", "topK": "top_k"}
+
+
+def run(folder, form, *, tied=False, refused=False):
+    """What the package says, and the arrays that it gives."""
+    rows, dtype = make_rows(form), dtype_of(form)
+    path = "model.embed_tokens" if tied else "lm_head"
+    location = HeadLocation(None, path, "__call__", hidden_dtype=dtype)
+    export_plan(make_head(rows, N_PROBES), location, folder / "head.safetensors")
+    mx.save_safetensors(str(folder / "layer.safetensors"), rows.arrays())
+    inputs = {"hidden": states(20, dtype)[None], "tokens": TOKENS}
+    mx.save_safetensors(str(folder / "inputs.safetensors"), inputs)
+    quantization = {"groupSize": rows.group_size, "bits": rows.bits, "mode": rows.mode}
+    settings = [{k: getattr(s, v) for k, v in FIELDS.items()} | {"seed": SEED} for s in SETTINGS]
+    case = {
+        "isTied": tied,
+        "shape": [VOCAB_SIZE, HIDDEN_SIZE],
+        "quantization": quantization if rows.quantized else None,
+        "settings": settings,
+    }
+    (folder / "case.json").write_text(json.dumps(case))
+    environment = os.environ | {
+        "TMPDIR": str(folder),
+        "FLASH_KERNELS": "refused" if refused else "",
+    }
+    with (
+        kernels() as emulator,
+        subprocess.Popen(
+            [PROGRAM, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        ) as program,
+    ):
+        for line in program.stdout:
+            program.stdin.write(f"{launch(line.split()[1])}\n")
+            program.stdin.flush()
+    assert program.returncode == 0
+    arrays, said = mx.load(str(folder / "results.safetensors"), return_metadata=True)
+    return said, arrays, emulator.dispatches
+
+
+def launch(path):
+    """Runs a kernel that the program asks for; the file of its results."""
+    arrays, metadata = mx.load(path, return_metadata=True)
+    asked = json.loads(metadata["launch"])
+    call = asked["call"]
+    names = {str(dtype).removeprefix("mlx.core."): dtype for dtype in vars(mx).values()
+             if isinstance(dtype, mx.Dtype)}  # fmt: skip
+    call["template"] = [(name, names.get(value, value)) for name, value in call["template"]]
+    call["output_dtypes"] = [names[name] for name in call["output_dtypes"]]
+    results = mx.fast.metal_kernel(**asked["kernel"])(
+        inputs=[arrays[str(i)] for i in range(len(arrays))], **call
+    )
+    path = path.replace(".safetensors", "-results.safetensors")
+    mx.save_safetensors(path, dict(zip(asked["kernel"]["output_names"], results, strict=True)))
+    return path
+
+
+def near(found, expected):
+    return np.allclose(to_numpy(found), to_numpy(expected), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("form, tied", [*((form, False) for form in FORMS), ("bfloat16", True),
+                                        ("4 bits", True), ("mxfp4", True)])  # fmt: skip
+def test_swift_gives_what_python_gives(tmp_path, form, tied):
+    said, arrays, _ = run(tmp_path, form, tied=tied)
+    assert said == {"trouble": ""}
+    rows, dtype = make_rows(form), dtype_of(form)
+    hidden = states(20, dtype)
+    with kernels():
+        head = make_head(rows, N_PROBES)
+        expected = mx.concatenate([head(hidden[i : i + 1]) for i in range(LIMIT)])
+        for length in (1, LIMIT):
+            assert mx.array_equal(arrays[f"logits_{length}"][0], expected[:length])
+        assert mx.array_equal(arrays["logits_after"][0], expected[:1])
+        assert near(
+            arrays["logits_5"], arrays["dense"][:, :5]
+        )  # more positions than scored rows pay for
+        # a prompt: its last position alone
+        assert mx.array_equal(arrays["logits_20"][0], head(hidden[19:20]))
+        steps = MetalSteps(head.clustered)
+        keys = [position_key(SEED, position) for position in range(6)]
+        for i, settings in enumerate(SETTINGS):
+            draws = Draws.of([(settings, key) for key in keys])
+            for name in ("settings", "top_k", "keys"):
+                assert mx.array_equal(arrays[f"{name}_{i}"], getattr(draws, name)[:4]), name
+            selection = steps.select(steps.route(hidden[:6]), N_PROBES, words=False)
+            candidates = steps.score(hidden[:6], selection)
+            tokens = steps.sample(selection, candidates, selection.unscored, draws)
+            found = [arrays[f"token_{i}_{step}"].item() for step in range(4)]
+            assert found == tokens.tolist()[2:]
+    if tied:
+        assert mx.array_equal(arrays["rows"], arrays["dense_rows"])
+
+
+@pytest.mark.parametrize("form, tied", [("bias", False), ("4 bits", False), ("8 bits", True)])
+def test_a_device_that_refuses_the_kernels_reads_all_rows(tmp_path, form, tied):
+    said, arrays, dispatches = run(tmp_path, form, tied=tied, refused=True)
+    assert "No Metal back-end" in said["trouble"]
+    assert said["sampler"].startswith("FlashHead's kernels do not run on this device: MLX Error")
+    assert dispatches == []
+    for length in (1, LIMIT):
+        assert near(arrays[f"logits_{length}"], arrays["dense"][:, :length])
+    assert near(arrays["logits_20"], arrays["dense"][:, -1:])
+    if tied:
+        assert mx.array_equal(arrays["rows"], arrays["dense_rows"])
