@@ -22,15 +22,10 @@ from ..models.compat.utils import dequantize_model, save
 from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.locate import check_plain_product, find_head
+from ..publishing import licences
 from ..publishing.hub import reserve, sign_in
 from ..publishing.origin import card_metadata, find_origin
-from ..publishing.publish import (
-    add_documents,
-    check_licence,
-    checkpoint_name,
-    precision_label,
-    publish,
-)
+from ..publishing.publish import add_documents, checkpoint_name, precision_label, publish
 from ..publishing.recipe import make_recipe
 from .build import IndexBuild, cut_short, index_nbytes
 from .options import ConvertOptions, recipe_flags
@@ -142,7 +137,14 @@ def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> Flas
         check_apart(source, target)
         origin = find_origin(options.hf_path, source, options.base_model, options.license)
         if options.uploads:
-            check_licence(origin, repo_id, target)
+            licences.check(
+                card_metadata(origin),
+                [*origin.files, *licences.licence_files(target)],
+                repo_id,
+                model=origin.known_as,
+                place=target,
+                before="convert without `upload`, ",
+            )
         say(f"Loading {options.hf_path}")
         model, tokenizer, config = _load(source, options, say)
         location = find_head(model)

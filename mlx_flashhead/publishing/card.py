@@ -62,44 +62,30 @@ authors.
 }}
 ```
 """
-USE_MODEL = """\
+USE = """\
 ```
-mlx_flashhead.generate --model {model} --prompt "Why is the sky blue?"
+mlx_flashhead.generate --model {arguments} --prompt "Why is the sky blue?"
 ```
 
 ```python
 from mlx_flashhead import load, generate
 
-model, tokenizer = load("{model}")
+model, tokenizer = load({loaded})
 prompt = "Why is the sky blue?"
 if tokenizer.chat_template is not None:
     messages = [{{"role": "user", "content": prompt}}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 print(generate(model, tokenizer, prompt, max_tokens=100))
-```
+```"""
+PLACE = "These {size} go beside the model, in any of its precisions: bfloat16, 8 bits, 4 bits.\n\n"
+USE_DENSE = """\
+
 
 Plain [mlx-lm](https://github.com/ml-explore/mlx-lm) reads the same files as the ordinary dense
 model, without FlashHead and its speed:
 
 ```
 mlx_lm.generate --model {model} --prompt "Why is the sky blue?"
-```"""
-USE_COMPANION = """\
-These {size} go beside the model, in any of its precisions: bfloat16, 8 bits, 4 bits.
-
-```
-mlx_flashhead.generate --model {base} --flash-head {model} --prompt "Why is the sky blue?"
-```
-
-```python
-from mlx_flashhead import load, generate
-
-model, tokenizer = load("{base}", flash_head="{model}")
-prompt = "Why is the sky blue?"
-if tokenizer.chat_template is not None:
-    messages = [{{"role": "user", "content": prompt}}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-print(generate(model, tokenizer, prompt, max_tokens=100))
 ```"""
 LEGEND = """\
 *Agreement*: the same best token as the dense head. *Coverage*: the true next token is among the
@@ -117,7 +103,6 @@ def write_card(
     metadata: dict,
     config: FlashHeadConfig,
     licence: Licence | None,
-    *,
     title: str,
     model: str,
     own_text: str = "",
@@ -133,40 +118,19 @@ def write_card(
         model: Its name in the examples: a repository or a folder.
         own_text: Text of a person.
     """
-    data = ModelCardData(**metadata, ignore_metadata_errors=True)
-    body = _body(folder, metadata, config, licence, title, model)
-    text = f"---\n{data.to_yaml()}\n---\n\n{body}\n{MARKER}\n{own_text}"
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def text_below_marker(card: str | None) -> str:
-    """A person's text on a card: all below the marker, or the whole of a card without a marker."""
-    if not card:
-        return ""
-    _, marker, below = card.partition(f"{MARKER}\n")
-    return below if marker else ModelCard(card, ignore_metadata_errors=True).text.strip("\n") + "\n"
-
-
-def _body(
-    folder: Path,
-    metadata: dict,
-    config: FlashHeadConfig,
-    licence: Licence | None,
-    title: str,
-    model: str,
-) -> str:
-    recipe = config.recipe
     base = metadata.get("base_model")
     known = isinstance(base, str) and metadata.get("base_model_relation") in RELATIONS
     named = f"[{base}](https://huggingface.co/{base})" if known else "a language model"
     if is_companion(folder):
         what = f"The **FlashHead** of {named}"
-        size = _size((folder / FILE_NAME).stat().st_size)
-        use = USE_COMPANION.format(size=size, base=base if known else "MODEL", model=model)
+        dense = base if known else "MODEL"
+        use = PLACE.format(size=_size((folder / FILE_NAME).stat().st_size)) + USE.format(
+            arguments=f"{dense} --flash-head {model}", loaded=f'"{dense}", flash_head="{model}"'
+        )
     else:
         what = f"{named[0].upper()}{named[1:]} in the format of MLX, with **FlashHead**"
-        use = USE_MODEL.format(model=model)
-    return BODY.format(
+        use = USE.format(arguments=model, loaded=f'"{model}"') + USE_DENSE.format(model=model)
+    body = BODY.format(
         title=title,
         attribution=f"**{licence.attribution}**\n\n" if licence and licence.attribution else "",
         what=what,
@@ -175,21 +139,26 @@ def _body(
         cluster_size=config.cluster_size,
         n_probes=config.n_probes,
         measured=_measured(config, model),
-        command=recipe.get("command", "# the command was not recorded"),
+        command=config.recipe.get("command", "# the command was not recorded"),
         made_with=_made_with(config),
         licence=_licence(metadata, licence, changes_in(folder)),
     )
+    header = ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()
+    text = f"---\n{header}\n---\n\n{body}\n{MARKER}\n{own_text}"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def text_below_marker(card: str) -> str:
+    """A person's text on a card: all below the marker, or the whole of a card without a marker."""
+    if not card:
+        return ""
+    _, marker, below = card.partition(f"{MARKER}\n")
+    return below if marker else ModelCard(card, ignore_metadata_errors=True).text.strip("\n") + "\n"
 
 
 def _measured(config: FlashHeadConfig, model: str) -> str:
     report = config.report
     rows = report.get("by_probes")
-    if not rows and "agreement" in report:
-        return (
-            f"On {report['positions']:,} held-out positions the best token is the dense head's in "
-            f"{percent(report['agreement'])}, and the true next token is scored in "
-            f"{percent(report['coverage'])}."
-        )
     if not rows:
         return NOT_MEASURED.format(model=model)
     lines = [
@@ -200,15 +169,16 @@ def _measured(config: FlashHeadConfig, model: str) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        probes = f"{row['n_probes']}"
-        own = f"**{probes}**" if row["n_probes"] == config.n_probes else probes
-        ratio, kl = row["perplexity_ratio"], row["kl"]
-        lines.append(
-            f"| {own} | {percent(row['agreement'])} | {percent(row['coverage'])} | "
-            f"{'–' if kl is None else f'{kl:.3f}'} | "
-            f"{'–' if ratio is None else f'{ratio:.3f}'} | {_size(row['bytes_per_token'])} | "
-            f"{percent(row['bytes_share'], 1)} |"
+        chosen = "**" if row["n_probes"] == config.n_probes else ""
+        figures = (
+            f"{chosen}{row['n_probes']}{chosen}",
+            percent(row["agreement"]),
+            percent(row["coverage"]),
+            *("–" if row[key] is None else f"{row[key]:.3f}" for key in ("kl", "perplexity_ratio")),
+            _size(row["bytes_per_token"]),
+            percent(row["bytes_share"], 1),
         )
+        lines.append(f"| {' | '.join(figures)} |")
     dense = report["dense_perplexity"]
     legend = LEGEND.format(
         dense="" if dense is None else f" {dense:.2f}", dense_bytes=_size(report["dense_bytes"])

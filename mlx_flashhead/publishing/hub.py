@@ -4,15 +4,13 @@ Errors of the Hub and its client become one sentence without the user's token.
 """
 
 import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..common.redaction import redact, redacted_logs
 from ..common.terminal import printable
@@ -32,19 +30,13 @@ def sign_in() -> str:
         ValueError: If there is no token, if it is not valid or may not write, or if the Hub cannot
             be reached.
     """
-    try:
-        account = HfApi().whoami()
-    except LocalTokenNotFoundError:
-        raise ValueError(
-            f"An upload needs a Hugging Face token, but there is none: {LOGIN}."
-        ) from None
-    except Exception as error:  # the Hub's client raises many unrelated types
-        if _status(error) in (401, 403):
-            raise ValueError(
-                f"The Hugging Face Hub does not accept the token: get another one from "
-                f"{TOKENS_PAGE}, then {LOGIN}."
-            ) from None
-        raise ValueError(_unreachable(error)) from None
+    if get_token() is None:
+        raise ValueError(f"An upload needs a Hugging Face token, but there is none: {LOGIN}.")
+    with _client(
+        f"The Hugging Face Hub does not accept the token: get another one from {TOKENS_PAGE}, "
+        f"then {LOGIN}."
+    ) as api:
+        account = api.whoami()
     try:
         name = str(account["name"])
         token = (account.get("auth") or {}).get("accessToken") or {}
@@ -64,35 +56,25 @@ def sign_in() -> str:
 def reserve(repo_id: str, user: str, private: bool = False) -> str:
     """Creates the repository, or checks that the user may write to an existing one.
 
-    Args:
-        repo_id: "owner/name".
-        user: The user's name.
-        private: Make it private.
-
     Returns:
         Its address.
 
     Raises:
         ValueError: If the user may not write to it, or if it is public and ``private`` is set.
     """
-    api = HfApi()
-    try:
-        with redacted_logs():
-            address = api.create_repo(repo_id, private=private or None, exist_ok=True)
-            _check_writable(api, repo_id)
-            is_public = private and not api.repo_info(repo_id).private
-    except Exception as error:  # the Hub's client raises many unrelated types
-        if _status(error) in (401, 403):
-            raise ValueError(
-                f"{user} may not write to {repo_id}: choose another name, such as "
-                f"{user}/{repo_id.rpartition('/')[2]}, or get a token that may."
-            ) from None
-        if isinstance(error, HfHubHTTPError):
-            raise ValueError(
-                f"{repo_id} cannot be created on the Hugging Face Hub ({_reason(error)}): choose "
-                "another name."
-            ) from None
-        raise ValueError(_unreachable(error)) from None
+    with _client(
+        f"{user} may not write to {repo_id}: choose another name, such as "
+        f"{user}/{repo_id.rpartition('/')[2]}, or get a token that may.",
+        f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name.",
+    ) as api:
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        try:  # create_repo accepts any visible repository
+            api.auth_check(repo_id, write=True)
+        except HfHubHTTPError as error:
+            if _status(error) in (401, 403):
+                raise
+            # a Hub without this request refuses at the upload
+        is_public = private and not api.repo_info(repo_id).private
     if is_public:
         raise ValueError(
             f"{repo_id} exists already and is public, in spite of `private=True`: choose another "
@@ -101,20 +83,16 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
     return str(address)
 
 
-def read_card(repo_id: str) -> str | None:
-    """The text of a repository's card, None if there is none.
-
-    Raises:
-        ValueError: If the Hub cannot be asked.
-    """
-    try:
-        with redacted_logs():
-            path = HfApi().hf_hub_download(repo_id, "README.md")
-        return Path(path).read_text(encoding="utf-8-sig")
-    except Exception as error:  # the Hub's client raises many unrelated types
-        if _status(error) == 404:
-            return None
-        raise ValueError(_unreachable(error)) from None
+def read_card(repo_id: str) -> str:
+    """The text of a repository's card, empty if there is none."""
+    with _client() as api:
+        try:
+            path = api.hf_hub_download(repo_id, "README.md")
+        except Exception as error:
+            if _status(error) == 404:
+                return ""
+            raise
+    return Path(path).read_text(encoding="utf-8-sig")
 
 
 def upload(folder: Path, repo_id: str) -> None:
@@ -126,23 +104,19 @@ def upload(folder: Path, repo_id: str) -> None:
     Raises:
         ValueError: If the upload fails. The folder stays as it is.
     """
-    api = HfApi()
-    try:
-        with redacted_logs():
-            api.upload_folder(
-                folder_path=folder,
-                repo_id=repo_id,
-                commit_message="Upload FlashHead",
-                ignore_patterns=list(NOT_UPLOADED),
-                delete_patterns=_other_weights(api, repo_id, folder),
-            )
-    except Exception as error:  # the Hub's client raises many unrelated types
-        # `from None`: the client's own message may hold the token
-        raise ValueError(
-            f"{repo_id} could not be uploaded ({_reason(error)}): the model is kept in {folder}, "
-            f"and `mlx_flashhead.upload --path {folder} --repo {repo_id}` continues without "
-            "sending stored files again."
-        ) from None
+    failed = (
+        f"{repo_id} could not be uploaded (%s): the model is kept in {folder}, and "
+        f"`mlx_flashhead.upload --path {folder} --repo {repo_id}` continues without sending stored "
+        "files again."
+    )
+    with _client(failed, failed, failed) as api:
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=repo_id,
+            commit_message="Upload FlashHead",
+            ignore_patterns=list(NOT_UPLOADED),
+            delete_patterns=_other_weights(api, repo_id, folder),
+        )
 
 
 def _other_weights(api: HfApi, repo_id: str, folder: Path) -> list[str] | None:
@@ -158,14 +132,27 @@ def _other_weights(api: HfApi, repo_id: str, folder: Path) -> list[str] | None:
     return [name for name in stored if not (folder / name).exists()] or None
 
 
-def _check_writable(api: HfApi, repo_id: str) -> None:
-    """Raises if the token may not write. `create_repo` accepts any visible repository."""
+@contextmanager
+def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Iterator[HfApi]:
+    """The Hub's client, whose errors become one of these sentences, with the reason as %s.
+
+    Args:
+        refused: The token may not do this.
+        failed: Any other answer of the Hub.
+        unreachable: No answer.
+    """
     try:
-        api.auth_check(repo_id, write=True)
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            raise
-        # a Hub without this request refuses at the upload
+        with redacted_logs():
+            yield HfApi()
+    except Exception as error:  # the Hub's client raises many unrelated types
+        status = _status(error)
+        offline = isinstance(error, OfflineModeIsEnabled)
+        remedy = "unset HF_HUB_OFFLINE" if offline else "check the network and try again"
+        sentence = unreachable or f"The Hugging Face Hub cannot be reached (%s): {remedy}."
+        if status is not None:
+            sentence = (refused if status in (401, 403) else failed) or sentence
+        # `from None`: the client's own message may hold the token
+        raise ValueError(sentence.replace("%s", _reason(error))) from None
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -175,20 +162,8 @@ def _status(error: BaseException | None) -> int | None:
     return None if error is None else error.response.status_code
 
 
-def _unreachable(error: Exception) -> str:
-    remedy = (
-        "unset HF_HUB_OFFLINE"
-        if isinstance(error, OfflineModeIsEnabled)
-        else "check the network and try again"
-    )
-    return f"The Hugging Face Hub cannot be reached ({_reason(error)}): {remedy}."
-
-
 def _reason(error: Exception) -> str:
-    """The messages of the error and its causes, on one line and without secrets."""
-    said: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None and len(said) < 2:
-        said.append(" ".join(str(cause).split()).rstrip(".:") or type(cause).__name__)
-        cause = cause.__cause__
-    return shorten(printable(redact(": ".join(dict.fromkeys(said)))), 300, placeholder=" …")
+    """The messages of the error and its cause, on one line and without secrets."""
+    causes = (error, error.__cause__) if error.__cause__ else (error,)
+    messages = [" ".join(str(each).split()).rstrip(".:") or type(each).__name__ for each in causes]
+    return shorten(printable(redact(": ".join(dict.fromkeys(messages)))), 300, placeholder=" …")

@@ -7,7 +7,7 @@ Source: the licence agreements themselves, Llama's in meta-llama/llama-models (s
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,83 +81,57 @@ LICENCES = (
 
 
 def recognise(metadata: dict, files: Iterable[Path]) -> Licence | None:
-    """The licence of a model, if it is one of `LICENCES`.
-
-    Args:
-        metadata: Of its card.
-        files: The licence's files beside it.
-    """
-    declared = metadata.get("license") or ""
-    declared = (
-        [str(one).lower() for one in declared]
-        if isinstance(declared, list)
-        else [str(declared).lower()]
-    )
-    if any(one not in ("", "other", "unknown") for one in declared):
-        found = map(_by_identifier, declared)
-        return next((licence for licence in found if licence is not None), None)
-    named = _by_identifier(str(metadata.get("license_name") or "").lower())
-    if named is not None:
+    """The licence with conditions that a card's header names, or else the files beside it."""
+    names = [str(each or "").lower() for each in as_list(metadata.get("license"))]
+    is_named = any(name not in ("", "other", "unknown") for name in names)
+    if not is_named:
+        names = [str(metadata.get("license_name") or "").lower()]
+    named = next((each for each in map(_by_identifier, names) if each is not None), None)
+    if is_named or named is not None:
         return named
-    text = "\n".join(_beginning(file) for file in files).lower()
+    text = "\n".join(map(_beginning, files))
     return next((licence for licence in LICENCES if re.search(licence.text, text)), None)
 
 
-def check_known(metadata: dict, model: str) -> None:
-    """Checks that a model's licence is known, before anything is made public.
+def check(
+    metadata: dict,
+    files: Sequence[Path],
+    repo_id: str | None,
+    *,
+    model: str,
+    place: Path,
+    before: str = "",
+) -> None:
+    """Checks that a model may be made public.
 
     Args:
         metadata: Its card's header.
-        model: Its name, for the error.
+        files: The licence's files.
+        repo_id: "owner/name"; None for a derived name, which is allowed.
+        model: Its name, for errors.
+        place: Where a copy of the licence belongs.
+        before: A step before it is put there, for errors.
 
     Raises:
-        ValueError: If the licence is not known.
+        ValueError: If the licence is not known, if it does not allow the name, or if its text is
+            missing.
     """
-    if not metadata.get("license"):
-        raise ValueError(
-            f"The licence of {model} is not known, since its card does not name it: give it as "
-            "`license`, such as apache-2.0."
-        )
-
-
-def check_name(licence: Licence | None, repo_id: str) -> None:
-    """Checks that the licence allows a repository's name.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    owner, _, name = repo_id.rpartition("/")
-    if licence is not None and not has_prefix(licence, name):
-        suggested = f"{owner}/{licence.prefix}-{name}".lstrip("/")
+    licence = recognise(metadata, files)
+    if licence is None:
+        if not metadata.get("license"):
+            raise ValueError(
+                f"The licence of {model} is not known, since its card does not name it: give it as "
+                "`license`, such as apache-2.0."
+            )
+        return
+    owner, _, name = (repo_id or "").rpartition("/")
+    if repo_id and not has_prefix(licence, name):
         raise ValueError(
             f"{repo_id} is not a name that the {licence.name} allows: it must begin with "
-            f"{licence.prefix}, so call it {suggested}, for example."
+            f"{licence.prefix}, so call it {owner}/{licence.prefix}-{name}, for example."
         )
-
-
-def has_prefix(licence: Licence, name: str) -> bool:
-    """Whether the name begins with the licence's prefix; case and hyphens do not matter."""
-    return _plain(name).startswith(_plain(licence.prefix))
-
-
-def check_text(
-    licence: Licence | None, files: Iterable[Path], place: str, before: str = ""
-) -> None:
-    """Checks that a copy of the licence is beside the model.
-
-    Args:
-        licence: The model's licence.
-        files: Files beside the model.
-        place: Place for the copy, for the error.
-        before: A step before that, for the error.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if licence is None:
-        return
     texts = [file for file in files if not file.name.lower().startswith("notice")]
-    if not any(re.search(licence.text, _beginning(file).lower()) for file in texts):
+    if not any(re.search(licence.text, _beginning(file)) for file in texts):
         raise ValueError(
             f"The {licence.name} must be handed on with the model, but its text is missing: "
             f"{before}save {licence.link} as LICENSE.txt in {place}, then upload with "
@@ -165,11 +139,16 @@ def check_text(
         )
 
 
+def has_prefix(licence: Licence, name: str) -> bool:
+    """Whether the name begins with the licence's prefix; case and hyphens do not matter."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    return plain.startswith(re.sub(r"[^a-z0-9]", "", licence.prefix.lower()))
+
+
 def write_notice(licence: Licence | None, folder: Path) -> None:
     """Puts the licence's notice beside the model, unless a file there holds it."""
-    if licence is None:
-        return
-    if any(licence.notice in _beginning(f) for f in folder.glob("[Nn][Oo][Tt][Ii][Cc][Ee]*")):
+    notices = folder.glob("[Nn][Oo][Tt][Ii][Cc][Ee]*")
+    if licence is None or any(licence.notice.lower() in _beginning(file) for file in notices):
         return
     file = folder / NOTICE_FILE
     already = file.read_text(encoding="utf-8").rstrip() + "\n\n" if file.exists() else ""
@@ -183,8 +162,15 @@ def changes_in(folder: Path) -> str:
 
 def licence_files(folder: Path) -> list[Path]:
     """The files of a model's folder that belong to its licence."""
-    found = {file for pattern in LICENCE_FILES for file in folder.glob(pattern)}
-    return sorted(file for file in found if file.is_file())
+    matches = {file for pattern in LICENCE_FILES for file in folder.glob(pattern)}
+    return sorted(file for file in matches if file.is_file())
+
+
+def as_list(value: object) -> list:
+    """An entry of a card's header, which may stand alone."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def _by_identifier(identifier: str) -> Licence | None:
@@ -192,10 +178,6 @@ def _by_identifier(identifier: str) -> Licence | None:
     return next((licence for licence in LICENCES if licence.identifier == identifier), None)
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
 def _beginning(file: Path) -> str:
     with file.open(encoding="utf-8", errors="replace") as opened:
-        return opened.read(20_000)
+        return opened.read(20_000).lower()

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from huggingface_hub import ModelCard, snapshot_download
 
 from ..common.redaction import redacted_logs
 from . import licences
-from .licences import LICENCE_FILES, Licence
+from .licences import LICENCE_FILES, Licence, as_list
 
 CARD_FILE = "README.md"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -67,11 +66,7 @@ def find_origin(
     elif base_model is not None and not (folder / CARD_FILE).exists():
         documents = _fetched_documents(base_model, None) or folder
     metadata = with_licence(read_metadata(documents / CARD_FILE), license)
-    settings = _read_settings(folder)
-    if repo_id is None:
-        repo_id = base_model or _repository_in(settings, metadata)
-    elif base_model is not None:
-        repo_id = base_model
+    repo_id = base_model or repo_id or _repository_in(folder, metadata)
     name = (repo_id or folder.resolve().name).rpartition("/")[2]
     by_name = {file.name: file for f in (documents, folder) for file in licences.licence_files(f)}
     files = tuple(by_name.values())
@@ -98,15 +93,15 @@ def card_metadata(origin: Origin, relation: str = "quantized") -> dict:
     metadata["pipeline_tag"] = "text-generation"
     if origin.repo_id is not None:
         metadata |= {"base_model": origin.repo_id, "base_model_relation": relation}
-    elif base := [one for one in _as_list(origin.metadata.get("base_model")) if _is_text(one)]:
+    elif base := _texts(origin.metadata, "base_model"):
         # a folder of unknown origin may still name its own base model
         metadata["base_model"] = base if len(base) > 1 else base[0]
         if origin.metadata.get("base_model_relation"):
             metadata["base_model_relation"] = origin.metadata["base_model_relation"]
     if relation == "adapter":
         metadata["base_model_relation"] = relation
-    tags = filter(_is_text, _as_list(origin.metadata.get("tags")))
-    metadata["tags"] = list(dict.fromkeys([*tags, "mlx", "flashhead"]))
+    tags = [*_texts(origin.metadata, "tags"), "mlx", "flashhead"]
+    metadata["tags"] = list(dict.fromkeys(tags))
     return metadata
 
 
@@ -154,28 +149,21 @@ def _cached_repository(folder: Path) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _repository_in(settings: dict, metadata: dict) -> str | None:
+def _repository_in(folder: Path, metadata: dict) -> str | None:
     """The repository that a local folder names as its own, or as the source of its conversion."""
-    base = _as_list(metadata.get("base_model"))
+    base = as_list(metadata.get("base_model"))
     is_conversion = metadata.get("library_name") == "mlx" or (
         metadata.get("base_model_relation") == "quantized"
     )
-    named = base[0] if is_conversion and len(base) == 1 else settings.get("_name_or_path")
+    named = None
+    if is_conversion and len(base) == 1:
+        named = base[0]
+    else:
+        with suppress(OSError, ValueError, AttributeError):  # without a readable configuration
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            named = config.get("_name_or_path")
     return named if isinstance(named, str) and _REPOSITORY.fullmatch(named) else None
 
 
-def _read_settings(folder: Path) -> dict:
-    with suppress(OSError, ValueError):
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return settings if isinstance(settings, dict) else {}
-    return {}
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _as_list(value: object) -> list:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+def _texts(metadata: dict, key: str) -> list[str]:
+    return [each for each in as_list(metadata.get(key)) if isinstance(each, str)]

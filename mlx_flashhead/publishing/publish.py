@@ -15,7 +15,7 @@ from ..index.files import read_index
 from ..index.settings import FlashHeadConfig
 from . import hub, licences
 from .card import text_below_marker, write_card
-from .origin import CARD_FILE, Origin, card_metadata, read_metadata, with_licence
+from .origin import CARD_FILE, Origin, read_metadata, with_licence
 
 DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}
 MAX_NAME = 96
@@ -60,15 +60,8 @@ def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target:
     for file in [*licences.licence_files(target), *origin.files]:
         shutil.copy(file, folder)
     licences.write_notice(origin.licence, folder)
-    write_card(
-        folder,
-        config.recipe["metadata"],
-        config,
-        origin.licence,
-        title=config.recipe["name"],
-        model=target.name,
-        own_text=text_below_marker(_read(target / CARD_FILE)),
-    )
+    recipe, own = config.recipe, text_below_marker(_card(target))
+    write_card(folder, recipe["metadata"], config, origin.licence, recipe["name"], target.name, own)
 
 
 def publish(
@@ -103,53 +96,26 @@ def publish(
     licence = licences.recognise(metadata, files)
     if licence is not None:
         metadata = {"license": licence.identifier} | metadata
-    licences.check_known(metadata, str(folder))
-    licences.check_text(licence, files, str(folder))
     user = hub.sign_in()
     name = repo or config.recipe.get("name")
     if name is None:
         raise ValueError(f"{folder} does not hold its own name: give OWNER/NAME as `repo`.")
     repo_id = full_name(name, user)
-    licences.check_name(licence, repo_id)
-    check_secrets(folder)
+    licences.check(metadata, files, repo_id, model=str(folder), place=folder)
+    _check_secrets(folder)
     address = hub.reserve(repo_id, user, private)
-    own = text_below_marker(_read(folder / CARD_FILE)) or text_below_marker(hub.read_card(repo_id))
+    own = text_below_marker(_card(folder)) or text_below_marker(hub.read_card(repo_id))
     licences.write_notice(licence, folder)
-    title = repo_id.rpartition("/")[2]
-    write_card(folder, metadata, config, licence, title=title, model=repo_id, own_text=own)
+    write_card(folder, metadata, config, licence, repo_id.rpartition("/")[2], repo_id, own)
     say(f"Uploading {folder} to {repo_id}")
     hub.upload(folder, repo_id)
     return address
 
 
-def check_licence(origin: Origin, repo_id: str | None, target: Path) -> None:
-    """Checks, before a conversion, that its result may be published under a name.
-
-    Args:
-        origin: The model.
-        repo_id: "owner/name", or None for a derived name.
-        target: The checkpoint's folder.
-
-    Raises:
-        ValueError: If the licence is not known, if it does not allow the name, or if its text is
-            missing.
-    """
-    licences.check_known(card_metadata(origin), origin.known_as)
-    if repo_id is not None:
-        licences.check_name(origin.licence, repo_id)
-    files = [*origin.files, *licences.licence_files(target)]
-    licences.check_text(origin.licence, files, str(target), "convert without `upload`, ")
-
-
-def check_secrets(folder: Path) -> None:
-    """Checks that no file of the upload holds the user's token.
-
-    Raises:
-        ValueError: If one does, naming it.
-    """
+def _check_secrets(folder: Path) -> None:
+    """Refuses an upload with a file that holds the user's token."""
     for file in sorted(folder.rglob("*")):
-        parts = file.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if hidden or not file.is_file() or file.suffix == ".safetensors":
             continue
         if file.stat().st_size <= MAX_TEXT_BYTES and holds_secret(file.read_bytes()):
@@ -158,5 +124,6 @@ def check_secrets(folder: Path) -> None:
             )
 
 
-def _read(file: Path) -> str | None:
-    return file.read_text(encoding="utf-8-sig") if file.exists() else None
+def _card(folder: Path) -> str:
+    card = folder / CARD_FILE
+    return card.read_text(encoding="utf-8-sig") if card.exists() else ""

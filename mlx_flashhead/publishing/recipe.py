@@ -46,15 +46,12 @@ def make_recipe(
         else:
             words.append(str(value))
     words += ["--seed", str(seed), "--mlx-path", name]
+    versions = {package: version(package) for package in PACKAGES}
     recipe = {
         "name": name,
         "model": model,
         "command": shlex.join(words),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": {"python": platform.python_version(), "mlx_flashhead": __version__} | versions,
         "platform": f"{platform.system()} {platform.machine()}",
     }
     return recipe | ({"files": files} if files else {})
-
-
-def _versions() -> dict[str, str]:
-    return {"mlx_flashhead": __version__} | {package: version(package) for package in PACKAGES}
