@@ -1,9 +1,10 @@
-"""The card, README.md, written from a folder's settings.
+"""The card, README.md, made from a folder's settings and the text in card.md.
 
 A person may add text below a marker. Conversions and uploads keep it.
 """
 
 from pathlib import Path
+from string import Template
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -19,49 +20,6 @@ SOURCES = {
     "given": "given text of many kinds",
     "file": "a text that was given",
 }
-BODY = """\
-# {title}
-
-{attribution}{what}, a faster output head for language models on Apple silicon. The rows of the head
-are sorted into {n_clusters} clusters of {cluster_size}. Per token a small product finds the best
-{n_probes} clusters, and only their rows are read. Nothing was trained.
-
-Made with mlx_flashhead, an **independent implementation** of
-[FlashHead (arXiv 2603.14591)](https://arxiv.org/abs/2603.14591). It is not affiliated with its
-authors.
-
-## Use it
-
-{use}
-
-## Measured by the conversion
-
-{measured}
-
-## How it was made
-
-```
-{command}
-```
-
-{made_with}
-
-## Licence
-
-{licence}
-
-## Citation
-
-```
-@article{{flashhead2026,
-  title   = {{FlashHead: Efficient Drop-In Replacement for the Classification Head in Language
-             Model Inference}},
-  author  = {{Tranheden and Ahmed and Dubhashi and Matthiesen and von Essen}},
-  journal = {{arXiv preprint arXiv:2603.14591}},
-  year    = {{2026}}
-}}
-```
-"""
 USE = """\
 ```
 mlx_flashhead.generate --model {arguments} --prompt "Why is the sky blue?"
@@ -109,14 +67,7 @@ def write_card(
 ) -> None:
     """Writes README.md into the folder of a model with a FlashHead, or of a FlashHead alone.
 
-    Args:
-        folder: The folder.
-        metadata: The card's header.
-        config: Its settings.
-        licence: A licence with conditions, or None.
-        title: Its name.
-        model: Its name in the examples: a repository or a folder.
-        own_text: Text of a person.
+    The examples name it as ``model``, a repository or a folder. ``own_text`` is a person's.
     """
     base = metadata.get("base_model")
     known = isinstance(base, str) and metadata.get("base_model_relation") in RELATIONS
@@ -130,7 +81,8 @@ def write_card(
     else:
         what = f"{named[0].upper()}{named[1:]} in the format of MLX, with **FlashHead**"
         use = USE.format(arguments=model, loaded=f'"{model}"') + USE_DENSE.format(model=model)
-    body = BODY.format(
+    template = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
+    body = template.substitute(
         title=title,
         attribution=f"**{licence.attribution}**\n\n" if licence and licence.attribution else "",
         what=what,

@@ -24,12 +24,7 @@ WEIGHTS = "model*.safetensors"
 
 
 def sign_in() -> str:
-    """The name of the user whose token is used.
-
-    Raises:
-        ValueError: If there is no token, if it is not valid or may not write, or if the Hub cannot
-            be reached.
-    """
+    """The name of the user whose token is used, or a ValueError if it may not write."""
     if get_token() is None:
         raise ValueError(f"An upload needs a Hugging Face token, but there is none: {LOGIN}.")
     with _client(
@@ -54,14 +49,7 @@ def sign_in() -> str:
 
 
 def reserve(repo_id: str, user: str, private: bool = False) -> str:
-    """Creates the repository, or checks that the user may write to an existing one.
-
-    Returns:
-        Its address.
-
-    Raises:
-        ValueError: If the user may not write to it, or if it is public and ``private`` is set.
-    """
+    """Creates the repository, or checks that the user may write to it. Returns its address."""
     with _client(
         f"{user} may not write to {repo_id}: choose another name, such as "
         f"{user}/{repo_id.rpartition('/')[2]}, or get a token that may.",
@@ -100,9 +88,6 @@ def upload(folder: Path, repo_id: str) -> None:
 
     With a model, weights of the repository that are not in the folder are deleted, since mlx-lm
     reads every file of weights.
-
-    Raises:
-        ValueError: If the upload fails. The folder stays as it is.
     """
     failed = (
         f"{repo_id} could not be uploaded (%s): the model is kept in {folder}, and "
@@ -136,10 +121,7 @@ def _other_weights(api: HfApi, repo_id: str, folder: Path) -> list[str] | None:
 def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Iterator[HfApi]:
     """The Hub's client, whose errors become one of these sentences, with the reason as %s.
 
-    Args:
-        refused: The token may not do this.
-        failed: Any other answer of the Hub.
-        unreachable: No answer.
+    ``refused`` if the token may not do this, ``failed`` for another answer, ``unreachable`` for none.
     """
     try:
         with redacted_logs():

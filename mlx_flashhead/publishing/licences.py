@@ -27,25 +27,15 @@ DERIVED = (
 
 @dataclass(frozen=True)
 class Licence:
-    """The conditions that a licence puts on a derived model.
+    """The conditions that a licence puts on a derived model."""
 
-    Attributes:
-        identifier: The card's ``license``.
-        name: Full name.
-        link: Address of the text.
-        text: Pattern that a copy of the text matches.
-        notice: Sentence that a file beside the model must hold.
-        attribution: Text that the card must show, or "".
-        prefix: Beginning of the model's name, or "".
-    """
-
-    identifier: str
+    identifier: str  # the card's `license`
     name: str
     link: str
-    text: str
-    notice: str
-    attribution: str = ""
-    prefix: str = ""
+    text: str  # a pattern that a copy of the text matches
+    notice: str  # a sentence that a file beside the model must hold
+    attribution: str = ""  # a text that the card must show
+    prefix: str = ""  # of the model's name
 
 
 def _llama(version: str, path: str, attribution: str = "Built with Llama", prefix: str = "Llama"):
@@ -102,19 +92,16 @@ def check(
     place: Path,
     before: str = "",
 ) -> None:
-    """Checks that a model may be made public.
+    """Checks that a model may be made public, by its card's header and its licence's files.
 
     Args:
-        metadata: Its card's header.
-        files: The licence's files.
         repo_id: "owner/name"; None for a derived name, which is allowed.
         model: Its name, for errors.
         place: Where a copy of the licence belongs.
-        before: A step before it is put there, for errors.
+        before: A step before it is put there.
 
     Raises:
-        ValueError: If the licence is not known, if it does not allow the name, or if its text is
-            missing.
+        ValueError: If the licence is not known, does not allow the name, or lacks its text.
     """
     licence = recognise(metadata, files)
     if licence is None:

@@ -20,23 +20,14 @@ KEPT_METADATA = ("license", "license_name", "license_link", "language")
 
 @dataclass(frozen=True)
 class Origin:
-    """A model that is converted.
-
-    Attributes:
-        name: Its name.
-        repo_id: "owner/name" on the Hub, or None if unknown.
-        revision: Its commit, or None.
-        metadata: Its card's header.
-        licence: A licence with conditions, or None.
-        files: The licence's files.
-    """
+    """A model that is converted."""
 
     name: str
-    repo_id: str | None = None
-    revision: str | None = None
-    metadata: dict = field(default_factory=dict)
-    licence: Licence | None = None
-    files: tuple[Path, ...] = ()
+    repo_id: str | None = None  # "owner/name" on the Hub
+    revision: str | None = None  # its commit
+    metadata: dict = field(default_factory=dict)  # its card's header
+    licence: Licence | None = None  # one with conditions
+    files: tuple[Path, ...] = ()  # of its licence
 
     @property
     def known_as(self) -> str:
@@ -53,10 +44,7 @@ def find_origin(
         hf_path: Its folder or repository, as the user named it.
         folder: Its local folder.
         base_model: Its repository, if the user names it.
-        license: Its licence as the Hub calls it, for a card that does not name it.
-
-    Raises:
-        ValueError: If its card names another licence than the user.
+        license: Its licence, for a card that names none. Another one is a ValueError.
     """
     repo_id, revision = _cached_repository(folder)
     documents = folder
@@ -80,12 +68,7 @@ def local_origin(folder: Path) -> Origin:
 
 
 def card_metadata(origin: Origin, relation: str = "quantized") -> dict:
-    """The header of a derived model's card.
-
-    Args:
-        origin: The model.
-        relation: Of the result to the model: "quantized", or "adapter" for a FlashHead alone.
-    """
+    """The header of a derived model's card: "quantized", or an "adapter" for a FlashHead alone."""
     metadata = {key: origin.metadata[key] for key in KEPT_METADATA if origin.metadata.get(key)}
     if origin.licence is not None and "license" not in metadata:
         metadata["license"] = origin.licence.identifier
@@ -106,11 +89,7 @@ def card_metadata(origin: Origin, relation: str = "quantized") -> dict:
 
 
 def with_licence(metadata: dict, license: str | None) -> dict:
-    """The header of a card with the licence that the user names.
-
-    Raises:
-        ValueError: If the card names another one.
-    """
+    """The header of a card with the licence that the user names, if the card names no other."""
     declared = metadata.get("license")
     if license is None or license == declared:
         return metadata

@@ -23,12 +23,7 @@ MAX_TEXT_BYTES = 50_000_000
 
 
 def checkpoint_name(origin: Origin, label: str | None) -> str:
-    """The name of a conversion's result: ``<model>-FlashHead-<precision>``.
-
-    Args:
-        origin: The converted model.
-        label: Its precision, such as "4bit"; None for a FlashHead alone, whose name has none.
-    """
+    """The name of a conversion's result: ``<model>-FlashHead``, with the label of a precision."""
     # the Hub allows these characters, but neither "--" nor ".."
     name = re.sub(r"[^\w.]+|\.{2,}", "-", origin.name, flags=re.ASCII).strip("-.") or "model"
     name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
@@ -50,12 +45,8 @@ def precision_label(rows: Matrix) -> str:
 def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target: Path) -> None:
     """Writes a new checkpoint's card and puts the licence's files beside it.
 
-    Args:
-        folder: The checkpoint's folder while it is written.
-        origin: The converted model.
-        config: The checkpoint's settings.
-        target: The folder's final place. An older checkpoint there leaves its licence files, and
-            the text below the marker of its card.
+    An older checkpoint in ``target``, the folder's final place, leaves its licence files and the
+    text below the marker of its card.
     """
     for file in [*licences.licence_files(target), *origin.files]:
         shutil.copy(file, folder)

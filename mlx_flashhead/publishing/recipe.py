@@ -16,7 +16,7 @@ CALIBRATION = "--calibration"  # the flag that may name a file
 def make_recipe(
     flags: Mapping[str, object], *, model: str, revision: str | None, seed: int, name: str
 ) -> dict:
-    """The recipe that a checkpoint stores.
+    """The recipe that a checkpoint stores: JSON-ready, and without paths of this machine.
 
     Args:
         flags: Flags of ``mlx_flashhead.convert`` that change the result, with their values.
@@ -24,10 +24,6 @@ def make_recipe(
         revision: Its commit, if it has one.
         seed: Seed of the conversion.
         name: Name of the result.
-
-    Returns:
-        ``name``, ``model``, ``command``, ``versions``, ``platform`` and, if files were read, their
-        SHA-256 as ``files``. JSON-ready, and without paths of this machine.
     """
     words = ["mlx_flashhead.convert", "--hf-path", model]
     if revision is not None:

@@ -7,8 +7,11 @@ import sys
 import huggingface_hub
 import mlx_lm
 
+import mlx_flashhead
 from loopback_hub import TOKEN
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME
+from mlx_flashhead.loading.cache import entries
+from mlx_flashhead.publishing.publish import publish
 from model_folders import contents, write_model
 
 
@@ -127,3 +130,22 @@ def test_from_hub_to_hub_as_a_user_does(hub, tmp_path):
         hub, cache, f"import mlx_flashhead; mlx_flashhead.load({repo_id!r})", check=False
     )
     assert broken.returncode != 0
+
+
+def test_load_asks_the_network_for_what_is_named_alone(hub, tmp_path):
+    """What was built at the first use is shared, and nobody gets it without naming it."""
+    dense = write_model(tmp_path / "Tiny", tied=False)
+    mlx_flashhead.load(str(dense), progress=False)  # builds
+    assert hub.requests == []
+    (kept,) = entries()
+    address = publish(kept.folder)
+    assert address == f"{hub.url}/me/Tiny-FlashHead"
+    assert {FILE_NAME, SETTINGS_NAME, "README.md"} == {*hub.files("me/Tiny-FlashHead")}
+    put_model(hub, "me/Tiny", dense)
+    hub.requests.clear()
+    mlx_flashhead.load("me/Tiny", progress=False)  # with the one that is kept here
+    assert hub.requests and not any("FlashHead" in path for _, path in hub.requests)
+    hub.requests.clear()
+    model, _ = mlx_flashhead.load(str(dense), flash_head="me/Tiny-FlashHead", progress=False)
+    assert mlx_flashhead.get_flash_head(model).n_clusters == 17
+    assert hub.requests and all("me/Tiny-FlashHead" in path for _, path in hub.requests)

@@ -5,9 +5,7 @@ import pytest
 from mlx_flashhead.publishing.licences import (
     LICENCES,
     MODIFIED,
-    check_name,
-    check_text,
-    has_prefix,
+    check,
     licence_files,
     recognise,
     write_notice,
@@ -48,44 +46,45 @@ def test_recognise_by_its_text(tmp_path, name):
     assert recognise(declared, licence_files(tmp_path)) is None
 
 
+def checked(folder, identifier, repo_id=None):
+    files = licence_files(folder)
+    check({"license": identifier}, files, repo_id, model="m", place=folder, before="first, ")
+
+
 @pytest.mark.parametrize(
-    "licence, name, fits",
+    "licence, name, suggested",
     [
-        ("llama3.2", "Llama-3.2-1B-FlashHead-4bit", True),
-        ("llama3.2", "llama-tuned", True),
-        ("llama3.2", "tuned-Llama", False),
-        ("llama3", "Llama-3-8B", True),
-        ("llama3", "llama3-8B", True),
-        ("llama3", "Llama-8B", False),
-        ("llama2", "anything", True),
-        ("gemma", "anything", True),
+        ("llama3.2", "Llama-3.2-1B-FlashHead-4bit", None),
+        ("llama3.2", "llama-tuned", None),
+        ("llama3.2", "tuned-Llama", "Llama-tuned-Llama"),
+        ("llama3", "llama3-8B", None),
+        ("llama3", "Llama-8B", "Llama-3-Llama-8B"),
+        ("gemma", "anything", None),
     ],
 )
-def test_prefix(licence, name, fits):
-    assert has_prefix(BY_NAME[licence], name) is fits
-    if fits:
-        check_name(BY_NAME[licence], f"me/{name}")
-    else:
-        suggested = f"me/{BY_NAME[licence].prefix}-{name}"
-        with pytest.raises(ValueError, match=rf"^me/{name} is not .* call it {suggested}, "):
-            check_name(BY_NAME[licence], f"me/{name}")
-        check_name(BY_NAME[licence], suggested)
+def test_prefix(tmp_path, licence, name, suggested):
+    (tmp_path / "LICENSE.txt").write_text(TEXTS[licence])
+    if suggested is None:
+        checked(tmp_path, licence, f"me/{name}")
+        return
+    with pytest.raises(ValueError, match=rf"^me/{name} is not .* call it me/{suggested}, "):
+        checked(tmp_path, licence, f"me/{name}")
+    checked(tmp_path, licence, f"me/{suggested}")
 
 
 def test_a_copy_of_the_text_is_needed(tmp_path):
-    licence = BY_NAME["llama3.2"]
-    with pytest.raises(ValueError, match=r"save https://www.llama.com/llama3_2/license as LICEN"):
-        check_text(licence, [], "folder")
-    # the notice names the licence, but is no copy of it
-    write_notice(licence, tmp_path)
-    with pytest.raises(ValueError, match="its text is missing"):
-        check_text(licence, licence_files(tmp_path), "folder")
-    (tmp_path / "LICENSE.txt").write_text(TEXTS["llama3"])
-    with pytest.raises(ValueError, match="its text is missing"):
-        check_text(licence, licence_files(tmp_path), "folder")
+    address = "https://www.llama.com/llama3_2/license"
+    with pytest.raises(ValueError, match=rf"first, save {address} as LICENSE.txt in {tmp_path}"):
+        checked(tmp_path, "llama3.2")
+    # the notice names the licence, but is no copy of it; nor is another licence's text
+    write_notice(BY_NAME["llama3.2"], tmp_path)
+    for other in ("", TEXTS["llama3"]):
+        (tmp_path / "LICENSE.txt").write_text(other)
+        with pytest.raises(ValueError, match="its text is missing"):
+            checked(tmp_path, "llama3.2")
     (tmp_path / "LICENSE.txt").write_text(TEXTS["llama3.2"])
-    check_text(licence, licence_files(tmp_path), "folder")
-    check_text(None, [], "folder")
+    checked(tmp_path, "llama3.2")
+    checked(tmp_path, "mit")
 
 
 @pytest.mark.parametrize("licence", LICENCES, ids=lambda licence: licence.identifier)
