@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
-
 from .common.arguments import Parser
 from .common.command import command
 from .common.new_folder import new_file
@@ -54,17 +52,13 @@ def main() -> None:
     head = installed_head(model)
     with new_file(output) as path:
         arrays = export_plan(head, find_head(model), path)
-    print_table(arrays, f"{head.n_probes:,} of {head.n_clusters:,} clusters")
-    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
-    print(f"Next: add {output.name} and the model's folder to the app, as docs/ipad.md shows.")
-
-
-def print_table(arrays: dict[str, mx.array], title: str) -> None:
-    """Prints the shape and dtype of each array."""
+    title = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
     table = new_table(title, ("array", "shape", "dtype"), left=3)
     for name, array in arrays.items():
         table.add_row(name, str(array.shape), str(array.dtype).removeprefix("mlx.core."))
     show(table)
+    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
+    print(f"Next: add {output.name} and the model's folder to the app, as docs/ipad.md shows.")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -26,7 +26,7 @@ in that order.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,51 +49,32 @@ class _Recorder:
 
     Args:
         arrays: Arrays by name. An input that is not among them gets the name its kernel has for it.
-
-    Attributes:
-        arrays: All arrays so far by name, results too.
-        launches: The launches so far by name, as in the plan.
     """
 
     def __init__(self, arrays: dict[str, mx.array]):
-        self.arrays = dict(arrays)
-        self.launches: dict[str, dict[str, Any]] = {}
+        self.arrays = dict(arrays)  # results too
+        self.launches: dict[str, dict[str, Any]] = {}  # as in the plan
 
-    def kernel(
-        self,
-        *,
-        name: str,
-        input_names: list[str],
-        output_names: list[str],
-        header: str,
-        source: str,
-    ) -> Callable[..., list[mx.array]]:
+    def kernel(self, **texts: Any) -> Callable[..., list[mx.array]]:
         """Takes the place of ``mx.fast.metal_kernel``."""
 
-        def launch(
-            *,
-            inputs: list[mx.array],
-            template: list[tuple[str, Any]],
-            grid: Sequence[int],
-            threadgroup: Sequence[int],
-            output_shapes: list[tuple[int, ...]],
-            output_dtypes: list[mx.Dtype],
-        ) -> list[mx.array]:
-            self.launches[name] = {
-                "name": name,
-                "inputNames": input_names,
-                "outputNames": output_names,
-                "source": source,
-                "header": header,
-                "arrays": list(map(self._name, inputs, input_names)),
-                "template": [{"name": key, "value": _value(item)} for key, item in template],
-                "grid": list(grid),
-                "threadGroup": list(threadgroup),
-                "outputShapes": [list(shape) for shape in output_shapes],
-                "outputDTypes": [_value(dtype) for dtype in output_dtypes],
+        def launch(**call: Any) -> list[mx.array]:
+            shapes, dtypes = call["output_shapes"], call["output_dtypes"]
+            self.launches[texts["name"]] = {
+                "name": texts["name"],
+                "inputNames": texts["input_names"],
+                "outputNames": texts["output_names"],
+                "source": texts["source"],
+                "header": texts["header"],
+                "arrays": list(map(self._name, call["inputs"], texts["input_names"])),
+                "template": [{"name": k, "value": _value(item)} for k, item in call["template"]],
+                "grid": list(call["grid"]),
+                "threadGroup": list(call["threadgroup"]),
+                "outputShapes": [list(shape) for shape in shapes],
+                "outputDTypes": [_value(dtype) for dtype in dtypes],
             }
-            results = [mx.zeros(*each) for each in zip(output_shapes, output_dtypes, strict=True)]
-            self.arrays |= zip(output_names, results, strict=True)
+            results = [mx.zeros(*each) for each in zip(shapes, dtypes, strict=True)]
+            self.arrays |= zip(texts["output_names"], results, strict=True)
             return results
 
         return launch
@@ -107,15 +88,7 @@ class _Recorder:
 
 
 def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str, mx.array]:
-    """Writes the file. Another program scores as many clusters as ``head`` is set to.
-
-    Args:
-        head: The head.
-        location: Its place in the model.
-        path: The file; an existing one is overwritten.
-
-    Returns:
-        The arrays in the file.
+    """Writes the file, and returns its arrays. It scores as many clusters as ``head`` is set to.
 
     Raises:
         ValueError: If the kernels do not read this head's rows.
@@ -151,10 +124,7 @@ def record(
 ) -> tuple[dict[str, mx.array], dict[str, dict[str, Any]]]:
     """The arrays that the launches read, but for rows and a call's own, and the launches.
 
-    Args:
-        clustered: The rows, each in one piece, and the index.
-        dtype: Of the hidden state.
-        n_probes: Clusters scored.
+    Each row must be in one piece. ``dtype`` is the hidden state's.
     """
     of_call = {
         "hidden": mx.zeros((1, clustered.hidden_size), dtype),

@@ -119,17 +119,15 @@ def _other_weights(api: HfApi, repo_id: str, folder: Path) -> list[str] | None:
 
 @contextmanager
 def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Iterator[HfApi]:
-    """The Hub's client, whose errors become one of these sentences, with the reason as %s.
-
-    ``refused`` if the token may not do this, ``failed`` for another answer, ``unreachable`` for none.
-    """
+    """The Hub's client. Its errors become one of these sentences, with the reason as %s."""
     try:
         with redacted_logs():
             yield HfApi()
     except Exception as error:  # the Hub's client raises many unrelated types
         status = _status(error)
-        offline = isinstance(error, OfflineModeIsEnabled)
-        remedy = "unset HF_HUB_OFFLINE" if offline else "check the network and try again"
+        remedy = "check the network and try again"
+        if isinstance(error, OfflineModeIsEnabled):
+            remedy = "unset HF_HUB_OFFLINE"
         sentence = unreachable or f"The Hugging Face Hub cannot be reached (%s): {remedy}."
         if status is not None:
             sentence = (refused if status in (401, 403) else failed) or sentence

@@ -92,16 +92,9 @@ def check(
     place: Path,
     before: str = "",
 ) -> None:
-    """Checks that a model may be made public, by its card's header and its licence's files.
+    """Refuses to make a model public whose licence is unknown, lacks its text or forbids the name.
 
-    Args:
-        repo_id: "owner/name"; None for a derived name, which is allowed.
-        model: Its name, for errors.
-        place: Where a copy of the licence belongs.
-        before: A step before it is put there.
-
-    Raises:
-        ValueError: If the licence is not known, does not allow the name, or lacks its text.
+    A derived name, None, is allowed. ``before`` is a step before the text is put into ``place``.
     """
     licence = recognise(metadata, files)
     if licence is None:

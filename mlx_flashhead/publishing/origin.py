@@ -40,11 +40,7 @@ def find_origin(
 ) -> Origin:
     """The origin of a model, from its folder and its card on the Hub.
 
-    Args:
-        hf_path: Its folder or repository, as the user named it.
-        folder: Its local folder.
-        base_model: Its repository, if the user names it.
-        license: Its licence, for a card that names none. Another one is a ValueError.
+    The user may name its repository, and its licence if the card names none.
     """
     repo_id, revision = _cached_repository(folder)
     documents = folder

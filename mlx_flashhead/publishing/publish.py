@@ -77,8 +77,7 @@ def publish(
         The repository's address.
 
     Raises:
-        ValueError: If the folder is not a checkpoint or may not be published, or if the Hub
-            refuses. The folder is kept.
+        ValueError: If the folder may not be published, or the Hub refuses. The folder is kept.
     """
     config = read_index(folder).config
     metadata = read_metadata(folder / CARD_FILE) or config.recipe.get("metadata", {})
