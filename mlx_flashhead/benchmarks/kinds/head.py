@@ -17,7 +17,7 @@ from ...head.flash_head import FlashHead
 from ...loading.load import load
 from ...loading.look_up import add_look_up_options, look_up_options
 from ...models.install import installed_head
-from .. import roofline
+from .. import shapes
 from ..random_head import random_head
 from ..report import ANY_MODEL, Round, add_number, add_report_arguments, report
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "time a head"
 DESCRIPTION = "Time a head alone: dense, and FlashHead to a proposed token and to full logits."
-SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in roofline.SHAPES.items()}
+SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in shapes.SHAPES.items()}
 DTYPES = ("float32", "float16", "bfloat16")
 N_STATES = 64
 CHAIN = 16  # calls of a chain, see `chained`

@@ -19,7 +19,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...common.arguments import whole_number
-from ...common.quantities import percent
 from ...common.tables import new_table
 from ...common.timing import Spread, in_turns
 from ...loading.load import load
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 HELP = "time a model's decoding"
 DESCRIPTION = "Time decoding: dense, with FlashHead and its checks, and without any head."
-DENSE, FLASH_HEAD, NO_HEAD = "dense", "FlashHead", "no head"
+DENSE, FLASH_HEAD, BARE, NO_HEAD = "dense", "FlashHead", "bare FlashHead", "no head"
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temp": 0.0},
     "top-p": {"temp": 0.8, "top_p": 0.95},
@@ -49,6 +48,11 @@ PROMPT = (
     "who had built it. One morning in spring, a stranger came and"
 )
 PROMPT_IDS = list(range(1, 17))  # tokens of any vocabulary
+COLORS = {DENSE: "tab:gray", FLASH_HEAD: "tab:blue", BARE: "tab:cyan", NO_HEAD: "lightgray"}
+LEGENDS = {
+    BARE: "bare FlashHead: without the check, so that the text may differ.",
+    NO_HEAD: "no head: a head that costs nothing.",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,36 +77,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Times the model of the command line."""
-    report(args, measure(args), make_table, draw)
+    wanted = (DENSE, BARE if args.no_check else FLASH_HEAD, NO_HEAD)
+    settings = itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8))
+    report(args, measure(args, wanted, list(settings)), make_table, draw)
 
 
-def measure(args: argparse.Namespace) -> Iterator[Round]:
-    """Times each sampler and batch, the three forms in turns.
+@dataclass(frozen=True)
+class Form:
+    """A way to decode.
 
-    Runs are short, so that other work on the machine slows all three alike.
+    Attributes:
+        model: The model.
+        steps: The loop for one sequence, with the arguments of mlx-lm's, as all three.
+        generator: That for several sequences.
+        make_sampler: Makes the sampler.
+        context: Makes the context in which the model decodes.
+    """
+
+    model: nn.Module
+    steps: Callable[..., Any] = generate_step
+    generator: Callable[..., Any] = BatchGenerator
+    make_sampler: Callable[..., Any] = sample_utils.make_sampler
+    context: Callable[[], AbstractContextManager] = nullcontext
+
+    def seconds(self, prompt: list[int], batch: int, tokens: int, sampling: dict) -> float:
+        """Seconds of a token of each sequence: the mean of ``tokens`` after the first."""
+        sampler = self.make_sampler(**sampling)
+        times = []
+        with self.context():
+            if batch == 1:
+                for _ in self.steps(
+                    mx.array(prompt), self.model, max_tokens=tokens + 1, sampler=sampler
+                ):
+                    times.append(time.perf_counter())
+            else:
+                generator = self.generator(self.model, sampler=sampler)
+                generator.insert([prompt] * batch, [tokens + 1] * batch)
+                while generator.next_generated():
+                    times.append(time.perf_counter())
+                generator.close()
+        return (times[-1] - times[0]) / tokens
+
+
+def with_flash_head(model: nn.Module, *, check: bool) -> Form:
+    """This package's loops for a model with a FlashHead."""
+    proposer = Proposer(model, check=check)
+    return Form(
+        model,
+        partial(checked_steps, proposer=proposer, logprobs=False),
+        partial(CheckedBatchGenerator, proposer=proposer, logprobs=False),
+        make_sampler,
+    )
+
+
+def measure(
+    args: argparse.Namespace, wanted: tuple[str, ...], settings: list[tuple[str, int]]
+) -> Iterator[Round]:
+    """Times each sampler and batch, the wanted forms in turns.
+
+    Runs are short, so that other work on the machine slows all of them alike. A FlashHead is timed
+    where its machine is no faster with it, too.
     """
     flash, tokenizer = load(args.model, n_probes=args.n_probes, **look_up_options(args))
     head, dense = installed_head(flash), dense_copy(flash)
     about = {
         "model": Path(args.model).name,
-        "checked": not args.no_check,
-        "n_probes": head.n_probes if args.no_check else head.checked_probes,
+        "head_bits": head.clustered.rows.format.bits,
+        "n_probes": {BARE: head.n_probes, FLASH_HEAD: head.checked_probes},
         "n_clusters": head.n_clusters,
         "backend": head.backend,
         "backend_reason": head.backend_reason,
+        "stays_dense": head.stays_dense,
         "tokens": args.tokens,
     }
-    settings = list(itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8)))
+    head.stays_dense = False
+    makers: dict[str, Callable[[], Form]] = {
+        DENSE: lambda: Form(dense),
+        FLASH_HEAD: lambda: with_flash_head(flash, check=True),
+        BARE: lambda: with_flash_head(flash, check=False),
+        NO_HEAD: lambda: Form(dense, context=partial(without_head, dense)),
+    }
+    forms = {name: makers[name]() for name in wanted}
+    prompt = tokenizer.encode(PROMPT)
     total = (args.rounds + 1) * len(settings)
     finished: list[dict] = []
     done = 0
-    yield Round(0, total, f"{args.tokens} tokens each: dense, FlashHead, no head", [])
+    yield Round(0, total, f"{args.tokens} tokens each: {', '.join(forms)}", [])
     for sampler, batch in settings:
-        decodes = partial(
-            decode_seconds, tokenizer.encode(PROMPT), batch, args.tokens, SAMPLERS[sampler]
-        )
+        how = prompt, batch, args.tokens, SAMPLERS[sampler]
+        timers = {name: partial(_seconds, form, how) for name, form in forms.items()}
         results = finished
-        for seconds in in_turns(_timers(decodes, dense, flash, not args.no_check), args.rounds):
+        for seconds in in_turns(timers, args.rounds):
             done += 1
             news = f"{sampler}, batch {batch}: warm"
             if seconds[DENSE]:
@@ -113,15 +178,8 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
         finished = results
 
 
-def _timers(
-    decodes: Callable[..., float], dense: nn.Module, flash: nn.Module, check: bool
-) -> dict[str, Callable[[int], float]]:
-    checked = lossless(flash, check)
-    return {
-        DENSE: lambda _: decodes(dense, Loops()),
-        FLASH_HEAD: lambda _: decodes(flash, checked),
-        NO_HEAD: lambda _: decodes(dense, Loops(), partial(without_head, dense)),
-    }
+def _seconds(form: Form, how: tuple, _: int) -> float:
+    return form.seconds(*how)
 
 
 @contextmanager
@@ -157,105 +215,47 @@ def without_head(model: nn.Module) -> Iterator[None]:
         module.__class__ = base
 
 
-@dataclass(frozen=True)
-class Loops:
-    """How a model decodes: functions with the arguments of mlx-lm's."""
-
-    steps: Callable[..., Any] = generate_step
-    generator: Callable[..., Any] = BatchGenerator
-    make_sampler: Callable[..., Any] = sample_utils.make_sampler
-
-
-def lossless(model: nn.Module, check: bool) -> Loops:
-    """This package's loops for a model with a FlashHead."""
-    proposer = Proposer(model, check=check)
-    return Loops(
-        partial(checked_steps, proposer=proposer, logprobs=False),
-        partial(CheckedBatchGenerator, proposer=proposer, logprobs=False),
-        make_sampler,
-    )
-
-
-def decode_seconds(
-    prompt: list[int],
-    batch: int,
-    tokens: int,
-    sampling: dict[str, Any],
-    model: nn.Module,
-    loops: Loops,
-    context: Callable[[], AbstractContextManager] = nullcontext,
-) -> float:
-    """Seconds of one token of each sequence: the mean of ``tokens`` after the first.
-
-    Args:
-        prompt: The prompt's tokens, the same for all sequences.
-        batch: Sequences at once.
-        tokens: Tokens that count.
-        sampling: Arguments of ``make_sampler``.
-        model: The model.
-        loops: How it decodes.
-        context: Makes the context in which it decodes.
-    """
-    sampler = loops.make_sampler(**sampling)
-    times = []
-    with context():
-        if batch == 1:
-            steps = loops.steps(mx.array(prompt), model, max_tokens=tokens + 1, sampler=sampler)
-            for _ in steps:
-                times.append(time.perf_counter())
-        else:
-            generator = loops.generator(model, sampler=sampler)
-            generator.insert([prompt] * batch, [tokens + 1] * batch)
-            while generator.next_generated():
-                times.append(time.perf_counter())
-            generator.close()
-    return (times[-1] - times[0]) / tokens
-
-
 def summary(sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
-    """Milliseconds, tokens/s of all sequences and ratios of the medians, JSON-ready.
-
-    ``share_of_free_head_saved`` is (dense - FlashHead) / (dense - no head). A faster sampler counts
-    too, so it can be above 1. It is None where the machine was too busy to tell dense from no head.
-    """
+    """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
     step = {title: Spread.of(taken).scaled(1000) for title, taken in seconds.items()}
-    dense, flash, free = (step[title].median for title in (DENSE, FLASH_HEAD, NO_HEAD))
     return {
         "sampler": sampler,
         "batch": batch,
         "token_ms": {title: spread.to_dict() for title, spread in step.items()},
         "tokens_per_second": {title: 1000 * batch / s.median for title, s in step.items()},
-        "times_faster": dense / flash,
-        "times_faster_with_a_free_head": dense / free,
-        "share_of_free_head_saved": (dense - flash) / (dense - free) if dense > free else None,
+        "times_faster": {
+            title: step[DENSE].median / spread.median
+            for title, spread in step.items()
+            if title != DENSE
+        },
     }
 
 
 def make_table(one: dict) -> "Table":
     """The table of one sampler and batch."""
-    saved = one["share_of_free_head_saved"]
+    scored = {one["n_probes"][form]: None for form in (BARE, FLASH_HEAD) if form in one["token_ms"]}
+    legends = [legend for form, legend in LEGENDS.items() if form in one["token_ms"]]
+    if one["stays_dense"]:
+        legends.append("It gains too little on this machine: the model stays dense by itself.")
     table = new_table(
-        f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes']:,} of "
-        f"{one['n_clusters']:,} clusters{'' if one['checked'] else ', no check'}",
+        f"{one['model']}: {one['sampler']}, batch {one['batch']}, "
+        f"{' and '.join(f'{n:,}' for n in scored)} of {one['n_clusters']:,} clusters",
         ("", "ms", "quartiles", "tokens/s", "faster"),
-        "no head: a head that costs nothing. FlashHead saves "
-        f"{'–' if saved is None else percent(saved, 0)} of what it would.",
+        "\n".join(legends),
     )
-    ratios = {FLASH_HEAD: "times_faster", NO_HEAD: "times_faster_with_a_free_head"}
     for name, ms in one["token_ms"].items():
         table.add_row(
             name,
             f"{ms['median']:.2f}",
             f"{ms['lower']:.2f}–{ms['upper']:.2f}",
             f"{one['tokens_per_second'][name]:.1f}",
-            f"{one[ratios[name]]:.2f} x" if name in ratios else "",
+            f"{one['times_faster'][name]:.2f} x" if name in one["times_faster"] else "",
         )
     return table
 
 
 def draw(axis: Any, one: dict) -> None:
     """Draws the milliseconds of a step."""
-    colors = {DENSE: "tab:gray", FLASH_HEAD: "tab:blue", NO_HEAD: "lightgray"}
     for name, ms in one["token_ms"].items():
-        axis.bar_label(axis.barh(name, ms["median"], color=colors[name]), fmt=" %.1f")
+        axis.bar_label(axis.barh(name, ms["median"], color=COLORS[name]), fmt=" %.1f")
     axis.set(title=f"{one['model']}, {one['sampler']}, batch {one['batch']}", xlabel="ms per token")
