@@ -10,14 +10,14 @@ import pytest
 
 from mlx_flashhead.benchmarks.kinds import model as kind
 from mlx_flashhead.benchmarks.kinds.model import (
+    BARE,
     DENSE,
     FLASH_HEAD,
     NO_HEAD,
-    Loops,
-    decode_seconds,
-    lossless,
+    Form,
     make_table,
     summary,
+    with_flash_head,
     without_head,
 )
 from mlx_flashhead.models.compat.generate import generate_step
@@ -62,8 +62,8 @@ def test_decoding_takes_the_tokens_asked_for(dense, monkeypatch, batch):
 
         return sampler
 
-    loops = Loops(make_sampler=make_sampler)
-    assert decode_seconds([1, 2], batch, 4, {}, dense, loops) == 3  # (4 + 4 + 1 + 3) / 4
+    form = Form(dense, make_sampler=make_sampler)
+    assert form.seconds([1, 2], batch, 4, {}) == 3  # (4 + 4 + 1 + 3) / 4
     assert set(shapes) == {(batch, VOCAB_SIZE)} and len(shapes) >= 5
 
 
@@ -74,7 +74,7 @@ def test_flash_head_decodes_with_this_package_s_loops(monkeypatch, batch, check)
     flash = tiny_model()
     index = tiny_index(flash)
     install(flash, index.token_ids, index.centroids, n_probes=1)
-    loops = lossless(flash, check)
+    form = with_flash_head(flash, check=check)
     given = []
 
     def recorded(loop):
@@ -85,8 +85,8 @@ def test_flash_head_decodes_with_this_package_s_loops(monkeypatch, batch, check)
 
         return run
 
-    loops = replace(loops, steps=recorded(loops.steps))
-    assert decode_seconds([1, 2], batch, 9, {"temp": 0.0}, flash, loops) > 0
+    form = replace(form, steps=recorded(form.steps))
+    assert form.seconds([1, 2], batch, 9, {"temp": 0.0}) > 0
     if batch == 1:
         tokens = [token for token, _ in given]
         steps = generate_step(mx.array([1, 2]), tiny_model(), max_tokens=10)
@@ -104,13 +104,13 @@ def test_ratios_are_those_of_the_printed_medians():
     found = summary("greedy", 4, seconds)
     assert found["token_ms"][DENSE]["median"] == pytest.approx(59.3)
     assert found["tokens_per_second"][FLASH_HEAD] == pytest.approx(4 / 0.0493)
-    assert found["times_faster"] == pytest.approx(59.3 / 49.3)
-    assert found["times_faster_with_a_free_head"] == pytest.approx(59.3 / 47.9)
-    assert found["share_of_free_head_saved"] == pytest.approx(10.0 / 11.4)
+    faster = {FLASH_HEAD: pytest.approx(59.3 / 49.3), NO_HEAD: pytest.approx(59.3 / 47.9)}
+    assert found["times_faster"] == faster
 
 
-def test_a_machine_too_busy_to_tell_has_no_share():
-    found = summary("greedy", 1, {DENSE: [0.010], FLASH_HEAD: [0.011], NO_HEAD: [0.012]})
-    assert found["share_of_free_head_saved"] is None
-    about = {"model": "m", "n_probes": 1, "n_clusters": 2, "checked": True}
-    assert "saves – of" in make_table(about | found).caption
+def test_the_table_says_where_a_model_stays_dense():
+    found = summary("greedy", 1, {DENSE: [0.010], BARE: [0.010], FLASH_HEAD: [0.011]})
+    about = {"model": "m", "n_probes": {BARE: 4, FLASH_HEAD: 3}, "n_clusters": 9}
+    table = make_table(about | found | {"stays_dense": True})
+    assert "4 and 3 of 9 clusters" in table.title and "stays dense" in table.caption
+    assert "stays dense" not in make_table(about | found | {"stays_dense": False}).caption
