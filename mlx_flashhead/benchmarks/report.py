@@ -84,6 +84,8 @@ def report(
     rounds: Iterator[Round],
     make_table: Callable[[dict], "Table"],
     draw: Callable[[Any, dict], None],
+    *,
+    program: str = "mlx_flashhead.benchmark",
 ) -> None:
     """Runs a benchmark and reports it.
 
@@ -92,6 +94,7 @@ def report(
         rounds: The benchmark. It begins once the outputs have been found writable.
         make_table: Makes the table of one result.
         draw: Draws one result on an axis of matplotlib.
+        program: The program's name.
 
     Raises:
         ValueError: If an output cannot be written, or the benchmark cannot be run.
@@ -104,7 +107,7 @@ def report(
     figures = {
         "kind": args.kind,
         "machine": machine(),
-        "command": " ".join(["mlx_flashhead.benchmark", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "complete": stopped is None,
         "results": results,
     }
