@@ -30,6 +30,7 @@ from mlx_flashhead.benchmarks.machine import machine
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.tables import new_table, show
 from mlx_flashhead.common.timing import Spread
+from mlx_flashhead.index.files import SETTINGS_NAME
 
 QUESTION = "Write a sentence about the moon."
 ANOTHER = "Name three rivers of Europe."
@@ -119,7 +120,7 @@ def chat(module: str, model: str) -> dict[str, float]:
     began = program.seconds()
     times = {"first token": first_token(QUESTION)}
     if module.startswith("mlx_flashhead"):
-        _wait(lambda: any(Path(os.environ["MLX_FLASHHEAD_HOME"]).rglob("*.safetensors")))
+        _wait(lambda: any(Path(os.environ["MLX_FLASHHEAD_HOME"]).rglob(SETTINGS_NAME)))
         times["end"] = program.seconds() - began
         times["first token after it"] = times["end"] + first_token(ANOTHER)
     program.type("q")
