@@ -33,14 +33,7 @@ Please send this to the project as an issue, with the template "Benchmark":
 
 @dataclass(frozen=True)
 class Round:
-    """What is known after a round.
-
-    Attributes:
-        done: Number of rounds so far; 0 before the first.
-        total: Number of all rounds.
-        news: The round in a few words.
-        results: All figures so far, JSON-ready.
-    """
+    """What is known after ``done`` of ``total`` rounds: news in a few words, and all figures."""
 
     done: int
     total: int
@@ -65,12 +58,7 @@ def add_number(parser: argparse.ArgumentParser, flag: str, default: int, text: s
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Adds the flags of all kinds that measure.
-
-    Args:
-        parser: The kind's.
-        rounds: Default of ``--rounds``.
-    """
+    """Adds the flags of all kinds that measure."""
     add_number(parser, "--rounds", rounds, "Rounds that count")
     parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
     parser.add_argument("--plot", metavar="OUT.png", help="Draw the figures into a picture.")
