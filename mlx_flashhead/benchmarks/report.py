@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from ..common.arguments import whole_number
 from ..common.command import check_writable
 from ..common.pictures import check_picture, pyplot
 from ..common.tables import show
+from ..common.timing import in_turns
 from ..loading.look_up import add_look_up_options
 from .machine import machine
 
@@ -39,6 +40,44 @@ class Round:
     total: int
     news: str
     results: list[dict]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Forms that are timed in turns.
+
+    Attributes:
+        name: Of the case.
+        timers: By form, functions of the round's number that return seconds.
+        result: Makes the figures, JSON-ready, of the seconds by form.
+        last: Makes further figures at the end, if there are any.
+    """
+
+    name: str
+    timers: Mapping[str, Callable[[int], float]]
+    result: Callable[[dict[str, list[float]]], dict]
+    last: Callable[[], dict] | None = None
+
+
+def time_cases(cases: Iterable[Case], n_cases: int, rounds: int) -> Iterator[Round]:
+    """Times one case after the other."""
+    finished: list[dict] = []
+    done, total = 0, n_cases * (rounds + 1)
+    for case in cases:
+        if not done:
+            yield Round(0, total, f"{case.name}: {', '.join(case.timers)}", [])
+        results, news = finished, "warm"
+        for seconds in in_turns(case.timers, rounds):
+            done += 1
+            if all(seconds.values()):
+                results = [*finished, case.result(seconds)]
+                latest = (f"{form} {1000 * taken[-1]:.2f}" for form, taken in seconds.items())
+                news = f"{', '.join(latest)} ms"
+            yield Round(done, total, f"{case.name}: {news}", results)
+        if case.last is not None:
+            results = [*finished, results[-1] | case.last()]
+            yield Round(done, total, f"{case.name}: the last figures", results)
+        finished = results
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,18 @@ if __name__ == "__main__":
 
 from mlx_flashhead import load
 from mlx_flashhead.benchmarks.kinds.model import PROMPT, SAMPLERS, Form, with_flash_head
-from mlx_flashhead.benchmarks.report import Round, add_number, add_report_arguments, report
+from mlx_flashhead.benchmarks.report import (
+    Case,
+    Round,
+    add_number,
+    add_report_arguments,
+    report,
+    time_cases,
+)
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table
-from mlx_flashhead.common.timing import Spread, in_turns
+from mlx_flashhead.common.timing import Spread
 from mlx_flashhead.models.install import dense_copy, installed_head
 
 BATCHES = (1, 4)
@@ -36,30 +44,27 @@ DENSE, TUNED = "dense", "tuned"
 
 
 def measure(args: argparse.Namespace) -> Iterator[Round]:
-    """Measures all cases, one model after the other."""
-    settings = list(itertools.product(SAMPLERS, BATCHES))
-    total = 2 * len(args.models) * len(settings) * (args.rounds + 1)
-    yield Round(0, total, f"{args.tokens} tokens each: {DENSE}, {TUNED}", [])
-    cases: list[dict] = []
-    done = 0
+    """Measures all cases, one model after the other, as one result."""
+    n_cases = 2 * len(args.models) * len(SAMPLERS) * len(BATCHES)
+    for one in time_cases(cases(args), n_cases, args.rounds):
+        yield replace(one, results=[{"cases": one.results}] if one.results else [])
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Each model as it is and in 4 bits, each sampling and number of sequences."""
     for name, bits, model, tokenizer in models(args.models):
         head = installed_head(model)
         forms = {DENSE: Form(dense_copy(model)), TUNED: with_flash_head(model, check=True)}
         about = {"model": name, "bits": bits, "stays_dense": head.stays_dense, "tuned": head.gain}
         about |= {"n_probes": head.checked_probes, "most_waiting": head.most_waiting}
         prompt = tokenizer.encode(PROMPT)
-        for sampler, batch in settings:
+        for sampler, batch in itertools.product(SAMPLERS, BATCHES):
             how = prompt, batch, args.tokens, SAMPLERS[sampler]
-            timers = {form: partial(_seconds, forms[form], how) for form in forms}
-            news, measured = f"{name}, {bits} bits, {sampler}, batch {batch}", []
-            for seconds in in_turns(timers, args.rounds):
-                done += 1
-                ratio = ""
-                if seconds[DENSE]:
-                    measured = [about | summary(sampler, batch, seconds)]
-                    ratio = f": {measured[0]['ratio']['median']:.3f}"
-                yield Round(done, total, news + ratio, [{"cases": cases + measured}])
-            cases += measured
+            yield Case(
+                f"{name}, {bits} bits, {sampler}, batch {batch}",
+                {form: partial(forms[form].timed, *how) for form in forms},
+                partial(summary, about | {"sampler": sampler, "batch": batch}),
+            )
 
 
 def models(folders: list[Path]) -> Iterator[tuple]:
@@ -73,15 +78,13 @@ def models(folders: list[Path]) -> Iterator[tuple]:
             yield folder.name, 4, *load(str(small))
 
 
-def summary(sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
+def summary(about: dict, seconds: dict[str, list[float]]) -> dict:
     """Ratios of the turns, and tokens per second of all sequences, JSON-ready."""
     pairs = zip(seconds[DENSE], seconds[TUNED], strict=True)
-    return {
-        "sampler": sampler,
-        "batch": batch,
+    return about | {
         "ratio": Spread.of([dense / tuned for dense, tuned in pairs]).to_dict(),
         "tokens_per_second": {
-            name: batch / Spread.of(taken).median for name, taken in seconds.items()
+            name: about["batch"] / Spread.of(taken).median for name, taken in seconds.items()
         },
     }
 
@@ -111,10 +114,6 @@ def draw(axis: Any, one: dict) -> None:
         name = f"{case['model']}, {case['bits']} bits, {case['sampler']}, {case['batch']} at once"
         axis.bar_label(axis.barh(name, case["ratio"]["median"], color="tab:blue"), fmt=" %.2f")
     axis.set(xlabel="tuned / dense")
-
-
-def _seconds(form: Form, how: tuple, _: int) -> float:
-    return form.seconds(*how)
 
 
 @command

@@ -63,7 +63,7 @@ def test_decoding_takes_the_tokens_asked_for(dense, monkeypatch, batch):
         return sampler
 
     form = Form(dense, make_sampler=make_sampler)
-    assert form.seconds([1, 2], batch, 4, {}) == 3  # (4 + 4 + 1 + 3) / 4
+    assert form.timed([1, 2], batch, 4, {}) == 3  # (4 + 4 + 1 + 3) / 4
     assert set(shapes) == {(batch, VOCAB_SIZE)} and len(shapes) >= 5
 
 
@@ -86,7 +86,7 @@ def test_flash_head_decodes_with_this_package_s_loops(monkeypatch, batch, check)
         return run
 
     form = replace(form, steps=recorded(form.steps))
-    assert form.seconds([1, 2], batch, 9, {"temp": 0.0}) > 0
+    assert form.timed([1, 2], batch, 9, {"temp": 0.0}) > 0
     if batch == 1:
         tokens = [token for token, _ in given]
         steps = generate_step(mx.array([1, 2]), tiny_model(), max_tokens=10)

@@ -20,7 +20,7 @@ import mlx.nn as nn
 
 from ...common.arguments import whole_number
 from ...common.tables import new_table
-from ...common.timing import Spread, in_turns
+from ...common.timing import Spread
 from ...loading.load import load
 from ...loading.look_up import add_check_option, look_up_options
 from ...lossless.batch import CheckedBatchGenerator
@@ -31,7 +31,15 @@ from ...models.compat import sample_utils
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
 from ...models.locate import find_head, recorded_hidden
-from ..report import Round, add_model_arguments, add_number, add_report_arguments, report
+from ..report import (
+    Case,
+    Round,
+    add_model_arguments,
+    add_number,
+    add_report_arguments,
+    report,
+    time_cases,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,7 +108,9 @@ class Form:
     make_sampler: Callable[..., Any] = sample_utils.make_sampler
     context: Callable[[], AbstractContextManager] = nullcontext
 
-    def seconds(self, prompt: list[int], batch: int, tokens: int, sampling: dict) -> float:
+    def timed(
+        self, prompt: list[int], batch: int, tokens: int, sampling: dict, _round: int = 0
+    ) -> float:
         """Seconds of a token of each sequence: the mean of ``tokens`` after the first."""
         sampler = self.make_sampler(**sampling)
         times = []
@@ -159,27 +169,16 @@ def measure(
     }
     forms = {name: makers[name]() for name in wanted}
     prompt = tokenizer.encode(PROMPT)
-    total = (args.rounds + 1) * len(settings)
-    finished: list[dict] = []
-    done = 0
-    yield Round(0, total, f"{args.tokens} tokens each: {', '.join(forms)}", [])
-    for sampler, batch in settings:
-        how = prompt, batch, args.tokens, SAMPLERS[sampler]
-        timers = {name: partial(_seconds, form, how) for name, form in forms.items()}
-        results = finished
-        for seconds in in_turns(timers, args.rounds):
-            done += 1
-            news = f"{sampler}, batch {batch}: warm"
-            if seconds[DENSE]:
-                results = [*finished, about | summary(sampler, batch, seconds)]
-                latest = (f"{form} {1000 * taken[-1]:.1f}" for form, taken in seconds.items())
-                news = f"{sampler}, batch {batch}: {', '.join(latest)} ms"
-            yield Round(done, total, news, results)
-        finished = results
 
+    def case(sampler: str, batch: int) -> Case:
+        timers = {
+            name: partial(form.timed, prompt, batch, args.tokens, SAMPLERS[sampler])
+            for name, form in forms.items()
+        }
+        name = f"{sampler}, batch {batch}"
+        return Case(name, timers, lambda seconds: about | summary(sampler, batch, seconds))
 
-def _seconds(form: Form, how: tuple, _: int) -> float:
-    return form.seconds(*how)
+    yield from time_cases((case(*how) for how in settings), len(settings), args.rounds)
 
 
 @contextmanager
