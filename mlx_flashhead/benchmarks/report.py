@@ -44,13 +44,9 @@ class Round:
 
 @dataclass(frozen=True)
 class Case:
-    """Forms that are timed in turns.
+    """Forms that are timed in turns: by name, functions of the round's number that return seconds.
 
-    Attributes:
-        name: Of the case.
-        timers: By form, functions of the round's number that return seconds.
-        result: Makes the figures, JSON-ready, of the seconds by form.
-        last: Makes further figures at the end, if there are any.
+    ``result`` makes the figures of the seconds by form, ``last`` further figures at the end.
     """
 
     name: str

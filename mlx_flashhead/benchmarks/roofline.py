@@ -45,15 +45,9 @@ WASTED = 0.02  # of the steps are thrown away, at half a per cent of differences
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimated time of one form of a model.
+    """The estimated time of one form of a model, "dense" or "FlashHead".
 
-    Attributes:
-        form: "dense" or "FlashHead".
-        body: Precision of the body.
-        rows: Precision of the head's rows.
-        head_mb: Megabytes of weights that the head reads per token, and of logits.
-        head_ms: Milliseconds of the head.
-        model_ms: Milliseconds of the whole step.
+    ``body`` and ``rows`` are precisions. The head reads ``head_mb`` of weights and logits.
     """
 
     form: str

@@ -27,23 +27,10 @@ def bytes_per_weight(bits: int, group_size: int = USUAL_GROUP) -> float:
 class ModelShape:
     """The sizes of a model that the estimate uses.
 
-    Attributes:
-        name: Shown in tables.
-        vocab_size: Rows of the head V.
-        hidden_size: Their width D.
-        n_layers: Number of layers.
-        layer_kernels: Dependent kernels per layer.
-        body_weights: Weights of the body's matrices, without embeddings.
-        tied: Whether the embedding looks its tokens up in the head's rows.
-        n_clusters: Clusters C.
-        cluster_size: Tokens per cluster.
-        n_probes: Clusters scored per token.
-        centroid_bytes: Bytes of centroids and their bias.
-        cache_values: Keys and values of a token, in all layers; 0 if they are not known.
-        measured_probes: Whether an index has that number of clusters; else it is assumed.
-        body_bytes: Bytes of the body as stored, None without a checkpoint.
-        head_bytes: Bytes of the head's rows as stored, or None.
-        stored: The precision of the rows as stored, such as "4-bit", or "".
+    A layer has ``layer_kernels`` dependent kernels. ``body_weights`` are those of matrices without
+    embeddings, ``cache_values`` the keys and values of a token in all layers, 0 if they are not
+    known. The number of probes is assumed unless ``measured_probes``. The last three are those of a
+    checkpoint: bytes of the body and of the head's rows, and their precision, such as "4-bit".
     """
 
     name: str

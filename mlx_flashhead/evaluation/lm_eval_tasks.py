@@ -97,10 +97,6 @@ class TaskModel(Adapter):
 def find_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
     """The manager of the tasks of a folder, and of lm-eval's own tasks if they are needed.
 
-    Args:
-        names: Tasks, groups or tags.
-        folder: A folder with further tasks, as YAML files.
-
     Raises:
         ValueError: If the folder or a task does not exist.
     """

@@ -92,15 +92,7 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """A way to decode.
-
-    Attributes:
-        model: The model.
-        steps: The loop for one sequence, with the arguments of mlx-lm's, as all three.
-        generator: That for several sequences.
-        make_sampler: Makes the sampler.
-        context: Makes the context in which the model decodes.
-    """
+    """A way to decode: a model, its loops with the arguments of mlx-lm's, and its context."""
 
     model: nn.Module
     steps: Callable[..., Any] = generate_step

@@ -207,15 +207,9 @@ def visit(
     load: Load,
     n_clients: int,
 ) -> None:
-    """Requests of several clients at once to one server.
+    """Requests of several clients at once to one server; ``load`` takes the figures.
 
-    Args:
-        server: The server.
-        alone: The questions, and their answers alone.
-        requests: Number of requests.
-        tokens: Greatest number of an answer's tokens.
-        load: Takes the figures.
-        n_clients: Clients, each of which asks one question after the other.
+    Each client asks one question of ``alone`` after the other.
     """
     questions = list(alone)
 
