@@ -119,6 +119,14 @@ def test_the_files_of_macs_fit_the_schema():
 
 def test_server(run, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "LENGTHS", (0, 1) * 4)  # the tiny model's context is short
+    commands = []
+
+    class Recorded(server.ServerProcess):
+        def __init__(self, *command):
+            commands.append(command)
+            super().__init__(*command)
+
+    monkeypatch.setattr(server, "ServerProcess", Recorded)
     screen, (one,) = check_outputs(
         run, tmp_path, "server", "--model", converted, "--clients", 3, "--requests", 6,
         "--tokens", 4, "--n-probes", 4,
@@ -129,6 +137,8 @@ def test_server(run, converted, tmp_path, monkeypatch):
         assert load["as_alone"] == load["answered"]
         assert f" {load['tokens_per_second']['median']:.1f} " in screen
     assert "No answer was lost" in screen
+    # neither a build nor dense steps are measured
+    assert {"--build-first", "--flash-head-always"} <= set(commands[0])
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -107,7 +107,8 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
     model = ("--model", str(folder), "--prompt-cache-size", "0")
     flags = ["--n-probes", str(args.n_probes)] if args.n_probes is not None else []
     flags += ["--flash-head", args.flash_head] if args.flash_head is not None else []
-    flags += ["--no-build"] if args.no_build else []
+    # neither the build nor dense steps are to be measured
+    flags += ["--no-build" if args.no_build else "--build-first", "--flash-head-always"]
     commands = {
         FLASH_HEAD: ("mlx_flashhead.server", *model, *flags),
         DENSE: ("mlx_flashhead.server", *model, "--dense"),
