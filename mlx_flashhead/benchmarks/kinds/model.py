@@ -1,15 +1,13 @@
-"""A whole model: the time of a token, dense, with FlashHead and without a head.
+"""A whole model: the time of a token, dense and with FlashHead.
 
-The dense model decodes with mlx-lm's loop and sampler, and so does the model without a head. That
-one gives stored logits, and shows how much a head that costs nothing saves. With FlashHead the loop
-and the sampler are this package's, and the time holds the checks of its tokens.
+The dense model decodes with mlx-lm's loop and sampler. With FlashHead the loop and the sampler are
+this package's, and the time holds the checks of its tokens. The bare FlashHead has none.
 """
 
 import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from ...common.arguments import whole_number
 from ...common.tables import new_table
 from ...common.timing import Spread
 from ...loading.load import load
-from ...loading.look_up import add_check_option, look_up_options
+from ...loading.look_up import look_up_options
 from ...lossless.batch import CheckedBatchGenerator
 from ...lossless.loop import checked_steps
 from ...lossless.proposals import Proposer
@@ -30,7 +28,6 @@ from ...lossless.sampler import make_sampler
 from ...models.compat import sample_utils
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
-from ...models.locate import find_head, recorded_hidden
 from ..report import (
     Case,
     Round,
@@ -45,8 +42,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HELP = "time a model's decoding"
-DESCRIPTION = "Time decoding: dense, with FlashHead and its checks, and without any head."
-DENSE, FLASH_HEAD, BARE, NO_HEAD = "dense", "FlashHead", "bare FlashHead", "no head"
+DESCRIPTION = "Time decoding: dense, with the bare FlashHead, and with its checks."
+DENSE, BARE, FLASH_HEAD = "dense", "bare FlashHead", "FlashHead"
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temp": 0.0},
     "top-p": {"temp": 0.8, "top_p": 0.95},
@@ -55,12 +52,9 @@ PROMPT = (
     "The old bridge over the river had been closed for years, and nobody in the village could say "
     "who had built it. One morning in spring, a stranger came and"
 )
-PROMPT_IDS = list(range(1, 17))  # tokens of any vocabulary
-COLORS = {DENSE: "tab:gray", FLASH_HEAD: "tab:blue", BARE: "tab:cyan", NO_HEAD: "lightgray"}
-LEGENDS = {
-    BARE: "bare FlashHead: without the check, so that the text may differ.",
-    NO_HEAD: "no head: a head that costs nothing.",
-}
+COLORS = {DENSE: "tab:gray", BARE: "tab:cyan", FLASH_HEAD: "tab:blue"}
+LEGEND = "bare FlashHead: without the check, so that the text may differ."
+STAYS_DENSE = "It gains too little on this machine: the model stays dense by itself."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,26 +73,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Sequences at once; may be given several times (default: 1, 4 and 8).",
     )
     add_number(parser, "--tokens", 48, "Tokens of a run")
-    add_check_option(parser)
     add_report_arguments(parser, rounds=8)
 
 
 def run(args: argparse.Namespace) -> None:
     """Times the model of the command line."""
-    wanted = (DENSE, BARE if args.no_check else FLASH_HEAD, NO_HEAD)
     settings = itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8))
-    report(args, measure(args, wanted, list(settings)), make_table, draw)
+    report(args, measure(args, list(settings)), make_table, draw)
 
 
 @dataclass(frozen=True)
 class Form:
-    """A way to decode: a model, its loops with the arguments of mlx-lm's, and its context."""
+    """A way to decode: a model, and its loops with the arguments of mlx-lm's."""
 
     model: nn.Module
     steps: Callable[..., Any] = generate_step
     generator: Callable[..., Any] = BatchGenerator
     make_sampler: Callable[..., Any] = sample_utils.make_sampler
-    context: Callable[[], AbstractContextManager] = nullcontext
 
     def timed(
         self, prompt: list[int], batch: int, tokens: int, sampling: dict, _round: int = 0
@@ -106,18 +97,16 @@ class Form:
         """Seconds of a token of each sequence: the mean of ``tokens`` after the first."""
         sampler = self.make_sampler(**sampling)
         times = []
-        with self.context():
-            if batch == 1:
-                for _ in self.steps(
-                    mx.array(prompt), self.model, max_tokens=tokens + 1, sampler=sampler
-                ):
-                    times.append(time.perf_counter())
-            else:
-                generator = self.generator(self.model, sampler=sampler)
-                generator.insert([prompt] * batch, [tokens + 1] * batch)
-                while generator.next_generated():
-                    times.append(time.perf_counter())
-                generator.close()
+        if batch == 1:
+            how = {"max_tokens": tokens + 1, "sampler": sampler}
+            for _ in self.steps(mx.array(prompt), self.model, **how):
+                times.append(time.perf_counter())
+        else:
+            generator = self.generator(self.model, sampler=sampler)
+            generator.insert([prompt] * batch, [tokens + 1] * batch)
+            while generator.next_generated():
+                times.append(time.perf_counter())
+            generator.close()
         return (times[-1] - times[0]) / tokens
 
 
@@ -132,10 +121,8 @@ def with_flash_head(model: nn.Module, *, check: bool) -> Form:
     )
 
 
-def measure(
-    args: argparse.Namespace, wanted: tuple[str, ...], settings: list[tuple[str, int]]
-) -> Iterator[Round]:
-    """Times each sampler and batch, the wanted forms in turns.
+def measure(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Iterator[Round]:
+    """Times each sampler and batch, dense and FlashHead in turns.
 
     Runs are short, so that other work on the machine slows all of them alike. A FlashHead is timed
     where its machine is no faster with it, too.
@@ -153,13 +140,11 @@ def measure(
         "tokens": args.tokens,
     }
     head.stays_dense = False
-    makers: dict[str, Callable[[], Form]] = {
-        DENSE: lambda: Form(dense),
-        FLASH_HEAD: lambda: with_flash_head(flash, check=True),
-        BARE: lambda: with_flash_head(flash, check=False),
-        NO_HEAD: lambda: Form(dense, context=partial(without_head, dense)),
+    forms = {
+        DENSE: Form(dense),
+        BARE: with_flash_head(flash, check=False),
+        FLASH_HEAD: with_flash_head(flash, check=True),
     }
-    forms = {name: makers[name]() for name in wanted}
     prompt = tokenizer.encode(PROMPT)
 
     def case(sampler: str, batch: int) -> Case:
@@ -171,39 +156,6 @@ def measure(
         return Case(name, timers, lambda seconds: about | summary(sampler, batch, seconds))
 
     yield from time_cases((case(*how) for how in settings), len(settings), args.rounds)
-
-
-@contextmanager
-def without_head(model: nn.Module) -> Iterator[None]:
-    """Within the block, a dense model's head waits for its hidden state and gives stored logits.
-
-    Each step gives the logits of another token of ``PROMPT_IDS``, since a processor sorts values
-    that it has just sorted in half of the time.
-    """
-    location = find_head(model)
-    module, base = location.module, type(location.module)
-    with recorded_hidden(location) as states:
-        model(mx.array([PROMPT_IDS]))
-    rows = getattr(module, location.method)(states[-1])  # (1, L, V)
-    mx.eval(rows)
-    stored: dict[tuple[int, ...], mx.array] = {}
-    turns = itertools.cycle(range(len(PROMPT_IDS)))
-
-    def free(self, hidden):
-        *shape, length, _ = hidden.shape
-        turn = next(turns) if length == 1 else 0
-        key = (*shape, length, turn)
-        if key not in stored:
-            row = mx.broadcast_to(rows[:, turn, None], (*shape, length, rows.shape[-1]))
-            stored[key] = mx.contiguous(row)
-            mx.eval(stored[key])
-        return mx.depends([stored[key]], [hidden])[0]
-
-    module.__class__ = type(base.__name__, (base,), {location.method: free})
-    try:
-        yield
-    finally:
-        module.__class__ = base
 
 
 def summary(sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
@@ -224,15 +176,11 @@ def summary(sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
 
 def make_table(one: dict) -> "Table":
     """The table of one sampler and batch."""
-    scored = {one["n_probes"][form]: None for form in (BARE, FLASH_HEAD) if form in one["token_ms"]}
-    legends = [legend for form, legend in LEGENDS.items() if form in one["token_ms"]]
-    if one["stays_dense"]:
-        legends.append("It gains too little on this machine: the model stays dense by itself.")
     table = new_table(
-        f"{one['model']}: {one['sampler']}, batch {one['batch']}, "
-        f"{' and '.join(f'{n:,}' for n in scored)} of {one['n_clusters']:,} clusters",
+        f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes'][BARE]:,} and "
+        f"{one['n_probes'][FLASH_HEAD]:,} of {one['n_clusters']:,} clusters",
         ("", "ms", "quartiles", "tokens/s", "faster"),
-        "\n".join(legends),
+        f"{LEGEND}\n{STAYS_DENSE}" if one["stays_dense"] else LEGEND,
     )
     for name, ms in one["token_ms"].items():
         table.add_row(
