@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..common.arguments import whole_number
 from ..common.command import check_writable
@@ -23,6 +23,7 @@ from .machine import machine
 if TYPE_CHECKING:
     from rich.table import Table
 
+Bars = tuple[str, str, dict[str, float]]
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
 REPORT = """\
 Please send this to the project as an issue, with the template "Benchmark":
@@ -106,7 +107,7 @@ def report(
     args: argparse.Namespace,
     rounds: Iterator[Round],
     make_table: Callable[[dict], "Table"],
-    draw: Callable[[Any, dict], None],
+    bars: Callable[[dict], Bars],
     *,
     program: str = "mlx_flashhead.benchmark",
 ) -> None:
@@ -116,7 +117,7 @@ def report(
         args: The command line, with the flags of :func:`add_report_arguments`.
         rounds: The benchmark. It begins once the outputs have been found writable.
         make_table: Makes the table of one result.
-        draw: Draws one result on an axis of matplotlib.
+        bars: Makes the title, the label of the axis and the bars of one result's picture.
         program: The program's name.
 
     Raises:
@@ -138,7 +139,7 @@ def report(
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:
-        _draw(results, draw, args.plot)
+        _draw(list(map(bars, results)), args.plot)
     if args.report:
         print(REPORT.format(figures=json.dumps(figures, indent=1)))
     if stopped is not None:
@@ -180,13 +181,17 @@ def _machine_line(about: dict) -> str:
     )
 
 
-def _draw(results: list[dict], draw: Callable[[Any, dict], None], path: str) -> None:
+def _draw(pictures: list[Bars], path: str) -> None:
     plt = pyplot()
+    rows = [len(bars) for *_, bars in pictures]
     figure, axes = plt.subplots(
-        len(results), figsize=(8, 0.6 + 2.2 * len(results)), layout="constrained", squeeze=False
-    )
-    for axis, one in zip(axes[:, 0], results, strict=True):
-        draw(axis, one)
+        len(rows), figsize=(8, 1 + sum(0.4 * n + 1 for n in rows)), layout="constrained",
+        squeeze=False, height_ratios=rows,
+    )  # fmt: skip
+    for axis, (title, label, bars) in zip(axes[:, 0], pictures, strict=True):
+        colors = ["tab:gray" if "dense" in name else "tab:blue" for name in bars]
+        axis.bar_label(axis.barh(list(bars), list(bars.values()), color=colors), fmt=" %.2f")
+        axis.set(title=title, xlabel=label)
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
         axis.margins(x=0.1)

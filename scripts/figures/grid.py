@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx_lm
 
@@ -26,6 +25,7 @@ if __name__ == "__main__":
 from mlx_flashhead import load
 from mlx_flashhead.benchmarks.kinds.model import PROMPT, SAMPLERS, Form, with_flash_head
 from mlx_flashhead.benchmarks.report import (
+    Bars,
     Case,
     Round,
     add_number,
@@ -108,12 +108,15 @@ def make_table(one: dict):
     return table
 
 
-def draw(axis: Any, one: dict) -> None:
-    """Draws the ratios."""
-    for case in one["cases"]:
-        name = f"{case['model']}, {case['bits']} bits, {case['sampler']}, {case['batch']} at once"
-        axis.bar_label(axis.barh(name, case["ratio"]["median"], color="tab:blue"), fmt=" %.2f")
-    axis.set(xlabel="tuned / dense")
+def bars(one: dict) -> Bars:
+    """The ratios."""
+    ratios = {
+        f"{case['model']}, {case['bits']} bits, {case['sampler']}, {case['batch']} at once": case[
+            "ratio"
+        ]["median"]
+        for case in one["cases"]
+    }
+    return "Tuned FlashHead", "tuned / dense", ratios
 
 
 @command
@@ -125,7 +128,7 @@ def main() -> None:
     add_report_arguments(parser, rounds=7)
     parser.set_defaults(kind="grid")
     args = parser.parse_args()
-    report(args, measure(args), make_table, draw, program="scripts/figures/grid.py")
+    report(args, measure(args), make_table, bars, program="scripts/figures/grid.py")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .. import shapes
 from ..random_head import random_head
 from ..report import (
     ANY_MODEL,
+    Bars,
     Case,
     Round,
     add_number,
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Times the heads of the command line."""
-    report(args, measure(args), make_table, draw)
+    report(args, measure(args), make_table, bars)
 
 
 def measure(args: argparse.Namespace) -> Iterator[Round]:
@@ -227,12 +228,10 @@ def make_table(one: dict) -> "Table":
     return table
 
 
-def draw(axis: Any, one: dict) -> None:
-    """Draws the milliseconds of one head."""
-    for name, ms in one["ms"].items():
-        color = "tab:gray" if name in DENSE_FORMS else "tab:blue"
-        axis.bar_label(axis.barh(name, ms["median"], color=color), fmt=" %.2f")
-    axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="ms per call")
+def bars(one: dict) -> Bars:
+    """The milliseconds of one head."""
+    title = f"{one['name']}, {one['dtype']}"
+    return title, "ms per call", {name: ms["median"] for name, ms in one["ms"].items()}
 
 
 def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:

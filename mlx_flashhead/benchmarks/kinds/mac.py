@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..machine import chip
 from ..report import add_model_arguments, add_number, add_report_arguments, report
-from .model import SAMPLERS, draw, make_table, measure
+from .model import SAMPLERS, bars, make_table, measure
 
 HELP = "time a model on a Mac, for the project's table"
 DESCRIPTION = (
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json is None:
         args.json = f"{chip()}-{Path(args.model).resolve().name}.json"
     settings = [(sampler, 1) for sampler in SAMPLERS]
-    report(args, measure(args, settings), make_table, draw)
+    report(args, measure(args, settings), make_table, bars)
     if not mx.metal.is_available():
         print(
             f"This machine is no Mac with a GPU: {args.json} is not for the project's table.",

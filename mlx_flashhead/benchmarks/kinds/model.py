@@ -29,6 +29,7 @@ from ...models.compat import sample_utils
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
 from ..report import (
+    Bars,
     Case,
     Round,
     add_model_arguments,
@@ -52,7 +53,6 @@ PROMPT = (
     "The old bridge over the river had been closed for years, and nobody in the village could say "
     "who had built it. One morning in spring, a stranger came and"
 )
-COLORS = {DENSE: "tab:gray", BARE: "tab:cyan", FLASH_HEAD: "tab:blue"}
 LEGEND = "bare FlashHead: without the check, so that the text may differ."
 STAYS_DENSE = "It gains too little on this machine: the model stays dense by itself."
 
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Times the model of the command line."""
     settings = itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8))
-    report(args, measure(args, list(settings)), make_table, draw)
+    report(args, measure(args, list(settings)), make_table, bars)
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,7 @@ def make_table(one: dict) -> "Table":
     return table
 
 
-def draw(axis: Any, one: dict) -> None:
-    """Draws the milliseconds of a step."""
-    for name, ms in one["token_ms"].items():
-        axis.bar_label(axis.barh(name, ms["median"], color=COLORS[name]), fmt=" %.1f")
-    axis.set(title=f"{one['model']}, {one['sampler']}, batch {one['batch']}", xlabel="ms per token")
+def bars(one: dict) -> Bars:
+    """The milliseconds of a step."""
+    title = f"{one['model']}, {one['sampler']}, batch {one['batch']}"
+    return title, "ms per token", {name: ms["median"] for name, ms in one["token_ms"].items()}

@@ -14,14 +14,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...common.arguments import whole_numbers
 from ...common.tables import new_table
 from ...common.timing import Spread
 from ...models.fetch import resolve
 from ..clients import Reply, ServerProcess, ask
-from ..report import Round, add_model_arguments, add_number, add_report_arguments, report
+from ..report import Bars, Round, add_model_arguments, add_number, add_report_arguments, report
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Puts the servers of the command line's model under load."""
-    report(args, measure(args), make_table, draw)
+    report(args, measure(args), make_table, bars)
 
 
 @dataclass
@@ -190,14 +190,13 @@ def outcome(one: dict) -> str:
     return "\n".join([f"Lost: {lost}. Of another question: {anothers}.", *told[:_MAX_TOLD]])
 
 
-def draw(axis: Any, one: dict) -> None:
-    """Draws the tokens per second."""
-    colors = {FLASH_HEAD: "tab:blue", DENSE: "tab:gray", MLX_LM: "tab:orange"}
-    for load in one["loads"]:
-        name = f"{load['clients']} at once, {load['server']}"
-        speed = load["tokens_per_second"]["median"]
-        axis.bar_label(axis.barh(name, speed, color=colors[load["server"]]), fmt=" %.1f")
-    axis.set(title=one["model"], xlabel="tokens/s of all clients")
+def bars(one: dict) -> Bars:
+    """The tokens per second."""
+    speeds = {
+        f"{load['clients']} at once, {load['server']}": load["tokens_per_second"]["median"]
+        for load in one["loads"]
+    }
+    return one["model"], "tokens/s of all clients", speeds
 
 
 def visit(
