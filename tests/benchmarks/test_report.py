@@ -74,11 +74,6 @@ def test_nothing_is_reported_before_the_first_figure(arguments, capsys, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("seconds, said", [(0.4, "0 s"), (89, "89 s"), (420, "7 min")])
-def test_durations(seconds, said):
-    assert module._duration(seconds) == said
-
-
 def test_outputs_are_checked_before_the_work(arguments, tmp_path):
     arguments.json = str(tmp_path / "absent" / "out.json")
 

@@ -106,7 +106,7 @@ def test_the_page_has_today_s_tables():
     assert "| dense |" in page  # where it does not pay
 
 
-@pytest.mark.parametrize("chip", ["m4-ultra", "m5-ultra", "m0", "m6", "", "a18"])
+@pytest.mark.parametrize("chip", ["m4-ultra", ""])
 def test_chips_that_do_not_exist(chip):
     sentence = f"Unknown chip '{chip}': choose one of m1, .*, m5-max"
     with pytest.raises(ValueError, match=sentence) as told:
