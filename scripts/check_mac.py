@@ -147,7 +147,7 @@ def checks() -> tuple[Check, ...]:
                     *("--dtype", "bfloat16", "--head-bits", "4", "--report"),
                 ),
             ),
-            "It times the kernels with mx.synchronize around them: see benchmarks/timing.py.",
+            "It times the kernels with mx.synchronize around them: see common/timing.py.",
             kept=NO_TIMES,
         ),
     )

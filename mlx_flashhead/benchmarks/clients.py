@@ -18,15 +18,11 @@ _ANSWER_SECONDS = 600.0
 
 
 class ServerProcess:
-    """A server on a free port of the loopback interface, within the block.
+    """A server on a free ``port`` of the loopback interface, within the block.
 
     Args:
         module: Of the server, such as ``mlx_lm.server``.
         *arguments: Its arguments, without the address.
-
-    Attributes:
-        port: Its port.
-        pid: Its process.
     """
 
     def __init__(self, module: str, *arguments: str):
@@ -45,7 +41,6 @@ class ServerProcess:
             stderr=self._log,
             env=os.environ | {"PYTHONPATH": path},
         )
-        self.pid = self._process.pid
         try:
             self._wait()
         except BaseException:
@@ -85,7 +80,7 @@ class ServerProcess:
     def resident_mb(self) -> float:
         """Resident memory."""
         said = subprocess.run(
-            ["ps", "-o", "rss=", "-p", str(self.pid)], capture_output=True, text=True
+            ["ps", "-o", "rss=", "-p", str(self._process.pid)], capture_output=True, text=True
         )
         return int(said.stdout) / 1024
 
@@ -105,12 +100,9 @@ class ServerProcess:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer to a question.
+    """An answer to a question: its text, the server's count of tokens, seconds to the first text.
 
-    Attributes:
-        text: Its text; as far as it came, if the client hung up.
-        n_tokens: Its tokens, as the server counts them; None if the client hung up.
-        first_seconds: Seconds to the first text; None if it has none.
+    A client that hangs up has no count, and the text as far as it came.
     """
 
     text: str
@@ -121,11 +113,7 @@ class Reply:
 def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> Reply:
     """Asks a server on this machine for a greedy answer, and receives it piece by piece.
 
-    Args:
-        port: The server's port.
-        question: The question.
-        max_tokens: Of the answer.
-        hang_up: Leave after the first text.
+    With ``hang_up`` the client leaves after the first text.
 
     Raises:
         ValueError: If the server answers with an error, or not completely.

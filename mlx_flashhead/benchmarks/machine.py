@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import mlx.core as mx
 
 from ..common.timing import in_turns, timer
 from ..head.blas import blas_name
-from .apple_gpu import PEAK_GB_S
+from ..version import __version__
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -21,16 +22,16 @@ THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_T
 
 def machine() -> dict:
     """The machine, JSON-ready: processor, memory, versions, BLAS, threads."""
-    processor = _processor()
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
-        "processor": processor,
+        "processor": _processor(),
         "cores": _cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
-        "versions": {name: version(name) for name in PACKAGES}
+        "versions": {"mlx-flashhead": __version__}
+        | {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
         "blas": blas_name(),
         "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
@@ -38,7 +39,7 @@ def machine() -> dict:
     }
     if mx.metal.is_available():
         found["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
-        found["peak_bandwidth_gb_s"] = PEAK_GB_S.get(_chip(processor))
+        found["chip"] = chip()
         found["read_bandwidth_gb_s"] = read_bandwidth_gb_s()
     return found
 
@@ -69,9 +70,9 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _chip(processor: str) -> str:
-    """ "Apple M3 Max" → "m3-max"."""
-    return processor.lower().removeprefix("apple ").replace(" ", "-")
+def chip() -> str:
+    """The processor as a name of a file: "Apple M3 Max" → "m3-max"."""
+    return re.sub(r"[^a-z0-9]+", "-", _processor().lower().removeprefix("apple ")).strip("-")
 
 
 def _sysctl(name: str) -> str:

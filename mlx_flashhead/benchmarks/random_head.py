@@ -23,13 +23,7 @@ def random_head(
 ) -> FlashHead:
     """Random rows in random clusters of 16, with centroids of 4 bits where the width allows it.
 
-    Args:
-        vocab_size: Rows V.
-        hidden_size: Width D.
-        n_probes: Clusters scored; default: 256, or all if there are fewer.
-        dtype: Of the rows, or of their scales when they are quantized.
-        bits: Of the rows, 4 or 8; 16 leaves them in ``dtype``.
-        seed: Seed of rows and clusters.
+    Rows of 4 or 8 ``bits`` are quantized, 16 leaves them in ``dtype``.
 
     Raises:
         ValueError: If the rows cannot be quantized, or ``n_probes`` is too large.

@@ -7,21 +7,23 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..common.arguments import whole_number
 from ..common.command import check_writable
 from ..common.pictures import check_picture, pyplot
 from ..common.tables import show
+from ..common.timing import in_turns
 from ..loading.look_up import add_look_up_options
 from .machine import machine
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+Bars = tuple[str, str, dict[str, float]]
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
 REPORT = """\
 Please send this to the project as an issue, with the template "Benchmark":
@@ -33,19 +35,46 @@ Please send this to the project as an issue, with the template "Benchmark":
 
 @dataclass(frozen=True)
 class Round:
-    """What is known after a round.
-
-    Attributes:
-        done: Number of rounds so far; 0 before the first.
-        total: Number of all rounds.
-        news: The round in a few words.
-        results: All figures so far, JSON-ready.
-    """
+    """What is known after ``done`` of ``total`` rounds: news in a few words, and all figures."""
 
     done: int
     total: int
     news: str
     results: list[dict]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Forms that are timed in turns: by name, functions of the round's number that return seconds.
+
+    ``result`` makes the figures of the seconds by form, ``last`` further figures at the end.
+    """
+
+    name: str
+    timers: Mapping[str, Callable[[int], float]]
+    result: Callable[[dict[str, list[float]]], dict]
+    last: Callable[[], dict] | None = None
+
+
+def time_cases(cases: Iterable[Case], n_cases: int, rounds: int) -> Iterator[Round]:
+    """Times one case after the other."""
+    finished: list[dict] = []
+    done, total = 0, n_cases * (rounds + 1)
+    for case in cases:
+        if not done:
+            yield Round(0, total, f"{case.name}: {', '.join(case.timers)}", [])
+        results, news = finished, "warm"
+        for seconds in in_turns(case.timers, rounds):
+            done += 1
+            if all(seconds.values()):
+                results = [*finished, case.result(seconds)]
+                latest = (f"{form} {1000 * taken[-1]:.2f}" for form, taken in seconds.items())
+                news = f"{', '.join(latest)} ms"
+            yield Round(done, total, f"{case.name}: {news}", results)
+        if case.last is not None:
+            results = [*finished, results[-1] | case.last()]
+            yield Round(done, total, f"{case.name}: the last figures", results)
+        finished = results
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,12 +94,7 @@ def add_number(parser: argparse.ArgumentParser, flag: str, default: int, text: s
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Adds the flags of all kinds that measure.
-
-    Args:
-        parser: The kind's.
-        rounds: Default of ``--rounds``.
-    """
+    """Adds the flags of all kinds that measure."""
     add_number(parser, "--rounds", rounds, "Rounds that count")
     parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
     parser.add_argument("--plot", metavar="OUT.png", help="Draw the figures into a picture.")
@@ -83,7 +107,9 @@ def report(
     args: argparse.Namespace,
     rounds: Iterator[Round],
     make_table: Callable[[dict], "Table"],
-    draw: Callable[[Any, dict], None],
+    bars: Callable[[dict], Bars],
+    *,
+    program: str = "mlx_flashhead.benchmark",
 ) -> None:
     """Runs a benchmark and reports it.
 
@@ -91,7 +117,8 @@ def report(
         args: The command line, with the flags of :func:`add_report_arguments`.
         rounds: The benchmark. It begins once the outputs have been found writable.
         make_table: Makes the table of one result.
-        draw: Draws one result on an axis of matplotlib.
+        bars: Makes the title, the label of the axis and the bars of one result's picture.
+        program: The program's name.
 
     Raises:
         ValueError: If an output cannot be written, or the benchmark cannot be run.
@@ -104,7 +131,7 @@ def report(
     figures = {
         "kind": args.kind,
         "machine": machine(),
-        "command": " ".join(["mlx_flashhead.benchmark", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "complete": stopped is None,
         "results": results,
     }
@@ -112,7 +139,7 @@ def report(
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:
-        _draw(results, draw, args.plot)
+        _draw(list(map(bars, results)), args.plot)
     if args.report:
         print(REPORT.format(figures=json.dumps(figures, indent=1)))
     if stopped is not None:
@@ -154,13 +181,17 @@ def _machine_line(about: dict) -> str:
     )
 
 
-def _draw(results: list[dict], draw: Callable[[Any, dict], None], path: str) -> None:
+def _draw(pictures: list[Bars], path: str) -> None:
     plt = pyplot()
+    rows = [len(bars) for *_, bars in pictures]
     figure, axes = plt.subplots(
-        len(results), figsize=(8, 0.6 + 2.2 * len(results)), layout="constrained", squeeze=False
-    )
-    for axis, one in zip(axes[:, 0], results, strict=True):
-        draw(axis, one)
+        len(rows), figsize=(8, 1 + sum(0.4 * n + 1 for n in rows)), layout="constrained",
+        squeeze=False, height_ratios=rows,
+    )  # fmt: skip
+    for axis, (title, label, bars) in zip(axes[:, 0], pictures, strict=True):
+        colors = ["tab:gray" if "dense" in name else "tab:blue" for name in bars]
+        axis.bar_label(axis.barh(list(bars), list(bars.values()), color=colors), fmt=" %.2f")
+        axis.set(title=title, xlabel=label)
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
         axis.margins(x=0.1)

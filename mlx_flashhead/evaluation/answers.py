@@ -6,29 +6,33 @@ probes. So the states along the dense answer tell, for every number of probes, w
 part.
 """
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
 from ..common.quantities import percent
-from ..common.tables import new_table
+from ..common.tables import new_table, show
 from ..conversion.calibration import read_windows
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
+from ..loading.load import load
+from ..loading.look_up import look_up_options
 from ..models.compat.generate import BatchGenerator
 from ..models.cpu_products import numpy_products
 from ..models.install import installed_head
 from ..models.locate import find_head
-from .text import bytes_share, check_probe_counts
+from .text import add_probes, bytes_share, check_probe_counts
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+HELP = "compare whole answers"
+DESCRIPTION = "Compare whole greedy answers to 114 requests with the dense model's."
 BATCH_SIZE = 32
 LEGEND = """\
 identical  greedy answers that are the dense model's to the end
@@ -37,51 +41,17 @@ agreement  share of the dense answers' tokens that FlashHead would choose
 bytes      read per token, relative to the dense head"""
 
 
-@dataclass(frozen=True)
-class AnswerMeasures:
-    """Answers at one number of probes against the dense model's.
-
-    Attributes:
-        n_probes: Clusters scored per position.
-        identical: Share of answers that are the same to the end, 0 … 1.
-        median_parting: Tokens that the others share with the dense answer, the median; None where
-            all are identical.
-        agreement: Share of the dense answers' positions with the same choice, 0 … 1.
-        bytes_share: Bytes read per token, relative to the dense head.
-    """
-
-    n_probes: int
-    identical: float
-    median_parting: float | None
-    agreement: float
-    bytes_share: float
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this way to measure."""
+    add_probes(parser, "half, once and twice the model's own")
 
 
-@dataclass(frozen=True)
-class AnswerEvaluation:
-    """What was measured.
-
-    Attributes:
-        requests: Number of requests.
-        chat_template: Whether they went through one.
-        tokens: Longest answer.
-        positions: Tokens of all dense answers.
-        n_probes: The model's own number of probes.
-        n_clusters: Number of clusters.
-        measures: One entry for each number of probes.
-    """
-
-    requests: int
-    chat_template: bool
-    tokens: int
-    positions: int
-    n_probes: int
-    n_clusters: int
-    measures: list[AnswerMeasures]
-
-    def to_dict(self) -> dict:
-        """JSON-ready."""
-        return asdict(self)
+def run(args: argparse.Namespace) -> dict:
+    """Compares the answers of the command line's model."""
+    model, tokenizer = load(args.model, **look_up_options(args))
+    figures = evaluate_answers(model, tokenizer, probe_counts=args.probes)
+    show(make_table(figures))
+    return figures
 
 
 def usual_requests() -> list[str]:
@@ -98,7 +68,7 @@ def evaluate_answers(
     tokens: int = 100,
     requests: Sequence[str] | None = None,
     progress: bool = True,
-) -> AnswerEvaluation:
+) -> dict[str, Any]:
     """Compares greedy answers of ``model`` with those of its dense head.
 
     Args:
@@ -108,6 +78,11 @@ def evaluate_answers(
         tokens: Length at which an answer is cut.
         requests: What is asked; default: :func:`usual_requests`.
         progress: Show a bar.
+
+    Returns:
+        What was asked, and for each number of probes the share of ``identical`` answers,
+        ``median_parting``, the tokens that the others share with the dense answer (None without
+        others), the ``agreement`` over all tokens, and the ``bytes_share``.
 
     Raises:
         ValueError: If the model has no FlashHead, or a number of probes is not valid.
@@ -128,44 +103,44 @@ def evaluate_answers(
         missed = [of_answer > n_probes for of_answer in needed]
         partings = [int(of_answer.argmax()) for of_answer in missed if of_answer.any()]
         measures.append(
-            AnswerMeasures(
-                n_probes=n_probes,
-                identical=1 - len(partings) / len(prompts),
-                median_parting=float(np.median(partings)) if partings else None,
-                agreement=1 - float(np.concatenate(missed).mean()),
-                bytes_share=bytes_share(head, n_probes),
-            )
+            {
+                "n_probes": n_probes,
+                "identical": 1 - len(partings) / len(prompts),
+                "median_parting": float(np.median(partings)) if partings else None,
+                "agreement": 1 - float(np.concatenate(missed).mean()),
+                "bytes_share": bytes_share(head, n_probes),
+            }
         )
-    return AnswerEvaluation(
-        requests=len(prompts),
-        chat_template=bool(tokenizer.has_chat_template),
-        tokens=tokens,
-        positions=sum(map(len, answers)),
-        n_probes=head.n_probes,
-        n_clusters=head.n_clusters,
-        measures=measures,
-    )
+    return {
+        "requests": len(prompts),
+        "chat_template": bool(tokenizer.has_chat_template),
+        "tokens": tokens,
+        "positions": sum(map(len, answers)),
+        "n_probes": head.n_probes,
+        "n_clusters": head.n_clusters,
+        "measures": measures,
+    }
 
 
-def make_table(evaluation: AnswerEvaluation) -> "Table":
+def make_table(figures: dict) -> "Table":
     """A line for each number of probes, the model's own in bold."""
-    way = "through the chat template" if evaluation.chat_template else "without a chat template"
+    way = "through the chat template" if figures["chat_template"] else "without a chat template"
     table = new_table(
-        f"{evaluation.requests} requests {way}, at most {evaluation.tokens} tokens, "
-        f"{evaluation.n_clusters} clusters",
+        f"{figures['requests']} requests {way}, at most {figures['tokens']} tokens, "
+        f"{figures['n_clusters']} clusters",
         ("probes", "identical", "parting", "agreement", "bytes"),
         LEGEND,
         left=0,
     )
-    for measured in evaluation.measures:
-        parting = measured.median_parting
+    for row in figures["measures"]:
+        parting = row["median_parting"]
         table.add_row(
-            f"{measured.n_probes}",
-            percent(measured.identical, 1),
+            f"{row['n_probes']}",
+            percent(row["identical"], 1),
             "–" if parting is None else f"{parting:.0f}",
-            percent(measured.agreement),
-            percent(measured.bytes_share, 1),
-            style="bold" if measured.n_probes == evaluation.n_probes else None,
+            percent(row["agreement"]),
+            percent(row["bytes_share"], 1),
+            style="bold" if row["n_probes"] == figures["n_probes"] else None,
         )
     return table
 

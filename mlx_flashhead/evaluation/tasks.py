@@ -1,245 +1,144 @@
-"""Evaluates a model by the tasks of lm-eval, through mlx-lm's own adapter to it.
+"""Tasks of lm-eval, which is an extra: the command line and the table."""
 
-Choices are scored by their log-likelihood under the dense head, since unlikely tokens need exact
-logits too. Text is generated with FlashHead and its check. Perplexity is measured under the dense
-head and under FlashHead's full logits, which hold estimates for the tokens that were not scored.
-
-No other module needs lm-eval, which is an extra.
-"""
-
-import difflib
-import math
-from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+import argparse
+import json
+import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import lm_eval
 import mlx.core as mx
-import mlx.nn as nn
-from lm_eval.tasks import TaskManager
 
-from ..common.tables import new_table
-from ..lossless.generation import batch_generate
-from ..models.compat.evaluate import Adapter, chat_template_fn, module
-from ..models.compat.replaced import replaced
-from ..models.install import installed_head
+from ..common.arguments import LIMITS, json_object, whole_number
+from ..common.command import check_writable
+from ..common.extras import from_extra, installation
+from ..common.tables import new_table, show
+from ..loading.load import load
+from ..loading.look_up import look_up_options
+from ..lossless.sampler import make_sampler
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-DENSE, FLASH_HEAD = "dense", "FlashHead"
+    from .lm_eval_tasks import TaskMeasure
+
+EXTRA = "tasks"
+HELP = "run tasks of lm-eval"
+DESCRIPTION = (
+    "Run tasks of lm-eval: log-likelihoods under the dense head, generated text with FlashHead, "
+    f"perplexities both ways. They need {installation(EXTRA)}."
+)
 LEGEND = """\
 dense       log-likelihoods and perplexities under the dense head
 FlashHead   generated text, each token checked; perplexities with its estimates
             for tokens that are not scored, an approximation of the dense ones
 ±           standard error, where lm-eval has one"""
-GENERATED, ROLLING = "generate_until", "loglikelihood_rolling"
 
 
-@dataclass(frozen=True)
-class TaskMeasure:
-    """One metric of one task.
-
-    Attributes:
-        task: The task's or the group's name.
-        head: The head that made it.
-        metric: lm-eval's name of the metric.
-        filter: lm-eval's name of the filter that extracted the answers.
-        value: Its value.
-        stderr: Its standard error, where lm-eval has one.
-        n_shots: Worked examples before each question.
-        samples: Number of questions or documents.
-    """
-
-    task: str
-    head: str
-    metric: str
-    filter: str
-    value: float
-    stderr: float | None
-    n_shots: int | None
-    samples: int | None
-
-    def to_dict(self) -> dict:
-        """JSON-ready; a figure that is not finite becomes None."""
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
-        }
-
-
-class TaskModel(Adapter):
-    """mlx-lm's adapter, on a FlashHead model that is loaded already.
-
-    Args:
-        model: A model with a FlashHead.
-        tokenizer: Its tokenizer.
-        chat_template_args: Keywords of the chat template.
-        **options: The adapter's own.
-    """
-
-    def __init__(
-        self, model: nn.Module, tokenizer, *, chat_template_args: dict | None = None, **options: Any
-    ):
-        super().__init__(model, tokenizer, **options)
-        self.head = installed_head(model)
-        self._estimated = False
-        self._chat_template = chat_template_fn(**chat_template_args or {})
-
-    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-        return self._chat_template(self, chat_history, add_generation_prompt)
-
-    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        # the limit is for answers, but the adapter cuts questions to it too
-        with self.head.dense(), replaced(self, _max_tokens=None):
-            return super().loglikelihood(requests)
-
-    def generate_until(self, requests) -> list[str]:
-        with replaced(module, batch_generate=batch_generate):
-            return super().generate_until(requests)
-
-    def loglikelihood_rolling(self, requests) -> list[float]:
-        if self._estimated:
-            return super().loglikelihood_rolling(requests)
-        with self.head.dense():
-            return super().loglikelihood_rolling(requests)
-
-    @contextmanager
-    def estimated_perplexity(self):
-        """Within the block, documents are scored under FlashHead's full logits."""
-        self._estimated = True
-        try:
-            yield
-        finally:
-            self._estimated = False
-
-    def _score_fn(self, inputs, cache=None, step_size=2048):
-        if self._estimated:  # more positions at once are computed densely
-            step_size = self.head.max_positions // len(inputs)
-        return super()._score_fn(inputs, cache=cache, step_size=step_size)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this way to measure."""
+    add = parser.add_argument
+    add(
+        "--tasks",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="TASK",
+        help="Tasks or groups of tasks, separated by commas or spaces.",
+    )
+    add("--include-path", metavar="FOLDER", help="Folder with further tasks, as YAML files.")
+    add(
+        "--output-dir",
+        metavar="FOLDER",
+        help="Write the figures into a file in this folder, of the name and the form of "
+        "mlx_lm.evaluate's.",
+    )
+    at_least = {0: whole_number(0), 1: whole_number(1)}
+    add("--n-probes", type=at_least[1], help="Clusters scored (default: the model's own).")
+    add("--num-shots", type=at_least[0], help="Worked examples before each question.")
+    add("--limit", type=at_least[1], help="Questions per task at most.")
+    add("--batch-size", type=at_least[1], default=8, help="Sequences at once (default: 8).")
+    add(
+        "--max-tokens",
+        type=at_least[1],
+        help="Tokens to generate at most, instead of the task's own limit.",
+    )
+    add("--seed", type=at_least[0], default=0, help="Seed of the examples and the sampling.")
+    add(
+        "--fewshot-as-multiturn",
+        action="store_true",
+        help="Give the worked examples as turns of a conversation.",
+    )
+    add(
+        "--apply-chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="Put prompts into the chat template (default: if the model has one).",
+    )
+    add(
+        "--chat-template-args",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="Arguments of the chat template, such as '{\"enable_thinking\":false}'.",
+    )
+    add(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="Run tasks that execute code which the model has written.",
+    )
+    add("--trust-remote-code", action="store_true", help="Allow the model's own Python code.")
+    add("--temp", type=LIMITS["temp"], default=0.0, help="Sampling temperature (default: 0).")
+    add("--top-p", type=LIMITS["top_p"], default=1.0, help="Sampling top-p.")
+    add("--top-k", type=LIMITS["top_k"], default=0, help="Sampling top-k.")
 
 
-def find_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
-    """The manager of the tasks of a folder, and of lm-eval's own tasks if they are needed.
+def run(args: argparse.Namespace) -> dict | None:
+    """Runs the tasks of the command line; None in all processes but the first."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # lm-eval starts processes
+    from_extra("lm_eval", EXTRA, "mlx_flashhead.evaluate tasks")
+    from .lm_eval_tasks import by_task, evaluate_tasks, find_tasks, results_file
 
-    Args:
-        names: Tasks, groups or tags.
-        folder: A folder with further tasks, as YAML files.
-
-    Raises:
-        ValueError: If the folder or a task does not exist.
-    """
-    if folder is not None:
-        if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: there is no such folder of tasks.")
-        # lm-eval's own tasks take many seconds to list
-        local = TaskManager(include_path=folder, include_defaults=False)
-        if set(names) <= set(local.all_tasks):
-            return local
-    manager = TaskManager(include_path=folder)
-    for name in names:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f" (near it: {', '.join(near)})" if near else ""
-            raise ValueError(
-                f"There is no task {name!r}{hint}: `lm-eval ls tasks` lists lm-eval's own, and "
-                "--include-path FOLDER adds yours."
-            )
-    return manager
-
-
-def evaluate_tasks(
-    model: nn.Module,
-    tokenizer,
-    names: Sequence[str],
-    manager: TaskManager,
-    *,
-    num_shots: int | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    fewshot_as_multiturn: bool = False,
-    confirm_run_unsafe_code: bool = False,
-    batch_size: int = 8,
-    **options: Any,
-) -> list[TaskMeasure]:
-    """Measures ``model`` by tasks.
-
-    Args:
-        model: A model loaded by ``mlx_flashhead.load``.
-        tokenizer: Its tokenizer.
-        names: Tasks, groups or tags that ``manager`` knows.
-        manager: From :func:`find_tasks`.
-        num_shots: Worked examples before each question; default: the task's own number.
-        limit: Questions per task at most.
-        seed: Seed of the choice of examples, and of sampling.
-        fewshot_as_multiturn: Give the examples as turns of a conversation.
-        confirm_run_unsafe_code: Allow tasks that run code which the model writes.
-        batch_size: Sequences at once.
-        **options: Further options of :class:`TaskModel`: max_tokens, sampler, use_chat_template,
-            chat_template_args.
-
-    Raises:
-        ValueError: If the model has no FlashHead, the batch is empty, or a task cannot be run.
-    """
-    head = installed_head(model)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: give 1 or more.")
-    lm = TaskModel(model, tokenizer, batch_size=batch_size, **options)
-    mx.random.seed(seed)
-
-    def run(names):
-        return lm_eval.simple_evaluate(
-            model=lm,
-            tasks=list(names),
-            task_manager=manager,
-            num_fewshot=num_shots,
-            limit=limit,
-            log_samples=False,
-            apply_chat_template=lm.use_chat_template,
-            fewshot_as_multiturn=fewshot_as_multiturn,
-            confirm_run_unsafe_code=confirm_run_unsafe_code,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+    names = [name for given in args.tasks for name in given.split(",") if name]
+    output = None
+    if args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        output = results_file(args.output_dir, args.model, names, args.num_shots)
+        check_writable("--output-dir", str(output))
+    manager = find_tasks(names, args.include_path)
+    model, tokenizer = load(
+        args.model,
+        tokenizer_config={"trust_remote_code": True} if args.trust_remote_code else None,
+        trust_remote_code=args.trust_remote_code,
+        n_probes=args.n_probes,
+        **look_up_options(args),
+    )
+    with redirect_stdout(sys.stderr):  # where mlx-lm prints its progress
+        measures = evaluate_tasks(
+            model,
+            tokenizer,
+            names,
+            manager,
+            num_shots=args.num_shots,
+            limit=args.limit,
+            seed=args.seed,
+            fewshot_as_multiturn=args.fewshot_as_multiturn,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+            batch_size=args.batch_size,
+            max_tokens=args.max_tokens,
+            use_chat_template=args.apply_chat_template,
+            chat_template_args=args.chat_template_args,
+            sampler=make_sampler(temp=args.temp, top_p=args.top_p, top_k=args.top_k),
         )
-
-    # a batch above the limit of positions would measure the dense head
-    with head.settings(max_positions=max(batch_size, head.max_positions)):
-        results = run(names)
-        measures = list(_measures(results))
-        rolling = [name for name, kind in _output_types(results).items() if kind == ROLLING]
-        if rolling:
-            with lm.estimated_perplexity():
-                measures += _measures(run(rolling), FLASH_HEAD)
-    return measures
+    if mx.distributed.init().rank() > 0:
+        return None  # mlx-lm's adapter has shared the questions out and gathered the answers
+    show(make_table(measures))
+    if output is not None:
+        output.write_text(json.dumps(by_task(measures), indent=4))
+    return {"model": args.model, "results": [measure.to_dict() for measure in measures]}
 
 
-def results_file(folder: str, model: str, names: Sequence[str], num_shots: int | None) -> Path:
-    """The file in which ``mlx_lm.evaluate --output-dir`` would write these results."""
-    shots = [] if num_shots is None else [f"{num_shots:02d}"]
-    parts = ["eval", model.replace("/", "_"), version("lm_eval"), *shots, *names]
-    return Path(folder) / "_".join(parts)
-
-
-def by_task(measures: Iterable[TaskMeasure]) -> dict[str, dict[str, float]]:
-    """The figures in the form of lm-eval's results, JSON-ready.
-
-    Where a metric was measured under both heads, it is the dense one.
-    """
-    tasks: dict[str, dict[str, float]] = {}
-    for measure in measures:
-        figures = tasks.setdefault(measure.task, {})
-        figures.setdefault(f"{measure.metric},{measure.filter}", measure.value)
-        if measure.stderr is not None:
-            figures.setdefault(f"{measure.metric}_stderr,{measure.filter}", measure.stderr)
-    return tasks
-
-
-def make_table(measures: Iterable[TaskMeasure]) -> "Table":
+def make_table(measures: "list[TaskMeasure]") -> "Table":
     """A line for each task, metric and head."""
     table = new_table(
         None, ("task", "head", "metric", "shots", "samples", "value", "±"), LEGEND, left=3
@@ -258,36 +157,3 @@ def make_table(measures: Iterable[TaskMeasure]) -> "Table":
         )
         previous = one.task
     return table
-
-
-def _output_types(results: dict) -> dict[str, str]:
-    return {name: config.get("output_type") for name, config in results["configs"].items()}
-
-
-def _head_of(name: str, results: dict) -> str:
-    """The head that made a task's or a group's figures."""
-    kinds = _output_types(results)
-    parts = results.get("group_subtasks", {}).get(name) or []
-    if name in kinds:
-        return FLASH_HEAD if kinds[name] == GENERATED else DENSE
-    heads = sorted({_head_of(part, results) for part in parts})
-    return " + ".join(heads) or DENSE
-
-
-def _measures(results: dict, head: str | None = None) -> Iterable[TaskMeasure]:
-    for name, values in results["results"].items():
-        for key, value in values.items():
-            metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr") or isinstance(value, str):
-                continue
-            stderr = values.get(f"{metric}_stderr,{filter_name}")
-            yield TaskMeasure(
-                task=name,
-                head=head or _head_of(name, results),
-                metric=metric,
-                filter=filter_name,
-                value=float(value),
-                stderr=stderr if isinstance(stderr, float) else None,
-                n_shots=results.get("n-shot", {}).get(name),
-                samples=results.get("n-samples", {}).get(name, {}).get("effective"),
-            )

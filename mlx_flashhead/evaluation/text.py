@@ -4,68 +4,76 @@ Figures are of the head's output. A model that scales or caps its logits afterwa
 agreement and coverage, but another perplexity.
 """
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..common.pictures import pyplot
+from ..common.arguments import whole_number, whole_numbers
+from ..common.pictures import check_picture, pyplot
 from ..common.quantities import percent
-from ..common.tables import new_table
-from ..conversion.calibration import text_states
-from ..conversion.measures import Measures, Routing, measure_positions
+from ..common.tables import new_table, show
+from ..conversion.calibration import read_text, text_states
+from ..conversion.measures import Routing, measure_positions
 from ..head.flash_head import FlashHead
+from ..loading.load import load
+from ..loading.look_up import look_up_options
 from ..models.install import installed_head
 from ..models.locate import find_head
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+HELP = "measure on a text"
+DESCRIPTION = (
+    "Measure on a text: agreement with the dense head, KL, perplexity and bytes, by the number of "
+    "clusters scored."
+)
 LEGEND = """\
 agreement   same best token as the dense head
 coverage    the true next token is scored
 KL          from the dense head's distribution, in nats
 perplexity  relative to dense, with the estimates of the tail
 bytes       read per token, relative to the dense head"""
-
 USUAL_PROBES = (48, 96, 128, 192, 256, 512)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures of one text.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this way to measure."""
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
+    add_probes(parser, "the usual ones and the model's own")
+    parser.add_argument(
+        "--positions", type=whole_number(1), help="Positions to measure (default: all)."
+    )
+    parser.add_argument("--plot", metavar="OUT.png", help="Draw the curves into a picture.")
 
-    Attributes:
-        positions: Number of positions.
-        dense_perplexity: Of the true next tokens under the dense head.
-        n_probes: The model's own number of probes.
-        n_clusters: Number of clusters.
-        measures: One entry for each number of probes.
-        bytes_share: Bytes read per token relative to the dense head, by number of probes.
-    """
 
-    positions: int
-    dense_perplexity: float
-    n_probes: int
-    n_clusters: int
-    measures: list[Measures]
-    bytes_share: dict[int, float]
+def add_probes(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds ``--probes``."""
+    parser.add_argument(
+        "--probes",
+        type=whole_numbers(1),
+        metavar="48,96,…",
+        help=f"Numbers of clusters scored per token (default: {default}).",
+    )
 
-    def to_dict(self) -> dict:
-        """JSON-ready."""
-        return {
-            "positions": self.positions,
-            "dense_perplexity": self.dense_perplexity,
-            "n_probes": self.n_probes,
-            "n_clusters": self.n_clusters,
-            "rows": [
-                measured.to_dict() | {"bytes_share": self.bytes_share[measured.n_probes]}
-                for measured in self.measures
-            ],
-        }
+
+def run(args: argparse.Namespace) -> dict:
+    """Measures on the text of the command line."""
+    if args.plot:
+        check_picture("--plot", args.plot)
+    content = read_text(args.text)
+    model, tokenizer = load(args.model, **look_up_options(args))
+    figures = evaluate(
+        model, tokenizer, content, probe_counts=args.probes, positions=args.positions
+    )
+    show(make_table(figures))
+    if args.plot:
+        draw(figures, args.plot)
+    return figures
 
 
 def evaluate(
@@ -76,7 +84,7 @@ def evaluate(
     probe_counts: Sequence[int] | None = None,
     positions: int | None = None,
     progress: bool = True,
-) -> Evaluation:
+) -> dict[str, Any]:
     """Measures ``model`` on ``text``.
 
     Args:
@@ -86,6 +94,10 @@ def evaluate(
         probe_counts: Numbers of probes, 1 … C; default: the usual ones and the model's own.
         positions: How many positions at most; default: all of the text's.
         progress: Show bars.
+
+    Returns:
+        Positions, the dense perplexity, the model's own probes and clusters, and for each number of
+        probes a row of `conversion.measures.Measures` with its share of bytes.
 
     Raises:
         ValueError: If the model has no FlashHead, a number of probes is not valid, or the text is
@@ -114,14 +126,16 @@ def evaluate(
         next_ids,
         progress=progress,
     )
-    return Evaluation(
-        positions=len(states),
-        dense_perplexity=measured.dense_perplexity(),
-        n_probes=head.n_probes,
-        n_clusters=head.n_clusters,
-        measures=measured.means(),
-        bytes_share={p: bytes_share(head, p) for p in probe_counts},
-    )
+    return {
+        "positions": len(states),
+        "dense_perplexity": measured.dense_perplexity(),
+        "n_probes": head.n_probes,
+        "n_clusters": head.n_clusters,
+        "rows": [
+            means.to_dict() | {"bytes_share": bytes_share(head, means.n_probes)}
+            for means in measured.means()
+        ],
+    }
 
 
 def check_probe_counts(head: FlashHead, probe_counts: Sequence[int]) -> list[int]:
@@ -141,50 +155,50 @@ def check_probe_counts(head: FlashHead, probe_counts: Sequence[int]) -> list[int
 
 
 def bytes_share(head: FlashHead, n_probes: int) -> float:
-    """Bytes of weights read per token, stage 1 and p clusters, relative to the dense head."""
+    """Bytes of weights read per token, centroids and p clusters, relative to the dense head."""
     rows = head.clustered.rows
     bytes_per_row = rows.nbytes / (head.n_clusters * head.cluster_size)
     read = head.clustered.centroids.routing_bytes + n_probes * head.cluster_size * bytes_per_row
     return read / (bytes_per_row * head.vocab_size)
 
 
-def make_table(evaluation: Evaluation) -> "Table":
+def make_table(figures: dict) -> "Table":
     """A line for each number of probes, the model's own in bold."""
     table = new_table(
-        f"{evaluation.positions} positions, {evaluation.n_clusters} clusters, "
-        f"dense perplexity {evaluation.dense_perplexity:.2f}",
+        f"{figures['positions']} positions, {figures['n_clusters']} clusters, "
+        f"dense perplexity {figures['dense_perplexity']:.2f}",
         ("probes", "agreement", "coverage", "KL", "perplexity", "bytes"),
         LEGEND,
         left=0,
     )
-    for measured in evaluation.measures:
+    for row in figures["rows"]:
         table.add_row(
-            f"{measured.n_probes}",
-            percent(measured.agreement),
-            percent(measured.coverage),
-            f"{measured.kl:.3f}",
-            f"{measured.perplexity / evaluation.dense_perplexity:.3f}",
-            percent(evaluation.bytes_share[measured.n_probes], 1),
-            style="bold" if measured.n_probes == evaluation.n_probes else None,
+            f"{row['n_probes']}",
+            percent(row["agreement"]),
+            percent(row["coverage"]),
+            f"{row['kl']:.3f}",
+            f"{row['perplexity'] / figures['dense_perplexity']:.3f}",
+            percent(row["bytes_share"], 1),
+            style="bold" if row["n_probes"] == figures["n_probes"] else None,
         )
     return table
 
 
-def draw(evaluation: Evaluation, path: str) -> None:
+def draw(figures: dict, path: str) -> None:
     """Draws agreement and coverage against the number of probes into a picture."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    probes = [measured.n_probes for measured in evaluation.measures]
+    probes = [row["n_probes"] for row in figures["rows"]]
     for name, label in (
         ("agreement", "same best token as the dense head"),
         ("coverage", "true next token scored"),
     ):
-        shares = [100 * getattr(measured, name) for measured in evaluation.measures]
+        shares = [100 * row[name] for row in figures["rows"]]
         axis.plot(probes, shares, marker="o", label=label)
-    axis.axvline(evaluation.n_probes, color="tab:gray", linestyle=":", label="as converted")
+    axis.axvline(figures["n_probes"], color="tab:gray", linestyle=":", label="as converted")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel=f"clusters scored of {evaluation.n_clusters:,}", ylabel="% of positions")
+    axis.set(xlabel=f"clusters scored of {figures['n_clusters']:,}", ylabel="% of positions")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)

@@ -75,7 +75,7 @@ def test_ratios_are_those_of_the_printed_medians():
         PROPOSAL: [0.001, 0.002, 0.090],
         LOGITS: [0.004, 0.005, 0.001],
     }
-    found = summary(head, mx.float32, 3, seconds)
+    found = summary("any", head, mx.float32, 3, seconds)
     json.dumps(found)
     assert (found["positions"], found["n_clusters"], found["head_bits"]) == (3, 20, 32)
     assert found["best_dense"] == OWN_DENSE
@@ -100,7 +100,7 @@ def test_chain_calls_the_form_with_each_state():
         seen.append(hidden)
         return mx.zeros(1), hidden * 1e30
 
-    found = chained({"form": form}, states, 2)
+    found = chained({"form": form}, states, 2)["gpu_ms"]
     assert found["form"]["runs"] == 2
     assert [h[0, 0].item() for h in seen] == [1, 2, 5] * 3
 

@@ -22,10 +22,12 @@ def test_machine_is_json_and_names_what_matters(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "processor, chip", [("Apple M3 Max", "m3-max"), ("Apple M1", "m1"), ("AMD EPYC", "amd-epyc")]
+    "processor, chip",
+    [("Apple M3 Max", "m3-max"), ("Apple M1", "m1"), ("AMD (2x)", "amd-2x")],
 )
-def test_chip_of_a_processor(processor, chip):
-    assert module._chip(processor) == chip
+def test_chip_of_a_processor(monkeypatch, processor, chip):
+    monkeypatch.setattr(module, "_processor", lambda: processor)
+    assert module.chip() == chip
 
 
 def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):

@@ -1,6 +1,5 @@
 """The benchmark of a model: its three forms, and what is counted."""
 
-import io
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,15 +9,13 @@ import pytest
 
 from mlx_flashhead.benchmarks.kinds import model as kind
 from mlx_flashhead.benchmarks.kinds.model import (
+    BARE,
     DENSE,
     FLASH_HEAD,
-    NO_HEAD,
-    Loops,
-    decode_seconds,
-    lossless,
+    Form,
     make_table,
     summary,
-    without_head,
+    with_flash_head,
 )
 from mlx_flashhead.models.compat.generate import generate_step
 from mlx_flashhead.models.install import install
@@ -28,23 +25,6 @@ from tiny_models import VOCAB_SIZE, tiny_index, tiny_model
 @pytest.fixture
 def dense():
     return tiny_model()
-
-
-def test_without_head_the_state_is_still_computed(dense):
-    ids = mx.array([[3, 4]])
-    expected, base = dense(ids), type(dense.model.embed_tokens)
-    with without_head(dense):
-        first, second = dense(ids), dense(mx.array([[7, 8]]))
-        graph = io.StringIO()
-        mx.export_to_dot(graph, first)
-        assert "Depends" in graph.getvalue() and "Matmul" in graph.getvalue()
-        assert first.shape == (1, 2, VOCAB_SIZE)
-        assert mx.array_equal(first, second) and mx.array_equal(first[:, 0], first[:, 1])
-        steps = [dense(ids[:, :1]) for _ in range(17)]
-        assert mx.array_equal(steps[0], first[:, :1]) and mx.array_equal(steps[16], steps[0])
-        assert all((steps[0] != other).any() for other in steps[1:16])
-    assert mx.array_equal(dense(ids), expected)
-    assert type(dense.model.embed_tokens) is base
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -62,8 +42,8 @@ def test_decoding_takes_the_tokens_asked_for(dense, monkeypatch, batch):
 
         return sampler
 
-    loops = Loops(make_sampler=make_sampler)
-    assert decode_seconds([1, 2], batch, 4, {}, dense, loops) == 3  # (4 + 4 + 1 + 3) / 4
+    form = Form(dense, make_sampler=make_sampler)
+    assert form.timed([1, 2], batch, 4, {}) == 3  # (4 + 4 + 1 + 3) / 4
     assert set(shapes) == {(batch, VOCAB_SIZE)} and len(shapes) >= 5
 
 
@@ -74,7 +54,7 @@ def test_flash_head_decodes_with_this_package_s_loops(monkeypatch, batch, check)
     flash = tiny_model()
     index = tiny_index(flash)
     install(flash, index.token_ids, index.centroids, n_probes=1)
-    loops = lossless(flash, check)
+    form = with_flash_head(flash, check=check)
     given = []
 
     def recorded(loop):
@@ -85,8 +65,8 @@ def test_flash_head_decodes_with_this_package_s_loops(monkeypatch, batch, check)
 
         return run
 
-    loops = replace(loops, steps=recorded(loops.steps))
-    assert decode_seconds([1, 2], batch, 9, {"temp": 0.0}, flash, loops) > 0
+    form = replace(form, steps=recorded(form.steps))
+    assert form.timed([1, 2], batch, 9, {"temp": 0.0}) > 0
     if batch == 1:
         tokens = [token for token, _ in given]
         steps = generate_step(mx.array([1, 2]), tiny_model(), max_tokens=10)
@@ -99,18 +79,18 @@ def test_ratios_are_those_of_the_printed_medians():
     seconds = {
         DENSE: [0.0593, 0.2000, 0.0500],
         FLASH_HEAD: [0.0493, 0.0400, 0.1000],
-        NO_HEAD: [0.0479, 0.0479, 0.0479],
+        BARE: [0.0479, 0.0479, 0.0479],
     }
     found = summary("greedy", 4, seconds)
     assert found["token_ms"][DENSE]["median"] == pytest.approx(59.3)
     assert found["tokens_per_second"][FLASH_HEAD] == pytest.approx(4 / 0.0493)
-    assert found["times_faster"] == pytest.approx(59.3 / 49.3)
-    assert found["times_faster_with_a_free_head"] == pytest.approx(59.3 / 47.9)
-    assert found["share_of_free_head_saved"] == pytest.approx(10.0 / 11.4)
+    faster = {FLASH_HEAD: pytest.approx(59.3 / 49.3), BARE: pytest.approx(59.3 / 47.9)}
+    assert found["times_faster"] == faster
 
 
-def test_a_machine_too_busy_to_tell_has_no_share():
-    found = summary("greedy", 1, {DENSE: [0.010], FLASH_HEAD: [0.011], NO_HEAD: [0.012]})
-    assert found["share_of_free_head_saved"] is None
-    about = {"model": "m", "n_probes": 1, "n_clusters": 2, "checked": True}
-    assert "saves – of" in make_table(about | found).caption
+def test_the_table_says_where_a_model_stays_dense():
+    found = summary("greedy", 1, {DENSE: [0.010], BARE: [0.010], FLASH_HEAD: [0.011]})
+    about = {"model": "m", "n_probes": {BARE: 4, FLASH_HEAD: 3}, "n_clusters": 9}
+    table = make_table(about | found | {"stays_dense": True})
+    assert "4 and 3 of 9 clusters" in table.title and "stays dense" in table.caption
+    assert "stays dense" not in make_table(about | found | {"stays_dense": False}).caption

@@ -23,8 +23,8 @@ def make_table(one):
     return table
 
 
-def draw(axis, one):
-    axis.barh("value", one["value"])
+def bars(one):
+    return "title", "label", {"value": one["value"]}
 
 
 def rounds(*ends, total=4):
@@ -40,7 +40,7 @@ def rounds(*ends, total=4):
 def test_rounds_are_printed_as_they_come_with_the_time_that_is_left(arguments, monkeypatch, capsys):
     clock = iter((0, 100, 110, 120, 130))
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 130))
-    report(arguments, rounds(), make_table, draw)
+    report(arguments, rounds(), make_table, bars)
     shown = capsys.readouterr()
     assert shown.err.splitlines() == [
         "[4 rounds] ready",
@@ -54,7 +54,7 @@ def test_rounds_are_printed_as_they_come_with_the_time_that_is_left(arguments, m
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
 def test_a_stopped_benchmark_keeps_its_figures(arguments, capsys, tmp_path, stop):
     with pytest.raises(type(stop)) as end:
-        report(arguments, rounds(stop), make_table, draw)
+        report(arguments, rounds(stop), make_table, bars)
     assert end.value is stop
     shown = capsys.readouterr()
     assert "figure 3" in shown.out and "Stopped" in shown.err
@@ -69,14 +69,9 @@ def test_nothing_is_reported_before_the_first_figure(arguments, capsys, tmp_path
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report(arguments, stopped_at_once(), make_table, draw)
+        report(arguments, stopped_at_once(), make_table, bars)
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("seconds, said", [(0.4, "0 s"), (89, "89 s"), (420, "7 min")])
-def test_durations(seconds, said):
-    assert module._duration(seconds) == said
 
 
 def test_outputs_are_checked_before_the_work(arguments, tmp_path):
@@ -87,4 +82,4 @@ def test_outputs_are_checked_before_the_work(arguments, tmp_path):
         yield
 
     with pytest.raises(ValueError, match="cannot be written"):
-        report(arguments, never(), make_table, draw)
+        report(arguments, never(), make_table, bars)

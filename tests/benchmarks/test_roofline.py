@@ -5,13 +5,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3_moe
 
-from mlx_flashhead.benchmarks.apple_gpu import bandwidth
-from mlx_flashhead.benchmarks.roofline import (
-    ModelShape,
-    checked_measurements,
-    estimates,
-    model_shape,
-)
+from figures import fit_macs, speed_tables
+from mlx_flashhead.benchmarks import apple_gpu
+from mlx_flashhead.benchmarks.apple_gpu import CHIPS, find_chip, public_speeds
+from mlx_flashhead.benchmarks.roofline import estimates, public_errors
+from mlx_flashhead.benchmarks.shapes import SHAPES, ModelShape, model_shape
 from mlx_flashhead.models.locate import find_head
 from tiny_models import tiny_index, tiny_model
 
@@ -22,11 +20,13 @@ SMALL = ModelShape(
     n_layers=2,
     layer_kernels=12,
     body_weights=1_000_000,
+    tied=True,
     n_clusters=100,
     cluster_size=10,
     n_probes=20,
-    stage_1_bytes=4000,
+    centroid_bytes=4000,
 )
+M1_GB_S = 68 * apple_gpu.BANDWIDTH_SHARE
 
 
 def by_form(shape, chip):
@@ -38,46 +38,79 @@ def by_form(shape, chip):
 )
 def test_a_small_model_by_hand(rows, head_bytes):
     found = by_form(SMALL, "m1")
-    gb_s = 68 * 478 / 614
-    launches = (2 * 12 + 5) * 2.75
-    body = 562_500 / gb_s / 1000  # µs
+    launch = apple_gpu.OLD_LAUNCH_US
+    body = 562_500 / M1_GB_S / 1000 + (2 * 12 + 2) * launch  # µs
     dense, flash = found["dense", "4-bit", rows], found["FlashHead", "4-bit", rows]
-    head = (head_bytes + 2000) / gb_s / 1000 + 2.75
+    head = (head_bytes + 2000) / M1_GB_S / 1000 + 4 * launch
     assert dense.head_mb == pytest.approx((head_bytes + 2000) / 1e6)
     assert dense.head_ms == pytest.approx(head / 1000)
-    assert dense.model_ms == pytest.approx((body + head + launches) / 1000)
-    # centroids and 200 rows, then a 32nd of all rows for the check, and 2 % of steps in vain
+    assert dense.model_ms == pytest.approx((body + head) / 1000)
+    # centroids and 200 rows in five kernels, the embedding's slot among them; one threadgroup reads
+    # 100 scores and 20 bests
     probed = head_bytes / 5
-    head = (4000 + probed * 514 / 387) / gb_s / 1000 + 4 * 2.75 + 15
-    check = max(2 * 32 * 1000 * 64 / (2.6 * 0.78) / 1e6, head_bytes / gb_s / 1000) / 32
-    head += check + 0.02 * (body + launches + head)
-    assert flash.head_mb == pytest.approx((4000 + probed + head_bytes / 32) / 1e6)
+    head = (4000 + probed * 514 / 387) / M1_GB_S / 1000 + 5 * launch + 480 / 12_000 + 8
+    # a 32nd of a check: all rows once, 32 rows of logits five times, 20 kernels
+    check = max(2 * 32 * 1000 * 64 / (2.6 * 0.78) / 1e6, head_bytes / M1_GB_S / 1000)
+    head += (check + 5 * 32 * 2000 / M1_GB_S / 1000 + 20 * launch) / 32
+    head += 0.02 * (body + head)
+    read = 4000 + probed + head_bytes / 32 + 5 * 2000
+    assert flash.head_mb == pytest.approx(read / 1e6)
     assert flash.head_ms == pytest.approx(head / 1000)
-    assert flash.model_ms == pytest.approx((body + head + launches) / 1000)
+    assert flash.model_ms == pytest.approx((body + head) / 1000)
 
 
-def test_public_measurements_by_hand():
-    found = {(m.model, m.chip): rest for m, *rest in checked_measurements()}
-    assert len(found) == 9
-    measured, estimated, error = found["Llama-3.2-1B", "m5-max"]
-    assert measured == pytest.approx(1000 / 537)
+def test_a_public_speed_by_hand():
+    found = {(s.chip.name, s.model, s.bits, s.context): rest for s, *rest in public_errors()}
     # 16 layers: attention 2048 x (2048 + 512 + 512 + 2048), three matrices of 2048 x 8192
-    body = 16 * (2048 * 5120 + 3 * 2048 * 8192) * 0.5625
-    head = 128256 * (2048 * 0.5625 + 2)
-    assert estimated == pytest.approx((body + head) / 478e6 + (16 * 12 + 1 + 5) * 2.75e-3)
-    assert error == pytest.approx(estimated / measured - 1)
-    # where plain reads were measured, they count
-    measured, estimated, _ = found["Qwen3-0.6B", "m3-ultra"]
-    body = 28 * (1024 * 6144 + 3 * 1024 * 3072) * 0.5625
-    head = 151936 * (1024 * 0.5625 + 2)
-    assert estimated == pytest.approx((body + head) / 514e6 + (28 * 13 + 1 + 5) * 2.75e-3)
+    read = (16 * (2048 * 5120 + 3 * 2048 * 8192) + 128256 * 2048) * 0.5625 + 2 * 128256
+    ms = read / (614 * apple_gpu.BANDWIDTH_SHARE) / 1e6
+    ms += (16 * 12 + 6) * apple_gpu.LAUNCH_US / 1000
+    estimated, error = found["m5-max", "llama-3.2-1b", 4, 0]
+    assert estimated == pytest.approx(ms)
+    assert error == pytest.approx(ms / (1000 / 578.64) - 1)
+    # with a long context the keys and values of all layers are read too, in 16 bits
+    read = (36 * (2560 * 128 * 2 * 40 + 3 * 2560 * 9728) + 151936 * 2560) * 0.5625 + 2 * 151936
+    read += 2 * 36 * 8 * 128 * 2 * 2112
+    ms = read / (546 * apple_gpu.BANDWIDTH_SHARE) / 1e6
+    ms += (36 * 13 + 6) * apple_gpu.LAUNCH_US / 1000
+    group_64, group_32 = sorted(
+        estimated
+        for speed, estimated, _ in public_errors()
+        if (speed.chip.name, speed.model, speed.bits) == ("m4-max", "qwen3-4b", 4)
+    )
+    assert group_64 == pytest.approx(ms) and group_32 > group_64
 
 
-@pytest.mark.parametrize("chip", ["m4-ultra", "m5-ultra", "m0", "m6", "", "a18"])
+def test_the_constants_are_those_that_fit_the_public_speeds():
+    for name, value in fit_macs.fitted_constants(public_speeds()).items():
+        assert getattr(apple_gpu, name) == pytest.approx(value, rel=5e-3), name
+
+
+@pytest.mark.parametrize("whole_chip", [False, True])
+def test_speeds_that_are_left_out_are_estimated(whole_chip):
+    speeds = public_speeds()
+    errors = abs(fit_macs.errors_without(speeds, whole_chip=whole_chip))
+    assert len(speeds) >= 20
+    assert sorted(errors)[len(errors) // 2] <= 0.15
+
+
+def test_every_public_speed_has_its_source():
+    for speed in public_speeds():
+        assert speed.source.startswith("https://") and speed.tokens_per_second > 0
+        assert speed.model in SHAPES and speed.chip.name in CHIPS
+
+
+def test_the_page_has_today_s_tables():
+    page = speed_tables.PAGE.read_text(encoding="utf-8")
+    assert speed_tables.with_tables(page) == page
+    assert "| dense |" in page  # where it does not pay
+
+
+@pytest.mark.parametrize("chip", ["m4-ultra", ""])
 def test_chips_that_do_not_exist(chip):
     sentence = f"Unknown chip '{chip}': choose one of m1, .*, m5-max"
     with pytest.raises(ValueError, match=sentence) as told:
-        bandwidth(chip)
+        find_chip(chip)
     assert f"{chip}," not in str(told.value) or not chip
 
 
@@ -87,7 +120,7 @@ def test_chips_that_do_not_exist(chip):
     [
         ("llama", 12, 4 * 64 * 64 + 3 * 64 * 128),
         ("qwen3", 13, 4 * 64 * 64 + 3 * 64 * 128),
-        ("gemma3_text", 15, 4 * 64 * 64 + 3 * 64 * 128),
+        ("gemma3_text", 20, 4 * 64 * 64 + 3 * 64 * 128),  # each norm adds one to its weight
         ("gptj", 11, 4 * 64 * 64 + 2 * 64 * 256),  # one norm
     ],
 )
@@ -100,6 +133,7 @@ def test_shape_of_a_model(arch, layer_kernels, matrices, tied, bits):
     assert shape.n_layers == (3 if arch == "llama" else 1)
     assert shape.layer_kernels == layer_kernels
     assert shape.body_weights == shape.n_layers * matrices
+    assert shape.tied == find_head(model).tied
     # everything but the head and the table of embeddings
     outside = ("embed_tokens", "lm_head", "wte")
     parameters = dict(tree_flatten(model.parameters()))
@@ -111,7 +145,7 @@ def test_shape_of_a_model(arch, layer_kernels, matrices, tied, bits):
     )
     assert shape.stored == ("32-bit" if bits is None else "4-bit")
     assert (shape.n_clusters, shape.cluster_size, shape.n_probes) == (13, 16, 13)
-    assert shape.stage_1_bytes == 13 * (36 + 4)
+    assert shape.centroid_bytes == 13 * (36 + 4)
 
 
 def test_a_model_as_it_is_stored():
@@ -123,17 +157,20 @@ def test_a_model_as_it_is_stored():
     centroids = index.centroids
     arrays = (*centroids.matrix.arrays().values(), centroids.bias)
     stage_1 = sum(a.nbytes for a in arrays if a is not None)
-    assert shape.stage_1_bytes == stage_1
+    assert shape.centroid_bytes == stage_1
     row = 64 + 2 * 2 * 4  # 8-bit weights, two groups with float32 scales and offsets
     dense, flash = list(estimates(shape, "m3"))[:2]
     assert (dense.form, dense.body, dense.rows) == ("dense", "as stored", "8-bit")
     assert dense.head_mb == pytest.approx(203 * (row + 2) / 1e6)
-    assert flash.head_mb == pytest.approx((stage_1 + 40 * row + 203 * row / 32) / 1e6)
-    body = shape.body_bytes / (100 * 478 / 614) / 1e6
-    assert dense.model_ms - dense.head_ms == pytest.approx(body + (12 + 5) * 2.75e-3)
+    assert flash.head_mb == pytest.approx((stage_1 + 40 * row + 203 * row / 32 + 2030) / 1e6)
+    body = shape.body_bytes / (100 * apple_gpu.BANDWIDTH_SHARE) / 1e6
+    launches = (12 + 2) * apple_gpu.LAUNCH_US / 1000
+    assert dense.model_ms - dense.head_ms == pytest.approx(body + launches)
 
 
 def test_probes():
+    assert SHAPES["smollm2"].n_probes == 568  # of the index that was built
+    assert SHAPES["gemma-3-1b"].n_probes == 16384 // 16  # assumed
     fewer = SMALL.with_probes(10)
     flash = ("FlashHead", "4-bit", "16-bit")
     difference = by_form(SMALL, "m1")[flash].head_mb - by_form(fewer, "m1")[flash].head_mb

@@ -24,7 +24,7 @@ class Idle:
 def loaded(monkeypatch, ask, requests):
     monkeypatch.setattr(server, "ask", ask)
     load = Load()
-    server.Visit(Idle(), ALONE, requests, 4, load).go(3)
+    server.visit(Idle(), ALONE, requests, 4, load, 3)
     return load.to_dict()
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mlx_flashhead import evaluate as evaluate_command
 from mlx_flashhead.evaluation import answers
+from mlx_flashhead.evaluation import text as text_way
 from model_folders import VOCAB_SIZE
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -68,7 +68,7 @@ def test_evaluate_checks_its_outputs_first(
     def load(*_, **__):
         raise AssertionError("the outputs come first")
 
-    monkeypatch.setattr(evaluate_command, "load", load)
+    monkeypatch.setattr(text_way, "load", load)
     arguments = ("--model", converted, "--text", text, option, tmp_path / name)
     line = refused("evaluate", "text", *arguments)
     assert said in line and option in line

@@ -44,35 +44,35 @@ def found(model, tokenizer):
 
 def test_answers_are_those_of_generation(found, model, tokenizer):
     dense = [answer(model, tokenizer, text, dense=True) for text in ASKED]
-    assert found.positions == sum(map(len, dense))
-    assert found.chat_template == tokenizer.has_chat_template
-    for measured in found.measures:
-        own = [answer(model, tokenizer, text, n_probes=measured.n_probes) for text in ASKED]
+    assert found["positions"] == sum(map(len, dense))
+    assert found["chat_template"] == tokenizer.has_chat_template
+    for measured in found["measures"]:
+        own = [answer(model, tokenizer, text, n_probes=measured["n_probes"]) for text in ASKED]
         same = [a == b for a, b in zip(dense, own, strict=True)]
-        assert measured.identical == pytest.approx(np.mean(same))
+        assert measured["identical"] == pytest.approx(np.mean(same))
         partings = [
             next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
             for a, b, equal in zip(dense, own, same, strict=True)
             if not equal
         ]
         if partings:
-            assert measured.median_parting == np.median(partings)
+            assert measured["median_parting"] == np.median(partings)
         else:
-            assert (measured.median_parting, measured.agreement) == (None, 1)
+            assert (measured["median_parting"], measured["agreement"]) == (None, 1)
 
 
 def test_few_probes_part_and_all_do_not(found):
-    few, _, all_of_them = found.measures
-    assert few.identical < 1
-    assert few.agreement < 1
-    assert (all_of_them.identical, all_of_them.agreement) == (1, 1)
+    few, _, all_of_them = found["measures"]
+    assert few["identical"] < 1
+    assert few["agreement"] < 1
+    assert (all_of_them["identical"], all_of_them["agreement"]) == (1, 1)
 
 
 def test_by_default_half_once_and_twice_the_probes(model, tokenizer):
     found = evaluate_answers(model, tokenizer, tokens=3, requests=ASKED[:2], progress=False)
     own = get_flash_head(model).n_probes
-    assert [measured.n_probes for measured in found.measures] == [own // 2, own, 2 * own]
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["requests"] == 2
+    assert [measured["n_probes"] for measured in found["measures"]] == [own // 2, own, 2 * own]
+    assert json.loads(json.dumps(found, allow_nan=False))["requests"] == 2
 
 
 def test_numbers_of_probes_are_checked(model, tokenizer):

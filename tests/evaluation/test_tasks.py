@@ -10,8 +10,8 @@ import pytest
 
 from local_tasks import CHOICE, DOCUMENTS, GENERATE, GROUP, PERPLEXITY, TOKENS, write_tasks
 from mlx_flashhead import convert, generate, get_flash_head, load
-from mlx_flashhead.evaluation import tasks
-from mlx_flashhead.evaluation.tasks import (
+from mlx_flashhead.evaluation import lm_eval_tasks as tasks
+from mlx_flashhead.evaluation.lm_eval_tasks import (
     DENSE,
     FLASH_HEAD,
     TaskMeasure,

@@ -17,16 +17,25 @@ from ...head.flash_head import FlashHead
 from ...loading.load import load
 from ...loading.look_up import add_look_up_options, look_up_options
 from ...models.install import installed_head
-from .. import roofline
+from .. import shapes
 from ..random_head import random_head
-from ..report import ANY_MODEL, Round, add_number, add_report_arguments, report
+from ..report import (
+    ANY_MODEL,
+    Bars,
+    Case,
+    Round,
+    add_number,
+    add_report_arguments,
+    report,
+    time_cases,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 HELP = "time a head"
 DESCRIPTION = "Time a head alone: dense, and FlashHead to a proposed token and to full logits."
-SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in roofline.SHAPES.items()}
+SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in shapes.SHAPES.items()}
 DTYPES = ("float32", "float16", "bfloat16")
 N_STATES = 64
 CHAIN = 16  # calls of a chain, see `chained`
@@ -69,35 +78,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Times the heads of the command line."""
-    report(args, measure(args), make_table, draw)
+    report(args, measure(args), make_table, bars)
 
 
 def measure(args: argparse.Namespace) -> Iterator[Round]:
     """Times one head after the other, all forms of it in turns and with cold caches."""
-    total = (args.rounds + 1) * len(args.shape or [args.model])
-    finished: list[dict] = []
-    done = 0
+    yield from time_cases(_cases(args), len(args.shape or [args.model]), args.rounds)
+
+
+def _cases(args: argparse.Namespace) -> Iterator[Case]:
+    cold, n = ColdCaches(), args.positions
     for name, head, dtype in _heads(args):
-        if not finished:
-            yield Round(0, total, f"{name}: {args.positions} at once", [])
-        named = forms(head, args.positions)
-        batches = in_batches(head.hidden_size, dtype, args.positions, args.rounds + 1)
-        results = finished
-        for seconds in in_turns(_timers(named, batches), args.rounds):
-            done += 1
-            news = f"{name}: warm"
-            if seconds[LOGITS]:
-                results = [
-                    *finished,
-                    {"name": name} | summary(head, dtype, args.positions, seconds),
-                ]
-                dense = 1000 * min(seconds[form][-1] for form in DENSE_FORMS)
-                news = f"{name}: dense {dense:.2f}, FlashHead {1000 * seconds[PROPOSAL][-1]:.2f} ms"
-            yield Round(done, total, news, results)
-        finished = results
-        if mx.default_device().type != mx.cpu:
-            finished[-1]["gpu_ms"] = chained(named, batches[:CHAIN], args.rounds)
-            yield Round(done, total, f"{name}: the GPU alone", finished)
+        named = forms(head, n)
+        batches = in_batches(head.hidden_size, dtype, n, args.rounds + 1)
+        timers = {
+            form: timer(partial(_call, run, batches), before=cold) for form, run in named.items()
+        }
+        result = partial(summary, name, head, dtype, n)
+        last = partial(chained, named, batches[:CHAIN], args.rounds)
+        yield Case(name, timers, result, None if mx.default_device().type == mx.cpu else last)
+
+
+def _call(form: Form, batches: list[mx.array], number: int) -> Any:
+    return form(batches[number])
 
 
 def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
@@ -130,12 +133,13 @@ def in_batches(
     return batches
 
 
-def summary(head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
+def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
     """Shapes, milliseconds and ratios of the medians, JSON-ready."""
     spreads = {name: Spread.of(taken).scaled(1000) for name, taken in seconds.items()}
     best_dense = min(DENSE_FORMS, key=lambda name: spreads[name].median)
     rows = head.clustered.rows
     return {
+        "name": name,
         "vocab_size": head.vocab_size,
         "hidden_size": head.hidden_size,
         "n_clusters": head.n_clusters,
@@ -170,8 +174,8 @@ def read_mb(head: FlashHead, n_positions: int = 1) -> float:
 
 def chained(
     named: dict[str, Form], batches: list[mx.array], rounds: int
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of a call within one submission to the GPU, without the host's time.
+) -> dict[str, dict[str, dict[str, float]]]:
+    """``gpu_ms``: milliseconds of a call within one submission to the GPU, without the host's time.
 
     Each call's hidden state depends on the result of the call before. The median cost of this
     dependence is timed too, and subtracted. Caches are warm: weights that fit into the last one
@@ -195,8 +199,10 @@ def chained(
     alone = np.median(seconds.pop(nothing))
     per_call = 1000 / len(batches)
     return {
-        name: Spread.of([max(0.0, s - alone) for s in taken]).scaled(per_call).to_dict()
-        for name, taken in seconds.items()
+        "gpu_ms": {
+            name: Spread.of([max(0.0, s - alone) for s in taken]).scaled(per_call).to_dict()
+            for name, taken in seconds.items()
+        }
     }
 
 
@@ -222,20 +228,10 @@ def make_table(one: dict) -> "Table":
     return table
 
 
-def draw(axis: Any, one: dict) -> None:
-    """Draws the milliseconds of one head."""
-    for name, ms in one["ms"].items():
-        color = "tab:gray" if name in DENSE_FORMS else "tab:blue"
-        axis.bar_label(axis.barh(name, ms["median"], color=color), fmt=" %.2f")
-    axis.set(title=f"{one['name']}, {one['dtype']}", xlabel="ms per call")
-
-
-def _timers(named: dict[str, Form], batches: list[mx.array]) -> dict[str, Callable[[int], float]]:
-    def call(form: Form, number: int) -> Any:
-        return form(batches[number])
-
-    cold = ColdCaches()
-    return {name: timer(partial(call, form), before=cold) for name, form in named.items()}
+def bars(one: dict) -> Bars:
+    """The milliseconds of one head."""
+    title = f"{one['name']}, {one['dtype']}"
+    return title, "ms per call", {name: ms["median"] for name, ms in one["ms"].items()}
 
 
 def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:

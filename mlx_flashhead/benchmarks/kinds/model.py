@@ -1,15 +1,13 @@
-"""A whole model: the time of a token, dense, with FlashHead and without a head.
+"""A whole model: the time of a token, dense and with FlashHead.
 
-The dense model decodes with mlx-lm's loop and sampler, and so does the model without a head. That
-one gives stored logits, and shows how much a head that costs nothing saves. With FlashHead the loop
-and the sampler are this package's, and the time holds the checks of its tokens.
+The dense model decodes with mlx-lm's loop and sampler. With FlashHead the loop and the sampler are
+this package's, and the time holds the checks of its tokens. The bare FlashHead has none.
 """
 
 import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...common.arguments import whole_number
-from ...common.quantities import percent
 from ...common.tables import new_table
-from ...common.timing import Spread, in_turns
+from ...common.timing import Spread
 from ...loading.load import load
-from ...loading.look_up import add_check_option, look_up_options
+from ...loading.look_up import look_up_options
 from ...lossless.batch import CheckedBatchGenerator
 from ...lossless.loop import checked_steps
 from ...lossless.proposals import Proposer
@@ -31,15 +28,23 @@ from ...lossless.sampler import make_sampler
 from ...models.compat import sample_utils
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
-from ...models.locate import find_head, recorded_hidden
-from ..report import Round, add_model_arguments, add_number, add_report_arguments, report
+from ..report import (
+    Bars,
+    Case,
+    Round,
+    add_model_arguments,
+    add_number,
+    add_report_arguments,
+    report,
+    time_cases,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 HELP = "time a model's decoding"
-DESCRIPTION = "Time decoding: dense, with FlashHead and its checks, and without any head."
-DENSE, FLASH_HEAD, NO_HEAD = "dense", "FlashHead", "no head"
+DESCRIPTION = "Time decoding: dense, with the bare FlashHead, and with its checks."
+DENSE, BARE, FLASH_HEAD = "dense", "bare FlashHead", "FlashHead"
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temp": 0.0},
     "top-p": {"temp": 0.8, "top_p": 0.95},
@@ -48,7 +53,8 @@ PROMPT = (
     "The old bridge over the river had been closed for years, and nobody in the village could say "
     "who had built it. One morning in spring, a stranger came and"
 )
-PROMPT_IDS = list(range(1, 17))  # tokens of any vocabulary
+LEGEND = "bare FlashHead: without the check, so that the text may differ."
+STAYS_DENSE = "It gains too little on this machine: the model stays dense by itself."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,195 +73,127 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Sequences at once; may be given several times (default: 1, 4 and 8).",
     )
     add_number(parser, "--tokens", 48, "Tokens of a run")
-    add_check_option(parser)
     add_report_arguments(parser, rounds=8)
 
 
 def run(args: argparse.Namespace) -> None:
     """Times the model of the command line."""
-    report(args, measure(args), make_table, draw)
-
-
-def measure(args: argparse.Namespace) -> Iterator[Round]:
-    """Times each sampler and batch, the three forms in turns.
-
-    Runs are short, so that other work on the machine slows all three alike.
-    """
-    flash, tokenizer = load(args.model, n_probes=args.n_probes, **look_up_options(args))
-    head, dense = installed_head(flash), dense_copy(flash)
-    about = {
-        "model": Path(args.model).name,
-        "checked": not args.no_check,
-        "n_probes": head.n_probes if args.no_check else head.checked_probes,
-        "n_clusters": head.n_clusters,
-        "backend": head.backend,
-        "backend_reason": head.backend_reason,
-        "tokens": args.tokens,
-    }
-    settings = list(itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8)))
-    total = (args.rounds + 1) * len(settings)
-    finished: list[dict] = []
-    done = 0
-    yield Round(0, total, f"{args.tokens} tokens each: dense, FlashHead, no head", [])
-    for sampler, batch in settings:
-        decodes = partial(
-            decode_seconds, tokenizer.encode(PROMPT), batch, args.tokens, SAMPLERS[sampler]
-        )
-        results = finished
-        for seconds in in_turns(_timers(decodes, dense, flash, not args.no_check), args.rounds):
-            done += 1
-            news = f"{sampler}, batch {batch}: warm"
-            if seconds[DENSE]:
-                results = [*finished, about | summary(sampler, batch, seconds)]
-                latest = (f"{form} {1000 * taken[-1]:.1f}" for form, taken in seconds.items())
-                news = f"{sampler}, batch {batch}: {', '.join(latest)} ms"
-            yield Round(done, total, news, results)
-        finished = results
-
-
-def _timers(
-    decodes: Callable[..., float], dense: nn.Module, flash: nn.Module, check: bool
-) -> dict[str, Callable[[int], float]]:
-    checked = lossless(flash, check)
-    return {
-        DENSE: lambda _: decodes(dense, Loops()),
-        FLASH_HEAD: lambda _: decodes(flash, checked),
-        NO_HEAD: lambda _: decodes(dense, Loops(), partial(without_head, dense)),
-    }
-
-
-@contextmanager
-def without_head(model: nn.Module) -> Iterator[None]:
-    """Within the block, a dense model's head waits for its hidden state and gives stored logits.
-
-    Each step gives the logits of another token of ``PROMPT_IDS``, since a processor sorts values
-    that it has just sorted in half of the time.
-    """
-    location = find_head(model)
-    module, base = location.module, type(location.module)
-    with recorded_hidden(location) as states:
-        model(mx.array([PROMPT_IDS]))
-    rows = getattr(module, location.method)(states[-1])  # (1, L, V)
-    mx.eval(rows)
-    stored: dict[tuple[int, ...], mx.array] = {}
-    turns = itertools.cycle(range(len(PROMPT_IDS)))
-
-    def free(self, hidden):
-        *shape, length, _ = hidden.shape
-        turn = next(turns) if length == 1 else 0
-        key = (*shape, length, turn)
-        if key not in stored:
-            row = mx.broadcast_to(rows[:, turn, None], (*shape, length, rows.shape[-1]))
-            stored[key] = mx.contiguous(row)
-            mx.eval(stored[key])
-        return mx.depends([stored[key]], [hidden])[0]
-
-    module.__class__ = type(base.__name__, (base,), {location.method: free})
-    try:
-        yield
-    finally:
-        module.__class__ = base
+    settings = itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8))
+    report(args, measure(args, list(settings)), make_table, bars)
 
 
 @dataclass(frozen=True)
-class Loops:
-    """How a model decodes: functions with the arguments of mlx-lm's."""
+class Form:
+    """A way to decode: a model, and its loops with the arguments of mlx-lm's."""
 
+    model: nn.Module
     steps: Callable[..., Any] = generate_step
     generator: Callable[..., Any] = BatchGenerator
     make_sampler: Callable[..., Any] = sample_utils.make_sampler
 
+    def timed(
+        self, prompt: list[int], batch: int, tokens: int, sampling: dict, _round: int = 0
+    ) -> float:
+        """Seconds of a token of each sequence: the mean of ``tokens`` after the first."""
+        sampler = self.make_sampler(**sampling)
+        times = []
+        if batch == 1:
+            how = {"max_tokens": tokens + 1, "sampler": sampler}
+            for _ in self.steps(mx.array(prompt), self.model, **how):
+                times.append(time.perf_counter())
+        else:
+            generator = self.generator(self.model, sampler=sampler)
+            generator.insert([prompt] * batch, [tokens + 1] * batch)
+            while generator.next_generated():
+                times.append(time.perf_counter())
+            generator.close()
+        return (times[-1] - times[0]) / tokens
 
-def lossless(model: nn.Module, check: bool) -> Loops:
+
+def with_flash_head(model: nn.Module, *, check: bool) -> Form:
     """This package's loops for a model with a FlashHead."""
     proposer = Proposer(model, check=check)
-    return Loops(
+    return Form(
+        model,
         partial(checked_steps, proposer=proposer, logprobs=False),
         partial(CheckedBatchGenerator, proposer=proposer, logprobs=False),
         make_sampler,
     )
 
 
-def decode_seconds(
-    prompt: list[int],
-    batch: int,
-    tokens: int,
-    sampling: dict[str, Any],
-    model: nn.Module,
-    loops: Loops,
-    context: Callable[[], AbstractContextManager] = nullcontext,
-) -> float:
-    """Seconds of one token of each sequence: the mean of ``tokens`` after the first.
+def measure(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Iterator[Round]:
+    """Times each sampler and batch, dense and FlashHead in turns.
 
-    Args:
-        prompt: The prompt's tokens, the same for all sequences.
-        batch: Sequences at once.
-        tokens: Tokens that count.
-        sampling: Arguments of ``make_sampler``.
-        model: The model.
-        loops: How it decodes.
-        context: Makes the context in which it decodes.
+    Runs are short, so that other work on the machine slows all of them alike. A FlashHead is timed
+    where its machine is no faster with it, too.
     """
-    sampler = loops.make_sampler(**sampling)
-    times = []
-    with context():
-        if batch == 1:
-            steps = loops.steps(mx.array(prompt), model, max_tokens=tokens + 1, sampler=sampler)
-            for _ in steps:
-                times.append(time.perf_counter())
-        else:
-            generator = loops.generator(model, sampler=sampler)
-            generator.insert([prompt] * batch, [tokens + 1] * batch)
-            while generator.next_generated():
-                times.append(time.perf_counter())
-            generator.close()
-    return (times[-1] - times[0]) / tokens
+    flash, tokenizer = load(args.model, n_probes=args.n_probes, **look_up_options(args))
+    head, dense = installed_head(flash), dense_copy(flash)
+    about = {
+        "model": Path(args.model).name,
+        "head_bits": head.clustered.rows.format.bits,
+        "n_probes": {BARE: head.n_probes, FLASH_HEAD: head.checked_probes},
+        "n_clusters": head.n_clusters,
+        "backend": head.backend,
+        "backend_reason": head.backend_reason,
+        "stays_dense": head.stays_dense,
+        "tokens": args.tokens,
+    }
+    head.stays_dense = False
+    forms = {
+        DENSE: Form(dense),
+        BARE: with_flash_head(flash, check=False),
+        FLASH_HEAD: with_flash_head(flash, check=True),
+    }
+    prompt = tokenizer.encode(PROMPT)
+
+    def case(sampler: str, batch: int) -> Case:
+        timers = {
+            name: partial(form.timed, prompt, batch, args.tokens, SAMPLERS[sampler])
+            for name, form in forms.items()
+        }
+        name = f"{sampler}, batch {batch}"
+        return Case(name, timers, lambda seconds: about | summary(sampler, batch, seconds))
+
+    yield from time_cases((case(*how) for how in settings), len(settings), args.rounds)
 
 
 def summary(sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
-    """Milliseconds, tokens/s of all sequences and ratios of the medians, JSON-ready.
-
-    ``share_of_free_head_saved`` is (dense - FlashHead) / (dense - no head). A faster sampler counts
-    too, so it can be above 1. It is None where the machine was too busy to tell dense from no head.
-    """
+    """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
     step = {title: Spread.of(taken).scaled(1000) for title, taken in seconds.items()}
-    dense, flash, free = (step[title].median for title in (DENSE, FLASH_HEAD, NO_HEAD))
     return {
         "sampler": sampler,
         "batch": batch,
         "token_ms": {title: spread.to_dict() for title, spread in step.items()},
         "tokens_per_second": {title: 1000 * batch / s.median for title, s in step.items()},
-        "times_faster": dense / flash,
-        "times_faster_with_a_free_head": dense / free,
-        "share_of_free_head_saved": (dense - flash) / (dense - free) if dense > free else None,
+        "times_faster": {
+            title: step[DENSE].median / spread.median
+            for title, spread in step.items()
+            if title != DENSE
+        },
     }
 
 
 def make_table(one: dict) -> "Table":
     """The table of one sampler and batch."""
-    saved = one["share_of_free_head_saved"]
     table = new_table(
-        f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes']:,} of "
-        f"{one['n_clusters']:,} clusters{'' if one['checked'] else ', no check'}",
+        f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes'][BARE]:,} and "
+        f"{one['n_probes'][FLASH_HEAD]:,} of {one['n_clusters']:,} clusters",
         ("", "ms", "quartiles", "tokens/s", "faster"),
-        "no head: a head that costs nothing. FlashHead saves "
-        f"{'–' if saved is None else percent(saved, 0)} of what it would.",
+        f"{LEGEND}\n{STAYS_DENSE}" if one["stays_dense"] else LEGEND,
     )
-    ratios = {FLASH_HEAD: "times_faster", NO_HEAD: "times_faster_with_a_free_head"}
     for name, ms in one["token_ms"].items():
         table.add_row(
             name,
             f"{ms['median']:.2f}",
             f"{ms['lower']:.2f}–{ms['upper']:.2f}",
             f"{one['tokens_per_second'][name]:.1f}",
-            f"{one[ratios[name]]:.2f} x" if name in ratios else "",
+            f"{one['times_faster'][name]:.2f} x" if name in one["times_faster"] else "",
         )
     return table
 
 
-def draw(axis: Any, one: dict) -> None:
-    """Draws the milliseconds of a step."""
-    colors = {DENSE: "tab:gray", FLASH_HEAD: "tab:blue", NO_HEAD: "lightgray"}
-    for name, ms in one["token_ms"].items():
-        axis.bar_label(axis.barh(name, ms["median"], color=colors[name]), fmt=" %.1f")
-    axis.set(title=f"{one['model']}, {one['sampler']}, batch {one['batch']}", xlabel="ms per token")
+def bars(one: dict) -> Bars:
+    """The milliseconds of a step."""
+    title = f"{one['model']}, {one['sampler']}, batch {one['batch']}"
+    return title, "ms per token", {name: ms["median"] for name, ms in one["token_ms"].items()}

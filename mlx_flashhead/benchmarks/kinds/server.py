@@ -9,19 +9,19 @@ import argparse
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import median
-from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...common.arguments import whole_numbers
 from ...common.tables import new_table
 from ...common.timing import Spread
 from ...models.fetch import resolve
-from ..clients import ServerProcess, ask
-from ..report import Round, add_model_arguments, add_number, add_report_arguments, report
+from ..clients import Reply, ServerProcess, ask
+from ..report import Bars, Round, add_model_arguments, add_number, add_report_arguments, report
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,22 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Puts the servers of the command line's model under load."""
-    report(args, measure(args), make_table, draw)
+    report(args, measure(args), make_table, bars)
 
 
 @dataclass
 class Load:
     """The figures of one server with one number of clients, over all rounds.
 
-    Attributes:
-        answered: Complete answers.
-        hung_up: Clients that have left, as they should.
-        as_alone: Complete answers with the text that the question has alone.
-        anothers: Complete answers with the text of another question.
-        problems: A sentence for each request that was lost.
-        tokens_per_second: Of each round: tokens of complete answers over the whole time.
-        first_seconds: Of each request: seconds to its first text.
-        memory_mb: Of each round: resident memory at its beginning and its end.
+    Complete answers are ``as_alone`` with the text that the question has alone, or ``anothers``
+    with that of another question. ``problems`` has a sentence for each request that was lost.
     """
 
     answered: int = 0
@@ -114,7 +107,8 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
     model = ("--model", str(folder), "--prompt-cache-size", "0")
     flags = ["--n-probes", str(args.n_probes)] if args.n_probes is not None else []
     flags += ["--flash-head", args.flash_head] if args.flash_head is not None else []
-    flags += ["--no-build"] if args.no_build else []
+    # neither the build nor dense steps are to be measured
+    flags += ["--no-build" if args.no_build else "--build-first", "--flash-head-always"]
     commands = {
         FLASH_HEAD: ("mlx_flashhead.server", *model, *flags),
         DENSE: ("mlx_flashhead.server", *model, "--dense"),
@@ -128,13 +122,16 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
         servers = {
             name: stack.enter_context(ServerProcess(*command)) for name, command in commands.items()
         }
-        alone = {name: _answers_alone(server, args.tokens) for name, server in servers.items()}
+        alone = {
+            name: {q: ask(server.port, q, max_tokens=args.tokens).text for q in questions()}
+            for name, server in servers.items()
+        }
         yield Round(0, total, f"{args.requests} requests each to three servers", [])
         for _ in range(args.rounds):
             for n in args.clients:
                 for name in order.sample(list(servers), len(servers)):
                     load = loads[n, name]
-                    Visit(servers[name], alone[name], args.requests, args.tokens, load).go(n)
+                    visit(servers[name], alone[name], args.requests, args.tokens, load, n)
                     done += 1
                     result = {
                         "model": folder.name,
@@ -193,81 +190,56 @@ def outcome(one: dict) -> str:
     return "\n".join([f"Lost: {lost}. Of another question: {anothers}.", *told[:_MAX_TOLD]])
 
 
-def draw(axis: Any, one: dict) -> None:
-    """Draws the tokens per second."""
-    colors = {FLASH_HEAD: "tab:blue", DENSE: "tab:gray", MLX_LM: "tab:orange"}
-    for load in one["loads"]:
-        name = f"{load['clients']} at once, {load['server']}"
-        speed = load["tokens_per_second"]["median"]
-        axis.bar_label(axis.barh(name, speed, color=colors[load["server"]]), fmt=" %.1f")
-    axis.set(title=one["model"], xlabel="tokens/s of all clients")
-
-
-def _answers_alone(server: ServerProcess, tokens: int) -> dict[str, str]:
-    return {
-        question: ask(server.port, question, max_tokens=tokens).text for question in questions()
+def bars(one: dict) -> Bars:
+    """The tokens per second."""
+    speeds = {
+        f"{load['clients']} at once, {load['server']}": load["tokens_per_second"]["median"]
+        for load in one["loads"]
     }
+    return one["model"], "tokens/s of all clients", speeds
 
 
-class Visit:
-    """Requests of several clients at once to one server.
+def visit(
+    server: ServerProcess,
+    alone: dict[str, str],
+    requests: int,
+    tokens: int,
+    load: Load,
+    n_clients: int,
+) -> None:
+    """Requests of several clients at once to one server; ``load`` takes the figures.
 
-    Args:
-        server: The server.
-        alone: The questions, and their answers alone.
-        requests: Number of requests.
-        tokens: Greatest number of an answer's tokens.
-        load: Takes the figures.
+    Each client asks one question of ``alone`` after the other.
     """
+    questions = list(alone)
 
-    def __init__(
-        self, server: ServerProcess, alone: dict[str, str], requests: int, tokens: int, load: Load
-    ):
-        self._server, self._alone, self._tokens, self._load = server, alone, tokens, load
-        self._numbers = iter(range(requests))
-        self._n_tokens = 0
-        self._lock = Lock()
-
-    def go(self, n_clients: int) -> None:
-        """Sends all requests and waits for the answers."""
-        before = self._server.resident_mb()
-        began = time.monotonic()
-        threads = [Thread(target=self._ask_on, daemon=True) for _ in range(n_clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self._load.tokens_per_second.append(self._n_tokens / (time.monotonic() - began))
-        self._load.memory_mb.append((before, self._server.resident_mb()))
-
-    def _ask_on(self) -> None:
-        """A client: it asks one question after the other until all are asked."""
-        while True:
-            with self._lock:
-                number = next(self._numbers, None)
-            if number is None:
-                return
-            self._ask(number)
-
-    def _ask(self, number: int) -> None:
-        question = list(self._alone)[number % len(self._alone)]
+    def reply(number: int) -> tuple[str, Reply | Exception]:
+        question = questions[number % len(questions)]
         leaves = number % HANGS_UP == HANGS_UP - 1
-        load = self._load
         try:
-            reply = ask(self._server.port, question, max_tokens=self._tokens, hang_up=leaves)
+            return question, ask(server.port, question, max_tokens=tokens, hang_up=leaves)
         except (OSError, ValueError) as error:
-            with self._lock:
-                load.problems.append(f"{question[-40:]!r}: {error}"[:300])
-            return
-        with self._lock:
-            if reply.first_seconds is not None:
-                load.first_seconds.append(reply.first_seconds)
-            if reply.n_tokens is None:
-                load.hung_up += 1
-                return
-            load.answered += 1
-            self._n_tokens += reply.n_tokens
-            if reply.text == self._alone[question]:
-                load.as_alone += 1
-            elif reply.text in self._alone.values():
-                load.anothers += 1
+            return question, error
+
+    before, began = server.resident_mb(), time.monotonic()
+    with ThreadPoolExecutor(n_clients) as clients:
+        replies = list(clients.map(reply, range(requests)))
+    seconds = time.monotonic() - began
+    load.memory_mb.append((before, server.resident_mb()))
+    n_tokens = 0
+    for question, answer in replies:
+        if isinstance(answer, Exception):
+            load.problems.append(f"{question[-40:]!r}: {answer}"[:300])
+            continue
+        if answer.first_seconds is not None:
+            load.first_seconds.append(answer.first_seconds)
+        if answer.n_tokens is None:
+            load.hung_up += 1
+            continue
+        load.answered += 1
+        n_tokens += answer.n_tokens
+        if answer.text == alone[question]:
+            load.as_alone += 1
+        elif answer.text in alone.values():
+            load.anothers += 1
+    load.tokens_per_second.append(n_tokens / seconds)

@@ -1,0 +1,43 @@
+"""A model on a Mac, for the project's table: one sequence, dense, bare and checked.
+
+The file that it writes is checked by docs/benchmarks/macs/schema.json. One of another machine says
+so itself, and the schema refuses it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..machine import chip
+from ..report import add_model_arguments, add_number, add_report_arguments, report
+from .model import SAMPLERS, bars, make_table, measure
+
+HELP = "time a model on a Mac, for the project's table"
+DESCRIPTION = (
+    "Time one sequence, dense, with the bare FlashHead and with its checks, greedy and sampled, "
+    "and write the file that the project's table of Macs is made of (docs/benchmarks/macs)."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this kind."""
+    add_model_arguments(parser)
+    add_number(parser, "--tokens", 96, "Tokens of a run")
+    add_report_arguments(parser, rounds=8)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Times the model of the command line, and writes the file."""
+    if args.json is None:
+        args.json = f"{chip()}-{Path(args.model).resolve().name}.json"
+    settings = [(sampler, 1) for sampler in SAMPLERS]
+    report(args, measure(args, settings), make_table, bars)
+    if not mx.metal.is_available():
+        print(
+            f"This machine is no Mac with a GPU: {args.json} is not for the project's table.",
+            file=sys.stderr,
+        )
+    else:
+        print(f"Please send {args.json} to the project, for docs/benchmarks/macs.")

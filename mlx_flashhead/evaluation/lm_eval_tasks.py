@@ -1,0 +1,232 @@
+"""Evaluates a model by the tasks of lm-eval, through mlx-lm's own adapter to it.
+
+Choices are scored by their log-likelihood under the dense head, since unlikely tokens need exact
+logits too. Text is generated with FlashHead and its check. Perplexity is measured under the dense
+head and under FlashHead's full logits, which hold estimates for the tokens that were not scored.
+No other module needs lm-eval.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import mlx.core as mx
+import mlx.nn as nn
+from lm_eval.tasks import TaskManager
+
+from ..lossless.generation import batch_generate
+from ..models.compat.evaluate import Adapter, chat_template_fn, module
+from ..models.compat.replaced import replaced
+from ..models.install import installed_head
+
+DENSE, FLASH_HEAD = "dense", "FlashHead"
+GENERATED, ROLLING = "generate_until", "loglikelihood_rolling"
+
+
+@dataclass(frozen=True)
+class TaskMeasure:
+    """One metric of one task or group, by lm-eval's names, and the head that made it."""
+
+    task: str
+    head: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+    n_shots: int | None
+    samples: int | None
+
+    def to_dict(self) -> dict:
+        """JSON-ready; a figure that is not finite becomes None."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+
+
+class TaskModel(Adapter):
+    """mlx-lm's adapter, on a FlashHead model that is loaded already."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer, *, chat_template_args: dict | None = None, **options: Any
+    ):
+        super().__init__(model, tokenizer, **options)
+        self.head = installed_head(model)
+        self._estimated = False
+        self._chat_template = chat_template_fn(**chat_template_args or {})
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        return self._chat_template(self, chat_history, add_generation_prompt)
+
+    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+        # the limit is for answers, but the adapter cuts questions to it too
+        with self.head.dense(), replaced(self, _max_tokens=None):
+            return super().loglikelihood(requests)
+
+    def generate_until(self, requests) -> list[str]:
+        with replaced(module, batch_generate=batch_generate):
+            return super().generate_until(requests)
+
+    def loglikelihood_rolling(self, requests) -> list[float]:
+        if self._estimated:
+            return super().loglikelihood_rolling(requests)
+        with self.head.dense():
+            return super().loglikelihood_rolling(requests)
+
+    @contextmanager
+    def estimated_perplexity(self):
+        """Within the block, documents are scored under FlashHead's full logits."""
+        self._estimated = True
+        try:
+            yield
+        finally:
+            self._estimated = False
+
+    def _score_fn(self, inputs, cache=None, step_size=2048):
+        if self._estimated:  # more positions at once are computed densely
+            step_size = self.head.max_positions // len(inputs)
+        return super()._score_fn(inputs, cache=cache, step_size=step_size)
+
+
+def find_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
+    """The manager of the tasks of a folder, and of lm-eval's own tasks if they are needed.
+
+    Raises:
+        ValueError: If the folder or a task does not exist.
+    """
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: there is no such folder of tasks.")
+        # lm-eval's own tasks take many seconds to list
+        local = TaskManager(include_path=folder, include_defaults=False)
+        if set(names) <= set(local.all_tasks):
+            return local
+    manager = TaskManager(include_path=folder)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f" (near it: {', '.join(near)})" if near else ""
+            raise ValueError(
+                f"There is no task {name!r}{hint}: `lm-eval ls tasks` lists lm-eval's own, and "
+                "--include-path FOLDER adds yours."
+            )
+    return manager
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer,
+    names: Sequence[str],
+    manager: TaskManager,
+    *,
+    num_shots: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    fewshot_as_multiturn: bool = False,
+    confirm_run_unsafe_code: bool = False,
+    batch_size: int = 8,
+    **options: Any,
+) -> list[TaskMeasure]:
+    """Measures ``model``, which has a FlashHead, by tasks that ``manager`` knows.
+
+    Args:
+        num_shots: Worked examples before each question; default: the task's own number.
+        limit: Questions per task at most.
+        **options: Further options of :class:`TaskModel`: max_tokens, sampler, use_chat_template,
+            chat_template_args.
+
+    Raises:
+        ValueError: If the model has no FlashHead, the batch is empty, or a task cannot be run.
+    """
+    head = installed_head(model)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: give 1 or more.")
+    lm = TaskModel(model, tokenizer, batch_size=batch_size, **options)
+    mx.random.seed(seed)
+
+    def run(names):
+        return lm_eval.simple_evaluate(
+            model=lm,
+            tasks=list(names),
+            task_manager=manager,
+            num_fewshot=num_shots,
+            limit=limit,
+            log_samples=False,
+            apply_chat_template=lm.use_chat_template,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+
+    # a batch above the limit of positions would measure the dense head
+    with head.settings(max_positions=max(batch_size, head.max_positions)):
+        results = run(names)
+        measures = list(_measures(results))
+        rolling = [name for name, kind in _output_types(results).items() if kind == ROLLING]
+        if rolling:
+            with lm.estimated_perplexity():
+                measures += _measures(run(rolling), FLASH_HEAD)
+    return measures
+
+
+def results_file(folder: str, model: str, names: Sequence[str], num_shots: int | None) -> Path:
+    """The file in which ``mlx_lm.evaluate --output-dir`` would write these results."""
+    shots = [] if num_shots is None else [f"{num_shots:02d}"]
+    parts = ["eval", model.replace("/", "_"), version("lm_eval"), *shots, *names]
+    return Path(folder) / "_".join(parts)
+
+
+def by_task(measures: Iterable[TaskMeasure]) -> dict[str, dict[str, float]]:
+    """The figures in the form of lm-eval's results, JSON-ready.
+
+    Where a metric was measured under both heads, it is the dense one.
+    """
+    tasks: dict[str, dict[str, float]] = {}
+    for measure in measures:
+        figures = tasks.setdefault(measure.task, {})
+        figures.setdefault(f"{measure.metric},{measure.filter}", measure.value)
+        if measure.stderr is not None:
+            figures.setdefault(f"{measure.metric}_stderr,{measure.filter}", measure.stderr)
+    return tasks
+
+
+def _output_types(results: dict) -> dict[str, str]:
+    return {name: config.get("output_type") for name, config in results["configs"].items()}
+
+
+def _head_of(name: str, results: dict) -> str:
+    """The head that made a task's or a group's figures."""
+    kinds = _output_types(results)
+    parts = results.get("group_subtasks", {}).get(name) or []
+    if name in kinds:
+        return FLASH_HEAD if kinds[name] == GENERATED else DENSE
+    heads = sorted({_head_of(part, results) for part in parts})
+    return " + ".join(heads) or DENSE
+
+
+def _measures(results: dict, head: str | None = None) -> Iterable[TaskMeasure]:
+    for name, values in results["results"].items():
+        for key, value in values.items():
+            metric, _, filter_name = key.partition(",")
+            if not filter_name or metric.endswith("_stderr") or isinstance(value, str):
+                continue
+            stderr = values.get(f"{metric}_stderr,{filter_name}")
+            yield TaskMeasure(
+                task=name,
+                head=head or _head_of(name, results),
+                metric=metric,
+                filter=filter_name,
+                value=float(value),
+                stderr=stderr if isinstance(stderr, float) else None,
+                n_shots=results.get("n-shot", {}).get(name),
+                samples=results.get("n-samples", {}).get(name, {}).get("effective"),
+            )

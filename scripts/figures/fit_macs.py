@@ -1,0 +1,89 @@
+"""Fits the constants of the estimate to public speeds of Macs, and shows the estimate's errors.
+
+    python scripts/figures/fit_macs.py
+
+Least squares of relative errors over mlx_flashhead/benchmarks/data/speeds.csv, with four
+constants: the share of Apple's bandwidth that is reached, of an Ultra too, and the time of a
+dependent kernel, on M1 and M2 too. Each speed is estimated from the others (leave one out), and
+from those of other chips. The constants belong into mlx_flashhead/benchmarks/apple_gpu.py.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # works uninstalled too
+
+from mlx_flashhead.benchmarks.apple_gpu import PublicSpeed, public_speeds
+from mlx_flashhead.benchmarks.roofline import dense_step
+from mlx_flashhead.benchmarks.shapes import SHAPES
+from mlx_flashhead.common.quantities import percent
+from mlx_flashhead.common.tables import new_table, show
+
+CONSTANTS = ("BANDWIDTH_SHARE", "ULTRA_SHARE", "LAUNCH_US", "OLD_LAUNCH_US")
+
+
+def parts(speed: PublicSpeed) -> list[float]:
+    """Parts of the step's time that the constants are factors of, relative to the whole."""
+    read, kernels = dense_step(speed)
+    us = read / speed.chip.peak_gb_s / 1e3
+    ultra, old = speed.chip.ultra, speed.chip.old
+    row = us * (not ultra), us * ultra, kernels * (not old), kernels * old
+    return [part * speed.tokens_per_second / 1e6 for part in row]
+
+
+def fit(rows: np.ndarray) -> np.ndarray:
+    """The factors (4,) with the least squares of relative errors."""
+    return np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0]
+
+
+def fitted_constants(speeds: list[PublicSpeed]) -> dict[str, float]:
+    """The constants by name."""
+    factors = fit(np.array([parts(speed) for speed in speeds]))
+    return dict(zip(CONSTANTS, [*(1 / factors[:2]), *factors[2:]], strict=True))
+
+
+def errors_without(speeds: list[PublicSpeed], *, whole_chip: bool = False) -> np.ndarray:
+    """The relative error of each estimate that is fitted to the others, (N,).
+
+    Args:
+        speeds: The speeds.
+        whole_chip: Leave out all speeds of the chip.
+    """
+    rows = np.array([parts(speed) for speed in speeds])
+    chips = np.array([speed.chip.name for speed in speeds])
+    errors = np.empty(len(speeds))
+    for i, row in enumerate(rows):
+        left = chips != chips[i] if whole_chip else np.arange(len(rows)) != i
+        errors[i] = row @ fit(rows[left]) - 1
+    return errors
+
+
+def main() -> None:
+    """Prints the constants and the errors."""
+    speeds = public_speeds()
+    one, chip = errors_without(speeds), errors_without(speeds, whole_chip=True)
+    table = new_table(
+        f"{len(speeds)} public speeds; errors of estimates from the others",
+        ("chip", "model", "bits", "tokens/s", "error", "without the chip"),
+        left=2,
+    )
+    for speed, own, of_chip in zip(speeds, one, chip, strict=True):
+        cells = (f"{speed.bits}", f"{speed.tokens_per_second:g}", f"{own:+.0%}", f"{of_chip:+.0%}")
+        table.add_row(speed.chip.name, SHAPES[speed.model].name, *cells)
+    show(table)
+    for name, value in fitted_constants(speeds).items():
+        print(f"{name} = {value:.3g}")
+    for name, errors in (("one speed", one), ("a chip", chip)):
+        sizes = np.abs(errors)
+        print(
+            f"Without {name}: median error {percent(float(np.median(sizes)), 1)}, nine of ten "
+            f"below {percent(float(np.quantile(sizes, 0.9)), 0)}, from {errors.min():+.0%} to "
+            f"{errors.max():+.0%}."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Tuned FlashHead against dense decoding: models, precisions, sampling, sequences.
+
+    python scripts/figures/grid.py models/SmolLM2-135M-Instruct models/Gemma-3-270M --json grid.json
+
+Each case runs dense, by mlx-lm's loop and sampler, and with the settings that this machine's tuning
+chose, in turns. Where the tuning leaves a model dense, this package's loop runs it densely. The
+ratio is that of each turn. A model of 4 bits is made beside the other one, for the time of the run.
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import mlx_lm
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[0] = str(CHECKOUT)  # works uninstalled too
+
+from mlx_flashhead import load
+from mlx_flashhead.benchmarks.kinds.model import PROMPT, SAMPLERS, Form, with_flash_head
+from mlx_flashhead.benchmarks.report import (
+    Bars,
+    Case,
+    Round,
+    add_number,
+    add_report_arguments,
+    report,
+    time_cases,
+)
+from mlx_flashhead.common.arguments import Parser
+from mlx_flashhead.common.command import command
+from mlx_flashhead.common.tables import new_table
+from mlx_flashhead.common.timing import Spread
+from mlx_flashhead.models.install import dense_copy, installed_head
+
+BATCHES = (1, 4)
+DENSE, TUNED = "dense", "tuned"
+
+
+def measure(args: argparse.Namespace) -> Iterator[Round]:
+    """Measures all cases, one model after the other, as one result."""
+    n_cases = 2 * len(args.models) * len(SAMPLERS) * len(BATCHES)
+    for one in time_cases(cases(args), n_cases, args.rounds):
+        yield replace(one, results=[{"cases": one.results}] if one.results else [])
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Each model as it is and in 4 bits, each sampling and number of sequences."""
+    for name, bits, model, tokenizer in models(args.models):
+        head = installed_head(model)
+        forms = {DENSE: Form(dense_copy(model)), TUNED: with_flash_head(model, check=True)}
+        about = {"model": name, "bits": bits, "stays_dense": head.stays_dense, "tuned": head.gain}
+        about |= {"n_probes": head.checked_probes, "most_waiting": head.most_waiting}
+        prompt = tokenizer.encode(PROMPT)
+        for sampler, batch in itertools.product(SAMPLERS, BATCHES):
+            how = prompt, batch, args.tokens, SAMPLERS[sampler]
+            yield Case(
+                f"{name}, {bits} bits, {sampler}, batch {batch}",
+                {form: partial(forms[form].timed, *how) for form in forms},
+                partial(summary, about | {"sampler": sampler, "batch": batch}),
+            )
+
+
+def models(folders: list[Path]) -> Iterator[tuple]:
+    """Each model as it is, and in 4 bits: its name, bits, model and tokenizer."""
+    for folder in folders:
+        model, tokenizer = load(str(folder))
+        yield folder.name, installed_head(model).clustered.rows.format.bits, model, tokenizer
+        with tempfile.TemporaryDirectory() as place:
+            small = Path(place) / folder.name
+            mlx_lm.convert(str(folder), str(small), quantize=True, q_bits=4)
+            yield folder.name, 4, *load(str(small))
+
+
+def summary(about: dict, seconds: dict[str, list[float]]) -> dict:
+    """Ratios of the turns, and tokens per second of all sequences, JSON-ready."""
+    pairs = zip(seconds[DENSE], seconds[TUNED], strict=True)
+    return about | {
+        "ratio": Spread.of([dense / tuned for dense, tuned in pairs]).to_dict(),
+        "tokens_per_second": {
+            name: about["batch"] / Spread.of(taken).median for name, taken in seconds.items()
+        },
+    }
+
+
+def make_table(one: dict):
+    """The table of all cases."""
+    headings = ("model", "bits", "sampling", "batch", "dense", "tuned", "ratio", "quartiles", "")
+    table = new_table("tokens/s, and the ratio of each turn", headings)
+    for case in one["cases"]:
+        ratio = case["ratio"]
+        table.add_row(
+            case["model"],
+            f"{case['bits']}",
+            case["sampler"],
+            f"{case['batch']}",
+            *(f"{speed:.2f}" for speed in case["tokens_per_second"].values()),
+            f"{ratio['median']:.3f}",
+            f"{ratio['lower']:.3f}–{ratio['upper']:.3f}",
+            "stays dense" if case["stays_dense"] else "",
+        )
+    return table
+
+
+def bars(one: dict) -> Bars:
+    """The ratios."""
+    ratios = {
+        f"{case['model']}, {case['bits']} bits, {case['sampler']}, {case['batch']} at once": case[
+            "ratio"
+        ]["median"]
+        for case in one["cases"]
+    }
+    return "Tuned FlashHead", "tuned / dense", ratios
+
+
+@command
+def main() -> None:
+    """Entry point."""
+    parser = Parser(prog="scripts/figures/grid.py", description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="+", type=Path, help="folders of models")
+    add_number(parser, "--tokens", 24, "Tokens of a run")
+    add_report_arguments(parser, rounds=7)
+    parser.set_defaults(kind="grid")
+    args = parser.parse_args()
+    report(args, measure(args), make_table, bars, program="scripts/figures/grid.py")
+
+
+if __name__ == "__main__":
+    main()
