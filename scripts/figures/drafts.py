@@ -96,9 +96,11 @@ def main() -> None:
 
 
 def prompt_of(tokenizer, request: str) -> list[int]:
-    """A request through the chat template."""
-    messages = [{"role": "user", "content": request}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    """A request as a chat, or as a text where the model has no turns."""
+    if tokenizer.has_chat_template:
+        messages = [{"role": "user", "content": request}]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    return list(tokenizer.encode(request))
 
 
 def write(target, tokenizer, prompt, n_tokens, sampler, grammar) -> list[int]:
