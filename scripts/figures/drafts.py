@@ -31,6 +31,7 @@ from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, pos
 from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.head.steps import Candidates
 from mlx_flashhead.loading.load import load_draft
+from mlx_flashhead.lossless.drafts import LATEST
 from mlx_flashhead.models.cpu_products import numpy_products, to_mlx
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.fetch import resolve
@@ -40,10 +41,9 @@ SETTINGS = {
     "greedy, JSON": {},
     "0.8, top-p 0.95": {"temp": 0.8, "top_p": 0.95},
 }
-SHARES = (0.07, 0.075, 0.08, 0.09, 0.1, 0.125)  # of the dense head's bytes
-FEW_SHARES = (0.08, 0.1)  # where a draw sorts the vocabulary
+SHARES = (0.07, 0.08, 0.09, 0.1)  # of the dense head's bytes
+FEW_SHARES = (0.1,)  # where a draw sorts the vocabulary
 DRAFTS = (2, 4, 8)  # of a round
-LATEST = 256  # tokens of a text that count as latest
 WRITTEN, WRITTEN_TOKENS = 64, 60  # answers whose tokens are counted too, and their length
 SCHEMA = {
     "type": "object",
@@ -158,6 +158,9 @@ class Drafter:
             return mx.where(mx.array(kept | more), exact, -mx.inf)
 
         yield "dense, 100.0 %", draw(exact)
+        share = bytes_share(head, head.n_probes) + LATEST / vocab_size
+        logits = mx.where(mx.array(latest), exact, flash(head.n_probes))
+        yield f"default, {100 * share:.1f} %, {head.n_probes}", draw(logits)
         for share in SHARES if draw.quick else FEW_SHARES:
             name, n_listed = f"{100 * share:.1f} %", round(share * vocab_size)
             yield f"list, {name}", draw(listed(n_listed))

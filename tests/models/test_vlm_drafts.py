@@ -1,4 +1,3 @@
-# ruff: noqa: E402 - without mlx-vlm all of this is skipped
 """Drafters of mlx-vlm on a model with a FlashHead: they draft with it, and the model is dense."""
 
 import mlx.core as mx
