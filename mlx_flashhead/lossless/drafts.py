@@ -68,16 +68,17 @@ def drafted_steps(
             sampler, options.get("max_tokens", 256), options.get("num_draft_tokens", 2)
         )
     head = get_flash_head(draft_model)
-    shared = head is None or head is get_flash_head(model)
+    if head is get_flash_head(model):
+        head = None  # it is the target's, which is dense
     latest = deque(cast(list[int], prompt.tolist()), LATEST)
 
     def project(head: FlashHead, hidden: mx.array) -> mx.array:
         return head.draft_logits(hidden, mx.array(sorted(set(latest)), dtype=mx.uint32))
 
-    steps = speculative_generate_step(prompt, model, draft_model, *arguments, **options)
-    with closing(cast(Generator, steps)):
+    steps: Any = speculative_generate_step(prompt, model, draft_model, *arguments, **options)
+    with closing(steps):
         while True:
-            with nullcontext() if shared else head.settings(project=project):
+            with nullcontext() if head is None else head.settings(project=project):
                 step = next(steps, None)
             if step is None:
                 return
