@@ -6,7 +6,7 @@ without drafts. Its processors see both as well: a grammar masks the drafts too.
 """
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import mlx.core as mx
 from ..head.flash_head import FlashHead
 from ..models.compat.generate import speculative_generate_step
 from ..models.install import get_flash_head
+from .proposals import Proposer
 from .sampler import Sampler
 from .text import begin
 
@@ -54,12 +55,27 @@ class _DraftSampler:
 
 
 def drafted_steps(
-    prompt: mx.array, model: Any, draft_model: Any, *arguments: Any, **options: Any
+    prompt: mx.array,
+    model: Any,
+    draft_model: Any,
+    *arguments: Any,
+    proposer: Proposer,
+    context: Sequence[int] = (),
+    **options: Any,
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
-    """mlx-lm's ``speculative_generate_step`` with the package's draws.
+    """mlx-lm's ``speculative_generate_step`` with the package's draws and a dense target.
 
     A draft model's FlashHead also scores the latest tokens of the text, which come again more often
     than others.
+
+    Args:
+        prompt: (n,) token ids.
+        model: The target.
+        draft_model: The draft model.
+        *arguments: More of mlx-lm's.
+        proposer: Has the settings of the target's head.
+        context: Tokens that the caches hold already.
+        **options: Keywords of mlx-lm's.
     """
     begin(options.get("logits_processors"))
     sampler, draws = options.get("sampler"), None
@@ -70,7 +86,7 @@ def drafted_steps(
     head = get_flash_head(draft_model)
     if head is get_flash_head(model):
         head = None  # it is the target's, which is dense
-    latest = deque(cast(list[int], prompt.tolist()), LATEST)
+    latest = deque([*context, *cast(list[int], prompt.tolist())], LATEST)
 
     def project(head: FlashHead, hidden: mx.array) -> mx.array:
         return head.draft_logits(hidden, mx.array(sorted(set(latest)), dtype=mx.uint32))
@@ -78,7 +94,8 @@ def drafted_steps(
     steps: Any = speculative_generate_step(prompt, model, draft_model, *arguments, **options)
     with closing(steps):
         while True:
-            with nullcontext() if head is None else head.settings(project=project):
+            drafts = nullcontext() if head is None else head.settings(project=project)
+            with proposer.with_draft(), drafts:  # a token at a time, since streams may take turns
                 step = next(steps, None)
             if step is None:
                 return
