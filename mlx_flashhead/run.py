@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from .common.arguments import Parser
 from .common.command import sentence
@@ -55,7 +56,7 @@ def main() -> None:
         with warnings.catch_warnings():
             # mlx_lm has imported some of its programs
             warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
-            imported = sys.modules.get(args.module)
+            imported: Any = sys.modules.get(args.module)
             # from here on errors are the program's own
             if args.module.startswith("mlx_lm.") and hasattr(imported, "main"):
                 imported.main()  # runpy would make a second module, with loops of its own
