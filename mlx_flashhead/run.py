@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from .common.arguments import Parser
 from .common.command import sentence
@@ -55,8 +56,12 @@ def main() -> None:
         with warnings.catch_warnings():
             # mlx_lm has imported some of its programs
             warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+            imported: Any = sys.modules.get(args.module)
             # from here on errors are the program's own
-            runpy.run_module(args.module, run_name="__main__", alter_sys=True)
+            if args.module.startswith("mlx_lm.") and hasattr(imported, "main"):
+                imported.main()  # runpy would make a second module, with loops of its own
+            else:
+                runpy.run_module(args.module, run_name="__main__", alter_sys=True)
     else:
         sys.argv[:] = [str(script), *rest]
         sys.path[0] = str(script.parent)

@@ -61,6 +61,8 @@ class FlashHead:
         stays_dense: Whether proposals gain nothing on this machine.
         in_step: Whether several processes compute the same steps, so that no time may decide when
             a check comes.
+        draft_probes: Clusters scored for a draft; None: ``n_probes``.
+        only_drafts: Whether the head serves a drafter alone, and its model is dense.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
         depth: Of the checked probes the kernels score those whose score is at most this many nats
             below the log-sum-exp of all scores: a question of speed alone.
@@ -96,7 +98,8 @@ class FlashHead:
         self.most_waiting = MOST_WAITING
         self.gain: float | None = None
         self.stays_dense = False
-        self.in_step = False
+        self.in_step = self.only_drafts = False
+        self.draft_probes: int | None = None
         self._draw_temperature: float | None = None
         self._project: Project | None = None
 
@@ -319,6 +322,22 @@ class FlashHead:
             candidates = Candidates(candidates.logits[:, : self.n_probes])
         logits = self._steps.expand(scores, selection, candidates)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def draft_logits(self, hidden: mx.array, token_ids: mx.array | None = None) -> mx.array:
+        """Full logits of ``draft_probes`` clusters, for tokens that all rows verify.
+
+        Args:
+            hidden: (..., D) states.
+            token_ids: (K,) integers, tokens that are scored besides.
+        """
+        with self.settings(n_probes=None if self.exact else self.draft_probes):
+            logits = self.full_logits(hidden)
+        if token_ids is None:
+            return logits
+        rows = self.clustered.rows_in(mx.take(self.clustered.slot_of, token_ids))
+        scored = rows.matmul(hidden).astype(logits.dtype)
+        ids = mx.broadcast_to(token_ids, scored.shape)
+        return mx.put_along_axis(logits, ids, scored, axis=-1)
 
     def propose(self, hidden: mx.array, draws: Draws | None, full: bool = False) -> Proposal:
         """Tokens chosen from ``checked_probes`` clusters, for a check by the dense rows.

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 FORMAT_VERSION = 1
-DRAFT_DIFFERENCES = 0.01  # of a draft's best tokens
+DRAFT_DIFFERENCES = 0.02  # keeps 99 % of the accepted drafts: docs/speed.md
 REQUIRED = {"vocab_size", "n_clusters", "cluster_size", "n_probes", "fingerprint"}
 AGAIN = "make it again with mlx_flashhead.convert"
 MOST_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position
@@ -58,7 +58,7 @@ class FlashHeadConfig:
 
     @property
     def draft_probes(self) -> int:
-        """The fewest clusters that keep 99 % of the dense head's best tokens, for a draft model.
+        """Clusters for a draft: the fewest that keep 98 % of the dense head's best tokens.
 
         Without figures a quarter of ``n_probes``.
         """

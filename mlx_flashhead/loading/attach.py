@@ -134,5 +134,6 @@ def install_stored(
         backend=options.backend,
         location=location,
     )
+    head.draft_probes = options.n_probes or config.draft_probes
     tune_head(model, index, options)
     return head

@@ -96,7 +96,7 @@ def load_draft(
     """Loads a draft model, with its FlashHead if it has one. It builds none.
 
     The target verifies each draft, so fewer probes cost no exactness. By default a head drafts with
-    the fewest that keep 99 % of the dense head's best tokens.
+    about the fewest that keep 99 % of the drafts that are accepted (docs/speed.md).
 
     Args:
         path_or_hf_repo: A local folder or a Hugging Face repository.

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..common.command import sentence
-from ..lossless.generation import checks
+from ..lossless.generation import lossless_steps
 from ..models.compat.patched_load import (
     Load,
     caller_generates,
-    wrap_generate_step,
     wrap_load,
     wrap_load_model,
+    wrap_loops,
     wrap_vlm_load,
 )
 from ..models.compat.utils import load_tokenizer
@@ -85,7 +85,7 @@ def patch_load(options: HeadOptions) -> None:
 
     wrap_load(wrap)
     wrap_load_model(wrap_model)
-    wrap_generate_step(_with_check)
+    wrap_loops(_with_check)
     wrap_vlm_load(wrap)
 
 
@@ -117,11 +117,11 @@ def patch_new_processes(options: HeadOptions) -> None:
 
 
 def _with_check(original: Load) -> Load:
-    """``generate_step`` with the dense model's choices, for models with a FlashHead."""
+    """A loop of mlx-lm with the dense model's choices."""
 
     @wraps(original)
-    def generate_step(prompt: Any, model: Any, *arguments: Any, **options: Any) -> Any:
-        steps = checks(model)
-        return (steps or original)(prompt, model, *arguments, **options)
+    def steps(prompt: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+        loop = lossless_steps(model, original.__name__) or original
+        return loop(prompt, model, *arguments, **options)
 
-    return generate_step
+    return steps

@@ -1,19 +1,25 @@
-"""Draws in mlx-lm's loop with a draft model.
+"""mlx-lm's loop with a draft model.
 
 Its sampler is called for drafts and for the target's choices. Both draw with the noise of their
 position, so that a draft is accepted wherever the two distributions agree, and the text is that
-without drafts.
+without drafts. Its processors see both as well: a grammar masks the drafts too.
 """
 
-from collections.abc import Generator
-from functools import partial
-from typing import Any
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import closing, nullcontext
+from typing import Any, cast
 
 import mlx.core as mx
 
+from ..head.flash_head import FlashHead
 from ..models.compat.generate import speculative_generate_step
+from ..models.install import get_flash_head
+from .proposals import Proposer
 from .sampler import Sampler
 from .text import begin
+
+LATEST = 256  # tokens of a text
 
 
 class _DraftSampler:
@@ -49,18 +55,51 @@ class _DraftSampler:
 
 
 def drafted_steps(
-    prompt: mx.array, model: Any, draft_model: Any, *arguments: Any, **options: Any
-) -> Generator[tuple[Any, mx.array, bool], None, None]:
-    """mlx-lm's ``speculative_generate_step`` with the package's draws."""
+    prompt: mx.array,
+    model: Any,
+    draft_model: Any,
+    *arguments: Any,
+    proposer: Proposer,
+    context: Sequence[int] = (),
+    **options: Any,
+) -> Generator[tuple[int, mx.array, bool], None, None]:
+    """mlx-lm's ``speculative_generate_step`` with the package's draws and a dense target.
+
+    A draft model's FlashHead also scores the latest tokens of the text, which come again more often
+    than others.
+
+    Args:
+        prompt: (n,) token ids.
+        model: The target.
+        draft_model: The draft model.
+        *arguments: More of mlx-lm's.
+        proposer: Has the settings of the target's head.
+        context: Tokens that the caches hold already.
+        **options: Keywords of mlx-lm's.
+    """
     begin(options.get("logits_processors"))
-    sampler = options.get("sampler")
-    steps = partial(speculative_generate_step, prompt, model, draft_model, *arguments)
-    if not isinstance(sampler, Sampler) or sampler.settings.greedy:
-        yield from steps(**options)
-        return
-    draws = _DraftSampler(
-        sampler, options.get("max_tokens", 256), options.get("num_draft_tokens", 2)
-    )
-    for step in steps(**options | {"sampler": draws}):
-        draws.given()
-        yield step
+    sampler, draws = options.get("sampler"), None
+    if isinstance(sampler, Sampler) and not sampler.settings.greedy:
+        draws = options["sampler"] = _DraftSampler(
+            sampler, options.get("max_tokens", 256), options.get("num_draft_tokens", 2)
+        )
+    head = get_flash_head(draft_model)
+    if head is get_flash_head(model):
+        head = None  # it is the target's, which is dense
+    latest = deque([*context, *cast(list[int], prompt.tolist())], LATEST)
+
+    def project(head: FlashHead, hidden: mx.array) -> mx.array:
+        return head.draft_logits(hidden, mx.array(sorted(set(latest)), dtype=mx.uint32))
+
+    steps: Any = speculative_generate_step(prompt, model, draft_model, *arguments, **options)
+    with closing(steps):
+        while True:
+            drafts = nullcontext() if head is None else head.settings(project=project)
+            with proposer.with_draft(), drafts:  # a token at a time, since streams may take turns
+                step = next(steps, None)
+            if step is None:
+                return
+            latest.append(step[0])
+            if draws is not None:
+                draws.given()
+            yield step

@@ -1,7 +1,6 @@
 """Generation with the choices of the dense model: mlx-lm's functions on the checked loops."""
 
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -66,14 +65,12 @@ def stream_generate(
         ValueError: If the model has no FlashHead, or a setting is not valid.
     """
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
-    block = proposer.with_draft if kwargs.get("draft_model") is not None else nullcontext
     stream = mlx_lm_stream_generate(model, tokenizer, prompt, **kwargs)
-    with loops(**_loops(model, proposer, logprobs)), block():
+    with loops(**_loops(model, proposer, logprobs)):
         response = next(stream, None)  # takes the loop
     while response is not None:
         yield response
-        with block():  # one token at a time, since streams may take turns
-            response = next(stream, None)
+        response = next(stream, None)
 
 
 def generate(
@@ -92,8 +89,7 @@ def generate(
     Arguments and errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes.
     """
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
-    block = proposer.with_draft if kwargs.get("draft_model") is not None else nullcontext
-    with loops(**_loops(model, proposer, False)), block():
+    with loops(**_loops(model, proposer, False)):
         text = mlx_lm_generate(model, tokenizer, prompt, **kwargs)
     if kwargs.get("verbose") and proposer.head is not None:
         print(proposer.report())
@@ -128,11 +124,17 @@ def batch_generate(
         return mlx_lm_batch_generate(model, tokenizer, prompts, **kwargs)
 
 
-def checks(model: nn.Module) -> Callable[..., Any] | None:
-    """A loop like mlx-lm's ``generate_step`` for this model; None for one without a FlashHead."""
-    if is_vlm(model) or get_flash_head(model) is None:
+def lossless_steps(model: nn.Module, name: str) -> Callable[..., Any] | None:
+    """A loop like mlx-lm's of that name, with the dense model's choices.
+
+    None for a model that is dense already.
+    """
+    if is_vlm(model):
         return None
-    return partial(checked_steps, proposer=Proposer(model, check=True))
+    proposer = Proposer(model, check=True)
+    if name == "speculative_generate_step":
+        return partial(drafted_steps, proposer=proposer)
+    return None if proposer.head is None else partial(checked_steps, proposer=proposer)
 
 
 def _proposer(
@@ -174,7 +176,8 @@ def _loops(model: nn.Module, proposer: Proposer, logprobs: bool) -> dict[str, Ca
         return checked_steps(prompt, of_model, *arguments, **options)
 
     def drafted_text(prompt: Any, of_model: Any, *arguments: Any, **options: Any) -> Any:
-        steps = drafted_steps if of_model is model else speculative_generate_step
-        return steps(prompt, of_model, *arguments, **options)
+        if of_model is not model:
+            return speculative_generate_step(prompt, of_model, *arguments, **options)
+        return drafted_steps(prompt, of_model, *arguments, proposer=proposer, **options)
 
     return {"generate_step": one_text, "speculative_generate_step": drafted_text}

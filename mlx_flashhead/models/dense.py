@@ -70,6 +70,8 @@ def loading(folder: Path) -> Iterator[None]:
         remedy = "check or fetch it again"
         if "trust_remote_code" in str(error):
             remedy = "if you trust its code, add `trust_remote_code=True`"
+        elif "number of bits" in str(error):  # mlx before 0.32 has no rows of 1 bit
+            remedy = "update mlx, or use another form of the model"
         raise ValueError(
             f"mlx-lm cannot load the model in {folder} ({reason(error)}): {remedy}."
         ) from error

@@ -18,7 +18,8 @@ import numpy as np
 from ..head.centroids import Centroids
 from ..head.flash_head import FlashHead
 from ..head.proposal import Risk
-from .compat.vlm.head_weights import HeadWeights
+from .compat.vlm.drafts import drafter_asks, when_drafted
+from .compat.vlm.head_weights import keep_from_weights
 from .libraries import is_vlm
 from .locate import EMBEDDING, Asker, HeadLocation, check_plain_product, find_head
 
@@ -134,8 +135,20 @@ def install(
     for parent in around:
         _subclass(parent, _FlashParent)
     if is_vlm(model):
-        HeadWeights(lambda layer: isinstance(layer, _FlashModule)).keep()
+        keep_from_weights(_is_installed)
+        when_drafted(_leave_to_drafter)
     return head
+
+
+def _is_installed(layer: Any) -> bool:
+    return isinstance(layer, _FlashModule)
+
+
+def _leave_to_drafter(model: nn.Module) -> None:
+    """The model checks a drafter's tokens from now on, and needs the logits of all rows for it."""
+    head = get_flash_head(model)
+    if head is not None:
+        head.only_drafts = True
 
 
 def detach(model: nn.Module) -> None:
@@ -247,10 +260,13 @@ class _FlashModule(_Pickled, _Module):
 
         Gradients do not pass through the choice of clusters, so training uses all rows.
         """
-        asked_by = Asker.of(sys._getframe(2).f_code)
-        if self.training or not asked_by.wants_logits(self._asked_by):
-            return self._flash_head.dense_logits(hidden)
-        return self._flash_head(hidden)
+        head, frame = self._flash_head, sys._getframe(2)
+        if head.only_drafts and drafter_asks(frame):
+            return head.draft_logits(hidden)
+        asked_by = Asker.of(frame.f_code)
+        if self.training or head.only_drafts or not asked_by.wants_logits(self._asked_by):
+            return head.dense_logits(hidden)
+        return head(hidden)
 
     def _arrays(self) -> dict[str, mx.array]:
         return self._flash_head.clustered.token_rows().arrays()

@@ -58,8 +58,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-probes",
         type=whole_number(1),
-        help="Clusters scored for each drafted token (default: the fewest that keep 99 %% of "
-        "the dense head's best tokens).",
+        help="Clusters scored for each drafted token (default: about the fewest that keep "
+        "99 %% of the accepted ones).",
     )
     group.add_argument(
         "--num-draft-tokens",

@@ -83,6 +83,16 @@ def test_programs_of_mlx_lm(place, words, printed):
     assert printed in output and DENSE not in errors
 
 
+@pytest.mark.parametrize("draft", [(), ("--draft-model", "model")])
+def test_text_of_mlx_lm_is_the_dense_models(place, draft):
+    words = ("--model", "model", "--prompt", "One day", "--max-tokens", 24, *draft)
+    code, output, errors = run(place, "--flash-head", "head", "-m", "mlx_lm.generate", *words)
+    assert code == 0, errors
+    dense = [sys.executable, "-m", "mlx_lm", "generate", *map(str, words[:6])]
+    expected = subprocess.run(dense, cwd=place, capture_output=True, text=True).stdout
+    assert output.split("=====")[2] == expected.split("=====")[2] != ""
+
+
 TRAIN = [
     "--train",
     "--fine-tune-type",

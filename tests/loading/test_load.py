@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_flashhead.index.files import write_index
 from mlx_flashhead.loading.load import load
+from mlx_flashhead.models import dense
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.install import get_flash_head
 from model_folders import VOCAB_SIZE, write_model
@@ -134,6 +135,20 @@ def test_model_that_mlx_lm_cannot_load(folder, spoil):
         lambda: load(str(folder)),
         rf"mlx-lm cannot load the model in {folder} \(.*\w\)",
         "check or fetch it again",
+    )
+
+
+def test_rows_of_a_form_that_mlx_does_not_have(folder, monkeypatch):
+    """As mlx 0.31 refuses rows of 1 bit."""
+
+    def load_by_mlx_lm(*arguments, **options):
+        return mx.quantize(mx.zeros((1, 64)), bits=9)
+
+    monkeypatch.setattr(dense, "load", load_by_mlx_lm)
+    refused(
+        lambda: load(str(folder)),
+        rf"mlx-lm cannot load the model in {folder} \(.*number of bits 9",
+        "update mlx, or use another form of the model",
     )
 
 

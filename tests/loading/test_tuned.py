@@ -115,7 +115,7 @@ def test_the_random_state_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "shares, expected", [({1: 0.3, 2: 0.01, 3: 0.0}, 2), ({1: 0.3}, 1), ({}, 1)]
+    "shares, expected", [({1: 0.03, 2: 0.02, 3: 0.0}, 2), ({1: 0.3}, 1), ({}, 1)]
 )
 def test_a_draft_keeps_nearly_all_of_the_best_tokens(shares, expected):
     """Fewer clusters than a text's, and a quarter of these where nothing is known."""

@@ -1,10 +1,11 @@
 """Speculative decoding: FlashHead as target, as draft, as both; the text is the target's own."""
 
+import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlx_flashhead import make_sampler, stream_generate
+from mlx_flashhead import FlashHead, grammar_processor, make_sampler, stream_generate
 from model_pair import make_pair, uncached, until_end
 
 PROMPT = "The river was wide"
@@ -124,3 +125,33 @@ def test_two_turns_with_one_cache(pair, other):
     more = pair.encode(" and then")
     found, _ = run(pair, pair.model, other.model, more, **options)
     assert found == uncached(pair.dense, ids + more, 9)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_grammars(pair, drafts, draft):
+    """They mask the drafts too, so that a draft gains as much as without them."""
+    grammar = grammar_processor(pair.tokenizer, regex="([a-z]{3,9}[,.] ?)+")
+    options = {"logits_processors": [grammar], "max_tokens": TOKENS}
+    expected = pair.tokens(pair.dense, PROMPT, **options)
+    assert expected != uncached(pair.dense, pair.encode(PROMPT), TOKENS)
+    found, n_drafted = run(pair, pair.model, drafts[draft], num_draft_tokens=3, **options)
+    assert found == expected
+    if draft in ("itself", "dense"):  # every draft is accepted
+        assert n_drafted == TOKENS * 3 // 4
+
+
+def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
+    scored = []
+    original = FlashHead.draft_logits
+
+    def draft_logits(self, hidden, token_ids):
+        logits = original(self, hidden, token_ids)
+        exact = self.dense_logits(hidden)[..., token_ids]
+        assert mx.allclose(logits[..., token_ids], exact, atol=1e-4)
+        scored.append(set(token_ids.tolist()))
+        return logits
+
+    monkeypatch.setattr(FlashHead, "draft_logits", draft_logits)
+    found, _ = run(pair, pair.dense, other.model, num_draft_tokens=1)
+    assert found == uncached(pair.dense, pair.encode(PROMPT), TOKENS)
+    assert scored[0] == set(pair.encode(PROMPT)) and scored[-1] >= {*pair.encode(PROMPT), found[0]}

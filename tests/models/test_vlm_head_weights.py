@@ -17,8 +17,6 @@ from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.models.glm_moe_dsa import speculative_verifier as glm
 from mlx_vlm.server import reranking
 from mlx_vlm.speculative import eagle3, mtp
-from mlx_vlm.speculative.drafters.qwen3_5_mtp.config import Qwen3_5MTPConfig
-from mlx_vlm.speculative.drafters.qwen3_5_mtp.qwen3_5_mtp import Qwen3_5MTPDraftModel
 from mlx_vlm.speculative.ops import linear
 
 from mlx_flashhead.head.clustered import ClusteredRows
@@ -245,29 +243,3 @@ def test_a_token_never_reads_the_weights(reads, name, tied, bits):
             assert len(tokens) == max_tokens and tokens[0] == first
         assert counts[0] == counts[1]
     assert alone(8) == together(8)
-
-
-@pytest.mark.parametrize("tied, bits", [(False, 4), (False, None), (True, None)])
-def test_speculative_decoding(reads, tied, bits):
-    """A draft model that shares the head: the same text as without it, and no reads per token."""
-    model = served("qwen3_5", tied=tied, bits=bits)
-    head = get_flash_head(model)
-    mx.random.seed(1)
-    draft = Qwen3_5MTPDraftModel(Qwen3_5MTPConfig(text_config=model.config.text_config))
-    draft.eval()
-    drafting = {"draft_model": draft, "draft_kind": "mtp"}
-
-    def write(max_tokens, **options):
-        prompt = mx.array([[5, 9, 200]])
-        steps = generate_step(prompt, model, None, None, max_tokens=max_tokens, **options)
-        return [int(token) for token, _ in steps]
-
-    with head.dense():
-        assert write(12, **drafting) == write(12)
-    alone = write(12)
-    counts = []
-    for max_tokens in (4, 12):
-        reads.clear()
-        assert write(max_tokens, **drafting) == alone[:max_tokens]
-        counts.append(len(reads))
-    assert counts[0] == counts[1] and draft.draft_lens

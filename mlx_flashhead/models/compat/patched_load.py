@@ -66,10 +66,11 @@ def wrap_load_model(wrap: Callable[[Load], Load]) -> None:
     put_in_place("mlx_lm", module, "load_model", load_model)
 
 
-def wrap_generate_step(wrap: Callable[[Load], Load]) -> None:
-    """Replaces mlx-lm's ``generate_step``."""
+def wrap_loops(wrap: Callable[[Load], Load]) -> None:
+    """Replaces mlx-lm's ``generate_step``, and its loop with a draft model."""
     module = importlib.import_module("mlx_lm.generate")
-    put_in_place("mlx_lm", module, "generate_step", wrap(module.generate_step))
+    for name in ("generate_step", "speculative_generate_step"):
+        put_in_place("mlx_lm", module, name, wrap(getattr(module, name)))
 
 
 def wrap_vlm_load(wrap: Callable[[Load], Load]) -> None:

@@ -8,7 +8,6 @@ and singles take turns.
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Generator, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -146,7 +145,6 @@ class Single(Decoder):
         self._jobs, self._cache = [job], reading.cache
         self._before, self._generated = job.all_tokens, list[int]()
         self.proposer = proposer_of(job)
-        self._block = nullcontext if job.served.draft_model is None else self.proposer.with_draft
         options: dict[str, Any] = {
             "sampler": job.sampler,
             "prompt_cache": self._cache,
@@ -176,6 +174,8 @@ class Single(Decoder):
                 job.served.model,
                 job.served.draft_model,
                 stream,
+                proposer=self.proposer,
+                context=reading.tokens,
                 num_draft_tokens=job.num_draft_tokens,
                 max_tokens=job.max_tokens,
                 logits_processors=[_after(prefix, processor) for processor in guarded(job)],
@@ -188,8 +188,7 @@ class Single(Decoder):
 
     def step(self) -> list[Step]:
         (job,) = self._jobs
-        with self._block():
-            token, logprobs = next(self._steps)[:2]
+        token, logprobs = next(self._steps)[:2]
         self._generated.append(token)
         return [(job, token, logprobs)]
 

@@ -6,7 +6,7 @@ off and mlx-vlm takes its usual way through the layer. Other layers are not affe
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, partial, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,77 +25,65 @@ LFM2 = "mlx_vlm.models.lfm2.speculative_verifier"
 DECISIONS = ("_binary_scores", "_logz")
 
 
-class HeadWeights:
-    """Keeps mlx-vlm from the weights of some layers.
+Applies = Callable[[Any], bool]
 
-    Args:
-        applies: Whether a layer is one of them.
-    """
 
-    _kept = False
+@cache  # once per process
+def keep_from_weights(applies: Applies) -> None:
+    """Keeps mlx-vlm from the weights of the layers that ``applies`` says yes to."""
+    instead = partial(_instead, applies)
+    # fused_greedy_decode, decode_quantized_argmax and speculative_argmax_from_hidden ask these
+    instead(VERIFIER, "supports_quantization", lambda layer: False)
+    instead(VERIFIER, "supports_optimized_affine_head", lambda layer: False)
+    instead(VERIFIER, "optimized_nvfp4_argmax", lambda layer, *_, **__: None)
+    instead(LINEAR, "_target_verify_linear", lambda layer, x: layer(x))
+    instead(LINEAR, "_target_verify_embedding_as_linear", lambda layer, x: layer.as_linear(x))
+    instead(GLM, "verify_logits", lambda lm, x: lm.lm_head(x), lambda lm: lm.lm_head)
+    # rows of the draft's tokens only, which lie apart under a FlashHead
+    instead(EAGLE3, "_eagle3_hot_token_ids", lambda *_, **__: None, _embedding)
+    when_imported(LFM2, partial(_keep_from_lfm2, applies))
 
-    def __init__(self, applies: Callable[[Any], bool]):
-        self._applies = applies
 
-    def keep(self) -> None:
-        """Puts functions in the place of mlx-vlm's, once per process."""
-        if HeadWeights._kept:
-            return
-        HeadWeights._kept = True
-        # fused_greedy_decode, decode_quantized_argmax and speculative_argmax_from_hidden ask these
-        self._instead(VERIFIER, "supports_quantization", lambda layer: False)
-        self._instead(VERIFIER, "supports_optimized_affine_head", lambda layer: False)
-        self._instead(VERIFIER, "optimized_nvfp4_argmax", lambda layer, *_, **__: None)
-        self._instead(LINEAR, "_target_verify_linear", lambda layer, x: layer(x))
-        self._instead(
-            LINEAR, "_target_verify_embedding_as_linear", lambda layer, x: layer.as_linear(x)
-        )
-        self._instead(GLM, "verify_logits", lambda lm, x: lm.lm_head(x), lambda lm: lm.lm_head)
-        # rows of the draft's tokens only: all tokens cost no more under a FlashHead
-        self._instead(EAGLE3, "_eagle3_hot_token_ids", lambda *_, **__: None, _embedding)
-        when_imported(LFM2, self._keep_from_lfm2)
+def _instead(
+    applies: Applies,
+    module_name: str,
+    name: str,
+    instead: Callable[..., Any],
+    layer_of: Callable[[Any], Any] = lambda layer: layer,
+) -> None:
+    """Where the first argument is such a layer, or holds one, ``instead`` is called."""
 
-    def _instead(
-        self,
-        module_name: str,
-        name: str,
-        instead: Callable[..., Any],
-        layer_of: Callable[[Any], Any] = lambda layer: layer,
-    ) -> None:
-        """Where the first argument is such a layer, or holds one, ``instead`` is called."""
+    def put(module: Any) -> None:
+        original = getattr(module, name)
 
-        def put(module: Any) -> None:
-            original = getattr(module, name)
+        @wraps(original)
+        def call(first: Any, *arguments: Any, **options: Any) -> Any:
+            function = instead if applies(layer_of(first)) else original
+            return function(first, *arguments, **options)
 
-            @wraps(original)
-            def call(first: Any, *arguments: Any, **options: Any) -> Any:
-                function = instead if self._applies(layer_of(first)) else original
-                return function(first, *arguments, **options)
+        put_in_place("mlx_vlm", module, name, call)
 
-            put_in_place("mlx_vlm", module, name, call)
+    when_imported(module_name, put)
 
-        when_imported(module_name, put)
 
-    def _keep_from_lfm2(self, module: Any) -> None:
-        """Its verifier reads a tied embedding's weight inside a longer function."""
-        verifier = module.Lfm2ExactSpeculativeVerifier
-        call, linear = verifier.__call__, verifier._linear
+def _keep_from_lfm2(applies: Applies, module: Any) -> None:
+    """Its verifier reads a tied embedding's weight inside a longer function."""
+    verifier = module.Lfm2ExactSpeculativeVerifier
+    call, linear = verifier.__call__, verifier._linear
 
-        def verify(self_: Any, language_model: Any, *arguments: Any, **options: Any) -> Any:
-            layer = _embedding(language_model)
-            if self._applies(layer):  # as if the head were a layer of its own
-                untied = SimpleNamespace(tie_word_embeddings=False)
-                language_model = SimpleNamespace(
-                    model=language_model.model, args=untied, lm_head=layer
-                )
-            return call(self_, language_model, *arguments, **options)
+    def verify(self: Any, language_model: Any, *arguments: Any, **options: Any) -> Any:
+        layer = _embedding(language_model)
+        if applies(layer):  # as if the head were a layer of its own
+            untied = SimpleNamespace(tie_word_embeddings=False)
+            language_model = SimpleNamespace(model=language_model.model, args=untied, lm_head=layer)
+        return call(self, language_model, *arguments, **options)
 
-        def asked(layer: Any, x: mx.array) -> mx.array:
-            if not self._applies(layer):
-                return linear(layer, x)
-            return layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
+    def asked(layer: Any, x: mx.array) -> mx.array:
+        if not applies(layer):
+            return linear(layer, x)
+        return layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
 
-        verifier.__call__, verifier._linear = verify, staticmethod(asked)
+    verifier.__call__, verifier._linear = verify, staticmethod(asked)
 
 
 def _embedding(language_model: Any) -> Any:

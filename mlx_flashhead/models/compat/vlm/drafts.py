@@ -1,0 +1,55 @@
+"""Drafters of mlx-vlm: who they draft for, and which calls of a head are theirs.
+
+Most of them share the target's head. The text is the target's choices, which all rows make.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache, wraps
+from types import FrameType
+from typing import Any
+
+from ..imports import put_in_place, when_imported
+
+DRAFTERS = "mlx_vlm.speculative.drafters"
+LOOP = "mlx_vlm.generate.ar"
+FILES = f"{os.sep}{DRAFTERS.replace('.', os.sep)}{os.sep}"
+
+
+def drafter_asks(frame: FrameType | None) -> bool:
+    """Whether a drafter's code has led to this call, itself or by a function of its target."""
+    while frame is not None:
+        if FILES in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@cache  # once per process
+def when_drafted(then: Callable[[Any], None]) -> None:
+    """Calls ``then`` with each model that is given a drafter, before it reads a prompt."""
+
+    def put(module: Any) -> None:
+        # each loop for one text asks this with its drafter, and so does the server once
+        original = module.validate_drafter_compatibility
+
+        @wraps(original)
+        def validate(target: Any, *arguments: Any, **options: Any) -> Any:
+            then(target)
+            return original(target, *arguments, **options)
+
+        put_in_place("mlx_vlm", module, "validate_drafter_compatibility", validate)
+
+    def put_in_batches(module: Any) -> None:
+        original = module.BatchGenerator.__init__
+
+        @wraps(original)
+        def made(self: Any, model: Any, *arguments: Any, **options: Any) -> None:
+            if options.get("draft_model") is not None:
+                then(model)
+            original(self, model, *arguments, **options)
+
+        module.BatchGenerator.__init__ = made
+
+    when_imported(DRAFTERS, put)
+    when_imported(LOOP, put_in_batches)

@@ -1,0 +1,164 @@
+"""Drafters of mlx-vlm on a model with a FlashHead: they draft with it, and the model is dense."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+pytest.importorskip("mlx_vlm")
+
+from mlx_vlm.generate.ar import generate_step
+from mlx_vlm.speculative.drafters.eagle3.config import Eagle3Config
+from mlx_vlm.speculative.drafters.eagle3.eagle3 import Eagle3DraftModel
+from mlx_vlm.speculative.drafters.gemma4_assistant.config import Gemma4AssistantConfig
+from mlx_vlm.speculative.drafters.gemma4_assistant.gemma4_assistant import (
+    Gemma4AssistantDraftModel,
+)
+from mlx_vlm.speculative.drafters.qwen3_5_mtp.config import Qwen3_5MTPConfig
+from mlx_vlm.speculative.drafters.qwen3_5_mtp.qwen3_5_mtp import Qwen3_5MTPDraftModel
+from mlx_vlm.speculative.drafters.qwen3_dflash.config import DFlashConfig
+from mlx_vlm.speculative.drafters.qwen3_dflash.dflash import DFlashDraftModel
+
+from mlx_flashhead.head.clustered import ClusteredRows
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.models.compat.vlm.generate import TextGenerator
+from mlx_flashhead.models.install import install
+from mlx_flashhead.models.locate import find_head
+from tiny_models import tiny_index
+from vlm_models import tiny_vlm
+
+PROMPT, TOKENS = [5, 9, 200], 12
+
+
+def mtp(target: nn.Module) -> nn.Module:
+    return Qwen3_5MTPDraftModel(Qwen3_5MTPConfig(text_config=target.config.text_config))
+
+
+def dflash(target: nn.Module) -> nn.Module:
+    text = target.config.text_config
+    return DFlashDraftModel(
+        DFlashConfig(
+            hidden_size=text.hidden_size,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=32,
+            vocab_size=text.vocab_size,
+            block_size=4,
+            mask_token_id=0,
+            target_layer_ids=[0, 1],
+            num_target_layers=text.num_hidden_layers,
+        )
+    )
+
+
+def eagle3(target: nn.Module) -> nn.Module:
+    text = target.config.text_config
+    layer = {
+        "hidden_size": text.hidden_size,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": text.vocab_size,
+    }
+    drafter = Eagle3DraftModel(
+        Eagle3Config(
+            transformer_layer_config=layer,
+            draft_vocab_size=text.vocab_size,
+            tie_word_embeddings=True,
+            block_size=4,
+            target_layer_ids=[1, 2],
+        )
+    )
+    drafter.fc = nn.Linear(2 * text.hidden_size, text.hidden_size, bias=False)  # of two layers
+    return drafter
+
+
+def assistant(target: nn.Module) -> nn.Module:
+    text = target.config.text_config
+    config = Gemma4AssistantConfig(backbone_hidden_size=text.hidden_size, text_config=text)
+    return Gemma4AssistantDraftModel(config)
+
+
+# drafters with the kind of their loop, on a target; the last one has a head of its own
+CASES = [
+    (mtp, "mtp", "qwen3_5", False, 4),
+    (mtp, "mtp", "qwen3_5", True, None),
+    (dflash, "dflash", "qwen3_5", False, 4),
+    (dflash, "dflash", "qwen3_5", True, None),
+    (eagle3, "eagle3", "gemma4", True, None),
+    (assistant, "mtp", "gemma4", True, None),
+]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of what was computed since, in a list."""
+    found = []
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+
+        def call(self, *arguments, **options):
+            found.append(name)
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("draft_logits", "full_logits", "dense_logits"):
+        counted(FlashHead, name)
+    counted(ClusteredRows, "token_rows")
+    return found
+
+
+def write(model: nn.Module, **options) -> list[int]:
+    steps = generate_step(mx.array([PROMPT]), model, None, None, max_tokens=TOKENS, **options)
+    return [int(token) for token, _ in steps]
+
+
+@pytest.mark.parametrize("make, kind, name, tied, bits", CASES)
+def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
+    model = tiny_vlm(name, tied=tied)
+    if bits is not None:
+        module = find_head(model).module
+        nn.quantize(model, 32, bits, class_predicate=lambda _, other: other is module)
+    mx.random.seed(1)
+    drafter = make(model)
+    drafter.eval()
+    drafting = {"draft_model": drafter, "draft_kind": kind}
+    dense = write(model)
+    assert write(model, **drafting) == dense
+    accepted = list(drafter.accept_lens)
+
+    index = tiny_index(model)
+    head = install(model, index.token_ids, index.centroids, n_probes=3, backend="mlx")
+    assert write(model) != dense  # the bare head
+    head.draft_probes = 1
+    calls.clear()
+    assert write(model, **drafting) == dense
+    assert calls.count("full_logits") == calls.count("draft_logits")  # none of the target's
+    assert calls.count("token_rows") <= 3  # the shapes alone, as the drafter is bound
+    if make is assistant:
+        assert "draft_logits" not in calls
+    else:
+        assert calls.count("draft_logits") >= len(drafter.draft_lens)
+        head.draft_probes = head.n_clusters
+        assert write(model, **drafting) == dense and drafter.accept_lens == accepted
+
+
+def test_several_texts_at_once(calls):
+    """As mlx-vlm's server generates with a drafter."""
+    model = tiny_vlm("qwen3_5", tied=True)
+    dense = write(model)
+    index = tiny_index(model)
+    install(model, index.token_ids, index.centroids, n_probes=3, backend="mlx")
+    options = {"draft_model": mtp(model), "draft_kind": "mtp"}
+    generator = TextGenerator(model, [[299]], lambda logits: mx.argmax(logits, -1), **options)
+    generator.insert([PROMPT, PROMPT], [TOKENS, TOKENS])
+    texts: dict[int, list[int]] = {}
+    while responses := generator.next_generated():
+        for response in responses:
+            texts.setdefault(response.uid, []).append(response.token)
+    generator.close()
+    assert list(texts.values()) == [dense, dense]
+    assert calls.count("full_logits") == calls.count("draft_logits") > 0
