@@ -83,7 +83,7 @@ def main() -> None:
     with first_process_speaks(processes):
 
         def load_for_main(path, *, return_config=False, **kwargs):
-            if not return_config:  # as mlx-lm loads the draft model
+            if "tokenizer_config" not in kwargs:  # as mlx-lm loads the draft model
                 return load_draft(
                     path, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
                 )
@@ -97,8 +97,10 @@ def main() -> None:
                 answering[:] = *loaded[:2], local_origin(folder)  # which may be gone later
             nonlocal context
             context = context_of(loaded[2], loaded[1])
-            loaded[1].apply_chat_template = _checked_template(loaded[1].apply_chat_template)
-            return loaded
+            # mlx-lm 0.31 hands an assignment on to the tokenizer within, which would call itself
+            template = _checked_template(loaded[1].apply_chat_template)
+            vars(loaded[1])["apply_chat_template"] = template
+            return loaded if return_config else loaded[:2]  # mlx-lm 0.31 takes two
 
         def generate_for_main(model, tokenizer, prompt, **named):
             _check_prompt(prompt, context)

@@ -3,6 +3,7 @@
 import math
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import mlx.nn as nn
@@ -60,8 +61,9 @@ def build_steps(
         kept = None if anew else cache.find(rows, lambda _: None)
         if kept is not None:
             return kept
-        limit = {"calibration_seconds": ANEW_SECONDS} if anew else {}
-        of_index = IndexOptions(quick=True, **limit)
+        of_index = IndexOptions(quick=True)
+        if anew:
+            of_index = replace(of_index, calibration_seconds=ANEW_SECONDS)
         of_index.check_size(rows.n_rows)
         obstacle = cache.obstacle(place, index_nbytes(rows))
         duration = in_words(expected_seconds(rows, of_index))

@@ -123,9 +123,7 @@ def add_probes_option(group: Any) -> None:
     )
 
 
-def add_look_up_options(
-    group: Any, no_build: str = "Refuse to build a missing FlashHead."
-) -> None:
+def add_look_up_options(group: Any, no_build: str = "Refuse to build a missing FlashHead.") -> None:
     """Adds ``--flash-head`` and ``--no-build`` to a command's arguments."""
     group.add_argument(
         "--flash-head",
