@@ -1,14 +1,22 @@
-"""Lists the FlashHeads that were built on this machine, and removes some."""
+"""Lists the FlashHeads that were built on this machine, removes some, and builds one anew."""
 
+import math
 import time
+from pathlib import Path
 
 from .common.arguments import Parser
 from .common.command import command
 from .common.quantities import megabytes
 from .common.tables import new_table, show
 from .common.terminal import printable
-from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove
+from .index.files import has_flash_head
+from .loading.background import BackgroundBuild
+from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove, speeds_of
+from .loading.look_up import HeadOptions
 from .loading.tuned import read
+from .models.dense import load_dense
+from .models.fetch import resolve
+from .publishing.origin import local_origin
 
 
 def make_parser() -> Parser:
@@ -16,7 +24,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="mlx_flashhead.cache",
         description="List the FlashHeads that were built on this machine at the first use of a "
-        f"model. They are kept in ${HOME_VARIABLE} or ~/.cache/mlx_flashhead.",
+        "model, remove some, or build one anew. They are kept in "
+        f"${HOME_VARIABLE} or ~/.cache/mlx_flashhead.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -26,6 +35,17 @@ def make_parser() -> Parser:
         help="Remove the FlashHeads of these identifiers, beginnings of them, or models.",
     )
     what.add_argument("--remove-all", action="store_true", help="Remove all of them.")
+    what.add_argument(
+        "--rebuild",
+        metavar="ID_OR_MODEL",
+        help="Build the FlashHead of a model (a folder or a repository) anew, such as one that was "
+        "cut short on a busy machine. The old one stays until the new one is whole.",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Allow the code of a model that is built anew.",
+    )
     return parser
 
 
@@ -34,6 +54,9 @@ def main() -> None:
     """Entry point of ``mlx_flashhead.cache``."""
     args = make_parser().parse_args()
     kept = entries()
+    if args.rebuild is not None:
+        _rebuild(kept, args.rebuild, args.trust_remote_code)
+        return
     if not args.remove and not args.remove_all:
         print_entries(kept)
         return
@@ -62,7 +85,8 @@ def print_entries(kept: list[Entry]) -> None:
         table.add_row(
             printable(entry.folder.name[:8]),
             printable(_model(entry)),
-            time.strftime("%Y-%m-%d", time.localtime(entry.built_at)),
+            time.strftime("%Y-%m-%d", time.localtime(entry.built_at))
+            + (", cut short" if config and config.calibration.get("cut_short") else ""),
             megabytes(entry.nbytes),
             f"{config.n_probes:,} of {config.n_clusters:,}" if config else "–",
             _speeds(entry),
@@ -72,24 +96,45 @@ def print_entries(kept: list[Entry]) -> None:
 
 def _speeds(entry: Entry) -> str:
     """What was measured on this machine, for each dtype and version of MLX."""
-    speeds = read(home() / "speeds" / f"{entry.folder.name.split('-')[0]}.json")
+    speeds = read(speeds_of(entry.folder.name.split("-")[0]))
     gains = [f"{t.gain:.2f} x{' (dense)' if t.dense else ''}" for t in speeds.values()]
     return ", ".join(dict.fromkeys(gains)) or "–"
 
 
+def _rebuild(kept: list[Entry], name: str, trust_remote_code: bool) -> None:
+    """Builds the FlashHead of a model anew, in the place of a kept one."""
+    matches = [] if Path(name).is_dir() else _matches(kept, name)
+    folder = resolve(_model(matches[0]) if matches else name)
+    if has_flash_head(folder):
+        raise ValueError(
+            f"{folder} has a FlashHead of its own, which comes before one that is kept: make it "
+            "again with mlx_flashhead.convert."
+        )
+    model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
+    options = HeadOptions(flags=True)
+    build = BackgroundBuild(model, tokenizer, local_origin(folder), options, math.inf, anew=True)
+    build.finish()
+
+
 def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:
-    chosen = []
+    chosen: list[Entry] = []
     for name in names:
-        matches = [entry for entry in kept if _model(entry) == name]
-        matches = matches or [e for e in kept if name and e.folder.name.startswith(name)]
+        matches = _matches(kept, name)
         if not matches:
             raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
-        if len({_model(entry) for entry in matches}) > 1:
-            raise ValueError(
-                f"The identifiers of {len(matches)} models begin with {name}: give more of one."
-            )
         chosen += [entry for entry in matches if entry not in chosen]
     return chosen
+
+
+def _matches(kept: list[Entry], name: str) -> list[Entry]:
+    """The entries of a model, or of the beginning of an identifier."""
+    matches = [entry for entry in kept if _model(entry) == name]
+    matches = matches or [e for e in kept if name and e.folder.name.startswith(name)]
+    if len({_model(entry) for entry in matches}) > 1:
+        raise ValueError(
+            f"The identifiers of {len(matches)} models begin with {name}: give more of one."
+        )
+    return matches
 
 
 def _model(entry: Entry) -> str:

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def main() -> None:
     with first_process_speaks(processes):
 
         def load_for_main(path, *, return_config=False, **kwargs):
-            if not return_config:  # as mlx-lm loads the draft model
+            if "tokenizer_config" not in kwargs:  # as mlx-lm loads the draft model
                 return load_draft(
                     path, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
                 )
@@ -95,11 +94,13 @@ def main() -> None:
             else:
                 folder = resolve(path)
                 loaded = load_with_head(folder, head_options(args), **kwargs)
-                answering[:] = *loaded[:2], folder
+                answering[:] = *loaded[:2], local_origin(folder)  # which may be gone later
             nonlocal context
             context = context_of(loaded[2], loaded[1])
-            loaded[1].apply_chat_template = _checked_template(loaded[1].apply_chat_template)
-            return loaded
+            # mlx-lm 0.31 hands an assignment on to the tokenizer within, which would call itself
+            template = _checked_template(loaded[1].apply_chat_template)
+            vars(loaded[1])["apply_chat_template"] = template
+            return loaded if return_config else loaded[:2]  # mlx-lm 0.31 takes two
 
         def generate_for_main(model, tokenizer, prompt, **named):
             _check_prompt(prompt, context)
@@ -113,11 +114,12 @@ def main() -> None:
             _tell_unless_whole(processor, text, args.max_tokens)
             return text
 
-        with printable_output(), ending_soon():
-            run_generate(
-                args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
-            )
-        _build_for_next_time(args, *answering)
+        with ending_soon():
+            with printable_output():
+                run_generate(
+                    args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
+                )
+            _build_for_next_time(args, *answering)
         leave_together(processes, generation_stream)
 
 
@@ -136,24 +138,20 @@ def _check_prompt(prompt, context: int) -> None:
         )
 
 
-def _build_for_next_time(args, model=None, tokenizer=None, folder=None) -> None:
+def _build_for_next_time(args, model=None, tokenizer=None, origin=None) -> None:
     """Builds the FlashHead after the answer, if the model has none yet."""
     options = head_options(args)
     if model is None or options.missing != LATER:
         return
-    build = background_build(model, tokenizer, local_origin(folder), options, math.inf)
+    build = background_build(model, tokenizer, origin, options, math.inf)
     if build is None:
         return
     sys.stdout.flush()
     options.say("Preparing FlashHead for next time …, Ctrl-C skips it.")
-    began = time.perf_counter()
     try:
         build.finish()
-        seconds = time.perf_counter() - began
-        if build.install():
-            options.say(build.price(seconds))
     except KeyboardInterrupt:
-        options.say("Skipped: it is built another time.")
+        options.say("Skipped: what is missing is built another time.")
     finally:
         build.drop()
 

@@ -14,7 +14,7 @@ from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.tokenizers import name_of
 from ..publishing.origin import Origin
 from . import cache
-from .build import build
+from .build import build_steps, finish
 from .look_up import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, named_head
 from .tuned import tune_head
 
@@ -97,7 +97,9 @@ def attach_head(
         )
     check_plain_product(location)
     if stored is None:
-        stored = build(model, tokenizer, location, origin=origin, options=options)
+        steps = build_steps(model, tokenizer, location, origin=origin, options=options)
+        stored = finish(steps, options)
+        assert stored is not None  # it has waited for other processes
     del rows  # the installation moves them
     return install_stored(model, stored, options, location)
 

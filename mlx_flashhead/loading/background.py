@@ -5,6 +5,7 @@ answers dense until it is there.
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,14 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..conversion.build import STEP_SECONDS
-from ..conversion.steps import take_all
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head
 from ..models.libraries import is_vlm
 from ..models.locate import check_plain_product, find_head
 from ..publishing.origin import Origin
 from .attach import install_stored
-from .build import build_steps
+from .build import build_steps, finish
 from .look_up import HeadOptions, StoredHead
 from .tuned import here
 
@@ -36,6 +36,7 @@ class BackgroundBuild:
         origin: Where the model is from.
         options: The user's choices.
         step_seconds: Time that a step of the model may take.
+        anew: Whether the user asks for another one in the place of the kept one.
 
     Raises:
         UnsupportedHeadError: If the model can have none.
@@ -48,21 +49,22 @@ class BackgroundBuild:
         origin: Origin,
         options: HeadOptions,
         step_seconds: float = STEP_SECONDS,
+        anew: bool = False,
     ):
         self._model, self._options = model, options
         location = find_head(model)
         check_plain_product(location)
-        self.steps = build_steps(
+        self._steps = build_steps(
             model,
             tokenizer,
             location,
             origin=origin,
             options=options,
-            waits=False,
+            waits=anew,
+            anew=anew,
             step_seconds=step_seconds,
         )
         self._stored: StoredHead | None = None
-        self.ended = False
 
     def advance(self) -> bool:
         """Takes a step, of about a tenth of a second. Returns whether there are more.
@@ -71,20 +73,15 @@ class BackgroundBuild:
             ValueError: If the model can have no FlashHead after all.
         """
         try:
-            next(self.steps)
+            next(self._steps)
             return True
         except StopIteration as end:
-            self._stored, self.ended = end.value, True
+            self._stored = end.value
             return False
-
-    def finish(self) -> None:
-        """Takes all steps that are left, with bars."""
-        self._stored, self.ended = take_all(self.steps, progress=self._options.progress), True
 
     def drop(self) -> None:
         """Ends the build. Nothing is left of it."""
-        self.steps.close()
-        self.ended = True
+        self._steps.close()
 
     def install(self, *, tunes: bool = True) -> bool:
         """Puts the FlashHead on the model, between two tokens. Returns whether there is one.
@@ -98,20 +95,26 @@ class BackgroundBuild:
         install_stored(self._model, self._stored, options)
         return True
 
-    def price(self, seconds: float) -> str:
-        """A sentence on what the build has taken and when it pays back, after :meth:`install`."""
-        tuning = None if self._stored is None else here(self._stored.index, self._model)
+    def finish(self) -> None:
+        """Takes all steps, installs the FlashHead, and says what it took and when it pays back."""
+        began = time.perf_counter()
+        self._stored = finish(self._steps, self._options)
+        seconds = time.perf_counter() - began
+        if self._stored is None or not self.install():
+            return
+        tuning = here(self._stored.index, self._model)
         took = f"build took {seconds:.0f} s"
-        if tuning is not None and tuning.dense:
-            return f"The {took}."  # that the model stays dense has been said
-        ready = f"FlashHead is ready for next time. Its {took}"
         if tuning is None:
-            return f"{ready}."
-        saved = tuning.dense_seconds * (1 - 1 / tuning.gain)
-        return (
-            f"{ready}, and it makes this model {tuning.gain:.2f} times as fast on this machine: "
-            f"that pays back after about {_rounded(seconds / saved):,} tokens."
-        )
+            self._options.say(f"FlashHead is ready for next time. Its {took}.")
+        elif tuning.dense:
+            self._options.say(f"The {took}.")  # that the model stays dense has been said
+        else:
+            tokens = seconds / (tuning.dense_seconds * (1 - 1 / tuning.gain))
+            self._options.say(
+                f"FlashHead is ready for next time. Its {took}, and it makes this model "
+                f"{tuning.gain:.2f} times as fast on this machine: that pays back after about "
+                f"{float(f'{tokens:.2g}'):,.0f} tokens."
+            )
 
 
 def background_build(
@@ -129,11 +132,6 @@ def background_build(
     except UnsupportedHeadError as error:
         options.say(f"Without FlashHead: {error}")
         return None
-
-
-def _rounded(number: float) -> int:
-    """Two digits of a number."""
-    return int(float(f"{number:.2g}"))
 
 
 class IdleBuild:
@@ -172,12 +170,9 @@ class IdleBuild:
             while not self._closed.is_set():
                 self._idle.wait()
                 with self._using_model:
-                    if self._closed.is_set() or not self._build.advance():
+                    if not self._closed.is_set() and not self._build.advance():
+                        self._build.install()
                         break
-            if self._build.ended:
-                self._idle.wait()
-                with self._using_model:
-                    self._build.install()
         except (ValueError, OSError, RuntimeError) as error:
             print(f"Without FlashHead: {error}", file=sys.stderr)
         finally:

@@ -2,16 +2,16 @@
 
 import math
 import sys
-from collections.abc import Generator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import mlx.nn as nn
 
-from ..conversion.build import IndexBuild, cut_short, index_nbytes
+from ..conversion.build import IndexBuild, index_nbytes
 from ..conversion.duration import expected_seconds, in_words
 from ..conversion.options import IndexOptions, recipe_flags
-from ..conversion.steps import Step, take_all
+from ..conversion.steps import Steps, take_all
 from ..models.locate import HeadLocation
 from ..models.tokenizers import text_side
 from ..publishing.origin import Origin, card_metadata
@@ -21,33 +21,7 @@ from . import cache
 from .look_up import HeadOptions, StoredHead
 
 INDEX_ONLY = "--index-only"
-
-
-def build(
-    model: nn.Module,
-    tokenizer: Any,
-    location: HeadLocation,
-    *,
-    origin: Origin,
-    options: HeadOptions,
-) -> StoredHead:
-    """Builds a FlashHead, or waits for another process that builds it.
-
-    Args:
-        model: A dense model of mlx-lm or mlx-vlm, whose head is a plain product.
-        tokenizer: Its tokenizer or processor.
-        location: Its head.
-        origin: Where the model is from.
-        options: The user's choices.
-
-    Raises:
-        ValueError: If the model cannot have one.
-    """
-    steps = build_steps(model, tokenizer, location, origin=origin, options=options)
-    with redirect_stdout(sys.stderr):  # standard output is the command's own
-        stored = take_all(steps, progress=options.progress)
-    assert stored is not None  # it has waited
-    return stored
+ANEW_SECONDS = 600.0  # for the text of a build that is asked for: on a busy machine, too
 
 
 def build_steps(
@@ -58,26 +32,38 @@ def build_steps(
     origin: Origin,
     options: HeadOptions,
     waits: bool = True,
+    anew: bool = False,
     step_seconds: float = math.inf,
-) -> Generator[Step, None, StoredHead | None]:
-    """The same in short steps. A build that is dropped between them leaves nothing behind.
+) -> Steps[StoredHead | None]:
+    """Builds a FlashHead in steps. A build that is dropped between them leaves nothing behind.
 
     Args:
+        model: A dense model of mlx-lm or mlx-vlm, whose head is a plain product.
+        tokenizer: Its tokenizer or processor.
+        location: Its head.
+        origin: Where the model is from.
+        options: The user's choices.
         waits: Wait for another process that builds it; else nothing is built then.
+        anew: Build it although there is one, which is replaced at the end, and take more time.
         step_seconds: Time that a step of the model may take.
 
     Returns:
         The FlashHead, None if another process builds it.
+
+    Raises:
+        ValueError: At a step, if the model cannot have one.
     """
     rows, say = location.rows(), options.say
     place = cache.place_of(rows)
     with cache.one_at_a_time(place, say, waits=waits) as free:
         if not free:
             return None
-        kept = cache.find(rows, lambda _: None)
+        kept = None if anew else cache.find(rows, lambda _: None)
         if kept is not None:
             return kept
         of_index = IndexOptions(quick=True)
+        if anew:
+            of_index = replace(of_index, calibration_seconds=ANEW_SECONDS)
         of_index.check_size(rows.n_rows)
         obstacle = cache.obstacle(place, index_nbytes(rows))
         duration = in_words(expected_seconds(rows, of_index))
@@ -101,19 +87,28 @@ def build_steps(
             recipe=recipe,
             step_seconds=step_seconds,
         )
-        try:
-            yield from build
-        finally:
-            build.close()
+        yield from build  # which closes it too
         index = build.index
-        for sentence in cut_short(index.config):
-            say(sentence)
+        if index.config.calibration.get("cut_short"):
+            say(
+                "This machine was busy, so the build was cut short, after "
+                f"{index.config.calibration['positions']:,} positions: "
+                "mlx_flashhead.cache --rebuild MODEL makes a faster one."
+            )
         if obstacle is None:
             try:
                 cache.keep(index, place)
             except OSError as error:
                 say(_not_kept(error.strerror or str(error)))
+            except ValueError as error:  # of the folder itself
+                say(f"It is not kept: {error}")
     return StoredHead(index, str(place))
+
+
+def finish(steps: Steps[StoredHead | None], options: HeadOptions) -> StoredHead | None:
+    """Takes all steps that are left, with bars."""
+    with redirect_stdout(sys.stderr):  # standard output is the command's own
+        return take_all(steps, progress=options.progress)
 
 
 def _not_kept(obstacle: str) -> str:

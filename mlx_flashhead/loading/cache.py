@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -102,8 +102,13 @@ def find(rows: Matrix, say: Say) -> StoredHead | None:
         return None
 
 
+def speeds_of(fingerprint: str) -> Path:
+    """The file of what was measured with the FlashHead of these rows."""
+    return home() / "speeds" / f"{fingerprint[:_NAME_LENGTH]}.json"
+
+
 def keep(index: FlashHeadIndex, place: Path) -> None:
-    """Keeps a FlashHead and replaces a damaged one in its place.
+    """Keeps a FlashHead and replaces another one in its place, whose speeds are forgotten.
 
     Raises:
         OSError: If it cannot be written. Nothing is left behind.
@@ -111,6 +116,7 @@ def keep(index: FlashHeadIndex, place: Path) -> None:
     """
     with new_folder(place) as folder:
         write_companion(folder, index)
+    speeds_of(index.config.fingerprint).unlink(missing_ok=True)
 
 
 def obstacle(place: Path, nbytes: int) -> str | None:
@@ -135,33 +141,30 @@ def remove(entry: Entry) -> None:
 
 
 @contextmanager
-def one_at_a_time(place: Path, say: Say, *, waits: bool = True) -> Iterator[bool]:
+def one_at_a_time(place: Path, say: Say, *, waits: bool) -> Iterator[bool]:
     """Within the block, no other process builds the FlashHead of ``place``.
 
     Without a writable place there is no lock.
 
     Args:
         place: The FlashHead's place.
-        say: Called with a sentence before it waits for another process.
-        waits: Wait for another process; else the block gets False while one builds.
+        say: Called with a sentence if another process builds.
+        waits: Wait for that; else the block gets False.
     """
     lock = FileLock(home() / "locks" / f"{place.name}.lock")
-    try:
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    other = "Another process is building the FlashHead of this model: "
+    with ExitStack() as stack:
         try:
-            lock.acquire(timeout=0)
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.acquire(timeout=0))
         except Timeout:
-            if not waits:
-                yield False
-                return
-            say("Another process is building the FlashHead of this model: waiting for it.")
-            lock.acquire()
-    except OSError:
-        yield True
-        return
-    with lock:
-        lock.release()  # the block holds the lock itself
-        yield True
+            say(other + ("waiting for it." if waits else "it is used from the next start."))
+            if waits:
+                stack.enter_context(lock.acquire())
+        except OSError:
+            yield True
+            return
+        yield lock.is_locked
 
 
 def _shelf() -> Path:

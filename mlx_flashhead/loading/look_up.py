@@ -123,20 +123,20 @@ def add_probes_option(group: Any) -> None:
     )
 
 
-def add_look_up_options(group: Any) -> None:
+def add_look_up_options(group: Any, no_build: str = "Refuse to build a missing FlashHead.") -> None:
     """Adds ``--flash-head`` and ``--no-build`` to a command's arguments."""
-    _add_source(group)
     group.add_argument(
-        "--no-build", action="store_true", help="Refuse to build a missing FlashHead."
+        "--flash-head",
+        metavar="FOLDER_OR_REPO",
+        help="Source of the FlashHead (default: the model's folder, else the one that was built "
+        "for this model before, else a new one is built once and kept).",
     )
+    group.add_argument("--no-build", action="store_true", help=no_build)
 
 
 def add_answering_options(group: Any) -> None:
     """Adds the flags of a command that answers before a FlashHead is built."""
-    _add_source(group)
-    group.add_argument(
-        "--no-build", action="store_true", help="Build no FlashHead: without one, answer dense."
-    )
+    add_look_up_options(group, "Build no FlashHead: without one, answer dense.")
     group.add_argument(
         "--build-first",
         action="store_true",
@@ -149,15 +149,6 @@ def add_answering_options(group: Any) -> None:
         help="Use the FlashHead where it makes this model no faster on this machine, too.",
     )
     add_check_option(group)
-
-
-def _add_source(group: Any) -> None:
-    group.add_argument(
-        "--flash-head",
-        metavar="FOLDER_OR_REPO",
-        help="Source of the FlashHead (default: the model's folder, else the one that was built "
-        "for this model before, else a new one is built once and kept).",
-    )
 
 
 def add_check_option(group: Any) -> None:

@@ -8,14 +8,7 @@ from typing import Any
 
 from ..common.command import sentence
 from ..lossless.generation import lossless_steps
-from ..models.compat.patched_load import (
-    Load,
-    caller_generates,
-    wrap_load,
-    wrap_load_model,
-    wrap_loops,
-    wrap_vlm_load,
-)
+from ..models.compat.patched_load import Load, caller_generates, patch_programs
 from ..models.compat.utils import load_tokenizer
 from ..models.fetch import resolve
 from ..publishing.origin import local_origin
@@ -83,10 +76,7 @@ def patch_load(options: HeadOptions) -> None:
 
         return load_model
 
-    wrap_load(wrap)
-    wrap_load_model(wrap_model)
-    wrap_loops(_with_check)
-    wrap_vlm_load(wrap)
+    patch_programs(wrap, wrap_model, _with_check)
 
 
 class _InNewProcesses:
@@ -95,13 +85,9 @@ class _InNewProcesses:
     def __init__(self, options: HeadOptions):
         self._options = options
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[HeadOptions]]:
-        return _patched, (self._options,)
-
-
-def _patched(options: HeadOptions) -> _InNewProcesses:
-    patch_load(options)
-    return _InNewProcesses(options)  # for its own processes
+    def __setstate__(self, state: dict[str, HeadOptions]) -> None:
+        vars(self).update(state)  # for its own processes
+        patch_load(self._options)
 
 
 def patch_new_processes(options: HeadOptions) -> None:

@@ -34,7 +34,7 @@ def tune_head(model: nn.Module, index: FlashHeadIndex, options: HeadOptions) -> 
     if options.n_probes is not None or options.drafts or not options.tunes or off:
         return
     head = installed_head(model)
-    place, key = place_of(index), _machine(head, model)
+    place, key = cache.speeds_of(index.config.fingerprint), _machine(head, model)
     known = read(place)
     tuning = known.get(key)
     if tuning is None or tuning.again:
@@ -55,11 +55,6 @@ def tune_head(model: nn.Module, index: FlashHeadIndex, options: HeadOptions) -> 
         head.stays_dense = False
 
 
-def place_of(index: FlashHeadIndex) -> Path:
-    """The file of the settings for these rows."""
-    return cache.home() / "speeds" / f"{index.config.fingerprint[:24]}.json"
-
-
 def read(place: Path) -> dict[str, Tuning]:
     """The settings by machine; none where they cannot be read."""
     known = {field.name for field in fields(Tuning)}
@@ -72,7 +67,8 @@ def read(place: Path) -> dict[str, Tuning]:
 
 def here(index: FlashHeadIndex, model: nn.Module) -> Tuning | None:
     """The settings that were measured for a model on this machine."""
-    return read(place_of(index)).get(_machine(installed_head(model), model))
+    speeds = read(cache.speeds_of(index.config.fingerprint))
+    return speeds.get(_machine(installed_head(model), model))
 
 
 def _write(place: Path, tunings: dict[str, Tuning]) -> None:

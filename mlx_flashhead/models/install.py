@@ -292,13 +292,12 @@ class _FlashModule(_Pickled, _Module):
         self._refuse_change(key)
         super().__setitem__(key, value)
 
-    def __delitem__(self, key):
-        self._refuse_change(key)
-        super().__delitem__(key)
-
     def pop(self, key, *default):
         self._refuse_change(key)
         return super().pop(key, *default)
+
+    def __delitem__(self, key):
+        self.pop(key)
 
     def __setattr__(self, key, value):
         self._refuse_change(key)

@@ -1,14 +1,19 @@
-"""``cache``: what it lists and removes."""
+"""``cache``: what it lists, removes and builds anew."""
 
 import errno
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME
-from mlx_flashhead.loading import cache
+from mlx_flashhead import load
+from mlx_flashhead.conversion.options import IndexOptions
+from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
+from mlx_flashhead.loading import build, cache
 from mlx_flashhead.models.locate import find_head
+from model_folders import contents, write_model
 from tiny_models import tiny_index, tiny_model
 
 
@@ -108,3 +113,67 @@ def test_removes_all(run, kept):
     assert run("cache", "--remove-all")[0] == 0
     code, output, _ = run("cache")
     assert code == 0 and output.startswith("No FlashHead is kept in ")
+
+
+@pytest.fixture
+def cut_short(tmp_path, monkeypatch, capsys):
+    """A model, ``(its folder, the entry of its FlashHead)``, whose build was cut short."""
+    model = write_model(tmp_path / "Some-Model")
+    options = partial(IndexOptions, calibration_positions=300)
+    monkeypatch.setattr(build, "IndexOptions", partial(options, calibration_seconds=1e-6))
+    load(str(model))
+    errors = capsys.readouterr().err
+    assert "This machine was busy, so the build was cut short, after " in errors
+    assert "mlx_flashhead.cache --rebuild MODEL makes a faster one." in errors
+    monkeypatch.setattr(build, "IndexOptions", options)
+    (entry,) = cache.entries()
+    return model, entry
+
+
+@pytest.mark.parametrize("named_by", ["folder", "name", "identifier"])
+def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, monkeypatch, named_by):
+    model, entry = cut_short
+    assert "cut short" in run("cache")[1].replace("\n", "")
+    before = read_index(entry.folder).config
+    speeds = cache.speeds_of(before.fingerprint)
+    speeds.parent.mkdir()
+    speeds.write_text("{}")
+    monkeypatch.chdir(model.parent)
+    name = {"folder": model, "name": model.name, "identifier": entry.folder.name[:8]}[named_by]
+    code, output, errors = run("cache", "--rebuild", name)
+    assert (code, output) == (0, "")
+    assert "Building the FlashHead of Some-Model" in errors and "100%" in errors
+    assert "cut short" not in errors and "FlashHead is ready" in errors
+    after = read_index(entry.folder).config
+    assert "cut_short" not in after.calibration and not speeds.exists()
+    assert after.calibration["positions"] > before.calibration["positions"]
+    assert [path.name for path in entry.folder.parent.iterdir()] == [entry.folder.name]
+
+
+def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
+    model, entry = cut_short
+    before, step, left = contents(entry.folder), build.IndexBuild.__next__, [1] * 20
+
+    def stopped(self):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return step(self)
+
+    monkeypatch.setattr(build.IndexBuild, "__next__", stopped)
+    code, _, errors = run("cache", "--rebuild", model)
+    assert code == 130 and errors.endswith("Interrupted.\n") and not left
+    assert contents(entry.folder) == before
+    assert load(str(model), progress=False)  # nothing is locked
+
+
+def test_models_that_cannot_be_built_anew(refused, cut_short, monkeypatch):
+    model, entry = cut_short
+    before = contents(entry.folder)
+    assert "There is no folder 'fffff' here" in refused("cache", "--rebuild", "fffff")
+    shutil.copytree(entry.folder, model, dirs_exist_ok=True)
+    assert "has a FlashHead of its own" in refused("cache", "--rebuild", model)
+    shutil.rmtree(model)
+    for name in (entry.folder.name, model.name):
+        assert "There is no folder 'Some-Model' here" in refused("cache", "--rebuild", name)
+    assert contents(entry.folder) == before

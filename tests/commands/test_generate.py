@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import re
 import sys
 
 import mlx.core as mx
@@ -32,6 +33,8 @@ def test_generate_prints_the_text(run, converted):
     code, verbose, errors = run("generate", *arguments)
     assert (code, errors) == (0, "")
     assert output.strip() in verbose and "Generation: 8 tokens" in verbose
+    last = rf"FlashHead: 4 of {N_CLUSTERS} clusters a token, \d+ checks, \d+ other choices"
+    assert re.fullmatch(last, verbose.splitlines()[-1])
 
 
 def test_generate_dense_is_mlx_lms_output(run, dense, converted, monkeypatch, capsys):
@@ -135,6 +138,19 @@ def test_generate_with_a_chat_template_that_raises(refused, tmp_path):
 )
 def test_generate_refuses_flags(refused, arguments, said):
     assert said in refused("generate", *arguments)
+
+
+@pytest.mark.parametrize(
+    "prompt, said",
+    [
+        ("", "The prompt is empty: give at least one token with --prompt"),
+        ("x" * 600, "The prompt has 600 tokens, and at most 511 are read"),
+    ],
+)
+def test_generate_refuses_prompts_before_it_prints(run, converted, prompt, said):
+    arguments = ("--model", converted, "--ignore-chat-template", "--prompt", prompt)
+    code, output, errors = run("generate", *arguments)
+    assert (code, output) == (2, "") and errors.startswith(f"error: {said}")
 
 
 def test_generate_refuses_probes(refused, converted):

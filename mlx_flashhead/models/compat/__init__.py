@@ -2,8 +2,7 @@
 
 Other modules import ``mlx_lm`` itself and its samplers (``mlx_lm.sample_utils``) directly. Every
 other name of mlx-lm comes through here, and so does every replacement of one. Tested with mlx-lm
-0.31.3 to 0.32.2 and mlx 0.31.2 to 0.32.4. `tests/models/test_compat.py` reports the names that a
-version has renamed or changed, and their users here.
+0.31.3 to 0.32.2 and mlx 0.31.2 to 0.32.4.
 """
 
 import warnings

@@ -8,12 +8,3 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     trim_prompt_cache,
 )
-
-__all__ = [
-    "KVCache",
-    "LRUPromptCache",
-    "can_trim_prompt_cache",
-    "load_prompt_cache",
-    "make_prompt_cache",
-    "trim_prompt_cache",
-]

@@ -8,8 +8,6 @@ from mlx_lm.evaluate import MLXLM, chat_template_fn
 
 from .replaced import replaced
 
-__all__ = ["Adapter", "chat_template_fn"]
-
 module = importlib.import_module("mlx_lm.evaluate")
 
 

@@ -46,26 +46,6 @@ except ImportError:
         batch_generate as mlx_lm_batch_generate,
     )
 
-__all__ = [
-    "BatchGenerator",
-    "BatchResponse",
-    "GenerationBatch",
-    "GenerationResponse",
-    "StopSequences",
-    "TextStateMachine",
-    "generate_parser",
-    "generate_step",
-    "generation_stream",
-    "loops",
-    "make_text_state_machine",
-    "maybe_quantize_kv_cache",
-    "mlx_lm_batch_generate",
-    "mlx_lm_generate",
-    "mlx_lm_stream_generate",
-    "run_generate",
-    "speculative_generate_step",
-]
-
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
 

@@ -40,42 +40,33 @@ def caller_generates() -> bool:
     return not any(name == module or name.startswith(f"{module}.") for module in WITHOUT_TEXT)
 
 
-def wrap_load(wrap: Callable[[Load], Load]) -> None:
-    """Replaces ``mlx_lm.load``.
+def patch_programs(
+    load: Callable[[Load], Load],
+    load_model: Callable[[Load], Load],
+    loop: Callable[[Load], Load],
+) -> None:
+    """Replaces the functions, those of mlx-vlm as soon as a program imports it.
 
     Args:
-        wrap: Makes the function from the original.
+        load: Makes ``mlx_lm.load`` and ``mlx_vlm.load`` from the originals.
+        load_model: Makes ``mlx_lm.utils.load_model``, which some programs call without ``load``.
+        loop: Makes mlx-lm's ``generate_step``, and its loop with a draft model.
     """
-    put_in_place("mlx_lm", mlx_lm, "load", wrap(mlx_lm.load))
+    utils = importlib.import_module("mlx_lm.utils")
+    original = utils.load_model
+    wrapped = load_model(original)
 
-
-def wrap_load_model(wrap: Callable[[Load], Load]) -> None:
-    """Replaces ``mlx_lm.utils.load_model``, which some programs call without ``load``.
-
-    ``load`` and ``sharded_load`` call it too. They put adapters and shards on its model, so they
-    keep the original.
-    """
-    module = importlib.import_module("mlx_lm.utils")
-    original = module.load_model
-    wrapped = wrap(original)
-
-    def load_model(*arguments: Any, **options: Any) -> Any:
-        by_library = sys._getframe(1).f_globals is vars(module)
+    def for_programs(*arguments: Any, **options: Any) -> Any:
+        # load and sharded_load put adapters and shards on its model
+        by_library = sys._getframe(1).f_globals is vars(utils)
         return (original if by_library else wrapped)(*arguments, **options)
 
-    put_in_place("mlx_lm", module, "load_model", load_model)
-
-
-def wrap_loops(wrap: Callable[[Load], Load]) -> None:
-    """Replaces mlx-lm's ``generate_step``, and its loop with a draft model."""
-    module = importlib.import_module("mlx_lm.generate")
+    generation = importlib.import_module("mlx_lm.generate")
+    put_in_place("mlx_lm", mlx_lm, "load", load(mlx_lm.load))
+    put_in_place("mlx_lm", utils, "load_model", for_programs)
     for name in ("generate_step", "speculative_generate_step"):
-        put_in_place("mlx_lm", module, name, wrap(getattr(module, name)))
-
-
-def wrap_vlm_load(wrap: Callable[[Load], Load]) -> None:
-    """Replaces ``mlx_vlm.load``, as soon as a program imports mlx-vlm."""
+        put_in_place("mlx_lm", generation, name, loop(getattr(generation, name)))
     when_imported(
         "mlx_vlm.utils",
-        lambda module: put_in_place("mlx_vlm", module, "load", wrap(module.load)),
+        lambda module: put_in_place("mlx_vlm", module, "load", load(module.load)),
     )

@@ -6,5 +6,3 @@ try:
     from mlx_lm.sample_utils import greedy_sampler
 except ImportError:
     from .mlx_lm_0_31 import greedy_sampler
-
-__all__ = ["greedy_sampler", "make_logits_processors", "make_sampler"]

@@ -23,16 +23,3 @@ except ImportError:
         maybe_set_recommended_wired_limit,
         sharded_load,
     )
-
-__all__ = [
-    "DEFAULT_ALLOW_PATTERNS",
-    "dequantize_model",
-    "download",
-    "load",
-    "load_adapters",
-    "load_tokenizer",
-    "maybe_set_recommended_wired_limit",
-    "quantize_model",
-    "save",
-    "sharded_load",
-]
