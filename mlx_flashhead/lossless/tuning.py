@@ -16,11 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.backend import PORTABLE
-from ..head.flash_head import FlashHead
+from ..head.flash_head import MOST_WAITING, FlashHead
 from ..head.steps import NO_DEPTH
 from ..models.install import hidden_dtype, installed_head
 from .loop import checked_steps
-from .pace import MOST_WAITING
 from .products import SlotProduct
 from .proposals import Proposer
 from .rounding import rounding_of
