@@ -9,6 +9,7 @@ from .common.tables import new_table, show
 from .common.terminal import printable
 from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove
 from .loading.tuned import read
+from .lossless.tuning import Tuning
 
 
 def make_parser() -> Parser:
@@ -73,8 +74,14 @@ def print_entries(kept: list[Entry]) -> None:
 def _speeds(entry: Entry) -> str:
     """What was measured on this machine, for each dtype and version of MLX."""
     speeds = read(home() / "speeds" / f"{entry.folder.name.split('-')[0]}.json")
-    gains = [f"{t.gain:.2f} x{' (dense)' if t.dense else ''}" for t in speeds.values()]
-    return ", ".join(dict.fromkeys(gains)) or "–"
+    return ", ".join(dict.fromkeys(map(_speed, speeds.values()))) or "–"
+
+
+def _speed(tuning: Tuning) -> str:
+    how = (
+        f"{tuning.n_probes:,} probes, check at {tuning.most_waiting} or risk {tuning.most_risk:.2g}"
+    )
+    return f"{tuning.gain:.2f} x ({'dense' if tuning.dense else how})"
 
 
 def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:
