@@ -20,7 +20,7 @@ class Selection(NamedTuple):
             lowest finite value, as padded slots have them.
         words: (R, C) uint32 for the kernel of `expand`, a cluster's place among the probes or the
             estimate of its tokens' logits; None if `expand` makes it from the scores.
-        unscored: (R, 2) float32, what ``PortableSteps.unscored`` gives; None if it has to be computed.
+        unscored: (R, 2) float32, from ``PortableSteps.unscored``; None if it is still to be made.
     """
 
     probes: mx.array
