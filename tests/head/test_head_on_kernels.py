@@ -142,10 +142,6 @@ class TestChoice:
             assert make_head("mlx").backend == "mlx"
 
     @pytest.mark.skipif(on_gpu(), reason="this machine has Metal")
-    def test_portable_where_there_is_none(self, no_variable):
-        assert make_head().backend == "mlx"
-
-    @pytest.mark.skipif(on_gpu(), reason="this machine has Metal")
     @pytest.mark.parametrize("by", ["argument", "environment"])
     def test_metal_where_there_is_none_is_one_clear_sentence(self, monkeypatch, by):
         monkeypatch.setenv(BACKEND_VARIABLE, "metal" if by == "environment" else "mlx")
