@@ -14,6 +14,7 @@ from .loading.background import BackgroundBuild
 from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove, speeds_of
 from .loading.look_up import HeadOptions
 from .loading.tuned import read
+from .lossless.tuning import Tuning
 from .models.dense import load_dense
 from .models.fetch import resolve
 from .publishing.origin import local_origin
@@ -97,8 +98,14 @@ def print_entries(kept: list[Entry]) -> None:
 def _speeds(entry: Entry) -> str:
     """What was measured on this machine, for each dtype and version of MLX."""
     speeds = read(speeds_of(entry.folder.name.split("-")[0]))
-    gains = [f"{t.gain:.2f} x{' (dense)' if t.dense else ''}" for t in speeds.values()]
-    return ", ".join(dict.fromkeys(gains)) or "–"
+    return ", ".join(dict.fromkeys(map(_speed, speeds.values()))) or "–"
+
+
+def _speed(tuning: Tuning) -> str:
+    how = (
+        f"{tuning.n_probes:,} probes, check at {tuning.most_waiting} or risk {tuning.most_risk:.2g}"
+    )
+    return f"{tuning.gain:.2f} x ({'dense' if tuning.dense else how})"
 
 
 def _rebuild(kept: list[Entry], name: str, trust_remote_code: bool) -> None:

@@ -246,7 +246,8 @@ def _speed_here(head: FlashHead) -> list[str]:
     """What was measured on this machine, if anything was."""
     if head.gain is None:
         return []
-    how = f"{head.checked_probes:,} clusters a proposal, a check of at most {head.most_waiting}"
+    when = f"a check at {head.most_waiting} tokens or a risk of {head.most_risk:.2g}"
+    how = f"{head.checked_probes:,} clusters a proposal, {when}"
     kept = "stays dense" if head.stays_dense else how
     return [f"measured on this machine: {head.gain:.2f} times as fast as dense, {kept}"]
 

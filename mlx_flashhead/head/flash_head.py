@@ -27,6 +27,7 @@ from .steps import NO_DEPTH, Candidates, Selection
 NEVER_DRAWN = -1e4
 
 MOST_WAITING = 32  # states of a check: a product of more gains little
+MOST_RISK = 0.03
 
 # What a block of `settings` may change.
 SETTINGS = ("_n_probes", "_checked_probes", "_draw_temperature", "_project", "_max_positions")
@@ -57,6 +58,7 @@ class FlashHead:
 
     Attributes:
         most_waiting: Proposals that wait for a check at most.
+        most_risk: Sum of their risks at which they are checked.
         gain: Measured tokens per second on this machine, relative to dense decoding, if known.
         stays_dense: Whether proposals gain nothing on this machine.
         in_step: Whether several processes compute the same steps, so that no time may decide when
@@ -95,7 +97,7 @@ class FlashHead:
             self.checked_probes = checked_probes
         self.depth = NO_DEPTH
         self.risk = risk or Risk()
-        self.most_waiting = MOST_WAITING
+        self.most_waiting, self.most_risk = MOST_WAITING, MOST_RISK
         self.gain: float | None = None
         self.stays_dense = False
         self.in_step = self.only_drafts = False
@@ -357,7 +359,7 @@ class FlashHead:
         # without the probes that a kernel repeats
         probes = selection.probes[:, : self.checked_probes]
         logits = candidates.logits[:, : self.checked_probes]
-        return Proposal(tokens, probes, logits, unscored, risk, expanded)
+        return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
         """The scored tokens: hidden (..., D) → ids (..., K) uint32 and logits (..., K).

@@ -15,7 +15,7 @@ from .clustered import ClusteredRows
 from .draw import Draws, draw, noise
 from .matrix import Matrix
 from .proposal import Risk
-from .steps import NO_DEPTH, Candidates, Selection, Steps, in_token_order
+from .steps import NO_DEPTH, Candidates, Selection, in_token_order
 
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
@@ -74,7 +74,7 @@ def faster_by_column(rows: Matrix) -> bool:
     return mx.default_device().type == mx.cpu and rows.weight.dtype == mx.float32
 
 
-class PortableSteps(Steps):
+class PortableSteps:
     """Route, select, score, expand and token as MLX operations.
 
     Args:
@@ -84,7 +84,7 @@ class PortableSteps(Steps):
     name = "mlx"
 
     def __init__(self, clustered: ClusteredRows):
-        super().__init__(clustered)
+        self.clustered = clustered
         self._on_cpu = mx.default_device().type == mx.cpu
         self._reference_blas = self._on_cpu and blas_name() == REFERENCE
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
@@ -92,6 +92,7 @@ class PortableSteps(Steps):
         self._centroids = in_blocks(centroids.matrix) if self._on_cpu else None
 
     def arrays(self) -> list[mx.array]:
+        """Arrays held besides those of ``clustered``."""
         return [] if self._centroids is None else [self._centroids]
 
     def max_positions(self, n_probes: int) -> int:
@@ -111,11 +112,20 @@ class PortableSteps(Steps):
         return MEASURED if self._on_cpu else ESTIMATED
 
     def product(self, hidden: mx.array) -> mx.array:
+        """Logits of all slots, in their order: hidden (R, D) → (R, C·n)."""
         if not self.clustered.by_column:
-            return super().product(hidden)
+            return self.clustered.flat_rows().matmul(hidden)
         rows = self.clustered.rows
         logits = blocked_product(hidden, rows.weight)
         return logits if rows.bias is None else logits + rows.bias.reshape(-1)
+
+    def dense(self, hidden: mx.array) -> mx.array:
+        """Logits of all tokens: hidden (R, D) → (R, V)."""
+        return in_token_order(self.product(hidden), self.clustered.slot_of)
+
+    def token_ids(self, probes: mx.array) -> mx.array:
+        """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""
+        return mx.take(self.clustered.token_ids, probes, axis=0)
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
@@ -131,7 +141,16 @@ class PortableSteps(Steps):
     def select(
         self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
     ) -> Selection:
-        """The ``n_probes`` best clusters of each row, in no particular order: (R, C) → (R, p)."""
+        """The ``n_probes`` best clusters of each row, in no particular order: (R, C) → (R, p).
+
+        Args:
+            scores: (R, C) float32.
+            n_probes: Clusters to probe, 1 … C.
+            words: Also give what the kernel of `expand` needs.
+            depth: Clusters more than this many nats below the log-sum-exp of all scores need not be
+                probed: together they hold at most C·exp(-depth) of the mass. The kernels then score
+                fewer rows; for `token` and `sample` only.
+        """
         n_clusters = scores.shape[-1]
         if n_probes == n_clusters:
             every = mx.arange(n_clusters, dtype=mx.uint32)
@@ -208,6 +227,10 @@ class PortableSteps(Steps):
         return mx.min(ids, axis=(-2, -1))
 
     def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
+        """Of the clusters that are not probed, (R, 2) float32: the best score, and the logsumexp.
+
+        A cluster's score is the log of its expected mass, so the second is that of the tail.
+        """
         if selection.unscored is not None:
             return selection.unscored
         lowest = mx.array(mx.finfo(mx.float32).min)
@@ -217,6 +240,7 @@ class PortableSteps(Steps):
     def sample(
         self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
     ) -> mx.array:
+        """The drawn token: (R,) uint32; see `draw.py`."""
         ids = self.token_ids(selection.probes).flatten(1)
         logits = candidates.logits.flatten(1).astype(mx.float32)
         return draw(logits, noise(draws.keys, ids), draws, ids, unscored[:, 1])

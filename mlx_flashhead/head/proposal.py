@@ -13,18 +13,18 @@ class Proposal(NamedTuple):
     """Tokens chosen from the scored rows of R positions.
 
     Attributes:
+        hidden: (R, D), the states.
         tokens: (R,) uint32.
         probes: (R, S) uint32, the probed clusters.
         logits: (R, S, n), the scored tokens' logits.
-        unscored: (R, 2) float32, best score and log-mass of the clusters that were not probed.
         risk: (R,) float32, an estimate of the chance of another choice.
         full: (R, V) logits with estimates, if they were asked for.
     """
 
+    hidden: mx.array
     tokens: mx.array
     probes: mx.array
     logits: mx.array
-    unscored: mx.array
     risk: mx.array
     full: mx.array | None
 

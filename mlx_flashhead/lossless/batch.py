@@ -5,7 +5,6 @@ which it makes another choice leaves the batch with its own cache, goes back, an
 The others lose the time alone.
 """
 
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat.generate import BatchGenerator, GenerationBatch, StopSequences
-from .check import Check
-from .loop import MOST_READ
 from .pace import Pace
 from .proposals import Proposer
 from .text import Position, Text
-from .way_back import Mark, go_back, trims
+from .way_back import Mark, go_back, kept
 
 Response = GenerationBatch.Response
 NO_LOGPROBS = mx.zeros((1,))
@@ -34,29 +31,19 @@ class _Sequence:
     Attributes:
         uid: Its number for the caller.
         text: The text.
-        max_tokens: Its limit.
         stops: How far its latest tokens match sequences that end it.
         inner: Its number in mlx-lm's batch.
-        n_given: Tokens that the caller has.
-        n_held: Tokens of the text in the batch's cache.
-        mark: The caches at a confirmed token.
-        checked: The same, if the check confirms.
     """
 
     uid: int
     text: Text
-    max_tokens: int
     stops: Any
     inner: int = -1
-    n_given: int = 0
-    n_held: int = 0
-    mark: "_BatchMark | None" = None
-    checked: "_BatchMark | None" = None
 
     @property
     def all_tokens(self) -> list[int]:
         """The prompt and the tokens that the caller has."""
-        return self.text.prompt + self.text.tokens[: self.n_given]
+        return self.text.prompt + self.text.tokens[: self.text.n_given]
 
 
 @dataclass(frozen=True)
@@ -105,11 +92,9 @@ class CheckedBatchGenerator(BatchGenerator):
         self._proposer = proposer
         self._usual = sampler, logits_processors or []
         self._stops = StopSequences(stop_tokens or None)
-        self._sequences: dict[int, _Sequence] = {}
-        self._inner: dict[int, _Sequence] = {}
+        self._inner: dict[int, _Sequence] = {}  # by their numbers in mlx-lm's batch
         self._n_sequences = 0
-        self._pace = Pace(proposer.most_waiting, timed=not proposer.in_step)
-        self._check: Check | None = None
+        self._pace = Pace(proposer, self._marks)
         self.logprobs = logprobs
 
     def insert_segments(
@@ -126,29 +111,26 @@ class CheckedBatchGenerator(BatchGenerator):
 
         A processor with ``for_sequence`` makes another one for each text.
         """
-        uids = []
+        first = self._n_sequences
         sampler, processors = self._usual
         for i, parts in enumerate(segments):
             own = list((logits_processors[i] if logits_processors else None) or processors)
-            own = [p.for_sequence() if hasattr(p, "for_sequence") else p for p in own]
             before = list(all_tokens[i]) if all_tokens else []
             text = Text(
                 (samplers[i] if samplers else None) or sampler,
-                own,
+                [p.for_sequence() if hasattr(p, "for_sequence") else p for p in own],
                 before + [token for part in parts for token in part],
                 self.logprobs,
                 beside_others=True,
+                limit=max_tokens[i] if max_tokens else self.max_tokens,
             )
-            limit = max_tokens[i] if max_tokens else self.max_tokens
-            if limit <= 0:
-                raise ValueError(f"Sequence {i}'s max_tokens is {limit}: it must be above 0.")
+            if text.limit <= 0:
+                raise ValueError(f"Sequence {i}'s max_tokens is {text.limit}: it must be above 0.")
             stops = (stop_sequences[i] if stop_sequences else None) or self._stops
-            sequence = _Sequence(self._n_sequences, text, limit, stops.matcher())
+            sequence = _Sequence(self._n_sequences, text, stops.matcher())
             self._join(sequence, parts, caches[i] if caches else None, before)
-            self._sequences[sequence.uid] = sequence
             self._n_sequences += 1
-            uids.append(sequence.uid)
-        return uids
+        return list(range(first, self._n_sequences))
 
     def _join(
         self, sequence: _Sequence, parts: list[list[int]], cache: Any, before: list[int]
@@ -158,7 +140,7 @@ class CheckedBatchGenerator(BatchGenerator):
             [parts],
             [sys.maxsize],
             [cache],
-            [list(before)],
+            [before],
             [hooks["sampler"]],
             [hooks["logits_processors"]],
         )
@@ -167,7 +149,7 @@ class CheckedBatchGenerator(BatchGenerator):
     def next_generated(self) -> list[Any]:
         """The next confirmed tokens; nothing if there are no more texts."""
         with mx.stream(self._stream):
-            while self._sequences:
+            while self._inner:
                 _, responses = self._next()
                 if responses:
                     return responses
@@ -179,149 +161,73 @@ class CheckedBatchGenerator(BatchGenerator):
         Returns:
             For each text, its cache and the tokens in it, if they are asked for.
         """
-        removed = {}
+        sequences = {sequence.uid: sequence for sequence in self._inner.values()}
         with mx.stream(self._stream):
-            for uid in uids:
-                sequence = self._sequences[uid]
-                if return_prompt_caches:
-                    removed[uid] = (self._leave(sequence, sequence.n_given), sequence.all_tokens)
-                else:
-                    super().remove([sequence.inner])
-                self._forget(sequence)
-        return removed
+            removed = {uid: self._leave(sequences[uid]) for uid in uids}
+        return removed if return_prompt_caches else {}
 
     def _next(self) -> tuple[list[Any], list[Any]]:
         uids = self._generation_batch.uids
         self._proposer.texts = [self._inner[uid].text for uid in uids] or None
         with self._proposer.in_place():
             prompts, steps = super()._next()
-        for step in steps:
-            sequence = self._inner[step.uid]
-            sequence.text.read(step.token)
-            sequence.n_held = len(sequence.text.tokens) + sequence.text.n_read
+        sequences = {sequence.text: sequence for sequence in self._inner.values()}
+        read = [self._inner[step.uid].text for step in steps]
+        for text, step in zip(read, steps, strict=True):
+            text.read(step.token)
         responses: list[Any] = []
-        if self._check is not None and (self._check.ready or self._n_waiting >= MOST_READ):
-            responses += self._outcome()
-        last = False
-        for step in steps:
-            waiting = self._inner.get(step.uid)  # a text that has ended or gone back is not there
-            if waiting is not None:
-                last = self._wait(waiting, responses) or last
-        if last and self._check is not None:
-            responses += self._outcome()
-        if self._check is None and (last or self._pace.due):
-            self._launch()
-            if last:
-                responses += self._outcome()
+        for text, positions in self._pace.confirmed(list(sequences), read):
+            responses += self._responses(sequences[text], positions)
         self._counters.generation_tokens += len(responses) - len(steps)
         for prompt in prompts:
             prompt.uid = self._inner[prompt.uid].uid if prompt.uid in self._inner else prompt.uid
         return prompts, responses
 
-    def _wait(self, sequence: _Sequence, responses: list[Any]) -> bool:
-        """Lets the latest token wait, or gives it out if it is sure. Returns whether it is last."""
-        text = sequence.text
-        if not text.n_read:
-            return False
-        position = text.waiting[text.n_read - 1]
-        if not self._proposer.check or (position.dense and text.n_read == 1):
-            given = [text.confirm() for _ in range(text.n_read)]
-            if self._proposer.check:
-                (sequence.mark,) = self._marks([sequence])
-            responses += self._responses(sequence, given)
-            return False
-        self._pace.wait(position.risk)
-        length = len(text.tokens) + text.n_read
-        return position.token in self._proposer.ends or length == sequence.max_tokens
-
-    @property
-    def _n_waiting(self) -> int:
-        """The most positions of a text that wait."""
-        return max((s.text.n_read for s in self._inner.values()), default=0)
-
-    def _launch(self) -> None:
-        waiting = [s for s in self._inner.values() if s.text.n_read]
-        self._check = Check(self._proposer, [(s.text, s.text.n_read) for s in waiting])
-        for sequence, marked in zip(waiting, self._marks(waiting), strict=True):
-            sequence.checked = marked
-        self._pace.checked()
-
-    def _outcome(self) -> list[Any]:
-        """Gives out what the check confirms. A text with another choice goes back."""
-        check, self._check = self._check, None
-        assert check is not None
-        responses: list[Any] = []
-        for sequence in list(self._inner.values()):
-            if sequence.text not in check.texts:
-                continue
-            confirmed, other = check.confirm(sequence.text)
-            if not other:
-                sequence.mark = sequence.checked
-            responses += self._responses(sequence, confirmed, goes_back=other)
-        return responses
-
-    def _responses(
-        self, sequence: _Sequence, positions: list[Position], goes_back: bool = False
-    ) -> list[Any]:
+    def _responses(self, sequence: _Sequence, positions: list[Position]) -> list[Any]:
         """The responses for confirmed positions, up to the text's end."""
-        responses = []
+        responses, text = [], sequence.text
         for position in positions:
-            sequence.n_given += 1
-            reason = "length" if sequence.n_given >= sequence.max_tokens else None
+            text.n_given += 1
+            reason = "length" if text.n_given >= text.limit else None
             if sequence.stops.advance(position.token):
                 reason = "stop"
-            cache, tokens = None, None
-            if reason is not None:
-                refused = goes_back and sequence.n_given == len(sequence.text.tokens)
-                cache = self._leave(sequence, sequence.n_given, refused)
-                tokens = sequence.all_tokens
-                self._forget(sequence)
+            cache, tokens = (None, None) if reason is None else self._leave(sequence)
             logprobs = NO_LOGPROBS if position.logprobs is None else position.logprobs
             token = cast(int, position.token)
             responses.append(Response(sequence.uid, token, logprobs, reason, cache, tokens))
             if reason is not None:
                 return responses
-        if goes_back:
-            text = sequence.text
-            cache = self._leave(sequence, len(text.tokens) - 1)
-            del self._inner[sequence.inner]
+        if text.refused:
+            cache = self._taken(sequence, len(text.tokens) - 1)
             self._join(sequence, [text.tokens[-1:]], cache, text.prompt + text.tokens[:-1])
-            sequence.n_held = len(text.tokens)
+            text.n_held = len(text.tokens)
         return responses
 
-    def _leave(self, sequence: _Sequence, wanted: int, refused: bool = False) -> list[Any]:
-        """Takes a text out of mlx-lm's batch: its own cache, with ``wanted`` of its tokens.
+    def _leave(self, sequence: _Sequence) -> tuple[list[Any], list[int]]:
+        """Ends a text. Returns its cache and the tokens in it, those that the caller has."""
+        cache = self._taken(sequence, sequence.text.n_given)
+        sequence.text.waiting.clear()
+        return cache, sequence.all_tokens
 
-        ``refused`` says that the batch's cache holds a proposal in the last one's place.
-        """
-        if self._find_uids([sequence.inner])[sequence.inner][0] != IN_GENERATION:
-            sequence.n_held = max(sequence.n_held - 1, 0)  # its latest token is still to be fed
-        held = super().remove([sequence.inner], return_prompt_caches=True)[sequence.inner]
-        cache = list(held[0])
-        if sequence.mark is None:
-            return cache
-        tokens, marked, n_held = sequence.text.tokens, sequence.mark.own(), sequence.n_held
+    def _taken(self, sequence: _Sequence, wanted: int) -> list[Any]:
+        """Takes a text out of mlx-lm's batch: its own cache, with ``wanted`` of its tokens."""
+        inner, text = sequence.inner, sequence.text
+        if self._find_uids([inner])[inner][0] != IN_GENERATION:
+            text.n_held = max(text.n_held - 1, 0)  # its latest token is still to be fed
+        cache = list(super().remove([inner], return_prompt_caches=True)[inner][0])
+        del self._inner[inner]
 
-        def feed(place: int) -> None:
+        def feed(token: list[int]) -> None:
             with self._proposer.in_place():
-                self.model(mx.array([tokens[place : place + 1]], dtype=mx.uint32), cache=cache)
+                self.model(mx.array([token], dtype=mx.uint32), cache=cache)
             mx.eval([layer.state for layer in cache])
 
-        for n_tokens in (wanted - 1, wanted) if refused else (wanted,):
-            if n_held != n_tokens:
-                go_back(cache, marked, n_held, n_tokens, feed)
-                n_held = n_tokens
+        if text.mark is not None:
+            go_back(cache, text.mark.own(), text, wanted, feed)
         return cache
 
-    def _forget(self, sequence: _Sequence) -> None:
-        self._inner.pop(sequence.inner, None)
-        self._sequences.pop(sequence.uid, None)
-
-    def _marks(self, sequences: Sequence[_Sequence]) -> list[_BatchMark]:
+    def _marks(self, texts: Sequence[Text]) -> list[_BatchMark]:
         """Marks of the caches as they are."""
-        layers = [
-            None if trims(layer, None) else copy.deepcopy(layer)
-            for layer in self._generation_batch.prompt_cache
-        ]
-        rows = {uid: row for row, uid in enumerate(self._generation_batch.uids)}
-        return [_BatchMark(s.n_held, layers, rows[s.inner]) for s in sequences]
+        layers = kept(self._generation_batch.prompt_cache)
+        rows = {self._inner[uid].text: i for i, uid in enumerate(self._generation_batch.uids)}
+        return [_BatchMark(text.n_held, layers, rows[text]) for text in texts]

@@ -20,52 +20,46 @@ Kind = tuple[bool, bool] | None
 
 
 class Check:
-    """A check of the first ``n`` waiting positions of some texts.
+    """A check of the positions of some texts whose tokens are known.
 
     It is launched when it is made, and read by :meth:`confirm`.
 
     Args:
         proposer: Whose proposals they are.
-        counts: The texts, with the number of positions of each. Their tokens are known.
+        texts: The texts.
+
+    Attributes:
+        texts: The texts.
     """
 
-    def __init__(self, proposer: Proposer, counts: Sequence[tuple[Text, int]]):
-        self._proposer = proposer
+    def __init__(self, proposer: Proposer, texts: Sequence[Text]):
+        self._proposer, self.texts = proposer, texts
         proposer.n_checks += 1
         assert proposer.head is not None
         assert proposer.finish is not None
         self._head: FlashHead = proposer.head
         self._finish = proposer.finish
-        self._waits = proposer.in_step
-        self._counts = [(text, n) for text, n in counts if n]
+        self._counts = {text: text.n_read for text in texts}
         self._rows = [
             (text, text.waiting[i], len(text.tokens) + i)
-            for text, n in self._counts
+            for text, n in self._counts.items()
             for i in range(n)
             if not text.waiting[i].dense
         ]
         self._product: SlotProduct | None = None
+        self._flags: list[tuple[list[Row], mx.array]] = []  # which rows are certain, lazy
         self._certain: dict[Position, bool] = {}
-        self._flags: list[tuple[list[Position], mx.array]] = []
         if self._rows:
-            self._launch()
-
-    @property
-    def texts(self) -> list[Text]:
-        """The texts."""
-        return [text for text, _ in self._counts]
+            hidden = mx.concatenate([position.proposed("hidden") for _, position, _ in self._rows])
+            self._rounding = rounding_of(self._head, hidden.dtype)
+            self._product = SlotProduct(self._head, hidden)
+            if self._product.ready:
+                self._screen()
 
     @property
     def ready(self) -> bool:
         """Whether it is time to :meth:`confirm`: no thread is at work, or it is waited for."""
-        return self._product is None or self._product.ready or self._waits
-
-    def _launch(self) -> None:
-        hidden = mx.concatenate([_hidden(position) for _, position, _ in self._rows])
-        self._rounding = rounding_of(self._head, hidden.dtype)
-        self._product = SlotProduct(self._head, hidden)
-        if self._product.ready:
-            self._screen()
+        return self._product is None or self._product.ready or self._head.in_step
 
     def _screen(self) -> None:
         """Judges the rows by the product, as soon as it is there."""
@@ -74,15 +68,16 @@ class Check:
         groups: dict[Kind, list[int]] = {}
         for i, (text, _, _) in enumerate(self._rows):
             groups.setdefault(self._kind(text), []).append(i)
-        flags = []
         for kind, members in groups.items():
             rows = [self._rows[i] for i in members]
             chosen = slots if len(members) == len(self._rows) else slots[mx.array(members)]
             judge = self._by_logits if kind is None else self._by_rows
-            flags.append(judge(rows, chosen))
-            self._flags.append(([position for _, position, _ in rows], flags[-1]))
-        self._note_logprobs(slots)
-        mx.async_eval(flags)
+            self._flags.append((rows, judge(rows, chosen)))
+        for i, (text, position, index) in enumerate(self._rows):
+            if text.logprobs:  # lazy, since few are read
+                logits = text.process(self._model_logits(slots[i : i + 1]), index)
+                position.logprobs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
+        mx.async_eval([certain for _, certain in self._flags])
 
     def _kind(self, text: Text) -> Kind:
         """Texts of one kind are screened together. None: by the logits of all tokens."""
@@ -93,10 +88,10 @@ class Check:
 
     def _by_rows(self, rows: list[Row], slots: mx.array) -> mx.array:
         """For choices by the head's own logits alone: which are certain, (k,) bool."""
-        positions = [position for _, position, _ in rows]
-        probes = mx.concatenate([_row(position, "probes") for position in positions])
-        scored = mx.concatenate([_row(position, "logits") for position in positions])
-        tokens = mx.array([position.token for position in positions], dtype=mx.uint32)
+        probes, scored, tokens = (
+            mx.concatenate([position.proposed(name) for _, position, _ in rows])
+            for name in ("probes", "logits", "tokens")
+        )
         settings = [(text.settings or GREEDY, text.key(index)) for text, _, index in rows]
         head, rounding = self._head, self._rounding
         if settings[0][0].greedy:
@@ -110,86 +105,56 @@ class Check:
         for i, (text, position, index) in enumerate(rows):
             logits = self._model_logits(slots[i : i + 1])
             room = self._rounding.batch * mx.max(mx.abs(logits).astype(mx.float32))
-            processed = logits
-            if text.processors:
-                processed = text.process(text.context(index), mx.array(logits))
-            if text.settings is None:
-                flags.append(self._same_draw(text, position, index, processed))
+            processed, settings = text.process(logits, index), text.settings
+            if settings is None:  # another's sampler, or a chain with XTC, draws again
+                logprobs = processed - mx.logsumexp(processed, axis=-1, keepdims=True)
+                with random_state(position.random_state):
+                    flags.append(text.pick(processed, logprobs, index) == position.token)
                 continue
-            settings = text.settings
             draws = None if settings.greedy else Draws.of([(settings, text.key(index))])
             room = 2 * room if text.processors else room  # they at most double a distance
-            epsilon = self._rounding.epsilon
             token = cast(int, position.token)
-            flags.append(certain_within(processed, room, epsilon, token, draws))
+            flags.append(certain_within(processed, room, self._rounding.epsilon, token, draws))
         return mx.concatenate(flags)
-
-    def _same_draw(self, text: Text, position: Position, index: int, logits: mx.array) -> mx.array:
-        """Whether another's sampler, or a chain with XTC, draws the proposal again: (1,) bool."""
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        with random_state(position.random_state):
-            return text.pick(logits, logprobs, index) == position.token
 
     def _model_logits(self, slots: mx.array) -> mx.array:
         """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
         logits = mx.take(slots.reshape(len(slots), -1), self._head.clustered.slot_of, axis=-1)
         return self._finish(logits)
 
-    def _note_logprobs(self, slots: mx.array) -> None:
-        """Keeps log-probabilities where they are wanted. They are lazy, since few are read."""
-        for i, (text, position, index) in enumerate(self._rows):
-            if not text.logprobs:
-                continue
-            logits = self._model_logits(slots[i : i + 1])
-            if text.processors:
-                logits = text.process(text.context(index), mx.array(logits))
-            position.logprobs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
+    def confirm(self, text: Text) -> list[Position]:
+        """The text's positions that are sure now. Waits for the check.
 
-    def confirm(self, text: Text) -> tuple[list[Position], bool]:
-        """The text's positions that are sure now, and whether the last of them is another choice.
-
-        Waits for the check. They become confirmed tokens. After another choice nothing waits any
-        more, and the text goes on from there.
+        They become confirmed tokens. If the last one is another choice, the text is `refused`, and
+        nothing waits any more.
         """
         if self._product is not None:
             self._screen()
-        for positions, flags in self._flags:
-            self._certain.update(zip(positions, cast(list[bool], flags.tolist()), strict=True))
+        for rows, certain in self._flags:
+            flags = cast(list[bool], certain.tolist())
+            self._certain |= {row[1]: flag for row, flag in zip(rows, flags, strict=True)}
         self._flags = []
-        n = dict(self._counts)[text]
         confirmed: list[Position] = []
-        for _ in range(n):
+        while len(confirmed) < self._counts[text] and not text.refused:
             position = text.waiting[0]
             if not position.dense and not self._certain[position]:
-                token, logprobs, after = self._settle(text, position)
-                if text.logprobs:
-                    position.logprobs = logprobs
-                if token != position.token:
-                    self._proposer.n_others += 1
-                    position.token = token
-                    text.confirm()
-                    text.waiting.clear()
-                    if position.random_state is not None:
-                        set_random_state(after)
-                    return [*confirmed, position], True
+                self._settle(text, position)
             confirmed.append(text.confirm())
-        return confirmed, False
+        if text.refused:
+            text.waiting.clear()
+        return confirmed
 
-    def _settle(self, text: Text, position: Position) -> tuple[int, mx.array, mx.array]:
-        """What the dense logits of this one position choose, and MLX's random state after it."""
-        logits = self._finish(self._head.dense_logits(_hidden(position)))
+    def _settle(self, text: Text, position: Position) -> None:
+        """Decides by the dense logits of this one position."""
+        logits = self._finish(self._head.dense_logits(position.proposed("hidden")))
         with random_state(position.random_state):
-            token, logprobs = text.choose(logits, len(text.tokens))
-            return cast(int, token.item()), logprobs, current_random_state()
-
-
-def _hidden(position: Position) -> mx.array:
-    assert position.step is not None
-    return position.step.hidden[position.row : position.row + 1]
-
-
-def _row(position: Position, name: str) -> mx.array:
-    """The position's part of an array of its proposal."""
-    assert position.step is not None
-    array: mx.array = getattr(position.step.proposal, name)
-    return array[position.row : position.row + 1]
+            choice, logprobs = text.choose(logits, len(text.tokens))
+            token, after = cast(int, choice.item()), current_random_state()
+        if text.logprobs:
+            position.logprobs = logprobs
+        text.refused = token != position.token
+        if text.refused:
+            self._proposer.n_others += 1
+            position.token = token
+            if position.random_state is not None:
+                set_random_state(after)

@@ -8,13 +8,12 @@ import mlx.nn as nn
 
 from ..models.compat.cache import make_prompt_cache
 from ..models.compat.generate import generate_step, generation_stream, maybe_quantize_kv_cache
-from .check import Check
 from .pace import Pace
 from .proposals import Proposer
-from .text import ForeignSampler, Position, Processor, Text
-from .way_back import Mark, go_back, mark
+from .text import ForeignSampler, Processor, Text
+from .way_back import Mark, go_back, kept, length_of
 
-MOST_READ = 64  # tokens that may wait while a check is computed
+Tokens = Generator[tuple[int, mx.array | None], None, None]
 
 
 def checked_steps(
@@ -32,7 +31,7 @@ def checked_steps(
     context: Sequence[int] = (),
     n_begun: int = 0,
     **options: Any,
-) -> Generator[tuple[int, mx.array | None], None, None]:
+) -> Tokens:
     """mlx-lm's ``generate_step`` with the choices of the dense model.
 
     Args:
@@ -56,18 +55,23 @@ def checked_steps(
     Raises:
         ValueError: If a cache can neither be trimmed nor kept, or as ``generate_step``.
     """
-    cache = prompt_cache
-    if cache is None:
-        cache = make_prompt_cache(model, max_kv_size)
+    cache = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     tokens = [*context, *cast(list[int], prompt.tolist())]
     begun = len(tokens) - n_begun
-    text = Text(sampler, logits_processors or (), tokens[:begun], logprobs, tokens=tokens[begun:])
+    text = Text(
+        sampler,
+        logits_processors or (),
+        tokens[:begun],
+        logprobs,
+        limit=max_tokens,
+        tokens=tokens[begun:],
+    )
     run = _Run(model, stream, cache, text, proposer, options)
     try:
-        yield from run.positions(prompt, max_tokens, list(context))
+        yield from run.tokens(prompt, list(context))
     finally:
-        if prompt_cache is not None:
-            run.leave()
+        if prompt_cache is not None and text.mark is not None:
+            run.go_back(text.n_given)
 
 
 class _Run:
@@ -84,51 +88,29 @@ class _Run:
     ):
         self._model, self._stream, self._cache = model, stream, cache
         self._text, self._proposer, self._options = text, proposer, options
-        self._pace = Pace(proposer.most_waiting, timed=not proposer.in_step)
-        self._n_held = 0  # tokens of the text in the cache
-        self._n_given = len(text.tokens)  # tokens of the text that the caller has
-        self._mark: Mark | None = None  # the caches at a confirmed token
-        self._checked: Mark | None = None  # the same, if the check confirms
-        self._refused = False  # whether the caches hold a proposal in the last token's place
-        starts = options.get("quantized_kv_start", 0)
-        self._quantized_from = starts if options.get("kv_bits") is not None else None
+        self._pace = Pace(proposer, self._marks)
 
-    def positions(
-        self, prompt: mx.array, max_tokens: int, context: list[int]
-    ) -> Generator[tuple[int, mx.array | None], None, None]:
+    def tokens(self, prompt: mx.array, context: list[int]) -> Tokens:
         """The confirmed tokens, each with its log-probabilities."""
-        start, first, before = prompt, True, context
-        while self._n_given != max_tokens:
-            steps = self._steps(start, first, before)
+        text, options = self._text, dict(self._options)
+        steps = self._steps(prompt, context, options)
+        while text.n_given != text.limit:
             try:
-                for confirmed in self._confirmed(steps, max_tokens):
-                    for position in confirmed:
-                        self._n_given += 1
-                        yield cast(int, position.token), position.logprobs
-                        if self._n_given == max_tokens:
-                            return
+                yield from self._until_refused(steps)
             finally:
                 steps.close()
-            self._go_back(self._n_given - 1)
-            self._refused = False
-            tokens = self._text.prompt + self._text.tokens
-            start, first, before = mx.array(tokens[-1:], dtype=mx.uint32), False, tokens[:-1]
-
-    def leave(self) -> None:
-        """Brings the cache to the tokens that the caller has."""
-        if self._mark is None:
-            return
-        if self._refused and self._n_given == len(self._text.tokens):
-            self._go_back(self._n_given - 1)
-        if self._n_held != self._n_given:
-            self._go_back(self._n_given)
-
-    def _steps(self, start: mx.array, first: bool, before: list[int]) -> Generator:
-        """mlx-lm's loop, from the tokens in the cache on."""
-        text, proposer, options = self._text, self._proposer, dict(self._options)
-        if not first:
+            if text.n_given == text.limit:
+                return
+            self.go_back(text.n_given - 1)
             for name in ("input_embeddings", "prompt_progress_callback"):
                 options.pop(name, None)
+            before = text.prompt + text.tokens
+            last = mx.array(before[-1:], dtype=mx.uint32)
+            steps = self._steps(last, before[:-1], options)
+
+    def _steps(self, start: mx.array, before: list[int], options: dict[str, Any]) -> Generator:
+        """mlx-lm's loop, from the tokens in the cache on."""
+        text, proposer = self._text, self._proposer
         hooks = proposer.hooks(text, before)
         take = hooks["sampler"]
         proposer.texts = None  # the prompt's last position is dense, and so is the first one here
@@ -144,72 +126,37 @@ class _Run:
             self._stream,
             max_tokens=-1,
             prompt_cache=self._cache,
-            sampler=sampler,
-            logits_processors=hooks["logits_processors"],
-            **options,
+            **options | hooks | {"sampler": sampler},
         )
 
-    def _confirmed(
-        self, steps: Generator, max_tokens: int
-    ) -> Generator[list[Position], None, None]:
-        """Confirmed positions, up to one where the check has made another choice."""
-        text, proposer = self._text, self._proposer
-        check: Check | None = None
-        while True:
-            with proposer.in_place():
+    def _until_refused(self, steps: Generator) -> Tokens:
+        """The tokens up to one that a check has chosen instead of the proposal."""
+        text = self._text
+        while not text.refused:
+            with self._proposer.in_place():
                 token, _ = next(steps)
-            position = text.read(token)
-            self._n_held = len(text.tokens) + text.n_read
-            if check is not None and (check.ready or text.n_read >= MOST_READ):
-                other = yield from self._outcome(check)
-                check = None
-                if other:
-                    return
-            if not proposer.check or (position.dense and text.n_read == 1):
-                yield [text.confirm()]
-                if proposer.check:
-                    self._mark = self._marked()
-                continue
-            self._pace.wait(position.risk)
-            last = token in proposer.ends or len(text.tokens) + text.n_read == max_tokens
-            if last and check is not None:
-                other = yield from self._outcome(check)
-                check = None
-                if other:
-                    return
-            if check is None and (last or self._pace.due):
-                self._pace.checked()
-                check = Check(proposer, [(text, text.n_read)])
-                self._checked = self._marked()
-                if last:  # waits, since the next step may be of no use
-                    other = yield from self._outcome(check)
-                    check = None
-                    if other:
+            text.read(token)
+            for _, positions in self._pace.confirmed([text], [text]):
+                for position in positions:
+                    text.n_given += 1
+                    yield cast(int, position.token), position.logprobs
+                    if text.n_given == text.limit:
                         return
 
-    def _outcome(self, check: Check) -> Generator[list[Position], None, bool]:
-        """Hands out what a check confirms. Returns whether it has made another choice."""
-        confirmed, other = check.confirm(self._text)
-        self._refused = other
-        yield confirmed
-        if not other:
-            self._mark = self._checked
-        return other
+    def _marks(self, texts: Sequence[Text]) -> list[Mark]:
+        starts = self._options.get("quantized_kv_start", 0)
+        layers = kept(self._cache, None if self._options.get("kv_bits") is None else starts)
+        return [Mark(self._text.n_held, layers, [length_of(layer) for layer in self._cache])]
 
-    def _marked(self) -> Mark:
-        return mark(self._cache, self._n_held, self._quantized_from)
+    def go_back(self, wanted: int) -> None:
+        """Brings the caches to the text's first ``wanted`` tokens."""
+        go_back(self._cache, self._text.mark, self._text, wanted, self._feed)
 
-    def _go_back(self, wanted: int) -> None:
-        assert self._mark is not None
-        go_back(self._cache, self._mark, self._n_held, wanted, self._feed)
-        self._n_held = wanted
-
-    def _feed(self, place: int) -> None:
+    def _feed(self, token: list[int]) -> None:
         """Feeds a confirmed token to the model, as mlx-lm's loop has done before."""
-        token = mx.array([self._text.tokens[place : place + 1]], dtype=mx.uint32)
         options = self._options
         with mx.stream(self._stream):
-            self._model(token, cache=self._cache)
+            self._model(mx.array([token], dtype=mx.uint32), cache=self._cache)
             maybe_quantize_kv_cache(
                 self._cache,
                 options.get("quantized_kv_start", 0),

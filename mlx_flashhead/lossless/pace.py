@@ -1,50 +1,99 @@
 """When to check: by the risk that has gathered, the number of tokens and the time they wait."""
 
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
-from ..head.flash_head import MOST_WAITING
+from ..head.flash_head import FlashHead
+from .check import Check
+from .proposals import Proposer
+from .text import Position, Text
 
-MOST_RISK = 0.03
 MOST_SECONDS = 0.1
 FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
+MOST_READ = 64  # tokens that may wait while a check is computed
 
 
 class Pace:
-    """Decides when the tokens that wait are checked.
+    """Has the tokens of some texts checked, and hands out what is sure.
 
     The first checks come after 1, 2, 4, … tokens, so that text begins to flow at once.
 
     Args:
-        most_waiting: Tokens that wait at most.
-        timed: Whether time counts; processes that share a model have to check alike.
+        proposer: Chooses the tokens.
+        mark: Marks the caches of some texts as they are.
     """
 
-    def __init__(self, most_waiting: int = MOST_WAITING, *, timed: bool = True):
-        self._most, self._timed = most_waiting, timed
+    def __init__(self, proposer: Proposer, mark: Callable[[Sequence[Text]], Sequence[Any]]):
+        self._proposer, self._mark = proposer, mark
+        self._check: Check | None = None
+        self._marks: Sequence[Any] = ()  # as of the check's launch
         self._limit = 1
-        self._risk = 0.0
-        self._n = 0
-        self._since = 0.0
+        self._n, self._risk, self._since = 0, 0.0, 0.0  # of the tokens that wait for a launch
 
-    def wait(self, risk: float) -> None:
-        """One more token waits, with this risk."""
+    def confirmed(
+        self, texts: Sequence[Text], read: Sequence[Text]
+    ) -> Iterator[tuple[Text, list[Position]]]:
+        """After a step: the texts' positions that are sure now.
+
+        Whoever takes them lets a text that is `refused` go back, and clears what waits of one that
+        has ended, before the next ones.
+
+        Args:
+            texts: The texts.
+            read: Those with a new token.
+        """
+        n_read = max((text.n_read for text in texts), default=0)
+        if self._check is not None and (self._check.ready or n_read >= MOST_READ):
+            yield from self._outcome()
+        last = False
+        for text in read:
+            if not text.n_read:  # it has ended or gone back
+                continue
+            position = text.waiting[text.n_read - 1]
+            if not self._proposer.check or (position.dense and text.n_read == 1):
+                positions = [text.confirm() for _ in range(text.n_read)]
+                if self._proposer.check:
+                    (text.mark,) = self._mark([text])
+                yield text, positions
+                continue
+            self._wait(position.risk)
+            n_tokens = len(text.tokens) + text.n_read
+            last = last or position.token in self._head.eos_token_ids or n_tokens == text.limit
+        if last and self._check is not None:
+            yield from self._outcome()
+        waiting = [text for text in texts if text.n_read]
+        if waiting and self._check is None and (last or self._due):
+            self._n, self._risk, self._limit = 0, 0.0, self._limit * 2
+            self._check, self._marks = Check(self._proposer, waiting), self._mark(waiting)
+            if last:  # waits, since the next step may be of no use
+                yield from self._outcome()
+
+    @property
+    def _head(self) -> FlashHead:
+        return cast(FlashHead, self._proposer.head)
+
+    def _wait(self, risk: float) -> None:
         if not self._n:
             self._since = time.perf_counter()
         self._n += 1
         self._risk += risk
 
     @property
-    def due(self) -> bool:
-        """Whether it is time to check."""
-        if not self._n:
-            return False
-        waited = time.perf_counter() - self._since
-        return (
-            self._n >= min(self._limit, self._most)
-            or self._risk >= MOST_RISK
-            or (self._timed and self._n >= FEW and waited >= MOST_SECONDS)
-        )
+    def _due(self) -> bool:
+        head, waited = self._head, time.perf_counter() - self._since
+        too_long = self._n >= FEW and waited >= MOST_SECONDS and not head.in_step
+        too_many = self._n >= min(self._limit, head.most_waiting)
+        return too_many or self._risk >= head.most_risk or too_long
 
-    def checked(self) -> None:
-        """A check has been launched for all that waited."""
-        self._n, self._risk, self._limit = 0, 0.0, self._limit * 2
+    def _outcome(self) -> Iterator[tuple[Text, list[Position]]]:
+        """Waits for the check. A text that goes on is marked as of the check's launch."""
+        check, self._check = self._check, None
+        assert check is not None
+        for text, mark in zip(check.texts, self._marks, strict=True):
+            if text.waiting:  # else it has ended meanwhile
+                positions = check.confirm(text)
+                refused = text.refused
+                yield text, positions
+                if not refused:
+                    text.mark = mark

@@ -14,14 +14,12 @@ import mlx.nn as nn
 
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
+from ..head.proposal import Proposal
 from ..models.errors import UnsupportedHeadError
 from ..models.finish import finish_of, unchanged
 from ..models.install import get_flash_head
-from .pace import MOST_WAITING
 from .random_state import current_random_state
-from .text import GREEDY, Position, Step, Text
-
-FINE_DTYPES = (mx.float32,)
+from .text import GREEDY, Position, Text
 
 
 class Proposer:
@@ -57,16 +55,10 @@ class Proposer:
         self.texts: list[Text] | None = None
         self.n_checks = self.n_others = 0
         self._row = 0
-        self._step: Step | None = None
+        self._proposal: Proposal | None = None
         self._tokens: mx.array | None = None
         self._logits: mx.array | None = None
         self._processed: dict[Text, mx.array] = {}
-
-    def _stays_dense(self) -> bool:
-        """Whether checked steps would gain nothing, or could not be checked."""
-        assert self.head is not None
-        chosen = self._settings.get("n_probes") is not None
-        return self.finish is None or (self.head.stays_dense and not chosen)
 
     def report(self) -> str:
         """A line on the head that has been used."""
@@ -82,21 +74,6 @@ class Proposer:
             return f"{line}, no check"
         return f"{line}, {self.n_checks:,} checks, {self.n_others:,} other choices"
 
-    @property
-    def most_waiting(self) -> int:
-        """Tokens that wait for a check at most."""
-        return MOST_WAITING if self.head is None else self.head.most_waiting
-
-    @property
-    def in_step(self) -> bool:
-        """Whether checks come after the same tokens whatever the time; see `FlashHead`."""
-        return self.head is not None and self.head.in_step
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens that end most texts: whether one is confirmed is asked at once."""
-        return () if self.head is None else self.head.eos_token_ids
-
     def look_for_head(self) -> None:
         """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
         self.head = get_flash_head(self._model)
@@ -107,7 +84,9 @@ class Proposer:
         except UnsupportedHeadError:
             self.finish = None  # its logits depend on each other: every choice is dense
         check, dense = self._wanted
-        self.dense = dense or (check and self._stays_dense())
+        chosen = self._settings.get("n_probes") is not None
+        gains = self.finish is not None and (chosen or not self.head.stays_dense)
+        self.dense = dense or (check and not gains)
         self.check = check and not self.dense
 
     def in_place(self) -> AbstractContextManager:
@@ -144,7 +123,7 @@ class Proposer:
 
         Nothing is evaluated: the logits of a prompt stay lazy, since nobody reads them.
         """
-        self._row, self._step, self._tokens = 0, None, None
+        self._row, self._proposal, self._tokens = 0, None, None
         self._processed.clear()
         texts, self.texts = self.texts, None
         if self.dense or texts is None or hidden.shape[1] != 1 or len(texts) != len(hidden):
@@ -157,15 +136,12 @@ class Proposer:
         too_many = len(texts) > head.checked_positions
         if too_many or any(_needs_dense(text, head, hidden.dtype) for text in texts):
             return self._full(_dense_logits(head, hidden))
-        settings = [text.settings or GREEDY for text in texts]
-        draws = None
-        if not all(s.greedy for s in settings):
-            keys = [text.key(text.n_chosen) for text in texts]
-            draws = Draws.of(list(zip(settings, keys, strict=True)))
+        settings = [(text.settings or GREEDY, text.key(text.n_chosen)) for text in texts]
+        draws = None if all(s.greedy for s, _ in settings) else Draws.of(settings)
         wide = self.finish is not unchanged or any(text.needs_logits for text in texts)
-        proposal = head.propose(hidden[:, -1], draws, full=wide)
-        self._step, self._tokens = Step(hidden[:, -1], proposal), proposal.tokens
-        return _nothing(hidden) if proposal.full is None else self._full(proposal.full[:, None])
+        self._proposal = head.propose(hidden[:, -1], draws, full=wide)
+        self._tokens, full = self._proposal.tokens, self._proposal.full
+        return _nothing(hidden) if full is None else self._full(full[:, None])
 
     def _full(self, logits: mx.array) -> mx.array:
         self._logits = logits[:, -1]
@@ -177,14 +153,14 @@ class Proposer:
         """A processor for mlx-lm's loop: all of the text's."""
         if prefix is not None:
             tokens = mx.concatenate([prefix, tokens.astype(mx.uint32)])
-        self._processed[text] = text.process(tokens, logits)
+        self._processed[text] = text.process(logits, tokens=tokens)
         return self._processed[text]
 
     def _take(self, text: Text, logprobs: mx.array) -> mx.array:
         """A sampler for mlx-lm's loop, called for one row after the other: the token, (1,)."""
         row, index = self._row, text.n_chosen
         self._row += 1
-        position = Position(self._step, row)
+        position = Position(self._proposal, row)
         in_head = not text.needs_logits and (self.finish is unchanged or not self.check)
         if self._tokens is not None and in_head:
             token = self._tokens[row : row + 1]
@@ -200,8 +176,8 @@ class Proposer:
                 position.logprobs = logprobs.reshape(-1)
         text.waiting.append(position)
         waited = [token]
-        if self._step is not None:
-            waited.append(self._step.proposal.risk)
+        if self._proposal is not None:
+            waited.append(self._proposal.risk)
         if position.random_state is not None:
             waited.append(position.random_state)
         mx.async_eval(waited)
@@ -240,7 +216,7 @@ def moves_little(processor: Any) -> bool:
 
 
 def _is_fine(head: FlashHead, dtype: mx.Dtype) -> bool:
-    return head.clustered.rows.logits_dtype(dtype) in FINE_DTYPES
+    return head.clustered.rows.logits_dtype(dtype) == mx.float32
 
 
 def _nothing(hidden: mx.array) -> mx.array:

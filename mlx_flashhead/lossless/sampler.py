@@ -4,6 +4,7 @@ Its randomness belongs to the seed, the position and the token (`head/draw.py`),
 draw from a few scored tokens and check the draw against all of them.
 """
 
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
@@ -21,10 +22,11 @@ def fresh_seed() -> int:
     return high << 31 | low
 
 
+@dataclass(eq=False)
 class Sampler:
     """Draws tokens from logits.
 
-    Args:
+    Attributes:
         settings: Temperature and filters.
         min_tokens_to_keep: Min-p keeps at least this number of tokens.
         xtc_probability: How often XTC is applied.
@@ -33,27 +35,25 @@ class Sampler:
         seed: Of every text; None takes one from MLX's random state for each.
     """
 
-    def __init__(
-        self,
-        settings: DrawSettings,
-        *,
-        min_tokens_to_keep: int = 1,
-        xtc_probability: float = 0.0,
-        xtc_threshold: float = 0.1,
-        xtc_special_tokens: tuple[int, ...] = (),
-        seed: int | None = None,
-    ):
-        self.settings = settings
-        self.seed = seed
-        self._min_kept = min_tokens_to_keep if settings.min_p else 1
-        self._xtc = xtc_probability, xtc_threshold, xtc_special_tokens
+    settings: DrawSettings
+    min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    xtc_special_tokens: tuple[int, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self):
         self._calls = 0
         self._call_seed: int | None = None
 
     @property
+    def _min_kept(self) -> int:
+        return self.min_tokens_to_keep if self.settings.min_p else 1
+
+    @property
     def plain(self) -> bool:
         """Whether :class:`Draws` describe its draws: without XTC and a least number of tokens."""
-        return self.settings.greedy or (self._xtc[0] == 0 and self._min_kept == 1)
+        return self.settings.greedy or (self.xtc_probability == 0 and self._min_kept == 1)
 
     def text_seed(self) -> int:
         """The seed for a new text. Evaluates a number of MLX's random state if it has none."""
@@ -87,7 +87,6 @@ class Sampler:
     def _choose_with_xtc(self, logits: mx.array, key: tuple[int, int]) -> mx.array:
         """In mlx-lm's order: top-p, min-p, XTC, top-k, and the draw at the temperature."""
         s = self.settings
-        probability, least, special = self._xtc
         without_top_k = DrawSettings(s.temperature, s.top_p, s.min_p)
         draws = Draws.of([(without_top_k, key)])
         total = mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -96,15 +95,15 @@ class Sampler:
             n = min(self._min_kept, logits.shape[-1])
             lowest = mx.minimum(lowest, mx.sort(logits, axis=-1)[:, -n, None])
         kept = mx.where(logits >= lowest, logits, -mx.inf)
-        if probability > 0:
+        if self.xtc_probability > 0:
             shares = mx.softmax(kept, axis=-1)
-            likely = shares > least
+            likely = shares > self.xtc_threshold
             last = mx.min(mx.where(likely, shares, mx.inf), axis=-1, keepdims=True)
             removed = likely & (shares > last)
-            if special:
-                removed[:, list(special)] = False
+            if self.xtc_special_tokens:
+                removed[:, list(self.xtc_special_tokens)] = False
             chance = noise(draws.keys, mx.array([[XTC_TOKEN]], dtype=mx.uint32))
-            applied = mx.exp(-mx.exp(-chance)) <= probability  # the uniform number again
+            applied = mx.exp(-mx.exp(-chance)) <= self.xtc_probability  # the uniform number again
             kept = mx.where(applied & removed, -mx.inf, kept)
         if s.top_k:
             n = min(s.top_k, logits.shape[-1])

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, cast
 
 import mlx.core as mx
@@ -27,36 +26,18 @@ def begin(processors: Sequence[Processor] | None) -> None:
 
 
 @dataclass(eq=False)
-class Step:
-    """What one call of a head computed for its rows.
-
-    Attributes:
-        hidden: (R, D), the head's input.
-        proposal: The rows' proposals.
-    """
-
-    hidden: mx.array
-    proposal: Proposal
-
-    @cached_property
-    def risks(self) -> list[float]:
-        """The rows' estimated chances that the dense logits choose another token; waits."""
-        return cast(list[float], self.proposal.risk.tolist())
-
-
-@dataclass(eq=False)
 class Position:
     """A place in a text whose token has been chosen.
 
     Attributes:
-        step: The call that proposed the token; None where the dense logits chose it.
-        row: Its row there.
+        proposal: What the head proposed; None where the dense logits chose the token.
+        row: The position's row there.
         random_state: MLX's random state before another's sampler was called.
         logprobs: (V,) log-probabilities of the dense logits, where they are wanted and known.
         token: The token, as soon as it is read.
     """
 
-    step: Step | None = None
+    proposal: Proposal | None = None
     row: int = 0
     random_state: mx.array | None = None
     logprobs: mx.array | None = None
@@ -65,12 +46,19 @@ class Position:
     @property
     def dense(self) -> bool:
         """Whether the token needs no check."""
-        return self.step is None
+        return self.proposal is None
 
     @property
     def risk(self) -> float:
         """The estimated chance that the dense logits choose another token; waits for it."""
-        return 0.0 if self.step is None else self.step.risks[self.row]
+        if self.proposal is None:
+            return 0.0
+        return cast(list[float], self.proposal.risk.tolist())[self.row]
+
+    def proposed(self, name: str) -> mx.array:
+        """The position's row of an array of its proposal: (1, ...)."""
+        array: mx.array = getattr(self.proposal, name)
+        return array[self.row : self.row + 1]
 
 
 @dataclass(eq=False)
@@ -85,8 +73,13 @@ class Text:
         logprobs: Whether its log-probabilities are wanted.
         beside_others: Whether other texts are generated at the same time. Then a sampler of others
             draws from a random state of each position instead of MLX's own.
+        limit: Tokens after which it ends.
         tokens: The confirmed tokens.
         waiting: The positions after them, in order.
+        n_given: Tokens that the caller has.
+        n_held: Tokens in the caches.
+        refused: Whether the caches hold another token in the last one's place.
+        mark: The caches at a confirmed token, for the way back.
     """
 
     sampler: Sampler | ForeignSampler | None
@@ -94,13 +87,18 @@ class Text:
     prompt: list[int] = field(default_factory=list)
     logprobs: bool = False
     beside_others: bool = False
+    limit: int = -1
     tokens: list[int] = field(default_factory=list)
     waiting: list[Position] = field(default_factory=list)
+    n_held: int = 0
+    refused: bool = False
+    mark: Any = None
 
     def __post_init__(self):
         if self.sampler is greedy_sampler:
             self.sampler = None
         self.processors = list(self.processors)
+        self.n_given = len(self.tokens)
         self.seed = 0
         if isinstance(self.sampler, Sampler):
             if not self.sampler.settings.greedy:
@@ -135,17 +133,27 @@ class Text:
         """Tokens that are confirmed or wait."""
         return len(self.tokens) + len(self.waiting)
 
+    @property
+    def n_read(self) -> int:
+        """Waiting positions whose token is known: all but those that are being computed."""
+        return sum(position.token is not None for position in self.waiting)
+
     def key(self, index: int) -> tuple[int, int]:
         """The key of the noise at the text's token ``index``."""
         return position_key(self.seed, index)
 
-    def context(self, index: int) -> mx.array:
-        """The tokens before the text's token ``index``, with the prompt: (n,) uint32."""
-        later = [position.token for position in self.waiting[: index - len(self.tokens)]]
-        return mx.array(self.prompt + self.tokens[:index] + later, dtype=mx.uint32)
+    def process(self, logits: mx.array, index: int = 0, tokens: mx.array | None = None) -> mx.array:
+        """The logits (1, V) after the processors.
 
-    def process(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """The logits (1, V) after the processors, which may write into their argument."""
+        Args:
+            logits: They may be written into.
+            index: The token's place in the text.
+            tokens: (n,) uint32, the tokens before it, if the caller has them.
+        """
+        if self.processors and tokens is None:
+            later = [position.token for position in self.waiting[: index - len(self.tokens)]]
+            before = self.prompt + self.tokens[:index] + later
+            tokens, logits = mx.array(before, dtype=mx.uint32), mx.array(logits)
         for processor in self.processors:
             logits = processor(tokens, logits)
         return logits
@@ -158,34 +166,26 @@ class Text:
             logprobs: The same, normalized as mlx-lm's loops do.
             index: The token's place in the text.
         """
-        if self.sampler is None:
+        settings = self.settings
+        if settings is not None and settings.greedy:
             return mx.argmax(logprobs, axis=-1)
         if isinstance(self.sampler, Sampler):
-            if self.sampler.settings.greedy:
-                return mx.argmax(logprobs, axis=-1)
             return self.sampler.choose(logits, self.seed, index)
-        if self.beside_others:
-            with random_state(mx.array(self.key(index), dtype=mx.uint32)):
-                return self.sampler(logprobs)
-        return self.sampler(logprobs)
+        assert self.sampler is not None
+        own_state = mx.array(self.key(index), dtype=mx.uint32) if self.beside_others else None
+        with random_state(own_state):
+            return self.sampler(logprobs)
 
     def choose(self, logits: mx.array, index: int) -> tuple[mx.array, mx.array]:
         """The token (1,) that the model's logits (1, V) choose, and log-probabilities (V,)."""
-        if self.processors:
-            logits = self.process(self.context(index), mx.array(logits))
+        logits = self.process(logits, index)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return self.pick(logits, logprobs, index), logprobs.squeeze(0)
 
-    @property
-    def n_read(self) -> int:
-        """Waiting positions whose token is known: all but those that are being computed."""
-        return sum(position.token is not None for position in self.waiting)
-
-    def read(self, token: int) -> Position:
+    def read(self, token: int) -> None:
         """Notes the token of the first position that has none yet."""
-        position = self.waiting[self.n_read]
-        position.token = token
-        return position
+        self.waiting[self.n_read].token = token
+        self.n_held = len(self.tokens) + self.n_read
 
     def confirm(self) -> Position:
         """Moves the first waiting position to the confirmed tokens."""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .text import Text
+
 AHEAD = 96  # tokens by which a cache may be ahead of the confirmed ones, at most
 
 
@@ -29,50 +31,54 @@ class Mark:
     offsets: Sequence[int | None]
 
 
-def mark(cache: Sequence[Any], n_tokens: int, quantized_from: int | None = None) -> Mark:
-    """Marks the caches.
+def kept(cache: Sequence[Any], quantized_from: int | None = None) -> list[Any]:
+    """For a mark, a copy of each layer's cache; None for one that can be trimmed.
 
     Args:
         cache: The cache of each layer.
-        n_tokens: Tokens of the text that they hold.
         quantized_from: Length at which mlx-lm quantizes a cache; None: never.
 
     Raises:
         ValueError: If a cache can neither be trimmed nor copied.
     """
-    layers = [None if trims(layer, quantized_from) else _copied(layer) for layer in cache]
-    return Mark(n_tokens, layers, [_length(layer) for layer in cache])
+    return [None if trims(layer, quantized_from) else _copied(layer) for layer in cache]
 
 
 def go_back(
-    cache: list[Any], marked: Mark, n_tokens: int, wanted: int, feed: Callable[[int], None]
+    cache: list[Any], marked: Mark, text: Text, wanted: int, feed: Callable[[list[int]], None]
 ) -> None:
-    """Brings caches to an earlier token, in place.
+    """Brings a text's caches to its first ``wanted`` tokens, in place.
 
     Args:
         cache: The cache of each layer.
         marked: A mark at or before ``wanted``.
-        n_tokens: Tokens of the text that the caches hold.
-        wanted: Tokens that they shall hold, fewer or more.
-        feed: Called with the place of each token that has to be fed to the model.
+        text: The text.
+        wanted: Tokens that the caches shall hold, fewer or more than they do.
+        feed: Feeds a token, as a list of one, to the model.
     """
-    target = wanted if all(layer is None for layer in marked.layers) else marked.n_tokens
-    target = min(target, n_tokens)
+    n_held, n_right = text.n_held, min(text.n_held, len(text.tokens) - text.refused)
+    text.n_held, text.refused = wanted, False
+    if n_held == wanted == n_right:
+        return
+    target = marked.n_tokens
+    if all(layer is None for layer in marked.layers):
+        target = min(wanted, n_right)
     for i, layer in enumerate(marked.layers):
         if layer is not None:
             cache[i] = _copied(layer)
             continue
-        length, before = _length(cache[i]), marked.offsets[i]
-        ahead = n_tokens - target
+        length, before = length_of(cache[i]), marked.offsets[i]
+        ahead = n_held - target
         if length is not None and before is not None:  # a step that failed has fed some layers
             ahead = length - before - (target - marked.n_tokens)
         if ahead > 0:
             cache[i].trim(ahead)
     for place in range(target, wanted):
-        feed(place)
+        feed(text.tokens[place : place + 1])
 
 
-def _length(layer: Any) -> int | None:
+def length_of(layer: Any) -> int | None:
+    """Tokens in a layer's cache; None where it does not say."""
     offset = getattr(layer, "offset", None)
     return offset if isinstance(offset, int) else None
 
@@ -86,9 +92,8 @@ def trims(layer: Any, quantized_from: int | None) -> bool:
         return False
     if hasattr(layer, "chunk_size"):  # forgets what is before its chunk
         return False
-    length = _length(layer)
-    offset = length or 0
-    if length is None:  # of a batch
+    offset = length_of(layer)
+    if offset is None:  # of a batch
         offset = int(getattr(layer, "_offset", getattr(layer, "_idx", 0)))
     window = getattr(layer, "max_size", None)
     if window is not None and offset + AHEAD >= window:

@@ -92,10 +92,6 @@ def test_signature_is_the_one_mlx_writes(case, capfd, tmp_path):
 def test_bad_arguments_are_mlx_errors():
     with pytest.raises(ValueError, match="at least one output"):
         Emulator().metal_kernel(name="f", input_names=[], output_names=[], source="")
-    with pytest.raises(ValueError, match="Unknown compile option `speed`"):
-        run_kernel(INDEX, compile_options={"speed": "fast"})
-    with pytest.raises(ValueError, match="math_mode to be 'safe', 'relaxed', or 'fast'"):
-        run_kernel(INDEX, compile_options={"math_mode": "quick"})
     with pytest.raises(ValueError, match="Invalid template argument"):
         run_kernel(INDEX, template=[("T", 1.5)])
     with pytest.raises(ValueError, match=r"Thread group size \(2048\) is greater"):

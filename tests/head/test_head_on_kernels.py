@@ -89,7 +89,7 @@ class TestShapes:
         np.testing.assert_array_equal(full.reshape(6, -1)[row, tokens], found)
 
     def test_a_proposal_is_the_portable_one(self):
-        """Token, risk and tail; with a depth the clusters beyond it are not scored."""
+        """Token and risk; with a depth the clusters beyond it are not scored."""
         hidden = mx.random.normal((4, HIDDEN_SIZE), key=mx.random.key(2))
         settings = [
             DrawSettings(),
@@ -103,12 +103,10 @@ class TestShapes:
             for of in (None, draws):
                 found, expected = head.propose(hidden, of), make_head("mlx").propose(hidden, of)
                 assert found.tokens.tolist() == expected.tokens.tolist()
-                for name in ("risk", "unscored"):
-                    pair = to_numpy(getattr(found, name)), to_numpy(getattr(expected, name))
-                    np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-5)
+                risks = to_numpy(found.risk), to_numpy(expected.risk)
+                np.testing.assert_allclose(*risks, rtol=1e-4, atol=1e-5)
             head.depth = 0.0
             near = head.propose(hidden, None)
-        assert (near.unscored[:, 1] >= found.unscored[:, 1]).all()
         lowest = mx.finfo(near.logits.dtype).min
         assert ((near.logits == lowest).sum() > (found.logits == lowest).sum()).item()
 
@@ -142,10 +140,6 @@ class TestChoice:
         with kernels():
             assert make_head().backend == "metal"
             assert make_head("mlx").backend == "mlx"
-
-    @pytest.mark.skipif(on_gpu(), reason="this machine has Metal")
-    def test_portable_where_there_is_none(self, no_variable):
-        assert make_head().backend == "mlx"
 
     @pytest.mark.skipif(on_gpu(), reason="this machine has Metal")
     @pytest.mark.parametrize("by", ["argument", "environment"])

@@ -32,14 +32,6 @@ def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_si
     assert not found[:, n_rows:].any()
 
 
-@pytest.mark.parametrize(
-    ("n_rows", "hidden_size", "blocks", "rows"),
-    [(3072, 576, 4, 768), (8016, 2048, 33, 256), (7, 8, 1, 16), (49152, 576, 57, 864)],
-)
-def test_blocks_are_equal_and_of_whole_vectors(n_rows, hidden_size, blocks, rows):
-    assert in_blocks(Matrix(mx.zeros((n_rows, hidden_size)))).shape == (blocks, rows, hidden_size)
-
-
 def test_blocks_stay_within_what_is_read_as_it_lies():
     rng = np.random.default_rng(0)
     for _ in range(40):

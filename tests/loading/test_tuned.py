@@ -4,19 +4,21 @@ import json
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from flash_loops import make_flash
 from mlx_flashhead import get_flash_head
+from mlx_flashhead.head.flash_head import MOST_RISK
 from mlx_flashhead.loading import tuned
 from mlx_flashhead.loading.attach import install_stored
 from mlx_flashhead.loading.look_up import HeadOptions, StoredHead
 from mlx_flashhead.lossless import tuning as tuning_module
-from mlx_flashhead.lossless.tuning import Tuning, tune
+from mlx_flashhead.lossless.tuning import Tuning, expected_seconds, tune
 from tiny_models import tiny_index, tiny_model
 
-FAST = Tuning(2, 1e30, 8, 1.5, 0.01, 0.0, dense=False)
-SLOW = Tuning(3, 1e30, 16, 1.01, 0.01, 0.0, dense=True)
+FAST = Tuning(2, 1e30, 8, 0.07, 1.5, 0.01, 0.0, dense=False)
+SLOW = Tuning(3, 1e30, 16, 0.02, 1.01, 0.01, 0.0, dense=True)
 
 
 @pytest.fixture
@@ -47,7 +49,8 @@ def test_it_is_measured_once(measure, flash_head_home):
     left = measure(FAST)
     for _ in range(2):
         head, said = loaded()
-        assert (head.checked_probes, head.most_waiting, head.stays_dense) == (2, 8, False)
+        assert (head.checked_probes, head.most_waiting, head.most_risk) == (2, 8, 0.07)
+        assert not head.stays_dense
         assert head.n_probes == 4 and not said
     assert not left
 
@@ -64,7 +67,7 @@ def test_a_head_that_gains_nothing_stays_dense_and_says_so(measure, flash_head_h
 
 
 def test_a_busy_machine_is_measured_once_more(measure, flash_head_home):
-    busy = Tuning(2, 1e30, 8, 1.0, 0.01, 0.5, dense=True, again=True)
+    busy = Tuning(2, 1e30, 8, 0.03, 1.0, 0.01, 0.5, dense=True, again=True)
     left = measure(busy, busy)
     assert loaded()[0].stays_dense
     assert loaded()[0].stays_dense
@@ -94,12 +97,39 @@ def test_a_measurement_chooses_and_changes_no_text():
     shares = [{"n_probes": n, "greedy_differs": s} for n, s in ((1, 0.5), (3, 0.2), (13, 0.0))]
     found = tune(flash.model, shares, seconds=1.0)
     assert found.n_probes in (1, 3, 13) and found.most_waiting in tuning_module.WAITING
+    assert flash.head.most_risk == found.most_risk != MOST_RISK
     assert found.gain > 0 and found.dense == (found.gain < tuning_module.LEAST_GAIN)
     assert flash.head.stays_dense == found.dense
-    assert flash.tokens() == before
+    for flash.head.most_risk in (0.0, 0.3):  # of no account for the text
+        assert flash.tokens() == before
     flash.head.stays_dense = True
     assert flash.tokens() == before
     assert flash.tokens(dense=True) == before
+
+
+@pytest.mark.parametrize("fixed", [0.03, 0.1, 0.3])
+@pytest.mark.parametrize("share", [0.001, 0.003, 0.01])
+def test_the_threshold_of_risk_is_about_the_best(fixed, share):
+    """Of lumpy risks, in rounds that are played; ``fixed`` is that of a check, in steps."""
+    rng = np.random.default_rng(0)
+    risks = np.minimum(rng.lognormal(sigma=2.0, size=30_000) * share / np.exp(2.0), 1)
+    differs = rng.random(len(risks)) < risks
+
+    def played(most_risk):
+        steps = checks = confirmed = place = 0
+        while place < len(risks) - 32:
+            sums = np.cumsum(risks[place : place + 32])
+            n = min(int(np.searchsorted(sums, most_risk)) + 1, 32)
+            other = np.flatnonzero(differs[place : place + n])
+            given = other[0] + 1 if len(other) else n
+            steps, checks = steps + n + bool(len(other)), checks + 1
+            confirmed, place = confirmed + given, place + given
+        return (steps + fixed * checks) / confirmed
+
+    checks = {k: fixed + 0.001 * k for k in tuning_module.WAITING}
+    _, risk = expected_seconds(1.0, checks, risks.mean(), 32)
+    best = min(map(played, np.geomspace(0.003, 0.5, 16)))
+    assert played(risk) < 1.01 * best
 
 
 def test_steps_that_take_too_long_are_not_measured(monkeypatch):

@@ -1,5 +1,7 @@
 """Texts that are generated together: each has the tokens that it has alone."""
 
+from copy import deepcopy
+
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
@@ -126,16 +128,19 @@ def test_a_text_that_joins_later(flash):
     assert tokens[second] == alone(flash, OTHERS[0], {}, [])
 
 
-def test_a_stop_token_ends_a_text(flash):
-    expected = alone(flash, PROMPT, {}, [])
-    proposer = Proposer(flash.model, check=True)
-    stop = expected[10]
-    generator = CheckedBatchGenerator(flash.model, proposer=proposer, stop_tokens=[[stop]])
-    generator.insert([PROMPT], [25])
-    responses = []
-    while found := generator.next_generated():
-        responses += found
-    n = expected.index(stop) + 1
-    assert [response.token for response in responses] == expected[:n]
-    assert responses[-1].finish_reason == "stop"
-    assert [layer.offset for layer in responses[-1].prompt_cache] == [len(PROMPT) + n] * 2
+@pytest.mark.parametrize("rotating", [False, True])
+def test_a_stop_token_ends_a_text(flash, rotating):
+    """Its cache holds what was given, also where later tokens were confirmed with it."""
+    cache = [RotatingKVCache(max_size=12) for _ in range(2)] if rotating else None
+    ((expected,), _) = flash.batch([PROMPT], caches=[deepcopy(cache)], dense=True)
+    for stop in expected[5:15]:
+        proposer = Proposer(flash.model, check=True)
+        generator = CheckedBatchGenerator(flash.model, proposer=proposer, stop_tokens=[[stop]])
+        generator.insert([PROMPT], [25], caches=[deepcopy(cache)])
+        responses = []
+        while confirmed := generator.next_generated():
+            responses += confirmed
+        n = expected.index(stop) + 1
+        assert [response.token for response in responses] == expected[:n]
+        assert responses[-1].finish_reason == "stop"
+        assert [layer.offset for layer in responses[-1].prompt_cache] == [len(PROMPT) + n] * 2

@@ -177,7 +177,7 @@ def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
 
 
 def test_nothing_is_checked_without_the_check(flash, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.loop.Check", None)
+    monkeypatch.setattr("mlx_flashhead.lossless.pace.Check", None)
     bare = flash.tokens(check=False)
     assert bare == flash.tokens(check=False, logprobs=False)
     assert bare != flash.tokens(dense=True)
@@ -225,7 +225,7 @@ def test_a_cache_that_cannot_be_kept_is_refused(flash):
 
 def test_the_first_tokens_do_not_wait(flash, monkeypatch):
     """Checks come after 1, 2, 4, … tokens, so that the first token is as early as ever."""
-    monkeypatch.setattr("mlx_flashhead.lossless.pace.MOST_RISK", 1e9)
+    monkeypatch.setattr(flash.head, "most_risk", 1e9)
     calls = []
     original = flash.model.__class__.__call__
 

@@ -33,8 +33,6 @@ class Emulator:
         order: Order of threads and threadgroups: ``forward``, ``reverse`` or ``shuffle``. A correct
             kernel gives the same outputs in each.
         seed: Of the shuffled order.
-        sample_threadgroups: Run only this many evenly spaced threadgroups of each launch; outputs
-            are then incomplete. For counting traffic at large shapes.
         check: Whether to check and count accesses. Without, kernels run several times faster, and
             only compile errors, divergent barriers and too much threadgroup memory are found.
         max_threads: By a kernel's name, the threads its pipeline allows in a threadgroup: on a
@@ -45,21 +43,14 @@ class Emulator:
         built: Texts of the kernels that were compiled, each once: MLX keeps one library for each.
 
     Raises:
-        ValueError: If the order is unknown or the sample is not positive.
+        ValueError: If the order is unknown.
     """
 
-    def __init__(
-        self, order="forward", seed=0, sample_threadgroups=None, check=True, max_threads=None
-    ):
+    def __init__(self, order="forward", seed=0, check=True, max_threads=None):
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}.")
-        if sample_threadgroups is not None and sample_threadgroups < 1:
-            raise ValueError(
-                f"sample_threadgroups is {sample_threadgroups}: it must be at least 1, or None."
-            )
         self.order = order
         self.seed = seed
-        self.sample_threadgroups = sample_threadgroups
         self.check = check
         self.max_threads = max_threads or {}
         self.dispatches = []
@@ -74,12 +65,10 @@ class Emulator:
         header="",
         ensure_row_contiguous=True,
         atomic_outputs=False,
-        compile_options=None,
     ):
         """Takes and refuses what ``mx.fast.metal_kernel`` does; the result is called likewise."""
         if not output_names:
             raise ValueError("[metal_kernel] Must specify at least one output.")
-        check_compile_options(compile_options)
         return Kernel(
             self,
             name,
@@ -100,25 +89,6 @@ class Emulator:
             yield self
         finally:
             mx.fast.metal_kernel, mx.metal.is_available = saved
-
-
-def check_compile_options(options) -> None:
-    """MLX's own checks of ``compile_options``; the mathematics here is always the safe one.
-
-    Raises:
-        ValueError: As MLX does.
-    """
-    if options is None:
-        return
-    if not isinstance(options, dict):
-        raise ValueError("[metal_kernel] Expected `compile_options` to be a dict.")
-    for key, value in options.items():
-        if key != "math_mode":
-            raise ValueError(f"[metal_kernel] Unknown compile option `{key}`.")
-        if value not in ("safe", "relaxed", "fast"):
-            raise ValueError(
-                "[metal_kernel] Expected math_mode to be 'safe', 'relaxed', or 'fast'."
-            )
 
 
 class Kernel:
@@ -154,7 +124,6 @@ class Kernel:
         threadgroup,
         template=None,
         init_value=None,
-        verbose=False,
         stream=None,
     ):
         """Runs the kernel at once (MLX would wait until an output is needed).
@@ -165,7 +134,6 @@ class Kernel:
             grid, threadgroup: Three numbers of threads each.
             template: Pairs of a name and a dtype, int or bool.
             init_value: What outputs hold before the kernel runs, or None.
-            verbose: Whether to print the generated text.
             stream: Accepted if it is none of the CPU's.
 
         Returns:
@@ -191,9 +159,6 @@ class Kernel:
         template = [(key, value) for key, value in template or [] if template_kind(value)]
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
         signature = self.signature(arrays, output_dtypes, template)
-        if verbose:
-            print(f"Generated source code for `{self.name}`:\n```\n{signature.text}\n```")
-
         grid, threadgroup = self.dispatch_size(grid, threadgroup)
         buffers = self.buffers(signature, arrays, output_shapes, output_dtypes, init_value)
         self.emulator.built.add(signature.text)
@@ -209,7 +174,6 @@ class Kernel:
                 threadgroup,
                 self.emulator.order,
                 self.emulator.seed,
-                self.emulator.sample_threadgroups,
                 self.emulator.check,
             )
         )

@@ -208,7 +208,7 @@ def load(library) -> tuple[int, int, int]:
     return entry, min(int(r[0], 16) for r in ranges), max(int(r[1], 16) for r in ranges)
 
 
-def launch(name, library, buffers, grid, threadgroup, order, seed, sample, check) -> Dispatch:
+def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dispatch:
     """Runs a kernel over a grid.
 
     Args:
@@ -218,7 +218,6 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, sample, check
         grid, threadgroup: In threads; the threadgroup not larger than the grid.
         order: One of ``ORDERS``.
         seed: Of the shuffled order.
-        sample: Number of evenly spaced threadgroups to run, or None for all.
         check: Whether the kernel was compiled with checks.
 
     Raises:
@@ -230,8 +229,6 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, sample, check
     arguments = np.array([buffer.data.ctypes.data for buffer in buffers], np.uint64)
     n_groups = int(np.prod([-(-g // t) for g, t in zip(grid, threadgroup, strict=True)]))
     groups = np.arange(n_groups, dtype=np.uint64)
-    if sample is not None and sample < n_groups:
-        groups = np.arange(sample, dtype=np.uint64) * np.uint64(n_groups) // np.uint64(sample)
     if order == "reverse":
         groups = groups[::-1].copy()
     elif order == "shuffle":
@@ -257,7 +254,7 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, sample, check
             raise MemoryError("The Metal emulator could not reserve 256 MB of address space.")
     if state.fault.kind:
         raise runtime_fault(name, state, buffers, threadgroup)
-    if check and len(groups) == n_groups:
+    if check:
         find_unwritten(name, buffers)
     traffic = {
         buffer.name: Traffic(
