@@ -32,7 +32,7 @@ from ..publishing.publish import (
     publish,
 )
 from ..publishing.recipe import make_recipe
-from .build import IndexBuild, cut_short, index_nbytes
+from .build import cut_short, index_nbytes, model_index
 from .options import ConvertOptions, recipe_flags
 from .place import FILES_KEY, check_apart, check_place, check_room, files_of
 from .quantization import BodyRecipe, body_label, set_bits
@@ -161,8 +161,9 @@ def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> Flas
             seed=options.seed,
             name=name,
         ) | {"metadata": card_metadata(origin, "adapter" if options.index_only else "quantized")}
-        build = IndexBuild(model, tokenizer, location, options, text=text, recipe=recipe)
-        index = build.finish(progress=progress)
+        index = model_index(
+            model, tokenizer, location, options, text=text, recipe=recipe, progress=progress
+        )
         say("\n".join([*report_lines(index.config), *cut_short(index.config)]))
         say(f"Writing {target}")
         config.pop(CONFIG_KEY, None)

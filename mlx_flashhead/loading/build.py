@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..conversion.build import IndexBuild, cut_short, index_nbytes
+from ..conversion.build import cut_short, index_nbytes, model_index
 from ..conversion.duration import expected_seconds, in_words
 from ..conversion.options import IndexOptions, recipe_flags
 from ..conversion.steps import Step, take_all
@@ -93,7 +93,7 @@ def build_steps(
             seed=of_index.seed,
             name=checkpoint_name(origin, None),
         ) | {"metadata": card_metadata(origin, "adapter")}
-        build = IndexBuild(
+        index = yield from model_index.steps(
             model,
             text_side(model, tokenizer),
             location,
@@ -101,11 +101,6 @@ def build_steps(
             recipe=recipe,
             step_seconds=step_seconds,
         )
-        try:
-            yield from build
-        finally:
-            build.close()
-        index = build.index
         for sentence in cut_short(index.config):
             say(sentence)
         if obstacle is None:
