@@ -11,7 +11,6 @@ import pytest
 from mlx_flashhead.conversion import clustering
 from mlx_flashhead.conversion.clustering import cluster_rows, faster_library
 
-
 METRICS = [None, np.eye(24, dtype=np.float32)]
 
 
