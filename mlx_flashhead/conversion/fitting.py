@@ -33,15 +33,7 @@ DAMPING = 0.01  # share of the mean variance added to the covariance before it i
 
 
 def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
-    """Mean of each cluster's rows.
-
-    Args:
-        rows: (V, D), any float dtype.
-        token_ids: (C, cluster_size) integers; V marks a padded slot, which is left out.
-
-    Returns:
-        (C, D) float32.
-    """
+    """Mean of each cluster's rows, (C, D) float32, without the padded slots."""
     rows = as_float32(rows)
     sums = np.zeros((len(token_ids), rows.shape[1]), dtype=np.float32)
     real = token_ids < len(rows)

@@ -30,23 +30,14 @@ AGREEMENT, COVERAGE, MASS, KL, NLL, GAP, TAIL = range(7)
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures at one number of probes.
-
-    Attributes:
-        n_probes: Clusters scored per position.
-        agreement: Share of positions, 0 … 1.
-        coverage: Share of positions, 0 … 1; NaN without true next tokens.
-        covered_mass: Mean probability, 0 … 1.
-        kl: Nats per position.
-        perplexity: With the tail; NaN without true next tokens.
-    """
+    """Measures at one number of probes."""
 
     n_probes: int
-    agreement: float
-    coverage: float
+    agreement: float  # share of positions, as the next
+    coverage: float  # NaN without true next tokens
     covered_mass: float
-    kl: float
-    perplexity: float
+    kl: float  # nats per position
+    perplexity: float  # with the tail; NaN without true next tokens
 
     def to_dict(self) -> dict:
         """JSON-ready; a missing measure is None."""

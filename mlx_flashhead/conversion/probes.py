@@ -45,27 +45,18 @@ class Goals:
 
 @dataclass(frozen=True)
 class Choice:
-    """A number of probes, and what it does not reach since the bytes limit it.
-
-    Attributes:
-        n_probes: The number.
-        missed: Goals that are missed, as text, such as "99.8 % agreement".
-        unshown: The agreement, if it is reached but so few positions cannot show it.
-        goals: All goals.
-        bytes_share: The limit, relative to the dense head.
-    """
+    """A number of probes, and what it does not reach since the bytes limit it."""
 
     n_probes: int
-    missed: tuple[str, ...]
-    unshown: tuple[str, ...]
-    goals: tuple[str, ...]
-    bytes_share: float
+    goals: Goals
+    missed: tuple[str, ...]  # goals, such as "99.8 % agreement"
+    unshown: tuple[str, ...]  # the agreement, if so few positions cannot show it
 
     def in_words(self, n_clusters: int) -> str:
         """The choice as a sentence or two."""
         scored = f"{self.n_probes:,} of {n_clusters:,} clusters per token"
         if not (self.missed or self.unshown):
-            return f"{scored} are the fewest that reach {_joined(self.goals)} on held-out text."
+            return f"{scored} are the fewest that reach {_joined(self.goals.in_words())} on held-out text."
         parts = []
         if self.missed:
             parts.append(f"miss {_joined(self.missed)}")
@@ -74,8 +65,8 @@ class Choice:
                 f"reach {_joined(self.unshown)} on held-out text, on too few positions to be sure"
             )
         return (
-            f"{scored} {' and '.join(parts)}. More would read over {100 * self.bytes_share:g} % of "
-            "the dense head's bytes."
+            f"{scored} {' and '.join(parts)}. More would read over "
+            f"{100 * self.goals.bytes_share:g} % of the dense head's bytes."
         )
 
 
@@ -109,12 +100,7 @@ def choose_probes(
         kinds: (N,) integers, the kind of text of each position.
         goals: The goals.
         bytes_share: Number of probes → bytes read per token relative to the dense head.
-
-    Raises:
-        ValueError: If there are no positions.
     """
-    if not len(kinds):
-        raise ValueError("There are no held-out positions to choose n_probes by: give it instead.")
     weights = kind_weights(kinds)
     words = goals.in_words()
     choice = None
@@ -128,7 +114,7 @@ def choose_probes(
         shown = lower_bound(values[AGREEMENT], weights) >= _possible(goals.agreement, weights)
         missed = tuple(word for word, ok in zip(words, reached, strict=True) if not ok)
         unshown = words[:1] if reached[0] and not shown else ()
-        choice = Choice(n_probes, missed, unshown, words, goals.bytes_share)
+        choice = Choice(n_probes, goals, missed, unshown)
         if not missed and not unshown:
             break
     assert choice is not None
@@ -146,11 +132,7 @@ def kind_weights(kinds: np.ndarray) -> np.ndarray:
 
 
 def lower_bound(agree: np.ndarray, weights: np.ndarray) -> float:
-    """The lower end of Wilson's interval around a weighted share.
-
-    Args:
-        agree: (N,) 0 or 1.
-        weights: (N,) of sum 1.
+    """The lower end of Wilson's interval around the share of ``agree`` (N,), weights of sum 1.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
         JASA 22 (1927), one-sided, with Kish's effective number of positions.
