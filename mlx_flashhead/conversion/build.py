@@ -47,13 +47,9 @@ def model_index(
 
     Args:
         model: A dense model of mlx-lm or mlx-vlm.
-        tokenizer: Its tokenizer.
-        location: Its head.
-        options: The options of the index.
         text: Text of the file to calibrate on, if the options name one.
         recipe: The recipe to store.
-        step_seconds: Time that a step of the model may take, where a window of text takes no
-            longer.
+        step_seconds: Time that a step of the model may take, if a window of text takes no longer.
 
     Raises:
         ValueError: At a step, if the text is too short or an option does not fit the model.

@@ -40,14 +40,10 @@ def cluster_rows(
     metric: np.ndarray | None = None,
     passes: int = PASSES,
 ) -> Steps[np.ndarray]:
-    """Groups the rows of a head into clusters of equal size.
-
-    If ``cluster_size`` does not divide V, the last clusters hold one row less, or several less if
-    there are fewer clusters than spare slots.
+    """Groups the rows (V, D) of a head into clusters of equal size.
 
     Args:
-        rows: (V, D), any float dtype.
-        cluster_size: Rows per cluster, 1 … V.
+        cluster_size: Rows per cluster, 1 … V. If it does not divide V, the last clusters hold less.
         seed: The same seed gives the same clusters, on the same device.
         metric: (D, d) float32 by which the rows are multiplied first (`metric.py`); None: only
             their directions count.
@@ -144,8 +140,7 @@ def _group_duplicates(
     """Groups large sets of nearly identical rows, such as those of unused tokens.
 
     Thousands of them would list the same few centroids, and the fill would list them again for
-    every few hundred that it places. Sets that fit into the clusters of one shortlist stay as they
-    are.
+    every few hundred that it places. A set that fits into one shortlist stays as it is.
 
     Returns:
         (G, cluster_size) ids of the grouped rows, and the ascending ids of all others.
@@ -182,15 +177,9 @@ def _near(points: np.ndarray, centres: np.ndarray, middle: np.ndarray) -> np.nda
 def _balanced_kmeans(
     points: np.ndarray, capacity: np.ndarray, passes: int, rng: np.random.Generator
 ) -> Counts[list[np.ndarray]]:
-    """Balanced k-means.
+    """Members by column, for a descending capacity (C,) of V points in all.
 
-    Args:
-        points: (V, d + 1) from :func:`_points`.
-        capacity: (C,) integers, the points that each cluster must hold: V in all, descending.
-
-    Returns:
-        Members by column: entry j holds the j-th member of each cluster with more than j members,
-        which are the first clusters.
+    Entry j holds the j-th member of each cluster that has more than j: the first ones.
     """
     n_points, n_clusters = len(points), len(capacity)
     members = [rng.permutation(n_points)[:n_clusters]]
@@ -210,10 +199,7 @@ def _balanced_kmeans(
 
 
 def _centroids(points: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
-    """(c, -|c|²/2) for the means c of points that end with a one.
-
-    The product of a point with it grows as the point comes nearer to c.
-    """
+    """(c, -|c|²/2) for the means c: the product with a point grows as the point comes nearer."""
     centroids = points[members[0]]
     for column in members[1:]:
         for start in range(0, len(column), BLOCK_ROWS):
@@ -225,10 +211,9 @@ def _centroids(points: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
 
 
 def faster_library(work: Callable[[Any], object]) -> Any:
-    """numpy, or ``mlx.core`` where its device is a GPU and does some work sooner.
+    """numpy, or ``mlx.core`` where its device is a GPU that does the work of a block sooner.
 
-    Args:
-        work: Does it with a library. Tried twice with each, a fraction of a second on a GPU.
+    It is tried twice with each, a fraction of a second. Both give clusters of the same quality.
     """
     if mx.default_device().type != mx.gpu:
         return np
@@ -243,13 +228,10 @@ def faster_library(work: Callable[[Any], object]) -> Any:
 def _shortlists(
     points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, library: Any
 ) -> Counts[tuple[np.ndarray, np.ndarray]]:
-    """The best centroids of the points ``rows`` (R,), unordered.
+    """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered.
 
     The centroids are dealt into buckets, and the best of each bucket is a candidate. A selection
     from the full width would take longer than the product.
-
-    Returns:
-        Ids (R, length) int64 and scores (R, length), length = min(24, C).
     """
     xp, n_clusters = library, len(centroids)
     length, n_buckets = min(LIST_LENGTH, n_clusters), min(BUCKETS, n_clusters)
@@ -297,10 +279,7 @@ def _fill(
     capacity: np.ndarray,
     library: Any,
 ) -> Counts[np.ndarray]:
-    """The cluster of each point, (V,): cluster c gets exactly ``capacity[c]`` points.
-
-    Points whose shortlist is full get a new shortlist among the open clusters.
-    """
+    """The cluster of each point, (V,). Points whose list is full get one of the open clusters."""
     free = capacity.copy()
     assigned = np.full(len(points), -1)
     waiting = np.arange(len(points))
@@ -322,16 +301,10 @@ def _place(
     free: np.ndarray,
     assigned: np.ndarray,
 ) -> None:
-    """Assigns points to clusters of their shortlists as long as one of these is open.
+    """Assigns the waiting points (R,) to clusters of their lists as long as one of these is open.
 
     Each point proposes to its best open cluster. A cluster accepts the points with most to lose.
-
-    Args:
-        waiting: (R,) points to place.
-        ids: (R, length) clusters of their shortlists.
-        utilities: (R, length) score less price.
-        free: (C,) slots left; updated in place.
-        assigned: (V,) clusters of all points, -1 for none; updated in place.
+    ``free`` slots (C,) and ``assigned`` clusters (V,), -1 for none, change in place.
     """
     while len(waiting):
         utilities = np.where(free[ids] > 0, utilities, -np.inf)

@@ -2,7 +2,7 @@
 
 A cluster should be probed when it holds the winning token. So each centroid is fitted to the
 logsumexp of its tokens' logits, in closed form, by ridge regression on calibration hidden states.
-It is then rounded to few bits with the errors fed forward (GPTQ). The remaining residual, of mean
+It is then rounded to 4 bits with the errors fed forward (GPTQ). The remaining residual, of mean
 m_c and variance s2_c over the states, gives the bias:
 
     S_c = h · mu_c + m_c + s2_c / 2     the score by which clusters are chosen
@@ -11,8 +11,6 @@ m_c and variance s2_c over the states, gives the bias:
 With a normal residual exp(S_c) is the cluster's expected share of the probability, up to a factor
 that all clusters share. The states enter only through sums over them, so neither their (N, V)
 logits nor the (N, C) targets are ever held whole.
-
-docs/how-it-works.md has figures, also of what brought no gain.
 """
 
 from typing import NamedTuple
@@ -60,7 +58,7 @@ def fit_centroids(
     Args:
         rows: (V, D), any float dtype.
         token_ids: (C, cluster_size) integers, each of 0 … V-1 once, V in padded slots.
-        states: (N, D) calibration hidden states as the head receives them, any float dtype.
+        states: (N, D) calibration hidden states as the head receives them.
         head_bias: (V,) added to the logits.
         group_size: Columns that share a scale. If it does not divide D it is 32. If 32 does not
             divide D either, the centroids stay floats.
@@ -158,11 +156,8 @@ def _quantize(
 ) -> Steps[tuple[Matrix, np.ndarray]]:
     """Rounds centroids (C, D) so that their products with states of this covariance change least.
 
-    The scale spans a group's range exactly, unlike mx.quantize's, which keeps zero representable
-    (docs/how-it-works.md).
-
-    Returns:
-        The matrix, and its values (C, D) in float64.
+    The scale spans a group's range exactly, unlike mx.quantize's, which keeps zero representable.
+    Returns the matrix, and its values (C, D) in float64.
     """
     hidden_size = centroids.shape[1]
     group_size = affine_group(hidden_size, group_size) or 0

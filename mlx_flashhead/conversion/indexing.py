@@ -33,22 +33,17 @@ def build_index(
     body_bytes: int = 0,
     recipe: dict | None = None,
 ) -> Steps[FlashHeadIndex]:
-    """Builds the index of a head, in steps.
+    """Builds the index of a head from its rows in token order, as the checkpoint stores them.
 
     The held-out positions are not fitted on. They choose the probes and make the report.
 
     Args:
-        rows: The head's rows in token order, as the checkpoint stores them.
-        positions: Positions to calibrate on, or None.
-        cluster_size: Tokens per cluster.
         n_probes: Clusters scored per token, or None to choose.
         goals: Goals for the held-out positions.
         eos_token_ids: Tokens whose clusters are always scored.
         calibration: What the settings say of the positions.
         passes: Dense passes of the clustering.
-        seed: Seed of the clustering.
         body_bytes: Bytes of weights that all other layers read per token.
-        recipe: The recipe to store.
 
     Raises:
         ValueError: If an argument is not valid.

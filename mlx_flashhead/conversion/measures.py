@@ -1,7 +1,6 @@
 """How close retrieval comes to the dense head, on given hidden states.
 
-All measures follow from a few sums over the clusters of a position in the order of their scores, so
-one pass over the dense logits serves any number of probes.
+A few sums over the clusters of a position, by their scores, serve any number of probes.
 
 - agreement: share of positions whose best token is the dense head's.
 - coverage: share of positions whose true next token is among the candidates.
@@ -46,24 +45,17 @@ class Measures:
 
 @dataclass(frozen=True)
 class Routing:
-    """A way to choose clusters.
+    """A way to choose clusters."""
 
-    Attributes:
-        scores: Hidden states (N, D) float32 → scores (N, C) float32.
-        tail_offset: (C,) float32, added to a score for the logit of a cluster's unscored tokens.
-    """
-
-    scores: Callable[[np.ndarray], np.ndarray]
-    tail_offset: np.ndarray
+    scores: Callable[[np.ndarray], np.ndarray]  # of states (N, D) float32: (N, C) float32
+    tail_offset: np.ndarray  # (C,), added to a score for the logit of the cluster's unscored tokens
 
 
 class PositionMeasures:
-    """Measures at each of N positions, for each number of probes.
+    """Measures at each of N positions, for each of P numbers of probes.
 
     Attributes:
-        probe_counts: The P numbers of probes.
-        values: (P, 7, N) float32 by the places above; the perplexity as a negative log-likelihood.
-            NaN stands for a missing measure.
+        values: (P, 7, N) float32 by the places above, NaN for a missing measure.
         dense_nll: (N,) float64, under the dense head; None without true next tokens.
     """
 
@@ -101,14 +93,11 @@ def measure_positions(
     probe_counts: Sequence[int],
     next_ids: np.ndarray | None = None,
 ) -> Steps[PositionMeasures]:
-    """Measures a routing at each number of probes and position, in steps.
+    """Measures a routing at each number of probes (1 … C) and each of the states (N, D).
 
     Args:
-        states: (N, D) float32 hidden states.
         logits_of: Dense logits of some states: (n, D) → (n, V) float32, token order.
         token_ids: (C, cluster_size) integers, V in padded slots.
-        routing: The way to choose clusters.
-        probe_counts: Numbers of probes, 1 … C.
         next_ids: (N,) true next tokens, or None.
     """
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
@@ -139,15 +128,9 @@ def _compare(
     probe_counts: Sequence[int],
     truth: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """All measures of some states, from sums of their dense logits over each cluster.
+    """All measures (P, 7, n) from dense logits (n, V) and scores (n, C) of the clusters.
 
-    Args:
-        logits: (n, V) dense ones.
-        scores: (n, C) of the clusters.
-        truth: (n,) true next tokens, or None.
-
-    Returns:
-        (P, 7, n), and the dense head's negative log-likelihoods (n,) of the true tokens.
+    Also the dense head's negative log-likelihoods (n,) of the true tokens, if these are known.
     """
     (n_rows, vocab_size), n_clusters = logits.shape, len(token_ids)
     rows, probes = np.arange(n_rows), np.asarray(probe_counts)

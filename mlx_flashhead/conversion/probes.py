@@ -1,14 +1,9 @@
-"""The number of clusters to score per token: the fewest that keep the dense head's answers.
+"""The number of clusters for the bare head: the fewest that keep the dense head's answers.
 
 The choice is made on held-out positions of all kinds of text, with the same weight for each kind.
 The agreement must reach its goal at the end of a 95 % confidence interval, since few positions may
-reach it by luck. Positions count as independent, although neighbours in a text are not quite.
-
-Texts of other authors are harder than held-out parts of the same documents. So the mean KL must be
-half of its goal (docs/how-it-works.md).
-
-This number is for the bare head. With a check the text is the dense head's at any number
-(`differences.py`).
+reach it by luck. Texts of other authors are harder than held-out parts of the same documents, so
+the mean KL must be half of its goal (docs/how-it-works.md). `differences.py` chooses for the check.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,17 +21,11 @@ GRID_STEP = 1.15  # greatest ratio of two neighbouring numbers of probes
 
 @dataclass(frozen=True)
 class Goals:
-    """The goals of a choice of probes.
+    """The goals of a choice of probes."""
 
-    Attributes:
-        agreement: Share of positions with the dense head's best token, above 0 and at most 1.
-        kl: Divergence from the dense head's distribution, nats per position, above 0.
-        bytes_share: Greatest number of bytes read per token, relative to the dense head.
-    """
-
-    agreement: float = 0.998
-    kl: float = 0.03
-    bytes_share: float = 0.25
+    agreement: float = 0.998  # share of positions with the dense head's best token
+    kl: float = 0.03  # from the dense head's distribution, nats per position
+    bytes_share: float = 0.25  # at most: bytes read per token, relative to the dense head
 
     def in_words(self) -> tuple[str, str]:
         """What held-out positions must reach, as text: agreement and KL."""
@@ -56,7 +45,8 @@ class Choice:
         """The choice as a sentence or two."""
         scored = f"{self.n_probes:,} of {n_clusters:,} clusters per token"
         if not (self.missed or self.unshown):
-            return f"{scored} are the fewest that reach {_joined(self.goals.in_words())} on held-out text."
+            goals = _joined(self.goals.in_words())
+            return f"{scored} are the fewest that reach {goals} on held-out text."
         parts = []
         if self.missed:
             parts.append(f"miss {_joined(self.missed)}")
@@ -76,10 +66,7 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def probe_grid(n_clusters: int, largest: int) -> list[int]:
-    """The numbers of probes to try, up to about ``largest``.
-
-    Multiples of 8, and all C clusters if there are fewer.
-    """
+    """The numbers of probes to try, up to about ``largest``: multiples of 8, or all C clusters."""
     grid = [PROBES_MULTIPLE]
     while grid[-1] < largest:
         step = int(grid[-1] * (GRID_STEP - 1)) // PROBES_MULTIPLE * PROBES_MULTIPLE
@@ -98,7 +85,6 @@ def choose_probes(
     Args:
         found: Measures of one routing, at ascending numbers of probes.
         kinds: (N,) integers, the kind of text of each position.
-        goals: The goals.
         bytes_share: Number of probes → bytes read per token relative to the dense head.
     """
     weights = kind_weights(kinds)
