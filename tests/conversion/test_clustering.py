@@ -178,8 +178,7 @@ def test_thousands_of_unused_tokens_keep_to_themselves(kind, metric):
     assert (of_used == of_used[:, :1]).all(axis=1).mean() > 0.8
 
 
-@pytest.mark.parametrize("metric", [None, np.eye(640, dtype=np.float32)])
-@pytest.mark.parametrize("n_alike", [0, 1280])
+@pytest.mark.parametrize(("n_alike", "metric"), [(0, None), (1280, np.eye(640, dtype=np.float32))])
 def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike, metric):
     """And half of another for all else, so that rows and all are 2.5 heads."""
     monkeypatch.setattr(clustering, "BLOCK_ROWS", 64)
