@@ -2,9 +2,13 @@
 
 Reading and writing the text, clustering, fitting and measuring all advance step by step. Nothing is
 written, so a build that is dropped or killed leaves nothing behind.
+
+The recipe of a build at first use is ``IndexOptions(quick=True)``: given text alone, a third of the
+positions (`options.py`), and half of the passes (`clustering.py`). docs/how-it-works.md has what it
+costs.
 """
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -21,109 +25,68 @@ from .mix import HELD_OUT_SHARE, WRITTEN_SHARE, mixed_positions
 from .options import MIN_POSITIONS, MIX, NO_CALIBRATION, IndexOptions
 from .positions import Positions
 from .probes import Goals
-from .steps import Step, Steps, Stopwatch, take_all
+from .steps import Steps, Stopwatch, stepwise
 
 STEP_SECONDS = 0.1  # of the device, where a window of text takes no longer
 
 
-class IndexBuild:
-    """An index that is being built. An iterator: each item is a step that has been taken.
+@stepwise
+def model_index(
+    model: nn.Module,
+    tokenizer: Any,
+    location: HeadLocation,
+    options: IndexOptions,
+    *,
+    text: str | None = None,
+    recipe: dict[str, Any] | None = None,
+    step_seconds: float = math.inf,
+) -> Steps[FlashHeadIndex]:
+    """The index of a model. Between two steps the model is as it was, and may write text.
 
-        build = IndexBuild(model, tokenizer, find_head(model), IndexOptions(quick=True))
-        for step in build:
-            print(step.stage, step.done, step.total)
-        index = build.index
-
-    All steps at once: ``index = build.finish()``. `close` drops the build. Between two steps the
-    model is as it was, and may write text. The model runs in the steps of the text alone (`reads`);
-    the others are numpy's, or MLX's on a GPU, and may be taken in another thread.
+    The model runs in the steps of the text alone. The others are numpy's, or MLX's on a GPU.
 
     Args:
         model: A dense model of mlx-lm or mlx-vlm.
-        tokenizer: Its tokenizer.
-        location: Its head.
-        options: The options of the index.
         text: Text of the file to calibrate on, if the options name one.
         recipe: The recipe to store.
-        step_seconds: Time that a step of the model may take, where a window of text takes no
-            longer.
+        step_seconds: Time that a step of the model may take, if a window of text takes no longer.
 
     Raises:
         ValueError: At a step, if the text is too short or an option does not fit the model.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        location: HeadLocation,
-        options: IndexOptions,
-        *,
-        text: str | None = None,
-        recipe: dict[str, Any] | None = None,
-        step_seconds: float = STEP_SECONDS,
-    ):
-        self.reads = options.source != NO_CALIBRATION
-        self._index: FlashHeadIndex | None = None
-        self._step_seconds = step_seconds
-        self._steps = self._all_steps(model, tokenizer, location, options, text, recipe)
-
-    def __iter__(self) -> Iterator[Step]:
-        return self
-
-    def __next__(self) -> Step:
-        return next(self._steps)
-
-    @property
-    def index(self) -> FlashHeadIndex:
-        """The index, after the last step.
-
-        Raises:
-            ValueError: If it is not built yet.
-        """
-        if self._index is None:
-            raise ValueError("The index is not built yet: take all steps first.")
-        return self._index
-
-    def finish(self, *, progress: bool = True) -> FlashHeadIndex:
-        """Takes all steps that are left, with bars, and returns the index."""
-        self._step_seconds = float("inf")  # nobody waits between the steps
-        take_all(self._steps, progress=progress)
-        return self.index
-
-    def close(self) -> None:
-        """Drops the build."""
-        self._steps.close()
-
-    def _all_steps(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        location: HeadLocation,
-        options: IndexOptions,
-        text: str | None,
-        recipe: dict[str, Any] | None,
-    ) -> Steps[None]:
-        positions = None
-        calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
-        limit = Stopwatch(options.calibration_seconds)
-        if text is not None:
-            positions = yield from self._file(model, tokenizer, location, options, text)
-        elif options.source != NO_CALIBRATION:
-            positions = yield from mixed_positions.steps(
-                model,
-                tokenizer,
-                location,
-                options.positions,
-                written_share=WRITTEN_SHARE if options.source == MIX else 0.0,
-                seed=options.seed,
-                limit=limit,
-                step_seconds=self._step_seconds,
+    positions = None
+    calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
+    limit = Stopwatch(options.calibration_seconds)
+    if text is not None:
+        states, next_ids = yield from text_states.steps(
+            model,
+            tokenizer,
+            location,
+            text,
+            positions=options.positions,
+            step_seconds=step_seconds,
+        )
+        if len(states) < MIN_POSITIONS:
+            raise ValueError(
+                f"{options.calibration} has only {len(states)} positions to calibrate on: give a "
+                "text of some pages."
             )
-            if limit.cut_short:
-                calibration["cut_short"] = True
-        self.reads = False
-        self._index = yield from build_index.steps(
+        positions = Positions.of_one_kind("file", states, next_ids, HELD_OUT_SHARE)
+    elif options.source != NO_CALIBRATION:
+        positions = yield from mixed_positions.steps(
+            model,
+            tokenizer,
+            location,
+            options.positions,
+            written_share=WRITTEN_SHARE if options.source == MIX else 0.0,
+            seed=options.seed,
+            limit=limit,
+            step_seconds=step_seconds,
+        )
+        if limit.cut_short:
+            calibration["cut_short"] = True
+    return (
+        yield from build_index.steps(
             location.rows(),
             positions,
             cluster_size=options.cluster_size,
@@ -136,29 +99,7 @@ class IndexBuild:
             body_bytes=_body_bytes(model, location),
             recipe=recipe,
         )
-
-    def _file(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        location: HeadLocation,
-        options: IndexOptions,
-        text: str,
-    ) -> Steps[Positions]:
-        states, next_ids = yield from text_states.steps(
-            model,
-            tokenizer,
-            location,
-            text,
-            positions=options.positions,
-            step_seconds=self._step_seconds,
-        )
-        if len(states) < MIN_POSITIONS:
-            raise ValueError(
-                f"{options.calibration} has only {len(states)} positions to calibrate on: give a "
-                "text of some pages."
-            )
-        return Positions.of_one_kind("file", states, next_ids, HELD_OUT_SHARE)
+    )
 
 
 def cut_short(config: FlashHeadConfig) -> list[str]:
@@ -179,16 +120,11 @@ def index_nbytes(rows: Matrix) -> int:
 
 def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
     """Bytes of all weights without the head and the embeddings, of which a token reads one row."""
-    beside = {id(location.module)}
-    beside |= {
-        id(module)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-    }
     return sum(
         array.nbytes
         for module in model.modules()
-        if id(module) not in beside
+        if module is not location.module
+        and not isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
         for array in module.values()
         if isinstance(array, mx.array)
     )

@@ -4,6 +4,7 @@ Reading takes one pass. Writing takes a pass for every token of a batch, so a to
 times as long (docs/how-it-works.md).
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,25 +38,18 @@ def generated_states(
     temperature: float = 1.0,
     limit: Stopwatch | None = None,
     until: float = 0.0,
-    stage: str = "Writing text",
 ) -> Steps[tuple[np.ndarray, np.ndarray]]:
     """Hidden states of text that the model writes itself, in batches.
 
     Args:
-        model: A dense mlx-lm model.
-        tokenizer: Its tokenizer.
-        location: Its head.
         prompts: Token ids to continue, without end.
         positions: Greatest number of states.
-        seed: Seed of the sampling.
         temperature: Of the sampling; 0 is greedy.
         limit: Time limit. After it no further states are computed.
         until: Seconds of the limit that are left to others.
-        stage: Name of the stage.
 
     Returns:
         States (N, D) float32 in the order of generation, and the tokens drawn from them (N,) int64.
-        N is at most ``positions``.
     """
     limit = limit or Stopwatch()
     key = mx.random.key(seed)  # MLX's own state stays as it is between the steps
@@ -94,7 +88,7 @@ def generated_states(
                     drawn.append(np.array(tokens, dtype=np.int64))
                     count += len(hidden)
                 steps.clear()
-            yield Step(stage, min(count, positions), positions, "token")
+            yield Step("Writing answers", min(count, positions), positions, "token")
     finally:
         generator.close()
     limit.cut_short |= count < positions
@@ -111,8 +105,7 @@ def text_states(
     text: str,
     *,
     positions: int | None = None,
-    stage: str = "Reading",
-    step_seconds: float = float("inf"),
+    step_seconds: float = math.inf,
 ) -> Steps[tuple[np.ndarray, np.ndarray]]:
     """Hidden states of a text, in windows of 512 tokens that each start afresh.
 
@@ -120,12 +113,8 @@ def text_states(
 
     Args:
         model: A dense or FlashHead model.
-        tokenizer: Its tokenizer.
-        location: Its head.
         text: The text; special tokens in it, such as chat markup, are understood.
         positions: Greatest number of states; None: all.
-        stage: Name of the stage.
-        step_seconds: As in `read_windows`.
 
     Returns:
         States (N, D) float32 and the true next tokens (N,) int64.
@@ -138,13 +127,11 @@ def text_states(
         token_ids = token_ids[: positions + 1]
     if len(token_ids) < 2:
         raise ValueError("The text is too short to measure anything on: give one of some pages.")
-    first, *further = windows_of(token_ids, WINDOW_TOKENS)
-    # the first window begins with BOS already
-    beginning = beginning_of_text(tokenizer)
-    prefixes = [[], *([beginning] * len(further))]
-    states = yield from read_windows.steps(
-        model, location, [first, *further], prefixes, stage=stage, step_seconds=step_seconds
-    )
+    first, *others = windows_of(token_ids, WINDOW_TOKENS)
+    beginning = beginning_of_text(tokenizer)  # the first window has it already
+    windows = [first, *(beginning + window for window in others)]
+    read = yield from read_windows.steps(model, location, windows, step_seconds=step_seconds)
+    states = [read[0], *(of_window[len(beginning) :] for of_window in read[1:])]
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 
 
@@ -155,10 +142,7 @@ def beginning_of_text(tokenizer) -> list[int]:
 
 
 def windows_of(token_ids: Sequence[int], length: int) -> list[list[int]]:
-    """Token ids (N,) cut into windows of ``length`` states.
-
-    Each window ends with the token after its last state, and the next one begins with that token.
-    """
+    """Windows of ``length`` states. The token after a window's last state begins the next one."""
     return [
         list(token_ids[start : start + length + 1])
         for start in range(0, len(token_ids) - 1, length)
@@ -170,21 +154,17 @@ def read_windows(
     model: nn.Module,
     location: HeadLocation,
     windows: Sequence[list[int]],
-    prefixes: Sequence[list[int]],
     *,
     limit: Stopwatch | None = None,
     stage: str = "Reading",
-    step_seconds: float = float("inf"),
+    step_seconds: float = math.inf,
 ) -> Steps[list[np.ndarray]]:
     """Hidden states of each window without its last token, several windows at once.
 
     Args:
         model: A dense or FlashHead model.
-        location: Its head.
         windows: Token ids, at least two each.
-        prefixes: Token ids before each window, whose states are left out.
         limit: Time limit, after which no further windows are read than the first ones.
-        stage: Name of the stage.
         step_seconds: About the longest time of a step, if one window takes no longer.
 
     Returns:
@@ -192,9 +172,9 @@ def read_windows(
     """
     limit = limit or Stopwatch()
     states = [np.empty((0, 0), np.float32)] * len(windows)
-    inputs = [[*prefix, *window[:-1]] for prefix, window in zip(prefixes, windows, strict=True)]
-    total, read = sum(len(window) - 1 for window in windows), 0
-    together: float = READ_TOKENS if step_seconds == float("inf") else 1
+    inputs = [window[:-1] for window in windows]
+    total, read = sum(map(len, inputs)), 0
+    together: float = READ_TOKENS if step_seconds == math.inf else 1
     waiting = list(range(len(windows)))
     while waiting and (not read or limit.left > 0):
         batch = _next_together(waiting, inputs, together)
@@ -208,8 +188,8 @@ def read_windows(
         per_second = length * len(batch) / max(time.monotonic() - start, 1e-6)
         together = min(READ_TOKENS, max(1.0, step_seconds * per_second))
         for i, of_window in zip(batch, found, strict=True):
-            states[i] = of_window[len(prefixes[i]) : len(inputs[i])]
-            read += len(states[i])
+            states[i] = of_window[: len(inputs[i])]
+            read += len(inputs[i])
         yield Step(stage, read, total, "token")
     limit.cut_short |= bool(waiting)
     return states

@@ -6,13 +6,15 @@ capacities places every row. One dense product of rows and centroids per iterati
 the work. docs/how-it-works.md lists what was worse.
 """
 
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
 from ..head.matrix import as_float32
-from .steps import Counter, Steps, stepwise
-
-BACKENDS = {"numpy": np, "mlx": mx}
+from .steps import Result, Step, Steps, stepwise
 
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # a shortlist holds at most one centroid of each bucket
@@ -26,6 +28,8 @@ DUPLICATE_DISTANCE = 0.2
 DUPLICATE_SAMPLE = 1024
 ROUNDING = 1e-5  # of a squared distance, relative to the squared norm
 
+Counts = Generator[int, None, Result]  # yields the rows that a part of the work has done
+
 
 @stepwise
 def cluster_rows(
@@ -33,25 +37,17 @@ def cluster_rows(
     cluster_size: int = 16,
     *,
     seed: int = 0,
-    spherical: bool = True,
     metric: np.ndarray | None = None,
     passes: int = PASSES,
-    backend: str | None = None,
 ) -> Steps[np.ndarray]:
-    """Groups the rows of a head into clusters of equal size.
-
-    If ``cluster_size`` does not divide V, the last clusters hold one row less, or several less if
-    there are fewer clusters than spare slots.
+    """Groups the rows (V, D) of a head into clusters of equal size.
 
     Args:
-        rows: (V, D), any float dtype.
-        cluster_size: Rows per cluster, 1 … V.
-        seed: The same seed gives the same clusters.
-        spherical: Cluster by direction; otherwise by Euclidean distance.
-        metric: (D, d) float32 by which the rows are multiplied first: `metric.py`.
+        cluster_size: Rows per cluster, 1 … V. If it does not divide V, the last clusters hold less.
+        seed: The same seed gives the same clusters, on the same device.
+        metric: (D, d) float32 by which the rows are multiplied first (`metric.py`); None: only
+            their directions count.
         passes: Dense passes over all rows.
-        backend: "numpy" or "mlx" for the dense products; None is MLX if its default device is a
-            GPU, else numpy.
 
     Returns:
         (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 exactly once,
@@ -66,25 +62,34 @@ def cluster_rows(
     rows = as_float32(rows)
     if rows.ndim != 2 or rows.size == 0:
         raise ValueError(f"The rows have shape {rows.shape}, but (V, D) is needed.")
-    vocab_size = len(rows)
-    if not 1 <= cluster_size <= vocab_size:
+    if not 1 <= cluster_size <= len(rows):
         raise ValueError(
-            f"cluster_size is {cluster_size}, but the head has {vocab_size} rows: "
-            f"choose 1 to {vocab_size}."
+            f"cluster_size is {cluster_size}, but the head has {len(rows)} rows: "
+            f"choose 1 to {len(rows)}."
         )
     if not np.isfinite(rows).all():
         raise ValueError("The rows hold NaN or infinity: check the model's output weights.")
-    if backend is None:
-        backend = "mlx" if mx.default_device().type == mx.gpu else "numpy"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, but must be 'numpy' or 'mlx'.")
+    counts = _clusters(rows, cluster_size, metric, passes, np.random.default_rng(seed))
+    done, total = 0, len(rows) * passes
+    while True:
+        try:
+            done = min(done + next(counts), total)
+        except StopIteration as end:
+            return end.value
+        yield Step("Clustering", done, total, "row")
 
-    rng = np.random.default_rng(seed)
-    bar = Counter("Clustering", len(rows) * passes, "row")
-    points = yield from _points(rows, metric, spherical, rng, bar, BACKENDS[backend])
-    # only distances matter there, and the last column would hide small ones of them
-    alike = points if spherical else points[:, :-1]
-    grouped, others = yield from _group_duplicates(alike, cluster_size, rng, bar)
+
+def _clusters(
+    rows: np.ndarray,
+    cluster_size: int,
+    metric: np.ndarray | None,
+    passes: int,
+    rng: np.random.Generator,
+) -> Counts[np.ndarray]:
+    vocab_size = len(rows)
+    points = yield from _points(rows, metric)
+    grouped, others = yield from _group_duplicates(points[:, :-1], cluster_size, rng)
+    yield passes * grouped.size
     n_clusters = -(-len(others) // cluster_size)
     token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
     token_ids[: len(grouped)] = grouped
@@ -92,47 +97,28 @@ def cluster_rows(
         capacity = len(others) // n_clusters + (np.arange(n_clusters) < len(others) % n_clusters)
         if len(grouped):
             points = _to_the_front(points, others)
-        members = yield from _balanced_kmeans(
-            points, capacity, spherical, passes, rng, bar, BACKENDS[backend]
-        )
+        members = yield from _balanced_kmeans(points, capacity, passes, rng)
         for column, ids in enumerate(members):
             token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
     return np.sort(token_ids, axis=1)
 
 
-def _points(
-    rows: np.ndarray,
-    metric: np.ndarray | None,
-    spherical: bool,
-    rng: np.random.Generator,
-    bar: Counter,
-    xp,
-) -> Steps[np.ndarray]:
-    """The points to cluster, the only copy of the rows.
-
-    Returns:
-        (V, d) of norm 1 if ``spherical``. All zero vectors get the same random direction, which
-        makes them near-duplicates. Otherwise (V, d + 1): the rows less their mean, and a column of
-        ones.
-    """
+def _points(rows: np.ndarray, metric: np.ndarray | None) -> Counts[np.ndarray]:
+    """The points to cluster, the only copy of the rows: less their mean, and a column of ones."""
     vocab_size, hidden_size = len(rows), (rows if metric is None else metric).shape[1]
-    points = np.ones((vocab_size, hidden_size + (not spherical)), dtype=np.float32)
+    points = np.ones((vocab_size, hidden_size + 1), dtype=np.float32)
     mapped = points[:, :hidden_size]
-    if metric is not None:
-        metric = xp.array(metric)
     for start in range(0, vocab_size, BLOCK_ROWS):
         block = rows[start : start + BLOCK_ROWS]
-        mapped[start : start + len(block)] = (
-            block if metric is None else np.asarray(xp.array(block) @ metric)
-        )
-        yield bar.step()
-    if not spherical:  # keeps distances, and products lose fewer digits
-        mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
-        return points
-    zero = _squares(points) == 0
-    if zero.any():
-        points[zero] = rng.standard_normal(hidden_size, dtype=np.float32)
-    return _to_unit(points)
+        if metric is None:
+            norms = np.sqrt(_squares(block))
+            block = block / np.where(norms > 0, norms, 1)[:, None]
+        else:
+            block = block @ metric
+        mapped[start : start + len(block)] = block
+        yield 0
+    mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)  # for exact distances
+    return points
 
 
 def _to_the_front(points: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -143,26 +129,18 @@ def _to_the_front(points: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return points[: len(ids)]
 
 
-def _to_unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (R, D) scaled to norm 1 in place; zero stays zero."""
-    norms = np.sqrt(_squares(vectors))
-    vectors /= np.where(norms > 0, norms, 1)[:, None]
-    return vectors
-
-
 def _squares(vectors: np.ndarray) -> np.ndarray:
     """Squared norms, (R, D) → (R,), without a temporary copy of the vectors."""
     return np.einsum("rd,rd->r", vectors, vectors)
 
 
 def _group_duplicates(
-    points: np.ndarray, cluster_size: int, rng: np.random.Generator, bar: Counter
-) -> Steps[tuple[np.ndarray, np.ndarray]]:
+    points: np.ndarray, cluster_size: int, rng: np.random.Generator
+) -> Counts[tuple[np.ndarray, np.ndarray]]:
     """Groups large sets of nearly identical rows, such as those of unused tokens.
 
     Thousands of them would list the same few centroids, and the fill would list them again for
-    every few hundred that it places. Sets that fit into the clusters of one shortlist stay as they
-    are.
+    every few hundred that it places. A set that fits into one shortlist stays as it is.
 
     Returns:
         (G, cluster_size) ids of the grouped rows, and the ascending ids of all others.
@@ -173,7 +151,7 @@ def _group_duplicates(
     n_near = np.zeros(len(sample), dtype=np.int64)
     for start in range(0, len(points), BLOCK_ROWS):
         n_near += _near(points[start : start + BLOCK_ROWS], points[sample], middle).sum(axis=0)
-        yield bar.step()
+        yield 0
     groups = [np.empty((0, cluster_size), dtype=np.int64)]
     left = np.ones(len(points), dtype=bool)
     for i in np.argsort(-n_near, kind="stable"):
@@ -197,73 +175,66 @@ def _near(points: np.ndarray, centres: np.ndarray, middle: np.ndarray) -> np.nda
 
 
 def _balanced_kmeans(
-    points: np.ndarray,
-    capacity: np.ndarray,
-    spherical: bool,
-    passes: int,
-    rng: np.random.Generator,
-    bar: Counter,
-    xp,
-) -> Steps[list[np.ndarray]]:
-    """Balanced k-means.
+    points: np.ndarray, capacity: np.ndarray, passes: int, rng: np.random.Generator
+) -> Counts[list[np.ndarray]]:
+    """Members by column, for a descending capacity (C,) of V points in all.
 
-    Args:
-        points: (V, D) or (V, D + 1) from :func:`_points`.
-        capacity: (C,) integers, the points that each cluster must hold: V in all, descending.
-        xp: numpy or mlx.core.
-
-    Returns:
-        Members by column: entry j holds the j-th member of each cluster with more than j members,
-        which are the first clusters.
+    Entry j holds the j-th member of each cluster that has more than j: the first ones.
     """
     n_points, n_clusters = len(points), len(capacity)
-    bar.total = n_points * passes
     members = [rng.permutation(n_points)[:n_clusters]]
     prices = np.zeros(n_clusters, dtype=np.float32)
-    length = min(LIST_LENGTH, n_clusters)
     every = np.arange(n_points)
+    block, first_ones = every[:BLOCK_ROWS], _centroids(points, members)
+    library = faster_library(lambda xp: list(_shortlists(points, block, first_ones, xp)))
     for iteration in range(passes):
-        centroids = _centroids(points, members, spherical)
-        ids, scores = yield from _shortlists(points, every, centroids, length, bar, xp)
-        n_steps = PRICE_STEPS[min(iteration, 1)]
-        yield from _update_prices(prices, ids, scores, capacity, n_steps, bar)
-        assigned = yield from _fill(points, centroids, prices, ids, scores, capacity, bar, xp)
+        centroids = _centroids(points, members)
+        ids, scores = yield from _shortlists(points, every, centroids, library)
+        yield from _update_prices(prices, ids, scores, capacity, PRICE_STEPS[min(iteration, 1)])
+        assigned = yield from _fill(points, centroids, prices, ids, scores, capacity, library)
         order = np.argsort(assigned, kind="stable")
         first = np.cumsum(capacity) - capacity
         members = [order[first[capacity > j] + j] for j in range(capacity[0])]
     return members
 
 
-def _centroids(points: np.ndarray, members: list[np.ndarray], spherical: bool) -> np.ndarray:
-    """Means of norm 1, or (c, -|c|²/2) for plain means c of points that end with a one.
-
-    The product of a point with the latter grows as the point comes nearer to c.
-    """
+def _centroids(points: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
+    """(c, -|c|²/2) for the means c: the product with a point grows as the point comes nearer."""
     centroids = points[members[0]]
     for column in members[1:]:
         for start in range(0, len(column), BLOCK_ROWS):
             ids = column[start : start + BLOCK_ROWS]
             centroids[start : start + len(ids)] += points[ids]
-    if spherical:
-        return _to_unit(centroids)
     centroids[:, :-1] /= centroids[:, -1:]
     centroids[:, -1] = -0.5 * _squares(centroids[:, :-1])
     return centroids
 
 
+def faster_library(work: Callable[[Any], object]) -> Any:
+    """numpy, or ``mlx.core`` where its device is a GPU that does the work of a block sooner.
+
+    It is tried twice with each, a fraction of a second. Both give clusters of the same quality.
+    """
+    if mx.default_device().type != mx.gpu:
+        return np
+    seconds = {}
+    for library in (np, mx, np, mx):  # MLX compiles its kernels in the first round
+        start = time.perf_counter()
+        work(library)
+        seconds[library] = time.perf_counter() - start
+    return min(seconds, key=lambda library: seconds[library])
+
+
 def _shortlists(
-    points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, length: int, bar: Counter, xp
-) -> Steps[tuple[np.ndarray, np.ndarray]]:
-    """The best centroids of the points ``rows`` (R,), unordered.
+    points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, library: Any
+) -> Counts[tuple[np.ndarray, np.ndarray]]:
+    """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered.
 
     The centroids are dealt into buckets, and the best of each bucket is a candidate. A selection
     from the full width would take longer than the product.
-
-    Returns:
-        Ids (R, length) int64 and scores (R, length).
     """
-    n_clusters = len(centroids)
-    n_buckets = min(BUCKETS, n_clusters)
+    xp, n_clusters = library, len(centroids)
+    length, n_buckets = min(LIST_LENGTH, n_clusters), min(BUCKETS, n_clusters)
     padding = -n_clusters % n_buckets
     columns = (np.pad(centroids, ((0, padding), (0, 0))) if padding else centroids).T
     if xp is not np:  # for numpy it would be another copy
@@ -273,8 +244,7 @@ def _shortlists(
     size = max(1, min(BLOCK_ROWS, BLOCK_SCORES // n_clusters))
     for start in range(0, len(rows), size):
         block = slice(start, start + size)
-        listed = points[rows[block]]
-        products = (listed if xp is np else xp.array(listed)) @ columns
+        products = xp.array(points[rows[block]]) @ columns
         if padding:
             products[:, n_clusters:] = -np.inf
         products = products.reshape(products.shape[0], -1, n_buckets)
@@ -283,18 +253,13 @@ def _shortlists(
         within = xp.argmax(xp.take_along_axis(products, buckets[:, None, :], axis=2), axis=1)
         ids[block] = np.asarray(within * n_buckets + buckets)
         scores[block] = np.asarray(xp.take_along_axis(best, buckets, axis=1))
-        yield bar.step(len(listed))
+        yield len(products)
     return ids, scores
 
 
 def _update_prices(
-    prices: np.ndarray,
-    ids: np.ndarray,
-    scores: np.ndarray,
-    capacity: np.ndarray,
-    n_steps: int,
-    bar: Counter,
-) -> Steps[None]:
+    prices: np.ndarray, ids: np.ndarray, scores: np.ndarray, capacity: np.ndarray, n_steps: int
+) -> Counts[None]:
     """Moves the prices (C,) in place until demand for each centroid meets its capacity."""
     step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
     for _ in range(n_steps):
@@ -302,7 +267,7 @@ def _update_prices(
         wanted = np.bincount(ids[np.arange(len(ids)), best], minlength=len(prices))
         prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
         step *= 0.95
-        yield bar.step()
+        yield 0
 
 
 def _fill(
@@ -312,29 +277,21 @@ def _fill(
     ids: np.ndarray,
     scores: np.ndarray,
     capacity: np.ndarray,
-    bar: Counter,
-    xp,
-) -> Steps[np.ndarray]:
-    """The cluster of each point, (V,): cluster c gets exactly ``capacity[c]`` points.
-
-    Points whose shortlist is full get a new shortlist among the open clusters.
-    """
+    library: Any,
+) -> Counts[np.ndarray]:
+    """The cluster of each point, (V,). Points whose list is full get one of the open clusters."""
     free = capacity.copy()
     assigned = np.full(len(points), -1)
     waiting = np.arange(len(points))
-    utilities = scores - prices[ids]
     while True:
-        _place(waiting, ids, utilities, free, assigned)
+        _place(waiting, ids, scores - prices[ids], free, assigned)
         waiting = np.flatnonzero(assigned < 0)
         if not len(waiting):
             return assigned
+        yield 0
         opened = np.flatnonzero(free)
-        yield bar.step()
-        listed, scores = yield from _shortlists(
-            points, waiting, centroids[opened], min(LIST_LENGTH, len(opened)), bar, xp
-        )
+        listed, scores = yield from _shortlists(points, waiting, centroids[opened], library)
         ids = opened[listed]
-        utilities = scores - prices[ids]
 
 
 def _place(
@@ -344,16 +301,10 @@ def _place(
     free: np.ndarray,
     assigned: np.ndarray,
 ) -> None:
-    """Assigns points to clusters of their shortlists as long as one of these is open.
+    """Assigns the waiting points (R,) to clusters of their lists as long as one of these is open.
 
     Each point proposes to its best open cluster. A cluster accepts the points with most to lose.
-
-    Args:
-        waiting: (R,) points to place.
-        ids: (R, length) clusters of their shortlists.
-        utilities: (R, length) score less price.
-        free: (C,) slots left; updated in place.
-        assigned: (V,) clusters of all points, -1 for none; updated in place.
+    ``free`` slots (C,) and ``assigned`` clusters (V,), -1 for none, change in place.
     """
     while len(waiting):
         utilities = np.where(free[ids] > 0, utilities, -np.inf)

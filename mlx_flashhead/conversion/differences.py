@@ -25,19 +25,12 @@ LEAST_RISK, GREATEST_RISK = 1e-12, 1 - 1e-6
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes of weights that a decoding step reads.
-
-    Attributes:
-        centroids: Of the centroids.
-        probe: Of the rows of one cluster.
-        dense: Of all rows.
-        body: Of all other layers.
-    """
+    """Bytes of weights that a decoding step reads."""
 
     centroids: int
-    probe: float
-    dense: int
-    body: int = 0
+    probe: float  # the rows of one cluster
+    dense: int  # all rows
+    body: int = 0  # all other layers
 
     def head(self, n_probes: int) -> float:
         """Bytes that FlashHead reads."""
@@ -52,10 +45,6 @@ class StepBytes:
             step · (1 + share · (k + 1) / 2) + dense / k,    step = body + head
 
         with the best k, sqrt(2 · dense / (share · step)), within 1 … 32.
-
-        Args:
-            n_probes: Number of probes.
-            share: Share of proposals that differ.
         """
         step = self.body + self.head(n_probes)
         k = math.sqrt(2 * self.dense / max(share * step, 1e-9))
@@ -120,10 +109,6 @@ def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float
     For each slope b, a is such that the risks add up to the differences, and half of one more, so
     that none seen is not none ever. Slopes far from 1, that of a perfect estimate, need positions
     that show them.
-
-    Args:
-        gaps: (N,) finite.
-        differs: (N,) bool.
     """
     if not len(gaps):
         return 0.0, 1.0

@@ -15,12 +15,7 @@ SAMPLE = 1024  # rows and columns of the product that measures the machine's spe
 
 
 def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
-    """The approximate greatest time of an index: the time limit of the text, and the products.
-
-    Args:
-        rows: The head's rows.
-        options: The options of the index.
-    """
+    """The approximate greatest time of an index: the time limit of the text, and the products."""
     n_clusters = -(-rows.n_rows // options.cluster_size)
     n_passes = QUICK_PASSES if options.quick else PASSES
     passes = CLUSTER_PASSES * n_passes * n_clusters + POSITION_PASSES * options.positions

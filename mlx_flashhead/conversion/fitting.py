@@ -2,7 +2,7 @@
 
 A cluster should be probed when it holds the winning token. So each centroid is fitted to the
 logsumexp of its tokens' logits, in closed form, by ridge regression on calibration hidden states.
-It is then rounded to few bits with the errors fed forward (GPTQ). The remaining residual, of mean
+It is then rounded to 4 bits with the errors fed forward (GPTQ). The remaining residual, of mean
 m_c and variance s2_c over the states, gives the bias:
 
     S_c = h · mu_c + m_c + s2_c / 2     the score by which clusters are chosen
@@ -11,8 +11,6 @@ m_c and variance s2_c over the states, gives the bias:
 With a normal residual exp(S_c) is the cluster's expected share of the probability, up to a factor
 that all clusters share. The states enter only through sums over them, so neither their (N, V)
 logits nor the (N, C) targets are ever held whole.
-
-docs/how-it-works.md has figures, also of what brought no gain.
 """
 
 from typing import NamedTuple
@@ -21,25 +19,19 @@ import mlx.core as mx
 import numpy as np
 
 from ..head.centroids import Centroids
-from ..head.formats import AFFINE_BITS, GROUPS, USUAL_GROUP, affine_group
+from ..head.formats import USUAL_GROUP, affine_group
 from ..head.matrix import Matrix, as_float32
 from .metric import BLOCK_STATES, checked_states, covariance
 from .steps import Step, Steps, stepwise
 
 BLOCK_CLUSTERS = 64  # at once, which bounds memory
+RIDGE = 0.03  # penalty, relative to the states' mean variance per dimension
+BITS, LEVELS = 4, 15  # of a rounded centroid
 DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
 
 
 def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
-    """Mean of each cluster's rows.
-
-    Args:
-        rows: (V, D), any float dtype.
-        token_ids: (C, cluster_size) integers; V marks a padded slot, which is left out.
-
-    Returns:
-        (C, D) float32.
-    """
+    """Mean of each cluster's rows, (C, D) float32, without the padded slots."""
     rows = as_float32(rows)
     sums = np.zeros((len(token_ids), rows.shape[1]), dtype=np.float32)
     real = token_ids < len(rows)
@@ -56,12 +48,9 @@ def fit_centroids(
     states: np.ndarray | mx.array | None = None,
     *,
     head_bias: np.ndarray | mx.array | None = None,
-    ridge: float = 0.03,
-    bits: int = 4,
     group_size: int = USUAL_GROUP,
-    dtype: mx.Dtype = mx.float16,
 ) -> Steps[Centroids]:
-    """Fits and quantizes the centroids.
+    """Fits the centroids and rounds them to 4 bits with float16 scales.
 
     Without states they are the plain means, and b_c is the mean of the head's bias. A token that is
     not scored then gets its cluster's mean logit (a tail offset of zero).
@@ -69,28 +58,18 @@ def fit_centroids(
     Args:
         rows: (V, D), any float dtype.
         token_ids: (C, cluster_size) integers, each of 0 … V-1 once, V in padded slots.
-        states: (N, D) calibration hidden states as the head receives them, any float dtype.
+        states: (N, D) calibration hidden states as the head receives them.
         head_bias: (V,) added to the logits.
-        ridge: Penalty, relative to the states' mean variance per dimension.
-        bits: 4 or 8.
-        group_size: 32, 64 or 128. If it does not divide D it is 32. If 32 does not divide D either,
-            the centroids stay floats.
-        dtype: Of scales and offsets, or of the centroids if they stay unquantized.
+        group_size: Columns that share a scale. If it does not divide D it is 32. If 32 does not
+            divide D either, the centroids stay floats.
 
     Raises:
-        ValueError: If an argument is not as described, or a state is not finite.
+        ValueError: If the states are not as described, or one is not finite.
 
     Source: GPTQ is arXiv 2210.17323, algorithm 1; the fit is this project's own.
     """
     rows = as_float32(rows)
     vocab_size, hidden_size = rows.shape
-    if bits not in AFFINE_BITS or group_size not in GROUPS:
-        raise ValueError(
-            f"Centroids of {bits} bits in groups of {group_size} are not supported: "
-            "choose 4 or 8 bits and groups of 32, 64 or 128."
-        )
-    if not ridge > 0:
-        raise ValueError(f"ridge is {ridge}, but must be above 0.")
     head_bias = np.zeros(vocab_size, np.float32) if head_bias is None else as_float32(head_bias)
     means = raw_means(rows, token_ids)
     if states is None:
@@ -101,11 +80,11 @@ def fit_centroids(
         moments = yield from _moments(rows, means, token_ids, states, head_bias)
         covariance = moments.covariance
         # max: equal states have no variance, and the means are kept
-        penalty = ridge * max(np.trace(covariance) / hidden_size, 1e-12)
+        penalty = RIDGE * max(np.trace(covariance) / hidden_size, 1e-12)
         penalised = covariance + penalty * np.eye(hidden_size)
         centroids = means + np.linalg.solve(penalised, moments.cross.T).T
 
-    matrix, rounded = yield from _quantize(centroids, covariance, bits, group_size, dtype)
+    matrix, rounded = yield from _quantize(centroids, covariance, group_size)
     if moments is None:
         bias = raw_means(head_bias[:, None], token_ids)[:, 0]
         tail_offset = np.zeros(len(means))
@@ -173,40 +152,34 @@ def _moments(
 
 
 def _quantize(
-    centroids: np.ndarray, covariance: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype
+    centroids: np.ndarray, covariance: np.ndarray, group_size: int
 ) -> Steps[tuple[Matrix, np.ndarray]]:
     """Rounds centroids (C, D) so that their products with states of this covariance change least.
 
-    The scale spans a group's range exactly, unlike mx.quantize's, which keeps zero representable
-    (docs/how-it-works.md).
-
-    Returns:
-        The matrix, and its values (C, D) in float64.
+    The scale spans a group's range exactly, unlike mx.quantize's, which keeps zero representable.
+    Returns the matrix, and its values (C, D) in float64.
     """
     hidden_size = centroids.shape[1]
-    possible = affine_group(hidden_size, group_size)
-    if possible is None:
-        weight = mx.array(centroids.astype(np.float32)).astype(dtype)
-        return Matrix(weight), as_float32(weight)
-    group_size = possible
-
+    group_size = affine_group(hidden_size, group_size) or 0
+    if not group_size:
+        weight = centroids.astype(np.float16)
+        return Matrix(mx.array(weight)), weight.astype(np.float64)
     damping = DAMPING * max(np.trace(covariance) / hidden_size, 1e-12)
     inverse = np.linalg.inv(covariance + damping * np.eye(hidden_size))
     feed = np.linalg.cholesky(inverse).T  # upper: the effect of a column's error on later ones
     left = centroids.T.astype(np.float64)  # (D, C): the columns of the centroids are contiguous
     codes = np.empty(left.shape, dtype=np.uint32)
     rounded = np.empty_like(left)
-    scales, offsets = [], []
-    for start in range(0, hidden_size, group_size):
+    scales, offsets = np.empty((2, hidden_size // group_size, len(centroids)), np.float16)
+    for number, start in enumerate(range(0, hidden_size, group_size)):
         group = slice(start, start + group_size)
         low, high = left[group].min(axis=0), left[group].max(axis=0)
-        scales.append(mx.array(((high - low) / (2**bits - 1)).astype(np.float32)).astype(dtype))
-        offsets.append(mx.array(low.astype(np.float32)).astype(dtype))
-        scale, offset = as_float32(scales[-1]), as_float32(offsets[-1])
+        scales[number], offsets[number] = (high - low) / LEVELS, low
+        scale, offset = scales[number].astype(np.float32), offsets[number].astype(np.float32)
         step = np.where(scale > 0, scale, 1)  # the scale of a constant group is 0
         errors = np.empty((group_size, left.shape[1]))
         for i in range(start, group.stop):
-            codes[i] = np.clip(np.round((left[i] - offset) / step), 0, 2**bits - 1)
+            codes[i] = np.clip(np.round((left[i] - offset) / step), 0, LEVELS)
             rounded[i] = codes[i] * scale + offset
             errors[i - start] = (left[i] - rounded[i]) / feed[i, i]
             later = slice(i + 1, group.stop)
@@ -214,17 +187,16 @@ def _quantize(
         left[group.stop :] -= feed[group, group.stop :].T @ errors
         yield Step("Rounding", group.stop, hidden_size, "column")
     matrix = Matrix(
-        mx.array(_pack(codes.T, bits)),
-        scales=mx.stack(scales, axis=1),
-        biases=mx.stack(offsets, axis=1),
+        mx.array(_pack(codes.T)),
+        scales=mx.array(scales.T),
+        biases=mx.array(offsets.T),
         group_size=group_size,
-        bits=bits,
+        bits=BITS,
     )
     return matrix, rounded.T
 
 
-def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes (C, D) in MLX's packing: (C, D·bits/32) uint32, the first in the lowest bits."""
-    per_word = 32 // bits
-    words = codes.reshape(len(codes), -1, per_word) << np.arange(0, 32, bits, dtype=np.uint32)
+def _pack(codes: np.ndarray) -> np.ndarray:
+    """Codes (C, D) in MLX's packing: (C, D/8) uint32, the first in the lowest bits."""
+    words = codes.reshape(len(codes), -1, 32 // BITS) << np.arange(0, 32, BITS, dtype=np.uint32)
     return np.bitwise_or.reduce(words, axis=-1)

@@ -1,8 +1,5 @@
 """From rows and hidden states to an index: clusters, centroids, probes and a measured report."""
 
-import numpy as np
-
-from ..head.centroids import Centroids
 from ..head.matrix import Matrix, as_float32
 from ..index.files import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
@@ -10,15 +7,15 @@ from ..index.sketch import Sketch
 from .clustering import PASSES, cluster_rows
 from .differences import StepBytes, lossless_settings
 from .fitting import fit_centroids
-from .measures import PositionMeasures, Routing, measure_positions
+from .measures import Routing, measure_positions
 from .metric import logit_metric
 from .positions import Positions
 from .probes import Goals, choose_probes, probe_grid
 from .report import make_report
 from .steps import Steps, stepwise
 
-CENTROID_GROUP = 64  # columns that share a scale
 DEFAULT_GOALS = Goals()
+UNCALIBRATED_SHARE = 1 / 6  # of the clusters; means need it for 99 % agreement on SmolLM2-135M
 
 
 @stepwise
@@ -36,22 +33,17 @@ def build_index(
     body_bytes: int = 0,
     recipe: dict | None = None,
 ) -> Steps[FlashHeadIndex]:
-    """Builds the index of a head, in steps.
+    """Builds the index of a head from its rows in token order, as the checkpoint stores them.
 
     The held-out positions are not fitted on. They choose the probes and make the report.
 
     Args:
-        rows: The head's rows in token order, as the checkpoint stores them.
-        positions: Positions to calibrate on, or None.
-        cluster_size: Tokens per cluster.
         n_probes: Clusters scored per token, or None to choose.
         goals: Goals for the held-out positions.
         eos_token_ids: Tokens whose clusters are always scored.
         calibration: What the settings say of the positions.
         passes: Dense passes of the clustering.
-        seed: Seed of the clustering.
         body_bytes: Bytes of weights that all other layers read per token.
-        recipe: The recipe to store.
 
     Raises:
         ValueError: If an argument is not valid.
@@ -70,18 +62,15 @@ def build_index(
         weight,
         cluster_size,
         seed=seed,
-        spherical=fitted_on is None,
         metric=None if fitted_on is None else logit_metric(fitted_on, rows.hidden_size),
         passes=passes,
     )
     n_clusters = len(token_ids)
-    centroids = yield from fit_centroids.steps(
-        weight, token_ids, fitted_on, head_bias=head_bias, group_size=CENTROID_GROUP
-    )
+    centroids = yield from fit_centroids.steps(weight, token_ids, fitted_on, head_bias=head_bias)
     report: dict = {}
     lossless: dict = {}
     if positions is None:
-        n_probes = uncalibrated_probes(n_clusters) if n_probes is None else n_probes
+        n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
     else:
         nbytes = StepBytes(
             centroids=centroids.routing_bytes,
@@ -90,22 +79,24 @@ def build_index(
             body=body_bytes,
         )
         largest = int((goals.bytes_share * nbytes.dense - nbytes.centroids) / nbytes.probe)
-        grid = probe_grid(n_clusters, max(largest, 1))
         given = () if n_probes is None else (n_probes,)
-        found = yield from _measure(
-            weight, head_bias, token_ids, centroids, held_out, sorted({*grid, *given})
+        matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
+        found = yield from measure_positions.steps(
+            held_out.states,
+            lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
+            token_ids,
+            Routing(lambda h: h @ matrix.T + bias, as_float32(centroids.tail_offset)),
+            sorted({*probe_grid(n_clusters, max(largest, 1)), *given}),
+            held_out.next_ids,
         )
         lossless = lossless_settings(found, held_out.kinds, nbytes, n_probes)
-        choice = None
+        choice = {}
         if n_probes is None:
-            choice = choose_probes(
+            chosen = choose_probes(
                 found, held_out.kinds, goals, lambda n: nbytes.head(n) / nbytes.dense
             )
-            n_probes = choice.n_probes
-        report = make_report(found, n_probes, lossless["n_probes"], nbytes)
-        if choice is not None:
-            report["choice"] = choice.in_words(n_clusters)
-    matrix = centroids.matrix
+            n_probes, choice = chosen.n_probes, {"choice": chosen.in_words(n_clusters)}
+        report = make_report(found, n_probes, lossless["n_probes"], nbytes) | choice
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
         n_clusters=n_clusters,
@@ -113,8 +104,8 @@ def build_index(
         n_probes=n_probes,
         fingerprint=rows.fingerprint,
         eos_token_ids=tuple(sorted(i for i in eos_token_ids if i < rows.n_rows)),
-        centroid_bits=matrix.format.bits,
-        centroid_group_size=matrix.group_size or 0,
+        centroid_bits=centroids.matrix.format.bits,
+        centroid_group_size=centroids.matrix.group_size,
         calibration=(calibration or {})
         | {"positions": 0 if positions is None else len(positions), "seed": seed},
         report=report,
@@ -122,28 +113,3 @@ def build_index(
         recipe=recipe or {},
     )
     return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))
-
-
-def _measure(
-    weight: np.ndarray,
-    head_bias: np.ndarray | None,
-    token_ids: np.ndarray,
-    centroids: Centroids,
-    held_out: Positions,
-    probe_counts: list[int],
-) -> Steps[PositionMeasures]:
-    """The measures on the held-out positions, at each number of probes."""
-    matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
-    return measure_positions.steps(
-        held_out.states,
-        lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
-        token_ids,
-        Routing(lambda h: h @ matrix.T + bias, as_float32(centroids.tail_offset)),
-        probe_counts,
-        held_out.next_ids,
-    )
-
-
-def uncalibrated_probes(n_clusters: int) -> int:
-    """A sixth of the clusters. Plain means need this for 99 % agreement on SmolLM2-135M."""
-    return max(1, round(n_clusters / 6))

@@ -1,7 +1,6 @@
 """How close retrieval comes to the dense head, on given hidden states.
 
-All measures follow from a few sums over the clusters of a position in the order of their scores, so
-one pass over the dense logits serves any number of probes.
+A few sums over the clusters of a position, by their scores, serve any number of probes.
 
 - agreement: share of positions whose best token is the dense head's.
 - coverage: share of positions whose true next token is among the candidates.
@@ -30,23 +29,14 @@ AGREEMENT, COVERAGE, MASS, KL, NLL, GAP, TAIL = range(7)
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures at one number of probes.
-
-    Attributes:
-        n_probes: Clusters scored per position.
-        agreement: Share of positions, 0 … 1.
-        coverage: Share of positions, 0 … 1; NaN without true next tokens.
-        covered_mass: Mean probability, 0 … 1.
-        kl: Nats per position.
-        perplexity: With the tail; NaN without true next tokens.
-    """
+    """Measures at one number of probes."""
 
     n_probes: int
-    agreement: float
-    coverage: float
+    agreement: float  # share of positions, as the next
+    coverage: float  # NaN without true next tokens
     covered_mass: float
-    kl: float
-    perplexity: float
+    kl: float  # nats per position
+    perplexity: float  # with the tail; NaN without true next tokens
 
     def to_dict(self) -> dict:
         """JSON-ready; a missing measure is None."""
@@ -55,24 +45,17 @@ class Measures:
 
 @dataclass(frozen=True)
 class Routing:
-    """A way to choose clusters.
+    """A way to choose clusters."""
 
-    Attributes:
-        scores: Hidden states (N, D) float32 → scores (N, C) float32.
-        tail_offset: (C,) float32, added to a score for the logit of a cluster's unscored tokens.
-    """
-
-    scores: Callable[[np.ndarray], np.ndarray]
-    tail_offset: np.ndarray
+    scores: Callable[[np.ndarray], np.ndarray]  # of states (N, D) float32: (N, C) float32
+    tail_offset: np.ndarray  # (C,), added to a score for the logit of the cluster's unscored tokens
 
 
 class PositionMeasures:
-    """Measures at each of N positions, for each number of probes.
+    """Measures at each of N positions, for each of P numbers of probes.
 
     Attributes:
-        probe_counts: The P numbers of probes.
-        values: (P, 7, N) float32 by the places above; the perplexity as a negative log-likelihood.
-            NaN stands for a missing measure.
+        values: (P, 7, N) float32 by the places above, NaN for a missing measure.
         dense_nll: (N,) float64, under the dense head; None without true next tokens.
     """
 
@@ -110,14 +93,11 @@ def measure_positions(
     probe_counts: Sequence[int],
     next_ids: np.ndarray | None = None,
 ) -> Steps[PositionMeasures]:
-    """Measures a routing at each number of probes and position, in steps.
+    """Measures a routing at each number of probes (1 … C) and each of the states (N, D).
 
     Args:
-        states: (N, D) float32 hidden states.
         logits_of: Dense logits of some states: (n, D) → (n, V) float32, token order.
         token_ids: (C, cluster_size) integers, V in padded slots.
-        routing: The way to choose clusters.
-        probe_counts: Numbers of probes, 1 … C.
         next_ids: (N,) true next tokens, or None.
     """
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
@@ -125,12 +105,12 @@ def measure_positions(
     for start in range(0, len(states), size):
         part = slice(start, start + size)
         chunk, truth = states[part], None if next_ids is None else next_ids[part]
-        view = _DenseView(logits_of(chunk), token_ids, truth)
+        found.values[:, :, part], dense_nll = _compare(
+            logits_of(chunk), token_ids, routing.scores(chunk), routing.tail_offset, probe_counts,
+            truth,
+        )  # fmt: skip
         if found.dense_nll is not None:
-            found.dense_nll[part] = view.log_total - view.truth_logit
-        found.values[:, :, part] = view.compare(
-            routing.scores(chunk), found.probe_counts, routing.tail_offset
-        )
+            found.dense_nll[part] = dense_nll
         yield Step("Measuring", start + len(chunk), len(states), "position")
     return found
 
@@ -140,97 +120,87 @@ def tail_cap(best: np.ndarray) -> np.ndarray:
     return best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)
 
 
-class _DenseView:
-    """The dense logits of some states, summed up per cluster.
+def _compare(
+    logits: np.ndarray,
+    token_ids: np.ndarray,
+    scores: np.ndarray,
+    tail_offset: np.ndarray,
+    probe_counts: Sequence[int],
+    truth: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """All measures (P, 7, n) from dense logits (n, V) and scores (n, C) of the clusters.
 
-    Shapes: (n, C) per cluster, (n,) per state.
+    Also the dense head's negative log-likelihoods (n,) of the true tokens, if these are known.
     """
+    (n_rows, vocab_size), n_clusters = logits.shape, len(token_ids)
+    rows, probes = np.arange(n_rows), np.asarray(probe_counts)
+    flat = token_ids.reshape(-1).astype(np.int64)
+    real = flat < vocab_size
+    cluster_of = np.empty(vocab_size, np.int64)
+    cluster_of[flat[real]] = np.flatnonzero(real) // token_ids.shape[1]
+    sizes = (token_ids < vocab_size).sum(1)
+    # a padded slot reads a column of -inf and adds nothing to a sum
+    padded = np.concatenate([logits, np.full((n_rows, 1), -np.inf, logits.dtype)], axis=1)
+    blocks = padded[:, flat].reshape(n_rows, *token_ids.shape)
+    best_of = blocks.max(-1)  # (n, C), as what follows
+    top = best_of.max(-1)
+    blocks -= top[:, None, None]
+    weights = np.exp(blocks)
+    cluster_sum = weights.sum(-1, dtype=np.float64)
+    norm = cluster_sum.sum(-1)
+    top = top.astype(np.float64)
+    mass = cluster_sum / norm[:, None]  # probability of each cluster
+    weights *= np.maximum(blocks, LEAST_LOGIT, out=blocks)  # 0 times -inf would be NaN
+    mean_logit = weights.sum(-1, dtype=np.float64) / norm[:, None]  # sum of P_v (l_v - top)
 
-    def __init__(self, logits: np.ndarray, token_ids: np.ndarray, truth: np.ndarray | None):
-        n_rows, vocab_size = logits.shape
-        self.rows = np.arange(n_rows)
-        flat = token_ids.reshape(-1).astype(np.int64)
-        cluster_of = np.empty(vocab_size, np.int64)
-        real = flat < vocab_size
-        cluster_of[flat[real]] = np.flatnonzero(real) // token_ids.shape[1]
-        self.sizes = (token_ids < vocab_size).sum(1)
-        # a padded slot reads a column of -inf and adds nothing to a sum
-        padded = np.concatenate([logits, np.full((n_rows, 1), -np.inf, logits.dtype)], axis=1)
-        blocks = padded[:, flat].reshape(n_rows, *token_ids.shape)
-        self.best = blocks.max(-1)
-        top = self.best.max(-1)
-        blocks -= top[:, None, None]
-        weights = np.exp(blocks)
-        self.cluster_sum = weights.sum(-1, dtype=np.float64)
-        norm = self.cluster_sum.sum(-1)
-        self.top = top.astype(np.float64)
-        self.log_total = self.top + np.log(norm)
-        self.mass = self.cluster_sum / norm[:, None]  # probability of each cluster
-        weights *= np.maximum(blocks, LEAST_LOGIT, out=blocks)  # 0 times -inf would be NaN
-        # sum of P_v (l_v - top)
-        self.mean_logit = weights.sum(-1, dtype=np.float64) / norm[:, None]
-        self.winner = cluster_of[logits.argmax(1)]
-        self.truth_logit = None
-        if truth is not None:
-            self.truth_logit = logits[self.rows, truth].astype(np.float64)
-            self.truth_cluster = cluster_of[truth]
+    listed = min(int(probes.max()) + 1, n_clusters)  # one more, the best that is not scored
+    order = np.argpartition(-scores, listed - 1, axis=1)[:, :listed]
+    order = np.take_along_axis(
+        order, np.argsort(-np.take_along_axis(scores, order, 1), axis=1, kind="stable"), 1
+    )
 
-    def compare(
-        self, scores: np.ndarray, probe_counts: Sequence[int], tail_offset: np.ndarray
-    ) -> np.ndarray:
-        """All measures of each state, (P, 7, n)."""
-        n_clusters = scores.shape[1]
-        probes = np.asarray(probe_counts)
-        listed = min(int(probes.max()) + 1, n_clusters)  # one more, the best that is not scored
-        order = np.argpartition(-scores, listed - 1, axis=1)[:, :listed]
-        order = np.take_along_axis(
-            order, np.argsort(-np.take_along_axis(scores, order, 1), axis=1, kind="stable"), 1
-        )
+    def scored(values: np.ndarray) -> np.ndarray:
+        """Sums (n, P) of values (n, C) over the scored clusters."""
+        return np.take_along_axis(values, order, 1).cumsum(1)[:, probes - 1]
 
-        def scored(values: np.ndarray) -> np.ndarray:
-            """Sums (n, P) of values (n, C) over the scored clusters."""
-            return np.take_along_axis(values, order, 1).cumsum(1)[:, probes - 1]
+    def holds(token: np.ndarray) -> np.ndarray:
+        """Whether a token of each state is scored, (n, P)."""
+        own = scores[rows, cluster_of[token]][:, None]
+        return (scores > own).sum(1)[:, None] < probes
 
-        def rank(cluster: np.ndarray) -> np.ndarray:
-            own = scores[self.rows, cluster][:, None]
-            return (scores > own).sum(1)[:, None]
+    tail = np.minimum((scores + tail_offset).astype(np.float64) - top[:, None], GREATEST_TAIL)
+    weight = sizes * np.exp(tail)
+    moved = mean_logit - mass * tail
+    best = np.maximum.accumulate(np.take_along_axis(best_of, order, 1), 1)[:, probes - 1]
+    best = best.astype(np.float64)
+    total = scored(cluster_sum)
+    unscored = np.maximum(weight.sum(1)[:, None] - scored(weight), 0.0)
+    log_total = np.log(total + unscored)
+    divergence = moved.sum(1)[:, None] - scored(moved)
+    # the best score among the unscored clusters; none is left where all are scored
+    next_best = np.full(best.shape, -np.inf)
+    some = probes < n_clusters
+    next_best[:, some] = np.take_along_axis(scores, order, 1)[:, probes[some]]
+    cap = tail_cap(best)
+    for i, j in np.argwhere(next_best + tail_offset.max() > cap):  # estimates that are capped
+        left = np.ones(n_clusters, bool)
+        left[order[i, : probes[j]]] = False
+        capped = np.minimum(tail[i, left], cap[i, j] - top[i])
+        log_total[i, j] = np.log(total[i, j] + sizes[left] @ np.exp(capped))
+        divergence[i, j] = (mean_logit[i, left] - mass[i, left] * capped).sum()
 
-        tail = (scores + tail_offset).astype(np.float64) - self.top[:, None]
-        tail = np.minimum(tail, GREATEST_TAIL)
-        weight = self.sizes * np.exp(tail)
-        moved = self.mean_logit - self.mass * tail
-        best = np.maximum.accumulate(np.take_along_axis(self.best, order, 1), 1)[:, probes - 1]
-        best = best.astype(np.float64)
-        total = scored(self.cluster_sum)
-        unscored = np.maximum(weight.sum(1)[:, None] - scored(weight), 0.0)
-        log_total = np.log(total + unscored)
-        divergence = moved.sum(1)[:, None] - scored(moved)
-        # the best score among the unscored clusters; none is left where all are scored
-        next_best = np.full(best.shape, -np.inf)
-        some = probes < n_clusters
-        next_best[:, some] = np.take_along_axis(scores, order, 1)[:, probes[some]]
-        cap = tail_cap(best)
-        for i, j in np.argwhere(next_best + tail_offset.max() > cap):  # estimates that are capped
-            left = np.ones(n_clusters, bool)
-            left[order[i, : probes[j]]] = False
-            capped = np.minimum(tail[i, left], cap[i, j] - self.top[i])
-            log_total[i, j] = np.log(total[i, j] + self.sizes[left] @ np.exp(capped))
-            divergence[i, j] = (self.mean_logit[i, left] - self.mass[i, left] * capped).sum()
-
-        result = np.full((7, *best.shape), np.nan)
-        result[AGREEMENT] = rank(self.winner) < probes
-        result[MASS] = np.minimum(scored(self.mass), 1.0)
-        # sum over v of P_v (log P_v - log Q_v); probed tokens share their logit with the dense head
-        result[KL] = log_total - (self.log_total - self.top)[:, None] + divergence
-        if self.truth_logit is not None:
-            covered = rank(self.truth_cluster) < probes
-            estimate = np.minimum(
-                tail[self.rows, self.truth_cluster][:, None], cap - self.top[:, None]
-            )
-            truth = (self.truth_logit - self.top)[:, None]
-            result[COVERAGE] = covered
-            result[NLL] = log_total - np.where(covered, truth, estimate)
-        result[GAP] = best - next_best
-        with np.errstate(divide="ignore"):  # no cluster is left
-            result[TAIL] = np.log(unscored / (total + unscored))
-        return result.transpose(2, 0, 1)
+    result = np.full((7, *best.shape), np.nan)
+    result[AGREEMENT] = holds(logits.argmax(1))
+    result[MASS] = np.minimum(scored(mass), 1.0)
+    # sum over v of P_v (log P_v - log Q_v); probed tokens share their logit with the dense head
+    result[KL] = log_total - np.log(norm)[:, None] + divergence
+    result[GAP] = best - next_best
+    with np.errstate(divide="ignore"):  # no cluster is left
+        result[TAIL] = np.log(unscored / (total + unscored))
+    if truth is None:
+        return result.transpose(2, 0, 1), None
+    own = logits[rows, truth].astype(np.float64) - top
+    result[COVERAGE] = holds(truth)
+    estimate = np.minimum(tail[rows, cluster_of[truth]][:, None], cap - top[:, None])
+    result[NLL] = log_total - np.where(holds(truth), own[:, None], estimate)
+    return result.transpose(2, 0, 1), np.log(norm) - own

@@ -48,12 +48,8 @@ def covariance(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def logit_metric(states: np.ndarray | mx.array, hidden_size: int) -> np.ndarray:
     """The matrix by which rows are multiplied so that distances are in the logits' metric.
 
-    It is scaled so that the mean variance is 1. Equal states give the rows' own distances, up to a
-    factor.
-
-    Args:
-        states: (N, D) calibration hidden states, any float dtype.
-        hidden_size: D.
+    It is scaled so that the states' mean variance is 1. Equal states (N, D) give the rows' own
+    distances, up to a factor.
 
     Returns:
         (D, d) float32: the d directions of the greatest variance, each scaled by its root.

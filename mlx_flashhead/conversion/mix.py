@@ -41,9 +41,6 @@ def mixed_positions(
     """States of answers that the model writes, and of given text. Writing has half of the time.
 
     Args:
-        model: A dense mlx-lm model.
-        tokenizer: Its tokenizer.
-        location: Its head.
         positions: Approximate number; fewer if the given text is shorter or the time limit comes.
         written_share: Share of the positions that the model writes.
         seed: Seed of the written text. The given text is always the same.
@@ -71,41 +68,42 @@ def _given(
 
     The kinds take turns, so that a time limit shortens all of them.
     """
+    beginning = beginning_of_text(tokenizer)
+    documents = given_documents()
     token_ids = {
-        kind: [list(tokenizer.encode(document)) for document in documents]
-        for kind, documents in given_documents().items()
+        kind: [list(tokenizer.encode(one)) for one in documents[kind]] for kind in documents
     }
     token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
-    beginning = beginning_of_text(tokenizer)
-    ends = np.cumsum([0, *(SHARES[name] for name in token_ids)])
+    ends = np.cumsum([0, *(SHARES[kind] for kind in token_ids)])
     wanted_of = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
     placed: list[tuple[float, str, list[int]]] = []
-    for (name, documents), wanted in zip(token_ids.items(), wanted_of, strict=True):
+    for kind, wanted in zip(token_ids, wanted_of, strict=True):
         before = 0
-        for window in _chosen_windows(documents, beginning, wanted):
-            placed.append((before / wanted, name, window))
+        for window in _chosen_windows(token_ids[kind], beginning, wanted):
+            placed.append((before / wanted, kind, window))
             before += len(window) - 1 - CONTEXT
     placed.sort(key=lambda one: one[0])
-    states = yield from read_windows.steps(
+    read = yield from read_windows.steps(
         model,
         location,
-        [window for *_, window in placed],
-        [beginning] * len(placed),
+        [beginning + window for *_, window in placed],
         limit=limit,
         stage="Reading given text",
         step_seconds=step_seconds,
     )
-    parts = []
-    for kind in token_ids:
-        read = [
-            (of_window[CONTEXT:], np.array(window[CONTEXT + 1 :], dtype=np.int64))
-            for (_, name, window), of_window in zip(placed, states, strict=True)
-            if name == kind and len(of_window)
-        ]
-        if read:
-            of_kind, next_ids = (np.concatenate(arrays) for arrays in zip(*read, strict=True))
-            parts.append(Positions.of_one_kind(kind, of_kind, next_ids, HELD_OUT_SHARE))
-    return parts
+    states: dict[str, list[np.ndarray]] = {kind: [] for kind in token_ids}
+    next_ids: dict[str, list[int]] = {kind: [] for kind in token_ids}
+    for (_, kind, window), of_window in zip(placed, read, strict=True):
+        if len(of_window):
+            states[kind].append(of_window[len(beginning) + CONTEXT :])
+            next_ids[kind] += window[CONTEXT + 1 :]
+    return [
+        Positions.of_one_kind(
+            kind, np.concatenate(states[kind]), np.array(next_ids[kind], np.int64), HELD_OUT_SHARE
+        )
+        for kind in token_ids
+        if states[kind]
+    ]
 
 
 def _written(
@@ -134,7 +132,6 @@ def _written(
             temperature=temperature,
             limit=limit,
             until=limit.left - share,
-            stage="Writing answers",
         )
         if len(states):
             parts.append(Positions.of_one_kind(name, states, next_ids, HELD_OUT_SHARE))

@@ -30,7 +30,6 @@ def option(
     """A field that is also an option of the command.
 
     Args:
-        default: Its default.
         type: Checks a value; None: everything is allowed.
         flag: Its flag, if that is not its name.
         recipe: Whether it is part of the command that makes the same checkpoint again.
@@ -42,11 +41,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """The options of an index, which `convert` describes.
-
-    Raises:
-        ValueError: If an option is not valid.
-    """
+    """The options of an index, which `convert` describes."""
 
     quick: bool = option(False, action="store_true")
     cluster_size: int = option(16, whole_number(1))
@@ -78,19 +73,11 @@ class IndexOptions:
         return self.calibration if self.calibration in (GIVEN, NO_CALIBRATION) else "file"
 
     def calibration_text(self) -> str | None:
-        """The text of a file to calibrate on; None without one.
-
-        Raises:
-            ValueError: If the file cannot be read.
-        """
+        """The text of a file to calibrate on; None without one."""
         return read_text(self.calibration) if self.source == "file" else None
 
     def check_size(self, vocab_size: int) -> None:
-        """Checks that the clusters and the probes fit a vocabulary.
-
-        Raises:
-            ValueError: If they do not fit.
-        """
+        """Raises a ValueError if the clusters or the probes do not fit a vocabulary."""
         size = self.cluster_size
         if size > vocab_size:
             raise ValueError(
@@ -107,11 +94,7 @@ class IndexOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(IndexOptions):
-    """The options of a conversion, which `convert` describes.
-
-    Raises:
-        ValueError: If an option is not valid, or two contradict each other.
-    """
+    """The options of a conversion, which `convert` describes."""
 
     hf_path: str = option(None, recipe=False)
     mlx_path: str = option("mlx_model", recipe=False)
@@ -137,7 +120,17 @@ class ConvertOptions(IndexOptions):
         super().__post_init__()
         if self.hf_path is None:
             raise ValueError("`hf_path` is needed: the folder or repository of the model.")
-        self._refuse_what_does_nothing()
+        if self.index_only:
+            for name in ("quantize", "dequantize", "dtype", "head_bits"):
+                if getattr(self, name):
+                    raise ValueError(f"`index_only` writes no weights: leave `{name}` out.")
+        for name in ("q_group_size", "q_bits", "q_mode", "quant_predicate"):
+            if not self.quantize and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"`{name}` is for a quantized model: add `quantize`, or leave it out."
+                )
+        if self.quantize and self.quant_predicate is None:
+            check_form(self.q_mode, self.q_bits, self.q_group_size)
         if self.quantize and self.dequantize:
             raise ValueError("Choose either `quantize` or `dequantize`, not both.")
         if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
@@ -150,22 +143,6 @@ class ConvertOptions(IndexOptions):
                     f"`base_model` is {self.base_model!r}: give OWNER/NAME, as on the Hub."
                 )
             full_name(self.base_model, "")
-
-    def _refuse_what_does_nothing(self) -> None:
-        if self.index_only:
-            for name in ("quantize", "dequantize", "dtype", "head_bits"):
-                if getattr(self, name):
-                    raise ValueError(f"`index_only` writes no weights: leave `{name}` out.")
-        if not self.quantize:
-            default = {one.name: one.default for one in fields(self)}
-            for name in ("q_group_size", "q_bits", "q_mode", "quant_predicate"):
-                if getattr(self, name) != default[name]:
-                    raise ValueError(
-                        f"`{name}` is for a quantized model: add `quantize`, or leave it out."
-                    )
-            return
-        if self.quant_predicate is None:
-            check_form(self.q_mode, self.q_bits, self.q_group_size)
 
     @property
     def uploads(self) -> bool:

@@ -14,8 +14,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..common.new_folder import new_folder
 from ..common.repository_name import full_name
-from ..head.matrix import Matrix
-from ..index.files import CONFIG_KEY, FlashHeadIndex, write_companion, write_index
+from ..index.files import CONFIG_KEY, write_companion, write_index
 from ..index.settings import FlashHeadConfig
 from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 from ..models.compat.utils import dequantize_model, save
@@ -27,7 +26,7 @@ from ..publishing.hub import reserve, sign_in
 from ..publishing.origin import card_metadata, find_origin
 from ..publishing.publish import add_documents, checkpoint_name, precision_label, publish
 from ..publishing.recipe import make_recipe
-from .build import IndexBuild, cut_short, index_nbytes
+from .build import cut_short, index_nbytes, model_index
 from .options import ConvertOptions, recipe_flags
 from .place import FILES_KEY, check_apart, check_place, check_room, files_of
 from .quantization import BodyRecipe, body_label, set_bits
@@ -151,7 +150,9 @@ def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> Flas
         check_plain_product(location)
         label = body_label(_body(options), config) or precision_label(location.rows())
         name = checkpoint_name(origin, None if options.index_only else label)
-        check_room(target, _nbytes(location.rows(), model, options.index_only))
+        weights: Any = [] if options.index_only else tree_flatten(model.parameters())
+        nbytes = index_nbytes(location.rows()) + sum(array.nbytes for _, array in weights)
+        check_room(target, nbytes)
         if options.uploads:
             repo_id = repo_id or full_name(name, user)
             reserve(repo_id, user, options.private)
@@ -163,17 +164,19 @@ def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> Flas
             seed=options.seed,
             name=name,
         ) | {"metadata": card_metadata(origin, "adapter" if options.index_only else "quantized")}
-        build = IndexBuild(model, tokenizer, location, options, text=text, recipe=recipe)
-        index = build.finish(progress=progress)
+        index = model_index(
+            model, tokenizer, location, options, text=text, recipe=recipe, progress=progress
+        )
         say("\n".join([*report_lines(index.config), *cut_short(index.config)]))
         say(f"Writing {target}")
         config.pop(CONFIG_KEY, None)
         try:
             if not options.index_only:
                 save(folder, str(source), model, tokenizer, config, donate_model=False)
-            index = _with_files(index, folder)
-            write = write_companion if options.index_only else write_index
-            write(folder, index)
+            # `check_place` reads the names of the conversion's files again
+            recipe = index.config.recipe | {FILES_KEY: files_of(folder)}
+            index = replace(index, config=replace(index.config, recipe=recipe))
+            (write_companion if options.index_only else write_index)(folder, index)
             add_documents(folder, origin, index.config, target)
         except RuntimeError as error:  # MLX raises this for a full disk
             raise OSError(
@@ -183,12 +186,6 @@ def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> Flas
     if options.uploads:
         say(f"Uploaded to {publish(target, repo_id, private=options.private, say=say)}")
     return index.config
-
-
-def _with_files(index: FlashHeadIndex, folder: Path) -> FlashHeadIndex:
-    """The index with the names of the conversion's files, which `check_place` reads again."""
-    recipe = index.config.recipe | {FILES_KEY: files_of(folder)}
-    return replace(index, config=replace(index.config, recipe=recipe))
 
 
 def _load(
@@ -214,15 +211,6 @@ def _load(
         say(f"The head is tied to the embedding: both get {options.head_bits} bits.")
     model, config = set_bits(model, config, head.path, _body(options), options.head_bits)
     return model, tokenizer, config
-
-
-def _nbytes(rows: Matrix, model: nn.Module, index_only: bool) -> int:
-    """Approximate size of the result, from what is known before the work."""
-    index = index_nbytes(rows)
-    if index_only:
-        return index
-    weights: Any = tree_flatten(model.parameters())
-    return index + sum(array.nbytes for _, array in weights)
 
 
 def _body(options: ConvertOptions) -> BodyRecipe | None:

@@ -58,31 +58,24 @@ def check_apart(source: Path, target: Path) -> None:
     Raises:
         ValueError: If the folders are the same, or one lies in the other.
     """
-    if _same(source, target):
+
+    def same(one: Path, other: Path) -> bool:
+        return one.exists() and other.exists() and os.path.samefile(one, other)
+
+    if same(source, target):
         raise ValueError(
             f"`mlx_path` {target} is the folder of the model itself: choose another one."
         )
-    if _within(source, target) or _within(target, source):
+    pairs = ((source, target), (target, source))
+    if any(same(parent, outer) for inner, outer in pairs for parent in inner.resolve().parents):
         raise ValueError(
             f"The model's folder {source} and `mlx_path` {target} lie one inside the other: choose "
             "a place beside it."
         )
 
 
-def _same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and os.path.samefile(one, other)
-
-
-def _within(folder: Path, outer: Path) -> bool:
-    return any(_same(parent, outer) for parent in folder.resolve().parents)
-
-
 def check_room(target: Path, nbytes: int) -> None:
-    """Checks that the disk has room.
-
-    Args:
-        target: The place to write.
-        nbytes: Approximate size.
+    """Checks that the disk has room for about ``nbytes``.
 
     Raises:
         ValueError: If there is less room, with both figures.

@@ -8,21 +8,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Positions:
-    """Hidden states with their next tokens and kinds of text.
+    """Hidden states with their next tokens and kinds of text."""
 
-    Attributes:
-        states: (N, D) float32.
-        next_ids: (N,) int64, the token after each state.
-        kinds: (N,) int64, places in ``names``.
-        held_out: (N,) bool, positions that are not fitted on.
-        names: Names of the kinds of text.
-    """
-
-    states: np.ndarray
-    next_ids: np.ndarray
-    kinds: np.ndarray
-    held_out: np.ndarray
-    names: tuple[str, ...]
+    states: np.ndarray  # (N, D) float32
+    next_ids: np.ndarray  # (N,) int64, the token after each state
+    kinds: np.ndarray  # (N,) int64, places in ``names``
+    held_out: np.ndarray  # (N,) bool, positions that are not fitted on
+    names: tuple[str, ...]  # of the kinds of text
 
     @classmethod
     def of_one_kind(

@@ -1,14 +1,9 @@
-"""The number of clusters to score per token: the fewest that keep the dense head's answers.
+"""The number of clusters for the bare head: the fewest that keep the dense head's answers.
 
 The choice is made on held-out positions of all kinds of text, with the same weight for each kind.
 The agreement must reach its goal at the end of a 95 % confidence interval, since few positions may
-reach it by luck. Positions count as independent, although neighbours in a text are not quite.
-
-Texts of other authors are harder than held-out parts of the same documents. So the mean KL must be
-half of its goal (docs/how-it-works.md).
-
-This number is for the bare head. With a check the text is the dense head's at any number
-(`differences.py`).
+reach it by luck. Texts of other authors are harder than held-out parts of the same documents, so
+the mean KL must be half of its goal (docs/how-it-works.md). `differences.py` chooses for the check.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,17 +21,11 @@ GRID_STEP = 1.15  # greatest ratio of two neighbouring numbers of probes
 
 @dataclass(frozen=True)
 class Goals:
-    """The goals of a choice of probes.
+    """The goals of a choice of probes."""
 
-    Attributes:
-        agreement: Share of positions with the dense head's best token, above 0 and at most 1.
-        kl: Divergence from the dense head's distribution, nats per position, above 0.
-        bytes_share: Greatest number of bytes read per token, relative to the dense head.
-    """
-
-    agreement: float = 0.998
-    kl: float = 0.03
-    bytes_share: float = 0.25
+    agreement: float = 0.998  # share of positions with the dense head's best token
+    kl: float = 0.03  # from the dense head's distribution, nats per position
+    bytes_share: float = 0.25  # at most: bytes read per token, relative to the dense head
 
     def in_words(self) -> tuple[str, str]:
         """What held-out positions must reach, as text: agreement and KL."""
@@ -45,27 +34,19 @@ class Goals:
 
 @dataclass(frozen=True)
 class Choice:
-    """A number of probes, and what it does not reach since the bytes limit it.
-
-    Attributes:
-        n_probes: The number.
-        missed: Goals that are missed, as text, such as "99.8 % agreement".
-        unshown: The agreement, if it is reached but so few positions cannot show it.
-        goals: All goals.
-        bytes_share: The limit, relative to the dense head.
-    """
+    """A number of probes, and what it does not reach since the bytes limit it."""
 
     n_probes: int
-    missed: tuple[str, ...]
-    unshown: tuple[str, ...]
-    goals: tuple[str, ...]
-    bytes_share: float
+    goals: Goals
+    missed: tuple[str, ...]  # goals, such as "99.8 % agreement"
+    unshown: tuple[str, ...]  # the agreement, if so few positions cannot show it
 
     def in_words(self, n_clusters: int) -> str:
         """The choice as a sentence or two."""
         scored = f"{self.n_probes:,} of {n_clusters:,} clusters per token"
         if not (self.missed or self.unshown):
-            return f"{scored} are the fewest that reach {_joined(self.goals)} on held-out text."
+            goals = _joined(self.goals.in_words())
+            return f"{scored} are the fewest that reach {goals} on held-out text."
         parts = []
         if self.missed:
             parts.append(f"miss {_joined(self.missed)}")
@@ -74,8 +55,8 @@ class Choice:
                 f"reach {_joined(self.unshown)} on held-out text, on too few positions to be sure"
             )
         return (
-            f"{scored} {' and '.join(parts)}. More would read over {100 * self.bytes_share:g} % of "
-            "the dense head's bytes."
+            f"{scored} {' and '.join(parts)}. More would read over "
+            f"{100 * self.goals.bytes_share:g} % of the dense head's bytes."
         )
 
 
@@ -85,10 +66,7 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def probe_grid(n_clusters: int, largest: int) -> list[int]:
-    """The numbers of probes to try, up to about ``largest``.
-
-    Multiples of 8, and all C clusters if there are fewer.
-    """
+    """The numbers of probes to try, up to about ``largest``: multiples of 8, or all C clusters."""
     grid = [PROBES_MULTIPLE]
     while grid[-1] < largest:
         step = int(grid[-1] * (GRID_STEP - 1)) // PROBES_MULTIPLE * PROBES_MULTIPLE
@@ -107,14 +85,8 @@ def choose_probes(
     Args:
         found: Measures of one routing, at ascending numbers of probes.
         kinds: (N,) integers, the kind of text of each position.
-        goals: The goals.
         bytes_share: Number of probes → bytes read per token relative to the dense head.
-
-    Raises:
-        ValueError: If there are no positions.
     """
-    if not len(kinds):
-        raise ValueError("There are no held-out positions to choose n_probes by: give it instead.")
     weights = kind_weights(kinds)
     words = goals.in_words()
     choice = None
@@ -128,7 +100,7 @@ def choose_probes(
         shown = lower_bound(values[AGREEMENT], weights) >= _possible(goals.agreement, weights)
         missed = tuple(word for word, ok in zip(words, reached, strict=True) if not ok)
         unshown = words[:1] if reached[0] and not shown else ()
-        choice = Choice(n_probes, missed, unshown, words, goals.bytes_share)
+        choice = Choice(n_probes, goals, missed, unshown)
         if not missed and not unshown:
             break
     assert choice is not None
@@ -146,11 +118,7 @@ def kind_weights(kinds: np.ndarray) -> np.ndarray:
 
 
 def lower_bound(agree: np.ndarray, weights: np.ndarray) -> float:
-    """The lower end of Wilson's interval around a weighted share.
-
-    Args:
-        agree: (N,) 0 or 1.
-        weights: (N,) of sum 1.
+    """The lower end of Wilson's interval around the share of ``agree`` (N,), weights of sum 1.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
         JASA 22 (1927), one-sided, with Kish's effective number of positions.

@@ -22,16 +22,9 @@ HEAD_BITS = (*AFFINE_BITS, 16)  # 16: floats
 
 @dataclass(frozen=True)
 class BodyRecipe:
-    """The quantization of the body, in the terms of ``mlx_lm.convert``.
+    """The quantization of the body, in the terms of ``mlx_lm.convert``."""
 
-    Attributes:
-        group_size: Weights that share a scale; None: the mode's usual number.
-        bits: Bits per weight; None: the mode's usual number.
-        mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
-        predicate: One of mlx-lm's mixed-bit recipes, a function in mlx-lm's form, or None.
-    """
-
-    group_size: int | None
+    group_size: int | None  # None: the mode's usual number, as for the bits
     bits: int | None
     mode: str
     predicate: Callable | str | None
@@ -39,11 +32,6 @@ class BodyRecipe:
 
 def check_form(mode: str, bits: int | None, group_size: int | None) -> None:
     """Makes sure that MLX can quantize to a form; otherwise mlx-lm would leave weights as they are.
-
-    Args:
-        mode: MLX's quantization mode.
-        bits: Bits per weight; None: the mode's usual number.
-        group_size: Weights that share a scale; None: the mode's usual number.
 
     Raises:
         ValueError: If there is no such form, with those there are.
@@ -57,12 +45,7 @@ def check_form(mode: str, bits: int | None, group_size: int | None) -> None:
 
 
 def body_label(body: BodyRecipe | None, config: dict) -> str | None:
-    """The precision of the body in the form of models' names; None without a recipe.
-
-    Args:
-        body: The recipe.
-        config: The configuration from `set_bits`.
-    """
+    """The precision of the body in models' names, by the configuration from `set_bits`."""
     if body is None:
         return None
     if isinstance(body.predicate, str):
@@ -80,9 +63,6 @@ def set_bits(
     """Quantizes the body by its recipe and the head to its own bits.
 
     Args:
-        model: An mlx-lm model, lazily loaded or not.
-        config: Its configuration.
-        head_path: Name of the head's module.
         body: The recipe; None leaves the body as it is.
         head_bits: 4, 8 or 16 (not quantized); None treats the head as a part of the body.
 
@@ -136,13 +116,12 @@ def set_bits(
 def _body_predicate(model: nn.Module, body: BodyRecipe | None):
     if body is None:
         return lambda path, module: False
-    if callable(body.predicate):
-        return body.predicate
-    if body.predicate is not None:
-        if body.mode != AFFINE:
-            raise ValueError("Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.")
-        return mixed_quant_predicate_builder(body.predicate, model, body.group_size or 64)
-    return getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    if not isinstance(body.predicate, str):
+        usual = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+        return body.predicate or usual
+    if body.mode != AFFINE:
+        raise ValueError("Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.")
+    return mixed_quant_predicate_builder(body.predicate, model, body.group_size or 64)
 
 
 def _group_size(width: int, asked: int | None) -> int:

@@ -13,13 +13,9 @@ MARKS = {(True, True): "→✓", (True, False): "→", (False, True): "✓", (Fa
 def make_report(
     found: PositionMeasures, n_probes: int, checked_probes: int, nbytes: StepBytes
 ) -> dict:
-    """The stored report, JSON-ready. A perplexity too large for a float is None.
+    """The stored report, JSON-ready, of the bare head at ``n_probes``.
 
-    Args:
-        found: Measures at several numbers of probes, the following two among them.
-        n_probes: The bare head's number.
-        checked_probes: The checked loop's number.
-        nbytes: Bytes of weights that a step reads.
+    A perplexity too large for a float is None.
     """
     dense_perplexity = found.dense_perplexity()
     by_probes = {
@@ -35,14 +31,17 @@ def make_report(
         for measured in found.means()
     }
     chosen = by_probes[n_probes]
+    # those nearest to some multiples of the chosen number
+    shown = (
+        min(found.probe_counts, key=lambda n: abs(n - wanted))
+        for wanted in (n_probes * 2 ** (step / 2) for step in range(-5, 3))
+    )
     return {
         "positions": found.values.shape[-1],
         **{key: chosen[key] for key in ("agreement", "coverage", "kl", "perplexity_ratio")},
         "dense_perplexity": _finite(dense_perplexity),
         "dense_bytes": nbytes.dense,
-        "by_probes": [
-            by_probes[n] for n in sorted({*_shown(found.probe_counts, n_probes), checked_probes})
-        ],
+        "by_probes": [by_probes[n] for n in sorted({*shown, n_probes, checked_probes})],
     }
 
 
@@ -76,12 +75,6 @@ def report_lines(config: FlashHeadConfig) -> list[str]:
     ]
     choice = config.report.get("choice", f"{config.n_probes:,} {scored}, as asked for.")
     return [*lines, f"→ Without the check {choice}"]
-
-
-def _shown(probe_counts: tuple[int, ...], n_probes: int) -> set[int]:
-    """The numbers of probes nearest to some multiples of the chosen number."""
-    wanted = [n_probes * 2 ** (step / 2) for step in range(-5, 3)]
-    return {min(probe_counts, key=lambda n: abs(n - one)) for one in wanted}
 
 
 def _finite(value: float) -> float | None:

@@ -19,37 +19,15 @@ UNLIMITED = 1e9  # seconds; unlike infinity it has a half
 
 @dataclass(frozen=True)
 class Step:
-    """How far a stage of the work is.
-
-    Attributes:
-        stage: Its name, such as "Clustering".
-        done: Units that are done.
-        total: Units in all.
-        unit: Name of a unit.
-    """
+    """How far a stage of the work is: ``done`` of ``total`` units."""
 
     stage: str
     done: int
     total: int
-    unit: str = "it"
+    unit: str
 
 
 Steps = Generator[Step, None, Result]
-
-
-@dataclass
-class Counter:
-    """Counts the units of a stage that several functions share."""
-
-    stage: str
-    total: int
-    unit: str = "it"
-    done: int = 0
-
-    def step(self, units: int = 0) -> Step:
-        """The step after ``units`` more."""
-        self.done = min(self.done + units, self.total)
-        return Step(self.stage, self.done, self.total, self.unit)
 
 
 def take_all(steps: Steps[Result], *, progress: bool = True) -> Result:
@@ -58,12 +36,11 @@ def take_all(steps: Steps[Result], *, progress: bool = True) -> Result:
     try:
         while True:
             step = next(steps)
-            if step.stage != stage:
+            if bar is None or step.stage != stage:
                 if bar is not None:
                     bar.close()
                 stage = step.stage
                 bar = tqdm(total=step.total, desc=stage, unit=step.unit, disable=not progress)
-            assert bar is not None
             bar.update(step.done - bar.n)
     except StopIteration as end:
         return end.value

@@ -185,7 +185,7 @@ def _states(
 ) -> list[np.ndarray]:
     """The states (n, D) from which each answer's n tokens were chosen, by one pass over it."""
     windows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    read = read_windows(model, find_head(model), windows, [[]] * len(windows), progress=False)
+    read = read_windows(model, find_head(model), windows, progress=False)
     return [states[len(p) - 1 :] for p, states in zip(prompts, read, strict=True)]
 
 

@@ -29,19 +29,12 @@ CONFIG_NAME, CONFIG_KEY = "config.json", "flash_head"
 
 @dataclass(frozen=True)
 class FlashHeadIndex:
-    """A FlashHead without its rows.
-
-    Attributes:
-        config: Settings and measured report.
-        token_ids: (C, cluster_size) uint32, V in padded slots.
-        centroids: Centroids, bias and tail offset.
-        sketch: A sketch of its own rows.
-    """
+    """A FlashHead without its rows."""
 
     config: FlashHeadConfig
-    token_ids: np.ndarray
+    token_ids: np.ndarray  # (C, cluster_size) uint32, V in padded slots
     centroids: Centroids
-    sketch: Sketch
+    sketch: Sketch  # of its own rows
 
     @property
     def hidden_size(self) -> int:
@@ -50,29 +43,21 @@ class FlashHeadIndex:
 
 
 def write_index(folder: Path, index: FlashHeadIndex) -> None:
-    """Adds ``index`` to an mlx-lm folder and replaces an earlier one.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Adds ``index`` to an mlx-lm folder and replaces an earlier one."""
     _write_arrays(folder, index)
     config = _read_json(folder / CONFIG_NAME) | {CONFIG_KEY: index.config.to_dict()}
     _write_json(folder / CONFIG_NAME, config)
 
 
 def write_companion(folder: Path, index: FlashHeadIndex) -> None:
-    """Writes ``index`` into a folder of its own.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Writes ``index`` into a folder of its own."""
     _write_arrays(folder, index)
     _write_json(folder / SETTINGS_NAME, index.config.to_dict())
 
 
 def has_flash_head(folder: Path) -> bool:
     """Whether a folder holds a FlashHead, beside a model or by itself."""
-    return (folder / FILE_NAME).exists() and _settings(folder) is not None
+    return (folder / FILE_NAME).exists() and _settings(folder)[0] is not None
 
 
 def is_companion(folder: Path) -> bool:
@@ -83,7 +68,7 @@ def is_companion(folder: Path) -> bool:
 def is_written_here(folder: Path) -> bool:
     """Whether a folder has the settings of a FlashHead."""
     try:
-        return _settings(folder) is not None
+        return _settings(folder)[0] is not None
     except ValueError:
         return False
 
@@ -129,23 +114,21 @@ def read_settings(folder: Path) -> FlashHeadConfig:
     Raises:
         ValueError: If there is no FlashHead, or its settings are damaged or of another version.
     """
-    entry = _settings(folder)
+    entry, source = _settings(folder)
     if entry is None:
         raise ValueError(
             f"{folder} holds no FlashHead: make one with "
             f"`mlx_flashhead.convert --model {folder} --mlx-path NEW_FOLDER`."
         )
-    by_itself = (folder / SETTINGS_NAME).exists()
-    source = SETTINGS_NAME if by_itself else f"{CONFIG_NAME}'s {CONFIG_KEY} entry"
     return FlashHeadConfig.from_dict(entry, str(folder / source))
 
 
-def _settings(folder: Path) -> Any:
+def _settings(folder: Path) -> tuple[Any, str]:
+    """The settings in a folder, None without any, and their place in it."""
     if (folder / SETTINGS_NAME).exists():
-        return _read_json(folder / SETTINGS_NAME)
-    if (folder / CONFIG_NAME).exists():
-        return _read_json(folder / CONFIG_NAME).get(CONFIG_KEY)
-    return None
+        return _read_json(folder / SETTINGS_NAME), SETTINGS_NAME
+    config = _read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
+    return config.get(CONFIG_KEY), f"{CONFIG_NAME}'s {CONFIG_KEY} entry"
 
 
 def _write_arrays(folder: Path, index: FlashHeadIndex) -> None:
@@ -161,8 +144,7 @@ def _write_arrays(folder: Path, index: FlashHeadIndex) -> None:
     # the fingerprint ties the file to its settings and the rows
     fingerprint = index.config.fingerprint
     metadata = {"format": "mlx", "fingerprint": fingerprint, "checksum": _checksum(arrays)}
-    path = folder / FILE_NAME
-    with path.open("wb") as file:  # MLX would add .safetensors to a name
+    with (folder / FILE_NAME).open("wb") as file:  # MLX would add .safetensors to a name
         mx.save_safetensors(file, arrays, metadata=metadata)
 
 
@@ -190,7 +172,7 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
         sketch = Sketch(arrays["sketch.directions"], arrays["sketch.lengths"])
     except KeyError:
         return None
-    if not all(map(_is_finite, arrays.values())):
+    if not all(mx.isfinite(array).all() for array in arrays.values()):
         return None
     groups = matrix.weight if matrix.scales is None else matrix.scales
     hidden_size = math.prod(groups.shape[1:]) * max(config.centroid_group_size, 1)
@@ -204,10 +186,6 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
         and 0 < config.vocab_size <= n_slots
     )
     return FlashHeadIndex(config, np.array(token_ids), centroids, sketch) if fits else None
-
-
-def _is_finite(array: mx.array) -> bool:
-    return not mx.issubdtype(array.dtype, mx.floating) or bool(mx.isfinite(array).all())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

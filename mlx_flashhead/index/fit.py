@@ -6,12 +6,7 @@ from .files import FlashHeadIndex
 
 
 def check_fit(index: FlashHeadIndex, rows: Matrix, source: str) -> str | None:
-    """Compares an index with the rows of a model.
-
-    Args:
-        index: The index.
-        rows: The model's rows, in token order.
-        source: Source of the index, for messages.
+    """Compares an index with the rows of a model, in token order.
 
     Returns:
         None for the index's own rows, a sentence for near rows.

@@ -75,11 +75,7 @@ class FlashHeadConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> "FlashHeadConfig":
-        """Reads the form written by :meth:`to_dict`.
-
-        Args:
-            values: The form.
-            source: Its place, for messages.
+        """Reads the form written by :meth:`to_dict`; ``source`` is its place, for messages.
 
         Raises:
             ValueError: If the version is not this package's, or a key is missing or not valid.
@@ -115,16 +111,18 @@ class FlashHeadConfig:
 
 def _is_lossless(values: dict[str, Any], n_clusters: int) -> bool:
     """Whether these are the settings of a checked loop, or none."""
-    if not values:
-        return True
-    n_probes, risk = values.get("n_probes"), values.get("risk")
-    if type(n_probes) is not int or not 1 <= n_probes <= n_clusters or not isinstance(risk, dict):
-        return False
-    greedy, sampled = risk.get("greedy"), risk.get("sampled")
-    numbers = [*greedy, sampled] if isinstance(greedy, list | tuple) else []
-    return len(numbers) == 3 and all(
-        type(one) in (int, float) and math.isfinite(one) for one in numbers
-    )
+    match values:
+        case {} if not values:
+            return True
+        case {
+            "n_probes": int(n_probes),
+            "risk": {
+                "greedy": [int() | float() as a, int() | float() as b],
+                "sampled": int() | float() as scale,
+            },
+        }:
+            return 1 <= n_probes <= n_clusters and all(map(math.isfinite, (a, b, scale)))
+    return False
 
 
 def _whole_numbers(values: Any) -> tuple[int, ...] | None:

@@ -34,15 +34,10 @@ MIN_COSINE, MAX_LENGTH_CHANGE = 0.94, 0.05
 
 @dataclass(frozen=True)
 class Likeness:
-    """The likeness of a model's rows to those of a sketch.
+    """The likeness of a model's rows to those of a sketch."""
 
-    Attributes:
-        cosine: Mean cosine of a row with its counterpart.
-        length_change: Median change of a row's length, as a share of it.
-    """
-
-    cosine: float
-    length_change: float
+    cosine: float  # mean, of a row with its counterpart
+    length_change: float  # median, as a share of the row's length
 
     @property
     def near(self) -> bool:
@@ -52,15 +47,10 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Sketch:
-    """Evenly spaced rows of a head, independent of their format.
+    """Evenly spaced rows of a head, independent of their format."""
 
-    Attributes:
-        directions: (64, D) float16 rows of length 1.
-        lengths: (64,) float32.
-    """
-
-    directions: mx.array
-    lengths: mx.array
+    directions: mx.array  # (64, D) float16, of length 1
+    lengths: mx.array  # (64,) float32
 
     @classmethod
     def of(cls, rows: Matrix) -> "Sketch":
@@ -72,10 +62,9 @@ class Sketch:
 
     def fits(self, hidden_size: int) -> bool:
         """Whether the arrays fit rows of that width."""
-        n_rows = self.directions.shape[0] if self.directions.ndim else 0
         return (
-            self.directions.shape == (n_rows, hidden_size)
-            and self.lengths.shape == (n_rows,)
+            self.directions.shape == (self.lengths.size, hidden_size)
+            and self.lengths.ndim == 1
             and self.directions.dtype == mx.float16
             and self.lengths.dtype == mx.float32
         )

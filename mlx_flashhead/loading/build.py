@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..conversion.build import IndexBuild, index_nbytes
+from ..conversion.build import index_nbytes, model_index
 from ..conversion.duration import expected_seconds, in_words
 from ..conversion.options import IndexOptions, recipe_flags
 from ..conversion.steps import Steps, take_all
@@ -79,7 +79,7 @@ def build_steps(
             seed=of_index.seed,
             name=checkpoint_name(origin, None),
         ) | {"metadata": card_metadata(origin, "adapter")}
-        build = IndexBuild(
+        index = yield from model_index.steps(
             model,
             text_side(model, tokenizer),
             location,
@@ -87,8 +87,6 @@ def build_steps(
             recipe=recipe,
             step_seconds=step_seconds,
         )
-        yield from build  # which closes it too
-        index = build.index
         if index.config.calibration.get("cut_short"):
             say(
                 "This machine was busy, so the build was cut short, after "

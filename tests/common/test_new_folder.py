@@ -23,7 +23,7 @@ STAGES = (
     "find_head",
     "set_bits",
     "check_plain_product",
-    "IndexBuild",
+    "model_index",
     "save",
     "write_index",
 )

@@ -120,17 +120,13 @@ def test_the_seed_draws_other_tokens_after_the_same_prompts(loaded, endless):
     assert (drawn[0] != drawn[1]).any()
 
 
-@pytest.mark.parametrize("positions", [1, 2, 10, 129])
-def test_as_many_positions_as_asked_for(loaded, positions):
-    states, drawn = generate(*loaded, positions)
+@pytest.mark.parametrize("positions", [1, 129])
+def test_as_many_positions_as_asked_for(endless, positions):
+    model = tiny_model(vocab_size=VOCAB_SIZE, dtype=mx.bfloat16)
+    states, drawn = generate(model, endless, positions)
+    assert states.dtype == np.float32
     assert len(states) == len(drawn) == positions
     assert ((drawn >= 0) & (drawn < VOCAB_SIZE)).all()
-
-
-def test_sixteen_bit_models_give_float32_states(endless):
-    model = tiny_model(vocab_size=VOCAB_SIZE, dtype=mx.bfloat16)
-    states, _ = generate(model, endless, 5)
-    assert states.dtype == np.float32
 
 
 def test_no_further_states_when_the_time_is_up(loaded, endless):
@@ -141,10 +137,10 @@ def test_no_further_states_when_the_time_is_up(loaded, endless):
     assert 0 < len(states) == len(drawn) < 100_000
 
 
-@pytest.mark.parametrize("window", [7, 40, 512])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_text_states_enter_the_head(arch, window, tokenizer, monkeypatch):
+def test_text_states_enter_the_head(arch, tokenizer, monkeypatch):
     """In windows that each start afresh; the last token has no successor and so no state."""
+    window = 40
     monkeypatch.setattr(calibration, "WINDOW_TOKENS", window)
     model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
     states, next_ids = text_states(model, tokenizer, find_head(model), TEXT, progress=False)
@@ -181,27 +177,24 @@ def test_every_window_begins_as_a_text_does(loaded, tmp_path, monkeypatch):
 
 
 def test_windows_read_together_do_not_mix(loaded, monkeypatch):
-    """Of different lengths, so that some are padded, with what comes before them left out."""
+    """Of different lengths, so that some are padded."""
     model, tokenizer = loaded
     monkeypatch.setattr(calibration, "READ_TOKENS", 70)
     token_ids = tokenizer.encode(TEXT)
     windows = [token_ids[:30], token_ids[30:41], token_ids[50:52], token_ids[60:100]]
-    prefixes = [[], [3], [4, 5], []]
-    found = read_windows(model, find_head(model), windows, prefixes, progress=False)
-    for states, window, prefix in zip(found, windows, prefixes, strict=True):
-        expected = hidden_of(model, [*prefix, *window[:-1]])[len(prefix) :]
-        np.testing.assert_allclose(states, expected, atol=2e-4)
+    found = read_windows(model, find_head(model), windows, progress=False)
+    for states, window in zip(found, windows, strict=True):
+        np.testing.assert_allclose(states, hidden_of(model, window[:-1]), atol=2e-4)
 
 
 def test_short_steps_read_the_same(loaded):
-    """A window at a time where a step may take no time; the model is as it was between them."""
+    """A window at a time where a step may take no time."""
     model, tokenizer = loaded
     location = find_head(model)
     token_ids = tokenizer.encode(TEXT)
     windows = [token_ids[start : start + 20] for start in range(0, 100, 20)]
-    whole = read_windows(model, location, windows, [[]] * 5, progress=False)
-    before = type(location.module).__dict__.copy()
-    steps = read_windows.steps(model, location, windows, [[]] * 5, step_seconds=0.0)
+    whole = read_windows(model, location, windows, progress=False)
+    steps = read_windows.steps(model, location, windows, step_seconds=0.0)
     done = []
     while True:
         try:
@@ -209,7 +202,6 @@ def test_short_steps_read_the_same(loaded):
         except StopIteration as end:
             found = end.value
             break
-        assert dict(type(location.module).__dict__) == before
     assert done == [19, 38, 57, 76, 95]
     for one, other in zip(found, whole, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
@@ -220,30 +212,21 @@ def test_windows_begin_with_the_token_that_ended_the_one_before():
     assert windows_of([1, 2, 3, 4], 3) == [[1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("positions", [1, 5, 40, 10_000])
+@pytest.mark.parametrize("positions", [5, 10_000])
 def test_text_states_stop_at_the_positions_asked_for(loaded, positions):
     model, tokenizer = loaded
-    location = find_head(model)
     states, next_ids = text_states(
-        model, tokenizer, location, TEXT, positions=positions, progress=False
+        model, tokenizer, find_head(model), TEXT, positions=positions, progress=False
     )
     token_ids = tokenizer.encode(TEXT)
-    count = min(positions, len(token_ids) - 1)
-    assert len(states) == count
-    np.testing.assert_array_equal(next_ids, token_ids[1 : count + 1])
+    assert len(states) == min(positions, len(token_ids) - 1)
+    np.testing.assert_array_equal(next_ids, token_ids[1 : len(states) + 1])
 
 
-@pytest.mark.parametrize("text", ["", "a"])
-def test_too_short_a_text(loaded, text):
+def test_too_short_a_text(loaded):
     model, tokenizer = loaded
     with pytest.raises(ValueError, match="too short to measure anything on: give one of some"):
-        text_states(model, tokenizer, find_head(model), text, progress=False)
-
-
-def test_read_text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("Zwölf Boxkämpfer\n", encoding="utf-8")
-    assert read_text(path) == read_text(str(path)) == "Zwölf Boxkämpfer\n"
+        text_states(model, tokenizer, find_head(model), "a", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +234,6 @@ def test_read_text(tmp_path):
     [
         (None, "cannot be read .No such file or directory.: check the path"),
         ("folder", "cannot be read .Is a directory.: check the path"),
-        (b"", "is empty: give a text of some pages"),
         (b" \n\t ", "is empty: give a text of some pages"),
         (b"\xff\xfe\x00text", "is not UTF-8 text: give a plain text file"),
     ],

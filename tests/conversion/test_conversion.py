@@ -285,7 +285,7 @@ def test_the_model_itself_is_not_written_over(sources, tmp_path):
 def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    monkeypatch.setattr(pipeline, "IndexBuild", pytest.fail)
+    monkeypatch.setattr(pipeline, "model_index", pytest.fail)
     with pytest.raises(ValueError, match=r"needs 0\.00 GB, but only 0\.00 GB are free there"):
         convert(str(sources["tied"]), str(tmp_path / "found"), **QUICK)
     assert list(tmp_path.iterdir()) == []

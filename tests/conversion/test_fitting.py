@@ -66,38 +66,36 @@ def test_means(case):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_fit_is_the_ridge_regression_of_the_logsumexp(case, with_bias):
-    """Unquantized, so that nothing but the fit is compared."""
+    """With float centroids, so that little but the fit is compared."""
     rows, token_ids, states, head_bias = make_case(**case)
     rows, states = rows[:, :-1].copy(), states[:, :-1].copy()  # a width that fits no group
     n_states, hidden_size = states.shape
     head_bias = head_bias if with_bias else None
-    fitted = fit(rows, token_ids, states, head_bias=head_bias, ridge=0.05, dtype=mx.float32)
-    assert fitted.matrix.format.bits == 32
+    fitted = fit(rows, token_ids, states, head_bias=head_bias)
+    assert fitted.matrix.format.bits == 16
 
     # The bias column is not penalised: it is solved for by an augmented system of its own.
     target = targets(rows, token_ids, states, 0 if head_bias is None else head_bias)
     means = np.stack([rows[ids].mean(axis=0) for ids in members(token_ids, len(rows))])
     residual = target - states @ means.T
     wide = np.concatenate([states, np.ones((n_states, 1))], axis=1).astype(np.float64)
-    penalty = np.eye(hidden_size + 1) * 0.05 * np.trace(np.cov(states.T, bias=True)) / hidden_size
+    penalty = np.eye(hidden_size + 1) * 0.03 * np.trace(np.cov(states.T, bias=True)) / hidden_size
     penalty[-1, -1] = 0
     delta = np.linalg.solve(wide.T @ wide / n_states + penalty, wide.T @ residual / n_states)
     expected = means + delta[:-1].T
-    np.testing.assert_allclose(dequantized(fitted), expected, atol=2e-4)
+    np.testing.assert_allclose(dequantized(fitted), expected, atol=2e-4, rtol=1e-3)
 
-    left = target - states @ expected.T
-    np.testing.assert_allclose(left.mean(axis=0), delta[-1], atol=1e-3)
+    left = target - states @ dequantized(fitted).T
     bias = left.mean(axis=0) + left.var(axis=0) / 2
     np.testing.assert_allclose(np.array(fitted.bias), bias, atol=2e-3)
     n_tokens = np.array([len(ids) for ids in members(token_ids, len(rows))])
     np.testing.assert_allclose(np.array(fitted.tail_offset), -np.log(n_tokens), atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("case", CASES[:3])
-def test_bias_belongs_to_the_rounded_centroids(case, bits):
+def test_bias_belongs_to_the_rounded_centroids(case):
     rows, token_ids, states, head_bias = make_case(**case)
-    fitted = fit(rows, token_ids, states, head_bias=head_bias, bits=bits, group_size=32)
+    fitted = fit(rows, token_ids, states, head_bias=head_bias, group_size=32)
     left = targets(rows, token_ids, states, head_bias) - states @ dequantized(fitted).T
     bias = left.mean(axis=0) + left.var(axis=0) / 2
     np.testing.assert_allclose(np.array(fitted.bias), bias, atol=3e-3)
@@ -138,93 +136,50 @@ def test_without_states_the_means_are_kept(with_bias):
 def test_equal_states_keep_the_means():
     rows, token_ids, states, _ = make_case()
     states = np.repeat(states[:1], 50, axis=0)
-    fitted = fit(rows, token_ids, states, bits=8)
-    assert np.abs(dequantized(fitted) - raw_means(rows, token_ids)).max() < 0.01
+    fitted = fit(rows, token_ids, states)
+    assert np.abs(dequantized(fitted) - raw_means(rows, token_ids)).max() < 0.1
     left = targets(rows, token_ids, states, 0) - states @ dequantized(fitted).T
     np.testing.assert_allclose(np.array(fitted.bias), left[0], atol=3e-3)
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 @pytest.mark.parametrize(
-    ("hidden_size", "group_size", "bits", "expected"),
-    [
-        (128, 128, 4, (128, 4)),
-        (128, 64, 4, (64, 4)),
-        (64, 64, 8, (64, 8)),
-        (64, 128, 4, (32, 4)),
-        (96, 64, 4, (32, 4)),
-        (96, 64, 8, (32, 8)),
-        (48, 64, 4, (0, 0)),
-        (33, 64, 8, (0, 0)),
-    ],
+    ("hidden_size", "group_size", "expected"),
+    [(128, 64, 64), (64, 128, 32), (96, 64, 32), (48, 64, 0)],
 )
-def test_group_that_fits_the_width(hidden_size, group_size, bits, expected, dtype):
+def test_group_that_fits_the_width(hidden_size, group_size, expected):
     rows, token_ids, states, _ = make_case(vocab_size=50, hidden_size=hidden_size)
-    fitted = fit(rows, token_ids, states, bits=bits, group_size=group_size, dtype=dtype)
+    fitted = fit(rows, token_ids, states, group_size=group_size)
     matrix = fitted.matrix
-    assert (matrix.group_size, matrix.bits) == expected
-    n_clusters = len(token_ids)
-    if matrix.quantized:
-        assert matrix.weight.dtype == mx.uint32
-        assert matrix.weight.shape == (n_clusters, hidden_size * bits // 32)
-        assert matrix.scales.shape == matrix.biases.shape
-        assert matrix.scales.shape == (n_clusters, hidden_size // matrix.group_size)
-        assert matrix.scales.dtype == matrix.biases.dtype == dtype
-    else:
-        assert matrix.weight.dtype == dtype
-        assert matrix.weight.shape == (n_clusters, hidden_size)
-        assert matrix.scales is matrix.biases is None
-    hidden = mx.array(states[:5])
-    products = np.array(matrix.matmul(hidden.astype(dtype)).astype(mx.float32))
-    expected = np.array(hidden.astype(dtype).astype(mx.float32)) @ dequantized(fitted).T
-    tolerance = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 2e-1}[dtype]
-    np.testing.assert_allclose(products, expected, atol=tolerance)
+    assert (matrix.group_size, matrix.bits) == (expected, 4 if expected else 0)
+    values = matrix.scales if matrix.quantized else matrix.weight
+    assert values.dtype == mx.float16
+    assert fitted.fits(len(token_ids), hidden_size)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packing_is_that_of_mlx(bits):
-    rng = np.random.default_rng(0)
-    codes = rng.integers(2**bits, size=(7, 128)).astype(np.uint32)
-    packed = mx.array(_pack(codes, bits))
+def test_packing_is_that_of_mlx():
+    codes = np.random.default_rng(0).integers(16, size=(7, 128)).astype(np.uint32)
     ones, zeros = mx.ones((7, 2)), mx.zeros((7, 2))
-    form = {"group_size": 64, "bits": bits}
-    np.testing.assert_array_equal(np.array(mx.dequantize(packed, ones, zeros, **form)), codes)
-    # and what MLX itself packs
-    rows = codes.astype(np.float32)
-    rows[:, ::64], rows[:, 1::64] = 0, 2**bits - 1
-    weight, scales, biases = mx.quantize(mx.array(rows), **form)
-    values = np.array(mx.dequantize(weight, scales, biases, **form))
-    scales, biases = (np.repeat(np.array(a), 64, axis=1) for a in (scales, biases))
-    own_codes = np.round((values - biases) / scales).astype(np.uint32)
-    np.testing.assert_array_equal(np.array(weight), _pack(own_codes, bits))
+    found = mx.dequantize(mx.array(_pack(codes)), ones, zeros, group_size=64, bits=4)
+    np.testing.assert_array_equal(np.array(found), codes)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_values_are_those_accounted_for(bits):
-    rows, _, states, _ = make_case(hidden_size=96)
-    covariance = np.cov(states.T.astype(np.float64), bias=True)
-    matrix, rounded = quantize(rows, covariance, bits, 32, mx.float16)
-    np.testing.assert_allclose(np.array(matrix.dequantized(mx.float32)), rounded, atol=1e-6)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_errors_fed_forward_cost_less_where_the_states_are(bits):
+def test_errors_fed_forward_cost_less_where_the_states_are():
     """GPTQ against rounding to nearest, both with a scale that spans a group, and mx.quantize."""
     rows, _, states, _ = make_case(vocab_size=400, n_states=2000)
     covariance = np.cov(states.T.astype(np.float64), bias=True)
-    _, rounded = quantize(rows, covariance, bits, 64, mx.float32)
+    matrix, rounded = quantize(rows, covariance, 64)
+    np.testing.assert_allclose(np.array(matrix.dequantized(mx.float32)), rounded, atol=1e-6)
     low, high = rows.min(axis=1, keepdims=True), rows.max(axis=1, keepdims=True)
-    step = (high - low) / (2**bits - 1)
+    step = (high - low) / 15
     nearest = np.round((rows - low) / step) * step + low
-    form = {"group_size": 64, "bits": bits}
+    form = {"group_size": 64, "bits": 4}
     plain = np.array(mx.dequantize(*mx.quantize(mx.array(rows), **form), **form))
 
     def cost(values):
         change = values - rows
         return np.einsum("cd,de,ce->", change, covariance, change)
 
-    assert cost(rounded) < 0.5 * cost(nearest)
-    assert cost(rounded) < 0.5 * cost(plain)
+    assert cost(rounded) < 0.5 * min(cost(nearest), cost(plain))
 
 
 def test_errors_go_where_correlated_states_do_not_see_them():
@@ -233,8 +188,8 @@ def test_errors_go_where_correlated_states_do_not_see_them():
     states = rng.normal(size=(1000, 8)) @ rng.normal(size=(8, 64))
     covariance = np.cov((states + 0.1 * rng.normal(size=states.shape)).T, bias=True)
     rows = rng.normal(size=(100, 64)).astype(np.float32)
-    _, rounded = quantize(rows, covariance, 4, 64, mx.float32)
-    _, nearest = quantize(rows, np.eye(64), 4, 64, mx.float32)
+    _, rounded = quantize(rows, covariance, 64)
+    _, nearest = quantize(rows, np.eye(64), 64)
 
     def cost(values):
         return np.einsum("cd,de,ce->", values - rows, covariance, values - rows)
@@ -244,22 +199,11 @@ def test_errors_go_where_correlated_states_do_not_see_them():
 
 def test_constant_groups():
     rows = np.repeat(np.float32([[0.0], [0.25], [-3.0]]), 64, axis=1)
-    _, rounded = quantize(rows, np.eye(64), 4, 64, mx.float16)
+    _, rounded = quantize(rows, np.eye(64), 64)
     np.testing.assert_array_equal(rounded, rows)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ({"bits": 3}, "Centroids of 3 bits in groups of 64 are not supported"),
-        ({"group_size": 16}, "Centroids of 4 bits in groups of 16 are not supported"),
-        ({"ridge": 0.0}, "ridge is 0.0, but must be above 0"),
-        ({"states": np.zeros((4, 5))}, r"shape \(4, 5\), but \(N, 64\)"),
-        ({"states": np.zeros((0, 64))}, r"shape \(0, 64\), but \(N, 64\)"),
-        ({"states": np.full((4, 64), np.nan)}, "NaN or infinity: check the model"),
-    ],
-)
-def test_bad_input_is_one_sentence(arguments, sentence):
+def test_states_of_another_width():
     rows, token_ids, _, _ = make_case()
-    with pytest.raises(ValueError, match=sentence):
-        fit(rows, token_ids, **arguments)
+    with pytest.raises(ValueError, match=r"shape \(4, 5\), but \(N, 64\)"):
+        fit(rows, token_ids, np.zeros((4, 5)))

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids, raw_means
-from mlx_flashhead.conversion.indexing import build_index, uncalibrated_probes
+from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.metric import logit_metric
 from mlx_flashhead.conversion.positions import Positions
 from mlx_flashhead.conversion.probes import Goals
@@ -122,21 +122,13 @@ def test_the_held_out_states_are_not_fitted_on():
     np.testing.assert_array_equal(np.array(index.centroids.bias), np.array(expected.bias))
 
 
-@pytest.mark.parametrize("target", [0.5, 0.9, 1.0])
-def test_reaches_the_target_on_held_out_states(target):
+def test_higher_goals_take_more_probes():
     rows, states, next_ids = make_case()
-    config = build(rows, states, next_ids, goals=Goals(target, 10.0, 1.0)).config
-    assert config.report["agreement"] >= target
-    assert config.n_probes % 8 == 0 or config.n_probes == config.n_clusters
-
-
-def test_a_higher_target_takes_more_probes():
-    rows, states, next_ids = make_case()
-    chosen = [
-        build(rows, states, next_ids, goals=goals).config.n_probes
-        for goals in (Goals(0.5, 10.0, 1.0), Goals(1.0, 10.0, 1.0), Goals(0.5, 1e-9, 1.0))
-    ]
-    assert chosen[0] < chosen[1] <= chosen[2] == 48
+    goals = (Goals(0.5, 10.0, 1.0), Goals(1.0, 10.0, 1.0), Goals(0.5, 1e-9, 1.0))
+    configs = [build(rows, states, next_ids, goals=one).config for one in goals]
+    assert configs[0].report["agreement"] >= 0.5 and configs[1].report["agreement"] == 1.0
+    few, all_agree, least_kl = (config.n_probes for config in configs)
+    assert few < all_agree <= least_kl == 48
 
 
 def test_goals_that_read_too_much_are_given_up_and_that_is_said():
@@ -148,16 +140,6 @@ def test_goals_that_read_too_much_are_given_up_and_that_is_said():
     said = report_lines(config)[-1]
     assert f"→ Without the check {config.n_probes} of 51 clusters per token miss a KL of " in said
     assert said.endswith("More would read over 50 % of the dense head's bytes.")
-
-
-def test_n_probes_overrides_the_target():
-    rows, states, next_ids = make_case()
-    index = build(rows, states, next_ids, n_probes=5, goals=Goals(1.0))
-    assert index.config.n_probes == 5
-    assert index.config.report["agreement"] < 1
-    dense = np.array(rows.matmul(mx.array(states[-HELD_OUT:]))).argmax(axis=1)
-    found = np.array(head_on(rows, index, 5).token(mx.array(states[-HELD_OUT:]))) == dense
-    assert index.config.report["agreement"] == pytest.approx(found.mean())
 
 
 def test_settings_are_recorded():
@@ -179,7 +161,7 @@ def test_clusters_are_made_in_the_metric_of_the_states_that_are_fitted_on():
     rows, states, next_ids = make_case()
     weight, settings = np.array(rows.weight), {"seed": 7, "progress": False}
     metric = logit_metric(states[:-HELD_OUT], 64)
-    expected = cluster_rows(weight, 8, spherical=False, metric=metric, **settings)
+    expected = cluster_rows(weight, 8, metric=metric, **settings)
     np.testing.assert_array_equal(build(rows, states, next_ids, seed=7).token_ids, expected)
     by_direction = cluster_rows(weight, 8, **settings)
     np.testing.assert_array_equal(build(rows, seed=7).token_ids, by_direction)
@@ -198,15 +180,6 @@ def test_without_states(n_probes):
     assert config.report == config.lossless == {}
     means = raw_means(np.array(rows.weight), index.token_ids)
     assert np.abs(np.array(index.centroids.matrix.dequantized(mx.float32)) - means).max() < 0.08
-    assert uncalibrated_probes(1) == uncalibrated_probes(2) == 1
-
-
-@pytest.mark.parametrize(
-    ("hidden_size", "stored"), [(64, (4, 64)), (128, (4, 64)), (96, (4, 32)), (48, (16, 0))]
-)
-def test_a_width_without_the_usual_group(hidden_size, stored):
-    config = build(*make_case(100, hidden_size, 40)).config
-    assert (config.centroid_bits, config.centroid_group_size) == stored
 
 
 def test_the_checked_loop_has_probes_and_risks_of_its_own():
@@ -225,7 +198,8 @@ def test_the_checked_loop_has_probes_and_risks_of_its_own():
         assert row["greedy_differs"] == pytest.approx(differs.mean(), abs=1e-6)
         assert row["sampled_differs"] == pytest.approx((mass * ~scored).sum(1).mean(), abs=1e-3)
     assert lossless["n_probes"] in {row["n_probes"] for row in lossless["by_probes"]}
-    assert build(rows, states, next_ids, n_probes=5).config.lossless["n_probes"] == 5
+    fixed = build(rows, states, next_ids, n_probes=5).config
+    assert fixed.n_probes == fixed.lossless["n_probes"] == 5
 
 
 def test_lines_of_the_report():
@@ -242,10 +216,9 @@ def test_lines_of_the_report():
     )
 
 
-@pytest.mark.parametrize("n_states", [2, 3, 10])
-def test_few_states(n_states):
-    rows, states, next_ids = make_case(n_states=n_states)
-    assert build(rows, states, next_ids).config.report["positions"] == max(1, round(n_states / 4))
+def test_two_states_are_enough():
+    rows, states, next_ids = make_case(n_states=2)
+    assert build(rows, states, next_ids).config.report["positions"] == 1
 
 
 @pytest.mark.parametrize("n_states", [0, 1])

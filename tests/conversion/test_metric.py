@@ -77,9 +77,10 @@ def test_clusters_follow_what_the_states_see(seed):
     spread = np.repeat([1.0, 0.17], [seen, unseen])
     states = (rng.normal(size=(4000, 32)) * spread @ turned.T).astype(np.float32)
     known, other = states[:2000], states[2000:]
-    options = {"spherical": False, "progress": False}
-    by_rows = cluster_rows(rows, 8, **options)
-    by_logits = cluster_rows(rows, 8, metric=logit_metric(known, 32), **options)
+    by_rows, by_logits = (
+        cluster_rows(rows, 8, metric=metric, progress=False)
+        for metric in (np.eye(32, dtype=np.float32), logit_metric(known, 32))
+    )
     left = unexplained(rows, by_logits, other) / unexplained(rows, by_rows, other)
     assert left < 0.7
 

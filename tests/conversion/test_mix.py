@@ -1,5 +1,7 @@
 """The mix: every kind, as much of each, and its last quarter held out."""
 
+from itertools import islice
+
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -9,6 +11,7 @@ from mlx_flashhead.conversion import calibration, mix
 from mlx_flashhead.conversion.given_text import KINDS
 from mlx_flashhead.conversion.mix import ANSWERS, mixed_positions
 from mlx_flashhead.conversion.positions import Positions
+from mlx_flashhead.conversion.prompts import chat_prompts
 from mlx_flashhead.conversion.steps import Step, Stopwatch, stepwise
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
@@ -85,19 +88,19 @@ def test_writing_leaves_time_to_read(loaded, monkeypatch, reading, writing, coun
     """``reading`` and ``writing`` seconds a token, 120 seconds in all."""
     width = 2
 
-    def read_windows(model, location, windows, prefixes, *, limit, **kwargs):
+    def read_windows(model, location, windows, *, limit, **kwargs):
         states = []
         for window in windows:
             late = limit.left < 0
             states.append(np.ones((0 if late else len(window) - 1, width), np.float32))
             limit.left -= reading * max(0, len(states[-1]) - mix.CONTEXT)
-        yield Step("", 1, 1)
+        yield Step("", 1, 1, "")
         return states
 
     def generated_states(*args, limit, until, **kwargs):
         count = min(args[4], round((limit.left - until) / writing))
         limit.left -= writing * count
-        yield Step("", 1, 1)
+        yield Step("", 1, 1, "")
         return np.ones((count, width), np.float32), np.ones(count, np.int64)
 
     monkeypatch.setattr(mix, "read_windows", stepwise(read_windows))
@@ -108,6 +111,15 @@ def test_writing_leaves_time_to_read(loaded, monkeypatch, reading, writing, coun
     assert given.sum() == pytest.approx(counts[0], abs=60)  # of a window
     assert (~given).sum() == pytest.approx(counts[1], abs=2)
     assert limit.left > -12
+
+
+def test_requests_are_many_and_in_the_models_form(loaded):
+    tokenizer = loaded[1]
+    prompts = list(islice(chat_prompts(tokenizer, np.random.default_rng(0)), 50))
+    assert len({tuple(prompt) for prompt in prompts}) > 40
+    for text in map(tokenizer.decode, prompts):
+        assert text.endswith("[assistant] ") == tokenizer.has_chat_template
+        assert ("[user]" in text) == tokenizer.has_chat_template
 
 
 def test_long_documents_do_not_crowd_out_others():

@@ -15,7 +15,6 @@ from mlx_flashhead.conversion.probes import (
 )
 
 GRID = [8, 16, 32, 64]
-FREE = Goals(0.5, 10.0, 1.0)
 
 
 def found_with(agree=None, kl=None, n_positions=100, grid=GRID):
@@ -119,8 +118,3 @@ def test_grid():
     assert grid[-2] < 3072 <= grid[-1]
     assert probe_grid(13, 100) == [8, 13]
     assert probe_grid(3, 1) == [3]
-
-
-def test_no_held_out_positions():
-    with pytest.raises(ValueError, match="no held-out positions"):
-        choose(found_with(n_positions=0), FREE)

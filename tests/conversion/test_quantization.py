@@ -136,8 +136,7 @@ def test_quantized_checkpoints(tmp_path, load, folders, tied, body_bits):
         np.testing.assert_array_equal(np.array(model(PROMPT)), np.array(loaded(PROMPT)))
 
 
-@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
-@pytest.mark.parametrize("head_bits", [None, 8, 16])
+@pytest.mark.parametrize(("mode", "head_bits"), [("mxfp4", None), ("nvfp4", 8), ("mxfp8", 16)])
 def test_other_modes_of_the_body(tmp_path, load, folders, mode, head_bits):
     model, tokenizer, config, head_path = load()
     model, config = set_bits(model, config, head_path, recipe(mode=mode), head_bits)

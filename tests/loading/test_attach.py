@@ -206,11 +206,11 @@ def test_two_processes_build_once(folder, tmp_path, flash_head_home):
         "from mlx_flashhead.loading.load import load\n"
         "from mlx_flashhead.conversion.options import IndexOptions\n"
         "build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)\n"
-        "step = build.IndexBuild.__next__\n"
-        "def slow(self):\n"
-        "    time.sleep(0.05)\n"
-        "    return step(self)\n"
-        "build.IndexBuild.__next__ = slow\n"
+        "steps = build.model_index.steps\n"
+        "def slow(*args, **options):\n"
+        "    time.sleep(2)\n"
+        "    return (yield from steps(*args, **options))\n"
+        "build.model_index.steps = slow\n"
         "load(sys.argv[1])\n"
         "print('loaded')\n"
     )
@@ -231,7 +231,7 @@ def test_an_interrupted_build_leaves_nothing(folder, quick, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "IndexBuild", interrupted)
+    monkeypatch.setattr(build.model_index, "steps", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(str(folder))
     monkeypatch.undo()
