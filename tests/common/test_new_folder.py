@@ -85,7 +85,7 @@ def test_appears_at_the_end(place, tmp_path):
     before = snapshot(target)
     with new_folder(target) as folder:
         (folder / "weights").write_bytes(b"new")
-        assert folder.parent == target.parent
+        assert folder.parent.parent == target.parent
         assert snapshot(target) == before
     assert snapshot(target) == {Path("weights"): b"new"}
     assert [path.name for path in target.parent.iterdir()] == ["model"]
@@ -208,7 +208,7 @@ def test_leftovers_of_killed_processes_go(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", program, str(target)]
     killed, alive = (subprocess.Popen(command, env=environment, **pipes) for _ in range(2))
-    left, written = (Path(process.stdout.readline().strip()) for process in (killed, alive))
+    left, written = (Path(process.stdout.readline().strip()).parent for process in (killed, alive))
     killed.kill()
     killed.wait()
     for folder in (left, written):
@@ -223,9 +223,9 @@ def test_leftovers_of_killed_processes_go(tmp_path):
 
 def test_what_was_put_aside_comes_back(tmp_path):
     """A process was killed between putting the old folder aside and the new one in its place."""
-    target, aside = tmp_path / "model", tmp_path / ".model.mlx_flashhead-old.x"
-    (aside / "model").mkdir(parents=True)
-    (aside / "model" / "weights").write_bytes(b"old")
+    target, aside = tmp_path / "model", tmp_path / ".model.mlx_flashhead-new.x"
+    (aside / "replaced").mkdir(parents=True)
+    (aside / "replaced" / "weights").write_bytes(b"old")
     os.utime(aside, (0, 0))
     with pytest.raises(KeyboardInterrupt), new_folder(target):
         assert (target / "weights").read_bytes() == b"old"
