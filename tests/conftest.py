@@ -5,20 +5,23 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
-import pytest
-from filelock import FileLock
-
 # Before anything imports transformers or tokenizers: notices would hide a test's own output, and
 # tokenizers warns whenever a test starts a process after it has used its threads.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Programs that a test starts see this checkout. Nothing asks the Hub, but the tests' own one.
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # A script in the background ignores Ctrl-C, and so would every program that a test starts and
 # interrupts: they inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+import huggingface_hub
+import pytest
+from filelock import FileLock
 
 from fetch_model import fetch
 from loopback_hub import TOKEN, Account, LoopbackHub

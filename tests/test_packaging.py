@@ -134,16 +134,17 @@ def test_installed_wheel_finds_its_kernels(installed):
     assert source == "".join(file.read_text(encoding="utf-8") for file in KERNELS)
 
 
-SCRIPTS = ("mlx_flashhead", *(f"mlx_flashhead.{command}" for command in COMMANDS))
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_console_scripts_run(installed, name):
-    printed = output_of(installed / "bin" / name, "--help", cwd=installed)
-    assert printed.startswith("usage:")
+def test_console_scripts_run(installed):
     (distribution,) = installed.glob("lib/python*/site-packages/mlx_flashhead-*.dist-info")
     entries = PathDistribution(distribution).entry_points.select(group="console_scripts")
-    assert entries.names == set(SCRIPTS)
+    scripts = {"mlx_flashhead", *(f"mlx_flashhead.{command}" for command in COMMANDS)}
+    assert entries.names == scripts
+    loads = "\n".join(f"from {entry.module} import {entry.attr}" for entry in entries)
+    output_of(installed / "bin" / "python", "-c", loads, cwd=installed)
+    for name in scripts:
+        assert (installed / "bin" / name).exists()
+    printed = output_of(installed / "bin" / "mlx_flashhead.cache", "--help", cwd=installed)
+    assert printed.startswith("usage: mlx_flashhead.cache ")
 
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):

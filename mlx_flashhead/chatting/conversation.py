@@ -5,9 +5,8 @@ The cache keeps the tokens that it shares with the result, and the rest of it is
 that cannot be trimmed is made anew. The way in which an answer ended therefore does not matter.
 """
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
@@ -21,34 +20,23 @@ STOP, LENGTH, STOPPED = "stop", "length", "stopped"
 
 @dataclass
 class Answer:
-    """An answer of the model and its times.
+    """An answer of the model.
 
     Attributes:
         text: The text so far.
         n_prompt: Tokens of the conversation with the question.
         n_cached: Number of these that were in the cache already.
-        times: The time of each token, in seconds of a clock.
+        n_tokens: Tokens of the answer.
+        tokens_per_second: mlx-lm's measure, of two tokens or more.
         finish: "stop" at an end-of-text token, "length" at the limit, "stopped" by the user.
     """
 
     text: str = ""
     n_prompt: int = 0
     n_cached: int = 0
-    times: list[float] = field(default_factory=list)
+    n_tokens: int = 0
+    tokens_per_second: float | None = None
     finish: str = STOPPED
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.times)
-
-    @property
-    def seconds(self) -> float:
-        """From the first token to the last; the first token's own time is the prompt's."""
-        return self.times[-1] - self.times[0] if self.times else 0.0
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        return (self.n_tokens - 1) / self.seconds if self.seconds > 0 else None
 
 
 class _Stopped(Exception):
@@ -196,9 +184,11 @@ class Conversation:
         )
         try:
             for response in stream:
-                answer.times.append(time.perf_counter())
+                answer.n_tokens += 1
                 if answer.n_tokens == 1:
                     self.cache.token_ids = list(prompt)
+                else:
+                    answer.tokens_per_second = response.generation_tps
                 self.cache.token_ids.append(response.token)  # mlx-lm is a step ahead
                 answer.text += response.text
                 answer.finish = response.finish_reason or STOPPED

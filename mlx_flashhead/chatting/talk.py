@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..common.command import sentence
 from ..common.quantities import count
-from ..common.terminal import StopKey, Terminal, UserInput
+from ..common.terminal import Terminal, stop_key, without_quotes
 from ..head.flash_head import FlashHead
 from ..loading.background import IdleBuild
 from ..models.install import get_flash_head
@@ -62,10 +62,7 @@ class Talk:
     ):
         self.conversation = conversation
         self.terminal = terminal
-        self.name = args.model
-        self.max_kv_size = args.max_kv_size
-        self.max_tokens = args.max_tokens
-        self.resumed = args.resume
+        self.args = args
         self.keeping = args.resume or terminal.interactive
         self.head = get_flash_head(conversation.model)
         self.dense = args.dense
@@ -75,18 +72,18 @@ class Talk:
     def run(self) -> None:
         """Until the end of the input or /exit."""
         if self.terminal.interactive:
-            self.terminal.say(f"{self.name}, {self._settings()}. /help lists the commands.")
-        if self.max_kv_size is not None and not self.conversation.cache.limited:
+            self.terminal.say(f"{self.args.model}, {self._settings()}. /help lists the commands.")
+        if self.args.max_kv_size is not None and not self.conversation.cache.limited:
             self.terminal.say(NOT_LIMITED)
-        if self.resumed:
+        if self.args.resume:
             self.terminal.say(_summary(self.conversation.messages))
         while True:
             try:
-                typed = self.terminal.read()
-                command, argument = _command(typed)
+                text = self.terminal.read()
+                command, argument = _command(text)
                 if command == "/exit":
                     return
-                self._do(command, argument, typed.text.strip())
+                self._do(command, argument, without_quotes(text))
             except EOFError:
                 if self.terminal.interactive:
                     self.terminal.say("")
@@ -112,7 +109,7 @@ class Talk:
     def _answer(self, text: str) -> None:
         before = len(self.conversation.answers)
         try:
-            with self._model_to_itself(), StopKey() as stopping:
+            with self._model_to_itself(), stop_key() as stopping:
                 for piece in self.conversation.ask(
                     text, stopping=stopping, dense=self.dense, **self.options
                 ):
@@ -128,8 +125,8 @@ class Talk:
         self.terminal.say(f"[{_figures(answer)}]")
         if answer.finish == LENGTH:
             self.terminal.say(
-                f"[cut at --max-tokens {self.max_tokens}: ask to go on, or start with a higher "
-                "limit, or -1 for none]"
+                f"[cut at --max-tokens {self.args.max_tokens}: ask to go on, or start with a "
+                "higher limit, or -1 for none]"
             )
         self._keep()
 
@@ -151,7 +148,7 @@ class Talk:
         if not self.keeping:
             return
         try:
-            keep(self.conversation.messages, self.name)
+            keep(self.conversation.messages, self.args.model)
         except OSError as error:
             self.keeping = False
             self.terminal.say(f"This conversation is not kept for --resume: {sentence(error)}")
@@ -170,19 +167,16 @@ class Talk:
         answers = conversation.answers
         held = f"{len(conversation.cache.token_ids)} tokens in the cache"
         if conversation.cache.limited:
-            held += f", which keeps the last {self.max_kv_size}"
-        lines = [f"{self.name}, {self._settings()}"]
+            held += f", which keeps the last {self.args.max_kv_size}"
+        lines = [f"{self.args.model}, {self._settings()}"]
         if self.head is not None:
             lines.append(f"backend {self.head.backend!r}: {self.head.backend_reason}")
             lines += _speed_here(self.head)
         lines.append(f"{count(len(conversation.messages), 'message')}, {held}")
         if answers:
             lines.append(f"last answer: {_figures(answers[-1])}")
-            seconds = sum(answer.seconds for answer in answers)
             tokens = sum(answer.n_tokens for answer in answers)
-            after_first = tokens - len(answers)
-            speed = f", {after_first / seconds:.1f} tokens/s" if seconds > 0 else ""
-            lines.append(f"{count(len(answers), 'answer')} of {count(tokens, 'token')}{speed}")
+            lines.append(f"{count(len(answers), 'answer')} of {count(tokens, 'token')}")
         lines.append(f"memory at most {mx.get_peak_memory() / 1e9:.2f} GB")
         self.terminal.say("\n".join(lines))
 
@@ -206,7 +200,7 @@ class Talk:
 
     def _save(self, argument: str) -> None:
         path = _path("/save", argument)
-        write_conversation(path, self.conversation.messages, self.name)
+        write_conversation(path, self.conversation.messages, self.args.model)
         self.terminal.say(f"Wrote {count(len(self.conversation.messages), 'message')} to {path}.")
 
     def _load(self, argument: str) -> None:
@@ -214,7 +208,7 @@ class Talk:
         self.conversation.replace(read_conversation(path))
         self.terminal.say(f"Read {count(len(self.conversation.messages), 'message')} from {path}.")
 
-    def _flash_head(self):
+    def _flash_head(self) -> FlashHead:
         if self.head is None:
             raise ValueError(NO_FLASH_HEAD)
         return self.head
@@ -230,14 +224,14 @@ class Talk:
         return f"dense ({clusters} otherwise)" if self.dense else f"{clusters} scored per token"
 
 
-def _command(typed: UserInput) -> tuple[str, str]:
+def _command(text: str) -> tuple[str, str]:
     """The command in a line and its argument; two empty texts if it is a message."""
-    words = typed.text.split(maxsplit=1)
-    if not typed.plain or not words:
+    words = text.split(maxsplit=1)
+    if not words or "\n" in text.strip("\n"):
         return "", ""
-    slash = typed.text.startswith("/")  # after a space it is a message
     name = next((name for name, others in ALIASES.items() if words[0] in others), words[0])
-    if slash or (len(words) == 1 and "/" not in words[0] and name in ALIASES):
+    alone = len(words) == 1 and name in ALIASES and "/" not in words[0]
+    if text.startswith("/") or alone:  # after a space, a slash begins a message
         return name, words[1].strip() if words[1:] else ""
     return "", ""
 

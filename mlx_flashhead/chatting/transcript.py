@@ -37,16 +37,10 @@ def check_messages(messages: object) -> list[Message]:
         ):
             raise ValueError(f"message {number} must have a role and a content, both of text")
         checked.append(Message(role=message["role"], content=message["content"]))
-    first = 1 if checked and checked[0]["role"] == SYSTEM else 0
-    for number, message in enumerate(checked[first:]):
-        expected = (USER, ASSISTANT)[number % 2]
-        if message["role"] != expected:
-            raise ValueError(
-                f"message {number + first + 1} has the role {message['role']!r} instead of "
-                f"{expected!r}, since the roles take turns"
-            )
-    if len(checked[first:]) % 2:
-        raise ValueError("its last question has no answer")
+    roles = [message["role"] for message in checked]
+    turns = roles[1:] if roles[:1] == [SYSTEM] else roles
+    if turns != [USER, ASSISTANT] * (len(turns) // 2):
+        raise ValueError("its messages are not questions of a user and answers of an assistant")
     return checked
 
 
@@ -64,12 +58,10 @@ def read_conversation(
         OSError: If it cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         return check_messages(content.get(KEY) if isinstance(content, dict) else content)
-    except json.JSONDecodeError as error:
-        reason = f"it is not JSON: {error.msg} in line {error.lineno}"
-    except UnicodeDecodeError:
-        reason = "it is not text in UTF-8"
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        reason = "it is not JSON"
     except RecursionError:
         reason = "it is nested too deeply"
     except ValueError as error:
@@ -110,23 +102,14 @@ def history_file() -> Path:
 
 
 def keep(messages: list[Message], model: str) -> None:
-    """Keeps a conversation as the last one.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Keeps a conversation as the last one."""
     path = _last_file()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_conversation(path, messages, model, replace=True)
 
 
 def last_conversation() -> list[Message]:
-    """The messages of the last conversation.
-
-    Raises:
-        ValueError: If there is none, or its file is damaged.
-        OSError: If it cannot be read.
-    """
+    """The messages of the last conversation; a ValueError if there is none."""
     path = _last_file()
     if not path.exists():
         raise ValueError("There is no conversation to --resume: none has been kept yet.")

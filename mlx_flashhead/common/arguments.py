@@ -36,14 +36,8 @@ def adopt(
     parser.description = description
     for action in parser._actions:
         action.help = help.get(action.dest, action.help)
-    limit_values(parser)
-    return parser  # type: ignore[return-value]
-
-
-def limit_values(parser: argparse.ArgumentParser) -> None:
-    """Gives the flags of mlx-lm's parser the types of `LIMITS`."""
-    for action in parser._actions:
         action.type = LIMITS.get(action.dest, action.type)
+    return parser  # type: ignore[return-value]
 
 
 def whole_number(
@@ -57,7 +51,7 @@ def whole_number(
         or_else: Further numbers, with the meaning of each.
     """
     others = or_else or {}
-    wanted = _wanted("a whole number", low, high)
+    wanted = f"give a whole number of {low} or more" if high is None else f"give {low} to {high}"
     wanted += "".join(f", or {value} for {meaning}" for value, meaning in others.items())
 
     def convert(raw: str | int) -> int:
@@ -71,39 +65,40 @@ def whole_number(
     return convert
 
 
-def number(low: float, high: float | None = None, *, above: bool = False) -> Type:
+def number(low: float, high: float = math.inf, *, above: bool = False) -> Type:
     """A type of argument: a finite number within limits.
 
     Args:
         low: The least number.
-        high: The greatest number; None: no limit.
+        high: The greatest number.
         above: Whether ``low`` itself is refused.
     """
-    wanted = f"give a number above {low:g}" if above else _wanted("a number", low, high)
-    if above and high is not None:
-        wanted += f", at most {high:g}"
+    limited = math.isfinite(high)
+    if above:
+        wanted = f"give a number above {low:g}" + (f", at most {high:g}" if limited else "")
+    else:
+        wanted = f"give {low:g} to {high:g}" if limited else f"give a number of {low:g} or more"
 
     def convert(raw: str | float) -> float:
-        try:
+        with suppress(TypeError, ValueError):
             value = float(raw)
-        except (TypeError, ValueError):
-            value = math.nan
-        within = low < value if above else low <= value
-        if not (within and value <= (math.inf if high is None else high) and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"it is {raw}: {wanted}")
-        return value
+            above_low = low < value if above else low <= value
+            if above_low and value <= high and value < math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"it is {raw}: {wanted}")
 
     return convert
 
 
 def one_of(*choices: Any) -> Type:
     """A type of argument: one of a few numbers or words."""
+    by_text = {str(choice): choice for choice in choices}
 
     def convert(raw: Any) -> Any:
-        for choice in choices:
-            if raw == choice or raw == str(choice):
-                return choice
-        raise argparse.ArgumentTypeError(f"it is {raw}: choose {_either(choices)}")
+        if str(raw) in by_text:
+            return by_text[str(raw)]
+        *others, last = by_text
+        raise argparse.ArgumentTypeError(f"it is {raw}: choose {', '.join(others)} or {last}")
 
     return convert
 
@@ -154,37 +149,29 @@ def check(name: str, value: Any, type: Type) -> None:
         raise ValueError(f"`{name}` {str(error).removeprefix('it ')}.") from None
 
 
-def _wanted(kind: str, low: float, high: float | None) -> str:
-    return f"give {kind} of {low:g} or more" if high is None else f"give {low:g} to {high:g}"
-
-
-def _either(choices: tuple[Any, ...]) -> str:
-    *others, last = map(str, choices)
-    return f"{', '.join(others)} or {last}" if others else last
+# What argparse says, in the words of this package.
+_ARGUMENT = r"argument (?:\S+?/)??(--[\w-]+|-?\w+): "
+_SENTENCES = (
+    (_ARGUMENT + r"it (.*)", r"\1 \2"),
+    (_ARGUMENT + r"invalid choice: (.*) \(choose from (.*)\)", r"\1 is \2: choose \3"),
+    (_ARGUMENT + r"expected (.*)", r"\1 needs \2"),
+    (_ARGUMENT + r"(.*)", r"\1: \2"),
+    (r"the following arguments are required: ([^,]*)", r"\1 is needed"),
+    (r"the following arguments are required: (.*)", r"\1 are needed"),
+    (r"one of the arguments (.*) is required", r"give one of \1"),
+    (r"unrecognized arguments: (.*)", r"there is no option \1: --help lists them"),
+)
 
 
 def _sentence(message: str) -> str:
     """argparse's message as a sentence of this package."""
-    parts = re.match(r"(?:argument (\S+): )?(it )?(.*)", message, re.S)
-    if parts is not None and parts[1] is not None:
-        flags, argument, rest = parts.groups()
-        name = next((f for f in reversed(flags.split("/")) if f.startswith("--")), flags)
-        choices = re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", rest)
-        if choices:
-            rest = f"is {choices[1]}: choose {choices[2]}".replace("'", "")
-        elif rest.startswith("expected "):
-            rest = f"needs {rest.removeprefix('expected ')}"
-        elif argument is None:
-            name += ":"
-        message = f"{name} {rest}"
-    message = re.sub(r"(--[\w-]+)(/-\w+)+", r"\1", message)
-    for pattern, sentence in (
-        (r"the following arguments are required: ([^,]*)", r"\1 is needed"),
-        (r"the following arguments are required: (.*)", r"\1 are needed"),
-        (r"one of the arguments (.*) is required", r"give one of \1"),
-        (r"unrecognized arguments: (.*)", r"there is no option \1: --help lists them"),
-    ):
-        message = re.sub(f"^{pattern}$", sentence, message)
+    message = re.sub(r"(--[\w-]+)(/-\w)+\b", r"\1", message)  # long names alone
+    for pattern, sentence in _SENTENCES:
+        if match := re.fullmatch(pattern, message, re.DOTALL):
+            message = match.expand(sentence)
+            if "invalid choice" in pattern:
+                message = message.replace("'", "")
+            break
     return f"{message.rstrip('.')}."
 
 

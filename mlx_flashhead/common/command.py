@@ -14,16 +14,10 @@ from pathlib import Path
 
 from .terminal import printable
 
-_REMEDIES = {
-    errno.ENOSPC: "free some space or choose another place",
-    errno.EDQUOT: "free some space or choose another place",
-    errno.EFBIG: "free some space or choose another place",
-    errno.EACCES: "choose another place, or get the permission",
-    errno.EPERM: "choose another place, or get the permission",
-    errno.EROFS: "choose another place, or get the permission",
-}
-
-
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_REMEDIES = dict.fromkeys(_FULL, "free some space or choose another place")
+_REMEDIES |= dict.fromkeys(_FORBIDDEN, "choose another place, or get the permission")
 _PARAMETER = re.compile(r"`([a-z]+(?:_[a-z]+)*)(=True|=False)?`")
 _FLAGS = {"pipeline_group": "pipeline"}  # whose names differ
 

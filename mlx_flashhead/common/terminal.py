@@ -1,12 +1,13 @@
 """Input and output of a chat: a terminal, or pipes."""
 
 import os
+import shutil
 import signal
 import sys
 import termios
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -48,31 +49,18 @@ class _Printable:
         return getattr(self._stream, name)
 
 
-@dataclass(frozen=True)
-class UserInput:
-    """A text that the user has typed or pasted.
-
-    Attributes:
-        text: Without the quotes around several lines.
-        plain: One line without quotes, which may be a command.
-    """
-
-    text: str
-    plain: bool
-
-
 def is_open(text: str) -> bool:
     """Whether a text begins with three quotes and the closing three are missing."""
     text = text.strip()
     return text.startswith(QUOTES) and (len(text) < 6 or not text.endswith(QUOTES))
 
 
-def without_quotes(text: str) -> UserInput:
-    """The text that stands in the quotes, or all of it if there are none."""
-    text = text.strip("\n")
-    if text.strip().startswith(QUOTES):
-        return UserInput(text.strip().removeprefix(QUOTES).removesuffix(QUOTES).strip(), False)
-    return UserInput(text, "\n" not in text)
+def without_quotes(text: str) -> str:
+    """The text within three quotes, or all of it if there are none."""
+    text = text.strip()
+    if text.startswith(QUOTES):
+        return text.removeprefix(QUOTES).removesuffix(QUOTES).strip()
+    return text
 
 
 class Terminal:
@@ -92,15 +80,17 @@ class Terminal:
         self.interactive = sys.stdin.isatty() and shown
         self._own = sys.stdout if shown else sys.stderr
         self._dim = shown and os.environ.get("TERM", "dumb") != "dumb"
-        self._wrap = WordWrap(_columns) if shown else None
+        self._wrap = (
+            WordWrap(lambda: shutil.get_terminal_size((sys.maxsize, 24)).columns) if shown else None
+        )
         self._read_line: Callable[[], str] = input
         if self.interactive:
             self._read_line = self._editor(commands, with_files, history)
-        elif hasattr(sys.stdin, "reconfigure"):
+        elif isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
 
-    def read(self) -> UserInput:
-        """The next text: a line, a pasted text of any length, or lines between three quotes.
+    def read(self) -> str:
+        """The next text: a line, a pasted text, or lines with three quotes before and after them.
 
         Raises:
             EOFError: At the end of the input.
@@ -111,7 +101,7 @@ class Terminal:
                 text += "\n" + self._read_line()
             except EOFError:
                 text += QUOTES
-        return without_quotes(text)
+        return text
 
     def show(self, piece: str) -> None:
         """Prints a piece of an answer. The beginning of a word waits for its end."""
@@ -145,37 +135,34 @@ class Terminal:
 
 def _columns() -> int:
     """Width of the terminal; very wide if it is unknown."""
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
-    except OSError:
-        return sys.maxsize
+    return shutil.get_terminal_size((sys.maxsize, 0)).columns
 
 
-class StopKey:
+@contextmanager
+def stop_key() -> Iterator[Callable[[], bool]]:
     """Within the block, Ctrl-C asks to stop. A second Ctrl-C interrupts at once.
 
     Other keys are not shown, and wait for the next line.
+
+    Yields:
+        A function that says whether to stop.
     """
+    pressed = False
 
-    def __enter__(self) -> Callable[[], bool]:
-        self._pressed = False
-        self._before = signal.signal(signal.SIGINT, self._press)
-        self._modes = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-        if self._modes is not None:
-            self._set_modes(self._modes[3] & ~(termios.ECHO | termios.ICANON))
-        return lambda: self._pressed
-
-    def __exit__(self, *error) -> None:
-        if self._modes is not None:
-            self._set_modes(self._modes[3])
-        signal.signal(signal.SIGINT, self._before)
-
-    def _set_modes(self, local: int) -> None:
-        assert self._modes is not None
-        modes = [*self._modes[:3], local, *self._modes[4:]]
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
-
-    def _press(self, number, frame) -> None:
-        if self._pressed:
+    def press(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
             raise KeyboardInterrupt
-        self._pressed = True
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    modes = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+    try:
+        if modes is not None:
+            quiet = [*modes[:3], modes[3] & ~(termios.ECHO | termios.ICANON), *modes[4:]]
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+        yield lambda: pressed
+    finally:
+        if modes is not None:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+        signal.signal(signal.SIGINT, before)

@@ -9,13 +9,11 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-HEAD_ROUNDS = 5
 CACHES_BYTES = 128 << 20  # more than the last cache of most machines
 Item = TypeVar("Item")
 
@@ -99,22 +97,3 @@ def timer(
         return time.perf_counter() - start
 
     return seconds
-
-
-def head_seconds(heads: tuple[Callable, ...], states: mx.array) -> tuple[list[float], ...]:
-    """Times heads, from one hidden state to full logits.
-
-    Args:
-        heads: Hidden states (1, 1, D) → logits (1, 1, V).
-        states: (L, D).
-
-    Returns:
-        For each head the seconds of each state, repeated several times. The heads take turns.
-    """
-
-    def run(head: Callable, number: int) -> mx.array:
-        return head(states[None, number % len(states), None])
-
-    timers = {i: timer(partial(run, head)) for i, head in enumerate(heads)}
-    *_, seconds = in_turns(timers, HEAD_ROUNDS * len(states))
-    return tuple(seconds.values())

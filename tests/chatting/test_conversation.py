@@ -6,7 +6,7 @@ from mlx_lm.sample_utils import make_sampler
 
 import mlx_flashhead
 from mlx_flashhead.chatting import conversation as module
-from mlx_flashhead.chatting.conversation import LENGTH, STOP, STOPPED, Answer, Conversation
+from mlx_flashhead.chatting.conversation import LENGTH, STOP, STOPPED, Conversation
 from mlx_flashhead.models.dense import load_dense
 from model_folders import VOCAB_SIZE, write_model, write_tokenizer
 from tiny_models import tiny_model
@@ -191,13 +191,6 @@ def test_reset_begins_anew_with_the_system_prompt(loaded):
     assert conversation.messages == [{"role": "system", "content": "Be brief."}]
     assert conversation.answers == [] and conversation.cache.token_ids == []
     assert answer(conversation, "Hello") == first
-
-
-def test_figures_of_an_answer():
-    measured = Answer(times=[10.0, 10.5, 11.0])
-    assert (measured.n_tokens, measured.seconds) == (3, 1.0)
-    assert measured.tokens_per_second == 2
-    assert Answer(times=[10.0]).tokens_per_second is None
 
 
 def test_an_answer_ends_at_the_end_of_text(conversation):

@@ -32,34 +32,27 @@ def test_a_bare_list_is_read_and_other_keys_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     "content, said",
     [
-        ("{", "it is not JSON: "),
-        ("", "it is not JSON: "),
+        ("{", "it is not JSON"),
         ("[" * 100_000, "it is nested too deeply"),
         ("3", "a list of messages under the key 'messages'"),
         ('{"talk": []}', "a list of messages under the key 'messages'"),
         ('["hello"]', "message 1 must have a role and a content"),
         ('[{"role": "user"}]', "message 1 must have a role and a content"),
         ('[{"role": "user", "content": [1]}]', "message 1 must have a role and a content"),
-        ('[{"role": "user", "content": "a"}]', "its last question has no answer"),
-        ('[{"role": "assistant", "content": "a"}]', "message 1 has the role 'assistant'"),
-        (json.dumps([*TALK[1:], *TALK[1:], *TALK]), "message 5 has the role 'system'"),
-        (json.dumps([TALK[1], TALK[1]]), "message 2 has the role 'user' instead of 'assistant'"),
+        ('[{"role": "user", "content": "a"}]', "not questions of a user and answers of"),
+        ('[{"role": "assistant", "content": "a"}]', "not questions"),
+        (json.dumps([*TALK[1:], *TALK]), "not questions"),
+        (json.dumps([TALK[1], TALK[1]]), "not questions"),
+        (b"\xff\xfe\x00", "it is not JSON"),
     ],
 )
 def test_other_files_are_refused_in_one_sentence(tmp_path, content, said):
     file = tmp_path / "chat.json"
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError) as caught:
         read_conversation(file)
     assert said in str(caught.value)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_bytes_that_are_no_text_are_refused(tmp_path):
-    file = tmp_path / "chat.json"
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not text in UTF-8"):
-        read_conversation(file)
 
 
 def test_a_conversation_is_replaced_and_nothing_else(tmp_path):

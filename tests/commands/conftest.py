@@ -4,7 +4,6 @@ import importlib
 import signal
 import sys
 
-import huggingface_hub.constants
 import pytest
 
 import mlx_flashhead
@@ -14,7 +13,6 @@ from model_folders import write_model
 @pytest.fixture
 def run(monkeypatch, capsys):
     """A function that runs a command: → (exit code, standard output, standard error)."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def run(command, *arguments):

@@ -125,7 +125,7 @@ def test_every_command(start, folder):
     assert "4 of 17 clusters" in stats and "3 messages" in stats
     assert "backend 'mlx': MLX finds no Apple GPU on this machine." in " ".join(stats.split())
     assert re.search(r"last answer: \d+ tokens, ", stats)
-    assert re.search(r"\n1 answer of \d+ tokens, [\d.]+ tokens/s", stats)
+    assert re.search(r"\n1 answer of \d+ tokens", stats)
     assert "1 of 17 clusters" in chat.say("/probes 1")
     assert "A new conversation" in chat.say("/reset")
     assert chat.say("Hello").splitlines()[0] == first.splitlines()[0]  # every token is checked

@@ -1,49 +1,47 @@
 """A plain installation: what it does without the extras, and how the missing one is named."""
 
+import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).parents[2]
 OF_EXTRAS = ("rich", "matplotlib", "prompt_toolkit", "segno", "llguidance", "lm_eval")
 # None in sys.modules makes an import fail as that of a module that is not installed.
 RUN = f"""
-import runpy, sys
-sys.modules.update(dict.fromkeys(sys.argv.pop(1).split()))
-sys.path.insert(0, {str(CHECKOUT)!r})
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+import json, runpy, sys
+
+sys.modules.update(dict.fromkeys({OF_EXTRAS!r}))
+for command, *arguments in json.loads(sys.argv.pop()):
+    if command in ("chat", "benchmark"):  # mlx-lm's own chat, whose flags these are, imports rich
+        sys.modules.pop("rich", None)
+    sys.argv[1:] = arguments
+    print(f"== {{command}}", flush=True)
+    try:
+        runpy.run_module(f"mlx_flashhead.{{command}}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, command
 """
 
 
-def plainly(command, *arguments, but=(), **options):
-    """Standard output of a command that runs without what the extras bring, and must succeed.
-
-    Args:
-        command: Its name.
-        *arguments: Of the command line.
-        but: Modules that are there all the same.
-        **options: Of ``subprocess.run``.
-    """
-    hidden = " ".join(name for name in OF_EXTRAS if name not in but)
-    process = [sys.executable, "-c", RUN, hidden, f"mlx_flashhead.{command}", *map(str, arguments)]
-    result = subprocess.run(process, capture_output=True, text=True, **options)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_a_model_is_converted_and_generates(dense, tmp_path):
-    flash = tmp_path / "flash"
-    how = ("--hf-path", dense, "--mlx-path", flash, "--calibration", "none")
-    assert "Writing" in plainly("convert", *how)
-    how = ("--model", flash, "--max-tokens", 4)
-    assert "4 tokens" in plainly("generate", *how, "--prompt", "One day")
-    assert plainly("server", "--help").startswith("usage: ")
-    # mlx-lm's own chat, whose flags these are, imports rich
-    assert plainly("chat", *how, but=("rich",), input="One day\n").strip()
-    timed = ("--shape", "512,64", "--n-probes", 4, "--rounds", 1)
-    assert plainly("benchmark", "head", *timed, but=("rich",))
+    """All in one process, without what the extras bring."""
+    answers = ["--model", tmp_path / "flash", "--max-tokens", 4]
+    commands = [
+        ["convert", "--hf-path", dense, "--mlx-path", tmp_path / "flash", "--calibration", "none"],
+        ["generate", *answers, "--prompt", "One day"],
+        ["server", "--help"],
+        ["chat", *answers],
+        ["benchmark", "head", "--shape", "512,64", "--n-probes", 4, "--rounds", 1],
+    ]
+    process = [sys.executable, "-c", RUN, json.dumps([[*map(str, words)] for words in commands])]
+    result = subprocess.run(process, capture_output=True, text=True, input="One day\n")
+    assert result.returncode == 0, result.stderr
+    shown = dict(part.split("\n", 1) for part in result.stdout.split("== ")[1:])
+    assert "Writing" in shown["convert"]
+    assert "4 tokens" in shown["generate"]
+    assert shown["server"].startswith("usage: ")
+    assert shown["chat"].strip() and "FlashHead" in shown["benchmark"]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from mlx_flashhead.common import line_editor as module
-from mlx_flashhead.common.line_editor import _Commands, _KeptHistory, line_editor
+from mlx_flashhead.common.line_editor import _Commands, line_editor
 
 
 @pytest.fixture
@@ -39,25 +39,21 @@ def test_commands_and_files_are_completed(completions):
 
 def test_the_history_is_kept_for_its_user_alone(tmp_path):
     file = tmp_path / "new" / "history"
-    _KeptHistory(file).append_string("one\nquestion of two lines")
-    assert list(_KeptHistory(file).load_history_strings()) == ["one\nquestion of two lines"]
+    for answer in ("a question", "one\nquestion of two lines"):
+        with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):
+            read = line_editor([], [], file)
+            typed.send_text(answer.replace("\n", "\x1b\r") + "\r")
+            assert read() == answer
+    assert list(FileHistory(file).load_history_strings()) == [answer, "a question"]
     assert file.parent.stat().st_mode & 0o077 == 0
-
-
-def test_the_newest_texts_of_a_history_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "KEPT_TEXTS", 2)
-    file = tmp_path / "history"
-    for text in ("first", "second\nof two lines", "third"):
-        _KeptHistory(file).append_string(text)
-    assert list(_KeptHistory(file).load_history_strings()) == ["third", "second\nof two lines"]
-    assert [path.name for path in tmp_path.iterdir()] == ["history"]
 
 
 def test_a_history_that_cannot_be_kept_is_no_reason_to_stop(tmp_path):
     (tmp_path / "file").touch()
-    history = _KeptHistory(tmp_path / "file" / "history")
-    history.append_string("a question")
-    assert history.get_strings() == ["a question"]
+    with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):
+        read = line_editor([], [], tmp_path / "file" / "history")
+        typed.send_text("a question\r")
+        assert read() == "a question"
 
 
 @pytest.mark.parametrize("moment", ["before it starts", "when it starts", "while it waits"])

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from mlx_flashhead.common import timing
-from mlx_flashhead.common.timing import Spread, head_seconds, in_turns, timer
+from mlx_flashhead.common.timing import Spread, in_turns, timer
 
 
 def test_spread_is_median_and_quartiles():
@@ -54,15 +54,3 @@ def test_a_timer_takes_the_run_and_its_evaluation(monkeypatch):
     measured = timer(lambda number: (mx.ones(number), next(clock)), lambda: next(clock))
     assert measured(3) == 2  # without the tick before
     assert evaluated[0][0].shape == (3,)
-
-
-def test_heads_take_turns():
-    calls = []
-    heads = (lambda h: calls.append((0, h)) or h, lambda h: calls.append((1, h)) or h)
-    states = mx.arange(24.0).reshape(3, 8)
-    seconds = head_seconds(heads, states)
-    assert [len(s) for s in seconds] == [15, 15]
-    numbers = [number for number, _ in calls]  # one round warms up
-    assert [sorted(numbers[i : i + 2]) for i in range(0, 32, 2)] == [[0, 1]] * 16
-    assert all(h.shape == (1, 1, 8) for _, h in calls)
-    assert {h[0, 0, 0].item() for _, h in calls} == {0, 8, 16}
