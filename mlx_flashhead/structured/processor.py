@@ -68,7 +68,7 @@ class GrammarProcessor:
         self._seconds_per_mask = seconds_per_mask
         self._after = list(after)
         self._vocabulary = _vocabulary(tokenizer)
-        self._matcher: Any = None
+        self._matcher: Any = self._new_matcher()
         self.begin()
         self._in_time(self._matcher.compute_bitmask)
         if self._out_of_time or "Too many items" in self._matcher.get_error():

@@ -9,6 +9,8 @@ version has renamed or changed, and their users here.
 import warnings
 from importlib.metadata import version
 
+from . import chat_templates as chat_templates
+
 NEWEST = (0, 32)  # of both that is tested
 
 
