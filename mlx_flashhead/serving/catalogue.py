@@ -18,6 +18,7 @@ from ..loading.background import BackgroundBuild, background_build
 from ..loading.load import load_draft, load_with_head
 from ..loading.look_up import LATER, head_options
 from ..models.compat.cache import KVCache, make_prompt_cache
+from ..models.compat.chat_templates import LimitedEnvironment
 from ..models.context import context_of
 from ..models.dense import load_dense
 from ..models.errors import UnsupportedHeadError
@@ -157,7 +158,8 @@ def template_settings(tokenizer: Any) -> frozenset[str]:
         own.add("enable_thinking")  # mlx-lm's name for the template's own
     template = tokenizer.chat_template
     if isinstance(template, str):
-        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+        # a plain environment would compute constants
+        environment = LimitedEnvironment(extensions=["jinja2.ext.loopcontrols"])
         try:
             tree = environment.parse(_GENERATION_TAG.sub("", template))
         except jinja2.TemplateError:

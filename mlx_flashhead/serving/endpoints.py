@@ -159,6 +159,7 @@ class _Answer:
     def __init__(self, request: Request, prompts: list[Prompt], handler: ApiHandler):
         self._request, self._handler = request, handler
         self._events: SimpleQueue = SimpleQueue()
+        self._grammar = _grammar(request, prompts[0])
         prompts = [prompt for prompt in prompts for _ in range(request.n)]
         self._jobs = [self._job(index, prompt) for index, prompt in enumerate(prompts)]
         self._choices = [Choice(request, index) for index in range(len(prompts))]
@@ -181,7 +182,7 @@ class _Answer:
             logprobs=request.logprobs,
             index=index,
             events=self._events,
-            grammar=_grammar(request, prompt),
+            grammar=self._grammar and self._grammar.for_sequence(),
         )
 
     @contextmanager
@@ -286,7 +287,7 @@ class _Answer:
 
 
 def _grammar(request: Request, prompt: Prompt) -> GrammarProcessor | None:
-    """What keeps an answer in its form, once the thought is at its end that the prompt begins."""
+    """What keeps answers in their form, once the thought is at its end that the prompt begins."""
     if request.form is None:
         return None
     tokenizer = request.served.tokenizer

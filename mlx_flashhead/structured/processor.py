@@ -5,9 +5,12 @@ batch. A token's mask needs the tokens before it, so the processor waits for the
 computed meanwhile.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,8 +19,12 @@ import numpy as np
 
 from .grammar import Grammar, llguidance
 
-# Seconds of computing that all masks of a sequence may take in addition to a limit for each.
-CREDIT_SECONDS = 0.05
+# Seconds of computing that all masks may take in addition to a limit for each.
+CREDIT_SECONDS = 0.1
+# Seconds in which one mask must be there, if masks have a limit. llguidance cannot be interrupted.
+MASK_SECONDS = 0.5
+# Earley items of one mask. Large schemas need up to 10,000; the default of 50,000 takes seconds.
+MAX_ITEMS = 10_000
 
 # llguidance's form of each tokenizer with its end-of-text tokens, which takes a second to make.
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
@@ -34,18 +41,17 @@ class GrammarProcessor:
         grammar: The grammar.
         after: Tokens after which the text begins, such as the end of a thought. Until then every
             token is allowed.
-        seconds_per_mask: Seconds of computing that a mask may take on average. Beyond it the text
-            ends, and ``problem`` says so. Ambiguous grammars take more for each further token.
+        seconds_per_mask: Seconds of computing that a mask may take on average, over this processor
+            and those that :meth:`for_sequence` makes. Beyond it their texts end, and ``problem``
+            says so. Ambiguous grammars take more for each further token.
 
     Attributes:
         grammar: The grammar.
         problem: Reason why the text does not follow the grammar; None as long as it does.
-        mask_seconds: Seconds of each mask, of this processor and of those that
-            :meth:`for_sequence` has made.
 
     Raises:
-        ValueError: If llguidance is not installed or cannot read the tokenizer, or if no text has
-            the form.
+        ValueError: If llguidance is not installed or cannot read the tokenizer, if no text has the
+            form, or if its first mask takes too much computing.
     """
 
     moves_little = True  # a mask leaves the distances of logits as they are
@@ -60,39 +66,45 @@ class GrammarProcessor:
     ):
         self.grammar = grammar
         self._seconds_per_mask = seconds_per_mask
-        self._tokenizer = tokenizer
         self._after = list(after)
         self._vocabulary = _vocabulary(tokenizer)
-        self._matcher = llguidance().LLMatcher(self._vocabulary, grammar.compiled, log_level=0)
-        self._matcher.compute_bitmask()
+        self._matcher: Any = self._new_matcher()
+        self.begin()
+        self._in_time(self._matcher.compute_bitmask)
+        if self._out_of_time or "Too many items" in self._matcher.get_error():
+            raise ValueError(f"The {grammar.kind} is too ambiguous to be followed: simplify it.")
         if self._matcher.is_error():
             raise ValueError(f"No text fits the {grammar.kind}: check that it can end.")
-        self.mask_seconds: list[float] = []
         self.begin()
+
+    def _new_matcher(self) -> Any:
+        library = llguidance()
+        limits = library.LLParserLimits(step_max_items=MAX_ITEMS)
+        return library.LLMatcher(
+            self._vocabulary, self.grammar.compiled, log_level=0, limits=limits
+        )
 
     def begin(self) -> None:
         """Forgets the text so far. The next tokens are a prompt."""
-        self._matcher.reset()
+        if self._matcher is None or not self._matcher.reset():
+            self._matcher = self._new_matcher()
         self._n_prompt: int | None = None
         self._generated: list[int] = []
         self._n_matched = 0  # of these, the number that the grammar has accepted
-        self._seconds_left = CREDIT_SECONDS
+        self._seconds_left = [CREDIT_SECONDS]  # shared with other sequences
         self.problem: str | None = None
 
     def for_sequence(self) -> "GrammarProcessor":
-        """A processor of the same grammar for another sequence."""
-        made = GrammarProcessor(
-            self._tokenizer,
-            self.grammar,
-            after=self._after,
-            seconds_per_mask=self._seconds_per_mask,
-        )
-        made.mask_seconds = self.mask_seconds
+        """A processor of the same grammar for another sequence, which shares the time of masks."""
+        made = copy.copy(self)
+        made._matcher = self._matcher.deep_copy()
+        made.begin()
+        made._seconds_left = self._seconds_left
         return made
 
     def accepts(self, text: str) -> bool:
         """Whether ``text`` is a complete text of the grammar."""
-        matcher = llguidance().LLMatcher(self._vocabulary, self.grammar.compiled, log_level=0)
+        matcher = self._new_matcher()
         tokens = self._vocabulary.tokenize_bytes(text.encode())
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
@@ -106,16 +118,39 @@ class GrammarProcessor:
         begin = _end_of(self._after, generated)
         if begin is None:
             return logits
-        start, computed = time.perf_counter(), time.thread_time()
-        if self._seconds_left > 0:
-            self._follow(generated[begin:])
-        allowed = self._allowed(logits.shape[-1])
-        self.mask_seconds.append(time.perf_counter() - start)
-        self._seconds_left += self._seconds_per_mask - (time.thread_time() - computed)
-        return mx.where(mx.array(allowed), logits, -mx.inf)
+        if not self._out_of_time:
+            self._in_time(lambda: self._follow(generated[begin:]))
+        return mx.where(mx.array(self._allowed(logits.shape[-1])), logits, -mx.inf)
+
+    @property
+    def _out_of_time(self) -> bool:
+        return self._seconds_left[0] <= 0
+
+    def _in_time(self, follow: Callable[[], Any]) -> None:
+        """Calls ``follow``. With a limit it is left alone, in a thread, if it takes too long."""
+
+        def run() -> None:
+            began = time.thread_time()
+            try:
+                follow()
+                seconds.set_result(time.thread_time() - began)
+            except BaseException as error:  # a panic in Rust is no Exception
+                seconds.set_exception(error)
+
+        seconds: Future[float] = Future()
+        if math.isinf(self._seconds_per_mask):
+            run()
+            seconds.result()
+            return
+        Thread(target=run, name="mask", daemon=True).start()
+        try:
+            self._seconds_left[0] += self._seconds_per_mask - seconds.result(MASK_SECONDS)
+        except TimeoutError:
+            self._seconds_left[0] = -math.inf
+            self._matcher = None
 
     def _follow(self, generated: list[int]) -> None:
-        """Brings the matcher to the end of the generated tokens."""
+        """Brings the matcher to the end of the generated tokens, and computes the mask there."""
         pairs = zip(self._generated, generated, strict=False)
         shared = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
         if shared is None:
@@ -126,12 +161,13 @@ class GrammarProcessor:
         if self._n_matched == shared:
             self._n_matched += self._matcher.try_consume_tokens(generated[shared:])
         self._generated = generated
+        self._mask = self._matcher.compute_bitmask()
 
     def _allowed(self, vocab_size: int) -> np.ndarray:
         """(V,) bool: the tokens that may come next."""
         ends = self._vocabulary.eos_tokens
         left = self._generated[self._n_matched :]
-        if self._seconds_left <= 0:
+        if self._out_of_time:
             self.problem = f"its masks take more than {self._seconds_per_mask:g} s each"
         elif self._matcher.is_error():
             self.problem = self._matcher.get_error().splitlines()[0]
@@ -143,7 +179,7 @@ class GrammarProcessor:
         if left or self.problem or self._matcher.is_stopped():
             allowed[[token for token in ends if token < vocab_size]] = True
             return allowed
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.frombuffer(self._mask, dtype=np.uint8)
         bits = np.unpackbits(bits, bitorder="little")[:vocab_size]
         allowed[: len(bits)] = bits
         return allowed

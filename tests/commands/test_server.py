@@ -107,6 +107,19 @@ def test_a_model_that_cannot_be_served_ends_it_with_a_sentence(dense, tmp_path):
     assert line.startswith(f"error: {tmp_path} holds no FlashHead")
 
 
+def test_a_lost_thread_ends_it_with_a_code_for_supervisors(converted):
+    """A turn that never comes back, as far as the server sees."""
+    program = "from mlx_flashhead.serving.engine import engine; engine.STUCK_SECONDS = -1.0;"
+    program += "from mlx_flashhead.server import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "--model", str(converted), "--port", "0"],
+        capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 75
+    assert ended.stdout.endswith("the thread that answers is lost: start the server again.\n")
+
+
 def test_a_client_that_goes_leaves_one_line(converted, expected, tmp_path):
     with serving(tmp_path, "--model", converted) as server:
         stream = server.client().completions.create(model="model", prompt=PROMPT, **ENDLESS_ANSWER)

@@ -69,6 +69,7 @@ def serving(folder: Path, *arguments) -> Iterator[Server]:
     cache = folder / "cache"  # no models but those that are named
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_HUB_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # a crash in C++ or Rust would leave no word
     errors = folder / "errors.txt"
     with errors.open("w") as file:
         process = subprocess.Popen(
@@ -77,7 +78,9 @@ def serving(folder: Path, *arguments) -> Iterator[Server]:
     try:
         line = process.stdout.readline()
         found = re.search(r"http://\S+", line)
-        assert found, f"the server did not start: {line!r}, {errors.read_text()}"
+        if not found:
+            code = process.wait(60)
+            raise AssertionError(f"the server ended with {code}: {line!r}, {errors.read_text()}")
         yield Server(process, line, found[0], errors)
     finally:
         if process.poll() is None:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import jsonschema
 import openai
@@ -116,3 +118,24 @@ def test_wrong_schema_is_told_with_its_place(client):
         ask(client, schema_format({"properties": {"a": {"type": "strin"}}}))
     assert raised.value.param == "response_format"
     assert "/properties/a" in str(raised.value)
+
+
+def test_an_ambiguous_grammar_stops_nobody_else(client):
+    """Its 16 texts end with a sentence, and another client's goes on meanwhile."""
+    choices = " | ".join(" ".join(["s"] * n) for n in range(2, 65))
+    grammar = {"grammar": f'start: s\ns: {choices} | "a"'}
+    arrived = []
+
+    def other():
+        for _ in ask(client, stream=True, max_tokens=300, logit_bias={"50": 100}):
+            arrived.append(time.monotonic())
+
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(other)
+        while len(arrived) < 5:
+            time.sleep(0.01)
+        with pytest.raises(openai.BadRequestError, match=r"cannot be followed any further \(.*\)"):
+            ask(client, extra_body=grammar, n=16)
+        text.result()
+    assert len(arrived) >= 300
+    assert max(after - before for before, after in pairwise(arrived)) < 5  # 0.1 to 0.4 by itself

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import jsonschema
 import mlx.core as mx
@@ -66,7 +67,6 @@ def test_json_validates(flash, tokenizer, temperature, seed):
     )  # fmt: skip
     assert processor.accepts(text) and processor.problem is None
     jsonschema.validate(json.loads(text), SCHEMA)
-    assert len(processor.mask_seconds) > 10 and min(processor.mask_seconds) > 0
 
 
 @pytest.mark.parametrize(
@@ -202,17 +202,51 @@ def test_token_that_is_not_allowed_ends_the_text(tokenizer):
     assert allowed(processor, [7, a, c]) == {EOS} and processor.problem is None
 
 
-def test_masks_that_take_long_end_the_text(tokenizer):
-    """Those of this grammar take more and more."""
+def ambiguous(longest, letter="a"):
+    choices = " | ".join(" ".join(["s"] * n) for n in range(2, longest + 1))
+    return Grammar.from_lark(f'start: "x"? s\ns: {choices} | "{letter}"')
+
+
+def test_masks_that_take_long_end_the_texts(tokenizer):
+    """Those of this grammar take more and more. Several texts of one request share the time."""
     (a,) = tokenizer.encode("a")
-    ambiguous = Grammar.from_lark('start: s\ns: s s | s s s | "a"')
-    processor = GrammarProcessor(tokenizer, ambiguous, seconds_per_mask=1e-6)
+    processor = GrammarProcessor(tokenizer, ambiguous(3), seconds_per_mask=1e-6)
+    other = processor.for_sequence()
+    assert a in allowed(other, [7])
     tokens = [7]
     while allowed(processor, tokens) != {EOS} and len(tokens) < 500:
         tokens.append(a)
     assert len(tokens) > 10 and "take more than 1e-06 s each" in processor.problem
+    assert allowed(other, [7, a]) == {EOS} and other.problem == processor.problem
     processor.begin()
     assert a in allowed(processor, [7]) and processor.problem is None
+
+
+def test_one_mask_has_a_limit_of_items(tokenizer, monkeypatch):
+    (a,) = tokenizer.encode("a")
+    monkeypatch.setattr("mlx_flashhead.structured.processor.MAX_ITEMS", 1000)
+    processor = GrammarProcessor(tokenizer, ambiguous(16))
+    tokens = [7]
+    while allowed(processor, tokens) != {EOS} and len(tokens) < 500:
+        tokens.append(a)
+    assert "limit 1000" in processor.problem
+    monkeypatch.setattr("mlx_flashhead.structured.processor.MAX_ITEMS", 10)
+    with pytest.raises(ValueError, match="too ambiguous to be followed"):
+        GrammarProcessor(tokenizer, ambiguous(16))
+
+
+@pytest.mark.parametrize("seconds, left", [(10.0, True), (0.05, False)])
+def test_a_mask_that_does_not_come_ends_the_text(tokenizer, monkeypatch, seconds, left):
+    """llguidance cannot be interrupted, so it is left alone."""
+    (a,) = tokenizer.encode("a")
+    processor = GrammarProcessor(tokenizer, Grammar.from_regex("a+"), seconds_per_mask=1.0)
+    monkeypatch.setattr("mlx_flashhead.structured.processor.MASK_SECONDS", seconds)
+    follow = processor._follow
+    monkeypatch.setattr(processor, "_follow", lambda tokens: (time.sleep(0.2), follow(tokens)))
+    assert (allowed(processor, [7, a]) != {EOS}) == left == (processor.problem is None)
+    monkeypatch.undo()
+    processor.begin()
+    assert a in allowed(processor, [7])
 
 
 def test_one_form_at_a_time(tokenizer):

@@ -8,6 +8,8 @@ other name of mlx-lm comes through here, and so does every replacement of one. T
 import warnings
 from importlib.metadata import version
 
+from . import chat_templates as chat_templates
+
 NEWEST = (0, 32)  # of both that is tested
 
 

@@ -97,10 +97,23 @@ def test_a_template_that_does_not_end_is_given_up(tiny, monkeypatch):
     assert time.monotonic() - began < 10
 
 
-def test_templates_that_fail_are_told(tiny):
-    served = with_template(tiny, "{{ raise_exception('only two messages') }}")
-    with pytest.raises(Problem, match="only two messages"):
-        chat(served)
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{{ raise_exception('only two messages') }}", "only two messages"),
+        ("{{ 7 ** 30000000 }}", r"the result of a \*\* in it is too large"),
+        ("{{ (7 ** 1000) * (7 ** 1000) }}", r"the result of a \* in it is too large"),
+        ("{{ 'a' * 10 ** 9 }}", r"the result of a \* in it is too large"),
+    ],
+)
+def test_templates_that_fail_are_told(tiny, template, said):
+    with pytest.raises(Problem, match=said):
+        chat(with_template(tiny, template))
+
+
+def test_templates_may_compute(tiny):
+    served = with_template(tiny, "{{ 2 ** 10 * 3 }}{{ '=' * 3 }}{{ 0.5 * 4 }}{{ 2 ** 0.5 > 1 }}")
+    assert served.tokenizer.decode(chat(served).tokens) == "3072===2.0True"
 
 
 def test_a_model_without_a_template_continues_texts_only(tiny):
