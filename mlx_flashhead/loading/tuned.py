@@ -39,8 +39,6 @@ def tune_head(model: nn.Module, index: FlashHeadIndex, options: HeadOptions) -> 
     tuning = known.get(key)
     if tuning is None or tuning.again:
         measured = tune(model, index.config.lossless.get("by_probes", ()))
-        if measured is None:
-            return
         again = measured.again and tuning is None  # one repetition, and no more
         tuning = Tuning(**measured.to_dict() | {"again": again})
         _write(place, known | {key: tuning})

@@ -107,6 +107,16 @@ def test_a_measurement_chooses_and_changes_no_text():
     assert flash.tokens(dense=True) == before
 
 
+def test_slow_steps_are_measured_by_their_parts(monkeypatch):
+    flash = make_flash()
+    before = flash.tokens()
+    monkeypatch.setattr(tuning_module._Steps, "turn", None)
+    found = tune(flash.model, seconds=0.0)
+    assert found.n_probes == flash.head.checked_probes and found.again
+    assert found.dense == (found.gain < tuning_module.LEAST_GAIN) == flash.head.stays_dense
+    assert flash.tokens() == before
+
+
 @pytest.mark.parametrize("fixed", [0.03, 0.1, 0.3])
 @pytest.mark.parametrize("share", [0.001, 0.003, 0.01])
 def test_the_threshold_of_risk_is_about_the_best(fixed, share):
