@@ -1,10 +1,12 @@
 """``cache``: what it lists, removes and builds anew."""
 
 import errno
+import itertools
 import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -152,17 +154,15 @@ def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, monkeypatch, 
 
 def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     model, entry = cut_short
-    before, step, left = contents(entry.folder), build.IndexBuild.__next__, [1] * 20
+    before, steps = contents(entry.folder), build.model_index.steps
 
-    def stopped(self):
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()
-        return step(self)
+    def stopped(*arguments, **options):
+        yield from itertools.islice(steps(*arguments, **options), 20)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(build.IndexBuild, "__next__", stopped)
+    monkeypatch.setattr(build, "model_index", SimpleNamespace(steps=stopped))
     code, _, errors = run("cache", "--rebuild", model)
-    assert code == 130 and errors.endswith("Interrupted.\n") and not left
+    assert code == 130 and errors.endswith("Interrupted.\n")
     assert contents(entry.folder) == before
     assert load(str(model), progress=False)  # nothing is locked
 

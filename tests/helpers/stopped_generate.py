@@ -15,8 +15,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
-from mlx_flashhead.conversion.build import IndexBuild
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.loading import build
 
@@ -113,7 +113,20 @@ def generate(
 
         return call
 
-    IndexBuild.__next__ = counted(STEP, IndexBuild.__next__)
+    of_index = build.model_index.steps
+
+    def steps(*values, **options):
+        inner = of_index(*values, **options)
+        step = counted(STEP, inner.__next__)
+        try:
+            while True:
+                yield step()
+        except StopIteration as end:
+            return end.value
+        finally:
+            inner.close()
+
+    build.model_index = SimpleNamespace(steps=steps)
     sys.stdout.write = counted(TEXT, sys.stdout.write)
     sys.addaudithook(look)
     os.environ["MLX_FLASHHEAD_HOME"] = home
