@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Figures of docs/speed.md on drafts: how many of a dense drafter's accepted tokens remain.
+"""Figures of docs/drafts.md: how many of a dense drafter's accepted tokens remain.
 
     python scripts/figures/drafts.py TARGET DRAFTER --json drafts.json
 
