@@ -98,7 +98,8 @@ def one_of(*choices: Any) -> Type:
         if str(raw) in by_text:
             return by_text[str(raw)]
         *others, last = by_text
-        raise argparse.ArgumentTypeError(f"it is {raw}: choose {', '.join(others)} or {last}")
+        listed = f"{', '.join(others)} or {last}" if others else last
+        raise argparse.ArgumentTypeError(f"it is {raw}: choose {listed}")
 
     return convert
 

@@ -1,7 +1,6 @@
 """Input and output of a chat: a terminal, or pipes."""
 
 import os
-import shutil
 import signal
 import sys
 import termios
@@ -80,9 +79,7 @@ class Terminal:
         self.interactive = sys.stdin.isatty() and shown
         self._own = sys.stdout if shown else sys.stderr
         self._dim = shown and os.environ.get("TERM", "dumb") != "dumb"
-        self._wrap = (
-            WordWrap(lambda: shutil.get_terminal_size((sys.maxsize, 24)).columns) if shown else None
-        )
+        self._wrap = WordWrap(_columns) if shown else None
         self._read_line: Callable[[], str] = input
         if self.interactive:
             self._read_line = self._editor(commands, with_files, history)
@@ -135,7 +132,10 @@ class Terminal:
 
 def _columns() -> int:
     """Width of the terminal; very wide if it is unknown."""
-    return shutil.get_terminal_size((sys.maxsize, 0)).columns
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 @contextmanager

@@ -6,6 +6,7 @@ numbers: ``{{ 7 ** 30000000 }}`` computes for minutes in one operation, which no
 
 from typing import Any
 
+import mlx_lm  # turns the notices of transformers off
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from transformers.utils import chat_template_utils
 
