@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -227,3 +228,14 @@ def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
     (broken / "model.safetensors").write_bytes(b"none")
     assert "cannot load the model" in refused("server", "--model", broken, "--port", 0)
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads of a process are counted in /proc")
+def test_settings_of_sampling_leave_no_thread_behind(converted, tmp_path):
+    with serving(tmp_path, "--model", converted) as server:
+        threads = Path(f"/proc/{server.process.pid}/task")
+        counts = []
+        for i in range(24):
+            complete(server, temperature=0.5 + i / 100, top_p=0.9)
+            counts.append(len([*threads.iterdir()]))
+    assert max(counts[8:]) <= counts[7] + 2, counts
