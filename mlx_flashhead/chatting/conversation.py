@@ -15,7 +15,7 @@ from ..lossless.generation import stream_generate
 from ..models.compat.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from .transcript import ASSISTANT, SYSTEM, USER, Message
 
-STOP, LENGTH, STOPPED = "stop", "length", "stopped"
+LENGTH, STOPPED = "length", "stopped"
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 FORMAT_VERSION = 1
-DRAFT_DIFFERENCES = 0.02  # keeps 99 % of the accepted drafts: docs/speed.md
+DRAFT_DIFFERENCES = 0.02  # keeps about 99 % of the accepted drafts: docs/drafts.md
 REQUIRED = {"vocab_size", "n_clusters", "cluster_size", "n_probes", "fingerprint"}
 AGAIN = "make it again with mlx_flashhead.convert"
 MOST_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
-from ..models.finish import unchanged
+from ..models.logit_change import unchanged
 from .products import SlotProduct
 from .proposals import Proposer
 from .random_state import current_random_state, random_state, set_random_state
@@ -36,9 +36,9 @@ class Check:
         self._proposer, self.texts = proposer, texts
         proposer.n_checks += 1
         assert proposer.head is not None
-        assert proposer.finish is not None
+        assert proposer.change is not None
         self._head: FlashHead = proposer.head
-        self._finish = proposer.finish
+        self._change = proposer.change
         self._counts = {text: text.n_read for text in texts}
         self._rows = [
             (text, text.waiting[i], len(text.tokens) + i)
@@ -82,7 +82,7 @@ class Check:
     def _kind(self, text: Text) -> Kind:
         """Texts of one kind are screened together. None: by the logits of all tokens."""
         settings = text.settings
-        if settings is None or text.processors or self._finish is not unchanged:
+        if settings is None or text.processors or self._change is not unchanged:
             return None
         return settings.greedy, settings.filters
 
@@ -120,7 +120,7 @@ class Check:
     def _model_logits(self, slots: mx.array) -> mx.array:
         """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
         logits = mx.take(slots.reshape(len(slots), -1), self._head.clustered.slot_of, axis=-1)
-        return self._finish(logits)
+        return self._change(logits)
 
     def confirm(self, text: Text) -> list[Position]:
         """The text's positions that are sure now. Waits for the check.
@@ -146,7 +146,7 @@ class Check:
 
     def _settle(self, text: Text, position: Position) -> None:
         """Decides by the dense logits of this one position."""
-        logits = self._finish(self._head.dense_logits(position.proposed("hidden")))
+        logits = self._change(self._head.dense_logits(position.proposed("hidden")))
         with random_state(position.random_state):
             choice, logprobs = text.choose(logits, len(text.tokens))
             token, after = cast(int, choice.item()), current_random_state()

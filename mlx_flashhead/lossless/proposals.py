@@ -16,8 +16,8 @@ from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.proposal import Proposal
 from ..models.errors import UnsupportedHeadError
-from ..models.finish import finish_of, unchanged
 from ..models.install import get_flash_head
+from ..models.logit_change import logit_change_of, unchanged
 from .random_state import current_random_state
 from .text import GREEDY, Position, Text
 
@@ -49,7 +49,7 @@ class Proposer:
         self._model, self._wanted = model, (check, dense)
         self._settings = settings or {}
         self.head: FlashHead | None = None
-        self.finish: Callable[[mx.array], mx.array] | None = unchanged
+        self.change: Callable[[mx.array], mx.array] | None = unchanged
         self.dense, self.check = True, False
         self.look_for_head()
         self.texts: list[Text] | None = None
@@ -80,12 +80,12 @@ class Proposer:
         if self.head is None:
             return
         try:
-            self.finish = finish_of(self._model)
+            self.change = logit_change_of(self._model)
         except UnsupportedHeadError:
-            self.finish = None  # its logits depend on each other: every choice is dense
+            self.change = None  # its logits depend on each other: every choice is dense
         check, dense = self._wanted
         chosen = self._settings.get("n_probes") is not None
-        gains = self.finish is not None and (chosen or not self.head.stays_dense)
+        gains = self.change is not None and (chosen or not self.head.stays_dense)
         self.dense = dense or (check and not gains)
         self.check = check and not self.dense
 
@@ -114,7 +114,7 @@ class Proposer:
             before: Tokens that the loop does not give to processors, before those that it does.
         """
         prefix = mx.array(before, dtype=mx.uint32) if before else None
-        reads_logits = text.needs_logits or self.finish is not unchanged or self.head is None
+        reads_logits = text.needs_logits or self.change is not unchanged or self.head is None
         processors = [partial(self._process, text, prefix)] if reads_logits else []
         return {"sampler": partial(self._take, text), "logits_processors": processors}
 
@@ -138,7 +138,7 @@ class Proposer:
             return self._full(_dense_logits(head, hidden))
         settings = [(text.settings or GREEDY, text.key(text.n_chosen)) for text in texts]
         draws = None if all(s.greedy for s, _ in settings) else Draws.of(settings)
-        wide = self.finish is not unchanged or any(text.needs_logits for text in texts)
+        wide = self.change is not unchanged or any(text.needs_logits for text in texts)
         self._proposal = head.propose(hidden[:, -1], draws, full=wide)
         self._tokens, full = self._proposal.tokens, self._proposal.full
         return _nothing(hidden) if full is None else self._full(full[:, None])
@@ -161,7 +161,7 @@ class Proposer:
         row, index = self._row, text.n_chosen
         self._row += 1
         position = Position(self._proposal, row)
-        in_head = not text.needs_logits and (self.finish is unchanged or not self.check)
+        in_head = not text.needs_logits and (self.change is unchanged or not self.check)
         if self._tokens is not None and in_head:
             token = self._tokens[row : row + 1]
         else:

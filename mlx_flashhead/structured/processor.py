@@ -69,6 +69,7 @@ class GrammarProcessor:
         self._after = list(after)
         self._vocabulary = _vocabulary(tokenizer)
         self._matcher: Any = self._new_matcher()
+        self._shares_time = False
         self.begin()
         self._in_time(self._matcher.compute_bitmask)
         if self._out_of_time or "Too many items" in self._matcher.get_error():
@@ -91,15 +92,16 @@ class GrammarProcessor:
         self._n_prompt: int | None = None
         self._generated: list[int] = []
         self._n_matched = 0  # of these, the number that the grammar has accepted
-        self._seconds_left = [CREDIT_SECONDS]  # shared with other sequences
+        if not self._shares_time:
+            self._seconds_left = [CREDIT_SECONDS]  # for the sequences that are made of it, too
         self.problem: str | None = None
 
     def for_sequence(self) -> "GrammarProcessor":
         """A processor of the same grammar for another sequence, which shares the time of masks."""
         made = copy.copy(self)
         made._matcher = self._matcher.deep_copy()
+        made._shares_time = True
         made.begin()
-        made._seconds_left = self._seconds_left
         return made
 
     def accepts(self, text: str) -> bool:

@@ -6,7 +6,7 @@ from mlx_lm.sample_utils import make_sampler
 
 import mlx_flashhead
 from mlx_flashhead.chatting import conversation as module
-from mlx_flashhead.chatting.conversation import LENGTH, STOP, STOPPED, Conversation
+from mlx_flashhead.chatting.conversation import LENGTH, STOPPED, Conversation
 from mlx_flashhead.models.dense import load_dense
 from model_folders import VOCAB_SIZE, write_model, write_tokenizer
 from tiny_models import tiny_model
@@ -197,7 +197,7 @@ def test_an_answer_ends_at_the_end_of_text(conversation):
     biased = mx.zeros((conversation.tokenizer.vocab_size,))
     biased[1] = 1e4  # the end-of-text token
     assert answer(conversation, "Hello", sampler=lambda p: mx.argmax(p + biased, axis=-1)) == ""
-    assert conversation.answers[-1].finish == STOP
+    assert conversation.answers[-1].finish == "stop"
     assert conversation.messages[-1] == {"role": "assistant", "content": ""}
     check_cache(conversation)
 

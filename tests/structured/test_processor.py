@@ -218,6 +218,8 @@ def test_masks_that_take_long_end_the_texts(tokenizer):
         tokens.append(a)
     assert len(tokens) > 10 and "take more than 1e-06 s each" in processor.problem
     assert allowed(other, [7, a]) == {EOS} and other.problem == processor.problem
+    other.begin()  # as a loop does when its text begins
+    assert allowed(other, [7]) == {EOS}
     processor.begin()
     assert a in allowed(processor, [7]) and processor.problem is None
 

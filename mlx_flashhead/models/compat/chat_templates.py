@@ -29,7 +29,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             bits = left.bit_length() * right if operator == "**" else left.bit_length()
             small = bits + right.bit_length() <= MAX_BITS
         else:
-            length = max(len(side) if isinstance(side, str | list) else 0 for side in (left, right))
+            length = max(
+                len(side) if isinstance(side, str | list | tuple) else 0 for side in (left, right)
+            )
             times = next((side for side in (left, right) if isinstance(side, int)), 0)
             small = length * times <= MAX_LENGTH
         if not small:

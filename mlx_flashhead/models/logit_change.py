@@ -17,12 +17,12 @@ from .errors import UnsupportedHeadError
 from .install import installed_head, installed_module
 from .libraries import architecture, forward
 
-Finish = Callable[[mx.array], mx.array]
+LogitChange = Callable[[mx.array], mx.array]
 
-_known: WeakKeyDictionary[FlashHead, Finish] = WeakKeyDictionary()
+_known: WeakKeyDictionary[FlashHead, LogitChange] = WeakKeyDictionary()
 
 
-def finish_of(model: nn.Module) -> Finish:
+def logit_change_of(model: nn.Module) -> LogitChange:
     """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``.
 
     Raises:
@@ -59,14 +59,14 @@ def _run(model: nn.Module, logits: mx.array, token: int = 0) -> mx.array:
         module._flash_head = head
 
 
-def _learn(model: nn.Module, head: FlashHead) -> Finish:
+def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
     keys = mx.random.split(mx.random.key(0), 3)
     low, high = (mx.random.normal((1, 1, head.vocab_size), scale=20, key=key) for key in keys[:2])
-    finished = _run(model, low)
-    if finished is low:
+    changed = _run(model, low)
+    if changed is low:
         return unchanged
     mixed = mx.random.uniform(shape=low.shape, key=keys[2]) < 0.5
-    apart = mx.where(mixed, finished, _run(model, high, token=1))
+    apart = mx.where(mixed, changed, _run(model, high, token=1))
     together = _run(model, mx.where(mixed, low, high))
     if apart.shape != low.shape or not mx.allclose(apart, together, rtol=1e-4, atol=1e-4):
         raise UnsupportedHeadError(
@@ -75,11 +75,11 @@ def _learn(model: nn.Module, head: FlashHead) -> Finish:
     # the model's Python code runs once, while this is traced
     run = mx.compile(lambda logits: _run(model, logits[None])[0])
 
-    def finish(logits: mx.array) -> mx.array:
+    def change(logits: mx.array) -> mx.array:
         rows = [run(logits[i : i + 1]) for i in range(len(logits))]
         return rows[0] if len(rows) == 1 else mx.concatenate(rows)
 
-    return finish
+    return change
 
 
 def unchanged(logits: mx.array) -> mx.array:
