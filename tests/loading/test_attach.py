@@ -17,7 +17,7 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, write_companion
 from mlx_flashhead.loading import attach as attach_module
-from mlx_flashhead.loading import build, cache
+from mlx_flashhead.loading import cache
 from mlx_flashhead.loading.attach import attach, attach_head
 from mlx_flashhead.loading.load import load, load_with_head, sharded_load
 from mlx_flashhead.loading.look_up import DENSE, HeadOptions
@@ -225,17 +225,6 @@ def test_two_processes_build_once(folder, tmp_path, flash_head_home):
     assert errors.count("Building the FlashHead") == 1
     assert errors.count("Another process is building") == 1
     assert len(list((flash_head_home / "flash_heads").iterdir())) == 1
-
-
-def test_an_interrupted_build_leaves_nothing(folder, quick, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(build.model_index, "steps", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load(str(folder))
-    monkeypatch.undo()
-    assert cache.entries() == []
 
 
 @pytest.mark.parametrize(
