@@ -1,6 +1,7 @@
 """``server``: what it prints, how it ends, its flags, and mistakes before it serves."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -239,3 +240,13 @@ def test_settings_of_sampling_leave_no_thread_behind(converted, tmp_path):
             complete(server, temperature=0.5 + i / 100, top_p=0.9)
             counts.append(len([*threads.iterdir()]))
     assert max(counts[8:]) <= counts[7] + 2, counts
+
+
+def test_short_answers_have_no_speed_or_one_above_zero(converted, tmp_path):
+    with serving(tmp_path, "--model", converted) as server:
+        before = len(server.log().splitlines())
+        for n, length in ((1, 1), (3, 1), (3, 2)):
+            complete(server, max_tokens=length, n=n, temperature=1.0)
+        lines = [line for line in server.lines(3, after=before) if " tokens" in line]
+    assert len(lines) == 3 and not any("tokens/s" in line for line in lines[:2])
+    assert all(float(speed) > 0 for speed in re.findall(r"(\S+) tokens/s", lines[2]))
