@@ -1,10 +1,10 @@
 """Makes the index of a model in short steps, between which the model is free for other work.
 
-Reading and writing the text, clustering, fitting and measuring all advance step by step. Nothing is
+Reading the text, clustering, fitting and measuring all advance step by step. Nothing is
 written, so a build that is dropped or killed leaves nothing behind.
 
-The recipe of a build at first use is ``IndexOptions(quick=True)``: given text alone, a third of the
-positions (`options.py`), and half of the passes (`clustering.py`). docs/how-it-works.md has what it
+The recipe of a build at first use is ``IndexOptions(quick=True)``: a third of the positions
+(`options.py`) and half of the passes (`clustering.py`). docs/how-it-works.md has what it
 costs.
 """
 
@@ -20,9 +20,9 @@ from ..index.settings import FlashHeadConfig
 from ..models.locate import HeadLocation
 from .calibration import text_states
 from .clustering import PASSES, QUICK_PASSES
+from .given_positions import given_positions
 from .indexing import build_index
-from .mix import HELD_OUT_SHARE, WRITTEN_SHARE, mixed_positions
-from .options import MIN_POSITIONS, MIX, NO_CALIBRATION, IndexOptions
+from .options import MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 from .positions import Positions
 from .probes import Goals
 from .steps import Steps, Stopwatch, stepwise
@@ -71,17 +71,10 @@ def model_index(
                 f"{options.calibration} has only {len(states)} positions to calibrate on: give a "
                 "text of some pages."
             )
-        positions = Positions.of_one_kind("file", states, next_ids, HELD_OUT_SHARE)
+        positions = Positions.of_one_kind("file", states, next_ids)
     elif options.source != NO_CALIBRATION:
-        positions = yield from mixed_positions.steps(
-            model,
-            tokenizer,
-            location,
-            options.positions,
-            written_share=WRITTEN_SHARE if options.source == MIX else 0.0,
-            seed=options.seed,
-            limit=limit,
-            step_seconds=step_seconds,
+        positions = yield from given_positions.steps(
+            model, tokenizer, location, options.positions, limit=limit, step_seconds=step_seconds
         )
         if limit.cut_short:
             calibration["cut_short"] = True

@@ -1,9 +1,14 @@
-"""Positions to calibrate on: hidden states with their next tokens and kinds of text."""
+"""Positions to calibrate on: hidden states with their next tokens and kinds of text.
+
+The last quarter of each kind is held out: it chooses the probes and makes the report.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+
+HELD_OUT_SHARE = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -17,12 +22,9 @@ class Positions:
     names: tuple[str, ...]  # of the kinds of text
 
     @classmethod
-    def of_one_kind(
-        cls, name: str, states: np.ndarray, next_ids: np.ndarray, held_out_share: float
-    ) -> "Positions":
-        """States (N, D) and next tokens (N,) of one kind, a share of them, the last, held out: at
-        least one of two."""
-        n_held_out = max(round(held_out_share * len(states)), len(states) > 1)
+    def of_one_kind(cls, name: str, states: np.ndarray, next_ids: np.ndarray) -> "Positions":
+        """States (N, D) and next tokens (N,) of one kind. Of two positions one is held out."""
+        n_held_out = max(round(HELD_OUT_SHARE * len(states)), len(states) > 1)
         held_out = np.arange(len(states)) >= len(states) - n_held_out
         return cls(states, next_ids, np.zeros(len(states), np.int64), held_out, (name,))
 

@@ -37,7 +37,7 @@ def make_case(vocab_size=403, hidden_size=64, n_states=400, **kwargs):
 def build(rows, states=None, next_ids=None, **kwargs):
     positions = None
     if states is not None:
-        positions = Positions.of_one_kind("text", states, next_ids, 1 / 4)
+        positions = Positions.of_one_kind("text", states, next_ids)
     return build_index(rows, positions, **{"cluster_size": 8, "progress": False} | kwargs)
 
 

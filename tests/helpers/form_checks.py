@@ -45,7 +45,7 @@ def check_form(
     next_ids = rng.integers(0, VOCAB_SIZE, len(hidden))
     index = build_index(
         location.rows(),
-        Positions.of_one_kind("text", hidden, next_ids, 1 / 4),
+        Positions.of_one_kind("text", hidden, next_ids),
         cluster_size=CLUSTER_SIZE,
         n_probes=N_PROBES,
         eos_token_ids=(EOS,),

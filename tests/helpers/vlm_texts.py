@@ -1,4 +1,4 @@
-"""``mlx_vlm.generate``: its generator of many texts at once, with the face of mlx-lm's."""
+"""mlx-vlm's generator of many texts at once, with the face of mlx-lm's."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_vlm.generate.ar import BatchGenerator
 
-from ...libraries import embeddings
-from .text import StoppingCriteria
+from mlx_flashhead.models.compat.vlm.text import StoppingCriteria
+from mlx_flashhead.models.libraries import embeddings
 
 
 class TextGenerator:

@@ -1,72 +1,41 @@
-"""The texts for calibration: given text of many kinds, and answers that the model writes.
+"""Positions of given text of many kinds, the usual text to calibrate on."""
 
-Self-written text alone is a narrow teacher and an easy judge (docs/how-it-works.md). The last
-quarter of each kind is held out: it chooses the probes and makes the report.
-"""
-
+import math
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 
 from ..models.locate import HeadLocation
-from .calibration import beginning_of_text, generated_states, read_windows, windows_of
+from .calibration import beginning_of_text, read_windows, windows_of
 from .given_text import ASIAN, DIALOGUE, EUROPEAN, KINDS, dialogues, given_documents
 from .positions import Positions
-from .prompts import chat_prompts
 from .steps import Steps, Stopwatch, stepwise
 
-ANSWERS = {"answers, greedy": 0.0, "answers, sampled": 1.0}  # and their temperatures
 WINDOW = 64  # tokens; longer windows take longer steps and gain nothing
 CONTEXT = 8  # first tokens of a window, whose states have seen too little and are left out
 SHARES = {kind: 2 if kind in (EUROPEAN, ASIAN) else 1 for kind in KINDS}  # of the given text
-WRITTEN_SHARE = 1 / 6  # of the positions, since written text costs more time and teaches less
-WRITING_SHARE = 1 / 2  # of the time at most
-HELD_OUT_SHARE = 1 / 4  # of each kind
 LEAST_WINDOW = 16  # tokens; shorter rests are left out
 
 
 @stepwise
-def mixed_positions(
+def given_positions(
     model: nn.Module,
     tokenizer: Any,
     location: HeadLocation,
     positions: int,
     *,
-    written_share: float = WRITTEN_SHARE,
-    seed: int = 0,
     limit: Stopwatch | None = None,
-    step_seconds: float = float("inf"),
+    step_seconds: float = math.inf,
 ) -> Steps[Positions]:
-    """States of answers that the model writes, and of given text. Writing has half of the time.
-
-    Args:
-        positions: Approximate number; fewer if the given text is shorter or the time limit comes.
-        written_share: Share of the positions that the model writes.
-        seed: Seed of the written text. The given text is always the same.
-        limit: Time limit of writing and reading together.
-        step_seconds: About the longest time of a step that reads.
-    """
-    limit = limit or Stopwatch()
-    n_written = len(ANSWERS) * round(written_share * positions / len(ANSWERS))
-    written = yield from _written(model, tokenizer, location, n_written, seed, limit)
-    given = yield from _given(
-        model, tokenizer, location, positions - n_written, limit, step_seconds
-    )
-    return Positions.joined([*given, *written])
-
-
-def _given(
-    model: nn.Module,
-    tokenizer: Any,
-    location: HeadLocation,
-    positions: int,
-    limit: Stopwatch,
-    step_seconds: float,
-) -> Steps[list[Positions]]:
-    """States of given text, of each kind its share of ``positions`` at most.
+    """States of given text of many kinds, of each its share. It is always the same text.
 
     The kinds take turns, so that a time limit shortens all of them.
+
+    Args:
+        positions: Greatest number; fewer if the text is shorter or the time limit comes.
+        limit: Time limit of the reading.
+        step_seconds: About the longest time of a step.
     """
     beginning = beginning_of_text(tokenizer)
     documents = given_documents()
@@ -97,45 +66,13 @@ def _given(
         if len(of_window):
             states[kind].append(of_window[len(beginning) + CONTEXT :])
             next_ids[kind] += window[CONTEXT + 1 :]
-    return [
-        Positions.of_one_kind(
-            kind, np.concatenate(states[kind]), np.array(next_ids[kind], np.int64), HELD_OUT_SHARE
-        )
-        for kind in token_ids
-        if states[kind]
-    ]
-
-
-def _written(
-    model: nn.Module,
-    tokenizer: Any,
-    location: HeadLocation,
-    positions: int,
-    seed: int,
-    limit: Stopwatch,
-) -> Steps[list[Positions]]:
-    """States of answers that the model writes: half of them greedy, half sampled.
-
-    There are fewer positions if their share of the time is over first.
-    """
-    parts: list[Positions] = []
-    wanted = positions // len(ANSWERS)
-    share = WRITING_SHARE * limit.left / len(ANSWERS)
-    for place, (name, temperature) in enumerate(ANSWERS.items() if wanted else ()):
-        states, next_ids = yield from generated_states.steps(
-            model,
-            tokenizer,
-            location,
-            chat_prompts(tokenizer, np.random.default_rng([seed, place])),
-            wanted,
-            seed=seed,
-            temperature=temperature,
-            limit=limit,
-            until=limit.left - share,
-        )
-        if len(states):
-            parts.append(Positions.of_one_kind(name, states, next_ids, HELD_OUT_SHARE))
-    return parts
+    return Positions.joined(
+        [
+            Positions.of_one_kind(kind, np.concatenate(states[kind]), np.array(next_ids[kind]))
+            for kind in token_ids
+            if states[kind]
+        ]
+    )
 
 
 def _dialogue(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
