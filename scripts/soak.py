@@ -23,7 +23,14 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(CHECKOUT))  # works uninstalled too
 
-from mlx_flashhead.benchmarks.clients import CHAT_PATH, HOST, ServerProcess, ask, question_body
+from mlx_flashhead.benchmarks.clients import (
+    CHAT_PATH,
+    HOST,
+    ServerProcess,
+    ask,
+    question_body,
+    serving,
+)
 from mlx_flashhead.benchmarks.kinds.server import SENTENCE, TOPICS
 from mlx_flashhead.common.arguments import Parser, number, whole_number
 from mlx_flashhead.common.command import command
@@ -166,7 +173,7 @@ def _watch(server: ServerProcess, tally: Tally, until: float) -> None:
     began = time.monotonic()
     while time.monotonic() < until:
         asked = time.monotonic()
-        healthy = server.healthy()
+        healthy = server.health() is not None
         with tally.lock:
             tally.memory.append((asked - began, server.resident_mb()))
             if not healthy or time.monotonic() - asked > 5:
@@ -205,7 +212,7 @@ def main() -> None:
     parser.add_argument("--seed", type=whole_number(0), default=0)
     args = parser.parse_args()
     tally = Tally()
-    with ServerProcess("mlx_flashhead.server", "--model", args.model) as server:
+    with serving("mlx_flashhead.server", "--model", args.model) as server:
         _run(args, server, tally)
         code = server.end()
         print("\n".join(report(tally, server.log(), code)))

@@ -42,17 +42,25 @@ class Round:
     news: str
     results: list[dict]
 
+    def line(self, seconds: float) -> str:
+        """Shown after so many seconds of rounds, with the time that is left."""
+        if not self.done:
+            return f"[{self.total} rounds] {self.news}"
+        left = seconds / self.done * (self.total - self.done)
+        duration = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
+        return f"[{self.done} of {self.total}, {duration} left] {self.news}"
+
 
 @dataclass(frozen=True)
 class Case:
     """Forms that are timed in turns: by name, functions of the round's number that return seconds.
 
-    ``result`` makes the figures of the seconds by form, ``last`` further figures at the end.
+    ``figures`` makes those of the seconds by form, ``last`` further ones at the end.
     """
 
     name: str
     timers: Mapping[str, Callable[[int], float]]
-    result: Callable[[dict[str, list[float]]], dict]
+    figures: Callable[[dict[str, list[float]]], dict]
     last: Callable[[], dict] | None = None
 
 
@@ -67,8 +75,8 @@ def time_cases(cases: Iterable[Case], n_cases: int, rounds: int) -> Iterator[Rou
         for seconds in in_turns(case.timers, rounds):
             done += 1
             if all(seconds.values()):
-                results = [*finished, case.result(seconds)]
-                latest = (f"{form} {1000 * taken[-1]:.2f}" for form, taken in seconds.items())
+                results = [*finished, case.figures(seconds)]
+                latest = (f"{form} {1000 * times[-1]:.2f}" for form, times in seconds.items())
                 news = f"{', '.join(latest)} ms"
             yield Round(done, total, f"{case.name}: {news}", results)
         if case.last is not None:
@@ -127,15 +135,33 @@ def report(
         check_writable("--json", args.json)
     if args.plot:
         check_picture("--plot", args.plot)
-    results, stopped = _until_stopped(rounds)
+    results: list[dict] = []
+    stopped: BaseException | None = None
+    start = 0.0
+    try:
+        for state in rounds:
+            results, now = state.results, time.monotonic()
+            start = start if state.done else now
+            print(state.line(now - start), file=sys.stderr, flush=True)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not results:
+            raise
+        print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
+        stopped = error
+    about = machine()
     figures = {
         "kind": args.kind,
-        "machine": machine(),
+        "machine": about,
         "command": " ".join([program, *sys.argv[1:]]),
         "complete": stopped is None,
         "results": results,
     }
-    show(*map(make_table, results), _machine_line(figures["machine"]))
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    show(
+        *map(make_table, results),
+        f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
+        f"{versions}; {about['date']}",
+    )
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:
@@ -144,41 +170,6 @@ def report(
         print(REPORT.format(figures=json.dumps(figures, indent=1)))
     if stopped is not None:
         raise stopped
-
-
-def _until_stopped(rounds: Iterator[Round]) -> tuple[list[dict], BaseException | None]:
-    """Prints each round with the time that is left. Returns the figures, and what stopped it."""
-    results: list[dict] = []
-    start = time.monotonic()
-    try:
-        for one in rounds:
-            results = one.results
-            if not one.done:
-                start = time.monotonic()
-                left = f"{one.total} rounds"
-            else:
-                seconds = (time.monotonic() - start) / one.done * (one.total - one.done)
-                left = f"{one.done} of {one.total}, {_duration(seconds)} left"
-            print(f"[{left}] {one.news}", file=sys.stderr, flush=True)
-    except (KeyboardInterrupt, SystemExit) as stopped:
-        if not results:
-            raise
-        print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
-        return results, stopped
-    return results, None
-
-
-def _duration(seconds: float) -> str:
-    """Such as "40 s" or "7 min"."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def _machine_line(about: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return (
-        f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
-        f"{versions}; {about['date']}"
-    )
 
 
 def _draw(pictures: list[Bars], path: str) -> None:

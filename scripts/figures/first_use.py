@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from http.client import HTTPConnection
 from pathlib import Path
 from threading import Thread
 
@@ -25,7 +24,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(CHECKOUT)  # works uninstalled too
 
-from mlx_flashhead.benchmarks.clients import HOST, ServerProcess, ask
+from mlx_flashhead.benchmarks.clients import ask, serving
 from mlx_flashhead.benchmarks.machine import machine
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.tables import new_table, show
@@ -130,12 +129,12 @@ def chat(module: str, model: str) -> dict[str, float]:
 
 def server(module: str, model: str) -> dict[str, float]:
     """One request, and a second one once /health names a FlashHead."""
-    with ServerProcess(module, "--model", model) as running:
+    with serving(module, "--model", model) as running:
         began = time.monotonic()
         times = {"first token": _first(running.port, QUESTION)}
         if module.startswith("mlx_flashhead"):
-            before = _heads(running.port)
-            _wait(lambda: _heads(running.port) != before)
+            before = running.health()["heads"]
+            _wait(lambda: running.health()["heads"] != before)
             times["end"] = time.monotonic() - began
             times["first token after it"] = times["end"] + _first(running.port, ANOTHER)
     return times
@@ -145,12 +144,6 @@ def _first(port: int, question: str) -> float:
     seconds = ask(port, question, max_tokens=TOKENS).first_seconds
     assert seconds is not None
     return seconds
-
-
-def _heads(port: int) -> list[str]:
-    connection = HTTPConnection(HOST, port, timeout=60)
-    connection.request("GET", "/health")
-    return json.loads(connection.getresponse().read())["heads"]
 
 
 def _wait(happens: Callable[[], bool]) -> None:

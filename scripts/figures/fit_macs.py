@@ -5,7 +5,7 @@
 Least squares of relative errors over mlx_flashhead/benchmarks/data/speeds.csv, with four
 constants: the share of Apple's bandwidth that is reached, of an Ultra too, and the time of a
 dependent kernel, on M1 and M2 too. Each speed is estimated from the others (leave one out), and
-from those of other chips. The constants belong into mlx_flashhead/benchmarks/apple_gpu.py.
+from those of other chips. The constants belong into mlx_flashhead/benchmarks/roofline.py.
 """
 
 import sys
@@ -16,8 +16,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # works uninstalled too
 
-from mlx_flashhead.benchmarks.apple_gpu import PublicSpeed, public_speeds
-from mlx_flashhead.benchmarks.roofline import dense_step
+from mlx_flashhead.benchmarks.roofline import SPEEDS, PublicSpeed, dense_step
 from mlx_flashhead.benchmarks.shapes import SHAPES
 from mlx_flashhead.common.quantities import percent
 from mlx_flashhead.common.tables import new_table, show
@@ -63,7 +62,7 @@ def errors_without(speeds: list[PublicSpeed], *, whole_chip: bool = False) -> np
 
 def main() -> None:
     """Prints the constants and the errors."""
-    speeds = public_speeds()
+    speeds = SPEEDS
     one, chip = errors_without(speeds), errors_without(speeds, whole_chip=True)
     table = new_table(
         f"{len(speeds)} public speeds; errors of estimates from the others",

@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(CHECKOUT)  # works uninstalled too
 
-from mlx_flashhead.benchmarks.roofline import of_bits
+from mlx_flashhead.benchmarks.roofline import find_chip, of_bits
 from mlx_flashhead.benchmarks.shapes import SHAPES
 from mlx_flashhead.lossless.tuning import LEAST_GAIN
 
@@ -68,7 +68,7 @@ def with_tables(page: str) -> str:
 
 
 def _gain(model: str, chip: str, bits: tuple[int, int]) -> str:
-    dense, flash = of_bits(SHAPES[model], chip, *bits)
+    dense, flash = of_bits(SHAPES[model], find_chip(chip), *bits)
     gain = dense.model_ms / flash.model_ms
     return f"{gain:.2f}" if gain >= LEAST_GAIN else "dense"
 

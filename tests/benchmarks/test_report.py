@@ -38,7 +38,7 @@ def rounds(*ends, total=4):
 
 
 def test_rounds_are_printed_as_they_come_with_the_time_that_is_left(arguments, monkeypatch, capsys):
-    clock = iter((0, 100, 110, 120, 130))
+    clock = iter((100, 110, 120, 130))
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 130))
     report(arguments, rounds(), make_table, bars)
     shown = capsys.readouterr()

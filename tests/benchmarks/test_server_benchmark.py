@@ -5,7 +5,7 @@ from threading import Thread
 
 import pytest
 
-from mlx_flashhead.benchmarks.clients import Reply, ServerProcess, ask
+from mlx_flashhead.benchmarks.clients import Reply, ask, serving
 from mlx_flashhead.benchmarks.kinds import server
 from mlx_flashhead.benchmarks.kinds.server import HANGS_UP, Load, outcome
 
@@ -24,8 +24,8 @@ class Idle:
 def loaded(monkeypatch, ask, requests):
     monkeypatch.setattr(server, "ask", ask)
     load = Load()
-    server.visit(Idle(), ALONE, requests, 4, load, 3)
-    return load.to_dict()
+    load.visit(Idle(), list(ALONE), 3, requests, 4)
+    return load.figures(ALONE)
 
 
 def test_answers_are_compared_with_those_alone(monkeypatch):
@@ -58,8 +58,8 @@ def test_what_is_lost_is_told(monkeypatch):
     [
         (503, '{"error": "busy"}', '503: {"error": "busy"}'),
         (200, 'data: {"error": {"message": "failed"}}\n\n', "failed"),
-        (200, 'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', "broke off"),
-        (200, "data: [DONE]\n\n", "has no usage"),
+        (200, 'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', "without its usage"),
+        (200, "data: [DONE]\n\n", "without its usage"),
     ],
 )
 def test_an_answer_that_is_not_complete_is_refused(status, body, said):
@@ -80,4 +80,4 @@ def test_an_answer_that_is_not_complete_is_refused(status, body, said):
 
 def test_a_server_that_does_not_start_is_told():
     with pytest.raises(ValueError, match=r"mlx_flashhead.server .* did not start: error: "):
-        ServerProcess("mlx_flashhead.server", "--no-such-flag").__enter__()
+        serving("mlx_flashhead.server", "--no-such-flag").__enter__()

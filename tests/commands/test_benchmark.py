@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 from figures import speed_tables
-from mlx_flashhead.benchmarks.apple_gpu import BANDWIDTH_SHARE
 from mlx_flashhead.benchmarks.kinds import kinds, server
+from mlx_flashhead.benchmarks.roofline import BANDWIDTH_SHARE
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.loading import cache
 from mlx_flashhead.models.dense import load_dense
@@ -113,12 +113,11 @@ def test_server(run, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "LENGTHS", (0, 1) * 4)  # the tiny model's context is short
     commands = []
 
-    class Recorded(server.ServerProcess):
-        def __init__(self, *command):
-            commands.append(command)
-            super().__init__(*command)
+    def recorded(*command, serving=server.serving):
+        commands.append(command)
+        return serving(*command)
 
-    monkeypatch.setattr(server, "ServerProcess", Recorded)
+    monkeypatch.setattr(server, "serving", recorded)
     screen, (one,) = check_outputs(
         run, tmp_path, "server", "--model", converted, "--clients", 3, "--requests", 6,
         "--tokens", 4, "--n-probes", 4,
