@@ -1,4 +1,4 @@
-"""The course of a benchmark: its rounds on the screen, then its table, its file and its picture.
+"""The report of a benchmark: its rounds on the screen, then its table, its file and its picture.
 
 A benchmark that is stopped, by Ctrl-C or SIGTERM, reports the rounds that it has.
 """
@@ -7,8 +7,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,9 @@ from ..common.arguments import whole_number
 from ..common.command import check_writable
 from ..common.pictures import check_picture, pyplot
 from ..common.tables import show
-from ..common.timing import in_turns
 from ..loading.look_up import add_look_up_options
 from .machine import machine
+from .rounds import Round
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,72 +32,17 @@ Please send this to the project as an issue, with the template "Benchmark":
 ```"""
 
 
-@dataclass(frozen=True)
-class Round:
-    """What is known after ``done`` of ``total`` rounds: news in a few words, and all figures."""
-
-    done: int
-    total: int
-    news: str
-    results: list[dict]
-
-    def line(self, seconds: float) -> str:
-        """Shown after so many seconds of rounds, with the time that is left."""
-        if not self.done:
-            return f"[{self.total} rounds] {self.news}"
-        left = seconds / self.done * (self.total - self.done)
-        duration = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
-        return f"[{self.done} of {self.total}, {duration} left] {self.news}"
-
-
-@dataclass(frozen=True)
-class Case:
-    """Forms that are timed in turns: by name, functions of the round's number that return seconds.
-
-    ``figures`` makes those of the seconds by form, ``last`` further ones at the end.
-    """
-
-    name: str
-    timers: Mapping[str, Callable[[int], float]]
-    figures: Callable[[dict[str, list[float]]], dict]
-    last: Callable[[], dict] | None = None
-
-
-def time_cases(cases: Iterable[Case], n_cases: int, rounds: int) -> Iterator[Round]:
-    """Times one case after the other."""
-    finished: list[dict] = []
-    done, total = 0, n_cases * (rounds + 1)
-    for case in cases:
-        if not done:
-            yield Round(0, total, f"{case.name}: {', '.join(case.timers)}", [])
-        results, news = finished, "warm"
-        for seconds in in_turns(case.timers, rounds):
-            done += 1
-            if all(seconds.values()):
-                results = [*finished, case.figures(seconds)]
-                latest = (f"{form} {1000 * times[-1]:.2f}" for form, times in seconds.items())
-                news = f"{', '.join(latest)} ms"
-            yield Round(done, total, f"{case.name}: {news}", results)
-        if case.last is not None:
-            results = [*finished, results[-1] | case.last()]
-            yield Round(done, total, f"{case.name}: the last figures", results)
-        finished = results
-
-
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the kinds that need a model."""
     parser.add_argument("--model", required=True, help=ANY_MODEL)
     add_look_up_options(parser)
-    parser.add_argument(
-        "--n-probes", type=whole_number(1), help="Clusters scored (default: the model's own)."
-    )
+    add_number(parser, "--n-probes", None, "Clusters scored (default: the model's own).")
 
 
-def add_number(parser: argparse.ArgumentParser, flag: str, default: int, text: str) -> None:
-    """Adds a flag for a whole number of 1 or more."""
-    parser.add_argument(
-        flag, type=whole_number(1), default=default, help=f"{text} (default: %(default)s)."
-    )
+def add_number(parser: argparse.ArgumentParser, flag: str, default: int | None, text: str) -> None:
+    """Adds a flag for a whole number of 1 or more, whose text names the default if it is None."""
+    text = text if default is None else f"{text} (default: {default})."
+    parser.add_argument(flag, type=whole_number(1), default=default, help=text)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
@@ -113,7 +57,7 @@ def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 def report(
     args: argparse.Namespace,
-    rounds: Iterator[Round],
+    rounds: Iterable[Round],
     make_table: Callable[[dict], "Table"],
     bars: Callable[[dict], Bars],
     *,

@@ -93,7 +93,7 @@ def evaluate_answers(
         probe_counts += [min(2 * head.n_probes, head.n_clusters)]
     probe_counts = check_probe_counts(head, probe_counts)
     prompts = [
-        _prompt(tokenizer, text) for text in (usual_requests() if requests is None else requests)
+        prompt_of(tokenizer, text) for text in (usual_requests() if requests is None else requests)
     ]
     with head.dense():
         answers = _greedy_answers(model, tokenizer, prompts, tokens, progress)
@@ -145,7 +145,8 @@ def make_table(figures: dict) -> "Table":
     return table
 
 
-def _prompt(tokenizer, text: str) -> list[int]:
+def prompt_of(tokenizer, text: str) -> list[int]:
+    """A request as a chat, or as a text where the model has no turns."""
     if not tokenizer.has_chat_template:
         return list(tokenizer.encode(text))
     messages = [{"role": "user", "content": text}]

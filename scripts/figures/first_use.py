@@ -10,19 +10,13 @@ programs, to the end of the build, and to the first token after it. From the sta
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[0] = str(CHECKOUT)  # works uninstalled too
+import pexpect
 
 from mlx_flashhead.benchmarks.clients import ask, serving
 from mlx_flashhead.benchmarks.machine import machine
@@ -35,115 +29,83 @@ QUESTION = "Write a sentence about the moon."
 ANOTHER = "Name three rivers of Europe."
 TOKENS = 24
 TEXT_BEGINS = "=========="
-CODES = rb"\x1b\[[\d;?]*[A-Za-z]"  # of a terminal
+# the next word that is printed, past a terminal's codes
+WORD = r"\A(?:\x1b\[[\d;?]*[A-Za-z]|[^\w\x1b])*\w"
 SETTLED, BUILD_SECONDS = 2.0, 3600
 
 
-class Program:
-    """A program at a terminal; what it prints is kept with the seconds since its start."""
+def program(module: str, *arguments: str) -> pexpect.spawn:
+    """A program at a terminal, without its standard error."""
+    words = ["-c", 'exec "$0" "$@" 2>/dev/null', sys.executable, "-m", module, *arguments]
+    environment = os.environ | {"TERM": "dumb"}
+    return pexpect.spawn("sh", words, env=environment, encoding="utf-8", timeout=BUILD_SECONDS)
 
-    def __init__(self, module: str, *arguments: str):
-        environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "TERM": "dumb"}
-        self._terminal, its_side = os.openpty()
-        self._began = time.monotonic()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdin=its_side,
-            stdout=its_side,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        os.close(its_side)
-        self._pieces: list[tuple[float, bytes]] = []
-        Thread(target=self._read, daemon=True).start()
 
-    def _read(self) -> None:
-        with suppress(OSError):  # at its end
-            while piece := os.read(self._terminal, 4096):
-                self._pieces.append((self.seconds(), piece))
-
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.monotonic() - self._began
-
-    def type(self, line: str) -> None:
-        """Types a line, and forgets what was printed before."""
-        self._pieces.clear()
-        os.write(self._terminal, f"{line}\r".encode())
-
-    def settle(self) -> None:
-        """Waits until it has printed nothing for a while, as at its prompt."""
-        _wait(lambda: bool(self._pieces) and self.seconds() - self._pieces[-1][0] > SETTLED)
-
-    def text_after(self, mark: str) -> float:
-        """Seconds to the first word that was printed after ``mark``."""
-        while True:
-            printed = b""
-            for seconds, piece in list(self._pieces):
-                printed += re.sub(CODES, b"", piece)
-                _, marked, rest = printed.partition(mark.encode())
-                if marked and re.search(rb"\w", rest):
-                    return seconds
-            if self._process.poll() is not None:
-                raise ValueError(f"{' '.join(self._process.args[2:])} printed no text.")
-            time.sleep(0.001)
-
-    def end(self) -> float:
-        """Seconds to its end."""
-        self._process.wait(BUILD_SECONDS)
-        return self.seconds()
+def seconds_to_text(child: pexpect.spawn, mark: str) -> float:
+    """Seconds until a word has been printed after ``mark``."""
+    began = time.monotonic()
+    child.expect_exact(mark)
+    child.expect(WORD)
+    return time.monotonic() - began
 
 
 def generate(module: str, model: str) -> dict[str, float]:
     """One prompt; ours builds afterwards, and a second run has the FlashHead."""
     prompt = ("--model", model, "--prompt", QUESTION, "--max-tokens", str(TOKENS), "--temp", "0")
-    program = Program(module, *prompt)
-    times = {"first token": program.text_after(TEXT_BEGINS), "end": program.end()}
+    began = time.monotonic()
+    first = program(module, *prompt)
+    times = {"first token": seconds_to_text(first, TEXT_BEGINS)}
+    first.expect(pexpect.EOF)
+    times["end"] = time.monotonic() - began
     if module.startswith("mlx_flashhead"):
-        again = Program(module, *prompt)
-        times["first token after it"] = times["end"] + again.text_after(TEXT_BEGINS)
-        again.end()
+        second = program(module, *prompt)
+        times["first token after it"] = times["end"] + seconds_to_text(second, TEXT_BEGINS)
+        second.expect(pexpect.EOF)
     return times
 
 
 def chat(module: str, model: str) -> dict[str, float]:
     """One message at the prompt, and a second one once there is a FlashHead."""
-    program = Program(module, "--model", model, "--max-tokens", str(TOKENS), "--temp", "0")
+    child = program(module, "--model", model, "--max-tokens", str(TOKENS), "--temp", "0")
+    child.expect(".")
 
     def first_token(question: str) -> float:
-        began = program.seconds()
-        program.type(question)
-        return program.text_after("\n") - began  # which ends the echo
+        settle(child)
+        child.send(f"{question}\r")
+        return seconds_to_text(child, "\n")  # which ends the echo
 
-    program.settle()
-    began = program.seconds()
     times = {"first token": first_token(QUESTION)}
+    began = time.monotonic() - times["first token"]
     if module.startswith("mlx_flashhead"):
         _wait(lambda: any(Path(os.environ["MLX_FLASHHEAD_HOME"]).rglob(SETTINGS_NAME)))
-        times["end"] = program.seconds() - began
+        times["end"] = time.monotonic() - began
         times["first token after it"] = times["end"] + first_token(ANOTHER)
-    program.type("q")
-    program.end()
+    child.send("q\r")
+    child.expect(pexpect.EOF)
     return times
+
+
+def settle(child: pexpect.spawn) -> None:
+    """Waits until it has printed nothing for a while, as at its prompt."""
+    while child.expect([".+", pexpect.TIMEOUT], timeout=SETTLED) == 0:
+        pass
 
 
 def server(module: str, model: str) -> dict[str, float]:
     """One request, and a second one once /health names a FlashHead."""
     with serving(module, "--model", model) as running:
+
+        def first_token(question: str) -> float:
+            return ask(running.port, question, max_tokens=TOKENS).first_seconds
+
         began = time.monotonic()
-        times = {"first token": _first(running.port, QUESTION)}
+        times = {"first token": first_token(QUESTION)}
         if module.startswith("mlx_flashhead"):
             before = running.health()["heads"]
             _wait(lambda: running.health()["heads"] != before)
             times["end"] = time.monotonic() - began
-            times["first token after it"] = times["end"] + _first(running.port, ANOTHER)
+            times["first token after it"] = times["end"] + first_token(ANOTHER)
     return times
-
-
-def _first(port: int, question: str) -> float:
-    seconds = ask(port, question, max_tokens=TOKENS).first_seconds
-    assert seconds is not None
-    return seconds
 
 
 def _wait(happens: Callable[[], bool]) -> None:
@@ -174,14 +136,15 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as home:
                     os.environ["MLX_FLASHHEAD_HOME"] = home
                     times = run(f"{library}.{name}", args.model)
+                events = seconds.setdefault(f"{library}.{name}", {})
                 for event, taken in times.items():
-                    seconds.setdefault(f"{library}.{name}", {}).setdefault(event, []).append(taken)
-                told = ", ".join(f"{event} {taken:.2f} s" for event, taken in times.items())
-                print(f"[{number + 1} of {args.rounds}] {library}.{name}: {told}", file=sys.stderr)
+                    events.setdefault(event, []).append(taken)
+                news = ", ".join(f"{event} {taken:.2f} s" for event, taken in times.items())
+                print(f"[{number + 1} of {args.rounds}] {library}.{name}: {news}", file=sys.stderr)
     table = new_table(Path(args.model).name, ("program", "until", "median s", "quartiles"), left=2)
     for name, events in seconds.items():
-        for event, taken in events.items():
-            spread = Spread.of(taken)
+        for event, values in events.items():
+            spread = Spread.of(values)
             quartiles = f"{spread.lower:.2f}–{spread.upper:.2f}"
             table.add_row(name, event, f"{spread.median:.2f}", quartiles)
     show(table)

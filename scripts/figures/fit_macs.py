@@ -8,13 +8,7 @@ dependent kernel, on M1 and M2 too. Each speed is estimated from the others (lea
 from those of other chips. The constants belong into mlx_flashhead/benchmarks/roofline.py.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # works uninstalled too
 
 from mlx_flashhead.benchmarks.roofline import SPEEDS, PublicSpeed, dense_step
 from mlx_flashhead.benchmarks.shapes import SHAPES

@@ -9,7 +9,6 @@ ratio is that of each turn. A model of 4 bits is made beside the other one, for 
 
 import argparse
 import itertools
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,21 +17,10 @@ from pathlib import Path
 
 import mlx_lm
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[0] = str(CHECKOUT)  # works uninstalled too
-
 from mlx_flashhead import load
 from mlx_flashhead.benchmarks.kinds.model import PROMPT, SAMPLERS, Form, with_flash_head
-from mlx_flashhead.benchmarks.report import (
-    Bars,
-    Case,
-    Round,
-    add_number,
-    add_report_arguments,
-    report,
-    time_cases,
-)
+from mlx_flashhead.benchmarks.report import Bars, add_number, add_report_arguments, report
+from mlx_flashhead.benchmarks.rounds import Case, Round, time_cases
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table

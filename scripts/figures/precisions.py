@@ -16,9 +16,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # works uninstalled too
-
 from mlx_flashhead.common.arguments import Parser, whole_number
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.quantities import percent

@@ -7,18 +7,14 @@ Each table stands between two comments of the page. A test compares the page wit
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[0] = str(CHECKOUT)  # works uninstalled too
 
 from mlx_flashhead.benchmarks.roofline import find_chip, of_bits
 from mlx_flashhead.benchmarks.shapes import SHAPES
 from mlx_flashhead.lossless.tuning import LEAST_GAIN
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 PAGE = CHECKOUT / "docs" / "speed.md"
 MACS = CHECKOUT / "docs" / "benchmarks" / "macs"
 CHIPS = ("m1", "m2", "m4", "m5", "m4-pro", "m1-max", "m4-max", "m5-max", "m3-ultra")

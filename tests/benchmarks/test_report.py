@@ -6,7 +6,8 @@ import json
 import pytest
 
 from mlx_flashhead.benchmarks import report as module
-from mlx_flashhead.benchmarks.report import Round, report
+from mlx_flashhead.benchmarks.report import report
+from mlx_flashhead.benchmarks.rounds import Round
 from mlx_flashhead.common.tables import new_table
 
 

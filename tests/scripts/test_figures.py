@@ -41,13 +41,13 @@ def test_the_grid_has_every_case_with_the_tuned_settings(tmp_path, monkeypatch):
 
 def test_the_first_text_after_a_mark():
     """At a terminal, whose echo is not the text."""
-    program = first_use.Program("code", "-q")
-    program.settle()
-    program.type("print('=' * 10); import time; time.sleep(0.5); print('text')")
-    began = program.seconds()
-    assert program.text_after("==========") - began > 0.4
-    program.type("exit()")
-    assert program.end() > 0
+    child = first_use.program("code", "-q")
+    child.expect(">>> ")
+    child.send("print('=' * 10); import time; time.sleep(0.5); print('\\x1b[0mtext')\r")
+    assert first_use.seconds_to_text(child, "==========") > 0.4
+    first_use.settle(child)
+    child.send("exit()\r")
+    child.expect(first_use.pexpect.EOF)
 
 
 def test_architectures_need_their_extra(monkeypatch, capsys):

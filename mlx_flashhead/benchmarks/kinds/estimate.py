@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from ...common.arguments import whole_number
 from ...common.command import check_writable
 from ...common.quantities import percent
 from ...common.tables import new_table, show
@@ -15,7 +14,7 @@ from ...loading.look_up import HeadOptions, head_beside
 from ...models.dense import load_dense
 from ...models.fetch import resolve
 from ...models.locate import find_head
-from ..report import ANY_MODEL
+from ..report import ANY_MODEL, add_number
 from ..roofline import CHIPS, CONSTANTS, Chip, estimates, find_chip, formula, public_errors
 from ..shapes import SHAPES, ModelShape, model_shape
 
@@ -37,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", help=ANY_MODEL)
     what.add_argument("--shape", help=f"A known shape: {', '.join(SHAPES)}.")
     parser.add_argument("--chip", required=True, help=f"One of {', '.join(CHIPS)}.")
-    parser.add_argument(
+    add_number(
+        parser,
         "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored per token (default: those of the model's FlashHead, in its folder or "
-        "kept from before, else a sixteenth, 512 at least).",
+        None,
+        "Clusters scored per token (default: those of the model's FlashHead, in its folder or kept "
+        "from before, else a sixteenth, 512 at least).",
     )
     parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ...common.arguments import whole_number
 from ...common.tables import new_table
 from ...common.timing import ColdCaches, Spread, in_turns, timer
 from ...conversion.quantization import HEAD_BITS
@@ -19,16 +18,8 @@ from ...loading.load import load
 from ...loading.look_up import add_look_up_options, look_up_options
 from ...models.install import installed_head
 from ..random_head import random_head
-from ..report import (
-    ANY_MODEL,
-    Bars,
-    Case,
-    Round,
-    add_number,
-    add_report_arguments,
-    report,
-    time_cases,
-)
+from ..report import ANY_MODEL, Bars, add_number, add_report_arguments, report
+from ..rounds import Case, Round, time_cases
 from ..shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -65,11 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--model", help=ANY_MODEL)
     add_look_up_options(parser)
-    parser.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored (default: 256, or the model's own).",
-    )
+    add_number(parser, "--n-probes", None, "Clusters scored (default: 256, or the model's own).")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of random weights.")
     parser.add_argument(
         "--head-bits",

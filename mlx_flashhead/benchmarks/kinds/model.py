@@ -28,16 +28,8 @@ from ...lossless.sampler import make_sampler
 from ...models.compat import sample_utils
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
-from ..report import (
-    Bars,
-    Case,
-    Round,
-    add_model_arguments,
-    add_number,
-    add_report_arguments,
-    report,
-    time_cases,
-)
+from ..report import Bars, add_model_arguments, add_number, add_report_arguments, report
+from ..rounds import Case, Round, time_cases
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -21,7 +21,8 @@ from ...common.tables import new_table
 from ...common.timing import Spread
 from ...models.fetch import resolve
 from ..clients import Reply, ServerProcess, ask, serving
-from ..report import Bars, Round, add_model_arguments, add_number, add_report_arguments, report
+from ..report import Bars, add_model_arguments, add_number, add_report_arguments, report
+from ..rounds import Round
 
 if TYPE_CHECKING:
     from rich.table import Table
