@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import architectures
-from figures import first_use, grid
+from figures import grid
 from mlx_flashhead import get_flash_head, load
 from model_folders import write_model
 
@@ -37,17 +37,6 @@ def test_the_grid_has_every_case_with_the_tuned_settings(tmp_path, monkeypatch):
     for case in cases:
         assert case["stays_dense"] is True and case["n_probes"] >= 1
         assert case["ratio"]["runs"] == 2
-
-
-def test_the_first_text_after_a_mark():
-    """At a terminal, whose echo is not the text."""
-    child = first_use.program("code", "-q")
-    child.expect(">>> ")
-    child.send("print('=' * 10); import time; time.sleep(0.5); print('\\x1b[0mtext')\r")
-    assert first_use.seconds_to_text(child, "==========") > 0.4
-    first_use.settle(child)
-    child.send("exit()\r")
-    child.expect(first_use.pexpect.EOF)
 
 
 def test_architectures_need_their_extra(monkeypatch, capsys):
