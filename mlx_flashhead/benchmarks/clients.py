@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
-from typing import IO
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
-CHAT_PATH = "/v1/chat/completions"
 HOST = "127.0.0.1"
 _START_SECONDS = 3600.0  # a FlashHead may be built first
 _END_SECONDS = 30.0
@@ -25,36 +23,14 @@ _open = build_opener(ProxyHandler({})).open  # past the environment's proxy
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """A server on a ``port`` of the loopback interface; ``errors`` is its standard error."""
+    """A server's port of the loopback interface, and the number of its process."""
 
     port: int
-    process: subprocess.Popen
-    errors: IO[str]
-
-    def end(self) -> int:
-        """Ends it by SIGTERM, or at once if that takes too long. Returns its exit code."""
-        self.process.terminate()
-        try:
-            return self.process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
-
-    def log(self) -> str:
-        """What it has written to standard error."""
-        self.errors.seek(0)
-        return self.errors.read()
-
-    def health(self) -> dict | None:
-        """Its answer on ``/health``; None: it has none, or is not well."""
-        address = f"http://{HOST}:{self.port}/health"
-        with suppress(OSError, HTTPException), _open(address, timeout=10) as answer:
-            return json.load(answer)
-        return None
+    pid: int
 
     def resident_mb(self) -> float:
         """Resident memory."""
-        command = ["ps", "-o", "rss=", "-p", str(self.process.pid)]
+        command = ["ps", "-o", "rss=", "-p", str(self.pid)]
         return int(subprocess.run(command, capture_output=True).stdout) / 1024
 
 
@@ -79,17 +55,28 @@ def serving(module: str, *arguments: str) -> Iterator[ServerProcess]:
         process = subprocess.Popen(
             command, stdin=nowhere, stdout=nowhere, stderr=errors, env=environment
         )
-        server = ServerProcess(port, process, errors)
         try:
             until = time.monotonic() + _START_SECONDS
-            while server.health() is None:
+            while not _healthy(port):
                 if process.poll() is not None or time.monotonic() > until:
-                    lines = server.log().strip().splitlines() or ["it has printed nothing"]
+                    errors.seek(0)
+                    lines = errors.read().strip().splitlines() or ["it has printed nothing"]
                     raise ValueError(f"{' '.join(command[2:-4])} did not start: {lines[-1]}")
                 time.sleep(0.1)
-            yield server
+            yield ServerProcess(port, process.pid)
         finally:
-            server.end()
+            process.terminate()
+            try:
+                process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _healthy(port: int) -> bool:
+    with suppress(OSError, HTTPException), _open(f"http://{HOST}:{port}/health", timeout=10):
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -113,8 +100,16 @@ def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> 
         ValueError: If the server answers with an error, or not completely.
         OSError: If it does not answer.
     """
-    body, headers = question_body(question, max_tokens), {"Content-Type": "application/json"}
-    request = Request(f"http://{HOST}:{port}{CHAT_PATH}", body, headers)
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    address = f"http://{HOST}:{port}/v1/chat/completions"
+    headers = {"Content-Type": "application/json"}
+    request = Request(address, json.dumps(body).encode(), headers)
     began = time.monotonic()
     text, first = "", None
     try:
@@ -138,15 +133,3 @@ def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> 
     except HTTPException as error:
         raise ValueError(f"the answer broke off: {error!r}") from error
     raise ValueError("the stream ended without its usage")
-
-
-def question_body(question: str, max_tokens: int) -> bytes:
-    """The body of a request for a greedy answer as a stream."""
-    body = {
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    return json.dumps(body).encode()
