@@ -86,21 +86,6 @@ class Chip:
 
 
 @dataclass(frozen=True)
-class PublicSpeed:
-    """A row of data/speeds.csv. ``model`` is a key of SHAPES, ``source`` the page's address."""
-
-    chip: Chip
-    model: str
-    bits: int
-    group_size: int
-    context: int
-    tokens_per_second: float
-    program: str
-    date: str
-    source: str
-
-
-@dataclass(frozen=True)
 class Estimate:
     """The estimated time of one form of a model, "dense" or "FlashHead".
 
@@ -116,7 +101,7 @@ class Estimate:
 
 
 CHIPS = {row["name"]: Chip(**row) for row in data.read("chips")}
-SPEEDS = [PublicSpeed(**row | {"chip": CHIPS[row["chip"]]}) for row in data.read("speeds")]
+SPEEDS = data.read("speeds")
 
 
 def find_chip(name: str) -> Chip:
@@ -185,21 +170,21 @@ def _both(
     yield Estimate("FlashHead", *precision, read / 1e6, head / 1e3, (body + head) / 1e3)
 
 
-def dense_step(speed: PublicSpeed) -> tuple[float, int]:
+def dense_step(speed: dict) -> tuple[float, int]:
     """Bytes read and dependent kernels of a step of a public speed's model."""
-    shape = SHAPES[speed.model]
+    shape = SHAPES[speed["model"]]
     weights = shape.body_weights + shape.vocab_size * shape.hidden_size
-    read = weights * bytes_per_weight(speed.bits, speed.group_size)
-    read += 2 * shape.cache_values * speed.context + LOGIT_BYTES * shape.vocab_size
+    read = weights * bytes_per_weight(speed["bits"], speed["group_size"])
+    read += 2 * shape.cache_values * speed["context"] + LOGIT_BYTES * shape.vocab_size
     return read, shape.n_layers * shape.layer_kernels + OTHER_KERNELS + DENSE_KERNELS
 
 
-def public_errors() -> Iterator[tuple[PublicSpeed, float, float]]:
-    """Each public speed, its estimated milliseconds, and the estimate's relative error."""
+def public_speeds() -> Iterator[dict]:
+    """Each public speed with its estimated milliseconds and the estimate's relative error."""
     for speed in SPEEDS:
-        read, kernels = dense_step(speed)
-        ms = read / speed.chip.gb_s / 1e6 + kernels * speed.chip.launch_us / 1e3
-        yield speed, ms, ms * speed.tokens_per_second / 1000 - 1
+        chip, (read, kernels) = CHIPS[speed["chip"]], dense_step(speed)
+        ms = read / chip.gb_s / 1e6 + kernels * chip.launch_us / 1e3
+        yield speed | {"estimated_ms": ms, "error": ms * speed["tokens_per_second"] / 1000 - 1}
 
 
 def _group_bytes(shape: ModelShape) -> int:

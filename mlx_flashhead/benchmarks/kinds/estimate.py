@@ -1,4 +1,7 @@
-"""An estimate of a decode step's time on an Apple chip, from bytes and kernels."""
+"""Estimates the time per token on an Apple chip, from bytes and kernels.
+
+It is given for the head and the model, beside public speeds. Nothing is run.
+"""
 
 import argparse
 import json
@@ -15,14 +18,9 @@ from ...models.dense import load_dense
 from ...models.fetch import resolve
 from ...models.locate import find_head
 from ..report import ANY_MODEL, add_number
-from ..roofline import CHIPS, CONSTANTS, Chip, estimates, find_chip, formula, public_errors
+from ..roofline import CHIPS, CONSTANTS, Chip, estimates, find_chip, formula, public_speeds
 from ..shapes import SHAPES, ModelShape, model_shape
 
-HELP = "estimate the time per token on an Apple chip"
-DESCRIPTION = (
-    "Estimate milliseconds per token of head and model on an Apple chip, from bytes and kernels, "
-    "beside public speeds. Nothing is run."
-)
 NOTE = (
     "AN ESTIMATE, NOT A MEASUREMENT: no Apple GPU was used. One sequence, greedy, short context. "
     "Of {n} public speeds of dense models on Macs it misses half by less than {median}, and "
@@ -73,10 +71,7 @@ def to_dict(shape: ModelShape, chip: Chip) -> dict:
         "formula": formula(shape).splitlines(),
         "model": asdict(shape),
         "estimates": [asdict(estimate) for estimate in estimates(shape, chip)],
-        "public_speeds": [
-            asdict(speed) | {"chip": speed.chip.name, "estimated_ms": ms, "error": error}
-            for speed, ms, error in public_errors()
-        ],
+        "public_speeds": list(public_speeds()),
     }
 
 

@@ -1,4 +1,4 @@
-"""The head alone: hidden states to dense logits, or by FlashHead to a proposal or full logits."""
+"""Times a head alone: dense, and FlashHead to a proposed token and to full logits."""
 
 import argparse
 import re
@@ -25,8 +25,6 @@ from ..shapes import SHAPES
 if TYPE_CHECKING:
     from rich.table import Table
 
-HELP = "time a head"
-DESCRIPTION = "Time a head alone: dense, and FlashHead to a proposed token and to full logits."
 DTYPES = ("float32", "float16", "bfloat16")
 N_STATES = 64
 CHAIN = 16  # calls of a chain, see `chained`

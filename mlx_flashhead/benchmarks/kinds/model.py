@@ -1,4 +1,4 @@
-"""A whole model: the time of a token, dense and with FlashHead.
+"""Times a model's decoding: dense, with the bare FlashHead, and with its checks.
 
 The dense model decodes with mlx-lm's loop and sampler. With FlashHead the loop and the sampler are
 this package's, and the time holds the checks of its tokens. The bare FlashHead has none.
@@ -34,8 +34,6 @@ from ..rounds import Case, Round, time_cases
 if TYPE_CHECKING:
     from rich.table import Table
 
-HELP = "time a model's decoding"
-DESCRIPTION = "Time decoding: dense, with the bare FlashHead, and with its checks."
 DENSE, BARE, FLASH_HEAD = "dense", "bare FlashHead", "FlashHead"
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temp": 0.0},

@@ -1,8 +1,8 @@
-"""Servers under load: FlashHead, dense, and mlx-lm's own, with several clients at once.
+"""Puts three servers under load, in turns: with FlashHead, dense, and mlx-lm's own.
 
 Every server has a process of its own, and none of them keeps caches of prompts, so that each prompt
-is read. Some clients hang up after the first text. The other answers are compared with those to the
-same questions alone.
+is read. Clients stream answers to prompts of different lengths. Some hang up after the first text.
+The other answers are compared with those to the same questions alone.
 """
 
 import argparse
@@ -27,11 +27,6 @@ from ..rounds import Round
 if TYPE_CHECKING:
     from rich.table import Table
 
-HELP = "put servers under load"
-DESCRIPTION = (
-    "Put three servers of one model under load, in turns: with FlashHead, dense, and mlx-lm's own. "
-    "Clients stream answers to prompts of different lengths, and some hang up."
-)
 FLASH_HEAD, DENSE, MLX_LM = "FlashHead", "dense", "mlx_lm.server"
 CLIENTS = (1, 4, 8, 16)
 TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
