@@ -41,13 +41,16 @@ def macs(folder: Path = MACS) -> Iterator[str]:
         return
     yield from _head("chip", "model", "head", "sampling", "dense", "bare", "checked", "faster")
     for figures in files:
-        for one in figures["results"]:
-            speeds = one["tokens_per_second"]
-            forms = (f"{speeds[form]:.1f}" for form in ("dense", "bare FlashHead", "FlashHead"))
-            gain = f"{one['times_faster']['FlashHead']:.2f} x"
-            stays = ", stays dense" if one["stays_dense"] else ""
-            about = figures["machine"]["processor"], one["model"], f"{one['head_bits']}-bit"
-            yield _row(*about, one["sampler"], *forms, gain + stays)
+        for result in figures["results"]:
+            speeds, gain = result["tokens_per_second"], result["times_faster"]["FlashHead"]
+            yield _row(
+                figures["machine"]["processor"],
+                result["model"],
+                f"{result['head_bits']}-bit",
+                result["sampler"],
+                *(f"{speeds[form]:.1f}" for form in ("dense", "bare FlashHead", "FlashHead")),
+                f"{gain:.2f} x" + (", stays dense" if result["stays_dense"] else ""),
+            )
 
 
 def with_table(page: str, name: str, lines: Iterable[str]) -> str:

@@ -189,8 +189,8 @@ def chained(
     per_call = 1000 / len(batches)
     return {
         "gpu_ms": {
-            name: Spread.of([max(0.0, s - alone) for s in taken]).scaled(per_call).to_dict()
-            for name, taken in seconds.items()
+            name: Spread.of([max(0.0, s - alone) for s in times]).scaled(per_call).to_dict()
+            for name, times in seconds.items()
         }
     }
 
@@ -228,11 +228,8 @@ def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]
         model, _ = load(args.model, n_probes=args.n_probes, **look_up_options(args))
         head = installed_head(model)
         rows = head.clustered.rows
-        yield (
-            Path(args.model).name,
-            head,
-            (rows.weight if rows.scales is None else rows.scales).dtype,
-        )
+        values = rows.weight if rows.scales is None else rows.scales
+        yield Path(args.model).name, head, values.dtype
         return
     dtype = getattr(mx, args.dtype)
     form = {"n_probes": args.n_probes, "dtype": dtype, "bits": args.head_bits}

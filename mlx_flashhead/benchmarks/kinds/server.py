@@ -179,18 +179,18 @@ def questions() -> list[str]:
     return [f"{SENTENCE * n}Write a sentence about {topic}." for n, topic in pairs]
 
 
-def make_table(one: dict) -> "Table":
+def make_table(result: dict) -> "Table":
     """The table of all loads."""
     table = new_table(
-        f"{one['model']}: {one['requests']} requests for each number of clients, answers of at "
-        f"most {one['tokens']} tokens",
+        "{model}: {requests} requests for each number of clients, answers of at most {tokens} "
+        "tokens".format(**result),
         ("clients", "server", "tokens/s", "first s", "worst", "as alone", "MB"),
         "tokens/s: of all clients together. first s: seconds to the first text, the median.\n"
         "as alone: answers with the text that the question has alone; others hung up.\n"
-        f"MB: resident memory at the beginning and the end. {outcome(one)}",
+        f"MB: resident memory at the beginning and the end. {outcome(result)}",
         left=2,
     )
-    for n, loads in groupby(one["loads"], key=lambda load: load["clients"]):
+    for n, loads in groupby(result["loads"], key=lambda load: load["clients"]):
         for number, load in enumerate(loads):
             first = load["first_seconds"]
             table.add_row(
@@ -205,21 +205,21 @@ def make_table(one: dict) -> "Table":
     return table
 
 
-def outcome(one: dict) -> str:
+def outcome(result: dict) -> str:
     """Sentences on the answers that were lost or mixed up."""
-    lost = sum(load["lost"] for load in one["loads"])
-    anothers = sum(load["anothers"] for load in one["loads"])
+    lost = sum(load["lost"] for load in result["loads"])
+    anothers = sum(load["anothers"] for load in result["loads"])
     if not (lost or anothers):
         return "No answer was lost, none was another question's."
-    problems = [problem for load in one["loads"] for problem in load["problems"]]
+    problems = [problem for load in result["loads"] for problem in load["problems"]]
     summary = f"Lost: {lost}. Of another question: {anothers}."
     return "\n".join([summary, *problems[:_MAX_PROBLEMS]])
 
 
-def bars(one: dict) -> Bars:
+def bars(result: dict) -> Bars:
     """The tokens per second."""
     speeds = {
         f"{load['clients']} at once, {load['server']}": load["tokens_per_second"]["median"]
-        for load in one["loads"]
+        for load in result["loads"]
     }
-    return one["model"], "tokens/s of all clients", speeds
+    return result["model"], "tokens/s of all clients", speeds
