@@ -9,18 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..common.arguments import whole_number
 from ..common.command import check_writable
 from ..common.pictures import check_picture, pyplot
-from ..common.tables import show
+from ..common.tables import Table, show
 from ..loading.look_up import add_look_up_options
 from .machine import machine
 from .rounds import Round
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Bars = tuple[str, str, dict[str, float]]
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
@@ -58,7 +54,7 @@ def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
 def report(
     args: argparse.Namespace,
     rounds: Iterable[Round],
-    make_table: Callable[[dict], "Table"],
+    make_table: Callable[[dict], Table],
     bars: Callable[[dict], Bars],
     *,
     program: str = "mlx_flashhead.benchmark",

@@ -9,14 +9,14 @@ part.
 import argparse
 from collections.abc import Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
 from ..common.quantities import percent
-from ..common.tables import new_table, show
+from ..common.tables import Table, new_table, show
 from ..conversion.calibration import read_windows
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
@@ -27,9 +27,6 @@ from ..models.cpu_products import numpy_products
 from ..models.install import installed_head
 from ..models.locate import find_head
 from .text import add_probes, bytes_share, check_probe_counts
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 HELP = "compare whole answers"
 DESCRIPTION = "Compare whole greedy answers to 114 requests with the dense model's."
@@ -122,7 +119,7 @@ def evaluate_answers(
     }
 
 
-def make_table(figures: dict) -> "Table":
+def make_table(figures: dict) -> Table:
     """A line for each number of probes, the model's own in bold."""
     way = "through the chat template" if figures["chat_template"] else "without a chat template"
     table = new_table(

@@ -18,6 +18,8 @@ import numpy as np
 def read(name: str) -> list[dict]:
     """The rows of a table, with numbers as such."""
     with (resources.files(__package__) / f"{name}.csv").open(encoding="utf-8") as file:
-        table = np.genfromtxt(file, delimiter=",", names=True, dtype=None, encoding=None)
+        table = np.genfromtxt(
+            file, delimiter=",", names=True, dtype=None, comments="\0", encoding="utf-8"
+        )
     names = table.dtype.names or ()
     return [dict(zip(names, row, strict=True)) for row in table.tolist()]

@@ -5,12 +5,12 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ...common.tables import new_table
+from ...common.tables import Table, new_table
 from ...common.timing import ColdCaches, Spread, in_turns, timer
 from ...conversion.quantization import HEAD_BITS
 from ...head.flash_head import FlashHead
@@ -21,9 +21,6 @@ from ..random_head import random_head
 from ..report import ANY_MODEL, Bars, add_number, add_report_arguments, report
 from ..rounds import Case, Round, time_cases
 from ..shapes import SHAPES
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 DTYPES = ("float32", "float16", "bfloat16")
 N_STATES = 64
@@ -195,7 +192,7 @@ def chained(
     }
 
 
-def make_table(head: dict) -> "Table":
+def make_table(head: dict) -> Table:
     """The table of one head."""
     table = new_table(
         TITLE.format(**head),

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...common.arguments import whole_number
-from ...common.tables import new_table
+from ...common.tables import Table, new_table
 from ...common.timing import Spread
 from ...loading.load import load
 from ...loading.look_up import look_up_options
@@ -30,9 +30,6 @@ from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
 from ..report import Bars, add_model_arguments, add_number, add_report_arguments, report
 from ..rounds import Case, Round, time_cases
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 DENSE, BARE, FLASH_HEAD = "dense", "bare FlashHead", "FlashHead"
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -156,7 +153,7 @@ def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float
     }
 
 
-def make_table(case: dict) -> "Table":
+def make_table(case: dict) -> Table:
     """The table of one sampler and batch."""
     probes = case["n_probes"]
     table = new_table(

@@ -14,18 +14,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import median
-from typing import TYPE_CHECKING
 
 from ...common.arguments import whole_numbers
-from ...common.tables import new_table
+from ...common.tables import Table, new_table
 from ...common.timing import Spread
 from ...models.fetch import resolve
 from ..clients import Reply, ServerProcess, ask, serving
 from ..report import Bars, add_model_arguments, add_number, add_report_arguments, report
 from ..rounds import Round
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 FLASH_HEAD, DENSE, MLX_LM = "FlashHead", "dense", "mlx_lm.server"
 CLIENTS = (1, 4, 8, 16)
@@ -179,7 +175,7 @@ def questions() -> list[str]:
     return [f"{SENTENCE * n}Write a sentence about {topic}." for n, topic in pairs]
 
 
-def make_table(result: dict) -> "Table":
+def make_table(result: dict) -> Table:
     """The table of all loads."""
     table = new_table(
         "{model}: {requests} requests for each number of clients, answers of at most {tokens} "
