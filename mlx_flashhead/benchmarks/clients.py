@@ -83,12 +83,14 @@ def _healthy(port: int) -> bool:
 class Reply:
     """An answer to a question: its text, the server's count of tokens, seconds to the first text.
 
-    A client that hangs up has no count, and the text as far as it came.
+    A client that hangs up has no count, and the text as far as it came. One whose request is lost
+    has a ``problem``.
     """
 
-    text: str
+    text: str = ""
     n_tokens: int | None = None
     first_seconds: float | None = None
+    problem: str | None = None
 
 
 def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> Reply:

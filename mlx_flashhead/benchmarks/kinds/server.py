@@ -56,13 +56,12 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass
 class Load:
-    """One server with one number of clients, over all rounds.
+    """One server with one number of clients, over all rounds: each question with its reply.
 
-    ``replies`` are pairs of a question and its answer, or the error of a request that was lost;
     ``memory_mb`` is resident before and after a round.
     """
 
-    replies: list[tuple[str, Reply | Exception]] = field(default_factory=list)
+    replies: list[tuple[str, Reply]] = field(default_factory=list)
     tokens_per_second: list[float] = field(default_factory=list)
     memory_mb: list[tuple[float, float]] = field(default_factory=list)
 
@@ -71,20 +70,20 @@ class Load:
     ) -> None:
         """A round: several clients at once, each with one question after the other."""
 
-        def reply(number: int) -> tuple[str, Reply | Exception]:
+        def reply(number: int) -> tuple[str, Reply]:
             question = questions[number % len(questions)]
             leaves = number % HANGS_UP == HANGS_UP - 1
             try:
                 return question, ask(server.port, question, max_tokens=tokens, hang_up=leaves)
             except (OSError, ValueError) as error:
-                return question, error
+                return question, Reply(problem=f"{question[-40:]!r}: {error}"[:300])
 
         before, began = server.resident_mb(), time.monotonic()
         with ThreadPoolExecutor(clients) as pool:
             replies = list(pool.map(reply, range(requests)))
         seconds = time.monotonic() - began
-        n_tokens = sum(getattr(answer, "n_tokens", None) or 0 for _, answer in replies)
         self.replies += replies
+        n_tokens = sum(reply.n_tokens or 0 for _, reply in replies)
         self.tokens_per_second.append(n_tokens / seconds)
         self.memory_mb.append((before, server.resident_mb()))
 
@@ -93,21 +92,17 @@ class Load:
 
         Complete answers are ``as_alone``, or ``anothers`` with the text of another question.
         """
-        replies = [(question, a) for question, a in self.replies if isinstance(a, Reply)]
-        complete = [(question, a.text) for question, a in replies if a.n_tokens is not None]
-        as_alone = sum(text == alone[question] for question, text in complete)
-        first = [a.first_seconds for _, a in replies if a.first_seconds is not None]
-        problems = [
-            f"{question[-40:]!r}: {a}"[:300]
-            for question, a in self.replies
-            if not isinstance(a, Reply)
-        ]
+        replies = [reply for _, reply in self.replies]
+        texts = [(question, r.text) for question, r in self.replies if r.n_tokens is not None]
+        as_alone = sum(text == alone[question] for question, text in texts)
+        first = [reply.first_seconds for reply in replies if reply.first_seconds is not None]
+        problems = [reply.problem for reply in replies if reply.problem]
         return {
-            "answered": len(complete),
-            "hung_up": len(replies) - len(complete),
+            "answered": len(texts),
+            "hung_up": len(replies) - len(texts) - len(problems),
             "lost": len(problems),
             "as_alone": as_alone,
-            "anothers": sum(text in alone.values() for _, text in complete) - as_alone,
+            "anothers": sum(text in alone.values() for _, text in texts) - as_alone,
             "problems": problems[:_MAX_PROBLEMS],
             "tokens_per_second": Spread.of(self.tokens_per_second).to_dict(),
             "first_seconds": {
