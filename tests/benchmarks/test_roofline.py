@@ -37,10 +37,10 @@ def by_form(shape, chip):
     "rows, head_bytes", [("16-bit", 128_000), ("8-bit", 68_000), ("4-bit", 36_000)]
 )
 def test_a_small_model_by_hand(rows, head_bytes):
-    found = by_form(SMALL, "m1")
+    forms = by_form(SMALL, "m1")
     launch = roofline.OLD_LAUNCH_US
     body = 562_500 / M1_GB_S / 1000 + (2 * 12 + 2) * launch  # µs
-    dense, flash = found["dense", "4-bit", rows], found["FlashHead", "4-bit", rows]
+    dense, flash = forms["dense", "4-bit", rows], forms["FlashHead", "4-bit", rows]
     head = (head_bytes + 2000) / M1_GB_S / 1000 + 4 * launch
     assert dense.head_mb == pytest.approx((head_bytes + 2000) / 1e6)
     assert dense.head_ms == pytest.approx(head / 1000)

@@ -49,12 +49,12 @@ def test_what_is_lost_is_told(monkeypatch):
 
     load = loaded(monkeypatch, ask, 3)
     assert (load["answered"], load["lost"]) == (0, 3)
-    said = outcome({"loads": [load]})
-    assert said.startswith("Lost: 3.") and "'first': the stream broke off" in said
+    message = outcome({"loads": [load]})
+    assert message.startswith("Lost: 3.") and "'first': the stream broke off" in message
 
 
 @pytest.mark.parametrize(
-    "status, body, said",
+    "status, body, message",
     [
         (503, '{"error": "busy"}', '503: {"error": "busy"}'),
         (200, 'data: {"error": {"message": "failed"}}\n\n', "failed"),
@@ -62,7 +62,7 @@ def test_what_is_lost_is_told(monkeypatch):
         (200, "data: [DONE]\n\n", "without its usage"),
     ],
 )
-def test_an_answer_that_is_not_complete_is_refused(status, body, said):
+def test_an_answer_that_is_not_complete_is_refused(status, body, message):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             self.send_response(status)
@@ -74,7 +74,7 @@ def test_an_answer_that_is_not_complete_is_refused(status, body, said):
 
     with HTTPServer(("127.0.0.1", 0), Handler) as answering:
         Thread(target=answering.handle_request).start()
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             ask(answering.server_port, "question", max_tokens=1)
 
 

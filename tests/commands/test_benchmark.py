@@ -167,7 +167,7 @@ def test_every_kind_is_listed(run):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (("head",), "give one of --shape --model"),
         (("head", "--shape", "llama"), "is not a shape"),
@@ -197,8 +197,8 @@ def test_every_kind_is_listed(run):
         ((), "COMMAND"),
     ],
 )
-def test_mistakes(refused, arguments, said):
-    assert said in refused("benchmark", *arguments)
+def test_mistakes(refused, arguments, message):
+    assert message in refused("benchmark", *arguments)
 
 
 def estimate(run, *arguments):
