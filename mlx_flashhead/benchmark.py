@@ -11,7 +11,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
     for name, kind in kinds().items():
-        of_kind = commands.add_parser(name, help=kind.HELP, description=kind.DESCRIPTION)
+        summary = (kind.__doc__ or "").partition("\n")[0]
+        of_kind = commands.add_parser(name, help=summary, description=kind.__doc__)
         kind.add_arguments(of_kind)
         of_kind.set_defaults(run=kind.run)
     return parser

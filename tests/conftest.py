@@ -24,7 +24,8 @@ import pytest
 from filelock import FileLock
 
 from fetch_model import fetch
-from loopback_hub import TOKEN, Account, LoopbackHub
+from loopback_hub import TOKEN, LoopbackHub
+from loopback_requests import Account
 
 
 def pytest_collection_modifyitems(items):

@@ -22,7 +22,7 @@ THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_T
 
 def machine() -> dict:
     """The machine, JSON-ready: processor, memory, versions, BLAS, threads."""
-    found: dict[str, Any] = {
+    about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
@@ -38,10 +38,10 @@ def machine() -> dict:
         "load_average": round(os.getloadavg()[0], 2),
     }
     if mx.metal.is_available():
-        found["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
-        found["chip"] = chip()
-        found["read_bandwidth_gb_s"] = read_bandwidth_gb_s()
-    return found
+        about["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
+        about["chip"] = chip()
+        about["read_bandwidth_gb_s"] = read_bandwidth_gb_s()
+    return about
 
 
 def read_bandwidth_gb_s(rounds: int = 5) -> float:
@@ -60,21 +60,16 @@ def _cores() -> int:
 
 
 def _processor() -> str:
+    name = ""
     if sys.platform == "darwin":
-        return _sysctl("machdep.cpu.brand_string") or platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    elif (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        named = re.search(r"^model name\s*:(.*)", cpuinfo.read_text(), re.MULTILINE)
+        name = named[1].strip() if named else ""
+    return name or platform.processor()
 
 
 def chip() -> str:
     """The processor as a name of a file: "Apple M3 Max" → "m3-max"."""
     return re.sub(r"[^a-z0-9]+", "-", _processor().lower().removeprefix("apple ")).strip("-")
-
-
-def _sysctl(name: str) -> str:
-    result = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False)
-    return result.stdout.strip()

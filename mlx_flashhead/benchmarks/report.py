@@ -1,4 +1,4 @@
-"""The course of a benchmark: its rounds on the screen, then its table, its file and its picture.
+"""The report of a benchmark: its rounds on the screen, then its table, its file and its picture.
 
 A benchmark that is stopped, by Ctrl-C or SIGTERM, reports the rounds that it has.
 """
@@ -7,21 +7,16 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..common.arguments import whole_number
 from ..common.command import check_writable
 from ..common.pictures import check_picture, pyplot
-from ..common.tables import show
-from ..common.timing import in_turns
+from ..common.tables import Table, show
 from ..loading.look_up import add_look_up_options
 from .machine import machine
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .rounds import Round
 
 Bars = tuple[str, str, dict[str, float]]
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
@@ -33,64 +28,17 @@ Please send this to the project as an issue, with the template "Benchmark":
 ```"""
 
 
-@dataclass(frozen=True)
-class Round:
-    """What is known after ``done`` of ``total`` rounds: news in a few words, and all figures."""
-
-    done: int
-    total: int
-    news: str
-    results: list[dict]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Forms that are timed in turns: by name, functions of the round's number that return seconds.
-
-    ``result`` makes the figures of the seconds by form, ``last`` further figures at the end.
-    """
-
-    name: str
-    timers: Mapping[str, Callable[[int], float]]
-    result: Callable[[dict[str, list[float]]], dict]
-    last: Callable[[], dict] | None = None
-
-
-def time_cases(cases: Iterable[Case], n_cases: int, rounds: int) -> Iterator[Round]:
-    """Times one case after the other."""
-    finished: list[dict] = []
-    done, total = 0, n_cases * (rounds + 1)
-    for case in cases:
-        if not done:
-            yield Round(0, total, f"{case.name}: {', '.join(case.timers)}", [])
-        results, news = finished, "warm"
-        for seconds in in_turns(case.timers, rounds):
-            done += 1
-            if all(seconds.values()):
-                results = [*finished, case.result(seconds)]
-                latest = (f"{form} {1000 * taken[-1]:.2f}" for form, taken in seconds.items())
-                news = f"{', '.join(latest)} ms"
-            yield Round(done, total, f"{case.name}: {news}", results)
-        if case.last is not None:
-            results = [*finished, results[-1] | case.last()]
-            yield Round(done, total, f"{case.name}: the last figures", results)
-        finished = results
-
-
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the kinds that need a model."""
     parser.add_argument("--model", required=True, help=ANY_MODEL)
     add_look_up_options(parser)
-    parser.add_argument(
-        "--n-probes", type=whole_number(1), help="Clusters scored (default: the model's own)."
-    )
+    add_number(parser, "--n-probes", None, "Clusters scored (default: the model's own).")
 
 
-def add_number(parser: argparse.ArgumentParser, flag: str, default: int, text: str) -> None:
-    """Adds a flag for a whole number of 1 or more."""
-    parser.add_argument(
-        flag, type=whole_number(1), default=default, help=f"{text} (default: %(default)s)."
-    )
+def add_number(parser: argparse.ArgumentParser, flag: str, default: int | None, text: str) -> None:
+    """Adds a flag for a whole number of 1 or more, whose text names the default if it is None."""
+    text = text if default is None else f"{text} (default: {default})."
+    parser.add_argument(flag, type=whole_number(1), default=default, help=text)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
@@ -105,8 +53,8 @@ def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 def report(
     args: argparse.Namespace,
-    rounds: Iterator[Round],
-    make_table: Callable[[dict], "Table"],
+    rounds: Iterable[Round],
+    make_table: Callable[[dict], Table],
     bars: Callable[[dict], Bars],
     *,
     program: str = "mlx_flashhead.benchmark",
@@ -127,15 +75,33 @@ def report(
         check_writable("--json", args.json)
     if args.plot:
         check_picture("--plot", args.plot)
-    results, stopped = _until_stopped(rounds)
+    results: list[dict] = []
+    stopped: BaseException | None = None
+    start = 0.0
+    try:
+        for state in rounds:
+            results, now = state.results, time.monotonic()
+            start = start if state.done else now
+            print(state.line(now - start), file=sys.stderr, flush=True)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not results:
+            raise
+        print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
+        stopped = error
+    about = machine()
     figures = {
         "kind": args.kind,
-        "machine": machine(),
+        "machine": about,
         "command": " ".join([program, *sys.argv[1:]]),
         "complete": stopped is None,
         "results": results,
     }
-    show(*map(make_table, results), _machine_line(figures["machine"]))
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    show(
+        *map(make_table, results),
+        f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
+        f"{versions}; {about['date']}",
+    )
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:
@@ -144,41 +110,6 @@ def report(
         print(REPORT.format(figures=json.dumps(figures, indent=1)))
     if stopped is not None:
         raise stopped
-
-
-def _until_stopped(rounds: Iterator[Round]) -> tuple[list[dict], BaseException | None]:
-    """Prints each round with the time that is left. Returns the figures, and what stopped it."""
-    results: list[dict] = []
-    start = time.monotonic()
-    try:
-        for one in rounds:
-            results = one.results
-            if not one.done:
-                start = time.monotonic()
-                left = f"{one.total} rounds"
-            else:
-                seconds = (time.monotonic() - start) / one.done * (one.total - one.done)
-                left = f"{one.done} of {one.total}, {_duration(seconds)} left"
-            print(f"[{left}] {one.news}", file=sys.stderr, flush=True)
-    except (KeyboardInterrupt, SystemExit) as stopped:
-        if not results:
-            raise
-        print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
-        return results, stopped
-    return results, None
-
-
-def _duration(seconds: float) -> str:
-    """Such as "40 s" or "7 min"."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def _machine_line(about: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return (
-        f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
-        f"{versions}; {about['date']}"
-    )
 
 
 def _draw(pictures: list[Bars], path: str) -> None:

@@ -84,9 +84,9 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
     for module in model.modules():
         if module is location.module or isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
             continue
-        own = {k: a for k, a in module.items() if isinstance(a, mx.array) and k[0] != "_"}
-        stored += sum(array.nbytes for array in own.values())
-        matrix = own.get("weight")
+        arrays = {k: a for k, a in module.items() if isinstance(a, mx.array) and k[0] != "_"}
+        stored += sum(array.nbytes for array in arrays.values())
+        matrix = arrays.get("weight")
         if matrix is None or matrix.ndim < 2:
             continue
         if matrix.ndim == 3 and "Switch" in type(module).__name__:
@@ -94,8 +94,8 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
                 f"{name} is a mixture of experts, which reads only some of its weights per token: "
                 "the estimate is for dense models."
             )
-        weights += matrix.size * 32 // module.bits if "scales" in own else matrix.size
-    shape = _shape(
+        weights += matrix.size * 32 // module.bits if "scales" in arrays else matrix.size
+    shape = _with_usual_index(
         name,
         rows.n_rows,
         rows.hidden_size,
@@ -119,7 +119,7 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
     )
 
 
-def _shape(name: str, vocab_size: int, hidden_size: int, **sizes) -> ModelShape:
+def _with_usual_index(name: str, vocab_size: int, hidden_size: int, **sizes) -> ModelShape:
     """With the conversion's usual index; a sixteenth of its clusters, 512 at least, is assumed."""
     n_clusters = -(-vocab_size // CLUSTER_SIZE)
     return ModelShape(
@@ -139,32 +139,28 @@ def _norms(layer: nn.Module) -> int:
 
     A norm that is not MLX's counts twice, since Gemma's adds one to its weight first.
     """
-    own = [
-        module
-        for name, module in layer.children().items()
-        if "norm" in name or name.startswith("ln_")
-    ]
-    own += [m for name, m in layer.named_modules() if name.endswith(("q_norm", "q_layernorm"))][:1]
-    return sum(1 if type(norm).__module__.startswith("mlx.nn") else 2 for norm in own)
+    children = layer.children().items()
+    norms = [module for name, module in children if "norm" in name or name.startswith("ln_")]
+    named = layer.named_modules()
+    norms += [module for name, module in named if name.endswith(("q_norm", "q_layernorm"))][:1]
+    return sum(1 if type(norm).__module__.startswith("mlx.nn") else 2 for norm in norms)
 
 
-def _decoder(row: dict[str, str]) -> ModelShape:
+def _decoder(row: dict) -> ModelShape:
     """The shape of a row of data/models.csv, an ordinary decoder."""
-    name, tied, n_probes = (row.pop(key) for key in ("name", "tied", "n_probes"))
-    size = {key: int(value) for key, value in row.items()}
-    heads, kv_heads, hidden = size["heads"], size["kv_heads"], size["hidden_size"]
-    attention = 2 * hidden * size["head_size"] * (heads + kv_heads)
-    shape = _shape(
-        name,
-        size["vocab_size"],
-        hidden,
-        n_layers=size["n_layers"],
-        layer_kernels=LAYER_KERNELS + size["norms"],
-        body_weights=size["n_layers"] * (attention + 3 * hidden * size["intermediate_size"]),
-        tied=tied == "yes",
-        cache_values=2 * size["n_layers"] * kv_heads * size["head_size"],
+    n_layers, hidden_size, kv_heads = row["n_layers"], row["hidden_size"], row["kv_heads"]
+    attention = 2 * hidden_size * row["head_size"] * (row["heads"] + kv_heads)
+    shape = _with_usual_index(
+        row["name"],
+        row["vocab_size"],
+        hidden_size,
+        n_layers=n_layers,
+        layer_kernels=LAYER_KERNELS + row["norms"],
+        body_weights=n_layers * (attention + 3 * hidden_size * row["intermediate_size"]),
+        tied=row["tied"],
+        cache_values=2 * n_layers * kv_heads * row["head_size"],
     )
-    return shape.with_probes(int(n_probes)) if n_probes else shape
+    return shape.with_probes(row["n_probes"]) if row["n_probes"] else shape
 
 
-SHAPES = {row.pop("shape"): _decoder(row) for row in data.read("models")}
+SHAPES = {row["shape"]: _decoder(row) for row in data.read("models")}

@@ -8,6 +8,8 @@ from .extras import from_extra
 
 if TYPE_CHECKING:
     from rich.table import Table
+else:
+    Table = object  # rich may be absent
 
 FOLDED = 12  # columns that a column which folds keeps
 UNLIMITED = 10_000  # columns of a table when its width is measured

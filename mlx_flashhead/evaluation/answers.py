@@ -9,14 +9,14 @@ part.
 import argparse
 from collections.abc import Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
 from ..common.quantities import percent
-from ..common.tables import new_table, show
+from ..common.tables import Table, new_table, show
 from ..conversion.calibration import read_windows
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
@@ -27,9 +27,6 @@ from ..models.cpu_products import numpy_products
 from ..models.install import installed_head
 from ..models.locate import find_head
 from .text import add_probes, bytes_share, check_probe_counts
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 HELP = "compare whole answers"
 DESCRIPTION = "Compare whole greedy answers to 114 requests with the dense model's."
@@ -93,7 +90,7 @@ def evaluate_answers(
         probe_counts += [min(2 * head.n_probes, head.n_clusters)]
     probe_counts = check_probe_counts(head, probe_counts)
     prompts = [
-        _prompt(tokenizer, text) for text in (usual_requests() if requests is None else requests)
+        prompt_of(tokenizer, text) for text in (usual_requests() if requests is None else requests)
     ]
     with head.dense():
         answers = _greedy_answers(model, tokenizer, prompts, tokens, progress)
@@ -122,7 +119,7 @@ def evaluate_answers(
     }
 
 
-def make_table(figures: dict) -> "Table":
+def make_table(figures: dict) -> Table:
     """A line for each number of probes, the model's own in bold."""
     way = "through the chat template" if figures["chat_template"] else "without a chat template"
     table = new_table(
@@ -145,7 +142,8 @@ def make_table(figures: dict) -> "Table":
     return table
 
 
-def _prompt(tokenizer, text: str) -> list[int]:
+def prompt_of(tokenizer, text: str) -> list[int]:
+    """A request as a chat, or as a text where the model has no turns."""
     if not tokenizer.has_chat_template:
         return list(tokenizer.encode(text))
     messages = [{"role": "user", "content": text}]

@@ -13,14 +13,12 @@ import mlx.core as mx
 from ..common.arguments import LIMITS, json_object, whole_number
 from ..common.command import check_writable
 from ..common.extras import from_extra, installation
-from ..common.tables import new_table, show
+from ..common.tables import Table, new_table, show
 from ..loading.load import load
 from ..loading.look_up import look_up_options
 from ..lossless.sampler import make_sampler
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from .lm_eval_tasks import TaskMeasure
 
 EXTRA = "tasks"
@@ -138,7 +136,7 @@ def run(args: argparse.Namespace) -> dict | None:
     return {"model": args.model, "results": [measure.to_dict() for measure in measures]}
 
 
-def make_table(measures: "list[TaskMeasure]") -> "Table":
+def make_table(measures: "list[TaskMeasure]") -> Table:
     """A line for each task, metric and head."""
     table = new_table(
         None, ("task", "head", "metric", "shots", "samples", "value", "±"), LEGEND, left=3

@@ -6,7 +6,7 @@ agreement and coverage, but another perplexity.
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +15,7 @@ import numpy as np
 from ..common.arguments import whole_number, whole_numbers
 from ..common.pictures import check_picture, pyplot
 from ..common.quantities import percent
-from ..common.tables import new_table, show
+from ..common.tables import Table, new_table, show
 from ..conversion.calibration import read_text, text_states
 from ..conversion.measures import Routing, measure_positions
 from ..head.flash_head import FlashHead
@@ -23,9 +23,6 @@ from ..loading.load import load
 from ..loading.look_up import look_up_options
 from ..models.install import installed_head
 from ..models.locate import find_head
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 HELP = "measure on a text"
 DESCRIPTION = (
@@ -162,7 +159,7 @@ def bytes_share(head: FlashHead, n_probes: int) -> float:
     return read / (bytes_per_row * head.vocab_size)
 
 
-def make_table(figures: dict) -> "Table":
+def make_table(figures: dict) -> Table:
     """A line for each number of probes, the model's own in bold."""
     table = new_table(
         f"{figures['positions']} positions, {figures['n_clusters']} clusters, "

@@ -25,7 +25,7 @@ from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, strea
 from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.given_text import dialogues, given_documents
 from mlx_flashhead.conversion.prompts import chat_prompts
-from mlx_flashhead.evaluation.answers import usual_requests
+from mlx_flashhead.evaluation.answers import prompt_of, usual_requests
 from mlx_flashhead.evaluation.text import bytes_share
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
 from mlx_flashhead.head.matrix import as_float32
@@ -36,6 +36,7 @@ from mlx_flashhead.models.cpu_products import numpy_products, to_mlx
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.fetch import resolve
 
+DENSE = "dense, 100.0 %"
 SETTINGS = {
     "greedy": {},
     "greedy, JSON": {},
@@ -95,27 +96,11 @@ def main() -> None:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def prompt_of(tokenizer, request: str) -> list[int]:
-    """A request as a chat, or as a text where the model has no turns."""
-    if tokenizer.has_chat_template:
-        messages = [{"role": "user", "content": request}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    return list(tokenizer.encode(request))
-
-
 def write(target, tokenizer, prompt, n_tokens, sampler, grammar) -> list[int]:
     """The tokens of the target's answer."""
-    processors = None if grammar is None else [grammar]
-    responses = stream_generate(
-        target,
-        tokenizer,
-        prompt,
-        max_tokens=n_tokens,
-        sampler=sampler,
-        logits_processors=processors,
-        logprobs=False,
-    )
-    return [response.token for response in responses]
+    options = {"logits_processors": None if grammar is None else [grammar], "logprobs": False}
+    options |= {"max_tokens": n_tokens, "sampler": sampler}
+    return [response.token for response in stream_generate(target, tokenizer, prompt, **options)]
 
 
 class Drafter:
@@ -157,7 +142,7 @@ class Drafter:
             kept[:, self._frequent[:n_listed]] = True
             return mx.where(mx.array(kept | more), exact, -mx.inf)
 
-        yield "dense, 100.0 %", draw(exact)
+        yield DENSE, draw(exact)
         share = bytes_share(head, head.n_probes) + LATEST / vocab_size
         logits = mx.where(mx.array(latest), exact, flash(head.n_probes))
         yield f"default, {100 * share:.1f} %, {head.n_probes}", draw(logits)
@@ -219,8 +204,8 @@ def masks_of(grammar, prompt: list[int], answer: list[int], vocab_size: int) -> 
 
 def probes_of(head, share: float) -> int:
     """The number of probes that reads a share of the dense head's bytes; below 1 for none."""
-    fixed, one = bytes_share(head, 0), bytes_share(head, 1) - bytes_share(head, 0)
-    return max(0, int((share - fixed) / one))
+    fixed = bytes_share(head, 0)
+    return max(0, int((share - fixed) / (bytes_share(head, 1) - fixed)))
 
 
 def frequent_tokens(target, tokenizer, vocab_size: int) -> list[int]:
@@ -250,19 +235,19 @@ def frequent_tokens(target, tokenizer, vocab_size: int) -> list[int]:
 
 def accepted(right: dict[str, list[np.ndarray]]) -> dict:
     """The accepted tokens of every way, by the number of drafts of a round."""
-    found = {}
+    figures = {}
     for way, answers in right.items():
-        found[way] = {"right": float(np.concatenate(answers).mean())}
+        figures[way] = {"right": float(np.concatenate(answers).mean())}
         for n_drafts in DRAFTS:
             rounds = [rounds_of(answer, n_drafts) for answer in answers]
             n_rounds, n_accepted = (sum(part) for part in zip(*rounds, strict=True))
-            dense = found["dense, 100.0 %"].get(f"accepted, {n_drafts}", n_accepted)
-            found[way] |= {
+            dense = figures[DENSE].get(f"accepted, {n_drafts}", n_accepted)
+            figures[way] |= {
                 f"accepted, {n_drafts}": n_accepted,
                 f"of dense, {n_drafts}": n_accepted / dense,
                 f"tokens per round, {n_drafts}": sum(map(len, answers)) / n_rounds,
             }
-    return found
+    return figures
 
 
 def rounds_of(right: np.ndarray, n_drafts: int) -> tuple[int, int]:

@@ -5,19 +5,12 @@
 Least squares of relative errors over mlx_flashhead/benchmarks/data/speeds.csv, with four
 constants: the share of Apple's bandwidth that is reached, of an Ultra too, and the time of a
 dependent kernel, on M1 and M2 too. Each speed is estimated from the others (leave one out), and
-from those of other chips. The constants belong into mlx_flashhead/benchmarks/apple_gpu.py.
+from those of other chips. The constants belong into mlx_flashhead/benchmarks/roofline.py.
 """
-
-import sys
-from pathlib import Path
 
 import numpy as np
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # works uninstalled too
-
-from mlx_flashhead.benchmarks.apple_gpu import PublicSpeed, public_speeds
-from mlx_flashhead.benchmarks.roofline import dense_step
+from mlx_flashhead.benchmarks.roofline import CHIPS, SPEEDS, dense_step
 from mlx_flashhead.benchmarks.shapes import SHAPES
 from mlx_flashhead.common.quantities import percent
 from mlx_flashhead.common.tables import new_table, show
@@ -25,13 +18,13 @@ from mlx_flashhead.common.tables import new_table, show
 CONSTANTS = ("BANDWIDTH_SHARE", "ULTRA_SHARE", "LAUNCH_US", "OLD_LAUNCH_US")
 
 
-def parts(speed: PublicSpeed) -> list[float]:
+def parts(speed: dict) -> list[float]:
     """Parts of the step's time that the constants are factors of, relative to the whole."""
     read, kernels = dense_step(speed)
-    us = read / speed.chip.peak_gb_s / 1e3
-    ultra, old = speed.chip.ultra, speed.chip.old
+    chip = CHIPS[speed["chip"]]
+    us, ultra, old = read / chip.peak_gb_s / 1e3, chip.ultra, chip.old
     row = us * (not ultra), us * ultra, kernels * (not old), kernels * old
-    return [part * speed.tokens_per_second / 1e6 for part in row]
+    return [part * speed["tokens_per_second"] / 1e6 for part in row]
 
 
 def fit(rows: np.ndarray) -> np.ndarray:
@@ -39,13 +32,13 @@ def fit(rows: np.ndarray) -> np.ndarray:
     return np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0]
 
 
-def fitted_constants(speeds: list[PublicSpeed]) -> dict[str, float]:
+def fitted_constants(speeds: list[dict]) -> dict[str, float]:
     """The constants by name."""
     factors = fit(np.array([parts(speed) for speed in speeds]))
     return dict(zip(CONSTANTS, [*(1 / factors[:2]), *factors[2:]], strict=True))
 
 
-def errors_without(speeds: list[PublicSpeed], *, whole_chip: bool = False) -> np.ndarray:
+def errors_without(speeds: list[dict], *, whole_chip: bool = False) -> np.ndarray:
     """The relative error of each estimate that is fitted to the others, (N,).
 
     Args:
@@ -53,7 +46,7 @@ def errors_without(speeds: list[PublicSpeed], *, whole_chip: bool = False) -> np
         whole_chip: Leave out all speeds of the chip.
     """
     rows = np.array([parts(speed) for speed in speeds])
-    chips = np.array([speed.chip.name for speed in speeds])
+    chips = np.array([speed["chip"] for speed in speeds])
     errors = np.empty(len(speeds))
     for i, row in enumerate(rows):
         left = chips != chips[i] if whole_chip else np.arange(len(rows)) != i
@@ -63,20 +56,22 @@ def errors_without(speeds: list[PublicSpeed], *, whole_chip: bool = False) -> np
 
 def main() -> None:
     """Prints the constants and the errors."""
-    speeds = public_speeds()
-    one, chip = errors_without(speeds), errors_without(speeds, whole_chip=True)
+    without_speed, without_chip = (
+        errors_without(SPEEDS, whole_chip=whole_chip) for whole_chip in (False, True)
+    )
     table = new_table(
-        f"{len(speeds)} public speeds; errors of estimates from the others",
+        f"{len(SPEEDS)} public speeds; errors of estimates from the others",
         ("chip", "model", "bits", "tokens/s", "error", "without the chip"),
         left=2,
     )
-    for speed, own, of_chip in zip(speeds, one, chip, strict=True):
-        cells = (f"{speed.bits}", f"{speed.tokens_per_second:g}", f"{own:+.0%}", f"{of_chip:+.0%}")
-        table.add_row(speed.chip.name, SHAPES[speed.model].name, *cells)
+    for speed, *errors in zip(SPEEDS, without_speed, without_chip, strict=True):
+        name, bits = SHAPES[speed["model"]].name, f"{speed['bits']}"
+        cells = (f"{speed['tokens_per_second']:g}", *(f"{error:+.0%}" for error in errors))
+        table.add_row(speed["chip"], name, bits, *cells)
     show(table)
-    for name, value in fitted_constants(speeds).items():
+    for name, value in fitted_constants(SPEEDS).items():
         print(f"{name} = {value:.3g}")
-    for name, errors in (("one speed", one), ("a chip", chip)):
+    for name, errors in (("one speed", without_speed), ("a chip", without_chip)):
         sizes = np.abs(errors)
         print(
             f"Without {name}: median error {percent(float(np.median(sizes)), 1)}, nine of ten "

@@ -9,7 +9,6 @@ ratio is that of each turn. A model of 4 bits is made beside the other one, for 
 
 import argparse
 import itertools
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,21 +17,10 @@ from pathlib import Path
 
 import mlx_lm
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[0] = str(CHECKOUT)  # works uninstalled too
-
 from mlx_flashhead import load
 from mlx_flashhead.benchmarks.kinds.model import PROMPT, SAMPLERS, Form, with_flash_head
-from mlx_flashhead.benchmarks.report import (
-    Bars,
-    Case,
-    Round,
-    add_number,
-    add_report_arguments,
-    report,
-    time_cases,
-)
+from mlx_flashhead.benchmarks.report import Bars, add_number, add_report_arguments, report
+from mlx_flashhead.benchmarks.rounds import Case, Round, time_cases
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table
@@ -46,8 +34,8 @@ DENSE, TUNED = "dense", "tuned"
 def measure(args: argparse.Namespace) -> Iterator[Round]:
     """Measures all cases, one model after the other, as one result."""
     n_cases = 2 * len(args.models) * len(SAMPLERS) * len(BATCHES)
-    for one in time_cases(cases(args), n_cases, args.rounds):
-        yield replace(one, results=[{"cases": one.results}] if one.results else [])
+    for state in time_cases(cases(args), n_cases, args.rounds):
+        yield replace(state, results=[{"cases": state.results}] if state.results else [])
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -59,12 +47,10 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         about |= {"n_probes": head.checked_probes, "most_waiting": head.most_waiting}
         prompt = tokenizer.encode(PROMPT)
         for sampler, batch in itertools.product(SAMPLERS, BATCHES):
-            how = prompt, batch, args.tokens, SAMPLERS[sampler]
-            yield Case(
-                f"{name}, {bits} bits, {sampler}, batch {batch}",
-                {form: partial(forms[form].timed, *how) for form in forms},
-                partial(summary, about | {"sampler": sampler, "batch": batch}),
-            )
+            run = prompt, batch, args.tokens, SAMPLERS[sampler]
+            timers = {name: partial(form.timed, *run) for name, form in forms.items()}
+            figures = partial(summary, about | {"sampler": sampler, "batch": batch})
+            yield Case(f"{name}, {bits} bits, {sampler}, batch {batch}", timers, figures)
 
 
 def models(folders: list[Path]) -> Iterator[tuple]:
@@ -80,20 +66,17 @@ def models(folders: list[Path]) -> Iterator[tuple]:
 
 def summary(about: dict, seconds: dict[str, list[float]]) -> dict:
     """Ratios of the turns, and tokens per second of all sequences, JSON-ready."""
-    pairs = zip(seconds[DENSE], seconds[TUNED], strict=True)
-    return about | {
-        "ratio": Spread.of([dense / tuned for dense, tuned in pairs]).to_dict(),
-        "tokens_per_second": {
-            name: about["batch"] / Spread.of(taken).median for name, taken in seconds.items()
-        },
-    }
+    turns = zip(seconds[DENSE], seconds[TUNED], strict=True)
+    speeds = {form: about["batch"] / Spread.of(times).median for form, times in seconds.items()}
+    ratio = Spread.of([dense / tuned for dense, tuned in turns]).to_dict()
+    return about | {"ratio": ratio, "tokens_per_second": speeds}
 
 
-def make_table(one: dict):
+def make_table(result: dict):
     """The table of all cases."""
     headings = ("model", "bits", "sampling", "batch", "dense", "tuned", "ratio", "quartiles", "")
     table = new_table("tokens/s, and the ratio of each turn", headings)
-    for case in one["cases"]:
+    for case in result["cases"]:
         ratio = case["ratio"]
         table.add_row(
             case["model"],
@@ -108,14 +91,10 @@ def make_table(one: dict):
     return table
 
 
-def bars(one: dict) -> Bars:
+def bars(result: dict) -> Bars:
     """The ratios."""
-    ratios = {
-        f"{case['model']}, {case['bits']} bits, {case['sampler']}, {case['batch']} at once": case[
-            "ratio"
-        ]["median"]
-        for case in one["cases"]
-    }
+    name = "{model}, {bits} bits, {sampler}, {batch} at once"
+    ratios = {name.format(**case): case["ratio"]["median"] for case in result["cases"]}
     return "Tuned FlashHead", "tuned / dense", ratios
 
 

@@ -11,16 +11,22 @@ import argparse
 import itertools
 import json
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_flashhead import get_flash_head, grammar_processor, load, make_sampler, stream_generate
 from mlx_flashhead.common.command import command
-from mlx_flashhead.evaluation.answers import usual_requests
-from mlx_flashhead.lossless import check as check_module
+from mlx_flashhead.common.timing import in_turns
+from mlx_flashhead.evaluation.answers import prompt_of, usual_requests
+from mlx_flashhead.lossless.check import Check
 from mlx_flashhead.models.compat.sample_utils import make_logits_processors
 
 SETTINGS = {
@@ -33,6 +39,11 @@ SETTINGS = {
     "greedy, JSON": {},
 }
 PENALTY, JSON_SCHEMA = 1.1, {"type": "object"}
+FORMS = {
+    "dense": {"dense": True},
+    "without the check": {"check": False},
+    "with the check": {},
+}
 TIMED = ("greedy", "0.8, top-p 0.95")
 
 
@@ -67,112 +78,77 @@ def main() -> None:
 
 def compare(model, tokenizer, args: argparse.Namespace) -> dict:
     """How many texts are the dense model's, and what the checks did."""
-    found = {}
-    for name, arguments in SETTINGS.items():
-        counted = Counted()
-        same = 0
-        for i, request in enumerate(tqdm(usual_requests()[: args.texts], desc=name)):
-            prompt = prompt_of(tokenizer, request)
-            texts = [
-                generate(model, tokenizer, prompt, args.tokens, name, arguments, i, dense=dense)[0]
-                for dense in (True, False)
-            ]
-            same += texts[0] == texts[1]
-        found[name] = {"same": same, "texts": args.texts} | counted.close()
-    return found
+    figures = {}
+    for name in SETTINGS:
+        counts, same = Counter(), 0
+        with counted(counts):
+            for i, request in enumerate(tqdm(usual_requests()[: args.texts], desc=name)):
+                run = (model, tokenizer, prompt_of(tokenizer, request), args.tokens, name, i)
+                dense, checked = (generate(*run, dense=dense)[0] for dense in (True, False))
+                same += dense == checked
+        figures[name] = {"same": same, "texts": args.texts, **counts}
+    return figures
 
 
 def speeds(model, tokenizer, args: argparse.Namespace) -> dict:
     """Tokens per second in turns, relative to dense, and how long text waits."""
-    forms = {
-        "dense": {"dense": True},
-        "without the check": {"check": False},
-        "with the check": {},
-    }
-    found = {}
-    prompts = [prompt_of(tokenizer, request) for request in usual_requests()[: args.rounds]]
+    prompts = [prompt_of(tokenizer, request) for request in usual_requests()[: args.rounds + 1]]
+    figures: dict[str, dict] = {}
     for name in TIMED:
-        rates: dict[str, list[float]] = {form: [] for form in forms}
         waits: list[float] = []
-        for i, prompt in enumerate(tqdm(prompts, desc=f"speed, {name}")):
-            order = list(forms)[i % 3 :] + list(forms)[: i % 3]
-            for form in order:
-                _, times = generate(
-                    model, tokenizer, prompt, args.tokens, name, SETTINGS[name], i, **forms[form]
-                )
-                rates[form].append((len(times) - 1) / (times[-1] - times[0]))
-                if form == "with the check":
-                    waits += [b - a for a, b in itertools.pairwise(times)]
-        found[name] = {
+
+        def seconds(form: str, number: int, name=name, waits=waits) -> float:
+            run = (model, tokenizer, prompts[number], args.tokens, name, number)
+            _, times = generate(*run, **FORMS[form])
+            if number and form == "with the check":
+                waits += [b - a for a, b in itertools.pairwise(times)]
+            return (times[-1] - times[0]) / (len(times) - 1)
+
+        *_, turns = in_turns({form: partial(seconds, form) for form in FORMS}, args.rounds)
+        figures[name] = {
             form: {
-                "tokens_per_second": median(values),
-                "relative": median(a / b for a, b in zip(values, rates["dense"], strict=True)),
-                "of_each_turn": values,
+                "tokens_per_second": 1 / median(turn),
+                "relative": median(a / b for a, b in zip(turns["dense"], turn, strict=True)),
+                "of_each_turn": [1 / taken for taken in turn],
             }
-            for form, values in rates.items()
+            for form, turn in turns.items()
         }
         gaps = sorted(gap for gap in waits if gap > 1e-3)
-        found[name]["gaps"] = {"median": median(gaps), "longest": gaps[-1]}
-    return found
+        figures[name]["gaps"] = {"median": median(gaps), "longest": gaps[-1]}
+    return figures
 
 
-def generate(model, tokenizer, prompt, n_tokens, name, arguments, seed, **options):
+def generate(model, tokenizer, prompt, n_tokens, name, seed, **options):
     """The tokens of a text, and the time of each."""
-    processors = []
+    processors = None
     if "penalty" in name:
         processors = make_logits_processors(repetition_penalty=PENALTY)
     elif "JSON" in name:
         processors = [grammar_processor(tokenizer, json_schema=JSON_SCHEMA)]
     mx.random.seed(seed)
-    tokens, times = [], []
-    for response in stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=n_tokens,
-        sampler=make_sampler(**arguments),
-        logits_processors=processors or None,
-        logprobs=False,
-        **options,
-    ):
-        tokens.append(response.token)
-        times.append(time.perf_counter())
+    options |= {"max_tokens": n_tokens, "sampler": make_sampler(**SETTINGS[name])}
+    options |= {"logits_processors": processors, "logprobs": False}
+    responses = stream_generate(model, tokenizer, prompt, **options)
+    tokens, times = zip(*((r.token, time.perf_counter()) for r in responses), strict=True)
     return tokens, times
 
 
-def prompt_of(tokenizer, request: str) -> list[int]:
-    """A request as a chat, or as a text where the model has no turns."""
-    if tokenizer.has_chat_template:
-        messages = [{"role": "user", "content": request}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return tokenizer.encode(request)
+@contextmanager
+def counted(counts: Counter) -> Iterator[None]:
+    """Counts what the checks do within the block."""
+    counts.update(checks=0, positions=0, doubts=0, others=0)
+    launch, settle = Check.__init__, Check._settle
 
+    def counting(check, *arguments):
+        launch(check, *arguments)
+        counts.update(checks=1, positions=len(check._rows))
 
-class Counted:
-    """Counts what the checks do until it is closed."""
+    def settling(check, text, position):
+        settle(check, text, position)
+        counts.update(doubts=1, others=int(text.refused))
 
-    def __init__(self):
-        self.checks = self.positions = self.doubts = self.others = 0
-        self._originals = check_module.Check.__init__, check_module.Check._settle
-        launch, settle = self._originals
-
-        def counting(check, *arguments):
-            launch(check, *arguments)
-            self.checks += 1
-            self.positions += len(check._rows)
-
-        def settling(check, text, position):
-            settle(check, text, position)
-            self.doubts += 1
-            self.others += text.refused
-
-        check_module.Check.__init__, check_module.Check._settle = counting, settling
-
-    def close(self) -> dict:
-        """Ends the count."""
-        check_module.Check.__init__, check_module.Check._settle = self._originals
-        names = ("checks", "positions", "doubts", "others")
-        return {name: getattr(self, name) for name in names}
+    with patch.multiple(Check, __init__=counting, _settle=settling):
+        yield
 
 
 if __name__ == "__main__":

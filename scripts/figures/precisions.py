@@ -16,9 +16,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # works uninstalled too
-
 from mlx_flashhead.common.arguments import Parser, whole_number
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.quantities import percent
@@ -92,14 +89,14 @@ def under(
     matrix = as_float32(centroids.matrix.dequantized())
     offset = as_float32(centroids.bias)
     routing = Routing(lambda h: h @ matrix.T + offset, as_float32(centroids.tail_offset))
-    found = measure_positions(
+    positions = measure_positions(
         states, logits, index.token_ids, routing, [index.config.n_probes], next_ids, progress=False
     )
-    (means,) = found.means()
+    (means,) = positions.means()
     return {
         "agreement": means.agreement,
         "kl": means.kl,
-        "perplexity": means.perplexity / found.dense_perplexity(),
+        "perplexity": means.perplexity / positions.dense_perplexity(),
     }
 
 
@@ -127,26 +124,27 @@ def main() -> None:
         f"{index.config.n_clusters:,} clusters",
         ("rows", "cosine", "dense", "KL", "FlashHead", "KL", "perplexity"),
     )
-    exact, figures = None, []
+    exact, results = None, []
     for name, form in forms(rows):
         logits = Logits(form)
         exact = exact or logits
-        one = {"rows": name, "cosine": index.sketch.likeness(form).cosine}
-        one |= difference(states, exact, logits) | under(index, logits, states, next_ids)
-        figures.append(one)
+        result = {"rows": name, "cosine": index.sketch.likeness(form).cosine}
+        result |= difference(states, exact, logits) | under(index, logits, states, next_ids)
+        results.append(result)
+        cosine, dense_agreement, dense_kl, agreement, kl, perplexity = list(result.values())[1:]
         table.add_row(
             name,
-            f"{one['cosine']:.4f}",
-            percent(one["dense_agreement"]),
-            f"{one['dense_kl']:.4f}",
-            percent(one["agreement"]),
-            f"{one['kl']:.4f}",
-            f"{one['perplexity']:.4f}",
+            f"{cosine:.4f}",
+            percent(dense_agreement),
+            f"{dense_kl:.4f}",
+            percent(agreement),
+            f"{kl:.4f}",
+            f"{perplexity:.4f}",
         )
         print(f"{name}: measured", file=sys.stderr)
     show(table)
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,14 @@ Each table stands between two comments of the page. A test compares the page wit
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[0] = str(CHECKOUT)  # works uninstalled too
-
-from mlx_flashhead.benchmarks.roofline import of_bits
+from mlx_flashhead.benchmarks.roofline import find_chip, of_bits
 from mlx_flashhead.benchmarks.shapes import SHAPES
 from mlx_flashhead.lossless.tuning import LEAST_GAIN
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 PAGE = CHECKOUT / "docs" / "speed.md"
 MACS = CHECKOUT / "docs" / "benchmarks" / "macs"
 CHIPS = ("m1", "m2", "m4", "m5", "m4-pro", "m1-max", "m4-max", "m5-max", "m3-ultra")
@@ -45,13 +41,16 @@ def macs(folder: Path = MACS) -> Iterator[str]:
         return
     yield from _head("chip", "model", "head", "sampling", "dense", "bare", "checked", "faster")
     for figures in files:
-        for one in figures["results"]:
-            speeds = one["tokens_per_second"]
-            forms = (f"{speeds[form]:.1f}" for form in ("dense", "bare FlashHead", "FlashHead"))
-            gain = f"{one['times_faster']['FlashHead']:.2f} x"
-            stays = ", stays dense" if one["stays_dense"] else ""
-            about = figures["machine"]["processor"], one["model"], f"{one['head_bits']}-bit"
-            yield _row(*about, one["sampler"], *forms, gain + stays)
+        for result in figures["results"]:
+            speeds, gain = result["tokens_per_second"], result["times_faster"]["FlashHead"]
+            yield _row(
+                figures["machine"]["processor"],
+                result["model"],
+                f"{result['head_bits']}-bit",
+                result["sampler"],
+                *(f"{speeds[form]:.1f}" for form in ("dense", "bare FlashHead", "FlashHead")),
+                f"{gain:.2f} x" + (", stays dense" if result["stays_dense"] else ""),
+            )
 
 
 def with_table(page: str, name: str, lines: Iterable[str]) -> str:
@@ -68,7 +67,7 @@ def with_tables(page: str) -> str:
 
 
 def _gain(model: str, chip: str, bits: tuple[int, int]) -> str:
-    dense, flash = of_bits(SHAPES[model], chip, *bits)
+    dense, flash = of_bits(SHAPES[model], find_chip(chip), *bits)
     gain = dense.model_ms / flash.model_ms
     return f"{gain:.2f}" if gain >= LEAST_GAIN else "dense"
 

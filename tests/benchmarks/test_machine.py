@@ -11,14 +11,14 @@ from mlx_flashhead.benchmarks.machine import machine, read_bandwidth_gb_s
 
 def test_machine_is_json_and_names_what_matters(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    found = json.loads(json.dumps(machine()))
+    about = json.loads(json.dumps(machine()))
     for key in ("processor", "system", "blas", "date"):
-        assert isinstance(found[key], str) and found[key]
-    assert found["versions"]["mlx"] == mx.__version__
-    assert found["threads"]["OPENBLAS_NUM_THREADS"] == "1"
-    assert found["cores"] >= 1 and found["memory_gb"] > 0.1
+        assert isinstance(about[key], str) and about[key]
+    assert about["versions"]["mlx"] == mx.__version__
+    assert about["threads"]["OPENBLAS_NUM_THREADS"] == "1"
+    assert about["cores"] >= 1 and about["memory_gb"] > 0.1
     if mx.metal.is_available():
-        assert found["gpu"] and found["read_bandwidth_gb_s"] > 0
+        assert about["gpu"] and about["read_bandwidth_gb_s"] > 0
 
 
 @pytest.mark.parametrize(

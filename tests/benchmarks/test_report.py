@@ -1,12 +1,12 @@
-"""The course of a benchmark: its rounds, and what is kept when it is stopped."""
+"""The report of a benchmark: its rounds, and what is checked before them."""
 
 import argparse
-import json
 
 import pytest
 
 from mlx_flashhead.benchmarks import report as module
-from mlx_flashhead.benchmarks.report import Round, report
+from mlx_flashhead.benchmarks.report import report
+from mlx_flashhead.benchmarks.rounds import Round
 from mlx_flashhead.common.tables import new_table
 
 
@@ -17,28 +17,26 @@ def arguments(tmp_path):
     )
 
 
-def make_table(one):
+def make_table(result):
     table = new_table(None, ("figure",))
-    table.add_row(f"figure {one['value']}")
+    table.add_row(f"figure {result['value']}")
     return table
 
 
-def bars(one):
-    return "title", "label", {"value": one["value"]}
+def bars(result):
+    return "title", "label", result
 
 
-def rounds(*ends, total=4):
-    """Rounds with growing figures, then the error of ``ends``."""
-    yield Round(0, total, "ready", [])
-    yield Round(1, total, "warm", [])
+def rounds():
+    """Rounds with growing figures."""
+    yield Round(0, 4, "ready", [])
+    yield Round(1, 4, "warm", [])
     for value in (2, 3):
-        yield Round(value, total, f"round of {value}", [{"value": value}])
-    for end in ends:
-        raise end
+        yield Round(value, 4, f"round of {value}", [{"value": value}])
 
 
 def test_rounds_are_printed_as_they_come_with_the_time_that_is_left(arguments, monkeypatch, capsys):
-    clock = iter((0, 100, 110, 120, 130))
+    clock = iter((100, 110, 120, 130))
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 130))
     report(arguments, rounds(), make_table, bars)
     shown = capsys.readouterr()
@@ -49,18 +47,6 @@ def test_rounds_are_printed_as_they_come_with_the_time_that_is_left(arguments, m
         "[3 of 4, 10 s left] round of 3",
     ]
     assert "figure 3" in shown.out
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
-def test_a_stopped_benchmark_keeps_its_figures(arguments, capsys, tmp_path, stop):
-    with pytest.raises(type(stop)) as end:
-        report(arguments, rounds(stop), make_table, bars)
-    assert end.value is stop
-    shown = capsys.readouterr()
-    assert "figure 3" in shown.out and "Stopped" in shown.err
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert (figures["complete"], figures["results"]) == (False, [{"value": 3}])
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_is_reported_before_the_first_figure(arguments, capsys, tmp_path):

@@ -5,7 +5,7 @@ from threading import Thread
 
 import pytest
 
-from mlx_flashhead.benchmarks.clients import Reply, ServerProcess, ask
+from mlx_flashhead.benchmarks.clients import Reply, ask, serving
 from mlx_flashhead.benchmarks.kinds import server
 from mlx_flashhead.benchmarks.kinds.server import HANGS_UP, Load, outcome
 
@@ -24,8 +24,8 @@ class Idle:
 def loaded(monkeypatch, ask, requests):
     monkeypatch.setattr(server, "ask", ask)
     load = Load()
-    server.visit(Idle(), ALONE, requests, 4, load, 3)
-    return load.to_dict()
+    load.visit(Idle(), list(ALONE), 3, requests, 4)
+    return load.figures(ALONE)
 
 
 def test_answers_are_compared_with_those_alone(monkeypatch):
@@ -49,20 +49,20 @@ def test_what_is_lost_is_told(monkeypatch):
 
     load = loaded(monkeypatch, ask, 3)
     assert (load["answered"], load["lost"]) == (0, 3)
-    said = outcome({"loads": [load]})
-    assert said.startswith("Lost: 3.") and "'first': the stream broke off" in said
+    message = outcome({"loads": [load]})
+    assert message.startswith("Lost: 3.") and "'first': the stream broke off" in message
 
 
 @pytest.mark.parametrize(
-    "status, body, said",
+    "status, body, message",
     [
         (503, '{"error": "busy"}', '503: {"error": "busy"}'),
         (200, 'data: {"error": {"message": "failed"}}\n\n', "failed"),
-        (200, 'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', "broke off"),
-        (200, "data: [DONE]\n\n", "has no usage"),
+        (200, 'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', "without its usage"),
+        (200, "data: [DONE]\n\n", "without its usage"),
     ],
 )
-def test_an_answer_that_is_not_complete_is_refused(status, body, said):
+def test_an_answer_that_is_not_complete_is_refused(status, body, message):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             self.send_response(status)
@@ -74,10 +74,10 @@ def test_an_answer_that_is_not_complete_is_refused(status, body, said):
 
     with HTTPServer(("127.0.0.1", 0), Handler) as answering:
         Thread(target=answering.handle_request).start()
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             ask(answering.server_port, "question", max_tokens=1)
 
 
 def test_a_server_that_does_not_start_is_told():
     with pytest.raises(ValueError, match=r"mlx_flashhead.server .* did not start: error: "):
-        ServerProcess("mlx_flashhead.server", "--no-such-flag").__enter__()
+        serving("mlx_flashhead.server", "--no-such-flag").__enter__()

@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 from figures import speed_tables
-from mlx_flashhead.benchmarks.apple_gpu import BANDWIDTH_SHARE
 from mlx_flashhead.benchmarks.kinds import kinds, server
+from mlx_flashhead.benchmarks.roofline import BANDWIDTH_SHARE
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.loading import cache
 from mlx_flashhead.models.dense import load_dense
@@ -46,25 +46,28 @@ def check_outputs(run, tmp_path, *arguments):
 
 def test_head_of_shapes(run, tmp_path):
     screen, results = check_outputs(run, tmp_path, *HEAD, "--shape", "203,128", "--positions", 2)
-    assert [(one["vocab_size"], one["hidden_size"]) for one in results] == [(320, 64), (203, 128)]
-    settings = {(one["n_probes"], one["positions"], one["dtype"]) for one in results}
+    assert [(result["vocab_size"], result["hidden_size"]) for result in results] == [
+        (320, 64),
+        (203, 128),
+    ]
+    settings = {(result["n_probes"], result["positions"], result["dtype"]) for result in results}
     assert settings == {(3, 2, "float32")}
-    for one in results:
-        ms = one["ms"]["FlashHead proposal"]["median"]
+    for result in results:
+        ms = result["ms"]["FlashHead proposal"]["median"]
         assert f" {ms:.2f} " in screen
 
 
 @pytest.mark.parametrize("bits, dtype, stored", [(8, "float16", 8), (16, "bfloat16", 16)])
 def test_head_of_other_precisions(run, tmp_path, bits, dtype, stored):
-    _, (one,) = check_outputs(run, tmp_path, *HEAD, "--head-bits", bits, "--dtype", dtype)
-    assert (one["head_bits"], one["dtype"]) == (stored, dtype)
+    _, (result,) = check_outputs(run, tmp_path, *HEAD, "--head-bits", bits, "--dtype", dtype)
+    assert (result["head_bits"], result["dtype"]) == (stored, dtype)
 
 
 def test_head_of_a_model(run, converted, tmp_path):
-    _, (one,) = check_outputs(
+    _, (result,) = check_outputs(
         run, tmp_path, "head", "--model", converted, "--n-probes", 2, "--rounds", 1
     )
-    assert (one["n_probes"], one["hidden_size"], one["name"]) == (2, 128, "model")
+    assert (result["n_probes"], result["hidden_size"], result["name"]) == (2, 128, "model")
 
 
 def test_model(run, converted, tmp_path):
@@ -72,11 +75,14 @@ def test_model(run, converted, tmp_path):
         run, tmp_path, "model", "--model", converted, "--n-probes", 2, "--rounds", 1,
         "--tokens", 3, "--batch", 1, "--batch", 2, "--sampler", "greedy",
     )  # fmt: skip
-    assert [(one["sampler"], one["batch"]) for one in results] == [("greedy", 1), ("greedy", 2)]
-    for one in results:
-        assert one["n_probes"] == {"FlashHead": 2, "bare FlashHead": 2}
-        assert f" {one['times_faster']['FlashHead']:.2f} x" in screen
-        assert f" {one['token_ms']['bare FlashHead']['median']:.2f} " in screen
+    assert [(result["sampler"], result["batch"]) for result in results] == [
+        ("greedy", 1),
+        ("greedy", 2),
+    ]
+    for result in results:
+        assert result["n_probes"] == {"FlashHead": 2, "bare FlashHead": 2}
+        assert f" {result['times_faster']['FlashHead']:.2f} x" in screen
+        assert f" {result['token_ms']['bare FlashHead']['median']:.2f} " in screen
 
 
 def test_mac(run, converted, tmp_path, monkeypatch):
@@ -93,15 +99,15 @@ def test_mac(run, converted, tmp_path, monkeypatch):
             jsonschema.validate(figures, MACS_SCHEMA)
         figures["machine"] |= {"system": "Darwin 25", "processor": "Apple M9", "chip": "m9"}
         figures["machine"] |= {"device": "gpu", "gpu": {}}
-        for one in figures["results"]:
-            one["backend"] = "metal"
+        for result in figures["results"]:
+            result["backend"] = "metal"
     jsonschema.validate(figures, MACS_SCHEMA)
     file.rename(tmp_path / "m9-model.json").write_text(json.dumps(figures))
     lines = list(speed_tables.macs(tmp_path))[2:]
-    for line, one in zip(lines, figures["results"], strict=True):
-        speeds = one["tokens_per_second"]
+    for line, result in zip(lines, figures["results"], strict=True):
+        speeds = result["tokens_per_second"]
         forms = (f"{speeds[form]:.1f}" for form in ("dense", "bare FlashHead", "FlashHead"))
-        assert f"| {one['sampler']} | {' | '.join(forms)} | " in line
+        assert f"| {result['sampler']} | {' | '.join(forms)} | " in line
 
 
 def test_the_files_of_macs_fit_the_schema():
@@ -113,18 +119,17 @@ def test_server(run, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "LENGTHS", (0, 1) * 4)  # the tiny model's context is short
     commands = []
 
-    class Recorded(server.ServerProcess):
-        def __init__(self, *command):
-            commands.append(command)
-            super().__init__(*command)
+    def recorded(*command, serving=server.serving):
+        commands.append(command)
+        return serving(*command)
 
-    monkeypatch.setattr(server, "ServerProcess", Recorded)
-    screen, (one,) = check_outputs(
+    monkeypatch.setattr(server, "serving", recorded)
+    screen, (result,) = check_outputs(
         run, tmp_path, "server", "--model", converted, "--clients", 3, "--requests", 6,
         "--tokens", 4, "--n-probes", 4,
     )  # fmt: skip
-    assert [load["server"] for load in one["loads"]] == ["FlashHead", "dense", "mlx_lm.server"]
-    for load in one["loads"]:
+    assert [load["server"] for load in result["loads"]] == ["FlashHead", "dense", "mlx_lm.server"]
+    for load in result["loads"]:
         assert load["answered"] + load["hung_up"] == 6
         assert load["as_alone"] == load["answered"]
         assert f" {load['tokens_per_second']['median']:.1f} " in screen
@@ -136,9 +141,9 @@ def test_server(run, converted, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_benchmark_reports_its_rounds(tmp_path, number, code):
     """A real signal, once a round has been counted."""
-    file = tmp_path / "out.json"
-    arguments = ("--shape", "320,64", "--rounds", "100000", "--json", str(file))
-    command = [sys.executable, "-m", "mlx_flashhead.benchmark", "head", *arguments]
+    file, picture = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = ("--shape", "320,64", "--rounds", "100000", "--json", file, "--plot", picture)
+    command = [sys.executable, "-m", "mlx_flashhead.benchmark", "head", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
@@ -147,7 +152,8 @@ def test_a_stopped_benchmark_reports_its_rounds(tmp_path, number, code):
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in errors) == (code, False)
-    assert "FlashHead full logits" in output
+    assert "FlashHead full logits" in output and "\nStopped: " in errors
+    assert picture.read_bytes().startswith(b"\x89PNG")
     figures = json.loads(file.read_text())
     assert not figures["complete"]
     assert figures["results"][0]["ms"]["FlashHead proposal"]["runs"] >= 2
@@ -161,7 +167,7 @@ def test_every_kind_is_listed(run):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (("head",), "give one of --shape --model"),
         (("head", "--shape", "llama"), "is not a shape"),
@@ -191,8 +197,8 @@ def test_every_kind_is_listed(run):
         ((), "COMMAND"),
     ],
 )
-def test_mistakes(refused, arguments, said):
-    assert said in refused("benchmark", *arguments)
+def test_mistakes(refused, arguments, message):
+    assert message in refused("benchmark", *arguments)
 
 
 def estimate(run, *arguments):

@@ -30,9 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generate(folder):
-    generate = Generate(folder)
-    yield generate
-    generate.close()
+    return Generate(folder)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,28 @@ DOCUMENTS = (
         "text": "A tale.",
     },
 )
+TASKS = {
+    CHOICE: {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    },
+    GENERATE: {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": TOKENS},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    PERPLEXITY: {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+}
 
 
 def write_tasks(folder: Path) -> Path:
@@ -33,54 +55,12 @@ def write_tasks(folder: Path) -> Path:
     folder.mkdir(parents=True)
     data = folder / "documents.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
-    source = {
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(data)},
-            "cache_dir": str(folder / "cache"),
-        },
-        "test_split": "test",
-        "fewshot_split": "test",
-    }
-    tasks = {
-        CHOICE: {
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{question}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "{{answer}}",
-            "metric_list": [metric("acc", "mean", True)],
-        },
-        GENERATE: {
-            "output_type": "generate_until",
-            "doc_to_text": "{{question}}",
-            "doc_to_target": "{{choices[answer]}}",
-            "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": TOKENS},
-            "metric_list": [metric("exact_match", "mean", True)],
-        },
-        PERPLEXITY: {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{text}}",
-            "metric_list": [
-                metric("byte_perplexity", "weighted_perplexity", False),
-                metric("bits_per_byte", "bits_per_byte", False),
-            ],
-        },
-    }
-    for name, task in tasks.items():
-        write(folder / f"{name}.yaml", {"task": name, **source, **task})
-    group = {
-        "group": GROUP,
-        "task": [CHOICE, GENERATE],
-        "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean"}],
-    }
-    write(folder / "group.yaml", group)
+    files = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
+    source = {"dataset_path": "json", "dataset_kwargs": files}
+    source |= {"test_split": "test", "fewshot_split": "test"}
+    configs = {name: {"task": name, **source, **task} for name, task in TASKS.items()}
+    mean = {"metric": "acc", "aggregation": "mean"}
+    configs["group"] = {"group": GROUP, "task": [CHOICE, GENERATE], "aggregate_metric_list": [mean]}
+    for name, config in configs.items():
+        (folder / f"{name}.yaml").write_text(json.dumps(config))  # JSON is YAML too
     return folder
-
-
-def metric(name: str, aggregation: str, higher_is_better: bool) -> dict:
-    return {"metric": name, "aggregation": aggregation, "higher_is_better": higher_is_better}
-
-
-def write(path: Path, config: dict) -> None:
-    path.write_text(json.dumps(config))  # JSON is YAML too

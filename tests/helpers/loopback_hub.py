@@ -8,10 +8,7 @@ middle of a file.
 import threading
 from http.server import ThreadingHTTPServer
 
-from loopback_requests import Handler
-from loopback_state import Account, Down, Repository
-
-__all__ = ["TOKEN", "Account", "LoopbackHub", "Repository"]
+from loopback_requests import Account, Down, Handler, Repository
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
@@ -25,7 +22,6 @@ class LoopbackHub(ThreadingHTTPServer):
         large: Large files: SHA-256 → content.
         sent: SHA-256 → how many bytes of that file were sent, each time.
         requests: (method, path without its query) of every request.
-        multipart: Size of the parts that large files are sent in; None: whole.
         down_after: Bytes of large files until the Hub goes down; None: never.
         down: Whether it is.
     """
@@ -37,10 +33,8 @@ class LoopbackHub(ThreadingHTTPServer):
         self.accounts: dict[str, Account] = {}
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
-        self.parts: dict[str, dict[int, bytes]] = {}
         self.sent: dict[str, int] = {}
         self.requests: list[tuple[str, str]] = []
-        self.multipart: int | None = None
         self.down_after: int | None = None
         self.down = False
         self.lock = threading.Lock()
@@ -53,7 +47,10 @@ class LoopbackHub(ThreadingHTTPServer):
         """The contents of a repository's files."""
         repository = self.repositories[repo_id]
         tree = repository.commits[repository.find(revision)]
-        return {p: c if isinstance(c, bytes) else self.large[c[0]] for p, c in tree.items()}
+        return {path: self.content(stored) for path, stored in tree.items()}
+
+    def content(self, stored: bytes | tuple[str, int]) -> bytes:
+        return stored if isinstance(stored, bytes) else self.large[stored[0]]
 
     def put(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> None:
         """Commits files as if they had been uploaded."""

@@ -6,17 +6,64 @@ import json
 import re
 import socket
 import struct
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
-from urllib.parse import parse_qs, unquote, urlsplit
-
-from loopback_state import Account, Down, Repository, git_oid
+from urllib.parse import unquote, urlsplit
 
 CHUNK = 1 << 12
 SIGNATURE = "X-Amz-Signature=0123456789abcdef"
 
 
+@dataclass
+class Account:
+    """Who a token belongs to, and what it may do."""
+
+    name: str
+    role: str = "write"
+    organisations: tuple[str, ...] = ()
+
+    def may_write(self, repo_id: str) -> bool:
+        return self.role == "write" and repo_id.split("/")[0] in (self.name, *self.organisations)
+
+
+@dataclass
+class Repository:
+    """Commits, oldest first: each the whole tree, path → content, or (SHA-256, size) if large."""
+
+    private: bool = False
+    commits: list[dict] = field(default_factory=lambda: [{}])
+    refs: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def sha(number: int) -> str:
+        return hashlib.sha1(str(number).encode()).hexdigest()
+
+    def find(self, revision: str) -> int:
+        """The commit's number of a branch, tag or commit."""
+        names = {self.sha(i): i for i in range(len(self.commits))} | self.refs
+        number = (names | {"main": len(self.commits) - 1}).get(revision)
+        if number is None:
+            raise Answer(404, {}, X_Error_Code="RevisionNotFound")
+        return number
+
+
+class Down(Exception):
+    """The connection is lost."""
+
+
+class Answer(Exception):
+    """The status, content and headers of an answer; a refusal is raised."""
+
+    def __init__(self, status=200, content=b"", **headers):
+        if not isinstance(content, bytes):
+            content = json.dumps(content).encode()
+            headers["Content-Type"] = "application/json"
+        self.status, self.content = status, content
+        self.headers = {"Content-Length": len(content)} | headers
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request after the other."""
+    """Answers one request after the other: each call is a method that returns its answer."""
 
     protocol_version = "HTTP/1.1"
 
@@ -31,8 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
         ("POST", r"/lfs/([0-9a-f]{64})/verify", "verify"),
-        ("POST", r"/lfs/([0-9a-f]{64})/complete", "complete"),
-        ("PUT", r"/lfs/([0-9a-f]{64})(?:/(\d+))?", "store"),
+        ("PUT", r"/lfs/([0-9a-f]{64})", "store"),
         ("HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
         ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     )
@@ -40,37 +86,38 @@ class Handler(BaseHTTPRequestHandler):
     def route(self):
         path = urlsplit(self.path).path
         self.server.requests.append((self.command, path))
-        if self.server.down:
-            return self.lose_connection()
         try:
+            if self.server.down:
+                raise Down
+            self.body = b"" if self.command == "PUT" else b"".join(self.pieces())
+            answer = Answer(404, {"error": "no such page"})
             for method, pattern, name in self.ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and method == self.command:
-                    return getattr(self, name)(*(g and unquote(g) for g in match.groups()))
-            self.read()
-            self.answer(404, {"error": "no such page"})
-        except Down:
-            self.lose_connection()
+                    answer = getattr(self, name)(*(g and unquote(g) for g in match.groups()))
+                    break
+            answer = answer if isinstance(answer, Answer) else Answer(200, answer)
+        except Answer as refusal:
+            answer = refusal
+        except Down:  # resets the connection, as a cable that is pulled out does
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.close_connection = True
+            return self.connection.close()
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.content)
 
     do_GET = do_HEAD = do_POST = do_PUT = route
 
-    def lose_connection(self):
-        """Resets the connection, as a cable that is pulled out does."""
-        linger = struct.pack("ii", 1, 0)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.close_connection = True
-        self.connection.close()
+    def log_message(self, *_):
+        pass
 
-    # What is read and answered
-
-    def body(self):
+    def pieces(self):
         """The request's body, piece by piece."""
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            while size := int(self.rfile.readline(), 16):
-                yield self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return
         left = int(self.headers.get("Content-Length") or 0)
         while left:
             piece = self.rfile.read(min(left, CHUNK))
@@ -79,105 +126,64 @@ class Handler(BaseHTTPRequestHandler):
             left -= len(piece)
             yield piece
 
-    def read(self) -> bytes:
-        return b"".join(self.body())
-
-    def answer(self, status=200, content=b"", **headers):
-        if not isinstance(content, bytes):
-            content = json.dumps(content).encode()
-            headers["Content-Type"] = "application/json"
-        self.send_response(status)
-        for name, value in ({"Content-Length": len(content)} | headers).items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-    # Who asks
-
     def account(self) -> Account | None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         return self.server.accounts.get(token)
 
-    def readable(self, repo_id: str) -> Repository | None:
-        """The repository, if it is there for this token; else that is answered."""
+    def readable(self, repo_id: str) -> Repository:
+        """The repository, if it is there for this token."""
         repository = self.server.repositories.get(repo_id)
         account = self.account()
-        if repository and repository.private and not (account and account.may_write(repo_id)):
-            repository = None
-        if repository is None:
-            self.answer(404 if account else 401, {}, X_Error_Code="RepoNotFound")
+        hidden = repository and repository.private and not (account and account.may_write(repo_id))
+        if repository is None or hidden:
+            raise Answer(404 if account else 401, {}, X_Error_Code="RepoNotFound")
         return repository
 
-    def writable(self, repo_id: str) -> Repository | None:
-        repository = self.readable(repo_id)
-        account = self.account()
-        if repository and not (account and account.may_write(repo_id)):
-            self.answer(403, {}, X_Error_Message="You don't have the rights")
-            return None
+    def writable(self, repo_id: str) -> Repository:
+        repository, account = self.readable(repo_id), self.account()
+        if not (account and account.may_write(repo_id)):
+            raise Answer(403, {}, X_Error_Message="You don't have the rights")
         return repository
 
     # The calls
 
     def whoami(self):
         account = self.account()
-        if account is None:
-            said = self.headers.get("Authorization")  # as no server should
-            return self.answer(401, {}, X_Error_Message=f"Invalid credentials {said}")
-        organisations = [{"name": name} for name in account.organisations]
+        if account is None:  # it repeats the token, as no server should
+            header = self.headers.get("Authorization")
+            raise Answer(401, {}, X_Error_Message=f"Invalid credentials {header}")
         token = {"displayName": "test", "role": account.role}
-        self.answer(
-            200, {"name": account.name, "orgs": organisations, "auth": {"accessToken": token}}
-        )
+        organisations = [{"name": name} for name in account.organisations]
+        return {"name": account.name, "orgs": organisations, "auth": {"accessToken": token}}
 
     def create(self):
-        wanted = json.loads(self.read())
-        account = self.account()
+        wanted, account = json.loads(self.body), self.account()
         if account is None:
-            return self.answer(401, {})
+            raise Answer(401, {})
         repo_id = f"{wanted.get('organization') or account.name}/{wanted['name']}"
         if not account.may_write(repo_id):
-            return self.answer(403, {}, X_Error_Message="You don't have the rights")
-        url = {"url": f"{self.server.url}/{repo_id}"}
-        if repo_id in self.server.repositories:
-            return self.answer(409, url)
+            raise Answer(403, {}, X_Error_Message="You don't have the rights")
+        status = 409 if repo_id in self.server.repositories else 200
         private = wanted.get("visibility") == "private"
-        self.server.repositories[repo_id] = Repository(private)
-        self.answer(200, url)
+        self.server.repositories.setdefault(repo_id, Repository(private))
+        return Answer(status, {"url": f"{self.server.url}/{repo_id}"})
 
     def validate(self):
-        self.read()
-        self.answer(200, {"warnings": [], "errors": []})
+        return {"warnings": [], "errors": []}
 
     def auth_check(self, repo_id, write):
-        if (self.writable if write else self.readable)(repo_id):
-            self.answer(200, {})
+        (self.writable if write else self.readable)(repo_id)
+        return {}
 
     def info(self, repo_id, revision):
         repository = self.readable(repo_id)
-        if repository is None:
-            return
         number = repository.find(revision or "main")
-        if number is None:
-            return self.answer(404, {}, X_Error_Code="RevisionNotFound")
         siblings = [{"rfilename": path} for path in repository.commits[number]]
-        self.answer(
-            200,
-            {
-                "id": repo_id,
-                "sha": repository.sha(number),
-                "private": repository.private,
-                "siblings": siblings,
-            },
-        )
+        about = {"id": repo_id, "sha": repository.sha(number), "private": repository.private}
+        return about | {"siblings": siblings}
 
     def tree(self, repo_id, revision):
         repository = self.readable(repo_id)
-        if repository is None:
-            return
         entries = []
         for path, content in repository.commits[repository.find(revision)].items():
             oid, size = git_oid(content)
@@ -185,79 +191,46 @@ class Handler(BaseHTTPRequestHandler):
             if not isinstance(content, bytes):
                 entry["lfs"] = {"oid": oid, "size": size, "pointerSize": 130}
             entries.append(entry)
-        self.answer(200, entries)
+        return entries
 
     def preupload(self, repo_id, revision):
-        files = json.loads(self.read())["files"]
         repository = self.writable(repo_id)
-        if repository is None:
-            return
         tree = repository.commits[repository.find(revision)]
-        found = []
-        for file in files:
-            path = file["path"]
-            large = path.endswith(".safetensors")
-            entry = {"path": path, "uploadMode": "lfs" if large else "regular"}
-            if path in tree:
-                entry["oid"] = git_oid(tree[path])[0]
-            found.append(entry | {"shouldIgnore": False})
-        self.answer(200, {"files": found})
+        entries = []
+        for path in (file["path"] for file in json.loads(self.body)["files"]):
+            mode = "lfs" if path.endswith(".safetensors") else "regular"
+            known = {"oid": git_oid(tree[path])[0]} if path in tree else {}
+            entries.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | known)
+        return {"files": entries}
 
     def batch(self, repo_id):
-        objects = json.loads(self.read())["objects"]
-        if self.writable(repo_id) is None:
-            return
-        found = []
-        for wanted in objects:
-            oid, size = wanted["oid"], wanted["size"]
-            entry = {"oid": oid, "size": size}
-            if oid not in self.server.large:
-                url = f"{self.server.url}/lfs/{oid}"
+        self.writable(repo_id)
+        objects = [
+            {key: o[key] for key in ("oid", "size")} for o in json.loads(self.body)["objects"]
+        ]
+        for entry in objects:
+            if entry["oid"] not in self.server.large:
+                url = f"{self.server.url}/lfs/{entry['oid']}"
                 upload = {"href": f"{url}?{SIGNATURE}"}
-                part = self.server.multipart
-                if part is not None and size > part:
-                    self.server.parts[oid] = {}
-                    header = {"chunk_size": str(part)}
-                    for number in range(1, -(-size // part) + 1):
-                        header[f"{number:05}"] = f"{url}/{number}?{SIGNATURE}"
-                    upload = {"href": f"{url}/complete?{SIGNATURE}", "header": header}
                 entry["actions"] = {"upload": upload, "verify": {"href": f"{url}/verify"}}
-            found.append(entry)
-        self.answer(200, {"objects": found, "transfer": "basic"})
+        return {"objects": objects, "transfer": "basic"}
 
-    def store(self, oid, part):
-        content = bytearray()
-        for piece in self.body():
+    def store(self, oid):
+        content = b""
+        for piece in self.pieces():
             content += piece
             self.server.received(oid, len(piece))
-        if part is not None:
-            self.server.parts[oid][int(part)] = bytes(content)
-        elif hashlib.sha256(content).hexdigest() == oid:
-            self.server.large[oid] = bytes(content)
-        signed = parse_qs(urlsplit(self.path).query)
-        assert signed
-        self.answer(200, ETag=f'"{hashlib.md5(content).hexdigest()}"')
-
-    def complete(self, oid):
-        parts = json.loads(self.read())["parts"]
-        stored = self.server.parts[oid]
-        content = b"".join(stored[part["partNumber"]] for part in parts)
-        if hashlib.sha256(content).hexdigest() != oid:
-            return self.answer(400, {})
+        assert self.path.endswith(SIGNATURE) and hashlib.sha256(content).hexdigest() == oid
         self.server.large[oid] = content
-        self.answer(200, {})
+        return b""
 
     def verify(self, oid):
-        self.read()
-        self.answer(200 if oid in self.server.large else 404, {})
+        return Answer(200 if oid in self.server.large else 404, {})
 
     def commit(self, repo_id, revision):
-        lines = [json.loads(line) for line in self.read().splitlines()]
         repository = self.writable(repo_id)
-        if repository is None:
-            return
         tree = dict(repository.commits[-1])
-        for line in lines:
+        for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 tree[value["path"]] = base64.b64decode(value["content"])
@@ -268,20 +241,20 @@ class Handler(BaseHTTPRequestHandler):
                 del tree[value["path"]]
         repository.commits.append(tree)
         sha = repository.sha(len(repository.commits) - 1)
-        address = f"{self.server.url}/{repo_id}/commit/{sha}"
-        self.answer(200, {"commitUrl": address, "commitOid": sha})
+        return {"commitUrl": f"{self.server.url}/{repo_id}/commit/{sha}", "commitOid": sha}
 
     def resolve(self, repo_id, revision, path):
         repository = self.readable(repo_id)
-        if repository is None:
-            return
         number = repository.find(revision)
-        if number is None:
-            return self.answer(404, {}, X_Error_Code="RevisionNotFound")
-        commit = repository.sha(number)
-        content = repository.commits[number].get(path)
-        if content is None:
-            return self.answer(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        oid, _ = git_oid(content)
-        data = content if isinstance(content, bytes) else self.server.large[oid]
-        self.answer(200, data, ETag=f'"{oid}"', X_Repo_Commit=commit)
+        commit, stored = repository.sha(number), repository.commits[number].get(path)
+        if stored is None:
+            raise Answer(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        oid, _ = git_oid(stored)
+        return Answer(200, self.server.content(stored), ETag=f'"{oid}"', X_Repo_Commit=commit)
+
+
+def git_oid(content: bytes | tuple[str, int]) -> tuple[str, int]:
+    """A file's id, as git or its extension for large files has it, and its size."""
+    if not isinstance(content, bytes):
+        return content
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), len(content)

@@ -7,8 +7,8 @@ each change in the folder of the kept FlashHeads.
 import functools
 import importlib
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.loading import build
 
 # not the function of the same name, which the package has under it
 command = importlib.import_module("mlx_flashhead.generate")
-CHECKOUT = Path(__file__).parents[2]
 TEXT, STEP, FILE = "text", "step", "file"
 FILES = ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "tempfile.mkdtemp")
 
@@ -36,11 +36,12 @@ class Generate:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        words = [sys.executable, __file__]
-        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
+        self._processes = multiprocessing.get_context("forkserver")
+        self._processes.set_forkserver_preload([__name__])
+        environment = {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
         environment["OPENBLAS_NUM_THREADS"] = "1"  # a fork is short
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(words, env=environment, **pipes)
+        with patch.dict(os.environ, environment):
+            self._processes.Process(target=int).start()  # starts the server of forks
 
     def __call__(self, name: str, *arguments, kind=TEXT, moment=0, number=0, delay=0.0):
         """A run with the home of a name.
@@ -56,20 +57,13 @@ class Generate:
         Returns:
             ``(exit code or -signal, standard output, standard error)``.
         """
-        run = {
-            "arguments": list(map(str, arguments)),
-            "home": str(self._folder / name),
-            "kind": kind,
-            "moment": moment,
-            "number": number,
-            "delay": delay,
-        }
-        print(json.dumps(run), file=self._process.stdin, flush=True)
-        code = int(self._process.stdout.readline())
-        return code, *(
-            (self._folder / f"{name}.{stream}").read_text(errors="replace")
-            for stream in ("out", "err")
-        )
+        home = self._folder / name
+        run = (list(map(str, arguments)), str(home), kind, moment, number, delay)
+        process = self._processes.Process(target=generate, args=run)
+        process.start()
+        process.join()
+        files = (home.with_name(f"{name}.{stream}") for stream in ("out", "err"))
+        return process.exitcode, *(file.read_text(errors="replace") for file in files)
 
     def moments(self, name: str) -> dict[str, int]:
         """How many moments of each kind the last run of a home has had."""
@@ -79,16 +73,14 @@ class Generate:
         """Seconds since the last run of a home has sent itself its signal."""
         return time.time() - (self._folder / f"{name}.sent").stat().st_mtime
 
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
-
 
 def generate(
     arguments: list[str], home: str, kind: str, moment: int, number: int, delay: float
-) -> int:
-    """A run in this process. Returns its exit code."""
-
+) -> None:
+    """A run in this process, which ends with it."""
+    for descriptor, stream in ((1, "out"), (2, "err")):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(f"{home}.{stream}", flags), descriptor)
     moments = Counter()
 
     def reached(of_kind: str) -> None:
@@ -126,34 +118,10 @@ def generate(
         finally:
             inner.close()
 
+    build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)
     build.model_index = SimpleNamespace(steps=steps)
     sys.stdout.write = counted(TEXT, sys.stdout.write)
     sys.addaudithook(look)
     os.environ["MLX_FLASHHEAD_HOME"] = home
     sys.argv[1:] = arguments
-    try:
-        command.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def serve() -> None:
-    """Reads runs from standard input, and prints how each ended."""
-    build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)
-    for line in sys.stdin:
-        run = json.loads(line)
-        child = os.fork()
-        if not child:
-            for number, name in ((1, "out"), (2, "err")):
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-                os.dup2(os.open(f"{run['home']}.{name}", flags), number)
-            code = generate(**run)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+    command.main()

@@ -1,6 +1,6 @@
-"""The kinds of `mlx_flashhead.benchmark`, each named like its file, with these four names in it:
+"""The kinds of `mlx_flashhead.benchmark`, each named like its file: its docstring is its help.
 
-``HELP``, ``DESCRIPTION``, ``add_arguments(parser)`` and ``run(args)``. `..report` runs rounds.
+It has an ``add_arguments(parser)`` and a ``run(args)``. `..report` runs rounds.
 """
 
 import pkgutil

@@ -1,4 +1,7 @@
-"""An estimate of a decode step's time on an Apple chip, from bytes and kernels."""
+"""Estimates the time per token on an Apple chip, from bytes and kernels.
+
+It is given for the head and the model, beside public speeds. Nothing is run.
+"""
 
 import argparse
 import json
@@ -6,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from ...common.arguments import whole_number
 from ...common.command import check_writable
 from ...common.quantities import percent
 from ...common.tables import new_table, show
@@ -15,20 +17,14 @@ from ...loading.look_up import HeadOptions, head_beside
 from ...models.dense import load_dense
 from ...models.fetch import resolve
 from ...models.locate import find_head
-from ..apple_gpu import CHIPS, CONSTANTS, find_chip
-from ..report import ANY_MODEL
-from ..roofline import Estimate, estimates, formula, public_errors
+from ..report import ANY_MODEL, add_number
+from ..roofline import CHIPS, CONSTANTS, Chip, estimates, find_chip, formula, public_speeds
 from ..shapes import SHAPES, ModelShape, model_shape
 
-HELP = "estimate the time per token on an Apple chip"
-DESCRIPTION = (
-    "Estimate milliseconds per token of head and model on an Apple chip, from bytes and kernels, "
-    "beside public speeds. Nothing is run."
-)
 NOTE = (
     "AN ESTIMATE, NOT A MEASUREMENT: no Apple GPU was used. One sequence, greedy, short context. "
     "Of {n} public speeds of dense models on Macs it misses half by less than {median}, and "
-    "all by {least} to {most}."
+    "all by {least:+.0f} % to {most:+.0f} %."
 )
 
 
@@ -38,11 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", help=ANY_MODEL)
     what.add_argument("--shape", help=f"A known shape: {', '.join(SHAPES)}.")
     parser.add_argument("--chip", required=True, help=f"One of {', '.join(CHIPS)}.")
-    parser.add_argument(
+    add_number(
+        parser,
         "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored per token (default: those of the model's FlashHead, in its folder or "
-        "kept from before, else a sixteenth, 512 at least).",
+        None,
+        "Clusters scored per token (default: those of the model's FlashHead, in its folder or kept "
+        "from before, else a sixteenth, 512 at least).",
     )
     parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
 
@@ -53,84 +50,79 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If an argument is not valid, or the model cannot be loaded or estimated.
     """
-    chip = args.chip.strip().lower().replace(" ", "-")
-    find_chip(chip)  # refuses an unknown chip before a model is loaded
+    chip = find_chip(args.chip)  # refuses an unknown one before a model is loaded
     if args.json:
         check_writable("--json", args.json)
-    shape = _shape(args)
-    figures = to_dict(shape, chip, list(estimates(shape, chip)))
+    figures = to_dict(_shape(args), chip)
     print_estimates(figures)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def to_dict(shape: ModelShape, chip: str, found: list[Estimate]) -> dict:
+def to_dict(shape: ModelShape, chip: Chip) -> dict:
     """JSON-ready, marked as an estimate."""
     return {
         "kind": "estimate",
         "measured": False,
-        "chip": chip,
-        "peak_gb_s": CHIPS[chip].peak_gb_s,
-        "bandwidth_gb_s": CHIPS[chip].gb_s,
+        "chip": chip.name,
+        "peak_gb_s": chip.peak_gb_s,
+        "bandwidth_gb_s": chip.gb_s,
         "constants": {name: {"value": v, "source": s} for name, (v, s) in CONSTANTS.items()},
         "formula": formula(shape).splitlines(),
         "model": asdict(shape),
-        "estimates": [asdict(estimate) for estimate in found],
-        "public_speeds": [
-            asdict(speed) | {"chip": speed.chip.name, "estimated_ms": ms, "error": error}
-            for speed, ms, error in public_errors()
-        ],
+        "estimates": [asdict(estimate) for estimate in estimates(shape, chip)],
+        "public_speeds": list(public_speeds()),
     }
 
 
 def print_estimates(figures: dict) -> None:
     """Prints the forms, the formula, its constants, and public speeds of the chip: 80 columns."""
+    chip, speeds = figures["chip"], figures["public_speeds"]
     table = new_table(
-        f"ESTIMATE: {figures['model']['name']} on {figures['chip']}, ms per token",
+        f"ESTIMATE: {figures['model']['name']} on {chip}, ms per token",
         ("body", "head rows", "head", "head MB", "head ms", "model ms", "tokens/s", "gain"),
         left=3,
     )
-    found = figures["estimates"]
-    for dense, flash in zip(found[::2], found[1::2], strict=True):
-        for one in (dense, flash):
-            table.add_row(
-                *((one["body"], one["rows"]) if one is dense else ("", "")),
-                one["form"],
-                f"{one['head_mb']:.1f}",
-                f"{one['head_ms']:.3f}",
-                f"{one['model_ms']:.2f}",
-                f"{1000 / one['model_ms']:.0f}",
-                "" if one is dense else f"{dense['model_ms'] / one['model_ms']:.2f}x",
-            )
-        table.add_section()
-    constants = [f"{name:11} {value:.3g} {source}" for name, (value, source) in CONSTANTS.items()]
-    constants.insert(
-        0, f"{figures['bandwidth_gb_s']:.0f} GB/s, of {figures['peak_gb_s']:g} by Apple"
+    dense_ms = 0.0
+    for estimate in figures["estimates"]:
+        dense, ms = estimate["form"] == "dense", estimate["model_ms"]
+        table.add_row(
+            *((estimate["body"], estimate["rows"]) if dense else ("", "")),
+            estimate["form"],
+            f"{estimate['head_mb']:.1f}",
+            f"{estimate['head_ms']:.3f}",
+            f"{ms:.2f}",
+            f"{1000 / ms:.0f}",
+            "" if dense else f"{dense_ms / ms:.2f}x",
+            end_section=not dense,
+        )
+        dense_ms = ms
+    errors = [100 * speed["error"] for speed in speeds]
+    half = percent(median(map(abs, errors)) / 100, 0)
+    show(
+        table,
+        *figures["formula"],
+        "",
+        f"{figures['bandwidth_gb_s']:.0f} GB/s, of {figures['peak_gb_s']:g} by Apple",
+        *(f"{name:11} {value:.3g} {source}" for name, (value, source) in CONSTANTS.items()),
+        "",
+        NOTE.format(n=len(errors), median=half, least=min(errors), most=max(errors)),
     )
-    speeds = figures["public_speeds"]
-    errors = [speed["error"] for speed in speeds]
-    note = NOTE.format(
-        n=len(errors),
-        median=percent(median(map(abs, errors)), 0),
-        least=f"{100 * min(errors):+.0f} %",
-        most=f"{100 * max(errors):+.0f} %",
-    )
-    show(table, *figures["formula"], "", *constants, "", note)
     public = new_table(
-        f"public speeds of {figures['chip']}",
+        f"public speeds of {chip}",
         ("dense model", "bits", "tokens/s", "ms", "estimated ms", "error"),
     )
-    for speed in speeds:
-        if speed["chip"] == figures["chip"]:
+    for speed, error in zip(speeds, errors, strict=True):
+        if speed["chip"] == chip:
             public.add_row(
                 SHAPES[speed["model"]].name,
                 f"{speed['bits']}",
                 f"{speed['tokens_per_second']:g}",
                 f"{1000 / speed['tokens_per_second']:.2f}",
                 f"{speed['estimated_ms']:.2f}",
-                f"{100 * speed['error']:+.0f} %",
+                f"{error:+.0f} %",
             )
-    show(public if public.row_count else f"None of them is of {figures['chip']}.")
+    show(public if public.row_count else f"None of them is of {chip}.")
 
 
 def _shape(args: argparse.Namespace) -> ModelShape:

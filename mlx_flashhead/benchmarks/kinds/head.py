@@ -1,41 +1,27 @@
-"""The head alone: hidden states to dense logits, or by FlashHead to a proposal or full logits."""
+"""Times a head alone: dense, and FlashHead to a proposed token and to full logits."""
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ...common.arguments import whole_number
-from ...common.tables import new_table
+from ...common.tables import Table, new_table
 from ...common.timing import ColdCaches, Spread, in_turns, timer
 from ...conversion.quantization import HEAD_BITS
 from ...head.flash_head import FlashHead
 from ...loading.load import load
 from ...loading.look_up import add_look_up_options, look_up_options
 from ...models.install import installed_head
-from .. import shapes
 from ..random_head import random_head
-from ..report import (
-    ANY_MODEL,
-    Bars,
-    Case,
-    Round,
-    add_number,
-    add_report_arguments,
-    report,
-    time_cases,
-)
+from ..report import ANY_MODEL, Bars, add_number, add_report_arguments, report
+from ..rounds import Case, Round, time_cases
+from ..shapes import SHAPES
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-HELP = "time a head"
-DESCRIPTION = "Time a head alone: dense, and FlashHead to a proposed token and to full logits."
-SHAPES = {name: (s.vocab_size, s.hidden_size) for name, s in shapes.SHAPES.items()}
 DTYPES = ("float32", "float16", "bfloat16")
 N_STATES = 64
 CHAIN = 16  # calls of a chain, see `chained`
@@ -43,6 +29,12 @@ CHAIN = 16  # calls of a chain, see `chained`
 DENSE, OWN_DENSE = "dense (mlx-lm)", "dense (FlashHead's)"
 DENSE_FORMS = (DENSE, OWN_DENSE)
 PROPOSAL, LOGITS = "FlashHead proposal", "FlashHead full logits"
+
+TITLE = (
+    "{name}: V={vocab_size:,} D={hidden_size:,}, {head_bits}-bit rows, {dtype}, {n_probes:,} of "
+    "{n_clusters:,} clusters, batch {positions}"
+)
+READS = "Reads {read_mb:.1f} MB of weights, dense {head_mb:.1f} MB; cold caches."
 
 Form = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states (R, D)
 
@@ -59,11 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--model", help=ANY_MODEL)
     add_look_up_options(parser)
-    parser.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored (default: 256, or the model's own).",
-    )
+    add_number(parser, "--n-probes", None, "Clusters scored (default: 256, or the model's own).")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of random weights.")
     parser.add_argument(
         "--head-bits",
@@ -83,24 +71,22 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> Iterator[Round]:
     """Times one head after the other, all forms of it in turns and with cold caches."""
-    yield from time_cases(_cases(args), len(args.shape or [args.model]), args.rounds)
-
-
-def _cases(args: argparse.Namespace) -> Iterator[Case]:
     cold, n = ColdCaches(), args.positions
-    for name, head, dtype in _heads(args):
+
+    def case(name: str, head: FlashHead, dtype: mx.Dtype) -> Case:
         named = forms(head, n)
         batches = in_batches(head.hidden_size, dtype, n, args.rounds + 1)
-        timers = {
-            form: timer(partial(_call, run, batches), before=cold) for form, run in named.items()
-        }
-        result = partial(summary, name, head, dtype, n)
+
+        def call(run: Form, number: int) -> Any:
+            return run(batches[number])
+
+        timers = {form: timer(partial(call, run), before=cold) for form, run in named.items()}
         last = partial(chained, named, batches[:CHAIN], args.rounds)
-        yield Case(name, timers, result, None if mx.default_device().type == mx.cpu else last)
+        on_cpu = mx.default_device().type == mx.cpu
+        return Case(name, timers, partial(summary, name, head, dtype, n), None if on_cpu else last)
 
-
-def _call(form: Form, batches: list[mx.array], number: int) -> Any:
-    return form(batches[number])
+    cases = (case(*described) for described in _heads(args))
+    yield from time_cases(cases, len(args.shape or [args.model]), args.rounds)
 
 
 def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
@@ -135,7 +121,7 @@ def in_batches(
 
 def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
     """Shapes, milliseconds and ratios of the medians, JSON-ready."""
-    spreads = {name: Spread.of(taken).scaled(1000) for name, taken in seconds.items()}
+    spreads = {name: Spread.of(times).scaled(1000) for name, times in seconds.items()}
     best_dense = min(DENSE_FORMS, key=lambda name: spreads[name].median)
     rows = head.clustered.rows
     return {
@@ -185,9 +171,9 @@ def chained(
     def chain(form: Form, _: int) -> mx.array:
         link = mx.zeros((), batches[0].dtype)
         for hidden in batches:
-            made = form(hidden + 0 * link)
-            made = made[-1] if isinstance(made, tuple) else made
-            link = made.reshape(-1)[0].astype(hidden.dtype)
+            output = form(hidden + 0 * link)
+            output = output[-1] if isinstance(output, tuple) else output
+            link = output.reshape(-1)[0].astype(hidden.dtype)
         return link
 
     nothing = "nothing"
@@ -200,38 +186,37 @@ def chained(
     per_call = 1000 / len(batches)
     return {
         "gpu_ms": {
-            name: Spread.of([max(0.0, s - alone) for s in taken]).scaled(per_call).to_dict()
-            for name, taken in seconds.items()
+            name: Spread.of([max(0.0, s - alone) for s in times]).scaled(per_call).to_dict()
+            for name, times in seconds.items()
         }
     }
 
 
-def make_table(one: dict) -> "Table":
+def make_table(head: dict) -> Table:
     """The table of one head."""
     table = new_table(
-        f"{one['name']}: V={one['vocab_size']:,} D={one['hidden_size']:,}, {one['head_bits']}-bit "
-        f"rows, {one['dtype']}, {one['n_probes']:,} of {one['n_clusters']:,} clusters, batch "
-        f"{one['positions']}",
+        TITLE.format(**head),
         ("", "ms", "quartiles", "vs mlx-lm", "vs best dense"),
-        f"Reads {one['read_mb']:.1f} MB of weights, dense {one['head_mb']:.1f} MB; cold caches.",
+        READS.format(**head),
     )
-    for name, ms in one["ms"].items():
+    for name, ms in head["ms"].items():
         ratios = ["", ""]
         if name not in DENSE_FORMS:
-            pairs = (f"{name} against {dense}" for dense in (DENSE, one["best_dense"]))
-            ratios = [f"{one['times_faster'][pair]:.1f} x" for pair in pairs]
-        quartiles = f"{ms['lower']:.2f}–{ms['upper']:.2f}"
-        table.add_row(name, f"{ms['median']:.2f}", quartiles, *ratios)
-    for name, ms in one.get("gpu_ms", {}).items():
-        quartiles = f"{ms['lower']:.3f}–{ms['upper']:.3f}"
-        table.add_row(f"{name}, GPU alone", f"{ms['median']:.3f}", quartiles, "", "")
+            pairs = (f"{name} against {dense}" for dense in (DENSE, head["best_dense"]))
+            ratios = [f"{head['times_faster'][pair]:.1f} x" for pair in pairs]
+        table.add_row(
+            name, "{median:.2f}".format(**ms), "{lower:.2f}–{upper:.2f}".format(**ms), *ratios
+        )
+    for name, ms in head.get("gpu_ms", {}).items():
+        quartiles = "{lower:.3f}–{upper:.3f}".format(**ms)
+        table.add_row(f"{name}, GPU alone", f"{ms['median']:.3f}", quartiles)
     return table
 
 
-def bars(one: dict) -> Bars:
+def bars(head: dict) -> Bars:
     """The milliseconds of one head."""
-    title = f"{one['name']}, {one['dtype']}"
-    return title, "ms per call", {name: ms["median"] for name, ms in one["ms"].items()}
+    title = f"{head['name']}, {head['dtype']}"
+    return title, "ms per call", {name: ms["median"] for name, ms in head["ms"].items()}
 
 
 def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
@@ -244,18 +229,17 @@ def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]
         yield Path(args.model).name, head, values.dtype
         return
     dtype = getattr(mx, args.dtype)
-    for name, shape in args.shape:
-        form = {"n_probes": args.n_probes, "dtype": dtype, "bits": args.head_bits}
-        yield name, random_head(*shape, **form), dtype
+    form = {"n_probes": args.n_probes, "dtype": dtype, "bits": args.head_bits}
+    for name, sizes in args.shape:
+        yield name, random_head(*sizes, **form), dtype
 
 
-def _shape(text: str) -> tuple[str, tuple[int, int]]:
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     """ "qwen3-0.6b" or "151936,1024" → its name and (V, D)."""
-    if text.lower() in SHAPES:
-        return text.lower(), SHAPES[text.lower()]
-    parts = text.split(",")
-    if len(parts) == 2 and all(p.strip().isdecimal() and int(p) > 0 for p in parts):
-        return text, (int(parts[0]), int(parts[1]))
+    if (name := text.lower()) in SHAPES:
+        return name, (SHAPES[name].vocab_size, SHAPES[name].hidden_size)
+    if re.fullmatch(r"\s*0*[1-9]\d*\s*,\s*0*[1-9]\d*\s*", text):
+        return text, tuple(map(int, text.split(",")))
     raise argparse.ArgumentTypeError(
         f"{text!r} is not a shape: give {', '.join(SHAPES)}, or V,D such as 32000,512"
     )

@@ -1,7 +1,7 @@
-"""A model on a Mac, for the project's table: one sequence, dense, bare and checked.
+"""Times a model on a Mac, for the project's table: one sequence, greedy and sampled.
 
-The file that it writes is checked by docs/benchmarks/macs/schema.json. One of another machine says
-so itself, and the schema refuses it.
+It decodes dense, with the bare FlashHead and with its checks, and writes the file that the table is
+made of, checked by docs/benchmarks/macs/schema.json.
 """
 
 import argparse
@@ -13,12 +13,6 @@ import mlx.core as mx
 from ..machine import chip
 from ..report import add_model_arguments, add_number, add_report_arguments, report
 from .model import SAMPLERS, bars, make_table, measure
-
-HELP = "time a model on a Mac, for the project's table"
-DESCRIPTION = (
-    "Time one sequence, dense, with the bare FlashHead and with its checks, greedy and sampled, "
-    "and write the file that the project's table of Macs is made of (docs/benchmarks/macs)."
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""A whole model: the time of a token, dense and with FlashHead.
+"""Times a model's decoding: dense, with the bare FlashHead, and with its checks.
 
 The dense model decodes with mlx-lm's loop and sampler. With FlashHead the loop and the sampler are
 this package's, and the time holds the checks of its tokens. The bare FlashHead has none.
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...common.arguments import whole_number
-from ...common.tables import new_table
+from ...common.tables import Table, new_table
 from ...common.timing import Spread
 from ...loading.load import load
 from ...loading.look_up import look_up_options
@@ -28,22 +28,9 @@ from ...lossless.sampler import make_sampler
 from ...models.compat import sample_utils
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
-from ..report import (
-    Bars,
-    Case,
-    Round,
-    add_model_arguments,
-    add_number,
-    add_report_arguments,
-    report,
-    time_cases,
-)
+from ..report import Bars, add_model_arguments, add_number, add_report_arguments, report
+from ..rounds import Case, Round, time_cases
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-HELP = "time a model's decoding"
-DESCRIPTION = "Time decoding: dense, with the bare FlashHead, and with its checks."
 DENSE, BARE, FLASH_HEAD = "dense", "bare FlashHead", "FlashHead"
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temp": 0.0},
@@ -98,8 +85,8 @@ class Form:
         sampler = self.make_sampler(**sampling)
         times = []
         if batch == 1:
-            how = {"max_tokens": tokens + 1, "sampler": sampler}
-            for _ in self.steps(mx.array(prompt), self.model, **how):
+            limits = {"max_tokens": tokens + 1, "sampler": sampler}
+            for _ in self.steps(mx.array(prompt), self.model, **limits):
                 times.append(time.perf_counter())
         else:
             generator = self.generator(self.model, sampler=sampler)
@@ -113,12 +100,9 @@ class Form:
 def with_flash_head(model: nn.Module, *, check: bool) -> Form:
     """This package's loops for a model with a FlashHead."""
     proposer = Proposer(model, check=check)
-    return Form(
-        model,
-        partial(checked_steps, proposer=proposer, logprobs=False),
-        partial(CheckedBatchGenerator, proposer=proposer, logprobs=False),
-        make_sampler,
-    )
+    steps = partial(checked_steps, proposer=proposer, logprobs=False)
+    generator = partial(CheckedBatchGenerator, proposer=proposer, logprobs=False)
+    return Form(model, steps, generator, make_sampler)
 
 
 def measure(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Iterator[Round]:
@@ -148,52 +132,48 @@ def measure(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Iterat
     prompt = tokenizer.encode(PROMPT)
 
     def case(sampler: str, batch: int) -> Case:
-        timers = {
-            name: partial(form.timed, prompt, batch, args.tokens, SAMPLERS[sampler])
-            for name, form in forms.items()
-        }
-        name = f"{sampler}, batch {batch}"
-        return Case(name, timers, lambda seconds: about | summary(sampler, batch, seconds))
+        run = (prompt, batch, args.tokens, SAMPLERS[sampler])
+        timers = {name: partial(form.timed, *run) for name, form in forms.items()}
+        figures = partial(summary, about, sampler, batch)
+        return Case(f"{sampler}, batch {batch}", timers, figures)
 
-    yield from time_cases((case(*how) for how in settings), len(settings), args.rounds)
+    yield from time_cases((case(*setting) for setting in settings), len(settings), args.rounds)
 
 
-def summary(sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
+def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
     """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
-    step = {title: Spread.of(taken).scaled(1000) for title, taken in seconds.items()}
-    return {
+    step = {form: Spread.of(times).scaled(1000) for form, times in seconds.items()}
+    dense = step[DENSE].median
+    return about | {
         "sampler": sampler,
         "batch": batch,
-        "token_ms": {title: spread.to_dict() for title, spread in step.items()},
-        "tokens_per_second": {title: 1000 * batch / s.median for title, s in step.items()},
-        "times_faster": {
-            title: step[DENSE].median / spread.median
-            for title, spread in step.items()
-            if title != DENSE
-        },
+        "token_ms": {form: ms.to_dict() for form, ms in step.items()},
+        "tokens_per_second": {form: 1000 * batch / ms.median for form, ms in step.items()},
+        "times_faster": {form: dense / ms.median for form, ms in step.items() if form != DENSE},
     }
 
 
-def make_table(one: dict) -> "Table":
+def make_table(case: dict) -> Table:
     """The table of one sampler and batch."""
+    probes = case["n_probes"]
     table = new_table(
-        f"{one['model']}: {one['sampler']}, batch {one['batch']}, {one['n_probes'][BARE]:,} and "
-        f"{one['n_probes'][FLASH_HEAD]:,} of {one['n_clusters']:,} clusters",
+        f"{case['model']}: {case['sampler']}, batch {case['batch']}, {probes[BARE]:,} and "
+        f"{probes[FLASH_HEAD]:,} of {case['n_clusters']:,} clusters",
         ("", "ms", "quartiles", "tokens/s", "faster"),
-        f"{LEGEND}\n{STAYS_DENSE}" if one["stays_dense"] else LEGEND,
+        f"{LEGEND}\n{STAYS_DENSE}" if case["stays_dense"] else LEGEND,
     )
-    for name, ms in one["token_ms"].items():
+    for form, ms in case["token_ms"].items():
         table.add_row(
-            name,
-            f"{ms['median']:.2f}",
-            f"{ms['lower']:.2f}–{ms['upper']:.2f}",
-            f"{one['tokens_per_second'][name]:.1f}",
-            f"{one['times_faster'][name]:.2f} x" if name in one["times_faster"] else "",
+            form,
+            "{median:.2f}".format(**ms),
+            "{lower:.2f}–{upper:.2f}".format(**ms),
+            f"{case['tokens_per_second'][form]:.1f}",
+            "" if form == DENSE else f"{case['times_faster'][form]:.2f} x",
         )
     return table
 
 
-def bars(one: dict) -> Bars:
+def bars(case: dict) -> Bars:
     """The milliseconds of a step."""
-    title = f"{one['model']}, {one['sampler']}, batch {one['batch']}"
-    return title, "ms per token", {name: ms["median"] for name, ms in one["token_ms"].items()}
+    title = "{model}, {sampler}, batch {batch}".format(**case)
+    return title, "ms per token", {form: ms["median"] for form, ms in case["token_ms"].items()}

@@ -1,8 +1,8 @@
-"""Servers under load: FlashHead, dense, and mlx-lm's own, with several clients at once.
+"""Puts three servers under load, in turns: with FlashHead, dense, and mlx-lm's own.
 
 Every server has a process of its own, and none of them keeps caches of prompts, so that each prompt
-is read. Some clients hang up after the first text. The other answers are compared with those to the
-same questions alone.
+is read. Clients stream answers to prompts of different lengths. Some hang up after the first text.
+The other answers are compared with those to the same questions alone.
 """
 
 import argparse
@@ -14,23 +14,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import median
-from typing import TYPE_CHECKING
 
 from ...common.arguments import whole_numbers
-from ...common.tables import new_table
+from ...common.tables import Table, new_table
 from ...common.timing import Spread
 from ...models.fetch import resolve
-from ..clients import Reply, ServerProcess, ask
-from ..report import Bars, Round, add_model_arguments, add_number, add_report_arguments, report
+from ..clients import Reply, ServerProcess, ask, serving
+from ..report import Bars, add_model_arguments, add_number, add_report_arguments, report
+from ..rounds import Round
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-HELP = "put servers under load"
-DESCRIPTION = (
-    "Put three servers of one model under load, in turns: with FlashHead, dense, and mlx-lm's own. "
-    "Clients stream answers to prompts of different lengths, and some hang up."
-)
 FLASH_HEAD, DENSE, MLX_LM = "FlashHead", "dense", "mlx_lm.server"
 CLIENTS = (1, 4, 8, 16)
 TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
@@ -39,7 +31,7 @@ SENTENCE = "The bridge over the river was old and narrow, and nobody knew who ha
 LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)
 # Of so many clients in succession one hangs up.
 HANGS_UP = 5
-_MAX_TOLD = 5
+_MAX_PROBLEMS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,34 +56,58 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass
 class Load:
-    """The figures of one server with one number of clients, over all rounds.
+    """One server with one number of clients, over all rounds: each question with its reply.
 
-    Complete answers are ``as_alone`` with the text that the question has alone, or ``anothers``
-    with that of another question. ``problems`` has a sentence for each request that was lost.
+    ``memory_mb`` is resident before and after a round.
     """
 
-    answered: int = 0
-    hung_up: int = 0
-    as_alone: int = 0
-    anothers: int = 0
-    problems: list[str] = field(default_factory=list)
+    replies: list[tuple[str, Reply]] = field(default_factory=list)
     tokens_per_second: list[float] = field(default_factory=list)
-    first_seconds: list[float] = field(default_factory=list)
     memory_mb: list[tuple[float, float]] = field(default_factory=list)
 
-    def to_dict(self) -> dict:
-        """JSON-ready."""
+    def visit(
+        self, server: ServerProcess, questions: list[str], clients: int, requests: int, tokens: int
+    ) -> None:
+        """A round: several clients at once, each with one question after the other."""
+
+        def reply(number: int) -> tuple[str, Reply]:
+            question = questions[number % len(questions)]
+            leaves = number % HANGS_UP == HANGS_UP - 1
+            try:
+                return question, ask(server.port, question, max_tokens=tokens, hang_up=leaves)
+            except (OSError, ValueError) as error:
+                return question, Reply(problem=f"{question[-40:]!r}: {error}"[:300])
+
+        before, began = server.resident_mb(), time.monotonic()
+        with ThreadPoolExecutor(clients) as pool:
+            replies = list(pool.map(reply, range(requests)))
+        seconds = time.monotonic() - began
+        self.replies += replies
+        n_tokens = sum(reply.n_tokens or 0 for _, reply in replies)
+        self.tokens_per_second.append(n_tokens / seconds)
+        self.memory_mb.append((before, server.resident_mb()))
+
+    def figures(self, alone: dict[str, str]) -> dict:
+        """JSON-ready, with the text that each question has alone.
+
+        Complete answers are ``as_alone``, or ``anothers`` with the text of another question.
+        """
+        replies = [reply for _, reply in self.replies]
+        texts = [(question, r.text) for question, r in self.replies if r.n_tokens is not None]
+        as_alone = sum(text == alone[question] for question, text in texts)
+        first = [reply.first_seconds for reply in replies if reply.first_seconds is not None]
+        problems = [reply.problem for reply in replies if reply.problem]
         return {
-            "answered": self.answered,
-            "hung_up": self.hung_up,
-            "lost": len(self.problems),
-            "as_alone": self.as_alone,
-            "anothers": self.anothers,
-            "problems": self.problems[:_MAX_TOLD],
+            "answered": len(texts),
+            "hung_up": len(replies) - len(texts) - len(problems),
+            "lost": len(problems),
+            "as_alone": as_alone,
+            "anothers": sum(text in alone.values() for _, text in texts) - as_alone,
+            "problems": problems[:_MAX_PROBLEMS],
             "tokens_per_second": Spread.of(self.tokens_per_second).to_dict(),
             "first_seconds": {
-                "median": median(self.first_seconds) if self.first_seconds else None,
-                "worst": max(self.first_seconds, default=None),
+                "median": median(first) if first else None,
+                "worst": max(first, default=None),
             },
             "memory_mb": self.memory_mb,
         }
@@ -120,7 +136,7 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
     yield Round(0, total, "three servers start, and answer each question alone", [])
     with ExitStack() as stack:
         servers = {
-            name: stack.enter_context(ServerProcess(*command)) for name, command in commands.items()
+            name: stack.enter_context(serving(*command)) for name, command in commands.items()
         }
         alone = {
             name: {q: ask(server.port, q, max_tokens=args.tokens).text for q in questions()}
@@ -131,16 +147,16 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
             for n in args.clients:
                 for name in order.sample(list(servers), len(servers)):
                     load = loads[n, name]
-                    visit(servers[name], alone[name], args.requests, args.tokens, load, n)
+                    load.visit(servers[name], questions(), n, args.requests, args.tokens)
                     done += 1
                     result = {
                         "model": folder.name,
                         "requests": args.requests,
                         "tokens": args.tokens,
                         "loads": [
-                            {"clients": clients, "server": server, **measured.to_dict()}
-                            for (clients, server), measured in loads.items()
-                            if measured.tokens_per_second
+                            {"clients": n, "server": name, **load.figures(alone[name])}
+                            for (n, name), load in loads.items()
+                            if load.replies
                         ],
                     }
                     speed = load.tokens_per_second[-1]
@@ -150,22 +166,22 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
 
 def questions() -> list[str]:
     """Questions of different lengths."""
-    asked = (f"Write a sentence about {topic}." for topic in TOPICS)
-    return [SENTENCE * n + question for n, question in zip(LENGTHS, asked, strict=True)]
+    pairs = zip(LENGTHS, TOPICS, strict=True)
+    return [f"{SENTENCE * n}Write a sentence about {topic}." for n, topic in pairs]
 
 
-def make_table(one: dict) -> "Table":
+def make_table(result: dict) -> Table:
     """The table of all loads."""
     table = new_table(
-        f"{one['model']}: {one['requests']} requests for each number of clients, answers of at "
-        f"most {one['tokens']} tokens",
+        "{model}: {requests} requests for each number of clients, answers of at most {tokens} "
+        "tokens".format(**result),
         ("clients", "server", "tokens/s", "first s", "worst", "as alone", "MB"),
         "tokens/s: of all clients together. first s: seconds to the first text, the median.\n"
         "as alone: answers with the text that the question has alone; others hung up.\n"
-        f"MB: resident memory at the beginning and the end. {outcome(one)}",
+        f"MB: resident memory at the beginning and the end. {outcome(result)}",
         left=2,
     )
-    for n, loads in groupby(one["loads"], key=lambda load: load["clients"]):
+    for n, loads in groupby(result["loads"], key=lambda load: load["clients"]):
         for number, load in enumerate(loads):
             first = load["first_seconds"]
             table.add_row(
@@ -180,66 +196,21 @@ def make_table(one: dict) -> "Table":
     return table
 
 
-def outcome(one: dict) -> str:
+def outcome(result: dict) -> str:
     """Sentences on the answers that were lost or mixed up."""
-    lost = sum(load["lost"] for load in one["loads"])
-    anothers = sum(load["anothers"] for load in one["loads"])
+    lost = sum(load["lost"] for load in result["loads"])
+    anothers = sum(load["anothers"] for load in result["loads"])
     if not (lost or anothers):
         return "No answer was lost, none was another question's."
-    told = [problem for load in one["loads"] for problem in load["problems"]]
-    return "\n".join([f"Lost: {lost}. Of another question: {anothers}.", *told[:_MAX_TOLD]])
+    problems = [problem for load in result["loads"] for problem in load["problems"]]
+    summary = f"Lost: {lost}. Of another question: {anothers}."
+    return "\n".join([summary, *problems[:_MAX_PROBLEMS]])
 
 
-def bars(one: dict) -> Bars:
+def bars(result: dict) -> Bars:
     """The tokens per second."""
     speeds = {
         f"{load['clients']} at once, {load['server']}": load["tokens_per_second"]["median"]
-        for load in one["loads"]
+        for load in result["loads"]
     }
-    return one["model"], "tokens/s of all clients", speeds
-
-
-def visit(
-    server: ServerProcess,
-    alone: dict[str, str],
-    requests: int,
-    tokens: int,
-    load: Load,
-    n_clients: int,
-) -> None:
-    """Requests of several clients at once to one server; ``load`` takes the figures.
-
-    Each client asks one question of ``alone`` after the other.
-    """
-    questions = list(alone)
-
-    def reply(number: int) -> tuple[str, Reply | Exception]:
-        question = questions[number % len(questions)]
-        leaves = number % HANGS_UP == HANGS_UP - 1
-        try:
-            return question, ask(server.port, question, max_tokens=tokens, hang_up=leaves)
-        except (OSError, ValueError) as error:
-            return question, error
-
-    before, began = server.resident_mb(), time.monotonic()
-    with ThreadPoolExecutor(n_clients) as clients:
-        replies = list(clients.map(reply, range(requests)))
-    seconds = time.monotonic() - began
-    load.memory_mb.append((before, server.resident_mb()))
-    n_tokens = 0
-    for question, answer in replies:
-        if isinstance(answer, Exception):
-            load.problems.append(f"{question[-40:]!r}: {answer}"[:300])
-            continue
-        if answer.first_seconds is not None:
-            load.first_seconds.append(answer.first_seconds)
-        if answer.n_tokens is None:
-            load.hung_up += 1
-            continue
-        load.answered += 1
-        n_tokens += answer.n_tokens
-        if answer.text == alone[question]:
-            load.as_alone += 1
-        elif answer.text in alone.values():
-            load.anothers += 1
-    load.tokens_per_second.append(n_tokens / seconds)
+    return result["model"], "tokens/s of all clients", speeds
