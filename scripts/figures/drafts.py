@@ -24,7 +24,6 @@ from tqdm import tqdm
 from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, stream_generate
 from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.given_text import dialogues, given_documents
-from mlx_flashhead.conversion.prompts import chat_prompts
 from mlx_flashhead.evaluation.answers import prompt_of, usual_requests
 from mlx_flashhead.evaluation.text import bytes_share
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
@@ -45,7 +44,7 @@ SETTINGS = {
 SHARES = (0.07, 0.08, 0.09, 0.1)  # of the dense head's bytes
 FEW_SHARES = (0.1,)  # where a draw sorts the vocabulary
 DRAFTS = (2, 4, 8)  # of a round
-WRITTEN, WRITTEN_TOKENS = 64, 60  # answers whose tokens are counted too, and their length
+WRITTEN_TOKENS = 240  # of answers whose tokens are counted too
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -218,12 +217,11 @@ def frequent_tokens(target, tokenizer, vocab_size: int) -> list[int]:
     documents += [message["content"] for messages in dialogues() for message in messages]
     for text in documents:
         counted.update(tokenizer.encode(text))
-    prompts = chat_prompts(tokenizer, np.random.default_rng(0))
     with numpy_products():
         written = batch_generate(
             target,
             tokenizer,
-            [next(prompts) for _ in range(WRITTEN)],
+            [prompt_of(tokenizer, talk[0]["content"]) for talk in dialogues()],
             max_tokens=WRITTEN_TOKENS,
             return_token_ids=True,
         )

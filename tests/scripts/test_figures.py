@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import architectures
-from figures import grid
+from figures import first_use, grid
 from mlx_flashhead import get_flash_head, load
 from model_folders import write_model
 
@@ -37,6 +37,17 @@ def test_the_grid_has_every_case_with_the_tuned_settings(tmp_path, monkeypatch):
     for case in cases:
         assert case["stays_dense"] is True and case["n_probes"] >= 1
         assert case["ratio"]["runs"] == 2
+
+
+def test_the_first_text_after_a_mark():
+    """At a terminal, whose echo is not the text."""
+    program = first_use.Program("code", "-q")
+    program.settle()
+    program.type("print('=' * 10); import time; time.sleep(0.5); print('text')")
+    began = program.seconds()
+    assert program.text_after("==========") - began > 0.4
+    program.type("exit()")
+    assert program.end() > 0
 
 
 def test_architectures_need_their_extra(monkeypatch, capsys):
