@@ -1,5 +1,6 @@
 """How the commands start, as modules, console scripts and from the scripts folder, and end."""
 
+import errno
 import importlib
 import os
 import signal
@@ -42,6 +43,13 @@ for way, name in zip({IMPORTS!r}, 2 * ('generate', 'convert')):  # which are als
         assert getattr(mlx_flashhead, function.__name__) is function
     assert sys.modules['mlx_flashhead'] is mlx_flashhead
 """
+REMEDIES = (
+    (errno.ENOSPC, "free some space or choose another place"),
+    (errno.EDQUOT, "free some space or choose another place"),
+    (errno.EACCES, "choose another place, or get the permission"),
+    (errno.EROFS, "choose another place, or get the permission"),
+    (errno.EIO, "check the path and the disk"),
+)
 # As `python -m` does, but in one process.
 HELP_OF_ALL = f"""
 import runpy, sys
@@ -121,9 +129,11 @@ def test_how_commands_end(run, monkeypatch, command):
         (ValueError("No \x1b[31mname\x07\x9b."), 2, "error: No [31mname.\n"),
         (ValueError(), 2, "error: ValueError\n"),
         (OSError("No disk."), 2, "error: No disk.\n"),
+        *((OSError(n, os.strerror(n), "file"), 2, f"{os.strerror(n)}: {r}") for n, r in REMEDIES),
     ):
         monkeypatch.setattr(module, "make_parser", Mock(side_effect=error))
-        assert run(command) == (code, "", said)
+        found, output, errors = run(command)
+        assert (found, output) == (code, "") and errors in (said, f"error: file: {said}.\n")
 
 
 @pytest.mark.parametrize(
