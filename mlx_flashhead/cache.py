@@ -14,7 +14,6 @@ from .loading.background import BackgroundBuild
 from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove, speeds_of
 from .loading.look_up import HeadOptions
 from .loading.tuned import read
-from .lossless.tuning import Tuning
 from .models.dense import load_dense
 from .models.fetch import resolve
 from .publishing.origin import local_origin
@@ -97,15 +96,11 @@ def print_entries(kept: list[Entry]) -> None:
 
 def _speeds(entry: Entry) -> str:
     """What was measured on this machine, for each dtype and version of MLX."""
-    speeds = read(speeds_of(entry.folder.name.split("-")[0]))
-    return ", ".join(dict.fromkeys(map(_speed, speeds.values()))) or "–"
-
-
-def _speed(tuning: Tuning) -> str:
-    how = (
-        f"{tuning.n_probes:,} probes, check at {tuning.most_waiting} or risk {tuning.most_risk:.2g}"
-    )
-    return f"{tuning.gain:.2f} x ({'dense' if tuning.dense else how})"
+    speeds: dict[str, None] = {}  # in order, each of them once
+    for it in read(speeds_of(entry.folder.name.split("-")[0])).values():
+        how = f"{it.n_probes:,} probes, check at {it.most_waiting} or risk {it.most_risk:.2g}"
+        speeds[f"{it.gain:.2f} x ({'dense' if it.dense else how})"] = None
+    return ", ".join(speeds) or "–"
 
 
 def _rebuild(kept: list[Entry], name: str, trust_remote_code: bool) -> None:

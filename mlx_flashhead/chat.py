@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from .chatting.conversation import Conversation
 from .chatting.talk import COMMANDS, NO_FLASH_HEAD, WITH_FILES, Talk
-from .chatting.transcript import history_file, last_conversation
+from .chatting.transcript import kept_file, last_conversation
 from .common.arguments import adopt
 from .common.command import command
 from .common.terminal import Terminal
@@ -69,7 +69,7 @@ def main() -> None:
         "sampler": sampler,
         "check": not args.no_check,
     }
-    terminal = Terminal([*COMMANDS], WITH_FILES, history_file())
+    terminal = Terminal([*COMMANDS], WITH_FILES, kept_file("history"))
     build = None
     if (how := head_options(args, dense=args.dense)).missing == LATER:
         build = background_build(model, tokenizer, local_origin(resolve(args.model)), how)
