@@ -6,13 +6,10 @@ import sys
 import sysconfig
 import venv
 import zipfile
-from email import message_from_bytes
 from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
-from packaging.markers import default_environment
-from packaging.requirements import Requirement
 
 from mlx_flashhead.__main__ import COMMANDS
 
@@ -30,17 +27,8 @@ def run(*arguments, **options):
 
 def build_wheel(source, folder):
     """Builds the wheel of a checkout or an sdist as pip does, with the backend installed here."""
-    run(
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        folder,
-        source,
-    )
+    flags = ("-q", "--no-deps", "--no-build-isolation")
+    run("-m", "pip", "wheel", *flags, "--wheel-dir", folder, source)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -66,14 +54,6 @@ def installed(wheel, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def metadata(wheel):
-    """The fields of the wheel's METADATA."""
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        return message_from_bytes(archive.read(name))
-
-
 def output_of(*command, **options):
     """Standard output of a program of the new environment, which must succeed."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -82,21 +62,6 @@ def output_of(*command, **options):
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def requirements(metadata, platform, machine, extra=""):
-    """{name: extras asked for} of what pip would install on a platform."""
-    system = {"linux": "Linux", "darwin": "Darwin"}[platform]
-    environment = {
-        **default_environment(),
-        "sys_platform": platform,
-        "platform_system": system,
-        "platform_machine": machine,
-        "extra": extra,
-    }
-    found = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
-    found = [r for r in found if r.marker is None or r.marker.evaluate(environment)]
-    return {r.name: set().union(*(o.extras for o in found if o.name == r.name)) for r in found}
 
 
 def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
@@ -109,12 +74,8 @@ def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
             assert packed_text == file.read_bytes()
     package = CHECKOUT / "mlx_flashhead"
     page = package / "serving" / "page"
-    files = [
-        *package.rglob("*.py"),
-        package / "py.typed",
-        *page.rglob("*.*"),
-        *page.rglob("LICENSE"),
-    ]
+    files = [*package.rglob("*.py"), package / "py.typed", *page.rglob("*.*")]
+    files += page.rglob("LICENSE")
     modules = {path.relative_to(CHECKOUT).as_posix() for path in files}
     assert modules <= names
     top = {name.split("/")[0] for name in names}
@@ -155,9 +116,3 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
         assert set(found.namelist()) == set(expected.namelist())
         for name in expected.namelist():
             assert found.read(name) == expected.read(name)
-
-
-@pytest.mark.parametrize("platform, machine", [("linux", "x86_64"), ("darwin", "arm64")])
-def test_each_platform_gets_the_mlx_that_runs_there(metadata, platform, machine):
-    found = requirements(metadata, platform, machine)
-    assert found["mlx"] == ({"cpu"} if platform == "linux" else set())
