@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+from functools import partial
 
 import pytest
 from filelock import FileLock
@@ -53,18 +54,18 @@ def entries_of(home, monkeypatch):
 
 
 @pytest.mark.newest  # the oldest MLX starts threads when it is imported, which a fork does not have
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_at_twenty_moments(generate, arguments, text, folder, monkeypatch, number):
+def test_stopped_at_twenty_moments(generate, arguments, text, folder, monkeypatch):
     for name in ("whole", "stopped"):  # so that both write the same
         for folder_of_home in ("locks", "flash_heads"):
-            (folder / f"{name}-{number}" / folder_of_home).mkdir(parents=True)
-    code, output, errors = generate(f"whole-{number}", *arguments)
+            (folder / name / folder_of_home).mkdir(parents=True)
+    code, output, errors = generate("whole", *arguments)
     assert code == 0 and output.split(RULE)[1] == text and "FlashHead is ready" in errors
-    all_moments = generate.moments(f"whole-{number}")
-    home, (model, _, _) = folder / f"stopped-{number}", load_dense(folder / "model")
+    all_moments = generate.moments("whole")
+    home, (model, _, _) = folder / "stopped", load_dense(folder / "model")
     for kind, n in N_MOMENTS.items():
         assert all_moments[kind] >= n
         for i in range(n):
+            number = (signal.SIGKILL, signal.SIGINT)[i % 2]
             at = {"kind": kind, "moment": 1 + i * all_moments[kind] // n}
             code, output, errors = generate(home.name, *arguments, **at, number=number)
             whole = RULE + text + RULE  # after which come the speeds
@@ -110,12 +111,8 @@ def test_a_signal_during_a_long_prompt_ends_it_soon(generate, folder, number):
 @pytest.fixture
 def quick(monkeypatch):
     """A build takes a second."""
-    options = build.IndexOptions
-
-    def quick_options(**given):
-        return options(**given, calibration_positions=100)
-
-    monkeypatch.setattr(build, "IndexOptions", quick_options)
+    options = partial(build.IndexOptions, calibration_positions=100)
+    monkeypatch.setattr(build, "IndexOptions", options)
 
 
 def full(*_, **__):
