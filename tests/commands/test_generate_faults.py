@@ -129,18 +129,6 @@ def test_a_full_disk(run, dense, quick, monkeypatch, flash_head_home, where):
     monkeypatch.undo()
 
 
-def test_another_process_builds(run, dense):
-    model, _, _ = load_dense(dense)
-    lock = cache.home() / "locks" / f"{cache.place_of(find_head(model).rows()).name}.lock"
-    lock.parent.mkdir(parents=True)
-    with FileLock(lock):
-        code, output, errors = run("generate", "--model", dense, "--max-tokens", 3)
-    assert code == 0 and "Generation: 3 tokens" in output
-    assert errors.splitlines()[1:] == [
-        "Another process is building the FlashHead of this model: it is used from the next start."
-    ]
-
-
 def test_a_model_that_is_deleted_meanwhile(run, quick, tmp_path, monkeypatch):
     model, generate = write_model(tmp_path / "model"), command.generate
 
