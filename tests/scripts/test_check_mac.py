@@ -1,5 +1,6 @@
 """scripts/check_mac.py: what it runs on a Mac, and that a failure there reads like an issue."""
 
+import importlib
 import runpy
 import shlex
 import sys
@@ -105,7 +106,7 @@ def test_commands_are_those_that_there_are(monkeypatch, capsys, line):
     monkeypatch.setattr(sys, "argv", [words[0], *words[1 + module : upto], "--help"])
     with pytest.raises(SystemExit) as end:
         if module:
-            runpy.run_module(words[1], run_name="__main__")
+            importlib.import_module(words[1]).main()
         else:
             runpy.run_path(str(CHECKOUT / words[0]), run_name="__main__")
     shown = capsys.readouterr().out
