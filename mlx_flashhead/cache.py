@@ -97,9 +97,10 @@ def print_entries(kept: list[Entry]) -> None:
 def _speeds(entry: Entry) -> str:
     """What was measured on this machine, for each dtype and version of MLX."""
     speeds: dict[str, None] = {}  # in order, each of them once
-    for it in read(speeds_of(entry.folder.name.split("-")[0])).values():
-        how = f"{it.n_probes:,} probes, check at {it.most_waiting} or risk {it.most_risk:.2g}"
-        speeds[f"{it.gain:.2f} x ({'dense' if it.dense else how})"] = None
+    for tuned in read(speeds_of(entry.folder.name.split("-")[0])).values():
+        when = f"check at {tuned.most_waiting} or risk {tuned.most_risk:.2g}"
+        how = "dense" if tuned.dense else f"{tuned.n_probes:,} probes, {when}"
+        speeds[f"{tuned.gain:.2f} x ({how})"] = None
     return ", ".join(speeds) or "–"
 
 

@@ -55,11 +55,12 @@ def line_editor(
         raw.
         """
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        received: list[int] = []
 
         def leave(number: int) -> None:
-            answer = session.app.future
-            if answer is not None and not answer.done():
-                session.app.exit(exception=SystemExit(128 + number))
+            received.append(number)
+            if session.app.future is not None and not session.app.future.done():
+                session.app.exit(result="")
 
         def heed_signals() -> None:
             for number, handler in handlers.items():
@@ -71,6 +72,8 @@ def line_editor(
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            if received:
+                signal.raise_signal(received[0])
 
     return read
 
