@@ -16,19 +16,6 @@ from model_folders import VOCAB_SIZE, write_model
 convert_command = importlib.import_module("mlx_flashhead.convert")
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
 
-UNSUPPORTED = '''
-"""A model whose logits come from no layer of its own."""
-
-from mlx_lm.models import llama
-
-ModelArgs = llama.ModelArgs
-
-
-class Model(llama.Model):
-    def __call__(self, inputs, cache=None, input_embeddings=None):
-        return self.model(inputs, cache, input_embeddings) @ self.lm_head.weight.T
-'''
-
 
 def test_convert_says_what_it_does(run, dense, tmp_path, text):
     target = tmp_path / "model"
@@ -92,16 +79,6 @@ def test_convert_refuses_arguments(refused, dense, tmp_path, arguments, said):
     given = ("--model", dense, "--mlx-path", tmp_path / "model", *arguments)
     assert said in refused("convert", *given)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_convert_refuses_an_unsupported_head(refused, tmp_path):
-    source = write_model(tmp_path / "source", tied=False, further={"model_file": "custom.py"})
-    (source / "custom.py").write_text(UNSUPPORTED)
-    arguments = ("--model", source, "--mlx-path", tmp_path / "model")
-    assert "trust_remote_code" in refused("convert", *arguments)
-    said = refused("convert", *arguments, "--trust-remote-code")
-    assert "cannot be intercepted" in said
-    assert not (tmp_path / "model").exists()
 
 
 def test_convert_needs_a_model_and_a_place(refused, dense, tmp_path):

@@ -83,24 +83,15 @@ def test_convert_refuses_before_it_begins(refused, hub, dense, tmp_path):
     assert not (tmp_path / "new").exists() and hub.repositories == {}
 
 
-def test_llama(run, refused, hub, tmp_path):
-    source = write_model(tmp_path / "My-Tune")
+def test_llama_is_checked_before_the_conversion(refused, hub, tmp_path):
+    source, target = write_model(tmp_path / "My-Tune"), tmp_path / "new"
     (source / "README.md").write_text(LLAMA)
-    target = tmp_path / "new"
     said = refused(*convert(source, target, "--upload"))
     assert "its text is missing: convert without --upload, save https://www.llama.com" in said
     (source / "LICENSE.txt").write_text(TEXT)
     said = refused(*convert(source, target, "--upload", "me/My-Tune"))
     assert "must begin with Llama, so call it me/Llama-My-Tune" in said
     assert hub.repositories == {} and not target.exists()
-    code, _, errors = run(*convert(source, target, "--upload"))
-    assert code == 0, errors
-    files = hub.files("me/Llama-My-Tune-FlashHead-fp32")
-    card = files["README.md"].decode()
-    assert "**Built with Llama**" in card and "\nlicense: llama3.2\n" in card
-    assert files["LICENSE.txt"].decode() == TEXT
-    assert files["NOTICE.txt"].startswith(b"Llama 3.2 is licensed under the Llama 3.2 Community")
-    assert "must begin with Llama" in refused("upload", "--path", target, "--repo", "me/other")
 
 
 def test_gemma_with_its_terms_put_there_by_hand(run, refused, hub, tmp_path):
