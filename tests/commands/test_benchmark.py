@@ -54,11 +54,16 @@ def test_head_of_shapes(run, tmp_path):
         assert f" {ms:.2f} " in screen
 
 
-def test_head_of_another_precision_and_of_a_model(run, converted, tmp_path):
-    _, (one,) = check_outputs(run, tmp_path, *HEAD, "--head-bits", 8, "--dtype", "float16")
-    assert (one["head_bits"], one["dtype"]) == (8, "float16")
-    model = ("--model", converted, "--n-probes", 2, "--rounds", 1)
-    _, (one,) = check_outputs(run, tmp_path, "head", *model)
+@pytest.mark.parametrize("bits, dtype, stored", [(8, "float16", 8), (16, "bfloat16", 16)])
+def test_head_of_other_precisions(run, tmp_path, bits, dtype, stored):
+    _, (one,) = check_outputs(run, tmp_path, *HEAD, "--head-bits", bits, "--dtype", dtype)
+    assert (one["head_bits"], one["dtype"]) == (stored, dtype)
+
+
+def test_head_of_a_model(run, converted, tmp_path):
+    _, (one,) = check_outputs(
+        run, tmp_path, "head", "--model", converted, "--n-probes", 2, "--rounds", 1
+    )
     assert (one["n_probes"], one["hidden_size"], one["name"]) == (2, 128, "model")
 
 
@@ -128,7 +133,8 @@ def test_server(run, converted, tmp_path, monkeypatch):
     assert {"--build-first", "--flash-head-always"} <= set(commands[0])
 
 
-def test_a_stopped_benchmark_reports_its_rounds(tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_benchmark_reports_its_rounds(tmp_path, number, code):
     """A real signal, once a round has been counted."""
     file = tmp_path / "out.json"
     arguments = ("--shape", "320,64", "--rounds", "100000", "--json", str(file))
@@ -138,9 +144,9 @@ def test_a_stopped_benchmark_reports_its_rounds(tmp_path):
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         while not process.stderr.readline().startswith("[3 of 100001, "):
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         output, errors = process.communicate(timeout=60)
-    assert (process.returncode, "Traceback" in errors) == (130, False)
+    assert (process.returncode, "Traceback" in errors) == (code, False)
     assert "FlashHead full logits" in output
     figures = json.loads(file.read_text())
     assert not figures["complete"]
@@ -176,7 +182,10 @@ def test_every_kind_is_listed(run):
         (("estimate", "--chip", "m1"), "give one of --model --shape"),
         (("estimate", "--shape", "smollm2", "--chip", "m4-ultra"), "Unknown chip 'm4-ultra'"),
         (("estimate", "--shape", "llama", "--chip", "m1"), "no shape 'llama': choose one of"),
-        (("estimate", "--shape", "smollm2", "--chip", "m1", "--n-probes", 3073), "1 to 3072"),
+        (
+            ("estimate", "--shape", "smollm2", "--chip", "m1", "--n-probes", 3073),
+            "choose 1 to 3072",
+        ),
         (("estimate", "--shape", "smollm2", "--chip", "m1", "--json", "absent/x"), "--json"),
         (("estimate", "--model", "./absent", "--chip", "m1"), "no folder"),
         ((), "COMMAND"),

@@ -42,20 +42,34 @@ class Generate:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(words, env=environment, **pipes)
 
-    def __call__(self, name: str, *arguments, **stop) -> tuple[int, str, str]:
-        """A run with the home of a name, which may ``stop`` as ``generate`` below says.
+    def __call__(self, name: str, *arguments, kind=TEXT, moment=0, number=0, delay=0.0):
+        """A run with the home of a name.
+
+        Args:
+            name: The name.
+            *arguments: Of ``generate``.
+            kind: A kind of moments.
+            moment: The one of that kind at which the run sends itself a signal; 0: none.
+            number: The signal.
+            delay: Seconds from the moment to the signal.
 
         Returns:
             ``(exit code or -signal, standard output, standard error)``.
         """
-        run = {"arguments": list(map(str, arguments)), "home": str(self._folder / name), **stop}
+        run = {
+            "arguments": list(map(str, arguments)),
+            "home": str(self._folder / name),
+            "kind": kind,
+            "moment": moment,
+            "number": number,
+            "delay": delay,
+        }
         print(json.dumps(run), file=self._process.stdin, flush=True)
         code = int(self._process.stdout.readline())
-        output, errors = (
+        return code, *(
             (self._folder / f"{name}.{stream}").read_text(errors="replace")
             for stream in ("out", "err")
         )
-        return code, output, errors
 
     def moments(self, name: str) -> dict[str, int]:
         """How many moments of each kind the last run of a home has had."""
@@ -70,12 +84,11 @@ class Generate:
         self._process.communicate()
 
 
-def generate(arguments, home: str, kind=TEXT, moment=0, number=0, delay=0.0) -> int:
-    """A run in this process. Returns its exit code.
+def generate(
+    arguments: list[str], home: str, kind: str, moment: int, number: int, delay: float
+) -> int:
+    """A run in this process. Returns its exit code."""
 
-    It sends itself the signal ``number`` at the ``moment`` of that ``kind``, counted from one, or
-    ``delay`` seconds after it.
-    """
     moments = Counter()
 
     def reached(of_kind: str) -> None:
