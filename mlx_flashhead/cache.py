@@ -14,7 +14,6 @@ from .loading.background import BackgroundBuild
 from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove, speeds_of
 from .loading.look_up import HeadOptions
 from .loading.tuned import read
-from .lossless.tuning import Tuning
 from .models.dense import load_dense
 from .models.fetch import resolve
 from .publishing.origin import local_origin
@@ -97,15 +96,12 @@ def print_entries(kept: list[Entry]) -> None:
 
 def _speeds(entry: Entry) -> str:
     """What was measured on this machine, for each dtype and version of MLX."""
-    speeds = read(speeds_of(entry.folder.name.split("-")[0]))
-    return ", ".join(dict.fromkeys(map(_speed, speeds.values()))) or "–"
-
-
-def _speed(tuning: Tuning) -> str:
-    how = (
-        f"{tuning.n_probes:,} probes, check at {tuning.most_waiting} or risk {tuning.most_risk:.2g}"
-    )
-    return f"{tuning.gain:.2f} x ({'dense' if tuning.dense else how})"
+    speeds: dict[str, None] = {}  # in order, each of them once
+    for tuned in read(speeds_of(entry.folder.name.split("-")[0])).values():
+        when = f"check at {tuned.most_waiting} or risk {tuned.most_risk:.2g}"
+        how = "dense" if tuned.dense else f"{tuned.n_probes:,} probes, {when}"
+        speeds[f"{tuned.gain:.2f} x ({how})"] = None
+    return ", ".join(speeds) or "–"
 
 
 def _rebuild(kept: list[Entry], name: str, trust_remote_code: bool) -> None:

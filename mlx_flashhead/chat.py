@@ -1,13 +1,10 @@
 """Talks with a FlashHead model: the flags of ``mlx_lm.chat`` and three more."""
 
-from typing import Any
-
 import mlx.core as mx
-import mlx.nn as nn
 
 from .chatting.conversation import Conversation
 from .chatting.talk import COMMANDS, NO_FLASH_HEAD, WITH_FILES, Talk
-from .chatting.transcript import history_file, last_conversation
+from .chatting.transcript import kept_file, last_conversation
 from .common.arguments import adopt
 from .common.command import command
 from .common.terminal import Terminal
@@ -49,7 +46,16 @@ def main() -> None:
     args = parser.parse_args()
     _check_arguments(parser, args)
     resumed = last_conversation() if args.resume else None
-    model, tokenizer = _load(args)
+    how = head_options(args, dense=args.dense)
+    model, tokenizer, _ = load_with_head(
+        resolve(args.model),
+        how,
+        adapter_path=args.adapter_path,
+        tokenizer_config={"trust_remote_code": args.trust_remote_code},
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.n_probes is not None and args.dense and get_flash_head(model) is None:
+        raise ValueError(NO_FLASH_HEAD)
     mx.random.seed(args.seed)
     conversation = Conversation(
         model, tokenizer, system_prompt=args.system_prompt, max_kv_size=args.max_kv_size
@@ -69,9 +75,9 @@ def main() -> None:
         "sampler": sampler,
         "check": not args.no_check,
     }
-    terminal = Terminal([*COMMANDS], WITH_FILES, history_file())
+    terminal = Terminal([*COMMANDS], WITH_FILES, kept_file("history"))
     build = None
-    if (how := head_options(args, dense=args.dense)).missing == LATER:
+    if how.missing == LATER:
         build = background_build(model, tokenizer, local_origin(resolve(args.model)), how)
     idle = None if build is None else IdleBuild(build)
     try:
@@ -79,20 +85,6 @@ def main() -> None:
     finally:
         if idle is not None:
             idle.close()
-
-
-def _load(args) -> tuple[nn.Module, Any]:
-    """The model with its FlashHead, and the tokenizer; ``--dense`` can do without a FlashHead."""
-    model, tokenizer, _ = load_with_head(
-        resolve(args.model),
-        head_options(args, dense=args.dense),
-        adapter_path=args.adapter_path,
-        tokenizer_config={"trust_remote_code": args.trust_remote_code},
-        trust_remote_code=args.trust_remote_code,
-    )
-    if args.n_probes is not None and args.dense and get_flash_head(model) is None:
-        raise ValueError(NO_FLASH_HEAD)
-    return model, tokenizer
 
 
 def _check_arguments(parser, args) -> None:

@@ -111,7 +111,13 @@ def main() -> None:
                 return generate(model, tokenizer, prompt, **named)
             processor = GrammarProcessor(tokenizer, grammar)
             text = generate(model, tokenizer, prompt, logits_processors=[processor], **named)
-            _tell_unless_whole(processor, text, args.max_tokens)
+            if not processor.accepts(text):
+                reason = (
+                    processor.problem or f"it was cut at --max-tokens {args.max_tokens}: give more"
+                )
+                print(
+                    f"The text is not a whole one of the {grammar.kind}: {reason}.", file=sys.stderr
+                )
             return text
 
         with ending_soon():
@@ -171,17 +177,6 @@ def _checked_template(apply_chat_template: Callable) -> Callable:
             ) from error
 
     return apply
-
-
-def _tell_unless_whole(processor: GrammarProcessor, text: str, max_tokens: int) -> None:
-    if processor.accepts(text):
-        return
-    reason = processor.problem
-    if reason is None:
-        reason = f"it was cut at --max-tokens {max_tokens}: give more"
-    print(
-        f"The text is not a whole one of the {processor.grammar.kind}: {reason}.", file=sys.stderr
-    )
 
 
 def _load_part(args, processes, path, *, tokenizer_config, trust_remote_code, **_):

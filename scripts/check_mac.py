@@ -32,14 +32,20 @@ import mlx.core as mx
 
 from mlx_flashhead.common.command import command
 
-PYTHON = sys.executable
-MODEL = Path("models") / "SmolLM2-135M-Instruct"
-FLASH_HEAD_MODEL = Path("models") / "SmolLM2-135M-Instruct-checked"
-CALIBRATION_POSITIONS = 400  # enough, since the two paths are compared with each other
+PYTHON = shlex.quote(sys.executable)
+MODEL = "models/SmolLM2-135M-Instruct"
 LINES = 80  # of a failed command's output
 NO_TIMES = (
     "On a virtual machine, such as GitHub's, the times below mean nothing, since its GPU is "
     "shared. They show that the command works."
+)
+METAL = "metal -std=metal3.1 -fno-fast-math -c metal/flash_head.metal -o /dev/null"
+XCODE = (
+    "xcodebuild build -scheme FlashHead-Package -skipMacroValidation -skipPackagePluginValidation "
+    "-destination generic/platform="
+)
+KERNEL_TESTS = sorted(
+    str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "tests").rglob("test_*kernel*.py")
 )
 
 
@@ -48,7 +54,6 @@ class Check:
     """A check.
 
     Attributes:
-        name: Name on the command line.
         what: The expectation in a few words.
         commands: Commands that run in order until one fails.
         advice: Where to look if it fails.
@@ -56,101 +61,57 @@ class Check:
         kept: Text above the output, which is then kept if the check passes too.
     """
 
-    name: str
     what: str
-    commands: tuple[tuple[str, ...], ...]
+    commands: tuple[str, ...]
     advice: str
     needs_gpu: bool = True
     kept: str = ""
 
 
-def compiled_for(sdk: str) -> tuple[str, ...]:
-    """The command that compiles the kernels' file by itself."""
-    source, result = "metal/flash_head.metal", os.devnull
-    return (
-        "xcrun",
-        "-sdk",
-        sdk,
-        "metal",
-        "-std=metal3.1",
-        "-fno-fast-math",
-        "-c",
-        source,
-        "-o",
-        result,
-    )
-
-
-def built_for(system: str) -> tuple[str, ...]:
-    """The command that builds the Swift package. xcodebuild takes the package of its folder."""
-    build = (
-        "xcodebuild build -scheme FlashHead-Package -skipMacroValidation "
-        f"-skipPackagePluginValidation -destination generic/platform={system}"
-    )
-    return ("sh", "-c", f"cd metal/swift && {build}")
-
-
-def kernel_tests() -> tuple[str, ...]:
-    """The files of tests that run kernels."""
-    found = sorted((CHECKOUT / "tests").rglob("test_*kernel*.py"))
-    return tuple(str(path.relative_to(CHECKOUT)) for path in found)
-
-
-def checks() -> tuple[Check, ...]:
-    """All checks in the order of their run."""
-    module = (PYTHON, "-m")
-    return (
-        Check(
-            "compile",
-            "Apple's compiler accepts the kernels' file",
-            (compiled_for("macosx"), compiled_for("iphoneos")),
-            "The compiler names the file and the line in metal/. If its toolchain is missing: "
-            "xcodebuild -downloadComponent MetalToolchain.",
-            needs_gpu=False,
+CHECKS = {  # in the order of their run
+    "compile": Check(
+        "Apple's compiler accepts the kernels' file",
+        (f"xcrun -sdk macosx {METAL}", f"xcrun -sdk iphoneos {METAL}"),
+        "The compiler names the file and the line in metal/. If its toolchain is missing: "
+        "xcodebuild -downloadComponent MetalToolchain.",
+        needs_gpu=False,
+    ),
+    "swift": Check(
+        "Xcode builds the Swift package",
+        # xcodebuild takes the package of its folder
+        tuple(f"sh -c 'cd metal/swift && {XCODE}{system}'" for system in ("macOS", "iOS")),
+        "The compiler names the line in metal/swift. mlx-swift 0.31.6 needs Xcode 26 with "
+        "Swift 6.3.",
+        needs_gpu=False,
+    ),
+    "kernels": Check(
+        "the kernels compute the same as numpy",
+        (f"{PYTHON} -m pytest -q -rs --tb=short {shlex.join(KERNEL_TESTS)}",),
+        "A failed test names kernel, shape, dtype and format. MTL_SHADER_VALIDATION=1 before "
+        "the command lets Metal check every access.",
+    ),
+    "tokens": Check(
+        "a real model generates the same tokens on the kernels and on plain MLX",
+        (
+            f"{PYTHON} scripts/fetch_model.py smollm2 {MODEL}",
+            # few positions are enough, since the two paths are compared with each other
+            f"{PYTHON} -m mlx_flashhead.convert --hf-path {MODEL} --mlx-path {MODEL}-checked "
+            "--overwrite --calibration-positions 400",
+            f"{PYTHON} scripts/compare_paths.py --model {MODEL}-checked",
         ),
-        Check(
-            "swift",
-            "Xcode builds the Swift package",
-            (built_for("macOS"), built_for("iOS")),
-            "The compiler names the line in metal/swift. mlx-swift 0.31.6 needs Xcode 26 with "
-            "Swift 6.3.",
-            needs_gpu=False,
+        "The first token that differs is named with both logits. If the kernels' tests pass, "
+        "look at this model's shapes, which those tests lack.",
+    ),
+    "benchmark": Check(
+        "the benchmark runs and writes its report",
+        (
+            f"{PYTHON} -m mlx_flashhead.benchmark head --shape llama-3.2-1b --dtype bfloat16 "
+            "--head-bits 4 --report",
         ),
-        Check(
-            "kernels",
-            "the kernels compute the same as numpy",
-            ((*module, "pytest", "-q", "-rs", "--tb=short", *kernel_tests()),),
-            "A failed test names kernel, shape, dtype and format. MTL_SHADER_VALIDATION=1 before "
-            "the command lets Metal check every access.",
-        ),
-        Check(
-            "tokens",
-            "a real model generates the same tokens on the kernels and on plain MLX",
-            (
-                (PYTHON, "scripts/fetch_model.py", "smollm2", str(MODEL)),
-                (
-                    *(*module, "mlx_flashhead.convert", "--hf-path", str(MODEL)),
-                    *("--mlx-path", str(FLASH_HEAD_MODEL), "--overwrite"),
-                    *("--calibration-positions", str(CALIBRATION_POSITIONS)),
-                ),
-                (PYTHON, "scripts/compare_paths.py", "--model", str(FLASH_HEAD_MODEL)),
-            ),
-            "The first token that differs is named with both logits. If the kernels' tests pass, "
-            "look at this model's shapes, which those tests lack.",
-        ),
-        Check(
-            "benchmark",
-            "the benchmark runs and writes its report",
-            (
-                (
-                    *(*module, "mlx_flashhead.benchmark", "head", "--shape", "llama-3.2-1b"),
-                    *("--dtype", "bfloat16", "--head-bits", "4", "--report"),
-                ),
-            ),
-            "It times the kernels with mx.synchronize around them: see common/timing.py.",
-            kept=NO_TIMES,
-        ),
-    )
+        "It times the kernels with mx.synchronize around them: see common/timing.py.",
+        kept=NO_TIMES,
+    ),
+}
 
 
 def this_mac() -> list[tuple[str, str]]:
@@ -170,51 +131,51 @@ def this_mac() -> list[tuple[str, str]]:
     ]
 
 
-def run_check(check: Check, run: Callable = subprocess.run) -> tuple[bool, str]:
+def run_check(name: str, run: Callable = subprocess.run) -> tuple[bool, str]:
     """Runs the commands of one check.
 
     Returns:
         Whether the check passes, and its page.
     """
+    check = CHECKS[name]
     if check.needs_gpu and not mx.metal.is_available():
-        page = failure(check, None, "MLX finds no Metal device: mx.metal.is_available() is False.")
+        page = failure(name, "", "MLX finds no Metal device: mx.metal.is_available() is False.")
         return False, page
-    outputs = []
-    for arguments in check.commands:
-        print(f"$ {shlex.join(arguments)}", flush=True)
+    output = ""
+    for line in check.commands:
+        print(f"$ {line}", flush=True)
         start = time.monotonic()
+        words = shlex.split(line)
         try:
             done = run(
-                arguments, cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                words, cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
             code, output = done.returncode, _without_progress(done.stdout)
         except OSError as error:
-            code, output = 127, f"{arguments[0]}: {error.strerror}\n"
+            code, output = 127, f"{words[0]}: {error.strerror}\n"
         print(output, end="", flush=True)
         print(f"[exit code {code}, {time.monotonic() - start:.0f} s]", flush=True)
         if code:
-            return False, failure(check, arguments, output, code)
-        outputs.append(output)
-    title = f"# {check.name}: {check.what}\n\n{_table(this_mac())}\n"
-    kept = f"\n{check.kept}\n\n{outputs[-1]}" if check.kept else ""
-    return True, title + kept
+            return False, failure(name, line, output, code)
+    title = f"# {name}: {check.what}\n\n{_table(this_mac())}\n"
+    return True, title + (f"\n{check.kept}\n\n{output}" if check.kept else "")
 
 
-def failure(check: Check, arguments: tuple[str, ...] | None, output: str, code: int = 1) -> str:
-    """A failed check as an issue: title, expectation, commands, output, machine, advice."""
+def failure(name: str, line: str, output: str, code: int = 1) -> str:
+    """A failed check as an issue: title, expectation, command, output, machine, advice."""
     facts = dict(this_mac())
     lines = output.rstrip().splitlines()
     shown = "\n".join(lines[-LINES:])
     cut = f" (the last {LINES} of {len(lines)} lines)" if len(lines) > LINES else ""
     where = f"{facts['processor']}, {facts['system']}, mlx {facts['mlx']}"
-    parts = [f"# Mac: {check.name} fails on {where}", f"Expected: {check.what}."]
-    if arguments is not None:
-        again = f"scripts/check_mac.sh {check.name}"
-        command_line = shlex.join(arguments).replace(PYTHON, ".venv-test/bin/python")
-        parts.append(f"To see it again: `{again}`, or this part alone:\n\n```\n{command_line}\n```")
+    parts = [f"# Mac: {name} fails on {where}", f"Expected: {CHECKS[name].what}."]
+    if line:
+        again = f"scripts/check_mac.sh {name}"
+        line = line.replace(PYTHON, ".venv-test/bin/python")
+        parts.append(f"To see it again: `{again}`, or this part alone:\n\n```\n{line}\n```")
         parts.append(f"It ends with exit code {code}{cut}:")
-    parts += [f"```\n{shown}\n```", _table(list(facts.items())), f"Where to look: {check.advice}"]
-    return "\n\n".join(parts) + "\n"
+    parts += [f"```\n{shown}\n```", _table(list(facts.items()))]
+    return "\n\n".join([*parts, f"Where to look: {CHECKS[name].advice}"]) + "\n"
 
 
 def _without_progress(output: str) -> str:
@@ -238,18 +199,19 @@ def _table(facts: list[tuple[str, str]]) -> str:
 @command
 def main() -> None:
     """Entry point of ``scripts/check_mac.sh``."""
-    known = {check.name: check for check in checks()}
     parser = argparse.ArgumentParser(
         prog="scripts/check_mac.sh",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"{', '.join(known)} (default).")
+    parser.add_argument(
+        "checks", nargs="*", metavar="CHECK", help=f"{', '.join(CHECKS)} (default)."
+    )
     parser.add_argument("--report", default="mac-report", metavar="FOLDER", help="For the pages.")
     args = parser.parse_args()
-    unknown = [name for name in args.checks if name not in known]
+    unknown = [name for name in args.checks if name not in CHECKS]
     if unknown:
-        raise ValueError(f"There is no check {unknown[0]!r}: choose from {', '.join(known)}.")
+        raise ValueError(f"There is no check {unknown[0]!r}: choose from {', '.join(CHECKS)}.")
     if sys.platform != "darwin":
         raise ValueError(
             "These checks need a Mac: elsewhere scripts/test.sh runs the kernels on an emulator."
@@ -257,10 +219,12 @@ def main() -> None:
     folder = Path(args.report)
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
-    for name in args.checks or known:
-        passed, page = run_check(known[name])
+    for name in args.checks or CHECKS:
+        passed, page = run_check(name)
         (folder / f"{name}.md").write_text(page, encoding="utf-8")
-        _show_on_github(page)
+        if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with open(summary, "a", encoding="utf-8") as file:
+                file.write(page + "\n")
         if not passed:
             failed.append(name)
             print(f"\n{page}", flush=True)
@@ -268,14 +232,6 @@ def main() -> None:
         print(f"Failed: {', '.join(failed)}. Send {folder}/{failed[0]}.md as an issue.")
         sys.exit(1)
     print(f"All is well. The pages are in {folder}.")
-
-
-def _show_on_github(page: str) -> None:
-    """Adds the page to the summary of a run of GitHub's workflows."""
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    if summary:
-        with open(summary, "a", encoding="utf-8") as file:
-            file.write(page + "\n")
 
 
 if __name__ == "__main__":

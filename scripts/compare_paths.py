@@ -9,11 +9,11 @@ logits differ by rounding alone are a tie, and the paths may choose differently.
 import argparse
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import mlx.core as mx
 
@@ -36,75 +36,20 @@ PROMPTS = (
 SUMMATION = 1e-5
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The answers of both paths to one prompt.
+class Answer(NamedTuple):
+    """Greedy tokens of one path, and their text."""
 
-    Attributes:
-        prompt: The prompt.
-        tokens: By path, the greedy tokens.
-        texts: By path, their text.
-        logits: By path, the dense logit of the first token that differs; None if all are the same.
-        rounding: Greatest difference of two logits of this size by rounding.
-    """
-
-    prompt: str
-    tokens: dict[str, list[int]]
-    texts: dict[str, str]
-    logits: dict[str, float] | None = None
-    rounding: float = 0.0
-
-    @property
-    def same(self) -> int:
-        """Tokens before the first one that differs."""
-        pairs = zip(*self.tokens.values(), strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-    @property
-    def gap(self) -> float:
-        """Between the logits of the first two tokens that differ."""
-        return abs(self.logits["metal"] - self.logits["mlx"]) if self.logits else 0.0
-
-    @property
-    def agrees(self) -> bool:
-        """Whether all tokens are the same, or the first that differ are a tie."""
-        return self.logits is None or self.gap <= self.rounding
-
-    def __str__(self) -> str:
-        count = max(map(len, self.tokens.values()))
-        said = f"{self.prompt!r}: {self.same} of {count} tokens are the same"
-        if self.logits is None:
-            return f"{said}."
-        kind = "a tie" if self.agrees else "no tie"
-        lines = [
-            f"  {path:5} takes token {self.tokens[path][self.same]}, dense logit "
-            f"{self.logits[path]:.6f}: {self.texts[path]!r}"
-            for path in PATHS
-        ]
-        parted = f"then the paths part. Their logits are {self.gap:.2g} apart, and rounding makes "
-        return "\n".join([f"{said}, {parted}{self.rounding:.2g}: {kind}.", *lines])
+    tokens: list[int]
+    text: str
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Within the block, heads take this path."""
-    before = os.environ.get(BACKEND_VARIABLE)
-    os.environ[BACKEND_VARIABLE] = name
-    try:
-        yield
-    finally:
-        os.environ.pop(BACKEND_VARIABLE)
-        if before is not None:
-            os.environ[BACKEND_VARIABLE] = before
-
-
-def generated(model, tokenizer, prompt: str, max_tokens: int) -> tuple[list[int], str]:
-    """FlashHead's own greedy tokens, without the check that would correct them, and their text."""
+def generated(model, tokenizer, prompt: str, max_tokens: int) -> Answer:
+    """FlashHead's own greedy tokens, without the check that would correct them."""
     answers = list(stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, check=False))
-    return [answer.token for answer in answers], "".join(answer.text for answer in answers)
+    return Answer([answer.token for answer in answers], "".join(answer.text for answer in answers))
 
 
-def compare(folder: str, prompts=PROMPTS, max_tokens: int = 40) -> list[Comparison]:
+def compare(folder: str, prompts=PROMPTS, max_tokens: int = 40) -> Iterator[tuple[bool, str]]:
     """Generates with a checkpoint on both paths.
 
     Args:
@@ -112,40 +57,58 @@ def compare(folder: str, prompts=PROMPTS, max_tokens: int = 40) -> list[Comparis
         prompts: What to generate from.
         max_tokens: Longest answer.
 
+    Yields:
+        For each prompt, whether the paths agree, and what they said.
+
     Raises:
         ValueError: If the model cannot be loaded, or its head does not run on one of the paths.
     """
-    said: dict[str, list[tuple[list[int], str]]] = {}
+    said = []
     for path in PATHS:
-        with backend(path):
+        with mock.patch.dict(os.environ, {BACKEND_VARIABLE: path}):
             model, tokenizer = load(folder)
             taken = get_flash_head(model).backend
             if taken != path:
                 raise ValueError(
                     f"The head runs on the path {taken!r}, and {path!r} was asked for."
                 )
-            said[path] = [generated(model, tokenizer, prompt, max_tokens) for prompt in prompts]
-    return [
-        _parted(model, tokenizer, prompt, dict(zip(PATHS, answers, strict=True)))
-        for prompt, *answers in zip(prompts, *said.values(), strict=True)
-    ]
+            said.append([generated(model, tokenizer, prompt, max_tokens) for prompt in prompts])
+    for prompt, *answers in zip(prompts, *said, strict=True):
+
+        def logits_after(tokens: list[int], prompt=prompt) -> mx.array:
+            with get_flash_head(model).dense():
+                return model(mx.array([[*tokenizer.encode(prompt), *tokens]]))[0, -1]
+
+        yield verdict(prompt, answers, logits_after)
 
 
-def _parted(model, tokenizer, prompt: str, answers: dict) -> Comparison:
-    tokens = {path: ids for path, (ids, _) in answers.items()}
-    texts = {path: text for path, (_, text) in answers.items()}
-    comparison = Comparison(prompt, tokens, texts)
-    same = comparison.same
-    if tokens["metal"] == tokens["mlx"]:
-        return comparison
-    with get_flash_head(model).dense():
-        sequence = [*tokenizer.encode(prompt), *tokens["mlx"][:same]]
-        logits = model(mx.array([sequence]))[0, -1]
+def verdict(
+    prompt: str, answers: Sequence[Answer], logits_after: Callable[[list[int]], mx.array]
+) -> tuple[bool, str]:
+    """Whether two answers agree, and a sentence on it, with the logits that decided.
+
+    Args:
+        prompt: The prompt.
+        answers: Of each path.
+        logits_after: The dense logits (V,) after the prompt and some tokens.
+    """
+    pairs = list(zip(*(answer.tokens for answer in answers), strict=False))
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    said = f"{prompt!r}: {same} of {max(len(a.tokens) for a in answers)} tokens are the same"
+    if answers[0].tokens == answers[1].tokens:
+        return True, f"{said}."
     # an answer ends with the token that ends it, so that both have one here
-    of_tokens = {path: logits[ids[same]].item() for path, ids in tokens.items()}
-    relative = max(SUMMATION, 2 * mx.finfo(logits.dtype).eps)
-    rounding = relative * max(map(abs, of_tokens.values()))
-    return Comparison(prompt, tokens, texts, of_tokens, rounding)
+    logits = logits_after(answers[0].tokens[:same])
+    chosen = [logits[token].item() for token in pairs[same]]
+    gap = abs(chosen[0] - chosen[1])
+    rounding = max(SUMMATION, 2 * mx.finfo(logits.dtype).eps) * max(map(abs, chosen))
+    kind = "a tie" if gap <= rounding else "no tie"
+    lines = [
+        f"  {path:5} takes token {token}, dense logit {logit:.6f}: {answer.text!r}"
+        for path, answer, token, logit in zip(PATHS, answers, pairs[same], chosen, strict=True)
+    ]
+    parted = f"then the paths part. Their logits are {gap:.2g} apart, and rounding makes "
+    return gap <= rounding, "\n".join([f"{said}, {parted}{rounding:.2g}: {kind}.", *lines])
 
 
 @command
@@ -158,9 +121,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens is {args.max_tokens}: give 1 or more.")
-    comparisons = compare(args.model, args.prompt or PROMPTS, args.max_tokens)
-    print(*comparisons, sep="\n")
-    if not all(comparison.agrees for comparison in comparisons):
+    verdicts = list(compare(args.model, args.prompt or PROMPTS, args.max_tokens))
+    print(*(said for _, said in verdicts), sep="\n")
+    if not all(agrees for agrees, _ in verdicts):
         sys.exit(1)
 
 

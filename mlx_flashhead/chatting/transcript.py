@@ -7,9 +7,7 @@ from typing import TypedDict
 from ..common.new_folder import new_file
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-KEY = "messages"
-# What a chat at the terminal keeps for its user from one start to the next.
-FOLDER = "~/.config/mlx_flashhead/chat"
+KEY, LAST = "messages", "last.json"
 
 
 class Message(TypedDict):
@@ -19,15 +17,8 @@ class Message(TypedDict):
     content: str
 
 
-def check_messages(messages: object) -> list[Message]:
-    """Checks the messages of a conversation that continues with a question.
-
-    Returns:
-        The roles and contents, without any other fields.
-
-    Raises:
-        ValueError: If a message is not valid, naming its place.
-    """
+def _checked(messages: object) -> list[Message]:
+    """The messages of a conversation that continues with a question, without other fields."""
     if not isinstance(messages, list):
         raise ValueError(f"a conversation is a list of messages under the key {KEY!r}")
     checked = []
@@ -59,7 +50,7 @@ def read_conversation(
     """
     try:
         content = json.loads(path.read_bytes())
-        return check_messages(content.get(KEY) if isinstance(content, dict) else content)
+        return _checked(content.get(KEY) if isinstance(content, dict) else content)
     except (json.JSONDecodeError, UnicodeDecodeError):
         reason = "it is not JSON"
     except RecursionError:
@@ -96,25 +87,21 @@ def write_conversation(
         file.write_text(text, encoding="utf-8")
 
 
-def history_file() -> Path:
-    """The file in which the line editor keeps typed lines."""
-    return Path(FOLDER, "history").expanduser()
+def kept_file(name: str) -> Path:
+    """A file that a chat at the terminal keeps for its user from one start to the next."""
+    return Path("~/.config/mlx_flashhead/chat", name).expanduser()
 
 
 def keep(messages: list[Message], model: str) -> None:
     """Keeps a conversation as the last one."""
-    path = _last_file()
+    path = kept_file(LAST)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_conversation(path, messages, model, replace=True)
 
 
 def last_conversation() -> list[Message]:
     """The messages of the last conversation; a ValueError if there is none."""
-    path = _last_file()
+    path = kept_file(LAST)
     if not path.exists():
         raise ValueError("There is no conversation to --resume: none has been kept yet.")
     return read_conversation(path, remedy="start without --resume")
-
-
-def _last_file() -> Path:
-    return Path(FOLDER, "last.json").expanduser()

@@ -40,25 +40,22 @@ def adopt(
     return parser  # type: ignore[return-value]
 
 
-def whole_number(
-    low: int, high: int | None = None, *, or_else: Mapping[int, str] | None = None
-) -> Type:
+def whole_number(low: int, high: int | None = None, *, or_no_limit: bool = False) -> Type:
     """A type of argument: a whole number within limits.
 
     Args:
         low: The least number.
         high: The greatest number; None: no limit.
-        or_else: Further numbers, with the meaning of each.
+        or_no_limit: Whether it takes -1 too.
     """
-    others = or_else or {}
     wanted = f"give a whole number of {low} or more" if high is None else f"give {low} to {high}"
-    wanted += "".join(f", or {value} for {meaning}" for value, meaning in others.items())
+    wanted += ", or -1 for no limit" if or_no_limit else ""
 
     def convert(raw: str | int) -> int:
         with suppress(TypeError, ValueError):
             value = int(raw)
             within = low <= value <= (math.inf if high is None else high)
-            if (within or value in others) and not isinstance(raw, bool | float):
+            if (within or (or_no_limit and value == -1)) and not isinstance(raw, bool | float):
                 return value
         raise argparse.ArgumentTypeError(f"it is {raw}: {wanted}")
 
@@ -187,7 +184,7 @@ LIMITS: dict[str, Type] = {
     "xtc_probability": share,
     "xtc_threshold": number(0, 0.5),
     "seed": whole_number(0),
-    "max_tokens": whole_number(1, or_else={-1: "no limit"}),
+    "max_tokens": whole_number(1, or_no_limit=True),
     "max_kv_size": whole_number(1),
     "prefill_step_size": whole_number(1),
     "kv_bits": one_of(2, 3, 4, 5, 6, 8),

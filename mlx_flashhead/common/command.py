@@ -27,7 +27,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def run(*args, **kwargs):
-        _end_as_if_interrupted()
+        for number in (signal.SIGTERM, signal.SIGHUP):  # it cleans up after itself then, too
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores some on purpose
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by end_at_interrupt
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
@@ -105,13 +107,6 @@ def check_writable(option: str, path: str) -> None:
         ) from None
     if not existed:
         file.unlink()
-
-
-def _end_as_if_interrupted() -> None:
-    """A terminated command cleans up after itself, as an interrupted one does."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores some signals on purpose
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def sentence(error: Exception) -> str:

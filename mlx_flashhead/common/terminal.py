@@ -1,14 +1,15 @@
 """Input and output of a chat: a terminal, or pipes."""
 
 import os
+import shutil
 import signal
 import sys
 import termios
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO, cast
 
 from .extras import from_extra
 from .word_wrap import WordWrap
@@ -27,25 +28,13 @@ def printable(text: str) -> str:
 @contextmanager
 def printable_output() -> Iterator[None]:
     """Within the block, what is printed on a terminal cannot control it."""
-    if not sys.stdout.isatty():
+    write = sys.stdout.write
+    if sys.stdout.isatty():
+        sys.stdout.write = lambda text: write(printable(text))  # type: ignore[method-assign]
+    try:
         yield
-        return
-    with redirect_stdout(cast(TextIO, _Printable(sys.stdout))):
-        yield
-
-
-class _Printable:
-    """A stream whose text is made printable."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._stream.write(printable(text))
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    finally:
+        sys.stdout.write = write  # type: ignore[method-assign]
 
 
 def is_open(text: str) -> bool:
@@ -82,7 +71,14 @@ class Terminal:
         self._wrap = WordWrap(_columns) if shown else None
         self._read_line: Callable[[], str] = input
         if self.interactive:
-            self._read_line = self._editor(commands, with_files, history)
+            try:
+                from_extra("prompt_toolkit", "chat", "Pasting several lines, and a history,")
+                from .line_editor import line_editor
+
+                self._read_line = line_editor(commands, with_files, history)
+            except ValueError as error:
+                self.say(str(error))
+                self._read_line = partial(input, PROMPT)
         elif isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
 
@@ -117,25 +113,10 @@ class Terminal:
             text = self._wrap.feed(text) + self._wrap.end()
         print(f"\x1b[2m{text}\x1b[0m" if self._dim and text else text, file=self._own, flush=True)
 
-    def _editor(
-        self, commands: Sequence[str], with_files: Sequence[str], history: Path
-    ) -> Callable[[], str]:
-        try:
-            from_extra("prompt_toolkit", "chat", "Pasting several lines, and a history,")
-        except ValueError as error:
-            self.say(str(error))
-            return lambda: input(PROMPT)
-        from .line_editor import line_editor
-
-        return line_editor(commands, with_files, history)
-
 
 def _columns() -> int:
     """Width of the terminal; very wide if it is unknown."""
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
-    except (OSError, ValueError):
-        return sys.maxsize
+    return shutil.get_terminal_size((sys.maxsize, 0)).columns
 
 
 @contextmanager

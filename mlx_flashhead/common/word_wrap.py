@@ -1,7 +1,12 @@
 """Streamed text on a terminal, with lines that break between words."""
 
+import re
 import unicodedata
 from collections.abc import Callable
+
+_WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\U00020000-\U0003fffd"
+# A word with the space before it. Chinese and Japanese have no spaces: each character is one.
+_UNIT = re.compile(rf"\n|[ \t]*[{_WIDE}]|[ \t]*[^ \t\n{_WIDE}]+|[ \t]+")
 
 
 class WordWrap:
@@ -18,48 +23,31 @@ class WordWrap:
     def __init__(self, columns: Callable[[], int]):
         self._columns = columns
         self._column = 0  # of the cursor
-        self._space = ""  # since the last word
-        self._word = ""  # may still grow
-        self._within_word = False  # its beginning has been shown
+        self._rest = ""  # may still grow
 
     def feed(self, text: str) -> str:
         """The text that can be shown now that ``text`` has come."""
-        shown = ""
-        for char in text:
-            # Chinese and Japanese have no spaces: a line may end at each character
-            if char in " \t\n" or 2 in (_width(char), _width(self._word[-1:])):
-                shown += self._take_word()
-            if char == "\n":
-                shown += char
-                self._column, self._space = 0, ""
-            elif char in " \t":
-                self._space += char
-            else:
-                self._word += char
-                if _width(self._word) >= self._columns():
-                    shown += self._take_word()
-                    self._within_word = True
-        return shown
+        *units, self._rest = _UNIT.findall(self._rest + text) or [""]
+        return "".join(map(self._placed, units))
 
     def end(self) -> str:
         """The rest of the text. The next text begins on a new line."""
-        rest = self._take_word()
-        self._column, self._space = 0, ""
+        rest = self._placed(self._rest)
+        self._column, self._rest = 0, ""
         return rest
 
-    def _take_word(self) -> str:
+    def _placed(self, unit: str) -> str:
         """The word with the space before it, or on a new line."""
-        word, space, within = self._word, self._space, self._within_word
-        self._within_word = False
-        if not word:
-            return ""
-        self._word = self._space = ""
+        word = unit.strip(" \t")
+        if word in ("", "\n"):
+            self._column = 0
+            return word
         columns, width = self._columns(), _width(word)
-        end = len((" " * self._column + space).expandtabs()) + width
-        if self._column and not within and end >= columns:
-            space, end = "\n", width
+        end = len((" " * self._column + unit.removesuffix(word)).expandtabs()) + width
+        if self._column and end >= columns:
+            unit, end = f"\n{word}", width
         self._column = end % columns
-        return space + word
+        return unit
 
 
 def _width(text: str) -> int:

@@ -2,12 +2,10 @@
 
 import mlx.core as mx
 import pytest
-from mlx_lm.sample_utils import make_sampler
 
 import mlx_flashhead
 from mlx_flashhead.chatting import conversation as module
 from mlx_flashhead.chatting.conversation import LENGTH, STOPPED, Conversation
-from mlx_flashhead.models.dense import load_dense
 from model_folders import VOCAB_SIZE, write_model, write_tokenizer
 from tiny_models import tiny_model
 
@@ -166,11 +164,6 @@ def test_a_full_cache_forgets_the_oldest_and_is_made_anew_where_it_cannot_be_tri
     assert answer(fresh, "Another one") == again
 
 
-def test_a_model_may_choose_the_size_of_its_cache(loaded):
-    assert not Conversation(*loaded, max_kv_size=24).cache.limited
-    assert not Conversation(*loaded).cache.limited
-
-
 def test_a_conversation_continues_elsewhere(loaded, conversation):
     answer(conversation, "Hello")
     answer(conversation, "And")
@@ -200,23 +193,6 @@ def test_an_answer_ends_at_the_end_of_text(conversation):
     assert conversation.answers[-1].finish == "stop"
     assert conversation.messages[-1] == {"role": "assistant", "content": ""}
     check_cache(conversation)
-
-
-def test_sampling_differs_and_is_repeatable(conversation):
-    sampler = make_sampler(temp=1.0)
-    texts = []
-    for seed in (1, 1, 2):
-        mx.random.seed(seed)
-        texts.append(answer(conversation, "Hello", sampler=sampler))
-        conversation.reset()
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_a_dense_model_talks_too(folder):
-    model, tokenizer, _ = load_dense(folder)
-    conversation = Conversation(model, tokenizer)
-    right = expected(conversation, "Hello")
-    assert answer(conversation, "Hello", dense=True) == right
 
 
 def test_templates_that_refuse_are_named_and_nothing_changes(folder, loaded, tmp_path):

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import shutil
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from mlx_flashhead import load
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.loading import build, cache
+from mlx_flashhead.lossless.tuning import Tuning
 from mlx_flashhead.models.locate import find_head
 from model_folders import contents, write_model
 from tiny_models import tiny_index, tiny_model
@@ -31,20 +33,27 @@ def kept(flash_head_home, monkeypatch):
     (damaged / SETTINGS_NAME).write_text("{")
 
 
-def test_lists_what_is_kept(run, kept, flash_head_home):
+def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
+    (two,) = (e.config for e in cache.entries() if e.config and e.config.recipe["model"] == "Two")
+    slow = Tuning(4, 9.0, 8, 0.25, gain=0.9, dense_seconds=0.1, spread=0.0, dense=True)
+    fast = replace(slow, n_probes=3, gain=1.5, dense=False)
+    speeds = {"a": asdict(slow), "b": asdict(fast), "c": asdict(fast)}
+    place = cache.speeds_of(two.fingerprint)
+    place.parent.mkdir()
+    place.write_text(json.dumps(speeds))
     code, output, _ = run("cache")
     assert code == 0 and str(flash_head_home) in output
-    rows = [line.split() for line in output.splitlines() if " MB" in line][1:]
-    assert {row[1] for row in rows} == {"owner/One", "Two", "damaged"}
-    (one,) = (row for row in rows if row[1] == "owner/One")
-    assert one[-4:] == ["4", "of", "26", "–"]
-
-
-def test_a_narrow_screen_keeps_the_identifiers(run, kept, monkeypatch):
+    rows = [line.split(maxsplit=4) for line in output.splitlines() if " MB" in line][1:]
+    by_model = {row[1]: " ".join(row[4].split()) for row in rows}
+    assert by_model == {
+        "owner/One": "MB 4 of 26 –",
+        "Two": "MB 4 of 26 0.90 x (dense), 1.50 x (3 probes, check at 8 or risk 0.25)",
+        "damaged": "MB – –",
+    }
     monkeypatch.setenv("COLUMNS", "40")
-    _, output, _ = run("cache")
-    assert all(entry.folder.name[:8] in output for entry in cache.entries())
-    assert "…" not in output
+    _, narrow, _ = run("cache")
+    assert all(entry.folder.name[:8] in narrow for entry in cache.entries())
+    assert "…" not in narrow
 
 
 @pytest.mark.parametrize("spoil", ["nested", "a link", "a text", "forbidden", "strange"])
@@ -95,23 +104,18 @@ def test_names_do_not_control_the_terminal(run, monkeypatch, tmp_path):
     assert "[red]:smile:" in output and "[b]One[2J" in output and "\x1b" not in output
 
 
-def test_removes_some(run, refused, kept):
+def test_removes_some_and_then_all(run, refused, kept):
     key = next(e.folder.name for e in cache.entries() if e.config is None)
     code, output, _ = run("cache", "--remove", "owner/One", key[:10])
     assert code == 0
-    assert [line.split()[:2] for line in output.splitlines()] == [
-        ["Removed", "owner/One"],
-        ["Removed", "damaged"],
-    ]
+    removed = [line.split()[:2] for line in output.splitlines()]
+    assert removed == [["Removed", "owner/One"], ["Removed", "damaged"]]
     (left,) = cache.entries()
     assert left.config.recipe["model"] == "Two" and (left.folder / FILE_NAME).exists()
     for name in ("Four", ""):
         said = refused("cache", "--remove", "Two", name)
         assert f"No FlashHead of {name!r} is kept" in said
     assert len(cache.entries()) == 1
-
-
-def test_removes_all(run, kept):
     assert run("cache", "--remove-all")[0] == 0
     code, output, _ = run("cache")
     assert code == 0 and output.startswith("No FlashHead is kept in ")

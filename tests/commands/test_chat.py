@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import termios
 
@@ -80,11 +79,11 @@ def test_a_conversation_and_its_end_and_another_start(start, expected, folder):
         assert f"[cut at --max-tokens {ANSWER_TOKENS}:" in said
     assert "Wrote 4 messages to chat.json" in chat.say("/save chat.json")
     assert messages(folder / "chat.json") == expected.messages
-    assert chat.leave() == 0
+    assert chat.leave(CTRL_D) == 0
 
     chat = start("--resume")
     assert chat.greeting.endswith("Continuing the last conversation, 4 messages; last: And then?")
-    for typed in ("/exit", "/save chat.json", "And then?"):  # of the first start
+    for typed in ("/save chat.json", "And then?"):  # of the first start
         chat.type(UP, f"> {typed}")
     right = "".join(expected.ask("And then?", max_tokens=ANSWER_TOKENS))
     assert words(chat.say().partition("\n[")[0]) == words(right)
@@ -97,7 +96,18 @@ def test_a_conversation_and_its_end_and_another_start(start, expected, folder):
     assert kept.stat().st_mode & 0o077 == 0
 
 
-def test_several_lines_are_one_question(start, folder):
+def check_end(chat, number):
+    """A signal ends the chat, and the terminal is as it was."""
+    chat.child.kill(number)
+    chat.child.expect(pexpect.EOF)
+    chat.child.wait()
+    assert (chat.child.exitstatus, chat.child.signalstatus) == (128 + number, None)
+    flags = termios.tcgetattr(chat.child.child_fd)[3]
+    assert flags & termios.ECHO and flags & termios.ICANON
+
+
+def test_lines_are_edited_and_several_are_one_question(start, folder):
+    (folder / "my-talk.json").write_text("[]")
     chat = start()
     chat.paste("/first\r\nsecond\n  third")
     chat.wait(lambda: chat.here == "…   third")
@@ -112,122 +122,45 @@ def test_several_lines_are_one_question(start, folder):
     chat.say("/save chat.json")
     questions = [m["content"] for m in messages(folder / "chat.json") if m["role"] == "user"]
     assert questions == ["/first\nsecond\n  third", "by key\nand key", "/in\n\nquotes"]
-    chat.leave()
-
-
-def test_every_command(start, folder):
-    chat = start("--system-prompt", "Be brief.")
-    listed = chat.say("/help")
-    for command in ["/help", "/reset", "/stats", "/probes", "/dense", "/save", "/load", "/exit"]:
-        assert f"  {command} " in listed
-    first = chat.say("Hello")
-    stats = chat.say("/stats")
-    assert "4 of 17 clusters" in stats and "3 messages" in stats
-    assert "backend 'mlx': MLX finds no Apple GPU on this machine." in " ".join(stats.split())
-    assert re.search(r"last answer: \d+ tokens, ", stats)
-    assert re.search(r"\n1 answer of \d+ tokens", stats)
-    assert "1 of 17 clusters" in chat.say("/probes 1")
-    assert "A new conversation" in chat.say("/reset")
-    assert chat.say("Hello").splitlines()[0] == first.splitlines()[0]  # every token is checked
-    for wrong in ("0", "18", "-1", "many", "1.5"):
-        said = chat.say(f"/probes {wrong}")
-        assert f"1 to {N_CLUSTERS}" in said and len(said.splitlines()) == 1
-    assert "1 of 17 clusters" in chat.say("/probes")
-    assert "Now dense" in chat.say("/dense")
-    chat.say("r")
-    assert chat.say("Hello").splitlines()[0] == first.splitlines()[0]
-    assert "Now 1 of 17" in chat.say("/dense")
-    assert "no command /foo" in chat.say("/foo bar")
-    assert "needs the name of a file" in chat.say("/save")
-    assert "chat.json" in chat.say("/load absent/chat.json")
-    (folder / "notes.txt").write_text("no conversation")
-    assert "does not hold a conversation" in chat.say("/load notes.txt")
-    chat.type(" /a message that begins with a slash", ">  /a message that begins with a slash")
-    assert "tokens/s" in chat.say()
-    assert chat.say("") == ""
-    assert "  /help " in chat.say("/h")
-    assert chat.leave(CTRL_D) == 0
+    chat.type("never mind", "> never mind")
+    assert "/exit or Ctrl-D leaves" in chat.interrupt()
+    chat.type("/lo\tmy-\t", "> /load my-talk.json")
+    assert "0 messages from my-talk.json" in chat.say()
+    chat.type("/sta\t", "> /stats")
+    assert "0 messages" in chat.say()
+    check_end(chat, signal.SIGHUP)
 
 
 DAYS = [f"{day}-{week} " for week in range(4) for day in ("monday", "tuesday", "friday")]
 
 
-@pytest.fixture
-def days(folder):
-    """A function that writes a model which always lists days."""
-
-    def days(**options):
-        return write_chain_model(folder / "days", [" ", *DAYS], words=tuple(DAYS), **options)
-
-    return days
-
-
-def test_words_stay_whole_on_a_narrow_screen(start, days):
-    chat = start("--dense", model=days(), max_tokens=20, columns=30)
-    lines = chat.say("Which days?").partition("\n[")[0].splitlines()
-    assert [f"{line} " for line in lines] == ["".join(DAYS[i : i + 3]) for i in range(0, 12, 3)]
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_program(start, days, folder):
-    chat = start("--dense", model=days(endless=True), max_tokens=-1, columns=100)
+def test_an_answer_on_a_narrow_screen_is_stopped(start, folder):
+    """Words stay whole, and keys that are typed meanwhile are not among them."""
+    days = write_chain_model(folder / "days", [" ", *DAYS], words=tuple(DAYS), endless=True)
+    chat = start("--dense", model=days, max_tokens=-1, columns=30)
     for _ in range(2):
         chat.type("Which days?", "> Which days?")
         row = chat.screen.cursor.y + 1
         chat.type("\r")
-        chat.wait(lambda row=row: chat.lines(row)[2])  # some of the answer is there
-        assert re.search(r"\[\d+ tokens,[^]]*\sstopped\]", chat.interrupt())
+        chat.wait(lambda row=row: chat.lines(row)[6])  # some of the answer is there
+        lines = [f"{line} " for line in chat.lines(row)[:4]]
+        assert lines == ["".join(DAYS[i : i + 3]) for i in range(0, 12, 3)]
+        chat.type("/st")
+        chat.wait(lambda row=row: chat.lines(row)[10])
+        answer = chat.interrupt()
+        assert re.search(r"\[\d+ tokens,[^]]*\sstopped\]", answer)
+        assert "/st" not in "".join(chat.lines(row)[:10]) + answer
     chat.say("/save chat.json")
     _, first, _, second = (message["content"] for message in messages(folder / "chat.json"))
     for answer in (first, second):
         assert answer.startswith("".join(DAYS)) and ("".join(DAYS) * 9999).startswith(answer)
-    assert chat.leave() == 0
-
-
-def test_keys_typed_during_an_answer_wait_for_the_next_line(start, days):
-    chat = start("--dense", model=days(endless=True), max_tokens=-1, columns=100)
-    chat.type("Which days?", "> Which days?")
-    row = chat.screen.cursor.y + 1
-    chat.type("\r")
-    chat.wait(lambda: chat.lines(row)[2])
-    chat.type("/st")
-    answer = chat.wait(lambda: chat.lines(row)[6]) or chat.interrupt()
-    assert "/st" not in "".join(chat.lines(row)[:7]) + answer
-    chat.child.kill(signal.SIGTERM)
+    check_end(chat, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("end", ["/exit now", "exit", " quit ", "/quit", "/q", "q"])
 def test_words_that_end_a_chat(typed, converted, end):
     answers, said = typed(f"{end}\nHello\n", "--model", converted)
     assert answers == said == ""
-
-
-def test_ctrl_c_at_the_prompt_clears_the_line(start):
-    chat = start()
-    chat.type("never mind", "> never mind")
-    assert "/exit or Ctrl-D leaves" in chat.interrupt()
-    assert "0 messages" in chat.say("/stats")
-    chat.leave()
-
-
-def test_completion(start, folder):
-    (folder / "my-talk.json").write_text("[]")
-    chat = start()
-    chat.type("/sta\t", "> /stats")
-    assert "0 messages" in chat.say()
-    chat.type("/lo\tmy-\t", "> /load my-talk.json")
-    assert "0 messages from my-talk.json" in chat.say()
-    chat.leave()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_the_terminal_as_it_was(start, number):
-    chat = start()
-    chat.child.kill(number)
-    chat.child.expect(pexpect.EOF)
-    chat.child.wait()
-    assert (chat.child.exitstatus, chat.child.signalstatus) == (128 + number, None)
-    flags = termios.tcgetattr(chat.child.child_fd)[3]
-    assert flags & termios.ECHO and flags & termios.ICANON
 
 
 def test_without_prompt_toolkit_lines_are_typed_all_the_same(start, folder):
@@ -243,40 +176,64 @@ def test_without_prompt_toolkit_lines_are_typed_all_the_same(start, folder):
     chat.leave()
 
 
-def piped(lines, *arguments):
-    command = [sys.executable, "-m", "mlx_flashhead.chat", *map(str, arguments)]
-    return subprocess.run(
-        command, input=lines, capture_output=True, env={**os.environ, **ENVIRONMENT}
-    )
-
-
-def test_over_pipes(converted, folder, expected):
-    """Standard output has the answers and nothing else."""
-    lines = 'Hello there\n/probes 99\n"""/And\nthen?"""\n/save chat.json\n'
-    result = piped(lines.encode(), "--model", converted, "-m", ANSWER_TOKENS)
-    assert result.returncode == 0
-    answers = [
-        "".join(expected.ask(question, max_tokens=ANSWER_TOKENS)) + "\n"
-        for question in ("Hello there", "/And\nthen?")
-    ]
-    assert result.stdout.decode() == "".join(answers).translate(UNPRINTABLE)
-    assert b"1 to 17" in result.stderr and result.stderr.count(b"tokens/s") == 2
-    assert b"\x1b" not in result.stderr
-    assert messages(folder / "chat.json") == expected.messages
-    assert not (folder / ".config").exists()
-
-
 @pytest.fixture
 def typed(run, monkeypatch):
     """A function that gives lines to the chat in this process: the answers, and what it says."""
 
     def typed(lines, *arguments):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
         code, output, errors = run("chat", *arguments, "-m", ANSWER_TOKENS)
         assert code == 0
         return output, errors
 
     return typed
+
+
+def test_every_command_over_pipes(typed, converted, folder):
+    """Standard output has the answers and nothing else, which are those of checked tokens."""
+    (folder / "notes.txt").write_text("no conversation")
+    turns = (
+        ("/help", "  /help    what can be typed"),
+        ("Hello", "tokens/s"),
+        ("/stats", "4 of 17 clusters"),
+        ("", "backend 'mlx': MLX finds no Apple GPU on this machine."),
+        ("", "3 messages, "),
+        ("", f"last answer: {ANSWER_TOKENS} tokens, "),
+        ("", f"1 answer of {ANSWER_TOKENS} tokens"),
+        ("/probes 1", "1 of 17 clusters"),
+        ("/reset", "A new conversation"),
+        ("Hello", "tokens/s"),
+        *((f"/probes {n}", f"1 to {N_CLUSTERS}") for n in (0, 18, -1, "many", 1.5)),
+        ("/probes", "1 of 17 clusters"),
+        ("/dense", "Now dense"),
+        ("r", "A new conversation"),
+        ("Hello", "tokens/s"),
+        ("/dense", "Now 1 of 17"),
+        ("/foo bar", "no command /foo"),
+        ("/save", "needs the name of a file"),
+        ("/load absent/chat.json", "chat.json"),
+        ("/load notes.txt", "does not hold a conversation"),
+        ('"""/And\nthen?"""', "tokens/s"),
+        (" /a message", "tokens/s"),
+        ("/save chat.json", "Wrote 7 messages to chat.json"),
+        ("/h", "  /exit    leave"),
+    )
+    lines = "".join(f"{line}\n" for line, _ in turns)
+    answers, said = typed(lines, "--model", converted, "--system-prompt", "Be brief.")
+    place = 0
+    for _, wanted in turns:
+        place = said.index(wanted, place) + len(wanted)
+    assert all(f"  {command} " in said for command in talk.COMMANDS)
+    assert "\x1b" not in said and said.count("tokens/s") == 6  # /stats has one more
+    right = Conversation(*mlx_flashhead.load(str(converted)), system_prompt="Be brief.")
+    texts = [
+        "".join(right.ask(question, max_tokens=ANSWER_TOKENS)) + "\n"
+        for question in ("Hello", "/And\nthen?", "/a message")
+    ]
+    texts = [*3 * texts[:1], *texts[1:]]
+    assert answers == "".join(texts).translate(UNPRINTABLE)
+    assert messages(folder / "chat.json") == right.messages
+    assert not (folder / ".config").exists()
 
 
 def test_dense_needs_no_flash_head(typed, dense, converted):
@@ -294,16 +251,14 @@ def test_sampling_follows_the_seed(typed, converted):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_probes_of_the_command_line(typed, converted):
-    assert "1 of 17 clusters" in typed("/stats\n", "--model", converted, "--n-probes", 1)[1]
+def test_probes_of_the_command_line_and_a_cache_without_a_limit(typed, converted):
+    arguments = ("--model", converted, "--n-probes", 1, "--max-kv-size", 24)
+    _, said = typed("/stats\n", *arguments)
+    assert "1 of 17 clusters" in said and "--max-kv-size has no effect" in said
 
 
-def test_a_cache_without_a_limit_is_said(typed, converted):
-    assert "no effect" in typed("Hello\n", "--model", converted, "--max-kv-size", 24)[1]
-
-
-def test_a_conversation_goes_on_over_pipes(typed, converted, folder):
-    """Only what was asked to be resumed is kept."""
+def test_a_conversation_goes_on_over_pipes(typed, converted, folder, monkeypatch):
+    """Only what was asked to be resumed is kept; where it cannot be kept, it goes on."""
     arguments = ("--model", converted)
     both, _ = typed("Hello\nGo on\n", *arguments)
     kept = folder / ".config/mlx_flashhead/chat/last.json"
@@ -316,17 +271,13 @@ def test_a_conversation_goes_on_over_pipes(typed, converted, folder):
     assert first + second == both and "2 messages; last: Hello" in said
     assert len(messages(kept)) == 4
 
-
-def test_a_conversation_that_cannot_be_kept_goes_on(typed, converted, folder, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "last.json")
 
-    kept = folder / ".config/mlx_flashhead/chat/last.json"
-    kept.parent.mkdir(parents=True)
     kept.write_text("[]")
     monkeypatch.setattr(talk, "keep", full)
-    answers, said = typed("Hello\nGo on\n", "--model", converted, "--resume")
-    assert answers == typed("Hello\nGo on\n", "--model", converted)[0]
+    answers, said = typed("Hello\nGo on\n", *arguments, "--resume")
+    assert answers == both
     assert said.count("not kept for --resume: last.json: No space left") == 1
 
 

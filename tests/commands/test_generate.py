@@ -7,7 +7,6 @@ import sys
 
 import mlx.core as mx
 import pytest
-from mlx_lm.sample_utils import make_sampler
 
 import mlx_flashhead
 from model_folders import VOCAB_SIZE, write_model
@@ -15,6 +14,7 @@ from model_folders import VOCAB_SIZE, write_model
 # not the function of the same name, which the package has under it
 generate_command = importlib.import_module("mlx_flashhead.generate")
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
+newest = pytest.mark.newest
 
 
 def test_generate_prints_the_text(run, converted):
@@ -47,14 +47,6 @@ def test_generate_dense_is_mlx_lms_output(run, dense, converted, monkeypatch, ca
     assert run("generate", *arguments, dense, "--dense") == (0, expected, "")
 
 
-def test_an_answer_does_not_control_the_terminal(run, dense, monkeypatch):
-    monkeypatch.setattr(generate_command, "generate", lambda *_, **__: "\x1b[2Jtwo\nlines\x07")
-    arguments = ("--model", dense, "--dense", "--prompt", "One day", "--verbose", "F")
-    assert run("generate", *arguments)[1] == "\x1b[2Jtwo\nlines\x07\n"  # behind a pipe
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert run("generate", *arguments)[1] == "[2Jtwo\nlines\n"
-
-
 def test_generate_reads_standard_input(run, converted, monkeypatch):
     arguments = ("--model", converted, "--max-tokens", 8, "--verbose", "F", "--prompt")
     expected = run("generate", *arguments, "One day")
@@ -81,35 +73,21 @@ def test_generate_samples_with_this_packages_sampler(run, converted, monkeypatch
     asked = []
 
     def maker(*arguments, **named):
-        asked.append((arguments, named))
-        return make_sampler(temp=0.0)
+        asked.append((*arguments, named["top_k"]))
+        return mlx_flashhead.make_sampler()
 
     monkeypatch.setattr(generate_command, "make_sampler", maker)
     arguments = ("--model", converted, "--prompt", "One day", "--max-tokens", 2)
     assert run("generate", *arguments, "--temp", 0.8, "--top-p", 0.9, "--top-k", 5)[0] == 0
-    (((temp, top_p, min_p, keep), named),) = asked
-    assert (temp, top_p, min_p, keep, named["top_k"]) == (0.8, 0.9, 0.0, 1, 5)
-
-
-def test_generate_with_a_draft_model(run, dense, converted):
-    arguments = ("--model", converted, "--prompt", "One day", "--max-tokens", 8, "--verbose", "F")
-    expected = run("generate", *arguments)
-    assert run("generate", *arguments, "--draft-model", dense) == expected
+    assert asked == [(0.8, 0.9, 0.0, 1, 5)]
 
 
 def test_generate_without_a_chat_template(run, tmp_path):
-    source = write_model(tmp_path / "source", chat_template=None)
-    code, _, errors = run(
-        "convert",
-        "--model",
-        source,
-        "--mlx-path",
-        tmp_path / "model",
-        "--calibration-positions",
-        99,
-    )
+    source, target = write_model(tmp_path / "source", chat_template=None), tmp_path / "model"
+    arguments = ("--model", source, "--mlx-path", target, "--calibration-positions", 99)
+    code, _, errors = run("convert", *arguments)
     assert code == 0 and "rror" not in errors
-    code, output, errors = run("generate", "--model", tmp_path / "model", "--prompt", "One day")
+    code, output, errors = run("generate", "--model", target, "--prompt", "One day")
     assert (code, errors) == (0, "")
     assert "Prompt: 7 tokens" in output
 
@@ -126,10 +104,13 @@ def test_generate_with_a_chat_template_that_raises(refused, tmp_path):
     [
         ((), "--model is needed"),
         (("--model", "x", "--max-tokens", 0), "--max-tokens is 0"),
+        (("--model", "x", "--num-draft-tokens", 0), "--num-draft-tokens is 0"),
+        (("--model", "x", "--max-kv-size", 0), "--max-kv-size is 0"),
+        pytest.param(("--model", "x", "--prefill-step-size", 0), "size is 0", marks=newest),
+        (("--model", "x", "--draft-probes", 2), "add --draft-model"),
         (("--model", "x", "--draw-probes"), "--temp above 0"),
         (("--model", "x", "--draw-probes", "--temp", 1, "--dense"), "no --dense"),
         (("--model", "x", "--dense", "--n-probes", 4), "leave --n-probes out"),
-        (("--model", "x", "--prompt-cache-file", "absent"), "no such file"),
         (("--model", "x", "--temp", "nan"), "--temp is nan: give a number of 0 or more"),
         (("--model", "x", "--n-probes", 0), "--n-probes is 0: give a whole number of 1 or more"),
         (("--model", "x", "--chat-template-config", "{"), "give a JSON object such as"),
@@ -140,17 +121,14 @@ def test_generate_refuses_flags(refused, arguments, said):
     assert said in refused("generate", *arguments)
 
 
-@pytest.mark.parametrize(
-    "prompt, said",
-    [
+def test_generate_refuses_prompts_before_it_prints(run, converted):
+    arguments = ("--model", converted, "--ignore-chat-template", "--prompt")
+    for prompt, said in (
         ("", "The prompt is empty: give at least one token with --prompt"),
         ("x" * 600, "The prompt has 600 tokens, and at most 511 are read"),
-    ],
-)
-def test_generate_refuses_prompts_before_it_prints(run, converted, prompt, said):
-    arguments = ("--model", converted, "--ignore-chat-template", "--prompt", prompt)
-    code, output, errors = run("generate", *arguments)
-    assert (code, output) == (2, "") and errors.startswith(f"error: {said}")
+    ):
+        code, output, errors = run("generate", *arguments, prompt)
+        assert (code, output) == (2, "") and errors.startswith(f"error: {said}")
 
 
 def test_generate_refuses_probes(refused, converted):

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+from functools import partial
 
 import pytest
 from filelock import FileLock
@@ -51,18 +52,18 @@ def entries_of(home, monkeypatch):
 
 
 @pytest.mark.newest  # the oldest MLX starts threads when it is imported, which a fork does not have
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_at_twenty_moments(generate, arguments, text, folder, monkeypatch, number):
+def test_stopped_at_twenty_moments(generate, arguments, text, folder, monkeypatch):
     for name in ("whole", "stopped"):  # so that both write the same
         for folder_of_home in ("locks", "flash_heads"):
-            (folder / f"{name}-{number}" / folder_of_home).mkdir(parents=True)
-    code, output, errors = generate(f"whole-{number}", *arguments)
+            (folder / name / folder_of_home).mkdir(parents=True)
+    code, output, errors = generate("whole", *arguments)
     assert code == 0 and output.split(RULE)[1] == text and "FlashHead is ready" in errors
-    all_moments = generate.moments(f"whole-{number}")
-    home, (model, _, _) = folder / f"stopped-{number}", load_dense(folder / "model")
+    all_moments = generate.moments("whole")
+    home, (model, _, _) = folder / "stopped", load_dense(folder / "model")
     for kind, n in N_MOMENTS.items():
         assert all_moments[kind] >= n
         for i in range(n):
+            number = (signal.SIGKILL, signal.SIGINT)[i % 2]
             at = {"kind": kind, "moment": 1 + i * all_moments[kind] // n}
             code, output, errors = generate(home.name, *arguments, **at, number=number)
             whole = RULE + text + RULE  # after which come the speeds
@@ -108,12 +109,8 @@ def test_a_signal_during_a_long_prompt_ends_it_soon(generate, folder, number):
 @pytest.fixture
 def quick(monkeypatch):
     """A build takes a second."""
-    options = build.IndexOptions
-
-    def quick_options(**given):
-        return options(**given, calibration_positions=100)
-
-    monkeypatch.setattr(build, "IndexOptions", quick_options)
+    options = partial(build.IndexOptions, calibration_positions=100)
+    monkeypatch.setattr(build, "IndexOptions", options)
 
 
 def full(*_, **__):
@@ -128,18 +125,6 @@ def test_a_full_disk(run, dense, quick, monkeypatch, flash_head_home, where):
     assert errors.count("It is not kept") == 1 and "No space left on device" in errors
     assert not list(flash_head_home.glob("flash_heads/*"))
     monkeypatch.undo()
-
-
-def test_another_process_builds(run, dense):
-    model, _, _ = load_dense(dense)
-    lock = cache.home() / "locks" / f"{cache.place_of(find_head(model).rows()).name}.lock"
-    lock.parent.mkdir(parents=True)
-    with FileLock(lock):
-        code, output, errors = run("generate", "--model", dense, "--max-tokens", 3)
-    assert code == 0 and "Generation: 3 tokens" in output
-    assert errors.splitlines()[1:] == [
-        "Another process is building the FlashHead of this model: it is used from the next start."
-    ]
 
 
 def test_a_model_that_is_deleted_meanwhile(run, quick, tmp_path, monkeypatch):

@@ -48,15 +48,31 @@ def expected(converted):
 ENDLESS_ANSWER = {"max_tokens": 100_000, "stream": True, "logit_bias": {"50": 100}}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_says_where_it_is_and_ends_when_told(converted, expected, tmp_path, number):
-    with serving(tmp_path, "--model", converted, "--log-level", "WARNING") as server:
+def test_it_says_where_it_is_and_logs_its_answers(converted, expected, tmp_path):
+    """A line for each request. Settings of sampling leave no thread behind."""
+    with serving(tmp_path, "--model", converted) as server:
         assert server.line == (
             f"Serving {converted} with FlashHead at {server.url} (Ctrl-C ends it)\n"
         )
+        stream = server.client().completions.create(model="model", prompt=PROMPT, **ENDLESS_ANSWER)
+        next(iter(stream))
+        stream.close()
         assert complete(server) == expected["dense"]
-        code, rest = server.end(number)
-        assert (code, rest, server.log()) == (0, "Stopped.\n", "")
+        model, *requests = server.lines(3)
+        assert "is served with FlashHead(" in model
+        assert len(requests) == 2
+        assert sum("the client has gone" in line for line in requests) == 1
+        for n, length in ((1, 1), (3, 1), (3, 2)):
+            complete(server, max_tokens=length, n=n, temperature=1.0)
+        lines = [line for line in server.lines(3, after=3) if " tokens" in line]
+        assert len(lines) == 3 and not any("tokens/s" in line for line in lines[:2])
+        assert all(float(speed) > 0 for speed in re.findall(r"(\S+) tokens/s", lines[2]))
+        threads, counts = Path(f"/proc/{server.process.pid}/task"), []
+        for i in range(24 if threads.exists() else 0):
+            complete(server, temperature=0.5 + i / 100, top_p=0.9)
+            counts.append(len([*threads.iterdir()]))
+        assert max(counts[8:], default=0) <= max(counts[7:8], default=0) + 2, counts
+        assert server.end(signal.SIGINT) == (0, "Stopped.\n")
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -81,32 +97,20 @@ def test_it_ends_amid_answers_and_a_second_signal_aborts_nothing(converted, tmp_
         other.close()
 
 
-@pytest.mark.parametrize("seconds", [0.5, 2.0])
-def test_it_ends_while_it_starts(converted, tmp_path, seconds):
+def test_it_ends_while_it_starts(converted, tmp_path):
     command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(converted)]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
     errors = tmp_path / "errors.txt"
     with errors.open("w") as file:
-        process = subprocess.Popen(
-            [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=file, env=environment
-        )
-        time.sleep(seconds)
-        process.terminate()
-        process.communicate(timeout=30)
-    assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        pipes = {"stdout": subprocess.PIPE, "stderr": file, "env": environment}
+        processes = [subprocess.Popen([*command, "--port", "0"], **pipes) for _ in range(2)]
+        for process, seconds in zip(processes, (0.5, 1.5), strict=True):
+            time.sleep(seconds)
+            process.terminate()
+        for process in processes:
+            process.communicate(timeout=30)
+            assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
     assert not set(errors.read_text().split()) & {"terminate", "Traceback", "libc++abi:"}
-
-
-def test_a_model_that_cannot_be_served_ends_it_with_a_sentence(dense, tmp_path):
-    command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(dense)]
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(
-        [*command, "--port", "0", "--flash-head", str(tmp_path)],
-        capture_output=True, text=True, env=environment, timeout=60,
-    )  # fmt: skip
-    assert (ended.returncode, ended.stdout) == (2, "")
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path} holds no FlashHead")
 
 
 def test_a_lost_thread_ends_it_with_a_code_for_supervisors(converted):
@@ -120,18 +124,6 @@ def test_a_lost_thread_ends_it_with_a_code_for_supervisors(converted):
     )  # fmt: skip
     assert ended.returncode == 75
     assert ended.stdout.endswith("the thread that answers is lost: start the server again.\n")
-
-
-def test_a_client_that_goes_leaves_one_line(converted, expected, tmp_path):
-    with serving(tmp_path, "--model", converted) as server:
-        stream = server.client().completions.create(model="model", prompt=PROMPT, **ENDLESS_ANSWER)
-        next(iter(stream))
-        stream.close()
-        assert complete(server) == expected["dense"]
-        model, *requests = server.lines(3)
-        assert "is served with FlashHead(" in model
-        assert len(requests) == 2
-        assert sum("the client has gone" in line for line in requests) == 1
 
 
 def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_path):
@@ -156,30 +148,28 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_
         assert "is served with FlashHead(" in log and "finds no Apple GPU on this machine" in log
 
 
-def test_a_flash_head_checkpoint_drafts_with_its_flash_head(dense, converted, expected, tmp_path):
-    flags = ["--draft-model", converted, "--num-draft-tokens", 2, "--log-level", "INFO"]
-    for model in (converted, dense):
-        with serving(tmp_path, "--model", model, *flags) as server:
-            assert complete(server) == expected["dense"]
-            assert f"{converted} drafts with FlashHead(" in server.log()
-
-
 def test_dense_may_be_asked_for(converted, expected, tmp_path):
-    with serving(tmp_path, "--model", converted, "--dense", "--no-check") as server:
+    flags = ("--dense", "--no-check", "--log-level", "WARNING")
+    with serving(tmp_path, "--model", converted, *flags) as server:
         assert f"{converted} dense at http" in server.line
         assert complete(server) == expected["dense"]
         assert complete(server, extra_body={"dense": False}) == expected[""]
         assert complete(server, extra_body={"n_probes": 1}) == expected["few"]
+        assert (*server.end(), server.log()) == (0, "Stopped.\n", "")
 
 
-def test_a_flash_head_of_its_own(dense, expected, tmp_path):
+def test_a_flash_head_of_its_own_and_a_draft_with_its_flash_head(
+    dense, converted, expected, tmp_path
+):
     (tmp_path / "head").mkdir()
     write_companion(tmp_path / "head", tiny_index(load_dense(dense)[0], n_probes=1))
-    flags = ("--flash-head", tmp_path / "head", "--no-check")
-    with serving(tmp_path, "--model", dense, *flags) as server:
+    flags = ("--flash-head", tmp_path / "head", "--no-check", "--log-level", "INFO")
+    draft = ("--draft-model", converted, "--num-draft-tokens", 2)
+    with serving(tmp_path, "--model", dense, *flags, *draft) as server:
         assert f"{dense} with FlashHead at http" in server.line
         assert complete(server) != expected["dense"]
         assert complete(server, extra_body={"dense": True}) == expected["dense"]
+        assert f"{converted} drafts with FlashHead(" in server.log()
 
 
 @pytest.mark.parametrize(
@@ -200,18 +190,17 @@ def test_a_flash_head_of_its_own(dense, expected, tmp_path):
         (("--model", "x", "--log-level", "LOUD"), "--log-level is LOUD: choose DEBUG"),
     ],
 )
-def test_server_refuses_flags(run, arguments, said):
-    """In one line: no usage before it."""
-    code, output, errors = run("server", *arguments)
-    assert (code, output) == (2, "")
-    assert len(errors.splitlines()) == 1 and said in errors
+def test_server_refuses_flags(refused, arguments, said):
+    assert said in refused("server", *arguments)
 
 
-def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
+def test_server_refuses_what_cannot_be_served(refused, dense, converted, tmp_path):
     before = set(threading.enumerate())
     served = ("--model", converted, "--port", 0)
     assert f"1 to {N_CLUSTERS}" in refused("server", *served, "--n-probes", N_CLUSTERS + 1)
     assert "no folder ./absent" in refused("server", *served, "--draft-model", "./absent")
+    dense_served = ("--model", dense, "--port", 0, "--flash-head", tmp_path)
+    assert f"{tmp_path} holds no FlashHead" in refused("server", *dense_served)
     assert "the host does not exist" in refused("server", *served, "--host", "no.such.host.invalid")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -229,24 +218,3 @@ def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
     (broken / "model.safetensors").write_bytes(b"none")
     assert "cannot load the model" in refused("server", "--model", broken, "--port", 0)
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads of a process are counted in /proc")
-def test_settings_of_sampling_leave_no_thread_behind(converted, tmp_path):
-    with serving(tmp_path, "--model", converted) as server:
-        threads = Path(f"/proc/{server.process.pid}/task")
-        counts = []
-        for i in range(24):
-            complete(server, temperature=0.5 + i / 100, top_p=0.9)
-            counts.append(len([*threads.iterdir()]))
-    assert max(counts[8:]) <= counts[7] + 2, counts
-
-
-def test_short_answers_have_no_speed_or_one_above_zero(converted, tmp_path):
-    with serving(tmp_path, "--model", converted) as server:
-        before = len(server.log().splitlines())
-        for n, length in ((1, 1), (3, 1), (3, 2)):
-            complete(server, max_tokens=length, n=n, temperature=1.0)
-        lines = [line for line in server.lines(3, after=before) if " tokens" in line]
-    assert len(lines) == 3 and not any("tokens/s" in line for line in lines[:2])
-    assert all(float(speed) > 0 for speed in re.findall(r"(\S+) tokens/s", lines[2]))

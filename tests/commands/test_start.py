@@ -1,11 +1,14 @@
-"""How the commands are started: as modules, by the console scripts and by the scripts folder."""
+"""How the commands start, as modules, console scripts and from the scripts folder, and end."""
 
+import errno
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,23 +27,29 @@ IMPORT_ALL = f"""
 import sys
 from inspect import isfunction
 
-for way in {IMPORTS!r}:
-    for name in ('generate', 'convert'):  # which are also functions
-        for module in [m for m in sys.modules if m.split('.')[0] == 'mlx_flashhead']:
-            del sys.modules[module]
-        run_package = "run_module('mlx_flashhead'," in way
-        sys.argv = ['mlx_flashhead', *[name] * run_package, '--help']
-        try:
-            exec(way.format(name=name), {{}})
-        except SystemExit as end:
-            assert end.code == 0, (way, name)
-        from mlx_flashhead import convert, generate
-        import mlx_flashhead
-        for function in (convert, generate):
-            assert isfunction(function), (way, name)
-            assert getattr(mlx_flashhead, function.__name__) is function
-        assert sys.modules['mlx_flashhead'] is mlx_flashhead
+for way, name in zip({IMPORTS!r}, 2 * ('generate', 'convert')):  # which are also functions
+    for module in [m for m in sys.modules if m.split('.')[0] == 'mlx_flashhead']:
+        del sys.modules[module]
+    run_package = "run_module('mlx_flashhead'," in way
+    sys.argv = ['mlx_flashhead', *[name] * run_package, '--help']
+    try:
+        exec(way.format(name=name), {{}})
+    except SystemExit as end:
+        assert end.code == 0, (way, name)
+    from mlx_flashhead import convert, generate
+    import mlx_flashhead
+    for function in (convert, generate):
+        assert isfunction(function), (way, name)
+        assert getattr(mlx_flashhead, function.__name__) is function
+    assert sys.modules['mlx_flashhead'] is mlx_flashhead
 """
+REMEDIES = (
+    (errno.ENOSPC, "free some space or choose another place"),
+    (errno.EDQUOT, "free some space or choose another place"),
+    (errno.EACCES, "choose another place, or get the permission"),
+    (errno.EROFS, "choose another place, or get the permission"),
+    (errno.EIO, "check the path and the disk"),
+)
 # As `python -m` does, but in one process.
 HELP_OF_ALL = f"""
 import runpy, sys
@@ -87,16 +96,15 @@ def test_functions_stay_functions_whatever_is_imported():
     assert (code, errors) == (0, "")
 
 
-def test_console_script_generates_and_prints_nothing_else(converted):
+def test_console_script_generates_and_prints_nothing_else(run, converted):
     """No library's notice: all that is on the screen is the answer."""
     script = Path(sysconfig.get_path("scripts")) / "mlx_flashhead.generate"
     assert script.exists(), "install the package first: pip install -e ."
     arguments = ("--model", converted, "--max-tokens", 5, "--verbose", "F")
     arguments += ("--flash-head-always", "--prompt")
-    code, output, errors = start(script, *arguments, "-", input="One day")
-    assert (code, errors) == (0, "")
-    expected = start(sys.executable, "-m", "mlx_flashhead.generate", *arguments, "One day")
-    assert (code, output, errors) == expected
+    expected = run("generate", *arguments, "One day")
+    assert start(script, *arguments, "-", input="One day") == expected
+    assert expected[::2] == (0, "")
 
 
 def test_script_converts(dense, tmp_path):
@@ -107,6 +115,25 @@ def test_script_converts(dense, tmp_path):
     )  # fmt: skip
     assert code == 0 and "Writing model" in output
     assert (tmp_path / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "convert", "export", "evaluate", "benchmark"]
+)
+def test_how_commands_end(run, monkeypatch, command):
+    module = importlib.import_module(f"mlx_flashhead.{command}")
+    for error, code, said in (
+        (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
+        (BrokenPipeError(), 141, ""),
+        (ValueError("One sentence.\nAnd a second line."), 2, "error: One sentence.\n"),
+        (ValueError("No \x1b[31mname\x07\x9b."), 2, "error: No [31mname.\n"),
+        (ValueError(), 2, "error: ValueError\n"),
+        (OSError("No disk."), 2, "error: No disk.\n"),
+        *((OSError(n, os.strerror(n), "file"), 2, f"{os.strerror(n)}: {r}") for n, r in REMEDIES),
+    ):
+        monkeypatch.setattr(module, "make_parser", Mock(side_effect=error))
+        found, output, errors = run(command)
+        assert (found, output) == (code, "") and errors in (said, f"error: file: {said}.\n")
 
 
 @pytest.mark.parametrize(

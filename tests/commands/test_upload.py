@@ -27,6 +27,10 @@ def test_upload(run, hub, converted):
     assert len(lines) == 2
     assert FILE_NAME in hub.files("me/tiny")
     assert TOKEN not in output + errors
+    code, output, _ = run("upload", "--path", converted, "--private")
+    assert code == 0
+    assert output.splitlines()[-1] == f"Uploaded to {hub.url}/me/model-FlashHead-fp32"
+    assert hub.repositories["me/model-FlashHead-fp32"].private
 
 
 def test_upload_asks_for_a_licence(run, refused, hub, tmp_path):
@@ -39,13 +43,6 @@ def test_upload_asks_for_a_licence(run, refused, hub, tmp_path):
     )
     assert code == 0, errors
     assert b"\nlicense: mit\n" in hub.files("me/x")["README.md"]
-
-
-def test_upload_derives_the_name(run, hub, converted):
-    code, output, _ = run("upload", "--path", converted, "--private")
-    assert code == 0
-    assert output.splitlines()[-1] == f"Uploaded to {hub.url}/me/model-FlashHead-fp32"
-    assert hub.repositories["me/model-FlashHead-fp32"].private
 
 
 def test_upload_refuses(refused, dense, tmp_path):
@@ -80,35 +77,21 @@ def test_convert_refuses_before_it_begins(refused, hub, dense, tmp_path):
         (("--upload", "me/a", "--upload-repo", "me/b"), "two repositories"),
         (("--private",), "--private is for an upload"),
         (("--base-model", "name"), "--base-model is 'name': give OWNER/NAME"),
+        (("--upload", "--cluster-size", VOCAB_SIZE + 1), "--cluster-size is"),
     ):
         assert said in refused(*convert(dense, tmp_path / "new", *flags))
     assert not (tmp_path / "new").exists() and hub.repositories == {}
 
 
-def test_an_argument_that_is_wrong_makes_no_repository(refused, hub, dense, tmp_path):
-    flags = ("--upload", "--cluster-size", VOCAB_SIZE + 1)
-    assert "--cluster-size is" in refused(*convert(dense, tmp_path / "new", *flags))
-    assert hub.repositories == {}
-
-
-def test_llama(run, refused, hub, tmp_path):
-    source = write_model(tmp_path / "My-Tune")
+def test_llama_is_checked_before_the_conversion(refused, hub, tmp_path):
+    source, target = write_model(tmp_path / "My-Tune"), tmp_path / "new"
     (source / "README.md").write_text(LLAMA)
-    target = tmp_path / "new"
     said = refused(*convert(source, target, "--upload"))
     assert "its text is missing: convert without --upload, save https://www.llama.com" in said
     (source / "LICENSE.txt").write_text(TEXT)
     said = refused(*convert(source, target, "--upload", "me/My-Tune"))
     assert "must begin with Llama, so call it me/Llama-My-Tune" in said
     assert hub.repositories == {} and not target.exists()
-    code, _, errors = run(*convert(source, target, "--upload"))
-    assert code == 0, errors
-    files = hub.files("me/Llama-My-Tune-FlashHead-fp32")
-    card = files["README.md"].decode()
-    assert "**Built with Llama**" in card and "\nlicense: llama3.2\n" in card
-    assert files["LICENSE.txt"].decode() == TEXT
-    assert files["NOTICE.txt"].startswith(b"Llama 3.2 is licensed under the Llama 3.2 Community")
-    assert "must begin with Llama" in refused("upload", "--path", target, "--repo", "me/other")
 
 
 def test_gemma_with_its_terms_put_there_by_hand(run, refused, hub, tmp_path):

@@ -15,13 +15,15 @@ from mlx_flashhead.common.arguments import (
     whole_numbers,
 )
 
+WHOLE = "give a whole number of 1 or more"
+
 
 @pytest.mark.parametrize(
     "type, taken, value",
     [
         (whole_number(1), "12", 12),
         (whole_number(0, 3), 3, 3),
-        (whole_number(1, or_else={-1: "no limit"}), "-1", -1),
+        (whole_number(1, or_no_limit=True), "-1", -1),
         (number(0), "0.5", 0.5),
         (number(0, 1), 1, 1.0),
         (number(0, 1, above=True), "1e-3", 0.001),
@@ -39,16 +41,12 @@ def test_taken(type, taken, value):
 @pytest.mark.parametrize(
     "type, refused, wanted",
     [
-        (whole_number(1), "0", "give a whole number of 1 or more"),
-        (whole_number(1), "1.5", "give a whole number of 1 or more"),
-        (whole_number(1), 2.0, "give a whole number of 1 or more"),
-        (whole_number(1), True, "give a whole number of 1 or more"),
+        (whole_number(1), "0", WHOLE),
+        (whole_number(1), "1.5", WHOLE),
+        (whole_number(1), 2.0, WHOLE),
+        (whole_number(1), True, WHOLE),
         (whole_number(0, 3), "4", "give 0 to 3"),
-        (
-            whole_number(1, or_else={-1: "no limit"}),
-            "-2",
-            "give a whole number of 1 or more, or -1 for no limit",
-        ),
+        (whole_number(1, or_no_limit=True), "-2", f"{WHOLE}, or -1 for no limit"),
         (number(0), "-0.1", "give a number of 0 or more"),
         (number(0), "nan", "give a number of 0 or more"),
         (number(0), "inf", "give a number of 0 or more"),

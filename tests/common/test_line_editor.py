@@ -37,23 +37,20 @@ def test_commands_and_files_are_completed(completions):
     assert completions("/save absent/x") == []
 
 
-def test_the_history_is_kept_for_its_user_alone(tmp_path):
-    file = tmp_path / "new" / "history"
-    for answer in ("a question", "one\nquestion of two lines"):
+def test_the_history_is_kept_for_its_user_alone_where_it_can_be(tmp_path):
+    (tmp_path / "file").touch()
+    file, nowhere = tmp_path / "new" / "history", tmp_path / "file" / "history"
+    for place, answer in (
+        (file, "a question"),
+        (nowhere, "another question"),
+        (file, "one\nquestion of two lines"),
+    ):
         with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):
-            read = line_editor([], [], file)
+            read = line_editor([], [], place)
             typed.send_text(answer.replace("\n", "\x1b\r") + "\r")
             assert read() == answer
     assert list(FileHistory(file).load_history_strings()) == [answer, "a question"]
     assert file.parent.stat().st_mode & 0o077 == 0
-
-
-def test_a_history_that_cannot_be_kept_is_no_reason_to_stop(tmp_path):
-    (tmp_path / "file").touch()
-    with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):
-        read = line_editor([], [], tmp_path / "file" / "history")
-        typed.send_text("a question\r")
-        assert read() == "a question"
 
 
 @pytest.mark.parametrize("moment", ["before it starts", "when it starts", "while it waits"])

@@ -27,11 +27,6 @@ def test_redact(monkeypatch, text, expected):
     assert redact(text) == (text if expected is None else expected)
 
 
-def test_without_a_token(monkeypatch, tmp_path):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert redact("nothing to hide") == "nothing to hide"
-
-
 def test_logs_of_the_client_are_redacted(caplog, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "my-own-secret")
     logger = logging.getLogger("huggingface_hub.utils._http")

@@ -1,31 +1,83 @@
 """Runs programs under ``mlx_flashhead.run``, as a user does."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 DENSE = "Without FlashHead: "
+# A program that runs others, one after the other: the imports of a process take seconds.
+MANY = """
+import runpy
+import sys
+
+for line in sys.argv[1:]:
+    words = line.split()
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+"""
 
 
-def command(*words) -> tuple[list[str], dict[str, str]]:
-    """The command line of ``mlx_flashhead.run``, and its environment."""
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
-    return [sys.executable, "-m", "mlx_flashhead.run", *map(str, words)], environment
-
-
-def run(place: Path, *words, typed: str = "") -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of ``mlx_flashhead.run`` in a folder."""
-    words, environment = command(*words)
-    result = subprocess.run(
-        words, cwd=place, env=environment, input=typed, capture_output=True, text=True
+def process(place: Path, *words, **options) -> subprocess.Popen:
+    """``mlx_flashhead.run`` in a folder."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlx_flashhead.run", *map(str, words)],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
     )
-    return result.returncode, result.stdout, result.stderr
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
+def start(place: Path, *words, typed: str = "") -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of ``mlx_flashhead.run`` in a folder."""
+    program = process(place, *words, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = program.communicate(typed)
+    return program.returncode, output, errors
+
+
+class RunningServer:
+    """A server of another package, and what it has ``said``."""
+
+    def __init__(self, port: int):
+        self.port, self.said = port, ""
+
+    def ask(self, **body) -> dict:
+        """Its answer to a question."""
+        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+
+@contextmanager
+def running_server(place: Path, *words, ready: str) -> Iterator[RunningServer]:
+    """A server that runs with the FlashHead ``head``, from its line ``ready`` on until Ctrl-C."""
+    with socket.socket() as taken:  # port 0 is not told, so a free one is chosen
         taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+        port = taken.getsockname()[1]
+    server = RunningServer(port)
+    words = ("--flash-head", "head", *words, "--port", port)
+    with process(place, *words, stderr=subprocess.STDOUT) as program:
+        try:
+            while ready not in server.said:
+                line = program.stdout.readline()
+                assert line, server.said
+                server.said += line
+            yield server
+        finally:
+            program.send_signal(signal.SIGINT)
+            server.said += program.communicate(timeout=60)[0]

@@ -8,7 +8,7 @@ import pytest
 
 import compare_paths
 import mlx_flashhead
-from compare_paths import Comparison
+from compare_paths import Answer, verdict
 from kernel_cases import kernels
 from mlx_flashhead.head.kernels import MetalSteps
 from model_folders import write_model
@@ -62,15 +62,13 @@ def test_a_head_on_another_path_is_no_comparison(checkpoint, monkeypatch):
     """Both would run on the same path, and agree whatever the kernels do."""
     monkeypatch.setattr(compare_paths, "BACKEND_VARIABLE", "ANOTHER_VARIABLE")
     with pytest.raises(ValueError, match="asked for"):
-        compare_paths.compare(checkpoint, PROMPTS, 2)
+        next(compare_paths.compare(checkpoint, PROMPTS, 2))
 
 
 @pytest.mark.parametrize("gap, agrees", [(1e-4, True), (1e-2, False)])
 def test_a_tie_is_no_disagreement(gap, agrees):
-    tokens = {"metal": [1, 2, 3], "mlx": [1, 4, 3]}
-    texts = {"metal": "abc", "mlx": "adc"}
-    found = Comparison("p", tokens, texts, {"metal": 20.0, "mlx": 20.0 + gap}, rounding=2e-4)
-    assert found.same == 1 and found.agrees == agrees
-    assert f"1 of 3 tokens are the same, then the paths part. Their logits are {gap:g}" in str(
-        found
-    )
+    answers = [Answer([1, 2, 3], "abc"), Answer([1, 4, 3], "adc")]
+    logits = mx.array([0, 0, 20.0, 0, 20.0 + gap])
+    found, said = verdict("p", answers, lambda tokens: logits if tokens == [1] else None)
+    assert found == agrees and f"rounding makes 0.0002: {'a' if agrees else 'no'} tie." in said
+    assert "1 of 3 tokens are the same, then the paths part. Their logits are" in said

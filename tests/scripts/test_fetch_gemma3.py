@@ -7,13 +7,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text
 from tokenizers import Tokenizer
 
-import fetch_model as script
 from fetch_model import GEMMA_NAMES, MODELS, hugging_face_name, read_gemma3, write_folder
 
 WORDS = ["▁", "a", "b", "c", "▁a", "bc", "▁abc", "abc", "ab", "\n\n", "<html>"]
@@ -96,7 +95,7 @@ def gguf(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(gguf, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    write_folder(folder, gguf.name, read_gemma3(gguf), "float32")
+    write_folder(folder, gguf.name, read_gemma3(gguf), "float16")
     return folder
 
 
@@ -105,35 +104,13 @@ def test_same_model_as_before_it_was_stored(model, folder):
     stored = dict(tree_flatten(loaded.parameters()))
     for name, array in tree_flatten(model.parameters()):
         # eight bits a weight: half a step of a block's largest weight over 127
-        tolerance = 0.004 if name == "model.embed_tokens.weight" else 1e-6
+        tolerance = 0.004 if name == "model.embed_tokens.weight" else 1e-3
+        assert stored[name].dtype == mx.float16
         np.testing.assert_allclose(stored[name], array, atol=tolerance)
     assert config["_name_or_path"] == MODELS["gemma3"].gguf_name
     token_ids = mx.array([list(range(2, 42))])
     logits = model(token_ids)
     np.testing.assert_allclose(loaded(token_ids), logits, atol=0.05 * mx.abs(logits).max().item())
-
-
-def test_other_dtypes(gguf, tmp_path):
-    write_folder(tmp_path, gguf.name, read_gemma3(gguf), "bfloat16")
-    weights = mx.load(str(tmp_path / "model.safetensors"))
-    assert {array.dtype for array in weights.values()} == {mx.bfloat16}
-
-
-@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "F16"])
-def test_weights_of_every_kind_become_float32(tmp_path, kind):
-    weight = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
-    form = GGMLQuantizationType[kind]
-    writer = GGUFWriter(tmp_path / "one.gguf", "gemma3")
-    for name in ("blk.0.ffn_up.weight", "blk.0.post_ffw_norm.weight"):
-        writer.add_tensor(name, quantize(weight, form), raw_dtype=form)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    plain, norm = map(script.float_weight, GGUFReader(tmp_path / "one.gguf").tensors)
-    assert plain.dtype == norm.dtype == np.float32
-    np.testing.assert_allclose(plain, weight, atol=0.15)
-    np.testing.assert_array_equal(norm, plain - 1)
 
 
 def test_tokens_of_a_text(folder):
@@ -156,20 +133,6 @@ def test_text_survives_the_tokenizer(folder, text):
         detokenizer.add_token(token_id)
     detokenizer.finalize()
     assert detokenizer.text == text
-
-
-def test_merges_are_all_cuts_in_the_order_of_the_scores():
-    vocabulary = {token: i for i, token in enumerate(TOKENS)}
-    merges = script.merges_of(vocabulary, SCORES)
-    assert merges == [
-        ("b", "c"),  # score -1
-        ("▁", "a"),  # -2
-        ("a", "bc"),  # -3; of equal scores the lower left id comes first
-        ("ab", "c"),
-        ("▁", "abc"),  # -4
-        ("▁a", "bc"),
-        ("a", "b"),  # -5
-    ]
 
 
 def test_best_scored_pieces_win(folder):
@@ -199,16 +162,13 @@ def test_missing_reader_is_one_sentence(tmp_path, monkeypatch):
         read_gemma3(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize(
-    "stored, expected",
-    [
+def test_the_four_norms_of_a_layer():
+    """All have one shape: nothing else would tell that two are swapped."""
+    for stored, expected in (
         ("attn_norm", "input_layernorm"),
         ("post_attention_norm", "post_attention_layernorm"),
         ("ffn_norm", "pre_feedforward_layernorm"),
         ("post_ffw_norm", "post_feedforward_layernorm"),
-    ],
-)
-def test_the_four_norms_of_a_layer(stored, expected):
-    """All have one shape: nothing else would tell that two are swapped."""
-    found = hugging_face_name(f"blk.3.{stored}.weight", GEMMA_NAMES)
-    assert found == f"model.layers.3.{expected}.weight"
+    ):
+        found = hugging_face_name(f"blk.3.{stored}.weight", GEMMA_NAMES)
+        assert found == f"model.layers.3.{expected}.weight"

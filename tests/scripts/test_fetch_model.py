@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fetch_model
-from fetch_model import FILES, MODELS, PackagedModel
+from fetch_model import MODELS, PackagedModel
 
 CONTENT = bytes(range(256)) * 3
 MODEL = PackagedModel(
@@ -47,8 +47,7 @@ def tiny(monkeypatch):
     """The tiny model is one of the models; its weights are the file's bytes."""
 
     def write_folder(folder, name, content, dtype):
-        for file in FILES:
-            (folder / file).write_bytes(content)
+        (folder / "model.safetensors").write_bytes(content)
         config = {"_name_or_path": name, "torch_dtype": dtype}
         (folder / "config.json").write_text(json.dumps(config))
 
@@ -64,7 +63,8 @@ def test_parts_are_put_together_in_their_order(tmp_path, wheels, capsys):
     target = tmp_path / "models" / "tiny"
     assert build(target, wheels) == target
     assert "Tiny is ready" in capsys.readouterr().out
-    assert {path.name for path in target.iterdir()} == {*FILES, "TERMS.html"}
+    names = {"config.json", "model.safetensors", "TERMS.html"}
+    assert {path.name for path in target.iterdir()} == names
     assert (target / "model.safetensors").read_bytes() == CONTENT
     assert (target / "TERMS.html").read_text() == "terms"
     assert list(target.parent.iterdir()) == [target]
@@ -81,8 +81,7 @@ def test_finished_folder_is_reused(tmp_path, wheels, capsys):
 
 @pytest.mark.parametrize("content", [None, "{", json.dumps({"_name_or_path": "other"})])
 def test_other_folder_is_left_alone(tmp_path, content):
-    for name in FILES if content else ["notes.txt"]:
-        (tmp_path / name).write_text(content or "mine")
+    (tmp_path / ("config.json" if content else "notes.txt")).write_text(content or "mine")
     before = {path: path.read_text() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="is not Tiny in float32"):
         build(tmp_path)

@@ -71,23 +71,6 @@ def test_prose_is_likely(real_model):
     assert losses.item() < 1.7
 
 
-@pytest.mark.real
-def test_knows_the_capital_of_france(real_model):
-    model, tokenizer = real_model
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
-    answer = mlx_lm.generate(model, tokenizer, prompt, max_tokens=20)
-    assert answer == "The capital of France is Paris."
-
-
-@pytest.mark.real
-def test_finished_folder_is_reused(real_model_folder, capsys):
-    before = (real_model_folder / "model.safetensors").stat().st_mtime_ns
-    assert script.fetch("smollm2", real_model_folder) == real_model_folder
-    assert "already there" in capsys.readouterr().out
-    assert (real_model_folder / "model.safetensors").stat().st_mtime_ns == before
-
-
 def test_half_split_rows_undoes_interleaving():
     n_heads, head_dim, dim = 3, 8, 5
     weight = np.arange(n_heads * head_dim * dim, dtype=np.float32).reshape(-1, dim)

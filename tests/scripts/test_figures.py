@@ -2,18 +2,22 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 
 import architectures
 from figures import first_use, grid
 from mlx_flashhead import get_flash_head, load
+from mlx_flashhead.loading import build
 from model_folders import write_model
 
 
 def test_the_grid_has_every_case_with_the_tuned_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(grid, "BATCHES", (1, 2))
+    quick = partial(build.IndexOptions, calibration_positions=100)
+    monkeypatch.setattr(build, "IndexOptions", quick)
 
     def tuned(path):
         model, tokenizer = load(path)

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(on_gpu(), reason="the report counts on the emula
 
 
 def run(monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(kernel_report, "SHAPES", {"Small": (8192, 576)})
     monkeypatch.setattr(sys, "argv", ["kernel_report.py", *map(str, arguments)])
     kernel_report.main()
     return capsys.readouterr().out
@@ -19,29 +20,26 @@ def run(monkeypatch, capsys, *arguments) -> str:
 
 def test_report_of_a_head(monkeypatch, capsys, tmp_path):
     path = tmp_path / "report.json"
-    n_probes, vocab_size, hidden_size = 32, 49152, 576
-    arguments = ["--model", "SmolLM2-135M", "--n-probes", n_probes, "--json", path]
+    n_probes, vocab_size, hidden_size = 16, 8192, 576
+    arguments = ["--n-probes", n_probes, "--json", path]
     printed = run(monkeypatch, capsys, *arguments)
     (report,) = json.loads(path.read_text()).values()
     assert report["vocab_size"] == vocab_size and report["hidden_size"] == hidden_size
     assert report["n_clusters"] == vocab_size // 16 and report["n_probes"] == n_probes
-    assert report["sampled"] is False and "All threadgroups ran" in printed
+    assert "All threadgroups ran" in printed
 
-    kernels = {kernel.pop("kernel"): kernel for kernel in report["kernels"]}
-    names = ["route", "select_words", "select", "score", "expand", "sample", "dense qmv"]
-    assert sorted(kernels) == sorted(names)
-    assert all(kernel["dispatches"] == 1 for kernel in kernels.values())
-    barriers = [kernels[name]["barriers"] for name in names]
-    assert barriers == [0, 6, 6, 1, 1, 2, 0]
-    for name in kernels:
-        assert f"{name}: dispatches 1" in printed
+    kernels = report["kernels"]
+    barriers = {name: kernel["barriers"] for name, kernel in kernels.items()}
+    assert barriers == {
+        "route": 0, "select_words": 6, "score": 1, "expand": 1, "select": 6, "sample": 2,
+    }  # fmt: skip
+    assert all(f"{name}: threads " in printed for name in kernels)
 
     # 4 bits and, for each 64 weights, two 16-bit numbers
     row_bytes = hidden_size // 2 + 2 * 2 * hidden_size // 64
     weight_bytes = {
         "route": vocab_size // 16 * hidden_size // 2,
         "score": n_probes * 16 * hidden_size // 2,
-        "dense qmv": vocab_size * hidden_size // 2,
     }
     for name, n_bytes in weight_bytes.items():
         assert kernels[name]["buffers"]["weight"]["read_bytes"] == n_bytes
@@ -60,16 +58,8 @@ def test_report_of_a_head(monkeypatch, capsys, tmp_path):
     assert report["full_logits_mb"] * 1e6 < 1.1 * (needed + extra)
 
 
-def test_dense_figures_of_a_16_bit_head():
-    """gemv's threadgroups have 8 simdgroups of 4 rows, and no scales are read."""
-    found = kernel_report.dense(262144, 640, 16)
-    assert found["threadgroups"] == 262144 // 32 and found["threads_per_threadgroup"] == 256
-    assert list(found["buffers"]) == ["weight", "hidden", "logits"]
-    assert found["buffers"]["weight"]["read_bytes"] == 262144 * 640 * 2
-
-
 def test_too_many_probes_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, capsys, "--model", "SmolLM2-135M", "--n-probes", 3073)
+        run(monkeypatch, capsys, "--model", "Small", "--n-probes", 513)
     assert stopped.value.code == 2
-    assert "choose 1 to 3072" in capsys.readouterr().err
+    assert "choose 1 to 512" in capsys.readouterr().err
