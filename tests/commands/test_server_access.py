@@ -5,8 +5,8 @@ import re
 import pytest
 
 from mlx_flashhead.serving.network.access import is_token
-from mlx_flashhead.serving.network.network_options import access_of, check_network_options
-from mlx_flashhead.serving.options import make_parser
+from mlx_flashhead.serving.network.addresses import access_of
+from mlx_flashhead.serving.options import check_options, make_parser
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def parse(tmp_path):
         args = parser.parse_args(
             ["--model", "model", "--token-file", str(tmp_path / "token"), *flags]
         )
-        check_network_options(parser, args)
+        check_options(parser, args)
         return args
 
     return parse

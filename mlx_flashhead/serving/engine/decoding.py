@@ -7,7 +7,7 @@ and singles take turns.
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from typing import Any
 
 import mlx.core as mx
@@ -16,9 +16,7 @@ from ...lossless.batch import CheckedBatchGenerator
 from ...lossless.drafts import drafted_steps
 from ...lossless.loop import checked_steps
 from ...lossless.proposals import Proposer, moves_little
-from ..catalogue import ServedModel
-from ..protocol.sampling import LogitsProcessor
-from .job import Job
+from .job import Job, LogitsProcessor
 from .prefill import Reading
 from .prompt_caches import KVCaches
 
@@ -45,13 +43,8 @@ class Decoder(ABC):
         """Goes one step further. Of each sequence it may give no token, or several."""
 
     @abstractmethod
-    def remove(self, jobs: Iterable[Job]) -> list[Held]:
-        """Removes some of the sequences. Returns the tokens and caches of these."""
-
-    def take_head(self, served: ServedModel) -> None:
-        """From the next token on the sequences use a FlashHead that ``served`` has got."""
-        if all(job.served is served for job in self.jobs):
-            self.proposer.look_for_head()
+    def remove(self, jobs: list[Job]) -> list[Held]:
+        """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
 
     @property
     @abstractmethod
@@ -73,8 +66,7 @@ class Batch(Decoder):
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
         self._kind = _kind(job)
-        self._length = length_class(len(job.prompt.tokens))
-        self.proposer = proposer_of(job)
+        self.proposer = _proposer(job)
         self._generator = CheckedBatchGenerator(
             job.served.model,
             proposer=self.proposer,
@@ -87,19 +79,19 @@ class Batch(Decoder):
 
     def takes(self, job: Job) -> bool:
         """Whether a sequence can join this batch."""
-        return _kind(job) == self._kind and length_class(len(job.prompt.tokens)) == self._length
+        return _kind(job) == self._kind
 
     def add(self, reading: Reading) -> None:
         """Adds a sequence whose prompt has been read."""
         job = reading.job
-        self._generator.logprobs = job.logprobs is not None
+        self._generator.logprobs = job.request.logprobs is not None
         (uid,) = self._generator.insert(
             [job.prompt.tokens[-1:]],
             [job.max_tokens],
             caches=[reading.cache],
             all_tokens=[reading.tokens],
             samplers=[job.sampler],
-            logits_processors=[guarded(job)],
+            logits_processors=[[_guarded(job, processor) for processor in job.processors]],
         )
         self._jobs[uid] = job
 
@@ -115,8 +107,8 @@ class Batch(Decoder):
                 self._ended[job] = (response.all_tokens, response.prompt_cache)
         return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
 
-    def remove(self, jobs: Iterable[Job]) -> list[Held]:
-        uids = {self._jobs[uid]: uid for uid in self._jobs if self._jobs[uid] in set(jobs)}
+    def remove(self, jobs: list[Job]) -> list[Held]:
+        uids = {job: uid for uid, job in self._jobs.items() if job in jobs}
         left = [uid for job, uid in uids.items() if job not in self._ended]
         removed = self._generator.remove(left, return_prompt_caches=True)
         held = [self._ended.pop(job) for job in uids if job in self._ended]
@@ -144,14 +136,17 @@ class Single(Decoder):
         job = reading.job
         self._jobs, self._cache = [job], reading.cache
         self._before, self._generated = job.all_tokens, list[int]()
-        self.proposer = proposer_of(job)
+        self.proposer = _proposer(job)
         options: dict[str, Any] = {
             "sampler": job.sampler,
             "prompt_cache": self._cache,
+            "context": reading.tokens,
+            "proposer": self.proposer,
             "kv_bits": flags.kv_bits,
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
         }
+        processors = [_guarded(job, processor) for processor in job.processors]
         start = mx.array(job.all_tokens[-1:])
         if job.served.draft_model is None:
             # without an end token of its own, so that its cache holds all tokens it has given
@@ -159,12 +154,10 @@ class Single(Decoder):
                 start,
                 job.served.model,
                 stream,
-                proposer=self.proposer,
                 max_tokens=-1,
-                logprobs=job.logprobs is not None,
-                context=reading.tokens,
+                logprobs=job.request.logprobs is not None,
                 n_begun=len(job.tokens),
-                logits_processors=guarded(job),
+                logits_processors=processors,
                 **options,
             )
         else:
@@ -174,11 +167,9 @@ class Single(Decoder):
                 job.served.model,
                 job.served.draft_model,
                 stream,
-                proposer=self.proposer,
-                context=reading.tokens,
-                num_draft_tokens=job.num_draft_tokens,
+                num_draft_tokens=job.request.num_draft_tokens,
                 max_tokens=job.max_tokens,
-                logits_processors=[_after(prefix, processor) for processor in guarded(job)],
+                logits_processors=[_after(prefix, processor) for processor in processors],
                 **options,
             )
 
@@ -192,9 +183,7 @@ class Single(Decoder):
         self._generated.append(token)
         return [(job, token, logprobs)]
 
-    def remove(self, jobs: Iterable[Job]) -> list[Held]:
-        if not set(self._jobs) & set(jobs):
-            return []
+    def remove(self, jobs: list[Job]) -> list[Held]:
         (job,), self._jobs = self._jobs, []
         self._steps.close()  # brings the cache to the tokens that were given
         tokens = self._before + self._generated
@@ -213,13 +202,14 @@ class Single(Decoder):
 
 def _kind(job: Job) -> tuple:
     """What sequences of one batch have in common."""
-    return job.served, job.n_probes, job.dense
+    n_probes, dense = job.request.n_probes, job.request.dense
+    return job.served, n_probes, dense, length_class(len(job.prompt.tokens))
 
 
-def proposer_of(job: Job) -> Proposer:
-    """Chooses the tokens of a sequence, and of those that share its batch."""
-    settings = {} if job.n_probes is None else {"n_probes": job.n_probes}
-    return Proposer(job.served.model, check=job.served.check, dense=job.dense, settings=settings)
+def _proposer(job: Job) -> Proposer:
+    served, request = job.served, job.request
+    settings = {} if request.n_probes is None else {"n_probes": request.n_probes}
+    return Proposer(served.model, check=served.check, dense=request.dense, settings=settings)
 
 
 def length_class(n_tokens: int) -> int:
@@ -227,12 +217,9 @@ def length_class(n_tokens: int) -> int:
     return max(0, (n_tokens - 1).bit_length() - 9) // 2
 
 
-def guarded(job: Job) -> list[LogitsProcessor]:
-    """A sequence's processors. A failure of one ends its own sequence only, and not its batch."""
-    return [_guarded(job, processor) for processor in job.processors]
-
-
 def _guarded(job: Job, processor: LogitsProcessor) -> LogitsProcessor:
+    """A processor of a sequence. Its failure ends this sequence only, and not its batch."""
+
     def run(tokens: mx.array, logits: mx.array) -> mx.array:
         if job.error is None:
             try:

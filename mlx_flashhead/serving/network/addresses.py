@@ -4,11 +4,12 @@ import io
 import ipaddress
 import os
 import socket
+from argparse import Namespace
 from pathlib import Path
 from typing import TextIO
 
 from ...common.extras import from_extra
-from .access import is_token, new_token
+from .access import Access, is_token, new_token
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _BLACK_AND_WHITE = "\x1b[97;40m"
@@ -23,6 +24,20 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def access_of(args: Namespace) -> Access:
+    """The rules for clients that the server's flags set.
+
+    Raises:
+        ValueError: If the token file does not hold a token.
+    """
+    hosts = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
+    token = None
+    if not is_loopback(args.host):
+        token = kept_token(args.token_file)
+        hosts |= own_names() | {args.host.lower()}
+    return Access(token, hosts, frozenset(args.allowed_origins), args.max_body_bytes)
 
 
 def own_names() -> frozenset[str]:

@@ -8,7 +8,7 @@ from ...version import __version__
 from .answer_text import Piece
 from .logprobs import TokenLogprobs, TokenNames
 from .requests import Request
-from .tool_calls import ToolCalls
+from .valid_json import dumps
 
 _FINGERPRINT = f"mlx_flashhead-{__version__}"
 
@@ -24,10 +24,8 @@ class Choice:
     def __init__(self, request: Request, index: int):
         self.index = index
         self.finish_reason: str | None = None
-        self._chat = request.chat
-        self._tools = ToolCalls(request)
+        self._request = request
         self._names = TokenNames(request.served.tokenizer)
-        self._with_logprobs = request.logprobs is not None
         self._begun = False
         self._whole = Piece()
         self._calls: list[dict[str, Any]] = []
@@ -42,8 +40,11 @@ class Choice:
         Returns:
             The piece as a chunk's choice; None if there is nothing to send.
         """
-        calls = [call for text in piece.calls for call in self._tools.read(text)]
-        content = piece.content + self._tools.unread()
+        content, calls = piece.content, []
+        for text in piece.calls:
+            read = self._read_calls(text)
+            calls += read
+            content += "" if read else text
         piece = Piece(content, piece.reasoning)
         entries = [] if logprobs is None else [logprobs]
         self._whole += piece
@@ -55,7 +56,7 @@ class Choice:
         if not (content or piece.reasoning or calls or entries or finish_reason):
             return None
         choice = self._choice(entries)
-        if not self._chat:
+        if not self._request.chat:
             return choice | {"text": content}
         delta: dict[str, Any] = {}
         if not self._begun:
@@ -74,7 +75,7 @@ class Choice:
         """The whole answer as a choice."""
         self._offset = 0
         choice = self._choice(self._logprobs)
-        if not self._chat:
+        if not self._request.chat:
             return choice | {"text": self._whole.content}
         message: dict[str, Any] = {
             "role": "assistant",
@@ -88,11 +89,25 @@ class Choice:
             message["tool_calls"] = self._calls
         return choice | {"message": message}
 
+    def _read_calls(self, text: str) -> list[dict[str, Any]]:
+        """The calls in a text that a model has marked as a call.
+
+        There are none if the request does not allow them or the text is none: it is content then.
+        """
+        if not self._request.tools:
+            return []
+        parse = self._request.served.tokenizer.tool_parser
+        try:
+            parsed = parse(text, self._request.tools)
+            return [_call(one) for one in (parsed if isinstance(parsed, list) else [parsed])]
+        except Exception:  # mlx-lm's parsers raise any type
+            return []
+
     def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
         logprobs = None
-        if self._with_logprobs and self._chat:
+        if self._request.logprobs is not None and self._request.chat:
             logprobs = {"content": [self._names.chat(entry) for entry in entries], "refusal": None}
-        elif self._with_logprobs:
+        elif self._request.logprobs is not None:
             logprobs = self._text_logprobs(entries)
         return {"index": self.index, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
@@ -110,6 +125,14 @@ class Choice:
             ],
             "text_offset": offsets,
         }
+
+
+def _call(parsed: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": parsed.get("id") or f"call_{uuid.uuid4().hex}",
+        "type": "function",
+        "function": {"name": parsed["name"], "arguments": dumps(parsed["arguments"])},
+    }
 
 
 class Envelope:

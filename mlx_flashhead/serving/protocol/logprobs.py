@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import mlx.core as mx
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The value of OpenAI's API for a token that is too unlikely to have a logprob.
 VERY_UNLIKELY = -9999.0
@@ -28,7 +28,7 @@ class TokenLogprobs:
 
 
 def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
-    """Looks them up.
+    """The log-probabilities of a chosen token and of the likeliest ones.
 
     Args:
         logprobs: (V,) log-probabilities of all tokens.
@@ -88,10 +88,9 @@ class TokenNames:
 
 
 def _byte_decoder(tokenizer: Any) -> Callable[[str], bytes]:
-    """A function from a tokenizer's names of tokens to bytes."""
     kind = str(getattr(tokenizer.backend_tokenizer, "decoder", "")) if tokenizer.is_fast else ""
     if "ByteLevel" in kind:
-        letters = _byte_letters()
+        letters = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
         return lambda name: b"".join(letters.get(c) or c.encode() for c in name)
     if "ByteFallback" in kind or not tokenizer.is_fast:
         return _sentencepiece_bytes
@@ -102,16 +101,3 @@ def _sentencepiece_bytes(name: str) -> bytes:
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         return bytes([int(name[3:5], 16)])
     return name.replace("\u2581", " ").encode()
-
-
-@lru_cache(maxsize=1)
-def _byte_letters() -> dict[str, bytes]:
-    """The letters with which byte-level tokenizers write bytes.
-
-    Source: GPT-2's ``bytes_to_unicode``: printable characters stand for themselves, the other
-    bytes for the characters from 256 on.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): bytes([byte]) for byte in printable}
-    return letters | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}

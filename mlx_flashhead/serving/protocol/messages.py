@@ -3,6 +3,7 @@
 from typing import Any
 
 from .errors import Problem
+from .request_fields import Fields
 from .valid_json import loads
 
 _EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
@@ -22,19 +23,14 @@ def read_messages(messages: list[Any] | None) -> list[dict[str, Any]]:
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def read_template_settings(
-    settings: dict[str, Any], known: frozenset[str]
-) -> dict[str, bool | int | float | str]:
-    """The settings of a chat template.
-
-    Args:
-        settings: The client's settings.
-        known: Names that the template takes.
+def read_template_settings(fields: Fields, known: frozenset[str]) -> dict[str, Any]:
+    """The settings of a chat template that takes the ``known`` names.
 
     Raises:
         Problem: If the template does not take a setting, or its value is not plain.
     """
     field = "chat_template_kwargs"
+    settings = fields.take(field, dict, {})
     for name, value in settings.items():
         if name not in known:
             takes = ", ".join(sorted(known)) or "none"

@@ -4,7 +4,6 @@ import pytest
 
 import mlx_flashhead
 from engines import CHUNK, LONG, SHORT, generated, running, submit, tokens_of
-from mlx_flashhead.serving.catalogue import Catalogue
 from mlx_flashhead.serving.engine.job import Progress, Token
 from mlx_flashhead.serving.engine.prefill import CHUNK_SECONDS, SMALLEST_CHUNK, Pace
 from model_folders import write_model
@@ -61,10 +60,10 @@ def sliding(tmp_path_factory):
 
 
 def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(sliding, chunks):
-    engine = running(lambda: Catalogue([served_model(sliding)]))
+    engine = running(lambda: [served_model(sliding)])
     loaded = mlx_flashhead.load(str(sliding))
     try:
-        assert not engine.catalogue.result().default.cuttable
+        assert not engine.models.result()[0].cuttable
         first, second = [*LONG[:80], 50, 51], [*LONG[:80], 60, 61, 62]
         assert tokens_of(submit(engine, first, landmarks=(80, 81))) == generated(loaded, first)
         one = submit(engine, second, landmarks=(80, 82))

@@ -137,11 +137,12 @@ def test_a_prompt_leaves_room_for_a_token(tiny):
 
 
 def test_what_is_much_too_long_is_refused_before_it_is_tokenized(tiny, monkeypatch):
-    monkeypatch.setattr(type(tiny.tokenizer), "encode", None, raising=False)
     longest = tiny.longest_token
     assert longest == len("</s>")
+    request = checked(tiny, {"prompt": "a" * (512 * longest + 1)}, chat=False)
+    monkeypatch.setattr(type(tiny.tokenizer), "encode", None, raising=False)
     with pytest.raises(Problem, match="more than 512 tokens"):
-        read_prompts(checked(tiny, {"prompt": "a" * (512 * longest + 1)}, chat=False))
+        read_prompts(request)
 
 
 def test_empty_prompts_are_refused(tiny):

@@ -9,7 +9,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from mlx_flashhead.serving.network.access import Access
 from page_actions import TOKEN
-from scripted_server import LAN_NAME, scripted_server
+from scripted_server import LAN_NAME
 
 CHECKOUT = Path(__file__).parents[3]
 SCREENSHOTS = CHECKOUT / "screenshots"
@@ -95,17 +95,11 @@ def open_page(chromium):
 
 
 @pytest.fixture
-def server():
-    """Port and script of a server on this machine alone."""
-    with scripted_server() as running:
-        yield running
-
-
-@pytest.fixture
-def lan():
+def lan(server):
     """Address, with the token, and script of a server on a network."""
-    with scripted_server(Access(TOKEN)) as (port, script):
-        yield f"http://{LAN_NAME}:{port}/", script
+    port, script = server
+    script.access = Access(TOKEN)
+    return f"http://{LAN_NAME}:{port}/", script
 
 
 @pytest.fixture

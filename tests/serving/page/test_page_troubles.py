@@ -60,9 +60,9 @@ def test_token_that_changes_meanwhile(lan, open_page, screenshot):
 
 
 def test_server_gone_and_back(open_page, screenshot):
-    script = Script(Access())
+    script = Script()
     script.answers = [["Before."], ["Half an ", BREAK]]
-    with scripted_server(script=script) as (port, _):
+    with scripted_server(script) as (port, _):
         page = open_page(f"http://127.0.0.1:{port}/", "ipad")
         ask(page, "One?")
         expect(page.locator(".stats")).to_be_visible()
@@ -77,7 +77,7 @@ def test_server_gone_and_back(open_page, screenshot):
     screenshot(page, "ipad-light-7-away")
 
     script.answers = [["After."]]
-    with scripted_server(script=script, port=port):
+    with scripted_server(script, port):
         expect(page.locator("#banner")).to_have_text("The server is back.")
         ask_again.tap()
         expect(answers(page)).to_have_text(["Before.", "After."])
@@ -87,9 +87,9 @@ def test_server_gone_and_back(open_page, screenshot):
 
 
 def test_page_opens_while_the_server_is_away(open_page, screenshot):
-    script = Script(Access())
+    script = Script()
     script.answers = [["So $x^2$."], ["After."]]
-    with scripted_server(script=script) as (port, _):
+    with scripted_server(script) as (port, _):
         page = open_page(f"http://127.0.0.1:{port}/", "ipad", worker=True)
         page.evaluate("navigator.serviceWorker.ready.then(() => true)")
         ask(page, "One?")
@@ -99,7 +99,7 @@ def test_page_opens_while_the_server_is_away(open_page, screenshot):
     expect(page.locator("#banner")).to_contain_text("The server does not answer.")
     assert page.evaluate("document.fonts.load('16px KaTeX_Fraktur').then((fonts) => fonts.length)")
     screenshot(page, "ipad-light-10-opened-without-server")
-    with scripted_server(script=script, port=port):
+    with scripted_server(script, port):
         expect(page.locator("#banner")).to_have_text("The server is back.")
         ask(page, "Two?")
         expect(answers(page).last).to_have_text("After.")
@@ -107,7 +107,7 @@ def test_page_opens_while_the_server_is_away(open_page, screenshot):
 
 def test_a_kept_page_does_not_hide_the_token(open_page):
     """The server's refusal comes through, also for a page that the browser has kept."""
-    with scripted_server(Access(TOKEN)) as (port, script):
+    with scripted_server(Script(Access(TOKEN))) as (port, script):
         page = open_page(f"http://127.0.0.1:{port}/?token={TOKEN}", worker=True)
         page.evaluate("navigator.serviceWorker.ready.then(() => true)")
         addresses = page.evaluate(
