@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from scripted_server import scripted_server
+from page_actions import ask
 
 RENDER = """async (text) => {
     const { renderMarkdown } = await import("/page/markdown.js");
@@ -79,7 +79,6 @@ FORMULAS = """async (text) => {
     const { renderMarkdown } = await import("/page/markdown.js");
     const box = document.createElement("div");
     renderMarkdown(box, text);
-    box.querySelectorAll(".code-bar").forEach((bar) => bar.remove());
     const found = [...box.querySelectorAll(".katex")].map((node) => {
         const source = node.querySelector("annotation").textContent;
         const display = Boolean(node.closest(".katex-display"));
@@ -115,49 +114,79 @@ $<img src=x onerror=hacked=14>$ [ref] <a onmouseover=hacked=15>
 
 
 @pytest.fixture(scope="module")
-def address():
-    """Address and script of a server."""
-    with scripted_server() as (port, script):
-        yield f"http://127.0.0.1:{port}/", script
+def page(pages):
+    """A page with nothing on it."""
+    return pages("ipad")
 
 
-def test_elements(address, open_page):
-    page = open_page(address[0])
-    rendered = {text: page.evaluate(RENDER, text) for text in CASES}
-    assert rendered == CASES
+def test_elements(page):
+    assert {text: page.evaluate(RENDER, text) for text in CASES} == CASES
 
 
-def test_links_open_elsewhere_and_tell_nothing(address, open_page):
-    page = open_page(address[0])
-    attributes = page.evaluate(
-        """async () => {
-            const { renderMarkdown } = await import("/page/markdown.js");
-            const box = document.createElement("div");
-            renderMarkdown(box, "[a](https://x.example) https://y.example");
-            return [...box.querySelectorAll("a")].map(({ target, rel }) => [target, rel]);
-        }"""
-    )
-    assert attributes == [["_blank", "noopener noreferrer"]] * 2
-
-
-def test_formulas(address, open_page):
-    page = open_page(address[0])
+def test_formulas(page):
     rendered = {text: page.evaluate(FORMULAS, text) for text in MATHS}
     assert rendered == {
         text: [[list(one) for one in found], rest] for text, (found, rest) in MATHS.items()
     }
 
 
-def test_formulas_are_set_without_inline_styles(address, open_page):
+def test_each_start_of_a_text_renders_and_long_ones_end(page):
+    text = "".join(f"{case}\n\n" for case in (*CASES, *MATHS))
+    texts = [text[:end] for end in range(0, len(text), 7)]
+    units = ["*", "_", "`", "[", "![a](", "> ", "- ", "|a", "**a ", "<", "https://a", "1. "]
+    units += ["~~a", "$", "$a ", "\\(", "\\[", "\\begin{a}"]
+    for unit in units:
+        texts += [unit * 4000, f"{unit}\n" * 1000]
+    page.evaluate(
+        f"async (texts) => {{ for (const text of texts) await ({RENDER})(text); }}", texts
+    )
+
+
+def test_links_open_elsewhere_and_growing_text_keeps_what_is_done(page):
+    attributes, kept, rest = page.evaluate(
+        """async () => {
+            const { renderMarkdown } = await import("/page/markdown.js");
+            const box = document.createElement("div");
+            renderMarkdown(box, "[a](https://x.example) https://y.example");
+            const links = [...box.querySelectorAll("a")].map(({ target, rel }) => [target, rel]);
+            renderMarkdown(box, "one\\n\\n- a\\n\\n```\\nx");
+            const before = [...box.children];
+            renderMarkdown(box, "one\\n\\n- a\\n\\n```\\nxy\\n```\\nend");
+            const same = [...box.children].map((node, i) => node === before[i]);
+            renderMarkdown(box, "other");
+            return [links, same, box.innerHTML];
+        }"""
+    )
+    assert attributes == [["_blank", "noopener noreferrer"]] * 2
+    assert (kept, rest) == ([True, True, True, False], "<p>other</p>")
+
+
+def test_growing_code_stays_where_it_was_scrolled_to(page):
+    place, copied, language = page.evaluate(
+        """async () => {
+            const { renderMarkdown } = await import("/page/markdown.js");
+            const box = document.getElementById("messages");
+            box.className = "body";
+            renderMarkdown(box, "```py\\n" + "wide ".repeat(200) + "\\na");
+            const code = box.querySelector("code");
+            code.scrollLeft = 500;
+            renderMarkdown(box, "```py\\n" + "wide ".repeat(200) + "\\nabc\\n```");
+            const found = [code.scrollLeft, box.querySelector("code").textContent.slice(-5)];
+            renderMarkdown(box, "```python\\nabc");
+            return [...found, box.querySelector(".language").textContent];
+        }"""
+    )
+    assert (place, copied, language) == (500, " \nabc", "python")
+
+
+def test_formulas_are_set_without_inline_styles(script, open_page):
     """The policy forbids style attributes in a text. What KaTeX wants is done in another way."""
-    url, script = address
     formula = (
         r"$$\vec{x} = \fcolorbox{red}{white}{$\sqrt{\pmb{y}}$} \quad \rule{99em}{1em} \text{!}$$"
     )
     script.answers = [["Formulas:\n\n", formula]]
-    page = open_page(url, "iphone")
-    page.locator("#input").fill("Formulas?")
-    page.locator("#send").tap()
+    page = open_page("iphone")
+    ask(page, "Formulas?")
     arrow = page.locator(".katex .katex-overlay svg")
     expect(arrow).to_be_visible()
     assert arrow.bounding_box()["width"] < 12  # 0.471em
@@ -170,79 +199,10 @@ def test_formulas_are_set_without_inline_styles(address, open_page):
     assert page.locator(".katex-rule").bounding_box()["width"] < 500
 
 
-def test_each_start_of_a_text_renders_and_long_ones_end(address, open_page):
-    page = open_page(address[0])
-    text = "".join(f"{case}\n\n" for case in (*CASES, *MATHS))
-    for end in range(0, len(text), 7):
-        page.evaluate(RENDER, text[:end])
-    for unit in (
-        "*",
-        "_",
-        "`",
-        "[",
-        "![a](",
-        "> ",
-        "- ",
-        "|a",
-        "**a ",
-        "<",
-        "https://a",
-        "1. ",
-        "~~a",
-        "$",
-        "$a ",
-        "\\(",
-        "\\[",
-        "\\begin{a}",
-    ):
-        page.evaluate(RENDER, unit * 4000)
-        page.evaluate(RENDER, f"{unit}\n" * 1000)
-
-
-def test_growing_text_keeps_what_is_done(address, open_page):
-    page = open_page(address[0])
-    kept = page.evaluate(
-        """async () => {
-            const { renderMarkdown } = await import("/page/markdown.js");
-            const box = document.createElement("div");
-            renderMarkdown(box, "one\\n\\n- a\\n\\n```\\nx");
-            const before = [...box.children];
-            renderMarkdown(box, "one\\n\\n- a\\n\\n```\\nxy\\n```\\nend");
-            const same = [...box.children].map((node, i) => node === before[i]);
-            renderMarkdown(box, "other");
-            return [same, box.innerHTML];
-        }"""
-    )
-    assert kept == [[True, True, True, False], "<p>other</p>"]
-
-
-def test_growing_code_stays_where_it_was_scrolled_to(address, open_page):
-    page = open_page(address[0])
-    place, copied, language = page.evaluate(
-        """async () => {
-            const { renderMarkdown } = await import("/page/markdown.js");
-            const box = document.getElementById("messages");
-            box.className = "body";
-            renderMarkdown(box, "```py\\n" + "wide ".repeat(200) + "\\na");
-            const code = box.querySelector("code");
-            code.scrollLeft = 500;
-            renderMarkdown(box, "```py\\n" + "wide ".repeat(200) + "\\nabc\\n```");
-            const language = () => box.querySelector(".language").textContent;
-            const found = [code.scrollLeft, box.querySelector("code").textContent.slice(-5)];
-            renderMarkdown(box, "```python\\nabc");
-            return [...found, language()];
-        }"""
-    )
-    assert (place, copied, language) == (500, " \nabc", "python")
-
-
-def test_hostile_answer_does_nothing(address, open_page, screenshot):
-    url, script = address
+def test_hostile_answer_does_nothing(script, open_page, screenshot):
     script.answers = [[ATTACK[i : i + 5] for i in range(0, len(ATTACK), 5)]]
-    page = open_page(url, "iphone")
-    page.locator("#input").fill("<img src=x onerror='window.hacked = 0'>")
-    page.locator("#send").tap()
-    expect(page.locator(".stats")).to_be_visible()
+    page = open_page("iphone")
+    ask(page, "<img src=x onerror='window.hacked = 0'>", ends=1)
     page.reload()
     body = page.locator(".message.assistant .body")
     expect(body).to_contain_text("<script>window.hacked = 1</script>")
