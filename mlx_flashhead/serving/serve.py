@@ -21,10 +21,7 @@ END_SECONDS = 3.0
 
 @contextmanager
 def serving(flags: Namespace) -> Iterator[ApiServer]:
-    """A block in which the models that the flags name are served.
-
-    Args:
-        flags: The server's flags.
+    """A block in which the models that the server's flags name are served.
 
     Raises:
         ValueError: If the port cannot be used, or a model cannot be loaded.
@@ -55,11 +52,7 @@ class _PrintableFormatter(logging.Formatter):
 
 @contextmanager
 def requests_logged(level: str) -> Iterator[None]:
-    """Within the block, the project's log of requests and errors goes to standard error.
-
-    Args:
-        level: Such as "INFO".
-    """
+    """Within the block, the project's log goes to standard error, from a level such as "INFO"."""
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package = logging.getLogger(__name__.partition(".")[0])
@@ -74,11 +67,7 @@ def requests_logged(level: str) -> Iterator[None]:
 
 
 def _listen(host: str, port: int) -> ApiServer:
-    """A server that listens on an address and a port. It answers later.
-
-    Raises:
-        ValueError: If it cannot listen there.
-    """
+    """A server that listens, and answers as soon as it serves."""
     try:
         (family, *_, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -53,7 +53,7 @@ def tokens_of(job):
         event = until(job, Token | BaseException)
         assert isinstance(event, Token), event
         if event.logprobs is not None:
-            found.append(event.logprobs.token)
+            found.append(event.logprobs[0][0])
         if event.finish_reason is not None:
             return found
 

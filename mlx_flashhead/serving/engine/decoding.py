@@ -5,7 +5,6 @@ that cannot be in a batch, as with a draft model or a quantized cache, is a :cla
 and singles take turns.
 """
 
-from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Generator
 from typing import Any
@@ -24,35 +23,7 @@ Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at
 Held = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
 
 
-class Decoder(ABC):
-    """Some sequences that are generated together.
-
-    Attributes:
-        proposer: Chooses their tokens.
-    """
-
-    proposer: Proposer
-
-    @property
-    @abstractmethod
-    def jobs(self) -> list[Job]:
-        """The sequences."""
-
-    @abstractmethod
-    def step(self) -> list[Step]:
-        """Goes one step further. Of each sequence it may give no token, or several."""
-
-    @abstractmethod
-    def remove(self, jobs: list[Job]) -> list[Held]:
-        """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of the caches."""
-
-
-class Batch(Decoder):
+class Batch:
     """Sequences of one model, with one number of probes, whose tokens are checked together.
 
     A batch pads every cache to the longest one. Prompts of similar lengths therefore share a batch:
@@ -62,6 +33,9 @@ class Batch(Decoder):
         job: The first sequence, which is not added yet.
         size: Greatest number of sequences.
         stream: The generating thread's stream.
+
+    Attributes:
+        proposer: Chooses the tokens.
     """
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
@@ -91,15 +65,17 @@ class Batch(Decoder):
             caches=[reading.cache],
             all_tokens=[reading.tokens],
             samplers=[job.sampler],
-            logits_processors=[[_guarded(job, processor) for processor in job.processors]],
+            logits_processors=[_guarded(job)],
         )
         self._jobs[uid] = job
 
     @property
     def jobs(self) -> list[Job]:
+        """The sequences."""
         return list(self._jobs.values())
 
     def step(self) -> list[Step]:
+        """Goes one step further. Of each sequence it may give no token, or several."""
         _, responses = self._generator.next()
         for response in responses:
             if response.finish_reason is not None:
@@ -108,6 +84,7 @@ class Batch(Decoder):
         return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
 
     def remove(self, jobs: list[Job]) -> list[Held]:
+        """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
         uids = {job: uid for uid, job in self._jobs.items() if job in jobs}
         left = [uid for job, uid in uids.items() if job not in self._ended]
         removed = self._generator.remove(left, return_prompt_caches=True)
@@ -120,11 +97,12 @@ class Batch(Decoder):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the caches."""
         return self._generator.prompt_cache_nbytes
 
 
-class Single(Decoder):
-    """A sequence by itself, in the loop for one, or in mlx-lm's with a draft model.
+class Single:
+    """A batch of one sequence, in the loop for one, or in mlx-lm's with a draft model.
 
     Args:
         reading: Its prompt, which has been read.
@@ -134,8 +112,8 @@ class Single(Decoder):
 
     def __init__(self, reading: Reading, flags: Namespace, stream: mx.Stream):
         job = reading.job
-        self._jobs, self._cache = [job], reading.cache
-        self._before, self._generated = job.all_tokens, list[int]()
+        self.jobs, self._cache = [job], reading.cache
+        self._tokens = job.all_tokens
         self.proposer = _proposer(job)
         options: dict[str, Any] = {
             "sampler": job.sampler,
@@ -146,8 +124,7 @@ class Single(Decoder):
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
         }
-        processors = [_guarded(job, processor) for processor in job.processors]
-        start = mx.array(job.all_tokens[-1:])
+        start = mx.array(self._tokens[-1:])
         if job.served.draft_model is None:
             # without an end token of its own, so that its cache holds all tokens it has given
             self._steps: Generator[tuple[Any, ...], None, None] = checked_steps(
@@ -157,11 +134,10 @@ class Single(Decoder):
                 max_tokens=-1,
                 logprobs=job.request.logprobs is not None,
                 n_begun=len(job.tokens),
-                logits_processors=processors,
+                logits_processors=_guarded(job),
                 **options,
             )
         else:
-            prefix = mx.array(reading.tokens, dtype=mx.uint32)
             self._steps = drafted_steps(
                 start,
                 job.served.model,
@@ -169,35 +145,33 @@ class Single(Decoder):
                 stream,
                 num_draft_tokens=job.request.num_draft_tokens,
                 max_tokens=job.max_tokens,
-                logits_processors=[_after(prefix, processor) for processor in processors],
+                logits_processors=_guarded(job, mx.array(reading.tokens, dtype=mx.uint32)),
                 **options,
             )
 
-    @property
-    def jobs(self) -> list[Job]:
-        return self._jobs
-
     def step(self) -> list[Step]:
-        (job,) = self._jobs
+        (job,) = self.jobs
         token, logprobs = next(self._steps)[:2]
-        self._generated.append(token)
+        self._tokens.append(token)
         return [(job, token, logprobs)]
 
     def remove(self, jobs: list[Job]) -> list[Held]:
-        (job,), self._jobs = self._jobs, []
+        (job,), self.jobs = self.jobs, []
         self._steps.close()  # brings the cache to the tokens that were given
-        tokens = self._before + self._generated
+        n_held = len(self._tokens)
         if job.served.draft_model is not None:
             # a draft model's cache may be some tokens behind
-            n_held = min(len(tokens), *(cache.offset for cache in self._cache))
+            n_held = min(n_held, *(cache.offset for cache in self._cache))
             for cache in self._cache:
                 cache.trim(cache.offset - n_held)
-            tokens = tokens[:n_held]
-        return [(tokens, self._cache)]
+        return [(self._tokens[:n_held], self._cache)]
 
     @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self._cache)
+
+
+Decoder = Batch | Single
 
 
 def _kind(job: Job) -> tuple:
@@ -217,21 +191,26 @@ def length_class(n_tokens: int) -> int:
     return max(0, (n_tokens - 1).bit_length() - 9) // 2
 
 
-def _guarded(job: Job, processor: LogitsProcessor) -> LogitsProcessor:
-    """A processor of a sequence. Its failure ends this sequence only, and not its batch."""
+def _guarded(job: Job, before: mx.array | None = None) -> list[LogitsProcessor]:
+    """A sequence's processors. A failure of one ends its own sequence only, and not its batch.
 
-    def run(tokens: mx.array, logits: mx.array) -> mx.array:
-        if job.error is None:
-            try:
-                return processor(tokens, logits)
-            except BaseException as error:  # a panic of a library in Rust is no Exception
-                job.error = error
-        return logits
+    Args:
+        job: The sequence.
+        before: Tokens before those that the loop gives a processor.
+    """
 
-    run.moves_little = moves_little(processor)  # type: ignore[attr-defined]
-    return run
+    def guarded(processor: LogitsProcessor) -> LogitsProcessor:
+        def run(tokens: mx.array, logits: mx.array) -> mx.array:
+            if job.error is None:
+                try:
+                    if before is not None:
+                        tokens = mx.concatenate([before, tokens])
+                    return processor(tokens, logits)
+                except BaseException as error:  # a panic of a library in Rust is no Exception
+                    job.error = error
+            return logits
 
+        run.moves_little = moves_little(processor)  # type: ignore[attr-defined]
+        return run
 
-def _after(prefix: mx.array, processor: LogitsProcessor) -> LogitsProcessor:
-    """A processor that is given the tokens before those of mlx-lm's loop, too."""
-    return lambda tokens, logits: processor(mx.concatenate([prefix, tokens]), logits)
+    return [guarded(processor) for processor in job.processors]

@@ -56,6 +56,8 @@ class Engine:
         self._waiting: list[Job] = []
         self._readings: list[Reading] = []
         self._decoders: list[Decoder] = []
+        self._caches = PromptCaches(flags.prompt_cache_size, flags.prompt_cache_bytes)
+        self._pace = Pace(flags.prefill_step_size)
         self._turn = 0
         self._latest_turn = math.inf  # nothing is stuck before the first one
         self._builds: list[ServedModel] = []
@@ -86,16 +88,18 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            models = self._load()
+            self._answer(self._load())
         except Exception as error:
             self.models.set_exception(error)
-            self._free()
-            return
+        # arrays and streams of MLX must go before their thread ends
+        del self._caches, self._readings, self._decoders
+        gc.collect()
+        mx.clear_streams()
+
+    def _answer(self, models: list[ServedModel]) -> None:
         maybe_set_recommended_wired_limit()
         let_thread_draw()
         self._stream = mx.default_stream(mx.default_device())
-        self._caches = PromptCaches(self._flags.prompt_cache_size, self._flags.prompt_cache_bytes)
-        self._pace = Pace(self._flags.prefill_step_size)
         self._builds = [served for served in models if served.build is not None]
         self.models.set_result(models)
         while not self._ended.is_set():
@@ -109,13 +113,6 @@ class Engine:
                 for job in failed:
                     job.tell(error)
                 logger.exception("The answers in progress have failed")
-        del self._caches, self._readings, self._decoders
-        self._free()
-
-    def _free(self) -> None:
-        """Frees arrays and streams of MLX, which must go before their thread ends."""
-        gc.collect()
-        mx.clear_streams()
 
     def _take_turns(self) -> None:
         self._receive()
@@ -137,8 +134,7 @@ class Engine:
     def _build(self, seconds: float) -> None:
         """Advances the build of a FlashHead: in idle time, else a fifth of the time.
 
-        Args:
-            seconds: Time that the answers have had since the last call.
+        Since the last call the answers have had these ``seconds``.
         """
         if not self._builds:
             return
@@ -179,9 +175,12 @@ class Engine:
         for job in list(self._waiting):
             # answers to one prompt wait until it is read, and begin with a copy of its cache
             if n_free > 0 and not any(r.job.prompt is job.prompt for r in self._readings):
-                self._readings.append(Reading(job, self._caches, self._flags))
                 self._waiting.remove(job)
                 n_free -= 1
+                try:
+                    self._readings.append(Reading(job, self._caches, self._flags))
+                except Exception as error:
+                    _fail(job, error)
 
     def _n_decoded(self) -> int:
         return sum(len(decoder.jobs) for decoder in self._decoders)
@@ -239,8 +238,7 @@ class Engine:
                     continue
                 # one of them may be the cause
                 logger.warning("A step of %d answers has failed", len(jobs), exc_info=error)
-                for job in jobs:
-                    self._go_on_alone(job)
+                self._go_on_alone(jobs)
                 continue
             complete: list[Job] = []
             for job, token, logprobs in steps:  # several tokens of a job may come at once
@@ -249,13 +247,11 @@ class Engine:
             self._remove(decoder, complete)
         return bool(self._decoders)
 
-    def _go_on_alone(self, job: Job) -> None:
-        """An answer goes on by itself from its confirmed tokens."""
-        job.alone = True
-        try:
-            self._readings.append(Reading(job, self._caches, self._flags))
-        except Exception as error:
-            _fail(job, error)
+    def _go_on_alone(self, jobs: list[Job]) -> None:
+        """Answers go on from their confirmed tokens, each by itself."""
+        for job in jobs:
+            job.alone = True
+        self._waiting = jobs + self._waiting
 
     def _remove(self, decoder: Decoder, jobs: list[Job]) -> None:
         """Takes answers out of a decoder. A cache that cannot be kept costs nobody's answer."""
@@ -266,8 +262,7 @@ class Engine:
         except Exception as error:
             logger.warning("Caches of %d answers are lost: %s", len(jobs), error, exc_info=error)
             self._decoders.remove(decoder)
-            for job in [job for job in decoder.jobs if job not in jobs]:
-                self._go_on_alone(job)
+            self._go_on_alone([job for job in decoder.jobs if job not in jobs])
             return
         if not decoder.jobs:
             self._decoders.remove(decoder)

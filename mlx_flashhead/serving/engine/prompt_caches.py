@@ -5,12 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...models.compat.cache import (
-    LRUPromptCache,
-    can_trim_prompt_cache,
-    make_prompt_cache,
-    trim_prompt_cache,
-)
+from ...models.compat.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 from ..catalogue import ServedModel
 
 KVCaches = list[Any]  # of a model's layers, and of its draft model's
@@ -66,17 +61,3 @@ class PromptCaches:
         """
         if self._max_bytes is not None:
             self._kept.trim_to(n_bytes=self._max_bytes - sum(in_use))
-
-
-def new_caches(served: ServedModel) -> KVCaches:
-    """Empty ones."""
-    models = [served.model] if served.draft_model is None else [served.model, served.draft_model]
-    return [cache for model in models for cache in make_prompt_cache(model)]
-
-
-def split_caches(served: ServedModel, cache: KVCaches) -> tuple[KVCaches, KVCaches]:
-    """The model's own part, and its draft model's."""
-    if served.draft_model is None:
-        return cache, []
-    n_layers = len(served.model.layers)
-    return cache[:n_layers], cache[n_layers:]

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..protocol.errors import Problem
 from ..protocol.valid_json import dumps
-from .access import COOKIE, given_tokens, path_of, query_token, without_token
+from .access import COOKIE, path_of, query_tokens, without_token
 from .connections import LimitedServer, TimedReader
 from .page_files import PageFile, locked_page, page_file
 
@@ -171,7 +171,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         self._send(status, (dumps(value).encode(), headers))
 
     def send_response(self, code: int, message: str | None = None) -> None:
-        """As the base class's. The log gets the status at the end."""
+        """As the base class's; the status is kept for the log."""
         self.status = HTTPStatus(code)
         super().send_response(code, message)
 
@@ -212,8 +212,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
     def _shown_token(self) -> str | None:
         """The server's token if this request carries it. Public files need none."""
         access = self.server.access
-        shown = any(map(access.accepts, given_tokens(self.path, self.headers)))
-        return access.token if shown else None
+        return access.token if access.accepts(self.path, self.headers) else None
 
     def _send(self, status: HTTPStatus, file: PageFile) -> None:
         content, headers = file
@@ -236,7 +235,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         headers = {}
         if problem.status == HTTPStatus.UNAUTHORIZED:
             if self.command == "GET" and path_of(self.path) == "/":
-                self._send(problem.status, locked_page(wrong=query_token(self.path) is not None))
+                self._send(problem.status, locked_page(wrong=bool(query_tokens(self.path))))
                 return
             headers["WWW_Authenticate"] = "Bearer"
         if problem.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):

@@ -69,11 +69,7 @@ def page_names() -> frozenset[str]:
 
 
 def locked_page(wrong: bool) -> PageFile:
-    """The page that asks for the token.
-
-    Args:
-        wrong: Whether the client gave a wrong token.
-    """
+    """The page that asks for the token, and says whether a wrong one was given."""
     text = _read("locked.html").decode()
     if not wrong:
         text = text.replace('<p class="wrong">', '<p class="wrong" hidden>')

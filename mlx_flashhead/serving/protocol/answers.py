@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from itertools import accumulate
 from typing import Any
 
 from ...version import __version__
@@ -14,12 +15,7 @@ _FINGERPRINT = f"mlx_flashhead-{__version__}"
 
 
 class Choice:
-    """One of a request's answers, up to its latest token.
-
-    Args:
-        request: The request.
-        index: Number of the answer.
-    """
+    """One of a request's answers, up to its latest token."""
 
     def __init__(self, request: Request, index: int):
         self.index = index
@@ -27,8 +23,7 @@ class Choice:
         self._request = request
         self._names = TokenNames(request.served.tokenizer)
         self._begun = False
-        self._whole = Piece()
-        self._calls: list[dict[str, Any]] = []
+        self._whole = Piece()  # with the calls as they are sent
         self._logprobs: list[TokenLogprobs] = []
         self._offset = 0  # characters of the text before the next token
 
@@ -45,12 +40,11 @@ class Choice:
             read = self._read_calls(text)
             calls += read
             content += "" if read else text
-        piece = Piece(content, piece.reasoning)
+        n_before = len(self._whole.calls)
+        self._whole += Piece(content, piece.reasoning, calls)
         entries = [] if logprobs is None else [logprobs]
-        self._whole += piece
-        self._calls += calls
         self._logprobs += entries
-        if finish_reason == "stop" and self._calls:
+        if finish_reason == "stop" and self._whole.calls:
             finish_reason = "tool_calls"
         self.finish_reason = finish_reason
         if not (content or piece.reasoning or calls or entries or finish_reason):
@@ -67,8 +61,7 @@ class Choice:
         if piece.reasoning:
             delta["reasoning"] = piece.reasoning
         if calls:
-            first = len(self._calls) - len(calls)
-            delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(calls)]
+            delta["tool_calls"] = [{"index": i, **c} for i, c in enumerate(calls, n_before)]
         return choice | {"delta": delta}
 
     def whole(self) -> dict[str, Any]:
@@ -77,16 +70,12 @@ class Choice:
         choice = self._choice(self._logprobs)
         if not self._request.chat:
             return choice | {"text": self._whole.content}
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": self._whole.content,
-            "refusal": None,
-        }
-        if self._whole.reasoning:
-            message["reasoning"] = self._whole.reasoning
-        if self._calls:
-            message["content"] = self._whole.content or None
-            message["tool_calls"] = self._calls
+        content, reasoning, calls = self._whole.content, self._whole.reasoning, self._whole.calls
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if reasoning:
+            message["reasoning"] = reasoning
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
         return choice | {"message": message}
 
     def _read_calls(self, text: str) -> list[dict[str, Any]]:
@@ -106,24 +95,23 @@ class Choice:
     def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
         logprobs = None
         if self._request.logprobs is not None and self._request.chat:
-            logprobs = {"content": [self._names.chat(entry) for entry in entries], "refusal": None}
+            named = [[self._names.named(*one) for one in entry] for entry in entries]
+            content = [chosen | {"top_logprobs": tops} for chosen, *tops in named]
+            logprobs = {"content": content, "refusal": None}
         elif self._request.logprobs is not None:
             logprobs = self._text_logprobs(entries)
         return {"index": self.index, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
     def _text_logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
-        texts = [self._names.text(entry.token) for entry in entries]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
+        text_of = self._names.text
+        texts = [text_of(token) for (token, _), *_ in entries]
+        ends = [*accumulate(map(len, texts), initial=self._offset)]
+        self._offset = ends[-1]
         return {
             "tokens": texts,
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [
-                {self._names.text(i): lp for i, lp in entry.tops} for entry in entries
-            ],
-            "text_offset": offsets,
+            "token_logprobs": [logprob for (_, logprob), *_ in entries],
+            "top_logprobs": [{text_of(i): lp for i, lp in tops} for _, *tops in entries],
+            "text_offset": ends[:-1],
         }
 
 
@@ -136,11 +124,7 @@ def _call(parsed: dict[str, Any]) -> dict[str, Any]:
 
 
 class Envelope:
-    """The frame around the choices of one request.
-
-    Args:
-        request: The request.
-    """
+    """The frame around the choices of one request."""
 
     def __init__(self, request: Request):
         self._request = request

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
@@ -12,19 +11,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 VERY_UNLIKELY = -9999.0
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """A chosen token and the likeliest tokens at its place.
-
-    Attributes:
-        token: Its id.
-        logprob: Its log-probability.
-        tops: (id, log-probability) of the likeliest tokens, in order.
-    """
-
-    token: int
-    logprob: float
-    tops: tuple[tuple[int, float], ...]
+# (id, log-probability) of a chosen token, and then of the likeliest tokens at its place, in order.
+TokenLogprobs = list[tuple[int, float]]
 
 
 def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
@@ -36,16 +24,12 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
         n_tops: Number of likeliest tokens.
     """
     n_tops = min(n_tops, logprobs.size)
-    ids: Any = []
-    if n_tops:
-        ids = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist()
-    chosen, *tops = map(_finite, cast(list[float], logprobs[mx.array([token, *ids])].tolist()))
-    in_order = sorted(zip(ids, tops, strict=True), key=lambda top: -top[1])
-    return TokenLogprobs(token, chosen, tuple(in_order))
-
-
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else VERY_UNLIKELY
+    likeliest: Any = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist() if n_tops else []
+    ids = [token, *likeliest]
+    values = cast(list[float], logprobs[mx.array(ids)].tolist())
+    values = [value if math.isfinite(value) else VERY_UNLIKELY for value in values]
+    chosen, *tops = zip(ids, values, strict=True)
+    return [chosen, *sorted(tops, key=lambda top: -top[1])]
 
 
 class TokenNames:
@@ -76,12 +60,8 @@ class TokenNames:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
-    def chat(self, found: TokenLogprobs) -> dict[str, Any]:
+    def named(self, token: int, logprob: float) -> dict[str, Any]:
         """The form of a chat's answer."""
-        tops = [self._named(*top) for top in found.tops]
-        return self._named(found.token, found.logprob) | {"top_logprobs": tops}
-
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
         content = self.bytes(token)
         text = content.decode("utf-8", "replace")
         return {"token": text, "logprob": logprob, "bytes": list(content)}

@@ -45,7 +45,11 @@ def _check_depth(value: Any) -> None:
 
 def dumps(value: Any) -> str:
     """Writes JSON, with null for numbers that are not finite."""
-    return json.dumps(_finite(value), allow_nan=False)
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
+        return json.dumps(finite)
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -57,13 +61,3 @@ def _finite_number(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the number {text[:20]} is too large")
     return number
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
