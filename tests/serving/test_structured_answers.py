@@ -46,11 +46,6 @@ def test_json_schema(client, schema, stream):
         assert choices[-1].finish_reason == "length" and schema is SCHEMAS[0]
 
 
-def test_json_object(client):
-    choice = ask(client, {"type": "json_object"}, logit_bias={"95": 30}).choices[0]  # "}"
-    assert choice.finish_reason == "stop" and isinstance(json.loads(choice.message.content), dict)
-
-
 def test_several_forms_at_once(client):
     """Requests in one batch, each in its own form, one of them in none."""
     patterns = ["[0-9]{5}", "(ab){3,4}", "x|yy|zzz", None, "-[a-f]{8}-"]
@@ -69,10 +64,10 @@ def test_several_forms_at_once(client):
 
 
 def test_grammar_of_a_text(client):
-    answer = client.completions.create(
-        model="mine", prompt="One day", max_tokens=9, extra_body={"grammar": 'start: "yes" | "no"'}
-    )
-    assert answer.choices[0].text in ("yes", "no") and answer.choices[0].finish_reason == "stop"
+    options = {"model": "mine", "prompt": "One day", "max_tokens": 9}
+    grammar = {"grammar": 'start: "yes" | "no"'}
+    choice = client.completions.create(extra_body=grammar, **options).choices[0]
+    assert choice.text in ("yes", "no") and choice.finish_reason == "stop"
 
 
 def test_answer_is_the_packages(client, flash):
@@ -85,16 +80,9 @@ def test_answer_is_the_packages(client, flash):
     assert choice.finish_reason == "length"
 
 
-@pytest.mark.parametrize(
-    "schema, said",
-    [
-        ({"$ref": "#"}, "No text fits the JSON schema"),
-        ({"properties": {"a": {"type": "strin"}}}, "/properties/a"),
-    ],
-)
-def test_wrong_schemas_are_told(client, schema, said):
-    with pytest.raises(openai.BadRequestError, match=said) as raised:
-        ask(client, schema_format(schema))
+def test_a_schema_that_no_text_fits_is_told(client):
+    with pytest.raises(openai.BadRequestError, match="No text fits the JSON schema") as raised:
+        ask(client, schema_format({"$ref": "#"}))
     assert raised.value.param == "response_format"
 
 
