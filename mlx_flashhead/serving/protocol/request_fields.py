@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from .errors import Problem
+from .errors import Problem, wrong
 
 _KINDS = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
 _MAX_WHOLE = 2**31 - 1
@@ -27,7 +27,7 @@ class Fields:
         """The field's value, of the type ``kind`` unless that is None."""
         value = self._left.pop(name, default)
         if kind is not None and value is not default and not isinstance(value, kind):
-            raise Problem(f"{name} must be {_KINDS[kind]}.", name)
+            raise wrong(name, f"must be {_KINDS[kind]}.")
         return value
 
     def whole(self, name: str, default: Any, low: int = 0, high: int = _MAX_WHOLE) -> Any:
@@ -36,9 +36,7 @@ class Fields:
         if value is None:
             return default
         if type(value) is not int or not low <= value <= high:
-            raise Problem(
-                f"{name} is {_short(value)}: it must be a whole number, {low} to {high}.", name
-            )
+            raise wrong(name, f"is {_short(value)}: it must be a whole number, {low} to {high}.")
         return value
 
     def number(
@@ -49,10 +47,10 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise Problem(f"{name} must be a number.", name)
+            raise wrong(name, "must be a number.")
         if not (low <= value <= high and abs(value) < MAX_NUMBER):
             limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-            raise Problem(f"{name} is {_short(value)}: it must be {limits}.", name)
+            raise wrong(name, f"is {_short(value)}: it must be {limits}.")
         return float(value)
 
     def only(self, name: str, *values: Any, why: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...structured.grammar import Grammar
 from ..catalogue import ServedModel
-from .errors import Problem
+from .errors import Problem, wrong
 from .messages import read_messages, read_template_settings
 from .request_fields import MAX_NUMBER, Fields
 from .response_format import read_form
@@ -150,7 +150,7 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     if options is None:
         return False
     if not stream:
-        raise Problem("stream_options are for requests with stream.", "stream_options")
+        raise wrong("stream_options", "are for requests with stream.")
     options = Fields(options)
     include_usage = options.take("include_usage", bool, False)
     options.only("include_obfuscation", False, why="chunks are sent as they are, so leave it out.")
@@ -162,10 +162,8 @@ def _max_tokens(fields: Fields, default: int) -> int:
     older = fields.whole("max_tokens", None, 1)
     newer = fields.whole("max_completion_tokens", older, 1)
     if None not in (older, newer) and older != newer:
-        raise Problem(
-            f"max_tokens is {older} and max_completion_tokens {newer}: give one of them.",
-            "max_tokens",
-        )
+        both = f"is {older} and max_completion_tokens {newer}: give one of them."
+        raise wrong("max_tokens", both)
     return newer or default
 
 
@@ -196,13 +194,13 @@ def _penalties(fields: Fields, served: ServedModel) -> dict[str, Any]:
     for key, value in fields.take("logit_bias", dict, {}).items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
         if not 0 <= token < served.vocab_size:
-            raise Problem(
-                f"logit_bias names the token {key[:20]}, but this model has {served.vocab_size}: "
-                f"choose 0 to {served.vocab_size - 1}.",
+            raise wrong(
                 "logit_bias",
+                f"names the token {key[:20]}, but this model has {served.vocab_size}: choose 0 to "
+                f"{served.vocab_size - 1}.",
             )
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise Problem("logit_bias must give each token id a number.", "logit_bias")
+            raise wrong("logit_bias", "must give each token id a number.")
         bias[token] = float(max(-_MAX_BIAS, min(_MAX_BIAS, value)))
     return penalties | {"logit_bias": bias or None}
 
@@ -212,10 +210,8 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     words = [stop] if isinstance(stop, str) else stop
     sound = isinstance(words, list | tuple) and len(words) <= _MAX_STOPS
     if not sound or not all(isinstance(word, str) and word for word in words):
-        raise Problem(
-            f"stop must be a text or a list of at most {_MAX_STOPS} texts, none of them empty.",
-            "stop",
-        )
+        most = f"must be a text or a list of at most {_MAX_STOPS} texts, none of them empty."
+        raise wrong("stop", most)
     return tuple(words)
 
 
@@ -237,7 +233,7 @@ def _chat_logprobs(fields: Fields) -> int | None:
     wanted = fields.take("logprobs", bool, False)
     tops = fields.whole("top_logprobs", None, *_LOGPROBS)
     if tops is not None and not wanted:
-        raise Problem("top_logprobs needs logprobs to be true.", "top_logprobs")
+        raise wrong("top_logprobs", "needs logprobs to be true.")
     return (tops or 0) if wanted else None
 
 
@@ -245,9 +241,7 @@ def _tools(fields: Fields, served: ServedModel) -> list[dict[str, Any]]:
     tools = fields.take("tools", list, [])
     choice = fields.take("tool_choice", default="auto")
     if choice not in ("auto", "none"):
-        raise Problem(
-            'tool_choice must be "auto" or "none": a call cannot be forced.', "tool_choice"
-        )
+        raise wrong("tool_choice", 'must be "auto" or "none": a call cannot be forced.')
     for i, tool in enumerate(tools):
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise Problem(f'tools[{i}] must be {{"type": "function", "function": …}}.', "tools")
@@ -264,14 +258,11 @@ def _prompts(fields: Fields, served: ServedModel) -> list[str | list[int]]:
         prompts = [prompts]
     sound = isinstance(prompts, list) and prompts
     if not sound or not all(isinstance(prompt, str) or _are_tokens(prompt) for prompt in prompts):
-        raise Problem("prompt must be a text, a list of texts, or token ids.", "prompt")
+        raise wrong("prompt", "must be a text, a list of texts, or token ids.")
     tokens = [token for prompt in prompts if not isinstance(prompt, str) for token in prompt]
     if any(not 0 <= token < served.vocab_size for token in tokens):
-        raise Problem(
-            "prompt holds a token that this model does not have: choose 0 to "
-            f"{served.vocab_size - 1}.",
-            "prompt",
-        )
+        last = served.vocab_size - 1
+        raise wrong("prompt", f"holds a token that this model does not have: choose 0 to {last}.")
     return prompts
 
 
