@@ -136,9 +136,9 @@ def drafting(start_engine):
 
 
 @pytest.fixture(scope="session")
-def flash(random_model):
+def flash(tiny):
     """``(model, tokenizer)`` of the random model, in this process."""
-    return mlx_flashhead.load(str(random_model / "flash"))
+    return tiny.model, tiny.tokenizer
 
 
 @pytest.fixture

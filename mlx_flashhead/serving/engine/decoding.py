@@ -102,13 +102,7 @@ class Batch:
 
 
 class Single:
-    """A batch of one sequence, in the loop for one, or in mlx-lm's with a draft model.
-
-    Args:
-        reading: Its prompt, which has been read.
-        flags: The server's flags.
-        stream: The generating thread's stream.
-    """
+    """A batch of one sequence, in the loop for one, or in mlx-lm's with a draft model."""
 
     def __init__(self, reading: Reading, flags: Namespace, stream: mx.Stream):
         job = reading.job
@@ -194,9 +188,7 @@ def length_class(n_tokens: int) -> int:
 def _guarded(job: Job, before: mx.array | None = None) -> list[LogitsProcessor]:
     """A sequence's processors. A failure of one ends its own sequence only, and not its batch.
 
-    Args:
-        job: The sequence.
-        before: Tokens before those that the loop gives a processor.
+    They get the tokens ``before`` those of the loop, too.
     """
 
     def guarded(processor: LogitsProcessor) -> LogitsProcessor:

@@ -21,12 +21,7 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 @dataclass(frozen=True)
 class Progress:
-    """A part of the prompt has been read.
-
-    Attributes:
-        done: Tokens that have been read.
-        total: Tokens of the prompt.
-    """
+    """Of the ``total`` tokens of the prompt so many have been read."""
 
     done: int
     total: int

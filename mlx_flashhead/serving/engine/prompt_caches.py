@@ -40,13 +40,9 @@ class PromptCaches:
     def keep(
         self, served: ServedModel, tokens: list[int], cache: KVCaches, kind: str = "assistant"
     ) -> None:
-        """Keeps a cache.
+        """Keeps a cache of these tokens, which must not change any more.
 
-        Args:
-            served: Its model.
-            tokens: Its tokens.
-            cache: The cache, which must not change any more.
-            kind: mlx-lm's "system", "user" or "assistant". The last kind is dropped first.
+        Its kind is mlx-lm's "system", "user" or "assistant". The last kind is dropped first.
         """
         if tokens:
             # evaluated, since an unevaluated part of a batch's cache keeps the whole of it
@@ -54,10 +50,6 @@ class PromptCaches:
             self._kept.insert_cache(served.name, tokens, cache, cache_type=kind)
 
     def make_room(self, in_use: Iterable[int]) -> None:
-        """Drops caches until all fit.
-
-        Args:
-            in_use: Bytes of the caches in use.
-        """
+        """Drops caches until all fit beside those in use, which have these bytes."""
         if self._max_bytes is not None:
             self._kept.trim_to(n_bytes=self._max_bytes - sum(in_use))

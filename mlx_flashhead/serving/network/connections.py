@@ -2,7 +2,6 @@
 
 import io
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -82,11 +81,6 @@ class LimitedServer(ThreadingHTTPServer):
         finally:
             with self._lock:
                 self._answered -= Counter([address])  # drops counts of 0
-
-    def handle_error(self, request, client_address) -> None:
-        """Ignores a client that has left, as after *stop*."""
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
-            super().handle_error(request, client_address)
 
     def _close_one(self) -> None:
         (address, _), *_ = Counter(self._unread.values()).most_common(1)

@@ -6,6 +6,7 @@ import math
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -246,12 +247,9 @@ class GuardedHandler(BaseHTTPRequestHandler):
 
     def _discard_rest(self) -> None:
         """Reads on for a moment, so that a client that still sends receives the answer."""
-        self.wfile.flush()
-        self.connection.shutdown(socket.SHUT_WR)
         self._reader.n_left = math.inf
         self._reader.allow(2.0)
-        try:
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
             while self.rfile.read1(1 << 16):
                 pass
-        except (ConnectionError, TimeoutError):
-            return

@@ -33,12 +33,10 @@ PageFile = tuple[bytes, dict[str, str]]  # a body, and its headers without the l
 
 
 def page_file(target: str, token: str | None) -> PageFile | None:
-    """The file of the page under a request's target, or None.
+    """The file of the page under a request's target, its path and query, or None.
 
-    Args:
-        target: Path and query.
-        token: The client's token, if the server has one. A Home Screen app does not share the
-            browser's cookies, so the manifest's start address carries it.
+    A Home Screen app does not share the browser's cookies, so the manifest's start address carries
+    the client's token, if the server has one.
     """
     path = path_of(target)
     query = "" if token is None else f"?token={token}"

@@ -54,13 +54,7 @@ class Fields:
         return float(value)
 
     def only(self, name: str, *values: Any, why: str) -> None:
-        """Takes a field that may only have one of ``values``, the server's own behaviour.
-
-        Args:
-            name: The field.
-            *values: Its allowed values.
-            why: The behaviour and the remedy, for the error.
-        """
+        """Takes a field that may only have one of ``values``, and says ``why``."""
         value = self._left.pop(name, None)
         if value is not None and not any(value == v and type(value) is type(v) for v in values):
             raise Problem(f"{name}: {why}", name)

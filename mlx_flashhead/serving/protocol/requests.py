@@ -98,13 +98,7 @@ def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
 def read_request(
     body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], defaults: Namespace
 ) -> Request:
-    """Checks a request.
-
-    Args:
-        body: Its JSON.
-        chat: Whether it was sent to the chat's address.
-        models: The served models.
-        defaults: The server's flags.
+    """Checks a request's JSON. The server's flags are the defaults of its fields.
 
     Raises:
         Problem: If it cannot be served, naming the field.

@@ -6,7 +6,6 @@ import pytest
 from playwright.sync_api import expect
 
 from page_actions import answers, ask, settings, tap
-from scripted_server import INFO
 
 
 def sides(page):
@@ -108,10 +107,3 @@ def test_an_answer_in_progress_comes_first(asked):
     page.get_by_role("button", name="Compare").first.tap()
     expect(page.locator("#note")).to_contain_text("An answer is still growing")
     expect(page.locator("#compare")).to_be_hidden()
-
-
-def test_a_dense_model_has_nothing_to_compare(script, asked):
-    script.info = INFO | {"models": [{"name": "plain"}]}
-    page = asked("ipad")
-    expect(page.get_by_role("button", name="Answer again")).to_be_visible()
-    expect(page.get_by_role("button", name="Compare")).to_have_count(0)
