@@ -16,7 +16,7 @@ from .engine.job import Job, Progress, Token
 from .engine.prompts import Prompt, read_prompts
 from .network.connections import LimitedServer
 from .network.guard import GuardedHandler
-from .protocol.answers import Choice, Envelope
+from .protocol.answers import Choice, envelope
 from .protocol.errors import Problem
 from .protocol.requests import Request, find_model, read_request
 from .protocol.valid_json import dumps, loads
@@ -140,7 +140,7 @@ class _Answer:
             for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))
         ]
         self._choices = [Choice(request, index) for index in range(len(self._jobs))]
-        self._envelope = Envelope(request)
+        self._envelope = envelope(request)
 
     def send(self) -> None:
         """Has the jobs computed, and sends what comes of them until all are complete."""
@@ -161,7 +161,7 @@ class _Answer:
             if isinstance(event, Token):
                 self._choices[index].add(event.piece, event.logprobs, event.finish_reason)
         choices = [choice.whole() for choice in self._choices]
-        self._handler.send_json(self._envelope.whole(choices, self._usage()))
+        self._handler.send_json(self._envelope | {"choices": choices, "usage": self._usage()})
 
     def _stream(self) -> None:
         """Sends server-sent events."""
@@ -179,14 +179,14 @@ class _Answer:
                 choice = self._choices[index]
                 chunk = choice.add(event.piece, event.logprobs, event.finish_reason)
                 if chunk is not None:
-                    self._write_data(self._envelope.chunk([chunk]))
+                    self._write_chunk([chunk])
         except Problem as problem:
-            self._write_data(problem.as_json())
+            self._write(f"data: {dumps(problem.as_json())}")
             return
         if (speed := speed_of(self._jobs)) is not None:
             self._write(f": {speed:.2f} tokens/s")
         if self._request.include_usage:
-            self._write_data(self._envelope.chunk([], self._usage()))
+            self._write_chunk([], self._usage())
         self._write("data: [DONE]")
 
     def _all_events(self) -> Iterator[tuple[int, Progress | Token]]:
@@ -223,8 +223,11 @@ class _Answer:
             "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
         }
 
-    def _write_data(self, value: Any) -> None:
-        self._write(f"data: {dumps(value)}")
+    def _write_chunk(self, choices: list[Any], usage: dict[str, Any] | None = None) -> None:
+        chunk = self._envelope | {"choices": choices}
+        if self._request.include_usage:
+            chunk["usage"] = usage
+        self._write(f"data: {dumps(chunk)}")
 
     def _write(self, line: str) -> None:
         self._handler.wfile.write(f"{line}\n\n".encode())

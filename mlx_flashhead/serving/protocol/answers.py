@@ -11,8 +11,6 @@ from .logprobs import TokenLogprobs, TokenNames
 from .requests import Request
 from .valid_json import dumps
 
-_FINGERPRINT = f"mlx_flashhead-{__version__}"
-
 
 class Choice:
     """One of a request's answers, up to its latest token."""
@@ -123,28 +121,13 @@ def _call(parsed: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class Envelope:
-    """The frame around the choices of one request."""
-
-    def __init__(self, request: Request):
-        self._request = request
-        kind = "chatcmpl" if request.chat else "cmpl"
-        self._common = {
-            "id": f"{kind}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": request.served.name,
-            "system_fingerprint": _FINGERPRINT,
-        }
-
-    def chunk(
-        self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """A part of a stream; the last part has ``usage``."""
-        kind = "chat.completion.chunk" if self._request.chat else "text_completion"
-        chunk = {**self._common, "object": kind, "choices": choices}
-        return chunk | {"usage": usage} if self._request.include_usage else chunk
-
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        """A complete answer."""
-        kind = "chat.completion" if self._request.chat else "text_completion"
-        return {**self._common, "object": kind, "choices": choices, "usage": usage}
+def envelope(request: Request) -> dict[str, Any]:
+    """What all parts of an answer have beside their choices."""
+    prefix, kind = ("chatcmpl", "chat.completion") if request.chat else ("cmpl", "text_completion")
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": f"{kind}.chunk" if request.chat and request.stream else kind,
+        "created": int(time.time()),
+        "model": request.served.name,
+        "system_fingerprint": f"mlx_flashhead-{__version__}",
+    }

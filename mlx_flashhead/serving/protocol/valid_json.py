@@ -2,12 +2,9 @@
 
 import json
 import math
-import re
 from itertools import chain
 from typing import Any, NoReturn
 
-# An escape of half a character. A whole one beyond the first 65,536 takes two.
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_DEPTH = 100  # levels; readers and writers of JSON call themselves for each
 
 
@@ -22,8 +19,7 @@ def loads(text: bytes) -> Any:
         decoded = text.decode("utf-8-sig")
         value = json.loads(decoded, parse_constant=_refuse, parse_float=_finite_number)
         _check_depth(value)
-        if _HALF.search(decoded):
-            json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
     except UnicodeEncodeError:

@@ -70,9 +70,10 @@ def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark
     assert script.requests[0]["messages"] == [{"role": "user", "content": "Why is the sky blue?"}]
 
 
-def test_how_much_of_a_long_question_is_read(script, open_page, screenshot):
+def test_how_much_is_read_and_a_thought_that_is_folded_away(script, open_page, screenshot):
     half, all_of_it = Event(), Event()
-    script.answers = [[Read(512, 4000), half, Read(2000, 4000), all_of_it, "So long."]]
+    reading = [Read(512, 4000), half, Read(2000, 4000), all_of_it]
+    script.answers = [[*reading, {"reasoning": "Hmm, "}, {"reasoning": "well."}, "So long."]]
     page = open_page()
     ask(page, "A long text")
     expect(page.locator(".waiting")).to_have_text("12 % read")
@@ -82,6 +83,11 @@ def test_how_much_of_a_long_question_is_read(script, open_page, screenshot):
     all_of_it.set()
     expect(answers(page)).to_have_text("So long.")
     expect(page.locator(".waiting")).to_have_count(0)
+    expect(page.locator(".thinking div")).to_be_hidden()
+    page.locator(".thinking summary").tap()
+    expect(page.locator(".thinking div")).to_have_text("Hmm, well.")
+    ask(page, "More", ends=2)
+    assert script.requests[1]["messages"][1] == {"role": "assistant", "content": "So long."}
 
 
 def test_stop_and_answer_again(script, open_page, screenshot):
@@ -170,18 +176,6 @@ def test_copy_without_a_secure_context(lan, script, open_page):
         page.locator("#input").fill("")
         page.locator("#input").press("Control+v")
         assert page.locator("#input").input_value().strip() == text
-
-
-def test_thoughts_are_folded_away(script, open_page):
-    script.answers = [[{"reasoning": "Hmm, "}, {"reasoning": "well."}, "Yes."]]
-    page = open_page()
-    ask(page, "Think")
-    expect(answers(page)).to_have_text("Yes.")
-    expect(page.locator(".thinking div")).to_be_hidden()
-    page.locator(".thinking summary").tap()
-    expect(page.locator(".thinking div")).to_have_text("Hmm, well.")
-    ask(page, "More", ends=2)
-    assert script.requests[1]["messages"][1] == {"role": "assistant", "content": "Yes."}
 
 
 def test_return_key(script, open_page):

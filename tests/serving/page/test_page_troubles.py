@@ -17,8 +17,9 @@ def keep(page, key, text):
     page.evaluate("([key, text]) => localStorage.setItem(key, text)", [key, text])
 
 
-def test_reload_in_the_middle_of_an_answer(script, open_page):
-    script.answers = [["Half of ", "it", Event()]]
+def test_reload_in_the_middle_of_an_answer_and_a_refusal(script, open_page):
+    refusal = "n_probes is 9: it must be at most 4."
+    script.answers = [["Half of ", "it", Event()], refusal, ["Fine."]]
     page = open_page()
     ask(page, "Tell me.")
     expect(answers(page)).to_have_text("Half of it")
@@ -26,6 +27,10 @@ def test_reload_in_the_middle_of_an_answer(script, open_page):
     expect(answers(page)).to_have_text("Half of it")
     expect(page.locator(".notice")).to_have_text("Stopped before the end.")
     assert script.left.wait(20)
+    ask(page, "Well?")
+    expect(page.locator(".notice").last).to_contain_text(refusal)
+    tap(page, "Try again")
+    expect(answers(page)).to_have_text(["Half of it", "Fine."])
 
 
 def test_wrong_token_then_the_right_one(lan, open_page, screenshot):
@@ -104,15 +109,6 @@ def test_a_kept_page_does_not_hide_the_token(script, open_page):
     script.access = Access(OTHER_TOKEN)
     page.reload()
     expect(page.get_by_role("heading")).to_have_text("This server needs its token")
-
-
-def test_refused_request_says_why(script, open_page):
-    script.answers = ["n_probes is 9: it must be at most 4.", ["Fine."]]
-    page = open_page()
-    ask(page, "Well?")
-    expect(page.locator(".notice")).to_contain_text("n_probes is 9: it must be at most 4.")
-    tap(page, "Try again")
-    expect(answers(page)).to_have_text("Fine.")
 
 
 QUESTION = {"role": "user", "content": "Hello?"}
