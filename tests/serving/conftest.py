@@ -60,6 +60,16 @@ def chain_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sliding_model(tmp_path_factory):
+    """A FlashHead checkpoint of a model with a sliding window of 32 tokens."""
+    folder = tmp_path_factory.mktemp("sliding")
+    further = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32}
+    further |= {"sliding_window_pattern": 2}
+    write_model(folder / "dense", arch="gemma3_text", hidden_size=64, further=further)
+    return convert(folder, "flash", n_probes=4)
+
+
+@pytest.fixture(scope="session")
 def http_server(random_model, chain_model, tmp_path_factory):
     """A server in a process of its own, of the random model; another one is allowed by name."""
     folder = tmp_path_factory.mktemp("server")
@@ -92,17 +102,14 @@ def chain(chain_model):
 
 @pytest.fixture(scope="session")
 def start_engine(random_model):
-    """A context with an engine of the random model: (flags) → engine."""
+    """A context with an engine, of the random model if no other is named."""
 
     @contextmanager
-    def started(*arguments, drafts=False):
+    def started(*arguments, folder=random_model / "flash", drafts=False):
         def load():
-            served = served_model(random_model / "flash", context=100_000)
+            served = served_model(folder, context=100_000)
             if drafts:
-                served.draft_model, served.batchable = (
-                    served_model(random_model / "flash").model,
-                    False,
-                )
+                served.draft_model, served.batchable = served_model(folder).model, False
             return [served]
 
         engine = running(load, *arguments)

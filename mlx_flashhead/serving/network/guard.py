@@ -26,36 +26,24 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedHandler(BaseHTTPRequestHandler):
-    """Serves the page; a subclass serves the rest, in :meth:`get` and :meth:`post`.
+    """Serves the page; a subclass serves the rest.
 
     There is one deadline for a request's head and one for its body.
 
     Attributes:
+        get: Answers a request without a body, by its path. Raises a Problem if it cannot.
+        post: The same with a body, which has not been read yet.
         status: Of the answer, as soon as it has begun.
     """
 
+    get: Callable[[str], None]
+    post: Callable[[str], None]
     server: LimitedServer
     raw_requestline: bytes
     server_version, sys_version = "mlx_flashhead", ""  # without versions
     head_seconds = 10.0
     body_seconds = 60.0
     write_seconds = 30.0  # for a client that does not read
-
-    def get(self, path: str) -> None:
-        """Answers a request without a body.
-
-        Raises:
-            Problem: If it cannot be answered.
-        """
-        raise NotImplementedError
-
-    def post(self, path: str) -> None:
-        """Answers a request with a body, which has not been read yet.
-
-        Raises:
-            Problem: If it cannot be answered.
-        """
-        raise NotImplementedError
 
     def setup(self) -> None:
         """Takes the place of the base class's reader."""
@@ -165,7 +153,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         """Adds to the request's line in the log."""
         self._notes.append(text)
 
-    def send_json(self, value: Any, status: HTTPStatus = HTTPStatus.OK, **headers: str) -> None:
+    def send_json(self, value: Any, status: int = HTTPStatus.OK, **headers: str) -> None:
         """Answers with JSON."""
         headers = {name.replace("_", "-"): text for name, text in headers.items()}
         headers |= {"Content-Type": "application/json", "Cache-Control": "no-store"}
@@ -181,7 +169,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.request_version = "HTTP/1.0"  # so that the answer gets a head
         reason = message or HTTPStatus(code).phrase
-        self.send_json(Problem(f"{reason}.", status=code).as_json(), HTTPStatus(code))
+        self.send_json(Problem(f"{reason}.", status=code).as_json(), code)
         if code == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
             self._discard_rest()
 
@@ -215,7 +203,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         access = self.server.access
         return access.token if access.accepts(self.path, self.headers) else None
 
-    def _send(self, status: HTTPStatus, file: PageFile) -> None:
+    def _send(self, status: int, file: PageFile) -> None:
         content, headers = file
         self.send_response(status)
         for name, value in headers.items():

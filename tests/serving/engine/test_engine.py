@@ -4,10 +4,10 @@ import threading
 
 import pytest
 
-from engines import CHUNK, LONG, NEVER_ENDS, SHORT, job, running, submit, tokens_of, until
+from engines import CHUNK, LONG, NEVER_ENDS, SHORT, job, submit, tokens_of, until
 from mlx_flashhead.serving.engine.engine import Engine, time_for_answers
 from mlx_flashhead.serving.engine.job import Progress, Token
-from served_models import flags, served_model
+from served_models import flags
 
 
 def test_a_cancelled_prompt_is_not_read_on_and_what_was_read_is_kept(start, chunks):
@@ -119,9 +119,8 @@ def test_a_model_that_cannot_be_loaded_is_told():
     assert engine.close(20)
 
 
-def test_it_closes_amid_work(random_model):
-    engine = running(lambda: [served_model(random_model / "flash")])
-    until(submit(engine, SHORT, 10_000, **NEVER_ENDS), Token)
-    submit(engine, LONG)
-    assert engine.close(20)
+def test_it_closes_amid_work(start_engine):
+    with start_engine() as engine:
+        until(submit(engine, SHORT, 10_000, **NEVER_ENDS), Token)
+        submit(engine, LONG)
     assert not engine.healthy

@@ -120,7 +120,7 @@ def test_formulas(page):
 
 def test_each_start_of_a_text_renders_and_long_ones_end(page):
     text = "".join(f"{case}\n\n" for case in (*CASES, *MATHS))
-    texts = [text[:end] for end in range(0, len(text), 7)]
+    texts = [text[:end] for end in range(0, len(text), 11)]
     units = ["*", "_", "`", "[", "![a](", "> ", "- ", "|a", "**a ", "<", "https://a", "1. "]
     units += ["~~a", "$", "$a ", "\\(", "\\[", "\\begin{a}"]
     for unit in units:
