@@ -3,11 +3,9 @@
 from queue import SimpleQueue
 
 import mlx_flashhead
-from mlx_flashhead.serving.engine.engine import Engine
 from mlx_flashhead.serving.engine.job import Job, Token
 from mlx_flashhead.serving.engine.prompts import Prompt
-from mlx_flashhead.serving.protocol.requests import read_request
-from served_models import flags
+from served_models import checked
 
 LONG = [2 + (7 * i) % 250 for i in range(400)]
 SHORT = [40, 41, 42]
@@ -15,18 +13,10 @@ CHUNK = 16  # tokens of a prompt in the tests' engines
 NEVER_ENDS = {"logit_bias": {"50": 100}}
 
 
-def running(load, *arguments):
-    """An engine; must be closed."""
-    engine = Engine(load, flags("--prefill-step-size", CHUNK, *arguments))
-    engine.models.result(60)
-    return engine
-
-
 def job(engine, tokens, max_tokens=8, processors=(), landmarks=(), **fields):
     """A job of a request with these fields."""
     body = {"prompt": "x", "max_tokens": max_tokens, "logprobs": 0} | fields
-    models = engine.models.result()
-    request = read_request(body, chat=False, models=models, defaults=flags())
+    request = checked(engine.models.result()[0], body, chat=False)
     new = Job(request, Prompt(list(tokens), landmarks), SimpleQueue())
     new.processors += processors
     return new

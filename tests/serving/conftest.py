@@ -8,12 +8,13 @@ import pytest
 
 import mlx_flashhead
 from chain_models import write_chain_model
-from engines import running
+from engines import CHUNK
 from mlx_flashhead.serving.engine import prefill
+from mlx_flashhead.serving.engine.engine import Engine
 from model_folders import write_model
 from page_actions import TOKEN
 from scripted_server import scripted_server
-from served_models import served_model
+from served_models import flags, served_model
 from server_process import serving
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": Infinity}}'
@@ -112,8 +113,9 @@ def start_engine(random_model):
                 served.draft_model, served.batchable = served_model(folder).model, False
             return [served]
 
-        engine = running(load, *arguments)
+        engine = Engine(load, flags("--prefill-step-size", CHUNK, *arguments))
         try:
+            engine.models.result(60)
             yield engine
         finally:
             assert engine.close(20)

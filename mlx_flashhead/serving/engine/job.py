@@ -21,7 +21,7 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 @dataclass(frozen=True)
 class Progress:
-    """Of the ``total`` tokens of the prompt so many have been read."""
+    """The prompt has been read as far as ``done`` of its ``total`` tokens."""
 
     done: int
     total: int
