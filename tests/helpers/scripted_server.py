@@ -3,7 +3,6 @@
 import json
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import Event, Thread
 
 from mlx_flashhead.serving.network import guard
@@ -21,21 +20,14 @@ SPEEDS = {False: 35.5, True: 25.0}
 BREAK = object()
 
 
-@dataclass(frozen=True)
-class Read:
-    """A part of the question has been read."""
-
-    done: int
-    total: int
-
-
 class Script(logging.Handler):
     """What the server says, and what it has seen.
 
     Attributes:
         access: The rules.
         answers: For each request to come, the pieces of its answer: texts, an `Event` to wait for,
-            a dict (a whole delta), a `Read`, or `BREAK` (the connection ends there); or a refusal.
+            a dict (a whole delta), a tuple (how many tokens of the question have been read, of how
+            many), or `BREAK` (the connection ends there). A text alone is a refusal.
         info: What the page is told about the server.
         requests: The bodies that came.
         left: Set as soon as a client has gone before its answer was complete.
@@ -106,8 +98,8 @@ class ScriptedHandler(GuardedHandler):
                 while not piece.wait(0.02):
                     if self.client_has_gone():
                         raise ConnectionAbortedError
-            elif isinstance(piece, Read):
-                self._write(f": prompt {piece.done}/{piece.total}")
+            elif isinstance(piece, tuple):
+                self._write(": prompt {}/{}".format(*piece))
             else:
                 n_tokens += 1
                 self._event(piece if isinstance(piece, dict) else {"content": piece})

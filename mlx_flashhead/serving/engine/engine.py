@@ -271,9 +271,8 @@ class Engine:
 
     def _keep(self, served: ServedModel, tokens: list[int], cache: KVCaches) -> None:
         try:
-            self._caches.keep(served, tokens, cache)
-            in_use = [decoder.nbytes for decoder in self._decoders]
-            self._caches.make_room(in_use + [reading.nbytes for reading in self._readings])
+            in_use = [part.nbytes for part in (*self._decoders, *self._readings)]
+            self._caches.keep(served, tokens, cache, in_use=in_use)
         except Exception as error:
             logger.warning("A prompt's cache is not kept: %s", error, exc_info=error)
 

@@ -38,18 +38,21 @@ class PromptCaches:
         return cache, len(tokens) - 1 - len(rest)
 
     def keep(
-        self, served: ServedModel, tokens: list[int], cache: KVCaches, kind: str = "assistant"
+        self,
+        served: ServedModel,
+        tokens: list[int],
+        cache: KVCaches,
+        kind: str = "assistant",
+        in_use: Iterable[int] = (),
     ) -> None:
         """Keeps a cache of these tokens, which must not change any more.
 
-        Its kind is mlx-lm's "system", "user" or "assistant". The last kind is dropped first.
+        Then drops caches until all fit beside those in use, which have these bytes. Of mlx-lm's
+        kinds "system", "user" and "assistant" the last is dropped first.
         """
         if tokens:
             # evaluated, since an unevaluated part of a batch's cache keeps the whole of it
             mx.eval([layer.state for layer in cache])
             self._kept.insert_cache(served.name, tokens, cache, cache_type=kind)
-
-    def make_room(self, in_use: Iterable[int]) -> None:
-        """Drops caches until all fit beside those in use, which have these bytes."""
         if self._max_bytes is not None:
             self._kept.trim_to(n_bytes=self._max_bytes - sum(in_use))

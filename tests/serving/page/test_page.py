@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from page_actions import TOKEN, answers, ask, settings, tap
-from scripted_server import MODEL, Read
+from scripted_server import MODEL
 
 ANSWER = """## Why the sky is blue
 
@@ -72,7 +72,7 @@ def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark
 
 def test_how_much_is_read_and_a_thought_that_is_folded_away(script, open_page, screenshot):
     half, all_of_it = Event(), Event()
-    reading = [Read(512, 4000), half, Read(2000, 4000), all_of_it]
+    reading = [(512, 4000), half, (2000, 4000), all_of_it]
     script.answers = [[*reading, {"reasoning": "Hmm, "}, {"reasoning": "well."}, "So long."]]
     page = open_page()
     ask(page, "A long text")
