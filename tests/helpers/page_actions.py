@@ -4,8 +4,6 @@ from contextlib import contextmanager
 
 from playwright.sync_api import Locator, Page, expect
 
-TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
-
 
 def ask(page: Page, question: str, *, ends: int | None = None) -> None:
     """Writes a question and sends it.

@@ -12,8 +12,7 @@ from engines import CHUNK
 from mlx_flashhead.serving.engine import prefill
 from mlx_flashhead.serving.engine.engine import Engine
 from model_folders import write_model
-from page_actions import TOKEN
-from scripted_server import scripted_server
+from scripted_server import TOKEN, scripted_server
 from served_models import flags, served_model
 from server_process import serving
 

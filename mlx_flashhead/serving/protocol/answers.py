@@ -20,7 +20,7 @@ class Choice:
         self.finish_reason: str | None = None
         self._request = request
         self._names = TokenNames(request.served.tokenizer)
-        self._begun = False
+        self._first_delta = {"role": "assistant", "content": ""}
         self._whole = Piece()  # with the calls as they are sent
         self._logprobs: list[TokenLogprobs] = []
         self._offset = 0  # characters of the text before the next token
@@ -50,10 +50,8 @@ class Choice:
         choice = self._choice(entries)
         if not self._request.chat:
             return choice | {"text": content}
-        delta: dict[str, Any] = {}
-        if not self._begun:
-            delta = {"role": "assistant", "content": ""}
-            self._begun = True
+        delta: dict[str, Any] = self._first_delta
+        self._first_delta = {}
         if content:
             delta["content"] = content
         if piece.reasoning:

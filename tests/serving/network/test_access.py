@@ -8,7 +8,7 @@ import pytest
 from mlx_flashhead.serving.network import access
 from mlx_flashhead.serving.network.access import Access, is_token, new_token, without_token
 from mlx_flashhead.serving.protocol.errors import Problem
-from page_actions import TOKEN
+from scripted_server import TOKEN
 
 LOCAL = Access()
 LAN = Access(TOKEN, hosts=frozenset({"studio", "mac.fritz.box"}))

@@ -22,7 +22,7 @@ from mlx_flashhead.serving.network.addresses import (
     qr_code,
     url,
 )
-from page_actions import TOKEN
+from scripted_server import TOKEN
 
 PAGE = f"http://192.168.178.123:8080/?token={TOKEN}"
 

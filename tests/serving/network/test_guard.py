@@ -8,8 +8,7 @@ import pytest
 
 from mlx_flashhead.serving.network.access import Access
 from mlx_flashhead.serving.network.page_files import FOLDER, page_names
-from page_actions import TOKEN
-from scripted_server import INFO
+from scripted_server import INFO, TOKEN
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 

@@ -9,8 +9,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from mlx_flashhead.serving.network.access import Access
-from page_actions import TOKEN
-from scripted_server import LAN_NAME
+from scripted_server import LAN_NAME, TOKEN
 
 CHECKOUT = Path(__file__).parents[3]
 SCREENSHOTS = CHECKOUT / "screenshots"

@@ -5,8 +5,8 @@ from threading import Event
 import pytest
 from playwright.sync_api import expect
 
-from page_actions import TOKEN, answers, ask, settings, tap
-from scripted_server import MODEL
+from page_actions import answers, ask, settings, tap
+from scripted_server import MODEL, TOKEN
 
 ANSWER = """## Why the sky is blue
 

@@ -6,8 +6,8 @@ from threading import Event
 from playwright.sync_api import expect
 
 from mlx_flashhead.serving.network.access import Access
-from page_actions import TOKEN, answers, ask, tap
-from scripted_server import BREAK, MODEL, Script, scripted_server
+from page_actions import answers, ask, tap
+from scripted_server import BREAK, MODEL, TOKEN, Script, scripted_server
 
 OTHER_TOKEN = "another-token-of-this-server"
 
