@@ -20,7 +20,7 @@ def test_a_cancelled_prompt_is_not_read_on_and_what_was_read_is_kept(start, chun
     other = submit(engine, LONG)
     assert len(tokens_of(other)) == 8
     assert other.cached >= CHUNK
-    assert n_read < 20 and {of for of, _ in chunks[n_read:]} == {other}
+    assert n_read < len(LONG) // CHUNK and {of for of, _ in chunks[n_read:]} == {other}
 
 
 def test_a_cancelled_job_in_the_queue_is_never_begun(start, chunks):

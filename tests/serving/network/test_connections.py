@@ -53,8 +53,12 @@ def test_health_is_answered_however_many_connections_wait(monkeypatch, ask, conn
     gone = 0
     for connection in held:
         connection.settimeout(0.01)
-        with suppress(TimeoutError):
+        try:
             gone += connection.recv(1) == b""
+        except ConnectionResetError:
+            gone += 1
+        except TimeoutError:
+            pass
     assert gone >= 16  # the oldest have made room
 
 
