@@ -1,22 +1,18 @@
 """Serves models: a page for browsers, and OpenAI's API."""
 
-import argparse
 import sys
-from functools import partial
-from urllib.parse import urlsplit
+import time
 
 from .common.command import command
 from .common.processes import join_processes
 from .models.fetch import resolve
-from .serving.catalogue import Catalogue
-from .serving.network.access import Access
-from .serving.network.addresses import announce as announce_on_network
-from .serving.network.network_options import access_of, check_network_options
-from .serving.network.shutdown import Shutdown
-from .serving.options import make_parser
-from .serving.serve import requests_logged, serve
+from .serving.network.addresses import announce, url
+from .serving.network.shutdown import interrupted_by_signals, leave
+from .serving.options import check_options, make_parser
+from .serving.serve import requests_logged, serving
 
 LOST = 75  # EX_TEMPFAIL: a supervisor starts the server again
+LOOK_SECONDS = 0.5
 
 
 @command
@@ -24,33 +20,29 @@ def main() -> None:
     """Entry point of ``mlx_flashhead.server``."""
     parser = make_parser()
     flags = parser.parse_args()
-    if flags.dense and flags.n_probes is not None:
-        parser.error("--dense scores every token: leave --n-probes out")
-    if flags.draft_probes is not None and flags.draft_model is None:
-        parser.error("--draft-probes are a draft model's: add --draft-model, or leave it out")
-    check_network_options(parser, flags)
+    check_options(parser, flags)
     if join_processes().size() > 1:
         parser.error("the server is one process: start it without mlx.launch")
-    with Shutdown() as ending, requests_logged(flags.log_level):
+    with interrupted_by_signals(), requests_logged(flags.log_level):
         try:
             for model in (flags.model, flags.draft_model, *flags.allow_models):
                 if model is not None:
                     resolve(model)  # downloads happen here, where Ctrl-C ends them
-            serve(flags, partial(access_of, flags), partial(_announce, flags), ending.wait)
+            with serving(flags) as server:
+                dense = flags.dense or server.models[0].head is None
+                how = "dense" if dense else "with FlashHead"
+                port, token = server.server_port, server.access.token
+                where = url(flags.host, port).rstrip("/")
+                print(f"Serving {flags.model} {how} at {where} (Ctrl-C ends it)", flush=True)
+                if token is not None:
+                    announce(flags.host, port, token, sys.stdout)
+                while server.engine.healthy:
+                    time.sleep(LOOK_SECONDS)
             print("error: the thread that answers is lost: start the server again.")
-            ending.leave(LOST)
+            leave(LOST)
         except KeyboardInterrupt:
             print("Stopped.")
-            ending.leave(0)
-
-
-def _announce(flags: argparse.Namespace, url: str, catalogue: Catalogue, access: Access) -> None:
-    dense = flags.dense or catalogue.default.head is None
-    how = "dense" if dense else "with FlashHead"
-    print(f"Serving {flags.model} {how} at {url} (Ctrl-C ends it)", flush=True)
-    if access.token is not None:
-        port = urlsplit(url).port or flags.port
-        announce_on_network(flags.host, port, access.token, sys.stdout)
+            leave(0)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """The HTTP server: OpenAI's API for FlashHead models, and a page for browsers.
 
-A request, traced. ``serve`` opens the port, and starts the engine, which loads the models of the
+A request, traced. ``serve`` opens the port, and starts the engine, which loads the models by
 ``catalogue`` in its own thread. Then each connection has a thread.
 
 1. ``network/connections`` limits connections, and the time in which a request must arrive.
 2. ``network/guard`` asks ``network/access`` whether it may be served: its Host, its Origin, its
-   token, its size. The page's files end here (``network/page_files``).
+   token, its size. A file of the page is sent from here (``network/page_files``).
 3. ``endpoints`` reads the body: ``protocol/requests`` checks each field, ``engine/prompts`` fills
    in the chat template and makes tokens. A mistake is a ``Problem`` (``protocol/errors``).
 4. Each answer is a job (``engine/job``) in the queue of ``engine/engine``, the one thread that
    computes. It reads the prompt a chunk at a time (``engine/prefill``), from the longest beginning
    that ``engine/prompt_caches`` has kept, and decodes it beside the others (``engine/decoding``).
-5. Each token comes back through the job's own queue: its text (``protocol/answer_text``), its
-   log-probabilities (``protocol/logprobs``), its calls of tools (``protocol/tool_calls``).
+5. Each token comes back through the request's queue: its text and its calls of tools
+   (``protocol/answer_text``), its log-probabilities (``protocol/logprobs``).
 6. ``protocol/answers`` makes OpenAI's JSON of them, which ``endpoints`` sends whole or in chunks.
 """

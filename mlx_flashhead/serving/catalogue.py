@@ -3,7 +3,7 @@
 import logging
 import re
 from argparse import Namespace
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..publishing.origin import local_origin
 
-# mlx-lm's word for the model of --model
-DEFAULT_NAME = "default_model"
 # Variables that the server or the tokenizer gives a template.
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 _GENERATION_TAG = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
@@ -77,10 +75,6 @@ class ServedModel:
         self.template_settings = template_settings(self.tokenizer)
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))
 
-    def take_head(self) -> None:
-        """Takes the FlashHead that has been put on the model."""
-        self.head = get_flash_head(self.model)
-
     @property
     def head_in_use(self) -> str:
         """The head that answers: "FlashHead", or "dense" and why."""
@@ -94,38 +88,8 @@ class ServedModel:
         return self.names[0]
 
 
-class Catalogue:
-    """The served models, found by name.
-
-    Args:
-        models: The first of them is the default.
-
-    Attributes:
-        models: The models, in this order.
-    """
-
-    def __init__(self, models: Iterable[ServedModel]):
-        self.models = tuple(models)
-
-    @property
-    def default(self) -> ServedModel:
-        """The model of a request without a model's name."""
-        return self.models[0]
-
-    @property
-    def names(self) -> list[str]:
-        """Every name, those of the default first."""
-        return [name for model in self.models for name in model.names]
-
-    def find(self, name: str | None) -> ServedModel | None:
-        """The model of that name, the default for None; None if no served model has the name."""
-        if name is None or name == DEFAULT_NAME:
-            return self.default
-        return next((model for model in self.models if name in model.names), None)
-
-
-def load_catalogue(args: Namespace) -> Catalogue:
-    """Loads every model that the flags name.
+def load_models(args: Namespace) -> list[ServedModel]:
+    """Loads every model that the flags name, the default first.
 
     Raises:
         ValueError: If a model cannot be loaded, or two have the same name.
@@ -133,19 +97,13 @@ def load_catalogue(args: Namespace) -> Catalogue:
     aliases = [args.served_model_name] if args.served_model_name else []
     models = [_load(args, args.model, aliases, default=True)]
     models += [_load(args, path, [], default=False) for path in args.allow_models]
-    catalogue = Catalogue(models)
-    twice = {name for name in catalogue.names if catalogue.names.count(name) > 1}
+    names = Counter(name for served in models for name in served.names)
+    twice = {name for name, number in names.items() if number > 1}
     if twice:
         raise ValueError(
             f"Two of the models have the name {min(twice)}: rename a folder, or leave one out."
         )
-    return catalogue
-
-
-def name_of(path_or_repo: str) -> str:
-    """A model's name for clients: its repository, or its folder's name without the path."""
-    path = Path(path_or_repo).expanduser()
-    return path.resolve().name if path.is_dir() else path_or_repo
+    return models
 
 
 def template_settings(tokenizer: Any) -> frozenset[str]:
@@ -189,21 +147,20 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         model, tokenizer, config = load_dense(folder, **options)
     if (head := get_flash_head(model)) is not None:
         logger.info("%s is served with %r: %s", path_or_repo, head, head.backend_reason)
-    draft_model = _draft(args, tokenizer) if default and args.draft_model else None
-    context = args.context_size or context_of(config, tokenizer)
-    names = (*aliases, name_of(path_or_repo))
+    path = Path(path_or_repo).expanduser()
+    # no client learns where a folder is
+    own_name = path.resolve().name if path.is_dir() else path_or_repo
+    later = choices.missing == LATER
     return ServedModel(
-        tuple(dict.fromkeys(names)),
-        model,
-        tokenizer,
-        draft_model,
-        context,
-        args.chat_template_args,
-        args.dense and default,
-        not args.no_check,
-        background_build(model, tokenizer, local_origin(folder), choices)
-        if choices.missing == LATER
-        else None,
+        names=tuple(dict.fromkeys((*aliases, own_name))),
+        model=model,
+        tokenizer=tokenizer,
+        draft_model=_draft(args, tokenizer) if default and args.draft_model else None,
+        context=args.context_size or context_of(config, tokenizer),
+        template_arguments=args.chat_template_args,
+        dense=args.dense and default,
+        check=not args.no_check,
+        build=background_build(model, tokenizer, local_origin(folder), choices) if later else None,
     )
 
 

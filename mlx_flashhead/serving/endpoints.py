@@ -1,10 +1,7 @@
 """Answers requests of OpenAI's API."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
 from http import HTTPStatus
 from queue import Empty, SimpleQueue
 from threading import BoundedSemaphore
@@ -13,16 +10,15 @@ from urllib.parse import unquote
 
 from ..common.time_limit import time_limit
 from ..structured.processor import GrammarProcessor
-from .catalogue import Catalogue, ServedModel
+from .catalogue import ServedModel
 from .engine.engine import Engine
-from .engine.job import Failure, Job, Progress, Token
+from .engine.job import Job, Progress, Token
 from .engine.prompts import Prompt, read_prompts
-from .network.access import Access
+from .network.connections import LimitedServer
 from .network.guard import GuardedHandler
-from .protocol.answers import Choice, Envelope
+from .protocol.answers import Choice, envelope
 from .protocol.errors import Problem
 from .protocol.requests import Request, find_model, read_request
-from .protocol.sampling import sampler_for
 from .protocol.valid_json import dumps, loads
 
 MODELS_PATH = "/v1/models"
@@ -36,66 +32,45 @@ READ_SECONDS = 5.0
 SECONDS_PER_MASK = 0.005
 
 
-@dataclass(frozen=True)
-class Service:
-    """The state that all requests share.
+class ApiServer(LimitedServer):
+    """A server, with the state that all requests share.
 
     Attributes:
-        engine: Computes the answers.
-        catalogue: The models.
-        access: The rules for clients.
         flags: The server's flags.
+        engine: Computes the answers.
+        models: The models, the default first.
         started: Time of the start, in seconds since 1970.
-        preparing: Lock held while a body becomes tokens, which may take many times its size.
     """
 
-    engine: Engine
-    catalogue: Catalogue
-    access: Access
     flags: Namespace
+    engine: Engine
+    models: list[ServedModel]
     started: int
-    preparing: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(_PREPARED_AT_ONCE))
+    # held while a body becomes tokens, which may take many times its size
+    preparing = BoundedSemaphore(_PREPARED_AT_ONCE)
 
 
 class ApiHandler(GuardedHandler):
-    """One request.
+    """One request."""
 
-    Args:
-        service: The shared state; the other arguments are the base class's.
-    """
-
-    def __init__(self, service: Service, *args):
-        self._service = service
-        super().__init__(*args)
-
-    @property
-    def access(self) -> Access:
-        return self._service.access
-
-    def healthy(self) -> bool:
-        return self._service.engine.healthy
-
-    def health_info(self) -> Mapping[str, Any]:
-        models = self._service.catalogue.models
-        return {"heads": [served.head_in_use for served in models]}
-
-    def page_info(self) -> Mapping[str, Any]:
-        flags, models = self._service.flags, self._service.catalogue.models
-        return {
-            "temperature": flags.temp,
-            "top_p": flags.top_p,
-            "max_tokens": flags.max_tokens,
-            "models": [*map(_page_model, models)],
-        }
+    server: ApiServer
 
     def get(self, path: str) -> None:
-        catalogue = self._service.catalogue
-        if path == MODELS_PATH:
-            self.send_json({"object": "list", "data": [*map(self._model, catalogue.names)]})
+        server = self.server
+        if path == "/health":
+            healthy = server.engine.healthy
+            status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
+            heads = [served.head_in_use for served in server.models]
+            self.send_json({"status": "ok" if healthy else "unavailable", "heads": heads}, status)
+        elif path == "/page/info.json":
+            flags, models = server.flags, [*map(_page_model, server.models)]
+            settings = {"temperature": flags.temp, "top_p": flags.top_p}
+            self.send_json(settings | {"max_tokens": flags.max_tokens, "models": models})
+        elif path == MODELS_PATH:
+            names = [name for served in server.models for name in served.names]
+            self.send_json({"object": "list", "data": [*map(self._model, names)]})
         elif path.startswith(f"{MODELS_PATH}/"):
-            name = unquote(path.removeprefix(f"{MODELS_PATH}/"))
-            find_model(catalogue, name)
-            self.send_json(self._model(name))
+            self.send_json(self._model(unquote(path.removeprefix(f"{MODELS_PATH}/"))))
         else:
             raise Problem(f"There is nothing at {path[:200]}.", status=HTTPStatus.NOT_FOUND)
 
@@ -106,30 +81,29 @@ class ApiHandler(GuardedHandler):
                 f"There is nothing at {path[:200]}: post to {places}.", status=HTTPStatus.NOT_FOUND
             )
         with self.server.answering(self.connection, self.client_address[0]):
-            body = self.read_body(int(self.headers["Content-Length"]))
+            body = self.read_body()
             too_slow = Problem(
                 f"The request could not be read within {READ_SECONDS:g} seconds: simplify its "
                 "response_format or grammar."
             )
-            with self._service.preparing:
+            with self.server.preparing:
                 with time_limit(READ_SECONDS, too_slow):
                     request = read_request(
                         _parsed(body),
                         chat=path in CHAT_PATHS,
-                        catalogue=self._service.catalogue,
-                        defaults=self._service.flags,
+                        models=self.server.models,
+                        defaults=self.server.flags,
                     )
                 answer = _Answer(request, read_prompts(request), self)
             del body
-            with answer.under_way(self._service.engine):
-                answer.stream() if request.stream else answer.send()
+            answer.send()
 
     def _model(self, name: str) -> dict[str, Any]:
-        served = find_model(self._service.catalogue, name)
+        served = find_model(self.server.models, name)
         return {
             "id": name,
             "object": "model",
-            "created": self._service.started,
+            "created": self.server.started,
             "owned_by": "mlx_flashhead",
             "head": served.head_in_use,
         }
@@ -158,55 +132,39 @@ class _Answer:
 
     def __init__(self, request: Request, prompts: list[Prompt], handler: ApiHandler):
         self._request, self._handler = request, handler
+        self._engine = handler.server.engine
         self._events: SimpleQueue = SimpleQueue()
-        self._grammar = _grammar(request, prompts[0])
-        prompts = [prompt for prompt in prompts for _ in range(request.n)]
-        self._jobs = [self._job(index, prompt) for index, prompt in enumerate(prompts)]
-        self._choices = [Choice(request, index) for index in range(len(prompts))]
-        self._envelope = Envelope(request)
+        grammar = _grammar(request, prompts[0])
+        self._jobs = [
+            Job(request, prompt, self._events, index, grammar and grammar.for_sequence())
+            for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))
+        ]
+        self._choices = [Choice(request, index) for index in range(len(self._jobs))]
+        self._envelope = envelope(request)
 
-    def _job(self, index: int, prompt: Prompt) -> Job:
-        request = self._request
-        # OpenAI's seeds may be negative
-        seed = None if request.seed is None else request.seed % 2**64 + index
-        return Job(
-            served=request.served,
-            prompt=prompt,
-            max_tokens=min(request.max_tokens, request.served.context - len(prompt.tokens)),
-            sampler=sampler_for(request.served, request.sampling, seed),
-            processors=request.penalties.processors(),
-            stop=request.stop,
-            n_probes=request.n_probes,
-            dense=request.dense,
-            num_draft_tokens=request.num_draft_tokens,
-            logprobs=request.logprobs,
-            index=index,
-            events=self._events,
-            grammar=self._grammar and self._grammar.for_sequence(),
-        )
-
-    @contextmanager
-    def under_way(self, engine: Engine) -> Iterator[None]:
-        """Within the block the jobs are computed. After it they are cancelled."""
-        self._engine = engine
-        engine.submit(self._jobs)
+    def send(self) -> None:
+        """Has the jobs computed, and sends what comes of them until all are complete."""
+        self._engine.submit(self._jobs)
         try:
-            yield
+            self._stream() if self._request.stream else self._send_whole()
         finally:
             for job in self._jobs:
                 job.cancelled = True
-            self._note()
+            usage = self._usage()
+            prompt_tokens, n_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            self._handler.note(f"{prompt_tokens:,} + {n_tokens:,} tokens")
+            if (speed := speed_of(self._jobs)) is not None:
+                self._handler.note(f"{speed:.1f} tokens/s")
 
-    def send(self) -> None:
-        """Sends the whole answer when it is complete."""
+    def _send_whole(self) -> None:
         for index, event in self._all_events():
             if isinstance(event, Token):
                 self._choices[index].add(event.piece, event.logprobs, event.finish_reason)
         choices = [choice.whole() for choice in self._choices]
-        self._handler.send_json(self._envelope.whole(choices, self._usage()))
+        self._handler.send_json(self._envelope | {"choices": choices, "usage": self._usage()})
 
-    def stream(self) -> None:
-        """Sends the answer piece by piece, as server-sent events."""
+    def _stream(self) -> None:
+        """Sends server-sent events."""
         handler = self._handler
         handler.send_response(HTTPStatus.OK)
         handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
@@ -221,14 +179,14 @@ class _Answer:
                 choice = self._choices[index]
                 chunk = choice.add(event.piece, event.logprobs, event.finish_reason)
                 if chunk is not None:
-                    self._write_data(self._envelope.chunk([chunk]))
+                    self._write_chunk([chunk])
         except Problem as problem:
-            self._write_data(problem.as_json())
+            self._write(f"data: {dumps(problem.as_json())}")
             return
-        if (speed := self._speed()) is not None:
+        if (speed := speed_of(self._jobs)) is not None:
             self._write(f": {speed:.2f} tokens/s")
         if self._request.include_usage:
-            self._write_data(self._envelope.chunk([], self._usage()))
+            self._write_chunk([], self._usage())
         self._write("data: [DONE]")
 
     def _all_events(self) -> Iterator[tuple[int, Progress | Token]]:
@@ -245,9 +203,9 @@ class _Answer:
                 event = None
             if self._handler.client_has_gone():
                 raise ConnectionAbortedError
-            if isinstance(event, Failure):
-                if isinstance(event.error, Problem):
-                    raise event.error
+            if isinstance(event, Problem):
+                raise event
+            if isinstance(event, BaseException):
                 raise Problem("The answer has failed: see the server's log.", status=500)
             if event is not None:
                 yield index, event
@@ -257,7 +215,7 @@ class _Answer:
     def _usage(self) -> dict[str, Any]:
         once = self._jobs[:: self._request.n]  # a prompt with several answers counts once
         prompt_tokens = sum(len(job.prompt.tokens) for job in once)
-        completion_tokens = sum(job.n_tokens for job in self._jobs)
+        completion_tokens = sum(len(job.tokens) for job in self._jobs)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -265,22 +223,11 @@ class _Answer:
             "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
         }
 
-    def _speed(self) -> float | None:
-        """Tokens per second after the first of each answer; None if there are none."""
-        times = [moment for job in self._jobs for moment in job.times]
-        seconds = max(times, default=0.0) - min(times, default=0.0)
-        n_tokens = sum(max(0, job.n_tokens - 1) for job in self._jobs)
-        return n_tokens / seconds if n_tokens and seconds > 0 else None
-
-    def _note(self) -> None:
-        usage = self._usage()
-        prompt_tokens, n_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        self._handler.note(f"{prompt_tokens:,} + {n_tokens:,} tokens")
-        if (speed := self._speed()) is not None:
-            self._handler.note(f"{speed:.1f} tokens/s")
-
-    def _write_data(self, value: Any) -> None:
-        self._write(f"data: {dumps(value)}")
+    def _write_chunk(self, choices: list[Any], usage: dict[str, Any] | None = None) -> None:
+        chunk = self._envelope | {"choices": choices}
+        if self._request.include_usage:
+            chunk["usage"] = usage
+        self._write(f"data: {dumps(chunk)}")
 
     def _write(self, line: str) -> None:
         self._handler.wfile.write(f"{line}\n\n".encode())
@@ -300,6 +247,9 @@ def _grammar(request: Request, prompt: Prompt) -> GrammarProcessor | None:
         raise Problem(str(error), "response_format") from None
 
 
-def handler_for(service: Service) -> partial:
-    """A function that a server calls for each connection."""
-    return partial(ApiHandler, service)
+def speed_of(jobs: list[Job]) -> float | None:
+    """Tokens per second after the first of each answer; None if there are none."""
+    times = [moment for job in jobs for moment in job.times]
+    seconds = max(times, default=0.0) - min(times, default=0.0)
+    n_tokens = sum(max(0, len(job.tokens) - 1) for job in jobs)
+    return n_tokens / seconds if n_tokens and seconds > 0 else None

@@ -1,10 +1,17 @@
-"""The server's parser, with the flags for its models, its requests and their limits."""
+"""The server's flags: for its models, its requests, their limits and its clients."""
 
 import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
+from ..common.arguments import Parser, Type, json_object, number, one_of, share, whole_number
 from ..loading.look_up import add_answering_options
-from .network.network_options import add_network_options
+from .network.addresses import TOKEN_FILE, is_loopback
+
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+_ALL_INTERFACES = "0.0.0.0"
 
 
 def make_parser() -> Parser:
@@ -13,15 +20,57 @@ def make_parser() -> Parser:
         prog="mlx_flashhead.server",
         description="Serve models with their FlashHeads: a page for browsers, and the OpenAI API.",
     )
-    _add_models(parser)
-    _add_defaults(parser)
-    _add_limits(parser)
-    add_network_options(parser)
+    _add_models(parser.add_argument_group("models"))
+    _add_defaults(parser.add_argument_group("defaults of requests"))
+    _add_limits(parser.add_argument_group("limits"))
+    _add_network(parser.add_argument_group("network"))
     return parser
 
 
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("models")
+def check_options(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends the command with a sentence if the flags contradict each other; fills in the host."""
+    if args.dense and args.n_probes is not None:
+        parser.error("--dense scores every token: leave --n-probes out")
+    if args.draft_probes is not None and args.draft_model is None:
+        parser.error("--draft-probes are a draft model's: add --draft-model, or leave it out")
+    if args.host is None:
+        args.host = _ALL_INTERFACES if args.lan else "127.0.0.1"
+    elif args.lan and is_loopback(args.host):
+        parser.error(
+            f"--host {args.host} is this machine alone: leave it out with --lan, or give the "
+            "address of one interface"
+        )
+    for origin in args.allowed_origins:
+        if not _ORIGIN.fullmatch(origin):
+            parser.error(
+                f"--allowed-origins {origin}: name each site, such as https://chat.example, "
+                "without wildcards"
+            )
+
+
+def _with_commas(text: str) -> list[str]:
+    return text.split(",")
+
+
+def size(text: str) -> int:
+    """A type of argument: a number of bytes, with K, M or G for powers of 1024."""
+    match = re.fullmatch(r"0*([1-9][0-9]*)([KMG]?)B?", text.strip().upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"it is {text}: give a size such as 500K, 8M or 4G")
+    return int(match[1]) << 10 * " KMG".index(match[2] or " ")
+
+
+def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
+    """A function that adds flags with a value: (name, type, default, help, further arguments)."""
+
+    def add(name: str, type: Type, default: Any, help: str, **further: Any) -> None:
+        help += " (default: %(default)s)"
+        group.add_argument(name, type=type, default=default, help=help, **further)
+
+    return add
+
+
+def _add_models(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
         required=True,
@@ -61,12 +110,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         help="Clusters scored for each drafted token (default: about the fewest that keep "
         "99 %% of the accepted ones).",
     )
-    group.add_argument(
-        "--num-draft-tokens",
-        type=whole_number(1, 64),
-        default=3,
-        help="Tokens drafted at once (default: %(default)s)",
-    )
+    add = _adder(group)
+    add("--num-draft-tokens", whole_number(1, 64), 3, "Tokens drafted at once")
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -82,40 +127,19 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_defaults(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("defaults of requests")
-    group.add_argument(
-        "--temp", type=number(0, 100), default=0.0, help="Temperature (default: %(default)s)"
+def _add_defaults(group: argparse._ArgumentGroup) -> None:
+    add = _adder(group)
+    add("--temp", number(0, 100), 0.0, "Temperature")
+    add("--top-p", share, 1.0, "Draw from the likeliest tokens of this probability")
+    add(
+        "--top-k", whole_number(0), 0, "Draw from this number of likeliest tokens; 0 draws from all"
     )
-    group.add_argument(
-        "--top-p",
-        type=share,
-        default=1.0,
-        help="Draw from the likeliest tokens of this probability (default: %(default)s)",
-    )
-    group.add_argument(
-        "--top-k",
-        type=whole_number(0),
-        default=0,
-        help="Draw from this number of likeliest tokens; 0 draws from all (default: %(default)s)",
-    )
-    group.add_argument(
-        "--min-p",
-        type=share,
-        default=0.0,
-        help="Draw from tokens of this share of the likeliest one's probability "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-tokens",
-        type=whole_number(1),
-        default=512,
-        help="Tokens of an answer (default: %(default)s)",
-    )
+    add("--min-p", share, 0.0, "Draw from tokens of this share of the likeliest one's probability")
+    add("--max-tokens", whole_number(1), 512, "Tokens of an answer")
 
 
-def _add_limits(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("limits")
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    add = _adder(group)
     group.add_argument(
         "--context-size",
         type=whole_number(2),
@@ -123,32 +147,12 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="Tokens of a prompt and its answer together; longer prompts are refused (default: the "
         "model's own limit)",
     )
-    group.add_argument(
-        "--max-body-bytes",
-        type=size,
-        default=4 << 20,
-        metavar="SIZE",
-        help="Largest body of a request, such as 500K or 8M (default: 4M)",
-    )
-    group.add_argument(
-        "--decode-concurrency",
-        type=whole_number(1, 1024),
-        default=32,
-        help="Answers that are made at once; others wait (default: %(default)s)",
-    )
-    group.add_argument(
-        "--prefill-step-size",
-        type=whole_number(1),
-        default=2048,
-        help="Greatest number of a prompt's tokens that are read at once; fewer if other answers "
-        "wait (default: %(default)s)",
-    )
-    group.add_argument(
-        "--prompt-cache-size",
-        type=whole_number(0),
-        default=10,
-        help="Caches of earlier prompts that are kept (default: %(default)s)",
-    )
+    add("--max-body-bytes", size, "4M", "Largest body of a request, such as 500K", metavar="SIZE")
+    concurrency = "Answers that are made at once; others wait"
+    add("--decode-concurrency", whole_number(1, 1024), 32, concurrency)
+    step = "Greatest number of a prompt's tokens that are read at once; fewer if other answers wait"
+    add("--prefill-step-size", whole_number(1), 2048, step)
+    add("--prompt-cache-size", whole_number(0), 10, "Caches of earlier prompts that are kept")
     group.add_argument(
         "--prompt-cache-bytes",
         type=size,
@@ -161,25 +165,40 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="Quantize caches of prompts to this number of bits; answers then take turns instead "
         "of sharing a batch (default: none)",
     )
-    group.add_argument(
-        "--kv-group-size",
-        type=one_of(32, 64, 128),
-        default=64,
-        help="Group size of quantized caches (default: %(default)s)",
-    )
-    group.add_argument(
-        "--quantized-kv-start",
-        type=whole_number(0),
-        default=5000,
-        help="Tokens from which a cache is quantized (default: %(default)s)",
-    )
+    add("--kv-group-size", one_of(32, 64, 128), 64, "Group size of quantized caches")
+    start = "Tokens from which a cache is quantized"
+    add("--quantized-kv-start", whole_number(0), 5000, start)
 
 
-def size(text: str) -> int:
-    """A type of argument: a number of bytes, with K, M or G for powers of 1024."""
-    digits, unit = text.strip().upper().removesuffix("B"), 0
-    if digits[-1:] in ("K", "M", "G"):
-        digits, unit = digits[:-1], "KMG".index(digits[-1]) + 1
-    if not digits.isdecimal() or int(digits) == 0:
-        raise argparse.ArgumentTypeError(f"it is {text}: give a size such as 500K, 8M or 4G")
-    return int(digits) << (10 * unit)
+def _add_network(group: argparse._ArgumentGroup) -> None:
+    add = _adder(group)
+    group.add_argument(
+        "--host",
+        help="Address to listen on (default: 127.0.0.1, this machine alone). With any other one "
+        "clients need the token, as with --lan.",
+    )
+    add("--port", whole_number(0, 65535), 8080, "Port to listen on; 0 takes a free one")
+    group.add_argument(
+        "--lan",
+        action="store_true",
+        help="Listen on all interfaces, so that an iPad can open the page; prints the address and "
+        "a QR code. Every client needs the token that they carry.",
+    )
+    group.add_argument(
+        "--allowed-hosts",
+        type=_with_commas,
+        default=[],
+        help="Further names of this machine, with commas between, such as mac.fritz.box; its "
+        "addresses, host name and names in .local are known.",
+    )
+    group.add_argument(
+        "--allowed-origins",
+        type=_with_commas,
+        default=[],
+        help="Origins of other sites whose scripts may use the API, with commas between, such as "
+        "https://chat.example (default: none)",
+    )
+    kept = "File that keeps the token from one start to the next; made with a random one"
+    add("--token-file", Path, TOKEN_FILE, kept)
+    log = "INFO logs a line for each request, without prompts and answers"
+    add("--log-level", str, "INFO", log, choices=("DEBUG", "INFO", "WARNING", "ERROR"))

@@ -3,8 +3,8 @@
 import pytest
 
 from mlx_flashhead.serving.network.access import is_token
-from mlx_flashhead.serving.network.network_options import access_of, check_network_options
-from mlx_flashhead.serving.options import make_parser
+from mlx_flashhead.serving.network.addresses import access_of
+from mlx_flashhead.serving.options import check_options, make_parser
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def access_by(tmp_path):
         parser = make_parser()
         token_file = str(tmp_path / "token")
         args = parser.parse_args(["--model", "model", "--token-file", token_file, *flags])
-        check_network_options(parser, args)
+        check_options(parser, args)
         return args.host, access_of(args)
 
     return access_by

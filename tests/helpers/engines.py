@@ -3,12 +3,9 @@
 from queue import SimpleQueue
 
 import mlx_flashhead
-from mlx_flashhead.serving.engine.engine import Engine
-from mlx_flashhead.serving.engine.job import Failure, Job, Token
+from mlx_flashhead.serving.engine.job import Job, Token
 from mlx_flashhead.serving.engine.prompts import Prompt
-from mlx_flashhead.serving.protocol.requests import read_request
-from mlx_flashhead.serving.protocol.sampling import sampler_for
-from served_models import flags
+from served_models import checked
 
 LONG = [2 + (7 * i) % 250 for i in range(400)]
 SHORT = [40, 41, 42]
@@ -16,32 +13,13 @@ CHUNK = 16  # tokens of a prompt in the tests' engines
 NEVER_ENDS = {"logit_bias": {"50": 100}}
 
 
-def running(load, *arguments):
-    """An engine; must be closed."""
-    engine = Engine(load, flags("--prefill-step-size", CHUNK, *arguments))
-    engine.catalogue.result(60)
-    return engine
-
-
 def job(engine, tokens, max_tokens=8, processors=(), landmarks=(), **fields):
     """A job of a request with these fields."""
-    catalogue = engine.catalogue.result()
-    body = {"prompt": "x"} | fields
-    request = read_request(body, chat=False, catalogue=catalogue, defaults=flags())
-    return Job(
-        served=request.served,
-        prompt=Prompt(list(tokens), landmarks),
-        max_tokens=max_tokens,
-        sampler=sampler_for(request.served, request.sampling, request.seed),
-        processors=[*request.penalties.processors(), *processors],
-        stop=request.stop,
-        n_probes=request.n_probes,
-        dense=request.dense,
-        num_draft_tokens=request.num_draft_tokens,
-        logprobs=0,
-        index=0,
-        events=SimpleQueue(),
-    )
+    body = {"prompt": "x", "max_tokens": max_tokens, "logprobs": 0} | fields
+    request = checked(engine.models.result()[0], body, chat=False)
+    new = Job(request, Prompt(list(tokens), landmarks), SimpleQueue())
+    new.processors += processors
+    return new
 
 
 def submit(engine, *arguments, **fields):
@@ -62,10 +40,10 @@ def tokens_of(job):
     """All tokens of an answer, but an end token."""
     found = []
     while True:
-        event = until(job, Token | Failure)
+        event = until(job, Token | BaseException)
         assert isinstance(event, Token), event
         if event.logprobs is not None:
-            found.append(event.logprobs.token)
+            found.append(event.logprobs[0][0])
         if event.finish_reason is not None:
             return found
 

@@ -1,17 +1,38 @@
 """What a finger does on the page, and where the answers stand."""
 
-from playwright.sync_api import Locator, Page
+from contextlib import contextmanager
 
-TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
+from playwright.sync_api import Locator, Page, expect
 
 
-def ask(page: Page, question: str) -> None:
-    """Writes a question and sends it."""
+def ask(page: Page, question: str, *, ends: int | None = None) -> None:
+    """Writes a question and sends it.
+
+    Args:
+        page: The page.
+        question: The question.
+        ends: Waits until this number of answers has ended.
+    """
     page.locator("#input").tap()
     page.locator("#input").fill(question)
     page.locator("#send").tap()
+    if ends is not None:
+        expect(page.locator(".stats")).to_have_count(ends)
 
 
 def answers(page: Page) -> Locator:
     """The texts of the answers."""
     return page.locator(".message.assistant .body")
+
+
+def tap(page: Page, name: str) -> None:
+    """Taps the last button of a name."""
+    page.get_by_role("button", name=name).last.tap()
+
+
+@contextmanager
+def settings(page: Page):
+    """A block in which the settings are open."""
+    page.locator("#open-settings").tap()
+    yield
+    tap(page, "Done")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import mlx_flashhead
-from mlx_flashhead.serving.catalogue import Catalogue, ServedModel
+from mlx_flashhead.serving.catalogue import ServedModel
 from mlx_flashhead.serving.options import make_parser
 from mlx_flashhead.serving.protocol.requests import read_request
 
@@ -23,4 +23,4 @@ def served_model(folder: Path, *, names=("tiny",), context=512, **options) -> Se
 
 def checked(served: ServedModel, body: dict, *, chat: bool = True, arguments=()):
     """A request, read."""
-    return read_request(body, chat=chat, catalogue=Catalogue([served]), defaults=flags(*arguments))
+    return read_request(body, chat=chat, models=[served], defaults=flags(*arguments))

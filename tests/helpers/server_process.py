@@ -25,16 +25,18 @@ class Server:
         line: What it printed when it was ready.
         url: Its address.
         errors: The file of its standard error.
+        token: The token that clients send, if it has one.
     """
 
     process: subprocess.Popen
     line: str
     url: str
     errors: Path
+    token: str = "none"
 
     def client(self) -> OpenAI:
         """OpenAI's own client of this server."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.token, max_retries=0, timeout=60)
 
     def log(self) -> str:
         """What it has written to standard error."""

@@ -1,27 +1,44 @@
 """Tiny models for the server's tests."""
 
 import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 
 import mlx_flashhead
 from chain_models import write_chain_model
-from engines import running
-from mlx_flashhead.serving.catalogue import Catalogue
+from engines import CHUNK
 from mlx_flashhead.serving.engine import prefill
+from mlx_flashhead.serving.engine.engine import Engine
 from model_folders import write_model
-from served_models import served_model
+from scripted_server import TOKEN, scripted_server
+from served_models import flags, served_model
+from server_process import serving
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": Infinity}}'
 WORDS = ("<tool_call>", CALL, "</tool_call>", " one", " two", " three", " four")
 
 
-def convert(folder, name, **options):
+def convert(folder, name, n_probes):
     """Converts ``folder`` / dense into ``folder`` / name."""
-    new = folder / name
-    options = {"calibration": "none", "progress": False} | options
-    mlx_flashhead.convert(str(folder / "dense"), str(new), **options)
-    return new
+    options = {"calibration": "none", "progress": False, "n_probes": n_probes}
+    mlx_flashhead.convert(str(folder / "dense"), str(folder / name), **options)
+    return folder / name
+
+
+@pytest.fixture(scope="session")
+def scripted():
+    """Port and script of a server whose answers a test writes."""
+    with scripted_server() as running:
+        yield running
+
+
+@pytest.fixture
+def server(scripted):
+    """The same, with nothing written yet: on this machine alone."""
+    scripted[1].reset()
+    return scripted
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +60,35 @@ def chain_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sliding_model(tmp_path_factory):
+    """A FlashHead checkpoint of a model with a sliding window of 32 tokens."""
+    folder = tmp_path_factory.mktemp("sliding")
+    further = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32}
+    further |= {"sliding_window_pattern": 2}
+    write_model(folder / "dense", arch="gemma3_text", hidden_size=64, further=further)
+    return convert(folder, "flash", n_probes=4)
+
+
+@pytest.fixture(scope="session")
+def http_server(random_model, chain_model, tmp_path_factory):
+    """A server in a process of its own, of the random model; another one is allowed by name."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "token").write_text(TOKEN)
+    with serving(
+        folder,
+        *("--model", random_model / "flash", "--served-model-name", "mine", "--max-tokens", 40),
+        *("--allow-models", chain_model, "--lan", "--token-file", folder / "token"),
+    ) as server:
+        yield replace(server, token=TOKEN, url=server.url.replace("0.0.0.0", "127.0.0.1"))
+
+
+@pytest.fixture(scope="session")
+def client(http_server):
+    """OpenAI's client of it."""
+    return http_server.client()
+
+
+@pytest.fixture(scope="session")
 def tiny(random_model):
     """The random model as the server has it."""
     return served_model(random_model / "flash")
@@ -54,42 +100,53 @@ def chain(chain_model):
     return served_model(chain_model)
 
 
-@pytest.fixture
-def start(random_model):
-    """A function that starts engines of the random model: (flags) → engine."""
-    engines = []
+@pytest.fixture(scope="session")
+def start_engine(random_model):
+    """A context with an engine, of the random model if no other is named."""
 
-    def start(*arguments, **options):
+    @contextmanager
+    def started(*arguments, folder=random_model / "flash", drafts=False):
         def load():
-            return Catalogue([served_model(random_model / "flash", **options)])
+            served = served_model(folder, context=100_000)
+            if drafts:
+                served.draft_model, served.batchable = served_model(folder).model, False
+            return [served]
 
-        engines.append(running(load, *arguments))
-        return engines[-1]
+        engine = Engine(load, flags("--prefill-step-size", CHUNK, *arguments))
+        try:
+            engine.models.result(60)
+            yield engine
+        finally:
+            assert engine.close(20)
 
-    yield start
-    for engine in engines:
-        assert engine.close(20)
+    return started
+
+
+@pytest.fixture
+def start(start_engine):
+    """A function that starts an engine: (flags) → engine."""
+    with ExitStack() as stack:
+        yield lambda *arguments: stack.enter_context(start_engine(*arguments))
 
 
 @pytest.fixture(scope="session")
-def flash(random_model):
+def engine(start_engine):
+    """An engine that tests share: what it has read of a prompt, it keeps."""
+    with start_engine() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def drafting(start_engine):
+    """One whose model drafts for itself."""
+    with start_engine(drafts=True) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def flash(tiny):
     """``(model, tokenizer)`` of the random model, in this process."""
-    return mlx_flashhead.load(str(random_model / "flash"))
-
-
-@pytest.fixture(scope="module")
-def drafting(random_model):
-    """An engine whose model drafts for itself."""
-
-    def load():
-        served = served_model(random_model / "flash")
-        served.draft_model, _ = mlx_flashhead.load(str(random_model / "flash"))
-        served.batchable = False
-        return Catalogue([served])
-
-    engine = running(load)
-    yield engine
-    assert engine.close(20)
+    return tiny.model, tiny.tokenizer
 
 
 @pytest.fixture

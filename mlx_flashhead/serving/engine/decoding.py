@@ -5,9 +5,8 @@ that cannot be in a batch, as with a draft model or a quantized cache, is a :cla
 and singles take turns.
 """
 
-from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from typing import Any
 
 import mlx.core as mx
@@ -16,9 +15,7 @@ from ...lossless.batch import CheckedBatchGenerator
 from ...lossless.drafts import drafted_steps
 from ...lossless.loop import checked_steps
 from ...lossless.proposals import Proposer, moves_little
-from ..catalogue import ServedModel
-from ..protocol.sampling import LogitsProcessor
-from .job import Job
+from .job import Job, LogitsProcessor
 from .prefill import Reading
 from .prompt_caches import KVCaches
 
@@ -26,40 +23,7 @@ Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at
 Held = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
 
 
-class Decoder(ABC):
-    """Some sequences that are generated together.
-
-    Attributes:
-        proposer: Chooses their tokens.
-    """
-
-    proposer: Proposer
-
-    @property
-    @abstractmethod
-    def jobs(self) -> list[Job]:
-        """The sequences."""
-
-    @abstractmethod
-    def step(self) -> list[Step]:
-        """Goes one step further. Of each sequence it may give no token, or several."""
-
-    @abstractmethod
-    def remove(self, jobs: Iterable[Job]) -> list[Held]:
-        """Removes some of the sequences. Returns the tokens and caches of these."""
-
-    def take_head(self, served: ServedModel) -> None:
-        """From the next token on the sequences use a FlashHead that ``served`` has got."""
-        if all(job.served is served for job in self.jobs):
-            self.proposer.look_for_head()
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of the caches."""
-
-
-class Batch(Decoder):
+class Batch:
     """Sequences of one model, with one number of probes, whose tokens are checked together.
 
     A batch pads every cache to the longest one. Prompts of similar lengths therefore share a batch:
@@ -69,12 +33,14 @@ class Batch(Decoder):
         job: The first sequence, which is not added yet.
         size: Greatest number of sequences.
         stream: The generating thread's stream.
+
+    Attributes:
+        proposer: Chooses the tokens.
     """
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
         self._kind = _kind(job)
-        self._length = length_class(len(job.prompt.tokens))
-        self.proposer = proposer_of(job)
+        self.proposer = _proposer(job)
         self._generator = CheckedBatchGenerator(
             job.served.model,
             proposer=self.proposer,
@@ -87,27 +53,29 @@ class Batch(Decoder):
 
     def takes(self, job: Job) -> bool:
         """Whether a sequence can join this batch."""
-        return _kind(job) == self._kind and length_class(len(job.prompt.tokens)) == self._length
+        return _kind(job) == self._kind
 
     def add(self, reading: Reading) -> None:
         """Adds a sequence whose prompt has been read."""
         job = reading.job
-        self._generator.logprobs = job.logprobs is not None
+        self._generator.logprobs = job.request.logprobs is not None
         (uid,) = self._generator.insert(
             [job.prompt.tokens[-1:]],
             [job.max_tokens],
             caches=[reading.cache],
             all_tokens=[reading.tokens],
             samplers=[job.sampler],
-            logits_processors=[guarded(job)],
+            logits_processors=[_guarded(job)],
         )
         self._jobs[uid] = job
 
     @property
     def jobs(self) -> list[Job]:
+        """The sequences."""
         return list(self._jobs.values())
 
     def step(self) -> list[Step]:
+        """Goes one step further. Of each sequence it may give no token, or several."""
         _, responses = self._generator.next()
         for response in responses:
             if response.finish_reason is not None:
@@ -115,8 +83,9 @@ class Batch(Decoder):
                 self._ended[job] = (response.all_tokens, response.prompt_cache)
         return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
 
-    def remove(self, jobs: Iterable[Job]) -> list[Held]:
-        uids = {self._jobs[uid]: uid for uid in self._jobs if self._jobs[uid] in set(jobs)}
+    def remove(self, jobs: list[Job]) -> list[Held]:
+        """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
+        uids = {job: uid for uid, job in self._jobs.items() if job in jobs}
         left = [uid for job, uid in uids.items() if job not in self._ended]
         removed = self._generator.remove(left, return_prompt_caches=True)
         held = [self._ended.pop(job) for job in uids if job in self._ended]
@@ -128,98 +97,87 @@ class Batch(Decoder):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the caches."""
         return self._generator.prompt_cache_nbytes
 
 
-class Single(Decoder):
-    """A sequence by itself, in the loop for one, or in mlx-lm's with a draft model.
-
-    Args:
-        reading: Its prompt, which has been read.
-        flags: The server's flags.
-        stream: The generating thread's stream.
-    """
+class Single:
+    """A batch of one sequence, in the loop for one, or in mlx-lm's with a draft model."""
 
     def __init__(self, reading: Reading, flags: Namespace, stream: mx.Stream):
         job = reading.job
-        self._jobs, self._cache = [job], reading.cache
-        self._before, self._generated = job.all_tokens, list[int]()
-        self.proposer = proposer_of(job)
+        self.jobs, self._cache = [job], reading.cache
+        self._tokens = job.all_tokens
+        self.proposer = _proposer(job)
         options: dict[str, Any] = {
             "sampler": job.sampler,
             "prompt_cache": self._cache,
+            "context": reading.tokens,
+            "proposer": self.proposer,
             "kv_bits": flags.kv_bits,
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
         }
-        start = mx.array(job.all_tokens[-1:])
+        start = mx.array(self._tokens[-1:])
         if job.served.draft_model is None:
             # without an end token of its own, so that its cache holds all tokens it has given
             self._steps: Generator[tuple[Any, ...], None, None] = checked_steps(
                 start,
                 job.served.model,
                 stream,
-                proposer=self.proposer,
                 max_tokens=-1,
-                logprobs=job.logprobs is not None,
-                context=reading.tokens,
+                logprobs=job.request.logprobs is not None,
                 n_begun=len(job.tokens),
-                logits_processors=guarded(job),
+                logits_processors=_guarded(job),
                 **options,
             )
         else:
-            prefix = mx.array(reading.tokens, dtype=mx.uint32)
             self._steps = drafted_steps(
                 start,
                 job.served.model,
                 job.served.draft_model,
                 stream,
-                proposer=self.proposer,
-                context=reading.tokens,
-                num_draft_tokens=job.num_draft_tokens,
+                num_draft_tokens=job.request.num_draft_tokens,
                 max_tokens=job.max_tokens,
-                logits_processors=[_after(prefix, processor) for processor in guarded(job)],
+                logits_processors=_guarded(job, mx.array(reading.tokens, dtype=mx.uint32)),
                 **options,
             )
 
-    @property
-    def jobs(self) -> list[Job]:
-        return self._jobs
-
     def step(self) -> list[Step]:
-        (job,) = self._jobs
+        (job,) = self.jobs
         token, logprobs = next(self._steps)[:2]
-        self._generated.append(token)
+        self._tokens.append(token)
         return [(job, token, logprobs)]
 
-    def remove(self, jobs: Iterable[Job]) -> list[Held]:
-        if not set(self._jobs) & set(jobs):
-            return []
-        (job,), self._jobs = self._jobs, []
+    def remove(self, jobs: list[Job]) -> list[Held]:
+        (job,), self.jobs = self.jobs, []
         self._steps.close()  # brings the cache to the tokens that were given
-        tokens = self._before + self._generated
+        n_held = len(self._tokens)
         if job.served.draft_model is not None:
             # a draft model's cache may be some tokens behind
-            n_held = min(len(tokens), *(cache.offset for cache in self._cache))
+            n_held = min(n_held, *(cache.offset for cache in self._cache))
             for cache in self._cache:
                 cache.trim(cache.offset - n_held)
-            tokens = tokens[:n_held]
-        return [(tokens, self._cache)]
+        return [(self._tokens[:n_held], self._cache)]
 
     @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self._cache)
 
 
+Decoder = Batch | Single
+
+
 def _kind(job: Job) -> tuple:
     """What sequences of one batch have in common."""
-    return job.served, job.n_probes, job.dense
+    n_probes, dense = job.request.n_probes, job.request.dense
+    return job.served, n_probes, dense, length_class(len(job.prompt.tokens))
 
 
-def proposer_of(job: Job) -> Proposer:
-    """Chooses the tokens of a sequence, and of those that share its batch."""
-    settings = {} if job.n_probes is None else {"n_probes": job.n_probes}
-    return Proposer(job.served.model, check=job.served.check, dense=job.dense, settings=settings)
+def _proposer(job: Job) -> Proposer:
+    served, request = job.served, job.request
+    settings = {} if request.n_probes is None else {"n_probes": request.n_probes}
+    return Proposer(served.model, check=served.check, dense=request.dense, settings=settings)
 
 
 def length_class(n_tokens: int) -> int:
@@ -227,24 +185,24 @@ def length_class(n_tokens: int) -> int:
     return max(0, (n_tokens - 1).bit_length() - 9) // 2
 
 
-def guarded(job: Job) -> list[LogitsProcessor]:
-    """A sequence's processors. A failure of one ends its own sequence only, and not its batch."""
-    return [_guarded(job, processor) for processor in job.processors]
+def _guarded(job: Job, before: mx.array | None = None) -> list[LogitsProcessor]:
+    """A sequence's processors. A failure of one ends its own sequence only, and not its batch.
 
+    They get the tokens ``before`` those of the loop, too.
+    """
 
-def _guarded(job: Job, processor: LogitsProcessor) -> LogitsProcessor:
-    def run(tokens: mx.array, logits: mx.array) -> mx.array:
-        if job.error is None:
-            try:
-                return processor(tokens, logits)
-            except BaseException as error:  # a panic of a library in Rust is no Exception
-                job.error = error
-        return logits
+    def guarded(processor: LogitsProcessor) -> LogitsProcessor:
+        def run(tokens: mx.array, logits: mx.array) -> mx.array:
+            if job.error is None:
+                try:
+                    if before is not None:
+                        tokens = mx.concatenate([before, tokens])
+                    return processor(tokens, logits)
+                except BaseException as error:  # a panic of a library in Rust is no Exception
+                    job.error = error
+            return logits
 
-    run.moves_little = moves_little(processor)  # type: ignore[attr-defined]
-    return run
+        run.moves_little = moves_little(processor)  # type: ignore[attr-defined]
+        return run
 
-
-def _after(prefix: mx.array, processor: LogitsProcessor) -> LogitsProcessor:
-    """A processor that is given the tokens before those of mlx-lm's loop, too."""
-    return lambda tokens, logits: processor(mx.concatenate([prefix, tokens]), logits)
+    return [guarded(processor) for processor in job.processors]

@@ -21,10 +21,11 @@ import mlx.core as mx
 
 from ...models.compat.mlx_core import let_thread_draw
 from ...models.compat.utils import maybe_set_recommended_wired_limit
-from ..catalogue import Catalogue, ServedModel
+from ...models.install import get_flash_head
+from ..catalogue import ServedModel
 from ..protocol.errors import Problem
 from .decoding import Batch, Decoder, Single
-from .job import Failure, Job
+from .job import Job
 from .prefill import Pace, Reading
 from .prompt_caches import KVCaches, PromptCaches
 
@@ -43,11 +44,11 @@ class Engine:
         flags: The server's flags.
 
     Attributes:
-        catalogue: Done as soon as the models are loaded or loading has failed.
+        models: Done as soon as the models are loaded or loading has failed.
     """
 
-    def __init__(self, load: Callable[[], Catalogue], flags: Namespace):
-        self.catalogue: Future[Catalogue] = Future()
+    def __init__(self, load: Callable[[], list[ServedModel]], flags: Namespace):
+        self.models: Future[list[ServedModel]] = Future()
         self._load = load
         self._flags = flags
         self._arrived: SimpleQueue[Job] = SimpleQueue()
@@ -55,6 +56,8 @@ class Engine:
         self._waiting: list[Job] = []
         self._readings: list[Reading] = []
         self._decoders: list[Decoder] = []
+        self._caches = PromptCaches(flags.prompt_cache_size, flags.prompt_cache_bytes)
+        self._pace = Pace(flags.prefill_step_size)
         self._turn = 0
         self._latest_turn = math.inf  # nothing is stuck before the first one
         self._builds: list[ServedModel] = []
@@ -85,32 +88,31 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            catalogue = self._load()
+            self._answer(self._load())
         except Exception as error:
-            self.catalogue.set_exception(error)
-            self._free()
-            return
+            self.models.set_exception(error)
+        # arrays and streams of MLX must go before their thread ends
+        del self._caches, self._readings, self._decoders
+        gc.collect()
+        mx.clear_streams()
+
+    def _answer(self, models: list[ServedModel]) -> None:
         maybe_set_recommended_wired_limit()
         let_thread_draw()
         self._stream = mx.default_stream(mx.default_device())
-        self._caches = PromptCaches(self._flags.prompt_cache_size, self._flags.prompt_cache_bytes)
-        self._pace = Pace(self._flags.prefill_step_size)
-        self._builds = [served for served in catalogue.models if served.build is not None]
-        self.catalogue.set_result(catalogue)
+        self._builds = [served for served in models if served.build is not None]
+        self.models.set_result(models)
         while not self._ended.is_set():
             self._latest_turn = time.monotonic()
             try:
                 self._take_turns()
             except BaseException as error:  # whatever it is, the model stays in memory
+                failed = [*self._waiting, *(reading.job for reading in self._readings)]
+                failed += [job for decoder in self._decoders for job in decoder.jobs]
+                self._waiting, self._readings, self._decoders = [], [], []
+                for job in failed:
+                    job.tell(error)
                 logger.exception("The answers in progress have failed")
-                self._fail_all(error)
-        del self._caches, self._readings, self._decoders
-        self._free()
-
-    def _free(self) -> None:
-        """Frees arrays and streams of MLX, which must go before their thread ends."""
-        gc.collect()
-        mx.clear_streams()
 
     def _take_turns(self) -> None:
         self._receive()
@@ -132,8 +134,7 @@ class Engine:
     def _build(self, seconds: float) -> None:
         """Advances the build of a FlashHead: in idle time, else a fifth of the time.
 
-        Args:
-            seconds: Time that the answers have had since the last call.
+        Since the last call the answers have had these ``seconds``.
         """
         if not self._builds:
             return
@@ -147,9 +148,10 @@ class Engine:
         try:
             more = build.advance()
             if not more and build.install(tunes=not self._busy):
-                served.take_head()
+                served.head = get_flash_head(served.model)
                 for decoder in self._decoders:
-                    decoder.take_head(served)
+                    if decoder.jobs[0].served is served:
+                        decoder.proposer.look_for_head()
                 logger.info("%s is served with its FlashHead from now on", served.name)
         except Exception as error:
             logger.warning("%s stays dense: %s", served.name, error)
@@ -173,9 +175,12 @@ class Engine:
         for job in list(self._waiting):
             # answers to one prompt wait until it is read, and begin with a copy of its cache
             if n_free > 0 and not any(r.job.prompt is job.prompt for r in self._readings):
-                self._readings.append(Reading(job, self._caches, self._flags))
                 self._waiting.remove(job)
                 n_free -= 1
+                try:
+                    self._readings.append(Reading(job, self._caches, self._flags))
+                except Exception as error:
+                    _fail(job, error)
 
     def _n_decoded(self) -> int:
         return sum(len(decoder.jobs) for decoder in self._decoders)
@@ -206,8 +211,7 @@ class Engine:
                     self._keep(reading.job.served, reading.tokens, copied)
                 self._begin(reading)
         except Exception as error:
-            logger.exception("An answer has failed")
-            reading.job.tell(Failure(error))
+            _fail(reading.job, error)
             self._readings = [r for r in self._readings if r is not reading]
 
     def _begin(self, reading: Reading) -> None:
@@ -230,13 +234,11 @@ class Engine:
                 self._decoders.remove(decoder)
                 jobs = decoder.jobs
                 if len(jobs) == 1:
-                    logger.exception("An answer has failed")
-                    jobs[0].tell(Failure(error))
+                    _fail(jobs[0], error)
                     continue
                 # one of them may be the cause
                 logger.warning("A step of %d answers has failed", len(jobs), exc_info=error)
-                for job in jobs:
-                    self._go_on_alone(job)
+                self._go_on_alone(jobs)
                 continue
             complete: list[Job] = []
             for job, token, logprobs in steps:  # several tokens of a job may come at once
@@ -245,14 +247,11 @@ class Engine:
             self._remove(decoder, complete)
         return bool(self._decoders)
 
-    def _go_on_alone(self, job: Job) -> None:
-        """An answer goes on by itself from its confirmed tokens."""
-        job.alone = True
-        try:
-            self._readings.append(Reading(job, self._caches, self._flags))
-        except Exception as error:
-            logger.exception("An answer has failed")
-            job.tell(Failure(error))
+    def _go_on_alone(self, jobs: list[Job]) -> None:
+        """Answers go on from their confirmed tokens, each by itself."""
+        for job in jobs:
+            job.alone = True
+        self._waiting = jobs + self._waiting
 
     def _remove(self, decoder: Decoder, jobs: list[Job]) -> None:
         """Takes answers out of a decoder. A cache that cannot be kept costs nobody's answer."""
@@ -263,8 +262,7 @@ class Engine:
         except Exception as error:
             logger.warning("Caches of %d answers are lost: %s", len(jobs), error, exc_info=error)
             self._decoders.remove(decoder)
-            for job in [job for job in decoder.jobs if job not in jobs]:
-                self._go_on_alone(job)
+            self._go_on_alone([job for job in decoder.jobs if job not in jobs])
             return
         if not decoder.jobs:
             self._decoders.remove(decoder)
@@ -273,18 +271,10 @@ class Engine:
 
     def _keep(self, served: ServedModel, tokens: list[int], cache: KVCaches) -> None:
         try:
-            self._caches.keep(served, tokens, cache)
-            in_use = [decoder.nbytes for decoder in self._decoders]
-            self._caches.make_room(in_use + [reading.nbytes for reading in self._readings])
+            in_use = [part.nbytes for part in (*self._decoders, *self._readings)]
+            self._caches.keep(served, tokens, cache, in_use=in_use)
         except Exception as error:
             logger.warning("A prompt's cache is not kept: %s", error, exc_info=error)
-
-    def _fail_all(self, error: BaseException) -> None:
-        failed = [*self._waiting, *(r.job for r in self._readings)]
-        failed += [job for decoder in self._decoders for job in decoder.jobs]
-        self._waiting, self._readings, self._decoders = [], [], []
-        for job in failed:
-            job.tell(Failure(error))
 
 
 def time_for_answers(n_answers: int, n_prompts: int) -> float:
@@ -295,10 +285,12 @@ def time_for_answers(n_answers: int, n_prompts: int) -> float:
 def _is_complete(job: Job, token: int, logprobs: mx.array) -> bool:
     try:
         return job.take(token, logprobs)
-    except Problem as problem:
-        job.tell(Failure(problem))
-        return True
     except Exception as error:
-        logger.exception("An answer has failed")
-        job.tell(Failure(error))
+        _fail(job, error)
         return True
+
+
+def _fail(job: Job, error: Exception) -> None:
+    if not isinstance(error, Problem):
+        logger.error("An answer has failed", exc_info=error)
+    job.tell(error)

@@ -1,28 +1,27 @@
 """One answer in progress: the job of the generating thread, and the events of its progress."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import mlx.core as mx
 
+from ...lossless.sampler import make_sampler
+from ...models.compat.sample_utils import make_logits_processors
 from ...structured.processor import GrammarProcessor
-from ..catalogue import ServedModel
 from ..protocol.answer_text import AnswerText, Piece
 from ..protocol.errors import Problem
 from ..protocol.logprobs import TokenLogprobs, token_logprobs
-from ..protocol.sampling import LogitsProcessor, Sampler
+from ..protocol.requests import Request
 from .prompts import Prompt
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A part of the prompt has been read.
-
-    Attributes:
-        done: Tokens that have been read.
-        total: Tokens of the prompt.
-    """
+    """The prompt has been read as far as ``done`` of its ``total`` tokens."""
 
     done: int
     total: int
@@ -43,75 +42,59 @@ class Token:
     finish_reason: str | None
 
 
-@dataclass(frozen=True)
-class Failure:
-    """The answer has failed: within the server, or as a :class:`Problem` of the request."""
-
-    error: BaseException
+# The last is a failure: within the server, or a Problem of the request.
+Event = Progress | Token | BaseException
 
 
-Event = Progress | Token | Failure
-
-
-@dataclass(eq=False)
 class Job:
     """A sequence to be generated.
 
+    Args:
+        request: What is asked for.
+        prompt: The prompt.
+        events: Queue of the events, each with the index before it.
+        index: Number of this answer within its request.
+        grammar: A last processor, which keeps the answer in a form and allows the end token alone
+            when the form is complete; None for any text.
+
     Attributes:
         served: The model.
-        prompt: The prompt.
         max_tokens: Greatest number of tokens to generate.
         sampler: Draws a token.
         processors: Change the logits before that, exactly as with a dense head. Each is called once
             for every token, with all tokens so far, and may hold a state of this sequence. Arrays
             that it holds must be evaluated already: it is called in another thread.
-        stop: Texts that end the answer.
-        n_probes: Clusters scored per token; None: the head's own number.
-        dense: Whether every token is scored.
-        num_draft_tokens: Tokens drafted at once.
-        logprobs: Number of likeliest tokens to report; None reports no logprobs.
-        index: Number of this answer within its request.
-        events: Queue of the events, each with the index before it.
-        grammar: A last processor, which keeps the answer in a form and allows the end token alone
-            when the form is complete; None for any text.
-        cancelled: Set when nobody wants the answer any more. The generating thread then drops it.
-        error: The failure of one of its processors.
-        cached: Tokens of the prompt that were found in a cache.
-        alone: Whether it goes on by itself, after a failure of a step that it shared.
         tokens: Generated tokens, with the end token.
         times: Times of the first and the last of them, in seconds of ``time.monotonic``.
+        cached: Tokens of the prompt that were found in a cache.
+        cancelled: Set when nobody wants the answer any more. The generating thread then drops it.
+        error: The failure of one of its processors.
+        alone: Whether it goes on by itself, after a failure of a step that it shared.
     """
 
-    served: ServedModel
-    prompt: Prompt
-    max_tokens: int
-    sampler: Sampler
-    processors: list[LogitsProcessor]
-    stop: tuple[str, ...]
-    n_probes: int | None
-    dense: bool
-    num_draft_tokens: int
-    logprobs: int | None
-    index: int
-    events: SimpleQueue
-    grammar: GrammarProcessor | None = None
-    cancelled: bool = False
-    error: BaseException | None = None
-    cached: int = 0
-    alone: bool = False
-    tokens: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    _text: AnswerText = field(init=False)
-
-    def __post_init__(self):
-        if self.grammar is not None:
-            self.processors = [*self.processors, self.grammar]
-        self._text = AnswerText(self.served, self.stop, self.prompt.state, self.prompt.keep_space)
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of generated tokens, with the end token."""
-        return len(self.tokens)
+    def __init__(
+        self,
+        request: Request,
+        prompt: Prompt,
+        events: SimpleQueue,
+        index: int = 0,
+        grammar: GrammarProcessor | None = None,
+    ):
+        self.request, self.prompt, self.served = request, prompt, request.served
+        self.max_tokens = min(request.max_tokens, self.served.context - len(prompt.tokens))
+        # OpenAI's seeds may be negative
+        seed = None if request.seed is None else request.seed % 2**64 + index
+        self.sampler = make_sampler(**request.sampling, seed=seed)
+        self.processors: list[LogitsProcessor] = make_logits_processors(**request.penalties)
+        if grammar is not None:
+            self.processors.append(grammar)
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.cached = 0
+        self.cancelled = self.alone = False
+        self.error: BaseException | None = None
+        self.events, self._index, self._grammar = events, index, grammar
+        self._text = AnswerText(self.served, request.stop, prompt.state, prompt.keep_space)
 
     @property
     def all_tokens(self) -> list[int]:
@@ -120,7 +103,7 @@ class Job:
 
     def tell(self, event: Event) -> None:
         """Puts an event into the queue."""
-        self.events.put((self.index, event))
+        self.events.put((self._index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
         """Takes a generated token and reports it.
@@ -141,10 +124,9 @@ class Job:
         self.tokens.append(token)
         self.times[1:] = [time.monotonic()]
         if token in self.served.tokenizer.eos_token_ids:
-            if self.grammar and self.grammar.problem:
+            if self._grammar and (problem := self._grammar.problem):
                 raise Problem(
-                    f"The form cannot be followed any further ({self.grammar.problem}): "
-                    "simplify it.",
+                    f"The form cannot be followed any further ({problem}): simplify it.",
                     "response_format",
                 )
             piece, _ = self._text.finish()
@@ -152,12 +134,11 @@ class Job:
             return True
         piece, stopped = self._text.add(token)
         reason = "stop" if stopped else None
-        if not stopped and self.n_tokens >= self.max_tokens:
+        if not stopped and len(self.tokens) >= self.max_tokens:
             rest, stopped = self._text.finish()
             piece += rest
             reason = "stop" if stopped else "length"
-        found = None
-        if self.logprobs is not None:
-            found = token_logprobs(logprobs, token, self.logprobs)
-        self.tell(Token(piece, found, reason))
+        n_tops = self.request.logprobs
+        entry = None if n_tops is None else token_logprobs(logprobs, token, n_tops)
+        self.tell(Token(piece, entry, reason))
         return reason is not None

@@ -6,9 +6,10 @@ from argparse import Namespace
 
 import mlx.core as mx
 
+from ...models.compat.cache import make_prompt_cache
 from ...models.compat.generate import maybe_quantize_kv_cache
 from .job import Job, Progress
-from .prompt_caches import KVCaches, PromptCaches, new_caches, split_caches
+from .prompt_caches import KVCaches, PromptCaches
 
 # Seconds of a chunk. After it, other answers and cancelled requests have their turn.
 CHUNK_SECONDS = 0.4
@@ -51,7 +52,11 @@ class Reading:
         found, self.done = caches.find(job.served, self._all_tokens)
         if not job.alone:
             job.cached = self.done
-        self.cache: KVCaches = found if found is not None else new_caches(job.served)
+        served = job.served
+        self._models = [model for model in (served.model, served.draft_model) if model is not None]
+        if found is None:
+            found = [cache for model in self._models for cache in make_prompt_cache(model)]
+        self.cache: KVCaches = found
 
     @property
     def left(self) -> int:
@@ -88,17 +93,14 @@ class Reading:
 
     def _compute(self, tokens: mx.array) -> None:
         """Runs the models over tokens (1, n), without computing their logits."""
-        served = self.job.served
-        own, drafts = split_caches(served, self.cache)
-        served.model(tokens, cache=own)
-        if served.draft_model is not None:
-            served.draft_model(tokens, cache=drafts)
-        for caches in (own, drafts):
+        flags, cache = self._flags, self.cache
+        self.cache = []
+        for model in self._models:
+            n_layers = len(model.layers) if model is not self._models[-1] else len(cache)
+            own, cache = cache[:n_layers], cache[n_layers:]
+            model(tokens, cache=own)
             maybe_quantize_kv_cache(
-                caches,
-                self._flags.quantized_kv_start,
-                self._flags.kv_group_size,
-                self._flags.kv_bits,
+                own, flags.quantized_kv_start, flags.kv_group_size, flags.kv_bits
             )
-        self.cache = own + drafts
+            self.cache += own
         mx.eval([layer.state for layer in self.cache])

@@ -5,12 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...models.compat.cache import (
-    LRUPromptCache,
-    can_trim_prompt_cache,
-    make_prompt_cache,
-    trim_prompt_cache,
-)
+from ...models.compat.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 from ..catalogue import ServedModel
 
 KVCaches = list[Any]  # of a model's layers, and of its draft model's
@@ -43,40 +38,21 @@ class PromptCaches:
         return cache, len(tokens) - 1 - len(rest)
 
     def keep(
-        self, served: ServedModel, tokens: list[int], cache: KVCaches, kind: str = "assistant"
+        self,
+        served: ServedModel,
+        tokens: list[int],
+        cache: KVCaches,
+        kind: str = "assistant",
+        in_use: Iterable[int] = (),
     ) -> None:
-        """Keeps a cache.
+        """Keeps a cache of these tokens, which must not change any more.
 
-        Args:
-            served: Its model.
-            tokens: Its tokens.
-            cache: The cache, which must not change any more.
-            kind: mlx-lm's "system", "user" or "assistant". The last kind is dropped first.
+        Then drops caches until all fit beside those in use, which have these bytes. Of mlx-lm's
+        kinds "system", "user" and "assistant" the last is dropped first.
         """
         if tokens:
             # evaluated, since an unevaluated part of a batch's cache keeps the whole of it
             mx.eval([layer.state for layer in cache])
             self._kept.insert_cache(served.name, tokens, cache, cache_type=kind)
-
-    def make_room(self, in_use: Iterable[int]) -> None:
-        """Drops caches until all fit.
-
-        Args:
-            in_use: Bytes of the caches in use.
-        """
         if self._max_bytes is not None:
             self._kept.trim_to(n_bytes=self._max_bytes - sum(in_use))
-
-
-def new_caches(served: ServedModel) -> KVCaches:
-    """Empty ones."""
-    models = [served.model] if served.draft_model is None else [served.model, served.draft_model]
-    return [cache for model in models for cache in make_prompt_cache(model)]
-
-
-def split_caches(served: ServedModel, cache: KVCaches) -> tuple[KVCaches, KVCaches]:
-    """The model's own part, and its draft model's."""
-    if served.draft_model is None:
-        return cache, []
-    n_layers = len(served.model.layers)
-    return cache[:n_layers], cache[n_layers:]

@@ -38,22 +38,14 @@ def read_prompts(request: Request) -> list[Prompt]:
     """
     if request.chat:
         return [_chat_prompt(request)]
-    texts = [_text_tokens(request.served, prompt) for prompt in request.prompts]
+    texts = [_tokens(request.served, prompt, "prompt") for prompt in request.prompts]
     return [Prompt(tokens, keep_space=True) for tokens in texts]
-
-
-def _text_tokens(served: ServedModel, prompt: str | list[int]) -> list[int]:
-    if not isinstance(prompt, str):
-        return _checked(served, prompt, "prompt")
-    _check_characters(served, prompt, "prompt")
-    return _checked(served, served.tokenizer.encode(prompt), "prompt")
 
 
 def _chat_prompt(request: Request) -> Prompt:
     served = request.served
     text = _render(request, request.messages)
-    _check_characters(served, text, "messages")
-    tokens = _checked(served, served.tokenizer.encode(text, add_special_tokens=False), "messages")
+    tokens = _tokens(served, text, "messages", add_special_tokens=False)
     landmarks: tuple[int, ...] = ()
     if not served.cuttable:
         landmarks = (*_end_of_system(request, tokens), _start_of_thought(served, tokens))
@@ -89,22 +81,18 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
         ) from error
 
 
-def _check_characters(served: ServedModel, text: str, field: str) -> None:
-    """Refuses a text that is too long for the context whatever its tokens are."""
-    if len(text) > served.context * served.longest_token:
-        raise _too_long(served, f"more than {served.context:,}", field)
-
-
-def _checked(served: ServedModel, tokens: list[int], field: str) -> list[int]:
-    if not tokens:
-        raise Problem("The prompt is empty: it needs at least one token.", field)
-    if len(tokens) >= served.context:
-        raise _too_long(served, f"{len(tokens):,}", field)
-    return tokens
-
-
-def _too_long(served: ServedModel, length: str, field: str) -> Problem:
-    return Problem(
+def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options: Any) -> list[int]:
+    """The tokens of a prompt that the context has room for."""
+    length = f"more than {served.context:,}"
+    if isinstance(prompt, str) and len(prompt) <= served.context * served.longest_token:
+        prompt = served.tokenizer.encode(prompt, **options)
+    if not isinstance(prompt, str):  # which is too long, whatever its tokens are
+        if not prompt:
+            raise Problem("The prompt is empty: it needs at least one token.", field)
+        if len(prompt) < served.context:
+            return prompt
+        length = f"{len(prompt):,}"
+    raise Problem(
         f"The prompt has {length} tokens, and at most {served.context - 1:,} are read, since the "
         f"answer needs one of the context's {served.context:,}: send less.",
         field,

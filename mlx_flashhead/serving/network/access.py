@@ -9,7 +9,6 @@ import hmac
 import ipaddress
 import re
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from email.message import Message
 from http import HTTPStatus
@@ -49,12 +48,7 @@ class Access:
     max_body_bytes: int = 4 << 20
 
     def check(self, method: str, target: str, headers: Message) -> None:
-        """Checks that a request may be served.
-
-        Args:
-            method: Such as ``GET``.
-            target: Path and query, as requested.
-            headers: The request's headers.
+        """Checks that a request may be served; ``target`` is its path and query.
 
         Raises:
             Problem: If it may not, with the first reason.
@@ -80,12 +74,11 @@ class Access:
         # a page from an address has that address as its origin, so nothing was rebound
         return address.is_loopback or self.token is not None
 
-    def accepts(self, token: str | None) -> bool:
-        """Whether ``token`` is the server's, in a time that does not depend on the token."""
-        if self.token is None:
-            return True
-        sent = (token or "").strip().encode()
-        return hmac.compare_digest(sent, self.token.encode())
+    def accepts(self, target: str, headers: Message) -> bool:
+        """Whether a request has the token, in a time that does not depend on it; or needs none."""
+        sent = [token.strip().encode() for token in given_tokens(target, headers)]
+        own = self.token
+        return own is None or any(hmac.compare_digest(token, own.encode()) for token in sent)
 
     def cross_origin(self, headers: Message) -> str | None:
         """The request's Origin if it is an allowed site, else None."""
@@ -123,7 +116,7 @@ class Access:
         preflight = method == "OPTIONS" and self.cross_origin(headers) is not None
         if preflight or (method in ("GET", "HEAD") and path_of(target) in PUBLIC_PATHS):
             return
-        if not any(self.accepts(token) for token in given_tokens(target, headers)):
+        if not self.accepts(target, headers):
             raise Problem(
                 "This server needs the token that it printed at its start, as "
                 "'Authorization: Bearer TOKEN'.",
@@ -148,9 +141,8 @@ class Access:
 
 def new_token() -> str:
     """A random token of 99 bits that can be read aloud and typed."""
-    letters = [secrets.choice(_LETTERS) for _ in range(_GROUPS * _GROUP_LENGTH)]
-    groups = range(0, len(letters), _GROUP_LENGTH)
-    return "-".join("".join(letters[i : i + _GROUP_LENGTH]) for i in groups)
+    groups = ([secrets.choice(_LETTERS) for _ in range(_GROUP_LENGTH)] for _ in range(_GROUPS))
+    return "-".join(map("".join, groups))
 
 
 def is_token(text: str) -> bool:
@@ -163,15 +155,14 @@ def path_of(target: str) -> str:
     return target.partition("?")[0]
 
 
-def query_token(target: str) -> str | None:
-    """The token in the query of a request's target."""
-    values: Mapping[str, list[str]] = parse_qs(urlsplit(target).query)
-    return values.get("token", [None])[0]
+def query_tokens(target: str) -> list[str]:
+    """The tokens in the query of a request's target."""
+    return parse_qs(urlsplit(target).query).get("token", [])
 
 
-def given_tokens(target: str, headers: Message) -> list[str | None]:
-    """Every token of a request; [None] if there is none."""
-    tokens = [query_token(target)] if path_of(target) in QUERY_PATHS else []
+def given_tokens(target: str, headers: Message) -> list[str]:
+    """Every token of a request; an empty one if there is none."""
+    tokens = query_tokens(target) if path_of(target) in QUERY_PATHS else []
     scheme, _, credentials = headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         tokens.append(credentials)
@@ -179,7 +170,7 @@ def given_tokens(target: str, headers: Message) -> list[str | None]:
         name, _, value = part.strip().partition("=")
         if name == COOKIE:
             tokens.append(value)
-    return tokens or [None]
+    return tokens or [""]
 
 
 def without_token(target: str) -> str:

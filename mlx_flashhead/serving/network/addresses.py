@@ -4,11 +4,12 @@ import io
 import ipaddress
 import os
 import socket
+from argparse import Namespace
 from pathlib import Path
 from typing import TextIO
 
 from ...common.extras import from_extra
-from .access import is_token, new_token
+from .access import Access, is_token, new_token
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _BLACK_AND_WHITE = "\x1b[97;40m"
@@ -23,6 +24,20 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def access_of(args: Namespace) -> Access:
+    """The rules for clients that the server's flags set.
+
+    Raises:
+        ValueError: If the token file does not hold a token.
+    """
+    hosts = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
+    token = None
+    if not is_loopback(args.host):
+        token = kept_token(args.token_file)
+        hosts |= own_names() | {args.host.lower()}
+    return Access(token, hosts, frozenset(args.allowed_origins), args.max_body_bytes)
 
 
 def own_names() -> frozenset[str]:
@@ -58,11 +73,9 @@ def kept_token(path: Path) -> str:
     path = path.expanduser()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        token = new_token()
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(file, "w", encoding="ascii") as opened:
-            opened.write(token + "\n")
-        return token
+            opened.write(new_token() + "\n")
     token = path.read_text(encoding="utf-8", errors="replace").strip()
     if not is_token(token):
         raise ValueError(
@@ -92,22 +105,14 @@ def qr_code(text: str, *, colours: bool) -> str:
     out = io.StringIO()
     # with a wide border the code of a full IPv6 address leaves no line for the text
     code.terminal(out, compact=True, border=2 if code.version < 5 else 1)
-    lines = out.getvalue().splitlines()
-    if colours:
-        lines = [f"{_BLACK_AND_WHITE}{line}{_PLAIN}" for line in lines]
-    return "\n".join(lines)
+    before, after = (_BLACK_AND_WHITE, _PLAIN) if colours else ("", "")
+    return "\n".join(f"{before}{line}{after}" for line in out.getvalue().splitlines())
 
 
 def announce(host: str, port: int, token: str, out: TextIO) -> None:
-    """Prints how another device opens the page and uses the API.
+    """Prints how another device opens the page and uses the API of a server on ``host``.
 
     The page's part comes last, and is on the screen if that has 80 columns and 24 lines.
-
-    Args:
-        host: The address that the server is bound to.
-        port: Its port.
-        token: Its token.
-        out: The terminal.
     """
     address = own_address(host)
     page = url(address, port, token)
@@ -118,11 +123,13 @@ def announce(host: str, port: int, token: str, out: TextIO) -> None:
         code = f"A QR code of it needs a terminal with UTF-8. This one has {out.encoding}."
     except ValueError as missing:
         code = str(missing)
-    lines = [
+    print(
         f"Programs use {url(address, port)}v1 with the token as their API key.",
         "Whoever has the token can use the model. The connection is not encrypted.",
         "Open this on an iPad, an iPhone or any computer of the network:",
         code,
         f"  {page}",
-    ]
-    print("\n".join(lines), file=out, flush=True)
+        sep="\n",
+        file=out,
+        flush=True,
+    )

@@ -1,68 +1,61 @@
 """The front door: checks every request, then serves the page or passes it to the API."""
 
+import io
 import logging
+import math
+import socket
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from email.message import Message
 from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from ..protocol.errors import Problem
 from ..protocol.valid_json import dumps
-from .access import COOKIE, Access, given_tokens, path_of, query_token, without_token
-from .connections import TimedHandler
+from .access import COOKIE, path_of, query_tokens, without_token
+from .connections import LimitedServer, TimedReader
 from .page_files import PageFile, locked_page, page_file
 
-INFO_PATH = "/page/info.json"
-HEALTH_PATH = "/health"
 _COOKIE_SECONDS = 365 * 24 * 3600
+# Sent to a client that sends no more: an interim answer, or a comment of a stream.
+_INTERIM, _COMMENT = b"HTTP/1.1 100 Continue\r\n\r\n", b": \n\n"
 
 logger = logging.getLogger(__name__)
 
 
-class GuardedHandler(TimedHandler, ABC):
-    """Serves the page and ``/health``; a subclass serves the rest."""
+class GuardedHandler(BaseHTTPRequestHandler):
+    """Serves the page; a subclass serves the rest.
+
+    There is one deadline for a request's head and one for its body.
+
+    Attributes:
+        get: Answers a request without a body, by its path. Raises a Problem if it cannot.
+        post: The same with a body, which has not been read yet.
+        status: Of the answer, as soon as it has begun.
+    """
+
+    get: Callable[[str], None]
+    post: Callable[[str], None]
+    server: LimitedServer
+    raw_requestline: bytes
+    server_version, sys_version = "mlx_flashhead", ""  # without versions
+    head_seconds = 10.0
+    body_seconds = 60.0
+    write_seconds = 30.0  # for a client that does not read
 
     def setup(self) -> None:
-        """Prepares for a request."""
+        """Takes the place of the base class's reader."""
         super().setup()
+        self.status: HTTPStatus | None = None
+        self._body_read = self._asked_for_life = False
         self._notes: list[str] = []
         # the base class does not set these if a request is not HTTP
         self.path, self.headers = "", Message()
-
-    @property
-    @abstractmethod
-    def access(self) -> Access:
-        """The server's rules."""
-
-    @abstractmethod
-    def page_info(self) -> Mapping[str, Any]:
-        """What the page needs to know: the models, the default first, and the settings."""
-
-    @abstractmethod
-    def health_info(self) -> Mapping[str, Any]:
-        """What ``/health`` tells beside whether requests are answered."""
-
-    @abstractmethod
-    def healthy(self) -> bool:
-        """Whether requests are answered."""
-
-    @abstractmethod
-    def get(self, path: str) -> None:
-        """Answers a request without a body.
-
-        Raises:
-            Problem: If it cannot be answered.
-        """
-
-    @abstractmethod
-    def post(self, path: str) -> None:
-        """Answers a request with a body, which has not been read yet.
-
-        Raises:
-            Problem: If it cannot be answered.
-        """
+        self._reader = TimedReader(self.connection)
+        self.rfile = io.BufferedReader(self._reader)
+        self._reader.allow(self.head_seconds)
 
     def handle(self) -> None:
         """Serves the connection's one request, and logs it."""
@@ -72,15 +65,22 @@ class GuardedHandler(TimedHandler, ABC):
         except (ConnectionError, TimeoutError):
             self.note("the client has gone")
         if self.status is not None or self._notes:
-            self._log(time.monotonic() - began)
+            line = without_token(self.requestline.encode("unicode_escape").decode())[:200]
+            status = "-" if self.status is None else int(self.status)
+            notes = ", ".join([f"{time.monotonic() - began:.2f} s", *self._notes])
+            logger.info("%s %s %s %s", self.client_address[0], line, status, notes)
 
     def parse_request(self) -> bool:
         """Reads a request's head. False if it is answered already, with a refusal for example."""
-        if not super().parse_request():
+        if self.raw_requestline == b"\r\n":  # left over from a body before, by some clients
+            self.raw_requestline = self.rfile.readline((64 << 10) + 1)
+        head_read = super().parse_request()
+        self._reader.n_left = math.inf
+        if not head_read:
             return False
         self.connection.settimeout(self.write_seconds)
         try:
-            self.access.check(self.command, self.path, self.headers)
+            self.server.access.check(self.command, self.path, self.headers)
         except Problem as problem:
             self._refuse(problem)
             return False
@@ -88,18 +88,11 @@ class GuardedHandler(TimedHandler, ABC):
 
     def do_GET(self) -> None:
         """Answers with a file of the page, or passes the request to the API."""
-        path = path_of(self.path)
-        if path == HEALTH_PATH:
-            healthy = self.healthy()
-            status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-            report = {"status": "ok" if healthy else "unavailable", **self.health_info()}
-            self.send_json(report, status)
-        elif path == INFO_PATH:
-            self.send_json(self.page_info())
-        elif (file := page_file(self.path, self._shown_token())) is not None:
-            self._send(HTTPStatus.OK, file)
-        else:
+        file = page_file(self.path, self._shown_token())
+        if file is None:
             self._answer(self.get)
+        else:
+            self._send(HTTPStatus.OK, file)
 
     do_HEAD = do_GET  # without the body, see _send
 
@@ -109,30 +102,80 @@ class GuardedHandler(TimedHandler, ABC):
 
     def do_OPTIONS(self) -> None:
         """Tells a browser which requests another site's script may send."""
-        self._send(HTTPStatus.NO_CONTENT, PageFile(b"", {}))
+        self._send(HTTPStatus.NO_CONTENT, (b"", {}))
+
+    def read_body(self) -> bytes:
+        """The whole body.
+
+        Raises:
+            Problem: If it does not come in time.
+            ConnectionError: If it does not come completely.
+        """
+        n_bytes = int(self.headers["Content-Length"])
+        self._reader.allow(self.body_seconds)
+        try:
+            body = self.rfile.read(n_bytes)
+        except TimeoutError:
+            raise Problem(
+                f"The body did not come within {self.body_seconds:g} seconds.", status=408
+            ) from None
+        finally:
+            self.connection.settimeout(self.write_seconds)
+        if len(body) < n_bytes:
+            raise ConnectionAbortedError("the body is incomplete")
+        self._body_read = True
+        return body
+
+    def client_has_gone(self) -> bool:
+        """Whether the client has closed the connection.
+
+        One that only sends no more still reads. It is sent something, which a closed connection
+        answers with an error by the next call.
+        """
+        self.connection.settimeout(0)
+        try:
+            if self.connection.recv(1, socket.MSG_PEEK):
+                return False
+            if self.status is None and self.request_version < "HTTP/1.1":
+                return True  # it knows no interim answers
+            if not self._asked_for_life:
+                self._asked_for_life = True
+                self.connection.send(_INTERIM if self.status is None else _COMMENT)
+            return self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self.connection.settimeout(self.write_seconds)
 
     def note(self, text: str) -> None:
         """Adds to the request's line in the log."""
         self._notes.append(text)
 
-    def send_json(self, value: Any, status: HTTPStatus = HTTPStatus.OK, **headers: str) -> None:
+    def send_json(self, value: Any, status: int = HTTPStatus.OK, **headers: str) -> None:
         """Answers with JSON."""
         headers = {name.replace("_", "-"): text for name, text in headers.items()}
         headers |= {"Content-Type": "application/json", "Cache-Control": "no-store"}
-        self._send(status, PageFile(dumps(value).encode(), headers))
+        self._send(status, (dumps(value).encode(), headers))
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """As the base class's; the status is kept for the log."""
+        self.status = HTTPStatus(code)
+        super().send_response(code, message)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Replaces the base class's HTML page for requests that are not HTTP."""
         self.close_connection = True
         self.request_version = "HTTP/1.0"  # so that the answer gets a head
         reason = message or HTTPStatus(code).phrase
-        self.send_json(Problem(f"{reason}.", status=code).as_json(), HTTPStatus(code))
+        self.send_json(Problem(f"{reason}.", status=code).as_json(), code)
         if code == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
-            self.discard_rest()
+            self._discard_rest()
 
     def end_headers(self) -> None:
         """As the base class's, with the headers for scripts of allowed sites."""
-        origin = self.access.cross_origin(self.headers)
+        origin = self.server.access.cross_origin(self.headers)
         if origin is not None:
             self.send_header("Access-Control-Allow-Origin", origin)
             self.send_header("Access-Control-Allow-Methods", "GET, POST")
@@ -157,13 +200,13 @@ class GuardedHandler(TimedHandler, ABC):
 
     def _shown_token(self) -> str | None:
         """The server's token if this request carries it. Public files need none."""
-        token = self.access.token
-        shown = token and any(map(self.access.accepts, given_tokens(self.path, self.headers)))
-        return token if shown else None
+        access = self.server.access
+        return access.token if access.accepts(self.path, self.headers) else None
 
-    def _send(self, status: HTTPStatus, file: PageFile) -> None:
+    def _send(self, status: int, file: PageFile) -> None:
+        content, headers = file
         self.send_response(status)
-        for name, value in file.headers.items():
+        for name, value in headers.items():
             self.send_header(name, value)
         if path_of(self.path) == "/" and (token := self._shown_token()):
             # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
@@ -171,27 +214,30 @@ class GuardedHandler(TimedHandler, ABC):
                 "Set-Cookie",
                 f"{COOKIE}={token}; Path=/; Max-Age={_COOKIE_SECONDS}; HttpOnly; SameSite=Strict",
             )
-        self.send_header("Content-Length", str(len(file.content)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(file.content)
+            self.wfile.write(content)
 
     def _refuse(self, problem: Problem) -> None:
         self.close_connection = True
-        unknown = problem.status == HTTPStatus.UNAUTHORIZED
-        if unknown and self.command == "GET" and path_of(self.path) == "/":
-            self._send(problem.status, locked_page(wrong=query_token(self.path) is not None))
-            return
         headers = {}
-        if unknown:
+        if problem.status == HTTPStatus.UNAUTHORIZED:
+            if self.command == "GET" and path_of(self.path) == "/":
+                self._send(problem.status, locked_page(wrong=bool(query_tokens(self.path))))
+                return
             headers["WWW_Authenticate"] = "Bearer"
         if problem.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
             headers["Retry_After"] = "2"
         self.send_json(problem.as_json(), problem.status, **headers)
-        self.discard_body()
+        if not self._body_read and self.headers.get("Content-Length", "0") != "0":
+            self._discard_rest()
 
-    def _log(self, seconds: float) -> None:
-        line = without_token(self.requestline.encode("unicode_escape").decode())[:200]
-        status = "-" if self.status is None else int(self.status)
-        notes = ", ".join([f"{seconds:.2f} s", *self._notes])
-        logger.info("%s %s %s %s", self.client_address[0], line, status, notes)
+    def _discard_rest(self) -> None:
+        """Reads on for a moment, so that a client that still sends receives the answer."""
+        self._reader.n_left = math.inf
+        self._reader.allow(2.0)
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.rfile.read1(1 << 16):
+                pass

@@ -1,7 +1,6 @@
 """The files of the page, with their headers."""
 
 import json
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -30,47 +29,31 @@ _POLICY = (
 _LOCKED_POLICY = _POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
 
 
-@dataclass(frozen=True)
-class PageFile:
-    """A response of the page.
-
-    Attributes:
-        content: The body.
-        headers: Its headers, without the length.
-    """
-
-    content: bytes
-    headers: dict[str, str]
+PageFile = tuple[bytes, dict[str, str]]  # a body, and its headers without the length
 
 
 def page_file(target: str, token: str | None) -> PageFile | None:
-    """The file of the page under a request's target, or None.
+    """The file of the page under a request's target, its path and query, or None.
 
-    Args:
-        target: Path and query.
-        token: The client's token, if the server has one. A Home Screen app does not share the
-            browser's cookies, so the manifest's start address carries it.
+    A Home Screen app does not share the browser's cookies, so the manifest's start address carries
+    the client's token, if the server has one.
     """
     path = path_of(target)
+    query = "" if token is None else f"?token={token}"
     if path == "/":
         text = _read("index.html").decode()
-        if token is not None:
-            text = text.replace(_MANIFEST_LINK, f'{_MANIFEST_LINK[:-1]}?token={token}"')
-        return _response(text.encode(), ".html")
+        return _response(text.replace(_MANIFEST_LINK, f'{_MANIFEST_LINK[:-1]}{query}"'), ".html")
     if path == "/manifest.webmanifest":
         manifest = json.loads(_read("manifest.webmanifest"))
-        if token is not None:
-            manifest["start_url"] += f"?token={token}"
-        return _response(json.dumps(manifest).encode(), ".webmanifest")
-    if path == "/apple-touch-icon.png":
-        return _response(_read("apple-touch-icon.png"), ".png")
-    if path == "/worker.js":
-        # outside of /page/, since a worker serves the addresses beside and below its own
-        return _response(_read("worker.js"), ".js")
+        manifest["start_url"] += query
+        return _response(json.dumps(manifest), ".webmanifest")
     if path == "/page/files.json":
-        return _response(json.dumps(sorted(page_names())).encode(), ".json")
-    # looked up in a listing, since a client's text must not become a path
-    name = path.removeprefix("/page/")
+        return _response(json.dumps(sorted(page_names())), ".json")
+    # looked up in a listing, since a client's text must not become a path; a worker serves the
+    # addresses beside and below its own, so it is outside of /page/
+    name = (
+        path[1:] if path in ("/apple-touch-icon.png", "/worker.js") else path.removeprefix("/page/")
+    )
     if name != path and name in page_names():
         return _response(_read(name), Path(name).suffix)
     return None
@@ -84,22 +67,18 @@ def page_names() -> frozenset[str]:
 
 
 def locked_page(wrong: bool) -> PageFile:
-    """The page that asks for the token.
-
-    Args:
-        wrong: Whether the client gave a wrong token.
-    """
+    """The page that asks for the token, and says whether a wrong one was given."""
     text = _read("locked.html").decode()
     if not wrong:
         text = text.replace('<p class="wrong">', '<p class="wrong" hidden>')
-    return _response(text.encode(), ".html", _LOCKED_POLICY)
+    return _response(text, ".html", _LOCKED_POLICY)
 
 
 def _read(name: str) -> bytes:
     return (FOLDER / name).read_bytes()
 
 
-def _response(content: bytes, suffix: str, policy: str = _POLICY) -> PageFile:
+def _response(content: str | bytes, suffix: str, policy: str = _POLICY) -> PageFile:
     headers = {
         "Content-Type": _TYPES[suffix],
         "Content-Security-Policy": policy,
@@ -107,4 +86,4 @@ def _response(content: bytes, suffix: str, policy: str = _POLICY) -> PageFile:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",
     }
-    return PageFile(content, headers)
+    return content.encode() if isinstance(content, str) else content, headers

@@ -3,50 +3,41 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
-from threading import Event
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
-LOOK_SECONDS = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Shutdown:
-    """Within the block, a signal to end interrupts the main thread. A second one ends the process.
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """A block in which a signal to end interrupts the main thread. A second one ends the process.
 
     C++ code in other threads aborts if the interpreter is finalized meanwhile. So neither the
-    second signal nor :meth:`leave` finalizes it.
+    second signal nor :func:`leave` finalizes it.
     """
+    asked = False
 
-    def __enter__(self) -> "Shutdown":
-        self._asked = Event()
-        self._before = {}
-        for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
-                self._before[number] = signal.signal(number, self._end)
-        return self
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(128 + number)
+        asked = True
+        raise KeyboardInterrupt
 
-    def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
+    ignored = signal.SIG_IGN  # as by nohup
+    before = {n: signal.signal(n, end) for n in _SIGNALS if signal.getsignal(n) is not ignored}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def wait(self, healthy: Callable[[], bool]) -> None:
-        """Waits for a signal, or until ``healthy`` says False.
 
-        Raises:
-            KeyboardInterrupt: When a signal has come.
-        """
-        while healthy():
-            Event().wait(LOOK_SECONDS)
-
-    def leave(self, code: int) -> None:
-        """Ends the process at once, with all that was printed."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        if self._asked.is_set():
-            os._exit(128 + number)
-        self._asked.set()
-        raise KeyboardInterrupt
+def leave(code: int) -> NoReturn:
+    """Ends the process at once, with all that was printed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,11 +1,10 @@
 """From tokens to the parts of an answer: text, thoughts and calls of tools."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...models.compat.generate import TextStateMachine, make_text_state_machine
 from ..catalogue import ServedModel
-
-_NORMAL, _REASONING, _TOOL = "normal", "reasoning", "tool"
 
 
 @dataclass
@@ -20,14 +19,11 @@ class Piece:
 
     content: str = ""
     reasoning: str = ""
-    calls: list[str] = field(default_factory=list)
+    calls: list[Any] = field(default_factory=list)
 
     def __add__(self, other: "Piece") -> "Piece":
-        return Piece(
-            self.content + other.content,
-            self.reasoning + other.reasoning,
-            self.calls + other.calls,
-        )
+        content, reasoning = self.content + other.content, self.reasoning + other.reasoning
+        return Piece(content, reasoning, self.calls + other.calls)
 
 
 class AnswerText:
@@ -36,7 +32,7 @@ class AnswerText:
     Args:
         served: The model.
         stop: Texts that end it.
-        state: The state of the text at its beginning.
+        state: The state of the text at its beginning, by mlx-lm's names.
         keep_space: Whether a space at its beginning is part of it. mlx-lm's detokenizers drop one.
     """
 
@@ -49,55 +45,51 @@ class AnswerText:
             for token in served.tokenizer.encode("a", add_special_tokens=False):
                 self._detokenizer.add_token(token)
             _ = self._detokenizer.last_segment
-        machine = TextStateMachine({_NORMAL: [(word, None) for word in stop]} if stop else None)
+        machine = TextStateMachine({"normal": [(word, None) for word in stop]} if stop else None)
         self._until_stop = machine.make_state()
         self._parts = make_text_state_machine(served.tokenizer).make_state(state)
-        self._call = ""
+        self._piece, self._call = Piece(), ""  # not given out yet
 
     def add(self, token: int) -> tuple[Piece, bool]:
         """Adds a token. Returns the text that is certain now, and whether a stop text ended it."""
         self._detokenizer.add_token(token)
-        return self._take(self._detokenizer.last_segment)
+        return self._take(ends=False)
 
     def finish(self) -> tuple[Piece, bool]:
         """Ends the answer. Returns the text held back, and whether it held a stop text."""
         self._detokenizer.finalize()
-        piece, stopped = self._take(self._detokenizer.last_segment)
-        if not stopped:
+        return self._take(ends=True)
+
+    def _take(self, *, ends: bool) -> tuple[Piece, bool]:
+        text = self._detokenizer.last_segment
+        self._until_stop, segments = TextStateMachine.split(self._until_stop, text)
+        self._split(segments[0][1])
+        stopped = self._until_stop[0] is None
+        if ends and not stopped:
             self._until_stop, held, _ = TextStateMachine.flush(self._until_stop)
-            self._split(held, piece)
-            piece += self._flush()
+            self._split(held)
+        if ends or stopped:  # what was held back as a possible beginning of a marker is none
+            self._parts, held, name = TextStateMachine.flush(self._parts)
+            self._add(name, held)
+            self._end_call()
+        piece, self._piece = self._piece, Piece()
         return piece, stopped
 
-    def _take(self, text: str) -> tuple[Piece, bool]:
-        piece = Piece()
-        self._until_stop, segments = TextStateMachine.split(self._until_stop, text)
-        self._split(segments[0][1], piece)
-        stopped = self._until_stop[0] is None
-        return piece + self._flush() if stopped else piece, stopped
-
-    def _flush(self) -> Piece:
-        """Text held back as a possible beginning of a marker."""
-        piece = Piece()
-        self._parts, held, name = TextStateMachine.flush(self._parts)
-        self._add(name, held, piece)
-        if self._call:
-            piece.calls.append(self._call)
-            self._call = ""
-        return piece
-
-    def _split(self, text: str, piece: Piece) -> None:
+    def _split(self, text: str) -> None:
         self._parts, segments = TextStateMachine.split(self._parts, text)
         for name, part in segments:
-            self._add(name, part, piece)
+            self._add(name, part)
 
-    def _add(self, name: str, text: str, piece: Piece) -> None:
-        if name == _TOOL:
+    def _add(self, name: str, text: str) -> None:
+        if name == "tool":
             self._call += text
-        elif name == _REASONING:
-            piece.reasoning += text
-        elif name == _NORMAL:
-            if self._call:
-                piece.calls.append(self._call)
-                self._call = ""
-            piece.content += text
+        elif name == "reasoning":
+            self._piece.reasoning += text
+        elif name == "normal":
+            self._end_call()
+            self._piece.content += text
+
+    def _end_call(self) -> None:
+        if self._call:
+            self._piece.calls.append(self._call)
+            self._call = ""

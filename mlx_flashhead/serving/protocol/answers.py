@@ -2,35 +2,26 @@
 
 import time
 import uuid
+from itertools import accumulate
 from typing import Any
 
 from ...version import __version__
 from .answer_text import Piece
 from .logprobs import TokenLogprobs, TokenNames
 from .requests import Request
-from .tool_calls import ToolCalls
-
-_FINGERPRINT = f"mlx_flashhead-{__version__}"
+from .valid_json import dumps
 
 
 class Choice:
-    """One of a request's answers, up to its latest token.
-
-    Args:
-        request: The request.
-        index: Number of the answer.
-    """
+    """One of a request's answers, up to its latest token."""
 
     def __init__(self, request: Request, index: int):
         self.index = index
         self.finish_reason: str | None = None
-        self._chat = request.chat
-        self._tools = ToolCalls(request)
+        self._request = request
         self._names = TokenNames(request.served.tokenizer)
-        self._with_logprobs = request.logprobs is not None
-        self._begun = False
-        self._whole = Piece()
-        self._calls: list[dict[str, Any]] = []
+        self._first_delta = {"role": "assistant", "content": ""}
+        self._whole = Piece()  # with the calls as they are sent
         self._logprobs: list[TokenLogprobs] = []
         self._offset = 0  # characters of the text before the next token
 
@@ -42,102 +33,99 @@ class Choice:
         Returns:
             The piece as a chunk's choice; None if there is nothing to send.
         """
-        calls = [call for text in piece.calls for call in self._tools.read(text)]
-        content = piece.content + self._tools.unread()
-        piece = Piece(content, piece.reasoning)
+        content, calls = piece.content, []
+        for text in piece.calls:
+            read = self._read_calls(text)
+            calls += read
+            content += "" if read else text
+        n_before = len(self._whole.calls)
+        self._whole += Piece(content, piece.reasoning, calls)
         entries = [] if logprobs is None else [logprobs]
-        self._whole += piece
-        self._calls += calls
         self._logprobs += entries
-        if finish_reason == "stop" and self._calls:
+        if finish_reason == "stop" and self._whole.calls:
             finish_reason = "tool_calls"
         self.finish_reason = finish_reason
         if not (content or piece.reasoning or calls or entries or finish_reason):
             return None
         choice = self._choice(entries)
-        if not self._chat:
+        if not self._request.chat:
             return choice | {"text": content}
-        delta: dict[str, Any] = {}
-        if not self._begun:
-            delta = {"role": "assistant", "content": ""}
-            self._begun = True
+        delta: dict[str, Any] = self._first_delta
+        self._first_delta = {}
         if content:
             delta["content"] = content
         if piece.reasoning:
             delta["reasoning"] = piece.reasoning
         if calls:
-            first = len(self._calls) - len(calls)
-            delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(calls)]
+            delta["tool_calls"] = [{"index": i, **c} for i, c in enumerate(calls, n_before)]
         return choice | {"delta": delta}
 
     def whole(self) -> dict[str, Any]:
         """The whole answer as a choice."""
         self._offset = 0
         choice = self._choice(self._logprobs)
-        if not self._chat:
+        if not self._request.chat:
             return choice | {"text": self._whole.content}
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": self._whole.content,
-            "refusal": None,
-        }
-        if self._whole.reasoning:
-            message["reasoning"] = self._whole.reasoning
-        if self._calls:
-            message["content"] = self._whole.content or None
-            message["tool_calls"] = self._calls
+        content, reasoning, calls = self._whole.content, self._whole.reasoning, self._whole.calls
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if reasoning:
+            message["reasoning"] = reasoning
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
         return choice | {"message": message}
+
+    def _read_calls(self, text: str) -> list[dict[str, Any]]:
+        """The calls in a text that a model has marked as a call.
+
+        There are none if the request does not allow them or the text is none: it is content then.
+        """
+        if not self._request.tools:
+            return []
+        parse = self._request.served.tokenizer.tool_parser
+        try:
+            parsed = parse(text, self._request.tools)
+            return [_call(one) for one in (parsed if isinstance(parsed, list) else [parsed])]
+        except Exception:  # mlx-lm's parsers raise any type
+            return []
 
     def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
         logprobs = None
-        if self._with_logprobs and self._chat:
-            logprobs = {"content": [self._names.chat(entry) for entry in entries], "refusal": None}
-        elif self._with_logprobs:
+        if self._request.logprobs is not None and self._request.chat:
+            named = [[self._names.named(*one) for one in entry] for entry in entries]
+            content = [chosen | {"top_logprobs": tops} for chosen, *tops in named]
+            logprobs = {"content": content, "refusal": None}
+        elif self._request.logprobs is not None:
             logprobs = self._text_logprobs(entries)
         return {"index": self.index, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
     def _text_logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
-        texts = [self._names.text(entry.token) for entry in entries]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
+        text_of = self._names.text
+        texts = [text_of(token) for (token, _), *_ in entries]
+        ends = [*accumulate(map(len, texts), initial=self._offset)]
+        self._offset = ends[-1]
         return {
             "tokens": texts,
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [
-                {self._names.text(i): lp for i, lp in entry.tops} for entry in entries
-            ],
-            "text_offset": offsets,
+            "token_logprobs": [logprob for (_, logprob), *_ in entries],
+            "top_logprobs": [{text_of(i): lp for i, lp in tops} for _, *tops in entries],
+            "text_offset": ends[:-1],
         }
 
 
-class Envelope:
-    """The frame around the choices of one request.
+def _call(parsed: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": parsed.get("id") or f"call_{uuid.uuid4().hex}",
+        "type": "function",
+        "function": {"name": parsed["name"], "arguments": dumps(parsed["arguments"])},
+    }
 
-    Args:
-        request: The request.
-    """
 
-    def __init__(self, request: Request):
-        self._request = request
-        kind = "chatcmpl" if request.chat else "cmpl"
-        self._common = {
-            "id": f"{kind}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": request.served.name,
-            "system_fingerprint": _FINGERPRINT,
-        }
-
-    def chunk(
-        self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """A part of a stream; the last part has ``usage``."""
-        kind = "chat.completion.chunk" if self._request.chat else "text_completion"
-        chunk = {**self._common, "object": kind, "choices": choices}
-        return chunk | {"usage": usage} if self._request.include_usage else chunk
-
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        """A complete answer."""
-        kind = "chat.completion" if self._request.chat else "text_completion"
-        return {**self._common, "object": kind, "choices": choices, "usage": usage}
+def envelope(request: Request) -> dict[str, Any]:
+    """What all parts of an answer have beside their choices."""
+    prefix, kind = ("chatcmpl", "chat.completion") if request.chat else ("cmpl", "text_completion")
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": f"{kind}.chunk" if request.chat and request.stream else kind,
+        "created": int(time.time()),
+        "model": request.served.name,
+        "system_fingerprint": f"mlx_flashhead-{__version__}",
+    }

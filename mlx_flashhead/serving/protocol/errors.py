@@ -37,3 +37,8 @@ class Problem(ValueError):
             "code": self.code,
         }
         return {"error": error}
+
+
+def wrong(field: str, why: str) -> Problem:
+    """What refuses a request because of a field: a sentence that begins with the field's name."""
+    return Problem(f"{field} {why}", field)

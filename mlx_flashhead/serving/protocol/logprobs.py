@@ -2,33 +2,21 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import mlx.core as mx
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The value of OpenAI's API for a token that is too unlikely to have a logprob.
 VERY_UNLIKELY = -9999.0
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """A chosen token and the likeliest tokens at its place.
-
-    Attributes:
-        token: Its id.
-        logprob: Its log-probability.
-        tops: (id, log-probability) of the likeliest tokens, in order.
-    """
-
-    token: int
-    logprob: float
-    tops: tuple[tuple[int, float], ...]
+# (id, log-probability) of a chosen token, and then of the likeliest tokens at its place, in order.
+TokenLogprobs = list[tuple[int, float]]
 
 
 def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
-    """Looks them up.
+    """The log-probabilities of a chosen token and of the likeliest ones.
 
     Args:
         logprobs: (V,) log-probabilities of all tokens.
@@ -36,16 +24,12 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
         n_tops: Number of likeliest tokens.
     """
     n_tops = min(n_tops, logprobs.size)
-    ids: Any = []
-    if n_tops:
-        ids = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist()
-    chosen, *tops = map(_finite, cast(list[float], logprobs[mx.array([token, *ids])].tolist()))
-    in_order = sorted(zip(ids, tops, strict=True), key=lambda top: -top[1])
-    return TokenLogprobs(token, chosen, tuple(in_order))
-
-
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else VERY_UNLIKELY
+    likeliest: Any = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist() if n_tops else []
+    ids = [token, *likeliest]
+    values = cast(list[float], logprobs[mx.array(ids)].tolist())
+    values = [value if math.isfinite(value) else VERY_UNLIKELY for value in values]
+    chosen, *tops = zip(ids, values, strict=True)
+    return [chosen, *sorted(tops, key=lambda top: -top[1])]
 
 
 class TokenNames:
@@ -76,22 +60,17 @@ class TokenNames:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
-    def chat(self, found: TokenLogprobs) -> dict[str, Any]:
+    def named(self, token: int, logprob: float) -> dict[str, Any]:
         """The form of a chat's answer."""
-        tops = [self._named(*top) for top in found.tops]
-        return self._named(found.token, found.logprob) | {"top_logprobs": tops}
-
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
         content = self.bytes(token)
         text = content.decode("utf-8", "replace")
         return {"token": text, "logprob": logprob, "bytes": list(content)}
 
 
 def _byte_decoder(tokenizer: Any) -> Callable[[str], bytes]:
-    """A function from a tokenizer's names of tokens to bytes."""
     kind = str(getattr(tokenizer.backend_tokenizer, "decoder", "")) if tokenizer.is_fast else ""
     if "ByteLevel" in kind:
-        letters = _byte_letters()
+        letters = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
         return lambda name: b"".join(letters.get(c) or c.encode() for c in name)
     if "ByteFallback" in kind or not tokenizer.is_fast:
         return _sentencepiece_bytes
@@ -102,16 +81,3 @@ def _sentencepiece_bytes(name: str) -> bytes:
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         return bytes([int(name[3:5], 16)])
     return name.replace("\u2581", " ").encode()
-
-
-@lru_cache(maxsize=1)
-def _byte_letters() -> dict[str, bytes]:
-    """The letters with which byte-level tokenizers write bytes.
-
-    Source: GPT-2's ``bytes_to_unicode``: printable characters stand for themselves, the other
-    bytes for the characters from 256 on.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): bytes([byte]) for byte in printable}
-    return letters | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}

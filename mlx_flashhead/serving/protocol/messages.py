@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .errors import Problem
+from .errors import Problem, wrong
+from .request_fields import Fields
 from .valid_json import loads
 
 _EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
@@ -22,19 +23,14 @@ def read_messages(messages: list[Any] | None) -> list[dict[str, Any]]:
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def read_template_settings(
-    settings: dict[str, Any], known: frozenset[str]
-) -> dict[str, bool | int | float | str]:
-    """The settings of a chat template.
-
-    Args:
-        settings: The client's settings.
-        known: Names that the template takes.
+def read_template_settings(fields: Fields, known: frozenset[str]) -> dict[str, Any]:
+    """The settings of a chat template that takes the ``known`` names.
 
     Raises:
         Problem: If the template does not take a setting, or its value is not plain.
     """
     field = "chat_template_kwargs"
+    settings = fields.take(field, dict, {})
     for name, value in settings.items():
         if name not in known:
             takes = ", ".join(sorted(known)) or "none"
@@ -61,7 +57,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     message = {name: value for name, value in message.items() if value is not None}
     for name in _NOT_READ:
         if name in message:
-            raise Problem(f"{where}.{name} is not read here: leave it out.", f"{where}.{name}")
+            raise wrong(f"{where}.{name}", "is not read here: leave it out.")
     message["content"] = _text(message.get("content", ""), f"{where}.content")
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
@@ -72,33 +68,30 @@ def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise Problem(f"{where} must be a text, or a list of parts with text.", where)
-    texts = []
+        raise wrong(where, "must be a text, or a list of parts with text.")
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise Problem(f"{where}[{i}] must be text.", f"{where}[{i}]")
+            raise wrong(f"{where}[{i}]", "must be text.")
         if not isinstance(part.get("text"), str):
             raise Problem(f"{where}[{i}].text must be a text.", f"{where}[{i}]")
-        texts.append(part["text"])
-    return "".join(texts)
+    return "".join(part["text"] for part in content)
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """The calls, with arguments as objects: templates write them as JSON themselves."""
     if not isinstance(calls, list):
-        raise Problem(f"{where} must be a list.", where)
+        raise wrong(where, "must be a list.")
     read = []
     for i, call in enumerate(calls):
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Problem(f"{where}[{i}].function must be an object with a name.", where)
         arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
+        try:
+            if isinstance(arguments, str):
                 arguments = loads((arguments or "{}").encode())
-            except ValueError as error:
-                raise Problem(
-                    f"{where}[{i}].function.arguments must be JSON, but {error}.", where
-                ) from None
+        except ValueError as error:
+            said = f"{where}[{i}].function.arguments must be JSON, but {error}."
+            raise Problem(said, where) from None
         read.append({**call, "function": {**function, "arguments": arguments}})
     return read

@@ -1,21 +1,24 @@
 """Checks requests: every field is served as in OpenAI's API, or refused."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...structured.grammar import Grammar
-from ..catalogue import Catalogue, ServedModel
-from .errors import Problem
+from ..catalogue import ServedModel
+from .errors import Problem, wrong
 from .messages import read_messages, read_template_settings
-from .request_fields import Fields
+from .request_fields import MAX_NUMBER, Fields
 from .response_format import read_form
-from .sampling import Penalties, Sampling
 
 # Greatest number of texts of a request: n times the number of its prompts.
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
+_LOGPROBS = (0, MAX_LOGPROBS)
 _MAX_STOPS = 16
+# mlx-lm's word for the model of --model
+_DEFAULT_NAME = "default_model"
 # A larger bias has the same effect, and would be infinite in float16.
 _MAX_BIAS = 1e4
 # OpenAI's limit. Below the other one a draw is the likeliest token, but for overflows.
@@ -35,8 +38,8 @@ class Request:
         include_usage: Whether a stream ends with the numbers of tokens.
         n: Answers to each prompt.
         max_tokens: Greatest number of an answer's tokens. The context may leave room for fewer.
-        sampling: Settings of the draws.
-        penalties: Changes of the logits before that.
+        sampling: Arguments of ``make_sampler``, without the seed.
+        penalties: Arguments of mlx-lm's ``make_logits_processors``.
         form: Form of an answer; None for any text.
         seed: Seed of the draws; None for random ones.
         stop: Texts before which an answer ends.
@@ -57,8 +60,8 @@ class Request:
     include_usage: bool
     n: int
     max_tokens: int
-    sampling: Sampling
-    penalties: Penalties
+    sampling: dict[str, Any]
+    penalties: dict[str, Any]
     form: Grammar | None
     seed: int | None
     stop: tuple[str, ...]
@@ -72,39 +75,36 @@ class Request:
     prompts: list[str | list[int]]
 
 
-def find_model(catalogue: Catalogue, name: str | None) -> ServedModel:
-    """The served model of that name, the default for None.
+def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
+    """The served model of that name; the first without a name.
 
     Raises:
         Problem: If no served model has the name.
     """
-    served = catalogue.find(name)
-    if served is None:
-        raise Problem(
-            f"No model of that name is served here: choose {' or '.join(catalogue.names)}.",
-            "model",
-            status=404,
-            code="model_not_found",
-        )
-    return served
+    if name is None or name == _DEFAULT_NAME:
+        return models[0]
+    for served in models:
+        if name in served.names:
+            return served
+    names = " or ".join(name for served in models for name in served.names)
+    raise Problem(
+        f"No model of that name is served here: choose {names}.",
+        "model",
+        status=404,
+        code="model_not_found",
+    )
 
 
 def read_request(
-    body: dict[str, Any], *, chat: bool, catalogue: Catalogue, defaults: Namespace
+    body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], defaults: Namespace
 ) -> Request:
-    """Checks a request.
-
-    Args:
-        body: Its JSON.
-        chat: Whether it was sent to the chat's address.
-        catalogue: The served models.
-        defaults: The server's flags.
+    """Checks a request's JSON. The server's flags are the defaults of its fields.
 
     Raises:
         Problem: If it cannot be served, naming the field.
     """
     fields = Fields(body)
-    served = find_model(catalogue, fields.take("model", str))
+    served = find_model(models, fields.take("model", str))
     stream = fields.take("stream", bool, False)
     request = Request(
         served=served,
@@ -120,10 +120,10 @@ def read_request(
         stop=_stop(fields),
         **_probes(fields, served),
         num_draft_tokens=fields.whole("num_draft_tokens", defaults.num_draft_tokens, 1, 64),
-        logprobs=_chat_logprobs(fields) if chat else _text_logprobs(fields),
+        logprobs=_chat_logprobs(fields) if chat else fields.whole("logprobs", None, *_LOGPROBS),
         messages=read_messages(fields.take("messages", list)) if chat else [],
         tools=_tools(fields, served) if chat else [],
-        template_settings=_template_settings(fields, served) if chat else {},
+        template_settings=read_template_settings(fields, served.template_settings) if chat else {},
         prompts=[] if chat else _prompts(fields, served),
     )
     _refuse_what_is_not_done(fields, chat)
@@ -144,7 +144,7 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     if options is None:
         return False
     if not stream:
-        raise Problem("stream_options are for requests with stream.", "stream_options")
+        raise wrong("stream_options", "are for requests with stream.")
     options = Fields(options)
     include_usage = options.take("include_usage", bool, False)
     options.only("include_obfuscation", False, why="chunks are sent as they are, so leave it out.")
@@ -156,51 +156,47 @@ def _max_tokens(fields: Fields, default: int) -> int:
     older = fields.whole("max_tokens", None, 1)
     newer = fields.whole("max_completion_tokens", older, 1)
     if None not in (older, newer) and older != newer:
-        raise Problem(
-            f"max_tokens is {older} and max_completion_tokens {newer}: give one of them.",
-            "max_tokens",
-        )
+        both = f"is {older} and max_completion_tokens {newer}: give one of them."
+        raise wrong("max_tokens", both)
     return newer or default
 
 
-def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> Sampling:
+def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> dict[str, Any]:
     top_k = fields.whole("top_k", defaults.top_k)
     top_p = fields.number("top_p", defaults.top_p, 0, 1)
     temp = fields.number("temperature", defaults.temp, 0, _MAX_TEMPERATURE)
     if top_p == 0 or temp < _MIN_TEMPERATURE:
         temp = 0.0  # the likeliest token
-    return Sampling(
-        temp=temp,
-        top_p=top_p,
-        top_k=top_k if top_k < served.vocab_size else 0,  # a top_k of all tokens cuts none off
-        min_p=fields.number("min_p", defaults.min_p, 0, 1),
-        xtc_probability=fields.number("xtc_probability", 0.0, 0, 1),
-        xtc_threshold=fields.number("xtc_threshold", 0.1, 0, 0.5),
-    )
+    tokenizer = served.tokenizer
+    return {
+        "temp": temp,
+        "top_p": top_p,
+        "top_k": top_k if top_k < served.vocab_size else 0,  # a top_k of all tokens cuts none off
+        "min_p": fields.number("min_p", defaults.min_p, 0, 1),
+        "xtc_probability": fields.number("xtc_probability", 0.0, 0, 1),
+        "xtc_threshold": fields.number("xtc_threshold", 0.1, 0, 0.5),
+        "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    }
 
 
-def _penalties(fields: Fields, served: ServedModel) -> Penalties:
+def _penalties(fields: Fields, served: ServedModel) -> dict[str, Any]:
+    penalties: dict[str, Any] = {}
+    for kind, low in (("repetition", 0), ("presence", -MAX_NUMBER), ("frequency", -MAX_NUMBER)):
+        penalties[f"{kind}_penalty"] = fields.number(f"{kind}_penalty", 0.0, low)
+        penalties[f"{kind}_context_size"] = fields.whole(f"{kind}_context_size", 20)
     bias = {}
     for key, value in fields.take("logit_bias", dict, {}).items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
         if not 0 <= token < served.vocab_size:
-            raise Problem(
-                f"logit_bias names the token {key[:20]}, but this model has {served.vocab_size}: "
-                f"choose 0 to {served.vocab_size - 1}.",
+            raise wrong(
                 "logit_bias",
+                f"names the token {key[:20]}, but this model has {served.vocab_size}: choose 0 to "
+                f"{served.vocab_size - 1}.",
             )
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise Problem("logit_bias must give each token id a number.", "logit_bias")
+            raise wrong("logit_bias", "must give each token id a number.")
         bias[token] = float(max(-_MAX_BIAS, min(_MAX_BIAS, value)))
-    return Penalties(
-        logit_bias=tuple(bias.items()),
-        repetition_penalty=fields.number("repetition_penalty", 0.0, 0),
-        repetition_context_size=fields.whole("repetition_context_size", 20),
-        presence_penalty=fields.number("presence_penalty", 0.0),
-        presence_context_size=fields.whole("presence_context_size", 20),
-        frequency_penalty=fields.number("frequency_penalty", 0.0),
-        frequency_context_size=fields.whole("frequency_context_size", 20),
-    )
+    return penalties | {"logit_bias": bias or None}
 
 
 def _stop(fields: Fields) -> tuple[str, ...]:
@@ -208,10 +204,8 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     words = [stop] if isinstance(stop, str) else stop
     sound = isinstance(words, list | tuple) and len(words) <= _MAX_STOPS
     if not sound or not all(isinstance(word, str) and word for word in words):
-        raise Problem(
-            f"stop must be a text or a list of at most {_MAX_STOPS} texts, none of them empty.",
-            "stop",
-        )
+        most = f"must be a text or a list of at most {_MAX_STOPS} texts, none of them empty."
+        raise wrong("stop", most)
     return tuple(words)
 
 
@@ -231,23 +225,17 @@ def _probes(fields: Fields, served: ServedModel) -> dict[str, Any]:
 
 def _chat_logprobs(fields: Fields) -> int | None:
     wanted = fields.take("logprobs", bool, False)
-    tops = fields.whole("top_logprobs", None, 0, MAX_LOGPROBS)
+    tops = fields.whole("top_logprobs", None, *_LOGPROBS)
     if tops is not None and not wanted:
-        raise Problem("top_logprobs needs logprobs to be true.", "top_logprobs")
+        raise wrong("top_logprobs", "needs logprobs to be true.")
     return (tops or 0) if wanted else None
-
-
-def _text_logprobs(fields: Fields) -> int | None:
-    return fields.whole("logprobs", None, 0, MAX_LOGPROBS)
 
 
 def _tools(fields: Fields, served: ServedModel) -> list[dict[str, Any]]:
     tools = fields.take("tools", list, [])
     choice = fields.take("tool_choice", default="auto")
     if choice not in ("auto", "none"):
-        raise Problem(
-            'tool_choice must be "auto" or "none": a call cannot be forced.', "tool_choice"
-        )
+        raise wrong("tool_choice", 'must be "auto" or "none": a call cannot be forced.')
     for i, tool in enumerate(tools):
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise Problem(f'tools[{i}] must be {{"type": "function", "function": …}}.', "tools")
@@ -258,36 +246,22 @@ def _tools(fields: Fields, served: ServedModel) -> list[dict[str, Any]]:
     return tools if choice == "auto" else []
 
 
-def _template_settings(fields: Fields, served: ServedModel) -> dict[str, Any]:
-    return read_template_settings(
-        fields.take("chat_template_kwargs", dict, {}), served.template_settings
-    )
-
-
 def _prompts(fields: Fields, served: ServedModel) -> list[str | list[int]]:
     prompts = fields.take("prompt")
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or (prompts and _are_tokens(prompts)):
         prompts = [prompts]
-    if not isinstance(prompts, list) or not prompts:
-        raise Problem("prompt must be a text, a list of texts, or token ids.", "prompt")
-    if _is_token(prompts[0]):
-        prompts = [prompts]
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            continue
-        if not isinstance(prompt, list) or not all(map(_is_token, prompt)):
-            raise Problem("prompt must be a text, a list of texts, or token ids.", "prompt")
-        if any(not 0 <= token < served.vocab_size for token in prompt):
-            raise Problem(
-                "prompt holds a token that this model does not have: choose 0 to "
-                f"{served.vocab_size - 1}.",
-                "prompt",
-            )
+    sound = isinstance(prompts, list) and prompts
+    if not sound or not all(isinstance(prompt, str) or _are_tokens(prompt) for prompt in prompts):
+        raise wrong("prompt", "must be a text, a list of texts, or token ids.")
+    tokens = [token for prompt in prompts if not isinstance(prompt, str) for token in prompt]
+    if any(not 0 <= token < served.vocab_size for token in tokens):
+        last = served.vocab_size - 1
+        raise wrong("prompt", f"holds a token that this model does not have: choose 0 to {last}.")
     return prompts
 
 
-def _is_token(value: Any) -> bool:
-    return type(value) is int
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 def _refuse_what_is_not_done(fields: Fields, chat: bool) -> None:

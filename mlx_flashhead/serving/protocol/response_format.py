@@ -11,7 +11,8 @@ from .request_fields import Fields
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
 _FORMAT = "response_format"
-_TYPES = ("text", "json_object", "json_schema", "regex", "grammar")
+_TEXTS = {"regex": Grammar.from_regex, "grammar": Grammar.from_lark}
+_TYPES = ("text", "json_object", "json_schema", *_TEXTS)
 
 
 def read_form(fields: Fields) -> Grammar | None:
@@ -22,7 +23,7 @@ def read_form(fields: Fields) -> Grammar | None:
     Raises:
         Problem: If it cannot be followed, naming the place.
     """
-    forms = [_response_format(fields.take(_FORMAT)), _regex(fields), _lark(fields)]
+    forms = [_response_format(fields.take(_FORMAT)), *(_text(fields, kind) for kind in _TEXTS)]
     grammars = [form for form in forms if form is not None]
     if len(grammars) > 1:
         raise Problem("An answer has one form: give response_format, regex or grammar.", _FORMAT)
@@ -41,8 +42,8 @@ def _response_format(value: Any) -> Grammar | None:
         form = _made(_FORMAT, Grammar.from_json_schema, {"type": "object"})
     elif kind == "json_schema":
         form = _json_schema(fields.take("json_schema"))
-    elif kind in ("regex", "grammar"):
-        form = (_regex if kind == "regex" else _lark)(fields, f"{_FORMAT}.")
+    elif kind in _TEXTS:
+        form = _text(fields, kind, f"{_FORMAT}.")
         if form is None:
             raise Problem(f"{_FORMAT}.{kind} is missing.", _FORMAT)
     fields.end()
@@ -63,33 +64,16 @@ def _json_schema(value: Any) -> Grammar:
     return _made(f"{where}.schema", Grammar.from_json_schema, schema)
 
 
-def _regex(fields: Fields, within: str = "") -> Grammar | None:
-    pattern = fields.take("regex")
-    return None if pattern is None else _made(f"{within}regex", Grammar.from_regex, pattern)
-
-
-def _lark(fields: Fields, within: str = "") -> Grammar | None:
-    text = fields.take("grammar")
-    return None if text is None else _made(f"{within}grammar", Grammar.from_lark, text)
+def _text(fields: Fields, kind: str, within: str = "") -> Grammar | None:
+    text = fields.take(kind)
+    return None if text is None else _made(f"{within}{kind}", _TEXTS[kind], text)
 
 
 def _made(where: str, make: Callable[[Any], Grammar], value: Any) -> Grammar:
-    """The form that ``where`` describes."""
     field = where.split(".")[0]
     if len(json.dumps(value)) > MAX_CHARACTERS:
         raise Problem(f"{where} is longer than {MAX_CHARACTERS:,} characters: simplify it.", field)
     try:
         return make(value)
     except ValueError as error:
-        raise _WrongForm(where, error, field) from None
-
-
-class _WrongForm(Problem):
-    """Reads the error when it is told, since the place in a schema takes a search."""
-
-    def __init__(self, where: str, error: ValueError, field: str):
-        super().__init__("", field)
-        self._where, self._error = where, error
-
-    def __str__(self) -> str:
-        return f"{self._where}: {self._error}"
+        raise Problem(f"{where}: {error}", field) from None

@@ -2,12 +2,9 @@
 
 import json
 import math
-import re
 from itertools import chain
 from typing import Any, NoReturn
 
-# An escape of half a character. A whole one beyond the first 65,536 takes two.
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_DEPTH = 100  # levels; readers and writers of JSON call themselves for each
 
 
@@ -22,8 +19,7 @@ def loads(text: bytes) -> Any:
         decoded = text.decode("utf-8-sig")
         value = json.loads(decoded, parse_constant=_refuse, parse_float=_finite_number)
         _check_depth(value)
-        if _HALF.search(decoded):
-            json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
     except UnicodeEncodeError:
@@ -45,7 +41,11 @@ def _check_depth(value: Any) -> None:
 
 def dumps(value: Any) -> str:
     """Writes JSON, with null for numbers that are not finite."""
-    return json.dumps(_finite(value), allow_nan=False)
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
+        return json.dumps(finite)
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -57,13 +57,3 @@ def _finite_number(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the number {text[:20]} is too large")
     return number
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value

@@ -4,32 +4,34 @@ import mlx.core as mx
 import pytest
 
 from engines import CHUNK, LONG, NEVER_ENDS, SHORT, generated, submit, tokens_of, until
+from mlx_flashhead import grammar_processor
 from mlx_flashhead.serving.engine.decoding import length_class
 from mlx_flashhead.serving.engine.job import Token
 
 
-def test_answers_are_what_the_package_generates(start, flash):
-    engine = start()
+@pytest.fixture(params=["engine", "drafting"])
+def either(request):
+    """An engine that decodes batches, or one sequence after another with drafts."""
+    return request.getfixturevalue(request.param)
+
+
+def test_answers_are_what_the_package_generates(either, flash):
+    """In batches of one setting, several settings at once."""
     prompts = [SHORT, LONG, LONG[:100], [50]]
-    jobs = {
-        (i, n_probes): submit(engine, prompt, n_probes=n_probes)
-        for i, prompt in enumerate(prompts)
-        for n_probes in (4, 1)
-    }
-    for (i, n_probes), one in jobs.items():
-        assert tokens_of(one) == generated(flash, prompts[i], n_probes=n_probes)
+    settings = [{}, {"n_probes": 1}, {"dense": True}]
+    asked = [(prompt, setting) for prompt in prompts for setting in settings]
+    jobs = [submit(either, prompt, **setting) for prompt, setting in asked]
+    for one, (prompt, setting) in zip(jobs, asked, strict=True):
+        assert tokens_of(one) == generated(flash, prompt, **setting)
 
 
-@pytest.mark.parametrize(
-    "n_tokens, expected",
-    [(1, 0), (1024, 0), (1025, 1), (4096, 1), (4097, 2), (16_384, 2), (16_385, 3)],
-)
-def test_classes_of_lengths(n_tokens, expected):
-    assert length_class(n_tokens) == expected
+def test_classes_of_lengths():
+    lengths = (1, 1024, 1025, 4096, 4097, 16_384, 16_385)
+    assert [*map(length_class, lengths)] == [0, 0, 1, 1, 2, 2, 3]
 
 
-def test_a_long_prompt_does_not_pad_the_caches_of_short_ones(start, flash):
-    engine = start(context=4000)
+def test_a_long_prompt_does_not_pad_the_caches_of_short_ones(start):
+    engine = start()
     text = [LONG[i % 400] for i in range(1500)]
     long = submit(engine, text, 10_000, **NEVER_ENDS)
     until(long, Token)
@@ -40,9 +42,8 @@ def test_a_long_prompt_does_not_pad_the_caches_of_short_ones(start, flash):
     long.cancelled = short.cancelled = True
 
 
-def test_seeds_repeat_whatever_else_is_drawn(start):
-    engine = start()
-    options = {"temperature": 1.5, "seed": 7, "max_tokens": 12}
+def test_seeds_repeat_whatever_else_is_drawn(engine):
+    options = {"temperature": 1.5, "seed": -7, "max_tokens": 12}
     alone = tokens_of(submit(engine, SHORT, **options))
     others = [submit(engine, SHORT, temperature=1.5, max_tokens=12) for _ in range(3)]
     others.append(submit(engine, SHORT, **options | {"seed": 8}))
@@ -52,22 +53,20 @@ def test_seeds_repeat_whatever_else_is_drawn(start):
     assert len({tuple(alone), *drawn}) == 5
 
 
-def test_processors_see_the_whole_sequence(start):
-    engine = start()
+def test_processors_see_the_whole_sequence(either):
     seen = []
 
     def look(tokens, logits):
         seen.append(tokens.tolist())
         return logits
 
-    tokens = tokens_of(submit(engine, LONG, 4, processors=[look]))
+    whole = [*LONG, *tokens_of(submit(either, LONG, 6, processors=[look]))]
     assert seen[0] == LONG
-    assert [*LONG, *tokens[:3]] in seen
+    assert all(tokens[: len(LONG)] == LONG for tokens in seen)
+    assert any(tokens == whole[: len(tokens)] and len(tokens) > 402 for tokens in seen)
 
 
-def test_a_processor_that_leaves_the_end_token_ends_the_answer(start):
-    engine = start()
-
+def test_a_processor_that_leaves_the_end_token_ends_the_answer(engine):
     def end(tokens, logits):
         if len(tokens) < len(SHORT) + 2:
             return logits
@@ -75,13 +74,11 @@ def test_a_processor_that_leaves_the_end_token_ends_the_answer(start):
 
     one = submit(engine, SHORT, 100, processors=[end])
     assert len(tokens_of(one)) == 2
-    assert one.n_tokens == 3
+    assert len(one.tokens) == 3
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_what_processors_leave_is_chosen_as_by_the_dense_model(start, drafting, batched):
+def test_what_processors_leave_is_chosen_as_by_the_dense_model(either):
     """Also where several sequences, of which each has processors of its own, are in one batch."""
-    engine = start() if batched else drafting
 
     def only(ids):
         allowed = (mx.arange(258)[:, None] == mx.array(list(ids))).any(axis=-1)
@@ -89,18 +86,19 @@ def test_what_processors_leave_is_chosen_as_by_the_dense_model(start, drafting, 
         return lambda tokens, logits: mx.where(allowed, logits, -1e9)
 
     rules = [only(range(start, 250, 37)) for start in (40, 41, 42)]
-    few = [submit(engine, SHORT, 12, processors=[rule], n_probes=1) for rule in rules]
+    few = [submit(either, SHORT, 12, processors=[rule], n_probes=1) for rule in rules]
     found = [tokens_of(one) for one in few]
     assert found == [
-        tokens_of(submit(engine, SHORT, 12, processors=[rule], dense=True)) for rule in rules
+        tokens_of(submit(either, SHORT, 12, processors=[rule], dense=True)) for rule in rules
     ]
 
 
-def test_drafts_change_nothing_and_take_turns(drafting, flash):
-    jobs = [submit(drafting, prompt, 12, n_probes=4) for prompt in (LONG, SHORT, LONG[:50])]
-    for one, prompt in zip(jobs, (LONG, SHORT, LONG[:50]), strict=True):
-        assert tokens_of(one) == generated(flash, prompt, 12)
-    assert tokens_of(submit(drafting, SHORT, n_probes=1)) == generated(flash, SHORT, n_probes=1)
+def test_texts_of_a_form(either, flash):
+    """A grammar follows what is drafted, and goes back."""
+    rules = [grammar_processor(flash[1], regex=regex) for regex in ("[0-9]{5}", "(ab){3,4}")]
+    jobs = [submit(either, SHORT, 20, processors=[rule]) for rule in rules]
+    first, second = (flash[1].decode(tokens_of(one)) for one in jobs)
+    assert first.isdecimal() and len(first) == 5 and second in ("ab" * 3, "ab" * 4)
 
 
 def test_a_cache_with_drafts_is_cut_where_it_ends(drafting, flash):
@@ -119,19 +117,6 @@ def test_a_cache_with_drafts_is_cut_where_it_ends(drafting, flash):
     one = submit(drafting, longer)
     assert tokens_of(one) == generated(flash, longer)
     assert one.cached >= 70
-
-
-def test_processors_see_the_whole_sequence_beside_drafts(drafting):
-    seen = []
-
-    def look(tokens, logits):
-        seen.append(tokens.tolist())
-        return logits
-
-    tokens = tokens_of(submit(drafting, SHORT, 6, processors=[look]))
-    whole = [*SHORT, *tokens]
-    assert all(tokens[: len(SHORT)] == SHORT for tokens in seen)
-    assert any(tokens == whole[: len(tokens)] and len(tokens) > 4 for tokens in seen)
 
 
 def test_quantized_caches(start, flash):

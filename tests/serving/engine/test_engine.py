@@ -1,27 +1,13 @@
-"""The generating thread: turns of prompts and answers, cancelling at any moment, failures."""
+"""The generating thread: turns of prompts and answers, cancelling at any moment, its end."""
 
 import threading
-import time
 
 import pytest
-from mlx_lm.sample_utils import make_sampler
 
-from engines import (
-    CHUNK,
-    LONG,
-    NEVER_ENDS,
-    SHORT,
-    generated,
-    job,
-    running,
-    submit,
-    tokens_of,
-    until,
-)
-from mlx_flashhead.serving.catalogue import Catalogue
+from engines import CHUNK, LONG, NEVER_ENDS, SHORT, job, submit, tokens_of, until
 from mlx_flashhead.serving.engine.engine import Engine, time_for_answers
-from mlx_flashhead.serving.engine.job import Failure, Progress, Token
-from served_models import flags, served_model
+from mlx_flashhead.serving.engine.job import Progress, Token
+from served_models import flags
 
 
 def test_a_cancelled_prompt_is_not_read_on_and_what_was_read_is_kept(start, chunks):
@@ -29,13 +15,12 @@ def test_a_cancelled_prompt_is_not_read_on_and_what_was_read_is_kept(start, chun
     one = submit(engine, LONG)
     until(one, Progress)
     one.cancelled = True
-    time.sleep(0.2)
+    tokens_of(submit(engine, SHORT))
     n_read = len(chunks)
-    assert n_read < 20
     other = submit(engine, LONG)
     assert len(tokens_of(other)) == 8
     assert other.cached >= CHUNK
-    assert {of for of, _ in chunks[n_read:]} == {other}
+    assert n_read < len(LONG) // CHUNK and {of for of, _ in chunks[n_read:]} == {other}
 
 
 def test_a_cancelled_job_in_the_queue_is_never_begun(start, chunks):
@@ -43,7 +28,6 @@ def test_a_cancelled_job_in_the_queue_is_never_begun(start, chunks):
     first = submit(engine, SHORT, 10_000, **NEVER_ENDS)
     until(first, Token)
     waiting = submit(engine, LONG)
-    time.sleep(0.05)
     waiting.cancelled = first.cancelled = True
     assert len(tokens_of(submit(engine, SHORT))) == 8
     assert waiting not in {of for of, _ in chunks}
@@ -53,15 +37,12 @@ def test_a_cancelled_answer_ends_and_its_cache_is_kept(start):
     engine = start()
     one = submit(engine, LONG, 10_000, **NEVER_ENDS)
     other = submit(engine, SHORT, 10_000, **NEVER_ENDS)
-    for _ in range(3):
-        until(one, Token)
+    until(one, Token)
     one.cancelled = True
-    time.sleep(0.2)
-    n_tokens = one.n_tokens
-    until(other, Token)
-    time.sleep(0.05)
-    assert one.n_tokens == n_tokens
-    assert other.n_tokens > 3
+    assert len(tokens_of(submit(engine, [50]))) == 8
+    n_tokens, n_others = len(one.tokens), len(other.tokens)
+    assert len(tokens_of(submit(engine, [51]))) == 8
+    assert len(one.tokens) == n_tokens and len(other.tokens) > n_others
     other.cancelled = True
     again = submit(engine, LONG)
     assert len(tokens_of(again)) == 8
@@ -72,10 +53,8 @@ def test_a_short_question_does_not_wait_for_a_long_prompt(start, chunks):
     engine = start()
     long = submit(engine, LONG)
     until(long, Progress)
-    short = submit(engine, SHORT)
-    assert len(tokens_of(short)) == 8
-    read_by_then = sum(size for of, size in chunks if of is long)
-    assert read_by_then < 399
+    assert len(tokens_of(submit(engine, SHORT))) == 8
+    assert sum(size for of, size in chunks if of is long) < 399
     assert len(tokens_of(long)) == 8
 
 
@@ -85,10 +64,10 @@ def test_answers_go_on_while_a_prompt_is_read(start, chunks):
     until(answer, Token)
     long = submit(engine, LONG)
     until(long, Progress)
-    before = answer.n_tokens
+    before = len(answer.tokens)
     until(long, Token)
     # half of the time is the answer's
-    assert answer.n_tokens - before > len(chunks)
+    assert len(answer.tokens) - before > len(chunks)
     answer.cancelled = True
 
 
@@ -101,7 +80,7 @@ def test_a_burst_of_prompts_is_read_before_few_answers_go_on(n_answers, n_prompt
 
 def test_long_prompts_are_not_starved_by_short_ones(start, chunks):
     engine = start()
-    long = submit(engine, LONG)
+    long = submit(engine, LONG[: 8 * CHUNK])
     ended = threading.Event()
 
     def ask():
@@ -119,43 +98,15 @@ def test_long_prompts_are_not_starved_by_short_ones(start, chunks):
             asker.join()
 
 
-def test_a_failure_ends_the_answer_and_nothing_else(start, flash):
+def test_answers_to_one_prompt_read_it_once(start, chunks):
     engine = start()
-
-    def fails(tokens, logits):
-        raise RuntimeError("of this sequence")
-
-    good = submit(engine, SHORT, 10_000, **NEVER_ENDS)
-    until(good, Token)
-    bad = submit(engine, SHORT, processors=[fails])
-    assert "of this sequence" in str(until(bad, Failure | Token).error)
-    n_tokens = good.n_tokens
-    until(good, Token)  # it is in the same batch
-    while good.n_tokens <= n_tokens:
-        until(good, Token)
-    good.cancelled = True
-    assert tokens_of(submit(engine, SHORT)) == generated(flash, SHORT)
-    assert engine.healthy
-
-
-def test_a_sampler_that_fails_does_not_spoil_the_draws_of_others(start):
-    """mlx-lm's refuses the threshold while MLX compiles it."""
-    engine = start()
-    bad = job(engine, SHORT)
-    bad.sampler = make_sampler(temp=1.0, xtc_probability=1.0, xtc_threshold=0.9)
-    engine.submit([bad])
-    assert "threshold" in str(until(bad, Failure | Token).error)
-    assert len(tokens_of(submit(engine, SHORT, temperature=1.0))) > 0
-
-
-def test_a_failure_of_the_loop_itself_is_told_to_all(start, flash, monkeypatch):
-    engine = start()
-    one = submit(engine, SHORT, 10_000, **NEVER_ENDS)
-    until(one, Token)
-    monkeypatch.setattr(engine, "_read", lambda: 1 / 0)
-    assert isinstance(until(one, Failure).error, ZeroDivisionError)
-    monkeypatch.undo()
-    assert tokens_of(submit(engine, SHORT)) == generated(flash, SHORT)
+    jobs = [job(engine, LONG, 4) for _ in range(6)]
+    for one in jobs[1:]:
+        one.prompt = jobs[0].prompt
+    engine.submit(jobs)
+    assert len({tuple(tokens_of(one)) for one in jobs}) == 1
+    assert {of for of, _ in chunks} == {jobs[0]}
+    assert [one.cached for one in jobs] == [0, *[len(LONG) - 1] * 5]
 
 
 def test_a_model_that_cannot_be_loaded_is_told():
@@ -164,16 +115,12 @@ def test_a_model_that_cannot_be_loaded_is_told():
 
     engine = Engine(load, flags())
     with pytest.raises(ValueError, match="no such model"):
-        engine.catalogue.result(20)
+        engine.models.result(20)
     assert engine.close(20)
 
 
-def test_it_closes_amid_work(random_model):
-    def load():
-        return Catalogue([served_model(random_model / "flash")])
-
-    engine = running(load)
-    until(submit(engine, SHORT, 10_000, **NEVER_ENDS), Token)
-    submit(engine, LONG)
-    assert engine.close(20)
+def test_it_closes_amid_work(start_engine):
+    with start_engine() as engine:
+        until(submit(engine, SHORT, 10_000, **NEVER_ENDS), Token)
+        submit(engine, LONG)
     assert not engine.healthy

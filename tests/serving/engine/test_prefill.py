@@ -1,14 +1,9 @@
 """Prompts: read a chunk at a time, as far as no cache holds them already."""
 
-import pytest
-
 import mlx_flashhead
-from engines import CHUNK, LONG, SHORT, generated, running, submit, tokens_of
-from mlx_flashhead.serving.catalogue import Catalogue
+from engines import CHUNK, LONG, SHORT, generated, submit, tokens_of
 from mlx_flashhead.serving.engine.job import Progress, Token
 from mlx_flashhead.serving.engine.prefill import CHUNK_SECONDS, SMALLEST_CHUNK, Pace
-from model_folders import write_model
-from served_models import served_model
 
 
 def test_progress_is_told_until_the_prompt_is_read(start, chunks):
@@ -46,35 +41,19 @@ def test_caches_are_bounded(start):
     assert again.cached == 0
 
 
-@pytest.fixture(scope="module")
-def sliding(tmp_path_factory):
-    """A converted folder of a model with a sliding window of 32 tokens."""
-    folder = tmp_path_factory.mktemp("sliding")
-    further = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32}
-    further |= {"sliding_window_pattern": 2}
-    write_model(folder / "dense", arch="gemma3_text", hidden_size=64, further=further)
-    new = folder / "flash"
-    mlx_flashhead.convert(
-        str(folder / "dense"), str(new), calibration="none", progress=False, n_probes=4
-    )
-    return new
-
-
-def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(sliding, chunks):
-    engine = running(lambda: Catalogue([served_model(sliding)]))
-    loaded = mlx_flashhead.load(str(sliding))
-    try:
-        assert not engine.catalogue.result().default.cuttable
-        first, second = [*LONG[:80], 50, 51], [*LONG[:80], 60, 61, 62]
-        assert tokens_of(submit(engine, first, landmarks=(80, 81))) == generated(loaded, first)
-        one = submit(engine, second, landmarks=(80, 82))
-        assert tokens_of(one) == generated(loaded, second)
-        assert one.cached == 80
-        same = submit(engine, first, landmarks=(80, 81))
-        assert tokens_of(same) == generated(loaded, first)
-        assert same.cached == 81
-    finally:
-        assert engine.close(20)
+def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(sliding_model, start_engine):
+    loaded = mlx_flashhead.load(str(sliding_model))
+    first, second = [*LONG[:80], 50, 51], [*LONG[:80], 60, 61, 62]
+    with start_engine(folder=sliding_model) as engine:
+        assert not engine.models.result()[0].cuttable
+        for prompt, landmarks, cached in (
+            (first, (80, 81), 0),
+            (second, (80, 82), 80),
+            (first, (80, 81), 81),
+        ):
+            one = submit(engine, prompt, landmarks=landmarks)
+            assert tokens_of(one) == generated(loaded, prompt)
+            assert one.cached == cached
 
 
 def test_pace_finds_what_fits_into_a_chunks_time():

@@ -19,14 +19,10 @@ def filled(n_tokens, kind=KVCache):
     return [cache]
 
 
-@pytest.fixture
-def caches():
-    return PromptCaches(8, None)
-
-
 @pytest.mark.parametrize("kind", [KVCache, lambda: RotatingKVCache(max_size=4)])
-def test_found_is_as_much_as_the_cache_holds(caches, kind):
+def test_found_is_as_much_as_the_cache_holds(kind):
     """All but the last token; of a cache that cannot be trimmed, what was kept before."""
+    caches = PromptCaches(8, None)
     caches.keep(SERVED, [1, 2, 3], filled(3, kind))
     caches.keep(SERVED, [1, 2, 3, 4, 5, 6], filled(6, kind))
     for tokens in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 9]):
@@ -38,14 +34,9 @@ def test_found_is_as_much_as_the_cache_holds(caches, kind):
 
 
 def test_room_is_made_for_caches_in_use():
-    caches = PromptCaches(8, max_bytes=3 * filled(256)[0].nbytes)
-    for number in range(3):
-        caches.keep(SERVED, [number, *range(100, 355)], filled(256))
-
-    def kept():
-        return [number for number in range(3) if caches.find(SERVED, [number, 100, 7])[1]]
-
-    caches.make_room([])
-    assert len(kept()) == 3
-    caches.make_room([1, filled(256)[0].nbytes])
-    assert len(kept()) == 1
+    size = filled(256)[0].nbytes
+    caches = PromptCaches(8, max_bytes=3 * size)
+    for number in range(4):
+        caches.keep(SERVED, [number, *range(100, 355)], filled(256), in_use=[1] * (number == 3))
+    kept = [number for number in range(4) if caches.find(SERVED, [number, 100, 7])[1]]
+    assert len(kept) == 2

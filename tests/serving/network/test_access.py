@@ -8,20 +8,19 @@ import pytest
 from mlx_flashhead.serving.network import access
 from mlx_flashhead.serving.network.access import Access, is_token, new_token, without_token
 from mlx_flashhead.serving.protocol.errors import Problem
+from scripted_server import TOKEN
 
-TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
 LOCAL = Access()
 LAN = Access(TOKEN, hosts=frozenset({"studio", "mac.fritz.box"}))
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+POST = {"Content_Length": "2"}
 
 
 def headers(**fields):
     message = Message()
-    message["Host"] = "127.0.0.1:8080"
-    for name, value in fields.items():
-        name = name.replace("_", "-")
-        del message[name]
+    for name, value in ({"Host": "127.0.0.1:8080"} | fields).items():
         for one in [value] if isinstance(value, str) else value:
-            message[name] = one
+            message[name.replace("_", "-")] = one
     return message
 
 
@@ -34,92 +33,63 @@ def status(rules, method="GET", target="/", **fields):
     return None
 
 
-def bearer(token=TOKEN):
-    return {"Authorization": f"Bearer {token}"}
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1:8080", "localhost:8080", "LOCALHOST", "[::1]:8080"])
-def test_this_machine_needs_no_token(host):
-    assert status(LOCAL, Host=host) is None
-    assert status(LOCAL, "POST", "/v1/chat/completions", Host=host, Content_Length="2") is None
+HERE = ("127.0.0.1:8080", "localhost:8080", "LOCALHOST", "[::1]:8080")
+OWN = ("192.168.1.5:8080", "[fd00::1]:8080", "Mac.local:8080", "mac.local.")
+OWN += ("studio:8080", "mac.fritz.box", "localhost:8080")
+FOREIGN = ("evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example")
+FOREIGN += ("mac.local.evil.example", "local", "nas", "", "[::1", "localhost:80:80", "a b")
 
 
 @pytest.mark.parametrize(
-    "host",
+    "host, local, lan",
     [
-        "evil.example",
-        "evil.example:8080",
-        "localhost.evil.example",
-        "127.0.0.1.evil.example",
-        "mac.local:8080",
-        "192.168.1.5:8080",
-        "0.0.0.0:8080",
-        "",
-        "[::1",
-        "localhost:80:80",
-        "a b",
+        *((host, None, None) for host in HERE),
+        *((host, 403, None) for host in OWN[:4]),
+        *((host, None if host == "localhost:8080" else 403, None) for host in OWN[4:]),
+        *((host, 403, 403) for host in FOREIGN),
+        (["localhost", "evil.example"], 400, 400),
+        ([], 400, 400),
     ],
 )
-def test_other_names_are_refused_on_this_machine(host):
-    assert status(LOCAL, Host=host) == HTTPStatus.FORBIDDEN
-
-
-@pytest.mark.parametrize(
-    "host",
-    [
-        "192.168.1.5:8080",
-        "[fd00::1]:8080",
-        "Mac.local:8080",
-        "mac.local.",
-        "studio:8080",
-        "mac.fritz.box",
-        "localhost:8080",
-    ],
-)
-def test_own_names_on_the_network(host):
-    assert status(LAN, Host=host, **bearer()) is None
-    assert status(LAN, Host=host) == HTTPStatus.UNAUTHORIZED
-
-
-@pytest.mark.parametrize("host", ["evil.example:8080", "mac.local.evil.example", "local", "nas"])
-def test_foreign_names_are_refused_even_with_the_token(host):
-    assert status(LAN, Host=host, **bearer()) == HTTPStatus.FORBIDDEN
-
-
-def test_one_host_header():
-    assert status(LOCAL, Host=["localhost", "evil.example"]) == HTTPStatus.BAD_REQUEST
-    assert status(LOCAL, Host=[]) == HTTPStatus.BAD_REQUEST
+def test_names_of_the_server(host, local, lan):
+    """On this machine without a token, on the network with it."""
+    assert status(LOCAL, Host=host) == local
+    assert status(LOCAL, "POST", "/v1/chat/completions", Host=host, **POST) == local
+    assert status(LAN, Host=host, **BEARER) == lan
+    assert status(LAN, Host=host) == (lan or HTTPStatus.UNAUTHORIZED)
 
 
 @pytest.mark.parametrize(
     "target", ["/", "/v1/models", "/health", "/page/app.js", "/page/info.json"]
 )
 def test_everything_needs_the_token_on_the_network(target):
-    assert status(LAN, target=target) == HTTPStatus.UNAUTHORIZED
-    assert status(LAN, target=target, **bearer("k7mf-3xq2-9tzc-hd4w-p8nt")) == 401
-    assert status(LAN, target=target, **bearer("")) == 401
-    assert status(LAN, target=target, **bearer(TOKEN[:-1])) == 401
-    assert status(LAN, target=target, **bearer("tökén\xe9")) == 401
-    assert status(LAN, target=target, Authorization=f"Basic {TOKEN}") == 401
-    assert status(LAN, target=target, **bearer()) is None
-    assert status(LAN, target=target, Cookie=f"a=b; flashhead_token={TOKEN}") is None
-    assert status(LAN, target=target, Cookie=f"other={TOKEN}") == 401
+    for fields in (BEARER, {"Cookie": f"a=b; flashhead_token={TOKEN}"}):
+        assert status(LAN, target=target, **fields) is None
+    wrong = ["k7mf-3xq2-9tzc-hd4w-p8nt", "", TOKEN[:-1], "tökén\xe9"]
+    refused = [{"Authorization": f"Bearer {token}"} for token in wrong]
+    refused += [{}, {"Authorization": f"Basic {TOKEN}"}, {"Cookie": f"other={TOKEN}"}]
+    for fields in refused:
+        assert status(LAN, target=target, **fields) == HTTPStatus.UNAUTHORIZED
 
 
-def test_token_in_the_address_opens_the_page_only():
-    assert status(LAN, target=f"/?token={TOKEN}") is None
-    assert status(LAN, target=f"/manifest.webmanifest?token={TOKEN}") is None
-    assert status(LAN, target="/?token=wrong") == 401
-    assert status(LAN, target=f"/v1/models?token={TOKEN}") == 401
-    assert status(LAN, "POST", f"/v1/chat/completions?token={TOKEN}", Content_Length="2") == 401
-
-
-def test_what_a_home_screen_fetches_is_public():
-    for path in ("/manifest.webmanifest", "/apple-touch-icon.png"):
-        assert status(LAN, target=path) is None
-        assert status(LAN, "POST", path, Content_Length="2") == 401
-        assert status(LAN, target=path, Host="evil.example") == 403
-    assert status(LAN, target="/apple-touch-icon.png/../v1/models") == 401
+@pytest.mark.parametrize(
+    "method, target, expected",
+    [
+        ("GET", f"/?token={TOKEN}", None),
+        ("GET", f"/manifest.webmanifest?token={TOKEN}", None),
+        ("GET", "/?token=wrong", 401),
+        ("GET", f"/v1/models?token={TOKEN}", 401),
+        ("POST", f"/v1/chat/completions?token={TOKEN}", 401),
+        # what a Home Screen fetches
+        ("GET", "/manifest.webmanifest", None),
+        ("GET", "/apple-touch-icon.png", None),
+        ("POST", "/apple-touch-icon.png", 401),
+        ("GET", "/apple-touch-icon.png/../v1/models", 401),
+    ],
+)
+def test_token_in_the_address_opens_the_page_only(method, target, expected):
+    assert status(LAN, method, target, **POST) == expected
+    assert status(LAN, method, target, Host="evil.example", **POST) == 403
 
 
 def test_tokens_are_compared_in_constant_time(monkeypatch):
@@ -130,40 +100,29 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
         return False
 
     monkeypatch.setattr(access.hmac, "compare_digest", compare)
-    assert not LAN.accepts(TOKEN)
+    assert not LAN.accepts("/", headers(**BEARER))
     assert compared == [(TOKEN.encode(), TOKEN.encode())]
 
 
 @pytest.mark.parametrize(
     "origin",
     [
-        "http://evil.example",
-        "null",
-        "https://127.0.0.1:8080",
-        "http://127.0.0.1:9000",
-        "",
-        "http://localhost:8080",
-        "http://127.0.0.1:8080.evil.example",
-        "file://",
+        *("http://evil.example", "null", "https://127.0.0.1:8080", "http://127.0.0.1:9000", ""),
+        *("http://localhost:8080", "http://127.0.0.1:8080.evil.example", "file://"),
     ],
 )
 def test_other_origins_are_refused(origin):
-    assert status(LOCAL, "POST", "/v1/models", Origin=origin, Content_Length="2") == 403
-    assert status(LAN, Origin=origin, **bearer()) == 403
+    assert status(LOCAL, "POST", "/v1/models", Origin=origin, **POST) == 403
+    assert status(LAN, Origin=origin, **BEARER) == 403
 
 
-def test_own_origin_is_served():
-    assert (
-        status(LOCAL, "POST", "/v1/x", Origin="http://127.0.0.1:8080", Content_Length="2") is None
-    )
+def test_own_and_named_origins_are_served():
+    assert status(LOCAL, "POST", "/v1/x", Origin="http://127.0.0.1:8080", **POST) is None
     own = {"Host": "Mac.local:8080", "Origin": "http://mac.local:8080"}
-    assert status(LAN, **own, **bearer()) is None
-
-
-def test_named_origins_are_served():
+    assert status(LAN, **own, **BEARER) is None
     rules = Access(TOKEN, origins=frozenset({"https://chat.example"}))
     site = {"Origin": "https://chat.example", "Sec_Fetch_Site": "cross-site"}
-    assert status(rules, **site, **bearer()) is None
+    assert status(rules, **site, **BEARER) is None
     assert status(rules, **site) == 401
     # A preflight carries no token; all it learns is that the site may ask.
     assert status(rules, "OPTIONS", "/v1/chat/completions", **site) is None
@@ -172,29 +131,35 @@ def test_named_origins_are_served():
     assert rules.cross_origin(headers(Origin="http://127.0.0.1:8080")) is None
 
 
-def test_other_sites_may_link_but_not_load():
-    for site in ("cross-site", "same-site"):
-        assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode="no-cors") == 403
-        assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode="navigate") is None
-    assert status(LOCAL, Sec_Fetch_Site="same-origin", Sec_Fetch_Mode="cors") is None
-    assert status(LOCAL, Sec_Fetch_Site="none", Sec_Fetch_Mode="navigate") is None
+@pytest.mark.parametrize(
+    "site, mode, expected",
+    [
+        *((site, "no-cors", 403) for site in ("cross-site", "same-site")),
+        *((site, "navigate", None) for site in ("cross-site", "same-site", "none")),
+        ("same-origin", "cors", None),
+    ],
+)
+def test_other_sites_may_link_but_not_load(site, mode, expected):
+    assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode=mode) == expected
 
 
-def test_bodies_are_bounded():
-    def post(rules=LOCAL, **fields):
-        return status(rules, "POST", "/v1/chat/completions", **fields)
-
-    assert post(Content_Length=str(4 << 20)) is None
-    assert post(Content_Length=str((4 << 20) + 1)) == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-    small = Access(max_body_bytes=100)
-    assert post(small, Content_Length="100") is None
-    assert post(small, Content_Length="101") == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-    assert post() == HTTPStatus.LENGTH_REQUIRED
-    assert post(Transfer_Encoding="chunked") == HTTPStatus.LENGTH_REQUIRED
-    assert post(Transfer_Encoding="chunked", Content_Length="2") == HTTPStatus.LENGTH_REQUIRED
-    for length in ("-1", "+2", "1e3", "", "²", "9" * 16):  # read(-1) would read without end
-        assert post(Content_Length=length) == HTTPStatus.BAD_REQUEST
-    assert post(Content_Length=["2", "3"]) == HTTPStatus.BAD_REQUEST
+@pytest.mark.parametrize(
+    "rules, fields, expected",
+    [
+        (LOCAL, {"Content_Length": str(4 << 20)}, None),
+        (LOCAL, {"Content_Length": str((4 << 20) + 1)}, 413),
+        (Access(max_body_bytes=100), {"Content_Length": "100"}, None),
+        (Access(max_body_bytes=100), {"Content_Length": "101"}, 413),
+        (LOCAL, {}, 411),
+        (LOCAL, {"Transfer_Encoding": "chunked"}, 411),
+        (LOCAL, {"Transfer_Encoding": "chunked", "Content_Length": "2"}, 411),
+        # read(-1) would read without end
+        *((LOCAL, {"Content_Length": n}, 400) for n in ("-1", "+2", "1e3", "", "²", "9" * 16)),
+        (LOCAL, {"Content_Length": ["2", "3"]}, 400),
+    ],
+)
+def test_bodies_are_bounded(rules, fields, expected):
+    assert status(rules, "POST", "/v1/chat/completions", **fields) == expected
 
 
 def test_new_tokens_are_random_and_valid():

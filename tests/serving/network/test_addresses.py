@@ -22,8 +22,8 @@ from mlx_flashhead.serving.network.addresses import (
     qr_code,
     url,
 )
+from scripted_server import TOKEN
 
-TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
 PAGE = f"http://192.168.178.123:8080/?token={TOKEN}"
 
 
@@ -73,19 +73,19 @@ def test_announcement_stays_on_a_small_screen(host):
     assert scanned(line for line in shown if line and set(line) <= set("█▀▄ ")) == page
 
 
-def test_announcement_for_a_terminal_of_ascii():
-    printed = announced("ascii")
-    assert f"  {PAGE}\n" in printed and "needs a terminal with UTF-8" in printed
-
-
-def test_announcement_without_what_draws_the_code(monkeypatch):
+@pytest.mark.parametrize(
+    "encoding, segno, said",
+    [
+        ("ascii", True, "needs a terminal with UTF-8"),
+        ("utf-8", False, "needs segno, which is not installed: pip install 'mlx_flashhead[qr]'.\n"),
+    ],
+)
+def test_announcement_without_a_code(monkeypatch, encoding, segno, said):
     """The address is there all the same, and how the code is had."""
-    monkeypatch.setitem(sys.modules, "segno", None)
-    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    announce("192.168.178.123", 8080, TOKEN, out)
-    printed = out.buffer.getvalue().decode()
-    assert f"  {PAGE}\n" in printed
-    assert "needs segno, which is not installed: pip install 'mlx_flashhead[qr]'.\n" in printed
+    if not segno:
+        monkeypatch.setitem(sys.modules, "segno", None)
+    printed = announced(encoding)
+    assert f"  {PAGE}\n" in printed and said in printed
 
 
 def test_token_is_kept_and_private(tmp_path):
@@ -106,15 +106,15 @@ def test_file_without_a_token_is_refused(tmp_path, content):
         kept_token(path)
 
 
-def test_addresses():
-    assert addresses.url("192.168.1.5", 80, "t") == "http://192.168.1.5:80/?token=t"
-    assert addresses.url("fd00::1", 80) == "http://[fd00::1]:80/"
+def test_addresses(monkeypatch):
+    assert url("192.168.1.5", 80, "t") == "http://192.168.1.5:80/?token=t"
+    assert url("fd00::1", 80) == "http://[fd00::1]:80/"
     assert own_address("10.1.2.3") == "10.1.2.3"
     assert socket.inet_aton(own_address("0.0.0.0"))
-    assert [is_loopback(h) for h in ("127.0.0.1", "::1", "localhost", "127.8.9.1")] == [True] * 4
-    assert [is_loopback(h) for h in ("0.0.0.0", "::", "192.168.1.5", "mac.local", "")] == [
-        False
-    ] * 5
+    assert all(map(is_loopback, ("127.0.0.1", "::1", "localhost", "127.8.9.1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "mac.local", "")))
+    monkeypatch.setattr(addresses.socket, "gethostname", lambda: "Studio.fritz.box")
+    assert own_names() == {"studio", "studio.fritz.box"}
 
 
 def test_machine_without_a_network(monkeypatch):
@@ -123,8 +123,3 @@ def test_machine_without_a_network(monkeypatch):
 
     monkeypatch.setattr(addresses.socket.socket, "connect", connect)
     assert own_address("0.0.0.0") == "127.0.0.1"
-
-
-def test_own_names(monkeypatch):
-    monkeypatch.setattr(addresses.socket, "gethostname", lambda: "Studio.fritz.box")
-    assert own_names() == {"studio", "studio.fritz.box"}

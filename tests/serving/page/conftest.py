@@ -2,14 +2,14 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from mlx_flashhead.serving.network.access import Access
-from page_actions import TOKEN
-from scripted_server import LAN_NAME, scripted_server
+from scripted_server import LAN_NAME, TOKEN
 
 CHECKOUT = Path(__file__).parents[3]
 SCREENSHOTS = CHECKOUT / "screenshots"
@@ -52,21 +52,27 @@ def chromium():
 
 
 class Opener:
-    """Opens pages as on a touch screen, and keeps what went wrong in them."""
+    """Opens pages as on a touch screen, and keeps what went wrong in them.
 
-    def __init__(self, browser):
-        self.browser = browser
+    Args:
+        browser: The browser.
+        port: The port of the server of addresses that have none.
+    """
+
+    def __init__(self, browser, port):
+        self.browser, self.port = browser, port
         self.contexts = []
         self.problems = []
         self.hosts = set()
 
-    def __call__(self, url, screen="ipad", *, dark=False, worker=False):
+    def __call__(self, screen="iphone", url="/", *, dark=False, worker=False):
         context = self.browser.new_context(
             **SCREENS[screen],
             service_workers="allow" if worker else "block",
             has_touch=True,
             is_mobile=True,
             color_scheme="dark" if dark else "light",
+            base_url=f"http://127.0.0.1:{self.port}",
         )
         context.set_default_timeout(20_000)
         self.contexts.append(context)
@@ -83,10 +89,10 @@ class Opener:
             self.problems.append(message.text)
 
 
-@pytest.fixture
-def open_page(chromium):
-    """Opens a page: (url, screen, dark, worker) → page. No script fails, no other host is asked."""
-    opener = Opener(chromium)
+@contextmanager
+def opener(chromium, port):
+    """What opens pages. No script fails, and no other host is asked."""
+    opener = Opener(chromium, port)
     yield opener
     for context in opener.contexts:
         context.close()
@@ -95,17 +101,31 @@ def open_page(chromium):
 
 
 @pytest.fixture
-def server():
-    """Port and script of a server on this machine alone."""
-    with scripted_server() as running:
-        yield running
+def open_page(chromium, server):
+    """Opens a page of the scripted server: (screen, url, dark, worker) → page."""
+    with opener(chromium, server[0]) as open_page:
+        yield open_page
+
+
+@pytest.fixture(scope="module")
+def pages(chromium, scripted):
+    """As `open_page`, for pages that the tests of a file share."""
+    scripted[1].reset()
+    with opener(chromium, scripted[0]) as pages:
+        yield pages
 
 
 @pytest.fixture
-def lan():
-    """Address, with the token, and script of a server on a network."""
-    with scripted_server(Access(TOKEN)) as (port, script):
-        yield f"http://{LAN_NAME}:{port}/", script
+def script(server):
+    """What the server says."""
+    return server[1]
+
+
+@pytest.fixture
+def lan(server):
+    """The server's address, if it is on a network: it needs the token."""
+    server[1].access = Access(TOKEN)
+    return f"http://{LAN_NAME}:{server[0]}/"
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from scripted_server import scripted_server
+from page_actions import ask
 
 RENDER = """async (text) => {
     const { renderMarkdown } = await import("/page/markdown.js");
@@ -16,40 +16,28 @@ RENDER = """async (text) => {
 CASES = {
     "plain": "<p>plain</p>",
     "two\nlines\n\nnext": "<p>two<br>lines</p><p>next</p>",
-    "# One\n### Three ##\ntext": "<h1>One</h1><h3>Three</h3><p>text</p>",
     "#hashtag": "<p>#hashtag</p>",
-    "**bold** and *it* and ***both***": "<p><strong>bold</strong> and <em>it</em> and "
-    "<em><strong>both</strong></em></p>",
     "__b__ _i_ ~~gone~~": "<p><strong>b</strong> <em>i</em> <del>gone</del></p>",
-    "**a *b* c**": "<p><strong>a <em>b</em> c</strong></p>",
     "snake_case_name 2*3*4 a * b * c": "<p>snake_case_name 2<em>3</em>4 a * b * c</p>",
     "**open and `code": "<p>**open and `code</p>",
     "`a*b*` ``x`y``": "<p><code>a*b*</code> <code>x`y</code></p>",
     r"\*not\* \# \`it\`": "<p>*not* # `it`</p>",
     "- a\n- b\n  - c\n  - d\n- e": "<ul><li>a</li><li>b<ul><li>c</li><li>d</li></ul></li>"
     "<li>e</li></ul>",
-    "3. a\n4. b": '<ol start="3"><li>a</li><li>b</li></ol>',
-    "1. a\n\n2. b\n\nend": "<ol><li><p>a</p></li><li><p>b</p></li></ol><p>end</p>",
     "1. a\n\n   ```\n   x\n   ```\n2. b": "<ol><li><p>a</p><pre><code>x</code></pre></li>"
     "<li><p>b</p></li></ol>",
-    "- a\n\n  more": "<ul><li><p>a</p><p>more</p></li></ul>",
-    "text:\n- a": "<p>text:</p><ul><li>a</li></ul>",
     "> a\n> - b\n\nc": "<blockquote><p>a</p><ul><li>b</li></ul></blockquote><p>c</p>",
-    "a\n\n---\n\nb": "<p>a</p><hr><p>b</p>",
     "```py\nif a:\n    b\n\nc\n```\nend": "<pre><code>if a:\n    b\n\nc</code></pre><p>end</p>",
     "```\nopen\n# still": "<pre><code>open\n# still</code></pre>",
-    "````\n```\n````": "<pre><code>```</code></pre>",
     "|a|b|\n|-|:-:|\n|1|`x\\|y`|\n|2|": '<div class="table"><table><thead><tr><th>a</th>'
     '<th align="center">b</th></tr></thead><tbody><tr><td>1</td><td align="center">'
     '<code>x|y</code></td></tr><tr><td>2</td><td align="center"></td></tr></tbody>'
     "</table></div>",
-    "a | b": "<p>a | b</p>",
     "[a *b*](https://x.example/y_(z))": '<p><a href="https://x.example/y_(z)">a <em>b</em></a></p>',
     'see https://x.example/a_b_c?d=1&e. "end"': '<p>see <a href="https://x.example/a_b_c?d=1&amp;e">'
     'https://x.example/a_b_c?d=1&amp;e</a>. "end"</p>',
     "(http://x.example)": '<p>(<a href="http://x.example">http://x.example</a>)</p>',
     "<mailto:a@x.example> h": '<p><a href="mailto:a@x.example">mailto:a@x.example</a> h</p>',
-    "h http": "<p>h http</p>",
     "![picture](https://x.example/a.png)": '<p><a href="https://x.example/a.png">picture</a></p>',
     # Nothing of these may become an element or a link.
     "<b>x</b> &amp;": "<p>&lt;b&gt;x&lt;/b&gt; &amp;amp;</p>",
@@ -79,7 +67,6 @@ FORMULAS = """async (text) => {
     const { renderMarkdown } = await import("/page/markdown.js");
     const box = document.createElement("div");
     renderMarkdown(box, text);
-    box.querySelectorAll(".code-bar").forEach((bar) => bar.remove());
     const found = [...box.querySelectorAll(".katex")].map((node) => {
         const source = node.querySelector("annotation").textContent;
         const display = Boolean(node.closest(".katex-display"));
@@ -115,49 +102,79 @@ $<img src=x onerror=hacked=14>$ [ref] <a onmouseover=hacked=15>
 
 
 @pytest.fixture(scope="module")
-def address():
-    """Address and script of a server."""
-    with scripted_server() as (port, script):
-        yield f"http://127.0.0.1:{port}/", script
+def page(pages):
+    """A page with nothing on it."""
+    return pages("ipad")
 
 
-def test_elements(address, open_page):
-    page = open_page(address[0])
-    rendered = {text: page.evaluate(RENDER, text) for text in CASES}
-    assert rendered == CASES
+def test_elements(page):
+    assert {text: page.evaluate(RENDER, text) for text in CASES} == CASES
 
 
-def test_links_open_elsewhere_and_tell_nothing(address, open_page):
-    page = open_page(address[0])
-    attributes = page.evaluate(
-        """async () => {
-            const { renderMarkdown } = await import("/page/markdown.js");
-            const box = document.createElement("div");
-            renderMarkdown(box, "[a](https://x.example) https://y.example");
-            return [...box.querySelectorAll("a")].map(({ target, rel }) => [target, rel]);
-        }"""
-    )
-    assert attributes == [["_blank", "noopener noreferrer"]] * 2
-
-
-def test_formulas(address, open_page):
-    page = open_page(address[0])
+def test_formulas(page):
     rendered = {text: page.evaluate(FORMULAS, text) for text in MATHS}
     assert rendered == {
         text: [[list(one) for one in found], rest] for text, (found, rest) in MATHS.items()
     }
 
 
-def test_formulas_are_set_without_inline_styles(address, open_page):
+def test_each_start_of_a_text_renders_and_long_ones_end(page):
+    text = "".join(f"{case}\n\n" for case in (*CASES, *MATHS))
+    texts = [text[:end] for end in range(0, len(text), 11)]
+    units = ["*", "_", "`", "[", "![a](", "> ", "- ", "|a", "**a ", "<", "https://a", "1. "]
+    units += ["~~a", "$", "$a ", "\\(", "\\[", "\\begin{a}"]
+    for unit in units:
+        texts += [unit * 4000, f"{unit}\n" * 1000]
+    page.evaluate(
+        f"async (texts) => {{ for (const text of texts) await ({RENDER})(text); }}", texts
+    )
+
+
+def test_links_open_elsewhere_and_growing_text_keeps_what_is_done(page):
+    attributes, kept, rest = page.evaluate(
+        """async () => {
+            const { renderMarkdown } = await import("/page/markdown.js");
+            const box = document.createElement("div");
+            renderMarkdown(box, "[a](https://x.example) https://y.example");
+            const links = [...box.querySelectorAll("a")].map(({ target, rel }) => [target, rel]);
+            renderMarkdown(box, "one\\n\\n- a\\n\\n```\\nx");
+            const before = [...box.children];
+            renderMarkdown(box, "one\\n\\n- a\\n\\n```\\nxy\\n```\\nend");
+            const same = [...box.children].map((node, i) => node === before[i]);
+            renderMarkdown(box, "other");
+            return [links, same, box.innerHTML];
+        }"""
+    )
+    assert attributes == [["_blank", "noopener noreferrer"]] * 2
+    assert (kept, rest) == ([True, True, True, False], "<p>other</p>")
+
+
+def test_growing_code_stays_where_it_was_scrolled_to(page):
+    place, copied, language = page.evaluate(
+        """async () => {
+            const { renderMarkdown } = await import("/page/markdown.js");
+            const box = document.getElementById("messages");
+            box.className = "body";
+            renderMarkdown(box, "```py\\n" + "wide ".repeat(200) + "\\na");
+            const code = box.querySelector("code");
+            code.scrollLeft = 500;
+            renderMarkdown(box, "```py\\n" + "wide ".repeat(200) + "\\nabc\\n```");
+            const found = [code.scrollLeft, box.querySelector("code").textContent.slice(-5)];
+            renderMarkdown(box, "```python\\nabc");
+            return [...found, box.querySelector(".language").textContent];
+        }"""
+    )
+    assert (place, copied, language) == (500, " \nabc", "python")
+
+
+def test_formulas_are_set_without_inline_styles(script, open_page):
     """The policy forbids style attributes in a text. What KaTeX wants is done in another way."""
-    url, script = address
     formula = (
         r"$$\vec{x} = \fcolorbox{red}{white}{$\sqrt{\pmb{y}}$} \quad \rule{99em}{1em} \text{!}$$"
     )
     script.answers = [["Formulas:\n\n", formula]]
-    page = open_page(url, "iphone")
-    page.locator("#input").fill("Formulas?")
-    page.locator("#send").tap()
+    page = open_page("iphone")
+    ask(page, "Formulas?")
     arrow = page.locator(".katex .katex-overlay svg")
     expect(arrow).to_be_visible()
     assert arrow.bounding_box()["width"] < 12  # 0.471em
@@ -170,79 +187,10 @@ def test_formulas_are_set_without_inline_styles(address, open_page):
     assert page.locator(".katex-rule").bounding_box()["width"] < 500
 
 
-def test_each_start_of_a_text_renders_and_long_ones_end(address, open_page):
-    page = open_page(address[0])
-    text = "".join(f"{case}\n\n" for case in (*CASES, *MATHS))
-    for end in range(0, len(text), 7):
-        page.evaluate(RENDER, text[:end])
-    for unit in (
-        "*",
-        "_",
-        "`",
-        "[",
-        "![a](",
-        "> ",
-        "- ",
-        "|a",
-        "**a ",
-        "<",
-        "https://a",
-        "1. ",
-        "~~a",
-        "$",
-        "$a ",
-        "\\(",
-        "\\[",
-        "\\begin{a}",
-    ):
-        page.evaluate(RENDER, unit * 4000)
-        page.evaluate(RENDER, f"{unit}\n" * 1000)
-
-
-def test_growing_text_keeps_what_is_done(address, open_page):
-    page = open_page(address[0])
-    kept = page.evaluate(
-        """async () => {
-            const { renderMarkdown } = await import("/page/markdown.js");
-            const box = document.createElement("div");
-            renderMarkdown(box, "one\\n\\n- a\\n\\n```\\nx");
-            const before = [...box.children];
-            renderMarkdown(box, "one\\n\\n- a\\n\\n```\\nxy\\n```\\nend");
-            const same = [...box.children].map((node, i) => node === before[i]);
-            renderMarkdown(box, "other");
-            return [same, box.innerHTML];
-        }"""
-    )
-    assert kept == [[True, True, True, False], "<p>other</p>"]
-
-
-def test_growing_code_stays_where_it_was_scrolled_to(address, open_page):
-    page = open_page(address[0])
-    place, copied, language = page.evaluate(
-        """async () => {
-            const { renderMarkdown } = await import("/page/markdown.js");
-            const box = document.getElementById("messages");
-            box.className = "body";
-            renderMarkdown(box, "```py\\n" + "wide ".repeat(200) + "\\na");
-            const code = box.querySelector("code");
-            code.scrollLeft = 500;
-            renderMarkdown(box, "```py\\n" + "wide ".repeat(200) + "\\nabc\\n```");
-            const language = () => box.querySelector(".language").textContent;
-            const found = [code.scrollLeft, box.querySelector("code").textContent.slice(-5)];
-            renderMarkdown(box, "```python\\nabc");
-            return [...found, language()];
-        }"""
-    )
-    assert (place, copied, language) == (500, " \nabc", "python")
-
-
-def test_hostile_answer_does_nothing(address, open_page, screenshot):
-    url, script = address
+def test_hostile_answer_does_nothing(script, open_page, screenshot):
     script.answers = [[ATTACK[i : i + 5] for i in range(0, len(ATTACK), 5)]]
-    page = open_page(url, "iphone")
-    page.locator("#input").fill("<img src=x onerror='window.hacked = 0'>")
-    page.locator("#send").tap()
-    expect(page.locator(".stats")).to_be_visible()
+    page = open_page("iphone")
+    ask(page, "<img src=x onerror='window.hacked = 0'>", ends=1)
     page.reload()
     body = page.locator(".message.assistant .body")
     expect(body).to_contain_text("<script>window.hacked = 1</script>")

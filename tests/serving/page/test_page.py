@@ -5,8 +5,8 @@ from threading import Event
 import pytest
 from playwright.sync_api import expect
 
-from page_actions import TOKEN, answers, ask
-from scripted_server import MODEL, Read
+from page_actions import answers, ask, settings, tap
+from scripted_server import MODEL, TOKEN
 
 ANSWER = """## Why the sky is blue
 
@@ -37,25 +37,17 @@ def pieces(text, size=6):
 
 
 @pytest.mark.parametrize(
-    ("screen", "dark"),
-    [
-        ("ipad", False),
-        ("ipad", True),
-        ("ipad-landscape", True),
-        ("iphone", False),
-        ("iphone", True),
-    ],
+    "screen, dark", [("ipad", False), ("ipad-landscape", True), ("iphone", True)]
 )
-def test_ask_and_see_the_stream(lan, open_page, screenshot, screen, dark):
-    url, script = lan
+def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark):
     name = f"{screen}-{'dark' if dark else 'light'}"
     half = Event()
     text = pieces(ANSWER)
     script.answers = [[*text[:32], half, *text[32:]]]
-    page = open_page(f"{url}?token={TOKEN}", screen, dark=dark)
+    page = open_page(screen, f"{lan}?token={TOKEN}", dark=dark)
     expect(page.locator("#model")).to_have_text(MODEL["name"])
     assert not page.evaluate("isSecureContext")
-    assert page.url == url  # the token has left the address bar
+    assert page.url == lan  # the token has left the address bar
     screenshot(page, f"{name}-1-welcome")
 
     ask(page, "Why is the sky blue?")
@@ -71,19 +63,18 @@ def test_ask_and_see_the_stream(lan, open_page, screenshot, screen, dark):
     expect(answers(page).locator("strong")).to_have_text("mixture of all colours")
     expect(answers(page).locator("ol ul li")).to_have_count(2)
     expect(answers(page).locator("pre code")).to_contain_text("    return 1 / wavelength_nm**4")
-    expect(answers(page).locator("td")).to_have_text(
-        ["Red", "700 nm", "1.0", "Blue", "450 nm", "5.9"]
-    )
+    cells = ["Red", "700 nm", "1.0", "Blue", "450 nm", "5.9"]
+    expect(answers(page).locator("td")).to_have_text(cells)
     assert page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") < 2
     screenshot(page, f"{name}-3-answer")
     assert script.requests[0]["messages"] == [{"role": "user", "content": "Why is the sky blue?"}]
 
 
-def test_how_much_of_a_long_question_is_read(server, open_page, screenshot):
-    port, script = server
+def test_how_much_is_read_and_a_thought_that_is_folded_away(script, open_page, screenshot):
     half, all_of_it = Event(), Event()
-    script.answers = [[Read(512, 4000), half, Read(2000, 4000), all_of_it, "So long."]]
-    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
+    reading = [(512, 4000), half, (2000, 4000), all_of_it]
+    script.answers = [[*reading, {"reasoning": "Hmm, "}, {"reasoning": "well."}, "So long."]]
+    page = open_page()
     ask(page, "A long text")
     expect(page.locator(".waiting")).to_have_text("12 % read")
     screenshot(page, "iphone-light-9-reading")
@@ -92,12 +83,16 @@ def test_how_much_of_a_long_question_is_read(server, open_page, screenshot):
     all_of_it.set()
     expect(answers(page)).to_have_text("So long.")
     expect(page.locator(".waiting")).to_have_count(0)
+    expect(page.locator(".thinking div")).to_be_hidden()
+    page.locator(".thinking summary").tap()
+    expect(page.locator(".thinking div")).to_have_text("Hmm, well.")
+    ask(page, "More", ends=2)
+    assert script.requests[1]["messages"][1] == {"role": "assistant", "content": "So long."}
 
 
-def test_stop_and_answer_again(server, open_page, screenshot):
-    port, script = server
+def test_stop_and_answer_again(script, open_page, screenshot):
     script.answers = [["One, ", "two, ", Event()], ["Un, ", "deux."], ["Fin."]]
-    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
+    page = open_page()
     ask(page, "Count.")
     expect(answers(page)).to_have_text("One, two,")
     page.locator("#stop").tap()
@@ -106,28 +101,22 @@ def test_stop_and_answer_again(server, open_page, screenshot):
     expect(answers(page)).to_have_text("One, two,")
     screenshot(page, "iphone-light-4-stopped")
 
-    page.get_by_role("button", name="Answer again").tap()
+    tap(page, "Answer again")
     expect(answers(page)).to_have_text(["Un, deux."])
     assert script.requests[1]["messages"] == script.requests[0]["messages"]
     ask(page, "And then?")
     expect(answers(page)).to_have_text(["Un, deux.", "Fin."])
-    assert [m["content"] for m in script.requests[2]["messages"]] == [
-        "Count.",
-        "Un, deux.",
-        "And then?",
-    ]
+    sent = [message["content"] for message in script.requests[2]["messages"]]
+    assert sent == ["Count.", "Un, deux.", "And then?"]
 
 
-def test_conversations_are_found_again(server, open_page, screenshot):
-    port, script = server
+def test_conversations_are_found_again(script, open_page, screenshot):
     script.answers = [["First answer."], ["Second answer."]]
-    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
-    ask(page, "First question")
-    expect(page.locator(".stats")).to_be_visible()
+    page = open_page()
+    ask(page, "First question", ends=1)
     page.locator("#new-chat").tap()
     expect(page.locator("#welcome")).to_be_visible()
-    ask(page, "Second question")
-    expect(page.locator(".stats")).to_be_visible()
+    ask(page, "Second question", ends=1)
     page.locator("#input").fill("a draft")
 
     page.reload()
@@ -142,39 +131,29 @@ def test_conversations_are_found_again(server, open_page, screenshot):
 
     page.on("dialog", lambda dialog: dialog.accept())
     page.locator("#open-history").tap()
-    page.get_by_role("button", name="Delete the conversation").last.tap()
+    tap(page, "Delete the conversation")
     expect(page.locator("#chats .name")).to_have_text(["Second question"])
     page.reload()
-    page.locator("#open-history").tap()
     expect(page.locator("#chats .name")).to_have_text(["Second question"])
 
 
-def test_settings_go_into_the_request(server, open_page, screenshot):
-    port, script = server
-    page = open_page(f"http://127.0.0.1:{port}/", "iphone")
-    expect(page.locator("#model")).to_have_text(MODEL["name"])
-    ask(page, "Plain")
-    expect(page.locator(".stats")).to_have_count(1)
-    page.locator("#open-settings").tap()
-    expect(page.locator("output[for=n_probes]")).to_have_text("120 (default)")
-    screenshot(page, "iphone-light-8-settings")
-    for name, value in {"temperature": "0.7", "top_p": "0.9", "n_probes": "256"}.items():
-        page.locator(f"#{name}").fill(value)
-        expect(page.locator(f"output[for={name}]")).to_have_text(value)
-    page.get_by_role("button", name="Done").tap()
+def test_settings_go_into_the_request(script, open_page, screenshot):
+    page = open_page()
+    ask(page, "Plain", ends=1)
+    with settings(page):
+        expect(page.locator("output[for=n_probes]")).to_have_text("120 (default)")
+        screenshot(page, "iphone-light-8-settings")
+        for name, value in {"temperature": "0.7", "top_p": "0.9", "n_probes": "256"}.items():
+            page.locator(f"#{name}").fill(value)
+            expect(page.locator(f"output[for={name}]")).to_have_text(value)
     page.reload()
-    ask(page, "Set")
-    expect(page.locator(".stats")).to_have_count(2)
-    page.locator("#open-settings").tap()
-    page.locator("#dense").tap()
-    page.get_by_role("button", name="Done").tap()
-    ask(page, "Dense")
-    expect(page.locator(".stats")).to_have_count(3)
-    page.locator("#open-settings").tap()
-    page.get_by_role("button", name="Reset").tap()
-    page.get_by_role("button", name="Done").tap()
-    ask(page, "Plain again")
-    expect(page.locator(".stats")).to_have_count(4)
+    ask(page, "Set", ends=2)
+    with settings(page):
+        page.locator("#dense").tap()
+    ask(page, "Dense", ends=3)
+    with settings(page):
+        tap(page, "Reset")
+    ask(page, "Plain again", ends=4)
 
     always = {"messages", "stream", "stream_options"}
     chosen = [{k: v for k, v in body.items() if k not in always} for body in script.requests]
@@ -186,43 +165,22 @@ def test_settings_go_into_the_request(server, open_page, screenshot):
     ]
 
 
-def test_copy_without_a_secure_context(lan, open_page):
-    url, script = lan
+def test_copy_without_a_secure_context(lan, script, open_page):
     answer = "Take `this`:\n\n```\ncode\n  indented\n```"
     script.answers = [[answer]]
-    page = open_page(f"{url}?token={TOKEN}")
-    ask(page, "Code")
-    expect(page.locator(".stats")).to_be_visible()
+    page = open_page("ipad", f"{lan}?token={TOKEN}")
+    ask(page, "Code", ends=1)
     assert page.evaluate("navigator.clipboard") is None
-    wanted = {
-        "Copy the code": "code\n  indented",
-        "Copy": "Take `this`:\n\n```\ncode\n  indented\n```",
-    }
-    for label, text in wanted.items():
+    for label, text in {"Copy the code": "code\n  indented", "Copy": answer}.items():
         page.locator(".message.assistant").get_by_role("button", name=label, exact=True).tap()
         page.locator("#input").fill("")
         page.locator("#input").press("Control+v")
         assert page.locator("#input").input_value().strip() == text
 
 
-def test_thoughts_are_folded_away(server, open_page):
-    port, script = server
-    script.answers = [[{"reasoning": "Hmm, "}, {"reasoning": "well."}, "Yes."]]
-    page = open_page(f"http://127.0.0.1:{port}/")
-    ask(page, "Think")
-    expect(answers(page)).to_have_text("Yes.")
-    expect(page.locator(".thinking div")).to_be_hidden()
-    page.locator(".thinking summary").tap()
-    expect(page.locator(".thinking div")).to_have_text("Hmm, well.")
-    ask(page, "More")
-    expect(page.locator(".stats")).to_have_count(2)
-    assert script.requests[1]["messages"][1] == {"role": "assistant", "content": "Yes."}
-
-
-def test_return_key(server, open_page):
+def test_return_key(script, open_page):
     """A new line on a touch screen, as its keyboard has no other way; ⌘ with it sends."""
-    port, script = server
-    page = open_page(f"http://127.0.0.1:{port}/", "ipad")
+    page = open_page("ipad")
     page.locator("#input").press_sequentially("one")
     page.locator("#input").press("Enter")
     page.locator("#input").press_sequentially("two")

@@ -5,8 +5,7 @@ from threading import Event
 import pytest
 from playwright.sync_api import expect
 
-from page_actions import answers, ask
-from scripted_server import INFO
+from page_actions import answers, ask, settings, tap
 
 
 def sides(page):
@@ -15,27 +14,24 @@ def sides(page):
 
 
 @pytest.fixture
-def asked(server, open_page):
+def asked(script, open_page):
     """A page with an answer: screen → page. Other answers follow."""
 
     def asked(screen, *following, dark=False):
-        port, script = server
         script.answers = [["First."], *following]
-        page = open_page(f"http://127.0.0.1:{port}/", screen, dark=dark)
-        ask(page, "Why?")
-        expect(page.locator(".stats")).to_be_visible()
+        page = open_page(screen, dark=dark)
+        ask(page, "Why?", ends=1)
         return page
 
     return asked
 
 
 def compare(page):
-    page.get_by_role("button", name="Compare").last.tap()
+    tap(page, "Compare")
 
 
 @pytest.mark.parametrize("screen, dark", [("ipad", False), ("iphone", True)])
-def test_equal_texts(server, asked, screenshot, screen, dark):
-    script = server[1]
+def test_equal_texts(script, asked, screenshot, screen, dark):
     half = Event()
     text = ["Because ", "$E = mc^2$", " holds."]
     page = asked(screen, [*text[:2], half, text[2]], text, dark=dark)
@@ -54,7 +50,7 @@ def test_equal_texts(server, asked, screenshot, screen, dark):
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
     assert boxes[1]["x"] + boxes[1]["width"] <= page.viewport_size["width"]
     screenshot(page, f"{screen}-{'dark' if dark else 'light'}-13-compare")
-    page.get_by_role("button", name="Done").tap()
+    tap(page, "Done")
     expect(answers(page)).to_have_text("First.")  # the conversation is as it was
     assert [body.get("dense") for body in script.requests] == [None, False, True]
     assert all(body["messages"] == script.requests[0]["messages"] for body in script.requests)
@@ -70,14 +66,12 @@ def test_texts_that_part(asked):
     expect(sides(page)).to_have_text(["Other.", "Texts."])
 
 
-def test_random_draws_have_the_same_seed(server, asked):
-    script = server[1]
+def test_random_draws_have_the_same_seed(script, asked):
     page = asked("ipad")
-    page.locator("#open-settings").tap()
-    page.locator("#temperature").fill("0.7")
-    page.locator("#n_probes").fill("256")
-    page.locator("#dense").tap()
-    page.get_by_role("button", name="Done").tap()
+    with settings(page):
+        page.locator("#temperature").fill("0.7")
+        page.locator("#n_probes").fill("256")
+        page.locator("#dense").tap()
     compare(page)
     expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
     flash, dense = script.requests[1:]
@@ -86,12 +80,11 @@ def test_random_draws_have_the_same_seed(server, asked):
     assert dense["dense"] and "n_probes" not in dense
 
 
-def test_closing_ends_the_answer(server, asked):
-    script = server[1]
+def test_closing_ends_the_answer(script, asked):
     page = asked("iphone", ["Half ", Event()], ["Again."], ["Again."])
     compare(page)
     expect(sides(page).first).to_have_text("Half")
-    page.get_by_role("button", name="Done").tap()
+    tap(page, "Done")
     assert script.left.wait(20)
     compare(page)
     expect(sides(page)).to_have_text(["Again.", "Again."])
@@ -102,7 +95,7 @@ def test_a_refusal_is_said_and_tried_again(asked):
     page = asked("ipad", ["One."], "The answer has failed.", ["One."], ["One."])
     compare(page)
     expect(page.locator("#sides .notice")).to_contain_text("The answer has failed.")
-    page.get_by_role("button", name="Try again").tap()
+    tap(page, "Try again")
     expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
     expect(page.locator("#sides .notice")).to_have_count(0)
 
@@ -114,10 +107,3 @@ def test_an_answer_in_progress_comes_first(asked):
     page.get_by_role("button", name="Compare").first.tap()
     expect(page.locator("#note")).to_contain_text("An answer is still growing")
     expect(page.locator("#compare")).to_be_hidden()
-
-
-def test_a_dense_model_has_nothing_to_compare(server, asked):
-    server[1].info = INFO | {"models": [{"name": "plain"}]}
-    page = asked("ipad")
-    expect(page.get_by_role("button", name="Answer again")).to_be_visible()
-    expect(page.get_by_role("button", name="Compare")).to_have_count(0)

@@ -6,216 +6,159 @@ from threading import Event
 from playwright.sync_api import expect
 
 from mlx_flashhead.serving.network.access import Access
-from page_actions import TOKEN, answers, ask
-from scripted_server import BREAK, MODEL, Script, scripted_server
+from page_actions import answers, ask, tap
+from scripted_server import BREAK, MODEL, TOKEN, Script, scripted_server
+
+OTHER_TOKEN = "another-token-of-this-server"
 
 
-def test_reload_in_the_middle_of_an_answer(server, open_page):
-    port, script = server
-    script.answers = [["Half of ", "it", Event()]]
-    page = open_page(f"http://127.0.0.1:{port}/")
+def keep(page, key, text):
+    """Writes a record into the browser's storage."""
+    page.evaluate("([key, text]) => localStorage.setItem(key, text)", [key, text])
+
+
+def test_reload_in_the_middle_of_an_answer_and_a_refusal(script, open_page):
+    refusal = "n_probes is 9: it must be at most 4."
+    script.answers = [["Half of ", "it", Event()], refusal, ["Fine."]]
+    page = open_page()
     ask(page, "Tell me.")
     expect(answers(page)).to_have_text("Half of it")
     page.reload()
     expect(answers(page)).to_have_text("Half of it")
     expect(page.locator(".notice")).to_have_text("Stopped before the end.")
     assert script.left.wait(20)
+    ask(page, "Well?")
+    expect(page.locator(".notice").last).to_contain_text(refusal)
+    tap(page, "Try again")
+    expect(answers(page)).to_have_text(["Half of it", "Fine."])
 
 
 def test_wrong_token_then_the_right_one(lan, open_page, screenshot):
-    url, _ = lan
-    page = open_page(url, "ipad")
+    page = open_page("ipad", lan)
     screenshot(page, "ipad-light-6-locked")
-    field = page.get_by_label("Token")
-    field.fill("xxxx-xxxx-xxxx-xxxx-xxxx")
-    page.get_by_role("button", name="Open").tap()
+    page.get_by_label("Token").fill("xxxx-xxxx-xxxx-xxxx-xxxx")
+    tap(page, "Open")
     expect(page.locator(".wrong")).to_contain_text("That is not")
     page.get_by_label("Token").fill(f" {TOKEN} ")
-    page.get_by_role("button", name="Open").tap()
+    tap(page, "Open")
     expect(page.locator("#model")).to_have_text(MODEL["name"])
     page.reload()
     expect(page.locator("#model")).to_have_text(MODEL["name"])
     manifest = page.evaluate("document.querySelector('link[rel=manifest]').href")
-    assert manifest == f"{url}manifest.webmanifest?token={TOKEN}"
+    assert manifest == f"{lan}manifest.webmanifest?token={TOKEN}"
 
 
-def test_token_that_changes_meanwhile(lan, open_page, screenshot):
-    url, script = lan
+def test_token_that_changes_meanwhile(lan, script, open_page, screenshot):
     script.answers = [["First."], ["Second."]]
-    page = open_page(f"{url}?token={TOKEN}", "iphone", dark=True)
-    ask(page, "One?")
-    expect(page.locator(".stats")).to_be_visible()
-    script.access = Access("another-token-of-this-server")
+    page = open_page("iphone", f"{lan}?token={TOKEN}", dark=True)
+    ask(page, "One?", ends=1)
+    script.access = Access(OTHER_TOKEN)
     ask(page, "Two?")
     expect(page.locator("#lock")).to_be_visible()
     page.locator("#token").fill(TOKEN)
     page.locator("#unlock .primary").tap()
     expect(page.locator("#wrong-token")).to_contain_text("That is not")
     screenshot(page, "iphone-dark-6-token")
-    page.locator("#token").fill("another-token-of-this-server")
+    page.locator("#token").fill(OTHER_TOKEN)
     page.locator("#unlock .primary").tap()
     expect(page.locator("#lock")).to_be_hidden()
-    page.get_by_role("button", name="Try again").tap()
+    tap(page, "Try again")
     expect(answers(page)).to_have_text(["First.", "Second."])
 
 
 def test_server_gone_and_back(open_page, screenshot):
-    script = Script(Access())
-    script.answers = [["Before."], ["Half an ", BREAK]]
-    with scripted_server(script=script) as (port, _):
-        page = open_page(f"http://127.0.0.1:{port}/", "ipad")
-        ask(page, "One?")
-        expect(page.locator(".stats")).to_be_visible()
+    """The page that the browser has kept opens meanwhile."""
+    script = Script()
+    script.answers = [["So $x^2$."], ["Half an ", BREAK]]
+    with scripted_server(script) as (port, _):
+        page = open_page("ipad", f"http://127.0.0.1:{port}/", worker=True)
+        page.evaluate("navigator.serviceWorker.ready.then(() => true)")
+        ask(page, "One?", ends=1)
         ask(page, "Two?")
         expect(page.locator(".notice")).to_contain_text("The answer broke off")
-        expect(answers(page)).to_have_text(["Before.", "Half an"])
-    ask_again = page.get_by_role("button", name="Try again")
-    ask_again.tap()
+        expect(answers(page).last).to_have_text("Half an")
+    tap(page, "Try again")
     expect(page.locator(".notice")).to_contain_text("The server does not answer.")
     expect(page.locator("#banner")).to_contain_text("Your conversations are safe here")
-    expect(page.locator(".message.user .body")).to_have_text(["One?", "Two?"])
     screenshot(page, "ipad-light-7-away")
-
-    script.answers = [["After."]]
-    with scripted_server(script=script, port=port):
-        expect(page.locator("#banner")).to_have_text("The server is back.")
-        ask_again.tap()
-        expect(answers(page)).to_have_text(["Before.", "After."])
-        expect(page.locator("#banner")).to_be_hidden()
-        page.reload()
-        expect(answers(page)).to_have_text(["Before.", "After."])
-
-
-def test_page_opens_while_the_server_is_away(open_page, screenshot):
-    script = Script(Access())
-    script.answers = [["So $x^2$."], ["After."]]
-    with scripted_server(script=script) as (port, _):
-        page = open_page(f"http://127.0.0.1:{port}/", "ipad", worker=True)
-        page.evaluate("navigator.serviceWorker.ready.then(() => true)")
-        ask(page, "One?")
-        expect(page.locator(".stats")).to_be_visible()
     page.reload()
+    expect(page.locator(".message.user .body")).to_have_text(["One?", "Two?"])
     expect(answers(page).locator(".katex")).to_be_visible()
     expect(page.locator("#banner")).to_contain_text("The server does not answer.")
     assert page.evaluate("document.fonts.load('16px KaTeX_Fraktur').then((fonts) => fonts.length)")
     screenshot(page, "ipad-light-10-opened-without-server")
-    with scripted_server(script=script, port=port):
+    script.answers = [["After."]]
+    with scripted_server(script, port):
         expect(page.locator("#banner")).to_have_text("The server is back.")
-        ask(page, "Two?")
+        tap(page, "Try again")
         expect(answers(page).last).to_have_text("After.")
+        expect(page.locator("#banner")).to_be_hidden()
 
 
-def test_a_kept_page_does_not_hide_the_token(open_page):
+def test_a_kept_page_does_not_hide_the_token(script, open_page):
     """The server's refusal comes through, also for a page that the browser has kept."""
-    with scripted_server(Access(TOKEN)) as (port, script):
-        page = open_page(f"http://127.0.0.1:{port}/?token={TOKEN}", worker=True)
-        page.evaluate("navigator.serviceWorker.ready.then(() => true)")
-        addresses = page.evaluate(
-            """caches.open("flashhead-page").then((cache) => cache.keys())
-                .then((requests) => requests.map(({ url }) => url))"""
-        )
-        assert len(addresses) > 40 and not any(TOKEN in address for address in addresses)
-        assert not any(address.endswith(".json") for address in addresses)
-        script.access = Access("another-token-of-this-server")
-        page.reload()
-        expect(page.get_by_role("heading")).to_have_text("This server needs its token")
-
-
-def test_refused_request_says_why(server, open_page):
-    port, script = server
-    script.answers = ["n_probes is 9: it must be at most 4.", ["Fine."]]
-    page = open_page(f"http://127.0.0.1:{port}/")
-    ask(page, "Well?")
-    expect(page.locator(".notice")).to_contain_text("n_probes is 9: it must be at most 4.")
-    page.get_by_role("button", name="Try again").tap()
-    expect(answers(page)).to_have_text("Fine.")
-
-
-def test_four_browsers_at_once(lan, open_page):
-    url, script = lan
-    go = Event()
-    script.answers = [[f"part {i}, ", go, "end"] for i in range(4)]
-    screens = ("ipad", "iphone", "ipad-landscape", "iphone-se")
-    pages = [open_page(f"{url}?token={TOKEN}", screen) for screen in screens]
-    for number, page in enumerate(pages):
-        ask(page, f"Question {number}")
-        expect(answers(page)).to_have_text(f"part {number},")
-    go.set()
-    for number, page in enumerate(pages):
-        expect(answers(page)).to_have_text(f"part {number}, end")
-        expect(page.locator("#chats .name")).to_have_text([f"Question {number}"])
+    script.access = Access(TOKEN)
+    page = open_page("ipad", f"/?token={TOKEN}", worker=True)
+    page.evaluate("navigator.serviceWorker.ready.then(() => true)")
+    addresses = page.evaluate(
+        """caches.open("flashhead-page").then((cache) => cache.keys())
+            .then((requests) => requests.map(({ url }) => url))"""
+    )
+    assert len(addresses) > 40 and not any(TOKEN in address for address in addresses)
+    assert not any(address.endswith(".json") for address in addresses)
+    script.access = Access(OTHER_TOKEN)
+    page.reload()
+    expect(page.get_by_role("heading")).to_have_text("This server needs its token")
 
 
 QUESTION = {"role": "user", "content": "Hello?"}
+ANSWER = {"role": "assistant", "content": "Hello"}
 STATS = {"tokens": 5, "speed": 9.5, "first": 0.1}
-DAMAGED = [
-    "",
-    "{",
-    "null",
-    "[]",
-    '{"messages": 3}',
-    *(
-        json.dumps({"id": "x", "updated": 9e12, "messages": [message]})
-        for message in (
-            None,
-            "Hello",
-            {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
-            {"role": "user"},
-            {"role": 7, "content": "Hello"},
-            {"role": "assistant", "content": "Hello", "reasoning": 1},
-            {"role": "assistant", "content": "Hello", "error": {}},
-            {"role": "assistant", "content": "Hello", "model": 3},
-            {"role": "assistant", "content": "Hello", "stats": STATS | {"first": None}},
-            {"role": "assistant", "content": "Hello", "stats": STATS | {"speed": "fast"}},
-        )
-    ),
+DAMAGED_MESSAGES = [
+    None,
+    "Hello",
+    {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+    {"role": "user"},
+    {"role": 7, "content": "Hello"},
+    ANSWER | {"reasoning": 1},
+    ANSWER | {"error": {}},
+    ANSWER | {"model": 3},
+    ANSWER | {"stats": STATS | {"first": None}},
+    ANSWER | {"stats": STATS | {"speed": "fast"}},
 ]
+DAMAGED = ["", "{", "null", "[]", '{"messages": 3}']
+DAMAGED += [json.dumps({"id": "x", "updated": 9e12, "messages": [one]}) for one in DAMAGED_MESSAGES]
 
 
-def test_damaged_records_cost_no_other_conversation(server, open_page):
-    port, script = server
+def test_damaged_records_cost_no_other_conversation(script, open_page):
     script.answers = [["Yes."], ["Again."]]
-    page = open_page(f"http://127.0.0.1:{port}/")
-    ask(page, "Is this kept?")
-    expect(page.locator(".stats")).to_be_visible()
-    keep = "([key, text]) => localStorage.setItem(key, text)"
+    page = open_page("ipad-landscape")
+    ask(page, "Is this kept?", ends=1)
     for number, record in enumerate(DAMAGED):
-        page.evaluate(keep, [f"flashhead.chat.damaged{number}", record])
-    page.evaluate(keep, ["flashhead.current", "damaged7"])
-    for settings in ('"x"', "null", '{"temperature": "hot", "dense": 3, "max_tokens": 9}'):
-        page.evaluate(keep, ["flashhead.settings", settings])
+        keep(page, f"flashhead.chat.damaged{number}", record)
+    no_text = {"updated": 1, "system": {"role": "system"}, "messages": [QUESTION]}
+    keep(page, "flashhead.chat.instructions", json.dumps(no_text))
+    keep(page, "flashhead.current", "damaged7")
+    for record in ('"x"', "null", '{"temperature": "hot", "dense": 3, "max_tokens": 9}'):
+        keep(page, "flashhead.settings", record)
         page.reload()
         expect(page.locator("#model")).to_have_text(MODEL["name"])
-        expect(page.locator("#chats .name")).to_have_text(["Is this kept?"])
-    page.locator("#open-history").tap()
-    page.locator("#chats .open").tap()
+        expect(page.locator("#chats .name")).to_have_text(["Is this kept?", "Hello?"])
+    page.locator("#chats .open").first.tap()
     expect(answers(page)).to_have_text("Yes.")
     ask(page, "And now?")
     expect(answers(page)).to_have_text(["Yes.", "Again."])
     sent = script.requests[-1]
     assert sent["max_tokens"] == 9 and not {"temperature", "dense"} & sent.keys()
-
-
-def test_damaged_instructions_cost_no_message(server, open_page):
-    port, script = server
-    page = open_page(f"http://127.0.0.1:{port}/", "ipad-landscape")
-    record = {"updated": 1, "system": {"role": "system"}, "messages": [QUESTION]}
-    page.evaluate(
-        "([key, text]) => localStorage.setItem(key, text)",
-        ["flashhead.chat.old", json.dumps(record)],
-    )
-    page.reload()
-    page.locator("#chats .open").tap()
+    page.locator("#chats .open").last.tap()
     expect(page.locator(".message.user .body")).to_have_text("Hello?")
     expect(page.locator("#show-system")).to_be_hidden()
-    ask(page, "Well?")
-    expect(page.locator(".stats")).to_be_visible()
+    ask(page, "Well?", ends=1)
     assert [m["role"] for m in script.requests[-1]["messages"]] == ["user", "user"]
 
 
-def test_browser_without_room(server, open_page):
-    port, script = server
-    page = open_page(f"http://127.0.0.1:{port}/", "ipad-landscape")
+def test_browser_without_room(script, open_page):
+    page = open_page("ipad-landscape")
     page.evaluate(
         """() => {
             const { setItem } = Storage.prototype;
@@ -226,13 +169,11 @@ def test_browser_without_room(server, open_page):
         }"""
     )
     for number in (1, 2):
-        ask(page, f"Long question {number}" + "?" * 1000)
-        expect(page.locator(".stats")).to_have_count(number)
+        ask(page, f"Long question {number}" + "?" * 1000, ends=number)
     assert len(script.requests[1]["messages"]) == 3
     page.locator("#new-chat").tap()
-    ask(page, "A short one?")
-    expect(page.locator(".stats")).to_have_count(1)
+    ask(page, "A short one?", ends=1)
     expect(page.get_by_text("has no room left")).to_be_visible()
     page.on("dialog", lambda dialog: dialog.accept())
-    page.get_by_role("button", name="Delete the conversation").last.tap()
+    tap(page, "Delete the conversation")
     expect(page.locator("#full")).to_be_hidden()

@@ -19,25 +19,20 @@ class Detokenizer:
         self.last_segment = ""
 
 
-def tokenizer(**options):
-    thinking = options.pop("thinking", False)
-    calling = options.pop("calling", False)
-    return SimpleNamespace(
+def told(parts, stop=(), state="normal"):
+    """Pieces of all tokens but the last, which ends the answer, and whether a stop text did."""
+    tokenizer = SimpleNamespace(
         detokenizer=Detokenizer(),
-        has_thinking=thinking,
+        has_thinking=True,
         think_start="<think>",
         think_end="</think>",
-        has_tool_calling=calling,
+        has_tool_calling=True,
         tool_call_start="<call>",
         tool_call_end="</call>",
         structural_markers=(),
         response_transitions={},
     )
-
-
-def told(parts, stop=(), state="normal", **options):
-    """Pieces of all tokens but the last, which ends the answer, and whether a stop text did."""
-    text = AnswerText(SimpleNamespace(tokenizer=tokenizer(**options)), tuple(stop), state)
+    text = AnswerText(SimpleNamespace(tokenizer=tokenizer), tuple(stop), state)
     pieces = []
     for part in parts:
         piece, stopped = text.add(part)
@@ -48,26 +43,35 @@ def told(parts, stop=(), state="normal", **options):
     return [*pieces, piece], stopped
 
 
-def whole(pieces):
-    return sum(pieces, Piece())
-
-
 @pytest.mark.parametrize(
-    "stop, content, stopped",
+    "parts, stop, expected, ended",
     [
-        ([], "abcdef", False),
-        (["cd"], "ab", True),
-        (["bc"], "a", True),
-        (["de", "bc"], "a", True),
-        (["f"], "abcde", True),
-        (["abcdef"], "", True),
-        (["fg"], "abcdef", False),  # held back until it is certain
-        (["x"], "abcdef", False),
+        ("ab cd ef", "", Piece("abcdef"), False),
+        ("ab cd ef", "cd", Piece("ab"), True),
+        ("ab cd ef", "bc", Piece("a"), True),
+        ("ab cd ef", "de bc", Piece("a"), True),
+        ("ab cd ef", "f", Piece("abcde"), True),
+        ("ab cd ef", "abcdef", Piece(), True),
+        ("ab cd ef", "fg", Piece("abcdef"), False),  # held back until it is certain
+        ("ab cd ef", "x", Piece("abcdef"), False),
+        ("<thi nk>Hm m.</think> Yes", "", Piece("Yes", "Hmm."), False),
+        ("<think>Hm m.</think> Yes", "mm", Piece("", "H"), True),
+        ("<call>f( 1) </call> and <call>g()</call>", "", Piece("and", "", ["f(1)", "g()"]), False),
+        ("<call>f( 1", "", Piece("", "", ["f(1"]), False),  # cut off
+        # what was held back is text after all, and a call is as long as it is
+        ("a<cal .b", ".", Piece("a<cal"), True),
+        ("<call>f( 1.5)", ".", Piece("", "", ["f(1"]), True),
+        ("a<cal f>b<ca", "", Piece("a<calf>b<ca"), False),
     ],
-)
-def test_an_answer_ends_before_the_first_stop_text(stop, content, stopped):
-    pieces, found = told(["ab", "cd", "ef"], stop)
-    assert (whole(pieces).content, found) == (content, stopped)
+)  # fmt: skip
+def test_parts_of_an_answer(parts, stop, expected, ended):
+    pieces, stopped = told(parts.split(), stop.split())
+    assert (sum(pieces, Piece()), stopped) == (expected, ended)
+
+
+def test_an_answer_may_begin_with_a_thought():
+    pieces, _ = told(["Hm.", "</think>Yes"], state="reasoning")
+    assert sum(pieces, Piece()) == Piece("Yes", "Hm.")
 
 
 def test_what_may_begin_a_stop_text_is_held_back():
@@ -75,37 +79,6 @@ def test_what_may_begin_a_stop_text_is_held_back():
     assert [piece.content for piece in pieces] == ["a", "", "bx", ""]
 
 
-def test_thoughts_are_apart():
-    pieces, _ = told(["<thi", "nk>Hm", "m.</think>", "Yes"], thinking=True)
-    assert whole(pieces) == Piece("Yes", "Hmm.", [])
-    pieces, _ = told(["Hm.", "</think>Yes"], state="reasoning", thinking=True)
-    assert whole(pieces) == Piece("Yes", "Hm.", [])
-
-
-def test_a_stop_text_counts_within_thoughts_too():
-    pieces, stopped = told(["<think>Hm", "m.</think>", "Yes"], ["mm"], thinking=True)
-    assert (whole(pieces), stopped) == (Piece("", "H", []), True)
-
-
 def test_calls_are_told_when_they_are_complete():
-    pieces, _ = told(["Look: <call>f(", "1)", "</call>", " and", "<call>g()</call>"], calling=True)
+    pieces, _ = told(["Look: <call>f(", "1)", "</call>", " and", "<call>g()</call>"])
     assert [piece.calls for piece in pieces] == [[], [], ["f(1)"], [], ["g()"], []]
-    assert whole(pieces).content == "Look:  and"
-
-
-def test_a_call_that_is_cut_off_is_told_as_far_as_it_is():
-    pieces, _ = told(["<call>f(", "1"], calling=True)
-    assert pieces[-1].calls == ["f(1"]
-
-
-def test_a_stop_text_ends_what_was_held_back_as_well():
-    """The beginning of a marker is text after all, and a call is as long as it is."""
-    pieces, stopped = told(["a <cal", ".b"], ["."], calling=True)
-    assert (whole(pieces), stopped) == (Piece("a <cal", "", []), True)
-    pieces, stopped = told(["<call>f(", "1.5)"], ["."], calling=True)
-    assert (whole(pieces), stopped) == (Piece("", "", ["f(1"]), True)
-
-
-def test_what_looks_like_a_marker_and_is_none_is_text():
-    pieces, _ = told(["a <cal", "f> b <ca"], calling=True)
-    assert whole(pieces) == Piece("a <calf> b <ca", "", [])

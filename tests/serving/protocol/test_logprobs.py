@@ -35,15 +35,14 @@ def test_bytes_of_a_sentencepiece_tokenizer():
     assert [names.bytes(i) for i in range(5)] == expected
 
 
-def test_logprobs_of_the_chosen_and_the_likeliest():
+@pytest.mark.parametrize(
+    "token, n_tops, expected",
+    [
+        (1, 3, [(1, -3.0), (2, -0.5), (0, -1.0), (1, -3.0)]),
+        (3, 0, [(3, VERY_UNLIKELY)]),
+        (0, 20, [(0, -1.0), (2, -0.5), (0, -1.0), (1, -3.0), (3, VERY_UNLIKELY)]),
+    ],
+)
+def test_logprobs_of_the_chosen_and_the_likeliest(token, n_tops, expected):
     logprobs = mx.array([-1.0, -3.0, -0.5, -float("inf")])
-    found = token_logprobs(logprobs, 1, 3)
-    assert (found.token, found.logprob) == (1, -3.0)
-    assert found.tops == ((2, -0.5), (0, -1.0), (1, -3.0))
-    assert token_logprobs(logprobs, 3, 0).logprob == VERY_UNLIKELY
-    assert len(token_logprobs(logprobs, 0, 20).tops) == 4
-
-
-@pytest.mark.parametrize("n_tops", [0, 1, 4])
-def test_as_many_as_are_asked_for(n_tops):
-    assert len(token_logprobs(mx.array([-1.0, -2.0, -3.0, -4.0]), 0, n_tops).tops) == n_tops
+    assert token_logprobs(logprobs, token, n_tops) == expected
