@@ -159,8 +159,8 @@ def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
 def attached(tmp_path):
     """Attaches a FlashHead to a target of a kind."""
 
-    def attach_to(tied: bool = True, **options) -> tuple[nn.Module, list[int]]:
-        model = tiny_vlm("gemma4", tied=tied)
+    def attach_to(**options) -> tuple[nn.Module, list[int]]:
+        model = tiny_vlm("gemma4", tied=True)
         dense = write(model)
         write_companion(tmp_path, tiny_index(model))
         processor = SimpleNamespace(encode=None, eos_token_id=299)
@@ -170,11 +170,10 @@ def attached(tmp_path):
     return attach_to
 
 
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("make, kind, untied", OWN)
-def test_a_head_of_the_drafters_own(calls, attached, capfd, make, kind, untied, tied):
+def test_a_head_of_the_drafters_own(calls, attached, capfd, make, kind, untied):
     """It gets a FlashHead too, which is built from its rows and kept."""
-    model, dense = attached(tied)
+    model, dense = attached()
     drafters = [make(model) for _ in range(2)]
     for drafter in drafters:
         mx.random.seed(1)

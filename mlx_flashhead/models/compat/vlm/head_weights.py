@@ -39,8 +39,8 @@ def keep_from_weights(applies: Applies) -> None:
     instead(LINEAR, "_target_verify_linear", lambda layer, x: layer(x))
     instead(LINEAR, "_target_verify_embedding_as_linear", lambda layer, x: layer.as_linear(x))
     instead(GLM, "verify_logits", lambda lm, x: lm.lm_head(x), lambda lm: lm.lm_head)
-    # rows of the draft's tokens only, which lie apart under a FlashHead, and are not all of them
-    instead(EAGLE3, "_eagle3_hot_token_ids", lambda *_, **__: None, _head)
+    # rows of the draft's tokens only, which lie apart under a FlashHead
+    instead(EAGLE3, "_eagle3_hot_token_ids", lambda *_, **__: None, _embedding)
     when_imported(LFM2, partial(_keep_from_lfm2, applies))
 
 
@@ -84,10 +84,6 @@ def _keep_from_lfm2(applies: Applies, module: Any) -> None:
         return layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
 
     verifier.__call__, verifier._linear = verify, staticmethod(asked)
-
-
-def _head(language_model: Any) -> Any:
-    return getattr(language_model, "lm_head", None) or _embedding(language_model)
 
 
 def _embedding(language_model: Any) -> Any:
