@@ -61,11 +61,14 @@ class FlashHeadConfig:
     def draft_probes(self) -> int:
         """Clusters for a draft: the fewest that keep 99 % of the dense head's best tokens.
 
-        At most one of 32, as without figures.
+        At most one of 32. Without figures ``n_probes``.
         """
+        by_probes = self.lossless.get("by_probes", ())
+        if not by_probes:
+            return self.n_probes
         enough = [
             int(figures["n_probes"])
-            for figures in self.lossless.get("by_probes", ())
+            for figures in by_probes
             if figures["greedy_differs"] <= DRAFT_DIFFERENCES
         ]
         return min(*enough, max(1, int(self.n_clusters * DRAFT_SHARE)), self.n_probes)

@@ -151,7 +151,7 @@ def test_the_random_state_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "shares, expected", [({1: 0.03, 2: 0.01, 3: 0.0}, 2), ({1: 0.3, 4: 0.0}, 3), ({}, 3)]
+    "shares, expected", [({1: 0.03, 2: 0.01, 3: 0.0}, 2), ({1: 0.3, 4: 0.0}, 3), ({}, 4)]
 )
 def test_a_draft_keeps_nearly_all_of_the_best_tokens(shares, expected):
     """With a tenth of the bytes at most: one cluster of 32."""
