@@ -16,7 +16,7 @@ import numpy as np
 from .backend import PORTABLE, checked, choose_backend, make_steps
 from .centroids import Centroids
 from .clustered import ClusteredRows
-from .draw import Draws, noise
+from .draw import Draws
 from .matrix import Matrix
 from .portable import PortableSteps, faster_by_column
 from .proposal import Proposal, Risk
@@ -311,42 +311,29 @@ class FlashHead:
             return self._project(self, hidden)
         return self.full_logits(hidden)
 
-    def full_logits(self, hidden: mx.array, draws: Draws | None = None) -> mx.array:
-        """As a call, whoever asks in the head's place.
-
-        Args:
-            hidden: (..., D) states.
-            draws: One for all rows, at a temperature above 0. Its noise is known before the logits
-                are, so clusters whose tokens it raises are chosen rather than others.
-        """
+    def full_logits(self, hidden: mx.array) -> mx.array:
+        """As a call, whoever asks in the head's place."""
         if self._is_dense(hidden):
             return self.dense_logits(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        scores, selection, candidates = self._retrieve(rows, self.n_probes, words=True, draws=draws)
+        scores, selection, candidates = self._retrieve(rows, self.n_probes, words=True)
         if self._draw_temperature is not None:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
-        if self._draw_temperature is not None or draws is not None:
             # without the estimates, which are of other scores
             selection = Selection(selection.probes[:, : self.n_probes])
             candidates = Candidates(candidates.logits[:, : self.n_probes])
         logits = self._steps.expand(scores, selection, candidates)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
-    def draft_logits(
-        self,
-        hidden: mx.array,
-        token_ids: mx.array | None = None,
-        draws: Draws | None = None,
-    ) -> mx.array:
+    def draft_logits(self, hidden: mx.array, token_ids: mx.array | None = None) -> mx.array:
         """Full logits of ``draft_probes`` clusters, for tokens that all rows verify.
 
         Args:
             hidden: (..., D) states.
             token_ids: (K,) integers, tokens that are scored besides.
-            draws: As in :meth:`full_logits`.
         """
         with self.settings(n_probes=None if self.exact else self.draft_probes):
-            logits = self.full_logits(hidden, draws)
+            logits = self.full_logits(hidden)
         if token_ids is None:
             return logits
         rows = self.clustered.rows_in(mx.take(self.clustered.slot_of, token_ids))
@@ -414,12 +401,6 @@ class FlashHead:
         scores = self._steps.route(hidden.reshape(-1, hidden.shape[-1]))
         return scores.reshape(*hidden.shape[:-1], self.n_clusters)
 
-    def cluster_noise(self, draws: Draws) -> mx.array:
-        """What the noise of R draws, at temperatures above 0, adds to scores: (R, C) float32."""
-        token_ids = self.clustered.token_ids
-        gumbel = noise(draws.keys, token_ids.reshape(1, -1)).reshape(-1, *token_ids.shape)
-        return mx.logsumexp(gumbel, axis=-1) / draws.settings[:, :1]
-
     def embedding(self, token_ids: mx.array) -> mx.array:
         """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""
         slots = mx.take(self.clustered.slot_of, token_ids)
@@ -429,12 +410,7 @@ class FlashHead:
         return self.exact or math.prod(hidden.shape[:-1]) > self.max_positions
 
     def _retrieve(
-        self,
-        rows: mx.array,
-        n_probes: int,
-        words: bool,
-        depth: float = NO_DEPTH,
-        draws: Draws | None = None,
+        self, rows: mx.array, n_probes: int, words: bool, depth: float = NO_DEPTH
     ) -> tuple[mx.array, Selection, Candidates]:
         """(R, D) → scores (R, C), the probed clusters, and their logits; ``words`` for `expand`."""
         scores = self._steps.route(rows)
@@ -442,7 +418,5 @@ class FlashHead:
         if self._draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top
             ordering = scores / self._draw_temperature + mx.random.gumbel(scores.shape)
-        if draws is not None:
-            ordering = ordering + self.cluster_noise(draws)
         selection = self._steps.select(ordering, n_probes, words, depth)
         return scores, selection, self._steps.score(rows, selection)

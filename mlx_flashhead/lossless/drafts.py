@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..head.draw import Draws, position_key
 from ..head.flash_head import FlashHead
 from ..models.compat.generate import speculative_generate_step
 from ..models.install import get_flash_head
@@ -39,24 +38,15 @@ class _DraftSampler:
         self._n_calls = 0  # single rows of this round: its drafts, then the target's choices
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        rows, position = logprobs.reshape(-1, logprobs.shape[-1]), self._position
+        rows = logprobs.reshape(-1, logprobs.shape[-1])
+        n_drafts = min(self._max_tokens - self.n_given, self._num_draft)
+        place = self._n_calls if self._n_calls < n_drafts else self._n_calls - n_drafts
         tokens = [
-            self._sampler.choose(rows[i : i + 1], self._seed, position + i)
+            self._sampler.choose(rows[i : i + 1], self._seed, self.n_given + place + i)
             for i in range(len(rows))
         ]
         self._n_calls += len(rows)
         return mx.concatenate(tokens)
-
-    @property
-    def _position(self) -> int:
-        """Of the next row in the text."""
-        n_drafts = min(self._max_tokens - self.n_given, self._num_draft)
-        place = self._n_calls if self._n_calls < n_drafts else self._n_calls - n_drafts
-        return self.n_given + place
-
-    def next_draws(self) -> Draws:
-        """The draw of the next row."""
-        return Draws.of([(self._sampler.settings, position_key(self._seed, self._position))])
 
     def given(self) -> None:
         """A token has been given out, so a round has ended."""
@@ -76,7 +66,7 @@ def drafted_steps(
     """mlx-lm's ``speculative_generate_step`` with the package's draws and a dense target.
 
     A draft model's FlashHead also scores the latest tokens of the text, which come again more often
-    than others, and chooses its clusters with the noise of the draw.
+    than others.
 
     Args:
         prompt: (n,) token ids.
@@ -99,8 +89,7 @@ def drafted_steps(
     latest = deque([*context, *cast(list[int], prompt.tolist())], LATEST)
 
     def project(head: FlashHead, hidden: mx.array) -> mx.array:
-        token_ids = mx.array(sorted(set(latest)), dtype=mx.uint32)
-        return head.draft_logits(hidden, token_ids, None if draws is None else draws.next_draws())
+        return head.draft_logits(hidden, mx.array(sorted(set(latest)), dtype=mx.uint32))
 
     steps: Any = speculative_generate_step(prompt, model, draft_model, *arguments, **options)
     with closing(steps):

@@ -29,7 +29,7 @@ from mlx_flashhead.evaluation.answers import usual_requests
 from mlx_flashhead.evaluation.text import bytes_share
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
 from mlx_flashhead.head.matrix import as_float32
-from mlx_flashhead.head.steps import Candidates, Selection
+from mlx_flashhead.head.steps import Candidates
 from mlx_flashhead.loading.load import load_draft
 from mlx_flashhead.lossless.drafts import LATEST
 from mlx_flashhead.models.cpu_products import numpy_products, to_mlx
@@ -142,14 +142,13 @@ class Drafter:
         in_clusters = exact[:, mx.array(self._token_ids.ravel())]
         in_clusters = in_clusters.reshape(n_tokens, *self._token_ids.shape)
         scores = head.cluster_scores(states)
-        drawn = scores if draw.quick else scores + head.cluster_noise(draw.draws)
         latest = np.zeros((n_tokens, vocab_size), dtype=bool)
         for i in range(n_tokens):
             latest[i, [*prompt, *answer[:i]][-LATEST:]] = True
 
-        def flash(n_probes: int, ordering: mx.array = drawn) -> mx.array:
+        def flash(n_probes: int) -> mx.array:
             steps = head._steps
-            selection = Selection(steps.select(ordering, n_probes).probes)
+            selection = steps.select(scores, n_probes)
             probed = mx.take_along_axis(in_clusters, selection.probes[..., None], axis=1)
             return steps.expand(scores, selection, Candidates(probed))
 
@@ -162,9 +161,6 @@ class Drafter:
         share = bytes_share(head, head.n_probes) + LATEST / vocab_size
         logits = mx.where(mx.array(latest), exact, flash(head.n_probes))
         yield f"default, {100 * share:.1f} %, {head.n_probes}", draw(logits)
-        if not draw.quick:
-            logits = mx.where(mx.array(latest), exact, flash(head.n_probes, scores))
-            yield f"default without noise, {100 * share:.1f} %, {head.n_probes}", draw(logits)
         for share in SHARES if draw.quick else FEW_SHARES:
             name, n_listed = f"{100 * share:.1f} %", round(share * vocab_size)
             yield f"list, {name}", draw(listed(n_listed))
@@ -201,14 +197,14 @@ class Draw:
 
     def __init__(self, settings: DrawSettings, seed: int, n_tokens: int, vocab_size: int, masks):
         keys = [(settings, position_key(seed, i)) for i in range(n_tokens)]
-        self.draws, self._masks = Draws.of(keys), masks
+        self._draws, self._masks = Draws.of(keys), masks
         self.quick = settings.greedy
-        self._noise = None if settings.greedy else noise_of_all(self.draws.keys, vocab_size)
+        self._noise = None if settings.greedy else noise_of_all(self._draws.keys, vocab_size)
         if self._noise is not None:
             mx.eval(self._noise)
 
     def __call__(self, logits: mx.array) -> np.ndarray:
-        return np.array(draw(logits + self._masks, self._noise, self.draws))
+        return np.array(draw(logits + self._masks, self._noise, self._draws))
 
 
 def masks_of(grammar, prompt: list[int], answer: list[int], vocab_size: int) -> mx.array | int:

@@ -211,15 +211,3 @@ class TestChoice:
                 patch.setattr(mx.metal, "is_available", refuse)
                 np.testing.assert_array_equal(to_numpy(model(ids)), first)
                 assert head.copy().backend == head.backend == "metal"
-
-
-def test_a_draft_with_the_noise_of_its_draw():
-    hidden = mx.random.normal((2, HIDDEN_SIZE), key=mx.random.key(2))
-    token_ids = mx.array([7, 19], dtype=mx.uint32)
-    draws = Draws.of([(DrawSettings(3.0), position_key(1, 2))])
-    head = make_head("mlx")
-    expected = to_numpy(head.draft_logits(hidden, token_ids, draws))
-    assert not np.allclose(to_numpy(head.draft_logits(hidden, token_ids)), expected)
-    with kernels():
-        found = to_numpy(make_head("metal").draft_logits(hidden, token_ids, draws))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

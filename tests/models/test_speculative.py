@@ -6,7 +6,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_flashhead import FlashHead, grammar_processor, make_sampler, stream_generate
-from mlx_flashhead.head.draw import Draws, DrawSettings, noise_of_all, position_key
 from model_pair import make_pair, uncached, until_end
 
 PROMPT = "The river was wide"
@@ -145,8 +144,8 @@ def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
     scored = []
     original = FlashHead.draft_logits
 
-    def draft_logits(self, hidden, token_ids, draws):
-        logits = original(self, hidden, token_ids, draws)
+    def draft_logits(self, hidden, token_ids):
+        logits = original(self, hidden, token_ids)
         exact = self.dense_logits(hidden)[..., token_ids]
         assert mx.allclose(logits[..., token_ids], exact, atol=1e-4)
         scored.append(set(token_ids.tolist()))
@@ -156,17 +155,3 @@ def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
     found, _ = run(pair, pair.dense, other.model, num_draft_tokens=1)
     assert found == uncached(pair.dense, pair.encode(PROMPT), TOKENS)
     assert scored[0] == set(pair.encode(PROMPT)) and scored[-1] >= {*pair.encode(PROMPT), found[0]}
-
-
-def test_a_draw_chooses_clusters_with_its_noise(head):
-    """At so high a temperature by its noise alone, and scores them as ever."""
-    head.draft_probes = 3
-    hidden = mx.random.normal((1, head.hidden_size), key=mx.random.key(1))
-    exact, usual = head.dense_logits(hidden)[0], head.draft_logits(hidden)[0]
-    drawn = []
-    for position in range(5):
-        draws = Draws.of([(DrawSettings(temperature=1e6), position_key(0, position))])
-        drawn.append(mx.argmax(noise_of_all(draws.keys, head.vocab_size)).item())
-        logits = head.draft_logits(hidden, draws=draws)[0]
-        assert mx.allclose(logits[drawn[-1]], exact[drawn[-1]], atol=1e-4)
-    assert not mx.allclose(usual[mx.array(drawn)], exact[mx.array(drawn)], atol=1e-4)
