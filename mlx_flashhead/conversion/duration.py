@@ -6,7 +6,7 @@ import numpy as np
 
 from ..head.matrix import Matrix
 from .clustering import PASSES, QUICK_PASSES
-from .options import IndexOptions
+from .options import NO_CALIBRATION, IndexOptions
 
 # Passes over all centroids for each dense pass of the clustering, and over all rows for each
 # position, that take as long as clustering, fitting and measuring.
@@ -18,9 +18,10 @@ def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
     """The approximate greatest time of an index: the time limit of the text, and the products."""
     n_clusters = -(-rows.n_rows // options.cluster_size)
     n_passes = QUICK_PASSES if options.quick else PASSES
-    passes = CLUSTER_PASSES * n_passes * n_clusters + POSITION_PASSES * options.positions
+    reads = options.source != NO_CALIBRATION
+    passes = CLUSTER_PASSES * n_passes * n_clusters + reads * POSITION_PASSES * options.positions
     products = 2.0 * rows.n_rows * rows.hidden_size * passes / _operations_per_second()
-    return options.calibration_seconds + products
+    return reads * options.calibration_seconds + products
 
 
 def in_words(seconds: float) -> str:

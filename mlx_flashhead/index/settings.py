@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 FORMAT_VERSION = 1
-DRAFT_DIFFERENCES = 0.02  # keeps about 99 % of the accepted drafts: docs/drafts.md
+DRAFT_DIFFERENCES = 0.01  # keeps about 99 % of the accepted drafts: docs/drafts.md
+DRAFT_SHARE = 1 / 32  # of the clusters: with the centroids a tenth of the head's bytes
 REQUIRED = {"vocab_size", "n_clusters", "cluster_size", "n_probes", "fingerprint"}
 AGAIN = "make it again with mlx_flashhead.convert"
 MOST_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position
@@ -58,16 +59,19 @@ class FlashHeadConfig:
 
     @property
     def draft_probes(self) -> int:
-        """Clusters for a draft: the fewest that keep 98 % of the dense head's best tokens.
+        """Clusters for a draft: the fewest that keep 99 % of the dense head's best tokens.
 
-        Without figures a quarter of ``n_probes``.
+        At most one of 32. Without figures ``n_probes``.
         """
+        by_probes = self.lossless.get("by_probes", ())
+        if not by_probes:
+            return self.n_probes
         enough = [
             int(figures["n_probes"])
-            for figures in self.lossless.get("by_probes", ())
+            for figures in by_probes
             if figures["greedy_differs"] <= DRAFT_DIFFERENCES
         ]
-        return min(enough, default=max(1, round(self.n_probes / 4)))
+        return min(*enough, max(1, int(self.n_clusters * DRAFT_SHARE)), self.n_probes)
 
     def to_dict(self) -> dict[str, Any]:
         """The form for JSON."""

@@ -1,22 +1,29 @@
 """Puts a FlashHead on a model in memory: a named one, a kept one, or a new one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
 from ..head.proposal import Risk
 from ..index.fit import check_fit
+from ..models.compat.vlm.drafts import when_drafted
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install
-from ..models.locate import HeadLocation, check_plain_product, find_head
+from ..models.libraries import architecture, is_vlm
+from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
 from ..models.tokenizers import name_of
 from ..publishing.origin import Origin
 from . import cache
 from .build import build_steps, finish
 from .look_up import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, named_head
 from .tuned import tune_head
+
+# the tokenizer and the choices for models of mlx-vlm, whose drafters may have heads of their own
+_chosen: WeakKeyDictionary[FlashHead, tuple[Any, HeadOptions]] = WeakKeyDictionary()
 
 
 def attach(
@@ -101,7 +108,37 @@ def attach_head(
         stored = finish(steps, options)
         assert stored is not None  # it has waited for other processes
     del rows  # the installation moves them
-    return install_stored(model, stored, options, location)
+    head = install_stored(model, stored, options, location)
+    if is_vlm(model):
+        _chosen[head] = tokenizer, options
+        when_drafted(_attach_to_drafter)
+    return head
+
+
+def _attach_to_drafter(target: nn.Module, drafter: nn.Module) -> None:
+    """Gives a drafter with a head of its own a FlashHead, kept or built, where its target has one.
+
+    It is built from the rows alone, since the drafter runs on the target's states.
+    """
+    head = get_flash_head(target)
+    if head is None or head not in _chosen:
+        return
+    location = drafter_head(drafter, target)
+    if location is None or get_flash_head(location.module) is not None:
+        return
+    tokenizer, options = _chosen[head]
+    options = replace(options, n_probes=None, drafts=True)
+    try:
+        check_plain_product(location)
+        stored = cache.find(location.rows(), options.say)
+        if stored is None and options.missing == BUILD:
+            origin = Origin(architecture(drafter))
+            steps = build_steps(drafter, tokenizer, location, origin=origin, options=options)
+            stored = finish(steps, options)
+        if stored is not None:
+            install_stored(drafter, stored, options, location).only_drafts = True
+    except (ValueError, OSError) as error:
+        options.say(f"The drafter has no FlashHead: {error}")
 
 
 def install_stored(

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ..conversion.build import index_nbytes, model_index
 from ..conversion.duration import expected_seconds, in_words
-from ..conversion.options import IndexOptions, recipe_flags
+from ..conversion.options import GIVEN, NO_CALIBRATION, IndexOptions, recipe_flags
 from ..conversion.steps import Steps, take_all
 from ..models.locate import HeadLocation
 from ..models.tokenizers import text_side
@@ -61,7 +61,8 @@ def build_steps(
         kept = None if anew else cache.find(rows, lambda _: None)
         if kept is not None:
             return kept
-        of_index = IndexOptions(quick=True)
+        source = NO_CALIBRATION if options.drafts else GIVEN
+        of_index = IndexOptions(quick=True, calibration=source)
         if anew:
             of_index = replace(of_index, calibration_seconds=ANEW_SECONDS)
         of_index.check_size(rows.n_rows)

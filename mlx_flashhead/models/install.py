@@ -96,7 +96,9 @@ def install(
             valid, or a kernel fails and the backend "metal" was asked for by name. The model stays
             unchanged.
     """
-    if installed_module(model) is not None:
+    # a drafter may hold the embedding of a target with a FlashHead
+    holder = model if location is None else location.module
+    if installed_module(holder) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
     if location is None:
         location = find_head(model)
@@ -144,7 +146,7 @@ def _is_installed(layer: Any) -> bool:
     return isinstance(layer, _FlashModule)
 
 
-def _leave_to_drafter(model: nn.Module) -> None:
+def _leave_to_drafter(model: nn.Module, _: nn.Module) -> None:
     """The model checks a drafter's tokens from now on, and needs the logits of all rows for it."""
     head = get_flash_head(model)
     if head is not None:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.matrix import Matrix
+from .compat.vlm.drafts import own_head
 from .compat.vlm.head_weights import DECISIONS
 from .errors import UnsupportedHeadError
 from .libraries import architecture, check_has_head, check_writes_text, forward, library
@@ -167,6 +168,18 @@ def find_head(model: nn.Module) -> HeadLocation:
     path = next(path for path, other in model.named_modules() if other is head.module)
     _refuse_wrapped(model, head.module, path)
     return HeadLocation(head.module, path, head.method, head.asked_by, head.hidden_dtype)
+
+
+def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
+    """Where a drafter of mlx-vlm makes its logits, if its head is its own and no retrieval."""
+    head = own_head(drafter, target)
+    if head is None:
+        return None
+    module, method = (head, LINEAR) if isinstance(head, nn.Module) else (head.__self__, EMBEDDING)
+    path = next(path for path, other in drafter.named_modules() if other is module)
+    arrays = (a for part in drafter.modules() for a in part.values() if isinstance(a, mx.array))
+    dtype = next(a.dtype for a in arrays if mx.issubdtype(a.dtype, mx.floating))
+    return HeadLocation(module, path, method, hidden_dtype=dtype)
 
 
 def check_plain_product(location: HeadLocation) -> None:

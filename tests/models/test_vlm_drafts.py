@@ -1,8 +1,12 @@
 """Drafters of mlx-vlm on a model with a FlashHead: they draft with it, and the model is dense."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_map
 
 pytest.importorskip("mlx_vlm")
 
@@ -20,7 +24,9 @@ from mlx_vlm.speculative.drafters.qwen3_dflash.dflash import DFlashDraftModel
 
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.models.install import install
+from mlx_flashhead.index.files import write_companion
+from mlx_flashhead.loading.attach import attach
+from mlx_flashhead.models.install import detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
 from tiny_models import tiny_index
 from vlm_models import tiny_vlm
@@ -52,7 +58,7 @@ def dflash(target: nn.Module) -> nn.Module:
     )
 
 
-def eagle3(target: nn.Module) -> nn.Module:
+def eagle3(target: nn.Module, n_tokens: int | None = None) -> nn.Module:
     text = target.config.text_config
     layer = {
         "hidden_size": text.hidden_size,
@@ -64,7 +70,7 @@ def eagle3(target: nn.Module) -> nn.Module:
     drafter = Eagle3DraftModel(
         Eagle3Config(
             transformer_layer_config=layer,
-            draft_vocab_size=text.vocab_size,
+            draft_vocab_size=n_tokens or text.vocab_size,
             tie_word_embeddings=True,
             block_size=4,
             target_layer_ids=[1, 2],
@@ -74,20 +80,26 @@ def eagle3(target: nn.Module) -> nn.Module:
     return drafter
 
 
-def assistant(target: nn.Module) -> nn.Module:
+def assistant(target: nn.Module, **options) -> nn.Module:
     text = target.config.text_config
-    config = Gemma4AssistantConfig(backbone_hidden_size=text.hidden_size, text_config=text)
-    return Gemma4AssistantDraftModel(config)
+    return Gemma4AssistantDraftModel(
+        Gemma4AssistantConfig(backbone_hidden_size=text.hidden_size, text_config=text, **options)
+    )
 
 
-# drafters with the kind of their loop, on a target; the last one has a head of its own
+# drafters with the kind of their loop, on a target
 CASES = [
     (mtp, "mtp", "qwen3_5", False, 4),
     (mtp, "mtp", "qwen3_5", True, None),
     (dflash, "dflash", "qwen3_5", False, 4),
     (dflash, "dflash", "qwen3_5", True, None),
     (eagle3, "eagle3", "gemma4", True, None),
-    (assistant, "mtp", "gemma4", True, None),
+]
+# with a head of their own, and whether that is a layer by itself
+OWN = [
+    (partial(eagle3, n_tokens=128), "eagle3", True),
+    (assistant, "mtp", False),
+    (partial(assistant, tie_word_embeddings=False), "mtp", True),
 ]
 
 
@@ -138,12 +150,63 @@ def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
     assert write(model, **drafting) == dense
     assert calls.count("full_logits") == calls.count("draft_logits")  # none of the target's
     assert calls.count("token_rows") <= 3  # the shapes alone, as the drafter is bound
-    if make is assistant:
-        assert "draft_logits" not in calls
-    else:
-        assert calls.count("draft_logits") >= len(drafter.draft_lens)
-        head.draft_probes = head.n_clusters
-        assert write(model, **drafting) == dense and drafter.accept_lens == accepted
+    assert calls.count("draft_logits") >= len(drafter.draft_lens)
+    head.draft_probes = head.n_clusters
+    assert write(model, **drafting) == dense and drafter.accept_lens == accepted
+
+
+@pytest.fixture
+def attached(tmp_path):
+    """Attaches a FlashHead to a target of a kind."""
+
+    def attach_to(**options) -> tuple[nn.Module, list[int]]:
+        model = tiny_vlm("gemma4", tied=True)
+        dense = write(model)
+        write_companion(tmp_path, tiny_index(model))
+        processor = SimpleNamespace(encode=None, eos_token_id=299)
+        attach(model, processor, tmp_path, n_probes=3, backend="mlx", **options)
+        return model, dense
+
+    return attach_to
+
+
+@pytest.mark.parametrize("make, kind, untied", OWN)
+def test_a_head_of_the_drafters_own(calls, attached, capfd, make, kind, untied):
+    """It gets a FlashHead too, which is built from its rows and kept."""
+    model, dense = attached()
+    drafters = [make(model) for _ in range(2)]
+    for drafter in drafters:
+        mx.random.seed(1)
+        drafter.update(tree_map(lambda a: mx.random.normal(a.shape), drafter.parameters()))
+        drafter.eval()
+    for drafter, built in zip(drafters, (True, False), strict=True):
+        drafting = {"draft_model": drafter, "draft_kind": kind}
+        calls.clear()
+        assert write(model, **drafting) == dense
+        assert ("Building the FlashHead of" in capfd.readouterr().err) == built
+        assert calls.count("full_logits") == calls.count("draft_logits") > 0
+        layer = drafter.lm_head if untied else drafter.model.embed_tokens
+        head = get_flash_head(layer)
+        assert head.vocab_size == layer.weight.shape[0] and head.n_probes < head.n_clusters
+        head.draft_probes = 1
+        assert write(model, **drafting) == dense
+    detach(model)
+    assert write(model, draft_model=drafter, draft_kind=kind) == dense
+
+
+def test_a_drafter_that_retrieves_keeps_its_way(calls, attached):
+    model, dense = attached()
+    options = {"num_centroids": 43, "centroid_intermediate_top_k": 2}
+    drafter = assistant(model, use_ordered_embeddings=True, **options)
+    assert write(model, draft_model=drafter, draft_kind="mtp") == dense
+    assert get_flash_head(drafter.model) is None and "draft_logits" not in calls
+
+
+def test_without_a_build_a_head_of_its_own_stays_dense(calls, attached):
+    model, dense = attached(build=False)
+    drafter = assistant(model)
+    assert write(model, draft_model=drafter, draft_kind="mtp") == dense
+    assert get_flash_head(drafter.model) is None and "draft_logits" not in calls
 
 
 def test_several_texts_at_once(calls):

@@ -9,6 +9,8 @@ from functools import cache, wraps
 from types import FrameType
 from typing import Any
 
+import mlx.nn as nn
+
 from ..imports import put_in_place, when_imported
 
 DRAFTERS = "mlx_vlm.speculative.drafters"
@@ -25,18 +27,34 @@ def drafter_asks(frame: FrameType | None) -> bool:
     return False
 
 
+def own_head(drafter: Any, target: Any) -> Any:
+    """What makes a drafter's logits, if it is neither the target's nor a retrieval already.
+
+    A linear layer, or the method ``as_linear`` of an embedding; else None. Gemma 4's assistant with
+    centroids has a function instead, which scores the tokens of a few.
+    """
+    target = getattr(target, "language_model", target)
+    drafter.bind(target)
+    head = getattr(drafter, "_lm_head_fn", None) or getattr(drafter, "lm_head", None)
+    if head is None:  # a tied EAGLE-3
+        head = getattr(getattr(drafter, "embed_tokens", None), "as_linear", None)
+    layer = getattr(head, "__self__", head)
+    shared = any(layer is other for other in target.modules())
+    return head if isinstance(layer, nn.Module) and not shared else None
+
+
 @cache  # once per process
-def when_drafted(then: Callable[[Any], None]) -> None:
-    """Calls ``then`` with each model that is given a drafter, before it reads a prompt."""
+def when_drafted(then: Callable[[Any, Any], None]) -> None:
+    """Calls ``then`` with each model that is given a drafter, and it, before a prompt is read."""
 
     def put(module: Any) -> None:
         # each loop for one text asks this with its drafter, and so does the server once
         original = module.validate_drafter_compatibility
 
         @wraps(original)
-        def validate(target: Any, *arguments: Any, **options: Any) -> Any:
-            then(target)
-            return original(target, *arguments, **options)
+        def validate(target: Any, drafter: Any, *arguments: Any, **options: Any) -> None:
+            original(target, drafter, *arguments, **options)
+            then(target, drafter)
 
         put_in_place("mlx_vlm", module, "validate_drafter_compatibility", validate)
 
@@ -46,7 +64,7 @@ def when_drafted(then: Callable[[Any], None]) -> None:
         @wraps(original)
         def made(self: Any, model: Any, *arguments: Any, **options: Any) -> None:
             if options.get("draft_model") is not None:
-                then(model)
+                then(model, options["draft_model"])
             original(self, model, *arguments, **options)
 
         module.BatchGenerator.__init__ = made
