@@ -80,6 +80,8 @@ def build_steps(
             seed=of_index.seed,
             name=checkpoint_name(origin, None),
         ) | {"metadata": card_metadata(origin, "adapter")}
+        if options.drafts:
+            del recipe["command"]  # no command converts a drafter of mlx-vlm
         index = yield from model_index.steps(
             model,
             text_side(model, tokenizer),
