@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..head.centroids import Centroids
 from ..head.flash_head import FlashHead
@@ -125,7 +126,11 @@ def install(
         raise
     mx.clear_cache()  # it holds the rows in their old order
     mx.eval(head.arrays())
-    around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
+    around = [
+        module
+        for path, module in model.named_modules()
+        if not path or location.path.startswith(f"{path}.")
+    ]
     module._flash_head = head
     module._asked_by = location.asked_by
     # its name, since MLX's dtypes do not pickle
@@ -189,10 +194,6 @@ def _put_back(module: nn.Module, head: FlashHead) -> None:
         module[name] = array
 
 
-def _prefix(path: str) -> str:
-    return f"{path}." if path else ""
-
-
 def _subclass(module: nn.Module, mixin: type) -> None:
     module.__class__ = _class_of(mixin, type(module))
 
@@ -223,24 +224,16 @@ def installed_module(model: nn.Module) -> nn.Module | None:
     return next((m for m in model.modules() if isinstance(m, _FlashModule)), None)
 
 
-def _refuse_update(target, parameters) -> None:
-    """Raises if ``target.update(parameters)`` would change an installed head."""
-    if isinstance(target, dict) and isinstance(parameters, dict):
-        for key in parameters:
-            if isinstance(target, _FlashModule):
-                target._refuse_change(key)
-            elif key in target:
-                _refuse_update(target[key], parameters[key])
-    elif isinstance(target, list) and isinstance(parameters, list):
-        for part, given in zip(target, parameters, strict=False):
-            _refuse_update(part, given)
-
-
 class _FlashParent(_Pickled, _Module):
     """A module around an installed one: refuses an update of it before it changes anything."""
 
     def update(self, parameters, strict=True):  # type: ignore[override]  # as nn.Module's
-        _refuse_update(self, parameters)
+        modules = dict(self.named_modules())
+        for path, _ in tree_flatten(parameters):
+            of_module, _, key = path.rpartition(".")
+            module = modules.get(of_module)
+            if isinstance(module, _FlashModule):
+                module._refuse_change(key)
         return super().update(parameters, strict)
 
 
@@ -303,10 +296,6 @@ class _FlashModule(_Pickled, _Module):
         self._refuse_change(key)
         super().__setattr__(key, value)
 
-    def __delattr__(self, key):
-        self._refuse_change(key)
-        super().__delattr__(key)
-
     def to_quantized(self, *args, **kwargs):
         self._refuse_change("weight")
 
@@ -316,14 +305,6 @@ class _FlashModule(_Pickled, _Module):
                 f"The {key} of an output projection under FlashHead cannot be changed: call "
                 "mlx_flashhead.detach(model) first, then change it, then attach again."
             )
-
-    def __deepcopy__(self, memo):
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        dict.update(copied, dict.items(self))
-        copied.__dict__.update(self.__dict__, _no_grad=set(self._no_grad))
-        copied.__dict__["_flash_head"] = self._flash_head.copy()
-        return copied
 
 
 class _FlashLinear(_FlashModule):
