@@ -18,7 +18,6 @@ from mlx.utils import tree_flatten
 
 from ..head.centroids import Centroids
 from ..head.flash_head import FlashHead
-from ..head.proposal import Risk
 from .compat.vlm.drafts import drafter_asks, when_drafted
 from .compat.vlm.head_weights import keep_from_weights
 from .libraries import is_vlm
@@ -62,13 +61,8 @@ def install(
     token_ids: np.ndarray,
     centroids: Centroids,
     *,
-    n_probes: int,
-    checked_probes: int | None = None,
-    risk: Risk | None = None,
-    eos_token_ids: tuple[int, ...] = (),
-    backend: str | None = None,
-    max_positions: int | None = None,
     location: HeadLocation | None = None,
+    **settings: Any,
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
 
@@ -80,14 +74,8 @@ def install(
         model: Any model of mlx-lm or mlx-vlm whose head :func:`find_head` finds.
         token_ids: (C, cluster_size) integers, V in padded slots.
         centroids: Centroids fitted for these clusters.
-        n_probes: Clusters scored per position, 1 … C.
-        checked_probes: Clusters scored where the dense rows check the choice; None: ``n_probes``.
-        risk: How likely a proposal differs from the dense choice.
-        eos_token_ids: Tokens whose clusters are always scored.
-        backend: "metal", "mlx" or None to choose.
-        max_positions: More positions (B·L) than this at once are computed densely; None leaves it
-            to the path.
         location: The head, where it is already known, and known to be a plain product.
+        **settings: The other arguments of :class:`FlashHead`.
 
     Returns:
         The installed head.
@@ -102,17 +90,7 @@ def install(
     if location is None:
         location = find_head(model)
         check_plain_product(location)
-    head = FlashHead(
-        location.rows(),
-        token_ids,
-        centroids,
-        n_probes=n_probes,
-        checked_probes=checked_probes,
-        risk=risk,
-        eos_token_ids=eos_token_ids,
-        backend=backend,
-        max_positions=max_positions,
-    )
+    head = FlashHead(location.rows(), token_ids, centroids, **settings)
     module = location.module
     # One array after the other, so that at most one more head exists. None keeps a parameter's name
     # and place.
@@ -229,7 +207,7 @@ class _FlashParent(_Pickled, _Module):
 
     def update(self, parameters, strict=True):  # type: ignore[override]  # as nn.Module's
         modules = dict(self.named_modules())
-        for path, _ in tree_flatten(parameters):
+        for path in dict(tree_flatten(parameters)):
             of_module, _, key = path.rpartition(".")
             module = modules.get(of_module)
             if isinstance(module, _FlashModule):

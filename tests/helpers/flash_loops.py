@@ -9,8 +9,7 @@ from mlx_flashhead import get_flash_head
 from mlx_flashhead.lossless.batch import CheckedBatchGenerator
 from mlx_flashhead.lossless.loop import checked_steps
 from mlx_flashhead.lossless.proposals import Proposer
-from mlx_flashhead.models.install import install
-from tiny_models import tiny_index, tiny_model
+from tiny_models import install_index, tiny_index, tiny_model
 
 PROMPT = [5, 17, 3, 99, 42, 7]
 OTHERS = [[8, 8, 120], [1, 2, 3, 4, 5, 6, 7, 9], [60, 61]]
@@ -56,8 +55,7 @@ class Flash:
 
 def flash_of(model, n_probes=3) -> Flash:
     """A model with a FlashHead of random clusters."""
-    index = tiny_index(model, n_probes=n_probes)
-    install(model, index.token_ids, index.centroids, n_probes=n_probes)
+    install_index(model, tiny_index(model, n_probes=n_probes))
     return Flash(model)
 
 

@@ -11,17 +11,16 @@ from mlx_lm import models
 
 from architecture_configs import VOCAB_SIZE
 from architecture_models import tiny_architecture
-from mlx_flashhead.models.install import get_flash_head, install
+from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.locate import Asker, find_head
-from tiny_models import tiny_index, tiny_model
+from tiny_models import install_index, tiny_index, tiny_model
 
 # Functions besides the one that makes the logits that call a head's layer.
 OTHERS = {"gemma4_text": {"_get_per_layer_inputs"}}
 
 
-def installed(model, **kwargs):
-    index = tiny_index(model, **kwargs)
-    install(model, index.token_ids, index.centroids, n_probes=2)
+def installed(model):
+    install_index(model, tiny_index(model, n_probes=2))
     return model
 
 

@@ -21,13 +21,11 @@ from mlx_vlm.speculative.ops import linear
 
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.models.compat.vlm.generate import TextGenerator
-from mlx_flashhead.models.install import detach, get_flash_head, install
+from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.libraries import forward
 from mlx_flashhead.models.locate import find_head
-from tiny_models import tiny_index
+from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
-
-N_PROBES = 3
 
 
 @pytest.fixture
@@ -50,8 +48,7 @@ def served(name: str, *, tied: bool, bits: int | None = None) -> nn.Module:
     if bits is not None:
         module = find_head(model).module
         nn.quantize(model, 32, bits, class_predicate=lambda _, other: other is module)
-    index = tiny_index(model)
-    install(model, index.token_ids, index.centroids, n_probes=N_PROBES, backend="mlx")
+    install_index(model, tiny_index(model, n_probes=3), backend="mlx")
     return model
 
 
@@ -90,8 +87,7 @@ def test_fused_greedy_decoding_is_left_out(reads):
     decode = model.language_model.fused_greedy_decode
     tokens = mx.array([[3]])
     assert decode(tokens, cache=make_prompt_cache(model.language_model)) is not None
-    index = tiny_index(model)
-    install(model, index.token_ids, index.centroids, n_probes=N_PROBES, backend="mlx")
+    install_index(model, tiny_index(model, n_probes=3), backend="mlx")
     reads.clear()
     assert decode(tokens, cache=make_prompt_cache(model.language_model)) is None
     assert not model.language_model.supports_fused_greedy_logits_processors([])

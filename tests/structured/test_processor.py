@@ -18,11 +18,10 @@ from mlx_flashhead import (
     stream_generate,
 )
 from mlx_flashhead.models.compat.generate import BatchGenerator
-from mlx_flashhead.models.install import install
 from mlx_flashhead.structured.grammar import Grammar
 from mlx_flashhead.structured.processor import GrammarProcessor
 from model_folders import VOCAB_SIZE, write_model
-from tiny_models import tiny_index, tiny_model
+from tiny_models import install_index, tiny_index, tiny_model
 
 EOS = 1
 PATTERN = r"[0-9]{3}-(ab|xyz){2}"
@@ -51,8 +50,7 @@ def dense():
 @pytest.fixture(scope="module")
 def flash():
     model = tiny_model(vocab_size=VOCAB_SIZE)
-    index = tiny_index(model, eos_token_ids=(EOS,))
-    install(model, index.token_ids, index.centroids, n_probes=3)
+    install_index(model, tiny_index(model, n_probes=3))
     return model
 
 
