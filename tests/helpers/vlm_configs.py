@@ -8,15 +8,11 @@ VISION = named(
     (2, "num_hidden_layers layers depth num_attention_heads num_heads heads num_key_value_heads"),
     (28, "image_size"),
     (14, "patch_size"),
-    (2, "spatial_merge_size temporal_patch_size"),
-    (3, "num_channels in_channels in_chans"),
-    (1e-5, "layer_norm_eps rms_norm_eps"),
-    ("gelu", "hidden_act"),
+    (3, "num_channels"),
     (16, "head_dim"),
     (2.0, "mlp_ratio"),
     (VOCAB_SIZE, "vocab_size"),
 )
-AUDIO = VISION
 IMAGE_TOKEN = VOCAB_SIZE - 1
 IMAGE_TOKENS = dict.fromkeys(("image_token_id", "image_token_index"), IMAGE_TOKEN)
 

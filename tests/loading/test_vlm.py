@@ -171,17 +171,6 @@ def test_a_model_loaded_twice_and_replaced(place):
     assert answer(*second) == text
 
 
-def test_threads_generate_at_once(place):
-    """Each with a model of its own, since mlx-vlm's models keep a text's positions."""
-    models = [mlx_vlm.load(str(place / "model")) for _ in range(3)]
-    for loaded in models:
-        attach(*loaded, flash_head=place / "head")
-    texts = [answer(*loaded, place / "picture.png") for loaded in models]
-    with ThreadPoolExecutor(3) as pool:
-        found = pool.map(lambda loaded: answer(*loaded, place / "picture.png"), models)
-        assert list(found) == texts
-
-
 def test_threads_share_a_language_model(tmp_path):
     model, tokenizer = mlx_vlm.load(str(write_model(tmp_path / "model")))
     (tmp_path / "head").mkdir()
