@@ -63,7 +63,7 @@ def test_a_model_that_is_not_there_is_the_programs_affair(place):
     "words, printed",
     [
         (("mlx_lm.generate", "--prompt", "One", "--max-tokens", 4), "Generation: 4 tokens"),
-        (("mlx_lm.chat", "--max-tokens", 4), "mlx_lm.chat"),
+        (("mlx_lm.chat", "--max-tokens", 4), "chat"),  # 0.31 and 0.32 greet differently
         (("mlx_lm.benchmark", "-p", 8, "-g", 4, "-n", 1), "Averages: prompt_tps="),
         pytest.param(
             ("mlx_lm.perplexity", "--data-path", "data", "--sequence-length", 16, "--num-samples",
