@@ -96,7 +96,34 @@ COMMON = named(
     (3, "conv_L_cache"),
     ((0.001, 100.0), "time_step_limit"),
     (["recurrent", "attention"], "block_types"),
+    (32, "a_low_rank_dim v_low_rank_dim gate_low_rank_dim decay_low_rank_dim"),
+    # of one or two architectures
+    (10000.0, "rotary_emb_base swa_rope_theta"),
+    (0.5, "rotary_pct"),
+    (64, "moe_hidden_size"),
+    (32, "hidden_size_per_layer_input global_head_dim laurel_rank ffn_dim_divisor o_lora_rank"),
+    (32, "swa_head_dim swa_v_head_dim"),
+    (2, "swa_num_attention_heads swa_num_key_value_heads o_groups hc_mult cla_share_factor"),
+    (2, "attn_layer_period expert_layer_period dense_attention_every_n_layers conv_window"),
+    (2, "altup_num_inputs ngram_vocab_size_ratio emb_split_num"),
+    (3, "emb_neighbor_num"),
+    (1, "num_kv_reuse_layers attn_layer_offset expert_layer_offset"),
+    (0, "altup_active_idx"),
+    (True, "altup_correct_scale use_mixed_mlp_moe add_swa_attention_sink_bias"),
+    (False, "use_cla add_full_attention_sink_bias"),
+    ([0.5, 0.0], "activation_sparsity_pattern"),
+    ([2, 2], "num_query_heads"),
+    ([1.0, 1.0], "ffn_multipliers"),
+    ([1, 0], "hybrid_layer_pattern"),
+    ([0], "sliding_window_layers"),
+    ([False, True], "is_moe_layer"),
+    ([10000.0, 0], "layer_rope_theta"),
+    (20.0, "gegelu_limit"),
+    (120.0, "altup_coef_clip"),
+    (VOCAB_SIZE, "embedding_size"),
+    (128, "mlp_hidden_size"),
     # scales, so that each is seen to be applied
+    (2.0, "mup_width_multiplier"),
     (2.0, "logits_scaling embedding_multiplier"),
     (0.2, "attention_multiplier"),
     (0.5, "residual_multiplier output_multiplier lm_head_multiplier"),
@@ -107,111 +134,27 @@ COMMON = named(
 )
 
 OVERRIDES = {
-    "afm7": {"num_kv_reuse_layers": 1},
-    "baichuan_m1": {"sliding_window_layers": [0], "conv_window": 2},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     },
     "deepseek_v2": {"topk_method": "greedy", "rope_scaling": {"type": "yarn", "factor": 2.0}},
-    "deepseek_v41": {
-        "o_groups": 2,
-        "o_lora_rank": 32,
-        "hc_mult": 2,
-        "hc_sinkhorn_iters": 2,
-        "scoring_func": "sqrtsoftplus",
-    },
+    "deepseek_v41": {"scoring_func": "sqrtsoftplus"},
     "exaone4": {"sliding_window_pattern": "LG"},
-    "exaone_moe": {"is_moe_layer": [False, True]},
-    "gemma3n": {
-        "activation_sparsity_pattern": [0.5, 0.0],
-        "altup_num_inputs": 2,
-        "altup_coef_clip": 120.0,
-        "altup_correct_scale": True,
-        "altup_active_idx": 0,
-        "hidden_size_per_layer_input": 32,
-        "laurel_rank": 32,
-    },
-    "gemma4": {"hidden_size_per_layer_input": 32, "global_head_dim": 32},
-    "gemma4_text": {"hidden_size_per_layer_input": 32, "global_head_dim": 32},
-    "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.5},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "hunyuan": {
-        "use_mixed_mlp_moe": True,
-        "use_cla": False,
-        "cla_share_factor": 2,
-        "rope_scaling": {"type": "dynamic", "alpha": 1.0, "factor": 1.0},
-    },
-    "jamba": {
-        "attn_layer_offset": 1,
-        "attn_layer_period": 2,
-        "expert_layer_offset": 1,
-        "expert_layer_period": 2,
-    },
-    "kimi_k3": {
-        "hidden_act": "situ",
-        "activation_situ_beta": 1.0,
-        "activation_situ_linear_beta": 1.0,
-    },
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "lfm2-vl": {"layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "hunyuan": {"rope_scaling": {"type": "dynamic", "alpha": 1.0, "factor": 1.0}},
+    "kimi_k3": {"hidden_act": "situ"},
     "llama4": {"num_hidden_layers": 4, "num_experts_per_tok": 1},
     "longcat_flash": {"attention_method": "MLA"},
-    "longcat_flash_ngram": {
-        "ngram_vocab_size_ratio": 2,
-        "emb_neighbor_num": 3,
-        "emb_split_num": 2,
-    },
-    "mimo_v2_flash": {
-        "hybrid_layer_pattern": [1, 0],
-        "moe_layer_freq": [0, 1],
-        "add_swa_attention_sink_bias": True,
-        "add_full_attention_sink_bias": False,
-        "swa_rope_theta": 10000.0,
-        "swa_num_attention_heads": 2,
-        "swa_num_key_value_heads": 2,
-        "swa_head_dim": 32,
-        "swa_v_head_dim": 32,
-    },
+    "mimo_v2_flash": {"moe_layer_freq": [0, 1]},
     "minicpm3": {"rope_scaling": {"short_factor": [1.0] * 16, "long_factor": [1.0] * 16}},
     "minimax_m3_vl": {"moe_layer_freq": [0, 1]},
-    "muse_spark": {
-        "layer_rope_theta": [10000.0, 0],
-        "moe_hidden_size": 64,
-        "num_shared_experts": 0,
-    },
+    "muse_spark": {"num_shared_experts": 0},
     "nemotron-nas": {
-        "block_configs": [
-            {
-                "attention": {"n_heads_in_group": 1},
-                "ffn": {"ffn_mult": 2.0},
-            }
-        ]
-        * 2
+        "block_configs": [{"attention": {"n_heads_in_group": 1}, "ffn": {"ffn_mult": 2.0}}] * 2
     },
-    "nemotron_h": {"hybrid_override_pattern": ["M", "*", "E"], "num_hidden_layers": 3},
-    "olmo": {"embedding_size": VOCAB_SIZE, "mlp_hidden_size": 128},
-    "openelm": {
-        "ffn_dim_divisor": 32,
-        "num_query_heads": [2, 2],
-        "num_kv_heads": [2, 2],
-        "ffn_multipliers": [1.0, 1.0],
-    },
-    "phi3small": {
-        "dense_attention_every_n_layers": 2,
-        "gegelu_limit": 20.0,
-        "mup_width_multiplier": 2.0,
-    },
-    "phimoe": {
-        "rope_scaling": {
-            "type": "longrope",
-            "short_factor": [1.0] * 16,
-            "long_factor": [1.0] * 16,
-            "short_mscale": 1.0,
-            "long_mscale": 1.0,
-        }
-    },
+    "nemotron_h": {"hybrid_override_pattern": ["M", "*", "E"]},
+    "openelm": {"num_kv_heads": [2, 2]},
     "prism_hadamard_qwen35": lambda tied: {
         "hidden_size": 512,  # its packed layers are rotated in blocks of 512
         "schema_version": 2,
@@ -222,12 +165,6 @@ OVERRIDES = {
             for path, embedding in (("model.embed_tokens", True), ("lm_head", False))
             if embedding or not tied
         ],
-    },
-    "rwkv7": {
-        "a_low_rank_dim": 32,
-        "v_low_rank_dim": 32,
-        "gate_low_rank_dim": 32,
-        "decay_low_rank_dim": 32,
     },
     "spark2_5": {"hidden_act": "gelu"},
 }

@@ -47,7 +47,6 @@ VLM_OVERRIDES: dict[str, dict] = named(
             }
         },
     },
-    "deepseek_v4": {"text": {"o_groups": 2, "o_lora_rank": 32, "hc_mult": 2}},
     "deepseekocr_2": {"vision": {"model_type": "vision", "width": {}}},
     "ernie4_5_moe_vl": {"text": {"mrope_section": [6, 6, 4]}},
     "florence2": {

@@ -135,27 +135,6 @@ def test_sequences_with_grammars_of_their_own(flash, tokenizer):
         assert re.fullmatch(pattern, text) or len(found[uid]) == 40
 
 
-@pytest.mark.parametrize("n_draft", [1, 3])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_draft_model(flash, dense, tokenizer, n_draft, seed):
-    """The processor is asked again where drafts were rejected."""
-    draft = tiny_model(vocab_size=VOCAB_SIZE, seed=seed)
-    processor = grammar_processor(tokenizer, json_schema=SCHEMA)
-    options = {"max_tokens": 200, "logits_processors": [processor]}
-    expected = generate(dense, tokenizer, "hello", **options)
-    found = generate(
-        flash, tokenizer, "hello", draft_model=draft, num_draft_tokens=n_draft, **options
-    )
-    assert found == expected and processor.accepts(found)
-
-
-def test_same_processor_for_one_text_after_another(flash, tokenizer):
-    processor = grammar_processor(tokenizer, regex=PATTERN)
-    for prompt in ("a", "a longer one", "a"):
-        text = generate(flash, tokenizer, prompt, max_tokens=40, logits_processors=[processor])
-        assert re.fullmatch(PATTERN, text)
-
-
 def allowed(processor, tokens):
     logits = processor(mx.array(tokens), mx.zeros((1, VOCAB_SIZE + 5)))
     return {*np.flatnonzero(np.isfinite(np.array(logits[0])))}
