@@ -46,7 +46,6 @@ CONFIGS = {
         "no_rope_layers": [1],
         "use_qk_norm": False,
     },
-    "seed_oss": _WITH_HEAD_DIM,
     "minicpm": _COMMON | {"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 12},
 }
 
