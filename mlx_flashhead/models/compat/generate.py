@@ -13,7 +13,6 @@ from mlx_lm.generate import (
     GenerationResponse,
     generation_stream,
     maybe_quantize_kv_cache,
-    speculative_generate_step,
 )
 from mlx_lm.generate import generate as mlx_lm_generate
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
@@ -27,6 +26,7 @@ try:
         batch_generate,
         generate_step,
         make_text_state_machine,
+        speculative_generate_step,
     )
     from mlx_lm.generate import setup_arg_parser as generate_parser
 except ImportError:
@@ -37,6 +37,7 @@ except ImportError:
         generate_parser,
         generate_step,
         make_text_state_machine,
+        speculative_generate_step,
     )
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.

@@ -16,7 +16,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
-plain_steps = module.generate_step  # which may be replaced later on
+# These names may be replaced later on.
+plain_steps, drafted_steps = module.generate_step, module.speculative_generate_step
 
 Transitions = dict[str, list[tuple[str, str | None]]]
 State = tuple[str | None, Transitions, str]
@@ -81,6 +82,13 @@ def generate_step(
 
     processors = [partial(after_prompt, process) for process in logits_processors or ()]
     return plain_steps(prompt, model, logits_processors=processors, **options)
+
+
+def speculative_generate_step(
+    prompt: mx.array, model: Any, draft_model: Any, stream: Any = None, **options: Any
+) -> Iterator[Any]:
+    """mlx-lm's loop, on its own stream."""
+    return drafted_steps(prompt, model, draft_model, **options)
 
 
 class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined]
