@@ -128,7 +128,10 @@ class CheckedBatchGenerator(BatchGenerator):
         """
         first = self._n_sequences
         sampler, processors = self._usual
-        for i, parts in enumerate(segments):
+        for i, segment in enumerate(segments):
+            parts = [part for part in segment if part]
+            if not parts:
+                raise ValueError(f"Sequence {i} has an empty prompt: give it at least one token.")
             own = list((logits_processors[i] if logits_processors else None) or processors)
             before = list(all_tokens[i]) if all_tokens else []
             text = Text(

@@ -28,6 +28,11 @@ def test_batch_is_what_each_gets_alone(pair, prompts, sizes, settings):
     assert batch_generate(pair.model, pair.tokenizer, prompts, **options).token_ids == expected
 
 
+def test_an_empty_prompt_is_refused(pair):
+    with pytest.raises(ValueError, match="Sequence 1 has an empty prompt: give it at least one"):
+        batch_generate(pair.model, pair.tokenizer, [[5], []])
+
+
 def test_batch_of_several_turns(pair, prompts):
     first = batch_generate(
         pair.model, pair.tokenizer, prompts, max_tokens=6,

@@ -92,7 +92,7 @@ def speculative_generate_step(
 
 
 class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined]
-    """mlx-lm's, with 0.32's counters and without its failures on empty parts and processors."""
+    """mlx-lm's, with 0.32's counters and without its failure on processors of some texts."""
 
     @property
     def _counters(self) -> "BatchGenerator":
@@ -101,15 +101,6 @@ class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined]
     generation_tokens = property(
         attrgetter("_gen_tokens_counter"), lambda self, n: setattr(self, "_gen_tokens_counter", n)
     )
-
-    def insert_segments(
-        self, segments: list[list[list[int]]], *arguments: Any, **options: Any
-    ) -> list[int]:
-        """Queues prompts in parts, of which empty ones are left out."""
-        parts = [[part for part in segment if part] for segment in segments]
-        if not all(parts):
-            raise ValueError("A sequence has an empty prompt.")
-        return super().insert_segments(parts, *arguments, **options)
 
     def _next(self) -> tuple[list[Any], list[Any]]:
         batch = self._generation_batch
