@@ -105,6 +105,7 @@ def main() -> None:
         def generate_for_main(model, tokenizer, prompt, **named):
             _check_prompt(prompt, context)
             named["check"] = not args.no_check
+            named["prefill_step_size"] = args.prefill_step_size  # which 0.31 does not hand on
             if args.draw_probes:
                 named["draw_temperature"] = args.temp
             if grammar is None:

@@ -148,7 +148,7 @@ pictures too. FlashHead serves {len(served)} of the {len(found)} architectures t
 `tests/models/test_vlm_architectures.py` runs each form as above, without a cache and with one, and
 {len(PICTURES)} architectures with a random picture through their towers:
 
-{fill(", ".join(PICTURES), 100)}.
+{fill(", ".join(sorted(PICTURES)), 100)}.
 
 | architecture | untied | tied |
 |---|---|---|

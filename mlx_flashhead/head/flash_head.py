@@ -245,6 +245,9 @@ class FlashHead:
             copied._steps, copied.clustered = steps, steps.clustered
         return copied
 
+    def __deepcopy__(self, memo) -> "FlashHead":
+        return self.copy()
+
     @contextmanager
     def settings(
         self,

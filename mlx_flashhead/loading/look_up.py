@@ -148,11 +148,6 @@ def add_answering_options(group: Any) -> None:
         action="store_true",
         help="Use the FlashHead where it makes this model no faster on this machine, too.",
     )
-    add_check_option(group)
-
-
-def add_check_option(group: Any) -> None:
-    """Adds ``--no-check`` to a command's arguments."""
     group.add_argument(
         "--no-check",
         action="store_true",

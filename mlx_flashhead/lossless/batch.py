@@ -13,15 +13,26 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.compat.generate import BatchGenerator, GenerationBatch, StopSequences
+from ..models.compat.generate import BatchGenerator
 from .pace import Pace
 from .proposals import Proposer
 from .text import Position, Text
 from .way_back import Mark, go_back, kept
 
-Response = GenerationBatch.Response
 NO_LOGPROBS = mx.zeros((1,))
 IN_GENERATION = 2  # the stage of a text in mlx-lm's batch
+
+
+@dataclass
+class Response:
+    """A token of a text, as mlx-lm's batch gives it out."""
+
+    uid: int
+    token: int
+    logprobs: mx.array
+    finish_reason: str | None
+    prompt_cache: list[Any] | None
+    all_tokens: list[int] | None
 
 
 @dataclass(eq=False)
@@ -31,19 +42,22 @@ class _Sequence:
     Attributes:
         uid: Its number for the caller.
         text: The text.
-        stops: How far its latest tokens match sequences that end it.
         inner: Its number in mlx-lm's batch.
     """
 
     uid: int
     text: Text
-    stops: Any
     inner: int = -1
 
     @property
     def all_tokens(self) -> list[int]:
         """The prompt and the tokens that the caller has."""
         return self.text.prompt + self.text.tokens[: self.text.n_given]
+
+    def ends_with(self, tokens: list[int]) -> bool:
+        """Whether the tokens that the caller has end with these."""
+        end = self.text.n_given
+        return self.text.tokens[max(end - len(tokens), 0) : end] == tokens
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,7 @@ class CheckedBatchGenerator(BatchGenerator):
         super().__init__(model, max_tokens=max_tokens, **options)
         self._proposer = proposer
         self._usual = sampler, logits_processors or []
-        self._stops = StopSequences(stop_tokens or None)
+        self._stops = [list(stop) for stop in stop_tokens or () if stop]
         self._inner: dict[int, _Sequence] = {}  # by their numbers in mlx-lm's batch
         self._n_sequences = 0
         self._pace = Pace(proposer, self._marks)
@@ -109,11 +123,15 @@ class CheckedBatchGenerator(BatchGenerator):
     ) -> list[int]:
         """As ``BatchGenerator.insert_segments``: each text has a sampler and processors of its own.
 
-        A processor with ``for_sequence`` makes another one for each text.
+        A processor with ``for_sequence`` makes another one for each text. All texts have the same
+        stop tokens.
         """
         first = self._n_sequences
         sampler, processors = self._usual
-        for i, parts in enumerate(segments):
+        for i, segment in enumerate(segments):
+            parts = [part for part in segment if part]
+            if not parts:
+                raise ValueError(f"Sequence {i} has an empty prompt: give it at least one token.")
             own = list((logits_processors[i] if logits_processors else None) or processors)
             before = list(all_tokens[i]) if all_tokens else []
             text = Text(
@@ -126,8 +144,7 @@ class CheckedBatchGenerator(BatchGenerator):
             )
             if text.limit <= 0:
                 raise ValueError(f"Sequence {i}'s max_tokens is {text.limit}: it must be above 0.")
-            stops = (stop_sequences[i] if stop_sequences else None) or self._stops
-            sequence = _Sequence(self._n_sequences, text, stops.matcher())
+            sequence = _Sequence(self._n_sequences, text)
             self._join(sequence, parts, caches[i] if caches else None, before)
             self._n_sequences += 1
         return list(range(first, self._n_sequences))
@@ -189,7 +206,7 @@ class CheckedBatchGenerator(BatchGenerator):
         for position in positions:
             text.n_given += 1
             reason = "length" if text.n_given >= text.limit else None
-            if sequence.stops.advance(position.token):
+            if any(sequence.ends_with(stop) for stop in self._stops):
                 reason = "stop"
             cache, tokens = (None, None) if reason is None else self._leave(sequence)
             logprobs = NO_LOGPROBS if position.logprobs is None else position.logprobs

@@ -12,11 +12,11 @@ from ..models.compat.generate import (
     GenerationResponse,
     generate_step,
     loops,
-    mlx_lm_batch_generate,
     mlx_lm_generate,
     mlx_lm_stream_generate,
     speculative_generate_step,
 )
+from ..models.compat.generate import batch_generate as mlx_lm_batch_generate
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.libraries import is_vlm
 from .batch import CheckedBatchGenerator

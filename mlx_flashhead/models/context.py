@@ -13,7 +13,5 @@ def context_of(config: dict[str, Any], tokenizer: Any) -> int:
         for key in _CONTEXT_KEYS:
             if isinstance(part.get(key), int) and part[key] > 1:
                 return part[key]
-    length = tokenizer.model_max_length
-    return (
-        length if 1 < length <= 2**24 else UNKNOWN_CONTEXT
-    )  # transformers writes 1e30 for unknown
+    length = tokenizer.model_max_length  # transformers writes 1e30 for unknown
+    return length if 1 < length <= 2**24 else UNKNOWN_CONTEXT

@@ -7,13 +7,14 @@ a calibration, but not for decoding one sequence.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-ATTENTION = "scaled_dot_product_attention"
+from .compat.replaced import replaced
+
 METHODS = (
     (nn.Linear, "__call__"),
     (nn.QuantizedLinear, "__call__"),
@@ -37,7 +38,6 @@ def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
     if not numpy_is_faster():
         yield
         return
-    originals = {(cls, name): cls.__dict__[name] for cls, name in METHODS}
 
     def by_numpy(original):
         def call(self, x):
@@ -45,7 +45,7 @@ def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
 
         return call
 
-    attention = getattr(mx.fast, ATTENTION)
+    attention = mx.fast.scaled_dot_product_attention
 
     def attention_by_numpy(
         queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask=None, **others
@@ -54,15 +54,11 @@ def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
             return attention(queries, keys, values, scale=scale, mask=mask, **others)
         return _attention(queries, keys, values, scale, mask)
 
-    try:
-        for (cls, name), original in originals.items():
-            setattr(cls, name, by_numpy(original))
-        setattr(mx.fast, ATTENTION, attention_by_numpy)
+    with ExitStack() as stack:
+        for cls, name in METHODS:
+            stack.enter_context(replaced(cls, **{name: by_numpy(getattr(cls, name))}))
+        stack.enter_context(replaced(mx.fast, scaled_dot_product_attention=attention_by_numpy))
         yield
-    finally:
-        setattr(mx.fast, ATTENTION, attention)
-        for (cls, name), original in originals.items():
-            setattr(cls, name, original)
 
 
 def _product(layer: nn.Module, x: mx.array) -> mx.array:

@@ -1,7 +1,5 @@
 """Loads dense models by mlx-lm, with its errors as one sentence."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from .compat.utils import load, load_adapters
 from .fetch import reason
 
 
-def load_dense(folder: Path, **kwargs: Any):
+def load_dense(folder: Path, *, adapter_path: str | None = None, **kwargs: Any):
     """``mlx_lm.load`` of a local folder: the dense model, its tokenizer and its configuration.
 
     Raises:
@@ -23,9 +21,25 @@ def load_dense(folder: Path, **kwargs: Any):
             f"{folder} is a FlashHead without its model: give it as `flash_head`, and the model "
             "it was made for in its place."
         )
-    adapter_path = kwargs.pop("adapter_path", None)
-    with loading(folder):
+    try:
         loaded: Any = load(str(folder), return_config=True, **kwargs)
+    except SystemExit as error:
+        if error.code != 1:  # the user ended the program
+            raise
+        # mlx-lm's code of some architectures exits where a package is missing
+        raise ValueError(
+            f"mlx-lm cannot load the model in {folder}, for the reason printed above: install the "
+            "missing package, or use another model."
+        ) from error
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        remedy = "check or fetch it again"
+        if "trust_remote_code" in str(error):
+            remedy = "if you trust its code, add `trust_remote_code=True`"
+        elif "number of bits" in str(error):  # mlx before 0.32 has no rows of 1 bit
+            remedy = "update mlx, or use another form of the model"
+        raise ValueError(
+            f"mlx-lm cannot load the model in {folder} ({reason(error)}): {remedy}."
+        ) from error
     model, tokenizer, config = loaded
     if adapter_path is not None:
         model = _adapted(model, adapter_path)
@@ -47,31 +61,3 @@ def _adapted(model: nn.Module, adapter_path: str) -> nn.Module:
         ) from error
     model.eval()
     return model
-
-
-@contextmanager
-def loading(folder: Path) -> Iterator[None]:
-    """Within the block mlx-lm loads ``folder``, and its errors become one sentence.
-
-    Raises:
-        ValueError: If mlx-lm fails.
-    """
-    try:
-        yield
-    except SystemExit as error:
-        if error.code != 1:  # the user ended the program
-            raise
-        # mlx-lm's code of some architectures exits where a package is missing
-        raise ValueError(
-            f"mlx-lm cannot load the model in {folder}, for the reason printed above: install the "
-            "missing package, or use another model."
-        ) from error
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-        remedy = "check or fetch it again"
-        if "trust_remote_code" in str(error):
-            remedy = "if you trust its code, add `trust_remote_code=True`"
-        elif "number of bits" in str(error):  # mlx before 0.32 has no rows of 1 bit
-            remedy = "update mlx, or use another form of the model"
-        raise ValueError(
-            f"mlx-lm cannot load the model in {folder} ({reason(error)}): {remedy}."
-        ) from error

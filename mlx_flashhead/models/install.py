@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..head.centroids import Centroids
 from ..head.flash_head import FlashHead
-from ..head.proposal import Risk
 from .compat.vlm.drafts import drafter_asks, when_drafted
 from .compat.vlm.head_weights import keep_from_weights
 from .libraries import is_vlm
@@ -61,13 +61,8 @@ def install(
     token_ids: np.ndarray,
     centroids: Centroids,
     *,
-    n_probes: int,
-    checked_probes: int | None = None,
-    risk: Risk | None = None,
-    eos_token_ids: tuple[int, ...] = (),
-    backend: str | None = None,
-    max_positions: int | None = None,
     location: HeadLocation | None = None,
+    **settings: Any,
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
 
@@ -79,14 +74,8 @@ def install(
         model: Any model of mlx-lm or mlx-vlm whose head :func:`find_head` finds.
         token_ids: (C, cluster_size) integers, V in padded slots.
         centroids: Centroids fitted for these clusters.
-        n_probes: Clusters scored per position, 1 … C.
-        checked_probes: Clusters scored where the dense rows check the choice; None: ``n_probes``.
-        risk: How likely a proposal differs from the dense choice.
-        eos_token_ids: Tokens whose clusters are always scored.
-        backend: "metal", "mlx" or None to choose.
-        max_positions: More positions (B·L) than this at once are computed densely; None leaves it
-            to the path.
         location: The head, where it is already known, and known to be a plain product.
+        **settings: The other arguments of :class:`FlashHead`.
 
     Returns:
         The installed head.
@@ -103,17 +92,7 @@ def install(
     if location is None:
         location = find_head(model)
         check_plain_product(location)
-    head = FlashHead(
-        location.rows(),
-        token_ids,
-        centroids,
-        n_probes=n_probes,
-        checked_probes=checked_probes,
-        risk=risk,
-        eos_token_ids=eos_token_ids,
-        backend=backend,
-        max_positions=max_positions,
-    )
+    head = FlashHead(location.rows(), token_ids, centroids, **settings)
     module = location.module
     # One array after the other, so that at most one more head exists. None keeps a parameter's name
     # and place.
@@ -127,7 +106,11 @@ def install(
         raise
     mx.clear_cache()  # it holds the rows in their old order
     mx.eval(head.arrays())
-    around = [m for path, m in model.named_modules() if location.path.startswith(_prefix(path))]
+    around = [
+        module
+        for path, module in model.named_modules()
+        if not path or location.path.startswith(f"{path}.")
+    ]
     module._flash_head = head
     module._asked_by = location.asked_by
     # its name, since MLX's dtypes do not pickle
@@ -191,10 +174,6 @@ def _put_back(module: nn.Module, head: FlashHead) -> None:
         module[name] = array
 
 
-def _prefix(path: str) -> str:
-    return f"{path}." if path else ""
-
-
 def _subclass(module: nn.Module, mixin: type) -> None:
     module.__class__ = _class_of(mixin, type(module))
 
@@ -225,24 +204,16 @@ def installed_module(model: nn.Module) -> nn.Module | None:
     return next((m for m in model.modules() if isinstance(m, _FlashModule)), None)
 
 
-def _refuse_update(target, parameters) -> None:
-    """Raises if ``target.update(parameters)`` would change an installed head."""
-    if isinstance(target, dict) and isinstance(parameters, dict):
-        for key in parameters:
-            if isinstance(target, _FlashModule):
-                target._refuse_change(key)
-            elif key in target:
-                _refuse_update(target[key], parameters[key])
-    elif isinstance(target, list) and isinstance(parameters, list):
-        for part, given in zip(target, parameters, strict=False):
-            _refuse_update(part, given)
-
-
 class _FlashParent(_Pickled, _Module):
     """A module around an installed one: refuses an update of it before it changes anything."""
 
     def update(self, parameters, strict=True):  # type: ignore[override]  # as nn.Module's
-        _refuse_update(self, parameters)
+        modules = dict(self.named_modules())
+        for path in dict(tree_flatten(parameters)):
+            of_module, _, key = path.rpartition(".")
+            module = modules.get(of_module)
+            if isinstance(module, _FlashModule):
+                module._refuse_change(key)
         return super().update(parameters, strict)
 
 
@@ -305,10 +276,6 @@ class _FlashModule(_Pickled, _Module):
         self._refuse_change(key)
         super().__setattr__(key, value)
 
-    def __delattr__(self, key):
-        self._refuse_change(key)
-        super().__delattr__(key)
-
     def to_quantized(self, *args, **kwargs):
         self._refuse_change("weight")
 
@@ -318,14 +285,6 @@ class _FlashModule(_Pickled, _Module):
                 f"The {key} of an output projection under FlashHead cannot be changed: call "
                 "mlx_flashhead.detach(model) first, then change it, then attach again."
             )
-
-    def __deepcopy__(self, memo):
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        dict.update(copied, dict.items(self))
-        copied.__dict__.update(self.__dict__, _no_grad=set(self._no_grad))
-        copied.__dict__["_flash_head"] = self._flash_head.copy()
-        return copied
 
 
 class _FlashLinear(_FlashModule):

@@ -8,7 +8,7 @@ and whose output is as wide as the logits.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import NamedTuple
 
@@ -51,16 +51,6 @@ class Asker(NamedTuple):
         return self.file != usual.file or "logits" in own_name
 
 
-class _Call(NamedTuple):
-    """A call of a layer that may be the head."""
-
-    module: nn.Module
-    method: str
-    width: int  # of the output
-    asked_by: Asker
-    hidden_dtype: mx.Dtype
-
-
 @dataclass(frozen=True)
 class HeadLocation:
     """Where a model makes its logits.
@@ -96,15 +86,13 @@ class HeadLocation:
                 "FlashHead does not read: use the model without FlashHead."
             )
         scales = module.get("scales")
-        quantization = (
-            {}
-            if scales is None
-            else {
+        quantization = {}
+        if scales is not None:
+            quantization = {
                 "group_size": module.group_size,
                 "bits": module.bits,
                 "mode": getattr(module, "mode", "affine"),
             }
-        )
         return Matrix(
             weight=module["weight"],
             scales=scales,
@@ -124,8 +112,9 @@ def find_head(model: nn.Module) -> HeadLocation:
             or the model itself does not run.
     """
     check_writes_text(model)
-    modules = [m for m in model.modules() if _matrix(m) is not None]
-    calls: list[_Call] = []
+    weights = ((type(module), module.get("weight")) for module in model.modules())
+    classes = {cls for cls, w in weights if isinstance(w, mx.array) and w.ndim == 2}
+    calls: list[tuple[int, HeadLocation]] = []  # each with the width of its output
 
     def record(module, method, args, output):
         hidden = args[0] if args else None
@@ -133,11 +122,12 @@ def find_head(model: nn.Module) -> HeadLocation:
             return
         if mx.issubdtype(hidden.dtype, mx.floating):
             asked_by = Asker.of(sys._getframe(2).f_code)  # past the observer
-            calls.append(_Call(module, method, output.shape[-1], asked_by, hidden.dtype))
+            location = HeadLocation(module, "", method, asked_by, hidden.dtype)
+            calls.append((output.shape[-1], location))
 
     name, home = architecture(model), library(model)
     try:
-        with _observed({type(m) for m in modules}, record):
+        with _observed(classes, record):
             vocab_size = forward(model, mx.array([[0]])).shape[-1]
     except Exception as error:  # whatever the model's code raises
         check_has_head(model)
@@ -147,8 +137,8 @@ def find_head(model: nn.Module) -> HeadLocation:
         ) from error
     found = [
         call
-        for call in calls
-        if call.width == vocab_size and call.module["weight"].shape[0] == vocab_size
+        for width, call in calls
+        if width == vocab_size and call.module["weight"].shape[0] == vocab_size
     ]
     if not found:
         _refuse_split(calls, vocab_size, name)
@@ -165,9 +155,12 @@ def find_head(model: nn.Module) -> HeadLocation:
             f"This {name!r} model uses its output projection more than once per token, which "
             f"FlashHead does not support: use it with {home}, without FlashHead."
         )
-    path = next(path for path, other in model.named_modules() if other is head.module)
-    _refuse_wrapped(model, head.module, path)
-    return HeadLocation(head.module, path, head.method, head.asked_by, head.hidden_dtype)
+    paths = dict(model.named_modules())
+    path = next(path for path, other in paths.items() if other is head.module)
+    parent = path.rpartition(".")[0]
+    if parent in paths and _has_adapter(paths[parent]):
+        raise _adapted(parent)
+    return replace(head, path=path)
 
 
 def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
@@ -217,11 +210,6 @@ def recorded_hidden(location: HeadLocation) -> Iterator[list[mx.array]]:
         yield states
 
 
-def _matrix(module: nn.Module) -> mx.array | None:
-    weight = module.get("weight")
-    return weight if isinstance(weight, mx.array) and weight.ndim == 2 else None
-
-
 @contextmanager
 def _observed(classes: set[type], record: Callable) -> Iterator[None]:
     """Within the block, calls of the head-like methods of ``classes`` are passed to ``record``."""
@@ -261,23 +249,16 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
                 setattr(cls, name, method)
 
 
-def _refuse_split(calls: list[_Call], vocab_size: int, name: str) -> None:
-    for call in calls:
+def _refuse_split(calls: list[tuple[int, HeadLocation]], vocab_size: int, name: str) -> None:
+    for width, call in calls:
         if isinstance(call.module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
             processes = call.module.group.size()
-            if call.width * processes == vocab_size:
+            if width * processes == vocab_size:
                 raise UnsupportedHeadError(
                     f"Each of the {processes} processes holds a part of this {name!r} model's "
                     f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
                     "by layers instead, with a `pipeline_group`, or use one process."
                 )
-
-
-def _refuse_wrapped(model: nn.Module, module: nn.Module, path: str) -> None:
-    parent_path, _, _ = path.rpartition(".")
-    parent = dict(model.named_modules()).get(parent_path)
-    if parent is not None and _has_adapter(parent):
-        raise _adapted(parent_path)
 
 
 def _has_adapter(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
+from .compat.replaced import replaced
 from .errors import UnsupportedHeadError
 from .install import installed_head, installed_module
 from .libraries import architecture, forward
@@ -51,12 +52,8 @@ class _Answer:
 def _run(model: nn.Module, logits: mx.array, token: int = 0) -> mx.array:
     """The model's result when its head gives ``logits`` (1, 1, V)."""
     module: Any = installed_module(model)
-    head = module._flash_head
-    module._flash_head = _Answer(head, logits)
-    try:
+    with replaced(module, _flash_head=_Answer(module._flash_head, logits)):
         return forward(model, mx.array([[token]]))
-    finally:
-        module._flash_head = head
 
 
 def _learn(model: nn.Module, head: FlashHead) -> LogitChange:

@@ -61,7 +61,7 @@ def test_programs_get_the_flash_head(place):
     code, output, errors = start(place, *words, typed="One\nq\n")
     assert code == 0, errors
     assert output.splitlines()[:3] == 3 * ["_FlashEmbedding __main__"]
-    assert "mlx_lm.chat" in output and "Averages: prompt_tps=" in output
+    assert "chat" in output and "Averages: prompt_tps=" in output
     assert len(programs) == 3 or "Perplexity: " in output
     assert DENSE not in errors and errors.count("With FlashHead: model") == 2 + len(programs)
 

@@ -19,9 +19,6 @@ from mlx_flashhead.models.locate import find_head
 from model_folders import write_tokenizer
 
 TYING_FLAGS = ("tie_word_embeddings", "share_input_output_layers", "weight_tying")
-GROUP_SIZE = 64
-# Its fused layers do not take mlx-lm's own arguments: the head alone is quantized.
-NOT_QUANTIZED_BY_MLX_LM = ("afm7",)
 
 
 def architectures() -> list[str]:
@@ -52,22 +49,21 @@ def tiny_architecture(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
     known = architecture.ModelArgs.__dataclass_fields__
     config = {key: value for key, value in _config(name, tied).items() if key in known}
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
-    if tied:
-        _tie_by_checkpoint(model)
+    if tied:  # some drop their head when the checkpoint has none, whatever is configured
+        for module in model.modules():
+            if type(module).__module__.endswith((".gemma3_text", ".recurrent_gemma")):
+                getattr(module, "sanitize", dict)({})
     if name == "phi3small":  # it writes to tokens that lie beyond a small vocabulary
         model._dummy_tokenizer_ids = mx.array([VOCAB_SIZE - 3, VOCAB_SIZE - 1])
-    model.update(tree_map_with_path(stirred, model.parameters()))
-    model.eval()
-    return model
+    return stirred(model)
 
 
 def quantized(model: nn.Module) -> nn.Module:
     """The model as ``mlx_lm.convert -q`` quantizes it, to 4 bits but for what it says itself."""
     with redirect_stdout(StringIO()):
-        if model.model_type in NOT_QUANTIZED_BY_MLX_LM:
-            path = find_head(model).path
-            return set_bits(model, {}, path, None, 4)[0]
-        return quantize_model(model, {}, GROUP_SIZE, 4)[0]
+        if model.model_type == "afm7":  # whose fused layers do not take mlx-lm's own arguments
+            return set_bits(model, {}, find_head(model).path, None, 4)[0]
+        return quantize_model(model, {}, 64, 4)[0]
 
 
 def write_architecture(folder: Path, name: str, *, tied: bool) -> Path:
@@ -90,17 +86,27 @@ def _config(name: str, tied: bool) -> dict:
     return config | {"text_config": config}
 
 
-def _tie_by_checkpoint(model: nn.Module) -> None:
-    """Some architectures drop their head when the checkpoint has none, whatever is configured."""
-    for module in model.modules():
-        if type(module).__module__.endswith((".gemma3_text", ".recurrent_gemma")):
-            getattr(module, "sanitize", dict)({})
-
-
-def stirred(path: str, array: mx.array) -> mx.array:
+def stirred(model: nn.Module) -> nn.Module:
     """Random values in place of those that start as zeros or ones, such as biases and scales."""
-    if array.dtype in (mx.uint8, mx.uint32):  # packed weights
-        return mx.random.randint(0, 2**31 - 1, array.shape).astype(array.dtype)
-    if not mx.issubdtype(array.dtype, mx.floating) or path.endswith(".signs"):
-        return array
-    return array + 0.05 * mx.random.normal(array.shape, dtype=array.dtype)
+
+    def stir(path: str, array: mx.array) -> mx.array:
+        if array.dtype in (mx.uint8, mx.uint32):  # packed weights
+            return mx.random.randint(0, 2**31 - 1, array.shape).astype(array.dtype)
+        if not mx.issubdtype(array.dtype, mx.floating) or path.endswith(".signs"):
+            return array
+        return array + 0.05 * mx.random.normal(array.shape, dtype=array.dtype)
+
+    model.update(tree_map_with_path(stir, model.parameters()))
+    model.eval()
+    return model
+
+
+def functions_with(pattern: str, text: str) -> set[str]:
+    """Functions of a Python text in which a regular expression matches."""
+    found, name = set(), ""
+    for match in re.finditer(rf"\bdef (\w+)|{pattern}", text):
+        if match[1]:
+            name = match[1]
+        else:
+            found.add(name)
+    return found

@@ -1,21 +1,71 @@
-"""Whether a FlashHead serves a model's form: what it promises of each logit."""
+"""Forms of architectures: what docs/architectures.md says of them, and whether it is so."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 
 from architecture_configs import VOCAB_SIZE
+from architectures import SERVED, Form
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.positions import Positions
 from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.models.errors import UnsupportedHeadError
+from mlx_flashhead.models.install import get_flash_head, install
 from mlx_flashhead.models.libraries import forward
 from mlx_flashhead.models.locate import HeadLocation, recorded_hidden
 from tiny_models import install_index
 
 CLUSTER_SIZE, N_PROBES = 16, 4
 EOS = 7
+
+
+def documented(part: str) -> dict[str, tuple[Form, Form]]:
+    """The untied and the tied form of each architecture, as a part of the document has them."""
+    found: dict[str, tuple[Form, Form]] = {}
+    for line in part.splitlines():
+        if line.startswith("| ") and not line.startswith("| architecture"):
+            name, *cells = line.strip("| ").split(" | ")
+            bits = [int(n) if n.isdigit() else None for n in "".join(cells[2:]).split(", ")]
+            found[name] = tuple(
+                Form(cell, bits=of_form if cell.startswith(SERVED) else None)
+                for cell, of_form in zip(cells[:2], (bits[0], bits[-1]), strict=True)
+            )
+        elif line.startswith("- "):
+            form, _, reason = line[2:].partition(": ")
+            name, _, which = form.partition(" ")
+            found[name] = tuple(
+                replace(known, reason=reason) if which in ("", how) else known
+                for how, known in zip(("untied", "tied"), found[name], strict=True)
+            )
+    return found
+
+
+def by_form(found: dict[str, tuple[Form, Form]], wanted: Callable[[Form], bool]):
+    """Runs a test with the name of each wanted form, and whether it is tied."""
+    forms = [
+        pytest.param(name, bool(tied), id=f"{name}-{('untied', 'tied')[tied]}")
+        for name, both in found.items()
+        for tied, form in enumerate(both)
+        if wanted(form)
+    ]
+    return pytest.mark.parametrize("name, tied", forms)
+
+
+def check_refused(model: nn.Module, reason: str) -> None:
+    """Checks that no FlashHead is installed for that reason, and that the model stays as it was."""
+    before = [(path, type(module), dict(module)) for path, module in model.named_modules()]
+    token_ids = np.arange(-VOCAB_SIZE % CLUSTER_SIZE + VOCAB_SIZE).reshape(-1, CLUSTER_SIZE)
+    with pytest.raises(UnsupportedHeadError) as raised:
+        install(model, token_ids, None, n_probes=1)
+    assert str(raised.value) == reason
+    assert reason.endswith(".") and "\n" not in reason
+    assert get_flash_head(model) is None
+    after = [(path, type(module), dict(module)) for path, module in model.named_modules()]
+    assert after == before
 
 
 def close(actual: mx.array, expected: mx.array) -> bool:

@@ -5,7 +5,7 @@ import importlib
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_flashhead.conversion.fitting import fit_centroids
 from mlx_flashhead.head.centroids import Centroids
@@ -46,7 +46,6 @@ CONFIGS = {
         "no_rope_layers": [1],
         "use_qk_norm": False,
     },
-    "seed_oss": _WITH_HEAD_DIM,
     "minicpm": _COMMON | {"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 12},
 }
 
@@ -99,6 +98,12 @@ def randomized(model: nn.Module, dtype: mx.Dtype = mx.float32, seed: int = 0) ->
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def parameters(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], bytes]]:
+    """Names, in order, and contents of all parameters."""
+    flat = tree_flatten(model.parameters())
+    return [(name, str(a.dtype), a.shape, bytes(a.view(mx.uint8))) for name, a in flat]
 
 
 def random_rows(
@@ -172,15 +177,7 @@ def tiny_index(
     return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))
 
 
-def install_index(
-    model: nn.Module, index: FlashHeadIndex, *, backend: str | None = None
-) -> FlashHead:
+def install_index(model: nn.Module, index: FlashHeadIndex, **settings) -> FlashHead:
     """Installs a FlashHead on the model that it was made for."""
-    return install(
-        model,
-        index.token_ids,
-        index.centroids,
-        n_probes=index.config.n_probes,
-        eos_token_ids=index.config.eos_token_ids,
-        backend=backend,
-    )
+    known = {"n_probes": index.config.n_probes, "eos_token_ids": index.config.eos_token_ids}
+    return install(model, index.token_ids, index.centroids, **known | settings)

@@ -1,41 +1,23 @@
 """Small configurations of mlx-vlm's architectures, beside those of mlx-lm's."""
 
-from architecture_configs import OVERRIDES, VOCAB_SIZE
+from architecture_configs import OVERRIDES, VOCAB_SIZE, named
 
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-    "num_channels": 3,
-    "layer_norm_eps": 1e-5,
-    "depth": 2,
-    "embed_dim": 32,
-    "num_heads": 2,
-    "out_hidden_size": 64,
-    "projection_dim": 64,
-    "hidden_act": "gelu",
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "in_channels": 3,
-    "in_chans": 3,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-5,
-    "layers": 2,
-    "width": 32,
-    "heads": 2,
-    "mlp_ratio": 2.0,
-    "vocab_size": VOCAB_SIZE,
-}
-AUDIO = VISION
+VISION = named(
+    (32, "hidden_size embed_dim width"),
+    (64, "intermediate_size out_hidden_size projection_dim"),
+    (2, "num_hidden_layers layers depth num_attention_heads num_heads heads num_key_value_heads"),
+    (28, "image_size"),
+    (14, "patch_size"),
+    (3, "num_channels"),
+    (16, "head_dim"),
+    (2.0, "mlp_ratio"),
+    (VOCAB_SIZE, "vocab_size"),
+)
 IMAGE_TOKEN = VOCAB_SIZE - 1
 IMAGE_TOKENS = dict.fromkeys(("image_token_id", "image_token_index"), IMAGE_TOKEN)
 
 SIGLIP = {"vision": {"model_type": "siglip_vision_model"}}
-PLAIN_VISION = {"vision": {"model_type": "vision"}}
+LLAVA = {"vision": {"model_type": "clip_vision_model"}, "text_config": {"model_type": "llama"}}
 MROPE = {"type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 GLM4V = {"eos_token_id": [1], "rope_scaling": MROPE, "rope_parameters": MROPE}
 QWEN3_5 = {
@@ -44,10 +26,14 @@ QWEN3_5 = {
 }
 
 # For each: "text" of the language model, wherever its configuration stands; "text_config" of the
-# nested one alone; "vision", "audio", and the "whole"; "exact" if unknown
-# keys are refused.
-VLM_OVERRIDES: dict[str, dict] = {
-    "aya_vision": SIGLIP,
+# nested one alone; "vision", "audio", and the "whole"; "exact" if unknown keys are refused.
+VLM_OVERRIDES: dict[str, dict] = named(
+    (SIGLIP, "aya_vision colidefics3 idefics3"),
+    ({"vision": {"model_type": "vision"}}, "deepseek_vl_v2 deepseekocr unlimited_ocr"),
+    (LLAVA, "llava llava_next"),
+    ({"text": QWEN3_5}, "decider2 indic_ocr prism_hadamard_qwen35 qwen3_5 qwen3_5_text"),
+    ({"text": QWEN3_5}, "qwen3_5_moe qwen3_5_moe_text"),
+) | {
     "clef": {
         "text": QWEN3_5,
         "whole": {
@@ -61,11 +47,6 @@ VLM_OVERRIDES: dict[str, dict] = {
             }
         },
     },
-    "colidefics3": SIGLIP,
-    "decider2": {"text": QWEN3_5},
-    "deepseek_v4": {"text": {"o_groups": 2, "o_lora_rank": 32, "hc_mult": 2}},
-    "deepseek_vl_v2": PLAIN_VISION,
-    "deepseekocr": PLAIN_VISION,
     "deepseekocr_2": {"vision": {"model_type": "vision", "width": {}}},
     "ernie4_5_moe_vl": {"text": {"mrope_section": [6, 6, 4]}},
     "florence2": {
@@ -94,8 +75,6 @@ VLM_OVERRIDES: dict[str, dict] = {
         "vision": {"model_type": "idefics2"},
         "whole": {"perceiver_config": {"model_type": "idefics2"}},
     },
-    "idefics3": SIGLIP,
-    "indic_ocr": {"text": QWEN3_5},
     "internvl": {"vision": {"model_type": "internvl_vision"}},
     "internvl_chat": {"vision": {"model_type": "intern_vit_6b"}},
     "limite": {"text": {"rope_n_pairs": 8, "attn_gate_channels": 32}},
@@ -114,15 +93,7 @@ VLM_OVERRIDES: dict[str, dict] = {
             "vision_output_dim": 64,
         }
     },
-    "llava": {
-        "vision": {"model_type": "clip_vision_model"},
-        "text_config": {"model_type": "llama"},
-    },
     "llava_bunny": SIGLIP | {"whole": {"auto_map": {}, "mm_hidden_size": 32}},
-    "llava_next": {
-        "vision": {"model_type": "clip_vision_model"},
-        "text_config": {"model_type": "llama"},
-    },
     "llmjpvl": SIGLIP | {"text_config": {"model_type": "llama"}},
     "mage_vl": {"vision": {"hidden_size": 64}},
     "mimo_v2": {"text": OVERRIDES["mimo_v2_flash"]},
@@ -148,55 +119,23 @@ VLM_OVERRIDES: dict[str, dict] = {
     "phi4_siglip": {"exact": True},
     "paligemma": SIGLIP | {"text_config": {"model_type": "gemma", "hidden_act": "gelu"}},
     "plamo2vl": SIGLIP | {"text_config": {"model_type": "plamo2"}},
-    "prism_hadamard_qwen35": {"text": QWEN3_5},
-    "qwen3_5": {"text": QWEN3_5},
-    "qwen3_5_moe": {"text": QWEN3_5},
-    "qwen3_5_moe_text": {"text": QWEN3_5},
-    "qwen3_5_text": {"text": QWEN3_5},
     "qwen3_omni_moe": {"whole": {"enable_audio_output": False}},
     "qwen4_exp": {"text": QWEN3_5 | {"hc_count": 2, "indexer_head_dim": 32, "indexer_heads": 2}},
-    "unlimited_ocr": PLAIN_VISION,
 }
 
 # Architectures with a picture in the tests: how they take it, and its number of tokens.
-PICTURES: dict[str, tuple[str, int]] = {
-    "aya_vision": ("pixels", 1),
-    "clef": ("two frames", 1),
-    "cohere_compass": ("two frames", 1),
-    "d1": ("packed", 1),
-    "glm4v": ("two frames", 1),
-    "glm4v_moe": ("two frames", 1),
-    "glm5_next": ("two frames", 1),
-    "glm_ocr": ("two frames", 1),
-    "granite_vision": ("tiles", 1),
-    "hunyuan_vl": ("patches", 4),
-    "idefics3": ("tiles", 1),
-    "indic_ocr": ("two frames", 1),
-    "internvl": ("pixels", 1),
-    "internvl_chat": ("pixels", 1),
-    "kimi_k25": ("squares", 1),
-    "kimi_vl": ("squares", 1),
-    "lfm2_vl": ("packed", 1),
-    "llava": ("pixels", 4),
-    "llava_next": ("tiles", 1),
-    "llava_onevision": ("sized", 5),
-    "llmjpvl": ("pixels", 1),
-    "mage_vl": ("patches", 1),
-    "mimo_v2": ("two frames", 1),
-    "minimax_m3_vl": ("two frames", 1),
-    "mistral3": ("sized", 1),
-    "mistral_large3": ("sized", 1),
-    "multi_modality": ("pixels", 1),
-    "muse_spark": ("pixels", 1),
-    "pixtral": ("pixels", 1),
-    "qwen2_5_vl": ("two frames", 1),
-    "qwen3_5": ("two frames", 1),
-    "qwen3_5_moe": ("two frames", 1),
-    "qwen3_vl": ("two frames", 1),
-    "qwen3_vl_moe": ("two frames", 1),
-    "qwen4_exp": ("two frames", 1),
-    "smolvlm": ("tiles", 1),
-    "step3p7": ("pixels", 1),
-    "youtu_vl": ("packed", 1),
-    "zaya1_vl": ("two frames", 1),
-}
+PICTURES: dict[str, tuple[str, int]] = named(
+    (("packed", 1), "d1 lfm2_vl youtu_vl"),
+    (("patches", 1), "mage_vl"),
+    (("patches", 4), "hunyuan_vl"),
+    (("pixels", 1), "aya_vision internvl internvl_chat llmjpvl multi_modality muse_spark pixtral"),
+    (("pixels", 1), "step3p7"),
+    (("pixels", 4), "llava"),
+    (("sized", 1), "mistral3 mistral_large3"),
+    (("sized", 5), "llava_onevision"),
+    (("squares", 1), "kimi_k25 kimi_vl"),
+    (("tiles", 1), "granite_vision idefics3 llava_next smolvlm"),
+    (("two frames", 1), "clef cohere_compass glm4v glm4v_moe glm5_next glm_ocr indic_ocr mimo_v2"),
+    (("two frames", 1), "minimax_m3_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe"),
+    (("two frames", 1), "qwen4_exp zaya1_vl"),
+)

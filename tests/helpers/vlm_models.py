@@ -7,20 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
 from mlx_vlm import models
 from mlx_vlm.utils import update_module_configs
 
 from architecture_configs import COMMON, OVERRIDES
 from architecture_models import TYING_FLAGS, stirred
-from vlm_configs import (
-    AUDIO,
-    IMAGE_TOKEN,
-    IMAGE_TOKENS,
-    PICTURES,
-    VISION,
-    VLM_OVERRIDES,
-)
+from vlm_configs import IMAGE_TOKEN, IMAGE_TOKENS, PICTURES, VISION, VLM_OVERRIDES
 
 PARTS = ("text", "vision", "perceiver", "projector", "audio")
 
@@ -54,9 +46,7 @@ def tiny_vlm(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
         model.language_model._dummy_tokenizer_ids = mx.array([], dtype=mx.int32)
     if tied and name == "recurrent_gemma":  # tied where the checkpoint has no head
         model.language_model.sanitize({})
-    model.update(tree_map_with_path(stirred, model.parameters()))
-    model.eval()
-    return model
+    return stirred(model)
 
 
 def vlm_config(name: str, tied: bool) -> dict:
@@ -68,7 +58,7 @@ def vlm_config(name: str, tied: bool) -> dict:
     parts = {
         "text_config": config | own.get("text_config", {}),
         "vision_config": VISION | own.get("vision", {}),
-        "audio_config": AUDIO | own.get("audio", {}),
+        "audio_config": VISION | own.get("audio", {}),
         "projector_config": {},
         "perceiver_config": {},
     }

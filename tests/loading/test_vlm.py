@@ -16,13 +16,11 @@ import mlx_flashhead
 from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME, write_companion
 from mlx_flashhead.loading.attach import attach
-from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.tokenizers import ProcessorText, text_side
 from model_folders import write_model
 from tiny_models import tiny_index
 from vlm_folders import MARKS, write_picture, write_vision_model
-from vlm_models import tiny_vlm
 
 QUESTION = [{"role": "user", "content": "What is it?"}]
 
@@ -135,21 +133,6 @@ def test_converted_folder_loads(tmp_path, with_index_file):
             mlx_vlm.load(str(folder))
 
 
-@pytest.mark.parametrize("name", ["sam3", "colidefics3"])
-def test_a_model_that_writes_no_text(name):
-    model = tiny_vlm(name, tied=False)
-    with pytest.raises(UnsupportedHeadError, match=rf"^This '{name}' model .* writes no text.*\.$"):
-        attach(model, None, build=False)
-    assert get_flash_head(model) is None
-
-
-def test_another_models_flash_head(place):
-    other = tiny_vlm("llava", tied=False)
-    with pytest.raises(ValueError, match=r"^[^\n]*head[^\n]*\.$"):
-        attach(other, None, flash_head=place / "head")
-    assert get_flash_head(other) is None
-
-
 def test_generation_is_left_to_mlx_vlm(place, loaded):
     attach(*loaded, flash_head=place / "head")
     for function in (mlx_flashhead.generate, mlx_flashhead.batch_generate):
@@ -169,17 +152,6 @@ def test_a_model_loaded_twice_and_replaced(place):
     gc.collect()
     assert gone() is None
     assert answer(*second) == text
-
-
-def test_threads_generate_at_once(place):
-    """Each with a model of its own, since mlx-vlm's models keep a text's positions."""
-    models = [mlx_vlm.load(str(place / "model")) for _ in range(3)]
-    for loaded in models:
-        attach(*loaded, flash_head=place / "head")
-    texts = [answer(*loaded, place / "picture.png") for loaded in models]
-    with ThreadPoolExecutor(3) as pool:
-        found = pool.map(lambda loaded: answer(*loaded, place / "picture.png"), models)
-        assert list(found) == texts
 
 
 def test_threads_share_a_language_model(tmp_path):

@@ -53,8 +53,3 @@ def test_fully_tuned_weights(pair, tmp_path):
     mx.save_safetensors(file, {head: dict(tree_flatten(pair.dense.parameters()))[head] * 2})
     with pytest.raises(ValueError, match="belongs to other rows than this model's"):
         load(str(pair.folder), adapter_path=str(folder))
-
-
-def test_adapters_that_are_not_there(pair, tmp_path):
-    with pytest.raises(ValueError, match=r"adapter path does not exist: .*nowhere"):
-        load(str(pair.folder), adapter_path=str(tmp_path / "nowhere"))

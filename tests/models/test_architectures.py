@@ -13,41 +13,16 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import architectures as script
 from architecture_configs import VOCAB_SIZE
-from architecture_models import (
-    architectures,
-    quantized,
-    tiny_architecture,
-    write_architecture,
-)
+from architecture_models import architectures, quantized, tiny_architecture, write_architecture
 from emulated_mlx_lm import emulated
 from flash_loops import Flash
-from form_checks import CLUSTER_SIZE, check_form
+from form_checks import by_form, check_form, check_refused, documented
 from mlx_flashhead import make_sampler
 from mlx_flashhead.conversion.pipeline import convert
-from mlx_flashhead.models.errors import UnsupportedHeadError
-from mlx_flashhead.models.install import get_flash_head, install
 from mlx_flashhead.models.locate import find_head
 
-
-def own_part() -> str:
-    """The document's part about mlx-lm."""
-    return script.DOCUMENT.read_text(encoding="utf-8").partition(f"\n{script.VLM_HEADING}")[0]
-
-
-def documented_cells() -> dict[tuple[str, bool], str]:
-    """(architecture, tied) → its cell in the document's table."""
-    cells = {}
-    for line in own_part().splitlines():
-        if line.startswith("| ") and not line.startswith("| architecture"):
-            name, untied, tied, _ = line.strip("| ").split(" | ")
-            cells |= {(name, False): untied, (name, True): tied}
-    return cells
-
-
-CELLS = documented_cells()
-SERVED = [form for form, cell in CELLS.items() if cell.startswith(script.SERVED)]
-REFUSED = [form for form, cell in CELLS.items() if cell == script.REFUSED]
-form_ids = {"ids": lambda value: {True: "tied", False: "untied"}.get(value)}
+PART = script.DOCUMENT.read_text(encoding="utf-8").partition(f"\n{script.VLM_HEADING}")[0]
+FOUND = documented(PART)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,17 +35,20 @@ def _on_this_machine():
 
 
 def test_document_is_what_the_script_writes():
-    written = script.document(script.survey(progress=False))
-    assert own_part() == written, (
+    """Each of its forms is looked at below."""
+    assert list(FOUND) == architectures(), (
         "run `python scripts/architectures.py`; if it says 'not tested', give the architecture a "
         "line in tests/helpers/architecture_configs.py"
     )
+    assert script.document(FOUND) == PART
+    assert script.UNTESTED not in PART
+    assert sum(any(form.served for form in forms) for forms in FOUND.values()) >= 120
 
 
-def test_nearly_all_architectures_are_served():
-    assert {name for name, _ in CELLS} == set(architectures())
-    assert len({name for name, _ in SERVED}) >= 120
-    assert script.UNTESTED not in CELLS.values()
+@by_form(FOUND, lambda form: not form.served)
+def test_other_forms_are_as_documented(name, tied):
+    how = tiny_architecture, "architecture_configs.py"
+    assert script.examine(name, tied, *how) == FOUND[name][tied]
 
 
 def steps(model, tokens) -> list[mx.array]:
@@ -81,12 +59,15 @@ def steps(model, tokens) -> list[mx.array]:
 
 
 @pytest.mark.parametrize("bits", [None, 4], ids=["dense", "4-bit"])
-@pytest.mark.parametrize("name, tied", SERVED, **form_ids)
+@by_form(FOUND, lambda form: form.served)
 def test_flash_head(name, tied, bits):
     model = tiny_architecture(name, tied=tied)
     model = model if bits is None else quantized(model)
     location = find_head(model)
-    assert location.tied == tied
+    form = FOUND[name][tied]
+    assert (f"`{location.path}`", location.tied) == (form.cell, tied)
+    if bits is not None:
+        assert location.rows().bits == (form.bits or 0)
     rng = np.random.default_rng(0)
     tokens = mx.array(rng.integers(0, VOCAB_SIZE, (2, 9)))
 
@@ -100,23 +81,17 @@ def test_flash_head(name, tied, bits):
     )
 
 
-IMPORTED = [form for form in REFUSED if form[0] != "olmo"]  # whose code mlx-lm cannot import here
+def refused(form):
+    return form.cell == script.REFUSED
 
 
-@pytest.mark.parametrize("name, tied", IMPORTED, **form_ids)
+@by_form(FOUND, lambda form: refused(form) and "cannot load it here" not in form.reason)
 def test_refused_model_stays_as_it_was(name, tied):
-    model = tiny_architecture(name, tied=tied)
-    before = [(path, type(module), dict(module)) for path, module in model.named_modules()]
-    token_ids = np.arange(-VOCAB_SIZE % CLUSTER_SIZE + VOCAB_SIZE).reshape(-1, CLUSTER_SIZE)
-    with pytest.raises(UnsupportedHeadError):
-        install(model, token_ids, None, n_probes=1)
-    assert get_flash_head(model) is None
-    after = [(path, type(module), dict(module)) for path, module in model.named_modules()]
-    assert after == before
+    check_refused(tiny_architecture(name, tied=tied), FOUND[name][tied].reason)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers on configuration keys
-@pytest.mark.parametrize("name, tied", REFUSED, **form_ids)
+@by_form(FOUND, refused)
 def test_refused_model_is_one_sentence_and_no_folder(name, tied, tmp_path):
     source = write_architecture(tmp_path / "source", name, tied=tied)
     with pytest.raises(ValueError) as raised:

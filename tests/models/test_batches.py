@@ -28,19 +28,9 @@ def test_batch_is_what_each_gets_alone(pair, prompts, sizes, settings):
     assert batch_generate(pair.model, pair.tokenizer, prompts, **options).token_ids == expected
 
 
-@pytest.mark.parametrize("max_positions", [5, 6])
-def test_more_sequences_than_max_positions_are_dense(pair, head, max_positions):
-    prompts = [pair.encode(f"{letter} is the") for letter in "ABCDEF"]  # of one length: together
-    head.max_positions = max_positions
-    reference = pair.dense if max_positions < len(prompts) else pair.model
-    generator = BatchGenerator(pair.model, prefill_batch_size=6)  # no text ends before the others
-    uids = generator.insert(prompts, [TOKENS] * 6)
-    found = {uid: [] for uid in uids}
-    while responses := generator.next_generated():
-        for response in responses:
-            found[response.uid].append(response.token)
-    generator.close()
-    assert [found[uid] for uid in uids] == [uncached(reference, ids, TOKENS) for ids in prompts]
+def test_an_empty_prompt_is_refused(pair):
+    with pytest.raises(ValueError, match="Sequence 1 has an empty prompt: give it at least one"):
+        batch_generate(pair.model, pair.tokenizer, [[5], []])
 
 
 def test_batch_of_several_turns(pair, prompts):

@@ -1,4 +1,4 @@
-"""Prompt caches: saved, loaded, trimmed, rotating, quantized, and chats of several turns."""
+"""Prompt caches: saved, loaded, rotating, quantized."""
 
 import mlx.core as mx
 import pytest
@@ -7,7 +7,6 @@ from mlx_lm.models.cache import (
     load_prompt_cache,
     make_prompt_cache,
     save_prompt_cache,
-    trim_prompt_cache,
 )
 
 from mlx_flashhead.models.compat.generate import generate_step
@@ -46,17 +45,6 @@ def test_saved_and_loaded(pair, tmp_path, made_by):
         assert pair.tokens(pair.model, ids[PREFIX:], prompt_cache=loaded) == expected
 
 
-def test_trimmed(pair):
-    """An answer is taken back, and another question is asked."""
-    ids, other = pair.encode(PROMPT), pair.encode("Why is the sky blue")
-    cache = make_prompt_cache(pair.model)
-    pair.tokens(pair.model, ids, prompt_cache=cache)
-    beyond = cache[0].offset - PREFIX
-    assert trim_prompt_cache(cache, beyond) == beyond
-    found = pair.tokens(pair.model, other, prompt_cache=cache)
-    assert found == uncached(pair.dense, ids[:PREFIX] + other)
-
-
 def rotating(model):
     """A cache that holds 16 tokens, in which prompt and answer have no room."""
     return [RotatingKVCache(max_size=16, keep=4) for _ in model.layers]
@@ -86,18 +74,3 @@ def test_quantized(pair, tmp_path, options):
     save_prompt_cache(file, cache)
     found = pair.tokens(pair.model, ids[PREFIX:], prompt_cache=load_prompt_cache(file), **options)
     assert found == expected
-
-
-def test_chat_of_several_turns(pair):
-    """One cache for all turns answers as if each turn were asked with all that was said before."""
-    cache, said = make_prompt_cache(pair.model), []
-    for turn, question in enumerate(("Hello", "Who are you", "Why")):
-        ids = pair.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True
-        )
-        ids = ids if turn == 0 else ids[1:]  # one beginning of text
-        said += ids
-        expected = uncached(pair.dense, said, 8)
-        assert pair.tokens(pair.model, ids, max_tokens=8, prompt_cache=cache) == expected
-        said += expected
-        assert cache[0].offset == len(said)

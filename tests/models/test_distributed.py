@@ -3,12 +3,13 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,24 +24,37 @@ LAUNCH = Path(sys.executable).with_name("mlx.launch")
 CHECKOUT = Path(__file__).parents[2]
 SECONDS = 120
 ARGUMENTS = ("--prompt", "One day", "--max-tokens", "24", "--verbose", "False")
-# A script under mlx.launch: each process writes what it has into a file of its own.
+# A script under mlx.launch, since a start takes long: both processes run all commands and load the
+# parts of a model, and each writes what it has got into a file of its own.
 SCRIPT = """
-import json, sys
+import contextlib, importlib, io, json, sys
 import mlx.core as mx
-from mlx_flashhead import get_flash_head, generate, sharded_load
+from mlx_flashhead import generate, get_flash_head, sharded_load
+
 group = mx.distributed.init(strict=True)
-folder, kind, out = sys.argv[1:]
-groups = {kind + "_group": group} if kind != "either" else {}
-model, tokenizer, config = sharded_load(folder, **groups, return_config=True, n_probes=2)
-text = generate(model, tokenizer, "One day", max_tokens=12)
-mx.synchronize()
-mx.eval(mx.distributed.all_sum(mx.array(1), stream=mx.cpu))
-head = get_flash_head(model)
-found = {
-    "text": text, "n_probes": head.n_probes, "model_type": config["model_type"],
-    "layers": sum(layer is not None for layer in model.model.layers),
-    "heads": [layer.self_attn.n_heads for layer in model.model.layers if layer is not None],
-}
+commands, folder, out = sys.argv[1:]
+main = importlib.import_module("mlx_flashhead.generate").main
+
+def run(arguments):
+    sys.argv[1:] = arguments
+    printed = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+    with contextlib.redirect_stdout(printed[0]), contextlib.redirect_stderr(printed[1]):
+        with contextlib.suppress(SystemExit):
+            main()
+    return [(file.flush(), file.buffer.getvalue().decode())[1] for file in printed]
+
+def load(groups):
+    model, tokenizer, config = sharded_load(folder, **groups, return_config=True, n_probes=2)
+    text = generate(model, tokenizer, "One day", max_tokens=12)
+    mx.synchronize()
+    mx.eval(mx.distributed.all_sum(mx.array(1), stream=mx.cpu))
+    layers = [layer for layer in model.model.layers if layer is not None]
+    heads = {layer.self_attn.n_heads for layer in layers}
+    head = get_flash_head(model)
+    return text, head.n_probes, config["model_type"], len(layers), *heads
+
+found = [run(arguments) for arguments in json.loads(commands)]
+found += [load({"pipeline_group": group}), load({})]
 with open(f"{out}.{group.rank()}", "w") as file:
     json.dump(found, file)
 """
@@ -83,82 +97,86 @@ def free_ports():
 def launch(*command):
     """Runs a Python command as two processes: → (standard output, standard error)."""
     arguments = ["-n", 2, "--backend", "ring", "--starting-port", free_ports(), "--"]
-    process = subprocess.Popen(
-        [str(part) for part in (sys.executable, LAUNCH, *arguments, sys.executable, *command)],
-        stdin=subprocess.PIPE,  # mlx.launch reads from it for as long as it runs
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # its children are of its group, and end with it
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"},
-        cwd=CHECKOUT,
-    )
-    timer = threading.Timer(SECONDS, os.killpg, (process.pid, signal.SIGKILL))
-    timer.start()
-    errors = []
-    reader = threading.Thread(target=lambda: errors.append(process.stderr.read().decode()))
-    reader.start()
-    try:
-        output = process.stdout.read().decode()
-        reader.join()
-        code = process.wait()
-    finally:
-        timer.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    if code == -signal.SIGKILL:
-        pytest.fail(f"two processes did not end within {SECONDS} seconds: {errors}", pytrace=False)
-    return output, errors[0]
+    with TemporaryFile() as output, TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [str(part) for part in (sys.executable, LAUNCH, *arguments, sys.executable, *command)],
+            stdin=subprocess.PIPE,  # mlx.launch reads from it for as long as it runs
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,  # its children are of its group, and end with it
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"},
+            cwd=CHECKOUT,
+        )
+        try:
+            process.wait(SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        printed = []
+        for file in (output, errors):
+            file.seek(0)
+            printed.append(file.read().decode())
+    return printed
 
 
-@pytest.mark.parametrize("name, how", [("llama", ()), ("qwen2", ()), ("qwen2", ("--pipeline",))])
-def test_two_processes_print_the_text_of_one(request, name, how):
-    flash = request.getfixturevalue(name)[1]
-    arguments = ("--model", flash, *ARGUMENTS)
-    alone = load(str(flash))
-    expected = generate(*alone, "One day", max_tokens=24, dense=True) + "\n"
-    output, errors = launch("-m", "mlx_flashhead.generate", *arguments, *how)
+@pytest.fixture(scope="module")
+def launched(llama, qwen2, tmp_path_factory):
+    """What each of two processes has got: → (by command, its parts of a model)."""
+    folder = tmp_path_factory.mktemp("launched")
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    odd = write(folder / "odd", arch="qwen2", hidden_size=96, further=heads)
+    commands = {
+        "within layers": (qwen2[1],),
+        "by layers": (qwen2[1], "--pipeline"),
+        "odd": (odd[1],),
+        "llama by layers": (llama[1], "--pipeline"),
+        "prompt": (qwen2[1], "--prompt", "-"),
+    }
+    arguments = [["--model", str(name), *ARGUMENTS, *more] for name, *more in commands.values()]
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    _, errors = launch(script, json.dumps(arguments), qwen2[1], folder / "found")
+    files = [folder / f"found.{rank}" for rank in range(2)]
+    assert all(file.exists() for file in files), errors
+    found = [json.loads(file.read_text()) for file in files]
+    assert "Traceback" not in errors + str(found)
+    by_command = {name: [part[i] for part in found] for i, name in enumerate(commands)}
+    return by_command, [part[len(commands) :] for part in found]
+
+
+def test_two_processes_print_the_text_of_one(llama):
+    expected = generate(*load(str(llama[1])), "One day", max_tokens=24, dense=True) + "\n"
+    arguments = ("--model", llama[1], *ARGUMENTS)
+    output, errors = launch("-m", "mlx_flashhead.generate", *arguments)
     assert output == expected, errors
     assert "Traceback" not in errors and "exited with" not in errors
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "either"])
-def test_each_process_has_its_part_and_a_flash_head(qwen2, tmp_path, kind):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    _, errors = launch(script, qwen2[1], kind, tmp_path / "found")
-    files = [tmp_path / f"found.{rank}" for rank in range(2)]
-    assert all(file.exists() for file in files), errors
-    found = [json.loads(file.read_text()) for file in files]
-    model, tokenizer = load(str(qwen2[1]), n_probes=2)
-    expected = generate(model, tokenizer, "One day", max_tokens=12)
-    for part in found:
-        assert part["text"] == expected
-        assert part["n_probes"] == 2 and part["model_type"] == "qwen2"
-        assert (part["layers"], set(part["heads"])) == (
-            (1, {2}) if kind == "pipeline" else (2, {1})
-        )
+@pytest.mark.parametrize("how", ["within layers", "by layers"])
+def test_both_ways_to_split_give_the_text_of_one(launched, qwen2, how):
+    expected = generate(*load(str(qwen2[1])), "One day", max_tokens=24, dense=True) + "\n"
+    assert [output for output, _ in launched[0][how]] == [expected, ""]
 
 
-def test_mistakes_are_told_by_the_first_process(qwen2):
-    refused = launch("-m", "mlx_flashhead.generate", "--model", qwen2[1], "--prompt", "-")
-    assert refused[0] == ""
-    assert refused[1].count("error:") == 1 and "has no end: give the prompt" in refused[1]
+def test_each_process_has_its_part_and_a_flash_head(launched, qwen2):
+    expected = generate(*load(str(qwen2[1]), n_probes=2), "One day", max_tokens=12)
+    by_layers, within_layers = [expected, 2, "qwen2", 1, 2], [expected, 2, "qwen2", 2, 1]
+    assert launched[1] == [[by_layers, within_layers]] * 2
 
 
-def test_a_model_whose_heads_do_not_divide_is_told_of_its_other_way(tmp_path):
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
-    _, flash = write(tmp_path, arch="qwen2", hidden_size=96, further=heads)
-    command = ("-m", "mlx_flashhead.generate", "--model", flash, *ARGUMENTS)
-    output, errors = launch(*command)
-    assert output == "" and "3 attention heads" in errors and "use --pipeline" in errors
-    assert "Traceback" not in errors
-
-
-def test_a_model_that_cannot_be_pipelined(llama):
-    command = ("-m", "mlx_flashhead.generate", "--model", llama[1], *ARGUMENTS, "--pipeline")
-    _, errors = launch(*command)
-    assert "does not support pipelining" in errors
-    assert "Traceback" not in errors
+@pytest.mark.parametrize(
+    "mistake, said",
+    [
+        ("prompt", "has no end: give the prompt"),
+        ("odd", "3 attention heads.*use --pipeline"),
+        ("llama by layers", "does not support pipelining"),
+    ],
+)
+def test_mistakes_are_told(launched, mistake, said):
+    (output, errors), others = launched[0][mistake]
+    assert output == "" and errors.count("error:") == 1
+    assert re.search(said, errors)
+    assert others[0] == "" and (mistake != "prompt" or others[1] == "")
 
 
 @pytest.mark.parametrize(

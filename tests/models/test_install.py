@@ -10,9 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
-from mlx_flashhead.models.install import dense_copy, detach, get_flash_head, install
+from mlx_flashhead.models.install import dense_copy, detach, get_flash_head
 from mlx_flashhead.models.locate import find_head
-from tiny_models import install_index, tiny_index, tiny_model
+from tiny_models import install_index, parameters, tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7], [9, 9, 0, 202]])
 TIED, UNTIED, BIAS = {"tied": True}, {"tied": False}, {"arch": "phi"}
@@ -33,15 +33,8 @@ models = pytest.mark.parametrize("how", MODELS.values(), ids=MODELS)
 tied_or_not = pytest.mark.parametrize("how", [TIED, UNTIED, BIAS], ids=["tied", "untied", "bias"])
 
 
-def installed(model, *, n_probes=4, **kwargs):
-    index = tiny_index(model, **kwargs)
-    return install(model, index.token_ids, index.centroids, n_probes=n_probes, backend="mlx")
-
-
-def parameters(model) -> list:
-    """Names, in order, and contents of all parameters."""
-    flat = tree_flatten(model.parameters())
-    return [(name, str(a.dtype), a.shape, bytes(a.view(mx.uint8))) for name, a in flat]
+def installed(model, **kwargs):
+    return install_index(model, tiny_index(model, **kwargs), backend="mlx")
 
 
 def close(actual: mx.array, expected: mx.array) -> bool:
@@ -128,7 +121,7 @@ def test_memory_added_is_the_index():
     index = tiny_index(model, cluster_size=16)
     gc.collect()
     before = mx.get_active_memory() - sum(array.nbytes for array in stage_1(index.centroids))
-    head = install(model, index.token_ids, index.centroids, n_probes=4, backend="mlx")
+    head = install_index(model, index, backend="mlx")
     gc.collect()
     added = mx.get_active_memory() - before
     rows = sum(array.nbytes for array in head.clustered.rows.arrays().values())
@@ -180,7 +173,7 @@ def test_a_model_with_a_flash_head_pickles(form):
     model = tiny_model(**form)
     tokens = mx.array([[3, 1, 7]])
     dense = model(tokens)
-    install_index(model, tiny_index(model))
+    installed(model)
     copied = pickle.loads(pickle.dumps(model))
     assert mx.array_equal(copied(tokens), model(tokens))
     assert get_flash_head(copied) is not get_flash_head(model)
@@ -195,7 +188,7 @@ def test_a_model_that_was_quantized_in_memory_uses_its_flash_head():
     nn.quantize(model, group_size=32, bits=4)
     tokens = mx.array([[3, 1, 7]])
     dense = model(tokens)
-    install_index(model, tiny_index(model))
+    installed(model)
     assert not mx.allclose(model(tokens), dense, atol=1e-2)
     model.train()
     assert mx.allclose(model(tokens), dense, atol=1e-4)

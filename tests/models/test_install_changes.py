@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlx_flashhead.models.install import detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
-from tiny_models import tiny_index, tiny_model
+from tiny_models import install_index, parameters, tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7]])
 MODELS = {
@@ -22,16 +22,9 @@ MODELS = {
 models = pytest.mark.parametrize("how", MODELS.values(), ids=MODELS)
 
 
-def parameters(model) -> list:
-    """Names, in order, and contents of all parameters."""
-    flat = tree_flatten(model.parameters())
-    return [(name, str(a.dtype), a.shape, bytes(a.view(mx.uint8))) for name, a in flat]
-
-
 def installed(how):
     model = tiny_model(**how)
-    index = tiny_index(model)
-    return model, install(model, index.token_ids, index.centroids, n_probes=4, backend="mlx")
+    return model, install_index(model, tiny_index(model), backend="mlx")
 
 
 def doubled(model) -> list:
@@ -146,40 +139,30 @@ def test_installing_twice_and_uninstalling_nothing():
     before = parameters(model)
     index = tiny_index(tiny_model())
     with pytest.raises(ValueError, match=r"already installed.*: detach it first\.$"):
-        install(model, index.token_ids, index.centroids, n_probes=4)
+        install_index(model, index)
     assert get_flash_head(model) is head
     detach(model)
     with pytest.raises(ValueError, match="no FlashHead on this model"):
         detach(model)
     assert parameters(model) == before
-    installed_again = install(model, index.token_ids, index.centroids, n_probes=3, backend="mlx")
+    installed_again = install_index(model, index)
     assert get_flash_head(model) is installed_again
 
 
-FAILURES = {
-    "n_probes": {"n_probes": 1000},
-    "backend": {"backend": "cuda"},
-    "token_ids": {"token_ids": "spoilt"},
-    "centroids": {"centroids": "of another model"},
-}
-
-
 @models
-@pytest.mark.parametrize("wrong", FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("wrong", ["n_probes", "backend", "token_ids", "centroids"])
 def test_failed_installation_leaves_the_model(how, wrong):
     model = tiny_model(**how)
     before, dense = parameters(model), model(TOKENS)
     classes = [type(module) for module in model.modules()]
     index = tiny_index(model)
-    arguments = {
-        "token_ids": index.token_ids,
-        "centroids": index.centroids,
-        "n_probes": 4,
-    } | wrong
-    if "token_ids" in wrong:
-        arguments["token_ids"] = index.token_ids * 0
-    if "centroids" in wrong:
-        arguments["centroids"] = tiny_index(tiny_model(vocab_size=99)).centroids
+    arguments = {"token_ids": index.token_ids, "centroids": index.centroids, "n_probes": 4}
+    arguments[wrong] = {
+        "n_probes": 1000,
+        "backend": "cuda",
+        "token_ids": index.token_ids * 0,
+        "centroids": tiny_index(tiny_model(vocab_size=99)).centroids,
+    }[wrong]
     with pytest.raises(ValueError):
         install(model, **arguments)
     assert [type(module) for module in model.modules()] == classes

@@ -35,6 +35,7 @@ def real(real_model_folder):
         find_head(model).rows(),
         n_probes=N_PROBES,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
+        passes=1,  # any clusters do here
         progress=False,
     )
     return model, tokenizer, index

@@ -3,7 +3,6 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from mlx_flashhead.models.locate import (
     HeadLocation,
@@ -80,40 +79,6 @@ def test_lazy_model(tied):
     model.update({"model": {"norm": {"weight": mx.full((64,), float("nan"))}}})
     assert find_head(model).tied == tied
     assert mx.compile(lambda tokens: (find_head(model), model(tokens))[1])(TOKENS).shape[-1] == 203
-
-
-@pytest.mark.parametrize("arch", ["llama4_text", "seed_oss", "minicpm"])
-def test_product_that_is_no_call_is_refused(arch):
-    model = tiny_model(arch, tied=True)
-    before = classes(model)
-    with pytest.raises(ValueError) as error:
-        find_head(model)
-    assert classes(model) == before
-    error.match(rf"'{arch}' model cannot be intercepted \(its 203 logits.*\): use it with mlx-lm")
-
-
-def adapted(tied: bool) -> nn.Module:
-    model = tiny_model(tied=tied)
-    if tied:
-        model.model.embed_tokens = LoRAEmbedding.from_base(model.model.embed_tokens)
-    else:
-        model.lm_head = LoRALinear.from_base(model.lm_head)
-    return model
-
-
-@pytest.mark.parametrize("tied, path", [(True, EMBEDDING), (False, "lm_head")])
-def test_adapted_head_is_refused(tied, path):
-    with pytest.raises(
-        ValueError, match=rf"'{path}' carries a LoRA adapter, which must be fused first"
-    ):
-        find_head(adapted(tied))
-
-
-def test_adapters_elsewhere_are_no_hindrance():
-    model = tiny_model(tied=False)
-    layer = model.layers[0].self_attn
-    layer.q_proj = LoRALinear.from_base(layer.q_proj)
-    assert find_head(model).path == "lm_head"
 
 
 class Wrapped(nn.Module):

@@ -1,6 +1,5 @@
 """The head's layer, asked for something else than logits, answers as the dense one does."""
 
-import ast
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,36 +9,24 @@ import pytest
 from mlx_lm import models
 
 from architecture_configs import VOCAB_SIZE
-from architecture_models import tiny_architecture
-from mlx_flashhead.models.install import get_flash_head, install
+from architecture_models import functions_with, tiny_architecture
+from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.locate import Asker, find_head
-from tiny_models import tiny_index, tiny_model
+from tiny_models import install_index, tiny_index, tiny_model
 
 # Functions besides the one that makes the logits that call a head's layer.
 OTHERS = {"gemma4_text": {"_get_per_layer_inputs"}}
 
 
-def installed(model, **kwargs):
-    index = tiny_index(model, **kwargs)
-    install(model, index.token_ids, index.centroids, n_probes=2)
+def installed(model):
+    install_index(model, tiny_index(model, n_probes=2))
     return model
-
-
-def head_calls(path: Path) -> set[str]:
-    """Functions of an architecture in which a tied embedding is asked for a product."""
-    functions = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef))
-    return {
-        function.name
-        for function in functions
-        for node in ast.walk(function)
-        if isinstance(node, ast.Attribute) and node.attr == "as_linear"
-    }
 
 
 def test_every_other_use_is_known():
     """A later mlx-lm that asks a head's layer for more has to be looked at."""
     files = [path for folder in models.__path__ for path in Path(folder).glob("*.py")]
-    found = {path.stem: head_calls(path) for path in files}
+    found = {path.stem: functions_with(r"\.as_linear\b", path.read_text()) for path in files}
     others = {name: functions for name, functions in found.items() if len(functions) > 1}
     assert others == {name: {"__call__", *functions} for name, functions in OTHERS.items()}
 

@@ -15,38 +15,14 @@ from mlx_vlm.models.cache import make_prompt_cache
 import architectures as script
 from architecture_configs import VOCAB_SIZE
 from emulated_mlx_lm import emulated
-from form_checks import CLUSTER_SIZE, check_form
-from mlx_flashhead.models.errors import UnsupportedHeadError
-from mlx_flashhead.models.install import get_flash_head, install
+from form_checks import by_form, check_form, check_refused, documented
 from mlx_flashhead.models.libraries import embeddings
 from mlx_flashhead.models.locate import find_head
 from vlm_configs import PICTURES
 from vlm_models import picture, tiny_vlm, vlm_architectures
 
-
-def own_part() -> str:
-    """The document's part about mlx-vlm."""
-    before, heading, after = script.DOCUMENT.read_text(encoding="utf-8").partition(
-        f"\n{script.VLM_HEADING}"
-    )
-    assert before and heading
-    return heading + after
-
-
-def documented_cells() -> dict[tuple[str, bool], str]:
-    """(architecture, tied) → its cell in the document's table."""
-    cells = {}
-    for line in own_part().splitlines():
-        if line.startswith("| ") and not line.startswith("| architecture"):
-            name, untied, tied = line.strip("| ").split(" | ")
-            cells |= {(name, False): untied, (name, True): tied}
-    return cells
-
-
-CELLS = documented_cells()
-SERVED = [form for form, cell in CELLS.items() if cell.startswith(script.SERVED)]
-REFUSED = [form for form, cell in CELLS.items() if cell == script.REFUSED]
-form_ids = {"ids": lambda value: {True: "tied", False: "untied"}.get(value)}
+PART = "".join(script.DOCUMENT.read_text(encoding="utf-8").partition(f"\n{script.VLM_HEADING}")[1:])
+FOUND = documented(PART)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,17 +34,19 @@ def _on_this_machine():
 
 
 def test_document_is_what_the_script_writes():
-    written = script.vlm_document(script.vlm_survey(progress=False))
-    assert own_part() == written, (
+    """Each of its forms is looked at below."""
+    assert list(FOUND) == vlm_architectures(), (
         "run `python scripts/architectures.py`; if it says 'not tested', give the architecture a "
         "line in tests/helpers/vlm_configs.py"
     )
+    assert script.vlm_document(FOUND) == PART
+    assert script.UNTESTED not in PART
+    assert sum(any(form.served for form in forms) for forms in FOUND.values()) >= 190
 
 
-def test_nearly_all_architectures_are_served():
-    assert {name for name, _ in CELLS} == set(vlm_architectures())
-    assert len({name for name, _ in SERVED}) >= 190
-    assert script.UNTESTED not in CELLS.values()
+@by_form(FOUND, lambda form: not form.served)
+def test_other_forms_are_as_documented(name, tied):
+    assert script.examine(name, tied, tiny_vlm, "vlm_configs.py") == FOUND[name][tied]
 
 
 def steps(model, tokens, given) -> list[mx.array]:
@@ -84,15 +62,15 @@ def steps(model, tokens, given) -> list[mx.array]:
     return [getattr(output, "logits", output) for output in outputs]
 
 
-@pytest.mark.parametrize("name, tied", SERVED, **form_ids)
+@by_form(FOUND, lambda form: form.served)
 def test_flash_head(name, tied):
     model = tiny_vlm(name, tied=tied)
-    if tied or (name, True) not in SERVED:  # half of them quantized, to keep this short
+    if tied or not FOUND[name][True].served:  # half of them quantized, to keep this short
         module = find_head(model).module
         if hasattr(module, "to_quantized") and name != "muse_spark":  # whose head stays as it was
             nn.quantize(model, 32, 4, class_predicate=lambda _, other: other is module)
     location = find_head(model)
-    assert location.tied == tied
+    assert (f"`{location.path}`", location.tied) == (FOUND[name][tied].cell, tied)
     tokens = mx.array(np.random.default_rng(1).integers(0, VOCAB_SIZE - 1, (1, 9)))
     check_form(model, location, lambda: steps(model, tokens, lambda ids: embeddings(model, ids)))
 
@@ -100,8 +78,7 @@ def test_flash_head(name, tied):
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures(name):
     """A picture's embeddings come from its tower, and the logits after it from the FlashHead."""
-    (tied,) = [tied for served, tied in SERVED if served == name][:1]
-    model = tiny_vlm(name, tied=tied)
+    model = tiny_vlm(name, tied=not FOUND[name][False].served)
 
     def given(seed):
         tokens, pixels = picture(name, seed)
@@ -116,13 +93,6 @@ def test_pictures(name):
     assert not mx.allclose(other[0][:, -1], dense[0][:, -1], atol=1e-4)
 
 
-@pytest.mark.parametrize("name, tied", REFUSED, **form_ids)
+@by_form(FOUND, lambda form: form.cell == script.REFUSED)
 def test_refused_model_stays_as_it_was(name, tied):
-    model = tiny_vlm(name, tied=tied)
-    before = [(path, type(module), dict(module)) for path, module in model.named_modules()]
-    token_ids = np.arange(-VOCAB_SIZE % CLUSTER_SIZE + VOCAB_SIZE).reshape(-1, CLUSTER_SIZE)
-    with pytest.raises(UnsupportedHeadError, match=r"^[^\n]+[^.]\.$"):
-        install(model, token_ids, None, n_probes=1)
-    assert get_flash_head(model) is None
-    after = [(path, type(module), dict(module)) for path, module in model.named_modules()]
-    assert after == before
+    check_refused(tiny_vlm(name, tied=tied), FOUND[name][tied].reason)

@@ -1,7 +1,6 @@
 # ruff: noqa: E402 - without mlx-vlm all of this is skipped
 """Where mlx-vlm reads a head's weights itself: with a FlashHead it asks the layer, or leaves it."""
 
-import ast
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,15 +18,14 @@ from mlx_vlm.server import reranking
 from mlx_vlm.speculative import eagle3, mtp
 from mlx_vlm.speculative.ops import linear
 
+from architecture_models import functions_with
 from mlx_flashhead.head.clustered import ClusteredRows
-from mlx_flashhead.models.install import detach, get_flash_head, install
+from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.libraries import forward
 from mlx_flashhead.models.locate import find_head
-from tiny_models import tiny_index
+from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
 from vlm_texts import TextGenerator
-
-N_PROBES = 3
 
 
 @pytest.fixture
@@ -50,8 +48,7 @@ def served(name: str, *, tied: bool, bits: int | None = None) -> nn.Module:
     if bits is not None:
         module = find_head(model).module
         nn.quantize(model, 32, bits, class_predicate=lambda _, other: other is module)
-    index = tiny_index(model)
-    install(model, index.token_ids, index.centroids, n_probes=N_PROBES, backend="mlx")
+    install_index(model, tiny_index(model, n_probes=3), backend="mlx")
     return model
 
 
@@ -90,8 +87,7 @@ def test_fused_greedy_decoding_is_left_out(reads):
     decode = model.language_model.fused_greedy_decode
     tokens = mx.array([[3]])
     assert decode(tokens, cache=make_prompt_cache(model.language_model)) is not None
-    index = tiny_index(model)
-    install(model, index.token_ids, index.centroids, n_probes=N_PROBES, backend="mlx")
+    install_index(model, tiny_index(model, n_probes=3), backend="mlx")
     reads.clear()
     assert decode(tokens, cache=make_prompt_cache(model.language_model)) is None
     assert not model.language_model.supports_fused_greedy_logits_processors([])
@@ -160,7 +156,7 @@ OTHER_USES = {
         "_embed_canvas",
     },
     "models/ernie_image/prompting.py": {"enhance"},
-    "models/llada2_moe/language.py": {"project_hidden", "generate"},
+    "models/llada2_moe/language.py": {"project_hidden"},
     "models/molmo_point/molmo_point.py": {"_prefill_forward", "_generate_forward"},
     "models/nemotron_labs_diffusion/language.py": {
         "_chunked_greedy_score_hidden",
@@ -170,31 +166,19 @@ OTHER_USES = {
 }
 
 
-def asks_a_head(node: ast.AST) -> bool:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        return node.func.attr == "lm_head"
-    if not isinstance(node, ast.Attribute):
-        return False
-    read = node.attr == "weight" and isinstance(node.value, ast.Attribute)
-    return node.attr == "as_linear" or (read and node.value.attr in ("lm_head", "embed_tokens"))
+ASKS = r"\.as_linear\b|\.lm_head\(|\.(?:lm_head|embed_tokens)\.weight\b(?!['\"])"
 
 
 def test_every_other_use_is_known():
     """A later mlx-vlm that asks a head's layer for more has to be looked at."""
     root = Path(mlx_vlm.__file__).parent
     found: dict[str, set[str]] = {}
-    for file in [
-        *root.glob("models/**/*.py"),
-        *root.glob("[gs]e*/*.py"),
-        *root.glob("spec*/**/*.py"),
-    ]:
-        if "drafters" in file.parts:
-            continue
-        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not isinstance(function, ast.FunctionDef) or "logits" in function.name:
-                continue
-            if function.name != "__call__" and any(map(asks_a_head, ast.walk(function))):
-                found.setdefault(str(file.relative_to(root)), set()).add(function.name)
+    for pattern in ("models/**/*.py", "[gs]e*/*.py", "spec*/**/*.py"):
+        for file in root.glob(pattern):
+            names = functions_with(ASKS, file.read_text(encoding="utf-8")) - {"__call__"}
+            names = {name for name in names if "logits" not in name}
+            if names and "drafters" not in file.parts:
+                found[str(file.relative_to(root))] = names
     assert found == OTHER_USES
 
 

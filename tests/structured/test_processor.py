@@ -18,11 +18,10 @@ from mlx_flashhead import (
     stream_generate,
 )
 from mlx_flashhead.models.compat.generate import BatchGenerator
-from mlx_flashhead.models.install import install
 from mlx_flashhead.structured.grammar import Grammar
 from mlx_flashhead.structured.processor import GrammarProcessor
 from model_folders import VOCAB_SIZE, write_model
-from tiny_models import tiny_index, tiny_model
+from tiny_models import install_index, tiny_index, tiny_model
 
 EOS = 1
 PATTERN = r"[0-9]{3}-(ab|xyz){2}"
@@ -51,8 +50,7 @@ def dense():
 @pytest.fixture(scope="module")
 def flash():
     model = tiny_model(vocab_size=VOCAB_SIZE)
-    index = tiny_index(model, eos_token_ids=(EOS,))
-    install(model, index.token_ids, index.centroids, n_probes=3)
+    install_index(model, tiny_index(model, n_probes=3))
     return model
 
 
@@ -135,27 +133,6 @@ def test_sequences_with_grammars_of_their_own(flash, tokenizer):
     for uid, pattern in zip(uids[:3], patterns, strict=False):
         text = tokenizer.decode([token for token in found[uid] if token != EOS])
         assert re.fullmatch(pattern, text) or len(found[uid]) == 40
-
-
-@pytest.mark.parametrize("n_draft", [1, 3])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_draft_model(flash, dense, tokenizer, n_draft, seed):
-    """The processor is asked again where drafts were rejected."""
-    draft = tiny_model(vocab_size=VOCAB_SIZE, seed=seed)
-    processor = grammar_processor(tokenizer, json_schema=SCHEMA)
-    options = {"max_tokens": 200, "logits_processors": [processor]}
-    expected = generate(dense, tokenizer, "hello", **options)
-    found = generate(
-        flash, tokenizer, "hello", draft_model=draft, num_draft_tokens=n_draft, **options
-    )
-    assert found == expected and processor.accepts(found)
-
-
-def test_same_processor_for_one_text_after_another(flash, tokenizer):
-    processor = grammar_processor(tokenizer, regex=PATTERN)
-    for prompt in ("a", "a longer one", "a"):
-        text = generate(flash, tokenizer, prompt, max_tokens=40, logits_processors=[processor])
-        assert re.fullmatch(PATTERN, text)
 
 
 def allowed(processor, tokens):

@@ -22,28 +22,22 @@ from .replaced import replaced
 try:
     from mlx_lm.generate import (
         BatchGenerator,
-        GenerationBatch,
-        StopSequences,
         TextStateMachine,
+        batch_generate,
         generate_step,
         make_text_state_machine,
         speculative_generate_step,
     )
-    from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
     from mlx_lm.generate import setup_arg_parser as generate_parser
 except ImportError:
     from .mlx_lm_0_31 import (  # type: ignore[assignment]
         BatchGenerator,
-        GenerationBatch,
-        StopSequences,
         TextStateMachine,
+        batch_generate,
         generate_parser,
         generate_step,
         make_text_state_machine,
         speculative_generate_step,
-    )
-    from .mlx_lm_0_31 import (  # type: ignore[assignment]
-        batch_generate as mlx_lm_batch_generate,
     )
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.

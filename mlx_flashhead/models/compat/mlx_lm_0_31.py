@@ -4,9 +4,10 @@ import importlib
 import json
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -34,21 +35,14 @@ DEFAULT_ALLOW_PATTERNS = [
 ]
 
 
-# Of a tokenizer: the number of its tokens, and a format of answers, which 0.31 knows none of.
 Wrapper: Any = TokenizerWrapper
-Wrapper.__len__ = lambda self: len(self._tokenizer)
-Wrapper.response_initial_state = None
+Wrapper.response_initial_state = None  # a format of answers, which 0.31 knows none of
 
 
 def maybe_set_recommended_wired_limit() -> int | None:
     """Lets the GPU keep as much memory as is recommended. Returns the limit before, if any."""
     recommended = mx.device_info().get("max_recommended_working_set_size")
     return None if recommended is None else mx.set_wired_limit(int(recommended))
-
-
-def greedy_sampler(logprobs: mx.array) -> mx.array:
-    """The likeliest tokens (B,) of log-probabilities (B, V)."""
-    return mx.argmax(logprobs, axis=-1)
 
 
 def checks_code(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,64 +91,16 @@ def speculative_generate_step(
     return drafted_steps(prompt, model, draft_model, **options)
 
 
-class StopSequences:
-    """Sequences of tokens that end a text.
-
-    Args:
-        stop_sequences: The sequences.
-    """
-
-    def __init__(self, stop_sequences: Sequence[Sequence[int]] | None = None):
-        self._sequences = [tuple(sequence) for sequence in stop_sequences or ()]
-
-    def matcher(self) -> "_Matcher":
-        """What reads one text."""
-        return _Matcher(self._sequences)
-
-
-class _Matcher:
-    def __init__(self, sequences: list[tuple[int, ...]]):
-        self._sequences = sequences
-        self._longest = max(map(len, sequences), default=0)
-        self._latest: tuple[int, ...] = ()
-
-    def advance(self, token: int) -> bool:
-        """Takes a token. Returns whether a sequence ends with it."""
-        latest = (*self._latest, token)
-        self._latest = latest[-self._longest :] if self._longest else ()
-        return any(sequence == latest[-len(sequence) :] for sequence in self._sequences)
-
-
-class GenerationBatch(module.GenerationBatch):  # type: ignore[name-defined]
-    """mlx-lm's, whose responses have two fields more."""
-
-    @dataclass
-    class Response:
-        """A token of a text."""
-
-        uid: int
-        token: int
-        logprobs: mx.array
-        finish_reason: str | None
-        prompt_cache: list[Any] | None
-        all_tokens: list[int] | None
-
-
 class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined]
-    """mlx-lm's, with 0.32's counters and without its failures on empty parts and processors."""
+    """mlx-lm's, with 0.32's counters and without its failure on processors of some texts."""
 
     @property
-    def _counters(self) -> "_Counters":
-        return _Counters(self)
+    def _counters(self) -> "BatchGenerator":
+        return self
 
-    def insert_segments(
-        self, segments: list[list[list[int]]], *arguments: Any, **options: Any
-    ) -> list[int]:
-        """Queues prompts in parts, of which empty ones are left out."""
-        parts = [[part for part in segment if part] for segment in segments]
-        if not all(parts):
-            raise ValueError("A sequence has an empty prompt.")
-        return super().insert_segments(parts, *arguments, **options)
+    generation_tokens = property(
+        attrgetter("_gen_tokens_counter"), lambda self, n: setattr(self, "_gen_tokens_counter", n)
+    )
 
     def _next(self) -> tuple[list[Any], list[Any]]:
         batch = self._generation_batch
@@ -162,58 +108,34 @@ class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined]
         return super()._next()
 
 
-class _Counters:
-    def __init__(self, generator: BatchGenerator):
-        self._generator = generator
-
-    @property
-    def generation_tokens(self) -> int:
-        return self._generator._gen_tokens_counter
-
-    @generation_tokens.setter
-    def generation_tokens(self, value: int) -> None:
-        self._generator._gen_tokens_counter = value
-
-
-class _DecodedIds:
-    """A tokenizer that keeps the ids it decodes."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self.decoded: list[list[int]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def decode(self, ids: list[int]) -> str:
-        self.decoded.append(ids)
-        return self._tokenizer.decode(ids)
-
-
 def batch_generate(
     model: Any, tokenizer: Any, prompts: Any, *, return_token_ids: bool = False, **options: Any
 ) -> Any:
     """``mlx_lm.batch_generate`` with ``token_ids`` in its response, None unless asked for."""
-    seen = _DecodedIds(tokenizer)
+    token_ids = []
+
+    def decode(ids: list[int]) -> str:
+        token_ids.append(ids)
+        return tokenizer.decode(ids)
+
+    seen = SimpleNamespace(eos_token_ids=tokenizer.eos_token_ids, decode=decode)
     response = module.batch_generate(model, seen, prompts, **options)
-    response.token_ids = seen.decoded if return_token_ids else None
+    response.token_ids = token_ids if return_token_ids else None
     return response
 
 
-def generate_parser() -> ArgumentParser:
-    """The flags of ``mlx_lm.generate``, of which 0.31 has no ``--image``."""
-    parser = module.setup_arg_parser()
-    parser.set_defaults(image=())
-    return parser
-
-
-def chat_parser() -> ArgumentParser:
-    """The flags of ``mlx_lm.chat``."""
-    parser = chat.setup_arg_parser()
+def _parser(of_program: Callable[[], ArgumentParser]) -> ArgumentParser:
+    """The flags of a program of mlx-lm's, with 0.32's ``--prefill-step-size``."""
+    parser = of_program()
     parser.add_argument(
         "--prefill-step-size", type=int, default=2048, help="Tokens of a prompt read at a time."
     )
+    parser.set_defaults(image=())  # and without its --image
     return parser
+
+
+generate_parser = partial(_parser, module.setup_arg_parser)
+chat_parser = partial(_parser, chat.setup_arg_parser)
 
 
 class TextStateMachine:

@@ -1,4 +1,4 @@
-"""Replaces names of mlx-lm for the time of a block."""
+"""Replaces names for the time of a block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,8 +1,6 @@
 """``mlx_lm.sample_utils``: undocumented names."""
 
+from mlx_lm import sample_utils
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-try:
-    from mlx_lm.sample_utils import greedy_sampler
-except ImportError:
-    from .mlx_lm_0_31 import greedy_sampler
+greedy_sampler = getattr(sample_utils, "greedy_sampler", None)  # new in 0.32
