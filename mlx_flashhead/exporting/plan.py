@@ -138,7 +138,7 @@ def record(
     recorder = _Recorder(of_call | rows | stored)
     steps = MetalSteps(clustered, recorder.kernel)
     hidden = of_call["hidden"]
-    draws = Draws(of_call["settings"], of_call["top_k"], of_call["keys"], sorts=True)
+    draws = Draws(of_call["settings"], of_call["top_k"], of_call["keys"])
     scores = steps.route(hidden)
     selection = steps.select(scores, n_probes)
     candidates = steps.score(hidden, selection)

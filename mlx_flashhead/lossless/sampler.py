@@ -89,11 +89,10 @@ class Sampler:
         s = self.settings
         without_top_k = DrawSettings(s.temperature, s.top_p, s.min_p)
         draws = Draws.of([(without_top_k, key)])
-        total = mx.logsumexp(logits, axis=-1, keepdims=True)
-        lowest = threshold(logits, draws, total)
+        lowest = threshold(logits, draws)
         if self._min_kept > 1:
             n = min(self._min_kept, logits.shape[-1])
-            lowest = mx.minimum(lowest, mx.sort(logits, axis=-1)[:, -n, None])
+            lowest = mx.minimum(lowest, mx.partition(logits, -n, axis=-1)[:, -n, None])
         kept = mx.where(logits >= lowest, logits, -mx.inf)
         if self.xtc_probability > 0:
             shares = mx.softmax(kept, axis=-1)
@@ -107,7 +106,8 @@ class Sampler:
             kept = mx.where(applied & removed, -mx.inf, kept)
         if s.top_k:
             n = min(s.top_k, logits.shape[-1])
-            kept = mx.where(kept >= mx.sort(kept, axis=-1)[:, -n, None], kept, -mx.inf)
+            least = mx.partition(kept, -n, axis=-1)[:, -n, None]
+            kept = mx.where(kept >= least, kept, -mx.inf)
         gumbel = noise_of_all(draws.keys, logits.shape[-1])
         return mx.argmax(kept / s.temperature + gumbel, axis=-1)
 

@@ -78,7 +78,7 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, form):
             selection,
             steps.score(hidden, selection),
             selection.unscored,
-            Draws(*settings.values(), True),
+            Draws(*settings.values()),
         )
         mx.eval(expected, found, tokens, drawn)
     assert tokens.tolist() == drawn.tolist()

@@ -86,7 +86,6 @@ def dispatches_of(clustered, hidden, n_probes, setting=(1.0, 0.95, -4.0, 20)):
         mx.broadcast_to(mx.array(setting[:3]), (n_rows, 3)),
         mx.full((n_rows,), setting[3], dtype=mx.uint32),
         mx.zeros((n_rows, 2), dtype=mx.uint32),
-        sorts=True,
     )
     with kernels() as emulator:
         steps = MetalSteps(clustered)
