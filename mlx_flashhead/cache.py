@@ -105,6 +105,8 @@ def _speed(tuning: Tuning) -> str:
     how = (
         f"{tuning.n_probes:,} probes, check at {tuning.most_waiting} or risk {tuning.most_risk:.2g}"
     )
+    if tuning.checked_positions is not None:
+        how += f", up to {tuning.checked_positions} texts"
     return f"{tuning.gain:.2f} x ({'dense' if tuning.dense else how})"
 
 
