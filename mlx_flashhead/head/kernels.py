@@ -250,16 +250,10 @@ class MetalSteps(PortableSteps):
         )
         return expanded
 
-    def sample(
-        self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
-    ) -> mx.array:
-        """The drawn token: (R,) uint32, that of `draw.py`."""
-        return self.choose(selection, candidates, unscored, draws, Risk())[0]
-
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
         unscored, *_ = self._greedy_draws(candidates)  # any values, for the risk alone
-        return self.choose(selection, candidates, unscored, None, Risk())[0]
+        return self.choose(selection, candidates, unscored, None)[0]
 
     def choose(
         self,
@@ -267,7 +261,7 @@ class MetalSteps(PortableSteps):
         candidates: Candidates,
         unscored: mx.array,
         draws: Draws | None,
-        risk: Risk,
+        risk: Risk = Risk(),  # noqa: B008, it never changes
     ) -> tuple[mx.array, mx.array]:
         """Tokens and risk in one kernel; see ``PortableSteps.choose``.
 

@@ -237,21 +237,13 @@ class PortableSteps:
         left = mx.put_along_axis(scores, selection.probes, lowest, axis=-1)
         return mx.stack([mx.max(left, axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
 
-    def sample(
-        self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
-    ) -> mx.array:
-        """The drawn token: (R,) uint32; see `draw.py`."""
-        ids = self.token_ids(selection.probes).flatten(1)
-        logits = candidates.logits.flatten(1).astype(mx.float32)
-        return draw(logits, noise(draws.keys, ids), draws, ids, unscored[:, 1])
-
     def choose(
         self,
         selection: Selection,
         candidates: Candidates,
         unscored: mx.array,
         draws: Draws | None,
-        risk: Risk,
+        risk: Risk = Risk(),  # noqa: B008, it never changes
     ) -> tuple[mx.array, mx.array]:
         """A token of each row, and an estimate of the chance that the dense head chooses another.
 
@@ -259,7 +251,7 @@ class PortableSteps:
             selection: The probed clusters.
             candidates: Their logits.
             unscored: (R, 2) float32, from :meth:`unscored`.
-            draws: Of these rows; None takes the best logit of each.
+            draws: Of these rows, see `draw.py`; None takes the best logit of each.
             risk: How the chance is estimated.
 
         Returns:
@@ -268,5 +260,7 @@ class PortableSteps:
         if draws is None:
             tokens = self.token(selection, candidates)
         else:
-            tokens = self.sample(selection, candidates, unscored, draws)
+            ids = self.token_ids(selection.probes).flatten(1)
+            logits = candidates.logits.flatten(1).astype(mx.float32)
+            tokens = draw(logits, noise(draws.keys, ids), draws, ids, unscored[:, 1])
         return tokens, risk.of(candidates, unscored, draws)

@@ -74,7 +74,7 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, form):
         tokens = replay(arrays, plan, rows, hidden, "tokens", **settings)
         steps = MetalSteps(head.clustered)
         selection = steps.select(steps.route(hidden), N_PROBES, words=False)
-        drawn = steps.sample(
+        drawn, _ = steps.choose(
             selection,
             steps.score(hidden, selection),
             selection.unscored,

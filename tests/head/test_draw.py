@@ -1,12 +1,22 @@
-"""Which tokens a draw keeps, in rows that are halved before they are sorted."""
+"""Which tokens a draw keeps, in rows that are halved before they are sorted, and how often each."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm import sample_utils
 
 from draw_reference import kept
+from mlx_flashhead import make_sampler
 from mlx_flashhead.head import draw as draw_module
-from mlx_flashhead.head.draw import NO_MIN_P, Draws, DrawSettings, log_mass, threshold
+from mlx_flashhead.head.draw import (
+    Draws,
+    DrawSettings,
+    draw,
+    log_mass,
+    noise_of_all,
+    position_key,
+    threshold,
+)
 
 SETTINGS = [
     DrawSettings(0.0),
@@ -40,6 +50,27 @@ def test_the_threshold_is_the_definitions(monkeypatch, n_logits, spread, ties):
             np.testing.assert_array_equal(keeps[x > -np.inf], expected[x > -np.inf])
 
 
-def test_no_filter_keeps_all():
-    logits = mx.array([[0.0, -50.0]])
-    assert threshold(logits, Draws.of([(DrawSettings(1.0), (0, 0))])).item() == np.float32(NO_MIN_P)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"temp": 1.0},
+        {"temp": 0.8, "top_p": 0.9},
+        {"temp": 1.5, "min_p": 0.2},
+        {"temp": 0.5, "top_k": 4},
+        {"temp": 2.0, "top_p": 0.95, "min_p": 0.05, "top_k": 9},
+    ],
+)
+def test_tokens_are_drawn_as_often_as_by_mlx_lms_sampler(arguments):
+    """Total variation as of two samples of one distribution."""
+    rng, n_draws, n_tokens = np.random.default_rng(4), 20_000, 12
+    logits = mx.array(rng.normal(scale=1.5, size=(1, n_tokens)).astype(np.float32))
+    rows = mx.repeat(logits - log_mass(logits), n_draws, axis=0)
+    settings = make_sampler(**arguments).settings
+    draws = Draws.of([(settings, position_key(3, i)) for i in range(n_draws)])
+    mx.random.seed(0)
+    ours = np.bincount(draw(rows, noise_of_all(draws.keys, n_tokens), draws), minlength=n_tokens)
+    theirs = np.bincount(sample_utils.make_sampler(**arguments)(rows), minlength=n_tokens)
+    assert ((ours == 0) == (theirs == 0)).all()
+    samples = rng.multinomial(n_draws, (ours + theirs) / (2 * n_draws), size=(2, 200))
+    distances = np.abs(samples[0] - samples[1]).sum(axis=1)
+    assert np.abs(ours - theirs).sum() < distances.mean() + 5 * distances.std()

@@ -92,7 +92,7 @@ def dispatches_of(clustered, hidden, n_probes, setting=(1.0, 0.95, -4.0, 20)):
         scores = steps.route(hidden)
         selection = steps.select(scores, n_probes, words=False)
         candidates = steps.score(hidden, selection)
-        steps.sample(selection, candidates, selection.unscored, drawing)
+        steps.choose(selection, candidates, selection.unscored, drawing)
         steps.expand(scores, steps.select(scores, n_probes), candidates)
     found = {d.name.removeprefix("flash_head_"): d for d in emulator.dispatches}
     assert list(found) == ["route", "select", "score", "sample", "select_words", "expand"]

@@ -80,31 +80,6 @@ class _Launch(ctypes.Structure):
     ]
 
 
-# Where the attributes stand in ``Indices`` of runtime/state.h, or how they follow from it.
-INDICES = {
-    "thread_position_in_grid": 0,
-    "thread_position_in_threadgroup": 3,
-    "threadgroup_position_in_grid": 6,
-    "threads_per_threadgroup": 9,
-    "dispatch_threads_per_threadgroup": 12,
-    "threads_per_grid": 15,
-    "grid_size": 15,
-    "threadgroups_per_grid": 18,
-    "thread_index_in_threadgroup": "i[21]",
-    "thread_index_in_simdgroup": "i[22]",
-    "simdgroup_index_in_threadgroup": "i[23]",
-    "simdgroups_per_threadgroup": "i[24]",
-    "dispatch_simdgroups_per_threadgroup": "i[25]",
-    "thread_index_in_quadgroup": "i[21] % 4",
-    "quadgroup_index_in_threadgroup": "i[21] / 4",
-    "quadgroups_per_threadgroup": "(i[9] * i[10] * i[11] + 3) / 4",
-    "dispatch_quadgroups_per_threadgroup": "(i[12] * i[13] * i[14] + 3) / 4",
-    "thread_execution_width": "32u",
-    "threads_per_simdgroup": "32u",
-    "grid_origin": "uint3(0u)",
-}
-
-
 @dataclass(frozen=True)
 class Traffic:
     """What a dispatch moves to and from one buffer.
@@ -178,24 +153,6 @@ class Buffer:
                 region.cells = cells.ctypes.data
                 self.cells = cells
         return region
-
-
-def entry_text(signature) -> str:
-    """C++ that calls a kernel with the runtime's arguments: buffers ``a`` and indices ``i``."""
-    arguments = []
-    for index, buffer in enumerate(signature.parameters):
-        if buffer.declaration.endswith("&"):
-            arguments.append(f"*({buffer.declaration[:-1]}*)a[{index}]")
-        else:
-            arguments.append(f"({buffer.declaration})a[{index}]")
-    for attribute in signature.attributes:
-        at = INDICES[attribute]
-        arguments.append(f"uint3(i[{at}], i[{at + 1}], i[{at + 2}])" if isinstance(at, int) else at)
-    return (
-        'extern "C" __attribute__((no_sanitize("kernel-address")))\n'
-        "void metal_emulator_entry(const thread ulong* a, const thread uint* i) {\n"
-        f"  {signature.instance}({', '.join(arguments)});\n}}\n"
-    )
 
 
 @cache
