@@ -200,7 +200,7 @@ def _by_mass(logits: mx.array, best: mx.array, share: mx.array, log_total: mx.ar
 def draw(
     logits: mx.array,
     gumbel: mx.array | None,
-    draws: Draws,
+    draws: Draws | None,
     token_ids: mx.array | None = None,
     others: mx.array | None = None,
 ) -> mx.array:
@@ -208,16 +208,16 @@ def draw(
 
     Args:
         logits: (R, K) float32.
-        gumbel: (R, K) noise of these tokens; None if all rows take the best logit.
-        draws: The rows' draws.
+        gumbel: (R, K) noise of these tokens; None as ``draws``.
+        draws: The rows' draws; None takes the best logit of each.
         token_ids: (R, K) uint32; None where they are 0 … V-1.
         others: (R,) log of the mass of tokens that are not among the K; None if there are none.
 
     Returns:
-        (R,) uint32; of equal values the lowest id.
+        (R,) uint32; of equal values the lowest id. Without draws NaN is the highest value.
     """
     values = logits
-    if gumbel is not None:
+    if gumbel is not None and draws is not None:
         inverse = draws.settings[:, :1]
         values = logits * inverse + gumbel
         if any(s.filters for s in draws.of_rows):
@@ -228,5 +228,5 @@ def draw(
     if token_ids is None:
         return mx.argmax(values, axis=-1)
     best = mx.max(values, axis=-1, keepdims=True)
-    highest = (values == best) | mx.isnan(values)
+    highest = (values == best) | mx.isnan(values)  # where one is NaN, no value equals the best
     return mx.min(mx.where(highest, token_ids, mx.array(0xFFFFFFFF, mx.uint32)), axis=-1)

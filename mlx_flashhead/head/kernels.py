@@ -6,6 +6,7 @@ formats that the kernels do not read.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import mlx.core as mx
 
@@ -59,10 +60,6 @@ class MetalSteps(PortableSteps):
         self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
         self.unread = unread(clustered)
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
-        self._limits: dict[tuple[int, float], list[mx.array]] = {}  # of select, as arrays
-        self._greedy: dict[int, list[mx.array]] = {}  # settings of sample, by number of positions
-        self._fits: dict[Risk, mx.array] = {}
-        self._dtypes: dict[mx.Dtype, mx.Dtype] = {}  # of logits, by that of the hidden states
         sizes = {"V": self.clustered.vocab_size, "C": clustered.n_clusters}
         sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
         self._sizes = sizes
@@ -154,7 +151,6 @@ class MetalSteps(PortableSteps):
         )
         sizes = [(name, self._sizes[name]) for name in "DNV"]
         self._score_template = [*sizes, ("PADDED", clustered.padded), *rows.template]
-        self._score_templates: dict[mx.Dtype, list] = {}  # by the dtype of the hidden states
 
     def max_positions(self, n_probes: int) -> int:
         """Positions up to which the kernels read fewer rows than the dense head: an estimate."""
@@ -186,10 +182,7 @@ class MetalSteps(PortableSteps):
         n_positions, n_clusters = scores.shape
         if "score" in self.unread:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
-        limits = self._limits.get((n_probes, depth))
-        if limits is None:
-            limits = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
-            self._limits[n_probes, depth] = limits
+        limits = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
         kernel, tail_offset = (
             (self._select_words, [self._tail_offset]) if words else (self._select, [])
         )
@@ -214,25 +207,17 @@ class MetalSteps(PortableSteps):
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes = selection.probes
         n_positions, held = probes.shape
-        dtype = hidden.dtype
-        if dtype not in self._dtypes:
-            self._remember(dtype)
+        rows = self.clustered.rows
+        product = ("PRODUCT", rows.product_dtype(hidden.dtype))
         logits, best = self._score(
             inputs=[hidden, probes, *self._score_arrays],
-            template=self._score_templates[dtype],
+            template=[*self._score_template, product],
             grid=(self._score_threads * held, n_positions, 1),
             threadgroup=(self._score_threads, 1, 1),
             output_shapes=[(n_positions, held, self._sizes["N"]), (n_positions, held)],
-            output_dtypes=[self._dtypes[dtype], mx.float32],
+            output_dtypes=[rows.logits_dtype(hidden.dtype), mx.float32],
         )
         return Candidates(logits, best)
-
-    def _remember(self, dtype: mx.Dtype) -> None:
-        """Values for a dtype of the hidden states, kept since asking MLX takes microseconds."""
-        rows = self.clustered.rows
-        self._dtypes[dtype] = rows.logits_dtype(dtype)
-        product = ("PRODUCT", rows.product_dtype(dtype))
-        self._score_templates[dtype] = [*self._score_template, product]
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         """Full logits, (R, V) in the candidates' dtype; see ``PortableSteps.expand``."""
@@ -252,7 +237,7 @@ class MetalSteps(PortableSteps):
 
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
-        unscored, *_ = self._greedy_draws(candidates)  # any values, for the risk alone
+        unscored, *_ = _greedy_draws(len(candidates.logits))  # any values, for the risk alone
         return self.choose(selection, candidates, unscored, None)[0]
 
     def choose(
@@ -267,15 +252,12 @@ class MetalSteps(PortableSteps):
 
         Of the draws, rows past R are not read.
         """
-        fit = self._fits.get(risk)
-        if fit is None:
-            fit = self._fits[risk] = mx.array(risk)
-        settings = self._greedy_draws(candidates) if draws is None else draws[:3]
         logits = candidates.logits
         n_positions = logits.shape[0]
+        settings = _greedy_draws(n_positions) if draws is None else draws[:3]
         scored = [selection.probes, self.clustered.token_ids, logits, candidates.best]
         tokens, chances = self._sample(
-            inputs=[*scored, unscored, *settings, fit],
+            inputs=[*scored, unscored, *settings, mx.array(risk)],
             template=[*self._templates["sample"], ("T", logits.dtype)],
             grid=(ROW_THREADS, n_positions, 1),
             threadgroup=(ROW_THREADS, 1, 1),
@@ -284,11 +266,10 @@ class MetalSteps(PortableSteps):
         )
         return tokens, chances
 
-    def _greedy_draws(self, candidates: Candidates) -> list[mx.array]:
-        """Settings, top_k and keys of greedy rows, at least 8: one kernel serves any number."""
-        n_rows = max(candidates.logits.shape[0], MIN_PROBES)
-        draws = self._greedy.get(n_rows)
-        if draws is None:
-            counts = mx.array([[0] * 2] * n_rows, mx.uint32)
-            draws = self._greedy[n_rows] = [mx.array([[0.0] * 3] * n_rows), counts, counts]
-        return draws
+
+@cache
+def _greedy_draws(n_positions: int) -> list[mx.array]:
+    """Settings, top_k and keys of greedy rows, at least 8: one kernel serves any number."""
+    n_rows = max(n_positions, MIN_PROBES)
+    counts = mx.array([[0] * 2] * n_rows, mx.uint32)
+    return [mx.array([[0.0] * 3] * n_rows), counts, counts]

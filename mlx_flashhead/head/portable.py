@@ -219,12 +219,8 @@ class PortableSteps:
 
         NaN counts as the highest value, as for MLX's argmax.
         """
-        logits = candidates.logits
-        best = mx.max(logits, axis=(-2, -1), keepdims=True)
-        # where one is NaN, the best is, and no logit equals it
-        highest = (logits == best) | mx.isnan(logits)
-        ids = mx.where(highest, self.token_ids(selection.probes), self.clustered.vocab_size)
-        return mx.min(ids, axis=(-2, -1))
+        ids = self.token_ids(selection.probes).flatten(1)
+        return draw(candidates.logits.flatten(1), None, None, ids)
 
     def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
         """Of the clusters that are not probed, (R, 2) float32: the best score, and the logsumexp.
@@ -257,10 +253,8 @@ class PortableSteps:
         Returns:
             Tokens (R,) uint32 and chances (R,) float32.
         """
-        if draws is None:
-            tokens = self.token(selection, candidates)
-        else:
-            ids = self.token_ids(selection.probes).flatten(1)
-            logits = candidates.logits.flatten(1).astype(mx.float32)
-            tokens = draw(logits, noise(draws.keys, ids), draws, ids, unscored[:, 1])
+        ids = self.token_ids(selection.probes).flatten(1)
+        logits = candidates.logits.flatten(1).astype(mx.float32)
+        gumbel = None if draws is None else noise(draws.keys, ids)
+        tokens = draw(logits, gumbel, draws, ids, unscored[:, 1])
         return tokens, risk.of(candidates, unscored, draws)
