@@ -20,8 +20,6 @@ ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 # after the other, and the simdgroup 32 sums, so that this holds with room for D up to 2,560.
 SUMMATION = 2e-6
 
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
 
 def on_gpu() -> bool:
     """Whether the tests of this run use a real GPU."""
@@ -94,19 +92,11 @@ def cluster(rng, rows: Matrix, centroids: Centroids, cluster_size, forced=()) ->
 
 def dequantized(stored) -> tuple[np.ndarray, np.ndarray]:
     """Rows in float64 and a bound on the magnitudes that are added up for each weight."""
-    weight = to_numpy(stored.weight)
-    if not stored.quantized:
-        weight = weight.astype(np.float64)
-        return weight, np.abs(weight)
-    shifts = np.arange(0, 32, stored.bits, dtype=np.uint32)
-    q = (weight[..., None] >> shifts) & np.uint32(2**stored.bits - 1)
-    q = q.reshape(*weight.shape[:-1], -1)
-    scales = np.repeat(to_numpy(stored.scales).astype(np.float64), stored.group_size, axis=-1)
-    if stored.mode == "mxfp4":
-        weight = E2M1[q] * 2.0 ** (scales - 127)
+    weight = to_numpy(stored.dequantized(mx.float32)).astype(np.float64)
+    if stored.biases is None:
         return weight, np.abs(weight)
     biases = np.repeat(to_numpy(stored.biases).astype(np.float64), stored.group_size, axis=-1)
-    return scales * q + biases, np.abs(scales * q) + np.abs(biases)
+    return weight, np.abs(weight - biases) + np.abs(biases)
 
 
 def products(stored, hidden: mx.array) -> tuple[np.ndarray, np.ndarray]:
