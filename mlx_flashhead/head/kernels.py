@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import Draws
-from .kernel_rows import LANES, StoredRows, matrix_from, unread
+from .kernel_rows import LANES, StoredRows, unread
 from .kernel_text import (
     EXPAND_BODY,
     ROUTE_BODY,
@@ -35,6 +35,9 @@ EXPAND_TOKENS = 4
 MIN_PROBES = 8
 
 SHARED_POSITIONS = 4  # that share one reading of the centroids
+# Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions, by
+# the GPU, for more than 4,096 rows. Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
+MATRIX_FROM = 12
 
 
 class MetalSteps(PortableSteps):
@@ -116,8 +119,6 @@ class MetalSteps(PortableSteps):
 
     def _make_route(self) -> None:
         clustered = self.clustered
-        architecture = str(mx.device_info().get("architecture"))
-        self._matrix_from = matrix_from(clustered.hidden_size, clustered.n_clusters, architecture)
         centroids = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
         self._route_arrays = [*centroids.arrays, clustered.route_bias]
         self._route = self._kernel(
@@ -159,7 +160,7 @@ class MetalSteps(PortableSteps):
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
         n_positions = hidden.shape[0]
-        if "route" in self.unread or n_positions >= self._matrix_from:
+        if "route" in self.unread or n_positions >= MATRIX_FROM:
             return super().route(hidden)
         shared = 1 if n_positions == 1 else SHARED_POSITIONS
         (scores,) = self._route(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu
+from mlx_flashhead.head import kernels as kernels_module
 from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
@@ -43,6 +44,7 @@ class TestGraph:
         centroids = make_centroids(rng, 20, 128, group_size=64)
         token_ids = np.minimum(rng.permutation(160), 157).reshape(20, 8)
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+        monkeypatch.setattr(kernels_module, "MATRIX_FROM", 1000)
         head = FlashHead(
             rows, token_ids, centroids, n_probes=6, eos_token_ids=(3,), backend="metal",
             max_positions=32,

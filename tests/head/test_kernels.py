@@ -19,7 +19,7 @@ from kernel_cases import (
 )
 from kernel_checks import check_all, check_selection, run, small_head
 from mlx_flashhead.head.formats import FORMATS
-from mlx_flashhead.head.kernel_rows import matrix_from, unread
+from mlx_flashhead.head.kernel_rows import unread
 from mlx_flashhead.head.portable import PortableSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
@@ -163,15 +163,3 @@ def test_rows_that_no_kernel_reads_are_scored_by_mlx(form, bias):
             to_numpy(full), to_numpy(plain.expand(scores, *only)), rtol=1e-5, atol=1e-5
         )
         np.testing.assert_array_equal(to_numpy(token), to_numpy(full).argmax(axis=-1))
-
-
-@pytest.mark.parametrize("architecture, limits", [
-    ("applegpu_g13g", (14, 10, 6)), ("applegpu_g14s", (14, 10, 6)), ("applegpu_g13d", (32, 18, 12)),
-    ("applegpu_g15s", (13, 15, 13)), ("applegpu_g16p", (13, 15, 13)),
-    ("applegpu_g15d", (32, 18, 12)), ("applegpu_g17s", (33, 25, 13)),
-    ("applegpu_g12p", (18, 12, 10)), ("x86_64", (33, 25, 13)),
-])  # fmt: skip
-def test_where_mlx_takes_its_matrix_kernels(architecture, limits):
-    """As get_qmv_batch_limit of MLX 0.32 has it."""
-    sizes = ((2048, 2048), (2048, 4096), (2048, 8016))
-    assert tuple(matrix_from(*size, architecture) for size in sizes) == limits
