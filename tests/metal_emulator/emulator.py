@@ -14,11 +14,11 @@ MAX_THREADS_PER_THREADGROUP = 1024
 
 
 def bits_of(array: mx.array) -> np.ndarray:
-    """The array as numpy, without a copy; bfloat16, which numpy lacks, as uint16."""
+    """The array as numpy, row after row; bfloat16, which numpy lacks, as uint16."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     mx.eval(array)
-    return np.asarray(array)
+    return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def from_bytes(data: np.ndarray, shape, dtype: mx.Dtype) -> mx.array:
@@ -82,7 +82,6 @@ class Emulator:
         grid,
         threadgroup,
         template=None,
-        init_value=None,
     ):
         """Runs a kernel at once (MLX would wait until an output is needed).
 
@@ -92,7 +91,6 @@ class Emulator:
             output_shapes, output_dtypes: Of each output.
             grid, threadgroup: Three numbers of threads each.
             template: Pairs of a name and a dtype, int or bool.
-            init_value: What outputs hold before the kernel runs, or None.
 
         Returns:
             One array for each output.
@@ -108,16 +106,19 @@ class Emulator:
         signature = signature_of(options, arrays, call | outputs)
         name, output_names = options["name"], options["output_names"]
         grid, threadgroup = self.dispatch_size(name, grid, threadgroup)
-        data = {key: bits_of(x) for key, x in zip(options["input_names"], arrays, strict=True)}
-        if options.get("ensure_row_contiguous", True):
-            data = {key: np.ascontiguousarray(x).reshape(x.shape) for key, x in data.items()}
+        data = dict(zip(options["input_names"], map(bits_of, arrays), strict=True))
         forms = dict(zip(output_names, zip(output_shapes, output_dtypes, strict=True), strict=True))
         buffers = []
         for parameter in signature.parameters:
             if parameter in forms:
-                buffers.append(output_buffer(parameter, *forms[parameter], init_value))
+                shape, dtype = forms[parameter]
+                n_bytes = int(np.prod(shape)) * dtype.size
+                buffers.append(Buffer(parameter, OUTPUT, dtype.size, n_bytes))
+                buffers[-1].data[:] = 0xFF  # NaN in every floating dtype
             elif parameter not in ATTRIBUTES:
-                buffers.append(input_buffer(parameter, data))
+                values = input_values(parameter, data)
+                buffers.append(Buffer(parameter, INPUT, values.itemsize, values.nbytes))
+                buffers[-1].data[:] = values.reshape(-1).view(np.uint8)
         self.built.add(signature.text)
         library = compile_kernel(signature.text, signature.entry(), signature.name, self.check)
         self.dispatches.append(
@@ -132,14 +133,8 @@ class Emulator:
         """Grid and threadgroup as MLX dispatches them: no threadgroup is larger than the grid.
 
         Raises:
-            ValueError: If a size is not positive or the threadgroup too large.
+            ValueError: If the threadgroup is too large.
         """
-        grid, threadgroup = tuple(map(int, grid)), tuple(map(int, threadgroup))
-        if len(grid) != 3 or len(threadgroup) != 3 or min(grid + threadgroup) < 1:
-            raise ValueError(
-                f"[metal_kernel] grid {grid} and threadgroup {threadgroup} must be three positive "
-                "numbers of threads each."
-            )
         n_threads = int(np.prod(threadgroup))
         allowed = self.max_threads.get(name, MAX_THREADS_PER_THREADGROUP)
         if n_threads > allowed:
@@ -147,45 +142,15 @@ class Emulator:
                 f"Thread group size ({n_threads}) is greater than  the maximum allowed threads per "
                 f"threadgroup ({allowed})."
             )
-        return grid, tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
-
-
-def output_buffer(name: str, shape, dtype: mx.Dtype, init_value) -> Buffer:
-    """Memory for an output: ``init_value``, or what nobody has written yet."""
-    buffer = Buffer(
-        name, OUTPUT, dtype.size, int(np.prod(shape)) * dtype.size, init_value is not None
-    )
-    buffer.data[:] = 0xFF  # NaN in every floating dtype
-    if init_value is not None:
-        value = bits_of(mx.array(init_value).astype(dtype)).tobytes()
-        buffer.data.reshape(-1, dtype.size)[:] = np.frombuffer(value, np.uint8)
-    return buffer
-
-
-def input_buffer(name: str, data: dict[str, np.ndarray]) -> Buffer:
-    """Memory for an input, or for the shape, strides or ndim of one."""
-    values = input_values(name, data)
-    buffer = Buffer(name, INPUT, values.itemsize, values.nbytes, True)
-    buffer.data[:] = values.reshape(-1).view(np.uint8)
-    return buffer
+        return tuple(grid), tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
 
 
 def input_values(name: str, data: dict[str, np.ndarray]) -> np.ndarray:
     """What one parameter of an input holds: its memory, shape, strides in elements, or ndim."""
-    if name not in data:
-        of, _, role = name.rpartition("_")
-        x = data[of]
-        if role == "strides":
-            return np.array(x.strides, np.int64) // x.itemsize
-        return np.array(x.shape if role == "shape" else [x.ndim], np.int32)
-    x = data[name]
-    if x.flags.c_contiguous or x.size == 0:
-        return x
-    # A view with strides: all elements from the first to the last that it can reach.
-    if min(x.strides) < 0:
-        raise ValueError(
-            f"[metal_kernel] Input '{name}' has negative strides, which the emulator "
-            "does not take: use ensure_row_contiguous=True."
-        )
-    reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True)) // x.itemsize
-    return np.lib.stride_tricks.as_strided(x, (reach,), (x.itemsize,))
+    if name in data:
+        return data[name]
+    of, _, role = name.rpartition("_")
+    x = data[of]
+    if role == "strides":
+        return np.array(x.strides, np.int64) // x.itemsize
+    return np.array(x.shape if role == "shape" else [x.ndim], np.int32)

@@ -15,7 +15,6 @@ ORDERS = ("forward", "reverse", "shuffle")
 INPUT, OUTPUT = 0, 1
 GUARD_BYTES = 1 << 16  # around each buffer, so that an index past its end meets no other buffer
 ALIGNMENT = 256
-INITIALISED = 1
 
 _u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 _launch_lock = threading.Lock()  # the runtime runs one launch at a time
@@ -128,11 +127,10 @@ class Buffer:
         kind: ``INPUT`` or ``OUTPUT``.
         itemsize: Bytes of an element.
         data: The bytes, uint8.
-        initialised: Whether reading it before writing is allowed.
     """
 
-    def __init__(self, name, kind, itemsize, n_bytes, initialised):
-        self.name, self.kind, self.itemsize, self.initialised = name, kind, itemsize, initialised
+    def __init__(self, name, kind, itemsize, n_bytes):
+        self.name, self.kind, self.itemsize = name, kind, itemsize
         memory = np.empty(n_bytes + 2 * GUARD_BYTES + ALIGNMENT, np.uint8)
         start = GUARD_BYTES + -(memory.ctypes.data + GUARD_BYTES) % ALIGNMENT
         self.data = memory[start : start + n_bytes]
@@ -148,7 +146,6 @@ class Buffer:
                 setattr(region, bits, array.ctypes.data)
             if self.kind == OUTPUT:
                 cells = np.zeros((self.data.size // self.itemsize, 3), np.uint32)
-                cells[:, 0] = INITIALISED if self.initialised else 0
                 keep.append(cells)
                 region.cells = cells.ctypes.data
                 self.cells = cells
@@ -231,7 +228,7 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
 def find_unwritten(name: str, buffers: list[Buffer]) -> None:
     """Raises a KernelFault for an output of which the kernel left a part unwritten."""
     for buffer in buffers:
-        if buffer.kind != OUTPUT or buffer.initialised:
+        if buffer.kind != OUTPUT:
             continue
         unwritten = np.flatnonzero(buffer.cells[:, 0] == 0)
         if len(unwritten):

@@ -1,4 +1,4 @@
-// Relaxed atomics of unsigned and signed integers in device and threadgroup memory.
+// Relaxed atomics of integers in threadgroup memory.
 
 #pragma once
 
@@ -14,21 +14,16 @@ typedef atomic<uint> atomic_uint;
 
 enum atomic_operation : uint { atomic_op_load, atomic_op_store, atomic_op_add };  // as in memory.cpp
 
-#define METAL_EMULATOR_ATOMIC(space)                                                        \
-  template <typename T> METAL_FUNC T atomic_load_explicit(const volatile space atomic<T>* p, \
-                                                          memory_order) {                   \
-    return as_type<T>(metal_emulator_atomic((ulong)p, atomic_op_load, 0));                  \
-  }                                                                                         \
-  template <typename T> METAL_FUNC void atomic_store_explicit(                              \
-      volatile space atomic<T>* p, typename type_identity<T>::type v, memory_order) {       \
-    metal_emulator_atomic((ulong)p, atomic_op_store, as_type<uint>(v));                     \
-  }                                                                                         \
-  template <typename T> METAL_FUNC T atomic_fetch_add_explicit(                             \
-      volatile space atomic<T>* p, typename type_identity<T>::type v, memory_order) {       \
-    return as_type<T>(metal_emulator_atomic((ulong)p, atomic_op_add, as_type<uint>(v)));    \
-  }
-
-METAL_EMULATOR_ATOMIC(device)
-METAL_EMULATOR_ATOMIC(threadgroup)
+template <typename T> METAL_FUNC T atomic_load_explicit(const volatile threadgroup atomic<T>* p, memory_order) {
+  return as_type<T>(metal_emulator_atomic((ulong)p, atomic_op_load, 0));
+}
+template <typename T> METAL_FUNC void atomic_store_explicit(
+    volatile threadgroup atomic<T>* p, typename type_identity<T>::type v, memory_order) {
+  metal_emulator_atomic((ulong)p, atomic_op_store, as_type<uint>(v));
+}
+template <typename T> METAL_FUNC T atomic_fetch_add_explicit(
+    volatile threadgroup atomic<T>* p, typename type_identity<T>::type v, memory_order) {
+  return as_type<T>(metal_emulator_atomic((ulong)p, atomic_op_add, as_type<uint>(v)));
+}
 
 }  // namespace metal
