@@ -169,13 +169,8 @@ def best_logits(logits: mx.array, n: int) -> mx.array:
 def _by_mass(logits: mx.array, best: mx.array, share: mx.array, log_total: mx.array) -> mx.array:
     """The lowest logit that top-p keeps: those above it have less than its share of the mass.
 
-    The half of the logits that holds it is halved again, and sorted when it is short.
-
-    Args:
-        logits: (R, K) float32.
-        best: (R, 1), the best of each row.
-        share: (R, 1), top-p; 1 keeps all.
-        log_total: (R, 1), log of the mass of all tokens.
+    The half of the logits that holds it is halved again, and sorted when it is short. Each row has
+    its best logit, its share (1 keeps all) and the log of its mass, (R, 1).
     """
     n_logits = logits.shape[-1]
     n_halvings = 0

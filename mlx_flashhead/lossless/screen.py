@@ -125,12 +125,8 @@ def _outcomes(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The proposal at its worst, and the others at their best.
 
-    Args:
-        low, high: (k, K), between which each logit lies.
-        own: (k, K), which token is the proposal.
-        gumbel: (k, K) noise.
-        draws: The draws.
-        least, most: (k, 1), between which the log of the mass of all tokens lies.
+    Each logit lies between ``low`` and ``high`` (k, K), the log of the mass of all tokens between
+    ``least`` and ``most`` (k, 1).
 
     Returns:
         (k,) the proposal's lowest noisy logit, -inf where it may be left out; (k,) the highest one
