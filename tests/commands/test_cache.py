@@ -14,6 +14,7 @@ from mlx_flashhead import load
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.loading import build, cache
+from mlx_flashhead.lossless.tuning import Tuning
 from mlx_flashhead.models.locate import find_head
 from model_folders import contents, write_model
 from tiny_models import tiny_index, tiny_model
@@ -38,6 +39,15 @@ def test_lists_what_is_kept(run, kept, flash_head_home):
     assert {row[1] for row in rows} == {"owner/One", "Two", "damaged"}
     (one,) = (row for row in rows if row[1] == "owner/One")
     assert one[-4:] == ["4", "of", "26", "–"]
+
+
+def test_shows_what_was_measured(run, kept):
+    tuning = Tuning(142, 1e30, 8, 0.03, 1.5, 0.01, 0.0, dense=False, checked_positions=5)
+    place = cache.speeds_of(cache.entries()[0].folder.name.split("-")[0])
+    place.parent.mkdir()
+    place.write_text(json.dumps({"this machine": tuning.to_dict()}))
+    output = " ".join(run("cache")[1].split())
+    assert "1.50 x (142 probes, check at 8 or risk 0.03, up to 5 texts)" in output
 
 
 def test_a_narrow_screen_keeps_the_identifiers(run, kept, monkeypatch):
