@@ -21,7 +21,7 @@ from .kernel_text import (
     SELECT_BODY,
     header,
 )
-from .portable import ESTIMATED, PortableSteps
+from .portable import PortableSteps
 from .proposal import Risk
 from .steps import NO_DEPTH, Candidates, Selection
 
@@ -56,7 +56,6 @@ class MetalSteps(PortableSteps):
     """
 
     name = "metal"
-    limit_reason = ESTIMATED
 
     def __init__(self, clustered: ClusteredRows, metal_kernel: Callable | None = None):
         super().__init__(clustered)
@@ -152,10 +151,6 @@ class MetalSteps(PortableSteps):
         )
         sizes = [(name, self._sizes[name]) for name in "DNV"]
         self._score_template = [*sizes, ("PADDED", clustered.padded), *rows.template]
-
-    def max_positions(self, n_probes: int) -> int:
-        """Positions up to which the kernels read fewer rows than the dense head: an estimate."""
-        return max(1, self._sizes["C"] // n_probes)
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
