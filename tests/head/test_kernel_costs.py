@@ -121,9 +121,9 @@ def test_neither_probes_nor_positions_compile_anything():
     token_ids = rng.permutation(2 * n_clusters).reshape(n_clusters, 2)
     with kernels(check=False) as emulator:
         head = FlashHead(rows, token_ids, centroids, n_probes=1, backend="metal", max_positions=32)
-        for n_probes in (1, 17, 256, 512, n_clusters):
+        for n_probes in (1, 17, n_clusters - 1):
             head.n_probes = n_probes
-            for n_positions in (1, 2, 3, 5, 8, 13, 32):
+            for n_positions in (1, 2, 8, 32):
                 hidden = mx.array(rng.normal(size=(n_positions, 64))).astype(mx.bfloat16)
                 mx.eval(head(hidden), head.token(hidden), head.candidates(hidden))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
