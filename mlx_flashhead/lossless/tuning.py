@@ -9,7 +9,7 @@ dense decoding, in turns. A FlashHead that does not win at least 3 % leaves the 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -77,10 +77,6 @@ class Tuning:
         head.most_waiting, head.most_risk = self.most_waiting, self.most_risk
         head.checked_positions = self.checked_positions
         head.gain, head.stays_dense = self.gain, self.dense
-
-    def to_dict(self) -> dict[str, Any]:
-        """The form for JSON."""
-        return asdict(self)
 
 
 def tune(

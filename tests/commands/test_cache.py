@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import shutil
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +46,7 @@ def test_shows_what_was_measured(run, kept):
     tuning = Tuning(142, 1e30, 8, 0.03, 1.5, 0.01, 0.0, dense=False, checked_positions=5)
     place = cache.speeds_of(cache.entries()[0].folder.name.split("-")[0])
     place.parent.mkdir()
-    place.write_text(json.dumps({"this machine": tuning.to_dict()}))
+    place.write_text(json.dumps({"this machine": asdict(tuning)}))
     output = " ".join(run("cache")[1].split())
     assert "1.50 x (142 probes, check at 8 or risk 0.03, up to 5 texts)" in output
 

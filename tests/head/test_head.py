@@ -4,13 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kernel_cases import ROUNDING
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from tiny_models import fitted, random_clusters, random_rows
-
-# Half a unit in the last place, relative, of the dtype of the logits.
-ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 
 
 def float64(array: mx.array) -> np.ndarray:
@@ -20,12 +18,7 @@ def float64(array: mx.array) -> np.ndarray:
 
 def weight64(stored) -> np.ndarray:
     """The weight of a Matrix, dequantised without rounding."""
-    if stored.scales is None:
-        return float64(stored.weight)
-    scales, biases = stored.scales, stored.biases
-    if biases is not None:
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return float64(mx.dequantize(stored.weight, scales, biases, **stored.quantization))
+    return float64(stored.dequantized(mx.float32))
 
 
 class Reference:

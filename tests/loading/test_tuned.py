@@ -1,7 +1,7 @@
 """The settings of the loop, measured once on a machine."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import numpy as np
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_measured_again(measure, flash_head_home, text):
     (place,) = flash_head_home.glob("speeds/*.json")
     place.write_text(text)
     assert loaded()[0].checked_probes == 2
-    assert FAST.to_dict() in json.loads(place.read_text()).values()
+    assert asdict(FAST) in json.loads(place.read_text()).values()
 
 
 def test_a_measurement_chooses_and_changes_no_text():
