@@ -117,7 +117,8 @@ def tune(
     settings = min(expected, key=lambda settings: expected[settings])
     Tuning(*settings, 1.0, dense, 0.0, dense=False).apply(head)
     n_probes, _, k, _ = settings
-    positions = steps.checked_positions(checks[n_probes][k] / k, began + seconds)
+    end = max(began + seconds, time.perf_counter() + seconds / 3)  # a third at least
+    positions = steps.checked_positions(checks[n_probes][k] / k, end)
     if slow:
         gains = [dense / expected[settings]]
     else:
