@@ -14,6 +14,7 @@ from .loading.background import BackgroundBuild
 from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove, speeds_of
 from .loading.look_up import HeadOptions
 from .loading.tuned import read
+from .lossless.tuning import Tuning
 from .models.dense import load_dense
 from .models.fetch import resolve
 from .publishing.origin import local_origin
@@ -96,12 +97,18 @@ def print_entries(kept: list[Entry]) -> None:
 
 def _speeds(entry: Entry) -> str:
     """What was measured on this machine, for each dtype and version of MLX."""
-    speeds: dict[str, None] = {}  # in order, each of them once
-    for tuned in read(speeds_of(entry.folder.name.split("-")[0])).values():
-        when = f"check at {tuned.most_waiting} or risk {tuned.most_risk:.2g}"
-        how = "dense" if tuned.dense else f"{tuned.n_probes:,} probes, {when}"
-        speeds[f"{tuned.gain:.2f} x ({how})"] = None
-    return ", ".join(speeds) or "–"
+    speeds = read(speeds_of(entry.folder.name.split("-")[0]))
+    return ", ".join(dict.fromkeys(map(_speed, speeds.values()))) or "–"
+
+
+def _speed(tuning: Tuning) -> str:
+    how = ["dense"]
+    if not tuning.dense:
+        check = f"check at {tuning.most_waiting} or risk {tuning.most_risk:.2g}"
+        how = [f"{tuning.n_probes:,} probes", check]
+        if tuning.checked_positions is not None:
+            how.append(f"up to {tuning.checked_positions} texts")
+    return f"{tuning.gain:.2f} x ({', '.join(how)})"
 
 
 def _rebuild(kept: list[Entry], name: str, trust_remote_code: bool) -> None:

@@ -13,7 +13,7 @@ The plan is JSON:
     limit      more positions than this at once read more rows than the dense head
     logits     names of the launches that give "expanded", the full logits (1, V), in their order
     tokens     names of those that give "tokens" (1,) from "settings" (1, 3) float32, "top_k" (1,)
-               uint32 and "keys" (1, 2) uint32, which are those of ``MetalSteps.sample``
+               uint32 and "keys" (1, 2) uint32, which are those of ``MetalSteps.choose``
     launches   by name
                name, inputNames, outputNames, source, header: arguments of MLX's ``metalKernel``
                arrays: names of the inputs among the file's arrays, the results so far, the rows as
@@ -138,14 +138,14 @@ def record(
     recorder = _Recorder(of_call | rows | stored)
     steps = MetalSteps(clustered, recorder.kernel)
     hidden = of_call["hidden"]
-    draws = Draws(of_call["settings"], of_call["top_k"], of_call["keys"], sorts=True)
+    draws = Draws(of_call["settings"], of_call["top_k"], of_call["keys"])
     scores = steps.route(hidden)
     selection = steps.select(scores, n_probes)
     candidates = steps.score(hidden, selection)
     steps.expand(scores, selection, candidates)
     selection = steps.select(scores, n_probes, words=False)
     candidates, unscored = steps.score(hidden, selection), steps.unscored(scores, selection)
-    steps.sample(selection, candidates, unscored, draws)
+    steps.choose(selection, candidates, unscored, draws)
     made = {name for launch in recorder.launches.values() for name in launch["outputNames"]}
     left_out = {*of_call, *rows, *made}
     arrays = {name: array for name, array in recorder.arrays.items() if name not in left_out}

@@ -67,7 +67,12 @@ def make_steps(clustered: ClusteredRows, asked: str | None) -> tuple[PortableSte
     steps = MetalSteps(clustered)
     reason = "MLX computes on an Apple GPU."
     if steps.unread:
-        reason = _slower(steps)
+        what = {"route": "centroids", "score": "rows"}
+        said = " and ".join(f"{form} {what[step]}" for step, form in steps.unread.items())
+        reason = (
+            f"FlashHead's Metal kernels do not read {said}: MLX's own operations do, which takes a "
+            "few more kernels per token. The other steps are FlashHead's."
+        )
         log.warning(reason)
     return steps, reason
 
@@ -108,12 +113,3 @@ def checked(
     )
     log.warning(reason)
     return PortableSteps(steps.clustered), reason
-
-
-def _slower(steps: MetalSteps) -> str:
-    what = {"route": "centroids", "score": "rows"}
-    said = " and ".join(f"{form} {what[step]}" for step, form in steps.unread.items())
-    return (
-        f"FlashHead's Metal kernels do not read {said}: MLX's own operations do, which takes a few "
-        "more kernels per token. The other steps are FlashHead's."
-    )

@@ -22,6 +22,9 @@ import mlx.core as mx
 
 NO_MIN_P = -1e30
 
+# A CPU halves rows down to so many logits before it sorts them: a partition takes linear time.
+SORTED = 2048
+
 
 @dataclass(frozen=True)
 class DrawSettings:
@@ -56,13 +59,13 @@ class Draws(NamedTuple):
         settings: (R, 3) float32: 1 / temperature (0: the best logit), top_p, log(min_p).
         top_k: (R,) uint32; 0 keeps all.
         keys: (R, 2) uint32, of each row's seed and position.
-        sorts: Whether a row needs its logits in order.
+        of_rows: The settings of each row; none where a kernel reads the arrays.
     """
 
     settings: mx.array
     top_k: mx.array
     keys: mx.array
-    sorts: bool
+    of_rows: Sequence[DrawSettings] = ()
 
     @classmethod
     def of(cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> "Draws":
@@ -79,7 +82,7 @@ class Draws(NamedTuple):
             mx.array(values, dtype=mx.float32),
             mx.array([s.top_k for s, _ in rows], dtype=mx.uint32),
             mx.array([key for _, key in rows], dtype=mx.uint32),
-            any(s.top_p < 1 or s.top_k for s, _ in rows),
+            [s for s, _ in rows],
         )
 
 
@@ -131,37 +134,68 @@ def log_mass(logits: mx.array) -> mx.array:
     return mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def threshold(logits: mx.array, draws: Draws, log_total: mx.array) -> mx.array:
+def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None) -> mx.array:
     """The lowest logit that the filters keep.
 
     Args:
         logits: (R, K) float32.
         draws: The rows' draws.
-        log_total: (R, 1), log of the mass of all tokens, with those that are not among the K.
+        log_total: (R, 1), log of the mass of all tokens; None if these are the K.
 
     Returns:
         (R, 1) float32.
     """
     best = mx.max(logits, axis=-1, keepdims=True)
     lowest = best + draws.settings[:, 2:]
-    if not draws.sorts:
-        return lowest
+    if any(s.top_p < 1 for s in draws.of_rows):
+        total = log_mass(logits) if log_total is None else log_total
+        lowest = mx.maximum(lowest, _by_mass(logits, best, draws.settings[:, 1:2], total))
+    most = max((s.top_k for s in draws.of_rows), default=0)
+    if most:
+        top = best_logits(logits, most)
+        n_top = top.shape[-1]
+        kth = n_top - mx.clip(draws.top_k[:, None], 1, n_top)
+        by_count = mx.take_along_axis(top, kth, axis=-1)
+        lowest = mx.maximum(lowest, mx.where(draws.top_k[:, None] == 0, -mx.inf, by_count))
+    return lowest
+
+
+def best_logits(logits: mx.array, n: int) -> mx.array:
+    """The ``n`` best logits, or all if these are fewer, ascending: (R, K) → (R, min(n, K))."""
+    n = min(n, logits.shape[-1])
+    return mx.sort(mx.partition(logits, -n, axis=-1)[:, -n:], axis=-1)
+
+
+def _by_mass(logits: mx.array, best: mx.array, share: mx.array, log_total: mx.array) -> mx.array:
+    """The lowest logit that top-p keeps: those above it have less than its share of the mass.
+
+    The half of the logits that holds it is halved again, and sorted when it is short. Each row has
+    its best logit, its share (1 keeps all) and the log of its mass, (R, 1).
+    """
     n_logits = logits.shape[-1]
+    n_halvings = 0
+    if mx.default_device().type == mx.cpu:  # a GPU partitions by sorting
+        n_halvings = ((n_logits - 1) // SORTED).bit_length()
+    n_more = -n_logits % 2**n_halvings
+    if n_more:
+        logits = mx.pad(logits, [(0, 0), (0, n_more)], constant_values=-mx.inf)
+    limit = mx.where(share < 1, share * mx.exp(log_total - best), mx.inf)
+    above = mx.zeros(limit.shape)
+    for _ in range(n_halvings):
+        low, high = mx.split(mx.partition(logits, logits.shape[-1] // 2, axis=-1), 2, axis=-1)
+        with_high = above + mx.exp(high - best).sum(axis=-1, keepdims=True)
+        in_low = with_high < limit
+        logits, above = mx.where(in_low, low, high), mx.where(in_low, with_high, above)
     ordered = mx.sort(logits, axis=-1)
-    shares = mx.exp(ordered - log_total)
-    above = mx.cumsum(shares, axis=-1, reverse=True, inclusive=False)
-    n_dropped = (above >= draws.settings[:, 1:2]).sum(axis=-1, keepdims=True)
-    by_mass = mx.take_along_axis(ordered, mx.minimum(n_dropped, n_logits - 1), axis=-1)
-    by_mass = mx.where(draws.settings[:, 1:2] < 1, by_mass, -mx.inf)
-    kept = mx.where(draws.top_k == 0, n_logits, mx.minimum(draws.top_k, n_logits))[:, None]
-    by_count = mx.take_along_axis(ordered, n_logits - kept, axis=-1)
-    return mx.maximum(lowest, mx.maximum(by_mass, by_count))
+    before = above + mx.cumsum(mx.exp(ordered - best), axis=-1, reverse=True, inclusive=False)
+    n_dropped = (before >= limit).sum(axis=-1, keepdims=True)
+    return mx.take_along_axis(ordered, mx.minimum(n_dropped, ordered.shape[-1] - 1), axis=-1)
 
 
 def draw(
     logits: mx.array,
     gumbel: mx.array | None,
-    draws: Draws,
+    draws: Draws | None,
     token_ids: mx.array | None = None,
     others: mx.array | None = None,
 ) -> mx.array:
@@ -169,25 +203,25 @@ def draw(
 
     Args:
         logits: (R, K) float32.
-        gumbel: (R, K) noise of these tokens; None if all rows take the best logit.
-        draws: The rows' draws.
+        gumbel: (R, K) noise of these tokens; None as ``draws``.
+        draws: The rows' draws; None takes the best logit of each.
         token_ids: (R, K) uint32; None where they are 0 … V-1.
         others: (R,) log of the mass of tokens that are not among the K; None if there are none.
 
     Returns:
-        (R,) uint32; of equal values the lowest id.
+        (R,) uint32; of equal values the lowest id. Without draws NaN is the highest value.
     """
     values = logits
-    if gumbel is not None:
-        total = log_mass(logits)
-        if others is not None:
-            total = mx.logaddexp(total, others[:, None])
+    if gumbel is not None and draws is not None:
         inverse = draws.settings[:, :1]
-        noisy = logits * inverse + gumbel
-        noisy = mx.where(logits >= threshold(logits, draws, total), noisy, -mx.inf)
-        values = mx.where(inverse == 0, logits, noisy)
+        values = logits * inverse + gumbel
+        if any(s.filters for s in draws.of_rows):
+            total = None if others is None else mx.logaddexp(log_mass(logits), others[:, None])
+            values = mx.where(logits >= threshold(logits, draws, total), values, -mx.inf)
+        if any(s.greedy for s in draws.of_rows):
+            values = mx.where(inverse == 0, logits, values)
     if token_ids is None:
         return mx.argmax(values, axis=-1)
     best = mx.max(values, axis=-1, keepdims=True)
-    highest = (values == best) | mx.isnan(values)
+    highest = (values == best) | mx.isnan(values)  # where one is NaN, no value equals the best
     return mx.min(mx.where(highest, token_ids, mx.array(0xFFFFFFFF, mx.uint32)), axis=-1)

@@ -92,6 +92,7 @@ class FlashHead:
         self._steps, self.backend_reason = make_steps(self.clustered, backend)
         self.eos_token_ids = tuple(eos_token_ids)
         self._max_positions = max_positions
+        self.checked_positions = None
         self.n_probes = n_probes
         if checked_probes is not None:
             self.checked_probes = checked_probes
@@ -158,11 +159,17 @@ class FlashHead:
     def checked_positions(self) -> int:
         """More rows than this at once are not worth proposals: their product reads each row once.
 
-        An estimate, as ``max_positions``.
+        What was measured on this machine, else an estimate as ``max_positions``; None sets it back.
         """
         if self._max_positions is not None:
             return self._max_positions
+        if self._checked_positions is not None:
+            return self._checked_positions
         return self._steps.max_positions(self.checked_probes)
+
+    @checked_positions.setter
+    def checked_positions(self, value: int | None) -> None:
+        self._checked_positions = value
 
     @property
     def max_positions_reason(self) -> str:

@@ -1,35 +1,9 @@
 """How the Metal kernels read stored rows, and where MLX's own products take their place."""
 
-import re
-
 from .clustered import ClusteredRows
 from .matrix import Matrix
 
 LANES = 32
-
-# Positions from which MLX multiplies quantized matrices by its matrix kernels, for at most 2,048
-# columns and rows, at most 4,096, and more, by generation of the GPU; of those in a Max or Ultra.
-# Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp (0.32).
-MATRIX_FROM = ((17, (33, 25, 13)), (15, (13, 15, 13)), (13, (14, 10, 6)), (0, (18, 12, 10)))
-MATRIX_FROM_ULTRA = (32, 18, 12)
-
-
-def matrix_from(hidden_size: int, n_rows: int, architecture: str) -> int:
-    """Positions from which MLX takes its matrix kernels instead of the vector ones.
-
-    Args:
-        hidden_size: Columns D of the matrix.
-        n_rows: Its rows.
-        architecture: The name from ``mx.device_info``, such as "applegpu_g15s". Others occur in
-            tests only and count as the newest.
-    """
-    size = max(hidden_size, n_rows)
-    column = 0 if size <= 2048 else 1 if size <= 4096 else 2
-    found = re.fullmatch(r"applegpu_g(\d+)(\w)", architecture)
-    generation, kind = (int(found[1]), found[2]) if found else (MATRIX_FROM[0][0], "")
-    if kind == "d":
-        return MATRIX_FROM_ULTRA[column]
-    return next(limits[column] for since, limits in MATRIX_FROM if generation >= since)
 
 
 def unread(clustered: ClusteredRows) -> dict[str, str]:

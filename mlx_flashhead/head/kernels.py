@@ -6,12 +6,13 @@ formats that the kernels do not read.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import Draws
-from .kernel_rows import LANES, StoredRows, matrix_from, unread
+from .kernel_rows import LANES, StoredRows, unread
 from .kernel_text import (
     EXPAND_BODY,
     ROUTE_BODY,
@@ -20,8 +21,8 @@ from .kernel_text import (
     SELECT_BODY,
     header,
 )
-from .portable import ESTIMATED, PortableSteps
-from .proposal import Risk
+from .portable import PortableSteps
+from .proposal import USUAL_RISK, Risk
 from .steps import NO_DEPTH, Candidates, Selection
 
 # The constants of the same names in metal/flash_head/constants.h.
@@ -34,6 +35,9 @@ EXPAND_TOKENS = 4
 MIN_PROBES = 8
 
 SHARED_POSITIONS = 4  # that share one reading of the centroids
+# Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions, by
+# the GPU, for more than 4,096 rows. Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
+MATRIX_FROM = 12
 
 
 class MetalSteps(PortableSteps):
@@ -52,17 +56,12 @@ class MetalSteps(PortableSteps):
     """
 
     name = "metal"
-    limit_reason = ESTIMATED
 
     def __init__(self, clustered: ClusteredRows, metal_kernel: Callable | None = None):
         super().__init__(clustered)
         self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
         self.unread = unread(clustered)
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
-        self._limits: dict[tuple[int, float], list[mx.array]] = {}  # of select, as arrays
-        self._greedy: dict[int, list[mx.array]] = {}  # settings of sample, by number of positions
-        self._fits: dict[Risk, mx.array] = {}
-        self._dtypes: dict[mx.Dtype, mx.Dtype] = {}  # of logits, by that of the hidden states
         sizes = {"V": self.clustered.vocab_size, "C": clustered.n_clusters}
         sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
         self._sizes = sizes
@@ -119,8 +118,6 @@ class MetalSteps(PortableSteps):
 
     def _make_route(self) -> None:
         clustered = self.clustered
-        architecture = str(mx.device_info().get("architecture"))
-        self._matrix_from = matrix_from(clustered.hidden_size, clustered.n_clusters, architecture)
         centroids = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
         self._route_arrays = [*centroids.arrays, clustered.route_bias]
         self._route = self._kernel(
@@ -154,16 +151,11 @@ class MetalSteps(PortableSteps):
         )
         sizes = [(name, self._sizes[name]) for name in "DNV"]
         self._score_template = [*sizes, ("PADDED", clustered.padded), *rows.template]
-        self._score_templates: dict[mx.Dtype, list] = {}  # by the dtype of the hidden states
-
-    def max_positions(self, n_probes: int) -> int:
-        """Positions up to which the kernels read fewer rows than the dense head: an estimate."""
-        return max(1, self._sizes["C"] // n_probes)
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
         n_positions = hidden.shape[0]
-        if "route" in self.unread or n_positions >= self._matrix_from:
+        if "route" in self.unread or n_positions >= MATRIX_FROM:
             return super().route(hidden)
         shared = 1 if n_positions == 1 else SHARED_POSITIONS
         (scores,) = self._route(
@@ -186,10 +178,7 @@ class MetalSteps(PortableSteps):
         n_positions, n_clusters = scores.shape
         if "score" in self.unread:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
-        limits = self._limits.get((n_probes, depth))
-        if limits is None:
-            limits = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
-            self._limits[n_probes, depth] = limits
+        limits = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
         kernel, tail_offset = (
             (self._select_words, [self._tail_offset]) if words else (self._select, [])
         )
@@ -214,25 +203,17 @@ class MetalSteps(PortableSteps):
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes = selection.probes
         n_positions, held = probes.shape
-        dtype = hidden.dtype
-        if dtype not in self._dtypes:
-            self._remember(dtype)
+        rows = self.clustered.rows
+        product = ("PRODUCT", rows.product_dtype(hidden.dtype))
         logits, best = self._score(
             inputs=[hidden, probes, *self._score_arrays],
-            template=self._score_templates[dtype],
+            template=[*self._score_template, product],
             grid=(self._score_threads * held, n_positions, 1),
             threadgroup=(self._score_threads, 1, 1),
             output_shapes=[(n_positions, held, self._sizes["N"]), (n_positions, held)],
-            output_dtypes=[self._dtypes[dtype], mx.float32],
+            output_dtypes=[rows.logits_dtype(hidden.dtype), mx.float32],
         )
         return Candidates(logits, best)
-
-    def _remember(self, dtype: mx.Dtype) -> None:
-        """Values for a dtype of the hidden states, kept since asking MLX takes microseconds."""
-        rows = self.clustered.rows
-        self._dtypes[dtype] = rows.logits_dtype(dtype)
-        product = ("PRODUCT", rows.product_dtype(dtype))
-        self._score_templates[dtype] = [*self._score_template, product]
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         """Full logits, (R, V) in the candidates' dtype; see ``PortableSteps.expand``."""
@@ -250,16 +231,10 @@ class MetalSteps(PortableSteps):
         )
         return expanded
 
-    def sample(
-        self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
-    ) -> mx.array:
-        """The drawn token: (R,) uint32, that of `draw.py`."""
-        return self.choose(selection, candidates, unscored, draws, Risk())[0]
-
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
         """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does."""
-        unscored, *_ = self._greedy_draws(candidates)  # any values, for the risk alone
-        return self.choose(selection, candidates, unscored, None, Risk())[0]
+        unscored, *_ = _greedy_draws(len(candidates.logits))  # any values, for the risk alone
+        return self.choose(selection, candidates, unscored, None)[0]
 
     def choose(
         self,
@@ -267,21 +242,18 @@ class MetalSteps(PortableSteps):
         candidates: Candidates,
         unscored: mx.array,
         draws: Draws | None,
-        risk: Risk,
+        risk: Risk = USUAL_RISK,
     ) -> tuple[mx.array, mx.array]:
         """Tokens and risk in one kernel; see ``PortableSteps.choose``.
 
         Of the draws, rows past R are not read.
         """
-        fit = self._fits.get(risk)
-        if fit is None:
-            fit = self._fits[risk] = mx.array(risk)
-        settings = self._greedy_draws(candidates) if draws is None else draws[:3]
         logits = candidates.logits
         n_positions = logits.shape[0]
+        settings = _greedy_draws(n_positions) if draws is None else draws[:3]
         scored = [selection.probes, self.clustered.token_ids, logits, candidates.best]
         tokens, chances = self._sample(
-            inputs=[*scored, unscored, *settings, fit],
+            inputs=[*scored, unscored, *settings, mx.array(risk)],
             template=[*self._templates["sample"], ("T", logits.dtype)],
             grid=(ROW_THREADS, n_positions, 1),
             threadgroup=(ROW_THREADS, 1, 1),
@@ -290,11 +262,10 @@ class MetalSteps(PortableSteps):
         )
         return tokens, chances
 
-    def _greedy_draws(self, candidates: Candidates) -> list[mx.array]:
-        """Settings, top_k and keys of greedy rows, at least 8: one kernel serves any number."""
-        n_rows = max(candidates.logits.shape[0], MIN_PROBES)
-        draws = self._greedy.get(n_rows)
-        if draws is None:
-            counts = mx.array([[0] * 2] * n_rows, mx.uint32)
-            draws = self._greedy[n_rows] = [mx.array([[0.0] * 3] * n_rows), counts, counts]
-        return draws
+
+@cache
+def _greedy_draws(n_positions: int) -> list[mx.array]:
+    """Settings, top_k and keys of greedy rows, at least 8: one kernel serves any number."""
+    n_rows = max(n_positions, MIN_PROBES)
+    counts = mx.array([[0] * 2] * n_rows, mx.uint32)
+    return [mx.array([[0.0] * 3] * n_rows), counts, counts]

@@ -14,7 +14,7 @@ from .blas import REFERENCE, blas_name
 from .clustered import ClusteredRows
 from .draw import Draws, draw, noise
 from .matrix import Matrix
-from .proposal import Risk
+from .proposal import USUAL_RISK, Risk
 from .steps import NO_DEPTH, Candidates, Selection, in_token_order
 
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
@@ -219,12 +219,8 @@ class PortableSteps:
 
         NaN counts as the highest value, as for MLX's argmax.
         """
-        logits = candidates.logits
-        best = mx.max(logits, axis=(-2, -1), keepdims=True)
-        # where one is NaN, the best is, and no logit equals it
-        highest = (logits == best) | mx.isnan(logits)
-        ids = mx.where(highest, self.token_ids(selection.probes), self.clustered.vocab_size)
-        return mx.min(ids, axis=(-2, -1))
+        ids = self.token_ids(selection.probes).flatten(1)
+        return draw(candidates.logits.flatten(1), None, None, ids)
 
     def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
         """Of the clusters that are not probed, (R, 2) float32: the best score, and the logsumexp.
@@ -237,21 +233,13 @@ class PortableSteps:
         left = mx.put_along_axis(scores, selection.probes, lowest, axis=-1)
         return mx.stack([mx.max(left, axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
 
-    def sample(
-        self, selection: Selection, candidates: Candidates, unscored: mx.array, draws: Draws
-    ) -> mx.array:
-        """The drawn token: (R,) uint32; see `draw.py`."""
-        ids = self.token_ids(selection.probes).flatten(1)
-        logits = candidates.logits.flatten(1).astype(mx.float32)
-        return draw(logits, noise(draws.keys, ids), draws, ids, unscored[:, 1])
-
     def choose(
         self,
         selection: Selection,
         candidates: Candidates,
         unscored: mx.array,
         draws: Draws | None,
-        risk: Risk,
+        risk: Risk = USUAL_RISK,
     ) -> tuple[mx.array, mx.array]:
         """A token of each row, and an estimate of the chance that the dense head chooses another.
 
@@ -259,14 +247,14 @@ class PortableSteps:
             selection: The probed clusters.
             candidates: Their logits.
             unscored: (R, 2) float32, from :meth:`unscored`.
-            draws: Of these rows; None takes the best logit of each.
+            draws: Of these rows, see `draw.py`; None takes the best logit of each.
             risk: How the chance is estimated.
 
         Returns:
             Tokens (R,) uint32 and chances (R,) float32.
         """
-        if draws is None:
-            tokens = self.token(selection, candidates)
-        else:
-            tokens = self.sample(selection, candidates, unscored, draws)
+        ids = self.token_ids(selection.probes).flatten(1)
+        logits = candidates.logits.flatten(1).astype(mx.float32)
+        gumbel = None if draws is None else noise(draws.keys, ids)
+        tokens = draw(logits, gumbel, draws, ids, unscored[:, 1])
         return tokens, risk.of(candidates, unscored, draws)

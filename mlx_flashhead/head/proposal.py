@@ -62,3 +62,6 @@ class Risk(NamedTuple):
         scored = mx.logsumexp(logits.flatten(-2), axis=-1)
         drawn = self.scale * mx.sigmoid(unscored[:, 1] - scored)
         return mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)
+
+
+USUAL_RISK = Risk()  # the usual numbers

@@ -14,7 +14,6 @@ from .portable import PortableSteps
 from .proposal import Risk
 from .steps import Candidates, Selection
 
-SAMPLE = 64  # centroids and clusters of rows that are also computed in float32
 # Allowed difference, relative to the size of the products. All sums are float32: only the order of
 # the additions and the rounding of the result differ. A lane that is left out changes a product by
 # a sixth of its size.
@@ -84,6 +83,7 @@ class _Trial:
         self.clustered = steps.clustered
         shape = (1, self.clustered.hidden_size)
         self.hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+        self.in_float32 = self.hidden.astype(mx.float32)  # all sums are, whatever the dtype
         self.rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
 
     def kernels(self) -> dict[str, Callable[[], Pairs]]:
@@ -100,13 +100,8 @@ class _Trial:
     def route(self) -> Pairs:
         self.scores = self.steps.route(self.hidden)
         several = self.steps.route(mx.tile(self.hidden, (2, 1)))
-        sample = _indices(self.clustered.n_clusters)
-        matrix = self.clustered.centroids.matrix.take(sample)
-        expected = self.hidden.astype(mx.float32) @ matrix.dequantized(mx.float32).T
-        found = self.scores[:, sample]
-        bias = self.clustered.route_bias[sample]
         return [
-            (found, expected + bias, self.rounding),
+            (self.scores, self.plain.route(self.in_float32), self.rounding),
             (several, mx.tile(self.scores, (2, 1)), self.rounding),
         ]
 
@@ -140,16 +135,10 @@ class _Trial:
             pairs.append((self.candidates.best, self.candidates.logits.max(axis=-1), 0.0))
         if "score" in self.steps.unread:  # no kernel
             return pairs
-        sample = _indices(self.n_probes)
-        clusters = self.selection.probes[0, sample]
-        rows = self.clustered.rows.map(lambda array: array[clusters])  # (k, n, …)
-        expected = rows.dequantized(mx.float32) @ self.hidden[0].astype(mx.float32)
-        if rows.bias is not None:
-            expected = expected + rows.bias
-        found = self.candidates.logits[0, sample]
-        padded = self.clustered.token_ids[clusters] == self.clustered.vocab_size
-        found, expected = (mx.where(padded, 0, logits) for logits in (found, expected))
-        return [(found, expected, self.rounding), *pairs]
+        selection, scored = self._plain()
+        expected = self.plain.score(self.in_float32, selection).logits
+        lowest = mx.finfo(scored.logits.dtype).min  # of padded slots
+        return [(scored.logits, mx.maximum(expected, lowest), self.rounding), *pairs]
 
     def expand(self) -> Pairs:
         full = self.steps.expand(self.scores, self.selection, self.candidates)
@@ -183,9 +172,3 @@ def _bins(scores: mx.array) -> mx.array:
     best = mx.where(certain, mx.finfo(mx.float32).min, scores).max(axis=-1, keepdims=True)
     distances = mx.floor((best - scores) * BINS_PER_NAT)
     return mx.where(certain, -1, mx.minimum(distances, SELECT_BINS - 2))
-
-
-def _indices(size: int) -> mx.array:
-    """Evenly spaced indices, the first and the last among them."""
-    count = min(size, SAMPLE)
-    return mx.array([i * (size - 1) // max(count - 1, 1) for i in range(count)])

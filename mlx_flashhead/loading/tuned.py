@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def tune_head(model: nn.Module, index: FlashHeadIndex, options: HeadOptions) -> 
     if tuning is None or tuning.again:
         measured = tune(model, index.config.lossless.get("by_probes", ()))
         again = measured.again and tuning is None  # one repetition, and no more
-        tuning = Tuning(**measured.to_dict() | {"again": again})
+        tuning = replace(measured, again=again)
         _write(place, known | {key: tuning})
         if tuning.dense and not options.always:
             options.say(
@@ -70,7 +70,7 @@ def here(index: FlashHeadIndex, model: nn.Module) -> Tuning | None:
 
 
 def _write(place: Path, tunings: dict[str, Tuning]) -> None:
-    stored: dict[str, Any] = {key: tuning.to_dict() for key, tuning in tunings.items()}
+    stored: dict[str, Any] = {key: asdict(tuning) for key, tuning in tunings.items()}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with new_file(place) as file:

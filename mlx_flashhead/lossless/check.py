@@ -96,8 +96,7 @@ class Check:
         head, rounding = self._head, self._rounding
         if settings[0][0].greedy:
             return certain_best(head, rounding, slots, probes, scored, tokens)
-        draws, filters = Draws.of(settings), settings[0][0].filters
-        return certain_draw(head, rounding, slots, probes, scored, tokens, draws, filters)
+        return certain_draw(head, rounding, slots, probes, scored, tokens, Draws.of(settings))
 
     def _by_logits(self, rows: list[Row], slots: mx.array) -> mx.array:
         """For choices that need the model's logits: which are certain, (k,) bool."""

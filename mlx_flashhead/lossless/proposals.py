@@ -127,7 +127,7 @@ class Proposer:
         self._processed.clear()
         texts, self.texts = self.texts, None
         if self.dense or texts is None or hidden.shape[1] != 1 or len(texts) != len(hidden):
-            return self._full(_dense_logits(head, hidden))
+            return self._full(dense_logits(head, hidden))
         if not self.check:
             if any(t.logprobs or t.needs_logits or t.settings != GREEDY for t in texts):
                 return self._full(head.full_logits(hidden))
@@ -135,7 +135,7 @@ class Proposer:
             return _nothing(hidden)
         too_many = len(texts) > head.checked_positions
         if too_many or any(_needs_dense(text, head, hidden.dtype) for text in texts):
-            return self._full(_dense_logits(head, hidden))
+            return self._full(dense_logits(head, hidden))
         settings = [(text.settings or GREEDY, text.key(text.n_chosen)) for text in texts]
         draws = None if all(s.greedy for s, _ in settings) else Draws.of(settings)
         wide = self.change is not unchanged or any(text.needs_logits for text in texts)
@@ -184,7 +184,7 @@ class Proposer:
         return token
 
 
-def _dense_logits(head: FlashHead, hidden: mx.array) -> mx.array:
+def dense_logits(head: FlashHead, hidden: mx.array) -> mx.array:
     """The dense logits of each position by itself: (R, L, D) → (R, L, V).
 
     A product of several rows rounds otherwise, which matters in 16 bits. Positions of a prompt are

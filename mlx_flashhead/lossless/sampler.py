@@ -9,7 +9,15 @@ from typing import cast
 
 import mlx.core as mx
 
-from ..head.draw import Draws, DrawSettings, noise, noise_of_all, position_key, threshold
+from ..head.draw import (
+    Draws,
+    DrawSettings,
+    best_logits,
+    noise,
+    noise_of_all,
+    position_key,
+    threshold,
+)
 from ..head.draw import draw as draw_token
 
 # The "token" whose uniform number decides whether XTC is applied at a position.
@@ -87,13 +95,10 @@ class Sampler:
     def _choose_with_xtc(self, logits: mx.array, key: tuple[int, int]) -> mx.array:
         """In mlx-lm's order: top-p, min-p, XTC, top-k, and the draw at the temperature."""
         s = self.settings
-        without_top_k = DrawSettings(s.temperature, s.top_p, s.min_p)
-        draws = Draws.of([(without_top_k, key)])
-        total = mx.logsumexp(logits, axis=-1, keepdims=True)
-        lowest = threshold(logits, draws, total)
+        draws = Draws.of([(DrawSettings(s.temperature, s.top_p, s.min_p), key)])
+        lowest = threshold(logits, draws)
         if self._min_kept > 1:
-            n = min(self._min_kept, logits.shape[-1])
-            lowest = mx.minimum(lowest, mx.sort(logits, axis=-1)[:, -n, None])
+            lowest = mx.minimum(lowest, best_logits(logits, self._min_kept)[:, :1])
         kept = mx.where(logits >= lowest, logits, -mx.inf)
         if self.xtc_probability > 0:
             shares = mx.softmax(kept, axis=-1)
@@ -105,11 +110,8 @@ class Sampler:
             chance = noise(draws.keys, mx.array([[XTC_TOKEN]], dtype=mx.uint32))
             applied = mx.exp(-mx.exp(-chance)) <= self.xtc_probability  # the uniform number again
             kept = mx.where(applied & removed, -mx.inf, kept)
-        if s.top_k:
-            n = min(s.top_k, logits.shape[-1])
-            kept = mx.where(kept >= mx.sort(kept, axis=-1)[:, -n, None], kept, -mx.inf)
-        gumbel = noise_of_all(draws.keys, logits.shape[-1])
-        return mx.argmax(kept / s.temperature + gumbel, axis=-1)
+        draws = Draws.of([(DrawSettings(s.temperature, top_k=s.top_k), key)])
+        return draw_token(kept, noise_of_all(draws.keys, logits.shape[-1]), draws)
 
 
 def make_sampler(

@@ -56,13 +56,10 @@ def certain_draw(
     scored: mx.array,
     tokens: mx.array,
     draws: Draws,
-    filters: bool,
 ) -> mx.array:
     """For drawn proposals, as :func:`certain_best`.
 
-    Args:
-        draws: The draws of these positions.
-        filters: Whether every row leaves tokens out. Without filters any token may be drawn.
+    Either every row's draw leaves tokens out, or none's. Without filters any token may be drawn.
     """
     largest = _largest(slots)[:, None]
     room, room_scored = rounding.batch * largest, rounding.scored * largest
@@ -80,7 +77,7 @@ def certain_draw(
     most = mx.logaddexp(log_mass(high[:, :n_scored]), tail + room)
     own = ids == tokens[:, None]
     worst, rival, lowest = _outcomes(low, high, own, noise(draws.keys, ids), draws, least, most)
-    if filters:
+    if draws.of_rows[0].filters:
         return (worst > rival) & (left + room[:, 0] < lowest)
     gumbel = noise_of_all(draws.keys, head.vocab_size)
     real = mx.minimum(head.clustered.token_ids.reshape(-1), head.vocab_size - 1)
@@ -128,12 +125,8 @@ def _outcomes(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The proposal at its worst, and the others at their best.
 
-    Args:
-        low, high: (k, K), between which each logit lies.
-        own: (k, K), which token is the proposal.
-        gumbel: (k, K) noise.
-        draws: The draws.
-        least, most: (k, 1), between which the log of the mass of all tokens lies.
+    Each logit lies between ``low`` and ``high`` (k, K), the log of the mass of all tokens between
+    ``least`` and ``most`` (k, 1).
 
     Returns:
         (k,) the proposal's lowest noisy logit, -inf where it may be left out; (k,) the highest one

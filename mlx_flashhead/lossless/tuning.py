@@ -8,8 +8,9 @@ dense decoding, in turns. A FlashHead that does not win at least 3 % leaves the 
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..head.steps import NO_DEPTH
 from ..models.install import hidden_dtype, installed_head
 from .loop import checked_steps
 from .products import SlotProduct
-from .proposals import Proposer
+from .proposals import Proposer, dense_logits
 from .rounding import rounding_of
 from .screen import certain_best
 
@@ -34,6 +35,7 @@ DEPTH = 9.0  # leaves out a quarter to a half of the clusters at equal shares of
 SHARES = (0.5, 1.0, 2.0)  # numbers of probes to try, relative to the index's
 TURNS = 3
 MOST_TOKENS = 16  # of one turn
+ROWS = (4, 8, 16, 32)  # texts at once, for which proposals may be slower than the dense product
 BUSY = 0.15  # spread of the turns above which the machine did something else too
 PROMPT = 12  # tokens of the prompt
 TOKENS = 5  # whose times make a median
@@ -53,6 +55,8 @@ class Tuning:
         spread: Half of the range of the turns' gains.
         dense: Whether dense decoding is as fast, so that the steps stay dense.
         again: Whether it should be measured once more, since the turns differ.
+        checked_positions: Texts at once up to which proposals are faster than the dense product;
+            None where there was no time to measure it.
     """
 
     n_probes: int
@@ -64,17 +68,15 @@ class Tuning:
     spread: float
     dense: bool
     again: bool = False
+    checked_positions: int | None = None
 
     def apply(self, head: FlashHead) -> None:
         """Gives a head these settings."""
         head.checked_probes = min(self.n_probes, head.n_clusters)
         head.depth = self.depth
         head.most_waiting, head.most_risk = self.most_waiting, self.most_risk
+        head.checked_positions = self.checked_positions
         head.gain, head.stays_dense = self.gain, self.dense
-
-    def to_dict(self) -> dict[str, Any]:
-        """The form for JSON."""
-        return asdict(self)
 
 
 def tune(
@@ -101,19 +103,22 @@ def tune(
     dense = steps.seconds(dense=True)
     slow = dense > seconds / 20
     shares = {int(d["n_probes"]): d["greedy_differs"] for d in differences}
-    expected = {}
+    expected, checks = {}, {}
     depths = (NO_DEPTH,) if slow or head.backend == PORTABLE else (NO_DEPTH, DEPTH)
     waiting = WAITING[:2] if slow else WAITING
     for n_probes in [usual] if slow else _grid(head, usual, shares):
-        checks = {k: steps.check_seconds(n_probes, k) for k in waiting}
+        checks[n_probes] = {k: steps.check_seconds(n_probes, k) for k in waiting}
         for depth in depths:
             head.depth = depth
             step, share = steps.seconds(n_probes=n_probes), _share(shares, n_probes)
             for k in waiting:
-                seconds_of_token, risk = expected_seconds(step, checks, share, k)
+                seconds_of_token, risk = expected_seconds(step, checks[n_probes], share, k)
                 expected[n_probes, depth, k, risk] = seconds_of_token
     settings = min(expected, key=lambda settings: expected[settings])
     Tuning(*settings, 1.0, dense, 0.0, dense=False).apply(head)
+    n_probes, _, k, _ = settings
+    end = max(began + seconds, time.perf_counter() + seconds / 3)  # a third at least
+    positions = steps.checked_positions(checks[n_probes][k] / k, end)
     if slow:
         gains = [dense / expected[settings]]
     else:
@@ -121,7 +126,8 @@ def tune(
         n_tokens = int(min(MOST_TOKENS, max(6, left / (2 * TURNS * dense))))
         gains = [steps.turn(n_tokens) for _ in range(TURNS)]
     gain, spread = median(gains), (max(gains) - min(gains)) / 2
-    tuning = Tuning(*settings, gain, dense, spread, gain < LEAST_GAIN, slow or spread > BUSY)
+    again = slow or spread > BUSY
+    tuning = Tuning(*settings, gain, dense, spread, gain < LEAST_GAIN, again, positions)
     tuning.apply(head)
     return tuning
 
@@ -194,20 +200,40 @@ class _Steps:
 
     def check_seconds(self, n_probes: int, k: int) -> float:
         """The time of a check of ``k`` states, the better of two."""
-        head = self._head
-        hidden = mx.random.normal((k, head.hidden_size), key=mx.random.key(0)).astype(self._dtype)
+        head, hidden = self._head, self._hidden(k)
         with head.settings(n_probes=n_probes):
             proposal = head.propose(hidden, None)
         mx.eval(proposal)
         rounding = rounding_of(head, self._dtype)
-        times = []
-        for _ in range(2):
-            began = time.perf_counter()
-            slots = SlotProduct(head, hidden).result()
-            parts = proposal.probes, proposal.logits, proposal.tokens
-            mx.eval(certain_best(head, rounding, slots, *parts))
-            times.append(time.perf_counter() - began)
-        return min(times)
+        parts = proposal.probes, proposal.logits, proposal.tokens
+
+        def check() -> mx.array:
+            return certain_best(head, rounding, SlotProduct(head, hidden).result(), *parts)
+
+        return _better_of_two(check)
+
+    def checked_positions(self, check: float, end: float) -> int | None:
+        """The largest number of rows whose proposals and checks beat their dense product.
+
+        Args:
+            check: Seconds of a row's check.
+            end: When there is no more time, by the clock; then it is not known.
+        """
+        head, most = self._head, 1
+        for n in ROWS:
+            if time.perf_counter() > end:
+                return None
+            hidden = self._hidden(n)
+            proposing = _better_of_two(partial(head.propose, hidden, None))
+            dense = _better_of_two(partial(dense_logits, head, hidden[:, None]))
+            if proposing + n * check > dense:
+                break
+            most = n
+        return most
+
+    def _hidden(self, n: int) -> mx.array:
+        hidden = mx.random.normal((n, self._head.hidden_size), key=mx.random.key(0))
+        return hidden.astype(self._dtype)
 
     def turn(self, n_tokens: int) -> float:
         """Checked tokens per second relative to dense ones, one after the other."""
@@ -226,3 +252,13 @@ class _Steps:
             times.append(now - before)
             before = now
         return times
+
+
+def _better_of_two(function: Callable[[], Any]) -> float:
+    """The time of what a function computes, the better of two."""
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        mx.eval(function())
+        times.append(time.perf_counter() - began)
+    return min(times)

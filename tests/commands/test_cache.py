@@ -36,7 +36,7 @@ def kept(flash_head_home, monkeypatch):
 def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
     (two,) = (e.config for e in cache.entries() if e.config and e.config.recipe["model"] == "Two")
     slow = Tuning(4, 9.0, 8, 0.25, gain=0.9, dense_seconds=0.1, spread=0.0, dense=True)
-    fast = replace(slow, n_probes=3, gain=1.5, dense=False)
+    fast = replace(slow, n_probes=3, gain=1.5, dense=False, checked_positions=5)
     speeds = {"a": asdict(slow), "b": asdict(fast), "c": asdict(fast)}
     place = cache.speeds_of(two.fingerprint)
     place.parent.mkdir()
@@ -47,7 +47,7 @@ def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
     by_model = {row[1]: " ".join(row[4].split()) for row in rows}
     assert by_model == {
         "owner/One": "MB 4 of 26 –",
-        "Two": "MB 4 of 26 0.90 x (dense), 1.50 x (3 probes, check at 8 or risk 0.25)",
+        "Two": "MB 4 of 26 0.90 x (dense), 1.50 x (3 probes, check at 8 or risk 0.25, up to 5 texts)",
         "damaged": "MB – –",
     }
     monkeypatch.setenv("COLUMNS", "40")

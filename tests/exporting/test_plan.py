@@ -74,11 +74,11 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, form):
         tokens = replay(arrays, plan, rows, hidden, "tokens", **settings)
         steps = MetalSteps(head.clustered)
         selection = steps.select(steps.route(hidden), N_PROBES, words=False)
-        drawn = steps.sample(
+        drawn, _ = steps.choose(
             selection,
             steps.score(hidden, selection),
             selection.unscored,
-            Draws(*settings.values(), True),
+            Draws(*settings.values()),
         )
         mx.eval(expected, found, tokens, drawn)
     assert tokens.tolist() == drawn.tolist()

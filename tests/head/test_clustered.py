@@ -75,34 +75,14 @@ def test_forced_clusters():
     assert (fitted_bias < 1e3).all()  # the centroids' own bias is left alone
 
 
-def test_arrays_are_all_that_is_held():
-    _, _, clustered = build(61, 8, bits=4, bias=True)
-    held = {id(array) for array in clustered.arrays()}
-    fields = [*clustered.rows.arrays().values(), clustered.token_ids, clustered.slot_of]
-    centroids = clustered.centroids
-    fields += [*centroids.matrix.arrays().values(), centroids.bias]
-    fields += [centroids.tail_offset, clustered.route_bias]
-    assert held == {id(array) for array in fields}
-
-
-def without_token(ids):
-    return np.where(ids == 7, 8, ids)
-
-
-def with_padding_for_a_token(ids):
-    return np.where(ids == 7, 61, ids)
-
-
-def beyond_the_vocabulary(ids):
-    return np.where(ids == 61, 62, ids)
-
-
-def negative(ids):
-    return np.where(ids == 60, -1, ids.astype(np.int64))
-
-
 @pytest.mark.parametrize(
-    "spoil", [without_token, with_padding_for_a_token, beyond_the_vocabulary, negative]
+    "spoil",
+    [
+        pytest.param(lambda ids: np.where(ids == 7, 8, ids), id="without a token"),
+        pytest.param(lambda ids: np.where(ids == 7, 61, ids), id="padded instead"),
+        pytest.param(lambda ids: np.where(ids == 61, 62, ids), id="beyond the vocabulary"),
+        pytest.param(lambda ids: np.where(ids == 60, -1, ids.astype(np.int64)), id="negative"),
+    ],
 )
 def test_token_ids_must_be_a_permutation(spoil):
     rows, token_ids, clustered = build(61, 8)

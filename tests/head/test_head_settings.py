@@ -195,21 +195,17 @@ def test_n_probes_that_are_allowed(n_probes):
     assert head.candidates(hidden)[0].shape == (3, 5, n_probes * CLUSTER_SIZE)
 
 
-@pytest.mark.parametrize("n_probes", [0, -1, N_CLUSTERS + 1, 10**9])
-def test_n_probes_out_of_range(n_probes):
+@pytest.mark.parametrize("n_probes", [0, -1, N_CLUSTERS + 1, 10**9, True, 2.0, "4", None])
+def test_n_probes_that_are_not(n_probes):
     head, _, _ = make_head()
-    with pytest.raises(ValueError, match=rf"{n_probes}, but .* 26 clusters: choose 1 to 26\.$"):
+    said = rf"{n_probes}, but .* 26 clusters: choose 1 to 26\.$"
+    if type(n_probes) is not int:
+        said = "n_probes must be a whole number, not"
+    with pytest.raises(ValueError, match=said):
         head.n_probes = n_probes
     assert head.n_probes == 4
-    with pytest.raises(ValueError, match="choose 1 to 26"):
+    with pytest.raises(ValueError, match=said):
         make_head(n_probes=n_probes)
-
-
-@pytest.mark.parametrize("n_probes", [True, 2.0, "4", None])
-def test_n_probes_of_another_type(n_probes):
-    head, _, _ = make_head()
-    with pytest.raises(ValueError, match="n_probes must be a whole number, not"):
-        head.n_probes = n_probes
 
 
 def test_copy_shares_arrays_but_not_settings():

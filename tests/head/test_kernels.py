@@ -19,7 +19,7 @@ from kernel_cases import (
 )
 from kernel_checks import check_all, check_selection, run, small_head
 from mlx_flashhead.head.formats import FORMATS
-from mlx_flashhead.head.kernel_rows import matrix_from, unread
+from mlx_flashhead.head.kernel_rows import unread
 from mlx_flashhead.head.portable import PortableSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
@@ -138,31 +138,6 @@ def test_outputs_do_not_depend_on_the_order_of_threads():
             np.testing.assert_array_equal(to_numpy(first), to_numpy(other))
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_every_step_agrees_with_the_portable_path(bits):
-    """In float32, where the CPU build is exact; each step is given the kernels' inputs."""
-    rng = np.random.default_rng(8)
-    rows = make_rows(rng, 797, 320, bits=bits, group_size=64, dtype=mx.float32)
-    clustered = cluster(rng, rows, make_centroids(rng, 50, 320, group_size=64), 16, (5,))
-    hidden = mx.array(rng.normal(size=(3, 320)).astype(np.float32))
-    scores, selection, candidates, full, token = run(clustered, hidden, 11)
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    with mx.stream(mx.cpu):  # on a Mac, too
-        steps = PortableSteps(clustered)
-        np.testing.assert_allclose(to_numpy(scores), to_numpy(steps.route(hidden)), **close)
-        probes = to_numpy(steps.select(scores, 11).probes)
-        assert selection.probes.shape == (3, 11)
-        np.testing.assert_array_equal(to_numpy(selection.probes), np.sort(probes, axis=-1))
-        only_probes = Selection(selection.probes)
-        logits = steps.score(hidden, only_probes).logits
-        np.testing.assert_allclose(to_numpy(candidates.logits), to_numpy(logits), **close)
-        only_logits = Candidates(candidates.logits)
-        expanded = steps.expand(scores, only_probes, only_logits)
-        np.testing.assert_array_equal(to_numpy(full), to_numpy(expanded))
-        tokens = steps.token(only_probes, only_logits)
-        np.testing.assert_array_equal(to_numpy(token), to_numpy(tokens))
-
-
 UNREAD = [one for one in FORMATS if one.metal is None]
 
 
@@ -188,15 +163,3 @@ def test_rows_that_no_kernel_reads_are_scored_by_mlx(form, bias):
             to_numpy(full), to_numpy(plain.expand(scores, *only)), rtol=1e-5, atol=1e-5
         )
         np.testing.assert_array_equal(to_numpy(token), to_numpy(full).argmax(axis=-1))
-
-
-@pytest.mark.parametrize("architecture, limits", [
-    ("applegpu_g13g", (14, 10, 6)), ("applegpu_g14s", (14, 10, 6)), ("applegpu_g13d", (32, 18, 12)),
-    ("applegpu_g15s", (13, 15, 13)), ("applegpu_g16p", (13, 15, 13)),
-    ("applegpu_g15d", (32, 18, 12)), ("applegpu_g17s", (33, 25, 13)),
-    ("applegpu_g12p", (18, 12, 10)), ("x86_64", (33, 25, 13)),
-])  # fmt: skip
-def test_where_mlx_takes_its_matrix_kernels(architecture, limits):
-    """As get_qmv_batch_limit of MLX 0.32 has it."""
-    sizes = ((2048, 2048), (2048, 4096), (2048, 8016))
-    assert tuple(matrix_from(*size, architecture) for size in sizes) == limits

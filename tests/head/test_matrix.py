@@ -50,11 +50,9 @@ def test_matmul_is_the_layers_product(bits, group_size, mode, dtype, hidden_dtyp
 
 
 @pytest.mark.parametrize("bits, group_size, mode", FORMS, ids=ids)
-def test_sizes_and_floats(bits, group_size, mode):
+def test_floats(bits, group_size, mode):
     rng = np.random.default_rng(1)
     rows = random_rows(rng, 37, 64, bits=bits, group_size=group_size, mode=mode)
-    assert (rows.n_rows, rows.hidden_size) == (37, 64)
-    assert rows.quantized == (bits is not None)
     floats = rows.dequantized().astype(mx.float32)
     assert floats.shape == (37, 64)
     identity = rows.matmul(mx.eye(64)).T  # a product with the unit vectors reads the weight out

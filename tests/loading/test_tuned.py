@@ -1,13 +1,13 @@
 """The settings of the loop, measured once on a machine."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from flash_loops import make_flash
+from flash_loops import OTHERS, make_flash
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.flash_head import MOST_RISK
 from mlx_flashhead.loading import tuned
@@ -17,7 +17,7 @@ from mlx_flashhead.lossless import tuning as tuning_module
 from mlx_flashhead.lossless.tuning import Tuning, expected_seconds, tune
 from tiny_models import tiny_index, tiny_model
 
-FAST = Tuning(2, 1e30, 8, 0.07, 1.5, 0.01, 0.0, dense=False)
+FAST = Tuning(2, 1e30, 8, 0.07, 1.5, 0.01, 0.0, dense=False, checked_positions=5)
 SLOW = Tuning(3, 1e30, 16, 0.02, 1.01, 0.01, 0.0, dense=True)
 
 
@@ -50,6 +50,7 @@ def test_it_is_measured_once(measure, flash_head_home):
     for _ in range(2):
         head, said = loaded()
         assert (head.checked_probes, head.most_waiting, head.most_risk) == (2, 8, 0.07)
+        assert head.checked_positions == 5
         assert not head.stays_dense
         assert head.n_probes == 4 and not said
     assert not left
@@ -88,7 +89,7 @@ def test_a_damaged_file_is_measured_again(measure, flash_head_home, text):
     (place,) = flash_head_home.glob("speeds/*.json")
     place.write_text(text)
     assert loaded()[0].checked_probes == 2
-    assert FAST.to_dict() in json.loads(place.read_text()).values()
+    assert asdict(FAST) in json.loads(place.read_text()).values()
 
 
 def test_a_measurement_chooses_and_changes_no_text():
@@ -105,6 +106,31 @@ def test_a_measurement_chooses_and_changes_no_text():
     flash.head.stays_dense = True
     assert flash.tokens() == before
     assert flash.tokens(dense=True) == before
+
+
+@pytest.mark.parametrize("dense, most", [(1.0, 1), (10.0, 4), (25.0, 16), (1000.0, 32)])
+@pytest.mark.parametrize("late", [False, True])
+def test_texts_at_once_for_which_proposals_pay(monkeypatch, dense, most, late):
+    """A proposal takes a second a row, its check half of one, and the dense product ``dense``."""
+    flash, clock = make_flash(), [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def takes(seconds):
+        clock[0] += seconds
+        return mx.zeros(1)
+
+    monkeypatch.setattr(flash.head, "propose", lambda hidden, _: takes(len(hidden)))
+    monkeypatch.setattr(tuning_module, "dense_logits", lambda *_: takes(dense))
+    end = -1.0 if late else 1e6
+    found = tuning_module._Steps(flash.model).checked_positions(0.5, end)
+    assert found == (None if late else most)
+
+
+def test_texts_at_once_are_a_question_of_speed_alone():
+    flash = make_flash()
+    before = flash.batch(OTHERS, dense=True)[0]
+    for flash.head.checked_positions in (None, 1, 2, 3):
+        assert flash.batch(OTHERS)[0] == before
 
 
 def test_slow_steps_are_measured_by_their_parts(monkeypatch):

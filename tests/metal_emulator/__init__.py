@@ -1,12 +1,12 @@
 """Executes custom Metal kernels on the CPU, to prove them where there is no Apple GPU.
 
-``Emulator().metal_kernel`` takes what ``mx.fast.metal_kernel`` takes, writes the text that MLX
+``Emulator().metal_kernel`` takes what ``mx.fast.metal_kernel`` takes, asks MLX for the text that it
 would compile, compiles that text and runs it. What a GPU does silently is reported as a
 :class:`KernelFault`: accesses out of bounds, races, reads of uninitialised memory, barriers that
 not all threads reach, missing address spaces.
 
 =================  ===========================================================================
-signature.py       the text MLX writes
+signature.py       the text MLX writes, and how the runtime calls it
 frontend.py        Metal to C++ for OpenCL, and Apple's rules that clang lacks
 build.py           clang from the ziglang package; compiled kernels are kept by content
 run.py             launch and traffic

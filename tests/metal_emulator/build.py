@@ -163,15 +163,7 @@ def compile_error(messages: str, name: str) -> KernelFault:
         messages = messages.replace(theirs, ours)
     messages = messages.replace(f"{FOLDER}/", "")
     lines = [line for line in messages.splitlines() if not line.startswith("entry.metal")]
-    types = [re.findall(r"type '([^']*)'", line) for line in lines]
-    same_but_for_space = any(
-        len(pair) == 2
-        and len({re.sub(r"\b(device|threadgroup|constant|thread) ?", "", t) for t in pair}) == 1
-        for pair in types
-    )
-    about_space = same_but_for_space or "address space" in messages
-    kind = "address-space" if about_space else "compile"
-    return KernelFault(kind, "\n".join([f"{name} does not compile.", *lines]))
+    return KernelFault("compile", "\n".join([f"{name} does not compile.", *lines]))
 
 
 def check_text(text: str, name: str, prelude: str, scratch: Path, *flags: str) -> None:

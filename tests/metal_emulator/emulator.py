@@ -1,23 +1,24 @@
 """Stands in for ``mx.fast.metal_kernel`` where there is no Metal."""
 
 import contextlib
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
 from .build import compile_kernel
-from .run import INPUT, ORDERS, OUTPUT, Buffer, entry_text, launch
-from .signature import template_kind, write_signature
+from .run import INPUT, ORDERS, OUTPUT, Buffer, launch
+from .signature import ATTRIBUTES, metal_kernel, signature_of
 
 MAX_THREADS_PER_THREADGROUP = 1024
 
 
 def bits_of(array: mx.array) -> np.ndarray:
-    """The array as numpy, without a copy; bfloat16, which numpy lacks, as uint16."""
+    """The array as numpy, row after row; bfloat16, which numpy lacks, as uint16."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     mx.eval(array)
-    return np.asarray(array)
+    return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def from_bytes(data: np.ndarray, shape, dtype: mx.Dtype) -> mx.array:
@@ -56,29 +57,10 @@ class Emulator:
         self.dispatches = []
         self.built = set()
 
-    def metal_kernel(
-        self,
-        name,
-        input_names,
-        output_names,
-        source,
-        header="",
-        ensure_row_contiguous=True,
-        atomic_outputs=False,
-    ):
+    def metal_kernel(self, **options):
         """Takes and refuses what ``mx.fast.metal_kernel`` does; the result is called likewise."""
-        if not output_names:
-            raise ValueError("[metal_kernel] Must specify at least one output.")
-        return Kernel(
-            self,
-            name,
-            list(input_names),
-            list(output_names),
-            source,
-            header,
-            ensure_row_contiguous,
-            atomic_outputs,
-        )
+        metal_kernel(**options)
+        return partial(self._run, options)
 
     @contextlib.contextmanager
     def installed(self):
@@ -90,32 +72,9 @@ class Emulator:
         finally:
             mx.fast.metal_kernel, mx.metal.is_available = saved
 
-
-class Kernel:
-    """What :meth:`Emulator.metal_kernel` returns."""
-
-    def __init__(
+    def _run(
         self,
-        emulator,
-        name,
-        input_names,
-        output_names,
-        source,
-        header,
-        ensure_row_contiguous,
-        atomic_outputs,
-    ):
-        self.emulator = emulator
-        self.name = name
-        self.input_names = input_names
-        self.output_names = output_names
-        self.source = source
-        self.header = header
-        self.ensure_row_contiguous = ensure_row_contiguous
-        self.atomic_outputs = atomic_outputs
-
-    def __call__(
-        self,
+        options,
         *,
         inputs,
         output_shapes,
@@ -123,18 +82,15 @@ class Kernel:
         grid,
         threadgroup,
         template=None,
-        init_value=None,
-        stream=None,
     ):
-        """Runs the kernel at once (MLX would wait until an output is needed).
+        """Runs a kernel at once (MLX would wait until an output is needed).
 
         Args:
+            options: What the kernel was made with.
             inputs: Arrays or Python scalars.
             output_shapes, output_dtypes: Of each output.
             grid, threadgroup: Three numbers of threads each.
             template: Pairs of a name and a dtype, int or bool.
-            init_value: What outputs hold before the kernel runs, or None.
-            stream: Accepted if it is none of the CPU's.
 
         Returns:
             One array for each output.
@@ -143,121 +99,58 @@ class Kernel:
             ValueError: As MLX does.
             KernelFault: If the kernel is refused or misbehaves.
         """
-        for given, names, label in (
-            (inputs, self.input_names, "inputs"),
-            (output_shapes, self.output_names, "output_shapes"),
-            (output_dtypes, self.output_names, "output_dtypes"),
-        ):
-            if len(given) != len(names):
-                raise ValueError(
-                    f"[metal_kernel] Expected `{label}` to have size {len(names)} but got size "
-                    f"{len(given)}."
-                )
-        device = getattr(stream, "device", stream)  # of a Stream; a Device or DeviceType otherwise
-        if stream is not None and getattr(device, "type", device) == mx.cpu:
-            raise ValueError("[metal_kernel] Only supports the GPU.")
-        template = [(key, value) for key, value in template or [] if template_kind(value)]
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
-        signature = self.signature(arrays, output_dtypes, template)
-        grid, threadgroup = self.dispatch_size(grid, threadgroup)
-        buffers = self.buffers(signature, arrays, output_shapes, output_dtypes, init_value)
-        self.emulator.built.add(signature.text)
-        library = compile_kernel(
-            signature.text, entry_text(signature), signature.kernel_name, self.emulator.check
+        mx.eval(arrays)
+        call = {"grid": grid, "threadgroup": threadgroup, "template": template or []}
+        outputs = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
+        signature = signature_of(options, arrays, call | outputs)
+        name, output_names = options["name"], options["output_names"]
+        grid, threadgroup = self.dispatch_size(name, grid, threadgroup)
+        data = dict(zip(options["input_names"], map(bits_of, arrays), strict=True))
+        forms = dict(zip(output_names, zip(output_shapes, output_dtypes, strict=True), strict=True))
+        buffers = []
+        for parameter in signature.parameters:
+            if parameter in forms:
+                shape, dtype = forms[parameter]
+                n_bytes = int(np.prod(shape)) * dtype.size
+                buffers.append(Buffer(parameter, OUTPUT, dtype.size, n_bytes))
+                buffers[-1].data[:] = 0xFF  # NaN in every floating dtype
+            elif parameter not in ATTRIBUTES:
+                values = input_values(parameter, data)
+                buffers.append(Buffer(parameter, INPUT, values.itemsize, values.nbytes))
+                buffers[-1].data[:] = values.reshape(-1).view(np.uint8)
+        self.built.add(signature.text)
+        library = compile_kernel(signature.text, signature.entry(), signature.name, self.check)
+        self.dispatches.append(
+            launch(name, library, buffers, grid, threadgroup, self.order, self.seed, self.check)
         )
-        self.emulator.dispatches.append(
-            launch(
-                self.name,
-                library,
-                buffers,
-                grid,
-                threadgroup,
-                self.emulator.order,
-                self.emulator.seed,
-                self.emulator.check,
-            )
-        )
-        outputs = buffers[len(buffers) - len(self.output_names) :]
         return [
-            from_bytes(buffer.data, shape, dtype)
-            for buffer, shape, dtype in zip(outputs, output_shapes, output_dtypes, strict=True)
+            from_bytes(buffer.data, *forms[buffer.name])
+            for buffer in buffers[len(buffers) - len(forms) :]
         ]
 
-    def signature(self, arrays, output_dtypes, template):
-        """The text for these arguments."""
-        return write_signature(
-            self.name,
-            self.input_names,
-            self.output_names,
-            self.source,
-            self.header,
-            self.atomic_outputs,
-            arrays,
-            output_dtypes,
-            template,
-        )
-
-    def dispatch_size(self, grid, threadgroup):
+    def dispatch_size(self, name, grid, threadgroup):
         """Grid and threadgroup as MLX dispatches them: no threadgroup is larger than the grid.
 
         Raises:
-            ValueError: If a size is not positive or the threadgroup too large.
+            ValueError: If the threadgroup is too large.
         """
-        grid, threadgroup = tuple(map(int, grid)), tuple(map(int, threadgroup))
-        if len(grid) != 3 or len(threadgroup) != 3 or min(grid + threadgroup) < 1:
-            raise ValueError(
-                f"[metal_kernel] grid {grid} and threadgroup {threadgroup} must be three positive "
-                "numbers of threads each."
-            )
         n_threads = int(np.prod(threadgroup))
-        allowed = self.emulator.max_threads.get(self.name, MAX_THREADS_PER_THREADGROUP)
+        allowed = self.max_threads.get(name, MAX_THREADS_PER_THREADGROUP)
         if n_threads > allowed:
             raise ValueError(
                 f"Thread group size ({n_threads}) is greater than  the maximum allowed threads per "
                 f"threadgroup ({allowed})."
             )
-        return grid, tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
-
-    def buffers(self, signature, arrays, output_shapes, output_dtypes, init_value):
-        """Memory for each parameter of the kernel, inputs filled in."""
-        buffers = []
-        data = [bits_of(array) for array in arrays]
-        if self.ensure_row_contiguous:
-            data = [np.ascontiguousarray(x).reshape(x.shape) for x in data]
-        for parameter in signature.parameters:
-            if parameter.role == "output":
-                shape, dtype = output_shapes[parameter.position], output_dtypes[parameter.position]
-                n_bytes = int(np.prod(shape)) * dtype.size
-                initialised = init_value is not None
-                buffer = Buffer(parameter.name, OUTPUT, dtype.size, n_bytes, initialised)
-                buffer.data[:] = 0xFF  # NaN in every floating dtype
-                if initialised:
-                    value = bits_of(mx.array(init_value).astype(dtype)).tobytes()
-                    buffer.data.reshape(-1, dtype.size)[:] = np.frombuffer(value, np.uint8)
-            else:
-                values = input_values(parameter, data[parameter.position])
-                itemsize = values.itemsize
-                buffer = Buffer(parameter.name, INPUT, itemsize, values.nbytes, True)
-                buffer.data[:] = values.reshape(-1).view(np.uint8)
-            buffers.append(buffer)
-        return buffers
+        return tuple(grid), tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
 
 
-def input_values(parameter, x: np.ndarray) -> np.ndarray:
+def input_values(name: str, data: dict[str, np.ndarray]) -> np.ndarray:
     """What one parameter of an input holds: its memory, shape, strides in elements, or ndim."""
-    if parameter.role == "shape":
-        return np.array(x.shape, np.int32)
-    if parameter.role == "strides":
+    if name in data:
+        return data[name]
+    of, _, role = name.rpartition("_")
+    x = data[of]
+    if role == "strides":
         return np.array(x.strides, np.int64) // x.itemsize
-    if parameter.role == "ndim":
-        return np.array([x.ndim], np.int32)
-    if x.flags.c_contiguous or x.size == 0:
-        return x
-    # A view with strides: all elements from the first to the last that it can reach.
-    if min(x.strides) < 0:
-        raise ValueError(
-            f"[metal_kernel] Input '{parameter.name}' has negative strides, which the emulator "
-            "does not take: use ensure_row_contiguous=True."
-        )
-    reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True)) // x.itemsize
-    return np.lib.stride_tricks.as_strided(x, (reach,), (x.itemsize,))
+    return np.array(x.shape if role == "shape" else [x.ndim], np.int32)

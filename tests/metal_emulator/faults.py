@@ -21,17 +21,11 @@ MEETINGS = {
     1: "simdgroup_barrier",
     2: "the end of the kernel",
     16: "simd_sum",
-    17: "simd_product",
-    18: "simd_min",
-    19: "simd_max",
-    20: "simd_and",
-    21: "simd_or",
-    22: "simd_xor",
-    23: "a simd_prefix operation",
-    24: "a simd_shuffle operation",
-    25: "simd_broadcast",
-    26: "a simd vote",
-    27: "a quad operation",
+    17: "simd_min",
+    18: "simd_max",
+    19: "a simd_prefix operation",
+    20: "a simd_shuffle operation",
+    21: "a simd vote",
 }
 
 
@@ -39,9 +33,7 @@ class KernelFault(RuntimeError):
     """A kernel that Apple's compiler would refuse, or that breaks a rule while it runs.
 
     Attributes:
-        kind: What was broken: ``compile``, ``address-space``, ``out-of-bounds``, ``read-only``,
-            ``misaligned``, ``uninitialised``, ``race``, ``divergent-barrier``, ``inactive-lane``
-            or ``threadgroup-memory``.
+        kind: What was broken: ``compile``, or one of ``KINDS``.
     """
 
     def __init__(self, kind: str, message: str):

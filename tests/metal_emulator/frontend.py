@@ -46,9 +46,9 @@ def line_of(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
 
 
-def refuse(name: str, text: str, position: int, kind: str, reason: str):
+def refuse(name: str, text: str, position: int, reason: str):
     """Raises a KernelFault in the form of a compiler's message."""
-    raise KernelFault(kind, f"{name}:{line_of(text, position)}: error: {reason}")
+    raise KernelFault("compile", f"{name}:{line_of(text, position)}: error: {reason}")
 
 
 def matching(text: str, start: int, opening: str, closing: str) -> int:
@@ -85,7 +85,7 @@ def check_kernel_parameters(text: str, name: str) -> None:
         for parameter in split_commas(text[start + 1 : end]):
             if parameter.strip() and "[[" not in parameter:
                 reason = f"kernel parameter '{' '.join(parameter.split())}' has no attribute"
-                refuse(name, text, start, "compile", reason)
+                refuse(name, text, start, reason)
 
 
 def blank_attributes(text: str, name: str) -> str:
@@ -95,7 +95,7 @@ def blank_attributes(text: str, name: str) -> str:
         for attribute in split_commas(match[1]):
             word = re.match(r"\s*(\w*)", attribute)[1]
             if word not in KNOWN_ATTRIBUTES:
-                refuse(name, text, match.start(), "compile", f"unknown attribute '{word}'")
+                refuse(name, text, match.start(), f"unknown attribute '{word}'")
         return blank(match[0])
 
     return ATTRIBUTE.sub(replace, text)
@@ -130,14 +130,12 @@ def rewrite_threadgroup_variables(text: str, original: str, name: str) -> str:
         at = match.start()
         if not in_kernel(original, at):
             reason = "a threadgroup variable can only be declared in the body of a kernel"
-            refuse(name, text, at, "address-space", reason)
+            refuse(name, text, at, reason)
         first, *others = split_commas(declaration)
         matches = [re.fullmatch(r"\s*(.*\S)\s+(\w+)\s*((?:\[.*\])?)\s*", first, re.DOTALL)]
         matches += [re.fullmatch(r"(\s*)(\w+)\s*((?:\[.*\])?)\s*", x, re.DOTALL) for x in others]
         if not all(matches):
-            refuse(
-                name, text, at, "compile", "declaration of a threadgroup variable not understood"
-            )
+            refuse(name, text, at, "declaration of a threadgroup variable not understood")
         pieces.append(text[done:at])
         element = matches[0][1]
         for _, variable, dimensions in (found.groups() for found in matches):
@@ -194,7 +192,7 @@ def check_syntax_tree(rows: list[str], name: str) -> None:
         name: File name in messages.
 
     Raises:
-        KernelFault: With kind ``address-space`` or ``compile``.
+        KernelFault: For the first one.
     """
     for index, row in enumerate(rows):
         if "__generic" in row and " implicit " not in row:
@@ -207,7 +205,6 @@ def check_syntax_tree(rows: list[str], name: str) -> None:
                 reason = f"pointer or reference '{match[1]}' has no address space"
             else:
                 continue
-            kind = "address-space"
         elif "__bf16" in row and "part_of_explicit_cast" not in row:
             if TO_BFLOAT.search(row):
                 reason = "no implicit conversion to 'bfloat': write bfloat16_t(...)"
@@ -215,9 +212,8 @@ def check_syntax_tree(rows: list[str], name: str) -> None:
                 reason = f"no implicit conversion from '{match[1]}' to 'bfloat' in an assignment"
             else:
                 continue
-            kind = "compile"
         else:
             continue
         lines = (LOCATION.findall(earlier) for earlier in reversed(rows[: index + 1]))
         line = next((found[0] for found in lines if found), "?")
-        raise KernelFault(kind, f"{name}:{line}: error: {reason}")
+        raise KernelFault("compile", f"{name}:{line}: error: {reason}")

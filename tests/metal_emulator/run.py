@@ -15,7 +15,6 @@ ORDERS = ("forward", "reverse", "shuffle")
 INPUT, OUTPUT = 0, 1
 GUARD_BYTES = 1 << 16  # around each buffer, so that an index past its end meets no other buffer
 ALIGNMENT = 256
-INITIALISED = 1
 
 _u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 _launch_lock = threading.Lock()  # the runtime runs one launch at a time
@@ -80,31 +79,6 @@ class _Launch(ctypes.Structure):
     ]
 
 
-# Where the attributes stand in ``Indices`` of runtime/state.h, or how they follow from it.
-INDICES = {
-    "thread_position_in_grid": 0,
-    "thread_position_in_threadgroup": 3,
-    "threadgroup_position_in_grid": 6,
-    "threads_per_threadgroup": 9,
-    "dispatch_threads_per_threadgroup": 12,
-    "threads_per_grid": 15,
-    "grid_size": 15,
-    "threadgroups_per_grid": 18,
-    "thread_index_in_threadgroup": "i[21]",
-    "thread_index_in_simdgroup": "i[22]",
-    "simdgroup_index_in_threadgroup": "i[23]",
-    "simdgroups_per_threadgroup": "i[24]",
-    "dispatch_simdgroups_per_threadgroup": "i[25]",
-    "thread_index_in_quadgroup": "i[21] % 4",
-    "quadgroup_index_in_threadgroup": "i[21] / 4",
-    "quadgroups_per_threadgroup": "(i[9] * i[10] * i[11] + 3) / 4",
-    "dispatch_quadgroups_per_threadgroup": "(i[12] * i[13] * i[14] + 3) / 4",
-    "thread_execution_width": "32u",
-    "threads_per_simdgroup": "32u",
-    "grid_origin": "uint3(0u)",
-}
-
-
 @dataclass(frozen=True)
 class Traffic:
     """What a dispatch moves to and from one buffer.
@@ -153,11 +127,10 @@ class Buffer:
         kind: ``INPUT`` or ``OUTPUT``.
         itemsize: Bytes of an element.
         data: The bytes, uint8.
-        initialised: Whether reading it before writing is allowed.
     """
 
-    def __init__(self, name, kind, itemsize, n_bytes, initialised):
-        self.name, self.kind, self.itemsize, self.initialised = name, kind, itemsize, initialised
+    def __init__(self, name, kind, itemsize, n_bytes):
+        self.name, self.kind, self.itemsize = name, kind, itemsize
         memory = np.empty(n_bytes + 2 * GUARD_BYTES + ALIGNMENT, np.uint8)
         start = GUARD_BYTES + -(memory.ctypes.data + GUARD_BYTES) % ALIGNMENT
         self.data = memory[start : start + n_bytes]
@@ -173,29 +146,10 @@ class Buffer:
                 setattr(region, bits, array.ctypes.data)
             if self.kind == OUTPUT:
                 cells = np.zeros((self.data.size // self.itemsize, 3), np.uint32)
-                cells[:, 0] = INITIALISED if self.initialised else 0
                 keep.append(cells)
                 region.cells = cells.ctypes.data
                 self.cells = cells
         return region
-
-
-def entry_text(signature) -> str:
-    """C++ that calls a kernel with the runtime's arguments: buffers ``a`` and indices ``i``."""
-    arguments = []
-    for index, buffer in enumerate(signature.parameters):
-        if buffer.declaration.endswith("&"):
-            arguments.append(f"*({buffer.declaration[:-1]}*)a[{index}]")
-        else:
-            arguments.append(f"({buffer.declaration})a[{index}]")
-    for attribute in signature.attributes:
-        at = INDICES[attribute]
-        arguments.append(f"uint3(i[{at}], i[{at + 1}], i[{at + 2}])" if isinstance(at, int) else at)
-    return (
-        'extern "C" __attribute__((no_sanitize("kernel-address")))\n'
-        "void metal_emulator_entry(const thread ulong* a, const thread uint* i) {\n"
-        f"  {signature.instance}({', '.join(arguments)});\n}}\n"
-    )
 
 
 @cache
@@ -274,7 +228,7 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
 def find_unwritten(name: str, buffers: list[Buffer]) -> None:
     """Raises a KernelFault for an output of which the kernel left a part unwritten."""
     for buffer in buffers:
-        if buffer.kind != OUTPUT or buffer.initialised:
+        if buffer.kind != OUTPUT:
             continue
         unwritten = np.flatnonzero(buffer.cells[:, 0] == 0)
         if len(unwritten):

@@ -14,7 +14,6 @@ def run_kernel(
     threadgroup=64,
     template=(),
     emulator=None,
-    init_value=None,
     **options,
 ):
     """Runs a kernel with inputs a, b, c and one output `out`; sizes are numbers or triples."""
@@ -33,7 +32,6 @@ def run_kernel(
         threadgroup=as_triple[1],
         output_shapes=[shape],
         output_dtypes=[dtype],
-        init_value=init_value,
     )
     return out
 

@@ -196,37 +196,15 @@ EXPORT u64 metal_emulator_threadgroup(const char* name, u32 id, u64 bytes) {
 }
 
 // The operations of shim/emulator/atomic.h, in its order.
-EXPORT u32 metal_emulator_atomic(u64 address, u32 operation, u32 operand, u32 expected) {
-  enum {
-    kLoad, kStore, kExchange, kCompare, kAdd, kSub, kAnd, kOr, kXor,
-    kMinUnsigned, kMaxUnsigned, kMinSigned, kMaxSigned, kAddFloat
-  };
+EXPORT u32 metal_emulator_atomic(u64 address, u32 operation, u32 operand) {
+  enum { kLoad, kStore, kAdd };
   if (launch->check) {
     access(address, 4, operation != kStore, operation != kLoad, PC, kAtomic);
   }
   u32& cell = *reinterpret_cast<u32*>(address);
   u32 old = cell;
-  i32 a = static_cast<i32>(old), b = static_cast<i32>(operand);
-  switch (operation) {
-    case kLoad: break;
-    case kStore:
-    case kExchange: cell = operand; break;
-    case kCompare: cell = old == expected ? operand : old; break;
-    case kAdd: cell = old + operand; break;
-    case kSub: cell = old - operand; break;
-    case kAnd: cell = old & operand; break;
-    case kOr: cell = old | operand; break;
-    case kXor: cell = old ^ operand; break;
-    case kMinUnsigned: cell = operand < old ? operand : old; break;
-    case kMaxUnsigned: cell = operand > old ? operand : old; break;
-    case kMinSigned: cell = b < a ? operand : old; break;
-    case kMaxSigned: cell = b > a ? operand : old; break;
-    case kAddFloat: {
-      float sum = __builtin_bit_cast(float, old) + __builtin_bit_cast(float, operand);
-      cell = __builtin_bit_cast(u32, sum);
-      break;
-    }
-  }
+  if (operation == kStore) cell = operand;
+  if (operation == kAdd) cell = old + operand;
   return old;
 }
 

@@ -20,9 +20,7 @@
 #define read_only metal_name_read_only
 #define write_only metal_name_write_only
 #define read_write metal_name_read_write
-#define atomic_int metal_name_atomic_int
 #define atomic_uint metal_name_atomic_uint
-#define atomic_float metal_name_atomic_float
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -42,17 +40,6 @@ typedef long ptrdiff_t;
 
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")
-#define MAXFLOAT __FLT_MAX__
-#define FLT_MAX __FLT_MAX__
-#define FLT_MIN __FLT_MIN__
-#define FLT_EPSILON __FLT_EPSILON__
-#define HALF_MAX 65504.0h
-#define INT_MAX __INT_MAX__
-#define INT_MIN (-__INT_MAX__ - 1)
-#define UINT_MAX (__INT_MAX__ * 2u + 1u)
-#define M_PI_F 3.14159274f
-#define M_LN2_F 0.693147182f
-#define M_LOG2E_F 1.44269502f
 
 template <typename To, typename From>
 inline __attribute__((always_inline)) To as_type(From value) {
@@ -73,5 +60,5 @@ thread metal_emulator_lanes* metal_emulator_exchange(uint operation, const threa
 void metal_emulator_inactive_lane(uint lane);
 void metal_emulator_threadgroup_barrier(uint flags);
 void metal_emulator_simdgroup_barrier(uint flags);
-uint metal_emulator_atomic(ulong address, uint operation, uint operand, uint expected);
+uint metal_emulator_atomic(ulong address, uint operation, uint operand);
 }
