@@ -45,9 +45,10 @@ def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
     assert code == 0 and str(flash_head_home) in output
     rows = [line.split(maxsplit=4) for line in output.splitlines() if " MB" in line][1:]
     by_model = {row[1]: " ".join(row[4].split()) for row in rows}
+    measured = "0.90 x (dense), 1.50 x (3 probes, check at 8 or risk 0.25, up to 5 texts)"
     assert by_model == {
         "owner/One": "MB 4 of 26 –",
-        "Two": "MB 4 of 26 0.90 x (dense), 1.50 x (3 probes, check at 8 or risk 0.25, up to 5 texts)",
+        "Two": f"MB 4 of 26 {measured}",
         "damaged": "MB – –",
     }
     monkeypatch.setenv("COLUMNS", "40")
