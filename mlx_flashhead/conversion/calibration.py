@@ -5,17 +5,18 @@ times as long (docs/how-it-works.md).
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import monotonic
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..models.batches import batch_generator
+from ..models.compat.cache import make_prompt_cache
 from ..models.cpu_products import numpy_products
-from ..models.libraries import forward
+from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden
 from .steps import Step, Steps, Stopwatch, stepwise
 
@@ -23,6 +24,7 @@ SEQUENCE_TOKENS = 64
 BATCH_SIZE = 32
 WINDOW_TOKENS = 512  # of one given text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
+LEAST_TOKENS = 16  # of a step, however long it takes
 LEAST_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
 
 
@@ -165,7 +167,8 @@ def read_windows(
         model: A dense or FlashHead model.
         windows: Token ids, at least two each.
         limit: Time limit, after which no further windows are read than the first ones.
-        step_seconds: About the longest time of a step, if one window takes no longer.
+        step_seconds: About the longest time of a step. Where a window takes longer, a step reads a
+            part of it, down to about 16 tokens. Models of mlx-vlm read whole windows.
 
     Returns:
         For each window of n tokens (n - 1, D) float32; (0, 0) for one that was not read.
@@ -174,23 +177,30 @@ def read_windows(
     states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [window[:-1] for window in windows]
     total, read = sum(map(len, inputs)), 0
-    together: float = READ_TOKENS if step_seconds == math.inf else 1
+    together: float = READ_TOKENS if step_seconds == math.inf else LEAST_TOKENS
     waiting = list(range(len(windows)))
     while waiting and (not read or limit.left > 0):
         batch = _next_together(waiting, inputs, together)
         length = len(inputs[batch[0]])
-        start = time.monotonic()
-        with limit, numpy_products(lazy=location.module), recorded_hidden(location) as recorded:
-            # shorter ones are padded at the end, where no state looks
-            forward(model, mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch]))
-            # only the states are evaluated, and the windows' logits are never computed
-            found = np.array(recorded[-1].astype(mx.float32))
-        per_second = length * len(batch) / max(time.monotonic() - start, 1e-6)
-        together = min(READ_TOKENS, max(1.0, step_seconds * per_second))
-        for i, of_window in zip(batch, found, strict=True):
+        # shorter ones are padded at the end, where no state looks
+        tokens = mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch])
+        n_parts = 1 if is_vlm(model) else math.ceil(tokens.size / together)
+        cache = make_prompt_cache(model) if n_parts > 1 else None
+        parts: list[np.ndarray] = []
+        size = math.ceil(length / n_parts)
+        for start in range(0, length, size):
+            part = slice(start, start + size)
+            began = monotonic()
+            with limit, numpy_products(location.module), recorded_hidden(location) as recorded:
+                forward(model, tokens[:, part], cache)
+                # only the states are evaluated, and the windows' logits are never computed
+                parts.append(np.array(recorded[-1].astype(mx.float32)))
+            per_second = tokens[:, part].size / max(monotonic() - began, 1e-6)
+            together = min(READ_TOKENS, max(LEAST_TOKENS, step_seconds * per_second))
+            read += sum(len(inputs[i][part]) for i in batch)
+            yield Step(stage, read, total, "token")
+        for i, of_window in zip(batch, np.concatenate(parts, axis=1), strict=True):
             states[i] = of_window[: len(inputs[i])]
-            read += len(inputs[i])
-        yield Step(stage, read, total, "token")
     limit.cut_short |= bool(waiting)
     return states
 

@@ -187,22 +187,35 @@ def test_windows_read_together_do_not_mix(loaded, monkeypatch):
         np.testing.assert_allclose(states, hidden_of(model, window[:-1]), atol=2e-4)
 
 
-def test_short_steps_read_the_same(loaded):
-    """A window at a time where a step may take no time."""
-    model, tokenizer = loaded
-    location = find_head(model)
+@pytest.mark.parametrize(
+    ("milliseconds", "sizes"), [(10, [14, 14, 12, 15, 15, 15, 15]), (2, [14, 14, 12, 30, 30])]
+)
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_a_step_reads_what_its_time_allows(tokenizer, arch, milliseconds, sizes, monkeypatch):
+    """Windows of 40 and 60 tokens in steps of 0.1 s, the first of 16 tokens or fewer, as if a token
+    took so many milliseconds. Each part of a window sees what came before it."""
+    model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
+    location, now = find_head(model), 0.0
+
+    def slow_forward(model, tokens, cache, forward=calibration.forward):
+        nonlocal now
+        now += tokens.size * milliseconds / 1000
+        return forward(model, tokens, cache)
+
     token_ids = tokenizer.encode(TEXT)
-    windows = [token_ids[start : start + 20] for start in range(0, 100, 20)]
+    windows = [token_ids[:41], token_ids[41:102]]
     whole = read_windows(model, location, windows, progress=False)
-    steps = read_windows.steps(model, location, windows, step_seconds=0.0)
-    done = []
+    monkeypatch.setattr(calibration, "forward", slow_forward)
+    monkeypatch.setattr(calibration, "monotonic", lambda: now)
+    steps = read_windows.steps(model, location, windows, step_seconds=0.1)
+    done = [0]
     while True:
         try:
             done.append(next(steps).done)
         except StopIteration as end:
             found = end.value
             break
-    assert done == [19, 38, 57, 76, 95]
+    assert np.diff(done).tolist() == sizes
     for one, other in zip(found, whole, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
 

@@ -206,12 +206,12 @@ def shortlists(points, centroids):
 
 
 def test_shortlists_hold_the_best_of_each_bucket():
-    points, centroids = normal_rows(300, 8), normal_rows(600, 8, seed=1)
+    points, centroids = normal_rows(300, 8), normal_rows(1102, 8, seed=1)
     ids, scores = shortlists(points, centroids)
     products = points @ centroids.T
     np.testing.assert_allclose(np.take_along_axis(products, ids, axis=1), scores, rtol=1e-5)
     for row, listed in zip(products, ids, strict=True):
-        bucket_best = {max(range(b, 600, 256), key=lambda c: row[c]) for b in range(256)}
+        bucket_best = {max(range(b, 1102, 276), key=lambda c: row[c]) for b in range(276)}
         expected = sorted(bucket_best, key=lambda c: -row[c])[:24]
         assert set(listed) == set(expected)
 
