@@ -1,11 +1,7 @@
-"""Hidden states at the head's input, of text that a model writes or reads.
-
-Reading takes one pass. Writing takes a pass for every token of a batch, so a token takes several
-times as long (docs/how-it-works.md).
-"""
+"""Hidden states at the head's input, of text that a model reads."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -13,90 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..models.batches import batch_generator
 from ..models.compat.cache import make_prompt_cache
 from ..models.cpu_products import numpy_products
 from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden
 from .steps import Step, Steps, Stopwatch, stepwise
+from .windows import CONTEXT, beginning_of_text, given_windows, windows_of
 
-SEQUENCE_TOKENS = 64
-BATCH_SIZE = 32
 WINDOW_TOKENS = 512  # of one given text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
 LEAST_TOKENS = 16  # of a step, however long it takes
 LEAST_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
-
-
-@stepwise
-def generated_states(
-    model: nn.Module,
-    tokenizer,
-    location: HeadLocation,
-    prompts: Iterator[list[int]],
-    positions: int,
-    *,
-    seed: int = 0,
-    temperature: float = 1.0,
-    limit: Stopwatch | None = None,
-    until: float = 0.0,
-) -> Steps[tuple[np.ndarray, np.ndarray]]:
-    """Hidden states of text that the model writes itself, in batches.
-
-    Args:
-        prompts: Token ids to continue, without end.
-        positions: Greatest number of states.
-        temperature: Of the sampling; 0 is greedy.
-        limit: Time limit. After it no further states are computed.
-        until: Seconds of the limit that are left to others.
-
-    Returns:
-        States (N, D) float32 in the order of generation, and the tokens drawn from them (N,) int64.
-    """
-    limit = limit or Stopwatch()
-    key = mx.random.key(seed)  # MLX's own state stays as it is between the steps
-    steps: list[tuple[mx.array, mx.array]] = []
-    states: list[np.ndarray] = []
-    drawn: list[np.ndarray] = []
-    recorded: list[mx.array] = []
-    count = 0
-
-    def sampler(logprobs):
-        nonlocal key
-        if temperature == 0:
-            tokens = mx.argmax(logprobs, axis=-1)
-        else:
-            key, own = mx.random.split(key)
-            tokens = mx.random.categorical(logprobs * (1 / temperature), key=own)
-        # prompts are padded to one length, so only the last state of each is a real one
-        steps.append((recorded[-1][:, -1].astype(mx.float32), tokens))
-        recorded.clear()
-        return tokens
-
-    ends = [[token] for token in tokenizer.eos_token_ids]
-    generator = batch_generator(model, ends, sampler, BATCH_SIZE)
-    try:
-        missing = min(BATCH_SIZE, -(-positions // SEQUENCE_TOKENS))
-        while count < positions and limit.left > until:
-            with limit, numpy_products(), recorded_hidden(location) as recorded:
-                if missing:
-                    # by length, since prompts read together are padded to the longest
-                    fresh = sorted((next(prompts) for _ in range(missing)), key=len)
-                    generator.insert(fresh, [SEQUENCE_TOKENS] * missing)
-                responses = generator.next_generated()
-                missing = sum(response.finish_reason is not None for response in responses)
-                for hidden, tokens in steps:
-                    states.append(np.array(hidden))
-                    drawn.append(np.array(tokens, dtype=np.int64))
-                    count += len(hidden)
-                steps.clear()
-            yield Step("Writing answers", min(count, positions), positions, "token")
-    finally:
-        generator.close()
-    limit.cut_short |= count < positions
-    if not states:  # the time limit came before the first step
-        return np.empty((0, location.rows().hidden_size), np.float32), np.empty(0, np.int64)
-    return np.concatenate(states)[:positions], np.concatenate(drawn)[:positions]
 
 
 @stepwise
@@ -137,18 +60,37 @@ def text_states(
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 
 
-def beginning_of_text(tokenizer) -> list[int]:
-    """The token with which the tokenizer begins each text, in a list; empty if there is none."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and bos in tokenizer.encode("") else []
+@stepwise
+def given_states(
+    model: nn.Module,
+    tokenizer,
+    location: HeadLocation,
+    positions: int,
+    *,
+    limit: Stopwatch | None = None,
+    step_seconds: float = math.inf,
+) -> Steps[tuple[np.ndarray, np.ndarray]]:
+    """Hidden states of given text of many kinds, and the true next tokens, as `text_states`.
 
-
-def windows_of(token_ids: Sequence[int], length: int) -> list[list[int]]:
-    """Windows of ``length`` states. The token after a window's last state begins the next one."""
-    return [
-        list(token_ids[start : start + length + 1])
-        for start in range(0, len(token_ids) - 1, length)
-    ]
+    Args:
+        positions: Greatest number of states; fewer if the text is shorter or the time limit comes.
+        limit: Time limit.
+        step_seconds: About the longest time of a step.
+    """
+    beginning = beginning_of_text(tokenizer)
+    windows = given_windows(tokenizer, positions)
+    read = yield from read_windows.steps(
+        model,
+        location,
+        [beginning + window for window in windows],
+        limit=limit,
+        stage="Reading given text",
+        step_seconds=step_seconds,
+    )
+    done = [(s, window) for s, window in zip(read, windows, strict=True) if len(s)]
+    states = [of_window[len(beginning) + CONTEXT :] for of_window, _ in done]
+    next_ids = [token for _, window in done for token in window[CONTEXT + 1 :]]
+    return np.concatenate(states), np.array(next_ids, dtype=np.int64)
 
 
 @stepwise

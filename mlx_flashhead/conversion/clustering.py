@@ -19,7 +19,7 @@ from .steps import Result, Step, Steps, stepwise
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # at least, where there are so many; a shortlist holds one centroid of each at most
 BLOCK_ROWS, BLOCK_SCORES = 2048, 1 << 22  # rows and scores at once, which bounds memory
-PASSES, QUICK_PASSES = 6, 3  # dense passes over all rows
+PASSES, QUICK_PASSES = 6, 2  # dense passes over all rows
 PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
 
 # Near-duplicates are rows whose squared distance is at most this share of their squared distance

@@ -14,7 +14,7 @@ from .calibration import read_text
 from .probes import Goals
 from .quantization import HEAD_BITS, check_form
 
-MIX, GIVEN, NO_CALIBRATION = "mix", "given", "none"
+GIVEN, NO_CALIBRATION = "given", "none"
 MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
 QUICK_POSITIONS = 4_000
 
@@ -48,7 +48,7 @@ class IndexOptions:
     n_probes: int | None = option(None, whole_number(1))
     target_agreement: float = option(Goals.agreement, number(0, 1, above=True))
     target_kl: float = option(Goals.kl, number(0, above=True))
-    calibration: str = option(MIX, metavar="mix|given|none|FILE")
+    calibration: str = option(GIVEN, metavar="given|none|FILE")
     calibration_positions: int = option(12_000, whole_number(MIN_POSITIONS))
     calibration_seconds: float = option(120.0, number(0, above=True))
     seed: int = option(0, whole_number(0), recipe=False)
@@ -67,9 +67,7 @@ class IndexOptions:
 
     @property
     def source(self) -> str:
-        """Source of the positions: "mix", "given", "none" or "file"."""
-        if self.calibration == MIX:
-            return GIVEN if self.quick else MIX
+        """Source of the positions: "given", "none" or "file"."""
         return self.calibration if self.calibration in (GIVEN, NO_CALIBRATION) else "file"
 
     def calibration_text(self) -> str | None:

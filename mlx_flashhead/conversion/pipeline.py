@@ -54,7 +54,7 @@ def convert(
     n_probes: int | None = None,
     target_agreement: float = 0.998,
     target_kl: float = 0.03,
-    calibration: str = "mix",
+    calibration: str = "given",
     calibration_positions: int = 12_000,
     calibration_seconds: float = 120.0,
     seed: int = 0,
@@ -93,11 +93,10 @@ def convert(
             check, measured on the held-out part of the calibration.
         target_kl: Greatest divergence from the dense head's distribution without the check, in
             nats. The held-out part must reach half of it, since other texts are harder.
-        calibration: Text to calibrate on: "mix" of given text and of answers that the model writes,
-            "given" text alone, "none", or a file.
+        calibration: Text to calibrate on: "given" text of many kinds, "none", or a file.
         calibration_positions: Positions to calibrate on.
-        calibration_seconds: Seconds after which reading and writing the text is cut short.
-        seed: Seed of the clustering and of the answers that the model writes.
+        calibration_seconds: Seconds after which reading the given text is cut short.
+        seed: Seed of the clustering.
         base_model: The model's repository, for a folder that does not name it: the card names it
             and has its licence and language.
         license: The model's licence as the Hub calls it, such as apache-2.0, for a card that does

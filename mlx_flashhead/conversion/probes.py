@@ -1,9 +1,9 @@
 """The number of clusters for the bare head: the fewest that keep the dense head's answers.
 
-The choice is made on held-out positions of all kinds of text, with the same weight for each kind.
-The agreement must reach its goal at the end of a 95 % confidence interval, since few positions may
-reach it by luck. Texts of other authors are harder than held-out parts of the same documents, so
-the mean KL must be half of its goal (docs/how-it-works.md). `differences.py` chooses for the check.
+The choice is made on held-out positions of all kinds of text. The agreement must reach its goal at
+the end of a 95 % confidence interval, since few positions may reach it by luck. Texts of other
+authors are harder than held-out parts of the same documents, so the mean KL must be half of its
+goal (docs/how-it-works.md). `differences.py` chooses for the check.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,29 +75,25 @@ def probe_grid(n_clusters: int, largest: int) -> list[int]:
 
 
 def choose_probes(
-    found: PositionMeasures,
-    kinds: np.ndarray,
-    goals: Goals,
-    bytes_share: Callable[[int], float],
+    found: PositionMeasures, goals: Goals, bytes_share: Callable[[int], float]
 ) -> Choice:
     """The fewest probes that reach the goals, or the most that the bytes allow.
 
     Args:
         found: Measures of one routing, at ascending numbers of probes.
-        kinds: (N,) integers, the kind of text of each position.
         bytes_share: Number of probes → bytes read per token relative to the dense head.
     """
-    weights = kind_weights(kinds)
+    n = found.values.shape[2]
+    # the goal, or the bound that so few positions can show if all of them agree
+    possible = min(goals.agreement, lower_bound(1.0, n) - 1e-9)
     words = goals.in_words()
     choice = None
     for n_probes, values in zip(found.probe_counts, found.values, strict=True):
         if choice is not None and bytes_share(n_probes) > goals.bytes_share:
             break
-        reached = (
-            float(values[AGREEMENT] @ weights) >= goals.agreement,
-            UNSEEN * float(values[KL] @ weights) <= goals.kl,
-        )
-        shown = lower_bound(values[AGREEMENT], weights) >= _possible(goals.agreement, weights)
+        agreement, kl = values[[AGREEMENT, KL]].mean(axis=1, dtype=np.float64)
+        reached = (agreement >= goals.agreement, UNSEEN * kl <= goals.kl)
+        shown = lower_bound(agreement, n) >= possible
         missed = tuple(word for word, ok in zip(words, reached, strict=True) if not ok)
         unshown = words[:1] if reached[0] and not shown else ()
         choice = Choice(n_probes, goals, missed, unshown)
@@ -107,31 +103,12 @@ def choose_probes(
     return choice
 
 
-def kind_weights(kinds: np.ndarray) -> np.ndarray:
-    """Weights of positions (N,) of sum 1, with the same weight for each kind.
-
-    A kind with fewer positions than the mean weighs less in proportion, since it shows little.
-    """
-    _, place, sizes = np.unique(kinds, return_inverse=True, return_counts=True)
-    shares = np.minimum(sizes, sizes.mean())
-    return (shares / sizes)[place] / shares.sum()
-
-
-def lower_bound(agree: np.ndarray, weights: np.ndarray) -> float:
-    """The lower end of Wilson's interval around the share of ``agree`` (N,), weights of sum 1.
+def lower_bound(share: float, n: int) -> float:
+    """The lower end of Wilson's interval around a share of n positions.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
-        JASA 22 (1927), one-sided, with Kish's effective number of positions.
+        JASA 22 (1927), one-sided.
     """
-    return _wilson(float(agree @ weights), 1 / float(np.square(weights).sum()))
-
-
-def _wilson(share: float, n: float) -> float:
     square = CONFIDENCE_Z**2 / n
     error = np.sqrt(square * share * max(1 - share, 0) + square**2 / 4)
     return float((share + square / 2 - error) / (1 + square))
-
-
-def _possible(target: float, weights: np.ndarray) -> float:
-    """The target, or the bound that so few positions can show if all of them agree."""
-    return min(target, _wilson(1.0, 1 / float(np.square(weights).sum())) - 1e-9)

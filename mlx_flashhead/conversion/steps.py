@@ -5,6 +5,7 @@ result. `stepwise` lets it be called like any other function too, which takes al
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from tqdm import tqdm
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-UNLIMITED = 1e9  # seconds; unlike infinity it has a half
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Stopwatch:
         cut_short: Whether any work ended because of it.
     """
 
-    def __init__(self, seconds: float = UNLIMITED):
+    def __init__(self, seconds: float = math.inf):
         self.left = seconds
         self.cut_short = False
 

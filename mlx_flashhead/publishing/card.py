@@ -16,7 +16,6 @@ from .licences import Licence, changes_in
 MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->"
 RELATIONS = ("quantized", "adapter")
 SOURCES = {
-    "mix": "given text of many kinds and text that the model wrote",
     "given": "given text of many kinds",
     "file": "a text that was given",
 }

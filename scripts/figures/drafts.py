@@ -24,7 +24,6 @@ from tqdm import tqdm
 from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, stream_generate
 from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.given_text import dialogues, given_documents
-from mlx_flashhead.conversion.prompts import chat_prompts
 from mlx_flashhead.evaluation.answers import usual_requests
 from mlx_flashhead.evaluation.text import bytes_share
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
@@ -233,12 +232,12 @@ def frequent_tokens(target, tokenizer, vocab_size: int) -> list[int]:
     documents += [message["content"] for messages in dialogues() for message in messages]
     for text in documents:
         counted.update(tokenizer.encode(text))
-    prompts = chat_prompts(tokenizer, np.random.default_rng(0))
+    others = usual_requests()[-WRITTEN:]  # the first ones are those that are measured
     with numpy_products():
         written = batch_generate(
             target,
             tokenizer,
-            [next(prompts) for _ in range(WRITTEN)],
+            [prompt_of(tokenizer, request) for request in others],
             max_tokens=WRITTEN_TOKENS,
             return_token_ids=True,
         )

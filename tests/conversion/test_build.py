@@ -64,10 +64,9 @@ def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
     assert config.lossless["n_probes"] >= 1
 
 
-@pytest.mark.parametrize("calibration", ["mix", "given"])
-def test_dropped_at_any_step_the_model_is_as_it_was(loaded, calibration):
+def test_dropped_at_any_step_the_model_is_as_it_was(loaded):
     before = type(loaded[2].module).__dict__.copy()
-    options = IndexOptions(calibration=calibration, calibration_positions=100)
+    options = IndexOptions(calibration_positions=100)
     n_steps = sum(1 for _ in model_index.steps(*loaded, options))
     for taken in np.linspace(0, 0.8 * n_steps, 6).astype(int):  # reading takes some more or less
         steps = model_index.steps(*loaded, options)

@@ -1,7 +1,5 @@
 """Hidden states for calibration: those that enter the head, with the tokens that follow them."""
 
-from itertools import islice
-
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -10,14 +8,13 @@ from tokenizers.processors import TemplateProcessing
 
 from mlx_flashhead.conversion import calibration
 from mlx_flashhead.conversion.calibration import (
-    generated_states,
+    given_states,
     read_text,
     read_windows,
     text_states,
-    windows_of,
 )
-from mlx_flashhead.conversion.prompts import chat_prompts
 from mlx_flashhead.conversion.steps import Stopwatch
+from mlx_flashhead.conversion.windows import CONTEXT, given_windows
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
@@ -44,97 +41,9 @@ def tokenizer(loaded):
     return loaded[1]
 
 
-@pytest.fixture
-def endless(tokenizer, monkeypatch):
-    """The tokenizer, where no token ends an answer."""
-    monkeypatch.setattr(tokenizer, "_eos_token_ids", set())
-    return tokenizer
-
-
-def prompts_of(tokenizer, seed=0):
-    return chat_prompts(tokenizer, np.random.default_rng(seed))
-
-
-def generate(model, tokenizer, positions, *, prompts=None, seed=0, **kwargs):
-    prompts = prompts_of(tokenizer, seed) if prompts is None else prompts
-    return generated_states(
-        model, tokenizer, find_head(model), prompts, positions, seed=seed, progress=False, **kwargs
-    )
-
-
 def hidden_of(model, token_ids):
     """What enters the head: the model without its head, on a whole sequence (L,) → (L, D)."""
     return np.array(model.model(mx.array([token_ids])).astype(mx.float32))[0]
-
-
-def logits_of(model, states):
-    return np.array(find_head(model).rows().matmul(mx.array(states)))
-
-
-def test_generated_states_are_those_of_the_text(loaded, endless):
-    """One sequence: replayed in one pass."""
-    model, _ = loaded
-    states, drawn = generate(model, endless, 60, seed=3)
-    assert states.shape == (60, 64)
-    assert states.dtype == np.float32
-    assert drawn.shape == (60,)
-    assert drawn.dtype == np.int64
-    prompt = next(prompts_of(endless, 3))
-    sequence = [*prompt, *drawn[:-1].tolist()]
-    replayed = hidden_of(model, sequence)[len(prompt) - 1 :]
-    np.testing.assert_allclose(states, replayed, atol=2e-4)
-
-
-def test_sequences_in_a_batch_do_not_mix(loaded, endless, monkeypatch):
-    """Prompts of different lengths, step by step and side by side."""
-    model, _ = loaded
-    monkeypatch.setattr(calibration, "SEQUENCE_TOKENS", 10)
-    states, drawn = generate(model, endless, 40, seed=1)
-    prompts = sorted(islice(prompts_of(endless, 1), 4), key=len)  # the order in which they are read
-    assert len({len(prompt) for prompt in prompts}) > 1
-    for i, prompt in enumerate(prompts):
-        own = drawn[i::4]
-        replayed = hidden_of(model, [*prompt, *own[:-1].tolist()])[len(prompt) - 1 :]
-        np.testing.assert_allclose(states[i::4], replayed, atol=2e-4)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_tokens_are_drawn_from_their_states(arch, tokenizer, monkeypatch):
-    """Greedily, so that each token is known; answers end and others begin meanwhile."""
-    monkeypatch.setattr(calibration, "SEQUENCE_TOKENS", 6)
-    monkeypatch.setattr(calibration, "BATCH_SIZE", 3)
-    model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
-    ended = generate(model, tokenizer, 20, temperature=0.0)[1][0]
-    monkeypatch.setattr(tokenizer, "_eos_token_ids", {int(ended)})
-    states, drawn = generate(model, tokenizer, 50, temperature=0.0)
-    assert states.shape == (50, 64)
-    assert ended in drawn
-    np.testing.assert_array_equal(logits_of(model, states).argmax(axis=1), drawn)
-
-
-def test_the_seed_draws_other_tokens_after_the_same_prompts(loaded, endless):
-    drawn = [
-        generate(loaded[0], endless, 30, prompts=iter([[0, 5]]), seed=seed)[1] for seed in (0, 1, 0)
-    ]
-    np.testing.assert_array_equal(drawn[0], drawn[2])
-    assert (drawn[0] != drawn[1]).any()
-
-
-@pytest.mark.parametrize("positions", [1, 129])
-def test_as_many_positions_as_asked_for(endless, positions):
-    model = tiny_model(vocab_size=VOCAB_SIZE, dtype=mx.bfloat16)
-    states, drawn = generate(model, endless, positions)
-    assert states.dtype == np.float32
-    assert len(states) == len(drawn) == positions
-    assert ((drawn >= 0) & (drawn < VOCAB_SIZE)).all()
-
-
-def test_no_further_states_when_the_time_is_up(loaded, endless):
-    states, drawn = generate(loaded[0], endless, 10_000, limit=Stopwatch(0))
-    assert states.shape == (0, 64)
-    assert drawn.shape == (0,)
-    states, drawn = generate(loaded[0], endless, 100_000, limit=Stopwatch(1))
-    assert 0 < len(states) == len(drawn) < 100_000
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -220,9 +129,24 @@ def test_a_step_reads_what_its_time_allows(tokenizer, arch, milliseconds, sizes,
         np.testing.assert_allclose(one, other, atol=2e-4)
 
 
-def test_windows_begin_with_the_token_that_ended_the_one_before():
-    assert windows_of(list(range(8)), 3) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7]]
-    assert windows_of([1, 2, 3, 4], 3) == [[1, 2, 3, 4]]
+def test_given_states_are_those_of_their_windows(loaded):
+    """Without the first tokens of each window, and without those that came after the time limit."""
+    model, tokenizer = loaded
+    states, next_ids = given_states(model, tokenizer, find_head(model), 600, progress=False)
+    assert states.shape == (600, 64) and states.dtype == np.float32
+    windows = given_windows(tokenizer, 600)
+    expected = np.concatenate([hidden_of(model, window[:-1])[CONTEXT:] for window in windows])
+    np.testing.assert_allclose(states, expected, atol=2e-4)
+    assert next_ids.tolist() == [token for window in windows for token in window[CONTEXT + 1 :]]
+
+
+def test_the_text_is_cut_short_when_the_time_is_up(loaded, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(calibration, "READ_TOKENS", 700)
+    limit = Stopwatch(1e-9)
+    options = {"limit": limit, "progress": False}
+    states, next_ids = given_states(model, tokenizer, find_head(model), 4000, **options)
+    assert 0 < len(states) == len(next_ids) < 1000 and limit.cut_short
 
 
 @pytest.mark.parametrize("positions", [5, 10_000])

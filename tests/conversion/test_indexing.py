@@ -10,7 +10,6 @@ from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids, raw_means
 from mlx_flashhead.conversion.indexing import build_index
 from mlx_flashhead.conversion.metric import logit_metric
-from mlx_flashhead.conversion.positions import Positions
 from mlx_flashhead.conversion.probes import Goals
 from mlx_flashhead.conversion.report import report_lines
 from mlx_flashhead.head.flash_head import FlashHead
@@ -35,10 +34,7 @@ def make_case(vocab_size=403, hidden_size=64, n_states=400, **kwargs):
 
 
 def build(rows, states=None, next_ids=None, **kwargs):
-    positions = None
-    if states is not None:
-        positions = Positions.of_one_kind("text", states, next_ids, 1 / 4)
-    return build_index(rows, positions, **{"cluster_size": 8, "progress": False} | kwargs)
+    return build_index(rows, states, next_ids, **{"cluster_size": 8, "progress": False} | kwargs)
 
 
 def head_on(rows, index, n_probes):

@@ -1,4 +1,4 @@
-"""How many probes: the fewest that reach the goals with confidence, on all kinds alike."""
+"""How many probes: the fewest that reach the goals with confidence."""
 
 from itertools import pairwise
 
@@ -9,7 +9,6 @@ from mlx_flashhead.conversion.measures import AGREEMENT, KL, PositionMeasures
 from mlx_flashhead.conversion.probes import (
     Goals,
     choose_probes,
-    kind_weights,
     lower_bound,
     probe_grid,
 )
@@ -25,9 +24,8 @@ def found_with(agree=None, kl=None, n_positions=100, grid=GRID):
     return found
 
 
-def choose(found, goals, kinds=None, bytes_share=lambda n_probes: n_probes / 1000):
-    kinds = np.zeros(found.values.shape[-1], int) if kinds is None else kinds
-    return choose_probes(found, kinds, goals, bytes_share)
+def choose(found, goals):
+    return choose_probes(found, goals, lambda n_probes: n_probes / 1000)
 
 
 def flags(*shares, n_positions=1000):
@@ -52,20 +50,6 @@ def test_both_goals_must_be_reached():
     agree = flags(0.5, 0.5, 1.0, 1.0)
     choice = choose(found_with(agree, kl, n_positions=1000), Goals(0.9, 0.1))
     assert choice.n_probes == 64
-
-
-def test_kinds_weigh_the_same_and_those_of_few_positions_less():
-    """900 positions of a kind that needs few probes do not hide 500 of one that needs many."""
-    kinds = np.repeat([3, 7], [900, 500])
-    agree = np.ones((4, 1400))
-    agree[:2, kinds == 7] = 0.0  # 5/12 of the weight, 5/14 of the positions
-    assert choose(found_with(agree, n_positions=1400), Goals(0.6, 1.0), kinds).n_probes == 32
-    assert choose(found_with(agree, n_positions=1400), Goals(0.6, 1.0)).n_probes == 8
-
-    weights = kind_weights(np.repeat([0, 1, 2], [10, 10, 1]))
-    assert weights.sum() == pytest.approx(1)
-    by_kind = np.add.reduceat(weights, [0, 10, 20])
-    np.testing.assert_allclose(by_kind / by_kind[0], [1, 1, 1 / 7])
 
 
 def test_no_more_than_may_be_read_unless_the_first_is_too_much_already():
@@ -103,9 +87,7 @@ def test_the_words_are_what_the_rule_asks():
 
 
 def test_bounds():
-    weights = np.full(400, 1 / 400)
-    agree = np.arange(400) < 360
-    bound = lower_bound(agree, weights)
+    bound = lower_bound(0.9, 400)
     # Wilson: the share whose own standard error reaches to what was seen
     assert bound + 1.645 * np.sqrt(bound * (1 - bound) / 400) == pytest.approx(0.9)
 

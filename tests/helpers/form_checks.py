@@ -8,7 +8,6 @@ import numpy as np
 
 from architecture_configs import VOCAB_SIZE
 from mlx_flashhead.conversion.indexing import build_index
-from mlx_flashhead.conversion.positions import Positions
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.models.libraries import forward
 from mlx_flashhead.models.locate import HeadLocation, recorded_hidden
@@ -45,7 +44,8 @@ def check_form(
     next_ids = rng.integers(0, VOCAB_SIZE, len(hidden))
     index = build_index(
         location.rows(),
-        Positions.of_one_kind("text", hidden, next_ids, 1 / 4),
+        hidden,
+        next_ids,
         cluster_size=CLUSTER_SIZE,
         n_probes=N_PROBES,
         eos_token_ids=(EOS,),

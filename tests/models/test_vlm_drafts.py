@@ -20,11 +20,11 @@ from mlx_vlm.speculative.drafters.qwen3_dflash.dflash import DFlashDraftModel
 
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.models.compat.vlm.generate import TextGenerator
 from mlx_flashhead.models.install import install
 from mlx_flashhead.models.locate import find_head
 from tiny_models import tiny_index
 from vlm_models import tiny_vlm
+from vlm_text_generator import TextGenerator
 
 PROMPT, TOKENS = [5, 9, 200], 12
 

@@ -20,12 +20,12 @@ from mlx_vlm.speculative import eagle3, mtp
 from mlx_vlm.speculative.ops import linear
 
 from mlx_flashhead.head.clustered import ClusteredRows
-from mlx_flashhead.models.compat.vlm.generate import TextGenerator
 from mlx_flashhead.models.install import detach, get_flash_head, install
 from mlx_flashhead.models.libraries import forward
 from mlx_flashhead.models.locate import find_head
 from tiny_models import tiny_index
 from vlm_models import tiny_vlm
+from vlm_text_generator import TextGenerator
 
 N_PROBES = 3
 

@@ -44,7 +44,7 @@ CONFIG = FlashHeadConfig(
     cluster_size=16,
     n_probes=256,
     fingerprint="f",
-    calibration={"source": "mix", "positions": 12_000, "seed": 7},
+    calibration={"source": "given", "positions": 12_000, "seed": 7},
     report=REPORT,
     recipe={
         "command": "mlx_flashhead.convert --hf-path meta-llama/Llama-3.2-1B -q --seed 7",
@@ -78,7 +78,7 @@ def test_header_and_text(tmp_path):
         "dense head reads 139.46 MB",
         "mlx_flashhead.convert --hf-path meta-llama/Llama-3.2-1B -q --seed 7",
         "python 3.11.7, mlx 0.32.4 on Darwin arm64",
-        "12,000 positions of given text of many kinds and text that the model wrote, seed 7",
+        "12,000 positions of given text of many kinds, seed 7",
         f"SHA-256 of text.txt: `{'ab' * 32}`",
         "[Llama 3.2 Community License](https://www.llama.com/llama3_2/license)",
         LLAMA.notice.rstrip("."),

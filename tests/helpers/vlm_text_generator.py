@@ -1,13 +1,13 @@
-"""``mlx_vlm.generate``: its generator of many texts at once, with the face of mlx-lm's."""
+"""mlx-vlm's generator of many texts at once, with the face of mlx-lm's."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 from mlx_vlm.generate.ar import BatchGenerator
+from mlx_vlm.utils import StoppingCriteria
 
-from ...libraries import embeddings
-from .text import StoppingCriteria
+from mlx_flashhead.models.libraries import embeddings
 
 
 class TextGenerator:
