@@ -11,7 +11,6 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_lm.utils import load_model
 
 import mlx_flashhead
 from mlx_flashhead.conversion import pipeline
@@ -123,33 +122,6 @@ def test_converted_folder_loads_with_its_head(sources, tmp_path, name):
     assert (head.n_probes, head.n_clusters, head.vocab_size) == (5, N_CLUSTERS, VOCAB_SIZE)
     assert head.eos_token_ids == given.eos_token_ids == (1,)
     assert read_index(tmp_path / "found").config == given
-
-
-def head_arrays(folder):
-    module = load_model(folder)[0].lm_head
-    return {name: module[name] for name in ("weight", "scales", "biases") if name in module}
-
-
-@pytest.mark.parametrize(
-    "flags, head_bits",
-    [({"quantize": True}, 8), ({"quantize": True}, 16), ({}, 8), ({}, 4), ({}, 16)],
-)
-def test_head_has_its_own_bits(sources, tmp_path, flags, head_bits):
-    found, body = tmp_path / "found", tmp_path / "body"
-    convert(str(sources["untied"]), str(found), head_bits=head_bits, **flags, **QUICK)
-    mlx_lm.convert(str(sources["untied"]), str(body), **flags)
-    rows = mx.load(str(sources["untied"] / "model.safetensors"))["lm_head.weight"]
-    expected = [rows] if head_bits == 16 else mx.quantize(rows, group_size=64, bits=head_bits)
-    arrays = head_arrays(found)
-    assert len(arrays) == len(expected)
-    for array, other in zip(arrays.values(), expected, strict=True):
-        assert mx.array_equal(array, other)
-    # the body is as if nothing had been said of the head
-    of_body, of_found = weights(body), weights(found)
-    for name in of_body:
-        if not name.startswith("lm_head"):
-            assert of_found[name] == of_body[name]
-    mlx_flashhead.load(str(found))
 
 
 def test_dequantized_body_with_a_quantized_head(tmp_path, sources):
