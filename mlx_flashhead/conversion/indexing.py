@@ -97,8 +97,9 @@ def build_index(
         lossless = lossless_settings(found, nbytes, n_probes)
         choice = {}
         if n_probes is None:
-            chosen = choose_probes(found, goals, lambda n: nbytes.head(n) / nbytes.dense)
-            n_probes, choice = chosen.n_probes, {"choice": chosen.in_words(n_clusters)}
+            n_probes, choice["choice"] = choose_probes(
+                found, goals, lambda n: nbytes.head(n) / nbytes.dense, n_clusters
+            )
         report = make_report(found, n_probes, lossless["n_probes"], nbytes) | choice
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,

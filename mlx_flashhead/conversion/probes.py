@@ -6,7 +6,7 @@ authors are harder than held-out parts of the same documents, so the mean KL mus
 goal (docs/how-it-works.md). `differences.py` chooses for the check.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,43 +27,6 @@ class Goals:
     kl: float = 0.03  # from the dense head's distribution, nats per position
     bytes_share: float = 0.25  # at most: bytes read per token, relative to the dense head
 
-    def in_words(self) -> tuple[str, str]:
-        """What held-out positions must reach, as text: agreement and KL."""
-        return f"{100 * self.agreement:g} % agreement", f"a KL of {self.kl / UNSEEN:g} nats"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A number of probes, and what it does not reach since the bytes limit it."""
-
-    n_probes: int
-    goals: Goals
-    missed: tuple[str, ...]  # goals, such as "99.8 % agreement"
-    unshown: tuple[str, ...]  # the agreement, if so few positions cannot show it
-
-    def in_words(self, n_clusters: int) -> str:
-        """The choice as a sentence or two."""
-        scored = f"{self.n_probes:,} of {n_clusters:,} clusters per token"
-        if not (self.missed or self.unshown):
-            goals = _joined(self.goals.in_words())
-            return f"{scored} are the fewest that reach {goals} on held-out text."
-        parts = []
-        if self.missed:
-            parts.append(f"miss {_joined(self.missed)}")
-        if self.unshown:
-            parts.append(
-                f"reach {_joined(self.unshown)} on held-out text, on too few positions to be sure"
-            )
-        return (
-            f"{scored} {' and '.join(parts)}. More would read over "
-            f"{100 * self.goals.bytes_share:g} % of the dense head's bytes."
-        )
-
-
-def _joined(parts: Sequence[str]) -> str:
-    *others, last = parts
-    return f"{', '.join(others)} and {last}" if others else last
-
 
 def probe_grid(n_clusters: int, largest: int) -> list[int]:
     """The numbers of probes to try, up to about ``largest``: multiples of 8, or all C clusters."""
@@ -75,32 +38,43 @@ def probe_grid(n_clusters: int, largest: int) -> list[int]:
 
 
 def choose_probes(
-    found: PositionMeasures, goals: Goals, bytes_share: Callable[[int], float]
-) -> Choice:
-    """The fewest probes that reach the goals, or the most that the bytes allow.
+    found: PositionMeasures, goals: Goals, bytes_share: Callable[[int], float], n_clusters: int
+) -> tuple[int, str]:
+    """The fewest probes that reach the goals, or the most that the bytes allow, and why.
 
     Args:
         found: Measures of one routing, at ascending numbers of probes.
         bytes_share: Number of probes → bytes read per token relative to the dense head.
+
+    Returns:
+        The number of probes, and a sentence or two.
     """
-    n = found.values.shape[2]
+    n_positions = found.values.shape[2]
     # the goal, or the bound that so few positions can show if all of them agree
-    possible = min(goals.agreement, lower_bound(1.0, n) - 1e-9)
-    words = goals.in_words()
-    choice = None
-    for n_probes, values in zip(found.probe_counts, found.values, strict=True):
-        if choice is not None and bytes_share(n_probes) > goals.bytes_share:
+    possible = min(goals.agreement, lower_bound(1.0, n_positions) - 1e-9)
+    n_probes, missed = 0, []
+    for tried, values in zip(found.probe_counts, found.values, strict=True):
+        if n_probes and bytes_share(tried) > goals.bytes_share:
             break
+        n_probes = tried
         agreement, kl = values[[AGREEMENT, KL]].mean(axis=1, dtype=np.float64)
-        reached = (agreement >= goals.agreement, UNSEEN * kl <= goals.kl)
-        shown = lower_bound(agreement, n) >= possible
-        missed = tuple(word for word, ok in zip(words, reached, strict=True) if not ok)
-        unshown = words[:1] if reached[0] and not shown else ()
-        choice = Choice(n_probes, goals, missed, unshown)
-        if not missed and not unshown:
+        reached = {
+            f"{100 * goals.agreement:g} % agreement": (
+                lower_bound(agreement, n_positions) >= possible
+            ),
+            f"a KL of {goals.kl / UNSEEN:g} nats": UNSEEN * kl <= goals.kl,
+        }
+        missed = [goal for goal, ok in reached.items() if not ok]
+        if not missed:
             break
-    assert choice is not None
-    return choice
+    scored = f"{n_probes:,} of {n_clusters:,} clusters per token"
+    if not missed:
+        words = " and ".join(reached)
+        return n_probes, f"{scored} are the fewest that reach {words} on held-out text."
+    return n_probes, (
+        f"{scored} are too few to be sure of {' and '.join(missed)} on held-out text. More would "
+        f"read over {100 * goals.bytes_share:g} % of the dense head's bytes."
+    )
 
 
 def lower_bound(share: float, n: int) -> float:

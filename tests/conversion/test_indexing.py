@@ -125,7 +125,7 @@ def test_goals_that_read_too_much_are_given_up_and_that_is_said():
     stored = config.report["dense_bytes"]
     assert chosen["bytes_share"] <= 0.5 < chosen["bytes_share"] + 8 * 8 * 64 * 4 / stored
     said = report_lines(config)[-1]
-    assert f"→ Without the check {config.n_probes} of 51 clusters per token miss a KL of " in said
+    assert f"→ Without the check {config.n_probes} of 51 clusters per token are too few " in said
     assert said.endswith("More would read over 50 % of the dense head's bytes.")
 
 
