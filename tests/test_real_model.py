@@ -151,7 +151,7 @@ def test_clusters_by_direction_are_good_without_calibration(loaded, states):
     """
     hidden = states
     weight = np.array(get_flash_head(loaded[0]).clustered.token_rows().weight)
-    token_ids = cluster_rows(weight, passes=3, progress=False)  # six are a little better
+    token_ids = cluster_rows(weight, progress=False)
     means = raw_means(weight, token_ids)
     few, many = measure_positions(
         hidden,

@@ -16,7 +16,10 @@ from .measures import AGREEMENT, GAP, MASS, TAIL, PositionMeasures
 
 MOST_WAITING = 32  # positions of one check
 NEAR = 1.4  # greatest ratio of the chosen number of probes to one that the risks are fitted on
+SLOPES = np.geomspace(0.25, 4.0, 33)
+SLOPE_SPREAD = 0.3  # standard deviation of the log of the slope before anything is seen
 UNSEEN_DIFFERENCE = 0.5  # positions: where none differs, one in twice as many may still
+LEAST_RISK, GREATEST_RISK = 1e-12, 1 - 1e-6
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,7 @@ def lossless_settings(
 
     Returns:
         ``n_probes``; ``by_probes`` with ``n_probes``, ``greedy_differs`` and ``sampled_differs``,
-        shares of positions; ``risk`` with ``greedy`` [a, b] and ``sampled`` scale (b is 1, that of
-        a perfect estimate: too few positions differ to show another one):
+        shares of positions; ``risk`` with ``greedy`` [a, b] and ``sampled`` scale:
 
             min(1, exp(a - b · gap))      that a greedy proposal differs; gap: its logit less the
                                           best score of an unscored cluster
@@ -83,7 +85,7 @@ def lossless_settings(
     return {
         "n_probes": n_probes,
         "risk": {
-            "greedy": [fit_greedy_risk(gaps[left], differs[left]), 1.0],
+            "greedy": list(fit_greedy_risk(gaps[left], differs[left])),
             "sampled": float(unscored / estimated) if estimated > 0 else 1.0,
         },
         "by_probes": [
@@ -97,11 +99,28 @@ def lossless_settings(
     }
 
 
-def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> float:
-    """The a of min(1, exp(a - gap)) with which the risks add up to the differences, and half of one
-    more, so that none seen is not none ever. A gap below zero is taken for zero.
+def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float]:
+    """The most likely a and b of the risk min(1, exp(a - b · gap)).
+
+    For each slope b, a is such that the risks add up to the differences, and half of one more, so
+    that none seen is not none ever. Slopes far from 1, that of a perfect estimate, need positions
+    that show them.
     """
     if not len(gaps):
-        return 0.0
+        return 0.0, 1.0
     wanted = min(differs.sum() + UNSEEN_DIFFERENCE, len(gaps) / 2)
-    return float(np.log(wanted / np.exp(-np.maximum(gaps, 0), dtype=np.float64).sum()))
+    fits = []
+    for slope in SLOPES:
+        falling = -slope * gaps.astype(np.float64)
+        low, high = -falling.max() - 50.0, -falling.min() + 1.0
+        for _ in range(60):
+            offset = (low + high) / 2
+            if np.exp(np.minimum(offset + falling, 0)).sum() > wanted:
+                high = offset
+            else:
+                low = offset
+        risk = np.clip(np.exp(np.minimum(offset + falling, 0)), LEAST_RISK, GREATEST_RISK)
+        likelihood = np.log(np.where(differs, risk, 1 - risk)).sum()
+        likelihood -= (math.log(slope) / SLOPE_SPREAD) ** 2 / 2
+        fits.append((likelihood, float(offset), float(slope)))
+    return max(fits)[1:]

@@ -59,12 +59,24 @@ def test_the_scale_makes_the_estimated_tails_right():
     assert settings([0.1, 0.02], [0.2, 0.04])["risk"]["sampled"] == pytest.approx(2, rel=1e-3)
 
 
-@pytest.mark.parametrize("n_different", [0, 1, 3, 200])
-def test_the_risks_of_greedy_proposals_add_up_to_the_differences(n_different):
-    gaps = np.sort(np.random.default_rng(2).uniform(1, 15, 1000))
-    offset = fit_greedy_risk(gaps, np.arange(1000) < n_different)
-    assert np.exp(offset - gaps).sum() == pytest.approx(n_different + 0.5, abs=0.01)
+@pytest.mark.parametrize(("offset", "slope"), [(0.0, 1.0), (-1.0, 0.6), (0.5, 1.6)])
+def test_the_risk_of_a_greedy_proposal_is_the_one_that_differences_came_from(offset, slope):
+    rng = np.random.default_rng(1)
+    gaps = rng.uniform(-1, 12, 40_000)
+    differs = rng.random(len(gaps)) < np.minimum(1, np.exp(offset - slope * gaps))
+    found = fit_greedy_risk(gaps, differs)
+    assert found == pytest.approx((offset, slope), abs=0.15)
+
+
+@pytest.mark.parametrize("n_different", [0, 1, 3])
+def test_few_differences_leave_the_slope_near_that_of_a_perfect_estimate(n_different):
+    gaps = np.random.default_rng(2).uniform(1, 15, 1000)
+    differs = np.arange(1000) < n_different
+    offset, slope = fit_greedy_risk(np.sort(gaps), differs)
+    assert 0.5 < slope < 2.5
+    risks = np.minimum(1, np.exp(offset - slope * gaps))
+    assert risks.sum() == pytest.approx(n_different + 0.5, abs=0.01)
 
 
 def test_without_an_unscored_cluster_the_risk_is_the_usual_one():
-    assert fit_greedy_risk(np.empty(0), np.empty(0, bool)) == 0.0
+    assert fit_greedy_risk(np.empty(0), np.empty(0, bool)) == (0.0, 1.0)
