@@ -1,11 +1,10 @@
 """Makes the index of a model in short steps, between which the model is free for other work.
 
-Reading the text, clustering, fitting and measuring all advance step by step. Nothing is
-written, so a build that is dropped or killed leaves nothing behind.
+Reading the text, clustering, fitting and measuring all advance step by step. Nothing is written, so
+a build that is dropped or killed leaves nothing behind.
 
 The recipe of a build at first use is ``IndexOptions(quick=True)``: a third of the positions
-(`options.py`) and half of the passes (`clustering.py`). docs/how-it-works.md has what it
-costs.
+(`options.py`), and a third of the passes (`clustering.py`). docs/how-it-works.md has what it costs.
 """
 
 import math
@@ -18,12 +17,10 @@ from ..head.matrix import Matrix
 from ..index.files import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
 from ..models.locate import HeadLocation
-from .calibration import text_states
+from .calibration import given_states, text_states
 from .clustering import PASSES, QUICK_PASSES
-from .given_positions import given_positions
 from .indexing import build_index
-from .options import MIN_POSITIONS, NO_CALIBRATION, IndexOptions
-from .positions import Positions
+from .options import GIVEN, MIN_POSITIONS, IndexOptions
 from .probes import Goals
 from .steps import Steps, Stopwatch, stepwise
 
@@ -54,9 +51,8 @@ def model_index(
     Raises:
         ValueError: At a step, if the text is too short or an option does not fit the model.
     """
-    positions = None
+    states = next_ids = None
     calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
-    limit = Stopwatch(options.calibration_seconds)
     if text is not None:
         states, next_ids = yield from text_states.steps(
             model,
@@ -71,17 +67,23 @@ def model_index(
                 f"{options.calibration} has only {len(states)} positions to calibrate on: give a "
                 "text of some pages."
             )
-        positions = Positions.of_one_kind("file", states, next_ids)
-    elif options.source != NO_CALIBRATION:
-        positions = yield from given_positions.steps(
-            model, tokenizer, location, options.positions, limit=limit, step_seconds=step_seconds
+    elif options.source == GIVEN:
+        limit = Stopwatch(options.calibration_seconds)
+        states, next_ids = yield from given_states.steps(
+            model,
+            tokenizer,
+            location,
+            options.positions,
+            limit=limit,
+            step_seconds=step_seconds,
         )
         if limit.cut_short:
             calibration["cut_short"] = True
     return (
         yield from build_index.steps(
             location.rows(),
-            positions,
+            states,
+            next_ids,
             cluster_size=options.cluster_size,
             n_probes=options.n_probes,
             goals=Goals(options.target_agreement, options.target_kl),

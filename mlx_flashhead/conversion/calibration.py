@@ -1,21 +1,24 @@
 """Hidden states at the head's input, of text that a model reads."""
 
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..models.compat.cache import make_prompt_cache
 from ..models.cpu_products import numpy_products
-from ..models.libraries import forward
+from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden
 from .steps import Step, Steps, Stopwatch, stepwise
+from .windows import CONTEXT, beginning_of_text, given_windows, windows_of
 
 WINDOW_TOKENS = 512  # of one given text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
+LEAST_TOKENS = 16  # of a step, however long it takes
 LEAST_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
 
 
@@ -57,18 +60,37 @@ def text_states(
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 
 
-def beginning_of_text(tokenizer) -> list[int]:
-    """The token with which the tokenizer begins each text, in a list; empty if there is none."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and bos in tokenizer.encode("") else []
+@stepwise
+def given_states(
+    model: nn.Module,
+    tokenizer,
+    location: HeadLocation,
+    positions: int,
+    *,
+    limit: Stopwatch | None = None,
+    step_seconds: float = math.inf,
+) -> Steps[tuple[np.ndarray, np.ndarray]]:
+    """Hidden states of given text of many kinds, and the true next tokens, as `text_states`.
 
-
-def windows_of(token_ids: Sequence[int], length: int) -> list[list[int]]:
-    """Windows of ``length`` states. The token after a window's last state begins the next one."""
-    return [
-        list(token_ids[start : start + length + 1])
-        for start in range(0, len(token_ids) - 1, length)
-    ]
+    Args:
+        positions: Greatest number of states; fewer if the text is shorter or the time limit comes.
+        limit: Time limit.
+        step_seconds: About the longest time of a step.
+    """
+    beginning = beginning_of_text(tokenizer)
+    windows = given_windows(tokenizer, positions)
+    read = yield from read_windows.steps(
+        model,
+        location,
+        [beginning + window for window in windows],
+        limit=limit,
+        stage="Reading given text",
+        step_seconds=step_seconds,
+    )
+    done = [(s, window) for s, window in zip(read, windows, strict=True) if len(s)]
+    states = [of_window[len(beginning) + CONTEXT :] for of_window, _ in done]
+    next_ids = [token for _, window in done for token in window[CONTEXT + 1 :]]
+    return np.concatenate(states), np.array(next_ids, dtype=np.int64)
 
 
 @stepwise
@@ -87,7 +109,8 @@ def read_windows(
         model: A dense or FlashHead model.
         windows: Token ids, at least two each.
         limit: Time limit, after which no further windows are read than the first ones.
-        step_seconds: About the longest time of a step, if one window takes no longer.
+        step_seconds: About the longest time of a step. Where a window takes longer, a step reads a
+            part of it, down to about 16 tokens. Models of mlx-vlm read whole windows.
 
     Returns:
         For each window of n tokens (n - 1, D) float32; (0, 0) for one that was not read.
@@ -96,23 +119,30 @@ def read_windows(
     states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [window[:-1] for window in windows]
     total, read = sum(map(len, inputs)), 0
-    together: float = READ_TOKENS if step_seconds == math.inf else 1
+    together: float = READ_TOKENS if step_seconds == math.inf else LEAST_TOKENS
     waiting = list(range(len(windows)))
     while waiting and (not read or limit.left > 0):
         batch = _next_together(waiting, inputs, together)
         length = len(inputs[batch[0]])
-        start = time.monotonic()
-        with limit, numpy_products(lazy=location.module), recorded_hidden(location) as recorded:
-            # shorter ones are padded at the end, where no state looks
-            forward(model, mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch]))
-            # only the states are evaluated, and the windows' logits are never computed
-            found = np.array(recorded[-1].astype(mx.float32))
-        per_second = length * len(batch) / max(time.monotonic() - start, 1e-6)
-        together = min(READ_TOKENS, max(1.0, step_seconds * per_second))
-        for i, of_window in zip(batch, found, strict=True):
+        # shorter ones are padded at the end, where no state looks
+        tokens = mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch])
+        n_parts = 1 if is_vlm(model) else math.ceil(tokens.size / together)
+        cache = make_prompt_cache(model) if n_parts > 1 else None
+        parts: list[np.ndarray] = []
+        size = math.ceil(length / n_parts)
+        for start in range(0, length, size):
+            part = slice(start, start + size)
+            began = monotonic()
+            with limit, numpy_products(location.module), recorded_hidden(location) as recorded:
+                forward(model, tokens[:, part], cache)
+                # only the states are evaluated, and the windows' logits are never computed
+                parts.append(np.array(recorded[-1].astype(mx.float32)))
+            per_second = tokens[:, part].size / max(monotonic() - began, 1e-6)
+            together = min(READ_TOKENS, max(LEAST_TOKENS, step_seconds * per_second))
+            read += sum(len(inputs[i][part]) for i in batch)
+            yield Step(stage, read, total, "token")
+        for i, of_window in zip(batch, np.concatenate(parts, axis=1), strict=True):
             states[i] = of_window[: len(inputs[i])]
-            read += len(inputs[i])
-        yield Step(stage, read, total, "token")
     limit.cut_short |= bool(waiting)
     return states
 

@@ -17,9 +17,9 @@ from ..head.matrix import as_float32
 from .steps import Result, Step, Steps, stepwise
 
 LIST_LENGTH = 24  # centroids in a row's shortlist
-BUCKETS = 256  # a shortlist holds at most one centroid of each bucket
+BUCKETS = 256  # at least, where there are so many; a shortlist holds one centroid of each at most
 BLOCK_ROWS, BLOCK_SCORES = 2048, 1 << 22  # rows and scores at once, which bounds memory
-PASSES, QUICK_PASSES = 6, 3  # dense passes over all rows
+PASSES, QUICK_PASSES = 6, 2  # dense passes over all rows
 PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
 
 # Near-duplicates are rows whose squared distance is at most this share of their squared distance
@@ -231,11 +231,14 @@ def _shortlists(
     """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered.
 
     The centroids are dealt into buckets, and the best of each bucket is a candidate. A selection
-    from the full width would take longer than the product.
+    from the full width would take longer than the product, and so would an argmax: the bests come
+    from rounds of pairs, and those of the shortlist are followed back through the rounds.
     """
     xp, n_clusters = library, len(centroids)
-    length, n_buckets = min(LIST_LENGTH, n_clusters), min(BUCKETS, n_clusters)
-    padding = -n_clusters % n_buckets
+    length = min(LIST_LENGTH, n_clusters)
+    n_rounds = max(n_clusters // BUCKETS, 1).bit_length() - 1
+    n_buckets = -(-n_clusters // 2**n_rounds)
+    padding = n_buckets * 2**n_rounds - n_clusters
     columns = (np.pad(centroids, ((0, padding), (0, 0))) if padding else centroids).T
     if xp is not np:  # for numpy it would be another copy
         columns = xp.array(columns)
@@ -244,16 +247,21 @@ def _shortlists(
     size = max(1, min(BLOCK_ROWS, BLOCK_SCORES // n_clusters))
     for start in range(0, len(rows), size):
         block = slice(start, start + size)
-        products = xp.array(points[rows[block]]) @ columns
+        best = xp.array(points[rows[block]]) @ columns
         if padding:
-            products[:, n_clusters:] = -np.inf
-        products = products.reshape(products.shape[0], -1, n_buckets)
-        best = xp.max(products, axis=1)
-        buckets = xp.argpartition(best, n_buckets - length, axis=1)[:, n_buckets - length :]
-        within = xp.argmax(xp.take_along_axis(products, buckets[:, None, :], axis=2), axis=1)
-        ids[block] = np.asarray(within * n_buckets + buckets)
-        scores[block] = np.asarray(xp.take_along_axis(best, buckets, axis=1))
-        yield len(products)
+            best[:, n_clusters:] = -np.inf
+        rounds = []
+        for _ in range(n_rounds):
+            rounds.append(best)
+            half = best.shape[1] // 2
+            best = xp.maximum(best[:, :half], best[:, half:])
+        found = xp.argpartition(best, n_buckets - length, axis=1)[:, n_buckets - length :]
+        best = xp.take_along_axis(best, found, axis=1)
+        for products in reversed(rounds):
+            lost = xp.take_along_axis(products, found, axis=1) != best
+            found = found + lost * (products.shape[1] // 2)
+        ids[block], scores[block] = np.asarray(found), np.asarray(best)
+        yield len(best)
     return ids, scores
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from .measures import AGREEMENT, GAP, MASS, TAIL, PositionMeasures
-from .probes import kind_weights
 
 MOST_WAITING = 32  # positions of one check
 NEAR = 1.4  # greatest ratio of the chosen number of probes to one that the risks are fitted on
@@ -53,13 +52,12 @@ class StepBytes:
 
 
 def lossless_settings(
-    found: PositionMeasures, kinds: np.ndarray, nbytes: StepBytes, n_probes: int | None = None
+    found: PositionMeasures, nbytes: StepBytes, n_probes: int | None = None
 ) -> dict:
     """The settings of the checked loop, JSON-ready.
 
     Args:
         found: Measures at several numbers of probes.
-        kinds: (N,) integers, the kind of text of each position.
         nbytes: What a step reads.
         n_probes: A fixed number of probes; None: that of the fewest expected bytes. Its share of
             differences is the mean of greedy decoding and of sampling at temperature 1, which is
@@ -74,9 +72,7 @@ def lossless_settings(
             min(1, scale · tail share)    that a sampled one differs; tail share: the estimated
                                           probability of the tokens that are not scored
     """
-    weights = kind_weights(kinds)
-    greedy = 1 - found.values[:, AGREEMENT] @ weights
-    sampled = 1 - found.values[:, MASS] @ weights
+    greedy, sampled = 1 - found.values[:, [AGREEMENT, MASS]].mean(axis=2, dtype=np.float64).T
     probes = np.array(found.probe_counts)
     if n_probes is None:
         shares = zip(found.probe_counts, (greedy + sampled) / 2, strict=True)

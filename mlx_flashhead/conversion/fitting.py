@@ -184,8 +184,8 @@ def _quantize(
             errors[i - start] = (left[i] - rounded[i]) / feed[i, i]
             later = slice(i + 1, group.stop)
             left[later] -= np.outer(feed[i, later], errors[i - start])
+            yield Step("Rounding", i + 1, hidden_size, "column")
         left[group.stop :] -= feed[group, group.stop :].T @ errors
-        yield Step("Rounding", group.stop, hidden_size, "column")
     matrix = Matrix(
         mx.array(_pack(codes.T)),
         scales=mx.array(scales.T),

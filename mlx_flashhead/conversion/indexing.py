@@ -1,5 +1,7 @@
 """From rows and hidden states to an index: clusters, centroids, probes and a measured report."""
 
+import numpy as np
+
 from ..head.matrix import Matrix, as_float32
 from ..index.files import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
@@ -9,19 +11,20 @@ from .differences import StepBytes, lossless_settings
 from .fitting import fit_centroids
 from .measures import Routing, measure_positions
 from .metric import logit_metric
-from .positions import Positions
 from .probes import Goals, choose_probes, probe_grid
 from .report import make_report
 from .steps import Steps, stepwise
 
 DEFAULT_GOALS = Goals()
+HELD_OUT_SHARE = 1 / 4  # of the positions
 UNCALIBRATED_SHARE = 1 / 6  # of the clusters; means need it for 99 % agreement on SmolLM2-135M
 
 
 @stepwise
 def build_index(
     rows: Matrix,
-    positions: Positions | None = None,
+    states: np.ndarray | None = None,
+    next_ids: np.ndarray | None = None,
     *,
     cluster_size: int = 16,
     n_probes: int | None = None,
@@ -35,9 +38,11 @@ def build_index(
 ) -> Steps[FlashHeadIndex]:
     """Builds the index of a head from its rows in token order, as the checkpoint stores them.
 
-    The held-out positions are not fitted on. They choose the probes and make the report.
+    The last quarter of the positions is held out: it chooses the probes and makes the report.
 
     Args:
+        states: (N, D) float32 hidden states to calibrate on; None: no calibration.
+        next_ids: (N,) the token after each of them.
         n_probes: Clusters scored per token, or None to choose.
         goals: Goals for the held-out positions.
         eos_token_ids: Tokens whose clusters are always scored.
@@ -48,14 +53,14 @@ def build_index(
     Raises:
         ValueError: If an argument is not valid.
     """
-    fitted_on = None
-    if positions is not None:
-        held_out, fitted_on = positions.parted()
-        if not len(fitted_on) or not len(held_out):
-            raise ValueError(
-                f"{len(positions)} calibration positions are too few, since some are held out: "
-                "give hundreds, or none."
-            )
+    n_positions = 0 if states is None else len(states)
+    n_fitted = n_positions - max(round(HELD_OUT_SHARE * n_positions), 1)
+    if states is not None and n_fitted < 1:
+        raise ValueError(
+            f"{n_positions} calibration positions are too few, since some are held out: "
+            "give hundreds, or none."
+        )
+    fitted_on = None if states is None else states[:n_fitted]
     weight = as_float32(rows.dequantized())
     head_bias = None if rows.bias is None else as_float32(rows.bias)
     token_ids = yield from cluster_rows.steps(
@@ -69,7 +74,7 @@ def build_index(
     centroids = yield from fit_centroids.steps(weight, token_ids, fitted_on, head_bias=head_bias)
     report: dict = {}
     lossless: dict = {}
-    if positions is None:
+    if states is None or next_ids is None:
         n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
     else:
         nbytes = StepBytes(
@@ -82,20 +87,19 @@ def build_index(
         given = () if n_probes is None else (n_probes,)
         matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
         found = yield from measure_positions.steps(
-            held_out.states,
+            states[n_fitted:],
             lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
             token_ids,
             Routing(lambda h: h @ matrix.T + bias, as_float32(centroids.tail_offset)),
             sorted({*probe_grid(n_clusters, max(largest, 1)), *given}),
-            held_out.next_ids,
+            next_ids[n_fitted:],
         )
-        lossless = lossless_settings(found, held_out.kinds, nbytes, n_probes)
+        lossless = lossless_settings(found, nbytes, n_probes)
         choice = {}
         if n_probes is None:
-            chosen = choose_probes(
-                found, held_out.kinds, goals, lambda n: nbytes.head(n) / nbytes.dense
+            n_probes, choice["choice"] = choose_probes(
+                found, goals, lambda n: nbytes.head(n) / nbytes.dense, n_clusters
             )
-            n_probes, choice = chosen.n_probes, {"choice": chosen.in_words(n_clusters)}
         report = make_report(found, n_probes, lossless["n_probes"], nbytes) | choice
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
@@ -106,8 +110,7 @@ def build_index(
         eos_token_ids=tuple(sorted(i for i in eos_token_ids if i < rows.n_rows)),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size,
-        calibration=(calibration or {})
-        | {"positions": 0 if positions is None else len(positions), "seed": seed},
+        calibration=(calibration or {}) | {"positions": n_positions, "seed": seed},
         report=report,
         lossless=lossless,
         recipe=recipe or {},

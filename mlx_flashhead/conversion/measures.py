@@ -20,7 +20,7 @@ import numpy as np
 from ..head.portable import MARGIN_SHARE
 from .steps import Step, Steps, stepwise
 
-CHUNK_STATES, CHUNK_LOGITS = 32, 1 << 21  # at once, which bounds memory and the time of a step
+CHUNK_STATES, CHUNK_LOGITS = 32, 1 << 22  # at once, which bounds memory and the time of a step
 LEAST_LOGIT = np.float32(-1e30)
 GREATEST_TAIL = 100.0  # of an estimate over the best logit: forced clusters have a huge score
 # Places of a position's measures.

@@ -95,7 +95,7 @@ def convert(
             nats. The held-out part must reach half of it, since other texts are harder.
         calibration: Text to calibrate on: "given" text of many kinds, "none", or a file.
         calibration_positions: Positions to calibrate on.
-        calibration_seconds: Seconds after which reading the text is cut short.
+        calibration_seconds: Seconds after which reading the given text is cut short.
         seed: Seed of the clustering.
         base_model: The model's repository, for a folder that does not name it: the card names it
             and has its licence and language.

@@ -30,14 +30,18 @@ def architecture(model: nn.Module) -> str:
     return type(model).__module__.rsplit(".", 1)[-1]
 
 
-def forward(model: nn.Module, tokens: mx.array) -> mx.array:
-    """The logits (B, L, V) of token ids (B, L), without a cache. The model stays as it was."""
+def forward(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+    """The logits (B, L, V) of token ids (B, L). The model stays as it was.
+
+    Args:
+        cache: What a model of mlx-lm has read before, which the tokens join.
+    """
     whole: Any = model
     if is_vlm(model):
         with _as_it_was(model):
             output = whole.language_model(tokens, **embeddings(model, tokens))
     else:
-        output = whole(tokens)
+        output = whole(tokens, cache=cache)
     logits = getattr(output, "logits", output)
     return logits[0] if isinstance(logits, tuple) else logits
 

@@ -55,7 +55,7 @@ def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
             sizes.append(step.done)
         assert 0 <= step.done <= step.total
     assert stages == STAGES
-    assert np.diff([0, *sizes]).max() <= 64  # a window of text
+    assert np.diff([0, *sizes]).max() <= 16
     assert mx.array_equal(mx.random.state[0], key)
     at_once = model_index(*loaded, OPTIONS, progress=False).config
     assert config.n_clusters == at_once.n_clusters
@@ -104,7 +104,7 @@ load(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("moment", [*STAGES[:2], STAGES[-1], "writing"])
+@pytest.mark.parametrize("moment", [STAGES[-1], "writing"])
 def test_a_killed_build_leaves_what_the_next_one_cleans(
     folder, flash_head_home, moment, monkeypatch
 ):

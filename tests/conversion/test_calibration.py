@@ -8,11 +8,13 @@ from tokenizers.processors import TemplateProcessing
 
 from mlx_flashhead.conversion import calibration
 from mlx_flashhead.conversion.calibration import (
+    given_states,
     read_text,
     read_windows,
     text_states,
-    windows_of,
 )
+from mlx_flashhead.conversion.steps import Stopwatch
+from mlx_flashhead.conversion.windows import CONTEXT, given_windows
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
@@ -94,29 +96,57 @@ def test_windows_read_together_do_not_mix(loaded, monkeypatch):
         np.testing.assert_allclose(states, hidden_of(model, window[:-1]), atol=2e-4)
 
 
-def test_short_steps_read_the_same(loaded):
-    """A window at a time where a step may take no time."""
-    model, tokenizer = loaded
-    location = find_head(model)
+@pytest.mark.parametrize(
+    ("milliseconds", "sizes"), [(10, [14, 14, 12, 15, 15, 15, 15]), (2, [14, 14, 12, 30, 30])]
+)
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_a_step_reads_what_its_time_allows(tokenizer, arch, milliseconds, sizes, monkeypatch):
+    """Windows of 40 and 60 tokens in steps of 0.1 s, the first of 16 tokens or fewer, as if a token
+    took so many milliseconds. Each part of a window sees what came before it."""
+    model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
+    location, now = find_head(model), 0.0
+
+    def slow_forward(model, tokens, cache, forward=calibration.forward):
+        nonlocal now
+        now += tokens.size * milliseconds / 1000
+        return forward(model, tokens, cache)
+
     token_ids = tokenizer.encode(TEXT)
-    windows = [token_ids[start : start + 20] for start in range(0, 100, 20)]
+    windows = [token_ids[:41], token_ids[41:102]]
     whole = read_windows(model, location, windows, progress=False)
-    steps = read_windows.steps(model, location, windows, step_seconds=0.0)
-    done = []
+    monkeypatch.setattr(calibration, "forward", slow_forward)
+    monkeypatch.setattr(calibration, "monotonic", lambda: now)
+    steps = read_windows.steps(model, location, windows, step_seconds=0.1)
+    done = [0]
     while True:
         try:
             done.append(next(steps).done)
         except StopIteration as end:
             found = end.value
             break
-    assert done == [19, 38, 57, 76, 95]
+    assert np.diff(done).tolist() == sizes
     for one, other in zip(found, whole, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
 
 
-def test_windows_begin_with_the_token_that_ended_the_one_before():
-    assert windows_of(list(range(8)), 3) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7]]
-    assert windows_of([1, 2, 3, 4], 3) == [[1, 2, 3, 4]]
+def test_given_states_are_those_of_their_windows(loaded):
+    """Without the first tokens of each window, and without those that came after the time limit."""
+    model, tokenizer = loaded
+    states, next_ids = given_states(model, tokenizer, find_head(model), 600, progress=False)
+    assert states.shape == (600, 64) and states.dtype == np.float32
+    windows = given_windows(tokenizer, 600)
+    expected = np.concatenate([hidden_of(model, window[:-1])[CONTEXT:] for window in windows])
+    np.testing.assert_allclose(states, expected, atol=2e-4)
+    assert next_ids.tolist() == [token for window in windows for token in window[CONTEXT + 1 :]]
+
+
+def test_the_text_is_cut_short_when_the_time_is_up(loaded, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(calibration, "READ_TOKENS", 700)
+    limit = Stopwatch(1e-9)
+    options = {"limit": limit, "progress": False}
+    states, next_ids = given_states(model, tokenizer, find_head(model), 4000, **options)
+    assert 0 < len(states) == len(next_ids) < 1000 and limit.cut_short
 
 
 @pytest.mark.parametrize("positions", [5, 10_000])

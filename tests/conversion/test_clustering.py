@@ -68,13 +68,6 @@ def test_same_seed_same_clusters():
     assert (first != other).any()
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_any_float_dtype(dtype):
-    rows = mx.array(normal_rows(100, 8)).astype(dtype)
-    expected = cluster(np.array(rows.astype(mx.float32)), 8)
-    np.testing.assert_array_equal(cluster(rows, 8), expected)
-
-
 @pytest.mark.parametrize("common", [0, 30])
 @pytest.mark.parametrize("metric", METRICS)
 def test_recovers_planted_clusters(metric, common):
@@ -206,31 +199,14 @@ def shortlists(points, centroids):
 
 
 def test_shortlists_hold_the_best_of_each_bucket():
-    points, centroids = normal_rows(300, 8), normal_rows(600, 8, seed=1)
+    points, centroids = normal_rows(300, 8), normal_rows(1102, 8, seed=1)
     ids, scores = shortlists(points, centroids)
     products = points @ centroids.T
     np.testing.assert_allclose(np.take_along_axis(products, ids, axis=1), scores, rtol=1e-5)
     for row, listed in zip(products, ids, strict=True):
-        bucket_best = {max(range(b, 600, 256), key=lambda c: row[c]) for b in range(256)}
+        bucket_best = {max(range(b, 1102, 276), key=lambda c: row[c]) for b in range(276)}
         expected = sorted(bucket_best, key=lambda c: -row[c])[:24]
         assert set(listed) == set(expected)
-
-
-def test_prices_spread_the_demand():
-    points, centroids = normal_rows(800, 6), normal_rows(50, 6, seed=1)
-    centroids[:5] *= 4  # nearly all points would have one of these
-    ids, scores = shortlists(points, centroids)
-    prices, capacity = np.zeros(50, np.float32), np.full(50, 16)
-
-    def wanted():
-        choice = np.take_along_axis(ids, (scores - prices[ids]).argmax(axis=1)[:, None], axis=1)
-        return np.bincount(choice[:, 0], minlength=50)
-
-    before = wanted()
-    result_of(clustering._update_prices(prices, ids, scores, capacity, 40))
-    assert before.max() > 100
-    assert wanted().max() < 40
-    assert prices[before.argmax()] > prices[before.argmin()]
 
 
 @pytest.mark.parametrize(

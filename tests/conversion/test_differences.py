@@ -22,7 +22,7 @@ def found_with(greedy, sampled, n_positions=1000, seed=0):
 
 
 def settings(greedy, sampled, nbytes=NBYTES, n_probes=None):
-    return lossless_settings(found_with(greedy, sampled), np.zeros(1000, int), nbytes, n_probes)
+    return lossless_settings(found_with(greedy, sampled), nbytes, n_probes)
 
 
 def test_a_check_costs_the_dense_rows_and_a_difference_the_steps_after_it():

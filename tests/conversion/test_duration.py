@@ -20,10 +20,6 @@ def test_it_grows_with_the_head_and_the_text(monkeypatch):
     assert expected(1000, calibration_positions=100) < expected(1000)
 
 
-def test_the_machine_has_a_speed():
-    assert duration._operations_per_second() > 1e8
-
-
 @pytest.mark.parametrize(
     "seconds, words", [(1, "a minute"), (60, "a minute"), (61, "2 minutes"), (400, "7 minutes")]
 )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.conversion import fitting
-from mlx_flashhead.conversion.fitting import _pack, fit_centroids, raw_means
+from mlx_flashhead.conversion.fitting import fit_centroids, raw_means
 from mlx_flashhead.conversion.steps import take_all
 from tiny_models import random_clusters
 
@@ -154,13 +154,6 @@ def test_group_that_fits_the_width(hidden_size, group_size, expected):
     values = matrix.scales if matrix.quantized else matrix.weight
     assert values.dtype == mx.float16
     assert fitted.fits(len(token_ids), hidden_size)
-
-
-def test_packing_is_that_of_mlx():
-    codes = np.random.default_rng(0).integers(16, size=(7, 128)).astype(np.uint32)
-    ones, zeros = mx.ones((7, 2)), mx.zeros((7, 2))
-    found = mx.dequantize(mx.array(_pack(codes)), ones, zeros, group_size=64, bits=4)
-    np.testing.assert_array_equal(np.array(found), codes)
 
 
 def test_errors_fed_forward_cost_less_where_the_states_are():

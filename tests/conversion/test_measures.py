@@ -8,7 +8,6 @@ import pytest
 
 from mlx_flashhead.conversion import measures
 from mlx_flashhead.conversion.measures import GAP, TAIL, Routing, measure_positions
-from mlx_flashhead.head.flash_head import FlashHead
 from tiny_models import fitted, random_clusters, random_rows
 
 # V, cluster_size; the last three do not divide
@@ -110,27 +109,6 @@ def test_measures_of_full_distributions(vocab_size, cluster_size, bias):
         assert got.perplexity == pytest.approx(perplexity(retrieved, case.next_ids), rel=1e-5)
 
 
-@pytest.mark.parametrize(("vocab_size", "cluster_size"), [(203, 8), (37, 16), (64, 8)])
-def test_measures_are_those_of_the_flash_head(vocab_size, cluster_size):
-    case = Case(vocab_size, cluster_size, bias=True)
-    head = FlashHead(
-        case.rows, case.token_ids, case.centroids, n_probes=1, backend="mlx", max_positions=1000
-    )
-    hidden = mx.array(case.states)
-    for n_probes in probe_counts(case.n_clusters):
-        head.n_probes = n_probes
-        logits = np.array(head(hidden), dtype=np.float64)
-        got, _ = case.measure(n_probes)
-        winners = case.logits.argmax(axis=1)
-        assert got.agreement == (logits.argmax(axis=1) == winners).mean()
-        assert got.agreement == (np.array(head.token(hidden)) == winners).mean()
-        assert got.kl == pytest.approx(kl(case.logits, logits), rel=1e-3, abs=1e-5)
-        assert got.perplexity == pytest.approx(perplexity(logits, case.next_ids), rel=1e-4)
-        ids, _ = head.candidates(hidden)
-        covered = (np.array(ids) == case.next_ids[:, None]).any(axis=1)
-        assert got.coverage == pytest.approx(covered.mean())
-
-
 def test_gap_and_tail_are_what_the_head_knows_of_its_unscored_clusters():
     case = Case()
     found = case.positions([3, case.n_clusters])
@@ -143,15 +121,6 @@ def test_gap_and_tail_are_what_the_head_knows_of_its_unscored_clusters():
     np.testing.assert_allclose(tail, rest - total, atol=1e-4)
     assert (found.values[1, GAP] == np.inf).all()  # no cluster is left
     assert (found.values[1, TAIL] < -25).all()
-
-
-def test_all_clusters_are_the_dense_head():
-    case = Case(37, 8)
-    got, dense = case.measure(case.n_clusters)
-    assert (got.agreement, got.coverage) == (1, 1)
-    assert got.covered_mass == pytest.approx(1)
-    assert got.kl == pytest.approx(0, abs=1e-7)
-    assert got.perplexity == pytest.approx(dense)
 
 
 def test_a_model_s_own_minus_infinity():

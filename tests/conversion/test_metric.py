@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.conversion.clustering import cluster_rows
-from mlx_flashhead.conversion.metric import FLOOR, checked_states, covariance, logit_metric
+from mlx_flashhead.conversion.metric import FLOOR, checked_states, logit_metric
 
 
 def make_states(n_states=3000, hidden_size=24, seed=0):
@@ -13,13 +13,6 @@ def make_states(n_states=3000, hidden_size=24, seed=0):
     mixing = rng.standard_normal((hidden_size, hidden_size))
     states = rng.standard_normal((n_states, hidden_size)) @ mixing + 3
     return states.astype(np.float32)
-
-
-def test_covariance_is_numpys():
-    states = make_states(5000)
-    mean, found = covariance(states)
-    np.testing.assert_allclose(mean, states.mean(axis=0), rtol=1e-4)
-    np.testing.assert_allclose(found, np.cov(states.T, bias=True), rtol=1e-3, atol=1e-3)
 
 
 def test_squared_distances_are_variances_of_differences_of_logits():

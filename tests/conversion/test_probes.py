@@ -1,4 +1,4 @@
-"""How many probes: the fewest that reach the goals with confidence, on all kinds alike."""
+"""How many probes: the fewest that reach the goals with confidence."""
 
 from itertools import pairwise
 
@@ -9,7 +9,6 @@ from mlx_flashhead.conversion.measures import AGREEMENT, KL, PositionMeasures
 from mlx_flashhead.conversion.probes import (
     Goals,
     choose_probes,
-    kind_weights,
     lower_bound,
     probe_grid,
 )
@@ -25,9 +24,8 @@ def found_with(agree=None, kl=None, n_positions=100, grid=GRID):
     return found
 
 
-def choose(found, goals, kinds=None, bytes_share=lambda n_probes: n_probes / 1000):
-    kinds = np.zeros(found.values.shape[-1], int) if kinds is None else kinds
-    return choose_probes(found, kinds, goals, bytes_share)
+def choose(found, goals):
+    return choose_probes(found, goals, lambda n_probes: n_probes / 1000, 3072)
 
 
 def flags(*shares, n_positions=1000):
@@ -38,74 +36,51 @@ def flags(*shares, n_positions=1000):
 def test_the_fewest_that_reach_the_agreement_with_confidence():
     # 1,000 positions: 90 % and 1.645 standard errors of 0.95 points are 91.6 %
     agree = flags(0.5, 0.91, 0.917, 1.0)
-    choice = choose(found_with(agree, n_positions=1000), Goals(0.9, 1.0))
-    assert (choice.n_probes, choice.missed, choice.unshown) == (32, (), ())
+    assert choose(found_with(agree, n_positions=1000), Goals(0.9, 1.0))[0] == 32
 
 
 def test_the_kl_of_unseen_text_is_taken_as_twice_as_much():
     kl = np.array([[0.2], [0.051], [0.049], [0.01]]) * np.ones((1, 1000))
-    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.1)).n_probes == 32
+    assert choose(found_with(kl=kl, n_positions=1000), Goals(0.5, 0.1))[0] == 32
 
 
 def test_both_goals_must_be_reached():
     kl = np.array([[0.01], [0.01], [0.5], [0.01]]) * np.ones((1, 1000))
     agree = flags(0.5, 0.5, 1.0, 1.0)
-    choice = choose(found_with(agree, kl, n_positions=1000), Goals(0.9, 0.1))
-    assert choice.n_probes == 64
-
-
-def test_kinds_weigh_the_same_and_those_of_few_positions_less():
-    """900 positions of a kind that needs few probes do not hide 500 of one that needs many."""
-    kinds = np.repeat([3, 7], [900, 500])
-    agree = np.ones((4, 1400))
-    agree[:2, kinds == 7] = 0.0  # 5/12 of the weight, 5/14 of the positions
-    assert choose(found_with(agree, n_positions=1400), Goals(0.6, 1.0), kinds).n_probes == 32
-    assert choose(found_with(agree, n_positions=1400), Goals(0.6, 1.0)).n_probes == 8
-
-    weights = kind_weights(np.repeat([0, 1, 2], [10, 10, 1]))
-    assert weights.sum() == pytest.approx(1)
-    by_kind = np.add.reduceat(weights, [0, 10, 20])
-    np.testing.assert_allclose(by_kind / by_kind[0], [1, 1, 1 / 7])
+    assert choose(found_with(agree, kl, n_positions=1000), Goals(0.9, 0.1))[0] == 64
 
 
 def test_no_more_than_may_be_read_unless_the_first_is_too_much_already():
     found = found_with(kl=1.0)
-    choice = choose(found, Goals(0.5, 0.1, bytes_share=0.04))
-    assert (choice.n_probes, choice.missed, choice.unshown) == (32, ("a KL of 0.05 nats",), ())
-    assert choose(found, Goals(0.5, 0.1, bytes_share=0.001)).n_probes == 8
-    assert choose(found, Goals(0.5, 0.1, bytes_share=1)).n_probes == 64
+    assert choose(found, Goals(0.5, 0.1, bytes_share=0.04))[0] == 32
+    assert choose(found, Goals(0.5, 0.1, bytes_share=0.001))[0] == 8
+    assert choose(found, Goals(0.5, 0.1, bytes_share=1))[0] == 64
 
 
 @pytest.mark.parametrize("n_positions", [1, 100, 1300])
 def test_few_positions_that_cannot_show_a_goal_must_all_agree(n_positions):
     agree = np.ones((4, n_positions))
-    assert choose(found_with(agree, n_positions=n_positions), Goals(0.998, 1.0)).n_probes == 8
+    assert choose(found_with(agree, n_positions=n_positions), Goals(0.998, 1.0))[0] == 8
     agree[:2, 0] = 0
-    assert choose(found_with(agree, n_positions=n_positions), Goals(0.998, 1.0)).n_probes == 32
+    assert choose(found_with(agree, n_positions=n_positions), Goals(0.998, 1.0))[0] == 32
 
 
 def test_the_words_are_what_the_rule_asks():
-    goals = Goals(0.5, 0.03)
-    assert goals.in_words() == ("50 % agreement", "a KL of 0.015 nats")
-    reached = choose(found_with(), goals)
-    assert reached.in_words(3072) == (
+    assert choose(found_with(), Goals(0.5, 0.03))[1] == (
         "8 of 3,072 clusters per token are the fewest that reach 50 % agreement and a KL of "
         "0.015 nats on held-out text."
     )
     # 99 of 100 are more than 98 %, but cannot show it
     limited = Goals(0.98, 0.03, bytes_share=0.02)
     few = choose(found_with(flags(0.99, 0.99, 0.99, 0.99, n_positions=100), kl=0.02), limited)
-    assert few.in_words(3072) == (
-        "16 of 3,072 clusters per token miss a KL of 0.015 nats and reach 98 % agreement on "
-        "held-out text, on too few positions to be sure. More would read over 2 % of the dense "
-        "head's bytes."
+    assert few[1] == (
+        "16 of 3,072 clusters per token are too few to be sure of 98 % agreement and a KL of 0.015 "
+        "nats on held-out text. More would read over 2 % of the dense head's bytes."
     )
 
 
 def test_bounds():
-    weights = np.full(400, 1 / 400)
-    agree = np.arange(400) < 360
-    bound = lower_bound(agree, weights)
+    bound = lower_bound(0.9, 400)
     # Wilson: the share whose own standard error reaches to what was seen
     assert bound + 1.645 * np.sqrt(bound * (1 - bound) / 400) == pytest.approx(0.9)
 

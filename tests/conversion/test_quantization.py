@@ -1,7 +1,5 @@
 """Bits of the body and of the head, as mlx-lm then loads them."""
 
-import json
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
@@ -96,16 +94,6 @@ def test_head_and_body_have_their_own_bits(tmp_path, load, folders, tied, body, 
     assert ("quantization" in loaded_config) == (body is not None or head_bits in (4, 8))
 
 
-def test_nothing_to_do_changes_nothing(load):
-    for head_bits in (None, 16):
-        model, _, config, head_path = load()
-        before = json.dumps(config)
-        same, config = set_bits(model, config, head_path, None, head_bits)
-        assert same is model
-        assert json.dumps(config) == before
-        assert linear_bits(model, None) == {16}
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("body_bits", [4, 8])
 def test_quantized_checkpoints(tmp_path, load, folders, tied, body_bits):
@@ -136,38 +124,25 @@ def test_quantized_checkpoints(tmp_path, load, folders, tied, body_bits):
         np.testing.assert_array_equal(np.array(model(PROMPT)), np.array(loaded(PROMPT)))
 
 
-@pytest.mark.parametrize(("mode", "head_bits"), [("mxfp4", None), ("nvfp4", 8), ("mxfp8", 16)])
-def test_other_modes_of_the_body(tmp_path, load, folders, mode, head_bits):
+@pytest.mark.parametrize(
+    ("body", "head_bits", "form", "linear"),
+    [
+        ({"mode": "mxfp4"}, None, ("mxfp4", 4), {4}),
+        ({"mode": "nvfp4"}, 8, ("affine", 8), {4}),
+        ({"mode": "mxfp8"}, 16, ("affine", 0), {8}),
+        ({"predicate": "mixed_4_6"}, None, ("affine", 6), {4, 6}),
+        ({"predicate": "mixed_4_6"}, 16, ("affine", 0), {4, 6}),
+        ({"bits": 8, "predicate": lambda path, module: "mlp" in path}, 4, ("affine", 4), {8, 16}),
+    ],
+)
+def test_other_recipes_of_the_body(tmp_path, load, folders, body, head_bits, form, linear):
     model, tokenizer, config, head_path = load()
-    model, config = set_bits(model, config, head_path, recipe(mode=mode), head_bits)
+    model, config = set_bits(model, config, head_path, recipe(**body), head_bits)
     loaded, _, _ = round_trip(tmp_path, folders[False], model, tokenizer, config)
     rows = find_head(loaded).rows()
-    if head_bits is None:
-        assert rows.mode == mode
-    else:
-        assert (rows.mode, rows.bits) == ("affine", 8 if head_bits == 8 else 0)
-    assert loaded.model.layers[0].mlp.up_proj.mode == mode
+    assert (rows.mode, rows.bits) == form
+    assert linear_bits(loaded, head_path) == linear
     np.testing.assert_array_equal(np.array(model(PROMPT)), np.array(loaded(PROMPT)))
-
-
-@pytest.mark.parametrize("head_bits", [None, 4, 16])
-def test_mixed_recipes(tmp_path, load, folders, head_bits):
-    model, tokenizer, config, head_path = load()
-    model, config = set_bits(model, config, head_path, recipe(predicate="mixed_4_6"), head_bits)
-    loaded, _, _ = round_trip(tmp_path, folders[False], model, tokenizer, config)
-    assert bits_of(find_head(loaded).module) == (head_bits or 6)
-    assert linear_bits(loaded, head_path) == {4, 6}
-    np.testing.assert_array_equal(np.array(model(PROMPT)), np.array(loaded(PROMPT)))
-
-
-def test_a_predicate_of_the_caller(load):
-    model, _, config, head_path = load()
-    only_mlp = recipe(bits=8, predicate=lambda path, module: "mlp" in path)
-    model, _ = set_bits(model, config, head_path, only_mlp, 4)
-    layer = model.model.layers[0]
-    assert bits_of(layer.mlp.up_proj) == 8
-    assert bits_of(layer.self_attn.q_proj) == 16
-    assert bits_of(find_head(model).module) == 4
 
 
 @pytest.mark.parametrize(

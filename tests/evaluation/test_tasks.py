@@ -83,21 +83,6 @@ def perplexity_per_byte(totals):
     return math.exp(-sum(totals) / sum(len(document["text"]) for document in DOCUMENTS))
 
 
-def test_choices_are_scored_by_the_dense_head(flash, dense, task_folder):
-    model, tokenizer = dense
-    right = 0
-    for document in DOCUMENTS:
-        start = len(tokenizer.encode(document["question"]))
-        scores = [
-            log_probability(model, tokenizer.encode(document["question"] + choice), start)
-            for choice in document["choices"]
-        ]
-        right += scores.index(max(scores)) == document["answer"]
-    found = measured(flash, task_folder, CHOICE)
-    assert set(found) == {(CHOICE, DENSE, "acc")}
-    assert found[CHOICE, DENSE, "acc"].value == pytest.approx(right / len(DOCUMENTS))
-
-
 def test_log_likelihoods_are_the_dense_model_s(flash, dense):
     from lm_eval.api.instance import Instance
 
@@ -154,17 +139,6 @@ def test_perplexity_both_ways(flash, dense, task_folder, batch_size):
         bits = found[PERPLEXITY, head, "bits_per_byte"].value
         assert bits == pytest.approx(math.log2(expected), rel=1e-3)
     assert len(found) == 4
-
-
-def test_with_all_clusters_both_perplexities_agree(flash, task_folder):
-    head = get_flash_head(flash[0])
-    before, head.n_probes = head.n_probes, head.n_clusters
-    try:
-        found = measured(flash, task_folder, PERPLEXITY)
-    finally:
-        head.n_probes = before
-    values = [found[PERPLEXITY, by, "byte_perplexity"].value for by in (DENSE, FLASH_HEAD)]
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_shots_and_limit(flash, task_folder):

@@ -1,7 +1,5 @@
 """The evaluation of a model with a FlashHead, against its own logits."""
 
-import json
-
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -63,17 +61,9 @@ def perplexity(logits, next_ids):
     return np.exp(-log_p[np.arange(len(next_ids)), next_ids].mean())
 
 
-def test_all_clusters_are_the_dense_head(model, tokenizer):
-    found = run(model, tokenizer, probe_counts=[33])
-    assert found["n_clusters"] == 33
-    (row,) = found["rows"]
-    assert (row["agreement"], row["coverage"]) == (1, 1)
-    assert row["covered_mass"] == pytest.approx(1)
-    assert row["kl"] == pytest.approx(0, abs=1e-9)
-    assert row["perplexity"] == pytest.approx(found["dense_perplexity"])
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"tied": False}, {"bits": 8}, {"arch": "qwen3"}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"tied": False}, {"bits": 8}, {"arch": "qwen3", "hidden_size": 48}]
+)
 def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
     """The head is at the end of these architectures, so that the model's logits are its own."""
     model = installed_model(**kwargs)
@@ -127,21 +117,6 @@ def test_bytes_by_hand(bits):
     for n_probes in (1, 10, 33):
         expected = (33 * centroid + n_probes * 8 * row) / (VOCAB_SIZE * row)
         assert bytes_share(head, n_probes) == pytest.approx(expected)
-
-
-def test_unquantized_centroids(tokenizer):
-    model = installed_model("qwen3", hidden_size=48)
-    head = get_flash_head(model)
-    assert not head.clustered.centroids.matrix.quantized
-    found = run(model, tokenizer, probe_counts=[5])
-    assert 0 < rows_by(found)[5]["agreement"] < 1
-    expected = (33 * (2 * 48 + 4) + 5 * 8 * 192) / (VOCAB_SIZE * 192)
-    assert rows_by(found)[5]["bytes_share"] == pytest.approx(expected)
-
-
-def test_figures_are_json(model, tokenizer):
-    found = run(model, tokenizer, probe_counts=[3, 33])
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 @pytest.mark.parametrize("n_probes", [0, -1, 34])

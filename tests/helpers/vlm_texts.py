@@ -5,8 +5,8 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_vlm.generate.ar import BatchGenerator
+from mlx_vlm.utils import StoppingCriteria
 
-from mlx_flashhead.models.compat.vlm.text import StoppingCriteria
 from mlx_flashhead.models.libraries import embeddings
 
 

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 
 import mlx.core as mx
-import mlx_lm
 import numpy as np
 import pytest
 
@@ -22,7 +21,6 @@ from mlx_flashhead.index.files import (
 )
 from mlx_flashhead.index.settings import REQUIRED
 from mlx_flashhead.models.dense import load_dense
-from mlx_flashhead.models.install import get_flash_head
 from model_folders import write_model
 from tiny_models import tiny_index
 
@@ -65,17 +63,12 @@ def same(actual, expected) -> bool:
     )
 
 
-def test_round_trip(original):
-    folder, index = original
-    assert same(read_index(folder), index)
-
-
-@pytest.mark.parametrize("hidden_size", [40, 96])
-def test_round_trip_of_other_widths(hidden_size, tmp_path):
+@pytest.mark.parametrize("hidden_size", [40, 64, 96])
+def test_round_trip(hidden_size, tmp_path):
     """40 is not divisible by any quantization group: the centroids are floats."""
     folder = write_model(tmp_path / "model", hidden_size=hidden_size)
     index = tiny_index(load_dense(folder)[0], cluster_size=60)
-    assert index.centroids.matrix.quantized == (hidden_size == 96)
+    assert index.centroids.matrix.quantized == (hidden_size != 40)
     write_index(folder, index)
     assert same(read_index(folder), index)
 
@@ -115,26 +108,14 @@ def test_configuration_keeps_its_other_keys(original):
     assert len(entry["fingerprint"]) == 64
 
 
-def test_plain_mlx_lm_loads_the_dense_model(original):
-    folder, _ = original
-    model, _ = mlx_lm.load(str(folder))
-    weights = mx.load(str(folder / "model.safetensors"))
-    assert mx.array_equal(model.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
-    assert get_flash_head(model) is None
-
-
 def refused(folder, *expected):
     """Reading raises one sentence with each of the patterns, and how to go on."""
     refusals.refused(lambda: read_index(folder), *expected)
 
 
 def test_folder_without_flash_head(tmp_path):
-    folder = write_model(tmp_path / "model")
-    refused(folder, str(folder), "holds no FlashHead", CONVERT)
-
-
-def test_folder_without_configuration(tmp_path):
-    refused(tmp_path, str(tmp_path), "holds no FlashHead", CONVERT)
+    for folder in (write_model(tmp_path / "model"), tmp_path):
+        refused(folder, str(folder), "holds no FlashHead", CONVERT)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe\x00", b"null"])
@@ -150,30 +131,25 @@ def test_missing_file(folder):
     refused(folder, f"{FILE_NAME} is missing", "fetch the file", CONVERT)
 
 
-@pytest.mark.parametrize("kept", [0, 5, 8, 100, 0.5, 0.99])
-def test_truncated_file(folder, kept):
-    path = folder / FILE_NAME
-    content = path.read_bytes()
-    path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    refused(folder, f"{FILE_NAME} cannot be read", "damaged or incomplete", CONVERT)
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
         lambda content: content[:-1] + bytes([content[-1] ^ 0x10]),
+        lambda content: b"",
+        lambda content: content[:100],
+        lambda content: content[: len(content) // 2],
+        lambda content: content.replace(b"checksum", b"no_check"),
         lambda content: bytes(1000),
         lambda content: np.random.default_rng(0).bytes(5000),
         lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
         lambda content: b"\x02\x00\x00\x00\x00\x00\x00\x00[]",
         lambda content: b"\x02\x00\x00\x00\x00\x00\x00\x00{}",
     ],
-    ids=["a changed bit", "zeros", "random", "pointer", "list", "empty"],
 )
-def test_garbage_file(folder, spoil):
+def test_damaged_file(folder, spoil):
     path = folder / FILE_NAME
     path.write_bytes(spoil(path.read_bytes()))
-    refused(folder, FILE_NAME, CONVERT)
+    refused(folder, f"{FILE_NAME} cannot be read because it is damaged", CONVERT)
 
 
 def test_folder_in_place_of_the_file(folder):
@@ -202,6 +178,16 @@ def change_entry(folder, **values):
         *(
             (lambda entry, key=key: {k: v for k, v in entry.items() if k != key}, f"lacks {key}")
             for key in sorted(REQUIRED)
+        ),
+        (lambda entry: entry | {"eos_token_ids": list(range(258))}, "258 tokens .* more than 64"),
+        (lambda entry: entry | {"report": "good"}, "objects as calibration, report, lossless, rec"),
+        *(
+            (lambda entry, values=values: entry | {"lossless": values}, "no valid settings of the")
+            for values in (
+                {"n_probes": 34},
+                {"n_probes": 3, "risk": {"greedy": [0], "sampled": 1}},
+                {"n_probes": 3, "risk": {"greedy": [0, "1"], "sampled": 1}},
+            )
         ),
     ],
 )
@@ -267,60 +253,22 @@ def save(folder, arrays, metadata):
         mx.save_safetensors(file, arrays, metadata=metadata)
 
 
-def test_an_index_without_a_checksum(folder):
-    arrays, metadata = load(folder)
-    del metadata["checksum"]
-    with (folder / FILE_NAME).open("wb") as file:
-        mx.save_safetensors(file, arrays, metadata=metadata)
-    refused(folder, f"{FILE_NAME} cannot be read because it is damaged", CONVERT)
-
-
-@pytest.mark.parametrize("name", [name for name in ARRAYS if "weight" not in name][1:])
-def test_arrays_with_nan(folder, name):
-    arrays, metadata = load(folder)
-    flat = arrays[name].reshape(-1)
-    flat[3] = mx.nan
-    arrays[name] = flat.reshape(arrays[name].shape)
-    save(folder, arrays, metadata)
-    refused(folder, FILE_NAME, "does not hold the arrays .* no NaN", CONVERT)
-
-
+@pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize(
-    "values, said",
+    "spoil",
     [
-        ({"eos_token_ids": list(range(258))}, "names 258 tokens that end a text, more than 64"),
-        ({"report": "good"}, "must hold objects as calibration, report, lossless, recipe"),
-        ({"lossless": {"n_probes": 34}}, "no valid settings of the check"),
-        ({"lossless": {"n_probes": 3, "risk": {"greedy": [0], "sampled": 1}}}, "no valid settings"),
-        ({"lossless": {"n_probes": 3, "risk": {"greedy": [0, "1"], "sampled": 1}}}, "no valid"),
+        lambda array: None,
+        lambda array: array[:-1],
+        lambda array: array.reshape(1, -1),
+        lambda array: array.reshape(-1)[0],
+        lambda array: array * mx.array(mx.nan, mx.float16),  # also another dtype
     ],
 )
-def test_settings_that_nothing_has_written(folder, values, said):
-    change_entry(folder, **values)
-    refused(folder, said, CONVERT)
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-@pytest.mark.parametrize("spoil", ["missing", "shorter", "flat", "scalar"])
 def test_array_that_is_not_as_described(folder, name, spoil):
     arrays, metadata = load(folder)
-    array = arrays.pop(name)
-    assert set(arrays) | {name} == set(ARRAYS)
-    if spoil != "missing":
-        spoilt = {
-            "shorter": array[:-1],
-            "flat": array.reshape(1, -1),
-            "scalar": array.reshape(-1)[0],
-        }
-        arrays[name] = spoilt[spoil]
-    mx.eval(arrays)
-    save(folder, arrays, metadata)
-    refused(folder, FILE_NAME, "does not hold the arrays", CONVERT)
-
-
-def test_token_ids_of_another_type(folder):
-    arrays, metadata = load(folder)
-    arrays["token_ids"] = arrays["token_ids"].astype(mx.bfloat16)
+    assert set(arrays) == set(ARRAYS)
+    arrays[name] = spoil(arrays[name])
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     mx.eval(arrays)
     save(folder, arrays, metadata)
     refused(folder, FILE_NAME, "does not hold the arrays", CONVERT)
