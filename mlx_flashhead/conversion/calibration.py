@@ -19,6 +19,7 @@ from .windows import CONTEXT, beginning_of_text, given_windows, windows_of
 WINDOW_TOKENS = 512  # of one given text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
 LEAST_TOKENS = 16  # of a step, however long it takes
+WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so many tokens
 LEAST_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
 
 
@@ -137,8 +138,9 @@ def read_windows(
                 forward(model, tokens[:, part], cache)
                 # only the states are evaluated, and the windows' logits are never computed
                 parts.append(np.array(recorded[-1].astype(mx.float32)))
-            per_second = tokens[:, part].size / max(monotonic() - began, 1e-6)
-            together = min(READ_TOKENS, max(LEAST_TOKENS, step_seconds * per_second))
+            ratio = step_seconds / max(monotonic() - began, 1e-6)
+            fitting = (tokens[:, part].size + WEIGHTS_TOKENS) * ratio - WEIGHTS_TOKENS
+            together = min(READ_TOKENS, max(LEAST_TOKENS, fitting))
             read += sum(len(inputs[i][part]) for i in batch)
             yield Step(stage, read, total, "token")
         for i, of_window in zip(batch, np.concatenate(parts, axis=1), strict=True):

@@ -97,7 +97,7 @@ def test_windows_read_together_do_not_mix(loaded, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "sizes"), [(10, [14, 14, 12, 15, 15, 15, 15]), (2, [14, 14, 12, 30, 30])]
+    ("milliseconds", "sizes"), [(2.0, [14, 14, 12, 15, 15, 15, 15]), (1.25, [14, 14, 12, 30, 30])]
 )
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
 def test_a_step_reads_what_its_time_allows(tokenizer, arch, milliseconds, sizes, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_step_reads_what_its_time_allows(tokenizer, arch, milliseconds, sizes,
 
     def slow_forward(model, tokens, cache, forward=calibration.forward):
         nonlocal now
-        now += tokens.size * milliseconds / 1000
+        now += (tokens.size + calibration.WEIGHTS_TOKENS) * milliseconds / 1000
         return forward(model, tokens, cache)
 
     token_ids = tokenizer.encode(TEXT)
