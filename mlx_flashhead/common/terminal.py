@@ -1,7 +1,6 @@
 """Input and output of a chat: a terminal, or pipes."""
 
 import os
-import shutil
 import signal
 import sys
 import termios
@@ -116,7 +115,10 @@ class Terminal:
 
 def _columns() -> int:
     """Width of the terminal; very wide if it is unknown."""
-    return shutil.get_terminal_size((sys.maxsize, 0)).columns
+    try:  # of this terminal, whatever $COLUMNS says
+        return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def forward(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) 
         with _as_it_was(model):
             output = whole.language_model(tokens, **embeddings(model, tokens))
     else:
-        output = whole(tokens, cache=cache)
+        output = whole(tokens) if cache is None else whole(tokens, cache=cache)
     logits = getattr(output, "logits", output)
     return logits[0] if isinstance(logits, tuple) else logits
 
