@@ -149,7 +149,7 @@ def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
     calls.clear()
     assert write(model, **drafting) == dense
     assert calls.count("full_logits") == calls.count("draft_logits")  # none of the target's
-    assert calls.count("token_rows") <= 3  # the shapes alone, as the drafter is bound
+    assert calls.count("token_rows") <= 4  # the shapes alone, as the drafter is met and bound
     assert calls.count("draft_logits") >= len(drafter.draft_lens)
     head.draft_probes = head.n_clusters
     assert write(model, **drafting) == dense and drafter.accept_lens == accepted
