@@ -149,6 +149,9 @@ def install_stored(
 ) -> FlashHead:
     """Puts a stored FlashHead on a dense model, with the settings for this machine.
 
+    Args:
+        options: The user's choices. Without ``tunes`` the settings are the index's own.
+
     Raises:
         ValueError: If it does not fit, or an option is not valid. The model stays unchanged.
     """
@@ -174,5 +177,6 @@ def install_stored(
         location=location,
     )
     head.draft_probes = options.n_probes or config.draft_probes
-    tune_head(model, index, options)
+    for _ in tune_head(model, index, options):
+        pass
     return head

@@ -6,7 +6,7 @@ answers dense until it is there.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Event, Lock, Thread
@@ -24,7 +24,7 @@ from ..publishing.origin import Origin
 from .attach import install_stored
 from .build import build_steps, finish
 from .look_up import HeadOptions, StoredHead
-from .tuned import here
+from .tuned import here, tune_head
 
 
 class BackgroundBuild:
@@ -54,7 +54,7 @@ class BackgroundBuild:
         self._model, self._options = model, options
         location = find_head(model)
         check_plain_product(location)
-        self._steps = build_steps(
+        self._steps: Generator[Any, None, StoredHead | None] = build_steps(
             model,
             tokenizer,
             location,
@@ -68,6 +68,8 @@ class BackgroundBuild:
 
     def advance(self) -> bool:
         """Takes a step, of about a tenth of a second. Returns whether there are more.
+
+        A step after `install` measures some tokens.
 
         Raises:
             ValueError: If the model can have no FlashHead after all.
@@ -83,16 +85,16 @@ class BackgroundBuild:
         """Ends the build. Nothing is left of it."""
         self._steps.close()
 
-    def install(self, *, tunes: bool = True) -> bool:
-        """Puts the FlashHead on the model, between two tokens. Returns whether there is one.
+    def install(self) -> bool:
+        """Puts the FlashHead on the model, between two tokens. Returns whether that was done.
 
-        Args:
-            tunes: Measure the settings on this machine, if that is still to be done.
+        The settings for this machine are measured by the steps that follow.
         """
         if self._stored is None or get_flash_head(self._model) is not None:
             return False
-        options = replace(self._options, tunes=tunes and self._options.tunes)
-        install_stored(self._model, self._stored, options)
+        install_stored(self._model, self._stored, replace(self._options, tunes=False))
+        self._steps = tune_head(self._model, self._stored.index, self._options)
+        self._stored = None
         return True
 
     def finish(self) -> None:
@@ -100,9 +102,14 @@ class BackgroundBuild:
         began = time.perf_counter()
         self._stored = finish(self._steps, self._options)
         seconds = time.perf_counter() - began
-        if self._stored is None or not self.install():
+        if self._stored is None:
             return
-        tuning = here(self._stored.index, self._model)
+        index = self._stored.index
+        if not self.install():
+            return
+        while self.advance():
+            pass
+        tuning = here(index, self._model)
         took = f"build took {seconds:.0f} s"
         if tuning is None:
             self._options.say(f"FlashHead is ready for next time. Its {took}.")
@@ -170,8 +177,9 @@ class IdleBuild:
             while not self._closed.is_set():
                 self._idle.wait()
                 with self._using_model:
-                    if not self._closed.is_set() and not self._build.advance():
-                        self._build.install()
+                    if self._closed.is_set() or not (
+                        self._build.advance() or self._build.install()
+                    ):
                         break
         except (ValueError, OSError, RuntimeError) as error:
             print(f"Without FlashHead: {error}", file=sys.stderr)

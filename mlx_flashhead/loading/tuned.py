@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Generator
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +23,10 @@ from .look_up import HeadOptions
 TUNING_VARIABLE = "MLX_FLASHHEAD_TUNING"
 
 
-def tune_head(model: nn.Module, index: FlashHeadIndex, options: HeadOptions) -> None:
-    """Gives the FlashHead of ``model`` the settings that were measured on this machine.
+def tune_head(
+    model: nn.Module, index: FlashHeadIndex, options: HeadOptions
+) -> Generator[None, None, None]:
+    """Gives the FlashHead of ``model`` the settings that were measured on this machine, in steps.
 
     They are measured at the first use of this machine, version of MLX and dtype, in about three
     seconds; once more if the machine was busy then. A number of probes that the user has chosen
@@ -38,7 +41,7 @@ def tune_head(model: nn.Module, index: FlashHeadIndex, options: HeadOptions) -> 
     known = read(place)
     tuning = known.get(key)
     if tuning is None or tuning.again:
-        measured = tune(model, index.config.lossless.get("by_probes", ()))
+        measured = yield from tune(model, index.config.lossless.get("by_probes", ()))
         again = measured.again and tuning is None  # one repetition, and no more
         tuning = replace(measured, again=again)
         _write(place, known | {key: tuning})

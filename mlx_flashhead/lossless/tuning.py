@@ -8,7 +8,7 @@ dense decoding, in turns. A FlashHead that does not win at least 3 % leaves the 
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -37,7 +37,7 @@ TURNS = 3
 MOST_TOKENS = 16  # of one turn
 ROWS = (4, 8, 16, 32)  # texts at once, for which proposals may be slower than the dense product
 BUSY = 0.15  # spread of the turns above which the machine did something else too
-PROMPT = 12  # tokens of the prompt
+PROMPT = 2  # tokens of the prompt, which takes as long as two more
 TOKENS = 5  # whose times make a median
 
 
@@ -81,11 +81,12 @@ class Tuning:
 
 def tune(
     model: nn.Module, differences: Sequence[dict[str, float]] = (), *, seconds: float = SECONDS
-) -> Tuning:
+) -> Generator[None, None, Tuning]:
     """Measures the settings on this machine, in about ``seconds``, and gives them to the head.
 
-    Where a step takes more than a twentieth of that, only the index's number of probes is timed, in
-    about the time of fifteen tokens, and the gain is the expected one.
+    It is a generator: between two measurements, of some tokens each, the model is free for other
+    work. Where a step takes more than a twentieth of that time, only the index's number of probes
+    is timed, in about the time of fifteen tokens, and the gain is the expected one.
 
     Args:
         model: A model with a FlashHead.
@@ -101,30 +102,34 @@ def tune(
     began = time.perf_counter()
     steps = _Steps(model)
     dense = steps.seconds(dense=True)
+    yield
     slow = dense > seconds / 20
     shares = {int(d["n_probes"]): d["greedy_differs"] for d in differences}
-    expected, checks = {}, {}
+    expected = {}
     depths = (NO_DEPTH,) if slow or head.backend == PORTABLE else (NO_DEPTH, DEPTH)
     waiting = WAITING[:2] if slow else WAITING
+    checks = {k: steps.check_seconds(k) for k in waiting}  # the dense rows, for any probes
+    yield
     for n_probes in [usual] if slow else _grid(head, usual, shares):
-        checks[n_probes] = {k: steps.check_seconds(n_probes, k) for k in waiting}
         for depth in depths:
             head.depth = depth
             step, share = steps.seconds(n_probes=n_probes), _share(shares, n_probes)
+            yield
             for k in waiting:
-                seconds_of_token, risk = expected_seconds(step, checks[n_probes], share, k)
+                seconds_of_token, risk = expected_seconds(step, checks, share, k)
                 expected[n_probes, depth, k, risk] = seconds_of_token
     settings = min(expected, key=lambda settings: expected[settings])
     Tuning(*settings, 1.0, dense, 0.0, dense=False).apply(head)
-    n_probes, _, k, _ = settings
+    k = settings[2]
+    yield
     end = max(began + seconds, time.perf_counter() + seconds / 3)  # a third at least
-    positions = steps.checked_positions(checks[n_probes][k] / k, end)
-    if slow:
-        gains = [dense / expected[settings]]
-    else:
-        left = seconds - (time.perf_counter() - began)
-        n_tokens = int(min(MOST_TOKENS, max(6, left / (2 * TURNS * dense))))
-        gains = [steps.turn(n_tokens) for _ in range(TURNS)]
+    positions = steps.checked_positions(checks[k] / k, end)
+    gains = [dense / expected[settings]] if slow else []
+    left = seconds - (time.perf_counter() - began)
+    n_tokens = int(min(MOST_TOKENS, max(6, left / (2 * TURNS * dense))))
+    while len(gains) < (1 if slow else TURNS):
+        yield
+        gains.append(steps.turn(n_tokens))
     gain, spread = median(gains), (max(gains) - min(gains)) / 2
     again = slow or spread > BUSY
     tuning = Tuning(*settings, gain, dense, spread, gain < LEAST_GAIN, again, positions)
@@ -198,11 +203,10 @@ class _Steps:
         proposer = Proposer(self._model, check=False, dense=dense, settings=settings)
         return median(self._times(proposer, TOKENS)[1:])
 
-    def check_seconds(self, n_probes: int, k: int) -> float:
+    def check_seconds(self, k: int) -> float:
         """The time of a check of ``k`` states, the better of two."""
         head, hidden = self._head, self._hidden(k)
-        with head.settings(n_probes=n_probes):
-            proposal = head.propose(hidden, None)
+        proposal = head.propose(hidden, None)
         mx.eval(proposal)
         rounding = rounding_of(head, self._dtype)
         parts = proposal.probes, proposal.logits, proposal.tokens

@@ -28,7 +28,12 @@ def measure(monkeypatch):
 
     def set_results(*results):
         left = list(results)
-        monkeypatch.setattr(tuned, "tune", lambda model, differences: left.pop(0))
+
+        def tune(model, differences):
+            yield
+            return left.pop(0)
+
+        monkeypatch.setattr(tuned, "tune", tune)
         return left
 
     return set_results
@@ -43,6 +48,16 @@ def loaded(**options):
     object.__setattr__(choices, "say", said.append)
     install_stored(model, StoredHead(index, "here"), choices)
     return get_flash_head(model), said
+
+
+def measured(*arguments, **options):
+    """What a tuning finds, when all its steps are taken."""
+    steps = tune(*arguments, **options)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def test_it_is_measured_once(measure, flash_head_home):
@@ -96,7 +111,7 @@ def test_a_measurement_chooses_and_changes_no_text():
     flash = make_flash()
     before = flash.tokens()
     shares = [{"n_probes": n, "greedy_differs": s} for n, s in ((1, 0.5), (3, 0.2), (13, 0.0))]
-    found = tune(flash.model, shares, seconds=1.0)
+    found = measured(flash.model, shares, seconds=1.0)
     assert found.n_probes in (1, 3, 13) and found.most_waiting in tuning_module.WAITING
     assert flash.head.most_risk == found.most_risk != MOST_RISK
     assert found.gain > 0 and found.dense == (found.gain < tuning_module.LEAST_GAIN)
@@ -133,11 +148,21 @@ def test_texts_at_once_are_a_question_of_speed_alone():
         assert flash.batch(OTHERS)[0] == before
 
 
+def test_the_model_is_free_between_two_measurements():
+    flash = make_flash()
+    before = flash.tokens()
+    n_steps = 0
+    for _ in tune(flash.model, [{"n_probes": 3, "greedy_differs": 0.2}], seconds=0.5):
+        n_steps += 1
+        assert flash.tokens() == before
+    assert n_steps >= 6
+
+
 def test_slow_steps_are_measured_by_their_parts(monkeypatch):
     flash = make_flash()
     before = flash.tokens()
     monkeypatch.setattr(tuning_module._Steps, "turn", None)
-    found = tune(flash.model, seconds=0.0)
+    found = measured(flash.model, seconds=0.0)
     assert found.n_probes == flash.head.checked_probes and found.again
     assert found.dense == (found.gain < tuning_module.LEAST_GAIN) == flash.head.stays_dense
     assert flash.tokens() == before
@@ -172,7 +197,7 @@ def test_the_random_state_is_left_alone():
     flash = make_flash()
     mx.random.seed(5)
     before = mx.random.state[0].tolist()
-    tune(flash.model, seconds=0.5)
+    measured(flash.model, seconds=0.5)
     assert mx.random.state[0].tolist() == before
 
 

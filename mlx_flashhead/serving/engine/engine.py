@@ -139,15 +139,16 @@ class Engine:
         if not self._builds:
             return
         self._build_seconds = min(self._build_seconds + seconds / 4, MOST_BUILD_SECONDS)
-        if self._busy and self._build_seconds <= 0:
-            return
-        began = time.perf_counter()
         served = self._builds[0]
+        if self._busy and (self._build_seconds <= 0 or served.head is not None):
+            return  # a speed that is measured beside answers says little
+        began = time.perf_counter()
         build = served.build
         assert build is not None
         try:
             more = build.advance()
-            if not more and build.install(tunes=not self._busy):
+            if not more and build.install():
+                more = True
                 served.head = get_flash_head(served.model)
                 for decoder in self._decoders:
                     if decoder.jobs[0].served is served:
