@@ -16,15 +16,19 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from .terminal import PROMPT, is_open
-
 
 def line_editor(
-    commands: Sequence[str], with_files: Sequence[str], history: Path
+    prompt: str,
+    is_open: Callable[[str], bool],
+    commands: Sequence[str],
+    with_files: Sequence[str],
+    history: Path,
 ) -> Callable[[], str]:
     """A function that lets a user type a text and returns it.
 
     Args:
+        prompt: What stands before the text.
+        is_open: Whether the next line belongs to a text too.
         commands: Completions for the beginning of a line.
         with_files: Commands that a file's name follows.
         history: File of earlier texts. If it cannot be written, nothing is kept.
@@ -68,7 +72,7 @@ def line_editor(
                     asyncio.get_running_loop().add_signal_handler(number, leave, number)
 
         try:
-            return session.prompt(PROMPT, pre_run=heed_signals)
+            return session.prompt(prompt, pre_run=heed_signals)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

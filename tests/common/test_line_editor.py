@@ -12,6 +12,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from mlx_flashhead.common.line_editor import _Commands, line_editor
+from mlx_flashhead.common.terminal import is_open
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_the_history_is_kept_for_its_user_alone_where_it_can_be(tmp_path):
         (file, "one\nquestion of two lines"),
     ):
         with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):
-            read = line_editor([], [], place)
+            read = line_editor("> ", is_open, [], [], place)
             typed.send_text(answer.replace("\n", "\x1b\r") + "\r")
             assert read() == answer
     assert list(FileHistory(file).load_history_strings()) == [answer, "a question"]
@@ -78,7 +79,7 @@ def test_a_signal_ends_the_editor_first(tmp_path, monkeypatch, moment):
     before = signal.signal(signal.SIGTERM, end)
     try:
         with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):
-            read = line_editor([], [], tmp_path / "history")
+            read = line_editor("> ", is_open, [], [], tmp_path / "history")
             with pytest.raises(SystemExit) as caught:
                 read()
         assert caught.value.code == 128 + signal.SIGTERM
