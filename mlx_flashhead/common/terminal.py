@@ -72,12 +72,13 @@ class Terminal:
         if self.interactive:
             try:
                 from_extra("prompt_toolkit", "chat", "Pasting several lines, and a history,")
-                from .line_editor import line_editor
-
-                self._read_line = line_editor(PROMPT, is_open, commands, with_files, history)
             except ValueError as error:
                 self.say(str(error))
                 self._read_line = partial(input, PROMPT)
+            else:
+                from .line_editor import line_editor
+
+                self._read_line = line_editor(PROMPT, is_open, commands, with_files, history)
         elif isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
 

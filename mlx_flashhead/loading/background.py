@@ -107,6 +107,8 @@ class BackgroundBuild:
         index = self._stored.index
         if not self.install():
             return
+        if self.advance():
+            self._options.say("Measuring its speed on this machine, once …")
         while self.advance():
             pass
         tuning = here(index, self._model)

@@ -7,9 +7,10 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead import get_flash_head, stream_generate
-from mlx_flashhead.loading import cache
+from mlx_flashhead.loading import cache, tuned
 from mlx_flashhead.loading.background import IdleBuild, background_build
 from mlx_flashhead.loading.look_up import HeadOptions
+from mlx_flashhead.lossless.tuning import Tuning
 from mlx_flashhead.publishing.origin import Origin
 from model_folders import write_model
 
@@ -46,6 +47,23 @@ def test_text_before_between_and_after_is_the_dense_models(loaded):
     assert tokens(model, tokenizer) == dense
     assert len(cache.entries()) == 1
     assert build_of(model, tokenizer) is None
+
+
+@pytest.mark.parametrize("tunes", [True, False])
+def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
+    def tune(*_):
+        yield
+        return Tuning(2, 1e30, 8, 0.07, 1.5, 0.01, 0.0, dense=False)
+
+    monkeypatch.setattr(tuned, "tune", tune)
+    monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
+    options, said = HeadOptions(progress=False, tunes=tunes), []
+    object.__setattr__(options, "say", said.append)
+    background_build(*loaded, Origin("model"), options).finish()
+    building, *measuring, ready = said
+    assert "Building the FlashHead" in building and "FlashHead is ready" in ready
+    assert [sentence[:9] for sentence in measuring] == ["Measuring"] * tunes
+    assert ("1.50 times as fast" in ready) == tunes
 
 
 @pytest.mark.parametrize("n_steps", [0, 1, 5, 20])

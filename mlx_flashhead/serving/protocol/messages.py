@@ -91,7 +91,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
             if isinstance(arguments, str):
                 arguments = loads((arguments or "{}").encode())
         except ValueError as error:
-            said = f"{where}[{i}].function.arguments must be JSON, but {error}."
-            raise Problem(said, where) from None
+            reason = f"{where}[{i}].function.arguments must be JSON, but {error}."
+            raise Problem(reason, where) from None
         read.append({**call, "function": {**function, "arguments": arguments}})
     return read
