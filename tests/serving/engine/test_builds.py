@@ -1,0 +1,37 @@
+"""A FlashHead that the generating thread builds beside its answers."""
+
+from functools import partial
+
+import mlx_lm
+import pytest
+
+from engines import SHORT, generated, submit, tokens_of
+from mlx_flashhead.conversion.options import IndexOptions
+from mlx_flashhead.loading import build
+from mlx_flashhead.loading.background import background_build
+from mlx_flashhead.loading.look_up import HeadOptions
+from mlx_flashhead.publishing.origin import Origin
+from mlx_flashhead.serving.catalogue import ServedModel
+from mlx_flashhead.serving.engine.engine import Engine
+from served_models import flags
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_answers_before_at_and_after_the_swap_are_the_dense_models(
+    random_model, flash_head_home, monkeypatch, together
+):
+    monkeypatch.setattr(build, "IndexOptions", partial(IndexOptions, calibration_positions=100))
+    model, tokenizer = mlx_lm.load(str(random_model / "dense"))
+    expected = generated((model, tokenizer), SHORT, 30)
+    options = HeadOptions(progress=False)
+    served = ServedModel(("tiny",), model, tokenizer, None, 512)
+    served.build = background_build(model, tokenizer, Origin("tiny"), options)
+    engine = Engine(lambda: [served], flags())
+    seen = {engine.models.result(60)[0].head_in_use}
+    while served.build is not None:
+        jobs = [submit(engine, SHORT, 30) for _ in range(together)]
+        assert [tokens_of(job) for job in jobs] == [expected] * together
+        seen.add(served.head_in_use)
+    assert "dense: FlashHead is being built" in seen and served.head_in_use == "FlashHead"
+    assert tokens_of(submit(engine, SHORT, 30)) == expected
+    assert engine.close(20)
