@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..head.matrix import Matrix
 from ..index.files import FlashHeadIndex
@@ -35,6 +36,7 @@ def model_index(
     options: IndexOptions,
     *,
     text: str | None = None,
+    drafted: Steps[np.ndarray] | None = None,
     recipe: dict[str, Any] | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[FlashHeadIndex]:
@@ -45,6 +47,7 @@ def model_index(
     Args:
         model: A dense model of mlx-lm or mlx-vlm.
         text: Text of the file to calibrate on, if the options name one.
+        drafted: Steps that give a drafter's states, instead of text.
         recipe: The recipe to store.
         step_seconds: Time that a step of the model may take, if a window of text takes no longer.
 
@@ -53,7 +56,10 @@ def model_index(
     """
     states = next_ids = None
     calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
-    if text is not None:
+    if drafted is not None:
+        states = yield from drafted
+        calibration["source"] = "drafts"
+    elif text is not None:
         states, next_ids = yield from text_states.steps(
             model,
             tokenizer,

@@ -42,7 +42,7 @@ def build_index(
 
     Args:
         states: (N, D) float32 hidden states to calibrate on; None: no calibration.
-        next_ids: (N,) the token after each of them.
+        next_ids: (N,) the token after each of them; None: the report lacks what they say.
         n_probes: Clusters scored per token, or None to choose.
         goals: Goals for the held-out positions.
         eos_token_ids: Tokens whose clusters are always scored.
@@ -74,7 +74,7 @@ def build_index(
     centroids = yield from fit_centroids.steps(weight, token_ids, fitted_on, head_bias=head_bias)
     report: dict = {}
     lossless: dict = {}
-    if states is None or next_ids is None:
+    if states is None:
         n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
     else:
         nbytes = StepBytes(
@@ -92,7 +92,7 @@ def build_index(
             token_ids,
             Routing(lambda h: h @ matrix.T + bias, as_float32(centroids.tail_offset)),
             sorted({*probe_grid(n_clusters, max(largest, 1)), *given}),
-            next_ids[n_fitted:],
+            None if next_ids is None else next_ids[n_fitted:],
         )
         lossless = lossless_settings(found, nbytes, n_probes)
         choice = {}

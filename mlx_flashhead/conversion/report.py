@@ -22,7 +22,7 @@ def make_report(
         measured.n_probes: {
             "n_probes": measured.n_probes,
             "agreement": measured.agreement,
-            "coverage": measured.coverage,
+            "coverage": _finite(measured.coverage),
             "kl": _finite(measured.kl),
             "perplexity_ratio": _finite(measured.perplexity / dense_perplexity),
             "bytes_per_token": round(nbytes.head(measured.n_probes)),

@@ -26,6 +26,7 @@ from ..models.compat.generate import BatchGenerator
 from ..models.cpu_products import numpy_products
 from ..models.install import installed_head
 from ..models.locate import find_head
+from ..models.tokenizers import prompt_of
 from .text import add_probes, bytes_share, check_probe_counts
 
 HELP = "compare whole answers"
@@ -140,14 +141,6 @@ def make_table(figures: dict) -> Table:
             style="bold" if row["n_probes"] == figures["n_probes"] else None,
         )
     return table
-
-
-def prompt_of(tokenizer, text: str) -> list[int]:
-    """A request as a chat, or as a text where the model has no turns."""
-    if not tokenizer.has_chat_template:
-        return list(tokenizer.encode(text))
-    messages = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
 def _greedy_answers(

@@ -3,27 +3,31 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import mlx.nn as nn
 
+from ..conversion.drafted_states import ANSWER_TOKENS, drafted_states, given_requests
+from ..conversion.options import IndexOptions
+from ..conversion.steps import Stopwatch
 from ..head.flash_head import FlashHead
 from ..head.proposal import Risk
 from ..index.fit import check_fit
-from ..models.compat.vlm.drafts import when_drafted
+from ..models.compat.vlm.drafts import drafted_answer, when_drafted
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install
 from ..models.libraries import architecture, is_vlm
 from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
-from ..models.tokenizers import name_of
+from ..models.tokenizers import name_of, prompt_of, text_side
 from ..publishing.origin import Origin
 from . import cache
 from .build import build_steps, finish
 from .look_up import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, named_head
 from .tuned import tune_head
 
-# the tokenizer and the choices for models of mlx-vlm, whose drafters may have heads of their own
-_chosen: WeakKeyDictionary[FlashHead, tuple[Any, HeadOptions]] = WeakKeyDictionary()
+# models of mlx-vlm, whose drafters may have heads of their own, their tokenizers and the choices
+_Target = tuple[ref[nn.Module], Any, HeadOptions]
+_targets: WeakKeyDictionary[FlashHead, _Target] = WeakKeyDictionary()
 
 
 def attach(
@@ -110,30 +114,50 @@ def attach_head(
     del rows  # the installation moves them
     head = install_stored(model, stored, options, location)
     if is_vlm(model):
-        _chosen[head] = tokenizer, options
+        _targets[head] = ref(model), tokenizer, options
         when_drafted(_attach_to_drafter)
     return head
 
 
-def _attach_to_drafter(target: nn.Module, drafter: nn.Module) -> None:
+def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None:
     """Gives a drafter with a head of its own a FlashHead, kept or built, where its target has one.
 
-    It is built from the rows alone, since the drafter runs on the target's states.
+    It is built from states of the drafter as it drafts answers of the target.
     """
     head = get_flash_head(target)
-    if head is None or head not in _chosen:
+    # of a drafter that drafts for the build the target is not known
+    known = None if head is None else _targets.pop(head, None)
+    if head is None or known is None:
         return
-    location = drafter_head(drafter, target)
-    if location is None or get_flash_head(location.module) is not None:
-        return
-    tokenizer, options = _chosen[head]
-    options = replace(options, n_probes=None, drafts=True)
+    try:
+        location = drafter_head(drafter, target)
+        if location is not None and get_flash_head(location.module) is None:
+            _build_of_drafter(known, drafter, kind, location)
+    finally:
+        _targets[head] = known
+
+
+def _build_of_drafter(
+    known: _Target, drafter: nn.Module, kind: str, location: HeadLocation
+) -> None:
+    model_of, tokenizer, options = known
+    model, options = model_of(), replace(options, n_probes=None, drafts=True)
+    assert model is not None  # its head is in use
     try:
         check_plain_product(location)
         stored = cache.find(location.rows(), options.say)
         if stored is None and options.missing == BUILD:
+            text = text_side(model, tokenizer)
+            answers = (
+                drafted_answer(model, drafter, kind, prompt_of(text, request), ANSWER_TOKENS)
+                for request in given_requests()
+            )
+            limit = Stopwatch(IndexOptions.calibration_seconds)
+            drafted = drafted_states.steps(location, answers, text.eos_token_ids, limit=limit)
             origin = Origin(architecture(drafter))
-            steps = build_steps(drafter, tokenizer, location, origin=origin, options=options)
+            steps = build_steps(
+                drafter, tokenizer, location, origin=origin, options=options, drafted=drafted
+            )
             stored = finish(steps, options)
         if stored is not None:
             install_stored(drafter, stored, options, location).only_drafts = True

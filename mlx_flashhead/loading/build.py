@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.nn as nn
+import numpy as np
 
 from ..conversion.build import index_nbytes, model_index
 from ..conversion.duration import expected_seconds, in_words
@@ -34,6 +35,7 @@ def build_steps(
     waits: bool = True,
     anew: bool = False,
     step_seconds: float = math.inf,
+    drafted: Steps[np.ndarray] | None = None,
 ) -> Steps[StoredHead | None]:
     """Builds a FlashHead in steps. A build that is dropped between them leaves nothing behind.
 
@@ -46,6 +48,7 @@ def build_steps(
         waits: Wait for another process that builds it; else nothing is built then.
         anew: Build it although there is one, which is replaced at the end, and take more time.
         step_seconds: Time that a step of the model may take.
+        drafted: Steps that give a drafter's states, instead of text.
 
     Returns:
         The FlashHead, None if another process builds it.
@@ -87,6 +90,7 @@ def build_steps(
             text_side(model, tokenizer),
             location,
             of_index,
+            drafted=drafted,
             recipe=recipe,
             step_seconds=step_seconds,
         )

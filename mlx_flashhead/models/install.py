@@ -129,7 +129,7 @@ def _is_installed(layer: Any) -> bool:
     return isinstance(layer, _FlashModule)
 
 
-def _leave_to_drafter(model: nn.Module, _: nn.Module) -> None:
+def _leave_to_drafter(model: nn.Module, _drafter: nn.Module, _kind: str) -> None:
     """The model checks a drafter's tokens from now on, and needs the logits of all rows for it."""
     head = get_flash_head(model)
     if head is not None:

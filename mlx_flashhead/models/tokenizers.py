@@ -20,6 +20,14 @@ def name_of(processor: Any) -> str:
     return next((str(name) for one in held if (name := getattr(one, "name_or_path", ""))), "")
 
 
+def prompt_of(tokenizer: Any, text: str) -> list[int]:
+    """A request as a chat, or as a text where the model has no turns."""
+    if not tokenizer.has_chat_template:
+        return list(tokenizer.encode(text))
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
 class ProcessorText:
     """A processor's tokenizer, whose chat template is the model's own, without pictures.
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, stream_generate
 from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.given_text import dialogues, given_documents
-from mlx_flashhead.evaluation.answers import prompt_of, usual_requests
+from mlx_flashhead.evaluation.answers import usual_requests
 from mlx_flashhead.evaluation.text import bytes_share
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
 from mlx_flashhead.head.matrix import as_float32
@@ -34,6 +34,7 @@ from mlx_flashhead.lossless.drafts import LATEST
 from mlx_flashhead.models.cpu_products import numpy_products, to_mlx
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.fetch import resolve
+from mlx_flashhead.models.tokenizers import prompt_of
 
 DENSE = "dense, 100.0 %"
 SETTINGS = {

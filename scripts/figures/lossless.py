@@ -25,9 +25,10 @@ from tqdm import tqdm
 from mlx_flashhead import get_flash_head, grammar_processor, load, make_sampler, stream_generate
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.timing import in_turns
-from mlx_flashhead.evaluation.answers import prompt_of, usual_requests
+from mlx_flashhead.evaluation.answers import usual_requests
 from mlx_flashhead.lossless.check import Check
 from mlx_flashhead.models.compat.sample_utils import make_logits_processors
+from mlx_flashhead.models.tokenizers import prompt_of
 
 SETTINGS = {
     "greedy": {},

@@ -22,9 +22,11 @@ from mlx_vlm.speculative.drafters.qwen3_5_mtp.qwen3_5_mtp import Qwen3_5MTPDraft
 from mlx_vlm.speculative.drafters.qwen3_dflash.config import DFlashConfig
 from mlx_vlm.speculative.drafters.qwen3_dflash.dflash import DFlashDraftModel
 
+from mlx_flashhead.conversion import drafted_states
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.index.files import write_companion
+from mlx_flashhead.index.files import has_flash_head, read_index, write_companion
+from mlx_flashhead.loading import cache
 from mlx_flashhead.loading.attach import attach
 from mlx_flashhead.models.install import detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
@@ -163,16 +165,23 @@ def attached(tmp_path):
         model = tiny_vlm("gemma4", tied=True)
         dense = write(model)
         write_companion(tmp_path, tiny_index(model))
-        processor = SimpleNamespace(encode=None, eos_token_id=299)
+        processor = SimpleNamespace(encode=lambda text: [*text.encode()[:8]], eos_token_id=299)
         attach(model, processor, tmp_path, n_probes=3, backend="mlx", **options)
         return model, dense
 
     return attach_to
 
 
+def kept_sources() -> list[str]:
+    """What the kept FlashHeads are calibrated on."""
+    folders = filter(has_flash_head, cache.home().rglob("*/"))
+    return [read_index(folder).config.calibration["source"] for folder in folders]
+
+
 @pytest.mark.parametrize("make, kind, untied", OWN)
-def test_a_head_of_the_drafters_own(calls, attached, capfd, make, kind, untied):
-    """It gets a FlashHead too, which is built from its rows and kept."""
+def test_a_head_of_the_drafters_own(calls, attached, capfd, monkeypatch, make, kind, untied):
+    """It gets a FlashHead too, which is built from its states as it drafts, and kept."""
+    monkeypatch.setattr(drafted_states, "POSITIONS", 100)
     model, dense = attached()
     drafters = [make(model) for _ in range(2)]
     for drafter in drafters:
@@ -184,6 +193,7 @@ def test_a_head_of_the_drafters_own(calls, attached, capfd, make, kind, untied):
         calls.clear()
         assert write(model, **drafting) == dense
         assert ("Building the FlashHead of" in capfd.readouterr().err) == built
+        assert kept_sources() == ["drafts"]
         assert calls.count("full_logits") == calls.count("draft_logits") > 0
         layer = drafter.lm_head if untied else drafter.model.embed_tokens
         head = get_flash_head(layer)

@@ -4,11 +4,12 @@ Most of them share the target's head. The text is the target's choices, which al
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from types import FrameType
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..imports import put_in_place, when_imported
@@ -43,18 +44,29 @@ def own_head(drafter: Any, target: Any) -> Any:
     return head if isinstance(layer, nn.Module) and not shared else None
 
 
+def drafted_answer(
+    target: Any, drafter: Any, kind: str, prompt: list[int], n_tokens: int
+) -> Iterator[int]:
+    """The target's likeliest tokens after a prompt, in mlx-vlm's loop with the drafter."""
+    from mlx_vlm.generate.ar import generate_step
+
+    options = {"max_tokens": n_tokens, "draft_model": drafter, "draft_kind": kind}
+    for token, _ in generate_step(mx.array([prompt]), target, None, None, **options):
+        yield int(token)
+
+
 @cache  # once per process
-def when_drafted(then: Callable[[Any, Any], None]) -> None:
-    """Calls ``then`` with each model that is given a drafter, and it, before a prompt is read."""
+def when_drafted(then: Callable[[Any, Any, str], None]) -> None:
+    """Calls ``then`` with each model that is given a drafter, it and its kind, before a prompt."""
 
     def put(module: Any) -> None:
         # each loop for one text asks this with its drafter, and so does the server once
         original = module.validate_drafter_compatibility
 
         @wraps(original)
-        def validate(target: Any, drafter: Any, *arguments: Any, **options: Any) -> None:
-            original(target, drafter, *arguments, **options)
-            then(target, drafter)
+        def validate(target_model: Any, draft_model: Any, draft_kind: Any) -> None:
+            original(target_model, draft_model, draft_kind)
+            then(target_model, draft_model, draft_kind)
 
         put_in_place("mlx_vlm", module, "validate_drafter_compatibility", validate)
 
@@ -64,7 +76,7 @@ def when_drafted(then: Callable[[Any, Any], None]) -> None:
         @wraps(original)
         def made(self: Any, model: Any, *arguments: Any, **options: Any) -> None:
             if options.get("draft_model") is not None:
-                then(model, options["draft_model"])
+                then(model, options["draft_model"], options["draft_kind"])
             original(self, model, *arguments, **options)
 
         module.BatchGenerator.__init__ = made

@@ -1,0 +1,58 @@
+"""Hidden states at a drafter's own head, recorded while it drafts answers to given requests.
+
+Such a drafter runs on its target's states, so it cannot read text by itself.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from ..head.matrix import as_float32
+from ..models.locate import HeadLocation, recorded_hidden
+from .given_text import SPEAKERS, dialogues
+from .steps import Step, Steps, Stopwatch, stepwise
+
+ANSWER_TOKENS = 96
+POSITIONS = 2_000  # docs/drafts.md has what fewer and more of them keep
+
+
+def given_requests() -> list[str]:
+    """What the users of the given dialogues say, the first words of all dialogues first."""
+    asked = [
+        (turn, place, message["content"])
+        for place, messages in enumerate(dialogues())
+        for turn, message in enumerate(messages)
+        if message["role"] == SPEAKERS["User"]
+    ]
+    return [text for _, _, text in sorted(asked)]
+
+
+@stepwise
+def drafted_states(
+    location: HeadLocation,
+    answers: Iterable[Iterator[int]],
+    eos_token_ids: Iterable[int],
+    *,
+    limit: Stopwatch,
+) -> Steps[np.ndarray]:
+    """Hidden states (N, D) float32 at a drafter's head, up to 2,000, or until the time limit.
+
+    Args:
+        location: The drafter's head.
+        answers: Tokens of answers that are written with the drafter.
+        eos_token_ids: Tokens that end an answer.
+        limit: Time limit.
+    """
+    states = np.empty((0, location.rows().hidden_size), np.float32)
+    ends = frozenset(eos_token_ids)
+    for answer in answers:
+        with limit, recorded_hidden(location) as recorded:
+            next((token for token in answer if token in ends), None)
+            drafted = [hidden.reshape(-1, hidden.shape[-1]) for hidden in recorded]
+            if drafted:
+                states = np.concatenate([states, as_float32(mx.concatenate(drafted))])
+        yield Step("Recording drafts", min(len(states), POSITIONS), POSITIONS, "position")
+        if len(states) >= POSITIONS or limit.left <= 0:
+            break
+    return states[:POSITIONS]
