@@ -46,8 +46,8 @@ def make_parser():
     group.add_argument(
         "--draft-probes",
         type=whole_number(1),
-        help="Clusters scored for each drafted token (default: about the fewest that keep "
-        "99 %% of the accepted ones).",
+        help="Clusters scored for each drafted token (default: as many as read a "
+        "tenth of its head's bytes).",
     )
     group.add_argument(
         "--dense", action="store_true", help="Score every token: the dense model, for comparison."

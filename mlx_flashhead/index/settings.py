@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 FORMAT_VERSION = 1
-DRAFT_DIFFERENCES = 0.01  # keeps about 99 % of the accepted drafts: docs/drafts.md
-DRAFT_SHARE = 1 / 32  # of the clusters: with the centroids a tenth of the head's bytes
+DRAFT_SHARE = 0.095  # of the head's bytes, beside a text's latest tokens: docs/drafts.md
+LEAST_DRAFT = 1 / 32  # of the clusters, where the centroids alone are nearly as much
 REQUIRED = {"vocab_size", "n_clusters", "cluster_size", "n_probes", "fingerprint"}
 AGAIN = "make it again with mlx_flashhead.convert"
 MOST_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position
@@ -59,19 +59,8 @@ class FlashHeadConfig:
 
     @property
     def draft_probes(self) -> int:
-        """Clusters for a draft: the fewest that keep 99 % of the dense head's best tokens.
-
-        At most one of 32. Without figures ``n_probes``.
-        """
-        by_probes = self.lossless.get("by_probes", ())
-        if not by_probes:
-            return self.n_probes
-        enough = [
-            int(figures["n_probes"])
-            for figures in by_probes
-            if figures["greedy_differs"] <= DRAFT_DIFFERENCES
-        ]
-        return min(*enough, max(1, int(self.n_clusters * DRAFT_SHARE)), self.n_probes)
+        """Clusters for a draft: with the centroids they are a tenth of the head's bytes."""
+        return max(1, int(self.n_clusters * max(DRAFT_SHARE - 1 / self.cluster_size, LEAST_DRAFT)))
 
     def to_dict(self) -> dict[str, Any]:
         """The form for JSON."""

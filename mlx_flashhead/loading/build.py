@@ -21,6 +21,7 @@ from ..publishing.recipe import make_recipe
 from . import cache
 from .look_up import HeadOptions, StoredHead
 
+DRAFT_CLUSTER_SIZE = 32  # within a tenth of the head's bytes more tokens than with 16
 INDEX_ONLY = "--index-only"
 ANEW_SECONDS = 600.0  # for the text of a build that is asked for: on a busy machine, too
 
@@ -65,7 +66,8 @@ def build_steps(
         if kept is not None:
             return kept
         source = NO_CALIBRATION if options.drafts else GIVEN
-        of_index = IndexOptions(quick=True, calibration=source)
+        size = DRAFT_CLUSTER_SIZE if options.drafts else IndexOptions.cluster_size
+        of_index = IndexOptions(quick=True, calibration=source, cluster_size=size)
         if anew:
             of_index = replace(of_index, calibration_seconds=ANEW_SECONDS)
         of_index.check_size(rows.n_rows)

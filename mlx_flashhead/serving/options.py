@@ -107,8 +107,8 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--draft-probes",
         type=whole_number(1),
-        help="Clusters scored for each drafted token (default: about the fewest that keep "
-        "99 %% of the accepted ones).",
+        help="Clusters scored for each drafted token (default: as many as read a "
+        "tenth of its head's bytes).",
     )
     add = _adder(group)
     add("--num-draft-tokens", whole_number(1, 64), 3, "Tokens drafted at once")

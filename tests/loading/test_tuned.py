@@ -1,7 +1,7 @@
 """The settings of the loop, measured once on a machine."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import mlx.core as mx
 import numpy as np
@@ -199,14 +199,3 @@ def test_the_random_state_is_left_alone():
     before = mx.random.state[0].tolist()
     measured(flash.model, seconds=0.5)
     assert mx.random.state[0].tolist() == before
-
-
-@pytest.mark.parametrize(
-    "shares, expected", [({1: 0.03, 2: 0.01, 3: 0.0}, 2), ({1: 0.3, 4: 0.0}, 3), ({}, 4)]
-)
-def test_a_draft_keeps_nearly_all_of_the_best_tokens(shares, expected):
-    """With a tenth of the bytes at most: one cluster of 32."""
-    index = tiny_index(tiny_model(), n_probes=4)
-    by_probes = [{"n_probes": n, "greedy_differs": share} for n, share in shares.items()]
-    config = replace(index.config, n_clusters=96, lossless={"by_probes": by_probes})
-    assert config.draft_probes == expected
