@@ -23,7 +23,7 @@ from ..publishing.origin import Origin
 from . import cache
 from .build import build_steps, finish
 from .look_up import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, named_head
-from .tuned import tune_head
+from .tuned import MEASURING, tune_head
 
 # models of mlx-vlm, whose drafters may have heads of their own, their tokenizers and the choices
 _Target = tuple[ref[nn.Module], Any, HeadOptions]
@@ -201,6 +201,7 @@ def install_stored(
         location=location,
     )
     head.draft_probes = options.n_probes or config.draft_probes
-    for _ in tune_head(model, index, options):
-        pass
+    for step, _ in enumerate(tune_head(model, index, options)):
+        if step == 0:  # there is more to come
+            options.say(MEASURING)
     return head

@@ -24,7 +24,7 @@ from ..publishing.origin import Origin
 from .attach import install_stored
 from .build import build_steps, finish
 from .look_up import HeadOptions, StoredHead
-from .tuned import here, tune_head
+from .tuned import MEASURING, here, tune_head
 
 
 class BackgroundBuild:
@@ -108,7 +108,7 @@ class BackgroundBuild:
         if not self.install():
             return
         if self.advance():
-            self._options.say("Measuring its speed on this machine, once …")
+            self._options.say(MEASURING)
         while self.advance():
             pass
         tuning = here(index, self._model)

@@ -21,6 +21,7 @@ from . import cache
 from .look_up import HeadOptions
 
 TUNING_VARIABLE = "MLX_FLASHHEAD_TUNING"
+MEASURING = "Measuring its speed on this machine, once …"
 
 
 def tune_head(
