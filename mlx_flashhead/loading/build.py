@@ -11,7 +11,7 @@ import numpy as np
 
 from ..conversion.build import index_nbytes, model_index
 from ..conversion.duration import expected_seconds, in_words
-from ..conversion.options import GIVEN, NO_CALIBRATION, IndexOptions, recipe_flags
+from ..conversion.options import NO_CALIBRATION, IndexOptions, recipe_flags
 from ..conversion.steps import Steps, take_all
 from ..models.locate import HeadLocation
 from ..models.tokenizers import text_side
@@ -65,9 +65,11 @@ def build_steps(
         kept = None if anew else cache.find(rows, lambda _: None)
         if kept is not None:
             return kept
-        source = NO_CALIBRATION if options.drafts else GIVEN
-        size = DRAFT_CLUSTER_SIZE if options.drafts else IndexOptions.cluster_size
-        of_index = IndexOptions(quick=True, calibration=source, cluster_size=size)
+        of_index = IndexOptions(quick=True)
+        if options.drafts:
+            of_index = replace(
+                of_index, calibration=NO_CALIBRATION, cluster_size=DRAFT_CLUSTER_SIZE
+            )
         if anew:
             of_index = replace(of_index, calibration_seconds=ANEW_SECONDS)
         of_index.check_size(rows.n_rows)
