@@ -13,8 +13,8 @@ from ..models.locate import HeadLocation, recorded_hidden
 from .given_text import SPEAKERS, dialogues
 from .steps import Step, Steps, Stopwatch, stepwise
 
-ANSWER_TOKENS = 96
-POSITIONS = 2_000  # docs/drafts.md has what fewer and more of them keep
+ANSWER_TOKENS = 160
+POSITIONS = 4_000  # docs/drafts.md has what fewer of them keep
 
 
 def given_requests() -> list[str]:
@@ -36,7 +36,7 @@ def drafted_states(
     *,
     limit: Stopwatch,
 ) -> Steps[np.ndarray]:
-    """Hidden states (N, D) float32 at a drafter's head, up to 2,000, or until the time limit.
+    """Hidden states (N, D) float32 at a drafter's head, up to 4,000, or until the time limit.
 
     Args:
         location: The drafter's head.
