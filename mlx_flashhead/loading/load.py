@@ -95,8 +95,8 @@ def load_draft(
 ):
     """Loads a draft model, with its FlashHead if it has one. It builds none.
 
-    The target verifies each draft, so fewer probes cost no exactness. By default a head drafts with
-    about the fewest that keep 99 % of the drafts that are accepted (docs/drafts.md).
+    The target verifies each draft, so fewer probes cost no exactness. By default a draft reads a
+    tenth of its head's bytes (docs/drafts.md).
 
     Args:
         path_or_hf_repo: A local folder or a Hugging Face repository.
