@@ -47,11 +47,6 @@ def test_flash_head_retrieves_at_any_number_of_positions():
     np.testing.assert_allclose(logits, head(hidden), atol=1e-5)
 
 
-def test_random_head_has_256_probes_or_all():
-    assert random_head(16 * 300, 32).n_probes == 256
-    assert random_head(203, 32).n_probes == 13
-
-
 def test_ratios_are_those_of_the_printed_medians():
     head = random_head(320, 64, n_probes=5)
     seconds = {

@@ -1,8 +1,8 @@
 """A folder that is there completely or not at all, and conversions that are cut short."""
 
 import errno
-import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +13,6 @@ from mlx_flashhead.common import new_folder as new_folder_module
 from mlx_flashhead.common.new_folder import new_folder
 from mlx_flashhead.conversion import pipeline as conversion
 from mlx_flashhead.conversion.pipeline import convert
-from mlx_flashhead.conversion.place import FILES_KEY
-from mlx_flashhead.index.settings import FlashHeadConfig
 from model_folders import write_model
 
 
@@ -26,38 +24,30 @@ def snapshot(folder):
     }
 
 
+def convert_quickly(source, target):
+    return convert(str(source), str(target), overwrite=True, calibration="none", progress=False)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A tiny model's folder."""
     return write_model(tmp_path_factory.mktemp("source") / "model")
 
 
+@pytest.fixture(scope="module")
+def converted(source):
+    """The folder of an earlier conversion."""
+    convert_quickly(source, source.with_name("converted"))
+    return source.with_name("converted")
+
+
 @pytest.fixture(params=[False, True], ids=["new", "overwrite"])
-def target(request, tmp_path):
+def target(request, converted, tmp_path):
     """A place with nothing in it, or with the folder of an earlier conversion."""
     target = tmp_path / "deep" / "model"
     if request.param:
-        written(write_model(target))
+        shutil.copytree(converted, target)
     return target
-
-
-def written(folder):
-    """The folder, with settings as a conversion that has written its files leaves them."""
-    settings = FlashHeadConfig(
-        vocab_size=16,
-        n_clusters=1,
-        cluster_size=16,
-        n_probes=1,
-        fingerprint="0" * 64,
-        recipe={FILES_KEY: [file.name for file in folder.iterdir()]},
-    )
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"flash_head": settings.to_dict()}))
-    return folder
-
-
-def convert_quickly(source, target):
-    return convert(str(source), str(target), overwrite=True, calibration="none", progress=False)
 
 
 def test_appears_at_the_end(target):
@@ -68,12 +58,7 @@ def test_appears_at_the_end(target):
         assert snapshot(target) == before
     assert snapshot(target) == {Path("weights"): b"new"}
     assert [path.name for path in target.parent.iterdir()] == ["model"]
-
-
-def test_can_be_read_by_others(tmp_path):
-    with new_folder(tmp_path / "model"):
-        pass
-    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+    assert target.stat().st_mode & 0o777 == 0o755  # others can read it
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -134,15 +119,11 @@ def test_full_disk_under_mlx(source, target, tmp_path, monkeypatch, file):
 @pytest.mark.parametrize("name", ["to_mother.txt", "config.json"])
 def test_only_what_was_written_here_is_overwritten(source, tmp_path, name):
     """A slip of the hand such as ``--mlx-path ~ --overwrite`` deletes nothing, nor a model."""
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters" / name).write_text("{}")
-    (tmp_path / "empty").mkdir()
-    before = snapshot(tmp_path / "letters")
+    (tmp_path / name).write_text("{}")
+    before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=r"was not written by mlx_flashhead\.convert"):
-        convert_quickly(source, tmp_path / "letters")
-    assert snapshot(tmp_path / "letters") == before
-    convert_quickly(source, tmp_path / "empty")
-    assert (tmp_path / "empty" / "config.json").exists()
+        convert_quickly(source, tmp_path)
+    assert snapshot(tmp_path) == before
 
 
 def test_leftovers_of_killed_processes_go(tmp_path):
@@ -197,8 +178,8 @@ def test_place_without_permission(source, tmp_path, monkeypatch):
     assert snapshot(tmp_path) == {}
 
 
-def test_signal_to_a_real_conversion(source, tmp_path):
-    written(write_model(tmp_path / "model"))
+def test_signal_to_a_real_conversion(source, converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "model")
     before = snapshot(tmp_path)
     arguments = ["--model", source, "--mlx-path", tmp_path / "model"]
     arguments += ["--calibration-positions", "100000000", "--overwrite"]
