@@ -23,13 +23,9 @@ class Parser(argparse.ArgumentParser):
 def adopt(
     parser: argparse.ArgumentParser, prog: str, description: str, help: Mapping[str, str]
 ) -> Parser:
-    """Makes mlx-lm's parser one of this package: its texts, its errors, limits of its values.
+    """Makes mlx-lm's parser, in place, one of this package: its errors, limits of its values.
 
-    Args:
-        parser: mlx-lm's; changed in place.
-        prog: The command's name.
-        description: Its description.
-        help: New texts of its flags, by their destinations.
+    ``help`` has new texts of its flags, by their destinations.
     """
     parser.__class__ = Parser
     parser.prog = prog
@@ -41,13 +37,7 @@ def adopt(
 
 
 def whole_number(low: int, high: int | None = None, *, or_no_limit: bool = False) -> Type:
-    """A type of argument: a whole number within limits.
-
-    Args:
-        low: The least number.
-        high: The greatest number; None: no limit.
-        or_no_limit: Whether it takes -1 too.
-    """
+    """A type of argument: a whole number of ``low`` to ``high``, or -1 with ``or_no_limit``."""
     wanted = f"give a whole number of {low} or more" if high is None else f"give {low} to {high}"
     wanted += ", or -1 for no limit" if or_no_limit else ""
 
@@ -63,13 +53,7 @@ def whole_number(low: int, high: int | None = None, *, or_no_limit: bool = False
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Type:
-    """A type of argument: a finite number within limits.
-
-    Args:
-        low: The least number.
-        high: The greatest number.
-        above: Whether ``low`` itself is refused.
-    """
+    """A type of argument: a finite number of ``low`` to ``high``; ``above`` refuses ``low``."""
     limited = math.isfinite(high)
     if above:
         wanted = f"give a number above {low:g}" + (f", at most {high:g}" if limited else "")
@@ -130,7 +114,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def json_object_text(text: str) -> str:
-    """The same, for a program that reads the text itself."""
+    """The same, as the text."""
     json_object(text)
     return text
 

@@ -82,11 +82,9 @@ def in_turns(
 def timer(
     run: Callable[[int], object], before: Callable[[], None] | None = None
 ) -> Callable[[int], float]:
-    """A function of the round's number that measures another one.
+    """A function of the round's number that measures another one, ``before`` outside the time.
 
-    Args:
-        run: A function of the round's number. Arrays in its result are evaluated within the time.
-        before: Called before, outside the time.
+    Arrays in the result of ``run`` are evaluated within the time.
     """
 
     def seconds(number: int) -> float:
