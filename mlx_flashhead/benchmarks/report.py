@@ -51,6 +51,12 @@ def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     )
 
 
+def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:
+    """The median and the quartiles of a `Spread`."""
+    median, *quartiles = (f"{spread[x]:.{decimals}f}" for x in ("median", "lower", "upper"))
+    return median, "–".join(quartiles)
+
+
 def report(
     args: argparse.Namespace,
     rounds: Iterable[Round],
@@ -66,7 +72,7 @@ def report(
         rounds: The benchmark. It begins once the outputs have been found writable.
         make_table: Makes the table of one result.
         bars: Makes the title, the label of the axis and the bars of one result's picture.
-        program: The program's name.
+        program: Of the command line.
 
     Raises:
         ValueError: If an output cannot be written, or the benchmark cannot be run.

@@ -64,12 +64,9 @@ class ModelShape:
 
 
 def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None) -> ModelShape:
-    """The shape of an mlx-lm model; its weights need not be loaded.
+    """The shape of an mlx-lm model without an installed FlashHead; its weights may be lazy.
 
-    Args:
-        name: Shown in tables.
-        model: Lazily loaded or not, without an installed FlashHead.
-        index: Its FlashHead; default: clusters of 16, centroids of 4 bits.
+    Without an ``index`` it has clusters of 16 and centroids of 4 bits.
 
     Raises:
         ValueError: If the model is a mixture of experts or has no layers, or if its head cannot be

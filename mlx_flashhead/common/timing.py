@@ -28,7 +28,7 @@ class Spread:
     runs: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
+    def of(cls, values: Sequence[float] | np.ndarray) -> "Spread":
         lower, median, upper = (float(x) for x in np.percentile(values, (25, 50, 75)))
         return cls(median, lower, upper, len(values))
 

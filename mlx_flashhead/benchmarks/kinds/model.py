@@ -28,7 +28,7 @@ from ...lossless.sampler import make_sampler
 from ...models.compat import sample_utils
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
-from ..report import Bars, add_model_arguments, add_number, add_report_arguments, report
+from ..report import Bars, add_model_arguments, add_number, add_report_arguments, cells, report
 from ..rounds import Case, Round, time_cases
 
 DENSE, BARE, FLASH_HEAD = "dense", "bare FlashHead", "FlashHead"
@@ -165,8 +165,7 @@ def make_table(case: dict) -> Table:
     for form, ms in case["token_ms"].items():
         table.add_row(
             form,
-            "{median:.2f}".format(**ms),
-            "{lower:.2f}–{upper:.2f}".format(**ms),
+            *cells(ms),
             f"{case['tokens_per_second'][form]:.1f}",
             "" if form == DENSE else f"{case['times_faster'][form]:.2f} x",
         )
