@@ -28,14 +28,7 @@ def _hear_hang_ups() -> None:
 
 
 class ChatScreen:
-    """A running chat, what is typed into it and what stands on its screen.
-
-    Args:
-        arguments: Of the command.
-        home: The user's folder.
-        columns: Width of the terminal.
-        environment: Further variables.
-    """
+    """A running chat with its user's folder, what is typed and what stands on its screen."""
 
     def __init__(self, *arguments, home: Path, columns: int = 200, environment=()):
         self.screen = pyte.Screen(columns, ROWS)
