@@ -1,7 +1,6 @@
 """``benchmark``: tables, files, the report, and what is refused before the work."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -139,9 +138,8 @@ def test_a_stopped_benchmark_reports_its_rounds(tmp_path, number, code):
     file, picture = tmp_path / "out.json", tmp_path / "out.png"
     arguments = ("--shape", "320,64", "--rounds", "100000", "--json", file, "--plot", picture)
     command = [sys.executable, "-m", "mlx_flashhead.benchmark", "head", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         while not process.stderr.readline().startswith("[3 of 100001, "):
             assert process.poll() is None
         process.send_signal(number)

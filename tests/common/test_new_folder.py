@@ -13,7 +13,6 @@ from mlx_flashhead.common import new_folder as new_folder_module
 from mlx_flashhead.common.new_folder import new_folder
 from mlx_flashhead.conversion import pipeline as conversion
 from mlx_flashhead.conversion.pipeline import convert
-from model_folders import write_model
 
 
 def snapshot(folder):
@@ -24,21 +23,8 @@ def snapshot(folder):
     }
 
 
-def convert_quickly(source, target):
-    return convert(str(source), str(target), overwrite=True, calibration="none", progress=False)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A tiny model's folder."""
-    return write_model(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def converted(source):
-    """The folder of an earlier conversion."""
-    convert_quickly(source, source.with_name("converted"))
-    return source.with_name("converted")
+def convert_quickly(dense, target):
+    return convert(str(dense), str(target), overwrite=True, calibration="none", progress=False)
 
 
 @pytest.fixture(params=[False, True], ids=["new", "overwrite"])
@@ -85,7 +71,7 @@ def test_what_is_replaced_comes_back(tmp_path, monkeypatch, failing, error):
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left", "model.safetensors")]
 )
-def test_a_conversion_that_fails_leaves_all_as_it_was(source, target, tmp_path, monkeypatch, error):
+def test_a_conversion_that_fails_leaves_all_as_it_was(dense, target, tmp_path, monkeypatch, error):
     before = snapshot(tmp_path)
     save = conversion.save
 
@@ -95,13 +81,13 @@ def test_a_conversion_that_fails_leaves_all_as_it_was(source, target, tmp_path, 
 
     monkeypatch.setattr(conversion, "save", fails)
     with pytest.raises(type(error)):
-        convert_quickly(source, target)
+        convert_quickly(dense, target)
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("file", ["model.safetensors", "flash_head.index"])
-def test_full_disk_under_mlx(source, target, tmp_path, monkeypatch, file):
+def test_full_disk_under_mlx(dense, target, tmp_path, monkeypatch, file):
     """MLX does not raise an OSError then."""
     save = conversion.save
 
@@ -112,17 +98,17 @@ def test_full_disk_under_mlx(source, target, tmp_path, monkeypatch, file):
     before = snapshot(tmp_path)
     monkeypatch.setattr(conversion, "save", save_to_full_disk)
     with pytest.raises(OSError, match=r"free some space or choose another|No space left on device"):
-        convert_quickly(source, target)
+        convert_quickly(dense, target)
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["to_mother.txt", "config.json"])
-def test_only_what_was_written_here_is_overwritten(source, tmp_path, name):
+def test_only_what_was_written_here_is_overwritten(dense, tmp_path, name):
     """A slip of the hand such as ``--mlx-path ~ --overwrite`` deletes nothing, nor a model."""
     (tmp_path / name).write_text("{}")
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=r"was not written by mlx_flashhead\.convert"):
-        convert_quickly(source, tmp_path)
+        convert_quickly(dense, tmp_path)
     assert snapshot(tmp_path) == before
 
 
@@ -166,7 +152,7 @@ def test_what_was_put_aside_comes_back(tmp_path):
     assert snapshot(tmp_path) == {Path("model"): None, Path("model/weights"): b"old"}
 
 
-def test_place_without_permission(source, tmp_path, monkeypatch):
+def test_place_without_permission(dense, tmp_path, monkeypatch):
     """The administrator may write everywhere, so the refusal is made up."""
 
     def mkdtemp(**_):
@@ -174,14 +160,14 @@ def test_place_without_permission(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr("tempfile.mkdtemp", mkdtemp)
     with pytest.raises(ValueError, match=r"cannot be written \(.*Permission denied"):
-        convert_quickly(source, tmp_path / "new" / "model")
+        convert_quickly(dense, tmp_path / "new" / "model")
     assert snapshot(tmp_path) == {}
 
 
-def test_signal_to_a_real_conversion(source, converted, tmp_path):
+def test_signal_to_a_real_conversion(dense, converted, tmp_path):
     shutil.copytree(converted, tmp_path / "model")
     before = snapshot(tmp_path)
-    arguments = ["--model", source, "--mlx-path", tmp_path / "model"]
+    arguments = ["--model", dense, "--mlx-path", tmp_path / "model"]
     arguments += ["--calibration-positions", "100000000", "--overwrite"]
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "mlx_flashhead.convert", *map(str, arguments)],

@@ -11,13 +11,7 @@ from pathlib import Path
 import pexpect
 import pyte
 
-CHECKOUT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    "PYTHONPATH": str(CHECKOUT),
-    "HF_HUB_OFFLINE": "1",
-    "TERM": "xterm",
-    "PYTHONIOENCODING": "utf-8",
-}
+ENVIRONMENT = {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
 ROWS, TIMEOUT = 200, 60  # nothing scrolls away
 UP, ESC_ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x1b\r", "\x03", "\x04"
 

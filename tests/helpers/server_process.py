@@ -13,8 +13,6 @@ from pathlib import Path
 
 from openai import OpenAI
 
-CHECKOUT = Path(__file__).parents[2]
-
 
 @dataclass
 class Server:
@@ -55,9 +53,8 @@ def serving(folder: Path, *arguments) -> Iterator[Server]:
     program = ["-m", "mlx_flashhead.server", "--port", "0"]
     program += ["--flash-head-always"]  # which is no faster for a tiny model
     command = [sys.executable, *program, *map(str, arguments)]
-    cache = folder / "cache"  # no models but those that are named
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
-    environment |= {"HF_HUB_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment["HF_HUB_CACHE"] = str(folder / "cache")  # no models but those that are named
     environment["PYTHONFAULTHANDLER"] = "1"  # a crash in C++ or Rust would leave no word
     errors = folder / "errors.txt"
     with errors.open("w") as file:

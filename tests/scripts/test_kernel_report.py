@@ -1,7 +1,6 @@
 """scripts/kernel_report.py: its figures against what they must be for a 4-bit head."""
 
 import json
-import sys
 
 import pytest
 
@@ -12,16 +11,14 @@ pytestmark = pytest.mark.skipif(on_gpu(), reason="the report counts on the emula
 N_PROBES, VOCAB_SIZE, HIDDEN_SIZE = 16, 8192, 576
 
 
-def run(monkeypatch, capsys, *arguments):
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
     monkeypatch.setattr(kernel_report, "SHAPES", {"Small": (VOCAB_SIZE, HIDDEN_SIZE)})
-    monkeypatch.setattr(sys, "argv", ["kernel_report.py", *map(str, arguments)])
-    kernel_report.main()
-    return capsys.readouterr().out
 
 
-def test_report_of_a_head(monkeypatch, capsys, tmp_path):
+def test_report_of_a_head(run, tmp_path):
     path = tmp_path / "report.json"
-    printed = run(monkeypatch, capsys, "--n-probes", N_PROBES, "--json", path)
+    _, printed, _ = run(kernel_report, "--n-probes", N_PROBES, "--json", path)
     (report,) = json.loads(path.read_text()).values()
     kernels = report["kernels"]
     assert kernels.keys() == {"route", "select_words", "score", "expand", "select", "sample"}
@@ -42,8 +39,6 @@ def test_report_of_a_head(monkeypatch, capsys, tmp_path):
     assert report["full_logits_mb"] * 1e6 < 1.1 * (needed + extra)
 
 
-def test_too_many_probes_are_refused(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, capsys, "--model", "Small", "--n-probes", 513)
-    assert stopped.value.code == 2
-    assert "choose 1 to 512" in capsys.readouterr().err
+def test_too_many_probes_are_refused(run):
+    code, _, said = run(kernel_report, "--model", "Small", "--n-probes", 513)
+    assert code == 2 and "choose 1 to 512" in said
