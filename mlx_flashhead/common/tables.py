@@ -61,14 +61,5 @@ def show(*parts: "Table | str") -> None:
         console.print(part)
 
 
-def check_tables(command: str) -> None:
-    """Checks, before long work, that a command can print its tables.
-
-    Raises:
-        ValueError: If rich is not installed.
-    """
-    from_extra("rich", "report", command)
-
-
 def _rich(name: str) -> ModuleType:
     return from_extra(f"rich.{name}", "report", "A table")

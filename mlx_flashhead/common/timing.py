@@ -28,13 +28,10 @@ class Spread:
     runs: int
 
     @classmethod
-    def of(cls, values: Sequence[float] | np.ndarray) -> "Spread":
-        lower, median, upper = (float(x) for x in np.percentile(values, (25, 50, 75)))
+    def of(cls, values: Sequence[float] | np.ndarray, factor: float = 1.0) -> "Spread":
+        """Of values in other units, such as 1000 for milliseconds of seconds."""
+        lower, median, upper = (factor * float(x) for x in np.percentile(values, (25, 50, 75)))
         return cls(median, lower, upper, len(values))
-
-    def scaled(self, factor: float) -> "Spread":
-        """The same in other units, such as milliseconds for seconds."""
-        return Spread(self.median * factor, self.lower * factor, self.upper * factor, self.runs)
 
     def to_dict(self) -> dict:
         """JSON-ready."""

@@ -12,11 +12,9 @@ import pytest
 from figures import speed_tables
 from mlx_flashhead.benchmarks.kinds import server
 from mlx_flashhead.benchmarks.roofline import BANDWIDTH_SHARE
-from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.loading import cache
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.locate import find_head
-from model_folders import write_model
 from tiny_models import tiny_index
 
 MACS_SCHEMA = json.loads((speed_tables.MACS / "schema.json").read_text())
@@ -165,7 +163,6 @@ def test_every_kind_is_listed(run):
         (("head", "--shape", "320,64", "--n-probes", 21), "choose 1 to 20"),
         (("head", "--shape", "320,64", "--n-probes", 0), "--n-probes is 0"),
         (("head", "--shape", "320,72", "--head-bits", 4), "width of 72"),
-        ((*HEAD[:3], "--rounds", 0), "--rounds is 0"),
         ((*HEAD, "--positions", 0), "--positions is 0"),
         ((*HEAD, "--plot", "a.xyz"), "must end in .png"),
         ((*HEAD, "--json", "absent/a.json"), "cannot be written"),
@@ -240,9 +237,3 @@ def test_estimate_of_a_shape(estimate):
     (line,) = (line for line in output.splitlines() if line.startswith(" SmolLM2-135M "))
     assert "711.54" in line and line.rstrip().endswith(" %")
     assert "(assumed)" in estimate("--shape", "gemma-3-1b", "--chip", "m2")
-
-
-def test_estimate_of_a_damaged_checkpoint_is_refused(refused, tmp_path):
-    folder = write_model(tmp_path / "model", further={"flash_head": {"version": 99}})
-    (folder / FILE_NAME).touch()
-    assert "has version 99" in refused("benchmark", "estimate", "--model", folder, "--chip", "m1")

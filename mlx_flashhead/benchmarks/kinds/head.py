@@ -83,11 +83,13 @@ def _case(args: argparse.Namespace, name: str, head: FlashHead, dtype: mx.Dtype)
         return run(states[number % N_STATES])
 
     timers = {form: timer(partial(call, run), before=cold) for form, run in named.items()}
-    figures = partial(summary, name, head, dtype, args.positions)
     on_cpu = mx.default_device().type == mx.cpu
-    return Case(
-        name, timers, figures, None if on_cpu else partial(chained, named, states, args.rounds)
-    )
+    alone = {} if on_cpu else chained(named, states, args.rounds)
+
+    def figures(seconds: dict[str, list[float]]) -> dict:
+        return summary(name, head, dtype, args.positions, seconds) | alone
+
+    return Case(name, timers, figures)
 
 
 def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
@@ -111,7 +113,7 @@ def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
 
 def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
     """Shapes, milliseconds and ratios of the medians, JSON-ready."""
-    spreads = {name: Spread.of(times).scaled(1000) for name, times in seconds.items()}
+    spreads = {name: Spread.of(times, 1000) for name, times in seconds.items()}
     best_dense = min(DENSE_FORMS, key=lambda name: spreads[name].median)
     rows = head.clustered.rows
     return {

@@ -142,7 +142,7 @@ def measure(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Iterat
 
 def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
     """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
-    step = {form: Spread.of(times).scaled(1000) for form, times in seconds.items()}
+    step = {form: Spread.of(times, 1000) for form, times in seconds.items()}
     dense = step[DENSE].median
     return about | {
         "sampler": sampler,
