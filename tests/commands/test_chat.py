@@ -48,13 +48,9 @@ def start(converted, folder):
         chat.child.close(force=True)
 
 
-def printable(text):
-    return "".join(c for c in text if c in "\n\t" or c.isprintable()).strip("\n")
-
-
 def words(text):
     """What can be compared with a screen, which breaks lines and drops spaces at their ends."""
-    return printable(text).split()
+    return "".join(c for c in text if c in "\n\t" or c.isprintable()).split()
 
 
 def messages(file):
