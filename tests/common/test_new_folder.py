@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_flashhead.common import new_folder as new_folder_module
-from mlx_flashhead.common.new_folder import new_folder
+from mlx_flashhead.common.new_folder import new_file, new_folder
 from mlx_flashhead.conversion import pipeline as conversion
 from mlx_flashhead.conversion.pipeline import convert
 
@@ -45,6 +45,14 @@ def test_appears_at_the_end(target):
     assert snapshot(target) == {Path("weights"): b"new"}
     assert [path.name for path in target.parent.iterdir()] == ["model"]
     assert target.stat().st_mode & 0o777 == 0o755  # others can read it
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_errors_name_the_place(tmp_path, new):
+    with pytest.raises(OSError) as error, new(tmp_path / "place") as temporary:
+        raise OSError(errno.ENOSPC, "No space left", str(temporary / "weights"))
+    assert error.value.filename == str(tmp_path / "place")
+    assert snapshot(tmp_path) == {}
 
 
 @pytest.mark.parametrize("failing", [1, 2])
