@@ -76,23 +76,6 @@ def test_what_is_replaced_comes_back(tmp_path, monkeypatch, failing, error):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left", "model.safetensors")]
-)
-def test_a_conversion_that_fails_leaves_all_as_it_was(dense, target, tmp_path, monkeypatch, error):
-    before = snapshot(tmp_path)
-    save = conversion.save
-
-    def fails(*arguments, **options):
-        save(*arguments, **options)
-        raise error
-
-    monkeypatch.setattr(conversion, "save", fails)
-    with pytest.raises(type(error)):
-        convert_quickly(dense, target)
-    assert snapshot(tmp_path) == before
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("file", ["model.safetensors", "flash_head.index"])
 def test_full_disk_under_mlx(dense, target, tmp_path, monkeypatch, file):
