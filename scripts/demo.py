@@ -69,13 +69,7 @@ def compare(
 ) -> None:
     """Streams the answers of a model and of its dense form, then prints speed and agreement.
 
-    Args:
-        flash: The model with a FlashHead.
-        tokenizer: Its tokenizer.
-        prompt: What the user asks, or the beginning of a text.
-        max_tokens: Longest answer.
-        runs: How often each form generates; the first time is shown.
-        console: Where to print.
+    Each form generates ``runs`` times, and the first time is shown.
     """
     dense = dense_copy(flash)
     models = (dense, flash)

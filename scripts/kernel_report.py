@@ -98,12 +98,7 @@ def lines_mb(kernels: dict[str, dict], *names: str) -> float:
 
 
 def stored_ratio(kernel: dict, share: float) -> float:
-    """Bytes of the distinct lines of weights, scales and offsets read, over the bytes needed.
-
-    Args:
-        kernel: One entry of the report.
-        share: Share of the stored rows that the kernel needs.
-    """
+    """Bytes of the distinct lines of rows read, over those of the ``share`` that is needed."""
     stored = [kernel["buffers"].get(name) for name in ("weight", "scales", "biases")]
     stored = [buffer for buffer in stored if buffer is not None]
     lines = sum(buffer["distinct_read_lines"] for buffer in stored)
