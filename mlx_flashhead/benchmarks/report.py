@@ -65,14 +65,10 @@ def report(
     *,
     program: str = "mlx_flashhead.benchmark",
 ) -> None:
-    """Runs a benchmark and reports it.
+    """Runs a benchmark once its outputs have been found writable, and reports it.
 
-    Args:
-        args: The command line, with the flags of :func:`add_report_arguments`.
-        rounds: The benchmark. It begins once the outputs have been found writable.
-        make_table: Makes the table of one result.
-        bars: Makes the title, the label of the axis and the bars of one result's picture.
-        program: Of the command line.
+    ``make_table`` makes the table of one result, and ``bars`` its picture: the title, the label of
+    the axis, and the values by name.
 
     Raises:
         ValueError: If an output cannot be written, or the benchmark cannot be run.

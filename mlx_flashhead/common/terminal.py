@@ -119,9 +119,9 @@ def _columns() -> int:
 
 @contextmanager
 def stop_key() -> Iterator[Callable[[], bool]]:
-    """A block in which Ctrl-C asks to stop: yields a function that says whether to.
+    """A block in which Ctrl-C asks to stop, and a second one interrupts: yields whether to stop.
 
-    A second Ctrl-C interrupts at once. Other keys are not shown, and wait for the next line.
+    Other keys are not shown, and wait for the next line.
     """
     pressed = False
 
