@@ -42,11 +42,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """Keeps the public functions when a command's module of the same name is imported.
-
-    The import of ``mlx_flashhead.generate``, for example, would put the module in the function's
-    place.
-    """
+    """Keeps ``generate`` and ``convert`` when the commands' modules of these names are imported."""
 
     def __setattr__(self, name, value):
         if not (name in __all__ and isinstance(value, ModuleType)):

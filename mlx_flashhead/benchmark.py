@@ -3,7 +3,7 @@
 from .benchmarks.kinds import kinds
 from .common.arguments import Parser
 from .common.command import command
-from .common.tables import check_tables
+from .common.extras import from_extra
 
 
 def make_parser() -> Parser:
@@ -22,7 +22,7 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.benchmark``."""
     args = make_parser().parse_args()
-    check_tables("mlx_flashhead.benchmark")
+    from_extra("rich", "report", "mlx_flashhead.benchmark")  # before long work
     args.run(args)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .common.arguments import Parser
 from .common.command import check_writable, command
-from .common.tables import check_tables
+from .common.extras import from_extra
 from .evaluation import answers, tasks, text
 from .loading.look_up import add_look_up_options
 
@@ -30,7 +30,7 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.evaluate``."""
     args = make_parser().parse_args()
-    check_tables("mlx_flashhead.evaluate")
+    from_extra("rich", "report", "mlx_flashhead.evaluate")  # before long work
     if args.json:
         check_writable("--json", args.json)
     figures = args.run(args)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from .common.arguments import Parser
 from .common.command import command
+from .common.extras import from_extra
 from .common.new_folder import new_file
-from .common.tables import check_tables, new_table, show
+from .common.tables import new_table, show
 from .exporting.plan import export_plan
 from .head.backend import PORTABLE
 from .index.files import CONFIG_NAME
@@ -43,7 +44,7 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.export``."""
     args = make_parser().parse_args()
-    check_tables("mlx_flashhead.export")
+    from_extra("rich", "report", "mlx_flashhead.export")  # before long work
     output = Path(args.output).expanduser()
     _check_output(output, args.overwrite)
 

@@ -131,11 +131,7 @@ def main() -> None:
 
 
 def _check_prompt(prompt, context: int) -> None:
-    """Refuses a prompt before anything is computed or printed.
-
-    Raises:
-        ValueError: If it is empty, or longer than the model's context.
-    """
+    """Refuses a prompt that is empty or too long, before anything is computed or printed."""
     if not len(prompt):
         raise ValueError("The prompt is empty: give at least one token with --prompt.")
     if len(prompt) >= context:

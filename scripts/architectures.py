@@ -39,17 +39,11 @@ SERVED = "`"  # begins a cell that names the head
 
 @dataclass(frozen=True)
 class Form:
-    """One way to tie an architecture's head.
+    """One way to tie an architecture's head."""
 
-    Attributes:
-        cell: The head's path in backticks, or one of NO_SUCH_FORM, REFUSED, UNTESTED.
-        reason: Why it is not served.
-        bits: Of the head after ``mlx_lm.convert -q``; None when it is not quantized.
-    """
-
-    cell: str
-    reason: str = ""
-    bits: int | None = None
+    cell: str  # the head's path in backticks, or one of NO_SUCH_FORM, REFUSED, UNTESTED
+    reason: str = ""  # why it is not served
+    bits: int | None = None  # of the head after ``mlx_lm.convert -q``, if it is quantized
 
     @property
     def served(self) -> bool:
@@ -57,14 +51,7 @@ class Form:
 
 
 def examine(name: str, tied: bool, build: Callable[..., nn.Module], configs: str) -> Form:
-    """How FlashHead finds an architecture's head.
-
-    Args:
-        name: The architecture.
-        tied: What its configuration asks for.
-        build: Builds a tiny model of it.
-        configs: The file of its configuration.
-    """
+    """How FlashHead finds the head of an architecture, built from a file of configurations."""
     try:
         model = build(name, tied=tied)
     except ImportError as error:

@@ -51,21 +51,13 @@ KERNEL_TESTS = sorted(
 
 @dataclass(frozen=True)
 class Check:
-    """A check.
-
-    Attributes:
-        what: The expectation in a few words.
-        commands: Commands that run in order until one fails.
-        advice: Where to look if it fails.
-        needs_gpu: Whether MLX must find a Metal device.
-        kept: Text above the output, which is then kept if the check passes too.
-    """
+    """An expectation in a few words, and commands that run in order until one fails."""
 
     what: str
     commands: tuple[str, ...]
-    advice: str
+    advice: str  # where to look if it fails
     needs_gpu: bool = True
-    kept: str = ""
+    kept: str = ""  # text above the output, which is then kept if the check passes too
 
 
 CHECKS = {  # in the order of their run
@@ -132,11 +124,7 @@ def this_mac() -> list[tuple[str, str]]:
 
 
 def run_check(name: str, run: Callable = subprocess.run) -> tuple[bool, str]:
-    """Runs the commands of one check.
-
-    Returns:
-        Whether the check passes, and its page.
-    """
+    """Runs the commands of one check: whether it passes, and its page."""
     check = CHECKS[name]
     if check.needs_gpu and not mx.metal.is_available():
         page = failure(name, "", "MLX finds no Metal device: mx.metal.is_available() is False.")

@@ -50,15 +50,7 @@ def generated(model, tokenizer, prompt: str, max_tokens: int) -> Answer:
 
 
 def compare(folder: str, prompts=PROMPTS, max_tokens: int = 40) -> Iterator[tuple[bool, str]]:
-    """Generates with a checkpoint on both paths.
-
-    Args:
-        folder: Folder or repository of a FlashHead checkpoint.
-        prompts: What to generate from.
-        max_tokens: Longest answer.
-
-    Yields:
-        For each prompt, whether the paths agree, and what they said.
+    """Generates with a checkpoint on both paths: whether they agree on each prompt, and a sentence.
 
     Raises:
         ValueError: If the model cannot be loaded, or its head does not run on one of the paths.
@@ -87,10 +79,7 @@ def verdict(
 ) -> tuple[bool, str]:
     """Whether two answers agree, and a sentence on it, with the logits that decided.
 
-    Args:
-        prompt: The prompt.
-        answers: Of each path.
-        logits_after: The dense logits (V,) after the prompt and some tokens.
+    ``logits_after`` gives the dense logits (V,) after the prompt and some tokens.
     """
     pairs = list(zip(*(answer.tokens for answer in answers), strict=False))
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

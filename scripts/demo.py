@@ -69,13 +69,7 @@ def compare(
 ) -> None:
     """Streams the answers of a model and of its dense form, then prints speed and agreement.
 
-    Args:
-        flash: The model with a FlashHead.
-        tokenizer: Its tokenizer.
-        prompt: What the user asks, or the beginning of a text.
-        max_tokens: Longest answer.
-        runs: How often each form generates; the first time is shown.
-        console: Where to print.
+    Each form generates ``runs`` times, and the first time is shown.
     """
     dense = dense_copy(flash)
     models = (dense, flash)
@@ -129,7 +123,7 @@ def _table(speeds: tuple[list[float], ...], seconds: tuple[list[float], ...]) ->
     faster = of_speeds[1].median / of_speeds[0].median
     table.add_row("tokens/s", *map(_spread, of_speeds), f"{faster:.2f} x")
     faster = of_seconds[0].median / of_seconds[1].median
-    milliseconds = [spread.scaled(1000) for spread in of_seconds]
+    milliseconds = [Spread.of(values, 1000) for values in seconds]
     table.add_row("ms/token in the head", *map(_spread, milliseconds), f"{faster:.1f} x")
     shares = (s.median * v.median for s, v in zip(of_seconds, of_speeds, strict=True))
     table.add_row("the head's share", *(percent(share, 0) for share in shares), "")

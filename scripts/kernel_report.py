@@ -18,12 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mlx_flashhead.benchmarks.random_head import CLUSTER_SIZE, random_head
 from mlx_flashhead.common.tables import new_table, show
-from mlx_flashhead.head.centroids import Centroids
-from mlx_flashhead.head.clustered import ClusteredRows
-from mlx_flashhead.head.formats import USUAL_GROUP
 from mlx_flashhead.head.kernels import MetalSteps
-from mlx_flashhead.head.matrix import Matrix
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 
@@ -33,42 +30,15 @@ SHAPES = {  # vocab_size, hidden_size
     "Gemma-3-270M": (262144, 640),
     "SmolLM2-135M": (49152, 576),
 }
-CLUSTER_SIZE = 16
 LINE = 128
-
-
-def random_rows(rng, shape: tuple[int, ...], hidden_size: int, bits: int) -> Matrix:
-    """Rows of the given leading axes, with random bits where these are cheap to make."""
-    if bits == 16:
-        return Matrix(mx.random.normal((*shape, hidden_size)).astype(mx.bfloat16))
-    words = rng.integers(2**32, size=(*shape, hidden_size * bits // 32), dtype=np.uint32)
-    scales = mx.full((*shape, hidden_size // USUAL_GROUP), 0.01, dtype=mx.bfloat16)
-    offsets = mx.full(scales.shape, -0.075, dtype=mx.bfloat16)
-    return Matrix(mx.array(words), scales, offsets, group_size=USUAL_GROUP, bits=bits)
-
-
-def random_head(vocab_size: int, hidden_size: int, bits: int) -> ClusteredRows:
-    """A head in random clusters of 16."""
-    rng = np.random.default_rng(0)
-    n_clusters = vocab_size // CLUSTER_SIZE
-    centroids = random_rows(rng, (n_clusters,), hidden_size, 4)
-    centroids = Centroids(centroids, mx.zeros(n_clusters), mx.full((n_clusters,), -2.0))
-    order = rng.permutation(vocab_size).astype(np.uint32)
-    return ClusteredRows(
-        rows=random_rows(rng, (n_clusters, CLUSTER_SIZE), hidden_size, bits),
-        token_ids=mx.array(order.reshape(n_clusters, CLUSTER_SIZE)),
-        slot_of=mx.array(np.argsort(order).astype(np.uint32)),
-        centroids=centroids,
-        route_bias=centroids.bias,
-        padded=False,
-    )
 
 
 def make_report(vocab_size: int, hidden_size: int, bits: int, n_probes: int) -> dict:
     """The counts of each kernel in one decode step, for full logits and for the greedy token."""
     from metal_emulator import Emulator
 
-    clustered = random_head(vocab_size, hidden_size, bits)
+    how = {"n_probes": n_probes, "dtype": mx.bfloat16, "bits": bits}
+    clustered = random_head(vocab_size, hidden_size, **how).clustered
     n_clusters = vocab_size // CLUSTER_SIZE
     hidden = mx.random.normal((1, hidden_size)).astype(mx.bfloat16)
     with Emulator().installed() as emulator:
@@ -128,12 +98,7 @@ def lines_mb(kernels: dict[str, dict], *names: str) -> float:
 
 
 def stored_ratio(kernel: dict, share: float) -> float:
-    """Bytes of the distinct lines of weights, scales and offsets read, over the bytes needed.
-
-    Args:
-        kernel: One entry of the report.
-        share: Share of the stored rows that the kernel needs.
-    """
+    """Bytes of the distinct lines of rows read, over those of the ``share`` that is needed."""
     stored = [kernel["buffers"].get(name) for name in ("weight", "scales", "biases")]
     stored = [buffer for buffer in stored if buffer is not None]
     lines = sum(buffer["distinct_read_lines"] for buffer in stored)

@@ -10,6 +10,7 @@ of each file that is taken from it. Needs ``npm``.
 
 import base64
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -38,25 +39,19 @@ def fetch(name: str, version: str) -> bytes:
 
 
 def take_files(package: bytes, wanted: dict[str, Any], folder: Path) -> None:
-    """Writes the wanted files of a package, and their checksums into ``wanted``.
+    """Writes the wanted files of a package, a tar archive, and their checksums into ``wanted``.
 
-    Args:
-        package: The package, a compressed tar archive.
-        wanted: {path in ``folder``: {"from": path in the package, "sha512": …}}.
-        folder: The folder.
+    ``wanted`` is {path in ``folder``: {"from": path in the package, "integrity": …}}.
     """
-    with tempfile.TemporaryFile() as copy:
-        copy.write(package)
-        copy.seek(0)
-        with tarfile.open(fileobj=copy) as archive:
-            for place, file in wanted.items():
-                member = archive.extractfile(f"package/{file['from']}")
-                if member is None:
-                    raise ValueError(f"{file['from']} is not a file of the package.")
-                content = member.read()
-                file["integrity"] = checksum(content)
-                (folder / place).parent.mkdir(parents=True, exist_ok=True)
-                (folder / place).write_bytes(content)
+    with tarfile.open(fileobj=io.BytesIO(package)) as archive:
+        for place, file in wanted.items():
+            member = archive.extractfile(f"package/{file['from']}")
+            if member is None:
+                raise ValueError(f"{file['from']} is not a file of the package.")
+            content = member.read()
+            file["integrity"] = checksum(content)
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).write_bytes(content)
 
 
 def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:

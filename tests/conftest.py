@@ -1,7 +1,9 @@
-"""What the tests share: the real model's folder, and quiet libraries."""
+"""What the tests share: models' folders, how a command runs, a Hub, and quiet libraries."""
 
+import importlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +25,11 @@ import huggingface_hub
 import pytest
 from filelock import FileLock
 
+import mlx_flashhead
 from fetch_model import fetch
 from loopback_hub import TOKEN, LoopbackHub
 from loopback_requests import Account
+from model_folders import write_model
 
 
 def pytest_collection_modifyitems(items):
@@ -47,6 +51,42 @@ def real_model_folder() -> Path:
             return fetch("smollm2", cache / "smollm2")
     except (ValueError, OSError) as error:
         pytest.fail(f"{error} (Tests without the real model: -m 'not real'.)", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A tiny model's folder, not converted."""
+    return write_model(tmp_path_factory.mktemp("dense") / "model", tied=False, hidden_size=128)
+
+
+@pytest.fixture(scope="module")
+def converted(dense, tmp_path_factory):
+    """The folder of the same model with a FlashHead of 4 probes."""
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    mlx_flashhead.convert(str(dense), str(folder), n_probes=4, calibration="none", progress=False)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs a command or a script: → (exit code, standard output and error)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def run(command, *arguments):
+        if isinstance(command, str):
+            command = importlib.import_module(f"mlx_flashhead.{command}")
+        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            command.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,10 +17,12 @@ CHECKOUT = Path(__file__).parent.parent
 KERNELS = sorted((CHECKOUT / "metal" / "flash_head").iterdir())
 
 
-def run(*arguments, **options):
-    """Standard output of a Python process that must succeed."""
-    command = [sys.executable, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, **options)
+def output_of(*command, **options):
+    """Standard output of a program that must succeed, without this checkout on its path."""
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, **options
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -28,7 +30,7 @@ def run(*arguments, **options):
 def build_wheel(source, folder):
     """Builds the wheel of a checkout or an sdist as pip does, with the backend installed here."""
     flags = ("-q", "--no-deps", "--no-build-isolation")
-    run("-m", "pip", "wheel", *flags, "--wheel-dir", folder, source)
+    output_of(sys.executable, "-m", "pip", "wheel", *flags, "--wheel-dir", folder, source)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -49,19 +51,9 @@ def installed(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, symlinks=True)
     (site_packages,) = folder.glob("lib/python*/site-packages")
-    run("-m", "pip", "--python", folder, "install", "-q", "--no-deps", wheel)
+    output_of(sys.executable, "-m", "pip", "--python", folder, "install", "-q", "--no-deps", wheel)
     (site_packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     return folder
-
-
-def output_of(*command, **options):
-    """Standard output of a program of the new environment, which must succeed."""
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, **options
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_wheel_holds_the_package_and_the_kernels_alone(wheel):
@@ -101,7 +93,9 @@ def test_installed_wheel_has_its_commands_and_finds_its_kernels(installed):
 
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
-    run("-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=CHECKOUT)
+    output_of(
+        sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=CHECKOUT
+    )
     (sdist,) = tmp_path.glob("*.tar.gz")
     rebuilt = build_wheel(sdist, tmp_path)
     with zipfile.ZipFile(wheel) as expected, zipfile.ZipFile(rebuilt) as found:

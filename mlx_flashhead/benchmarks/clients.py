@@ -9,8 +9,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from http.client import HTTPException
+from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -21,8 +21,7 @@ _ANSWER_SECONDS = 600.0
 _open = build_opener(ProxyHandler({})).open  # past the environment's proxy
 
 
-@dataclass(frozen=True)
-class ServerProcess:
+class ServerProcess(NamedTuple):
     """A server's port of the loopback interface, and the number of its process."""
 
     port: int
@@ -36,11 +35,7 @@ class ServerProcess:
 
 @contextmanager
 def serving(module: str, *arguments: str) -> Iterator[ServerProcess]:
-    """A server that answers, within the block.
-
-    Args:
-        module: Of the server, such as ``mlx_lm.server``.
-        *arguments: Its arguments, without the address.
+    """A server that answers, within the block: a module, and its arguments without the address.
 
     Raises:
         ValueError: If it ends, or does not answer in time.
@@ -79,8 +74,7 @@ def _healthy(port: int) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """An answer to a question: its text, the server's count of tokens, seconds to the first text.
 
     A client that hangs up has no count, and the text as far as it came. One whose request is lost

@@ -51,6 +51,12 @@ def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     )
 
 
+def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:
+    """The median and the quartiles of a `Spread`."""
+    median, *quartiles = (f"{spread[x]:.{decimals}f}" for x in ("median", "lower", "upper"))
+    return median, "–".join(quartiles)
+
+
 def report(
     args: argparse.Namespace,
     rounds: Iterable[Round],
@@ -59,14 +65,10 @@ def report(
     *,
     program: str = "mlx_flashhead.benchmark",
 ) -> None:
-    """Runs a benchmark and reports it.
+    """Runs a benchmark once its outputs have been found writable, and reports it.
 
-    Args:
-        args: The command line, with the flags of :func:`add_report_arguments`.
-        rounds: The benchmark. It begins once the outputs have been found writable.
-        make_table: Makes the table of one result.
-        bars: Makes the title, the label of the axis and the bars of one result's picture.
-        program: The program's name.
+    ``make_table`` makes the table of one result, and ``bars`` its picture: the title, the label of
+    the axis, and the values by name.
 
     Raises:
         ValueError: If an output cannot be written, or the benchmark cannot be run.

@@ -56,33 +56,18 @@ model     = body / bandwidth + head \
 probed    = {{n_probes}} clusters of {{cluster_size}} rows, of {{n_clusters}} clusters{{assumed}}"""
 
 
-@dataclass(frozen=True)
 class Chip:
-    """A chip in its largest configuration: its peaks, and what is reached of them."""
+    """A chip in its largest configuration: its peaks, and what is reached of them.
 
-    name: str
-    peak_gb_s: float
-    peak_tflops: float
+    ``gb_s`` is what a product with a vector reads, ``launch_us`` the time of a dependent kernel.
+    """
 
-    @property
-    def ultra(self) -> bool:
-        """Whether it is two chips in one."""
-        return self.name.endswith("ultra")
-
-    @property
-    def old(self) -> bool:
-        """Whether it is older than the M3."""
-        return self.name[:2] in ("m1", "m2")
-
-    @property
-    def gb_s(self) -> float:
-        """What a product with a vector reads."""
-        return self.peak_gb_s * (ULTRA_SHARE if self.ultra else BANDWIDTH_SHARE)
-
-    @property
-    def launch_us(self) -> float:
-        """Of a dependent kernel."""
-        return OLD_LAUNCH_US if self.old else LAUNCH_US
+    def __init__(self, name: str, peak_gb_s: float, peak_tflops: float):
+        self.name, self.peak_gb_s, self.peak_tflops = name, peak_gb_s, peak_tflops
+        self.ultra = name.endswith("ultra")  # two chips in one
+        self.old = name[:2] in ("m1", "m2")
+        self.gb_s = peak_gb_s * (ULTRA_SHARE if self.ultra else BANDWIDTH_SHARE)
+        self.launch_us = OLD_LAUNCH_US if self.old else LAUNCH_US
 
 
 @dataclass(frozen=True)

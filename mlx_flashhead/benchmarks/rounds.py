@@ -28,13 +28,12 @@ class Round:
 class Case:
     """Forms that are timed in turns: by name, functions of the round's number that return seconds.
 
-    ``figures`` makes those of the seconds by form, ``last`` further ones at the end.
+    ``figures`` makes those of the seconds by form.
     """
 
     name: str
     timers: Mapping[str, Callable[[int], float]]
     figures: Callable[[dict[str, list[float]]], dict]
-    last: Callable[[], dict] | None = None
 
 
 def time_cases(cases: Iterable[Case], n_cases: int, rounds: int) -> Iterator[Round]:
@@ -52,7 +51,4 @@ def time_cases(cases: Iterable[Case], n_cases: int, rounds: int) -> Iterator[Rou
                 latest = (f"{form} {1000 * times[-1]:.2f}" for form, times in seconds.items())
                 news = f"{', '.join(latest)} ms"
             yield Round(done, total, f"{case.name}: {news}", results)
-        if case.last is not None:
-            results = [*finished, results[-1] | case.last()]
-            yield Round(done, total, f"{case.name}: the last figures", results)
         finished = results

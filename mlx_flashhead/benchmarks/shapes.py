@@ -64,12 +64,9 @@ class ModelShape:
 
 
 def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None) -> ModelShape:
-    """The shape of an mlx-lm model; its weights need not be loaded.
+    """The shape of an mlx-lm model without an installed FlashHead; its weights may be lazy.
 
-    Args:
-        name: Shown in tables.
-        model: Lazily loaded or not, without an installed FlashHead.
-        index: Its FlashHead; default: clusters of 16, centroids of 4 bits.
+    Without an ``index`` it has clusters of 16 and centroids of 4 bits.
 
     Raises:
         ValueError: If the model is a mixture of experts or has no layers, or if its head cannot be
@@ -135,14 +132,12 @@ def _with_usual_index(name: str, vocab_size: int, hidden_size: int, **sizes) -> 
 
 
 def _norms(layer: nn.Module) -> int:
-    """Kernels of dependent norms: those of the layer itself, and one of queries and keys.
-
-    A norm that is not MLX's counts twice, since Gemma's adds one to its weight first.
-    """
+    """Kernels of dependent norms: those of the layer itself, and one of queries and keys."""
     children = layer.children().items()
     norms = [module for name, module in children if "norm" in name or name.startswith("ln_")]
     named = layer.named_modules()
     norms += [module for name, module in named if name.endswith(("q_norm", "q_layernorm"))][:1]
+    # another one, such as Gemma's, adds one to its weight first
     return sum(1 if type(norm).__module__.startswith("mlx.nn") else 2 for norm in norms)
 
 

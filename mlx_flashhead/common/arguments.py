@@ -5,7 +5,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, NoReturn
 
 # Takes a value from the command line or from Python; refuses it with an ArgumentTypeError.
@@ -23,13 +22,9 @@ class Parser(argparse.ArgumentParser):
 def adopt(
     parser: argparse.ArgumentParser, prog: str, description: str, help: Mapping[str, str]
 ) -> Parser:
-    """Makes mlx-lm's parser one of this package: its texts, its errors, limits of its values.
+    """Makes mlx-lm's parser, in place, one of this package: its errors, limits of its values.
 
-    Args:
-        parser: mlx-lm's; changed in place.
-        prog: The command's name.
-        description: Its description.
-        help: New texts of its flags, by their destinations.
+    ``help`` has new texts of its flags, by their destinations.
     """
     parser.__class__ = Parser
     parser.prog = prog
@@ -40,36 +35,34 @@ def adopt(
     return parser  # type: ignore[return-value]
 
 
-def whole_number(low: int, high: int | None = None, *, or_no_limit: bool = False) -> Type:
-    """A type of argument: a whole number within limits.
+def _checked(convert: Type, wanted: str) -> Type:
+    """A type of argument that takes what ``convert`` takes, and says what is wanted otherwise."""
 
-    Args:
-        low: The least number.
-        high: The greatest number; None: no limit.
-        or_no_limit: Whether it takes -1 too.
-    """
+    def checked(raw: Any) -> Any:
+        try:
+            return convert(raw)
+        except (TypeError, ValueError, KeyError, argparse.ArgumentTypeError):
+            raise argparse.ArgumentTypeError(f"it is {raw}: {wanted}") from None
+
+    return checked
+
+
+def whole_number(low: int, high: int | None = None, *, or_no_limit: bool = False) -> Type:
+    """A type of argument: a whole number of ``low`` to ``high``, or -1 with ``or_no_limit``."""
     wanted = f"give a whole number of {low} or more" if high is None else f"give {low} to {high}"
     wanted += ", or -1 for no limit" if or_no_limit else ""
 
     def convert(raw: str | int) -> int:
-        with suppress(TypeError, ValueError):
-            value = int(raw)
-            within = low <= value <= (math.inf if high is None else high)
-            if (within or (or_no_limit and value == -1)) and not isinstance(raw, bool | float):
-                return value
-        raise argparse.ArgumentTypeError(f"it is {raw}: {wanted}")
+        value = int(str(raw))  # neither 2.0 nor True
+        if not (low <= value <= (value if high is None else high) or (or_no_limit and value == -1)):
+            raise ValueError
+        return value
 
-    return convert
+    return _checked(convert, wanted)
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Type:
-    """A type of argument: a finite number within limits.
-
-    Args:
-        low: The least number.
-        high: The greatest number.
-        above: Whether ``low`` itself is refused.
-    """
+    """A type of argument: a finite number of ``low`` to ``high``; ``above`` refuses ``low``."""
     limited = math.isfinite(high)
     if above:
         wanted = f"give a number above {low:g}" + (f", at most {high:g}" if limited else "")
@@ -77,60 +70,42 @@ def number(low: float, high: float = math.inf, *, above: bool = False) -> Type:
         wanted = f"give {low:g} to {high:g}" if limited else f"give a number of {low:g} or more"
 
     def convert(raw: str | float) -> float:
-        with suppress(TypeError, ValueError):
-            value = float(raw)
-            above_low = low < value if above else low <= value
-            if above_low and value <= high and value < math.inf:
-                return value
-        raise argparse.ArgumentTypeError(f"it is {raw}: {wanted}")
+        value = float(raw)
+        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
+            raise ValueError
+        return value
 
-    return convert
+    return _checked(convert, wanted)
 
 
 def one_of(*choices: Any) -> Type:
     """A type of argument: one of a few numbers or words."""
     by_text = {str(choice): choice for choice in choices}
-
-    def convert(raw: Any) -> Any:
-        if str(raw) in by_text:
-            return by_text[str(raw)]
-        *others, last = by_text
-        listed = f"{', '.join(others)} or {last}" if others else last
-        raise argparse.ArgumentTypeError(f"it is {raw}: choose {listed}")
-
-    return convert
+    *others, last = by_text
+    listed = f"{', '.join(others)} or {last}" if others else last
+    return _checked(lambda raw: by_text[str(raw)], f"choose {listed}")
 
 
 def whole_numbers(low: int) -> Type:
     """A type of argument: whole numbers of ``low`` or more, with commas between."""
     of_each = whole_number(low)
-
-    def convert(text: str) -> list[int]:
-        try:
-            return [of_each(part) for part in text.split(",")]
-        except argparse.ArgumentTypeError:
-            raise argparse.ArgumentTypeError(
-                f"it is {text}: give whole numbers of {low} or more such as 48,96,256"
-            ) from None
-
-    return convert
+    wanted = f"give whole numbers of {low} or more such as 48,96,256"
+    return _checked(lambda text: [of_each(part) for part in text.split(",")], wanted)
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """A type of argument: a JSON object."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(
-            f'it is {text}: give a JSON object such as {{"enable_thinking": false}}'
-        )
+        raise ValueError
     return value
 
 
+# A type of argument: a JSON object.
+json_object = _checked(_object, 'give a JSON object such as {"enable_thinking": false}')
+
+
 def json_object_text(text: str) -> str:
-    """The same, for a program that reads the text itself."""
+    """The same, as the text."""
     json_object(text)
     return text
 

@@ -12,13 +12,8 @@ def installation(extra: str) -> str:
 def from_extra(module: str, extra: str, what: str) -> ModuleType:
     """Imports a module that an extra of this package brings.
 
-    Args:
-        module: Its dotted name.
-        extra: The extra, as pyproject.toml names it.
-        what: The feature that needs the module, as the beginning of the sentence.
-
     Raises:
-        ValueError: If it is not installed, naming the command that installs it.
+        ValueError: If it is not installed: ``what`` needs it, and how to install it.
     """
     try:
         return importlib.import_module(module)

@@ -53,11 +53,8 @@ def line_editor(
     )
 
     def read() -> str:
-        """The editor leaves the terminal before a signal ends the program.
-
-        An exception out of a signal's handler may be lost in the event loop, or leave the terminal
-        raw.
-        """
+        # An exception out of a signal's handler may be lost in the event loop, or leave the
+        # terminal raw: the editor ends first.
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         received: list[int] = []
 

@@ -25,11 +25,7 @@ YOUNG = 1.0  # seconds in which a process may not have locked its folder yet
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block succeeds.
 
-    Args:
-        target: Place of the folder; missing parents are made, and a folder there is replaced.
-
-    Yields:
-        The folder to write into.
+    Missing parents are made, and a folder there is replaced.
 
     Raises:
         ValueError: If the place cannot be written.
@@ -40,63 +36,53 @@ def new_folder(target: Path) -> Iterator[Path]:
         stack.callback(_remove_empty, missing_parents)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = stack.enter_context(_temporary_folder(target))
-            folder = temporary / "new"
+            folder = stack.enter_context(_temporary_folder(target)) / "new"
             folder.mkdir()
         except OSError as error:
             raise ValueError(
                 f"{target} cannot be written ({error.strerror}): choose another place."
             ) from None
-        try:
-            yield folder
-        except OSError as error:
-            within = error.filename is None or Path(error.filename).is_relative_to(folder)
-            if error.strerror and within:
-                error.filename = str(target)
-            raise
+        yield folder
         if target.exists():
-            os.replace(target, temporary / REPLACED)
+            os.replace(target, folder.with_name(REPLACED))
         os.replace(folder, target)
 
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A temporary path that becomes the file ``target`` when the block succeeds.
-
-    Args:
-        target: Place of the file; an existing file is replaced.
-
-    Yields:
-        The path to write to.
+    """A temporary path that becomes, or replaces, the file ``target`` when the block succeeds.
 
     Raises:
-        OSError: If ``target`` cannot be written.
+        OSError: If ``target`` cannot be written, naming it.
     """
-    with ExitStack() as stack:
-        try:
-            folder = stack.enter_context(_temporary_folder(target))
-        except OSError as error:
-            error.filename = str(target)  # instead of the temporary folder's
-            raise
+    with _temporary_folder(target) as folder:
         yield folder / target.name
         os.replace(folder / target.name, target)
 
 
 @contextmanager
 def _temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target``, locked as long as this process writes into it."""
+    """A folder beside ``target``, locked while this process writes into it.
+
+    Errors of it name ``target``.
+    """
     for left in target.parent.glob(f".{glob.escape(target.name)}.{TEMPORARY}.*"):
         if left.is_dir() and time.time() - left.stat().st_mtime > YOUNG:
             with _locked(left) as is_mine:
                 if is_mine:  # its process was killed
                     _clear(left, target)
-    prefix = f".{target.name}.{TEMPORARY}."
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    with _locked(folder):
-        try:
-            yield folder
-        finally:
-            _clear(folder, target)
+    try:
+        prefix = f".{target.name}.{TEMPORARY}."
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        with _locked(folder):
+            try:
+                yield folder
+            finally:
+                _clear(folder, target)
+    except OSError as error:
+        if error.strerror and TEMPORARY in str(error.filename or TEMPORARY):
+            error.filename = str(target)
+        raise
 
 
 def _clear(folder: Path, target: Path) -> None:

@@ -10,11 +10,7 @@ SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def check_picture(option: str, path: str) -> None:
-    """Checks, before long work, that a picture can be drawn into a file.
-
-    Args:
-        option: The option that names the file.
-        path: The file.
+    """Checks, before long work, that a picture can be drawn into the file of an option.
 
     Raises:
         ValueError: If the suffix is unknown, the file cannot be written, or matplotlib is not

@@ -29,10 +29,8 @@ def first_process_speaks(
 ) -> Iterator[None]:
     """Within the block, only the first process prints.
 
-    Args:
-        processes: All of them.
-        errors: Silence standard error too. Otherwise another process prints its errors there, since
-            it may be the only one that fails.
+    ``errors`` silences standard error too. Otherwise another process prints its errors there, since
+    it may be the only one that fails.
 
     Raises:
         ValueError: In place of a ValueError or an OSError of another process, naming it.
@@ -55,9 +53,7 @@ def first_process_speaks(
 def draw_alike(processes: mx.distributed.Group, seed: int | None) -> None:
     """Seeds all processes alike, since each samples every token by itself and all must agree.
 
-    Args:
-        processes: All of them.
-        seed: The user's seed; default: the first process chooses one.
+    Without a ``seed`` the first process chooses one.
     """
     if seed is None:
         chosen = mx.array(secrets.randbits(31) if processes.rank() == 0 else 0)
@@ -67,12 +63,7 @@ def draw_alike(processes: mx.distributed.Group, seed: int | None) -> None:
 
 
 def leave_together(processes: mx.distributed.Group, stream) -> None:
-    """Waits for all processes: mlx-lm computes a token ahead, for which each needs the others.
-
-    Args:
-        processes: All of them.
-        stream: The stream of this process's work.
-    """
+    """Waits for all processes: mlx-lm computes a token ahead, for which each needs the others."""
     if processes.size() > 1:
         mx.synchronize(stream)
         mx.eval(mx.distributed.all_sum(mx.array(1), group=processes, stream=mx.cpu))

@@ -21,16 +21,8 @@ def new_table(
     caption: str | None = None,
     *,
     left: int = 1,
-    padding: tuple[int, int, int, int] = (0, 1, 0, 0),
 ) -> "Table":
-    """An empty table; ``add_row`` and ``add_section`` fill it.
-
-    Args:
-        title: Text above the table.
-        headings: Headings of the columns.
-        caption: Text below the table.
-        left: Number of columns of words. The others hold figures, aligned on the right.
-        padding: Of each cell: top, right, bottom, left.
+    """An empty table of rich; ``left`` columns hold words, the others figures.
 
     Raises:
         ValueError: If rich is not installed.
@@ -41,7 +33,7 @@ def new_table(
         caption=caption,
         caption_justify="left",
         box=_rich("box").SIMPLE,
-        padding=padding,
+        padding=(0, 1, 0, 0),
     )
     for column, heading in enumerate(headings):
         table.add_column(heading, justify="left" if column < left else "right", no_wrap=True)
@@ -67,15 +59,6 @@ def show(*parts: "Table | str") -> None:
                     width -= max(0, widest - FOLDED)
             console.width = max(screen, width)
         console.print(part)
-
-
-def check_tables(command: str) -> None:
-    """Checks, before long work, that a command can print its tables.
-
-    Raises:
-        ValueError: If rich is not installed.
-    """
-    from_extra("rich", "report", command)
 
 
 def _rich(name: str) -> ModuleType:

@@ -54,12 +54,7 @@ class Terminal:
     """Reads texts and prints. It writes escape codes to a terminal only.
 
     Behind a pipe, standard output carries the answers alone, and the program's own lines go to
-    standard error.
-
-    Args:
-        commands: Completions for the beginning of a line.
-        with_files: Commands that a file's name follows.
-        history: File of earlier texts.
+    standard error. The arguments are those of :func:`.line_editor.line_editor`.
     """
 
     def __init__(self, commands: Sequence[str], with_files: Sequence[str], history: Path):
@@ -124,12 +119,9 @@ def _columns() -> int:
 
 @contextmanager
 def stop_key() -> Iterator[Callable[[], bool]]:
-    """Within the block, Ctrl-C asks to stop. A second Ctrl-C interrupts at once.
+    """A block in which Ctrl-C asks to stop, and a second one interrupts: yields whether to stop.
 
     Other keys are not shown, and wait for the next line.
-
-    Yields:
-        A function that says whether to stop.
     """
     pressed = False
 

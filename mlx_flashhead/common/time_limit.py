@@ -15,10 +15,6 @@ def time_limit(seconds: float, error: Exception) -> Iterator[None]:
     """Raises ``error`` if the block runs for longer than ``seconds``.
 
     It interrupts Python code only. A call of C code, such as a tokenizer's, runs to its end.
-
-    Args:
-        seconds: The limit.
-        error: The exception to raise.
     """
     thread = ctypes.c_ulong(threading.get_ident())
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc

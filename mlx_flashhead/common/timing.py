@@ -28,13 +28,10 @@ class Spread:
     runs: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        lower, median, upper = (float(x) for x in np.percentile(values, (25, 50, 75)))
+    def of(cls, values: Sequence[float] | np.ndarray, factor: float = 1.0) -> "Spread":
+        """Of values in other units, such as 1000 for milliseconds of seconds."""
+        lower, median, upper = (factor * float(x) for x in np.percentile(values, (25, 50, 75)))
         return cls(median, lower, upper, len(values))
-
-    def scaled(self, factor: float) -> "Spread":
-        """The same in other units, such as milliseconds for seconds."""
-        return Spread(self.median * factor, self.lower * factor, self.upper * factor, self.runs)
 
     def to_dict(self) -> dict:
         """JSON-ready."""
@@ -82,11 +79,9 @@ def in_turns(
 def timer(
     run: Callable[[int], object], before: Callable[[], None] | None = None
 ) -> Callable[[int], float]:
-    """A function of the round's number that measures another one.
+    """A function of the round's number that measures another one, ``before`` outside the time.
 
-    Args:
-        run: A function of the round's number. Arrays in its result are evaluated within the time.
-        before: Called before, outside the time.
+    Arrays in the result of ``run`` are evaluated within the time.
     """
 
     def seconds(number: int) -> float:

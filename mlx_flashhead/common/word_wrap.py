@@ -14,10 +14,7 @@ class WordWrap:
 
     A word is shown when it is complete, one token later. The last column stays empty, since some
     terminals begin a new line when it is filled. The terminal itself breaks a word that is wider
-    than a line, so that it can be copied in one piece.
-
-    Args:
-        columns: Returns the width of the terminal, which may change.
+    than a line, so that it can be copied in one piece. ``columns`` returns the terminal's width.
     """
 
     def __init__(self, columns: Callable[[], int]):

@@ -23,6 +23,7 @@ from threading import Thread
 
 from mlx_flashhead.benchmarks.clients import HOST, ask, serving
 from mlx_flashhead.benchmarks.machine import machine
+from mlx_flashhead.benchmarks.report import cells
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.tables import new_table, show
 from mlx_flashhead.common.timing import Spread
@@ -184,9 +185,7 @@ def main() -> None:
     table = new_table(Path(args.model).name, ("program", "until", "median s", "quartiles"), left=2)
     for name, events in seconds.items():
         for event, taken in events.items():
-            spread = Spread.of(taken)
-            quartiles = f"{spread.lower:.2f}–{spread.upper:.2f}"
-            table.add_row(name, event, f"{spread.median:.2f}", quartiles)
+            table.add_row(name, event, *cells(Spread.of(taken).to_dict()))
     show(table)
     if args.json:
         figures = {"model": Path(args.model).name, "machine": machine(), "seconds": seconds}

@@ -39,12 +39,7 @@ def fitted_constants(speeds: list[dict]) -> dict[str, float]:
 
 
 def errors_without(speeds: list[dict], *, whole_chip: bool = False) -> np.ndarray:
-    """The relative error of each estimate that is fitted to the others, (N,).
-
-    Args:
-        speeds: The speeds.
-        whole_chip: Leave out all speeds of the chip.
-    """
+    """The relative error of each estimate that is fitted to the others, or other chips, (N,)."""
     rows = np.array([parts(speed) for speed in speeds])
     chips = np.array([speed["chip"] for speed in speeds])
     errors = np.empty(len(speeds))

@@ -19,7 +19,7 @@ import mlx_lm
 
 from mlx_flashhead import load
 from mlx_flashhead.benchmarks.kinds.model import PROMPT, SAMPLERS, Form, with_flash_head
-from mlx_flashhead.benchmarks.report import Bars, add_number, add_report_arguments, report
+from mlx_flashhead.benchmarks.report import Bars, add_number, add_report_arguments, cells, report
 from mlx_flashhead.benchmarks.rounds import Case, Round, time_cases
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
@@ -77,15 +77,13 @@ def make_table(result: dict):
     headings = ("model", "bits", "sampling", "batch", "dense", "tuned", "ratio", "quartiles", "")
     table = new_table("tokens/s, and the ratio of each turn", headings)
     for case in result["cases"]:
-        ratio = case["ratio"]
         table.add_row(
             case["model"],
             f"{case['bits']}",
             case["sampler"],
             f"{case['batch']}",
             *(f"{speed:.2f}" for speed in case["tokens_per_second"].values()),
-            f"{ratio['median']:.3f}",
-            f"{ratio['lower']:.3f}–{ratio['upper']:.3f}",
+            *cells(case["ratio"], 3),
             "stays dense" if case["stays_dense"] else "",
         )
     return table

@@ -58,14 +58,3 @@ def test_nothing_is_reported_before_the_first_figure(arguments, capsys, tmp_path
         report(arguments, stopped_at_once(), make_table, bars)
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
-
-
-def test_outputs_are_checked_before_the_work(arguments, tmp_path):
-    arguments.json = str(tmp_path / "absent" / "out.json")
-
-    def never():
-        raise AssertionError("the outputs come first")
-        yield
-
-    with pytest.raises(ValueError, match="cannot be written"):
-        report(arguments, never(), make_table, bars)

@@ -9,7 +9,7 @@ from architecture_models import tiny_architecture
 from figures import fit_macs, speed_tables
 from mlx_flashhead.benchmarks import roofline
 from mlx_flashhead.benchmarks.roofline import CHIPS, SPEEDS, estimates, public_speeds
-from mlx_flashhead.benchmarks.shapes import SHAPES, ModelShape, model_shape
+from mlx_flashhead.benchmarks.shapes import ModelShape, model_shape
 from mlx_flashhead.models.locate import find_head
 from tiny_models import CONFIGS, tiny_index, tiny_model
 
@@ -95,12 +95,6 @@ def test_speeds_that_are_left_out_are_estimated(whole_chip):
     assert sorted(errors)[len(errors) // 2] <= 0.15
 
 
-def test_every_public_speed_has_its_source():
-    for speed in SPEEDS:
-        assert speed["source"].startswith("https://") and speed["tokens_per_second"] > 0
-        assert speed["model"] in SHAPES
-
-
 def test_the_page_has_today_s_tables():
     page = speed_tables.PAGE.read_text(encoding="utf-8")
     assert speed_tables.with_tables(page) == page
@@ -165,8 +159,6 @@ def test_a_model_as_it_is_stored():
 
 
 def test_probes():
-    assert SHAPES["smollm2"].n_probes == 568  # of the index that was built
-    assert SHAPES["gemma-3-1b"].n_probes == 16384 // 16  # assumed
     key = ("FlashHead", "4-bit", "16-bit")
     all_mb, half_mb = (by_form(s, "m1")[key].head_mb for s in (SMALL, SMALL.with_probes(10)))
     assert all_mb - half_mb == pytest.approx(100 * 128 / 1e6)

@@ -2,6 +2,7 @@
 
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,19 +13,10 @@ from mlx_flashhead.benchmarks.kinds.server import HANGS_UP, Load, outcome
 ALONE = {"first": "one", "second": "two"}
 
 
-class Idle:
-    """In place of a server's process."""
-
-    port = 0
-
-    def resident_mb(self):
-        return 50.0
-
-
 def loaded(monkeypatch, ask, requests):
     monkeypatch.setattr(server, "ask", ask)
-    load = Load()
-    load.visit(Idle(), list(ALONE), 3, requests, 4)
+    load, idle = Load(), SimpleNamespace(port=0, resident_mb=lambda: 50.0)
+    load.visit(idle, list(ALONE), 3, requests, 4)
     return load.figures(ALONE)
 
 

@@ -1,34 +1,6 @@
-"""Runs the commands in this process, on a tiny model."""
-
-import importlib
-import signal
-import sys
+"""Commands that are refused, and a text."""
 
 import pytest
-
-import mlx_flashhead
-from model_folders import write_model
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """A function that runs a command: → (exit code, standard output, standard error)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-
-    def run(command, *arguments):
-        argv = [f"mlx_flashhead.{command}", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", argv)
-        capsys.readouterr()
-        code = 0
-        try:
-            importlib.import_module(f"mlx_flashhead.{command}").main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -42,20 +14,6 @@ def refused(run):
         return errors.rstrip()
 
     return refused
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """A model's folder, not converted."""
-    return write_model(tmp_path_factory.mktemp("dense") / "model", tied=False, hidden_size=128)
-
-
-@pytest.fixture(scope="module")
-def converted(dense, tmp_path_factory):
-    """The folder of the same model with a FlashHead of 4 probes."""
-    folder = tmp_path_factory.mktemp("converted") / "model"
-    mlx_flashhead.convert(str(dense), str(folder), n_probes=4, calibration="none", progress=False)
-    return folder
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """``benchmark``: tables, files, the report, and what is refused before the work."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,13 +10,11 @@ import mlx.core as mx
 import pytest
 
 from figures import speed_tables
-from mlx_flashhead.benchmarks.kinds import kinds, server
+from mlx_flashhead.benchmarks.kinds import server
 from mlx_flashhead.benchmarks.roofline import BANDWIDTH_SHARE
-from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.loading import cache
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.locate import find_head
-from model_folders import write_model
 from tiny_models import tiny_index
 
 MACS_SCHEMA = json.loads((speed_tables.MACS / "schema.json").read_text())
@@ -45,22 +42,17 @@ def check_outputs(run, tmp_path, *arguments):
 
 
 def test_head_of_shapes(run, tmp_path):
-    screen, results = check_outputs(run, tmp_path, *HEAD, "--shape", "203,128", "--positions", 2)
+    flags = ("--shape", "203,128", "--positions", 2, "--head-bits", 8, "--dtype", "float16")
+    screen, results = check_outputs(run, tmp_path, *HEAD, *flags)
     assert [(result["vocab_size"], result["hidden_size"]) for result in results] == [
         (320, 64),
         (203, 128),
     ]
-    settings = {(result["n_probes"], result["positions"], result["dtype"]) for result in results}
-    assert settings == {(3, 2, "float32")}
     for result in results:
+        settings = [result[name] for name in ("n_probes", "positions", "dtype", "head_bits")]
+        assert settings == [3, 2, "float16", 8]
         ms = result["ms"]["FlashHead proposal"]["median"]
         assert f" {ms:.2f} " in screen
-
-
-@pytest.mark.parametrize("bits, dtype, stored", [(8, "float16", 8), (16, "bfloat16", 16)])
-def test_head_of_other_precisions(run, tmp_path, bits, dtype, stored):
-    _, (result,) = check_outputs(run, tmp_path, *HEAD, "--head-bits", bits, "--dtype", dtype)
-    assert (result["head_bits"], result["dtype"]) == (stored, dtype)
 
 
 def test_head_of_a_model(run, converted, tmp_path):
@@ -144,9 +136,8 @@ def test_a_stopped_benchmark_reports_its_rounds(tmp_path, number, code):
     file, picture = tmp_path / "out.json", tmp_path / "out.png"
     arguments = ("--shape", "320,64", "--rounds", "100000", "--json", file, "--plot", picture)
     command = [sys.executable, "-m", "mlx_flashhead.benchmark", "head", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         while not process.stderr.readline().startswith("[3 of 100001, "):
             assert process.poll() is None
         process.send_signal(number)
@@ -160,10 +151,8 @@ def test_a_stopped_benchmark_reports_its_rounds(tmp_path, number, code):
 
 
 def test_every_kind_is_listed(run):
-    code, output, _ = run("benchmark", "--help")
-    assert code == 0
-    assert {"head", "model", "server", "estimate", "mac"} == kinds().keys()
-    assert all(f"    {name} " in output for name in kinds())
+    output = run("benchmark", "--help")[1]
+    assert all(f"    {name} " in output for name in ("head", "model", "server", "estimate", "mac"))
 
 
 @pytest.mark.parametrize(
@@ -171,27 +160,18 @@ def test_every_kind_is_listed(run):
     [
         (("head",), "give one of --shape --model"),
         (("head", "--shape", "llama"), "is not a shape"),
-        (("head", "--shape", "320,0"), "is not a shape"),
         (("head", "--shape", "320,64", "--n-probes", 21), "choose 1 to 20"),
         (("head", "--shape", "320,64", "--n-probes", 0), "--n-probes is 0"),
         (("head", "--shape", "320,72", "--head-bits", 4), "width of 72"),
-        ((*HEAD[:3], "--rounds", 0), "--rounds is 0"),
         ((*HEAD, "--positions", 0), "--positions is 0"),
         ((*HEAD, "--plot", "a.xyz"), "must end in .png"),
         ((*HEAD, "--json", "absent/a.json"), "cannot be written"),
-        (("head", "--model", "./absent"), "no folder"),
-        (("model", "--model", "./absent"), "no folder"),
-        (("mac", "--model", "./absent"), "no folder"),
         (("model", "--model", "./absent", "--batch", 0), "--batch is 0"),
-        (("server", "--model", "./absent"), "no folder"),
         (("server", "--model", "./absent", "--clients", "0"), "whole numbers of 1"),
         (("estimate", "--chip", "m1"), "give one of --model --shape"),
         (("estimate", "--shape", "smollm2", "--chip", "m4-ultra"), "Unknown chip 'm4-ultra'"),
         (("estimate", "--shape", "llama", "--chip", "m1"), "no shape 'llama': choose one of"),
-        (
-            ("estimate", "--shape", "smollm2", "--chip", "m1", "--n-probes", 3073),
-            "choose 1 to 3072",
-        ),
+        (("estimate", "--shape", "smollm2", "--chip", "m1", "--n-probes", 3073), "1 to 3072"),
         (("estimate", "--shape", "smollm2", "--chip", "m1", "--json", "absent/x"), "--json"),
         (("estimate", "--model", "./absent", "--chip", "m1"), "no folder"),
         ((), "COMMAND"),
@@ -201,66 +181,59 @@ def test_mistakes(refused, arguments, message):
     assert message in refused("benchmark", *arguments)
 
 
-def estimate(run, *arguments):
-    """The screen of an estimate."""
-    code, output, _ = run("benchmark", "estimate", *arguments)
-    assert code == 0
-    return output
+@pytest.fixture
+def estimate(run):
+    """A function of flags: the screen of an estimate."""
+
+    def estimate(*arguments):
+        code, output, _ = run("benchmark", "estimate", *arguments)
+        assert code == 0
+        return output
+
+    return estimate
 
 
-def test_estimate_of_a_checkpoint(run, converted, tmp_path):
+def test_estimate_of_a_checkpoint(estimate, converted, tmp_path):
     file = tmp_path / "out.json"
-    output = estimate(run, "--model", converted, "--chip", "m3-max", "--json", file)
+    output = estimate("--model", converted, "--chip", "m3-max", "--json", file)
     assert max(len(line) for line in output.splitlines()) <= 80
     assert output.startswith("ESTIMATE: model on m3-max")
+    figures = json.loads(file.read_text())
+    assert (figures["kind"], figures["measured"]) == ("estimate", False)
+    assert figures["bandwidth_gb_s"] == pytest.approx(400 * BANDWIDTH_SHARE)
+    dense, flash = figures["estimates"][:2]
+    assert (dense["form"], flash["form"]) == ("dense", "FlashHead")
+    errors = [100 * speed["error"] for speed in figures["public_speeds"]]
     for part in (
         "AN ESTIMATE, NOT A MEASUREMENT",
         "as stored",
         "4 clusters of 16 rows, of 17 clusters",
-        "FlashHead = ",
-        "issue 4509",
         "353 GB/s, of 400 by Apple",
         "None of them is of m3-max",
+        # the figures that the file has
+        f"{dense['model_ms']:.2f}",
+        f"{flash['head_ms']:.3f}",
+        f"{dense['model_ms'] / flash['model_ms']:.2f}x",
+        f"by {min(errors):+.0f} % to {max(errors):+.0f} %",
     ):
-        assert part in output
-    figures = json.loads(file.read_text())
-    assert (figures["kind"], figures["measured"]) == ("estimate", False)
-    assert figures["bandwidth_gb_s"] == pytest.approx(400 * BANDWIDTH_SHARE)
-    # the table shows the figures that the file has
-    dense, flash = figures["estimates"][:2]
-    assert (dense["form"], flash["form"]) == ("dense", "FlashHead")
-    assert f"{dense['model_ms']:.2f}" in output and f"{flash['head_ms']:.3f}" in output
-    assert f"{dense['model_ms'] / flash['model_ms']:.2f}x" in output
-    errors = [speed["error"] for speed in figures["public_speeds"]]
-    assert f"by {100 * min(errors):+.0f} % to {100 * max(errors):+.0f} %" in " ".join(
-        output.split()
-    )
+        assert part in " ".join(output.split())
 
 
-def test_estimate_of_a_model_has_the_clusters_of_its_kept_flash_head(run, dense):
-    output = estimate(run, "--model", dense, "--chip", "m1")
-    assert "17 clusters of 16 rows, of 17 clusters" in output
-    assert "3 clusters" in estimate(run, "--model", dense, "--chip", "m1", "--n-probes", 3)
-    model, _, _ = load_dense(dense)
-    cache.keep(
-        tiny_index(model, cluster_size=8, n_probes=7), cache.place_of(find_head(model).rows())
-    )
-    output = estimate(run, "--model", dense, "--chip", "M1")
-    assert "7 clusters of 8 rows, of 33 clusters" in output
+def test_estimate_of_a_model_has_the_clusters_of_its_kept_flash_head(estimate, dense):
+    model = ("--model", dense, "--chip", "M1")
+    assert "17 clusters of 16 rows, of 17 clusters" in estimate(*model)
+    assert "3 clusters" in estimate(*model, "--n-probes", 3)
+    rows = find_head(load_dense(dense)[0]).rows()
+    index = tiny_index(load_dense(dense)[0], cluster_size=8, n_probes=7)
+    cache.keep(index, cache.place_of(rows))
+    assert "7 clusters of 8 rows, of 33 clusters" in estimate(*model)
 
 
-def test_estimate_of_a_shape(run):
-    output = estimate(run, "--shape", "gemma-3-270m", "--chip", "M5 Max")
-    assert "Gemma-3-270M on m5-max" in output
+def test_estimate_of_a_shape(estimate):
+    output = estimate("--shape", "gemma-3-270m", "--chip", "M5 Max")
+    assert "Gemma-3-270M on m5-max" in output and "as stored" not in output
     assert "968 clusters of 16 rows, of 16384 clusters\n" in output
-    assert "as stored" not in output
     # the public speeds of the chip, with the estimate's error
     (line,) = (line for line in output.splitlines() if line.startswith(" SmolLM2-135M "))
     assert "711.54" in line and line.rstrip().endswith(" %")
-    assert "(assumed)" in estimate(run, "--shape", "gemma-3-1b", "--chip", "m2")
-
-
-def test_estimate_of_a_damaged_checkpoint_is_refused(refused, tmp_path):
-    folder = write_model(tmp_path / "model", further={"flash_head": {"version": 99}})
-    (folder / FILE_NAME).touch()
-    assert "has version 99" in refused("benchmark", "estimate", "--model", folder, "--chip", "m1")
+    assert "(assumed)" in estimate("--shape", "gemma-3-1b", "--chip", "m2")

@@ -14,7 +14,7 @@ import pytest
 
 import mlx_flashhead
 from chain_models import write_chain_model
-from chat_screen import CTRL_D, ENVIRONMENT, ESC_ENTER, UP, ChatScreen
+from chat_screen import CTRL_D, ESC_ENTER, UP, ChatScreen
 from mlx_flashhead.chatting import talk
 from mlx_flashhead.chatting.conversation import Conversation
 from mlx_flashhead.common.terminal import UNPRINTABLE
@@ -48,13 +48,9 @@ def start(converted, folder):
         chat.child.close(force=True)
 
 
-def printable(text):
-    return "".join(c for c in text if c in "\n\t" or c.isprintable()).strip("\n")
-
-
 def words(text):
     """What can be compared with a screen, which breaks lines and drops spaces at their ends."""
-    return printable(text).split()
+    return "".join(c for c in text if c in "\n\t" or c.isprintable()).split()
 
 
 def messages(file):
@@ -169,7 +165,7 @@ def test_without_prompt_toolkit_lines_are_typed_all_the_same(start, folder):
     (lacking / "__init__.py").write_text(
         "raise ModuleNotFoundError('No prompt_toolkit', name='prompt_toolkit')"
     )
-    path = f"{lacking.parent}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"
+    path = f"{lacking.parent}{os.pathsep}{os.environ['PYTHONPATH']}"
     chat = start(environment={"PYTHONPATH": path})
     assert "pip install 'mlx_flashhead[chat]'" in chat.greeting
     assert "tokens/s" in chat.say("Hello")

@@ -1,4 +1,4 @@
-"""``generate``: the text, the flags, and flags that do not go together."""
+"""``generate``: the text of every mode, the flags, and flags that do not go together."""
 
 import importlib
 import io
@@ -6,97 +6,182 @@ import re
 import sys
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 
 import mlx_flashhead
+from mlx_flashhead.models.dense import load_dense
 from model_folders import VOCAB_SIZE, write_model
+from remote_code import write_remote_model
+from tiny_adapters import write_adapters
 
-# not the function of the same name, which the package has under it
-generate_command = importlib.import_module("mlx_flashhead.generate")
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
+PROMPT, TOKENS = "The river was wide", 12
+ASK = ("--prompt", PROMPT, "--ignore-chat-template", "--max-tokens", TOKENS, "--verbose", "F")
 newest = pytest.mark.newest
 
 
-def test_generate_prints_the_text(run, converted):
+@pytest.fixture(scope="module")
+def right(dense):
+    """The dense model's answer, as it is printed."""
+    model, tokenizer, _ = load_dense(dense)
+    return mlx_flashhead.generate(model, tokenizer, PROMPT, max_tokens=TOKENS) + "\n"
+
+
+@pytest.fixture
+def generated(run):
+    """A function of flags: what the command prints."""
+
+    def generated(*arguments):
+        code, output, errors = run("generate", *arguments, *ASK)
+        assert (code, errors) == (0, "")
+        return output
+
+    return generated
+
+
+def test_the_chat_template_and_the_speeds(run, converted, monkeypatch):
     model, tokenizer = mlx_flashhead.load(str(converted))
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "One day"}], add_generation_prompt=True
     )
-    arguments = ("--model", converted, "--prompt", "One day", "--max-tokens", 8)
-    code, output, errors = run("generate", *arguments, "--verbose", "F")
+    expected = mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=8) + "\n"
+    arguments = ("generate", "--model", converted, "--max-tokens", 8, "--prompt")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One day"))
+    for text in ("One day", "-"):  # which is standard input
+        assert run(*arguments, text, "--verbose", "F") == (0, expected, "")
+    code, verbose, errors = run(*arguments, "One day")
     assert (code, errors) == (0, "")
-    assert output == mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=8) + "\n"
-    few = run("generate", *arguments, "--verbose", "F", "--n-probes", 1, "--no-check")[1]
-    settings = {"n_probes": 1, "check": False}
-    assert few == mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=8, **settings) + "\n"
-    assert few != output
-    code, verbose, errors = run("generate", *arguments)
-    assert (code, errors) == (0, "")
-    assert output.strip() in verbose and "Generation: 8 tokens" in verbose
+    assert expected.strip() in verbose and "Generation: 8 tokens" in verbose
     last = rf"FlashHead: 4 of {N_CLUSTERS} clusters a token, \d+ checks, \d+ other choices"
     assert re.fullmatch(last, verbose.splitlines()[-1])
 
 
-def test_generate_dense_is_mlx_lms_output(run, dense, converted, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "flags, sampling, options",
+    [
+        (("--n-probes", 1, "--no-check"), {}, {"n_probes": 1, "check": False}),
+        (("--temp", 1, "--draw-probes"), {"temp": 1.0}, {"draw_temperature": 1.0}),
+        (("--temp", 3, "--top-p", 0.9, "--top-k", 5), {"temp": 3.0, "top_p": 0.9, "top_k": 5}, {}),
+        (
+            ("--kv-bits", 4, "--kv-group-size", 32, "--quantized-kv-start", 0),
+            {},
+            {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 0},
+        ),
+    ],
+)
+def test_flags_are_the_functions_arguments(generated, converted, right, flags, sampling, options):
+    found = generated("--model", converted, "--seed", 3, *flags)
+    mx.random.seed(3)
+    model, tokenizer = mlx_flashhead.load(str(converted))  # an empty model's weights are drawn
+    options |= {"max_tokens": TOKENS, "sampler": mlx_flashhead.make_sampler(**sampling)}
+    assert found == mlx_flashhead.generate(model, tokenizer, PROMPT, **options) + "\n" != right
+
+
+def test_dense_is_mlx_lms_output(run, dense, converted, monkeypatch, capsys):
     arguments = ["--prompt", "One day", "--max-tokens", "8", "--verbose", "F", "--model"]
     monkeypatch.setattr(sys, "argv", ["mlx_lm.generate", *arguments, str(dense)])
     importlib.import_module("mlx_lm.generate").main()
     expected = capsys.readouterr().out
-    assert run("generate", *arguments, converted, "--dense") == (0, expected, "")
-    # without a FlashHead there is nothing to convert first
-    assert run("generate", *arguments, dense, "--dense") == (0, expected, "")
+    for folder in (converted, dense):  # without a FlashHead there is nothing to convert first
+        assert run("generate", *arguments, folder, "--dense") == (0, expected, "")
 
 
-def test_generate_reads_standard_input(run, converted, monkeypatch):
-    arguments = ("--model", converted, "--max-tokens", 8, "--verbose", "F", "--prompt")
-    expected = run("generate", *arguments, "One day")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("One day"))
-    assert run("generate", *arguments, "-") == expected
-
-
-def test_generate_draws_probes(run, converted):
-    arguments = ("--model", converted, "--prompt", "One day", "--ignore-chat-template")
-    arguments += ("--max-tokens", 8, "--verbose", "F", "--temp", 1, "--seed", 3)
-    code, drawn, errors = run("generate", *arguments, "--draw-probes")
-    assert (code, errors) == (0, "")
-    mx.random.seed(3)
-    model, tokenizer = mlx_flashhead.load(str(converted))  # an empty model's weights are drawn
-    sampler = mlx_flashhead.make_sampler(temp=1.0)
-    expected = mlx_flashhead.generate(
-        model, tokenizer, "One day", max_tokens=8, draw_temperature=1.0, sampler=sampler
-    )
-    assert drawn == expected + "\n"
-    assert run("generate", *arguments)[1] != drawn
-
-
-def test_generate_samples_with_this_packages_sampler(run, converted, monkeypatch):
-    asked = []
-
-    def maker(*arguments, **named):
-        asked.append((*arguments, named["top_k"]))
-        return mlx_flashhead.make_sampler()
-
-    monkeypatch.setattr(generate_command, "make_sampler", maker)
-    arguments = ("--model", converted, "--prompt", "One day", "--max-tokens", 2)
-    assert run("generate", *arguments, "--temp", 0.8, "--top-p", 0.9, "--top-k", 5)[0] == 0
-    assert asked == [(0.8, 0.9, 0.0, 1, 5)]
-
-
-def test_generate_without_a_chat_template(run, tmp_path):
+def test_a_model_without_a_chat_template_or_with_one_that_raises(run, refused, tmp_path):
     source, target = write_model(tmp_path / "source", chat_template=None), tmp_path / "model"
     arguments = ("--model", source, "--mlx-path", target, "--calibration-positions", 99)
     code, _, errors = run("convert", *arguments)
     assert code == 0 and "rror" not in errors
     code, output, errors = run("generate", "--model", target, "--prompt", "One day")
-    assert (code, errors) == (0, "")
-    assert "Prompt: 7 tokens" in output
-
-
-def test_generate_with_a_chat_template_that_raises(refused, tmp_path):
+    assert (code, errors) == (0, "") and "Prompt: 7 tokens" in output
     template = "{{ raise_exception('no \x1b[2Jturns') }}"
-    model = write_model(tmp_path / "model", chat_template=template)
+    model = write_model(tmp_path / "raises", chat_template=template)
     said = refused("generate", "--dense", "--model", model, "--prompt", "One day")
     assert "cannot be filled in (no [2Jturns): give --ignore-chat-template" in said
+
+
+def test_draft_models(generated, refused, dense, converted, right, monkeypatch):
+    """Also the target itself. A draft's FlashHead is used, and a dense folder has none."""
+    module = importlib.import_module("mlx_flashhead.generate")
+    drafts, load_draft = [], module.load_draft
+
+    def look(path, **kwargs):
+        drafts.append(load_draft(path, **kwargs))
+        return drafts[-1]
+
+    monkeypatch.setattr(module, "load_draft", look)
+    target = ("--model", converted, "--num-draft-tokens", 4, "--draft-model")
+    for draft in ((converted,), (converted, "--draft-probes", 2), (dense,)):
+        assert generated(*target, *draft) == right
+    assert generated(*target, dense, "--dense") == right
+    heads = [mlx_flashhead.get_flash_head(model) for model, _ in drafts]
+    assert heads[0].n_probes == 4  # without figures its own
+    assert heads[1].n_probes == 2 and heads[2] is None
+    for draft, said in (((dense,), "has no FlashHead"), ((converted,), "n_probes is 9999")):
+        assert said in refused("generate", *target, *draft, "--draft-probes", 9999, *ASK)
+
+
+@pytest.fixture
+def prompt_cache(converted, monkeypatch, tmp_path):
+    """A file of mlx-lm's."""
+    file = tmp_path / "cache.safetensors"
+    argv = ["mlx_lm.cache_prompt", "--model", converted, "--prompt", "Once"]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv), "--prompt-cache-file", str(file)])
+    importlib.import_module("mlx_lm.cache_prompt").main()
+    return file
+
+
+def test_prompt_cache_file(generated, refused, dense, converted, prompt_cache, tmp_path):
+    """With and without the model's name, which the file knows."""
+    found = generated("--prompt-cache-file", prompt_cache)
+    assert generated("--prompt-cache-file", prompt_cache, "--model", converted) == found
+    model, tokenizer, _ = load_dense(dense)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Once"}], continue_final_message=True
+    )
+    ids += tokenizer.encode(PROMPT)
+    assert found == mlx_flashhead.generate(model, tokenizer, ids, max_tokens=TOKENS) + "\n"
+    (tmp_path / "damaged.safetensors").write_text("no cache")
+    for wrong, further, said in (
+        (prompt_cache, ("--model", dense), "different model"),
+        (prompt_cache, ("--draft-model", dense), "leave --draft-model out"),
+        (tmp_path / "damaged.safetensors", (), "damaged or not a prompt cache"),
+        (converted / "model.safetensors", (), "mlx_lm.cache_prompt"),
+        (tmp_path / "absent", (), "there is no such file"),
+    ):
+        assert said in refused("generate", "--prompt-cache-file", wrong, *further, *ASK)
+
+
+def test_cache_of_limited_size(generated, tmp_path):
+    """mlx-lm limits the caches of architectures that do not make their own, such as qwen2."""
+    dense = write_model(tmp_path / "dense", arch="qwen2")
+    found = generated("--model", dense, "--dense", "--max-kv-size", 8)
+    model, tokenizer, _ = load_dense(dense)
+    options = {"max_tokens": TOKENS, "max_kv_size": 8}
+    assert found == mlx_flashhead.generate(model, tokenizer, PROMPT, **options) + "\n"
+    assert found != generated("--model", dense, "--dense")
+
+
+def test_adapters(generated, refused, dense, converted, right, tmp_path):
+    adapters = write_adapters(tmp_path / "body", dense)
+    loaded = mlx_lm.load(str(dense), adapter_path=str(adapters))
+    flags = ("--model", converted, "--adapter-path")
+    expected = mlx_lm.generate(*loaded, PROMPT, max_tokens=TOKENS) + "\n"
+    assert generated(*flags, adapters) == expected != right
+    head = write_adapters(tmp_path / "head", dense, keys=("lm_head",))
+    assert "must be fused first" in refused("generate", *flags, head, *ASK)
+
+
+def test_own_code_of_a_model(run, generated, refused, tmp_path):
+    dense, converted = write_remote_model(tmp_path / "dense"), tmp_path / "converted"
+    flags = ("--model", dense, "--mlx-path", converted, "--n-probes", 3, "--calibration", "none")
+    assert "--trust-remote-code" in refused("convert", *flags)
+    assert run("convert", *flags, "--trust-remote-code")[0] == 0
+    assert "--trust-remote-code" in refused("generate", "--model", converted, *ASK)
+    flags = ("--model", converted, "--trust-remote-code")
+    model, tokenizer = mlx_flashhead.load(str(converted), trust_remote_code=True)
+    expected = mlx_flashhead.generate(model, tokenizer, PROMPT, max_tokens=TOKENS) + "\n"
+    assert generated(*flags) == generated(*flags, "--draft-model", converted) == expected
 
 
 @pytest.mark.parametrize(
@@ -105,7 +190,6 @@ def test_generate_with_a_chat_template_that_raises(refused, tmp_path):
         ((), "--model is needed"),
         (("--model", "x", "--max-tokens", 0), "--max-tokens is 0"),
         (("--model", "x", "--num-draft-tokens", 0), "--num-draft-tokens is 0"),
-        (("--model", "x", "--max-kv-size", 0), "--max-kv-size is 0"),
         pytest.param(("--model", "x", "--prefill-step-size", 0), "size is 0", marks=newest),
         (("--model", "x", "--draft-probes", 2), "add --draft-model"),
         (("--model", "x", "--draw-probes"), "--temp above 0"),
@@ -117,20 +201,16 @@ def test_generate_with_a_chat_template_that_raises(refused, tmp_path):
         (("--model", "x", "--no-such-flag"), "there is no option --no-such-flag"),
     ],
 )
-def test_generate_refuses_flags(refused, arguments, said):
+def test_refuses_flags(refused, arguments, said):
     assert said in refused("generate", *arguments)
 
 
-def test_generate_refuses_prompts_before_it_prints(run, converted):
-    arguments = ("--model", converted, "--ignore-chat-template", "--prompt")
-    for prompt, said in (
-        ("", "The prompt is empty: give at least one token with --prompt"),
-        ("x" * 600, "The prompt has 600 tokens, and at most 511 are read"),
+def test_refuses_prompts_and_probes_before_it_prints(run, converted):
+    probes = f"n_probes is {N_CLUSTERS + 1}, but "
+    for flags, said in (
+        (("--prompt", ""), "The prompt is empty: give at least one token with --prompt"),
+        (("--prompt", "x" * 600), "The prompt has 600 tokens, and at most 511 are read"),
+        (("--n-probes", N_CLUSTERS + 1), probes),
     ):
-        code, output, errors = run("generate", *arguments, prompt)
+        code, output, errors = run("generate", "--model", converted, *ASK, *flags)
         assert (code, output) == (2, "") and errors.startswith(f"error: {said}")
-
-
-def test_generate_refuses_probes(refused, converted):
-    said = refused("generate", "--model", converted, "--n-probes", N_CLUSTERS + 1)
-    assert f"n_probes is {N_CLUSTERS + 1}" in said and f"1 to {N_CLUSTERS}" in said

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-SCHEMA = {
+SCHEMA = """{
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 4}, "on": {"type": "boolean"}},
     "required": ["name", "on"],
-    "additionalProperties": False,
-}
+    "additionalProperties": false
+}"""
 
 
 @pytest.fixture
@@ -26,23 +26,32 @@ def generate(run, converted):
 
 
 @pytest.fixture
-def schema(tmp_path):
-    file = tmp_path / "schema.json"
-    file.write_text(json.dumps(SCHEMA))
-    return file
+def form(tmp_path):
+    """A function that writes a form into a file."""
+
+    def form(content):
+        (tmp_path / "form").write_text(content)
+        return tmp_path / "form"
+
+    return form
 
 
 @pytest.mark.parametrize("further", [(), ("--dense",), ("--temp", 1, "--seed", 2)])
-def test_json_schema(generate, schema, further):
-    code, output, errors = generate("--json-schema", schema, *further)
+def test_json_schema(generate, form, further):
+    code, output, errors = generate("--json-schema", form(SCHEMA), *further)
     assert (code, errors) == (0, "")
     answer = json.loads(output)
     assert list(answer) == ["name", "on"] and isinstance(answer["on"], bool)
+    code, output, errors = generate("--json-schema", form(SCHEMA), *further, max_tokens=3)
+    assert code == 0 and len(output) < 8
+    assert "not a whole one of the JSON schema: it was cut at --max-tokens 3" in errors
 
 
-def test_regular_expression(generate):
+def test_regular_expression_and_grammar(generate, form):
     code, output, _ = generate("--regex", "[0-9]{4}(ab)+c")
     assert code == 0 and re.fullmatch("[0-9]{4}(ab)+c\n", output)
+    code, output, _ = generate("--grammar", form('start: "yes" | "no"\n'))
+    assert code == 0 and output in ("yes\n", "no\n")
 
 
 def test_an_answer_does_not_act_on_a_terminal(generate, monkeypatch):
@@ -52,39 +61,23 @@ def test_an_answer_does_not_act_on_a_terminal(generate, monkeypatch):
     assert generate("--regex", pattern)[1] == "a[2Jb\n"
 
 
-def test_grammar(generate, tmp_path):
-    file = tmp_path / "answer.lark"
-    file.write_text('start: "yes" | "no"\n')
-    code, output, _ = generate("--grammar", file)
-    assert code == 0 and output in ("yes\n", "no\n")
-
-
-def test_text_that_is_cut_is_told(generate, schema):
-    code, output, errors = generate("--json-schema", schema, max_tokens=3)
-    assert code == 0 and len(output) < 8
-    assert "not a whole one of the JSON schema: it was cut at --max-tokens 3" in errors
-
-
 @pytest.mark.parametrize(
     "option, content, said",
     [
         ("--json-schema", '{"items": {"type": "x"}}', "wrong at /items"),
-        ("--json-schema", None, "cannot be read"),
         ("--grammar", "start: foo", "line 1, column 8"),
         ("--json-schema", "[" * 200_000, "nested too deeply"),
     ],
 )
-def test_wrong_files(refused, converted, tmp_path, option, content, said):
-    file = tmp_path / "form"
-    if content is not None:
-        file.write_text(content)
-    line = refused("generate", "--model", converted, option, file)
-    assert said in line and str(file) in line
+def test_wrong_files(refused, converted, form, option, content, said):
+    line = refused("generate", "--model", converted, option, form(content))
+    assert said in line and str(form("")) in line
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (("--json-schema", "./absent"), "./absent cannot be read"),
         (("--regex", "("), "unclosed group"),
         (("--regex", "a", "--grammar", "b"), "not allowed with"),
         (("--regex", "a", "--draw-probes", "--temp", "1"), "leave it out"),

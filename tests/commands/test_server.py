@@ -1,6 +1,5 @@
 """``server``: what it prints, how it ends, its flags, and mistakes before it serves."""
 
-import os
 import re
 import signal
 import socket
@@ -16,7 +15,7 @@ import mlx_flashhead
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.models.dense import load_dense
 from model_folders import VOCAB_SIZE
-from server_process import CHECKOUT, serving
+from server_process import serving
 from tiny_models import tiny_index
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -99,10 +98,9 @@ def test_it_ends_amid_answers_and_a_second_signal_aborts_nothing(converted, tmp_
 
 def test_it_ends_while_it_starts(converted, tmp_path):
     command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(converted)]
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
     errors = tmp_path / "errors.txt"
     with errors.open("w") as file:
-        pipes = {"stdout": subprocess.PIPE, "stderr": file, "env": environment}
+        pipes = {"stdout": subprocess.PIPE, "stderr": file}
         processes = [subprocess.Popen([*command, "--port", "0"], **pipes) for _ in range(2)]
         for process, seconds in zip(processes, (0.5, 1.5), strict=True):
             time.sleep(seconds)
@@ -120,7 +118,6 @@ def test_a_lost_thread_ends_it_with_a_code_for_supervisors(converted):
     ended = subprocess.run(
         [sys.executable, "-c", program, "--model", str(converted), "--port", "0"],
         capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert ended.returncode == 75
     assert ended.stdout.endswith("the thread that answers is lost: start the server again.\n")

@@ -1,8 +1,8 @@
 """A folder that is there completely or not at all, and conversions that are cut short."""
 
 import errno
-import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +10,9 @@ from pathlib import Path
 import pytest
 
 from mlx_flashhead.common import new_folder as new_folder_module
-from mlx_flashhead.common.new_folder import new_folder
+from mlx_flashhead.common.new_folder import new_file, new_folder
 from mlx_flashhead.conversion import pipeline as conversion
 from mlx_flashhead.conversion.pipeline import convert
-from mlx_flashhead.conversion.place import FILES_KEY
-from mlx_flashhead.index.settings import FlashHeadConfig
-from model_folders import write_model
 
 
 def snapshot(folder):
@@ -26,38 +23,17 @@ def snapshot(folder):
     }
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A tiny model's folder."""
-    return write_model(tmp_path_factory.mktemp("source") / "model")
+def convert_quickly(dense, target):
+    return convert(str(dense), str(target), overwrite=True, calibration="none", progress=False)
 
 
 @pytest.fixture(params=[False, True], ids=["new", "overwrite"])
-def target(request, tmp_path):
+def target(request, converted, tmp_path):
     """A place with nothing in it, or with the folder of an earlier conversion."""
     target = tmp_path / "deep" / "model"
     if request.param:
-        written(write_model(target))
+        shutil.copytree(converted, target)
     return target
-
-
-def written(folder):
-    """The folder, with settings as a conversion that has written its files leaves them."""
-    settings = FlashHeadConfig(
-        vocab_size=16,
-        n_clusters=1,
-        cluster_size=16,
-        n_probes=1,
-        fingerprint="0" * 64,
-        recipe={FILES_KEY: [file.name for file in folder.iterdir()]},
-    )
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"flash_head": settings.to_dict()}))
-    return folder
-
-
-def convert_quickly(source, target):
-    return convert(str(source), str(target), overwrite=True, calibration="none", progress=False)
 
 
 def test_appears_at_the_end(target):
@@ -68,12 +44,15 @@ def test_appears_at_the_end(target):
         assert snapshot(target) == before
     assert snapshot(target) == {Path("weights"): b"new"}
     assert [path.name for path in target.parent.iterdir()] == ["model"]
+    assert target.stat().st_mode & 0o777 == 0o755  # others can read it
 
 
-def test_can_be_read_by_others(tmp_path):
-    with new_folder(tmp_path / "model"):
-        pass
-    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_errors_name_the_place(tmp_path, new):
+    with pytest.raises(OSError) as error, new(tmp_path / "place") as temporary:
+        raise OSError(errno.ENOSPC, "No space left", str(temporary / "weights"))
+    assert error.value.filename == str(tmp_path / "place")
+    assert snapshot(tmp_path) == {}
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -97,26 +76,9 @@ def test_what_is_replaced_comes_back(tmp_path, monkeypatch, failing, error):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left", "model.safetensors")]
-)
-def test_a_conversion_that_fails_leaves_all_as_it_was(source, target, tmp_path, monkeypatch, error):
-    before = snapshot(tmp_path)
-    save = conversion.save
-
-    def fails(*arguments, **options):
-        save(*arguments, **options)
-        raise error
-
-    monkeypatch.setattr(conversion, "save", fails)
-    with pytest.raises(type(error)):
-        convert_quickly(source, target)
-    assert snapshot(tmp_path) == before
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("file", ["model.safetensors", "flash_head.index"])
-def test_full_disk_under_mlx(source, target, tmp_path, monkeypatch, file):
+def test_full_disk_under_mlx(dense, target, tmp_path, monkeypatch, file):
     """MLX does not raise an OSError then."""
     save = conversion.save
 
@@ -127,22 +89,18 @@ def test_full_disk_under_mlx(source, target, tmp_path, monkeypatch, file):
     before = snapshot(tmp_path)
     monkeypatch.setattr(conversion, "save", save_to_full_disk)
     with pytest.raises(OSError, match=r"free some space or choose another|No space left on device"):
-        convert_quickly(source, target)
+        convert_quickly(dense, target)
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["to_mother.txt", "config.json"])
-def test_only_what_was_written_here_is_overwritten(source, tmp_path, name):
+def test_only_what_was_written_here_is_overwritten(dense, tmp_path, name):
     """A slip of the hand such as ``--mlx-path ~ --overwrite`` deletes nothing, nor a model."""
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters" / name).write_text("{}")
-    (tmp_path / "empty").mkdir()
-    before = snapshot(tmp_path / "letters")
+    (tmp_path / name).write_text("{}")
+    before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=r"was not written by mlx_flashhead\.convert"):
-        convert_quickly(source, tmp_path / "letters")
-    assert snapshot(tmp_path / "letters") == before
-    convert_quickly(source, tmp_path / "empty")
-    assert (tmp_path / "empty" / "config.json").exists()
+        convert_quickly(dense, tmp_path)
+    assert snapshot(tmp_path) == before
 
 
 def test_leftovers_of_killed_processes_go(tmp_path):
@@ -185,7 +143,7 @@ def test_what_was_put_aside_comes_back(tmp_path):
     assert snapshot(tmp_path) == {Path("model"): None, Path("model/weights"): b"old"}
 
 
-def test_place_without_permission(source, tmp_path, monkeypatch):
+def test_place_without_permission(dense, tmp_path, monkeypatch):
     """The administrator may write everywhere, so the refusal is made up."""
 
     def mkdtemp(**_):
@@ -193,14 +151,14 @@ def test_place_without_permission(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr("tempfile.mkdtemp", mkdtemp)
     with pytest.raises(ValueError, match=r"cannot be written \(.*Permission denied"):
-        convert_quickly(source, tmp_path / "new" / "model")
+        convert_quickly(dense, tmp_path / "new" / "model")
     assert snapshot(tmp_path) == {}
 
 
-def test_signal_to_a_real_conversion(source, tmp_path):
-    written(write_model(tmp_path / "model"))
+def test_signal_to_a_real_conversion(dense, converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "model")
     before = snapshot(tmp_path)
-    arguments = ["--model", source, "--mlx-path", tmp_path / "model"]
+    arguments = ["--model", dense, "--mlx-path", tmp_path / "model"]
     arguments += ["--calibration-positions", "100000000", "--overwrite"]
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "mlx_flashhead.convert", *map(str, arguments)],

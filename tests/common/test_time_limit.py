@@ -22,15 +22,9 @@ def test_an_endless_loop_ends():
 
 
 def test_a_block_in_time_is_left_alone():
-    with time_limit(0.05, TooSlowError()):
-        found = sum(range(1000))
-    assert found == 499_500
-    time.sleep(0.1)  # nothing arrives afterwards
-
-
-def test_errors_of_the_block_are_its_own():
-    with pytest.raises(KeyError), time_limit(10, TooSlowError()):
+    with pytest.raises(KeyError), time_limit(0.05, TooSlowError()):
         raise KeyError("own")
+    time.sleep(0.1)  # nothing arrives afterwards
 
 
 def test_nothing_arrives_outside_of_blocks_that_end_in_time_or_nearly():

@@ -29,12 +29,7 @@ def architectures() -> list[str]:
 
 
 def tiny_architecture(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
-    """A random float32 model of a few layers, not evaluated.
-
-    Args:
-        name: A module of ``mlx_lm.models``.
-        tied: What the configuration asks for; some architectures do not care.
-        seed: Of the weights.
+    """A random float32 model of a few layers, not evaluated; some do not care for ``tied``.
 
     Raises:
         ImportError: If mlx-lm cannot import the architecture here.

@@ -21,15 +21,9 @@ def write_chain_model(
 ) -> Path:
     """Writes a llama whose next token depends on the last one alone.
 
-    Args:
-        folder: Folder to make.
-        *chains: Texts of one token each, in the order in which they follow each other; a text
-            occurs in one place. The last one is followed by the end.
-        endless: The last one is followed by the second.
-        words: Texts that become tokens of the tokenizer, which knows single characters.
-
-    Returns:
-        The folder.
+    ``chains`` are texts of one token each, in the order in which they follow each other; a text
+    occurs in one place. The last one is followed by the end, or by the second if ``endless``. The
+    tokenizer knows single characters and ``words``.
     """
     write_model(
         folder,

@@ -11,13 +11,7 @@ from pathlib import Path
 import pexpect
 import pyte
 
-CHECKOUT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    "PYTHONPATH": str(CHECKOUT),
-    "HF_HUB_OFFLINE": "1",
-    "TERM": "xterm",
-    "PYTHONIOENCODING": "utf-8",
-}
+ENVIRONMENT = {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
 ROWS, TIMEOUT = 200, 60  # nothing scrolls away
 UP, ESC_ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x1b\r", "\x03", "\x04"
 
@@ -28,14 +22,7 @@ def _hear_hang_ups() -> None:
 
 
 class ChatScreen:
-    """A running chat, what is typed into it and what stands on its screen.
-
-    Args:
-        arguments: Of the command.
-        home: The user's folder.
-        columns: Width of the terminal.
-        environment: Further variables.
-    """
+    """A running chat with its user's folder, what is typed and what stands on its screen."""
 
     def __init__(self, *arguments, home: Path, columns: int = 200, environment=()):
         self.screen = pyte.Screen(columns, ROWS)

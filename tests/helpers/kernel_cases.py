@@ -115,12 +115,7 @@ def products(stored, hidden: mx.array) -> tuple[np.ndarray, np.ndarray]:
 def covering_cases(factors: dict[str, tuple], valid, cost) -> list[dict]:
     """Few cases in which each pair of values occurs that any valid case has.
 
-    Greedy: the case with most pairs that are still missing, the cheapest of several.
-
-    Args:
-        factors: Values of each factor.
-        valid: Whether a case may be run.
-        cost: Orders cases that cover equally much.
+    Greedy: the case with most pairs that are still missing, that of the least ``cost`` of several.
     """
     names = list(factors)
     cases = [dict(zip(names, values, strict=True)) for values in product(*factors.values())]

@@ -6,26 +6,15 @@ from pathlib import Path
 CHOICE, GENERATE, PERPLEXITY = "local_choice", "local_generate", "local_perplexity"
 GROUP = "local_group"
 TOKENS = 12
-DOCUMENTS = (
-    {
-        "question": "The bridge over the river was",
-        "choices": [" old", " a cake of bread"],
-        "answer": 0,
-        "text": "The bridge over the river was old, and nobody knew who had built it.",
-    },
-    {
-        "question": "Nobody knew who had built",
-        "choices": [" tomorrow", " it"],
-        "answer": 1,
-        "text": "Bread is baked from flour and water.",
-    },
-    {
-        "question": "Bread is baked from",
-        "choices": [" rivers", " flour"],
-        "answer": 1,
-        "text": "A tale.",
-    },
-)
+LONG = "The bridge over the river was old, and nobody knew who had built it."
+DOCUMENTS = [
+    {"question": question, "choices": choices, "answer": answer, "text": text}
+    for question, choices, answer, text in (
+        ("The bridge over the river was", [" old", " a cake of bread"], 0, LONG),
+        ("Nobody knew who had built", [" tomorrow", " it"], 1, "Bread is baked from flour."),
+        ("Bread is baked from", [" rivers", " flour"], 1, "A tale."),
+    )
+]
 TASKS = {
     CHOICE: {
         "output_type": "multiple_choice",

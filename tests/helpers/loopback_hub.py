@@ -14,28 +14,18 @@ TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
 
 class LoopbackHub(ThreadingHTTPServer):
-    """The server.
-
-    Attributes:
-        accounts: Token → account.
-        repositories: "owner/name" → repository.
-        large: Large files: SHA-256 → content.
-        sent: SHA-256 → how many bytes of that file were sent, each time.
-        requests: (method, path without its query) of every request.
-        down_after: Bytes of large files until the Hub goes down; None: never.
-        down: Whether it is.
-    """
+    """The server."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.accounts: dict[str, Account] = {}
-        self.repositories: dict[str, Repository] = {}
-        self.large: dict[str, bytes] = {}
-        self.sent: dict[str, int] = {}
-        self.requests: list[tuple[str, str]] = []
-        self.down_after: int | None = None
+        self.accounts: dict[str, Account] = {}  # by token
+        self.repositories: dict[str, Repository] = {}  # by "owner/name"
+        self.large: dict[str, bytes] = {}  # large files by SHA-256
+        self.sent: dict[str, int] = {}  # bytes of them that were sent, each time
+        self.requests: list[tuple[str, str]] = []  # method, path without its query
+        self.down_after: int | None = None  # bytes of large files
         self.down = False
         self.lock = threading.Lock()
 

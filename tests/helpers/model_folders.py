@@ -45,23 +45,10 @@ def write_model(
     card: str | None = CARD,
     further: dict | None = None,
 ) -> Path:
-    """Writes a random two-layer model.
+    """Writes a random two-layer model and its README.md, the ``card``.
 
-    Args:
-        folder: Folder to make.
-        arch: A module of ``mlx_lm.models`` that takes a llama's configuration.
-        tied: Tie the head to the embedding.
-        dtype: Of the weights.
-        by_mlx: Mark the weights as MLX's, as mlx-lm does, or as PyTorch's.
-        hidden_size: Width D.
-        vocab_size: Rows V.
-        seed: Of the weights.
-        chat_template: Of the tokenizer.
-        card: Its README.md; None: none.
-        further: More entries of config.json.
-
-    Returns:
-        The folder.
+    The module ``arch`` of mlx-lm takes a llama's configuration, and ``further`` entries. Without
+    ``by_mlx`` the weights are marked as PyTorch's.
     """
     config = {
         "model_type": arch,

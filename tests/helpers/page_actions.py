@@ -6,13 +6,7 @@ from playwright.sync_api import Locator, Page, expect
 
 
 def ask(page: Page, question: str, *, ends: int | None = None) -> None:
-    """Writes a question and sends it.
-
-    Args:
-        page: The page.
-        question: The question.
-        ends: Waits until this number of answers has ended.
-    """
+    """Writes a question and sends it, and waits until ``ends`` answers have ended."""
     page.locator("#input").tap()
     page.locator("#input").fill(question)
     page.locator("#send").tap()

@@ -22,17 +22,12 @@ BREAK = object()
 
 
 class Script(logging.Handler):
-    """What the server says, and what it has seen.
+    """What the server says, and what it has seen: the requests' bodies, and lines of its log.
 
-    Attributes:
-        access: The rules.
-        answers: For each request to come, the pieces of its answer: texts, an `Event` to wait for,
-            a dict (a whole delta), a tuple (how many tokens of the question have been read, of how
-            many), or `BREAK` (the connection ends there). A text alone is a refusal.
-        info: What the page is told about the server.
-        requests: The bodies that came.
-        left: Set as soon as a client has gone before its answer was complete.
-        log: Lines of the server's log.
+    ``answers`` has for each request to come the pieces of its answer: texts, an `Event` to wait
+    for, a dict (a whole delta), a tuple (how many tokens of the question have been read, of how
+    many), or `BREAK` (the connection ends there). A text alone is a refusal. ``left`` is set when a
+    client has gone before its answer was complete.
     """
 
     def __init__(self, access: Access | None = None):

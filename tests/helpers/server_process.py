@@ -13,26 +13,16 @@ from pathlib import Path
 
 from openai import OpenAI
 
-CHECKOUT = Path(__file__).parents[2]
-
 
 @dataclass
 class Server:
-    """A server under way.
-
-    Attributes:
-        process: Its process.
-        line: What it printed when it was ready.
-        url: Its address.
-        errors: The file of its standard error.
-        token: The token that clients send, if it has one.
-    """
+    """A server under way."""
 
     process: subprocess.Popen
-    line: str
+    line: str  # printed when it was ready
     url: str
-    errors: Path
-    token: str = "none"
+    errors: Path  # of its standard error
+    token: str = "none"  # that clients send
 
     def client(self) -> OpenAI:
         """OpenAI's own client of this server."""
@@ -59,18 +49,12 @@ class Server:
 
 @contextmanager
 def serving(folder: Path, *arguments) -> Iterator[Server]:
-    """A server on a free port of the loopback interface.
-
-    Args:
-        folder: Where its standard error goes.
-        *arguments: Of ``mlx_flashhead.server``.
-    """
+    """A server on a free port of the loopback interface; its standard error goes to the folder."""
     program = ["-m", "mlx_flashhead.server", "--port", "0"]
     program += ["--flash-head-always"]  # which is no faster for a tiny model
     command = [sys.executable, *program, *map(str, arguments)]
-    cache = folder / "cache"  # no models but those that are named
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
-    environment |= {"HF_HUB_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment["HF_HUB_CACHE"] = str(folder / "cache")  # no models but those that are named
     environment["PYTHONFAULTHANDLER"] = "1"  # a crash in C++ or Rust would leave no word
     errors = folder / "errors.txt"
     with errors.open("w") as file:

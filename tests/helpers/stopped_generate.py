@@ -28,11 +28,7 @@ FILES = ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "tempfile.mkd
 
 
 class Generate:
-    """The process, and its runs.
-
-    Args:
-        folder: Where the homes lie.
-    """
+    """The process, and its runs, whose homes lie in a folder."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -44,18 +40,10 @@ class Generate:
             self._processes.Process(target=int).start()  # starts the server of forks
 
     def __call__(self, name: str, *arguments, kind=TEXT, moment=0, number=0, delay=0.0):
-        """A run with the home of a name.
+        """A run with the home of a name: (exit code or -signal, standard output and error).
 
-        Args:
-            name: The name.
-            *arguments: Of ``generate``.
-            kind: A kind of moments.
-            moment: The one of that kind at which the run sends itself a signal; 0: none.
-            number: The signal.
-            delay: Seconds from the moment to the signal.
-
-        Returns:
-            ``(exit code or -signal, standard output, standard error)``.
+        At a ``moment`` of a ``kind``, or ``delay`` seconds later, it sends itself the signal of a
+        ``number``.
         """
         home = self._folder / name
         run = (list(map(str, arguments)), str(home), kind, moment, number, delay)

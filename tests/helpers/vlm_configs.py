@@ -20,6 +20,9 @@ SIGLIP = {"vision": {"model_type": "siglip_vision_model"}}
 LLAVA = {"vision": {"model_type": "clip_vision_model"}, "text_config": {"model_type": "llama"}}
 MROPE = {"type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 GLM4V = {"eos_token_id": [1], "rope_scaling": MROPE, "rope_parameters": MROPE}
+CLEF_HEAD = named(
+    (64, "hidden_size feedforward"), (32, "width"), (1, "routing_layers layers"), (2, "heads")
+)
 QWEN3_5 = {
     "layer_types": ["linear_attention", "full_attention"],
     "rope_parameters": MROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
@@ -34,19 +37,7 @@ VLM_OVERRIDES: dict[str, dict] = named(
     ({"text": QWEN3_5}, "decider2 indic_ocr prism_hadamard_qwen35 qwen3_5 qwen3_5_text"),
     ({"text": QWEN3_5}, "qwen3_5_moe qwen3_5_moe_text"),
 ) | {
-    "clef": {
-        "text": QWEN3_5,
-        "whole": {
-            "head_config": {
-                "hidden_size": 64,
-                "width": 32,
-                "routing_layers": 1,
-                "layers": 1,
-                "heads": 2,
-                "feedforward": 64,
-            }
-        },
-    },
+    "clef": {"text": QWEN3_5, "whole": {"head_config": CLEF_HEAD}},
     "deepseekocr_2": {"vision": {"model_type": "vision", "width": {}}},
     "ernie4_5_moe_vl": {"text": {"mrope_section": [6, 6, 4]}},
     "florence2": {
@@ -79,19 +70,17 @@ VLM_OVERRIDES: dict[str, dict] = named(
     "internvl_chat": {"vision": {"model_type": "intern_vit_6b"}},
     "limite": {"text": {"rope_n_pairs": 8, "attn_gate_channels": 32}},
     "llama4": {
-        "vision": {
-            "model_type": "llama4",
-            "initializer_range": 0.02,
-            "norm_eps": 1e-5,
-            "pixel_shuffle_ratio": 0.5,
-            "projector_dropout": 0.0,
-            "projector_input_dim": 64,
-            "projector_output_dim": 64,
-            "rope_theta": 10000.0,
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "default",
-            "vision_output_dim": 64,
-        }
+        "vision": named(
+            ("llama4", "model_type"),
+            (0.02, "initializer_range"),
+            (1e-5, "norm_eps"),
+            (0.5, "pixel_shuffle_ratio"),
+            (0.0, "projector_dropout"),
+            (64, "projector_input_dim projector_output_dim vision_output_dim"),
+            (10000.0, "rope_theta"),
+            (-1, "vision_feature_layer"),
+            ("default", "vision_feature_select_strategy"),
+        )
     },
     "llava_bunny": SIGLIP | {"whole": {"auto_map": {}, "mm_hidden_size": 32}},
     "llmjpvl": SIGLIP | {"text_config": {"model_type": "llama"}},

@@ -11,32 +11,28 @@ from mlx_vlm.utils import update_module_configs
 from PIL import Image
 from transformers import AutoTokenizer
 
+from architecture_configs import named
 from model_folders import write_tokenizer
 
-TEXT = {
-    "model_type": "qwen2_vl",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 128,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 512,
-    "rope_theta": 10000.0,
-    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-}
-VISION = {
-    "model_type": "qwen2_vl",
-    "depth": 2,
-    "embed_dim": 32,
-    "hidden_size": 64,
-    "num_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-    "mlp_ratio": 2,
-    "in_channels": 3,
-    "spatial_patch_size": 14,
-}
+TEXT = named(
+    ("qwen2_vl", "model_type"),
+    (64, "hidden_size"),
+    (2, "num_hidden_layers num_attention_heads num_key_value_heads"),
+    (128, "intermediate_size"),
+    (1e-5, "rms_norm_eps"),
+    (512, "max_position_embeddings"),
+    (10000.0, "rope_theta"),
+    ({"type": "mrope", "mrope_section": [4, 6, 6]}, "rope_scaling"),
+)
+VISION = named(
+    ("qwen2_vl", "model_type"),
+    (2, "depth num_heads mlp_ratio"),
+    (32, "embed_dim"),
+    (64, "hidden_size"),
+    (28, "image_size"),
+    (14, "patch_size spatial_patch_size"),
+    (3, "in_channels"),
+)
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # It takes a message's content as parts, as templates of vision models do.
 CHAT_TEMPLATE = (

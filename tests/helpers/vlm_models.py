@@ -29,13 +29,7 @@ def vlm_architectures() -> list[str]:
 
 
 def tiny_vlm(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
-    """A random float32 model of a few layers, not evaluated.
-
-    Args:
-        name: A package of ``mlx_vlm.models``.
-        tied: What the configuration asks for; some architectures do not care.
-        seed: Of the weights.
-    """
+    """A random float32 model of a few layers, not evaluated; some do not care for ``tied``."""
     package = importlib.import_module(f"mlx_vlm.models.{name}")
     config = vlm_config(name, tied)
     made = package.ModelConfig.from_dict(config)

@@ -11,14 +11,7 @@ from mlx_flashhead.models.libraries import embeddings
 
 
 class TextGenerator:
-    """Generates from token ids alone.
-
-    Args:
-        model: A whole model of mlx-vlm.
-        stop_tokens: Sequences of one token that end a text.
-        sampler: A function of log-probabilities (B, V) that returns tokens (B,).
-        **options: Options of mlx-vlm's generator.
-    """
+    """Generates from token ids alone; sequences of one token each end a text."""
 
     def __init__(self, model: Any, stop_tokens: Any, sampler: Any, **options: Any):
         ends = [token for (token,) in stop_tokens]
@@ -30,7 +23,6 @@ class TextGenerator:
         )
 
     def insert(self, prompts: list[list[int]], max_tokens: list[int]) -> None:
-        """Queues prompts (token ids)."""
         given = [embeddings(self._model, mx.array([prompt])) for prompt in prompts]
         self._generator.insert(prompts, max_tokens, prompt_kwargs=given)
 
@@ -43,5 +35,4 @@ class TextGenerator:
         return []
 
     def close(self) -> None:
-        """Ends it."""
         self._generator.close()

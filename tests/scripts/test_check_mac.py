@@ -118,32 +118,21 @@ def test_a_benchmark_of_a_virtual_machine_says_what_its_times_mean(gpu):
     assert passed and "12.3 ms" in page and "the times below mean nothing" in page
 
 
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["check_mac.py", *map(str, arguments)])
-    check_mac.main()
-
-
-def test_pages_are_written_and_shown_on_github(monkeypatch, tmp_path, capsys):
+def test_pages_are_written_and_shown_on_github(run, monkeypatch, tmp_path):
     pages = {"compile": (True, "# fine\n"), "kernels": (False, "# Mac: kernels fail\n")}
     monkeypatch.setattr(check_mac, "run_check", pages.get)
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
-    with pytest.raises(SystemExit) as stopped:
-        run_main(monkeypatch, "compile", "kernels", "--report", tmp_path / "pages")
-    assert stopped.value.code == 1
+    code, said, _ = run(check_mac, "compile", "kernels", "--report", tmp_path / "pages")
+    assert code == 1 and "Failed: kernels. Send" in said
     assert {p.name for p in (tmp_path / "pages").iterdir()} == {"compile.md", "kernels.md"}
     summary = (tmp_path / "summary.md").read_text()
     assert "# fine" in summary and "# Mac: kernels fail" in summary
-    assert "Failed: kernels. Send" in capsys.readouterr().out
-    run_main(monkeypatch, "compile", "--report", tmp_path / "pages")
-    assert "All is well" in capsys.readouterr().out
+    assert "All is well" in run(check_mac, "compile", "--report", tmp_path / "pages")[1]
 
 
-@pytest.mark.parametrize(
-    "arguments, said", [(["speed"], "no check 'speed'"), ([], "need a Mac")], ids=str
-)
-def test_refused(monkeypatch, capsys, arguments, said):
+def test_refused(run, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
-    with pytest.raises(SystemExit) as stopped:
-        run_main(monkeypatch, *arguments)
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
+    for arguments, said in ((["speed"], "no check 'speed'"), ([], "need a Mac")):
+        code, _, errors = run(check_mac, *arguments)
+        assert code == 2 and said in errors

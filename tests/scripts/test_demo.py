@@ -8,18 +8,14 @@ import pytest
 from rich.console import Console
 
 from demo import answers, captured_states, compare
-from mlx_flashhead import convert, load
+from mlx_flashhead import load
 from mlx_flashhead.models.dense import load_dense
-from model_folders import write_model
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = write_model(tmp_path_factory.mktemp("models") / "dense", tied=False)
-    target = folder.parent / "flash"
-    convert(str(folder), str(target), calibration="none", n_probes=2, progress=False)
-    dense, tokenizer, _ = load_dense(folder)
-    return dense, load(str(target))[0], tokenizer
+def models(dense, converted):
+    model, tokenizer, _ = load_dense(dense)
+    return model, load(str(converted), n_probes=2)[0], tokenizer
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -22,24 +22,17 @@ KINDS = [3] * 4 + [6] * 256 + [1] * 9 + [4, 4]
 SCORES = [0.0] * 260 + [-50, -51, -52, -53, -2, -1, -4, -3, -5, -1000, -1000]
 VOCAB_SIZE = len(TOKENS)
 
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-}
-METADATA = {
-    "embedding_length": 64,
-    "feed_forward_length": 96,
-    "block_count": 6,
-    "attention.head_count": 2,
-    "attention.head_count_kv": 1,
-    "attention.key_length": 32,
-    "context_length": 128,
-    "attention.sliding_window": 16,
-}
+# at Hugging Face, in GGUF
+SIZES = (
+    ("hidden_size", "embedding_length", 64),
+    ("intermediate_size", "feed_forward_length", 96),
+    ("num_hidden_layers", "block_count", 6),
+    ("num_attention_heads", "attention.head_count", 2),
+    ("num_key_value_heads", "attention.head_count_kv", 1),
+    ("head_dim", "attention.key_length", 32),
+    ("sliding_window", "attention.sliding_window", 16),
+    ("max_position_embeddings", "context_length", 128),
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +42,7 @@ def model():
         model_type="gemma3_text",
         vocab_size=VOCAB_SIZE,
         query_pre_attn_scalar=32,
-        sliding_window=16,
-        **SHAPE,
+        **{name: size for name, _, size in SIZES},
     )
     model = gemma3_text.Model(arguments)
     model.sanitize({})
@@ -68,8 +60,8 @@ def gguf(model, tmp_path_factory):
     """The same model as llama.cpp stores it: 8-bit embedding, norms one higher."""
     path = tmp_path_factory.mktemp("gguf") / MODELS["gemma3"].gguf_name
     writer = GGUFWriter(path, "gemma3")
-    for name, value in METADATA.items():
-        writer.add_uint32(f"gemma3.{name}", value)
+    for _, name, size in SIZES:
+        writer.add_uint32(f"gemma3.{name}", size)
     writer.add_float32("gemma3.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_float32("gemma3.rope.freq_base", 1e6)
     writer.add_token_list(TOKENS)

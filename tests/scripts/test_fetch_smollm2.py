@@ -56,15 +56,10 @@ def test_special_tokens(real_model):
 
 
 @pytest.mark.real
-def test_vocabulary_has_a_row_for_every_token(real_model):
+def test_every_token_has_a_row_and_prose_is_likely(real_model):
     model, tokenizer = real_model
     assert model.model.embed_tokens.weight.shape == (len(tokenizer.vocab), 576)
     assert model.model.embed_tokens.weight.dtype == mx.float32
-
-
-@pytest.mark.real
-def test_prose_is_likely(real_model):
-    model, tokenizer = real_model
     ids = mx.array([tokenizer.encode(PROSE)])
     losses = nn.losses.cross_entropy(model(ids)[:, :-1], ids[:, 1:], reduction="mean")
     # 1.58 nats per token; rows in the wrong order for the rotary embedding give more than 2.5.
@@ -72,33 +67,18 @@ def test_prose_is_likely(real_model):
 
 
 def test_half_split_rows_undoes_interleaving():
-    n_heads, head_dim, dim = 3, 8, 5
-    weight = np.arange(n_heads * head_dim * dim, dtype=np.float32).reshape(-1, dim)
-    interleaved = np.empty_like(weight)
-    half = head_dim // 2
-    for head in range(n_heads):
-        for i in range(half):
-            row = head * head_dim
-            interleaved[row + 2 * i] = weight[row + i]
-            interleaved[row + 2 * i + 1] = weight[row + half + i]
-    np.testing.assert_array_equal(script.half_split_rows(mx.array(interleaved), n_heads), weight)
+    weight = mx.random.normal((3, 2, 4, 5))  # heads, halves, pairs, D
+    interleaved = weight.swapaxes(1, 2).reshape(24, 5)
+    assert mx.array_equal(script.half_split_rows(interleaved, 3), weight.reshape(24, 5))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dequantized_is_scale_times_level_plus_bias(bits):
-    rng = np.random.default_rng(0)
-    rows, n_groups = 3, 2
-    levels = rng.integers(0, 2**bits, (rows, n_groups * 32)).astype(np.uint32)
-    per_word = 32 // bits
-    shifts = np.arange(per_word, dtype=np.uint32) * bits
-    words = (levels.reshape(rows, -1, per_word) << shifts).sum(axis=-1, dtype=np.uint32)
-    scales = rng.normal(size=(rows, n_groups)).astype(np.float16)
-    biases = rng.normal(size=(rows, n_groups)).astype(np.float16)
-    stored = {
-        "m.weight": mx.array(words),
-        "m.scales": mx.array(scales),
-        "m.biases": mx.array(biases),
-    }
-    expected = levels * np.repeat(scales, 32, axis=1).astype(np.float64)
-    expected += np.repeat(biases, 32, axis=1)
-    np.testing.assert_allclose(script.dequantize(stored, "m"), expected, rtol=1e-6, atol=1e-6)
+    weight = mx.random.normal((3, 64)).astype(mx.float16)
+    arrays = mx.quantize(weight, group_size=32, bits=bits)
+    stored = dict(zip(("m.weight", "m.scales", "m.biases"), arrays, strict=True))
+    words, scales, biases = map(np.array, arrays)
+    levels = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)
+    expected = levels.reshape(3, 2, 32) * scales[..., None].astype(np.float64) + biases[..., None]
+    found = script.dequantize(stored, "m")
+    np.testing.assert_allclose(found, expected.reshape(3, 64), rtol=1e-6, atol=1e-6)

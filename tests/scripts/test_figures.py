@@ -4,8 +4,6 @@ import json
 import sys
 from functools import partial
 
-import pytest
-
 import architectures
 from figures import first_use, grid
 from mlx_flashhead import get_flash_head, load
@@ -13,7 +11,7 @@ from mlx_flashhead.loading import build
 from model_folders import write_model
 
 
-def test_the_grid_has_every_case_with_the_tuned_settings(tmp_path, monkeypatch):
+def test_the_grid_has_every_case_with_the_tuned_settings(run, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(grid, "BATCHES", (1, 2))
     quick = partial(build.IndexOptions, calibration_positions=100)
@@ -26,9 +24,7 @@ def test_the_grid_has_every_case_with_the_tuned_settings(tmp_path, monkeypatch):
 
     monkeypatch.setattr(grid, "load", tuned)
     folder, file = write_model(tmp_path / "model", hidden_size=128), tmp_path / "grid.json"
-    arguments = [str(folder), "--rounds", "2", "--tokens", "3", "--json", str(file)]
-    monkeypatch.setattr(sys, "argv", ["grid.py", *arguments])
-    grid.main()
+    run(grid, folder, "--rounds", 2, "--tokens", 3, "--json", file)
     figures = json.loads(file.read_text())
     assert (figures["complete"], figures["command"].split()[0]) == (True, "scripts/figures/grid.py")
     (cases,) = (one["cases"] for one in figures["results"])
@@ -54,11 +50,9 @@ def test_the_first_text_after_a_mark():
     assert program.end() > 0
 
 
-def test_architectures_need_their_extra(monkeypatch, capsys):
+def test_architectures_need_their_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_vlm", None)
-    monkeypatch.setattr(sys, "argv", ["architectures.py"])
-    with pytest.raises(SystemExit) as stopped:
-        architectures.main()
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    code, _, errors = run(architectures)
+    assert code == 2
+    (line,) = errors.splitlines()
     assert "needs mlx_vlm" in line and "pip install 'mlx_flashhead[vlm]'" in line

@@ -45,11 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the estimate, and writes it to the file of ``--json``.
-
-    Raises:
-        ValueError: If an argument is not valid, or the model cannot be loaded or estimated.
-    """
+    """Prints the estimate, and writes it to the file of ``--json``."""
     chip = find_chip(args.chip)  # refuses an unknown one before a model is loaded
     if args.json:
         check_writable("--json", args.json)

@@ -18,13 +18,12 @@ from ...loading.load import load
 from ...loading.look_up import add_look_up_options, look_up_options
 from ...models.install import installed_head
 from ..random_head import random_head
-from ..report import ANY_MODEL, Bars, add_number, add_report_arguments, report
+from ..report import ANY_MODEL, Bars, add_number, add_report_arguments, cells, report
 from ..rounds import Case, Round, time_cases
 from ..shapes import SHAPES
 
 DTYPES = ("float32", "float16", "bfloat16")
-N_STATES = 64
-CHAIN = 16  # calls of a chain, see `chained`
+N_STATES = 16  # used in turn, and calls of a chain, see `chained`
 
 DENSE, OWN_DENSE = "dense (mlx-lm)", "dense (FlashHead's)"
 DENSE_FORMS = (DENSE, OWN_DENSE)
@@ -71,22 +70,26 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> Iterator[Round]:
     """Times one head after the other, all forms of it in turns and with cold caches."""
-    cold, n = ColdCaches(), args.positions
-
-    def case(name: str, head: FlashHead, dtype: mx.Dtype) -> Case:
-        named = forms(head, n)
-        batches = in_batches(head.hidden_size, dtype, n, args.rounds + 1)
-
-        def call(run: Form, number: int) -> Any:
-            return run(batches[number])
-
-        timers = {form: timer(partial(call, run), before=cold) for form, run in named.items()}
-        last = partial(chained, named, batches[:CHAIN], args.rounds)
-        on_cpu = mx.default_device().type == mx.cpu
-        return Case(name, timers, partial(summary, name, head, dtype, n), None if on_cpu else last)
-
-    cases = (case(*described) for described in _heads(args))
+    cases = (_case(args, *described) for described in _heads(args))
     yield from time_cases(cases, len(args.shape or [args.model]), args.rounds)
+
+
+def _case(args: argparse.Namespace, name: str, head: FlashHead, dtype: mx.Dtype) -> Case:
+    cold, named = ColdCaches(), forms(head, args.positions)
+    states = mx.random.normal((N_STATES, args.positions, head.hidden_size)).astype(dtype)
+    mx.eval(states)
+
+    def call(run: Form, number: int) -> Any:
+        return run(states[number % N_STATES])
+
+    timers = {form: timer(partial(call, run), before=cold) for form, run in named.items()}
+    on_cpu = mx.default_device().type == mx.cpu
+    alone = {} if on_cpu else chained(named, states, args.rounds)
+
+    def figures(seconds: dict[str, list[float]]) -> dict:
+        return summary(name, head, dtype, args.positions, seconds) | alone
+
+    return Case(name, timers, figures)
 
 
 def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
@@ -108,20 +111,9 @@ def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
     }
 
 
-def in_batches(
-    hidden_size: int, dtype: mx.Dtype, n_positions: int, n_batches: int
-) -> list[mx.array]:
-    """Batches (n_positions, D) of 64 random hidden states, used in turn."""
-    states = np.random.default_rng(0).normal(size=(N_STATES, hidden_size)).astype(np.float32)
-    numbers = np.arange(n_batches * n_positions).reshape(n_batches, n_positions) % N_STATES
-    batches = [mx.array(states[row]).astype(dtype) for row in numbers]
-    mx.eval(batches)
-    return batches
-
-
 def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
     """Shapes, milliseconds and ratios of the medians, JSON-ready."""
-    spreads = {name: Spread.of(times).scaled(1000) for name, times in seconds.items()}
+    spreads = {name: Spread.of(times, 1000) for name, times in seconds.items()}
     best_dense = min(DENSE_FORMS, key=lambda name: spreads[name].median)
     rows = head.clustered.rows
     return {
@@ -158,9 +150,7 @@ def read_mb(head: FlashHead, n_positions: int = 1) -> float:
     return (stage_1 + rows * probed / head.n_clusters) / 1e6
 
 
-def chained(
-    named: dict[str, Form], batches: list[mx.array], rounds: int
-) -> dict[str, dict[str, dict[str, float]]]:
+def chained(named: dict[str, Form], states: mx.array, rounds: int) -> dict[str, dict]:
     """``gpu_ms``: milliseconds of a call within one submission to the GPU, without the host's time.
 
     Each call's hidden state depends on the result of the call before. The median cost of this
@@ -169,8 +159,8 @@ def chained(
     """
 
     def chain(form: Form, _: int) -> mx.array:
-        link = mx.zeros((), batches[0].dtype)
-        for hidden in batches:
+        link = mx.zeros((), states.dtype)
+        for hidden in states:
             output = form(hidden + 0 * link)
             output = output[-1] if isinstance(output, tuple) else output
             link = output.reshape(-1)[0].astype(hidden.dtype)
@@ -183,13 +173,8 @@ def chained(
     }
     *_, seconds = in_turns(timers, rounds)
     alone = np.median(seconds.pop(nothing))
-    per_call = 1000 / len(batches)
-    return {
-        "gpu_ms": {
-            name: Spread.of([max(0.0, s - alone) for s in times]).scaled(per_call).to_dict()
-            for name, times in seconds.items()
-        }
-    }
+    ms = {name: 1000 / len(states) * (np.array(times) - alone) for name, times in seconds.items()}
+    return {"gpu_ms": {name: Spread.of(each.clip(0)).to_dict() for name, each in ms.items()}}
 
 
 def make_table(head: dict) -> Table:
@@ -204,12 +189,9 @@ def make_table(head: dict) -> Table:
         if name not in DENSE_FORMS:
             pairs = (f"{name} against {dense}" for dense in (DENSE, head["best_dense"]))
             ratios = [f"{head['times_faster'][pair]:.1f} x" for pair in pairs]
-        table.add_row(
-            name, "{median:.2f}".format(**ms), "{lower:.2f}–{upper:.2f}".format(**ms), *ratios
-        )
+        table.add_row(name, *cells(ms), *ratios)
     for name, ms in head.get("gpu_ms", {}).items():
-        quartiles = "{lower:.3f}–{upper:.3f}".format(**ms)
-        table.add_row(f"{name}, GPU alone", f"{ms['median']:.3f}", quartiles)
+        table.add_row(f"{name}, GPU alone", *cells(ms, 3))
     return table
 
 

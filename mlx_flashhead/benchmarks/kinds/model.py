@@ -28,7 +28,7 @@ from ...lossless.sampler import make_sampler
 from ...models.compat import sample_utils
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
-from ..report import Bars, add_model_arguments, add_number, add_report_arguments, report
+from ..report import Bars, add_model_arguments, add_number, add_report_arguments, cells, report
 from ..rounds import Case, Round, time_cases
 
 DENSE, BARE, FLASH_HEAD = "dense", "bare FlashHead", "FlashHead"
@@ -142,7 +142,7 @@ def measure(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Iterat
 
 def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
     """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
-    step = {form: Spread.of(times).scaled(1000) for form, times in seconds.items()}
+    step = {form: Spread.of(times, 1000) for form, times in seconds.items()}
     dense = step[DENSE].median
     return about | {
         "sampler": sampler,
@@ -165,8 +165,7 @@ def make_table(case: dict) -> Table:
     for form, ms in case["token_ms"].items():
         table.add_row(
             form,
-            "{median:.2f}".format(**ms),
-            "{lower:.2f}–{upper:.2f}".format(**ms),
+            *cells(ms),
             f"{case['tokens_per_second'][form]:.1f}",
             "" if form == DENSE else f"{case['times_faster'][form]:.2f} x",
         )

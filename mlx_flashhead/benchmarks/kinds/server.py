@@ -114,11 +114,7 @@ class Load:
 
 
 def measure(args: argparse.Namespace) -> Iterator[Round]:
-    """Puts three servers of one model under load, in another order each round.
-
-    Raises:
-        ValueError: If a server does not start, or does not answer a question alone.
-    """
+    """Puts three servers of one model under load, in another order each round."""
     folder = resolve(args.model)
     model = ("--model", str(folder), "--prompt-cache-size", "0")
     flags = ["--n-probes", str(args.n_probes)] if args.n_probes is not None else []
