@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..common.timing import in_turns, timer
+from ..common.timing import timer
 from ..head.blas import blas_name
 from ..version import __version__
 
@@ -27,7 +27,7 @@ def machine() -> dict:
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
         "processor": _processor(),
-        "cores": _cores(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
         "versions": {"mlx-flashhead": __version__}
@@ -44,19 +44,10 @@ def machine() -> dict:
     return about
 
 
-def read_bandwidth_gb_s(rounds: int = 5) -> float:
+def read_bandwidth_gb_s() -> float:
     """Memory read by one reduction over 512 MB on the default device, in GB/s: the best run."""
     memory = mx.ones((512 << 20) // 4)
-    mx.eval(memory)
-    *_, seconds = in_turns({"read": timer(lambda _: mx.max(memory))}, rounds)
-    return memory.nbytes / min(seconds["read"]) / 1e9
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return memory.nbytes / min(map(timer(lambda _: mx.max(memory)), range(6))) / 1e9
 
 
 def _processor() -> str:

@@ -14,7 +14,6 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-CACHES_BYTES = 128 << 20  # more than the last cache of most machines
 Item = TypeVar("Item")
 
 
@@ -36,21 +35,6 @@ class Spread:
     def to_dict(self) -> dict:
         """JSON-ready."""
         return asdict(self)
-
-
-class ColdCaches:
-    """A call rewrites 128 MB, so that the next function reads its weights from memory.
-
-    In a model the body does that between two calls of the head. Here too MLX does it: on the GPU,
-    or in the thread that runs the head next and is then awake.
-    """
-
-    def __init__(self):
-        self._memory = mx.zeros(CACHES_BYTES // 4)
-
-    def __call__(self) -> None:
-        self._memory = self._memory + 1
-        mx.eval(self._memory)
 
 
 def in_turns(

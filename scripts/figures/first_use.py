@@ -127,14 +127,14 @@ def chat(module: str, model: str) -> dict[str, float]:
 
 def server(module: str, model: str) -> dict[str, float]:
     """One request, and a second one once /health names a FlashHead."""
-    with serving(module, "--model", model) as running:
+    with serving(module, "--model", model) as port:
         began = time.monotonic()
-        times = {"first token": _first(running.port, QUESTION)}
+        times = {"first token": _first(port, QUESTION)}
         if module.startswith("mlx_flashhead"):
-            before = _heads(running.port)
-            _wait(lambda: _heads(running.port) != before)
+            before = _heads(port)
+            _wait(lambda: _heads(port) != before)
             times["end"] = time.monotonic() - began
-            times["first token after it"] = times["end"] + _first(running.port, ANOTHER)
+            times["first token after it"] = times["end"] + _first(port, ANOTHER)
     return times
 
 

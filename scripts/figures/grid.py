@@ -10,8 +10,7 @@ ratio is that of each turn. A model of 4 bits is made beside the other one, for 
 import argparse
 import itertools
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +18,7 @@ import mlx_lm
 
 from mlx_flashhead import load
 from mlx_flashhead.benchmarks.kinds.model import PROMPT, SAMPLERS, Form, with_flash_head
-from mlx_flashhead.benchmarks.report import Bars, add_number, add_report_arguments, cells, report
-from mlx_flashhead.benchmarks.rounds import Case, Round, time_cases
+from mlx_flashhead.benchmarks.report import Case, add_number, add_report_arguments, cells, report
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table
@@ -31,14 +29,7 @@ BATCHES = (1, 4)
 DENSE, TUNED = "dense", "tuned"
 
 
-def measure(args: argparse.Namespace) -> Iterator[Round]:
-    """Measures all cases, one model after the other, as one result."""
-    n_cases = 2 * len(args.models) * len(SAMPLERS) * len(BATCHES)
-    for state in time_cases(cases(args), n_cases, args.rounds):
-        yield replace(state, results=[{"cases": state.results}] if state.results else [])
-
-
-def cases(args: argparse.Namespace) -> Iterator[Case]:
+def cases(args: argparse.Namespace) -> Generator[Case]:
     """Each model as it is and in 4 bits, each sampling and number of sequences."""
     for name, bits, model, tokenizer in models(args.models):
         head = installed_head(model)
@@ -74,26 +65,19 @@ def summary(about: dict, seconds: dict[str, list[float]]) -> dict:
 
 def make_table(result: dict):
     """The table of all cases."""
-    headings = ("model", "bits", "sampling", "batch", "dense", "tuned", "ratio", "quartiles", "")
-    table = new_table("tokens/s, and the ratio of each turn", headings)
+    headings = ("model", "bits", "sampling", "batch", "ratio", "quartiles", "dense", "tuned", "")
+    table = new_table("Ratio of each turn, tuned / dense, and tokens/s", headings, left=4)
     for case in result["cases"]:
         table.add_row(
             case["model"],
             f"{case['bits']}",
             case["sampler"],
             f"{case['batch']}",
-            *(f"{speed:.2f}" for speed in case["tokens_per_second"].values()),
             *cells(case["ratio"], 3),
+            *(f"{speed:.2f}" for speed in case["tokens_per_second"].values()),
             "stays dense" if case["stays_dense"] else "",
         )
     return table
-
-
-def bars(result: dict) -> Bars:
-    """The ratios."""
-    name = "{model}, {bits} bits, {sampler}, {batch} at once"
-    ratios = {name.format(**case): case["ratio"]["median"] for case in result["cases"]}
-    return "Tuned FlashHead", "tuned / dense", ratios
 
 
 @command
@@ -105,7 +89,14 @@ def main() -> None:
     add_report_arguments(parser, rounds=7)
     parser.set_defaults(kind="grid")
     args = parser.parse_args()
-    report(args, measure(args), make_table, bars, program="scripts/figures/grid.py")
+    report(
+        args,
+        cases(args),
+        2 * len(args.models) * len(SAMPLERS) * len(BATCHES),
+        make_table,
+        gather=lambda cases: [{"cases": cases}],
+        program="scripts/figures/grid.py",
+    )
 
 
 if __name__ == "__main__":
