@@ -65,7 +65,7 @@ def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:
-    """The median and the quartiles of a `Spread`."""
+    """The median and the quartiles of a `spread`."""
     median, *quartiles = (f"{spread[x]:.{decimals}f}" for x in ("median", "lower", "upper"))
     return median, "–".join(quartiles)
 

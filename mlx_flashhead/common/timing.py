@@ -8,7 +8,6 @@ caches behind. The first round warms up and is not counted. Results are medians 
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import mlx.core as mx
@@ -17,24 +16,13 @@ import numpy as np
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a number of runs, and their number."""
+def spread(values: Sequence[float], factor: float = 1) -> dict:
+    """Median and quartiles of some runs, and their number, JSON-ready.
 
-    median: float
-    lower: float
-    upper: float
-    runs: int
-
-    @classmethod
-    def of(cls, values: Sequence[float] | np.ndarray, factor: float = 1.0) -> "Spread":
-        """Of values in other units, such as 1000 for milliseconds of seconds."""
-        lower, median, upper = (factor * float(x) for x in np.percentile(values, (25, 50, 75)))
-        return cls(median, lower, upper, len(values))
-
-    def to_dict(self) -> dict:
-        """JSON-ready."""
-        return asdict(self)
+    In other units by ``factor``, such as 1000 for milliseconds of seconds.
+    """
+    lower, median, upper = (factor * float(x) for x in np.percentile(values, (25, 50, 75)))
+    return {"median": median, "lower": lower, "upper": upper, "runs": len(values)}
 
 
 def in_turns(

@@ -73,20 +73,9 @@ def attach_head(
     origin: Origin,
     options: HeadOptions,
 ) -> FlashHead | None:
-    """Puts the stored FlashHead on a dense model, else a kept one, else a new one.
+    """Puts the stored FlashHead on a dense model, else a kept one, else a new one, as `attach`.
 
-    Args:
-        model: A dense model of mlx-lm or mlx-vlm.
-        tokenizer: Its tokenizer or processor.
-        stored: A FlashHead that the user names, or that lies in the model's folder.
-        origin: Where the model is from.
-        options: The user's choices.
-
-    Returns:
-        The FlashHead, or None for a model that stays dense.
-
-    Raises:
-        ValueError: As in :func:`attach`.
+    Returns None for a model that stays dense.
     """
     if get_flash_head(model) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
@@ -172,9 +161,6 @@ def install_stored(
     location: HeadLocation | None = None,
 ) -> FlashHead:
     """Puts a stored FlashHead on a dense model, with the settings for this machine.
-
-    Args:
-        options: The user's choices. Without ``tunes`` the settings are the index's own.
 
     Raises:
         ValueError: If it does not fit, or an option is not valid. The model stays unchanged.

@@ -71,18 +71,9 @@ def load(
 
 
 def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
-    """Loads the model of a folder and puts its FlashHead on it.
+    """A folder's model with its FlashHead: ``(model, tokenizer, config)``.
 
-    Args:
-        folder: The model's folder.
-        options: The choices for its FlashHead.
-        **of_mlx_lm: Arguments of ``mlx_lm.load``.
-
-    Returns:
-        ``(model, tokenizer, config)``.
-
-    Raises:
-        ValueError: As in :func:`load`.
+    Takes arguments of ``mlx_lm.load``, and raises as `load`.
     """
     stored = named_head(options) or head_beside(folder, options)
     model, tokenizer, config = load_dense(folder, **of_mlx_lm)

@@ -26,7 +26,7 @@ from mlx_flashhead.benchmarks.machine import machine
 from mlx_flashhead.benchmarks.report import cells
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.tables import new_table, show
-from mlx_flashhead.common.timing import Spread
+from mlx_flashhead.common.timing import spread
 from mlx_flashhead.index.files import SETTINGS_NAME
 
 QUESTION = "Write a sentence about the moon."
@@ -185,7 +185,7 @@ def main() -> None:
     table = new_table(Path(args.model).name, ("program", "until", "median s", "quartiles"), left=2)
     for name, events in seconds.items():
         for event, taken in events.items():
-            table.add_row(name, event, *cells(Spread.of(taken).to_dict()))
+            table.add_row(name, event, *cells(spread(taken)))
     show(table)
     if args.json:
         figures = {"model": Path(args.model).name, "machine": machine(), "seconds": seconds}

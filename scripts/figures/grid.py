@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import mlx_lm
 
@@ -22,7 +23,7 @@ from mlx_flashhead.benchmarks.report import Case, add_number, add_report_argumen
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table
-from mlx_flashhead.common.timing import Spread
+from mlx_flashhead.common.timing import spread
 from mlx_flashhead.models.install import dense_copy, installed_head
 
 BATCHES = (1, 4)
@@ -58,8 +59,8 @@ def models(folders: list[Path]) -> Iterator[tuple]:
 def summary(about: dict, seconds: dict[str, list[float]]) -> dict:
     """Ratios of the turns, and tokens per second of all sequences, JSON-ready."""
     turns = zip(seconds[DENSE], seconds[TUNED], strict=True)
-    speeds = {form: about["batch"] / Spread.of(times).median for form, times in seconds.items()}
-    ratio = Spread.of([dense / tuned for dense, tuned in turns]).to_dict()
+    speeds = {form: about["batch"] / median(times) for form, times in seconds.items()}
+    ratio = spread([dense / tuned for dense, tuned in turns])
     return about | {"ratio": ratio, "tokens_per_second": speeds}
 
 

@@ -3,13 +3,13 @@
 import mlx.core as mx
 
 from mlx_flashhead.common import timing
-from mlx_flashhead.common.timing import Spread, in_turns, timer
+from mlx_flashhead.common.timing import in_turns, spread, timer
 
 
 def test_spread_is_median_and_quartiles():
-    spread = Spread.of([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert (spread.lower, spread.median, spread.upper, spread.runs) == (2, 3, 4, 5)
-    scaled = Spread.of([1.0, 3.0], 1000).to_dict()
+    expected = {"median": 3, "lower": 2, "upper": 4, "runs": 5}
+    assert spread([5.0, 1.0, 2.0, 4.0, 3.0]) == expected
+    scaled = spread([1.0, 3.0], 1000)
     assert scaled == {"median": 2e3, "lower": 1.5e3, "upper": 2.5e3, "runs": 2}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...common.tables import Table, new_table
-from ...common.timing import Spread, timer
+from ...common.timing import spread, timer
 from ...conversion.quantization import HEAD_BITS
 from ...head.flash_head import FlashHead
 from ..random_head import random_head
@@ -104,8 +104,8 @@ def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
 
 def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
     """Shapes, milliseconds and ratios of the medians, JSON-ready."""
-    spreads = {name: Spread.of(times, 1000) for name, times in seconds.items()}
-    best_dense = min(DENSE_FORMS, key=lambda name: spreads[name].median)
+    ms = {name: spread(times, 1000) for name, times in seconds.items()}
+    best_dense = min(DENSE_FORMS, key=lambda name: ms[name]["median"])
     rows = head.clustered.rows
     return {
         "name": name,
@@ -122,9 +122,9 @@ def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, secon
         "head_mb": rows.nbytes / 1e6,
         "read_mb": read_mb(head, n_positions),
         "best_dense": best_dense,
-        "ms": {name: spread.to_dict() for name, spread in spreads.items()},
+        "ms": ms,
         "times_faster": {
-            f"{name} against {dense}": spreads[dense].median / spreads[name].median
+            f"{name} against {dense}": ms[dense]["median"] / ms[name]["median"]
             for dense in dict.fromkeys((DENSE, best_dense))
             for name in (PROPOSAL, LOGITS)
         },

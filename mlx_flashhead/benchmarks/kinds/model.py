@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from ...common.arguments import whole_number
 from ...common.tables import Table, new_table
-from ...common.timing import Spread
+from ...common.timing import spread
 from ...loading.load import load
 from ...loading.look_up import look_up_options
 from ...lossless.batch import CheckedBatchGenerator
@@ -132,14 +132,15 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
 
 def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
     """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
-    step = {form: Spread.of(times, 1000) for form, times in seconds.items()}
-    dense = step[DENSE].median
+    token_ms = {form: spread(times, 1000) for form, times in seconds.items()}
+    median_ms = {form: ms["median"] for form, ms in token_ms.items()}
+    faster = {form: median_ms[DENSE] / ms for form, ms in median_ms.items() if form != DENSE}
     return about | {
         "sampler": sampler,
         "batch": batch,
-        "token_ms": {form: ms.to_dict() for form, ms in step.items()},
-        "tokens_per_second": {form: 1000 * batch / ms.median for form, ms in step.items()},
-        "times_faster": {form: dense / ms.median for form, ms in step.items() if form != DENSE},
+        "token_ms": token_ms,
+        "tokens_per_second": {form: 1000 * batch / ms for form, ms in median_ms.items()},
+        "times_faster": faster,
     }
 
 

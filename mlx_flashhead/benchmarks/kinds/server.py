@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ...common.arguments import whole_numbers
 from ...common.tables import Table, new_table
-from ...common.timing import Spread
+from ...common.timing import spread
 from ...models.fetch import resolve
 from ..clients import Reply, ask, serving
 from ..report import Case, add_model_arguments, add_number, add_report_arguments, report
@@ -150,7 +150,7 @@ def figures(visits: list[Visit], alone: dict[str, str]) -> dict:
         "as_alone": as_alone,
         "anothers": sum(text in alone.values() for _, text in texts) - as_alone,
         "problems": problems[:_MAX_PROBLEMS],
-        "tokens_per_second": Spread.of([visit.tokens_per_second for visit in visits]).to_dict(),
+        "tokens_per_second": spread([visit.tokens_per_second for visit in visits]),
         "first_seconds": {
             "median": median(first) if first else None,
             "worst": max(first, default=None),
