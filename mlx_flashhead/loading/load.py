@@ -89,16 +89,8 @@ def load_draft(
     The target verifies each draft, so fewer probes cost no exactness. By default a draft reads a
     tenth of its head's bytes (docs/drafts.md).
 
-    Args:
-        path_or_hf_repo: A local folder or a Hugging Face repository.
-        draft_probes: Clusters that its FlashHead scores per token.
-        trust_remote_code: Allow the repository's own Python code.
-
-    Returns:
-        ``(model, tokenizer)``.
-
     Raises:
-        ValueError: As in :func:`load`. Also if a number of probes is given without a FlashHead.
+        ValueError: As in `load`. Also if a number of probes is given without a FlashHead.
     """
     model, tokenizer, _ = load_with_head(
         resolve(path_or_hf_repo),

@@ -31,21 +31,6 @@ def test_rounds_take_turns_after_a_warm_up():
     assert set(rounds) == {"ABC", "ACB", "BAC", "BCA", "CAB", "CBA"}
 
 
-def test_only_whole_rounds_count():
-    def stopped(number):
-        if number == 2:
-            raise KeyboardInterrupt
-        return 1.0
-
-    seen = []
-    try:
-        for seconds in in_turns({"A": lambda _: 1.0, "B": stopped}, 5):
-            seen.append({name: list(taken) for name, taken in seconds.items()})
-    except KeyboardInterrupt:
-        pass
-    assert seen == [{"A": [], "B": []}, {"A": [1.0], "B": [1.0]}]
-
-
 def test_a_timer_takes_the_run_and_its_evaluation(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
