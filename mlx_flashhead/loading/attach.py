@@ -26,8 +26,8 @@ from .look_up import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, named
 from .tuned import MEASURING, tune_head
 
 # models of mlx-vlm, whose drafters may have heads of their own, their tokenizers and the choices
-_Target = tuple[ref[nn.Module], Any, HeadOptions]
-_targets: WeakKeyDictionary[FlashHead, _Target] = WeakKeyDictionary()
+_targets: WeakKeyDictionary[FlashHead, tuple[ref[nn.Module], Any, HeadOptions]]
+_targets = WeakKeyDictionary()
 
 
 def attach(
@@ -118,21 +118,13 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
     known = None if head is None else _targets.pop(head, None)
     if head is None or known is None:
         return
-    try:
-        location = drafter_head(drafter, target)
-        if location is not None and get_flash_head(location.module) is None:
-            _build_of_drafter(known, drafter, kind, location)
-    finally:
-        _targets[head] = known
-
-
-def _build_of_drafter(
-    known: _Target, drafter: nn.Module, kind: str, location: HeadLocation
-) -> None:
     model_of, tokenizer, options = known
     model, options = model_of(), replace(options, n_probes=None, drafts=True)
     assert model is not None  # its head is in use
     try:
+        location = drafter_head(drafter, target)
+        if location is None or get_flash_head(location.module) is not None:
+            return
         check_plain_product(location)
         stored = cache.find(location.rows(), options.say)
         if stored is None and options.missing == BUILD:
@@ -152,6 +144,8 @@ def _build_of_drafter(
             install_stored(drafter, stored, options, location).only_drafts = True
     except (ValueError, OSError) as error:
         options.say(f"The drafter has no FlashHead: {error}")
+    finally:
+        _targets[head] = known
 
 
 def install_stored(

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
 from statistics import median
-from typing import NamedTuple
 
 from ...common.arguments import whole_numbers
 from ...common.tables import Table, new_table
@@ -33,6 +32,7 @@ LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)
 # Of so many clients in succession one hangs up.
 HANGS_UP = 5
 _MAX_PROBLEMS = 5
+Answered = tuple[str, Reply | str]  # a question with its reply, or with what was wrong
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,26 +85,27 @@ def _cases(args: argparse.Namespace, folder: str) -> Generator[Case]:
             for name, port in ports.items()
         }
         for n in args.clients:
-            visits: dict[str, list[Visit]] = {name: [] for name in ports}
+            replies: dict[str, list[Answered]] = {name: [] for name in ports}
             timers = {
-                name: partial(_timed, port, n, args, visits[name]) for name, port in ports.items()
+                name: partial(visit, port, n, args.requests, args.tokens, replies[name])
+                for name, port in ports.items()
             }
-            yield Case(f"{n} at once, per token", timers, partial(_loads, n, visits, alone))
+            yield Case(f"{n} at once, per token", timers, partial(_loads, n, replies, alone))
 
 
-class Visit(NamedTuple):
-    """A round of one server: each question with its reply, or with what was wrong."""
+def visit(
+    port: int, clients: int, requests: int, tokens: int, replies: list[Answered], number: int
+) -> float:
+    """A round of one server: several clients at once, each with one question after the other.
 
-    replies: list[tuple[str, Reply | str]]
-    tokens_per_second: float
-
-
-def visit(port: int, clients: int, requests: int, tokens: int) -> Visit:
-    """Several clients at once, each with one question after the other."""
+    Returns the seconds for a token of all clients, and adds to ``replies``.
+    """
+    if number == 0:
+        return 0.0  # the questions alone have warmed it up
     asked = questions()
 
-    def request(number: int) -> tuple[str, Reply | str]:
-        question, leaves = asked[number % len(asked)], number % HANGS_UP == HANGS_UP - 1
+    def request(i: int) -> Answered:
+        question, leaves = asked[i % len(asked)], i % HANGS_UP == HANGS_UP - 1
         try:
             return question, ask(port, question, max_tokens=tokens, hang_up=leaves)
         except (OSError, ValueError) as error:
@@ -112,32 +113,23 @@ def visit(port: int, clients: int, requests: int, tokens: int) -> Visit:
 
     began = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
-        replies = list(pool.map(request, range(requests)))
+        of_round = list(pool.map(request, range(requests)))
     seconds = time.monotonic() - began
-    n_tokens = sum(reply.n_tokens or 0 for _, reply in replies if isinstance(reply, Reply))
-    return Visit(replies, n_tokens / seconds)
+    replies += of_round
+    n_tokens = sum(reply.n_tokens or 0 for _, reply in of_round if isinstance(reply, Reply))
+    return seconds / n_tokens if n_tokens else math.inf
 
 
-def _timed(port: int, n: int, args: argparse.Namespace, visits: list[Visit], number: int) -> float:
-    """Seconds for a token of all clients."""
-    if number == 0:
-        return 0.0  # the questions alone have warmed it up
-    visits.append(visit(port, n, args.requests, args.tokens))
-    speed = visits[-1].tokens_per_second
-    return 1 / speed if speed else math.inf
+def _loads(n: int, replies: dict, alone: dict, seconds: dict) -> dict:
+    each = {name: figures(replies[name], alone[name], seconds[name]) for name in replies}
+    return {"loads": [{"clients": n, "server": name} | load for name, load in each.items()]}
 
 
-def _loads(n: int, visits: dict[str, list[Visit]], alone: dict, _: object) -> dict:
-    loads = {name: figures(each, alone[name]) for name, each in visits.items()}
-    return {"loads": [{"clients": n, "server": name} | load for name, load in loads.items()]}
-
-
-def figures(visits: list[Visit], alone: dict[str, str]) -> dict:
+def figures(pairs: list[Answered], alone: dict[str, str], seconds: list[float]) -> dict:
     """Of one server with one number of clients, with the text that each question has alone.
 
     Complete answers are ``as_alone``, or ``anothers`` with the text of another question.
     """
-    pairs = [pair for visit in visits for pair in visit.replies]
     replies = [(question, reply) for question, reply in pairs if isinstance(reply, Reply)]
     problems = [reply for _, reply in pairs if isinstance(reply, str)]
     texts = [(question, reply.text) for question, reply in replies if reply.n_tokens is not None]
@@ -150,7 +142,7 @@ def figures(visits: list[Visit], alone: dict[str, str]) -> dict:
         "as_alone": as_alone,
         "anothers": sum(text in alone.values() for _, text in texts) - as_alone,
         "problems": problems[:_MAX_PROBLEMS],
-        "tokens_per_second": spread([visit.tokens_per_second for visit in visits]),
+        "tokens_per_second": spread([1 / each for each in seconds]),
         "first_seconds": {
             "median": median(first) if first else None,
             "worst": max(first, default=None),
