@@ -134,14 +134,15 @@ def _run(cases: Generator[Case], n_cases: int, rounds: int, measured: list[dict]
             began = time.monotonic()
             _tell(f"[{total} rounds] {case.name}: {', '.join(case.timers)}")
         for seconds in in_turns(case.timers, rounds):
-            done, news = done + 1, "warm"
-            if all(seconds.values()):
-                measured[number:] = [case.figures(seconds)]
-                latest = (f"{form} {1000 * times[-1]:.2f}" for form, times in seconds.items())
-                news = f"{', '.join(latest)} ms"
+            done += 1
+            if not all(seconds.values()):
+                _tell(f"[{done} of {total}] {case.name}: warm")
+                continue
+            measured[number:] = [case.figures(seconds)]
+            latest = (f"{form} {1000 * times[-1]:.2f}" for form, times in seconds.items())
             left = (time.monotonic() - began) / done * (total - done)
             duration = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
-            _tell(f"[{done} of {total}, {duration} left] {case.name}: {news}")
+            _tell(f"[{done} of {total}, {duration} left] {case.name}: {', '.join(latest)} ms")
 
 
 def _tell(line: str) -> None:
