@@ -28,14 +28,10 @@ def spread(values: Sequence[float], factor: float = 1) -> dict:
 def in_turns(
     timers: Mapping[Item, Callable[[int], float]], rounds: int
 ) -> Iterator[dict[Item, list[float]]]:
-    """Measures in turns: one round to warm up, then ``rounds`` that count.
+    """Measures in turns: a round 0 to warm up, then ``rounds`` that count.
 
-    Args:
-        timers: By name, functions of the round's number, 0 … rounds, that return seconds.
-        rounds: Rounds that count.
-
-    Yields:
-        After each round, by name, the seconds of the counted rounds so far.
+    ``timers`` are functions of the round's number that return seconds. Yields after each round the
+    seconds of the counted rounds so far, by name.
     """
     seconds: dict[Item, list[float]] = {name: [] for name in timers}
     draw = random.Random(0)

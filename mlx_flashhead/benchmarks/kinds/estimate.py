@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the forms, the formula, its constants, and public speeds of the chip: 80 columns."""
+    """Prints the forms, the constants, and public speeds of the chip: 80 columns."""
     chip = find_chip(args.chip)  # refuses an unknown one before a model is loaded
     shape = _shape(args)
     table = new_table(
