@@ -10,10 +10,10 @@ from mlx_flashhead.benchmarks.kinds.head import (
     OWN_DENSE,
     PROPOSAL,
     forms,
+    random_head,
     read_mb,
     summary,
 )
-from mlx_flashhead.benchmarks.random_head import random_head
 
 
 @pytest.mark.parametrize("bits, dtype", [(16, mx.float32), (16, mx.bfloat16), (4, mx.float16)])
