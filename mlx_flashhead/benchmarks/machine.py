@@ -3,11 +3,9 @@
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -51,14 +49,7 @@ def read_bandwidth_gb_s() -> float:
 
 
 def _processor() -> str:
-    name = ""
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    elif (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        named = re.search(r"^model name\s*:(.*)", cpuinfo.read_text(), re.MULTILINE)
-        name = named[1].strip() if named else ""
-    return name or platform.processor()
+    return str(mx.device_info(mx.Device(mx.cpu, 0))["device_name"])
 
 
 def chip() -> str:
