@@ -29,7 +29,7 @@ CONSTANTS = {  # name: value, source
     "of an Ultra": (ULTRA_SHARE, "the same"),
     "launch": (LAUNCH_US, "µs per dependent kernel: fitted to public speeds"),
     "on M1, M2": (OLD_LAUNCH_US, "the same"),
-    "g": (GATHER_SHARE, "of a plain read, gather_qmm: M3 Ultra, mlx issue 4509"),
+    "gather": (GATHER_SHARE, "of a plain read, gather_qmm: M3 Ultra, mlx issue 4509"),
     "arithmetic": (MATRIX_SHARE, "of the peak, 32 states: an estimate"),
     "threadgroup": (GROUP_GB_S, "GB/s of one, a core's part of an M4 Max: an estimate"),
     "barrier": (BARRIER_US, "µs: an estimate"),
