@@ -161,7 +161,7 @@ def _build_of_drafter(
             stored = finish(steps, options)
         if stored is not None:
             install_stored(drafter, stored, options, location).only_drafts = True
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever it is, the drafter goes on with its own head
         options.say(f"The drafter has no FlashHead: {error}")
 
 
