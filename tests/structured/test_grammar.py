@@ -44,16 +44,14 @@ def test_wrong_schema_names_the_place(schema, place, said):
     assert said in message and message.endswith(".") and "\n" not in message
 
 
-def test_the_search_for_the_place_is_bounded_and_waits_for_a_reader(monkeypatch):
+def test_the_search_for_the_place_is_bounded(monkeypatch):
     compiled = []
     compile_schema = grammar._compile_schema
     monkeypatch.setattr(
         grammar, "_compile_schema", lambda schema: compiled.append(0) or compile_schema(schema)
     )
-    with pytest.raises(GrammarError) as raised:
+    with pytest.raises(GrammarError, match='"not" is not supported'):
         Grammar.from_json_schema({"allOf": [{"not": {}}] * 900})
-    assert len(compiled) == 1
-    assert '"not" is not supported' in str(raised.value)
     assert len(compiled) <= 1 + grammar.MAX_COMPILED
 
 
