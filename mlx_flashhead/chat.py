@@ -47,8 +47,9 @@ def main() -> None:
     _check_arguments(parser, args)
     resumed = last_conversation() if args.resume else None
     how = head_options(args, dense=args.dense)
+    folder = resolve(args.model)
     model, tokenizer, _ = load_with_head(
-        resolve(args.model),
+        folder,
         how,
         adapter_path=args.adapter_path,
         tokenizer_config={"trust_remote_code": args.trust_remote_code},
@@ -62,24 +63,23 @@ def main() -> None:
     )
     if resumed is not None:
         conversation.replace(resumed)
-    sampler = make_sampler(
-        args.temp,
-        args.top_p,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-    )
     options = {
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,
-        "sampler": sampler,
         "check": not args.no_check,
+        "sampler": make_sampler(
+            args.temp,
+            args.top_p,
+            xtc_probability=args.xtc_probability,
+            xtc_threshold=args.xtc_threshold,
+            xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+        ),
     }
     terminal = Terminal([*COMMANDS], WITH_FILES, kept_file("history"))
-    build = None
+    idle = None
     if how.missing == LATER:
-        build = background_build(model, tokenizer, local_origin(resolve(args.model)), how)
-    idle = None if build is None else IdleBuild(build)
+        build = background_build(model, tokenizer, local_origin(folder), how)
+        idle = None if build is None else IdleBuild(build)
     try:
         Talk(conversation, terminal, args, options, idle).run()
     finally:

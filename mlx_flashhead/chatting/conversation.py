@@ -23,7 +23,6 @@ class Answer:
     """An answer of the model.
 
     Attributes:
-        text: The text so far.
         n_prompt: Tokens of the conversation with the question.
         n_cached: Number of these that were in the cache already.
         n_tokens: Tokens of the answer.
@@ -46,10 +45,6 @@ class _Stopped(Exception):
 class FollowingCache:
     """A prompt cache and the tokens that it holds.
 
-    Args:
-        model: The model.
-        max_kv_size: Number of tokens to keep: the first four and the newest; default: all.
-
     Attributes:
         arrays: mlx-lm's caches, one for each layer.
         token_ids: All tokens that were put in, also those that were dropped since.
@@ -57,26 +52,21 @@ class FollowingCache:
     """
 
     def __init__(self, model: nn.Module, max_kv_size: int | None):
-        self._make = lambda: make_prompt_cache(model, max_kv_size)
+        self._model, self._max_kv_size = model, max_kv_size
         self.clear()
         sizes = [getattr(cache, "max_size", None) for cache in self.arrays]
         self.limited = max_kv_size is not None and max_kv_size in sizes
 
     def clear(self) -> None:
         """Forgets everything."""
-        self.arrays = self._make()
+        self.arrays = make_prompt_cache(self._model, self._max_kv_size)
         self.token_ids: list[int] = []
 
     def follow(self, prompt: list[int]) -> int:
-        """Keeps in the cache the tokens with which ``prompt`` begins, all but the last at most.
-
-        Returns:
-            The number of these tokens.
-        """
+        """Keeps the tokens with which ``prompt`` begins, all but the last at most: how many."""
         limit = min(len(self.token_ids), len(prompt) - 1)
         shared = next((i for i in range(limit) if self.token_ids[i] != prompt[i]), limit)
-        too_many = len(self.token_ids) - shared
-        if too_many:
+        if too_many := len(self.token_ids) - shared:
             if not can_trim_prompt_cache(self.arrays):
                 self.clear()
                 return 0
@@ -92,7 +82,7 @@ class Conversation:
         model: A model loaded by ``mlx_flashhead.load``, or any dense one.
         tokenizer: Its tokenizer, with a chat template.
         system_prompt: The beginning of every conversation.
-        max_kv_size: Tokens the cache keeps; default: all.
+        max_kv_size: Tokens that the cache keeps, the first four and the newest; default: all.
 
     Raises:
         ValueError: If the tokenizer has no chat template, or the template takes no system prompt.
@@ -111,8 +101,7 @@ class Conversation:
                 "This model's tokenizer has no chat template, so it cannot hold a conversation: "
                 "use mlx_flashhead.generate."
             )
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.cache = FollowingCache(model, max_kv_size)
         self.answers: list[Answer] = []
         self._start = [] if system_prompt is None else [Message(role=SYSTEM, content=system_prompt)]
@@ -128,9 +117,6 @@ class Conversation:
 
     def replace(self, messages: list[Message]) -> None:
         """Continues another conversation, which takes the place of this one.
-
-        Args:
-            messages: As `transcript.py` reads them from a file.
 
         Raises:
             ValueError: If the chat template refuses them. The conversation stays unchanged.
@@ -155,9 +141,6 @@ class Conversation:
                 so far stays. A question without an answer is forgotten.
             dense: Score every token.
             **kwargs: Of ``mlx_lm.stream_generate``, such as max_tokens and sampler.
-
-        Yields:
-            The answer's text, piece by piece.
 
         Raises:
             ValueError: If the chat template refuses the conversation, which stays unchanged.
