@@ -33,9 +33,6 @@ class Batch:
         job: The first sequence, which is not added yet.
         size: Greatest number of sequences.
         stream: The generating thread's stream.
-
-    Attributes:
-        proposer: Chooses the tokens.
     """
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
@@ -71,7 +68,6 @@ class Batch:
 
     @property
     def jobs(self) -> list[Job]:
-        """The sequences."""
         return list(self._jobs.values())
 
     def step(self) -> list[Step]:
@@ -85,19 +81,18 @@ class Batch:
 
     def remove(self, jobs: list[Job]) -> list[Held]:
         """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
-        uids = {job: uid for uid, job in self._jobs.items() if job in jobs}
-        left = [uid for job, uid in uids.items() if job not in self._ended]
+        uids = [uid for uid, job in self._jobs.items() if job in jobs]
+        left = [uid for uid in uids if self._jobs[uid] not in self._ended]
         removed = self._generator.remove(left, return_prompt_caches=True)
-        held = [self._ended.pop(job) for job in uids if job in self._ended]
-        for uid in uids.values():
-            del self._jobs[uid]
+        held = [(tokens, cache) for cache, tokens in removed.values()]
+        gone = [self._jobs.pop(uid) for uid in uids]
+        held += [self._ended.pop(job) for job in gone if job in self._ended]
         if not self._jobs:
             self._generator.close()
-        return held + [(tokens, cache) for cache, tokens in removed.values()]
+        return held
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the caches."""
         return self._generator.prompt_cache_nbytes
 
 
@@ -105,7 +100,7 @@ class Single:
     """A batch of one sequence, in the loop for one, or in mlx-lm's with a draft model."""
 
     def __init__(self, reading: Reading, flags: Namespace, stream: mx.Stream):
-        job = reading.job
+        job, served = reading.job, reading.job.served
         self.jobs, self._cache = [job], reading.cache
         self._tokens = job.all_tokens
         self.proposer = _proposer(job)
@@ -119,29 +114,18 @@ class Single:
             "quantized_kv_start": flags.quantized_kv_start,
         }
         start = mx.array(self._tokens[-1:])
-        if job.served.draft_model is None:
-            # without an end token of its own, so that its cache holds all tokens it has given
-            self._steps: Generator[tuple[Any, ...], None, None] = checked_steps(
-                start,
-                job.served.model,
-                stream,
-                max_tokens=-1,
-                logprobs=job.request.logprobs is not None,
-                n_begun=len(job.tokens),
-                logits_processors=_guarded(job),
-                **options,
-            )
+        self._steps: Generator[tuple[Any, ...], None, None]
+        if served.draft_model is None:
+            options["logits_processors"] = _guarded(job)
+            options |= {"logprobs": job.request.logprobs is not None, "n_begun": len(job.tokens)}
+            # without an end of its own, so that its cache holds all tokens it has given
+            self._steps = checked_steps(start, served.model, stream, max_tokens=-1, **options)
         else:
-            self._steps = drafted_steps(
-                start,
-                job.served.model,
-                job.served.draft_model,
-                stream,
-                num_draft_tokens=job.request.num_draft_tokens,
-                max_tokens=job.max_tokens,
-                logits_processors=_guarded(job, mx.array(reading.tokens, dtype=mx.uint32)),
-                **options,
-            )
+            before = mx.array(reading.tokens, dtype=mx.uint32)
+            options["logits_processors"] = _guarded(job, before)
+            options["num_draft_tokens"] = job.request.num_draft_tokens
+            options["max_tokens"] = job.max_tokens
+            self._steps = drafted_steps(start, served.model, served.draft_model, stream, **options)
 
     def step(self) -> list[Step]:
         (job,) = self.jobs
@@ -170,8 +154,8 @@ Decoder = Batch | Single
 
 def _kind(job: Job) -> tuple:
     """What sequences of one batch have in common."""
-    n_probes, dense = job.request.n_probes, job.request.dense
-    return job.served, n_probes, dense, length_class(len(job.prompt.tokens))
+    length = length_class(len(job.prompt.tokens))
+    return job.served, job.request.n_probes, job.request.dense, length
 
 
 def _proposer(job: Job) -> Proposer:

@@ -29,17 +29,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Token:
-    """A token has been generated.
-
-    Attributes:
-        piece: Its addition to the answer.
-        logprobs: Its log-probability, if the request asks for it; None for the end token.
-        finish_reason: Reason if the answer ends with it: "stop" or "length"; else None.
-    """
+    """A token has been generated."""
 
     piece: Piece
-    logprobs: TokenLogprobs | None
-    finish_reason: str | None
+    logprobs: TokenLogprobs | None  # if the request asks for it; None for the end token
+    finish_reason: str | None  # "stop" or "length" if the answer ends with it
 
 
 # The last is a failure: within the server, or a Problem of the request.
@@ -56,20 +50,6 @@ class Job:
         index: Number of this answer within its request.
         grammar: A last processor, which keeps the answer in a form and allows the end token alone
             when the form is complete; None for any text.
-
-    Attributes:
-        served: The model.
-        max_tokens: Greatest number of tokens to generate.
-        sampler: Draws a token.
-        processors: Change the logits before that, exactly as with a dense head. Each is called once
-            for every token, with all tokens so far, and may hold a state of this sequence. Arrays
-            that it holds must be evaluated already: it is called in another thread.
-        tokens: Generated tokens, with the end token.
-        times: Times of the first and the last of them, in seconds of ``time.monotonic``.
-        cached: Tokens of the prompt that were found in a cache.
-        cancelled: Set when nobody wants the answer any more. The generating thread then drops it.
-        error: The failure of one of its processors.
-        alone: Whether it goes on by itself, after a failure of a step that it shared.
     """
 
     def __init__(
@@ -81,36 +61,33 @@ class Job:
         grammar: GrammarProcessor | None = None,
     ):
         self.request, self.prompt, self.served = request, prompt, request.served
+        self.events, self._index, self._grammar = events, index, grammar
         self.max_tokens = min(request.max_tokens, self.served.context - len(prompt.tokens))
         # OpenAI's seeds may be negative
         seed = None if request.seed is None else request.seed % 2**64 + index
         self.sampler = make_sampler(**request.sampling, seed=seed)
+        # Each is called once for every token, with all tokens so far, and may hold a state. Arrays
+        # that it holds must be evaluated already: it is called in another thread.
         self.processors: list[LogitsProcessor] = make_logits_processors(**request.penalties)
         if grammar is not None:
             self.processors.append(grammar)
-        self.tokens: list[int] = []
-        self.times: list[float] = []
-        self.cached = 0
-        self.cancelled = self.alone = False
-        self.error: BaseException | None = None
-        self.events, self._index, self._grammar = events, index, grammar
+        self.tokens: list[int] = []  # that were generated, with the end token
+        self.times: list[float] = []  # of the first and the last of them, by time.monotonic
+        self.cached = 0  # tokens of the prompt that were found in a cache
+        self.cancelled = False  # nobody wants the answer any more
+        self.alone = False  # goes on by itself, after a failure of a step that it shared
+        self.error: BaseException | None = None  # of one of its processors
         self._text = AnswerText(self.served, request.stop, prompt.state, prompt.keep_space)
 
     @property
     def all_tokens(self) -> list[int]:
-        """The prompt and the generated tokens."""
         return self.prompt.tokens + self.tokens
 
     def tell(self, event: Event) -> None:
-        """Puts an event into the queue."""
         self.events.put((self._index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
-        """Takes a generated token and reports it.
-
-        Args:
-            token: Its id.
-            logprobs: (V,) log-probabilities at its place.
+        """Takes a generated token, with log-probabilities (V,) at its place, and reports it.
 
         Returns:
             Whether the answer is complete.
@@ -125,10 +102,8 @@ class Job:
         self.times[1:] = [time.monotonic()]
         if token in self.served.tokenizer.eos_token_ids:
             if self._grammar and (problem := self._grammar.problem):
-                raise Problem(
-                    f"The form cannot be followed any further ({problem}): simplify it.",
-                    "response_format",
-                )
+                why = f"The form cannot be followed any further ({problem}): simplify it."
+                raise Problem(why, "response_format")
             piece, _ = self._text.finish()
             self.tell(Token(piece, None, "stop"))
             return True

@@ -15,19 +15,13 @@ _THOUGHT_TAIL = 11
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt.
-
-    Attributes:
-        tokens: At least one token.
-        landmarks: Lengths at which its cache is kept, since other prompts begin in the same way.
-        state: State of the text at the answer's beginning, "normal" or "reasoning".
-        keep_space: Whether a space at the answer's beginning is part of it.
-    """
+    """A prompt of at least one token."""
 
     tokens: list[int]
+    # lengths at which its cache is kept, since other prompts begin in the same way
     landmarks: tuple[int, ...] = ()
-    state: str = "normal"
-    keep_space: bool = False
+    state: str = "normal"  # of the text at the answer's beginning, or "reasoning"
+    keep_space: bool = False  # whether a space at the answer's beginning is part of it
 
 
 def read_prompts(request: Request) -> list[Prompt]:
@@ -55,15 +49,10 @@ def _chat_prompt(request: Request) -> Prompt:
 def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = True) -> str:
     tokenizer = request.served.tokenizer
     if not tokenizer.has_chat_template:
-        raise Problem(
-            "This model has no chat template: use /v1/completions, or start the server with "
-            "--chat-template.",
-            "messages",
-        )
-    too_slow = Problem(
-        f"The chat template did not end within {RENDER_SECONDS:g} seconds: send fewer messages.",
-        "messages",
-    )
+        remedy = "use /v1/completions, or start the server with --chat-template"
+        raise Problem(f"This model has no chat template: {remedy}.", "messages")
+    limit = f"within {RENDER_SECONDS:g} seconds"
+    too_slow = Problem(f"The chat template did not end {limit}: send fewer messages.", "messages")
     try:
         with time_limit(RENDER_SECONDS, too_slow):
             return tokenizer.apply_chat_template(
@@ -76,9 +65,8 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
     except Problem:
         raise
     except Exception as error:  # templates raise any type
-        raise Problem(
-            f"The chat template cannot be filled in: {error or type(error).__name__}", "messages"
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise Problem(f"The chat template cannot be filled in: {reason}", "messages") from error
 
 
 def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options: Any) -> list[int]:
