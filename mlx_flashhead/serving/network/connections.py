@@ -27,12 +27,9 @@ class LimitedServer(ThreadingHTTPServer):
 
     A connection counts as unread until its handler calls :meth:`answering`. An unread connection
     never waits, so a request that needs no computing is always answered.
-
-    Attributes:
-        access: The rules for clients, set before it serves.
     """
 
-    access: Access
+    access: Access  # is set before it serves
     daemon_threads = True
     request_queue_size = MAX_UNREAD  # several clients may come at once
 
@@ -51,7 +48,6 @@ class LimitedServer(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def process_request_thread(self, request, client_address) -> None:
-        """Serves one connection."""
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -66,12 +62,9 @@ class LimitedServer(ThreadingHTTPServer):
             Problem: If there are too many, in total or of this address.
         """
         with self._lock:
-            if self._answered[address] >= MAX_ANSWERED_PER_ADDRESS:
-                raise Problem(
-                    f"{MAX_ANSWERED_PER_ADDRESS} requests of your address are being answered: "
-                    "wait for one of them to end.",
-                    status=429,
-                )
+            if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
+                answered = f"{most} requests of your address are being answered"
+                raise Problem(f"{answered}: wait for one of them to end.", status=429)
             if self._answered.total() >= MAX_ANSWERED:
                 raise Problem("Too many requests at once: try again in a moment.", status=503)
             self._unread.pop(connection, None)
@@ -91,19 +84,12 @@ class LimitedServer(ThreadingHTTPServer):
 
 
 class TimedReader(io.RawIOBase):
-    """Reads from a connection until a deadline, which may be moved.
-
-    Args:
-        connection: The connection, whose time limit this sets.
-
-    Attributes:
-        n_left: Bytes that may be read.
-    """
+    """Reads from a connection until a deadline, which may be moved."""
 
     def __init__(self, connection: socket.socket):
         self._connection = connection
         self._deadline = 0.0
-        self.n_left: float = MAX_HEAD_BYTES
+        self.n_left: float = MAX_HEAD_BYTES  # that may be read
 
     def allow(self, seconds: float) -> None:
         """Gives the client ``seconds`` from now on."""
