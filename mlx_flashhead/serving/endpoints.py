@@ -33,35 +33,25 @@ SECONDS_PER_MASK = 0.005
 
 
 class ApiServer(LimitedServer):
-    """A server, with the state that all requests share.
-
-    Attributes:
-        flags: The server's flags.
-        engine: Computes the answers.
-        models: The models, the default first.
-        started: Time of the start, in seconds since 1970.
-    """
+    """A server, with the state that all requests share."""
 
     flags: Namespace
     engine: Engine
-    models: list[ServedModel]
-    started: int
+    models: list[ServedModel]  # the default first
+    started: int  # in seconds since 1970
     # held while a body becomes tokens, which may take many times its size
     preparing = BoundedSemaphore(_PREPARED_AT_ONCE)
 
 
 class ApiHandler(GuardedHandler):
-    """One request."""
-
     server: ApiServer
 
     def get(self, path: str) -> None:
         server = self.server
         if path == "/health":
-            healthy = server.engine.healthy
-            status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
             heads = [served.head_in_use for served in server.models]
-            self.send_json({"status": "ok" if healthy else "unavailable", "heads": heads}, status)
+            word, status = ("ok", 200) if server.engine.healthy else ("unavailable", 503)
+            self.send_json({"status": word, "heads": heads}, status)
         elif path == "/page/info.json":
             flags, models = server.flags, [*map(_page_model, server.models)]
             settings = {"temperature": flags.temp, "top_p": flags.top_p}
@@ -72,27 +62,22 @@ class ApiHandler(GuardedHandler):
         elif path.startswith(f"{MODELS_PATH}/"):
             self.send_json(self._model(unquote(path.removeprefix(f"{MODELS_PATH}/"))))
         else:
-            raise Problem(f"There is nothing at {path[:200]}.", status=HTTPStatus.NOT_FOUND)
+            raise Problem(f"There is nothing at {path[:200]}.", status=404)
 
     def post(self, path: str) -> None:
+        server, chat = self.server, path in CHAT_PATHS
         if path not in CHAT_PATHS + TEXT_PATHS:
             places = ", ".join(TEXT_PATHS + CHAT_PATHS)
-            raise Problem(
-                f"There is nothing at {path[:200]}: post to {places}.", status=HTTPStatus.NOT_FOUND
-            )
-        with self.server.answering(self.connection, self.client_address[0]):
+            raise Problem(f"There is nothing at {path[:200]}: post to {places}.", status=404)
+        limit = f"within {READ_SECONDS:g} seconds"
+        remedy = "simplify its response_format or grammar"
+        too_slow = Problem(f"The request could not be read {limit}: {remedy}.")
+        with server.answering(self.connection, self.client_address[0]):
             body = self.read_body()
-            too_slow = Problem(
-                f"The request could not be read within {READ_SECONDS:g} seconds: simplify its "
-                "response_format or grammar."
-            )
-            with self.server.preparing:
+            with server.preparing:
                 with time_limit(READ_SECONDS, too_slow):
                     request = read_request(
-                        _parsed(body),
-                        chat=path in CHAT_PATHS,
-                        models=self.server.models,
-                        defaults=self.server.flags,
+                        _parsed(body), chat=chat, models=server.models, defaults=server.flags
                     )
                 answer = _Answer(request, read_prompts(request), self)
             del body
@@ -143,7 +128,6 @@ class _Answer:
         self._envelope = envelope(request)
 
     def send(self) -> None:
-        """Has the jobs computed, and sends what comes of them until all are complete."""
         self._engine.submit(self._jobs)
         try:
             self._stream() if self._request.stream else self._send_whole()
@@ -151,8 +135,7 @@ class _Answer:
             for job in self._jobs:
                 job.cancelled = True
             usage = self._usage()
-            prompt_tokens, n_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-            self._handler.note(f"{prompt_tokens:,} + {n_tokens:,} tokens")
+            self._handler.note("{prompt_tokens:,} + {completion_tokens:,} tokens".format(**usage))
             if (speed := speed_of(self._jobs)) is not None:
                 self._handler.note(f"{speed:.1f} tokens/s")
 
@@ -164,7 +147,6 @@ class _Answer:
         self._handler.send_json(self._envelope | {"choices": choices, "usage": self._usage()})
 
     def _stream(self) -> None:
-        """Sends server-sent events."""
         handler = self._handler
         handler.send_response(HTTPStatus.OK)
         handler.send_header("Content-Type", "text/event-stream; charset=utf-8")

@@ -29,12 +29,9 @@ def serving(flags: Namespace) -> Iterator[ApiServer]:
     with _listen(flags.host, flags.port) as server:
         engine = Engine(lambda: load_models(flags), flags)
         try:
-            server.models = engine.models.result()
-            server.access = access_of(flags)
+            server.models, server.access = engine.models.result(), access_of(flags)
             server.flags, server.engine, server.started = flags, engine, int(time.time())
-            Thread(
-                target=server.serve_forever, args=(0.1,), name="connections", daemon=True
-            ).start()
+            Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
             try:
                 yield server
             finally:
@@ -44,8 +41,7 @@ def serving(flags: Namespace) -> Iterator[ApiServer]:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Formats lines of the log, which may hold a model's words."""
-
+    # a line may hold a model's words
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
