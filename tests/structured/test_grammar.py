@@ -62,40 +62,24 @@ def test_schema_must_be_an_object(schema):
 
 
 @pytest.mark.parametrize(
-    "pattern, said",
+    "read, text, said",
     [
-        ("a(b", "unclosed group"),
-        ("(?=a)b", "look-around"),
-        ("", "must be a text"),
-        (7, "is 7"),
-        ("a\\x00", "the character 0"),
-        ("\0", "the character 0"),
+        (Grammar.from_regex, "a(b", "unclosed group"),
+        (Grammar.from_regex, "(?=a)b", "look-around"),
+        (Grammar.from_regex, "", "must be a text"),
+        (Grammar.from_regex, 7, "is 7"),
+        (Grammar.from_regex, "a\\x00", "the character 0"),
+        (Grammar.from_regex, "\0", "the character 0"),
+        (Grammar.from_lark, "start: foo", 'line 1, column 8: unknown name: "foo"'),
+        (Grammar.from_lark, 'start: "a"\nb: (', "line 2"),
+        (Grammar.from_lark, 'x: "a"', "no start rule"),
+        (Grammar.from_lark, " ", "must be a text"),
     ],
 )
-def test_wrong_regular_expression(pattern, said):
-    with pytest.raises(GrammarError, match=said):
-        Grammar.from_regex(pattern)
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("start: foo", 'line 1, column 8: unknown name: "foo"'),
-        ('start: "a"\nb: (', "line 2"),
-        ('x: "a"', "no start rule"),
-        (" ", "must be a text"),
-    ],
-)
-def test_wrong_grammar_names_the_place(text, said):
+def test_wrong_expressions_and_grammars(read, text, said):
     with pytest.raises(GrammarError) as raised:
-        Grammar.from_lark(text)
+        read(text)
     assert said in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_kinds():
-    assert Grammar.from_json_schema({"type": "object"}).kind == "JSON schema"
-    assert Grammar.from_regex("a").kind == "regular expression"
-    assert Grammar.from_lark('start: "a"').kind == "grammar"
 
 
 def test_without_llguidance(monkeypatch):
