@@ -59,9 +59,7 @@ def test_names_of_the_server(host, local, lan):
     assert status(LAN, Host=host) == (lan or HTTPStatus.UNAUTHORIZED)
 
 
-@pytest.mark.parametrize(
-    "target", ["/", "/v1/models", "/health", "/page/app.js", "/page/info.json"]
-)
+@pytest.mark.parametrize("target", ["/", "/v1/models", "/health", "/page/app.js"])
 def test_everything_needs_the_token_on_the_network(target):
     for fields in (BEARER, {"Cookie": f"a=b; flashhead_token={TOKEN}"}):
         assert status(LAN, target=target, **fields) is None
@@ -104,16 +102,12 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
     assert compared == [(TOKEN.encode(), TOKEN.encode())]
 
 
-@pytest.mark.parametrize(
-    "origin",
-    [
-        *("http://evil.example", "null", "https://127.0.0.1:8080", "http://127.0.0.1:9000", ""),
-        *("http://localhost:8080", "http://127.0.0.1:8080.evil.example", "file://"),
-    ],
-)
-def test_other_origins_are_refused(origin):
-    assert status(LOCAL, "POST", "/v1/models", Origin=origin, **POST) == 403
-    assert status(LAN, Origin=origin, **BEARER) == 403
+def test_other_origins_are_refused():
+    own = "127.0.0.1:8080"
+    others = ("http://evil.example", "null", f"https://{own}", "http://127.0.0.1:9000", "")
+    for origin in (*others, "http://localhost:8080", f"http://{own}.evil.example", "file://"):
+        assert status(LOCAL, "POST", "/v1/models", Origin=origin, **POST) == 403, origin
+        assert status(LAN, Origin=origin, **BEARER) == 403, origin
 
 
 def test_own_and_named_origins_are_served():
@@ -131,16 +125,12 @@ def test_own_and_named_origins_are_served():
     assert rules.cross_origin(headers(Origin="http://127.0.0.1:8080")) is None
 
 
-@pytest.mark.parametrize(
-    "site, mode, expected",
-    [
-        *((site, "no-cors", 403) for site in ("cross-site", "same-site")),
-        *((site, "navigate", None) for site in ("cross-site", "same-site", "none")),
-        ("same-origin", "cors", None),
-    ],
-)
-def test_other_sites_may_link_but_not_load(site, mode, expected):
-    assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode=mode) == expected
+def test_other_sites_may_link_but_not_load():
+    for site in ("cross-site", "same-site"):
+        assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode="no-cors") == 403
+        assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode="navigate") is None
+    for site, mode in (("none", "navigate"), ("same-origin", "cors")):
+        assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode=mode) is None
 
 
 @pytest.mark.parametrize(
@@ -168,14 +158,10 @@ def test_new_tokens_are_random_and_valid():
     assert all(is_token(token) and len(token) == 24 for token in tokens)
     letters = set("".join(tokens)) - {"-"}
     assert len(letters) == 31 and not letters & set("01ilo")
-
-
-@pytest.mark.parametrize("text", ["", "short", "a" * 129, "has spaces in it, many", "x" * 20 + '"'])
-def test_what_is_no_token(text):
-    assert not is_token(text)
+    others = ("", "short", "a" * 129, "has spaces in it, many", "x" * 20 + '"')
+    assert not any(map(is_token, others))
 
 
 def test_logs_hold_no_token():
     line = f"GET /?a=b&token={TOKEN}&c=d HTTP/1.1"
     assert without_token(line) == "GET /?a=b&token=…&c=d HTTP/1.1"
-    assert without_token("GET /v1/models HTTP/1.1") == "GET /v1/models HTTP/1.1"
