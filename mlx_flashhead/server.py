@@ -7,7 +7,7 @@ from .common.command import command
 from .common.processes import join_processes
 from .models.fetch import resolve
 from .serving.network.addresses import announce, url
-from .serving.network.shutdown import interrupted_by_signals, leave
+from .serving.network.shutdown import leave, let_signals_interrupt
 from .serving.options import check_options, make_parser
 from .serving.serve import requests_logged, serving
 
@@ -23,7 +23,8 @@ def main() -> None:
     check_options(parser, flags)
     if join_processes().size() > 1:
         parser.error("the server is one process: start it without mlx.launch")
-    with interrupted_by_signals(), requests_logged(flags.log_level):
+    let_signals_interrupt()
+    with requests_logged(flags.log_level):
         try:
             for model in (flags.model, flags.draft_model, *flags.allow_models):
                 if model is not None:

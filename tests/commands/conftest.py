@@ -9,11 +9,13 @@ import pytest
 import mlx_flashhead
 from model_folders import write_model
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     """A function that runs a command: → (exit code, standard output, standard error)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def run(command, *arguments):
         argv = [f"mlx_flashhead.{command}", *map(str, arguments)]

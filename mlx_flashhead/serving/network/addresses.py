@@ -5,6 +5,7 @@ import ipaddress
 import os
 import socket
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -16,12 +17,9 @@ TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a server bound to ``host``."""
-    if host == "localhost":
-        return True
-    try:
+    with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def access_of(args: Namespace) -> Access:
@@ -58,9 +56,9 @@ def own_address(host: str) -> str:
 
 
 def kept_token(path: Path) -> str:
-    """The token in a file. A missing file is made with a new token.
+    """The token in a file, so that a page on a Home Screen still opens after a restart.
 
-    The token is kept so that an app on a Home Screen still opens after a restart of the server.
+    A missing file is made with a new one.
 
     Raises:
         ValueError: If the file does not hold a token.
@@ -79,7 +77,6 @@ def kept_token(path: Path) -> str:
 
 
 def url(host: str, port: int, token: str | None = None) -> str:
-    """The page's address."""
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 

@@ -56,11 +56,7 @@ class LimitedServer(ThreadingHTTPServer):
 
     @contextmanager
     def answering(self, connection: socket.socket, address: str) -> Iterator[None]:
-        """A block in which a connection's request is answered.
-
-        Raises:
-            Problem: If there are too many, in total or of this address.
-        """
+        """A block in which a request is answered; a Problem if there are too many."""
         with self._lock:
             if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
                 answered = f"{most} requests of your address are being answered"
@@ -99,12 +95,6 @@ class TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        """Reads the available bytes, or waits for some.
-
-        Raises:
-            TimeoutError: If the deadline has passed.
-            HTTPException: If the head of a request has no end.
-        """
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")

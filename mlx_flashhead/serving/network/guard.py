@@ -95,12 +95,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         self._send(204, (b"", {}))
 
     def read_body(self) -> bytes:
-        """The whole body.
-
-        Raises:
-            Problem: If it does not come in time.
-            ConnectionError: If it does not come completely.
-        """
+        """The whole body; a Problem if it does not come in time."""
         n_bytes = int(self.headers["Content-Length"])
         self._reader.allow(self.body_seconds)
         try:

@@ -3,17 +3,12 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-
-@contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """A block in which a signal to end interrupts the main thread. A second one ends the process.
+def let_signals_interrupt() -> None:
+    """From now on a signal to end interrupts the main thread. A second one ends the process.
 
     C++ code in other threads aborts if the interpreter is finalized meanwhile. So neither the
     second signal nor :func:`leave` finalizes it.
@@ -27,13 +22,9 @@ def interrupted_by_signals() -> Iterator[None]:
         asked = True
         raise KeyboardInterrupt
 
-    ignored = signal.SIG_IGN  # as by nohup
-    before = {n: signal.signal(n, end) for n in _SIGNALS if signal.getsignal(n) is not ignored}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
+            signal.signal(number, end)
 
 
 def leave(code: int) -> NoReturn:
