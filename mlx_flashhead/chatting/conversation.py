@@ -79,8 +79,8 @@ class Conversation:
     """Questions and answers in turn.
 
     Args:
-        model: A model loaded by ``mlx_flashhead.load``, or any dense one.
-        tokenizer: Its tokenizer, with a chat template.
+        model: Any model, with a FlashHead or dense.
+        tokenizer: mlx-lm's wrapper, with a chat template.
         system_prompt: The beginning of every conversation.
         max_kv_size: Tokens that the cache keeps, the first four and the newest; default: all.
 
@@ -97,10 +97,9 @@ class Conversation:
         max_kv_size: int | None = None,
     ):
         if not tokenizer.has_chat_template:
-            raise ValueError(
-                "This model's tokenizer has no chat template, so it cannot hold a conversation: "
-                "use mlx_flashhead.generate."
-            )
+            lacking = "This model's tokenizer has no chat template"
+            remedy = "use mlx_flashhead.generate"
+            raise ValueError(f"{lacking}, so it cannot hold a conversation: {remedy}.")
         self.model, self.tokenizer = model, tokenizer
         self.cache = FollowingCache(model, max_kv_size)
         self.answers: list[Answer] = []
@@ -130,7 +129,6 @@ class Conversation:
         text: str,
         *,
         stopping: Callable[[], bool] = lambda: False,
-        dense: bool = False,
         **kwargs: Any,
     ) -> Iterator[str]:
         """Asks, streams the answer, and keeps it as the last of ``answers``.
@@ -139,8 +137,7 @@ class Conversation:
             text: The question.
             stopping: Called after each token and each piece of the prompt; True stops. The answer
                 so far stays. A question without an answer is forgotten.
-            dense: Score every token.
-            **kwargs: Of ``mlx_lm.stream_generate``, such as max_tokens and sampler.
+            **kwargs: Of ``stream_generate``, such as dense, max_tokens and sampler.
 
         Raises:
             ValueError: If the chat template refuses the conversation, which stays unchanged.
@@ -159,7 +156,6 @@ class Conversation:
             self.model,
             self.tokenizer,
             prompt[answer.n_cached :],
-            dense=dense,
             logprobs=False,
             prompt_cache=self.cache.arrays,
             prompt_progress_callback=progress,
@@ -195,6 +191,5 @@ class Conversation:
             return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
         except Exception as error:  # templates and their engine raise any type
             reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-            raise ValueError(
-                f"The model's chat template does not take this conversation ({reason})."
-            ) from error
+            refusal = "The model's chat template does not take this conversation"
+            raise ValueError(f"{refusal} ({reason}).") from error

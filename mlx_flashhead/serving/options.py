@@ -11,7 +11,6 @@ from ..loading.look_up import add_answering_options
 from .network.addresses import TOKEN_FILE, is_loopback
 
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
-_ALL_INTERFACES = "0.0.0.0"
 
 
 def make_parser() -> Parser:
@@ -34,22 +33,14 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
     if args.draft_probes is not None and args.draft_model is None:
         parser.error("--draft-probes are a draft model's: add --draft-model, or leave it out")
     if args.host is None:
-        args.host = _ALL_INTERFACES if args.lan else "127.0.0.1"
+        args.host = "0.0.0.0" if args.lan else "127.0.0.1"
     elif args.lan and is_loopback(args.host):
-        parser.error(
-            f"--host {args.host} is this machine alone: leave it out with --lan, or give the "
-            "address of one interface"
-        )
+        remedy = "leave it out with --lan, or give the address of one interface"
+        parser.error(f"--host {args.host} is this machine alone: {remedy}")
     for origin in args.allowed_origins:
         if not _ORIGIN.fullmatch(origin):
-            parser.error(
-                f"--allowed-origins {origin}: name each site, such as https://chat.example, "
-                "without wildcards"
-            )
-
-
-def _with_commas(text: str) -> list[str]:
-    return text.split(",")
+            how = "name each site, such as https://chat.example, without wildcards"
+            parser.error(f"--allowed-origins {origin}: {how}")
 
 
 def size(text: str) -> int:
@@ -71,11 +62,8 @@ def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
 
 
 def _add_models(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--model",
-        required=True,
-        help="Folder or Hugging Face repository of any model that mlx-lm loads.",
-    )
+    model = "Folder or Hugging Face repository of any model that mlx-lm loads."
+    group.add_argument("--model", required=True, help=model)
     group.add_argument(
         "--served-model-name",
         metavar="NAME",
@@ -97,11 +85,8 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         "number that the FlashHead names).",
     )
     add_answering_options(group)
-    group.add_argument(
-        "--dense",
-        action="store_true",
-        help="Score every token, unless a request says otherwise: the dense model.",
-    )
+    dense = "Score every token, unless a request says otherwise: the dense model."
+    group.add_argument("--dense", action="store_true", help=dense)
     group.add_argument("--adapter-path", help="Folder of LoRA adapters for --model.")
     group.add_argument("--draft-model", help="A model that drafts tokens for --model.")
     group.add_argument(
@@ -112,18 +97,12 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
     )
     add = _adder(group)
     add("--num-draft-tokens", whole_number(1, 64), 3, "Tokens drafted at once")
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="Allow these models' own Python code.",
-    )
+    own_code = "Allow these models' own Python code."
+    group.add_argument("--trust-remote-code", action="store_true", help=own_code)
     group.add_argument("--chat-template", help="A chat template in place of --model's own.")
+    settings = 'Settings of the chat template, such as {"enable_thinking": false}'
     group.add_argument(
-        "--chat-template-args",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help='Settings of the chat template, such as {"enable_thinking": false}',
+        "--chat-template-args", type=json_object, default={}, metavar="JSON", help=settings
     )
 
 
@@ -153,12 +132,8 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     step = "Greatest number of a prompt's tokens that are read at once; fewer if other answers wait"
     add("--prefill-step-size", whole_number(1), 2048, step)
     add("--prompt-cache-size", whole_number(0), 10, "Caches of earlier prompts that are kept")
-    group.add_argument(
-        "--prompt-cache-bytes",
-        type=size,
-        metavar="SIZE",
-        help="Memory for these caches, such as 4G (default: no limit)",
-    )
+    memory = "Memory for these caches, such as 4G (default: no limit)"
+    group.add_argument("--prompt-cache-bytes", type=size, metavar="SIZE", help=memory)
     group.add_argument(
         "--kv-bits",
         type=one_of(2, 3, 4, 5, 6, 8),
@@ -186,14 +161,14 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--allowed-hosts",
-        type=_with_commas,
+        type=lambda text: text.split(","),
         default=[],
         help="Further names of this machine, with commas between, such as mac.fritz.box; its "
         "addresses, host name and names in .local are known.",
     )
     group.add_argument(
         "--allowed-origins",
-        type=_with_commas,
+        type=lambda text: text.split(","),
         default=[],
         help="Origins of other sites whose scripts may use the API, with commas between, such as "
         "https://chat.example (default: none)",
