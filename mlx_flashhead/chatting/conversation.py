@@ -20,22 +20,14 @@ LENGTH, STOPPED = "length", "stopped"
 
 @dataclass
 class Answer:
-    """An answer of the model.
-
-    Attributes:
-        n_prompt: Tokens of the conversation with the question.
-        n_cached: Number of these that were in the cache already.
-        n_tokens: Tokens of the answer.
-        tokens_per_second: mlx-lm's measure, of two tokens or more.
-        finish: "stop" at an end-of-text token, "length" at the limit, "stopped" by the user.
-    """
+    """An answer of the model."""
 
     text: str = ""
-    n_prompt: int = 0
-    n_cached: int = 0
+    n_prompt: int = 0  # tokens of the conversation with the question
+    n_cached: int = 0  # of these, tokens that were in the cache already
     n_tokens: int = 0
-    tokens_per_second: float | None = None
-    finish: str = STOPPED
+    tokens_per_second: float | None = None  # mlx-lm's measure, of two tokens or more
+    finish: str = STOPPED  # by the user, "stop" at an end-of-text token, "length" at the limit
 
 
 class _Stopped(Exception):
@@ -43,24 +35,19 @@ class _Stopped(Exception):
 
 
 class FollowingCache:
-    """A prompt cache and the tokens that it holds.
-
-    Attributes:
-        arrays: mlx-lm's caches, one for each layer.
-        token_ids: All tokens that were put in, also those that were dropped since.
-        limited: Whether ``max_kv_size`` is obeyed. Some models make caches of their own.
-    """
+    """A prompt cache and the tokens that it holds."""
 
     def __init__(self, model: nn.Module, max_kv_size: int | None):
         self._model, self._max_kv_size = model, max_kv_size
         self.clear()
+        # some models make caches of their own
         sizes = [getattr(cache, "max_size", None) for cache in self.arrays]
         self.limited = max_kv_size is not None and max_kv_size in sizes
 
     def clear(self) -> None:
         """Forgets everything."""
         self.arrays = make_prompt_cache(self._model, self._max_kv_size)
-        self.token_ids: list[int] = []
+        self.token_ids: list[int] = []  # that were put in, also those that were dropped since
 
     def follow(self, prompt: list[int]) -> int:
         """Keeps the tokens with which ``prompt`` begins, all but the last at most: how many."""

@@ -73,11 +73,7 @@ class ServedModel:
 
 
 def load_models(args: Namespace) -> list[ServedModel]:
-    """Loads every model that the flags name, the default first.
-
-    Raises:
-        ValueError: If a model cannot be loaded, or two have the same name.
-    """
+    """Every model that the flags name, the default first; a ValueError if two have one name."""
     aliases = [args.served_model_name] if args.served_model_name else []
     models = [_load(args, args.model, aliases, default=True)]
     models += [_load(args, path, [], default=False) for path in args.allow_models]
@@ -89,10 +85,7 @@ def load_models(args: Namespace) -> list[ServedModel]:
 
 
 def template_settings(tokenizer: Any) -> frozenset[str]:
-    """Names of a chat template's variables that the server does not give.
-
-    A template that is Python code takes mlx-lm's ``enable_thinking`` alone.
-    """
+    """Variables of a chat template that the server does not give, as far as it is Jinja's."""
     own = {"enable_thinking"} if tokenizer.has_thinking else set()  # mlx-lm's name for it
     template = tokenizer.chat_template
     if isinstance(template, str):

@@ -27,15 +27,10 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True)
 class Grammar:
-    """A checked description of a text.
+    """A checked description of a text."""
 
-    Attributes:
-        kind: "JSON schema", "regular expression" or "grammar".
-        compiled: llguidance's own form of it.
-    """
-
-    kind: str
-    compiled: str
+    kind: str  # "JSON schema", "regular expression" or "grammar"
+    compiled: str  # llguidance's own form of it
 
     @classmethod
     def from_json_schema(cls, schema: dict | bool) -> "Grammar":
@@ -103,11 +98,7 @@ class Grammar:
 
 
 def llguidance(submodule: str = "") -> ModuleType:
-    """llguidance or one of its modules.
-
-    Raises:
-        ValueError: If it is not installed, naming the command that installs it.
-    """
+    """llguidance or one of its modules; a ValueError that names its extra if it is absent."""
     name = f"llguidance.{submodule}" if submodule else "llguidance"
     return from_extra(name, "structured", "Structured output")
 

@@ -42,13 +42,10 @@ class Engine:
     Args:
         load: Loads the models. Called in the generating thread, since MLX requires it.
         flags: The server's flags.
-
-    Attributes:
-        models: Done as soon as the models are loaded or loading has failed.
     """
 
     def __init__(self, load: Callable[[], list[ServedModel]], flags: Namespace):
-        self.models: Future[list[ServedModel]] = Future()
+        self.models: Future[list[ServedModel]] = Future()  # or why loading has failed
         self._flags = flags
         self._arrived: SimpleQueue[Job] = SimpleQueue()
         self._ended = Event()

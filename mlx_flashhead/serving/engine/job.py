@@ -44,8 +44,6 @@ class Job:
     """A sequence to be generated.
 
     Args:
-        request: What is asked for.
-        prompt: The prompt.
         events: Queue of the events, each with the index before it.
         index: Number of this answer within its request.
         grammar: A last processor, which keeps the answer in a form and allows the end token alone
@@ -87,10 +85,7 @@ class Job:
         self.events.put((self._index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
-        """Takes a generated token, with log-probabilities (V,) at its place, and reports it.
-
-        Returns:
-            Whether the answer is complete.
+        """Reports a generated token. Returns whether the answer is complete.
 
         Raises:
             Problem: If its form cannot be followed.

@@ -34,10 +34,7 @@ class Pace:
 class Reading:
     """A prompt in the course of being read, up to its last token, with which the answer begins.
 
-    Args:
-        job: The job of the prompt.
-        caches: Caches of earlier prompts, which also take those of this prompt's landmarks.
-        flags: The server's flags.
+    The caches of earlier prompts also take those of this prompt's landmarks.
     """
 
     def __init__(self, job: Job, caches: PromptCaches, flags: Namespace):

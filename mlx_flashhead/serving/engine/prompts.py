@@ -27,8 +27,7 @@ class Prompt:
 def read_prompts(request: Request) -> list[Prompt]:
     """The prompts of a request: one of a chat, one for each text.
 
-    Raises:
-        Problem: If a template fails, or a prompt is empty or longer than the context.
+    Raises a Problem if a template fails, or a prompt is empty or longer than the context.
     """
     if request.chat:
         return [_chat_prompt(request)]

@@ -23,11 +23,7 @@ def is_loopback(host: str) -> bool:
 
 
 def access_of(args: Namespace) -> Access:
-    """The rules for clients that the server's flags set.
-
-    Raises:
-        ValueError: If the token file does not hold a token.
-    """
+    """The rules for clients that the server's flags set."""
     hosts = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
     token = None
     if not is_loopback(args.host):
@@ -82,11 +78,7 @@ def url(host: str, port: int, token: str | None = None) -> str:
 
 
 def qr_code(text: str, *, colours: bool) -> str:
-    """A QR code for a terminal, in half blocks; one without ``colours`` is taken to be dark.
-
-    Raises:
-        ValueError: If segno is not installed.
-    """
+    """A QR code for a terminal, in half blocks; one without ``colours`` is taken to be dark."""
     code = from_extra("segno", "qr", "A QR code of this address").make(text, error="l", micro=False)
     out = io.StringIO()
     # with a wide border the code of a full IPv6 address leaves no line for the text

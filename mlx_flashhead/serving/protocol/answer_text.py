@@ -25,10 +25,8 @@ class Piece:
 class AnswerText:
     """The text of one answer, given out as soon as its part is certain.
 
-    Args:
-        stop: Texts that end it.
-        state: The state of the text at its beginning, by mlx-lm's names.
-        keep_space: Whether a space at its beginning is part of it. mlx-lm's detokenizers drop one.
+    It ends before a ``stop`` text, and begins in a ``state`` of mlx-lm's names. mlx-lm's
+    detokenizers drop a space at its beginning, unless it is told to ``keep_space``.
     """
 
     def __init__(

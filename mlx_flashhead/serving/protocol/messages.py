@@ -11,22 +11,14 @@ _MAX_SETTING = 1000  # characters
 
 
 def read_messages(messages: list[Any] | None) -> list[dict[str, Any]]:
-    """The messages in the form of chat templates: each content a text, each argument an object.
-
-    Raises:
-        Problem: If a message is not valid, or holds something other than text.
-    """
+    """The messages in the form of chat templates: each content a text, each argument an object."""
     if not messages:
         raise Problem(_EXAMPLE, "messages")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def read_template_settings(fields: Fields, known: frozenset[str]) -> dict[str, Any]:
-    """The settings of a chat template that takes the ``known`` names.
-
-    Raises:
-        Problem: If the template does not take a setting, or its value is not plain.
-    """
+    """The settings of a chat template that takes the ``known`` names. Values must be plain."""
     field = "chat_template_kwargs"
     settings = fields.take(field, dict, {})
     for name, value in settings.items():

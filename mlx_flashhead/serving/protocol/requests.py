@@ -50,11 +50,7 @@ class Request:
 
 
 def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
-    """The served model of that name; the first without a name.
-
-    Raises:
-        Problem: If no served model has the name.
-    """
+    """The served model of that name; the first without a name."""
     if name in (None, "default_model"):  # mlx-lm's word for the model of --model
         return models[0]
     for served in models:
