@@ -95,11 +95,10 @@ class ApiHandler(GuardedHandler):
 
 
 def _page_model(served: ServedModel) -> dict[str, Any]:
-    info: dict[str, Any] = {"name": served.name}
-    if served.head is not None:
-        info |= {"dense": served.dense, "n_probes": served.head.n_probes}
-        info |= {"n_clusters": served.head.n_clusters}
-    return info
+    if (head := served.head) is None:
+        return {"name": served.name}
+    probes = {"n_probes": head.n_probes, "n_clusters": head.n_clusters}
+    return {"name": served.name, "dense": served.dense} | probes
 
 
 def _parsed(body: bytes) -> dict[str, Any]:
@@ -140,9 +139,8 @@ class _Answer:
                 self._handler.note(f"{speed:.1f} tokens/s")
 
     def _send_whole(self) -> None:
-        for index, event in self._all_events():
-            if isinstance(event, Token):
-                self._choices[index].add(event.piece, event.logprobs, event.finish_reason)
+        for _ in self._parts():
+            pass  # the choices keep them
         choices = [choice.whole() for choice in self._choices]
         self._handler.send_json(self._envelope | {"choices": choices, "usage": self._usage()})
 
@@ -153,15 +151,11 @@ class _Answer:
         handler.send_header("Cache-Control", "no-store")
         handler.end_headers()
         try:
-            for index, event in self._all_events():
-                if isinstance(event, Progress):
-                    # a comment, which clients ignore and the page shows
-                    self._write(f": prompt {event.done}/{event.total}")
-                    continue
-                choice = self._choices[index]
-                chunk = choice.add(event.piece, event.logprobs, event.finish_reason)
-                if chunk is not None:
-                    self._write_chunk([chunk])
+            for part in self._parts():
+                if isinstance(part, Progress):  # a comment, which clients ignore and the page shows
+                    self._write(f": prompt {part.done}/{part.total}")
+                else:
+                    self._write_chunk([part])
         except Problem as problem:
             self._write(f"data: {dumps(problem.as_json())}")
             return
@@ -171,8 +165,8 @@ class _Answer:
             self._write_chunk([], self._usage())
         self._write("data: [DONE]")
 
-    def _all_events(self) -> Iterator[tuple[int, Progress | Token]]:
-        """The events of all jobs until all are complete.
+    def _parts(self) -> Iterator[Progress | dict[str, Any]]:
+        """What comes of the jobs until all are complete: parts of prompts, and chunks' choices.
 
         Raises:
             Problem: If one has failed.
@@ -189,8 +183,13 @@ class _Answer:
                 raise event
             if isinstance(event, BaseException):
                 raise Problem("The answer has failed: see the server's log.", status=500)
-            if event is not None:
-                yield index, event
+            if isinstance(event, Progress):
+                yield event
+            elif isinstance(event, Token):
+                choice = self._choices[index]
+                chunk = choice.add(event.piece, event.logprobs, event.finish_reason)
+                if chunk is not None:
+                    yield chunk
             elif not self._engine.healthy:
                 raise Problem("The server has lost the thread that answers.", status=503)
 
