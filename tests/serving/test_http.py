@@ -6,7 +6,6 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -79,20 +78,6 @@ def test_spaces_at_the_beginning_are_kept(client):
     form = {"regex": " one( two)?"}
     content = chat(client, model="chain", extra_body=form).choices[0].message.content
     assert content.startswith(" one")
-
-
-def test_concurrent_requests_are_answered_as_alone(client, flash):
-    """Several settings at once, and seeds, which run alone."""
-    settings = [{}, {"n_probes": 1}, {"n_probes": N_CLUSTERS}, {"dense": True}]
-    prompts = ["One day", "x", "The bridge over the river was old"]
-    requests = [(prompt, extra) for prompt in prompts for extra in settings] * 2
-    drawn = {"seed": 5, "temperature": 1.0}
-    with ThreadPoolExecutor(len(requests)) as pool:
-        sampled = pool.submit(complete, client, **drawn)
-        answers = list(pool.map(lambda r: complete(client, r[0], extra=r[1]), requests))
-    for (prompt, extra), answer in zip(requests, answers, strict=True):
-        assert answer.choices[0].text == generated(flash, prompt, **extra), (prompt, extra)
-    assert sampled.result().choices[0].text == complete(client, **drawn).choices[0].text
 
 
 def test_logprobs_of_a_text_are_the_models(client, flash):
@@ -184,11 +169,10 @@ def test_several_answers_and_prompts(client, flash):
 
 def test_biases_choose_tokens(client, flash):
     (token,) = flash[1].encode("7")
-    for bias in (100, 1e30):
-        answer = complete(client, extra={"logit_bias": {token: bias}})
-        assert answer.choices[0].text == "7" * TOKENS
-        answer = complete(client, extra={"logit_bias": {token: -bias}}, temperature=1.0)
-        assert "7" not in answer.choices[0].text
+    answer = complete(client, extra={"logit_bias": {token: 1e30}})
+    assert answer.choices[0].text == "7" * TOKENS
+    answer = complete(client, extra={"logit_bias": {token: -1e30}}, temperature=1.0)
+    assert "7" not in answer.choices[0].text
 
 
 CHAT = {"messages": MESSAGES}

@@ -14,7 +14,6 @@ from mlx_flashhead import (
     batch_generate,
     generate,
     grammar_processor,
-    make_sampler,
     stream_generate,
 )
 from mlx_flashhead.structured.grammar import Grammar
@@ -46,19 +45,6 @@ def flash():
     model = tiny_model(vocab_size=VOCAB_SIZE)
     install_index(model, tiny_index(model, n_probes=3))
     return model
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_json_validates(flash, tokenizer, temperature, seed):
-    mx.random.seed(seed)
-    processor = grammar_processor(tokenizer, json_schema=SCHEMA)
-    text = generate(
-        flash, tokenizer, f"prompt {seed}", max_tokens=300, logits_processors=[processor],
-        sampler=make_sampler(temp=temperature, top_p=0.95),
-    )  # fmt: skip
-    assert processor.accepts(text) and processor.problem is None
-    jsonschema.validate(json.loads(text), SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +86,7 @@ def test_batch(flash, tokenizer):
         flash, tokenizer, ids, max_tokens=200, logits_processors=[processor], prefill_batch_size=2
     )
     for prompt, text in zip(ids, found.texts, strict=True):
-        jsonschema.validate(json.loads(text), SCHEMA)
+        assert processor.accepts(text) and jsonschema.validate(json.loads(text), SCHEMA) is None
         alone = generate(flash, tokenizer, prompt, max_tokens=200, logits_processors=[processor])
         assert text == alone
 
