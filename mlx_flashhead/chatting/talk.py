@@ -1,9 +1,12 @@
 """A talk at the terminal: the user types messages and commands."""
 
 import textwrap
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -41,28 +44,20 @@ NOT_LIMITED = "--max-kv-size has no effect: mlx-lm lets this model choose the si
 NO_FLASH_HEAD = "This model has no FlashHead yet: start without --dense, and it is built."
 
 
+@dataclass
 class Talk:
-    """Reads texts from the terminal, answers messages and runs commands.
+    """Reads texts from the terminal, answers messages and runs commands."""
 
-    Args:
-        args: The command line's arguments.
-        options: Keywords of each answer.
-        idle: A FlashHead that is built while the user types and reads.
-    """
+    conversation: Conversation
+    terminal: Terminal
+    args: Namespace
+    options: dict[str, Any]  # keywords of each answer
+    idle: IdleBuild | None = None  # a FlashHead that is built while the user types and reads
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        terminal: Terminal,
-        args,
-        options: dict,
-        idle: IdleBuild | None = None,
-    ):
-        self.conversation, self.terminal, self.args = conversation, terminal, args
-        self.options, self.idle = options, idle
-        self.keeping = args.resume or terminal.interactive
-        self.head = get_flash_head(conversation.model)
-        self.dense = args.dense
+    def __post_init__(self):
+        self.keeping = self.args.resume or self.terminal.interactive
+        self.head = get_flash_head(self.conversation.model)
+        self.dense = self.args.dense
 
     def run(self) -> None:
         """Until the end of the input or /exit."""

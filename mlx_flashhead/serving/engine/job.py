@@ -40,49 +40,42 @@ class Token:
 Event = Progress | Token | BaseException
 
 
+@dataclass(eq=False)
 class Job:
-    """A sequence to be generated.
+    """A sequence to be generated."""
 
-    Args:
-        events: Queue of the events, each with the index before it.
-        index: Number of this answer within its request.
-        grammar: A last processor, which keeps the answer in a form and allows the end token alone
-            when the form is complete; None for any text.
-    """
+    request: Request
+    prompt: Prompt
+    events: SimpleQueue  # each event comes with the index before it
+    index: int = 0  # of this answer within its request
+    # keeps the answer in a form, and allows the end token alone when that is complete
+    grammar: GrammarProcessor | None = None
+    cached: int = 0  # tokens of the prompt that were found in a cache
+    cancelled: bool = False  # nobody wants the answer any more
+    alone: bool = False  # goes on by itself, after a failure of a step that it shared
+    error: BaseException | None = None  # of one of its processors
 
-    def __init__(
-        self,
-        request: Request,
-        prompt: Prompt,
-        events: SimpleQueue,
-        index: int = 0,
-        grammar: GrammarProcessor | None = None,
-    ):
-        self.request, self.prompt, self.served = request, prompt, request.served
-        self.events, self._index, self._grammar = events, index, grammar
-        self.max_tokens = min(request.max_tokens, self.served.context - len(prompt.tokens))
+    def __post_init__(self):
+        request, self.served = self.request, self.request.served
+        self.max_tokens = min(request.max_tokens, self.served.context - len(self.prompt.tokens))
         # OpenAI's seeds may be negative
-        seed = None if request.seed is None else request.seed % 2**64 + index
+        seed = None if request.seed is None else request.seed % 2**64 + self.index
         self.sampler = make_sampler(**request.sampling, seed=seed)
         # Each is called once for every token, with all tokens so far, and may hold a state. Arrays
         # that it holds must be evaluated already: it is called in another thread.
         self.processors: list[LogitsProcessor] = make_logits_processors(**request.penalties)
-        if grammar is not None:
-            self.processors.append(grammar)
+        self.processors += [] if self.grammar is None else [self.grammar]
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
-        self.cached = 0  # tokens of the prompt that were found in a cache
-        self.cancelled = False  # nobody wants the answer any more
-        self.alone = False  # goes on by itself, after a failure of a step that it shared
-        self.error: BaseException | None = None  # of one of its processors
-        self._text = AnswerText(self.served, request.stop, prompt.state, prompt.keep_space)
+        keep_space = self.prompt.keep_space
+        self._text = AnswerText(self.served, request.stop, self.prompt.state, keep_space)
 
     @property
     def all_tokens(self) -> list[int]:
         return self.prompt.tokens + self.tokens
 
     def tell(self, event: Event) -> None:
-        self.events.put((self._index, event))
+        self.events.put((self.index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
         """Reports a generated token. Returns whether the answer is complete.
@@ -96,7 +89,7 @@ class Job:
         self.tokens.append(token)
         self.times[1:] = [time.monotonic()]
         if token in self.served.tokenizer.eos_token_ids:
-            if self._grammar and (problem := self._grammar.problem):
+            if self.grammar and (problem := self.grammar.problem):
                 why = f"The form cannot be followed any further ({problem}): simplify it."
                 raise Problem(why, "response_format")
             piece, _ = self._text.finish()
