@@ -122,7 +122,13 @@ class Talk:
                 f"[cut at --max-tokens {self.args.max_tokens}: ask to go on, or start with a "
                 "higher limit, or -1 for none]"
             )
-        self._keep()
+        if self.keeping:
+            try:
+                keep(self.conversation.messages, self.args.model)
+            except OSError as error:
+                self.keeping = False  # and it is told once
+                reason = sentence(error)
+                self.terminal.say(f"This conversation is not kept for --resume: {reason}")
 
     @contextmanager
     def _model_to_itself(self) -> Iterator[None]:
@@ -136,16 +142,6 @@ class Talk:
                 if self.head is not None:
                     self.terminal.say(f"[FlashHead is ready: {self._settings()}]")
             yield
-
-    def _keep(self) -> None:
-        """Keeps the conversation for ``--resume``; prints once if that fails."""
-        if not self.keeping:
-            return
-        try:
-            keep(self.conversation.messages, self.args.model)
-        except OSError as error:
-            self.keeping = False
-            self.terminal.say(f"This conversation is not kept for --resume: {sentence(error)}")
 
     def _help(self, _: str) -> None:
         for name, what in COMMANDS.items():

@@ -19,10 +19,120 @@ def make_parser() -> Parser:
         prog="mlx_flashhead.server",
         description="Serve models with their FlashHeads: a page for browsers, and the OpenAI API.",
     )
-    _add_models(parser.add_argument_group("models"))
-    _add_defaults(parser.add_argument_group("defaults of requests"))
-    _add_limits(parser.add_argument_group("limits"))
-    _add_network(parser.add_argument_group("network"))
+
+    group = parser.add_argument_group("models")
+    add = _adder(group)
+    model = "Folder or Hugging Face repository of any model that mlx-lm loads."
+    group.add_argument("--model", required=True, help=model)
+    group.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="Another name for it, which answers carry. Its own name is that of its folder or "
+        "repository.",
+    )
+    group.add_argument(
+        "--allow-models",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="Further models that requests may name. They are loaded at the start and stay in "
+        "memory.",
+    )
+    group.add_argument(
+        "--n-probes",
+        type=whole_number(1),
+        help="Clusters scored per token, unless a request gives its own n_probes (default: the "
+        "number that the FlashHead names).",
+    )
+    add_answering_options(group)
+    dense = "Score every token, unless a request says otherwise: the dense model."
+    group.add_argument("--dense", action="store_true", help=dense)
+    group.add_argument("--adapter-path", help="Folder of LoRA adapters for --model.")
+    group.add_argument("--draft-model", help="A model that drafts tokens for --model.")
+    group.add_argument(
+        "--draft-probes",
+        type=whole_number(1),
+        help="Clusters scored for each drafted token (default: about the fewest that keep "
+        "99 %% of the accepted ones).",
+    )
+    add("--num-draft-tokens", whole_number(1, 64), 3, "Tokens drafted at once")
+    own_code = "Allow these models' own Python code."
+    group.add_argument("--trust-remote-code", action="store_true", help=own_code)
+    group.add_argument("--chat-template", help="A chat template in place of --model's own.")
+    settings = 'Settings of the chat template, such as {"enable_thinking": false}'
+    group.add_argument(
+        "--chat-template-args", type=json_object, default={}, metavar="JSON", help=settings
+    )
+
+    group = parser.add_argument_group("defaults of requests")
+    add = _adder(group)
+    add("--temp", number(0, 100), 0.0, "Temperature")
+    add("--top-p", share, 1.0, "Draw from the likeliest tokens of this probability")
+    add(
+        "--top-k", whole_number(0), 0, "Draw from this number of likeliest tokens; 0 draws from all"
+    )
+    add("--min-p", share, 0.0, "Draw from tokens of this share of the likeliest one's probability")
+    add("--max-tokens", whole_number(1), 512, "Tokens of an answer")
+
+    group = parser.add_argument_group("limits")
+    add = _adder(group)
+    group.add_argument(
+        "--context-size",
+        type=whole_number(2),
+        metavar="TOKENS",
+        help="Tokens of a prompt and its answer together; longer prompts are refused (default: the "
+        "model's own limit)",
+    )
+    add("--max-body-bytes", size, "4M", "Largest body of a request, such as 500K", metavar="SIZE")
+    concurrency = "Answers that are made at once; others wait"
+    add("--decode-concurrency", whole_number(1, 1024), 32, concurrency)
+    step = "Greatest number of a prompt's tokens that are read at once; fewer if other answers wait"
+    add("--prefill-step-size", whole_number(1), 2048, step)
+    add("--prompt-cache-size", whole_number(0), 10, "Caches of earlier prompts that are kept")
+    memory = "Memory for these caches, such as 4G (default: no limit)"
+    group.add_argument("--prompt-cache-bytes", type=size, metavar="SIZE", help=memory)
+    group.add_argument(
+        "--kv-bits",
+        type=one_of(2, 3, 4, 5, 6, 8),
+        help="Quantize caches of prompts to this number of bits; answers then take turns instead "
+        "of sharing a batch (default: none)",
+    )
+    add("--kv-group-size", one_of(32, 64, 128), 64, "Group size of quantized caches")
+    start = "Tokens from which a cache is quantized"
+    add("--quantized-kv-start", whole_number(0), 5000, start)
+
+    group = parser.add_argument_group("network")
+    add = _adder(group)
+    group.add_argument(
+        "--host",
+        help="Address to listen on (default: 127.0.0.1, this machine alone). With any other one "
+        "clients need the token, as with --lan.",
+    )
+    add("--port", whole_number(0, 65535), 8080, "Port to listen on; 0 takes a free one")
+    group.add_argument(
+        "--lan",
+        action="store_true",
+        help="Listen on all interfaces, so that an iPad can open the page; prints the address and "
+        "a QR code. Every client needs the token that they carry.",
+    )
+    group.add_argument(
+        "--allowed-hosts",
+        type=lambda text: text.split(","),
+        default=[],
+        help="Further names of this machine, with commas between, such as mac.fritz.box; its "
+        "addresses, host name and names in .local are known.",
+    )
+    group.add_argument(
+        "--allowed-origins",
+        type=lambda text: text.split(","),
+        default=[],
+        help="Origins of other sites whose scripts may use the API, with commas between, such as "
+        "https://chat.example (default: none)",
+    )
+    kept = "File that keeps the token from one start to the next; made with a random one"
+    add("--token-file", Path, TOKEN_FILE, kept)
+    log = "INFO logs a line for each request, without prompts and answers"
+    add("--log-level", str, "INFO", log, choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     return parser
 
 
@@ -59,121 +169,3 @@ def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
         group.add_argument(name, type=type, default=default, help=help, **further)
 
     return add
-
-
-def _add_models(group: argparse._ArgumentGroup) -> None:
-    model = "Folder or Hugging Face repository of any model that mlx-lm loads."
-    group.add_argument("--model", required=True, help=model)
-    group.add_argument(
-        "--served-model-name",
-        metavar="NAME",
-        help="Another name for it, which answers carry. Its own name is that of its folder or "
-        "repository.",
-    )
-    group.add_argument(
-        "--allow-models",
-        nargs="+",
-        default=[],
-        metavar="MODEL",
-        help="Further models that requests may name. They are loaded at the start and stay in "
-        "memory.",
-    )
-    group.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored per token, unless a request gives its own n_probes (default: the "
-        "number that the FlashHead names).",
-    )
-    add_answering_options(group)
-    dense = "Score every token, unless a request says otherwise: the dense model."
-    group.add_argument("--dense", action="store_true", help=dense)
-    group.add_argument("--adapter-path", help="Folder of LoRA adapters for --model.")
-    group.add_argument("--draft-model", help="A model that drafts tokens for --model.")
-    group.add_argument(
-        "--draft-probes",
-        type=whole_number(1),
-        help="Clusters scored for each drafted token (default: about the fewest that keep "
-        "99 %% of the accepted ones).",
-    )
-    add = _adder(group)
-    add("--num-draft-tokens", whole_number(1, 64), 3, "Tokens drafted at once")
-    own_code = "Allow these models' own Python code."
-    group.add_argument("--trust-remote-code", action="store_true", help=own_code)
-    group.add_argument("--chat-template", help="A chat template in place of --model's own.")
-    settings = 'Settings of the chat template, such as {"enable_thinking": false}'
-    group.add_argument(
-        "--chat-template-args", type=json_object, default={}, metavar="JSON", help=settings
-    )
-
-
-def _add_defaults(group: argparse._ArgumentGroup) -> None:
-    add = _adder(group)
-    add("--temp", number(0, 100), 0.0, "Temperature")
-    add("--top-p", share, 1.0, "Draw from the likeliest tokens of this probability")
-    add(
-        "--top-k", whole_number(0), 0, "Draw from this number of likeliest tokens; 0 draws from all"
-    )
-    add("--min-p", share, 0.0, "Draw from tokens of this share of the likeliest one's probability")
-    add("--max-tokens", whole_number(1), 512, "Tokens of an answer")
-
-
-def _add_limits(group: argparse._ArgumentGroup) -> None:
-    add = _adder(group)
-    group.add_argument(
-        "--context-size",
-        type=whole_number(2),
-        metavar="TOKENS",
-        help="Tokens of a prompt and its answer together; longer prompts are refused (default: the "
-        "model's own limit)",
-    )
-    add("--max-body-bytes", size, "4M", "Largest body of a request, such as 500K", metavar="SIZE")
-    concurrency = "Answers that are made at once; others wait"
-    add("--decode-concurrency", whole_number(1, 1024), 32, concurrency)
-    step = "Greatest number of a prompt's tokens that are read at once; fewer if other answers wait"
-    add("--prefill-step-size", whole_number(1), 2048, step)
-    add("--prompt-cache-size", whole_number(0), 10, "Caches of earlier prompts that are kept")
-    memory = "Memory for these caches, such as 4G (default: no limit)"
-    group.add_argument("--prompt-cache-bytes", type=size, metavar="SIZE", help=memory)
-    group.add_argument(
-        "--kv-bits",
-        type=one_of(2, 3, 4, 5, 6, 8),
-        help="Quantize caches of prompts to this number of bits; answers then take turns instead "
-        "of sharing a batch (default: none)",
-    )
-    add("--kv-group-size", one_of(32, 64, 128), 64, "Group size of quantized caches")
-    start = "Tokens from which a cache is quantized"
-    add("--quantized-kv-start", whole_number(0), 5000, start)
-
-
-def _add_network(group: argparse._ArgumentGroup) -> None:
-    add = _adder(group)
-    group.add_argument(
-        "--host",
-        help="Address to listen on (default: 127.0.0.1, this machine alone). With any other one "
-        "clients need the token, as with --lan.",
-    )
-    add("--port", whole_number(0, 65535), 8080, "Port to listen on; 0 takes a free one")
-    group.add_argument(
-        "--lan",
-        action="store_true",
-        help="Listen on all interfaces, so that an iPad can open the page; prints the address and "
-        "a QR code. Every client needs the token that they carry.",
-    )
-    group.add_argument(
-        "--allowed-hosts",
-        type=lambda text: text.split(","),
-        default=[],
-        help="Further names of this machine, with commas between, such as mac.fritz.box; its "
-        "addresses, host name and names in .local are known.",
-    )
-    group.add_argument(
-        "--allowed-origins",
-        type=lambda text: text.split(","),
-        default=[],
-        help="Origins of other sites whose scripts may use the API, with commas between, such as "
-        "https://chat.example (default: none)",
-    )
-    kept = "File that keeps the token from one start to the next; made with a random one"
-    add("--token-file", Path, TOKEN_FILE, kept)
-    log = "INFO logs a line for each request, without prompts and answers"
-    add("--log-level", str, "INFO", log, choices=("DEBUG", "INFO", "WARNING", "ERROR"))

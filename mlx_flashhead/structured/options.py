@@ -20,12 +20,7 @@ def add_grammar_options(parser: argparse.ArgumentParser) -> None:
 
 
 def grammar_of(args: argparse.Namespace) -> Grammar | None:
-    """The description of the text; None without any of the options.
-
-    Raises:
-        GrammarError: If the description is wrong, naming the option.
-        ValueError: If a file cannot be read, or llguidance is not installed.
-    """
+    """The description of the text, if it is right; None without any of the options."""
     try:
         if args.json_schema is not None:
             return Grammar.from_json_schema(_json(args.json_schema))

@@ -24,15 +24,10 @@ Held = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
 
 
 class Batch:
-    """Sequences of one model, with one number of probes, whose tokens are checked together.
+    """Sequences of one kind, up to ``size``, whose tokens are checked together.
 
     A batch pads every cache to the longest one. Prompts of similar lengths therefore share a batch:
     a long text does not multiply the memory and the time of short questions.
-
-    Args:
-        job: The first sequence, which is not added yet.
-        size: Greatest number of sequences.
-        stream: The generating thread's stream.
     """
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
@@ -154,8 +149,9 @@ Decoder = Batch | Single
 
 def _kind(job: Job) -> tuple:
     """What sequences of one batch have in common."""
-    length = length_class(len(job.prompt.tokens))
-    return job.served, job.request.n_probes, job.request.dense, length
+    # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
+    length_class = max(0, (len(job.prompt.tokens) - 1).bit_length() - 9) // 2
+    return job.served, job.request.n_probes, job.request.dense, length_class
 
 
 def _proposer(job: Job) -> Proposer:
@@ -164,16 +160,8 @@ def _proposer(job: Job) -> Proposer:
     return Proposer(served.model, check=served.check, dense=request.dense, settings=settings)
 
 
-def length_class(n_tokens: int) -> int:
-    """A class of lengths: 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on."""
-    return max(0, (n_tokens - 1).bit_length() - 9) // 2
-
-
 def _guarded(job: Job, before: mx.array | None = None) -> list[LogitsProcessor]:
-    """A sequence's processors. A failure of one ends its own sequence only, and not its batch.
-
-    They get the tokens ``before`` those of the loop, too.
-    """
+    """A sequence's processors, which get tokens ``before`` the loop's. Failures end it alone."""
 
     def guarded(processor: LogitsProcessor) -> LogitsProcessor:
         def run(tokens: mx.array, logits: mx.array) -> mx.array:

@@ -1,6 +1,7 @@
 """From a request to tokens: chat templates, the tokenizer, and the limit of the context."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from ...common.time_limit import time_limit
@@ -25,10 +26,7 @@ class Prompt:
 
 
 def read_prompts(request: Request) -> list[Prompt]:
-    """The prompts of a request: one of a chat, one for each text.
-
-    Raises a Problem if a template fails, or a prompt is empty or longer than the context.
-    """
+    """The prompts of a request: one of a chat, one for each text."""
     if request.chat:
         return [_chat_prompt(request)]
     texts = [_tokens(request.served, prompt, "prompt") for prompt in request.prompts]
@@ -89,11 +87,10 @@ def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options:
 
 def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
     """How many tokens the prompt shares with others of the same system messages."""
-    messages = request.messages
-    n_system = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
-    if not 0 < n_system < len(messages):
+    system = [*takewhile(lambda message: message["role"] == "system", request.messages)]
+    if len(system) in (0, len(request.messages)):
         return []
-    other = [*messages[:n_system], {"role": "user", "content": ""}]
+    other = [*system, {"role": "user", "content": ""}]
     try:
         text = _render(request, other, answer=False)
     except Problem:

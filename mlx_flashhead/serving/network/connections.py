@@ -43,7 +43,11 @@ class LimitedServer(ThreadingHTTPServer):
         """Starts the connection's thread. The oldest silent connection may be closed for it."""
         with self._lock:
             if len(self._unread) >= MAX_UNREAD:
-                self._close_one()
+                (address, _), *_ = Counter(self._unread.values()).most_common(1)
+                oldest = next(c for c, of in self._unread.items() if of == address)
+                del self._unread[oldest]
+                with suppress(OSError):  # it may be closed already
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
             self._unread[request] = client_address[0]
         super().process_request(request, client_address)
 
@@ -70,13 +74,6 @@ class LimitedServer(ThreadingHTTPServer):
         finally:
             with self._lock:
                 self._answered -= Counter([address])  # drops counts of 0
-
-    def _close_one(self) -> None:
-        (address, _), *_ = Counter(self._unread.values()).most_common(1)
-        oldest = next(c for c, of in self._unread.items() if of == address)
-        del self._unread[oldest]
-        with suppress(OSError):  # it may be closed already
-            oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
 
 
 class TimedReader(io.RawIOBase):

@@ -5,14 +5,7 @@ from typing import Any
 
 
 class Problem(ValueError):
-    """A refused request.
-
-    Args:
-        message: One sentence for the person who made the request.
-        field: The wrong field of the request, if there is one.
-        status: The HTTP status.
-        code: A word for programs.
-    """
+    """A refused request: a sentence, the wrong field if there is one, and a word for programs."""
 
     def __init__(
         self, message: str, field: str | None = None, *, status: int = 400, code: str | None = None
