@@ -112,11 +112,7 @@ class Conversation:
         self.answers.clear()
 
     def ask(
-        self,
-        text: str,
-        *,
-        stopping: Callable[[], bool] = lambda: False,
-        **kwargs: Any,
+        self, text: str, *, stopping: Callable[[], bool] = lambda: False, **kwargs: Any
     ) -> Iterator[str]:
         """Asks, streams the answer, and keeps it as the last of ``answers``.
 

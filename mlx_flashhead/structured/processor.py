@@ -39,7 +39,6 @@ class GrammarProcessor:
 
     Args:
         tokenizer: mlx-lm's or Hugging Face's tokenizer.
-        grammar: The grammar.
         after: Tokens after which the text begins, such as the end of a thought. Until then every
             token is allowed.
         seconds_per_mask: Seconds of computing that a mask may take on average, over this processor

@@ -229,7 +229,11 @@ class Engine:
                 continue
             complete: list[Job] = []
             for job, token, logprobs in steps:  # several tokens of a job may come at once
-                if job not in complete and _is_complete(job, token, logprobs):
+                try:
+                    if job not in complete and job.take(token, logprobs):
+                        complete.append(job)
+                except Exception as error:
+                    _fail(job, error)
                     complete.append(job)
             self._remove(decoder, complete)
         return bool(self._decoders)
@@ -267,14 +271,6 @@ class Engine:
 def time_for_answers(n_answers: int, n_prompts: int) -> float:
     """The time for answers in progress, relative to that of the prompts: at most as much."""
     return min(1.0, n_answers / max(1, n_prompts))
-
-
-def _is_complete(job: Job, token: int, logprobs: mx.array) -> bool:
-    try:
-        return job.take(token, logprobs)
-    except Exception as error:
-        _fail(job, error)
-        return True
 
 
 def _fail(job: Job, error: Exception) -> None:
