@@ -27,15 +27,13 @@ def make_parser():
         {"model": "Folder or Hugging Face repository of any model that mlx-lm loads."},
     )
     parser.set_defaults(model=None)
-    parser.add_argument(
-        "--resume", action="store_true", help="Continue the last conversation at a terminal."
-    )
+    resume = "Continue the last conversation at a terminal."
+    parser.add_argument("--resume", action="store_true", help=resume)
     group = parser.add_argument_group("FlashHead")
     add_probes_option(group)
     add_answering_options(group)
-    group.add_argument(
-        "--dense", action="store_true", help="Begin with every token scored: the dense model."
-    )
+    dense = "Begin with every token scored: the dense model."
+    group.add_argument("--dense", action="store_true", help=dense)
     return parser
 
 
@@ -91,10 +89,8 @@ def _check_arguments(parser, args) -> None:
     if not args.model:
         parser.error("--model is needed: a folder or a repository of a model")
     if args.resume and args.system_prompt is not None:
-        parser.error(
-            "--resume continues a conversation that has its own system prompt: leave "
-            "--system-prompt out"
-        )
+        own = "--resume continues a conversation that has its own system prompt"
+        parser.error(f"{own}: leave --system-prompt out")
     if args.pipeline or mx.distributed.init().size() > 1:
         parser.error("a FlashHead model runs in one process: use mlx_lm.chat on several machines")
 

@@ -102,11 +102,7 @@ class Conversation:
         self.cache.clear()
 
     def replace(self, messages: list[Message]) -> None:
-        """Continues another conversation, which takes the place of this one.
-
-        Raises:
-            ValueError: If the chat template refuses them. The conversation stays unchanged.
-        """
+        """Continues another conversation, unless the chat template refuses it with a ValueError."""
         self._tokens([*messages, Message(role=USER, content="")])
         self.messages = list(messages)
         self.answers.clear()

@@ -118,10 +118,8 @@ class Talk:
         answer = self.conversation.answers[-1]
         self.terminal.say(f"[{_figures(answer)}]")
         if answer.finish == LENGTH:
-            self.terminal.say(
-                f"[cut at --max-tokens {self.args.max_tokens}: ask to go on, or start with a "
-                "higher limit, or -1 for none]"
-            )
+            remedy = "ask to go on, or start with a higher limit, or -1 for none"
+            self.terminal.say(f"[cut at --max-tokens {self.args.max_tokens}: {remedy}]")
         if self.keeping:
             try:
                 keep(self.conversation.messages, self.args.model)
@@ -181,9 +179,8 @@ class Talk:
             try:
                 n_probes = int(argument)
             except ValueError:
-                raise ValueError(
-                    f"/probes is {argument!r}: give a whole number, 1 to {head.n_clusters}."
-                ) from None
+                remedy = f"give a whole number, 1 to {head.n_clusters}"
+                raise ValueError(f"/probes is {argument!r}: {remedy}.") from None
             head.n_probes = n_probes
             head.stays_dense = False  # the user's number comes before what was measured
         self.terminal.say(f"Now {self._settings()}.")

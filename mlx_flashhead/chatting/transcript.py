@@ -42,7 +42,6 @@ def read_conversation(
 
     Raises:
         ValueError: If it does not hold a conversation, with the ``remedy``.
-        OSError: If it cannot be read.
     """
     try:
         content = json.loads(path.read_bytes())

@@ -166,12 +166,7 @@ class _Answer:
         self._write("data: [DONE]")
 
     def _parts(self) -> Iterator[Progress | dict[str, Any]]:
-        """What comes of the jobs until all are complete: parts of prompts, and chunks' choices.
-
-        Raises:
-            Problem: If one has failed.
-            ConnectionError: If the client has left.
-        """
+        """What comes of the jobs until all are complete: parts of prompts, and chunks' choices."""
         while any(choice.finish_reason is None for choice in self._choices):
             try:
                 index, event = self._events.get(timeout=_LOOK_SECONDS)
@@ -218,12 +213,10 @@ def _grammar(request: Request, prompt: Prompt) -> GrammarProcessor | None:
     """What keeps answers in their form, once the thought is at its end that the prompt begins."""
     if request.form is None:
         return None
-    tokenizer = request.served.tokenizer
+    tokenizer, seconds = request.served.tokenizer, SECONDS_PER_MASK
     after = tokenizer.think_end_tokens if prompt.state == "reasoning" else ()
     try:
-        return GrammarProcessor(
-            tokenizer, request.form, after=after, seconds_per_mask=SECONDS_PER_MASK
-        )
+        return GrammarProcessor(tokenizer, request.form, after=after, seconds_per_mask=seconds)
     except ValueError as error:
         raise Problem(str(error), "response_format") from None
 

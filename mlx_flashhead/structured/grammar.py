@@ -40,10 +40,8 @@ class Grammar:
             GrammarError: If the schema is wrong, unsatisfiable or uses an unsupported key.
         """
         if not isinstance(schema, dict | bool):
-            raise GrammarError(
-                f"The JSON schema is {_shown(schema)}: it must be an object such as "
-                '{"type": "object"}.'
-            )
+            form = 'it must be an object such as {"type": "object"}'
+            raise GrammarError(f"The JSON schema is {_shown(schema)}: {form}.")
         if schema is False:
             raise GrammarError("The JSON schema is false, which no text fits: give an object.")
         schema = {} if schema is True else schema
@@ -68,10 +66,9 @@ class Grammar:
         if not isinstance(pattern, str) or not pattern:
             raise GrammarError(f"The regular expression is {_shown(pattern)}: it must be a text.")
         if _ZERO.search(pattern):
-            raise GrammarError(
-                f"The regular expression {_shown(pattern)} holds the character 0, which no text "
-                "has here: leave it out."
-            )
+            zero = "the character 0, which no text has here"
+            expression = f"The regular expression {_shown(pattern)}"
+            raise GrammarError(f"{expression} holds {zero}: leave it out.")
         compiled = llguidance().LLMatcher.grammar_from_regex(pattern)
         if problem := _problem(compiled):
             error = re.search(r"error: ([^\n]+)", problem)

@@ -227,10 +227,8 @@ def _vocabulary(tokenizer: Any) -> Any:
     """llguidance's tokenizer for one of mlx-lm's or Hugging Face's."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     if not hasattr(inner, "backend_tokenizer"):
-        raise ValueError(
-            f"Structured output needs a tokenizer of the tokenizers library, but this one is a "
-            f"{type(inner).__name__}: use another model."
-        )
+        needs = "Structured output needs a tokenizer of the tokenizers library"
+        raise ValueError(f"{needs}, but this one is a {type(inner).__name__}: use another model.")
     ends = getattr(tokenizer, "eos_token_ids", None) or [tokenizer.eos_token_id]
     ends = tuple(sorted(ends))
     made = _vocabularies.setdefault(inner, {})

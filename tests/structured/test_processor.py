@@ -10,12 +10,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead import (
-    batch_generate,
-    generate,
-    grammar_processor,
-    stream_generate,
-)
+from mlx_flashhead import batch_generate, generate, grammar_processor, stream_generate
 from mlx_flashhead.structured.grammar import Grammar
 from mlx_flashhead.structured.processor import GrammarProcessor
 from model_folders import VOCAB_SIZE, write_model

@@ -77,12 +77,10 @@ def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options:
         if len(prompt) < served.context:
             return prompt
         length = f"{len(prompt):,}"
-    raise Problem(
-        f"The prompt has {length} tokens, and at most {served.context - 1:,} are read, since the "
-        f"answer needs one of the context's {served.context:,}: send less.",
-        field,
-        code="context_length_exceeded",
-    )
+    most = f"at most {served.context - 1:,} are read"
+    reason = f"since the answer needs one of the context's {served.context:,}"
+    refusal = f"The prompt has {length} tokens, and {most}, {reason}: send less."
+    raise Problem(refusal, field, code="context_length_exceeded")
 
 
 def _end_of_system(request: Request, tokens: list[int]) -> list[int]:

@@ -57,22 +57,14 @@ def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
         if name in served.names:
             return served
     names = " or ".join(name for served in models for name in served.names)
-    raise Problem(
-        f"No model of that name is served here: choose {names}.",
-        "model",
-        status=404,
-        code="model_not_found",
-    )
+    refusal = f"No model of that name is served here: choose {names}."
+    raise Problem(refusal, "model", status=404, code="model_not_found")
 
 
 def read_request(
     body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], defaults: Namespace
 ) -> Request:
-    """Checks a request's JSON. The server's flags are the defaults of its fields.
-
-    Raises:
-        Problem: If it cannot be served, naming the field.
-    """
+    """Checks a request's JSON: a Problem names the field. The flags are the fields' defaults."""
     fields = Fields(body)
     served = find_model(models, fields.take("model", str))
     stream = fields.take("stream", bool, False)
@@ -90,9 +82,7 @@ def read_request(
         stop=_stop(fields),
         **_probes(fields, served),
         num_draft_tokens=fields.whole("num_draft_tokens", defaults.num_draft_tokens, 1, 64),
-        logprobs=_chat_logprobs(fields)
-        if chat
-        else fields.whole("logprobs", None, 0, MAX_LOGPROBS),
+        logprobs=_logprobs(fields, chat),
         messages=read_messages(fields.take("messages", list)) if chat else [],
         tools=_tools(fields, served) if chat else [],
         template_settings=read_template_settings(fields, served.template_settings) if chat else {},
@@ -186,7 +176,9 @@ def _probes(fields: Fields, served: ServedModel) -> dict[str, Any]:
     return {"n_probes": n_probes, "dense": dense}
 
 
-def _chat_logprobs(fields: Fields) -> int | None:
+def _logprobs(fields: Fields, chat: bool) -> int | None:
+    if not chat:
+        return fields.whole("logprobs", None, 0, MAX_LOGPROBS)
     wanted = fields.take("logprobs", bool, False)
     tops = fields.whole("top_logprobs", None, 0, MAX_LOGPROBS)
     if tops is not None and not wanted:

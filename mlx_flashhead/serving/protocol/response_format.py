@@ -24,9 +24,6 @@ def read_form(fields: Fields) -> Grammar | None:
     """The form of the answer; None for any text.
 
     ``regex`` and ``grammar`` may stand beside the other fields or within ``response_format``.
-
-    Raises:
-        Problem: If it cannot be followed, naming the place.
     """
     alone = [(kind, kind, fields.take(kind)) for kind in ("regex", "grammar")]
     forms = [form for form in alone if form[2] is not None]
