@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import jsonschema
 import mlx.core as mx
@@ -51,7 +52,6 @@ def flash():
             "<[a-c]{2}(,[a-c]{2})?>",
         ),
         ({"json_schema": {"const": [1, {"a": True}]}}, None),
-        ({"json_schema": {"type": "object", "maxProperties": 0}}, None),
     ],
 )
 def test_text_ends_where_the_grammar_ends(flash, tokenizer, form, expected):
@@ -61,7 +61,7 @@ def test_text_ends_where_the_grammar_ends(flash, tokenizer, form, expected):
     assert last.finish_reason == "stop" and last.token == EOS
     text = generate(flash, tokenizer, "hello", **options)
     assert processor.accepts(text)
-    assert re.fullmatch(expected, text) if expected else json.loads(text) in ([1, {"a": True}], {})
+    assert re.fullmatch(expected, text) if expected else json.loads(text) == [1, {"a": True}]
 
 
 def test_no_space_without_end(tokenizer):
@@ -179,15 +179,9 @@ def test_a_mask_that_does_not_come_ends_the_text(tokenizer, monkeypatch, seconds
     assert a in allowed(processor, [7])
 
 
-def test_one_form_at_a_time(tokenizer):
+def test_mistakes_of_a_call(tokenizer):
     for forms in ({}, {"regex": "a", "grammar": 'start: "a"'}):
         with pytest.raises(ValueError, match="Give one of"):
             grammar_processor(tokenizer, **forms)
-
-
-def test_tokenizer_of_another_kind():
-    class Slow:
-        eos_token_id = 1
-
     with pytest.raises(ValueError, match="tokenizers library"):
-        grammar_processor(Slow(), regex="a")
+        grammar_processor(SimpleNamespace(eos_token_id=1), regex="a")

@@ -10,6 +10,7 @@ from mlx_flashhead.models.compat.cache import KVCache
 from mlx_flashhead.serving.engine.job import Progress, Token
 from mlx_flashhead.serving.engine.prefill import CHUNK_SECONDS, SMALLEST_CHUNK, Pace
 from mlx_flashhead.serving.engine.prompt_caches import PromptCaches
+from model_folders import write_model
 
 
 def test_progress_is_told_until_the_prompt_is_read(start, chunks):
@@ -62,10 +63,15 @@ def test_room_is_made_for_caches_in_use():
     assert caches.find(SimpleNamespace(name="another"), [3, 0, 7]) == (None, 0)
 
 
-def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(sliding_model, start_engine):
-    loaded = mlx_flashhead.load(str(sliding_model))
+def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(tmp_path, start_engine):
+    settings = {"head_dim": 32, "query_pre_attn_scalar": 32}
+    settings |= {"sliding_window": 32, "sliding_window_pattern": 2}
+    dense = write_model(tmp_path / "dense", arch="gemma3_text", hidden_size=64, further=settings)
+    folder, options = str(tmp_path / "flash"), {"calibration": "none", "progress": False}
+    mlx_flashhead.convert(str(dense), folder, n_probes=4, **options)
+    loaded = mlx_flashhead.load(folder)
     first, second = [*LONG[:80], 50, 51], [*LONG[:80], 60, 61, 62]
-    with start_engine(folder=sliding_model) as engine:
+    with start_engine(folder=folder) as engine:
         assert not engine.models.result()[0].cuttable
         for prompt, landmarks, cached in (
             (first, (80, 81), 0),
