@@ -1,7 +1,6 @@
 """The rules of access, on requests as clients and attackers send them."""
 
 from email.message import Message
-from http import HTTPStatus
 
 import pytest
 
@@ -33,30 +32,27 @@ def status(rules, method="GET", target="/", **fields):
     return None
 
 
-HERE = ("127.0.0.1:8080", "localhost:8080", "LOCALHOST", "[::1]:8080")
-OWN = ("192.168.1.5:8080", "[fd00::1]:8080", "Mac.local:8080", "mac.local.")
-OWN += ("studio:8080", "mac.fritz.box", "localhost:8080")
 FOREIGN = ("evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example")
 FOREIGN += ("mac.local.evil.example", "local", "nas", "", "[::1", "localhost:80:80", "a b")
 
 
 @pytest.mark.parametrize(
-    "host, local, lan",
+    "hosts, local, lan",
     [
-        *((host, None, None) for host in HERE),
-        *((host, 403, None) for host in OWN[:4]),
-        *((host, None if host == "localhost:8080" else 403, None) for host in OWN[4:]),
-        *((host, 403, 403) for host in FOREIGN),
-        (["localhost", "evil.example"], 400, 400),
-        ([], 400, 400),
+        (("127.0.0.1:8080", "localhost:8080", "LOCALHOST", "[::1]:8080"), None, None),
+        (("192.168.1.5:8080", "[fd00::1]:8080", "Mac.local:8080", "mac.local."), 403, None),
+        (("studio:8080", "mac.fritz.box"), 403, None),
+        (FOREIGN, 403, 403),
+        ((["localhost", "evil.example"], []), 400, 400),
     ],
 )
-def test_names_of_the_server(host, local, lan):
+def test_names_of_the_server(hosts, local, lan):
     """On this machine without a token, on the network with it."""
-    assert status(LOCAL, Host=host) == local
-    assert status(LOCAL, "POST", "/v1/chat/completions", Host=host, **POST) == local
-    assert status(LAN, Host=host, **BEARER) == lan
-    assert status(LAN, Host=host) == (lan or HTTPStatus.UNAUTHORIZED)
+    for host in hosts:
+        assert status(LOCAL, Host=host) == local, host
+        assert status(LOCAL, "POST", "/v1/chat/completions", Host=host, **POST) == local, host
+        assert status(LAN, Host=host, **BEARER) == lan, host
+        assert status(LAN, Host=host) == (lan or 401), host
 
 
 @pytest.mark.parametrize("target", ["/", "/v1/models", "/health", "/page/app.js"])
@@ -67,7 +63,7 @@ def test_everything_needs_the_token_on_the_network(target):
     refused = [{"Authorization": f"Bearer {token}"} for token in wrong]
     refused += [{}, {"Authorization": f"Basic {TOKEN}"}, {"Cookie": f"other={TOKEN}"}]
     for fields in refused:
-        assert status(LAN, target=target, **fields) == HTTPStatus.UNAUTHORIZED
+        assert status(LAN, target=target, **fields) == 401
 
 
 @pytest.mark.parametrize(

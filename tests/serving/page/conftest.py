@@ -22,11 +22,6 @@ BROWSERS = (
 ARGUMENTS = (
     "--no-sandbox",  # Chromium's own does not work as root, as in a container
     "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
     f"--host-resolver-rules=MAP {LAN_NAME} 127.0.0.1",
 )
 SCREENS = {
