@@ -119,11 +119,13 @@ def test_export_and_import(script, page, tmp_path):
     expect(answers(page)).to_have_text("It is <b>blue</b>.")
     expect(page.locator("#show-system")).to_have_text("Be brief.")
     page.reload()
-    ask(page, "Sure?")
+    ask(page, "Sure?", ends=2)
     expect(answers(page)).to_have_text(["It is <b>blue</b>.", "Yes."])
     assert sent(script)[0] == ("system", "Be brief.")
 
-    # files of the chat at the terminal are the same
+
+def test_a_file_of_the_terminal_chat_is_read(page, tmp_path):
+    path = tmp_path / "chat.json"
     messages = [Message(role="user", content="Hi"), Message(role="assistant", content="Hello!")]
     write_conversation(path, messages, "tiny")
     choose_file(page, path)
@@ -182,7 +184,9 @@ def test_what_a_file_says_does_nothing(page, tmp_path):
     expect(page.locator("#note")).to_contain_text("<img")
     assert page.evaluate("window.hacked") is None
     expect(page.locator("main img:not([alt=''])")).to_have_count(0)
-    # what takes long to draw does not stop the page
+
+
+def test_a_file_that_takes_long_to_draw_does_not_stop_the_page(page, tmp_path):
     answer = {"role": "assistant", "content": "**a" * 130_000}
     choose_file(page, tmp_path / "stars.json", {"messages": [HELLO, answer]})
     expect(answers(page)).to_contain_text("**a**a")
