@@ -20,7 +20,7 @@ from mlx_flashhead import (
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import raw_means
-from mlx_flashhead.conversion.measures import Routing, measure_positions
+from mlx_flashhead.conversion.measures import measure_positions
 from mlx_flashhead.evaluation.text import evaluate
 from mlx_flashhead.models.locate import find_head
 
@@ -137,8 +137,10 @@ def test_measures_are_those_of_the_head(loaded, states):
         hidden,
         lambda h: np.array(head.dense_logits(mx.array(h))),
         np.array(head.clustered.token_ids),
-        Routing(lambda h: h @ matrix.T + bias, np.array(centroids.tail_offset)),
+        lambda h: h @ matrix.T + bias,
+        np.array(centroids.tail_offset),
         [head.n_probes],
+        np.zeros(len(hidden), int),  # they do not matter here
         progress=False,
     ).means()
     assert measured.agreement == pytest.approx(np.mean(tokens == logits.argmax(axis=1)), abs=0.004)
@@ -157,8 +159,10 @@ def test_clusters_by_direction_are_good_without_calibration(loaded, states):
         hidden,
         lambda h: h @ weight.T,
         token_ids,
-        Routing(lambda h: h @ means.T, np.zeros(len(means), np.float32)),
+        lambda h: h @ means.T,
+        np.zeros(len(means), np.float32),
         [96, 256],
+        np.zeros(len(hidden), int),  # they do not matter here
         progress=False,
     ).means()
     assert few.agreement >= 0.90

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,10 +14,10 @@ from ..models.compat.cache import make_prompt_cache
 from ..models.cpu_products import numpy_products
 from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden
-from .steps import Step, Steps, Stopwatch, stepwise
-from .windows import CONTEXT, beginning_of_text, given_windows, windows_of
+from .given_text import CONTEXT, beginning_of_text, given_windows, windows_of
+from .steps import Step, Steps, stepwise
 
-WINDOW_TOKENS = 512  # of one given text; each window starts afresh
+WINDOW_TOKENS = 512  # of one text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
 LEAST_TOKENS = 16  # of a step, however long it takes
 WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so many tokens
@@ -26,7 +27,7 @@ LEAST_LENGTH = 2 / 3  # of a window, relative to the longest of those that are r
 @stepwise
 def text_states(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     location: HeadLocation,
     text: str,
     *,
@@ -48,7 +49,7 @@ def text_states(
     Raises:
         ValueError: If the text has fewer than two tokens.
     """
-    token_ids = tokenizer.encode(text)
+    token_ids = list(tokenizer.encode(text))
     if positions is not None:
         token_ids = token_ids[: positions + 1]
     if len(token_ids) < 2:
@@ -64,19 +65,19 @@ def text_states(
 @stepwise
 def given_states(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     location: HeadLocation,
     positions: int,
     *,
-    limit: Stopwatch | None = None,
+    seconds: float = math.inf,
     step_seconds: float = math.inf,
-) -> Steps[tuple[np.ndarray, np.ndarray]]:
+) -> Steps[tuple[np.ndarray, np.ndarray, bool]]:
     """Hidden states of given text of many kinds, and the true next tokens, as `text_states`.
 
-    Args:
-        positions: Greatest number of states; fewer if the text is shorter or the time limit comes.
-        limit: Time limit.
-        step_seconds: About the longest time of a step.
+    There are at most so many ``positions``, and as many as ``seconds`` of the model's work allow.
+
+    Returns:
+        States, next tokens, and whether the time has cut them short.
     """
     beginning = beginning_of_text(tokenizer)
     windows = given_windows(tokenizer, positions)
@@ -84,14 +85,14 @@ def given_states(
         model,
         location,
         [beginning + window for window in windows],
-        limit=limit,
+        seconds=seconds,
         stage="Reading given text",
         step_seconds=step_seconds,
     )
     done = [(s, window) for s, window in zip(read, windows, strict=True) if len(s)]
     states = [of_window[len(beginning) + CONTEXT :] for of_window, _ in done]
     next_ids = [token for _, window in done for token in window[CONTEXT + 1 :]]
-    return np.concatenate(states), np.array(next_ids, dtype=np.int64)
+    return np.concatenate(states), np.array(next_ids, dtype=np.int64), len(done) < len(windows)
 
 
 @stepwise
@@ -100,7 +101,7 @@ def read_windows(
     location: HeadLocation,
     windows: Sequence[list[int]],
     *,
-    limit: Stopwatch | None = None,
+    seconds: float = math.inf,
     stage: str = "Reading",
     step_seconds: float = math.inf,
 ) -> Steps[list[np.ndarray]]:
@@ -109,20 +110,19 @@ def read_windows(
     Args:
         model: A dense or FlashHead model.
         windows: Token ids, at least two each.
-        limit: Time limit, after which no further windows are read than the first ones.
+        seconds: Of the model's work, after which no windows but the first ones are read.
         step_seconds: About the longest time of a step. Where a window takes longer, a step reads a
             part of it, down to about 16 tokens. Models of mlx-vlm read whole windows.
 
     Returns:
         For each window of n tokens (n - 1, D) float32; (0, 0) for one that was not read.
     """
-    limit = limit or Stopwatch()
     states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [window[:-1] for window in windows]
-    total, read = sum(map(len, inputs)), 0
+    total, read, spent = sum(map(len, inputs)), 0, 0.0
     together: float = READ_TOKENS if step_seconds == math.inf else LEAST_TOKENS
     waiting = list(range(len(windows)))
-    while waiting and (not read or limit.left > 0):
+    while waiting and (not read or spent < seconds):
         batch = _next_together(waiting, inputs, together)
         length = len(inputs[batch[0]])
         # shorter ones are padded at the end, where no state looks
@@ -134,18 +134,18 @@ def read_windows(
         for start in range(0, length, size):
             part = slice(start, start + size)
             began = monotonic()
-            with limit, numpy_products(location.module), recorded_hidden(location) as recorded:
+            with numpy_products(location.module), recorded_hidden(location) as recorded:
                 forward(model, tokens[:, part], cache)
                 # only the states are evaluated, and the windows' logits are never computed
                 parts.append(np.array(recorded[-1].astype(mx.float32)))
-            ratio = step_seconds / max(monotonic() - began, 1e-6)
-            fitting = (tokens[:, part].size + WEIGHTS_TOKENS) * ratio - WEIGHTS_TOKENS
+            took = max(monotonic() - began, 1e-6)
+            spent += took
+            fitting = (tokens[:, part].size + WEIGHTS_TOKENS) * step_seconds / took - WEIGHTS_TOKENS
             together = min(READ_TOKENS, max(LEAST_TOKENS, fitting))
             read += sum(len(inputs[i][part]) for i in batch)
             yield Step(stage, read, total, "token")
         for i, of_window in zip(batch, np.concatenate(parts, axis=1), strict=True):
             states[i] = of_window[: len(inputs[i])]
-    limit.cut_short |= bool(waiting)
     return states
 
 

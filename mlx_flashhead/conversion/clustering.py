@@ -54,19 +54,12 @@ def cluster_rows(
         ascending within a cluster; V marks the padded slots at a cluster's end.
 
     Raises:
-        ValueError: If an argument is not as described, or a row is not finite.
+        ValueError: If a row is not finite.
 
     Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means. The way to
         the balance and the metric are this project's own.
     """
     rows = as_float32(rows)
-    if rows.ndim != 2 or rows.size == 0:
-        raise ValueError(f"The rows have shape {rows.shape}, but (V, D) is needed.")
-    if not 1 <= cluster_size <= len(rows):
-        raise ValueError(
-            f"cluster_size is {cluster_size}, but the head has {len(rows)} rows: "
-            f"choose 1 to {len(rows)}."
-        )
     if not np.isfinite(rows).all():
         raise ValueError("The rows hold NaN or infinity: check the model's output weights.")
     counts = _clusters(rows, cluster_size, metric, passes, np.random.default_rng(seed))
@@ -95,8 +88,11 @@ def _clusters(
     token_ids[: len(grouped)] = grouped
     if n_clusters:
         capacity = len(others) // n_clusters + (np.arange(n_clusters) < len(others) % n_clusters)
-        if len(grouped):
-            points = _to_the_front(points, others)
+        if len(grouped):  # the others move to the front in place, without a second copy
+            for start in range(0, len(others), BLOCK_ROWS):
+                block = others[start : start + BLOCK_ROWS]
+                points[start : start + len(block)] = points[block]
+            points = points[: len(others)]
         members = yield from _balanced_kmeans(points, capacity, passes, rng)
         for column, ids in enumerate(members):
             token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
@@ -121,14 +117,6 @@ def _points(rows: np.ndarray, metric: np.ndarray | None) -> Counts[np.ndarray]:
     return points
 
 
-def _to_the_front(points: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The points ``ids``, ascending, moved to the front in place, without a second copy."""
-    for start in range(0, len(ids), BLOCK_ROWS):
-        block = ids[start : start + BLOCK_ROWS]
-        points[start : start + len(block)] = points[block]
-    return points[: len(ids)]
-
-
 def _squares(vectors: np.ndarray) -> np.ndarray:
     """Squared norms, (R, D) → (R,), without a temporary copy of the vectors."""
     return np.einsum("rd,rd->r", vectors, vectors)
@@ -137,13 +125,11 @@ def _squares(vectors: np.ndarray) -> np.ndarray:
 def _group_duplicates(
     points: np.ndarray, cluster_size: int, rng: np.random.Generator
 ) -> Counts[tuple[np.ndarray, np.ndarray]]:
-    """Groups large sets of nearly identical rows, such as those of unused tokens.
+    """Ids (G, cluster_size) of large sets of nearly identical rows, such as those of unused tokens,
+    and the ascending ids of all others.
 
     Thousands of them would list the same few centroids, and the fill would list them again for
     every few hundred that it places. A set that fits into one shortlist stays as it is.
-
-    Returns:
-        (G, cluster_size) ids of the grouped rows, and the ascending ids of all others.
     """
     sample = rng.permutation(len(points))[:DUPLICATE_SAMPLE]
     smallest = LIST_LENGTH * cluster_size
@@ -177,10 +163,8 @@ def _near(points: np.ndarray, centres: np.ndarray, middle: np.ndarray) -> np.nda
 def _balanced_kmeans(
     points: np.ndarray, capacity: np.ndarray, passes: int, rng: np.random.Generator
 ) -> Counts[list[np.ndarray]]:
-    """Members by column, for a descending capacity (C,) of V points in all.
-
-    Entry j holds the j-th member of each cluster that has more than j: the first ones.
-    """
+    """Entry j holds the j-th member of each cluster that has more than j: the first ones, since the
+    capacity (C,) descends."""
     n_points, n_clusters = len(points), len(capacity)
     members = [rng.permutation(n_points)[:n_clusters]]
     prices = np.zeros(n_clusters, dtype=np.float32)
@@ -190,7 +174,14 @@ def _balanced_kmeans(
     for iteration in range(passes):
         centroids = _centroids(points, members)
         ids, scores = yield from _shortlists(points, every, centroids, library)
-        yield from _update_prices(prices, ids, scores, capacity, PRICE_STEPS[min(iteration, 1)])
+        # prices move until demand for each centroid meets its capacity
+        step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
+        for _ in range(PRICE_STEPS[min(iteration, 1)]):
+            best = (scores - prices[ids]).argmax(axis=1)
+            wanted = np.bincount(ids[every, best], minlength=n_clusters)
+            prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
+            step *= 0.95
+            yield 0
         assigned = yield from _fill(points, centroids, prices, ids, scores, capacity, library)
         order = np.argsort(assigned, kind="stable")
         first = np.cumsum(capacity) - capacity
@@ -265,19 +256,6 @@ def _shortlists(
     return ids, scores
 
 
-def _update_prices(
-    prices: np.ndarray, ids: np.ndarray, scores: np.ndarray, capacity: np.ndarray, n_steps: int
-) -> Counts[None]:
-    """Moves the prices (C,) in place until demand for each centroid meets its capacity."""
-    step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
-    for _ in range(n_steps):
-        best = (scores - prices[ids]).argmax(axis=1)
-        wanted = np.bincount(ids[np.arange(len(ids)), best], minlength=len(prices))
-        prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
-        step *= 0.95
-        yield 0
-
-
 def _fill(
     points: np.ndarray,
     centroids: np.ndarray,
@@ -311,7 +289,7 @@ def _place(
 ) -> None:
     """Assigns the waiting points (R,) to clusters of their lists as long as one of these is open.
 
-    Each point proposes to its best open cluster. A cluster accepts the points with most to lose.
+    Each point proposes to its best open cluster, which accepts the points with most to lose.
     ``free`` slots (C,) and ``assigned`` clusters (V,), -1 for none, change in place.
     """
     while len(waiting):

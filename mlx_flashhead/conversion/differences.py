@@ -36,7 +36,7 @@ class StepBytes:
         return self.centroids + n_probes * self.probe
 
     def checked(self, n_probes: int, share: float) -> float:
-        """Expected bytes per token of decoding with a check.
+        """Expected bytes per token of decoding with a check, if that share of proposals differs.
 
         A check of k positions reads the dense rows once. A proposal that differs wastes the steps
         after it, (k + 1) / 2 in the mean:
@@ -77,11 +77,12 @@ def lossless_settings(
     if n_probes is None:
         shares = zip(found.probe_counts, (greedy + sampled) / 2, strict=True)
         n_probes = min(shares, key=lambda one: nbytes.checked(*one))[0]
-    near = (probes >= n_probes / NEAR) & (probes <= n_probes * NEAR)
-    gaps, differs = found.values[near, GAP].ravel(), found.values[near, AGREEMENT].ravel() == 0
+    near = found.values[(probes >= n_probes / NEAR) & (probes <= n_probes * NEAR)]
+    gaps, differs = near[:, GAP].ravel(), near[:, AGREEMENT].ravel() == 0
     left = np.isfinite(gaps)  # elsewhere all clusters are scored
-    estimated = np.exp(found.values[near, TAIL], dtype=np.float64).sum()
-    unscored = (1 - found.values[near, MASS].astype(np.float64)).sum()
+    estimated = np.exp(near[:, TAIL], dtype=np.float64).sum()
+    unscored = (1 - near[:, MASS].astype(np.float64)).sum()
+    differing = zip(found.probe_counts, greedy.tolist(), sampled.tolist(), strict=True)
     return {
         "n_probes": n_probes,
         "risk": {
@@ -89,12 +90,8 @@ def lossless_settings(
             "sampled": float(unscored / estimated) if estimated > 0 else 1.0,
         },
         "by_probes": [
-            {
-                "n_probes": n,
-                "greedy_differs": max(float(of_greedy), 0.0),
-                "sampled_differs": max(float(of_sampled), 0.0),
-            }
-            for n, of_greedy, of_sampled in zip(found.probe_counts, greedy, sampled, strict=True)
+            {"n_probes": n, "greedy_differs": max(g, 0.0), "sampled_differs": max(s, 0.0)}
+            for n, g, s in differing
         ],
     }
 

@@ -7,7 +7,6 @@ goal (docs/how-it-works.md). `differences.py` chooses for the check.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,15 +16,7 @@ CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
 PROBES_MULTIPLE = 8  # numbers of probes are multiples of it
 UNSEEN = 2.0  # KL of unseen texts relative to held-out positions
 GRID_STEP = 1.15  # greatest ratio of two neighbouring numbers of probes
-
-
-@dataclass(frozen=True)
-class Goals:
-    """The goals of a choice of probes."""
-
-    agreement: float = 0.998  # share of positions with the dense head's best token
-    kl: float = 0.03  # from the dense head's distribution, nats per position
-    bytes_share: float = 0.25  # at most: bytes read per token, relative to the dense head
+MOST_BYTES = 0.25  # read per token, relative to the dense head
 
 
 def probe_grid(n_clusters: int, largest: int) -> list[int]:
@@ -38,12 +29,18 @@ def probe_grid(n_clusters: int, largest: int) -> list[int]:
 
 
 def choose_probes(
-    found: PositionMeasures, goals: Goals, bytes_share: Callable[[int], float], n_clusters: int
+    found: PositionMeasures,
+    agreement_goal: float,
+    kl_goal: float,
+    bytes_share: Callable[[int], float],
+    n_clusters: int,
 ) -> tuple[int, str]:
     """The fewest probes that reach the goals, or the most that the bytes allow, and why.
 
     Args:
-        found: Measures of one routing, at ascending numbers of probes.
+        found: Measures at ascending numbers of probes.
+        agreement_goal: Share of positions with the dense head's best token.
+        kl_goal: Divergence from the dense head's distribution, nats per position.
         bytes_share: Number of probes → bytes read per token relative to the dense head.
 
     Returns:
@@ -51,29 +48,25 @@ def choose_probes(
     """
     n_positions = found.values.shape[2]
     # the goal, or the bound that so few positions can show if all of them agree
-    possible = min(goals.agreement, lower_bound(1.0, n_positions) - 1e-9)
+    possible = min(agreement_goal, lower_bound(1.0, n_positions) - 1e-9)
+    goals = (f"{100 * agreement_goal:g} % agreement", f"a KL of {kl_goal / UNSEEN:g} nats")
     n_probes, missed = 0, []
     for tried, values in zip(found.probe_counts, found.values, strict=True):
-        if n_probes and bytes_share(tried) > goals.bytes_share:
+        if n_probes and bytes_share(tried) > MOST_BYTES:
             break
         n_probes = tried
         agreement, kl = values[[AGREEMENT, KL]].mean(axis=1, dtype=np.float64)
-        reached = {
-            f"{100 * goals.agreement:g} % agreement": (
-                lower_bound(agreement, n_positions) >= possible
-            ),
-            f"a KL of {goals.kl / UNSEEN:g} nats": UNSEEN * kl <= goals.kl,
-        }
-        missed = [goal for goal, ok in reached.items() if not ok]
+        reached = (lower_bound(agreement, n_positions) >= possible, UNSEEN * kl <= kl_goal)
+        missed = [goal for goal, is_reached in zip(goals, reached, strict=True) if not is_reached]
         if not missed:
             break
     scored = f"{n_probes:,} of {n_clusters:,} clusters per token"
     if not missed:
-        words = " and ".join(reached)
+        words = " and ".join(goals)
         return n_probes, f"{scored} are the fewest that reach {words} on held-out text."
     return n_probes, (
         f"{scored} are too few to be sure of {' and '.join(missed)} on held-out text. More would "
-        f"read over {100 * goals.bytes_share:g} % of the dense head's bytes."
+        f"read over {100 * MOST_BYTES:g} % of the dense head's bytes."
     )
 
 

@@ -13,10 +13,7 @@ MARKS = {(True, True): "→✓", (True, False): "→", (False, True): "✓", (Fa
 def make_report(
     found: PositionMeasures, n_probes: int, checked_probes: int, nbytes: StepBytes
 ) -> dict:
-    """The stored report, JSON-ready, of the bare head at ``n_probes``.
-
-    A perplexity too large for a float is None.
-    """
+    """The stored report, JSON-ready, of the bare head at ``n_probes``; None for infinity."""
     dense_perplexity = found.dense_perplexity()
     by_probes = {
         measured.n_probes: {
@@ -74,7 +71,14 @@ def report_lines(config: FlashHeadConfig) -> list[str]:
         f"✓ {checked:,} {scored} are expected to be fastest with the check.",
     ]
     choice = config.report.get("choice", f"{config.n_probes:,} {scored}, as asked for.")
-    return [*lines, f"→ Without the check {choice}"]
+    lines.append(f"→ Without the check {choice}")
+    if config.calibration.get("cut_short"):
+        lines.append(
+            f"The text was cut short by the time limit, after {config.calibration['positions']:,} "
+            "positions: a build on a quiet machine, or with more calibration_seconds, is faster "
+            "per token."
+        )
+    return lines
 
 
 def _finite(value: float) -> float | None:

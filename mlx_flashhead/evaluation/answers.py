@@ -66,15 +66,13 @@ def evaluate_answers(
     requests: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Compares greedy answers of ``model`` with those of its dense head.
+    """Compares greedy answers of ``model``, which has a FlashHead, with those of its dense head.
 
     Args:
-        model: A model loaded by ``mlx_flashhead.load``.
-        tokenizer: Its tokenizer. Without a chat template the requests are texts to go on from.
         probe_counts: Numbers of probes, 1 … C; default: half, once and twice the model's own.
         tokens: Length at which an answer is cut.
-        requests: What is asked; default: :func:`usual_requests`.
-        progress: Show a bar.
+        requests: What is asked; default: :func:`usual_requests`. Without a chat template these are
+            texts to go on from.
 
     Returns:
         What was asked, and for each number of probes the share of ``identical`` answers,
@@ -86,15 +84,14 @@ def evaluate_answers(
     """
     head = installed_head(model)
     if probe_counts is None:
-        probe_counts = [max(1, head.n_probes // 2), head.n_probes]
-        probe_counts += [min(2 * head.n_probes, head.n_clusters)]
+        own = head.n_probes
+        probe_counts = [max(1, own // 2), own, min(2 * own, head.n_clusters)]
     probe_counts = check_probe_counts(head, probe_counts)
-    prompts = [
-        prompt_of(tokenizer, text) for text in (usual_requests() if requests is None else requests)
-    ]
+    requests = usual_requests() if requests is None else requests
+    prompts = [prompt_of(tokenizer, text) for text in requests]
     with head.dense():
         answers = _greedy_answers(model, tokenizer, prompts, tokens, progress)
-    needed = _probes_needed(head, _states(model, prompts, answers), answers)
+    needed = _probes_needed(model, head, prompts, answers)
     measures = []
     for n_probes in probe_counts:
         missed = [of_answer > n_probes for of_answer in needed]
@@ -160,14 +157,11 @@ def _greedy_answers(
         completion_batch_size=BATCH_SIZE,
         prefill_batch_size=BATCH_SIZE,
     )
-    answers: dict[int, list[int]] = {
-        uid: [] for uid in generator.insert(list(prompts), [tokens] * len(prompts))
-    }
-    with (
-        numpy_products(),
-        tqdm(total=len(prompts), desc="Answering", unit="answer", disable=not progress) as bar,
-    ):
-        left = len(prompts)
+    uids = generator.insert(list(prompts), [tokens] * len(prompts))
+    answers: dict[int, list[int]] = {uid: [] for uid in uids}
+    bar = tqdm(total=len(prompts), desc="Answering", unit="answer", disable=not progress)
+    left = len(prompts)
+    with numpy_products(), bar:
         while left:
             for response in generator.next_generated():
                 answers[response.uid].append(response.token)
@@ -178,26 +172,22 @@ def _greedy_answers(
     return list(answers.values())
 
 
-def _states(
-    model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]]
-) -> list[np.ndarray]:
-    """The states (n, D) from which each answer's n tokens were chosen, by one pass over it."""
-    windows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    read = read_windows(model, find_head(model), windows, progress=False)
-    return [states[len(p) - 1 :] for p, states in zip(prompts, read, strict=True)]
-
-
 def _probes_needed(
-    head: FlashHead, states: Sequence[np.ndarray], answers: Sequence[list[int]]
+    model: nn.Module,
+    head: FlashHead,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
 ) -> list[np.ndarray]:
     """For each answer: the probes with which each of its n tokens is scored, (n,) integers."""
     clustered = head.clustered
     cluster_of = np.array(clustered.slot_of).astype(np.int64) // head.cluster_size
     matrix = as_float32(clustered.centroids.matrix.dequantized())
     bias = as_float32(clustered.route_bias)  # lifts the clusters that are always scored
+    windows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    read = read_windows(model, find_head(model), windows, progress=False)
     needed = []
-    for of_answer, tokens in zip(states, answers, strict=True):
-        scores = of_answer @ matrix.T + bias
+    for prompt, states, tokens in zip(prompts, read, answers, strict=True):
+        scores = states[len(prompt) - 1 :] @ matrix.T + bias
         own = np.take_along_axis(scores, cluster_of[tokens][:, None], axis=1)
         needed.append(1 + (scores > own).sum(axis=1))
         needed[-1][0] = 0  # the first token is chosen by the dense head

@@ -9,11 +9,9 @@ No other module needs lm-eval.
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lm_eval
 import mlx.core as mx
@@ -29,8 +27,7 @@ DENSE, FLASH_HEAD = "dense", "FlashHead"
 GENERATED, ROLLING = "generate_until", "loglikelihood_rolling"
 
 
-@dataclass(frozen=True)
-class TaskMeasure:
+class TaskMeasure(NamedTuple):
     """One metric of one task or group, by lm-eval's names, and the head that made it."""
 
     task: str
@@ -46,7 +43,7 @@ class TaskMeasure:
         """JSON-ready; a figure that is not finite becomes None."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
+            for key, value in self._asdict().items()
         }
 
 
@@ -58,7 +55,7 @@ class TaskModel(Adapter):
     ):
         super().__init__(model, tokenizer, **options)
         self.head = installed_head(model)
-        self._estimated = False
+        self.estimates = False  # whether documents are scored under FlashHead's full logits
         self._chat_template = chat_template_fn(**chat_template_args or {})
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
@@ -74,32 +71,19 @@ class TaskModel(Adapter):
             return super().generate_until(requests)
 
     def loglikelihood_rolling(self, requests) -> list[float]:
-        if self._estimated:
+        if self.estimates:
             return super().loglikelihood_rolling(requests)
         with self.head.dense():
             return super().loglikelihood_rolling(requests)
 
-    @contextmanager
-    def estimated_perplexity(self):
-        """Within the block, documents are scored under FlashHead's full logits."""
-        self._estimated = True
-        try:
-            yield
-        finally:
-            self._estimated = False
-
     def _score_fn(self, inputs, cache=None, step_size=2048):
-        if self._estimated:  # more positions at once are computed densely
+        if self.estimates:  # more positions at once are computed densely
             step_size = self.head.max_positions // len(inputs)
         return super()._score_fn(inputs, cache=cache, step_size=step_size)
 
 
 def find_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
-    """The manager of the tasks of a folder, and of lm-eval's own tasks if they are needed.
-
-    Raises:
-        ValueError: If the folder or a task does not exist.
-    """
+    """The manager of the tasks of a folder, and of lm-eval's own tasks if they are needed."""
     if folder is not None:
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: there is no such folder of tasks.")
@@ -140,13 +124,8 @@ def evaluate_tasks(
         limit: Questions per task at most.
         **options: Further options of :class:`TaskModel`: max_tokens, sampler, use_chat_template,
             chat_template_args.
-
-    Raises:
-        ValueError: If the model has no FlashHead, the batch is empty, or a task cannot be run.
     """
     head = installed_head(model)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: give 1 or more.")
     lm = TaskModel(model, tokenizer, batch_size=batch_size, **options)
     mx.random.seed(seed)
 
@@ -173,8 +152,8 @@ def evaluate_tasks(
         measures = list(_measures(results))
         rolling = [name for name, kind in _output_types(results).items() if kind == ROLLING]
         if rolling:
-            with lm.estimated_perplexity():
-                measures += _measures(run(rolling), FLASH_HEAD)
+            lm.estimates = True
+            measures += _measures(run(rolling), FLASH_HEAD)
     return measures
 
 
@@ -206,11 +185,10 @@ def _output_types(results: dict) -> dict[str, str]:
 def _head_of(name: str, results: dict) -> str:
     """The head that made a task's or a group's figures."""
     kinds = _output_types(results)
-    parts = results.get("group_subtasks", {}).get(name) or []
     if name in kinds:
         return FLASH_HEAD if kinds[name] == GENERATED else DENSE
-    heads = sorted({_head_of(part, results) for part in parts})
-    return " + ".join(heads) or DENSE
+    parts = results.get("group_subtasks", {}).get(name) or []
+    return " + ".join(sorted({_head_of(part, results) for part in parts})) or DENSE
 
 
 def _measures(results: dict, head: str | None = None) -> Iterable[TaskMeasure]:

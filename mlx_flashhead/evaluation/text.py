@@ -17,8 +17,9 @@ from ..common.pictures import check_picture, pyplot
 from ..common.quantities import percent
 from ..common.tables import Table, new_table, show
 from ..conversion.calibration import read_text, text_states
-from ..conversion.measures import Routing, measure_positions
+from ..conversion.measures import measure_positions
 from ..head.flash_head import FlashHead
+from ..head.matrix import as_float32
 from ..loading.load import load
 from ..loading.look_up import look_up_options
 from ..models.install import installed_head
@@ -82,15 +83,11 @@ def evaluate(
     positions: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measures ``model`` on ``text``.
+    """Measures ``model``, which has a FlashHead, on a text that calibration has not seen.
 
     Args:
-        model: A model loaded by ``mlx_flashhead.load``.
-        tokenizer: Its tokenizer.
-        text: A text that calibration has not seen.
         probe_counts: Numbers of probes, 1 … C; default: the usual ones and the model's own.
         positions: How many positions at most; default: all of the text's.
-        progress: Show bars.
 
     Returns:
         Positions, the dense perplexity, the model's own probes and clusters, and for each number of
@@ -108,17 +105,14 @@ def evaluate(
         model, tokenizer, find_head(model), text, positions=positions, progress=progress
     )
     rows = head.clustered.token_rows()
-    weight = np.array(rows.dequantized().astype(mx.float32))
-    bias = 0.0 if rows.bias is None else np.array(rows.bias.astype(mx.float32))
-    routing = Routing(
-        lambda h: np.array(head.cluster_scores(mx.array(h))),
-        np.array(head.clustered.centroids.tail_offset),
-    )
+    weight = as_float32(rows.dequantized())
+    bias = 0.0 if rows.bias is None else as_float32(rows.bias)
     measured = measure_positions(
         states,
         lambda h: h @ weight.T + bias,
         np.array(head.clustered.token_ids),
-        routing,
+        lambda h: np.array(head.cluster_scores(mx.array(h))),
+        np.array(head.clustered.centroids.tail_offset),
         probe_counts,
         next_ids,
         progress=progress,
@@ -129,18 +123,14 @@ def evaluate(
         "n_probes": head.n_probes,
         "n_clusters": head.n_clusters,
         "rows": [
-            means.to_dict() | {"bytes_share": bytes_share(head, means.n_probes)}
+            means._asdict() | {"bytes_share": bytes_share(head, means.n_probes)}
             for means in measured.means()
         ],
     }
 
 
 def check_probe_counts(head: FlashHead, probe_counts: Sequence[int]) -> list[int]:
-    """The numbers of probes, each once and ascending.
-
-    Raises:
-        ValueError: If one of them is not 1 … C.
-    """
+    """The numbers of probes, each once and ascending; a ValueError if one is not 1 … C."""
     probe_counts = sorted(set(probe_counts))
     for n_probes in probe_counts:
         if not 1 <= n_probes <= head.n_clusters:
@@ -190,8 +180,7 @@ def draw(figures: dict, path: str) -> None:
         ("agreement", "same best token as the dense head"),
         ("coverage", "true next token scored"),
     ):
-        shares = [100 * row[name] for row in figures["rows"]]
-        axis.plot(probes, shares, marker="o", label=label)
+        axis.plot(probes, [100 * row[name] for row in figures["rows"]], marker="o", label=label)
     axis.axvline(figures["n_probes"], color="tab:gray", linestyle=":", label="as converted")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")

@@ -109,11 +109,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
 
 
 def read_settings(folder: Path) -> FlashHeadConfig:
-    """Reads the settings of a FlashHead, without its arrays.
-
-    Raises:
-        ValueError: If there is no FlashHead, or its settings are damaged or of another version.
-    """
+    """Reads the settings of a FlashHead, without its arrays; raises as `read_index`."""
     entry, source = _settings(folder)
     if entry is None:
         raise ValueError(
@@ -149,7 +145,7 @@ def _write_arrays(folder: Path, index: FlashHeadIndex) -> None:
 
 
 def _checksum(arrays: dict[str, mx.array]) -> str:
-    """SHA-256 (hex) over the bytes of all arrays, in the order of their names."""
+    """SHA-256 (hex) over all arrays, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(bytes(arrays[name].reshape(-1).view(mx.uint8)))

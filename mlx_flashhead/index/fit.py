@@ -6,14 +6,8 @@ from .files import FlashHeadIndex
 
 
 def check_fit(index: FlashHeadIndex, rows: Matrix, source: str) -> str | None:
-    """Compares an index with the rows of a model, in token order.
-
-    Returns:
-        None for the index's own rows, a sentence for near rows.
-
-    Raises:
-        ValueError: If the rows are other ones.
-    """
+    """Compares an index with the rows of a model, in token order: a sentence for near rows, a
+    ValueError for other ones."""
     config = index.config
     shape, own_shape = (rows.n_rows, rows.hidden_size), (config.vocab_size, index.hidden_size)
     if shape != own_shape:

@@ -95,19 +95,20 @@ class FlashHeadConfig:
         missing = REQUIRED - given.keys()
         if missing:
             raise ValueError(f"{source} lacks {', '.join(sorted(missing))}: {AGAIN}.")
-        given["eos_token_ids"] = _whole_numbers(given.get("eos_token_ids", ()))
+        ends = given.get("eos_token_ids", ())
         numbers = [given.get(f.name, f.default) for f in fields(cls) if f.type is int]
-        if given["eos_token_ids"] is None or _whole_numbers(numbers) is None:
+        whole = isinstance(ends, list | tuple) and all(type(n) is int for n in (*numbers, *ends))
+        if not whole:
             raise ValueError(f"{source} must hold whole numbers: {AGAIN}.")
-        if len(given["eos_token_ids"]) > MOST_END_TOKENS:
+        if len(ends) > MOST_END_TOKENS:
             raise ValueError(
-                f"{source} names {len(given['eos_token_ids'])} tokens that end a text, more than "
-                f"{MOST_END_TOKENS}: {AGAIN}."
+                f"{source} names {len(ends)} tokens that end a text, more than {MOST_END_TOKENS}: "
+                f"{AGAIN}."
             )
         objects = ("calibration", "report", "lossless", "recipe")
         if not all(isinstance(given.get(name, {}), dict) for name in objects):
             raise ValueError(f"{source} must hold objects as {', '.join(objects)}: {AGAIN}.")
-        config = cls(**given)
+        config = cls(**given | {"eos_token_ids": tuple(ends)})
         if not _is_lossless(config.lossless, config.n_clusters):
             raise ValueError(f"{source} has no valid settings of the check (lossless): {AGAIN}.")
         return config
@@ -116,8 +117,6 @@ class FlashHeadConfig:
 def _is_lossless(values: dict[str, Any], n_clusters: int) -> bool:
     """Whether these are the settings of a checked loop, or none."""
     match values:
-        case {} if not values:
-            return True
         case {
             "n_probes": int(n_probes),
             "risk": {
@@ -126,9 +125,4 @@ def _is_lossless(values: dict[str, Any], n_clusters: int) -> bool:
             },
         }:
             return 1 <= n_probes <= n_clusters and all(map(math.isfinite, (a, b, scale)))
-    return False
-
-
-def _whole_numbers(values: Any) -> tuple[int, ...] | None:
-    is_list = isinstance(values, list | tuple)
-    return tuple(values) if is_list and all(type(v) is int for v in values) else None
+    return not values

@@ -34,13 +34,12 @@ def sign_in() -> str:
         account = api.whoami()
     try:
         name = str(account["name"])
-        token = (account.get("auth") or {}).get("accessToken") or {}
-        may_only_read = token.get("role") == "read"
+        role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
     except (AttributeError, KeyError, TypeError):
         raise ValueError(
             "The Hugging Face Hub did not say whose token this is: check HF_ENDPOINT."
         ) from None
-    if may_only_read:
+    if role == "read":
         raise ValueError(
             f"The Hugging Face token may only read: make one that may write at {TOKENS_PAGE}, then "
             f"{LOGIN}."

@@ -130,10 +130,8 @@ def _repository_in(folder: Path, metadata: dict) -> str | None:
     is_conversion = metadata.get("library_name") == "mlx" or (
         metadata.get("base_model_relation") == "quantized"
     )
-    named = None
-    if is_conversion and len(base) == 1:
-        named = base[0]
-    else:
+    named = base[0] if is_conversion and len(base) == 1 else None
+    if named is None:
         with suppress(OSError, ValueError, AttributeError):  # without a readable configuration
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             named = config.get("_name_or_path")

@@ -36,7 +36,7 @@ def checkpoint_name(origin: Origin, label: str | None) -> str:
 
 
 def precision_label(rows: Matrix) -> str:
-    """The precision of rows in the form of models' names: "4bit", "mxfp4", "bf16"."""
+    """The precision of rows as models' names have it: "4bit", "mxfp4", "bf16"."""
     if not rows.quantized:
         return DTYPE_LABELS[rows.weight.dtype]
     return f"{rows.bits}bit" if rows.mode == AFFINE else rows.mode
@@ -63,18 +63,14 @@ def publish(
     license: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Uploads a checkpoint.
+    """Uploads a checkpoint's folder, and returns the address of its repository.
 
     Args:
-        folder: The checkpoint's folder.
         repo: Its repository, with or without its owner; None: the conversion's name for it, under
             the user's own.
         private: Make a new repository private.
         license: The model's licence as the Hub calls it, for a card that does not name it.
         say: Called with a sentence at each step.
-
-    Returns:
-        The repository's address.
 
     Raises:
         ValueError: If the folder may not be published, or the Hub refuses. The folder is kept.

@@ -21,7 +21,7 @@ from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.quantities import percent
 from mlx_flashhead.common.tables import new_table, show
 from mlx_flashhead.conversion.calibration import read_text, text_states
-from mlx_flashhead.conversion.measures import Routing, measure_positions
+from mlx_flashhead.conversion.measures import measure_positions
 from mlx_flashhead.head.matrix import Matrix, as_float32
 from mlx_flashhead.index.files import FlashHeadIndex, read_index
 from mlx_flashhead.models.dense import load_dense
@@ -88,9 +88,15 @@ def under(
     centroids = index.centroids
     matrix = as_float32(centroids.matrix.dequantized())
     offset = as_float32(centroids.bias)
-    routing = Routing(lambda h: h @ matrix.T + offset, as_float32(centroids.tail_offset))
     positions = measure_positions(
-        states, logits, index.token_ids, routing, [index.config.n_probes], next_ids, progress=False
+        states,
+        logits,
+        index.token_ids,
+        lambda h: h @ matrix.T + offset,
+        as_float32(centroids.tail_offset),
+        [index.config.n_probes],
+        next_ids,
+        progress=False,
     )
     (means,) = positions.means()
     return {

@@ -9,20 +9,18 @@ from mlx_flashhead.conversion.measures import AGREEMENT, GAP, MASS, TAIL, Positi
 NBYTES = StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
 
 
-def found_with(greedy, sampled, n_positions=1000, seed=0):
-    """Measures in which these shares of the proposals differ, by number of probes."""
-    rng = np.random.default_rng(seed)
-    found = PositionMeasures([10 * 2**i for i in range(len(greedy))], n_positions, known=True)
-    for values, of_greedy, of_sampled in zip(found.values, greedy, sampled, strict=True):
-        values[AGREEMENT] = np.arange(n_positions) >= of_greedy * n_positions
-        values[MASS] = 1 - of_sampled
-        values[GAP] = rng.exponential(3, n_positions)
-        values[TAIL] = np.log(of_sampled / 2)
-    return found
-
-
-def settings(greedy, sampled, nbytes=NBYTES, n_probes=None):
-    return lossless_settings(found_with(greedy, sampled), nbytes, n_probes)
+def settings(greedy, sampled, nbytes=NBYTES, n_probes=None, n_positions=1000):
+    """Of measures in which these shares of the proposals differ, by number of probes."""
+    rng = np.random.default_rng(0)
+    values = np.zeros((len(greedy), 7, n_positions), np.float32)
+    for of_probes, of_greedy, of_sampled in zip(values, greedy, sampled, strict=True):
+        of_probes[AGREEMENT] = np.arange(n_positions) >= of_greedy * n_positions
+        of_probes[MASS] = 1 - of_sampled
+        of_probes[GAP] = rng.exponential(3, n_positions)
+        of_probes[TAIL] = np.log(of_sampled / 2)
+    counts = [10 * 2**i for i in range(len(greedy))]
+    found = PositionMeasures(counts, values, np.zeros(n_positions))
+    return lossless_settings(found, nbytes, n_probes)
 
 
 def test_a_check_costs_the_dense_rows_and_a_difference_the_steps_after_it():

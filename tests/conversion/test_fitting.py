@@ -54,15 +54,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_means(case):
-    rows, token_ids, _, _ = make_case(**case)
-    rows[3] = 0
-    clusters = members(token_ids, len(rows))
-    raw = np.stack([rows[ids].mean(axis=0) for ids in clusters])
-    np.testing.assert_allclose(raw_means(rows, token_ids), raw, atol=1e-6)
-
-
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_fit_is_the_ridge_regression_of_the_logsumexp(case, with_bias):
@@ -194,9 +185,3 @@ def test_constant_groups():
     rows = np.repeat(np.float32([[0.0], [0.25], [-3.0]]), 64, axis=1)
     _, rounded = quantize(rows, np.eye(64), 64)
     np.testing.assert_array_equal(rounded, rows)
-
-
-def test_states_of_another_width():
-    rows, token_ids, _, _ = make_case()
-    with pytest.raises(ValueError, match=r"shape \(4, 5\), but \(N, 64\)"):
-        fit(rows, token_ids, np.zeros((4, 5)))

@@ -1,13 +1,11 @@
 """The measures, against full distributions over the vocabulary and against the FlashHead itself."""
 
-import json
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_flashhead.conversion import measures
-from mlx_flashhead.conversion.measures import GAP, TAIL, Routing, measure_positions
+from mlx_flashhead.conversion.measures import GAP, TAIL, measure_positions
 from tiny_models import fitted, random_clusters, random_rows
 
 # V, cluster_size; the last three do not divide
@@ -40,20 +38,17 @@ class Case:
         matrix = np.array(self.centroids.matrix.dequantized(mx.float32))
         return states @ matrix.T + np.array(self.centroids.bias)
 
-    def positions(self, probe_counts, next_ids="own"):
+    def positions(self, probe_counts):
         return measure_positions(
             self.states,
             self.logits_of,
             self.token_ids,
-            Routing(self.scores_of, self.tail_offset),
+            self.scores_of,
+            self.tail_offset,
             probe_counts,
-            self.next_ids if isinstance(next_ids, str) else next_ids,
+            self.next_ids,
             progress=False,
         )
-
-    def measure(self, n_probes, next_ids="own"):
-        found = self.positions([n_probes], next_ids)
-        return found.means()[0], found.dense_perplexity()
 
     def probed(self, n_probes):
         """(N, V) bool: the tokens of each state's best clusters."""
@@ -136,20 +131,10 @@ def test_a_model_s_own_minus_infinity():
 
     case.logits_of = with_holes
     case.next_ids = np.full(len(case.states), case.token_ids[1, 0])
-    got, dense = case.measure(3)
-    assert np.isfinite([got.kl, got.perplexity, got.covered_mass, dense]).all()
-    whole, _ = case.measure(8)
+    found = case.positions([3, 8])
+    got, whole = found.means()
+    assert np.isfinite([*got, found.dense_perplexity()]).all()
     assert whole.kl == pytest.approx(0, abs=1e-7)
-
-
-def test_what_cannot_be_measured_is_nan_and_none_in_json():
-    case = Case()
-    got, dense = case.measure(5, next_ids=None)
-    assert np.isnan([got.coverage, got.perplexity, dense]).all()
-    assert 0 < got.agreement < 1
-    as_dict = got.to_dict()
-    assert as_dict["coverage"] is as_dict["perplexity"] is None
-    assert json.loads(json.dumps(as_dict, allow_nan=False)) == as_dict
 
 
 def test_large_vocabularies_are_measured_in_smaller_chunks(monkeypatch):

@@ -198,11 +198,6 @@ def test_a_folder_of_tasks_that_is_not_there(tmp_path):
         find_tasks([CHOICE], str(tmp_path / "absent"))
 
 
-def test_an_empty_batch_is_refused(flash, task_folder):
-    with pytest.raises(ValueError, match="batch_size is 0: give 1 or more"):
-        measured(flash, task_folder, GENERATE, batch_size=0)
-
-
 def test_a_batch_above_the_limit_of_positions_goes_through_flash_head(flash, task_folder):
     usual = measured(flash, task_folder, PERPLEXITY, batch_size=3)
     with get_flash_head(flash[0]).settings(max_positions=1):

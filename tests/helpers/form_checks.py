@@ -10,7 +10,8 @@ import pytest
 
 from architecture_configs import VOCAB_SIZE
 from architectures import SERVED, Form
-from mlx_flashhead.conversion.indexing import build_index
+from mlx_flashhead.conversion.build import build_index
+from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.install import get_flash_head, install
@@ -94,10 +95,9 @@ def check_form(
     next_ids = rng.integers(0, VOCAB_SIZE, len(hidden))
     index = build_index(
         location.rows(),
+        IndexOptions(cluster_size=CLUSTER_SIZE, n_probes=N_PROBES),
         hidden,
         next_ids,
-        cluster_size=CLUSTER_SIZE,
-        n_probes=N_PROBES,
         eos_token_ids=(EOS,),
         progress=False,
     )

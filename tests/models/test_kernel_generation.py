@@ -9,7 +9,8 @@ import pytest
 
 from kernel_cases import kernels, on_gpu, to_numpy
 from mlx_flashhead import detach, get_flash_head, stream_generate
-from mlx_flashhead.conversion.indexing import build_index
+from mlx_flashhead.conversion.build import build_index
+from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.exporting.plan import export_plan
 from mlx_flashhead.head.steps import NO_DEPTH
 from mlx_flashhead.models.dense import load_dense
@@ -33,9 +34,8 @@ def real(real_model_folder):
     model, tokenizer, _ = load_dense(real_model_folder)
     index = build_index(
         find_head(model).rows(),
-        n_probes=N_PROBES,
-        eos_token_ids=tuple(tokenizer.eos_token_ids),
-        passes=1,  # any clusters do here
+        IndexOptions(n_probes=N_PROBES, quick=True),
+        eos_token_ids=tokenizer.eos_token_ids,
         progress=False,
     )
     return model, tokenizer, index
