@@ -108,7 +108,6 @@ def read_windows(
     """Hidden states of each window without its last token, several windows at once.
 
     Args:
-        model: A dense or FlashHead model.
         windows: Token ids, at least two each.
         seconds: Of the model's work, after which no windows but the first ones are read.
         step_seconds: About the longest time of a step. Where a window takes longer, a step reads a

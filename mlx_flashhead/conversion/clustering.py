@@ -79,8 +79,20 @@ def _clusters(
     passes: int,
     rng: np.random.Generator,
 ) -> Counts[np.ndarray]:
-    vocab_size = len(rows)
-    points = yield from _points(rows, metric)
+    vocab_size, hidden_size = len(rows), (rows if metric is None else metric).shape[1]
+    # the only copy of the rows: less their mean, for exact distances, and a column of ones
+    points = np.ones((vocab_size, hidden_size + 1), dtype=np.float32)
+    mapped = points[:, :hidden_size]
+    for start in range(0, vocab_size, BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        if metric is None:
+            norms = np.sqrt(_squares(block))
+            block = block / np.where(norms > 0, norms, 1)[:, None]
+        else:
+            block = block @ metric
+        mapped[start : start + len(block)] = block
+        yield 0
+    mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
     grouped, others = yield from _group_duplicates(points[:, :-1], cluster_size, rng)
     yield passes * grouped.size
     n_clusters = -(-len(others) // cluster_size)
@@ -97,24 +109,6 @@ def _clusters(
         for column, ids in enumerate(members):
             token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
     return np.sort(token_ids, axis=1)
-
-
-def _points(rows: np.ndarray, metric: np.ndarray | None) -> Counts[np.ndarray]:
-    """The points to cluster, the only copy of the rows: less their mean, and a column of ones."""
-    vocab_size, hidden_size = len(rows), (rows if metric is None else metric).shape[1]
-    points = np.ones((vocab_size, hidden_size + 1), dtype=np.float32)
-    mapped = points[:, :hidden_size]
-    for start in range(0, vocab_size, BLOCK_ROWS):
-        block = rows[start : start + BLOCK_ROWS]
-        if metric is None:
-            norms = np.sqrt(_squares(block))
-            block = block / np.where(norms > 0, norms, 1)[:, None]
-        else:
-            block = block @ metric
-        mapped[start : start + len(block)] = block
-        yield 0
-    mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)  # for exact distances
-    return points
 
 
 def _squares(vectors: np.ndarray) -> np.ndarray:
@@ -182,7 +176,15 @@ def _balanced_kmeans(
             prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
             step *= 0.95
             yield 0
-        assigned = yield from _fill(points, centroids, prices, ids, scores, capacity, library)
+        free, assigned, waiting = capacity.copy(), np.full(n_points, -1), every
+        while len(waiting):
+            _place(waiting, ids, scores - prices[ids], free, assigned)
+            waiting = np.flatnonzero(assigned < 0)
+            if len(waiting):  # their lists are full: they get one of the open clusters
+                yield 0
+                opened = np.flatnonzero(free)
+                listed, scores = yield from _shortlists(points, waiting, centroids[opened], library)
+                ids = opened[listed]
         order = np.argsort(assigned, kind="stable")
         first = np.cumsum(capacity) - capacity
         members = [order[first[capacity > j] + j] for j in range(capacity[0])]
@@ -202,10 +204,8 @@ def _centroids(points: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
 
 
 def faster_library(work: Callable[[Any], object]) -> Any:
-    """numpy, or ``mlx.core`` where its device is a GPU that does the work of a block sooner.
-
-    It is tried twice with each, a fraction of a second. Both give clusters of the same quality.
-    """
+    """numpy, or ``mlx.core`` where its device is a GPU that does the work of a block sooner, tried
+    twice with each. Both give clusters of the same quality."""
     if mx.default_device().type != mx.gpu:
         return np
     seconds = {}
@@ -254,30 +254,6 @@ def _shortlists(
         ids[block], scores[block] = np.asarray(found), np.asarray(best)
         yield len(best)
     return ids, scores
-
-
-def _fill(
-    points: np.ndarray,
-    centroids: np.ndarray,
-    prices: np.ndarray,
-    ids: np.ndarray,
-    scores: np.ndarray,
-    capacity: np.ndarray,
-    library: Any,
-) -> Counts[np.ndarray]:
-    """The cluster of each point, (V,). Points whose list is full get one of the open clusters."""
-    free = capacity.copy()
-    assigned = np.full(len(points), -1)
-    waiting = np.arange(len(points))
-    while True:
-        _place(waiting, ids, scores - prices[ids], free, assigned)
-        waiting = np.flatnonzero(assigned < 0)
-        if not len(waiting):
-            return assigned
-        yield 0
-        opened = np.flatnonzero(free)
-        listed, scores = yield from _shortlists(points, waiting, centroids[opened], library)
-        ids = opened[listed]
 
 
 def _place(

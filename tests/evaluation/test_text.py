@@ -41,11 +41,6 @@ def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(
     return model
 
 
-@pytest.fixture(scope="module")
-def model():
-    return installed_model()
-
-
 def run(model, tokenizer, **kwargs):
     return evaluate(model, tokenizer, TEXT, progress=False, **kwargs)
 
@@ -117,29 +112,3 @@ def test_bytes_by_hand(bits):
     for n_probes in (1, 10, 33):
         expected = (33 * centroid + n_probes * 8 * row) / (VOCAB_SIZE * row)
         assert bytes_share(head, n_probes) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("n_probes", [0, -1, 34])
-def test_probes_out_of_range(model, tokenizer, n_probes):
-    with pytest.raises(ValueError, match=f"{n_probes} probes are not possible.* choose 1 to 33"):
-        run(model, tokenizer, probe_counts=[3, n_probes])
-
-
-def test_a_dense_model_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="has no FlashHead: load it with"):
-        run(tiny_model(vocab_size=VOCAB_SIZE), tokenizer)
-
-
-def test_too_short_a_text(model, tokenizer):
-    with pytest.raises(ValueError, match="too short to measure anything on"):
-        evaluate(model, tokenizer, "a", progress=False)
-
-
-def test_bars(model, tokenizer, capsys):
-    evaluate(model, tokenizer, TEXT, probe_counts=[3])
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "Reading: 100%" in shown.err
-    assert "Measuring: 100%" in shown.err
-    run(model, tokenizer, probe_counts=[3])
-    assert capsys.readouterr().err == ""

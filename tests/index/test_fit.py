@@ -12,18 +12,18 @@ from tiny_models import tiny_index, tiny_model
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(tied=False, vocab_size=300)
+def index():
+    return tiny_index(tiny_model(tied=False, vocab_size=300))
 
 
 @pytest.fixture(scope="module")
-def rows(model):
-    return find_head(model).rows()
+def rows():
+    return find_head(tiny_model(tied=False, vocab_size=300)).rows()
 
 
-@pytest.fixture(scope="module")
-def index(model):
-    return tiny_index(model)
+def noisy(rows, share):
+    noise = np.random.default_rng(0).normal(size=rows.weight.shape) * float(rows.weight.std())
+    return Matrix(rows.weight + share * mx.array(noise.astype(np.float32)))
 
 
 def test_its_own_rows_are_taken_silently(index, rows):
@@ -44,11 +44,6 @@ def test_near_rows_are_taken_with_a_sentence(index, rows, near):
     said = check_fit(index, near(rows), "here")
     assert said.startswith("The FlashHead in here was made from another form of these rows (mean")
     assert said.endswith(".") and "\n" not in said
-
-
-def noisy(rows, share):
-    noise = np.random.default_rng(0).normal(size=rows.weight.shape) * float(rows.weight.std())
-    return Matrix(rows.weight + share * mx.array(noise.astype(np.float32)))
 
 
 @pytest.mark.parametrize(
