@@ -53,14 +53,12 @@ def model_index(
     recipe: dict[str, Any] | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[FlashHeadIndex]:
-    """The index of a model. Between two steps the model is as it was, and may write text.
+    """The index of a dense model. Between two steps the model is as it was, and may write text.
 
     The model runs in the steps of the text alone. The others are numpy's, or MLX's on a GPU.
 
     Args:
-        model: A dense model of mlx-lm or mlx-vlm.
         text: Text of the file to calibrate on, if the options name one.
-        recipe: The recipe to store.
         step_seconds: Time that a step of the model may take, if a window of text takes no longer.
 
     Raises:
@@ -130,7 +128,7 @@ def build_index(
         body_bytes: Bytes of weights that all other layers read per token.
 
     Raises:
-        ValueError: If the states are too few or not finite, or an option does not fit the rows.
+        ValueError: If the states are too few or not finite.
     """
     n_positions = 0 if states is None else len(states)
     fitted_on = metric = None
@@ -182,13 +180,8 @@ def build_index(
         lossless = lossless_settings(found, nbytes, n_probes)
         choice = {}
         if n_probes is None:
-            n_probes, choice["choice"] = choose_probes(
-                found,
-                options.target_agreement,
-                options.target_kl,
-                lambda n: nbytes.head(n) / nbytes.dense,
-                n_clusters,
-            )
+            goals = (options.target_agreement, options.target_kl)
+            n_probes, choice["choice"] = choose_probes(found, *goals, nbytes, n_clusters)
         report = make_report(found, n_probes, lossless["n_probes"], nbytes) | choice
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,

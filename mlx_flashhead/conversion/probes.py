@@ -6,10 +6,9 @@ authors are harder than held-out parts of the same documents, so the mean KL mus
 goal (docs/how-it-works.md). `differences.py` chooses for the check.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
+from .differences import StepBytes
 from .measures import AGREEMENT, KL, PositionMeasures
 
 CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
@@ -32,7 +31,7 @@ def choose_probes(
     found: PositionMeasures,
     agreement_goal: float,
     kl_goal: float,
-    bytes_share: Callable[[int], float],
+    nbytes: StepBytes,
     n_clusters: int,
 ) -> tuple[int, str]:
     """The fewest probes that reach the goals, or the most that the bytes allow, and why.
@@ -41,10 +40,6 @@ def choose_probes(
         found: Measures at ascending numbers of probes.
         agreement_goal: Share of positions with the dense head's best token.
         kl_goal: Divergence from the dense head's distribution, nats per position.
-        bytes_share: Number of probes → bytes read per token relative to the dense head.
-
-    Returns:
-        The number of probes, and a sentence or two.
     """
     n_positions = found.values.shape[2]
     # the goal, or the bound that so few positions can show if all of them agree
@@ -52,7 +47,7 @@ def choose_probes(
     goals = (f"{100 * agreement_goal:g} % agreement", f"a KL of {kl_goal / UNSEEN:g} nats")
     n_probes, missed = 0, []
     for tried, values in zip(found.probe_counts, found.values, strict=True):
-        if n_probes and bytes_share(tried) > MOST_BYTES:
+        if n_probes and nbytes.head(tried) > MOST_BYTES * nbytes.dense:
             break
         n_probes = tried
         agreement, kl = values[[AGREEMENT, KL]].mean(axis=1, dtype=np.float64)

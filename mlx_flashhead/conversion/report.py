@@ -7,8 +7,6 @@ from ..index.settings import FlashHeadConfig
 from .differences import StepBytes
 from .measures import PositionMeasures
 
-MARKS = {(True, True): "→✓", (True, False): "→", (False, True): "✓", (False, False): ""}
-
 
 def make_report(
     found: PositionMeasures, n_probes: int, checked_probes: int, nbytes: StepBytes
@@ -53,9 +51,9 @@ def report_lines(config: FlashHeadConfig) -> list[str]:
         f"{'probes':>8} {'bytes':>7}  {'differs: greedy':>15} {'sampled':>8} {'KL':>7} "
         f"{'perplexity':>10}"
     ]
-    rows = {row["n_probes"]: row for row in config.report["by_probes"]}
-    for n_probes, row in rows.items():
-        mark = MARKS[n_probes == config.n_probes, n_probes == checked]
+    for row in config.report["by_probes"]:
+        n_probes = row["n_probes"]
+        mark = "→" * (n_probes == config.n_probes) + "✓" * (n_probes == checked)
         differs = differing[n_probes]
         ratio, kl = row["perplexity_ratio"], row["kl"]
         lines.append(

@@ -78,9 +78,6 @@ def evaluate_answers(
         What was asked, and for each number of probes the share of ``identical`` answers,
         ``median_parting``, the tokens that the others share with the dense answer (None without
         others), the ``agreement`` over all tokens, and the ``bytes_share``.
-
-    Raises:
-        ValueError: If the model has no FlashHead, or a number of probes is not valid.
     """
     head = installed_head(model)
     if probe_counts is None:
@@ -96,15 +93,14 @@ def evaluate_answers(
     for n_probes in probe_counts:
         missed = [of_answer > n_probes for of_answer in needed]
         partings = [int(of_answer.argmax()) for of_answer in missed if of_answer.any()]
-        measures.append(
-            {
-                "n_probes": n_probes,
-                "identical": 1 - len(partings) / len(prompts),
-                "median_parting": float(np.median(partings)) if partings else None,
-                "agreement": 1 - float(np.concatenate(missed).mean()),
-                "bytes_share": bytes_share(head, n_probes),
-            }
-        )
+        figures = {
+            "n_probes": n_probes,
+            "identical": 1 - len(partings) / len(prompts),
+            "median_parting": float(np.median(partings)) if partings else None,
+            "agreement": 1 - float(np.concatenate(missed).mean()),
+            "bytes_share": bytes_share(head, n_probes),
+        }
+        measures.append(figures)
     return {
         "requests": len(prompts),
         "chat_template": bool(tokenizer.has_chat_template),

@@ -8,9 +8,10 @@ No other module needs lm-eval.
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lm_eval
@@ -109,41 +110,32 @@ def evaluate_tasks(
     names: Sequence[str],
     manager: TaskManager,
     *,
-    num_shots: int | None = None,
-    limit: int | None = None,
     seed: int = 0,
-    fewshot_as_multiturn: bool = False,
-    confirm_run_unsafe_code: bool = False,
     batch_size: int = 8,
-    **options: Any,
+    adapter: Mapping[str, Any] = MappingProxyType({}),
+    **of_lm_eval: Any,
 ) -> list[TaskMeasure]:
     """Measures ``model``, which has a FlashHead, by tasks that ``manager`` knows.
 
     Args:
-        num_shots: Worked examples before each question; default: the task's own number.
-        limit: Questions per task at most.
-        **options: Further options of :class:`TaskModel`: max_tokens, sampler, use_chat_template,
+        adapter: Further options of :class:`TaskModel`: max_tokens, sampler, use_chat_template,
             chat_template_args.
+        **of_lm_eval: Options of lm_eval.simple_evaluate.
     """
     head = installed_head(model)
-    lm = TaskModel(model, tokenizer, batch_size=batch_size, **options)
+    lm = TaskModel(model, tokenizer, batch_size=batch_size, **adapter)
     mx.random.seed(seed)
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    of_lm_eval |= dict.fromkeys(seeds, seed)
 
-    def run(names):
+    def run(names: Sequence[str]) -> dict:
         return lm_eval.simple_evaluate(
             model=lm,
             tasks=list(names),
             task_manager=manager,
-            num_fewshot=num_shots,
-            limit=limit,
             log_samples=False,
             apply_chat_template=lm.use_chat_template,
-            fewshot_as_multiturn=fewshot_as_multiturn,
-            confirm_run_unsafe_code=confirm_run_unsafe_code,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **of_lm_eval,
         )
 
     # a batch above the limit of positions would measure the dense head
@@ -165,10 +157,7 @@ def results_file(folder: str, model: str, names: Sequence[str], num_shots: int |
 
 
 def by_task(measures: Iterable[TaskMeasure]) -> dict[str, dict[str, float]]:
-    """The figures in the form of lm-eval's results, JSON-ready.
-
-    Where a metric was measured under both heads, it is the dense one.
-    """
+    """The figures in the form of lm-eval's results; of two heads, the dense one's."""
     tasks: dict[str, dict[str, float]] = {}
     for measure in measures:
         figures = tasks.setdefault(measure.task, {})

@@ -117,16 +117,18 @@ def run(args: argparse.Namespace) -> dict | None:
             tokenizer,
             names,
             manager,
-            num_shots=args.num_shots,
-            limit=args.limit,
             seed=args.seed,
+            batch_size=args.batch_size,
+            adapter={
+                "max_tokens": args.max_tokens,
+                "use_chat_template": args.apply_chat_template,
+                "chat_template_args": args.chat_template_args,
+                "sampler": make_sampler(temp=args.temp, top_p=args.top_p, top_k=args.top_k),
+            },
+            num_fewshot=args.num_shots,
+            limit=args.limit,
             fewshot_as_multiturn=args.fewshot_as_multiturn,
             confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-            batch_size=args.batch_size,
-            max_tokens=args.max_tokens,
-            use_chat_template=args.apply_chat_template,
-            chat_template_args=args.chat_template_args,
-            sampler=make_sampler(temp=args.temp, top_p=args.top_p, top_k=args.top_k),
         )
     if mx.distributed.init().rank() > 0:
         return None  # mlx-lm's adapter has shared the questions out and gathered the answers

@@ -92,10 +92,6 @@ def evaluate(
     Returns:
         Positions, the dense perplexity, the model's own probes and clusters, and for each number of
         probes a row of `conversion.measures.Measures` with its share of bytes.
-
-    Raises:
-        ValueError: If the model has no FlashHead, a number of probes is not valid, or the text is
-            too short.
     """
     head = installed_head(model)
     if probe_counts is None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.conversion import probes
+from mlx_flashhead.conversion.differences import StepBytes
 from mlx_flashhead.conversion.measures import AGREEMENT, KL, PositionMeasures
 from mlx_flashhead.conversion.probes import choose_probes, lower_bound, probe_grid
 
@@ -19,7 +20,7 @@ def choose(agreement_goal, kl_goal, *, agree=(1, 1, 1, 1), kl=(0, 0, 0, 0), n_po
         of_probes[AGREEMENT] = np.arange(n_positions) < round(share * n_positions)
         of_probes[KL] = mean
     found = PositionMeasures(GRID, values, np.zeros(n_positions))
-    return choose_probes(found, agreement_goal, kl_goal, lambda n_probes: n_probes / 1000, 3072)
+    return choose_probes(found, agreement_goal, kl_goal, StepBytes(0, 1.0, 1000), 3072)
 
 
 def test_the_fewest_that_reach_both_goals():

@@ -142,7 +142,7 @@ def test_perplexity_both_ways(flash, dense, task_folder, batch_size):
 
 
 def test_shots_and_limit(flash, task_folder):
-    found = measured(flash, task_folder, CHOICE, num_shots=1, limit=2)[CHOICE, DENSE, "acc"]
+    found = measured(flash, task_folder, CHOICE, num_fewshot=1, limit=2)[CHOICE, DENSE, "acc"]
     assert (found.n_shots, found.samples) == (1, 2)
     usual = measured(flash, task_folder, CHOICE)[CHOICE, DENSE, "acc"]
     assert (usual.n_shots, usual.samples) == (0, len(DOCUMENTS))
