@@ -1,8 +1,8 @@
 """Given text to calibrate on, of many kinds: its documents, and windows of them.
 
 The files in `texts` are written for this project, except the first sentences of Caesar's De Bello
-Gallico. Python's standard library gives code and further documentation, which differ a little
-between Python's versions.
+Gallico. They also name modules and help topics of Python's standard library, which give code and
+further documentation and differ a little between Python's versions.
 """
 
 import importlib.util
@@ -23,23 +23,7 @@ WINDOW_TOKENS = 64  # longer windows take longer steps and gain nothing
 CONTEXT = 8  # first tokens of a window, whose states have seen too little and are left out
 LEAST_TOKENS = 16  # of a window; shorter rests are left out
 
-# Characters of each module's source, from 40 % on, and of each help topic, from its beginning.
-EXCERPT_CHARACTERS = 3000
-MODULES = (
-    "argparse", "bisect", "calendar", "cmd", "configparser", "contextlib", "csv", "dataclasses",
-    "difflib", "email.message", "enum", "fractions", "functools", "gzip", "heapq", "html.parser",
-    "http.client", "inspect", "ipaddress", "json.decoder", "logging.handlers", "optparse", "pickle",
-    "plistlib", "queue", "random", "shlex", "shutil", "socketserver", "statistics", "string",
-    "subprocess", "tarfile", "textwrap", "threading", "traceback", "unittest.case", "urllib.parse",
-    "uuid", "weakref", "xml.etree.ElementTree", "zipfile",
-)  # fmt: skip
-TOPICS = (
-    "assert", "assignment", "attribute-access", "binary", "bltin-exceptions", "booleans", "calls",
-    "class", "comparisons", "compound", "customization", "debugger", "dict", "dynamic-features",
-    "exceptions", "execmodel", "for", "formatstrings", "function", "global", "id-classes", "import",
-    "in", "lambda", "lists", "naming", "numbers", "operator-summary", "raise", "slicings",
-    "specialnames", "string-methods", "strings", "try", "typesseq", "with", "yield",
-)  # fmt: skip
+EXCERPT_CHARACTERS = 3000  # of a module's source, from 40 % on, or of a help topic
 
 
 def given_documents() -> dict[str, list[str]]:
@@ -51,10 +35,12 @@ def given_documents() -> dict[str, list[str]]:
     with suppress(ImportError):
         from pydoc_data.topics import topics
 
-        found = [topics[name][:EXCERPT_CHARACTERS] for name in TOPICS if name in topics]
+        found = [
+            topics[name][:EXCERPT_CHARACTERS] for name in _file("topics").split() if name in topics
+        ]
         documents["documentation"] += found
     documents[PYTHON] = []
-    for name in MODULES:
+    for name in _file("modules").split():
         with suppress(ImportError, OSError, UnicodeDecodeError):
             spec = importlib.util.find_spec(name)
             source = Path(spec.origin or "").read_text(encoding="utf-8") if spec else ""
@@ -75,8 +61,11 @@ def dialogues() -> list[list[dict[str, str]]]:
 
 
 def _documents(kind: str) -> list[str]:
-    file = resources.files(__package__) / "texts" / f"{kind}.txt"
-    return file.read_text(encoding="utf-8").split("%%%%\n")
+    return _file(kind).split("%%%%\n")
+
+
+def _file(name: str) -> str:
+    return (resources.files(__package__) / "texts" / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def beginning_of_text(tokenizer: Any) -> list[int]:

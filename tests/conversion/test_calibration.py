@@ -79,17 +79,6 @@ def test_every_window_begins_as_a_text_does(loaded, tmp_path, monkeypatch):
     np.testing.assert_allclose(states, np.concatenate(expected), atol=2e-4)
 
 
-def test_windows_read_together_do_not_mix(loaded, monkeypatch):
-    """Of different lengths, so that some are padded."""
-    model, tokenizer = loaded
-    monkeypatch.setattr(calibration, "READ_TOKENS", 70)
-    token_ids = tokenizer.encode(TEXT)
-    windows = [token_ids[:30], token_ids[30:41], token_ids[50:52], token_ids[60:100]]
-    found = read_windows(model, find_head(model), windows, progress=False)
-    for states, window in zip(found, windows, strict=True):
-        np.testing.assert_allclose(states, hidden_of(model, window[:-1]), atol=2e-4)
-
-
 @pytest.mark.parametrize(
     ("milliseconds", "sizes"), [(2.0, [14, 14, 12, 15, 15, 15, 15]), (1.25, [14, 14, 12, 30, 30])]
 )

@@ -87,6 +87,14 @@ def test_without_a_metric_only_directions_count():
     np.testing.assert_array_equal(by_direction, cluster(4 * stretched, 8))
 
 
+def test_a_metric_is_a_product_with_the_rows():
+    rows, metric = normal_rows(600, 24), normal_rows(24, 24, seed=1)
+    by_metric = scatter(rows @ metric, cluster(rows, metric=metric))
+    expected = scatter(rows @ metric, cluster(rows @ metric, metric=METRICS[1]))
+    assert by_metric == pytest.approx(expected, rel=0.01)
+    assert scatter(rows @ metric, cluster(rows, metric=METRICS[1])) > 1.1 * expected
+
+
 def test_clusters_by_distance_do_not_depend_on_where_the_rows_lie_or_how_long_they_are():
     rows, metric = normal_rows(1200, 8), np.eye(8, dtype=np.float32)
     found = [

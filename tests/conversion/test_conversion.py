@@ -271,10 +271,3 @@ def test_invalid_arguments_write_nothing(sources, tmp_path, arguments, said):
     with pytest.raises(ValueError, match=said):
         convert(str(sources["tied"]), str(tmp_path / "found"), **(QUICK | arguments))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_width_that_fits_no_group_is_converted_all_the_same(tmp_path):
-    source = write_model(tmp_path / "source", hidden_size=72)
-    given = convert(str(source), str(tmp_path / "found"), **QUICK)
-    assert given.centroid_group_size == 0
-    mlx_flashhead.load(str(tmp_path / "found"))
