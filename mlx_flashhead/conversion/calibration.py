@@ -34,14 +34,10 @@ def text_states(
     positions: int | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[tuple[np.ndarray, np.ndarray]]:
-    """Hidden states of a text, in windows of 512 tokens that each start afresh.
+    """Hidden states of a text, in windows of 512 tokens that each start afresh, as a text does.
 
-    If the tokenizer begins a text with a token of its own (BOS), each window begins with it.
-
-    Args:
-        model: A dense or FlashHead model.
-        text: The text; special tokens in it, such as chat markup, are understood.
-        positions: Greatest number of states; None: all.
+    Special tokens in it, such as chat markup, are understood. ``positions`` is the greatest number
+    of states.
 
     Returns:
         States (N, D) float32 and the true next tokens (N,) int64.
@@ -74,10 +70,7 @@ def given_states(
 ) -> Steps[tuple[np.ndarray, np.ndarray, bool]]:
     """Hidden states of given text of many kinds, and the true next tokens, as `text_states`.
 
-    There are at most so many ``positions``, and as many as ``seconds`` of the model's work allow.
-
-    Returns:
-        States, next tokens, and whether the time has cut them short.
+    There are as many as ``seconds`` of the model's work allow. Also whether these cut them short.
     """
     beginning = beginning_of_text(tokenizer)
     windows = given_windows(tokenizer, positions)
@@ -164,11 +157,7 @@ def _next_together(waiting: list[int], inputs: Sequence[Sequence[int]], tokens: 
 
 
 def read_text(path: str | Path) -> str:
-    """A calibration or evaluation text.
-
-    Raises:
-        ValueError: If the file cannot be read, is not UTF-8 text, or is empty.
-    """
+    """A calibration or evaluation text; a ValueError if it is no UTF-8 text, or empty."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -57,8 +57,6 @@ def lossless_settings(
     """The settings of the checked loop, JSON-ready.
 
     Args:
-        found: Measures at several numbers of probes.
-        nbytes: What a step reads.
         n_probes: A fixed number of probes; None: that of the fewest expected bytes. Its share of
             differences is the mean of greedy decoding and of sampling at temperature 1, which is
             about that of the usual sampling between them.

@@ -122,7 +122,6 @@ def convert(
 
 
 def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> FlashHeadConfig:
-    """Converts a model. Without ``say`` nothing is shown."""
     progress = say is not None
     say = say or (lambda _: None)
     text = read_text(options.calibration) if options.source == "file" else None

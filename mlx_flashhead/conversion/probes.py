@@ -36,10 +36,7 @@ def choose_probes(
 ) -> tuple[int, str]:
     """The fewest probes that reach the goals, or the most that the bytes allow, and why.
 
-    Args:
-        found: Measures at ascending numbers of probes.
-        agreement_goal: Share of positions with the dense head's best token.
-        kl_goal: Divergence from the dense head's distribution, nats per position.
+    The goals are a share of positions with the dense head's best token, and nats per position.
     """
     n_positions = found.values.shape[2]
     # the goal, or the bound that so few positions can show if all of them agree

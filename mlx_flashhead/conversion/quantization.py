@@ -33,14 +33,10 @@ def set_bits(
 ) -> tuple[nn.Module, dict]:
     """Quantizes the body by its recipe, if it has one, and the head to its own bits.
 
-    Without ``head_bits`` the head is a part of the body.
-
-    Returns:
-        The model and a configuration that records the bits.
+    Without ``head_bits`` the head is a part of the body. The configuration records the bits.
 
     Raises:
-        ValueError: If the head has fewer bits than ``head_bits``, or its width does not fit a
-            group.
+        ValueError: If the head has fewer bits than ``head_bits``, or its width fits no group.
     """
     head_bits, quantizes = options.head_bits, options.quantize
     head = dict(model.named_modules())[head_path]

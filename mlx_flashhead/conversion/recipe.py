@@ -16,13 +16,7 @@ PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
 
 
 def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, Any]:
-    """The recipe that an index stores: JSON-ready, and without paths of this machine.
-
-    Args:
-        options: Those of a conversion, or of an index alone.
-        origin: The model.
-        name: Name of the result.
-    """
+    """The recipe that the result ``name`` stores: JSON-ready, without paths of this machine."""
     words = ["mlx_flashhead.convert", "--hf-path", origin.known_as]
     if origin.revision is not None:
         words += ["--revision", origin.revision]

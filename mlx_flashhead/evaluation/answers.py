@@ -39,12 +39,10 @@ bytes      read per token, relative to the dense head"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of this way to measure."""
     add_probes(parser, "half, once and twice the model's own")
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Compares the answers of the command line's model."""
     model, tokenizer = load(args.model, **look_up_options(args))
     figures = evaluate_answers(model, tokenizer, probe_counts=args.probes)
     show(make_table(figures))
@@ -71,8 +69,7 @@ def evaluate_answers(
     Args:
         probe_counts: Numbers of probes, 1 … C; default: half, once and twice the model's own.
         tokens: Length at which an answer is cut.
-        requests: What is asked; default: :func:`usual_requests`. Without a chat template these are
-            texts to go on from.
+        requests: What is asked; default: :func:`usual_requests`.
 
     Returns:
         What was asked, and for each number of probes the share of ``identical`` answers,
@@ -136,7 +133,7 @@ def make_table(figures: dict) -> Table:
 
 
 def prompt_of(tokenizer, text: str) -> list[int]:
-    """A request as a chat, or as a text where the model has no turns."""
+    """A request as a chat, or as a text to go on from where the model has no turns."""
     if not tokenizer.has_chat_template:
         return list(tokenizer.encode(text))
     messages = [{"role": "user", "content": text}]

@@ -35,7 +35,6 @@ FlashHead   generated text, each token checked; perplexities with its estimates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of this way to measure."""
     add = parser.add_argument
     add(
         "--tasks",

@@ -40,7 +40,6 @@ USUAL_PROBES = (48, 96, 128, 192, 256, 512)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of this way to measure."""
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
     add_probes(parser, "the usual ones and the model's own")
     parser.add_argument(
@@ -60,7 +59,6 @@ def add_probes(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measures on the text of the command line."""
     if args.plot:
         check_picture("--plot", args.plot)
     content = read_text(args.text)

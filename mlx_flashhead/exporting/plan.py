@@ -45,11 +45,7 @@ TOKENS = ("route", "select", "score", "sample")
 
 
 def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str, mx.array]:
-    """Writes the file, and returns its arrays. It scores as many clusters as ``head`` is set to.
-
-    Raises:
-        ValueError: If the kernels do not read this head's rows.
-    """
+    """Writes the file, which scores as many clusters as ``head`` does, and returns its arrays."""
     clustered = head.clustered.in_rows()
     forms = unread(clustered)
     if forms:
@@ -79,10 +75,7 @@ def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str
 def record(
     clustered: ClusteredRows, dtype: mx.Dtype, n_probes: int
 ) -> tuple[dict[str, mx.array], dict[str, dict[str, Any]]]:
-    """The arrays that the launches read, but for rows and a call's own, and the launches.
-
-    Each row must be in one piece. ``dtype`` is the hidden state's.
-    """
+    """The arrays that the launches read, but for rows and a call's own, and the launches."""
     of_call = {
         "hidden": mx.zeros((1, clustered.hidden_size), dtype),
         "settings": mx.zeros((1, 3)),

@@ -43,11 +43,8 @@ def precision_label(rows: Matrix) -> str:
 
 
 def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target: Path) -> None:
-    """Writes a new checkpoint's card and puts the licence's files beside it.
-
-    An older checkpoint in ``target``, the folder's final place, leaves its licence files and the
-    text below the marker of its card.
-    """
+    """Writes a new checkpoint's card and puts the licence's files beside it. Those of an older one
+    in ``target``, the folder's final place, stay, and so does the text below its card's marker."""
     for file in [*licences.licence_files(target), *origin.files]:
         shutil.copy(file, folder)
     licences.write_notice(origin.licence, folder)
@@ -70,7 +67,6 @@ def publish(
             the user's own.
         private: Make a new repository private.
         license: The model's licence as the Hub calls it, for a card that does not name it.
-        say: Called with a sentence at each step.
 
     Raises:
         ValueError: If the folder may not be published, or the Hub refuses. The folder is kept.
