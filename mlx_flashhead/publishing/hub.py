@@ -3,7 +3,6 @@
 Errors of the Hub and its client become one sentence without the user's token.
 """
 
-import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,19 +93,12 @@ def upload(folder: Path, repo_id: str) -> None:
         "files again."
     )
     with _client(failed, failed, failed) as api:
-        stored: list[str] = []
-        try:
-            if not is_companion(folder):
-                stored = fnmatch.filter(api.list_repo_files(repo_id), WEIGHTS)
-        except HfHubHTTPError as error:
-            if _status(error) != 404:  # an empty repository
-                raise
         api.upload_folder(
             folder_path=folder,
             repo_id=repo_id,
             commit_message="Upload FlashHead",
-            ignore_patterns=NOT_UPLOADED,
-            delete_patterns=[name for name in stored if not (folder / name).exists()] or None,
+            ignore_patterns=list(NOT_UPLOADED),  # which the client changes
+            delete_patterns=None if is_companion(folder) else WEIGHTS,
         )
 
 
