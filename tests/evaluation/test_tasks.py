@@ -7,39 +7,34 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx_lm
 import pytest
+from lm_eval.api.instance import Instance
 
 from local_tasks import CHOICE, DOCUMENTS, GENERATE, GROUP, PERPLEXITY, TOKENS, write_tasks
 from mlx_flashhead import convert, generate, get_flash_head, load
 from mlx_flashhead.evaluation import lm_eval_tasks as tasks
-from mlx_flashhead.evaluation.lm_eval_tasks import (
-    DENSE,
-    FLASH_HEAD,
-    TaskMeasure,
-    evaluate_tasks,
-    find_tasks,
-)
+from mlx_flashhead.evaluation.lm_eval_tasks import DENSE, FLASH_HEAD, evaluate_tasks, find_tasks
 from model_folders import write_model
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """``(dense, converted)`` folders of a tiny model with few probes and no chat template."""
-    folder = tmp_path_factory.mktemp("models")
-    dense = write_model(folder / "dense", hidden_size=128, seed=4, chat_template=None)
-    convert(str(dense), str(folder / "converted"), n_probes=3, calibration="none", progress=False)
-    return dense, folder / "converted"
+def folder(tmp_path_factory):
+    """A tiny model without a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    return write_model(folder, hidden_size=128, seed=4, chat_template=None)
 
 
 @pytest.fixture(scope="module")
-def flash(folders):
-    """``(model, tokenizer)`` with a FlashHead."""
-    return load(str(folders[1]))
+def flash(folder):
+    """``(model, tokenizer)`` with a FlashHead of few probes."""
+    place = str(folder.with_name("converted"))
+    convert(str(folder), place, n_probes=3, calibration="none", progress=False)
+    return load(place)
 
 
 @pytest.fixture(scope="module")
-def dense(folders):
+def dense(folder):
     """``(model, tokenizer)`` before conversion."""
-    return mlx_lm.load(str(folders[0]))
+    return mlx_lm.load(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +78,10 @@ def perplexity_per_byte(totals):
     return math.exp(-sum(totals) / sum(len(document["text"]) for document in DOCUMENTS))
 
 
-def test_log_likelihoods_are_the_dense_model_s(flash, dense):
-    from lm_eval.api.instance import Instance
-
-    lm = tasks.TaskModel(*flash)
+@pytest.mark.parametrize("max_tokens", [None, 2])
+def test_log_likelihoods_are_the_dense_model_s(flash, dense, max_tokens):
+    """A limit of tokens does not cut the questions."""
+    lm = tasks.TaskModel(*flash, max_tokens=max_tokens)
     requests = [
         Instance("loglikelihood", {}, (document["question"], choice), 0)
         for document in DOCUMENTS
@@ -98,15 +93,6 @@ def test_log_likelihoods_are_the_dense_model_s(flash, dense):
         tokens = tokenizer.encode(question + choice)
         expected = log_probability(model, tokens, len(tokenizer.encode(question)))
         assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_limit_of_tokens_does_not_cut_the_questions(flash):
-    from lm_eval.api.instance import Instance
-
-    request = Instance("loglikelihood", {}, (DOCUMENTS[0]["question"], " old"), 0)
-    ((limited, _),) = tasks.TaskModel(*flash, max_tokens=2).loglikelihood([request])
-    ((free, _),) = tasks.TaskModel(*flash).loglikelihood([request])
-    assert limited == free and math.isfinite(free)
 
 
 def test_text_is_generated_with_the_check(flash, dense, task_folder, monkeypatch):
@@ -155,7 +141,7 @@ def test_groups_name_the_heads_of_their_tasks(flash, task_folder):
     assert (GROUP, f"{FLASH_HEAD} + {DENSE}", "acc") in found
 
 
-def test_chat_template(flash, folders, task_folder):
+def test_chat_template(flash):
     lm = tasks.TaskModel(*flash)
     assert not lm.use_chat_template
     model, tokenizer = flash
@@ -195,7 +181,7 @@ def test_a_batch_above_the_limit_of_positions_goes_through_flash_head(flash, tas
 
 
 def test_json_has_no_infinities():
-    measure = TaskMeasure(CHOICE, DENSE, "acc", "none", math.inf, math.nan, 0, 3)
+    measure = tasks.TaskMeasure(CHOICE, DENSE, "acc", "none", math.inf, math.nan, 0, 3)
     as_dict = measure.to_dict()
     assert json.loads(json.dumps(as_dict, allow_nan=False)) == as_dict
     assert as_dict["value"] is as_dict["stderr"] is None
