@@ -30,7 +30,7 @@ from .text import add_probes, bytes_share, check_probe_counts
 
 HELP = "compare whole answers"
 DESCRIPTION = "Compare whole greedy answers to 114 requests with the dense model's."
-BATCH_SIZE = 32
+BATCH_SIZE, MOST_TOKENS = 32, 100
 LEGEND = """\
 identical  greedy answers that are the dense model's to the end
 parting    tokens that the others share with it, the median
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     model, tokenizer = load(args.model, **look_up_options(args))
-    figures = evaluate_answers(model, tokenizer, probe_counts=args.probes)
+    figures = evaluate_answers(model, tokenizer, args.probes)
     show(make_table(figures))
     return figures
 
@@ -56,35 +56,24 @@ def usual_requests() -> list[str]:
 
 
 def evaluate_answers(
-    model: nn.Module,
-    tokenizer,
-    *,
-    probe_counts: Sequence[int] | None = None,
-    tokens: int = 100,
-    requests: Sequence[str] | None = None,
-    progress: bool = True,
+    model: nn.Module, tokenizer, probe_counts: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """Compares greedy answers of ``model``, which has a FlashHead, with those of its dense head.
 
-    Args:
-        probe_counts: Numbers of probes, 1 … C; default: half, once and twice the model's own.
-        tokens: Length at which an answer is cut.
-        requests: What is asked; default: :func:`usual_requests`.
-
     Returns:
-        What was asked, and for each number of probes the share of ``identical`` answers,
-        ``median_parting``, the tokens that the others share with the dense answer (None without
-        others), the ``agreement`` over all tokens, and the ``bytes_share``.
+        What was asked, and for each number of probes (default: half, once and twice the model's
+        own) the share of ``identical`` answers, ``median_parting``, the tokens that the others
+        share with the dense answer (None without others), the ``agreement`` over all tokens, and
+        the ``bytes_share``.
     """
     head = installed_head(model)
     if probe_counts is None:
         own = head.n_probes
         probe_counts = [max(1, own // 2), own, min(2 * own, head.n_clusters)]
     probe_counts = check_probe_counts(head, probe_counts)
-    requests = usual_requests() if requests is None else requests
-    prompts = [prompt_of(tokenizer, text) for text in requests]
+    prompts = [prompt_of(tokenizer, text) for text in usual_requests()]
     with head.dense():
-        answers = _greedy_answers(model, tokenizer, prompts, tokens, progress)
+        answers = _greedy_answers(model, tokenizer, prompts)
     needed = _probes_needed(model, head, prompts, answers)
     measures = []
     for n_probes in probe_counts:
@@ -101,7 +90,7 @@ def evaluate_answers(
     return {
         "requests": len(prompts),
         "chat_template": bool(tokenizer.has_chat_template),
-        "tokens": tokens,
+        "tokens": MOST_TOKENS,
         "positions": sum(map(len, answers)),
         "n_probes": head.n_probes,
         "n_clusters": head.n_clusters,
@@ -140,9 +129,7 @@ def prompt_of(tokenizer, text: str) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
-def _greedy_answers(
-    model: nn.Module, tokenizer, prompts: Sequence[list[int]], tokens: int, progress: bool
-) -> list[list[int]]:
+def _greedy_answers(model: nn.Module, tokenizer, prompts: Sequence[list[int]]) -> list[list[int]]:
     """Greedy answers. The token that ends an answer is part of it."""
     generator = BatchGenerator(
         model,
@@ -150,9 +137,9 @@ def _greedy_answers(
         completion_batch_size=BATCH_SIZE,
         prefill_batch_size=BATCH_SIZE,
     )
-    uids = generator.insert(list(prompts), [tokens] * len(prompts))
+    uids = generator.insert(list(prompts), [MOST_TOKENS] * len(prompts))
     answers: dict[int, list[int]] = {uid: [] for uid in uids}
-    bar = tqdm(total=len(prompts), desc="Answering", unit="answer", disable=not progress)
+    bar = tqdm(total=len(prompts), desc="Answering", unit="answer")
     left = len(prompts)
     with numpy_products(), bar:
         while left:

@@ -79,7 +79,6 @@ def evaluate(
     *,
     probe_counts: Sequence[int] | None = None,
     positions: int | None = None,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Measures ``model``, which has a FlashHead, on a text that calibration has not seen.
 
@@ -95,9 +94,7 @@ def evaluate(
     if probe_counts is None:
         probe_counts = [*(p for p in USUAL_PROBES if p <= head.n_clusters), head.n_probes]
     probe_counts = check_probe_counts(head, probe_counts)
-    states, next_ids = text_states(
-        model, tokenizer, find_head(model), text, positions=positions, progress=progress
-    )
+    states, next_ids = text_states(model, tokenizer, find_head(model), text, positions=positions)
     rows = head.clustered.token_rows()
     weight = as_float32(rows.dequantized())
     bias = 0.0 if rows.bias is None else as_float32(rows.bias)
@@ -109,7 +106,6 @@ def evaluate(
         np.array(head.clustered.centroids.tail_offset),
         probe_counts,
         next_ids,
-        progress=progress,
     )
     return {
         "positions": len(states),

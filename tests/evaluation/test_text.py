@@ -42,7 +42,7 @@ def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(
 
 
 def run(model, tokenizer, **kwargs):
-    return evaluate(model, tokenizer, TEXT, progress=False, **kwargs)
+    return evaluate(model, tokenizer, TEXT, **kwargs)
 
 
 def rows_by(evaluation):
