@@ -1,10 +1,7 @@
 """Makes the index of a model in short steps, between which the model is free for other work.
 
-Reading the text, clustering, fitting and measuring all advance step by step. Nothing is written, so
-a build that is dropped or killed leaves nothing behind.
-
-The recipe of a build at first use is ``IndexOptions(quick=True)``: a third of the positions
-(`options.py`), and a third of the passes (`clustering.py`). docs/how-it-works.md has what it costs.
+Nothing is written, so a build that is dropped or killed leaves nothing behind. A quick build, as at
+first use, has a third of the positions and of the passes. docs/how-it-works.md has what it costs.
 """
 
 import math
@@ -59,7 +56,7 @@ def model_index(
 
     Args:
         text: Text of the file to calibrate on, if the options name one.
-        step_seconds: Time that a step of the model may take, if a window of text takes no longer.
+        step_seconds: Time that a step of the model may take.
 
     Raises:
         ValueError: At a step, if the text is too short or an option does not fit the model.
@@ -91,16 +88,9 @@ def model_index(
         for array in module.values()
         if isinstance(array, mx.array)
     )
-    index = yield from build_index.steps(
-        location.rows(),
-        options,
-        states,
-        next_ids,
-        eos_token_ids=tokenizer.eos_token_ids,
-        calibration=calibration,
-        body_bytes=body_bytes,
-        recipe=recipe,
-    )
+    about = {"eos_token_ids": tokenizer.eos_token_ids, "calibration": calibration}
+    about |= {"body_bytes": body_bytes, "recipe": recipe}
+    index = yield from build_index.steps(location.rows(), options, states, next_ids, **about)
     return index
 
 

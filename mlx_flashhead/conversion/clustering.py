@@ -120,11 +120,7 @@ def _group_duplicates(
     points: np.ndarray, cluster_size: int, rng: np.random.Generator
 ) -> Counts[tuple[np.ndarray, np.ndarray]]:
     """Ids (G, cluster_size) of large sets of nearly identical rows, such as those of unused tokens,
-    and the ascending ids of all others.
-
-    Thousands of them would list the same few centroids, and the fill would list them again for
-    every few hundred that it places. A set that fits into one shortlist stays as it is.
-    """
+    which would crowd the same few shortlists; and the ascending ids of all others."""
     sample = rng.permutation(len(points))[:DUPLICATE_SAMPLE]
     smallest = LIST_LENGTH * cluster_size
     middle = points.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -263,11 +259,8 @@ def _place(
     free: np.ndarray,
     assigned: np.ndarray,
 ) -> None:
-    """Assigns the waiting points (R,) to clusters of their lists as long as one of these is open.
-
-    Each point proposes to its best open cluster, which accepts the points with most to lose.
-    ``free`` slots (C,) and ``assigned`` clusters (V,), -1 for none, change in place.
-    """
+    """Each waiting point (R,) proposes to its best open cluster, which accepts those with most to
+    lose, as long as one is open. ``free`` (C,) and ``assigned`` (V,), -1 for none, change."""
     while len(waiting):
         utilities = np.where(free[ids] > 0, utilities, -np.inf)
         rows = np.arange(len(waiting))

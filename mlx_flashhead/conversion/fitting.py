@@ -138,11 +138,8 @@ def _moments(
 def _quantize(
     centroids: np.ndarray, covariance: np.ndarray, group_size: int
 ) -> Steps[tuple[Matrix, np.ndarray]]:
-    """Rounds centroids (C, D) so that their products with states of this covariance change least.
-
-    The scale spans a group's range exactly, unlike mx.quantize's, which keeps zero representable.
-    Returns the matrix, and its values (C, D) in float64.
-    """
+    """Rounds centroids (C, D) so that their products with states of this covariance change least:
+    the matrix, and its values (C, D) in float64."""
     hidden_size = centroids.shape[1]
     group_size = affine_group(hidden_size, group_size) or 0
     if not group_size:
@@ -157,6 +154,7 @@ def _quantize(
     scales, offsets = np.empty((2, hidden_size // group_size, len(centroids)), np.float16)
     for number, start in enumerate(range(0, hidden_size, group_size)):
         group = slice(start, start + group_size)
+        # the scale spans the range exactly; mx.quantize's keeps zero representable
         low, high = left[group].min(axis=0), left[group].max(axis=0)
         scales[number], offsets[number] = (high - low) / LEVELS, low
         scale, offset = scales[number].astype(np.float32), offsets[number].astype(np.float32)

@@ -109,10 +109,8 @@ def _compare(
     probes: np.ndarray,
     truth: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All measures (P, 7, n) from dense logits (n, V) and scores (n, C) of the clusters.
-
-    Also the dense head's negative log-likelihoods (n,) of the true tokens.
-    """
+    """All measures (P, 7, n) from dense logits (n, V) and scores (n, C) of the clusters, and the
+    dense head's negative log-likelihoods (n,) of the true tokens."""
     (n_rows, vocab_size), n_clusters = logits.shape, len(token_ids)
     rows = np.arange(n_rows)
     flat = token_ids.reshape(-1).astype(np.int64)

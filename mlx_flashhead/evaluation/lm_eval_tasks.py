@@ -117,10 +117,7 @@ def evaluate_tasks(
 ) -> list[TaskMeasure]:
     """Measures ``model``, which has a FlashHead, by tasks that ``manager`` knows.
 
-    Args:
-        adapter: Further options of :class:`TaskModel`: max_tokens, sampler, use_chat_template,
-            chat_template_args.
-        **of_lm_eval: Options of lm_eval.simple_evaluate.
+    ``adapter`` has further options of :class:`TaskModel`; others are lm_eval.simple_evaluate's.
     """
     head = installed_head(model)
     lm = TaskModel(model, tokenizer, batch_size=batch_size, **adapter)

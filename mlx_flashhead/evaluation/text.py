@@ -82,13 +82,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures ``model``, which has a FlashHead, on a text that calibration has not seen.
 
-    Args:
-        probe_counts: Numbers of probes, 1 … C; default: the usual ones and the model's own.
-        positions: How many positions at most; default: all of the text's.
-
     Returns:
         Positions, the dense perplexity, the model's own probes and clusters, and for each number of
-        probes a row of `conversion.measures.Measures` with its share of bytes.
+        probes (default: the usual ones and the model's own) a row of `conversion.measures.Measures`
+        with its share of bytes.
     """
     head = installed_head(model)
     if probe_counts is None:

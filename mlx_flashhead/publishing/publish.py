@@ -62,11 +62,8 @@ def publish(
 ) -> str:
     """Uploads a checkpoint's folder, and returns the address of its repository.
 
-    Args:
-        repo: Its repository, with or without its owner; None: the conversion's name for it, under
-            the user's own.
-        private: Make a new repository private.
-        license: The model's licence as the Hub calls it, for a card that does not name it.
+    Without ``repo`` it has the conversion's name for it, under the user's own. ``license`` is for a
+    card that does not name it.
 
     Raises:
         ValueError: If the folder may not be published, or the Hub refuses. The folder is kept.
