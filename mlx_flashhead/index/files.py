@@ -18,13 +18,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..common.quantities import percent
 from ..head.centroids import Centroids
 from ..head.matrix import Matrix
 from .settings import AGAIN, FlashHeadConfig
-from .sketch import Sketch
+from .sketch import MAX_LENGTH_CHANGE, MIN_COSINE, Sketch
 
 FILE_NAME, SETTINGS_NAME = "flash_head.index", "flash_head.json"
 CONFIG_NAME, CONFIG_KEY = "config.json", "flash_head"
+REMEDY = "give the one made for this model, or leave it out and one is found or built"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,28 @@ class FlashHeadIndex:
     def hidden_size(self) -> int:
         """Width D of the rows."""
         return self.sketch.directions.shape[1]
+
+    def check_fit(self, rows: Matrix, source: str) -> str | None:
+        """Compares with the rows of a model: a sentence for near rows, a ValueError for others."""
+        n_rows, width = self.config.vocab_size, self.hidden_size
+        if (rows.n_rows, rows.hidden_size) != (n_rows, width):
+            raise ValueError(
+                f"The FlashHead in {source} is for {n_rows} tokens of width {width}, but the model "
+                f"has {rows.n_rows} of width {rows.hidden_size}: {REMEDY}."
+            )
+        if rows.fingerprint == self.config.fingerprint:
+            return None
+        cosine, length_change = self.sketch.likeness(rows)
+        figures = f"mean cosine {cosine:.3f}, lengths {percent(length_change, 1)} apart"
+        if cosine < MIN_COSINE or length_change > MAX_LENGTH_CHANGE:
+            raise ValueError(
+                f"The FlashHead in {source} belongs to other rows than this model's ({figures}): "
+                f"{REMEDY}."
+            )
+        return (
+            f"The FlashHead in {source} was made from another form of these rows ({figures}): used "
+            "as it is."
+        )
 
 
 def write_index(folder: Path, index: FlashHeadIndex) -> None:

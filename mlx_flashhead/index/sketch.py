@@ -15,7 +15,7 @@ import numpy as np
 
 from ..head.matrix import Matrix, as_float32
 
-MIN_COSINE, MAX_LENGTH_CHANGE = 0.94, 0.05
+MIN_COSINE, MAX_LENGTH_CHANGE = 0.94, 0.05  # of rows that an index of others serves
 
 
 class Likeness(NamedTuple):
@@ -23,11 +23,6 @@ class Likeness(NamedTuple):
 
     cosine: float  # mean, of a row with its counterpart
     length_change: float  # median, as a share of the row's length
-
-    @property
-    def near(self) -> bool:
-        """Whether an index of one serves the other."""
-        return self.cosine >= MIN_COSINE and self.length_change <= MAX_LENGTH_CHANGE
 
 
 @dataclass(frozen=True)

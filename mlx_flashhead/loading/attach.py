@@ -9,7 +9,6 @@ import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
 from ..head.proposal import Risk
-from ..index.fit import check_fit
 from ..models.compat.vlm.drafts import when_drafted
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install
@@ -157,7 +156,7 @@ def install_stored(
     """
     index = stored.index
     location = location or find_head(model)
-    near = check_fit(index, location.rows(), stored.source)
+    near = index.check_fit(location.rows(), stored.source)
     if near is not None:
         options.say(near)
     config, n_probes, checked_probes = index.config, options.n_probes, None
