@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import lm_eval
 import mlx.core as mx
@@ -26,26 +26,6 @@ from ..models.install import installed_head
 
 DENSE, FLASH_HEAD = "dense", "FlashHead"
 GENERATED, ROLLING = "generate_until", "loglikelihood_rolling"
-
-
-class TaskMeasure(NamedTuple):
-    """One metric of one task or group, by lm-eval's names, and the head that made it."""
-
-    task: str
-    head: str
-    metric: str
-    filter: str
-    value: float
-    stderr: float | None
-    n_shots: int | None
-    samples: int | None
-
-    def to_dict(self) -> dict:
-        """JSON-ready; a figure that is not finite becomes None."""
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in self._asdict().items()
-        }
 
 
 class TaskModel(Adapter):
@@ -114,10 +94,13 @@ def evaluate_tasks(
     batch_size: int = 8,
     adapter: Mapping[str, Any] = MappingProxyType({}),
     **of_lm_eval: Any,
-) -> list[TaskMeasure]:
+) -> list[dict]:
     """Measures ``model``, which has a FlashHead, by tasks that ``manager`` knows.
 
     ``adapter`` has further options of :class:`TaskModel`; others are lm_eval.simple_evaluate's.
+
+    Returns:
+        The metrics of the tasks and groups, by lm-eval's names, and the heads that made them.
     """
     head = installed_head(model)
     lm = TaskModel(model, tokenizer, batch_size=batch_size, **adapter)
@@ -153,14 +136,14 @@ def results_file(folder: str, model: str, names: Sequence[str], num_shots: int |
     return Path(folder) / "_".join(parts)
 
 
-def by_task(measures: Iterable[TaskMeasure]) -> dict[str, dict[str, float]]:
+def by_task(measures: Iterable[dict]) -> dict[str, dict[str, float]]:
     """The figures in the form of lm-eval's results; of two heads, the dense one's."""
     tasks: dict[str, dict[str, float]] = {}
-    for measure in measures:
-        figures = tasks.setdefault(measure.task, {})
-        figures.setdefault(f"{measure.metric},{measure.filter}", measure.value)
-        if measure.stderr is not None:
-            figures.setdefault(f"{measure.metric}_stderr,{measure.filter}", measure.stderr)
+    for one in measures:
+        figures = tasks.setdefault(one["task"], {})
+        figures.setdefault(f"{one['metric']},{one['filter']}", one["value"])
+        if one["stderr"] is not None:
+            figures.setdefault(f"{one['metric']}_stderr,{one['filter']}", one["stderr"])
     return tasks
 
 
@@ -177,20 +160,25 @@ def _head_of(name: str, results: dict) -> str:
     return " + ".join(sorted({_head_of(part, results) for part in parts})) or DENSE
 
 
-def _measures(results: dict, head: str | None = None) -> Iterable[TaskMeasure]:
+def _measures(results: dict, head: str | None = None) -> Iterable[dict]:
     for name, values in results["results"].items():
         for key, value in values.items():
             metric, _, filter_name = key.partition(",")
             if not filter_name or metric.endswith("_stderr") or isinstance(value, str):
                 continue
-            stderr = values.get(f"{metric}_stderr,{filter_name}")
-            yield TaskMeasure(
-                task=name,
-                head=head or _head_of(name, results),
-                metric=metric,
-                filter=filter_name,
-                value=float(value),
-                stderr=stderr if isinstance(stderr, float) else None,
-                n_shots=results.get("n-shot", {}).get(name),
-                samples=results.get("n-samples", {}).get(name, {}).get("effective"),
-            )
+            yield {
+                "task": name,
+                "head": head or _head_of(name, results),
+                "metric": metric,
+                "filter": filter_name,
+                "value": _finite(value),
+                "stderr": _finite(values.get(f"{metric}_stderr,{filter_name}")),
+                "n_shots": results.get("n-shot", {}).get(name),
+                "samples": results.get("n-samples", {}).get(name, {}).get("effective"),
+            }
+
+
+def _finite(value: Any) -> float | None:
+    """A figure in JSON; lm-eval has words for some."""
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if is_number else None
