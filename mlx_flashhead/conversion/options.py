@@ -119,11 +119,9 @@ class ConvertOptions(IndexOptions):
         if self.quantize and self.quant_predicate is None:
             # mlx-lm would leave weights as they are
             forms = [form for form in FORMATS if form.mode == self.q_mode]
+            bits = {form.bits for form in forms}
             groups = {size for form in forms for size in form.group_sizes}
-            for name, choices in (
-                ("q_bits", {form.bits for form in forms}),
-                ("q_group_size", groups),
-            ):
+            for name, choices in (("q_bits", bits), ("q_group_size", groups)):
                 if getattr(self, name) is not None:
                     check(name, getattr(self, name), one_of(*sorted(choices)))
         if self.quantize and self.dequantize:

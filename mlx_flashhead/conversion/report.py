@@ -47,20 +47,18 @@ def report_lines(config: FlashHeadConfig) -> list[str]:
         return [f"{config.n_probes:,} {scored}, not calibrated"]
     checked, positions = config.lossless["n_probes"], config.report["positions"]
     differing = {row["n_probes"]: row for row in config.lossless["by_probes"]}
-    lines = [
-        f"{'probes':>8} {'bytes':>7}  {'differs: greedy':>15} {'sampled':>8} {'KL':>7} "
-        f"{'perplexity':>10}"
-    ]
+    lines = ["  probes   bytes  differs: greedy  sampled      KL perplexity"]
     for row in config.report["by_probes"]:
         n_probes = row["n_probes"]
         mark = "→" * (n_probes == config.n_probes) + "✓" * (n_probes == checked)
         differs = differing[n_probes]
-        ratio, kl = row["perplexity_ratio"], row["kl"]
+        kl, ratio = (
+            "–" if row[key] is None else f"{row[key]:.3f}" for key in ("kl", "perplexity_ratio")
+        )
         lines.append(
             f"{mark:2}{n_probes:>6,} {percent(row['bytes_share'], 1):>7}  "
             f"{percent(differs['greedy_differs']):>15} {percent(differs['sampled_differs']):>8} "
-            f"{'–' if kl is None else format(kl, '.3f'):>7} "
-            f"{'–' if ratio is None else format(ratio, '.3f'):>10}"
+            f"{kl:>7} {ratio:>10}"
         )
     lines += [
         f"On {positions:,} held-out positions: how often the proposed token is not the dense",

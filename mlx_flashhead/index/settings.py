@@ -17,13 +17,6 @@ class FlashHeadConfig:
     """Settings of a FlashHead.
 
     Attributes:
-        vocab_size: Tokens V of the model.
-        n_clusters: Number of clusters C.
-        cluster_size: Tokens per cluster n.
-        n_probes: Clusters that the bare head scores per position, 1 … C.
-        eos_token_ids: Tokens whose clusters are always among the probes.
-        centroid_bits: Bits per centroid weight (4), or 16/32 for unquantized centroids.
-        centroid_group_size: Quantization group of the centroids, 0 when unquantized.
         calibration: The hidden states that it was fitted on: ``source``, ``positions``, ``seed``;
             ``quick`` if less was read on purpose, ``cut_short`` if the time limit came first.
         report: Measured on held-out calibration positions: ``positions``, ``agreement``,
@@ -33,19 +26,17 @@ class FlashHeadConfig:
         lossless: For decoding with a check: ``n_probes``, the number that reads the fewest bytes;
             ``risk`` that a proposal differs (`conversion/differences.py`); ``by_probes`` with the
             shares ``greedy_differs`` and ``sampled_differs``. Empty without calibration.
-        recipe: How the checkpoint was made: `recipe.py`.
-        fingerprint: SHA-256 over 64 evenly spaced rows as stored.
-        version: Version of the file format.
+        recipe: How the checkpoint was made: `conversion/recipe.py`.
     """
 
     vocab_size: int
     n_clusters: int
     cluster_size: int
-    n_probes: int
-    fingerprint: str
-    eos_token_ids: tuple[int, ...] = ()
-    centroid_bits: int = 4
-    centroid_group_size: int = 64
+    n_probes: int  # clusters that the bare head scores per position, 1 … C
+    fingerprint: str  # SHA-256 over 64 evenly spaced rows as stored
+    eos_token_ids: tuple[int, ...] = ()  # whose clusters are always among the probes
+    centroid_bits: int = 4  # 16 or 32: floats
+    centroid_group_size: int = 64  # 0: floats
     calibration: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     lossless: dict[str, Any] = field(default_factory=dict)
@@ -59,17 +50,13 @@ class FlashHeadConfig:
 
     @property
     def draft_probes(self) -> int:
-        """Clusters for a draft: the fewest that keep 99 % of the dense head's best tokens.
-
-        At most one of 32. Without figures ``n_probes``.
-        """
+        """Clusters for a draft: the fewest that keep 99 % of the dense head's best tokens, at most
+        one of 32. Without figures ``n_probes``."""
         by_probes = self.lossless.get("by_probes", ())
         if not by_probes:
             return self.n_probes
         enough = [
-            int(figures["n_probes"])
-            for figures in by_probes
-            if figures["greedy_differs"] <= DRAFT_DIFFERENCES
+            int(row["n_probes"]) for row in by_probes if row["greedy_differs"] <= DRAFT_DIFFERENCES
         ]
         return min(*enough, max(1, int(self.n_clusters * DRAFT_SHARE)), self.n_probes)
 
