@@ -82,11 +82,6 @@ def test_evaluate_refuses_arguments(refused, converted, text, arguments, said):
     assert said in refused("evaluate", "text", "--model", converted, "--text", text, *arguments)
 
 
-def test_evaluate_needs_to_know_what(refused, converted):
-    assert "COMMAND" in refused("evaluate")
-    assert "--text is needed" in refused("evaluate", "text", "--model", converted)
-
-
 @pytest.mark.parametrize(
     "content, said",
     [(b"", "is empty"), (b"\xff\xfe", "not UTF-8"), (b"a", "too short"), (None, "cannot be read")],

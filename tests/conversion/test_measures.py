@@ -15,15 +15,13 @@ SHAPES = [(64, 8), (40, 1), (30, 30), (203, 8), (37, 16), (101, 3)]
 class Case:
     """A random head, its clusters, states and next tokens; more states than one chunk."""
 
-    def __init__(
-        self, vocab_size=203, cluster_size=8, *, bias=False, n_states=150, scale=1, seed=0
-    ):
-        rng = np.random.default_rng(seed)
+    def __init__(self, vocab_size=203, cluster_size=8, *, bias=False):
+        rng = np.random.default_rng(0)
         self.rows = random_rows(rng, vocab_size, 32, bias=bias)
         self.token_ids = random_clusters(rng, vocab_size, cluster_size)
         self.n_clusters = len(self.token_ids)
         self.centroids = fitted(self.rows, self.token_ids)
-        self.states = rng.normal(scale=scale, size=(n_states, 32)).astype(np.float32)
+        self.states = rng.normal(size=(150, 32)).astype(np.float32)
         self.logits = self.logits_of(self.states).astype(np.float64)
         self.next_ids = (self.logits + rng.gumbel(size=self.logits.shape)).argmax(axis=1)
         self.tail_offset = np.array(self.centroids.tail_offset)
