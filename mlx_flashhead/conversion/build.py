@@ -20,12 +20,11 @@ from ..index.sketch import Sketch
 from ..models.locate import HeadLocation
 from .calibration import given_states, text_states
 from .clustering import PASSES, QUICK_PASSES, cluster_rows
-from .differences import StepBytes, lossless_settings
 from .fitting import fit_centroids
 from .measures import measure_positions
 from .metric import logit_metric
 from .options import GIVEN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
-from .probes import MOST_BYTES, choose_probes, probe_grid
+from .probes import MOST_BYTES, StepBytes, choose_probes, lossless_settings, probe_grid
 from .report import make_report
 from .steps import Steps, stepwise
 

@@ -4,8 +4,8 @@ import numpy as np
 
 from ..common.quantities import percent
 from ..index.settings import FlashHeadConfig
-from .differences import StepBytes
 from .measures import PositionMeasures
+from .probes import StepBytes
 
 
 def make_report(

@@ -24,7 +24,7 @@ class FlashHeadConfig:
             ``dense_bytes``, ``by_probes`` with the same at several numbers of probes, and
             ``choice``, a sentence on ``n_probes``.
         lossless: For decoding with a check: ``n_probes``, the number that reads the fewest bytes;
-            ``risk`` that a proposal differs (`conversion/differences.py`); ``by_probes`` with the
+            ``risk`` that a proposal differs (`conversion/probes.py`); ``by_probes`` with the
             shares ``greedy_differs`` and ``sampled_differs``. Empty without calibration.
         recipe: How the checkpoint was made: `conversion/recipe.py`.
     """

@@ -1,4 +1,4 @@
-"""How many probes: the fewest that reach the goals with confidence."""
+"""How many probes: the fewest that reach the goals with confidence, and those of fewest bytes."""
 
 from itertools import pairwise
 
@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.conversion import probes
-from mlx_flashhead.conversion.differences import StepBytes
-from mlx_flashhead.conversion.measures import AGREEMENT, KL, PositionMeasures
-from mlx_flashhead.conversion.probes import choose_probes, lower_bound, probe_grid
+from mlx_flashhead.conversion.measures import AGREEMENT, GAP, KL, MASS, TAIL, PositionMeasures
+from mlx_flashhead.conversion.probes import (
+    StepBytes,
+    choose_probes,
+    fit_greedy_risk,
+    lossless_settings,
+    lower_bound,
+    probe_grid,
+)
 
 GRID = [8, 16, 32, 64]
+NBYTES = StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
 
 
 def choose(agreement_goal, kl_goal, *, agree=(1, 1, 1, 1), kl=(0, 0, 0, 0), n_positions=1000):
@@ -72,3 +79,74 @@ def test_grid():
     assert grid[-2] < 3072 <= grid[-1]
     assert probe_grid(13, 100) == [8, 13]
     assert probe_grid(3, 1) == [3]
+
+
+def settings(greedy, sampled, nbytes=NBYTES, n_probes=None, n_positions=1000):
+    """Of measures in which these shares of the proposals differ, by number of probes."""
+    rng = np.random.default_rng(0)
+    values = np.zeros((len(greedy), 7, n_positions), np.float32)
+    for of_probes, of_greedy, of_sampled in zip(values, greedy, sampled, strict=True):
+        of_probes[AGREEMENT] = np.arange(n_positions) >= of_greedy * n_positions
+        of_probes[MASS] = 1 - of_sampled
+        of_probes[GAP] = rng.exponential(3, n_positions)
+        of_probes[TAIL] = np.log(of_sampled / 2)
+    counts = [10 * 2**i for i in range(len(greedy))]
+    found = PositionMeasures(counts, values, np.zeros(n_positions))
+    return lossless_settings(found, nbytes, n_probes)
+
+
+def test_a_check_costs_the_dense_rows_and_a_difference_the_steps_after_it():
+    # never a difference: 32 positions a check
+    assert NBYTES.checked(100, 0.0) == pytest.approx(650 + 1000 / 32)
+    k = np.sqrt(2 * 1000 / (0.05 * 650))
+    by_hand = 650 * (1 + 0.05 * (k + 1) / 2) + 1000 / k
+    assert NBYTES.checked(100, 0.05) == pytest.approx(by_hand)
+    for other in (k / 2, 2 * k):
+        assert by_hand < 650 * (1 + 0.05 * (other + 1) / 2) + 1000 / other
+    # always one: a check a token
+    assert NBYTES.checked(100, 1.0) >= 650 + 1000
+
+
+def test_probes_are_those_of_the_fewest_bytes():
+    greedy, sampled = [0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003]
+    found = settings(greedy, sampled)
+    by_hand = [
+        NBYTES.checked(10 * 2**i, (g + s) / 2)
+        for i, (g, s) in enumerate(zip(greedy, sampled, strict=True))
+    ]
+    assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
+    # a step that reads much more beside the rows pays for more of them
+    heavy = StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
+    assert settings(greedy, sampled, heavy)["n_probes"] > found["n_probes"]
+    assert settings(greedy, sampled, n_probes=20)["n_probes"] == 20
+    assert [row["greedy_differs"] for row in found["by_probes"]] == pytest.approx(greedy)
+    assert [row["sampled_differs"] for row in found["by_probes"]] == pytest.approx(
+        sampled, abs=1e-6
+    )
+
+
+def test_the_scale_makes_the_estimated_tails_right():
+    assert settings([0.1, 0.02], [0.2, 0.04])["risk"]["sampled"] == pytest.approx(2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("offset", "slope"), [(0.0, 1.0), (-1.0, 0.6), (0.5, 1.6)])
+def test_the_risk_of_a_greedy_proposal_is_the_one_that_differences_came_from(offset, slope):
+    rng = np.random.default_rng(1)
+    gaps = rng.uniform(-1, 12, 40_000)
+    differs = rng.random(len(gaps)) < np.minimum(1, np.exp(offset - slope * gaps))
+    found = fit_greedy_risk(gaps, differs)
+    assert found == pytest.approx((offset, slope), abs=0.15)
+
+
+@pytest.mark.parametrize("n_different", [0, 1, 3])
+def test_few_differences_leave_the_slope_near_that_of_a_perfect_estimate(n_different):
+    gaps = np.random.default_rng(2).uniform(1, 15, 1000)
+    differs = np.arange(1000) < n_different
+    offset, slope = fit_greedy_risk(np.sort(gaps), differs)
+    assert 0.5 < slope < 2.5
+    risks = np.minimum(1, np.exp(offset - slope * gaps))
+    assert risks.sum() == pytest.approx(n_different + 0.5, abs=0.01)
+
+
+def test_without_an_unscored_cluster_the_risk_is_the_usual_one():
+    assert fit_greedy_risk(np.empty(0), np.empty(0, bool)) == (0.0, 1.0)
