@@ -13,8 +13,6 @@ that all clusters share. The states enter only through sums over them, so neithe
 logits nor the (N, C) targets are ever held whole.
 """
 
-from typing import NamedTuple
-
 import mlx.core as mx
 import numpy as np
 
@@ -75,16 +73,15 @@ def fit_centroids(
         tail_offset = np.zeros(len(means))
     else:
         moments = yield from _moments(rows, means, token_ids, states, head_bias)
+        state_mean, of_states, mean, variance, cross = moments
         # max: equal states have no variance, and the means are kept
-        penalty = RIDGE * max(np.trace(moments.covariance) / hidden_size, 1e-12)
-        penalised = moments.covariance + penalty * np.eye(hidden_size)
-        centroids = means + np.linalg.solve(penalised, moments.cross.T).T
-        matrix, rounded = yield from _quantize(centroids, moments.covariance, group_size)
+        penalty = RIDGE * max(np.trace(of_states) / hidden_size, 1e-12)
+        penalised = of_states + penalty * np.eye(hidden_size)
+        centroids = means + np.linalg.solve(penalised, cross.T).T
+        matrix, rounded = yield from _quantize(centroids, of_states, group_size)
         change = rounded - means
-        variance = moments.variance + np.sum(
-            (change @ moments.covariance - 2 * moments.cross) * change, axis=1
-        )
-        bias = moments.mean - change @ moments.state_mean + np.maximum(variance, 0) / 2
+        variance = variance + np.sum((change @ of_states - 2 * cross) * change, axis=1)
+        bias = mean - change @ state_mean + np.maximum(variance, 0) / 2
         tail_offset = -np.log((token_ids < vocab_size).sum(axis=1))
     return Centroids(
         matrix,
@@ -93,23 +90,15 @@ def fit_centroids(
     )
 
 
-class _Moments(NamedTuple):
-    """Moments over the states h of the residuals r_c = logsumexp_c - h · mean_c, in float64."""
-
-    state_mean: np.ndarray  # (D,)
-    covariance: np.ndarray  # (D, D) of the states
-    mean: np.ndarray  # (C,) of the residuals
-    variance: np.ndarray  # (C,)
-    cross: np.ndarray  # (C, D) covariance of residuals and states
-
-
 def _moments(
     rows: np.ndarray,
     means: np.ndarray,
     token_ids: np.ndarray,
     states: np.ndarray,
     head_bias: np.ndarray,
-) -> Steps[_Moments]:
+) -> Steps[tuple[np.ndarray, ...]]:
+    """Moments over the states h of the residuals r_c = logsumexp_c - h · mean_c, in float64: mean
+    (D,) and covariance (D, D) of h, mean and variance (C,) of r, covariance (C, D) of both."""
     (n_states, hidden_size), n_clusters = states.shape, len(token_ids)
     state_mean, state_covariance = covariance(states)
     blocks = [states[i : i + BLOCK_STATES] for i in range(0, n_states, BLOCK_STATES)]
@@ -132,7 +121,7 @@ def _moments(
             yield Step("Fitting", min(start + BLOCK_CLUSTERS, n_clusters), n_clusters, "cluster")
     mean = total / n_states
     variance = squares / n_states - np.square(mean)
-    return _Moments(state_mean, state_covariance, mean, variance, cross / n_states)
+    return state_mean, state_covariance, mean, variance, cross / n_states
 
 
 def _quantize(

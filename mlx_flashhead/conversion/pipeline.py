@@ -118,12 +118,11 @@ def convert(
         OSError: If the checkpoint cannot be written. Nothing is left behind.
     """
     options = {name: value for name, value in locals().items() if name != "progress"}
-    return _convert(ConvertOptions(**options), print if progress else None)
+    return _convert(ConvertOptions(**options), progress)
 
 
-def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> FlashHeadConfig:
-    progress = say is not None
-    say = say or (lambda _: None)
+def _convert(options: ConvertOptions, progress: bool) -> FlashHeadConfig:
+    say: Callable[[str], None] = print if progress else lambda _: None
     text = read_text(options.calibration) if options.source == "file" else None
     target = Path(options.mlx_path).expanduser()
     check_place(target, options.overwrite)
@@ -200,7 +199,13 @@ def _load(
         return model, tokenizer, config
     dtype = options.dtype or _named_dtype(source, config)
     if dtype is not None:
-        _cast(model, getattr(mx, dtype))
+        may_cast = getattr(model, "cast_predicate", lambda _: True)
+
+        def cast(name: str, array: mx.array) -> mx.array:
+            floating = mx.issubdtype(array.dtype, mx.floating)
+            return array.astype(getattr(mx, dtype)) if floating and may_cast(name) else array
+
+        model.update(tree_map_with_path(cast, model.parameters()))
     if options.dequantize:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
@@ -220,13 +225,3 @@ def _named_dtype(source: Path, config: dict) -> str | None:
     text_config = config.get("text_config") or {}
     name = config.get("torch_dtype") or text_config.get("dtype")
     return name if name in MODEL_CONVERSION_DTYPES else None
-
-
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    may_cast = getattr(model, "cast_predicate", lambda _: True)
-
-    def cast(name, array):
-        floating = mx.issubdtype(array.dtype, mx.floating)
-        return array.astype(dtype) if floating and may_cast(name) else array
-
-    model.update(tree_map_with_path(cast, model.parameters()))

@@ -62,11 +62,15 @@ def set_bits(
                     f"The head's width {width} is not a multiple of a quantization group "
                     f"({head_group or '64 or 32'}): leave `head_bits` out."
                 )
-    of_body = _body_predicate(model, options)
+    of_body: Any = options.quant_predicate or getattr(model, "quant_predicate", None)
+    if isinstance(of_body, str):
+        if options.q_mode != AFFINE:
+            raise ValueError("Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.")
+        of_body = mixed_quant_predicate_builder(of_body, model, group_size or 64)
 
     def predicate(path: str, module: nn.Module) -> Any:
         if path != head_path or head_bits is None:
-            return of_body(path, module)
+            return quantizes and (of_body is None or of_body(path, module))
         return head_bits < 16 and {"group_size": head_group, "bits": head_bits, "mode": AFFINE}
 
     with redirect_stdout(StringIO()):  # mlx-lm prints a line of its own
@@ -88,14 +92,3 @@ def set_bits(
 
 def _bits_of(module: Any) -> int:
     return module.bits if "scales" in module else 16
-
-
-def _body_predicate(model: nn.Module, options: ConvertOptions) -> Any:
-    if not options.quantize:
-        return lambda path, module: False
-    recipe = options.quant_predicate
-    if not isinstance(recipe, str):
-        return recipe or getattr(model, "quant_predicate", None) or (lambda path, module: True)
-    if options.q_mode != AFFINE:
-        raise ValueError("Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.")
-    return mixed_quant_predicate_builder(recipe, model, options.q_group_size or 64)

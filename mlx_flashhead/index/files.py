@@ -10,8 +10,7 @@ without ``model.safetensors.index.json``, load every ``*.safetensors`` and refus
 
 import hashlib
 import json
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -177,33 +176,28 @@ def _checksum(arrays: dict[str, mx.array]) -> str:
 
 
 def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
+    names, form = ["weight"], {}
+    if config.centroid_group_size > 0:
+        names += ["scales", "biases"]
+        form = {"group_size": config.centroid_group_size, "bits": config.centroid_bits}
     try:
         token_ids = arrays["token_ids"]
-        matrix = Matrix(arrays["centroids.weight"])
-        if config.centroid_group_size > 0:
-            matrix = replace(
-                matrix,
-                scales=arrays["centroids.scales"],
-                biases=arrays["centroids.biases"],
-                group_size=config.centroid_group_size,
-                bits=config.centroid_bits,
-            )
+        stored: dict[str, Any] = {name: arrays[f"centroids.{name}"] for name in names}
+        matrix = Matrix(**stored | form)
         centroids = Centroids(matrix, arrays["centroid_bias"], arrays["tail_offset"])
         sketch = Sketch(arrays["sketch.directions"], arrays["sketch.lengths"])
     except KeyError:
         return None
     if not all(mx.isfinite(array).all() for array in arrays.values()):
         return None
-    groups = matrix.weight if matrix.scales is None else matrix.scales
-    hidden_size = math.prod(groups.shape[1:]) * max(config.centroid_group_size, 1)
-    n_slots = config.n_clusters * config.cluster_size
+    hidden_size = sketch.directions.shape[1] if sketch.directions.ndim == 2 else 0
     fits = (
         token_ids.shape == (config.n_clusters, config.cluster_size)
         and token_ids.dtype == mx.uint32
         and centroids.fits(config.n_clusters, hidden_size)
         and sketch.fits(hidden_size)
         and 1 <= config.n_probes <= config.n_clusters
-        and 0 < config.vocab_size <= n_slots
+        and 0 < config.vocab_size <= token_ids.size
     )
     return FlashHeadIndex(config, np.array(token_ids), centroids, sketch) if fits else None
 
