@@ -21,6 +21,7 @@ from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import raw_means
 from mlx_flashhead.conversion.measures import measure_positions
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.evaluation.text import evaluate
 from mlx_flashhead.models.locate import find_head
 
@@ -66,7 +67,7 @@ def evaluation(loaded):
 @pytest.fixture(scope="module")
 def states(loaded):
     """Some 200 hidden states."""
-    return text_states(*loaded, find_head(loaded[0]), some_of_all(200), progress=False)[0]
+    return take_all(text_states(*loaded, find_head(loaded[0]), some_of_all(200)))[0]
 
 
 def test_conversion_reaches_the_goals_within_a_quarter_of_the_bytes(converted):
@@ -133,15 +134,17 @@ def test_measures_are_those_of_the_head(loaded, states):
         np.array(centroids.matrix.dequantized(mx.float32)),
         np.array(head.clustered.route_bias),
     )
-    (measured,) = measure_positions(
-        hidden,
-        lambda h: np.array(head.dense_logits(mx.array(h))),
-        np.array(head.clustered.token_ids),
-        lambda h: h @ matrix.T + bias,
-        np.array(centroids.tail_offset),
-        [head.n_probes],
-        np.zeros(len(hidden), int),  # they do not matter here
-        progress=False,
+    (measured,) = take_all(
+        measure_positions(
+            hidden,
+            lambda h: np.array(head.dense_logits(mx.array(h))),
+            np.array(head.clustered.token_ids),
+            lambda h: h @ matrix.T + bias,
+            np.array(centroids.tail_offset),
+            [head.n_probes],
+            np.zeros(len(hidden), int),  # they do not matter here
+            progress=False,
+        )
     ).means()
     assert measured.agreement == pytest.approx(np.mean(tokens == logits.argmax(axis=1)), abs=0.004)
 
@@ -153,17 +156,19 @@ def test_clusters_by_direction_are_good_without_calibration(loaded, states):
     """
     hidden = states
     weight = np.array(get_flash_head(loaded[0]).clustered.token_rows().weight)
-    token_ids = cluster_rows(weight, progress=False)
+    token_ids = take_all(cluster_rows(weight))
     means = raw_means(weight, token_ids)
-    few, many = measure_positions(
-        hidden,
-        lambda h: h @ weight.T,
-        token_ids,
-        lambda h: h @ means.T,
-        np.zeros(len(means), np.float32),
-        [96, 256],
-        np.zeros(len(hidden), int),  # they do not matter here
-        progress=False,
+    few, many = take_all(
+        measure_positions(
+            hidden,
+            lambda h: h @ weight.T,
+            token_ids,
+            lambda h: h @ means.T,
+            np.zeros(len(means), np.float32),
+            [96, 256],
+            np.zeros(len(hidden), int),  # they do not matter here
+            progress=False,
+        )
     ).means()
     assert few.agreement >= 0.90
     assert many.agreement >= 0.94

@@ -26,7 +26,7 @@ from .metric import logit_metric
 from .options import GIVEN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 from .probes import MOST_BYTES, StepBytes, choose_probes, lossless_settings, probe_grid
 from .report import make_report
-from .steps import Steps, stepwise
+from .steps import Steps
 
 STEP_SECONDS = 0.1  # of the device, where a window of text takes no longer
 HELD_OUT_SHARE = 1 / 4  # of the positions
@@ -38,7 +38,6 @@ CLUSTER_PASSES, POSITION_PASSES = 0.5, 6
 SPEED_SAMPLE = 1024  # rows and columns of the product that measures the machine's speed
 
 
-@stepwise
 def model_index(
     model: nn.Module,
     tokenizer: Any,
@@ -64,16 +63,16 @@ def model_index(
     calibration: dict[str, Any] = {"source": options.source}
     if options.quick:
         calibration["quick"] = True
-    limits = {"positions": options.positions, "step_seconds": step_seconds}
+    limits: dict[str, Any] = {"positions": options.positions, "step_seconds": step_seconds}
     if text is not None:
-        states, next_ids = yield from text_states.steps(model, tokenizer, location, text, **limits)
+        states, next_ids = yield from text_states(model, tokenizer, location, text, **limits)
         if len(states) < MIN_POSITIONS:
             raise ValueError(
                 f"{options.calibration} has only {len(states)} positions to calibrate on: give a "
                 "text of some pages."
             )
     elif options.source == GIVEN:
-        states, next_ids, cut_short = yield from given_states.steps(
+        states, next_ids, cut_short = yield from given_states(
             model, tokenizer, location, seconds=options.calibration_seconds, **limits
         )
         if cut_short:
@@ -89,11 +88,10 @@ def model_index(
     )
     about = {"eos_token_ids": tokenizer.eos_token_ids, "calibration": calibration}
     about |= {"body_bytes": body_bytes, "recipe": recipe}
-    index = yield from build_index.steps(location.rows(), options, states, next_ids, **about)
+    index = yield from build_index(location.rows(), options, states, next_ids, **about)
     return index
 
 
-@stepwise
 def build_index(
     rows: Matrix,
     options: IndexOptions,
@@ -134,7 +132,7 @@ def build_index(
         metric = logit_metric(fitted_on)
     weight = as_float32(rows.dequantized())
     head_bias = None if rows.bias is None else as_float32(rows.bias)
-    token_ids = yield from cluster_rows.steps(
+    token_ids = yield from cluster_rows(
         weight,
         options.cluster_size,
         seed=options.seed,
@@ -142,7 +140,7 @@ def build_index(
         passes=QUICK_PASSES if options.quick else PASSES,
     )
     n_clusters, n_probes = len(token_ids), options.n_probes
-    centroids = yield from fit_centroids.steps(weight, token_ids, fitted_on, head_bias=head_bias)
+    centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=head_bias)
     report: dict[str, Any] = {}
     lossless: dict[str, Any] = {}
     if states is None or next_ids is None:
@@ -157,7 +155,7 @@ def build_index(
         largest = int((MOST_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
         asked = () if n_probes is None else (n_probes,)
         matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
-        found = yield from measure_positions.steps(
+        found = yield from measure_positions(
             states[n_fitted:],
             lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
             token_ids,

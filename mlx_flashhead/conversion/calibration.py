@@ -15,7 +15,7 @@ from ..models.cpu_products import numpy_products
 from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden
 from .given_text import CONTEXT, beginning_of_text, given_windows, windows_of
-from .steps import Step, Steps, stepwise
+from .steps import Step, Steps
 
 WINDOW_TOKENS = 512  # of one text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
@@ -24,7 +24,6 @@ WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so
 LEAST_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
 
 
-@stepwise
 def text_states(
     model: nn.Module,
     tokenizer: Any,
@@ -53,12 +52,11 @@ def text_states(
     first, *others = windows_of(token_ids, WINDOW_TOKENS)
     beginning = beginning_of_text(tokenizer)  # the first window has it already
     windows = [first, *(beginning + window for window in others)]
-    read = yield from read_windows.steps(model, location, windows, step_seconds=step_seconds)
+    read = yield from read_windows(model, location, windows, step_seconds=step_seconds)
     states = [read[0], *(of_window[len(beginning) :] for of_window in read[1:])]
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 
 
-@stepwise
 def given_states(
     model: nn.Module,
     tokenizer: Any,
@@ -74,7 +72,7 @@ def given_states(
     """
     beginning = beginning_of_text(tokenizer)
     windows = given_windows(tokenizer, positions)
-    read = yield from read_windows.steps(
+    read = yield from read_windows(
         model,
         location,
         [beginning + window for window in windows],
@@ -88,7 +86,6 @@ def given_states(
     return np.concatenate(states), np.array(next_ids, dtype=np.int64), len(done) < len(windows)
 
 
-@stepwise
 def read_windows(
     model: nn.Module,
     location: HeadLocation,

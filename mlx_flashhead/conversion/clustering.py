@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..head.matrix import as_float32
-from .steps import Result, Step, Steps, stepwise
+from .steps import Result, Step, Steps
 
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # at least, where there are so many; a shortlist holds one centroid of each at most
@@ -31,7 +31,6 @@ ROUNDING = 1e-5  # of a squared distance, relative to the squared norm
 Counts = Generator[int, None, Result]  # yields the rows that a part of the work has done
 
 
-@stepwise
 def cluster_rows(
     rows: np.ndarray | mx.array,
     cluster_size: int = 16,

@@ -20,7 +20,7 @@ from ..head.centroids import Centroids
 from ..head.formats import USUAL_GROUP, affine_group
 from ..head.matrix import Matrix, as_float32
 from .metric import BLOCK_STATES, covariance
-from .steps import Step, Steps, stepwise
+from .steps import Step, Steps
 
 BLOCK_CLUSTERS = 64  # at once, which bounds memory
 RIDGE = 0.03  # penalty, relative to the states' mean variance per dimension
@@ -39,7 +39,6 @@ def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
     return sums / real.sum(axis=1, keepdims=True, dtype=np.float32)
 
 
-@stepwise
 def fit_centroids(
     rows: np.ndarray | mx.array,
     token_ids: np.ndarray,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..head.portable import MARGIN_SHARE
-from .steps import Step, Steps, stepwise
+from .steps import Step, Steps
 
 CHUNK_STATES, CHUNK_LOGITS = 32, 1 << 22  # at once, which bounds memory and the time of a step
 LEAST_LOGIT = np.float32(-1e30)
@@ -68,7 +68,6 @@ def _exp(value: float) -> float:
         return float(np.exp(value))
 
 
-@stepwise
 def measure_positions(
     states: np.ndarray,
     logits_of: Products,

@@ -32,6 +32,7 @@ from .place import FILES_KEY, check_apart, check_place, check_room, files_of
 from .quantization import body_label, set_bits
 from .recipe import make_recipe
 from .report import report_lines
+from .steps import take_all
 
 
 def convert(
@@ -159,8 +160,9 @@ def _convert(options: ConvertOptions, progress: bool) -> FlashHeadConfig:
             reserve(repo_id, user, options.private)
         mx.eval(model.parameters())
         recipe = make_recipe(options, origin, name)
-        index = model_index(
-            model, tokenizer, location, options, text=text, recipe=recipe, progress=progress
+        index = take_all(
+            model_index(model, tokenizer, location, options, text=text, recipe=recipe),
+            progress=progress,
         )
         say("\n".join(report_lines(index.config)))
         say(f"Writing {target}")

@@ -1,12 +1,11 @@
 """Work in short steps, which a caller can advance between other work, or drop.
 
 A function in steps is a generator: it yields a `Step` after each part of its work and returns its
-result. `stepwise` lets it be called like any other function too, which takes all steps at once.
+result. `take_all` takes all steps at once.
 """
 
-import functools
-from collections.abc import Callable, Generator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Generator
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -40,17 +39,3 @@ def take_all(steps: Steps[Result], *, progress: bool = True) -> Result:
     finally:
         steps.close()
         bar.close()
-
-
-def stepwise(steps: Callable[..., Steps[Any]]) -> Any:
-    """A generator of steps as a function that takes them all; ``steps`` is the generator.
-
-    The function has a further argument, ``progress``: whether to show bars.
-    """
-
-    @functools.wraps(steps)
-    def take(*args: Any, progress: bool = True, **kwargs: Any) -> Any:
-        return take_all(steps(*args, **kwargs), progress=progress)
-
-    take.steps = steps  # type: ignore[attr-defined]
-    return take

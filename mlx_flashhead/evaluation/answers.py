@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..common.quantities import percent
 from ..common.tables import Table, new_table, show
 from ..conversion.calibration import read_windows
+from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
@@ -164,7 +165,7 @@ def _probes_needed(
     matrix = as_float32(clustered.centroids.matrix.dequantized())
     bias = as_float32(clustered.route_bias)  # lifts the clusters that are always scored
     windows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    read = read_windows(model, find_head(model), windows, progress=False)
+    read = take_all(read_windows(model, find_head(model), windows), progress=False)
     needed = []
     for prompt, states, tokens in zip(prompts, read, answers, strict=True):
         scores = states[len(prompt) - 1 :] @ matrix.T + bias

@@ -18,6 +18,7 @@ from ..common.quantities import percent
 from ..common.tables import Table, new_table, show
 from ..conversion.calibration import read_text, text_states
 from ..conversion.measures import measure_positions
+from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
@@ -91,11 +92,12 @@ def evaluate(
     if probe_counts is None:
         probe_counts = [*(p for p in USUAL_PROBES if p <= head.n_clusters), head.n_probes]
     probe_counts = check_probe_counts(head, probe_counts)
-    states, next_ids = text_states(model, tokenizer, find_head(model), text, positions=positions)
+    read = text_states(model, tokenizer, find_head(model), text, positions=positions)
+    states, next_ids = take_all(read)
     rows = head.clustered.token_rows()
     weight = as_float32(rows.dequantized())
     bias = 0.0 if rows.bias is None else as_float32(rows.bias)
-    measured = measure_positions(
+    measure = measure_positions(
         states,
         lambda h: h @ weight.T + bias,
         np.array(head.clustered.token_ids),
@@ -104,6 +106,7 @@ def evaluate(
         probe_counts,
         next_ids,
     )
+    measured = take_all(measure)
     return {
         "positions": len(states),
         "dense_perplexity": measured.dense_perplexity(),

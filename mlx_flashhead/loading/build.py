@@ -75,7 +75,7 @@ def build_steps(
         recipe = make_recipe(of_index, origin, checkpoint_name(origin, None))
         if options.drafts:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
-        index = yield from model_index.steps(
+        index = yield from model_index(
             model,
             text_side(model, tokenizer),
             location,

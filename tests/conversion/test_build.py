@@ -14,6 +14,7 @@ from mlx_flashhead.conversion.fitting import fit_centroids, raw_means
 from mlx_flashhead.conversion.metric import logit_metric
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.conversion.report import report_lines
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.models.locate import find_head
@@ -37,7 +38,7 @@ def text_of(loaded):
 
 def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
     expected, key = text_of(loaded), mx.array(mx.random.state[0])
-    steps = model_index.steps(*loaded, OPTIONS, step_seconds=0.0)
+    steps = model_index(*loaded, OPTIONS, step_seconds=0.0)
     stages, sizes = [], []
     while True:
         try:
@@ -54,7 +55,7 @@ def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
     assert stages == STAGES
     assert np.diff([0, *sizes]).max() <= 16
     assert mx.array_equal(mx.random.state[0], key)
-    at_once = model_index(*loaded, OPTIONS, progress=False).config
+    at_once = take_all(model_index(*loaded, OPTIONS)).config
     assert config.n_clusters == at_once.n_clusters
     expected = {"source": "given", "quick": True, "positions": 200, "seed": 0}
     assert config.calibration == at_once.calibration == expected
@@ -62,9 +63,9 @@ def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
 
 def test_dropped_at_any_step_the_model_is_as_it_was(loaded):
     before = type(loaded[2].module).__dict__.copy()
-    n_steps = sum(1 for _ in model_index.steps(*loaded, OPTIONS))
+    n_steps = sum(1 for _ in model_index(*loaded, OPTIONS))
     for taken in np.linspace(0, 0.8 * n_steps, 6).astype(int):  # reading takes some more or less
-        steps = model_index.steps(*loaded, OPTIONS)
+        steps = model_index(*loaded, OPTIONS)
         for _ in range(taken):
             next(steps)
         steps.close()
@@ -72,7 +73,7 @@ def test_dropped_at_any_step_the_model_is_as_it_was(loaded):
 
 
 def test_bars_of_all_stages(loaded, capsys):
-    model_index(*loaded, OPTIONS)
+    take_all(model_index(*loaded, OPTIONS))
     shown = capsys.readouterr()
     assert all(f"{stage}: 100%" in shown.err for stage in STAGES)
     assert shown.out == ""
@@ -98,7 +99,7 @@ def make_case(**kwargs):
 
 def indexed(rows, states=None, next_ids=None, *, body_bytes=0, **options):
     options = IndexOptions(**{"cluster_size": 8} | options)
-    return build_index(rows, options, states, next_ids, body_bytes=body_bytes, progress=False)
+    return take_all(build_index(rows, options, states, next_ids, body_bytes=body_bytes))
 
 
 @pytest.fixture
@@ -183,9 +184,9 @@ def test_clusters_and_centroids_are_made_of_the_states_that_are_not_held_out():
     rows, states, next_ids = make_case()
     weight, known = np.array(rows.weight), states[:-HELD_OUT]
     index = indexed(rows, states, next_ids, seed=7)
-    expected = cluster_rows(weight, 8, metric=logit_metric(known), seed=7, progress=False)
+    expected = take_all(cluster_rows(weight, 8, metric=logit_metric(known), seed=7))
     np.testing.assert_array_equal(index.token_ids, expected)
-    fitted = fit_centroids(weight, expected, known, progress=False)
+    fitted = take_all(fit_centroids(weight, expected, known))
     for found, wanted in (
         (index.centroids.matrix.weight, fitted.matrix.weight),
         (index.centroids.bias, fitted.bias),
@@ -202,7 +203,7 @@ def test_without_states(n_probes):
     assert config.calibration == {"positions": 0, "seed": 7}
     assert report_lines(config) == [f"{config.n_probes} of 51 clusters per token, not calibrated"]
     assert config.report == config.lossless == {}
-    by_direction = cluster_rows(weight, 8, seed=7, progress=False)
+    by_direction = take_all(cluster_rows(weight, 8, seed=7))
     np.testing.assert_array_equal(index.token_ids, by_direction)
     means = raw_means(weight, index.token_ids)
     assert np.abs(np.array(index.centroids.matrix.dequantized(mx.float32)) - means).max() < 0.08
@@ -211,8 +212,8 @@ def test_without_states(n_probes):
 def test_settings_are_recorded():
     rows, states, next_ids = make_case()
     options = IndexOptions(cluster_size=16, seed=7, n_probes=5)
-    about = {"eos_token_ids": (9, 2, 1000), "calibration": {"source": "file"}, "progress": False}
-    index = build_index(rows, options, states, next_ids, **about)
+    about = {"eos_token_ids": (9, 2, 1000), "calibration": {"source": "file"}}
+    index = take_all(build_index(rows, options, states, next_ids, **about))
     config = index.config
     assert (config.n_clusters, config.cluster_size) == (26, 16) == index.token_ids.shape
     assert config.n_probes == config.lossless["n_probes"] == 5

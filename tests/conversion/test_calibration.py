@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from mlx_flashhead.conversion import calibration
 from mlx_flashhead.conversion.calibration import given_states, read_windows, text_states
 from mlx_flashhead.conversion.given_text import CONTEXT, given_windows
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
@@ -46,7 +47,7 @@ def test_text_states_enter_the_head(arch, tokenizer, monkeypatch):
     window = 40
     monkeypatch.setattr(calibration, "WINDOW_TOKENS", window)
     model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
-    states, next_ids = text_states(model, tokenizer, find_head(model), TEXT, progress=False)
+    states, next_ids = take_all(text_states(model, tokenizer, find_head(model), TEXT))
     token_ids = tokenizer.encode(TEXT)
     expected = [
         hidden_of(model, token_ids[start : min(start + window, len(token_ids) - 1)])
@@ -69,7 +70,7 @@ def test_every_window_begins_as_a_text_does(loaded, tmp_path, monkeypatch):
     )
     token_ids = tokenizer.encode(TEXT)
     monkeypatch.setattr(calibration, "WINDOW_TOKENS", len(token_ids) // 3)
-    states, next_ids = text_states(model, tokenizer, find_head(model), TEXT, progress=False)
+    states, next_ids = take_all(text_states(model, tokenizer, find_head(model), TEXT))
     np.testing.assert_array_equal(next_ids, token_ids[1:])
     start = len(token_ids) // 3
     windows = [token_ids[i : i + start] for i in range(0, len(token_ids) - 1, start)]
@@ -96,10 +97,10 @@ def test_a_step_reads_what_its_time_allows(tokenizer, arch, milliseconds, sizes,
 
     token_ids = tokenizer.encode(TEXT)
     windows = [token_ids[:41], token_ids[41:102]]
-    whole = read_windows(model, location, windows, progress=False)
+    whole = take_all(read_windows(model, location, windows))
     monkeypatch.setattr(calibration, "forward", slow_forward)
     monkeypatch.setattr(calibration, "monotonic", lambda: now)
-    steps = read_windows.steps(model, location, windows, step_seconds=0.1)
+    steps = read_windows(model, location, windows, step_seconds=0.1)
     done = [0]
     while True:
         try:
@@ -116,15 +117,15 @@ def test_given_states_are_those_of_their_windows(loaded, monkeypatch):
     """Without the first tokens of each window, and without those that came after the time limit."""
     model, tokenizer = loaded
     location = find_head(model)
-    states, next_ids, cut_short = given_states(model, tokenizer, location, 600, progress=False)
+    states, next_ids, cut_short = take_all(given_states(model, tokenizer, location, 600))
     assert states.shape == (600, 64) and states.dtype == np.float32 and not cut_short
     windows = given_windows(tokenizer, 600)
     expected = np.concatenate([hidden_of(model, window[:-1])[CONTEXT:] for window in windows])
     np.testing.assert_allclose(states, expected, atol=2e-4)
     assert next_ids.tolist() == [token for window in windows for token in window[CONTEXT + 1 :]]
     monkeypatch.setattr(calibration, "READ_TOKENS", 700)
-    states, next_ids, cut_short = given_states(
-        model, tokenizer, location, 4000, seconds=1e-9, progress=False
+    states, next_ids, cut_short = take_all(
+        given_states(model, tokenizer, location, 4000, seconds=1e-9)
     )
     assert 0 < len(states) == len(next_ids) < 1000 and cut_short
 
@@ -132,8 +133,8 @@ def test_given_states_are_those_of_their_windows(loaded, monkeypatch):
 @pytest.mark.parametrize("positions", [5, 10_000])
 def test_text_states_stop_at_the_positions_asked_for(loaded, positions):
     model, tokenizer = loaded
-    states, next_ids = text_states(
-        model, tokenizer, find_head(model), TEXT, positions=positions, progress=False
+    states, next_ids = take_all(
+        text_states(model, tokenizer, find_head(model), TEXT, positions=positions)
     )
     token_ids = tokenizer.encode(TEXT)
     assert len(states) == min(positions, len(token_ids) - 1)

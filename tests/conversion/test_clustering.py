@@ -10,12 +10,13 @@ import pytest
 
 from mlx_flashhead.conversion import clustering
 from mlx_flashhead.conversion.clustering import cluster_rows, faster_library
+from mlx_flashhead.conversion.steps import take_all
 
 METRICS = [None, np.eye(24, dtype=np.float32)]
 
 
 def cluster(rows, cluster_size=16, **options):
-    return cluster_rows(rows, cluster_size, progress=False, **options)
+    return take_all(cluster_rows(rows, cluster_size, **options))
 
 
 def normal_rows(vocab_size, hidden_size, seed=0):

@@ -11,7 +11,7 @@ from tiny_models import random_clusters
 
 
 def quantize(*args):
-    return take_all(fitting._quantize(*args), progress=False)
+    return take_all(fitting._quantize(*args))
 
 
 def make_case(vocab_size=203, hidden_size=64, cluster_size=8, n_states=300, seed=0):
@@ -41,7 +41,7 @@ def dequantized(centroids):
 
 
 def fit(*args, **kwargs):
-    return fit_centroids(*args, progress=False, **kwargs)
+    return take_all(fit_centroids(*args, **kwargs))
 
 
 CASES = [

@@ -6,6 +6,7 @@ import pytest
 
 from mlx_flashhead.conversion import measures
 from mlx_flashhead.conversion.measures import GAP, TAIL, measure_positions
+from mlx_flashhead.conversion.steps import take_all
 from tiny_models import fitted, random_clusters, random_rows
 
 # V, cluster_size; the last three do not divide
@@ -37,15 +38,16 @@ class Case:
         return states @ matrix.T + np.array(self.centroids.bias)
 
     def positions(self, probe_counts):
-        return measure_positions(
-            self.states,
-            self.logits_of,
-            self.token_ids,
-            self.scores_of,
-            self.tail_offset,
-            probe_counts,
-            self.next_ids,
-            progress=False,
+        return take_all(
+            measure_positions(
+                self.states,
+                self.logits_of,
+                self.token_ids,
+                self.scores_of,
+                self.tail_offset,
+                probe_counts,
+                self.next_ids,
+            )
         )
 
     def probed(self, n_probes):

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.evaluation.text import bytes_share, evaluate
 from mlx_flashhead.models.install import detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
@@ -26,9 +27,9 @@ def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(
     model = tiny_model(arch, vocab_size=VOCAB_SIZE, hidden_size=hidden_size, **kwargs)
     rows = find_head(model).rows()
     weight = np.array(rows.dequantized().astype(mx.float32))
-    token_ids = cluster_rows(weight, CLUSTER_SIZE, progress=False)
+    token_ids = take_all(cluster_rows(weight, CLUSTER_SIZE))
     states = np.random.default_rng(0).normal(size=(200, hidden_size)).astype(np.float32)
-    centroids = fit_centroids(weight, token_ids, states, progress=False)
+    centroids = take_all(fit_centroids(weight, token_ids, states))
     install(
         model,
         token_ids,
