@@ -24,12 +24,12 @@ from ..models.locate import check_plain_product, find_head
 from ..publishing import licences
 from ..publishing.hub import reserve, sign_in
 from ..publishing.origin import card_metadata, find_origin
-from ..publishing.publish import add_documents, checkpoint_name, precision_label, publish
+from ..publishing.publish import add_documents, checkpoint_name, publish
 from .build import index_nbytes, model_index
 from .calibration import read_text
 from .options import ConvertOptions
 from .place import FILES_KEY, check_apart, check_place, check_room, files_of
-from .quantization import body_label, set_bits
+from .quantization import precision_label, set_bits
 from .recipe import make_recipe
 from .report import report_lines
 from .steps import take_all
@@ -150,7 +150,7 @@ def _convert(options: ConvertOptions, progress: bool) -> FlashHeadConfig:
         check_plain_product(location)
         label, nbytes = None, index_nbytes(location.rows())
         if not options.index_only:
-            label = body_label(options, config) or precision_label(location.rows())
+            label = precision_label(options, config, location.rows())
             weights: Any = tree_flatten(model.parameters())
             nbytes += sum(array.nbytes for _, array in weights)
         name = checkpoint_name(origin, label)

@@ -8,24 +8,29 @@ from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..head.formats import AFFINE, AFFINE_BITS, affine_group
+from ..head.matrix import Matrix
 from ..models.compat.convert import mixed_quant_predicate_builder
 from ..models.compat.utils import dequantize_model, quantize_model
 from .options import ConvertOptions
 
+DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}
 
-def body_label(options: ConvertOptions, config: dict) -> str | None:
-    """The precision of the body in models' names, by the configuration from `set_bits`."""
-    if not options.quantize:
-        return None
+
+def precision_label(options: ConvertOptions, config: dict, rows: Matrix) -> str:
+    """The precision as models' names have it: "4bit", "mxfp4", "bf16", a recipe of mixed bits."""
     if isinstance(options.quant_predicate, str):
         return options.quant_predicate
-    if options.q_mode == AFFINE:
-        return f"{config['quantization']['bits']}bit"
-    return options.q_mode
+    if not options.quantize and not rows.quantized:
+        return DTYPE_LABELS[rows.weight.dtype]
+    bits, mode = rows.bits, rows.mode
+    if options.quantize:
+        bits, mode = config["quantization"]["bits"], options.q_mode
+    return f"{bits}bit" if mode == AFFINE else mode
 
 
 def set_bits(

@@ -5,19 +5,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
-
 from ..common.redaction import holds_secret
 from ..common.repository_name import full_name
-from ..head.formats import AFFINE
-from ..head.matrix import Matrix
 from ..index.files import read_index
 from ..index.settings import FlashHeadConfig
 from . import hub, licences
 from .card import text_below_marker, write_card
 from .origin import CARD_FILE, Origin, read_metadata, with_licence
 
-DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}
 MAX_NAME = 96
 MAX_TEXT_BYTES = 50_000_000
 
@@ -33,13 +28,6 @@ def checkpoint_name(origin: Origin, label: str | None) -> str:
             name = f"{origin.licence.prefix}-{name}"
     ending = f"-FlashHead-{label}" if label else "-FlashHead"
     return name[: MAX_NAME - len(ending)].rstrip("-.") + ending
-
-
-def precision_label(rows: Matrix) -> str:
-    """The precision of rows as models' names have it: "4bit", "mxfp4", "bf16"."""
-    if not rows.quantized:
-        return DTYPE_LABELS[rows.weight.dtype]
-    return f"{rows.bits}bit" if rows.mode == AFFINE else rows.mode
 
 
 def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target: Path) -> None:
