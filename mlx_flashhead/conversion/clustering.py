@@ -46,7 +46,6 @@ def cluster_rows(
         seed: The same seed gives the same clusters, on the same device.
         metric: (D, d) float32 by which the rows are multiplied first (`metric.py`); None: only
             their directions count.
-        passes: Dense passes over all rows.
 
     Returns:
         (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 exactly once,
