@@ -143,7 +143,6 @@ def test_measures_are_those_of_the_head(loaded, states):
             np.array(centroids.tail_offset),
             [head.n_probes],
             np.zeros(len(hidden), int),  # they do not matter here
-            progress=False,
         )
     ).means()
     assert measured.agreement == pytest.approx(np.mean(tokens == logits.argmax(axis=1)), abs=0.004)
@@ -167,7 +166,6 @@ def test_clusters_by_direction_are_good_without_calibration(loaded, states):
             np.zeros(len(means), np.float32),
             [96, 256],
             np.zeros(len(hidden), int),  # they do not matter here
-            progress=False,
         )
     ).means()
     assert few.agreement >= 0.90
