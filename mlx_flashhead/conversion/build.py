@@ -5,7 +5,7 @@ first use, has a third of the positions and of the passes. docs/how-it-works.md 
 """
 
 import math
-import time
+import timeit
 from collections.abc import Iterable
 from typing import Any
 
@@ -195,11 +195,7 @@ def index_nbytes(rows: Matrix) -> int:
 def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
     """The approximate greatest time of an index: the time limit of the text, and the products."""
     matrix = np.ones((SPEED_SAMPLE, SPEED_SAMPLE), dtype=np.float32)
-    seconds_of_sample = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        matrix @ matrix
-        seconds_of_sample = min(seconds_of_sample, time.perf_counter() - start)
+    seconds_of_sample = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
     n_clusters = -(-rows.n_rows // options.cluster_size)
     passes = CLUSTER_PASSES * (QUICK_PASSES if options.quick else PASSES) * n_clusters
     reading = 0.0

@@ -35,10 +35,8 @@ def given_documents() -> dict[str, list[str]]:
     with suppress(ImportError):
         from pydoc_data.topics import topics
 
-        found = [
-            topics[name][:EXCERPT_CHARACTERS] for name in _file("topics").split() if name in topics
-        ]
-        documents["documentation"] += found
+        named = [topics[name] for name in _file("topics").split() if name in topics]
+        documents["documentation"] += [text[:EXCERPT_CHARACTERS] for text in named]
     documents[PYTHON] = []
     for name in _file("modules").split():
         with suppress(ImportError, OSError, UnicodeDecodeError):

@@ -140,9 +140,8 @@ def _greedy_answers(model: nn.Module, tokenizer, prompts: Sequence[list[int]]) -
     )
     uids = generator.insert(list(prompts), [MOST_TOKENS] * len(prompts))
     answers: dict[int, list[int]] = {uid: [] for uid in uids}
-    bar = tqdm(total=len(prompts), desc="Answering", unit="answer")
-    left = len(prompts)
-    with numpy_products(), bar:
+    with numpy_products(), tqdm(total=len(uids), desc="Answering", unit="answer") as bar:
+        left = len(uids)
         while left:
             for response in generator.next_generated():
                 answers[response.uid].append(response.token)
