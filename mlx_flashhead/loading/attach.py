@@ -9,10 +9,8 @@ import mlx.nn as nn
 
 from ..conversion.drafted_states import ANSWER_TOKENS, drafted_states, given_requests
 from ..conversion.options import IndexOptions
-from ..conversion.steps import Stopwatch
 from ..head.flash_head import FlashHead
 from ..head.proposal import Risk
-from ..index.fit import check_fit
 from ..models.compat.vlm.drafts import drafted_answer, when_drafted
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install
@@ -152,8 +150,8 @@ def _build_of_drafter(
                 drafted_answer(model, drafter, kind, prompt_of(text, request), ANSWER_TOKENS)
                 for request in given_requests()
             )
-            limit = Stopwatch(IndexOptions.calibration_seconds)
-            drafted = drafted_states.steps(location, answers, text.eos_token_ids, limit=limit)
+            seconds = IndexOptions.calibration_seconds
+            drafted = drafted_states(location, answers, text.eos_token_ids, seconds=seconds)
             origin = Origin(architecture(drafter))
             steps = build_steps(
                 drafter, tokenizer, location, origin=origin, options=options, drafted=drafted
@@ -181,7 +179,7 @@ def install_stored(
     """
     index = stored.index
     location = location or find_head(model)
-    near = check_fit(index, location.rows(), stored.source)
+    near = index.check_fit(location.rows(), stored.source)
     if near is not None:
         options.say(near)
     config, n_probes, checked_probes = index.config, options.n_probes, None

@@ -9,7 +9,9 @@ import pytest
 
 from kernel_cases import kernels, on_gpu, to_numpy
 from mlx_flashhead import detach, get_flash_head, stream_generate
-from mlx_flashhead.conversion.indexing import build_index
+from mlx_flashhead.conversion.build import build_index
+from mlx_flashhead.conversion.options import IndexOptions
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.exporting.plan import export_plan
 from mlx_flashhead.head.steps import NO_DEPTH
 from mlx_flashhead.models.dense import load_dense
@@ -31,12 +33,12 @@ PROMPTS = [
 def real(real_model_folder):
     """The model without a FlashHead, its tokenizer, and an index without calibration."""
     model, tokenizer, _ = load_dense(real_model_folder)
-    index = build_index(
-        find_head(model).rows(),
-        n_probes=N_PROBES,
-        eos_token_ids=tuple(tokenizer.eos_token_ids),
-        passes=1,  # any clusters do here
-        progress=False,
+    index = take_all(
+        build_index(
+            find_head(model).rows(),
+            IndexOptions(n_probes=N_PROBES, quick=True),
+            eos_token_ids=tokenizer.eos_token_ids,
+        )
     )
     return model, tokenizer, index
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...common.tables import Table, new_table
 from ...common.timing import ColdCaches, Spread, in_turns, timer
-from ...conversion.quantization import HEAD_BITS
+from ...conversion.options import HEAD_BITS
 from ...head.flash_head import FlashHead
 from ...loading.load import load
 from ...loading.look_up import add_look_up_options, look_up_options
