@@ -57,6 +57,9 @@ class FlashHead:
             to the path.
 
     Attributes:
+        vocab_size, hidden_size, n_clusters, cluster_size: V, D, C, and the slots of a cluster.
+        depth: Of the checked probes the kernels score those whose score is at most this many nats
+            below the log-sum-exp of all scores: a question of speed alone.
         most_waiting: Proposals that wait for a check at most.
         most_risk: Sum of their risks at which they are checked.
         gain: Measured tokens per second on this machine, relative to dense decoding, if known.
@@ -66,8 +69,6 @@ class FlashHead:
         draft_probes: Clusters scored for a draft; None: ``n_probes``.
         only_drafts: Whether the head serves a drafter alone, and its model is dense.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
-        depth: Of the checked probes the kernels score those whose score is at most this many nats
-            below the log-sum-exp of all scores: a question of speed alone.
 
     Raises:
         ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
@@ -88,6 +89,8 @@ class FlashHead:
     ):
         by_column = choose_backend(backend) == PORTABLE and faster_by_column(rows)
         self.clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids, by_column)
+        self.vocab_size, self.hidden_size = rows.n_rows, rows.hidden_size
+        self.n_clusters, self.cluster_size = token_ids.shape
         self._backend_asked = backend
         self._steps, self.backend_reason = make_steps(self.clustered, backend)
         self.eos_token_ids = tuple(eos_token_ids)
@@ -100,8 +103,7 @@ class FlashHead:
         self.risk = risk or Risk()
         self.most_waiting, self.most_risk = MOST_WAITING, MOST_RISK
         self.gain: float | None = None
-        self.stays_dense = False
-        self.in_step = self.only_drafts = False
+        self.stays_dense = self.in_step = self.only_drafts = False
         self.draft_probes: int | None = None
         self._draw_temperature: float | None = None
         self._project: Project | None = None
@@ -122,22 +124,6 @@ class FlashHead:
             f"n_clusters={self.n_clusters}, cluster_size={self.cluster_size}, "
             f"n_probes={self.n_probes}, backend={self.backend!r})"
         )
-
-    @property
-    def vocab_size(self) -> int:
-        return self.clustered.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self.clustered.hidden_size
-
-    @property
-    def n_clusters(self) -> int:
-        return self.clustered.n_clusters
-
-    @property
-    def cluster_size(self) -> int:
-        return self.clustered.cluster_size
 
     @property
     def backend(self) -> str:
@@ -161,11 +147,9 @@ class FlashHead:
 
         What was measured on this machine, else an estimate as ``max_positions``; None sets it back.
         """
-        if self._max_positions is not None:
-            return self._max_positions
-        if self._checked_positions is not None:
-            return self._checked_positions
-        return self._steps.max_positions(self.checked_probes)
+        known = (self._max_positions, self._checked_positions)
+        estimate = self._steps.max_positions(self.checked_probes)
+        return next((n for n in known if n is not None), estimate)
 
     @checked_positions.setter
     def checked_positions(self, value: int | None) -> None:
@@ -178,13 +162,7 @@ class FlashHead:
 
     @property
     def n_probes(self) -> int:
-        """Clusters scored per position, 1 … C; with C the head is exact.
-
-        Setting it sets ``checked_probes`` too.
-
-        Raises:
-            ValueError: When set to anything else.
-        """
+        """Clusters scored per position, 1 … C, or ValueError; it sets ``checked_probes`` too."""
         return self._n_probes
 
     @n_probes.setter
@@ -193,11 +171,7 @@ class FlashHead:
 
     @property
     def checked_probes(self) -> int:
-        """Clusters scored where the dense rows check the choice: a question of speed alone.
-
-        Raises:
-            ValueError: When set to anything but 1 … C.
-        """
+        """Clusters scored where the dense rows check the choice, 1 … C, or ValueError."""
         return self._checked_probes
 
     @checked_probes.setter
@@ -226,8 +200,6 @@ class FlashHead:
     def check_kernels(self, dtype: mx.Dtype) -> None:
         """Runs each kernel once. If one fails, takes the portable path with one warning.
 
-        It evaluates and builds the pipelines, so the first token does not wait for them.
-
         Args:
             dtype: Of the model's hidden states.
 
@@ -241,11 +213,7 @@ class FlashHead:
             self._backend_asked = PORTABLE  # as long as this head lives, pickled or not
 
     def copy(self, steps: PortableSteps | None = None) -> "FlashHead":
-        """A head with its own settings that shares the arrays, which never change.
-
-        Args:
-            steps: Of the same rows, for a head on another path.
-        """
+        """A head with its own settings that shares the arrays; ``steps`` put it on another path."""
         copied = type(self).__new__(type(self))  # the same steps, unlike a pickled head's
         vars(copied).update(vars(self))
         if steps is not None:
@@ -262,7 +230,7 @@ class FlashHead:
         n_probes: int | None = None,
         dense: bool = False,
         draw_temperature: float | None = None,
-        project: "Project | None" = None,
+        project: Project | None = None,
         max_positions: int | None = None,
     ) -> Iterator["FlashHead"]:
         """Within the block the head has other settings. The others stay as they are.
@@ -275,7 +243,7 @@ class FlashHead:
 
         Args:
             n_probes: Clusters scored per position, 1 … C.
-            dense: Score every token, the dense model's logits: n_probes = C.
+            dense: Score every token: n_probes = C.
             draw_temperature: Draw the probes at this temperature, above 0.
             project: Called in the head's place, with the head and its hidden states.
             max_positions: The limit of positions at once, for measuring the retrieval above it.
@@ -292,10 +260,8 @@ class FlashHead:
                 f"The temperature of the draw is {draw_temperature}: it must be above 0."
             )
         before = {name: getattr(self, name) for name in SETTINGS}
-        if dense:
-            self.n_probes = self.n_clusters
-        elif n_probes is not None:
-            self.n_probes = n_probes
+        if dense or n_probes is not None:
+            self.n_probes = self.n_clusters if n_probes is None else n_probes
         if draw_temperature is not None:
             self._draw_temperature = float(draw_temperature)
         if project is not None:
@@ -359,16 +325,13 @@ class FlashHead:
             draws: Of these rows; None takes the best logit of each.
             full: Make full logits too, for a choice that needs them.
         """
-        depth = NO_DEPTH if full else self.depth
-        scores, selection, candidates = self._retrieve(
-            hidden, self.checked_probes, words=full, depth=depth
-        )
+        n_probes, depth = self.checked_probes, NO_DEPTH if full else self.depth
+        scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)
         unscored = self._steps.unscored(scores, selection)
         tokens, risk = self._steps.choose(selection, candidates, unscored, draws, self.risk)
         expanded = self._steps.expand(scores, selection, candidates) if full else None
         # without the probes that a kernel repeats
-        probes = selection.probes[:, : self.checked_probes]
-        logits = candidates.logits[:, : self.checked_probes]
+        probes, logits = selection.probes[:, :n_probes], candidates.logits[:, :n_probes]
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
@@ -389,16 +352,12 @@ class FlashHead:
         """
         if self._is_dense(hidden):
             return mx.argmax(self.dense_logits(hidden), axis=-1)
-        _, selection, candidates = self._retrieve(
-            hidden.reshape(-1, hidden.shape[-1]), self.n_probes, words=False
-        )
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        _, selection, candidates = self._retrieve(rows, self.n_probes, words=False)
         return self._steps.token(selection, candidates).reshape(hidden.shape[:-1])
 
     def slot_logits(self, hidden: mx.array) -> mx.array:
-        """The dense head's logits in the order of the clusters: hidden (R, D) → (R, C, n).
-
-        A padded slot repeats the logit of the last token.
-        """
+        """The dense logits in the order of the clusters, padded slots too: (R, D) → (R, C, n)."""
         return self._steps.product(hidden).reshape(len(hidden), self.n_clusters, -1)
 
     def dense_logits(self, hidden: mx.array) -> mx.array:

@@ -7,25 +7,20 @@ formats that the kernels do not read.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import Draws
-from .kernel_rows import LANES, StoredRows, unread
-from .kernel_text import (
-    EXPAND_BODY,
-    ROUTE_BODY,
-    SAMPLE_BODY,
-    SCORE_BODY,
-    SELECT_BODY,
-    header,
-)
+from .kernel_text import EXPAND_BODY, ROUTE_BODY, SAMPLE_BODY, SCORE_BODY, SELECT_BODY, header
+from .matrix import Matrix
 from .portable import PortableSteps
 from .proposal import USUAL_RISK, Risk
 from .steps import NO_DEPTH, Candidates, Selection
 
 # The constants of the same names in metal/flash_head/constants.h.
+LANES = 32
 ROWS = 4
 ROUTE_SIMDGROUPS = 2
 SCORE_SIMDGROUPS = 8
@@ -38,6 +33,34 @@ SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions, by
 # the GPU, for more than 4,096 rows. Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 MATRIX_FROM = 12
+
+
+def unread(clustered: ClusteredRows) -> dict[str, str]:
+    """The steps for which no kernel reads the rows, with the format of these rows."""
+    formats = {"route": clustered.centroids.matrix.format, "score": clustered.rows.format}
+    return {step: str(form) for step, form in formats.items() if form.metal is None}
+
+
+class _StoredRows:
+    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them.
+
+    Args:
+        stored: The rows, of a format that the kernels read.
+        n_rows: Rows of the matrix whose product by MLX's own kernel has the same sums.
+    """
+
+    def __init__(self, stored: Matrix, n_rows: int):
+        maker = cast(str, stored.format.metal)
+        self.names = list(stored.format.arrays)
+        self.arrays = [stored.arrays()[name] for name in self.names]
+        sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
+        if stored.quantized:
+            # Words of 32 bits that a lane takes at once, as qmv in MLX's quantized.cpp does.
+            two = stored.hidden_size % (2 * LANES * 32 // stored.bits) == 0 and n_rows % 8 == 0
+            sizes["WORDS"] = 2 if two else 1
+        self.template = [(name, size) for name, size in sizes.items() if name in maker]
+        self.expression = f"flash_head::{maker}({', '.join(self.names)})"
+        self.files = (maker.partition("_rows")[0], "dot")
 
 
 class MetalSteps(PortableSteps):
@@ -62,18 +85,13 @@ class MetalSteps(PortableSteps):
         self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
         self.unread = unread(clustered)
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
-        sizes = {"V": self.clustered.vocab_size, "C": clustered.n_clusters}
-        sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
-        self._sizes = sizes
-        self._templates = {
-            "select": [("C", sizes["C"])],
-            "expand": [(name, sizes[name]) for name in "VCN"],
-            "sample": [(name, sizes[name]) for name in "NV"],
-        }
-        self._grid_x = {
-            "route": LANES * ROUTE_SIMDGROUPS * -(-sizes["C"] // (ROWS * ROUTE_SIMDGROUPS)),
-            "expand": WIDE_THREADS * -(-sizes["V"] // (WIDE_THREADS * EXPAND_TOKENS)),
-        }
+        n_rows, n_clusters = clustered.vocab_size, clustered.n_clusters
+        self._sizes = {"V": n_rows, "C": n_clusters}
+        self._sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
+        self._route_grid = LANES * ROUTE_SIMDGROUPS * -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS))
+        self._expand_grid = WIDE_THREADS * -(-n_rows // (WIDE_THREADS * EXPAND_TOKENS))
+        self._select_template, self._sample_template = self._of_sizes("C"), self._of_sizes("NV")
+        self._expand_template = self._of_sizes("VCN")
         if "route" not in self.unread:
             self._make_route()
         if "score" not in self.unread:
@@ -94,16 +112,14 @@ class MetalSteps(PortableSteps):
         )
         scored = ["probes", "token_ids", "logits", "best"]
         settings = ["unscored", "settings", "top_k", "keys", "fit"]
-        self._sample = self._kernel(
-            "sample",
-            [*scored, *settings],
-            ["tokens", "risk"],
-            SAMPLE_BODY,
-            *("histogram", "sample"),
-        )
-        self._expand = self._kernel(
-            "expand", ["words", "slot_of", "logits", "best"], ["expanded"], EXPAND_BODY, "expand"
-        )
+        files = ("histogram", "sample")
+        outputs = ["tokens", "risk"]
+        self._sample = self._kernel("sample", scored + settings, outputs, SAMPLE_BODY, *files)
+        inputs = ["words", "slot_of", "logits", "best"]
+        self._expand = self._kernel("expand", inputs, ["expanded"], EXPAND_BODY, "expand")
+
+    def _of_sizes(self, names: str) -> list[tuple[str, Any]]:
+        return [(name, self._sizes[name]) for name in names]
 
     def _kernel(
         self, name: str, inputs: list[str], outputs: list[str], body: str, *files: str
@@ -118,24 +134,19 @@ class MetalSteps(PortableSteps):
 
     def _make_route(self) -> None:
         clustered = self.clustered
-        centroids = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
+        centroids = _StoredRows(clustered.centroids.matrix, clustered.n_clusters)
         self._route_arrays = [*centroids.arrays, clustered.route_bias]
-        self._route = self._kernel(
-            "route",
-            ["hidden", *centroids.names, "route_bias"],
-            ["scores"],
-            ROUTE_BODY.format(rows=centroids.expression),
-            *centroids.files,
-            "route",
-        )
-        sizes = [(name, self._sizes[name]) for name in "DC"]
+        inputs = ["hidden", *centroids.names, "route_bias"]
+        body = ROUTE_BODY.format(rows=centroids.expression)
+        self._route = self._kernel("route", inputs, ["scores"], body, *centroids.files, "route")
         self._route_templates = {
-            shared: [*sizes, ("H", shared), *centroids.template] for shared in (1, SHARED_POSITIONS)
+            shared: [*self._of_sizes("DC"), ("H", shared), *centroids.template]
+            for shared in (1, SHARED_POSITIONS)
         }
 
     def _make_score(self) -> None:
         clustered = self.clustered
-        rows = StoredRows(clustered.rows, clustered.vocab_size)
+        rows = _StoredRows(clustered.rows, clustered.vocab_size)
         bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
         self._score_arrays = [clustered.token_ids, *rows.arrays, *bias]
         self._score_threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))
@@ -149,8 +160,8 @@ class MetalSteps(PortableSteps):
             *rows.files,
             "score",
         )
-        sizes = [(name, self._sizes[name]) for name in "DNV"]
-        self._score_template = [*sizes, ("PADDED", clustered.padded), *rows.template]
+        padded = ("PADDED", clustered.padded)
+        self._score_template = [*self._of_sizes("DNV"), padded, *rows.template]
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
@@ -161,7 +172,7 @@ class MetalSteps(PortableSteps):
         (scores,) = self._route(
             inputs=[hidden, *self._route_arrays],
             template=self._route_templates[shared],
-            grid=(self._grid_x["route"], -(-n_positions // shared), 1),
+            grid=(self._route_grid, -(-n_positions // shared), 1),
             threadgroup=(LANES * ROUTE_SIMDGROUPS, 1, 1),
             output_shapes=[(n_positions, self._sizes["C"])],
             output_dtypes=[mx.float32],
@@ -178,13 +189,12 @@ class MetalSteps(PortableSteps):
         n_positions, n_clusters = scores.shape
         if "score" in self.unread:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
+        kernel = self._select_words if words else self._select
+        tail_offset = [self._tail_offset] * words
         limits = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
-        kernel, tail_offset = (
-            (self._select_words, [self._tail_offset]) if words else (self._select, [])
-        )
         results = kernel(
             inputs=[scores, *tail_offset, *limits],
-            template=self._templates["select"],
+            template=self._select_template,
             grid=(ROW_THREADS, n_positions, 1),
             threadgroup=(ROW_THREADS, 1, 1),
             output_shapes=[
@@ -220,13 +230,13 @@ class MetalSteps(PortableSteps):
         if selection.words is None:
             return super().expand(scores, selection, candidates)
         logits = candidates.logits
-        n_positions, vocab_size = logits.shape[0], self._sizes["V"]
+        n_positions = len(logits)
         (expanded,) = self._expand(
             inputs=[selection.words, self.clustered.slot_of, logits, candidates.best],
-            template=self._templates["expand"],
-            grid=(self._grid_x["expand"], n_positions, 1),
+            template=self._expand_template,
+            grid=(self._expand_grid, n_positions, 1),
             threadgroup=(WIDE_THREADS, 1, 1),
-            output_shapes=[(n_positions, vocab_size)],
+            output_shapes=[(n_positions, self._sizes["V"])],
             output_dtypes=[logits.dtype],
         )
         return expanded
@@ -244,17 +254,14 @@ class MetalSteps(PortableSteps):
         draws: Draws | None,
         risk: Risk = USUAL_RISK,
     ) -> tuple[mx.array, mx.array]:
-        """Tokens and risk in one kernel; see ``PortableSteps.choose``.
-
-        Of the draws, rows past R are not read.
-        """
+        """Tokens and risk in one kernel; see ``PortableSteps.choose``."""
         logits = candidates.logits
-        n_positions = logits.shape[0]
+        n_positions = len(logits)
         settings = _greedy_draws(n_positions) if draws is None else draws[:3]
         scored = [selection.probes, self.clustered.token_ids, logits, candidates.best]
         tokens, chances = self._sample(
             inputs=[*scored, unscored, *settings, mx.array(risk)],
-            template=[*self._templates["sample"], ("T", logits.dtype)],
+            template=[*self._sample_template, ("T", logits.dtype)],
             grid=(ROW_THREADS, n_positions, 1),
             threadgroup=(ROW_THREADS, 1, 1),
             output_shapes=[(n_positions,), (n_positions,)],

@@ -1,11 +1,7 @@
-"""The four steps of a FlashHead in plain MLX operations.
+"""The steps of a FlashHead in plain MLX operations; `steps.py` says what they hand on.
 
-They are the CPU path, the fallback, and the reference in tests of the Metal kernels.
-
-    hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
-                  ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token ─▶ (R,)
-
-Nothing here evaluates. A prompt's logits stay lazy, since nobody reads them.
+They are the CPU path, the fallback, and the reference in tests of the Metal kernels. Nothing here
+evaluates. A prompt's logits stay lazy, since nobody reads them.
 """
 
 import mlx.core as mx
@@ -21,13 +17,12 @@ from .steps import NO_DEPTH, Candidates, Selection, in_token_order
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
 MARGIN_SHARE = 1 / 64
 
-
 # Multiply-adds of one state's product with a block: above about a million OpenBLAS copies the
 # matrix first, which does not pay for few states (docs/speed.md).
 BLOCK_PRODUCTS = 500_000
 BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
-PIECE = 64  # rows that are dequantized at once
-
+# Rows that are dequantized at once: for all of them MLX's CPU build needs three times the floats.
+PIECE = 64
 
 # Positions (B·L) up to which FlashHead is the faster path on a CPU: with the reference BLAS at any
 # number of probes. A fast BLAS multiplies many positions well, and there C/p is a limit too.
@@ -43,11 +38,7 @@ def tail_cap(best: mx.array) -> mx.array:
 
 
 def in_blocks(matrix: Matrix, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Rows (V, D) for ``blocked_product``: (n_blocks, block, D) floats, zeros at the end.
-
-    Piece by piece, since MLX's CPU build needs memory for three times the floats to dequantize
-    them. Lazy.
-    """
+    """Rows (V, D) for ``blocked_product``: (n_blocks, block, D) floats, zeros at the end. Lazy."""
     n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
     block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
@@ -59,27 +50,17 @@ def in_blocks(matrix: Matrix, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
-    """Products with all rows of all blocks: (R, D), (n_blocks, block, D) → (R, n_blocks·block).
-
-    The fastest form on a CPU for few states.
-    """
+    """(R, D) times all rows (n_blocks, block, D) → (R, n_blocks·block). Fast for few states."""
     return (hidden @ blocks.swapaxes(-1, -2)).swapaxes(0, 1).reshape(len(hidden), -1)
 
 
 def faster_by_column(rows: Matrix) -> bool:
-    """Whether the portable path reads rows faster by columns, as a CPU's BLAS does.
-
-    docs/speed.md has the figures.
-    """
+    """Whether the portable path reads rows faster by columns, as a CPU's BLAS does."""
     return mx.default_device().type == mx.cpu and rows.weight.dtype == mx.float32
 
 
 class PortableSteps:
-    """Route, select, score, expand and token as MLX operations.
-
-    Args:
-        clustered: The rows and the index.
-    """
+    """Route, select, score, expand and token as MLX operations."""
 
     name = "mlx"
 
@@ -145,7 +126,7 @@ class PortableSteps:
 
         Args:
             scores: (R, C) float32.
-            n_probes: Clusters to probe, 1 … C.
+            n_probes: 1 … C.
             words: Also give what the kernel of `expand` needs.
             depth: Clusters more than this many nats below the log-sum-exp of all scores need not be
                 probed: together they hold at most C·exp(-depth) of the mass. The kernels then score
@@ -196,8 +177,6 @@ class PortableSteps:
 
         Args:
             scores: (R, C) float32 for the estimates.
-            selection: The probed clusters.
-            candidates: Their logits.
 
         Returns:
             (R, V) in the dtype of the candidates' logits.
@@ -244,11 +223,8 @@ class PortableSteps:
         """A token of each row, and an estimate of the chance that the dense head chooses another.
 
         Args:
-            selection: The probed clusters.
-            candidates: Their logits.
             unscored: (R, 2) float32, from :meth:`unscored`.
             draws: Of these rows, see `draw.py`; None takes the best logit of each.
-            risk: How the chance is estimated.
 
         Returns:
             Tokens (R,) uint32 and chances (R,) float32.

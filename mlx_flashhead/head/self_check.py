@@ -3,7 +3,6 @@
 For the installation. Nothing else in `head/` evaluates.
 """
 
-from collections.abc import Callable
 from textwrap import shorten
 
 import mlx.core as mx
@@ -11,7 +10,6 @@ import mlx.core as mx
 from .draw import Draws, DrawSettings, position_key
 from .kernels import MetalSteps
 from .portable import PortableSteps
-from .proposal import Risk
 from .steps import Candidates, Selection
 
 # Allowed difference, relative to the size of the products. All sums are float32: only the order of
@@ -25,29 +23,29 @@ SELECT_BINS = 4096
 BINS_PER_NAT = 64.0
 CERTAIN = 1e29
 
-N_DRAWS = 16
-DRAWN = (
+DRAWN = 4 * (
     DrawSettings(),
     DrawSettings(temperature=1.0),
     DrawSettings(temperature=2.0, top_p=0.9),
     DrawSettings(temperature=0.7, top_k=5, min_p=0.02),
 )
 
-Pairs = list[tuple[mx.array, mx.array, float]]
+KERNELS = ("route", "select", "select_words", "score", "expand", "sample")
+Pairs = list[tuple[mx.array, mx.array, float]]  # results, expected values and tolerances
 
 
 def find_trouble(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> str | None:
     """The trouble with the kernels on this device, in words that follow "because"; or None.
 
+    Each kernel is built, for one position and for several.
+
     Args:
-        steps: The steps with the kernels. Each is built, for one position and for several.
         dtype: Of the model's hidden states.
-        n_probes: Clusters scored.
     """
     trial = _Trial(steps, dtype, n_probes)
-    for name, run in trial.kernels().items():
+    for name in KERNELS:
         try:
-            for found, expected, tolerance in run():
+            for found, expected, tolerance in getattr(trial, name)():
                 problem = _difference(found, expected, tolerance)
                 if problem is not None:
                     return f"the kernel {name!r} {problem}"
@@ -62,20 +60,15 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
     if not mx.isfinite(found).all().item():
         return "returns values that are not finite"
-    difference = mx.abs(found - expected) - tolerance * mx.abs(expected)
-    worst = float(difference.max())
-    if worst > tolerance * _size(expected):
+    worst = float((mx.abs(found - expected) - tolerance * mx.abs(expected)).max())
+    # the median magnitude, since always probed clusters have huge values
+    if worst > tolerance * float(mx.median(mx.abs(expected))):
         return f"differs from MLX's own operations by {worst:.3g}"
     return None
 
 
-def _size(products: mx.array) -> float:
-    """The median magnitude, since always probed clusters have huge values."""
-    return float(mx.median(mx.abs(products)))
-
-
 class _Trial:
-    """One step after the other. Each takes the results of the step before."""
+    """A method for each kernel runs it. Each takes the results of the one before."""
 
     def __init__(self, steps: MetalSteps, dtype: mx.Dtype, n_probes: int):
         self.steps, self.n_probes = steps, n_probes
@@ -85,17 +78,6 @@ class _Trial:
         self.hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
         self.in_float32 = self.hidden.astype(mx.float32)  # all sums are, whatever the dtype
         self.rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
-
-    def kernels(self) -> dict[str, Callable[[], Pairs]]:
-        """By name, a function that runs a kernel: its results, expected values and tolerances."""
-        return {
-            "route": self.route,
-            "select": self.select,
-            "select_words": self.select_words,
-            "score": self.score,
-            "expand": self.expand,
-            "sample": self.sample,
-        }
 
     def route(self) -> Pairs:
         self.scores = self.steps.route(self.hidden)
@@ -123,10 +105,8 @@ class _Trial:
     def select_words(self) -> Pairs:
         self.selection = self.steps.select(self.scores, self.n_probes)
         unscored = self.steps.unscored(self.scores, self.selection)
-        return [
-            (self.selection.probes, self.of_token.probes, 0.0),
-            (unscored, self.unscored, 0.0),
-        ]
+        probes = (self.selection.probes, self.of_token.probes, 0.0)
+        return [probes, (unscored, self.unscored, 0.0)]
 
     def score(self) -> Pairs:
         self.candidates = self.steps.score(self.hidden, self.selection)
@@ -149,14 +129,12 @@ class _Trial:
         token = self.steps.token(self.selection, self.candidates)
         pairs: Pairs = [(token, self.plain.token(*self._plain()), 0.0)]
         n_other = mx.array(0)
-        for position in range(N_DRAWS):
-            draws = Draws.of([(DRAWN[position % len(DRAWN)], position_key(0, position))])
-            token, risk = self.steps.choose(
-                self.selection, self.candidates, self.unscored, draws, Risk()
-            )
-            expected = self.plain.choose(*self._plain(), self.unscored, draws, Risk())
-            n_other += token != expected[0]
-            pairs.append((risk, expected[1], self.rounding))
+        for position, settings in enumerate(DRAWN):
+            last = self.unscored, Draws.of([(settings, position_key(0, position))])
+            token, risk = self.steps.choose(self.selection, self.candidates, *last)
+            expected, expected_risk = self.plain.choose(*self._plain(), *last)
+            n_other += token != expected
+            pairs.append((risk, expected_risk, self.rounding))
         # rounding may put a token on the other side of a limit
         return [*pairs, (mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0)]
 

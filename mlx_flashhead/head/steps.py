@@ -12,32 +12,22 @@ NO_DEPTH = 1e30  # nats: every probe is scored
 
 
 class Selection(NamedTuple):
-    """The clusters to score.
+    """The clusters to score."""
 
-    Attributes:
-        probes: (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)),
-            ascending: where fewer are worth scoring the last one is repeated, with logits of the
-            lowest finite value, as padded slots have them.
-        words: (R, C) uint32 for the kernel of `expand`, a cluster's place among the probes or the
-            estimate of its tokens' logits; None if `expand` makes it from the scores.
-        unscored: (R, 2) float32, from ``PortableSteps.unscored``; None if it is still to be made.
-    """
-
+    # (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)), ascending:
+    # where fewer are worth scoring the last one is repeated, with logits as in padded slots.
     probes: mx.array
+    # (R, C) uint32 for the kernel of `expand`: a cluster's place among the probes, or the estimate
+    # of its tokens' logits
     words: mx.array | None = None
-    unscored: mx.array | None = None
+    unscored: mx.array | None = None  # (R, 2) float32, from ``PortableSteps.unscored``
 
 
 class Candidates(NamedTuple):
-    """The scored rows.
+    """The scored rows."""
 
-    Attributes:
-        logits: (R, p, n) in the dense head's dtype; a padded slot holds the lowest finite value.
-        best: (R, p) float32, each probed cluster's best logit; None if no kernel reads it.
-    """
-
-    logits: mx.array
-    best: mx.array | None = None
+    logits: mx.array  # (R, p, n) in the dense dtype; padded slots hold the lowest finite value
+    best: mx.array | None = None  # (R, p) float32, each probed cluster's best logit, for a kernel
 
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:

@@ -19,7 +19,7 @@ from kernel_cases import (
 )
 from kernel_checks import check_all, check_selection, run, small_head
 from mlx_flashhead.head.formats import FORMATS
-from mlx_flashhead.head.kernel_rows import unread
+from mlx_flashhead.head.kernels import unread
 from mlx_flashhead.head.portable import PortableSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
