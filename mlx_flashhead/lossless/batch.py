@@ -7,7 +7,7 @@ The others lose the time alone.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -37,41 +37,11 @@ class Response:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A text in the batch.
+    """A text in the batch."""
 
-    Attributes:
-        uid: Its number for the caller.
-        text: The text.
-        inner: Its number in mlx-lm's batch.
-    """
-
-    uid: int
+    uid: int  # its number for the caller
     text: Text
-    inner: int = -1
-
-    @property
-    def all_tokens(self) -> list[int]:
-        """The prompt and the tokens that the caller has."""
-        return self.text.prompt + self.text.tokens[: self.text.n_given]
-
-    def ends_with(self, tokens: list[int]) -> bool:
-        """Whether the tokens that the caller has end with these."""
-        end = self.text.n_given
-        return self.text.tokens[max(end - len(tokens), 0) : end] == tokens
-
-
-@dataclass(frozen=True)
-class _BatchMark:
-    """Caches of a batch as of one token of a text, and its row in those that are copies."""
-
-    n_tokens: int
-    layers: Sequence[Any]
-    row: int
-
-    def own(self) -> Mark:
-        """The mark of the text's own caches."""
-        layers = [None if layer is None else layer.extract(self.row) for layer in self.layers]
-        return Mark(self.n_tokens, layers, [None] * len(layers))
+    inner: int = -1  # its number in mlx-lm's batch
 
 
 class CheckedBatchGenerator(BatchGenerator):
@@ -80,7 +50,6 @@ class CheckedBatchGenerator(BatchGenerator):
     A call of :meth:`next` may give no token of a text, or several.
 
     Args:
-        model: The model.
         proposer: Chooses the tokens.
         max_tokens: Of a text without a limit of its own.
         stop_tokens: Sequences of tokens that end a text.
@@ -153,14 +122,9 @@ class CheckedBatchGenerator(BatchGenerator):
         self, sequence: _Sequence, parts: list[list[int]], cache: Any, before: list[int]
     ) -> None:
         hooks = self._proposer.hooks(sequence.text)
-        (sequence.inner,) = super().insert_segments(
-            [parts],
-            [sys.maxsize],
-            [cache],
-            [before],
-            [hooks["sampler"]],
-            [hooks["logits_processors"]],
-        )
+        of_text = ([parts], [sys.maxsize], [cache], [before])
+        functions = ([hooks["sampler"]], [hooks["logits_processors"]])
+        (sequence.inner,) = super().insert_segments(*of_text, *functions)
         self._inner[sequence.inner] = sequence
 
     def next_generated(self) -> list[Any]:
@@ -173,11 +137,7 @@ class CheckedBatchGenerator(BatchGenerator):
         return []
 
     def remove(self, uids: Sequence[int], return_prompt_caches: bool = False) -> dict[int, Any]:
-        """Removes texts. Their caches hold the confirmed tokens that were given out.
-
-        Returns:
-            For each text, its cache and the tokens in it, if they are asked for.
-        """
+        """Removes texts. Returns, if asked for, their caches and the tokens given out, in them."""
         sequences = {sequence.uid: sequence for sequence in self._inner.values()}
         with mx.stream(self._stream):
             removed = {uid: self._leave(sequences[uid]) for uid in uids}
@@ -205,8 +165,9 @@ class CheckedBatchGenerator(BatchGenerator):
         responses, text = [], sequence.text
         for position in positions:
             text.n_given += 1
-            reason = "length" if text.n_given >= text.limit else None
-            if any(sequence.ends_with(stop) for stop in self._stops):
+            end = text.n_given
+            reason = "length" if end >= text.limit else None
+            if any(text.tokens[max(end - len(stop), 0) : end] == stop for stop in self._stops):
                 reason = "stop"
             cache, tokens = (None, None) if reason is None else self._leave(sequence)
             logprobs = NO_LOGPROBS if position.logprobs is None else position.logprobs
@@ -222,9 +183,10 @@ class CheckedBatchGenerator(BatchGenerator):
 
     def _leave(self, sequence: _Sequence) -> tuple[list[Any], list[int]]:
         """Ends a text. Returns its cache and the tokens in it, those that the caller has."""
-        cache = self._taken(sequence, sequence.text.n_given)
-        sequence.text.waiting.clear()
-        return cache, sequence.all_tokens
+        text = sequence.text
+        cache = self._taken(sequence, text.n_given)
+        text.waiting.clear()
+        return cache, text.prompt + text.tokens[: text.n_given]
 
     def _taken(self, sequence: _Sequence, wanted: int) -> list[Any]:
         """Takes a text out of mlx-lm's batch: its own cache, with ``wanted`` of its tokens."""
@@ -239,12 +201,15 @@ class CheckedBatchGenerator(BatchGenerator):
                 self.model(mx.array([token], dtype=mx.uint32), cache=cache)
             mx.eval([layer.state for layer in cache])
 
-        if text.mark is not None:
-            go_back(cache, text.mark.own(), text, wanted, feed)
+        if text.mark is not None:  # of the caches of a batch
+            mark, row = text.mark
+            layers = [None if layer is None else layer.extract(row) for layer in mark.layers]
+            go_back(cache, replace(mark, layers=layers), text, wanted, feed)
         return cache
 
-    def _marks(self, texts: Sequence[Text]) -> list[_BatchMark]:
-        """Marks of the caches as they are."""
+    def _marks(self, texts: Sequence[Text]) -> list[tuple[Mark, int]]:
+        """Marks of the batch's caches as they are, with each text's row in them."""
         layers = kept(self._generation_batch.prompt_cache)
         rows = {self._inner[uid].text: i for i, uid in enumerate(self._generation_batch.uids)}
-        return [_BatchMark(text.n_held, layers, rows[text]) for text in texts]
+        unknown = [None] * len(layers)
+        return [(Mark(text.n_held, layers, unknown), rows[text]) for text in texts]

@@ -6,7 +6,6 @@ from typing import cast
 import mlx.core as mx
 
 from ..head.draw import Draws
-from ..head.flash_head import FlashHead
 from ..models.logit_change import unchanged
 from .products import SlotProduct
 from .proposals import Proposer
@@ -23,13 +22,6 @@ class Check:
     """A check of the positions of some texts whose tokens are known.
 
     It is launched when it is made, and read by :meth:`confirm`.
-
-    Args:
-        proposer: Whose proposals they are.
-        texts: The texts.
-
-    Attributes:
-        texts: The texts.
     """
 
     def __init__(self, proposer: Proposer, texts: Sequence[Text]):
@@ -37,8 +29,7 @@ class Check:
         proposer.n_checks += 1
         assert proposer.head is not None
         assert proposer.change is not None
-        self._head: FlashHead = proposer.head
-        self._change = proposer.change
+        self._head, self._change = proposer.head, proposer.change
         self._counts = {text: text.n_read for text in texts}
         self._rows = [
             (text, text.waiting[i], len(text.tokens) + i)
@@ -122,10 +113,9 @@ class Check:
         return self._change(logits)
 
     def confirm(self, text: Text) -> list[Position]:
-        """The text's positions that are sure now. Waits for the check.
+        """The text's positions that are sure now and become confirmed tokens. Waits for the check.
 
-        They become confirmed tokens. If the last one is another choice, the text is `refused`, and
-        nothing waits any more.
+        If the last one is another choice, the text is `refused`, and nothing waits any more.
         """
         if self._product is not None:
             self._screen()

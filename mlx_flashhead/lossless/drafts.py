@@ -23,13 +23,7 @@ LATEST = 256  # tokens of a text
 
 
 class _DraftSampler:
-    """The package's sampler, at the positions of mlx-lm's speculative loop.
-
-    Args:
-        sampler: The sampler.
-        max_tokens: Of the text.
-        num_draft_tokens: Drafts of a round, at most.
-    """
+    """The package's sampler, at the positions of mlx-lm's speculative loop."""
 
     def __init__(self, sampler: Sampler, max_tokens: int, num_draft_tokens: int):
         self._sampler, self._seed = sampler, sampler.text_seed()
@@ -70,12 +64,8 @@ def drafted_steps(
 
     Args:
         prompt: (n,) token ids.
-        model: The target.
-        draft_model: The draft model.
-        *arguments: More of mlx-lm's.
-        proposer: Has the settings of the target's head.
+        proposer: Has the settings of the head of ``model``, the target.
         context: Tokens that the caches hold already.
-        **options: Keywords of mlx-lm's.
     """
     begin(options.get("logits_processors"))
     sampler, draws = options.get("sampler"), None

@@ -1,6 +1,7 @@
 """The loop for one text: mlx-lm's own, started again where a check chooses another token."""
 
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any, cast
 
 import mlx.core as mx
@@ -36,12 +37,9 @@ def checked_steps(
 
     Args:
         prompt: (n,) token ids.
-        model: The model.
-        stream: MLX's stream.
         proposer: Chooses the tokens.
         max_tokens: Tokens to generate; -1: no limit.
         sampler: The package's, or another's; default: the best token.
-        logits_processors: Functions of tokens and logits.
         prompt_cache: Caches, which hold the confirmed tokens at the end.
         max_kv_size: Size of the caches that are made if there are none.
         logprobs: Whether the log-probabilities are wanted.
@@ -57,15 +55,9 @@ def checked_steps(
     """
     cache = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     tokens = [*context, *cast(list[int], prompt.tolist())]
-    begun = len(tokens) - n_begun
-    text = Text(
-        sampler,
-        logits_processors or (),
-        tokens[:begun],
-        logprobs,
-        limit=max_tokens,
-        tokens=tokens[begun:],
-    )
+    before, begun = tokens[: len(tokens) - n_begun], tokens[len(tokens) - n_begun :]
+    processors = logits_processors or ()
+    text = Text(sampler, processors, before, logprobs, limit=max_tokens, tokens=begun)
     run = _Run(model, stream, cache, text, proposer, options)
     try:
         yield from run.tokens(prompt, list(context))
@@ -93,20 +85,17 @@ class _Run:
     def tokens(self, prompt: mx.array, context: list[int]) -> Tokens:
         """The confirmed tokens, each with its log-probabilities."""
         text, options = self._text, dict(self._options)
-        steps = self._steps(prompt, context, options)
+        start, before = prompt, context
         while text.n_given != text.limit:
-            try:
+            with closing(self._steps(start, before, options)) as steps:
                 yield from self._until_refused(steps)
-            finally:
-                steps.close()
             if text.n_given == text.limit:
                 return
             self.go_back(text.n_given - 1)
             for name in ("input_embeddings", "prompt_progress_callback"):
                 options.pop(name, None)
-            before = text.prompt + text.tokens
-            last = mx.array(before[-1:], dtype=mx.uint32)
-            steps = self._steps(last, before[:-1], options)
+            *before, last = text.prompt + text.tokens
+            start = mx.array([last], dtype=mx.uint32)
 
     def _steps(self, start: mx.array, before: list[int], options: dict[str, Any]) -> Generator:
         """mlx-lm's loop, from the tokens in the cache on."""

@@ -17,11 +17,8 @@ MOST_READ = 64  # tokens that may wait while a check is computed
 class Pace:
     """Has the tokens of some texts checked, and hands out what is sure.
 
-    The first checks come after 1, 2, 4, … tokens, so that text begins to flow at once.
-
-    Args:
-        proposer: Chooses the tokens.
-        mark: Marks the caches of some texts as they are.
+    The first checks come after 1, 2, 4, … tokens, so that text begins to flow at once. ``mark``
+    marks the caches of some texts as they are.
     """
 
     def __init__(self, proposer: Proposer, mark: Callable[[Sequence[Text]], Sequence[Any]]):
@@ -34,14 +31,10 @@ class Pace:
     def confirmed(
         self, texts: Sequence[Text], read: Sequence[Text]
     ) -> Iterator[tuple[Text, list[Position]]]:
-        """After a step: the texts' positions that are sure now.
+        """After a step, which has given the texts in ``read`` a token: what is sure now.
 
-        Whoever takes them lets a text that is `refused` go back, and clears what waits of one that
+        Whoever takes it lets a text that is `refused` go back, and clears what waits of one that
         has ended, before the next ones.
-
-        Args:
-            texts: The texts.
-            read: Those with a new token.
         """
         n_read = max((text.n_read for text in texts), default=0)
         if self._check is not None and (self._check.ready or n_read >= MOST_READ):

@@ -26,7 +26,6 @@ class Proposer:
     """Chooses the tokens of one loop's texts.
 
     Args:
-        model: The model.
         check: Whether the dense rows check the choices, so that they may be proposals.
         dense: Whether every token is scored at every position.
         settings: More settings of the head, keywords of ``FlashHead.settings``.
@@ -46,9 +45,7 @@ class Proposer:
         dense: bool = False,
         settings: dict[str, Any] | None = None,
     ):
-        self._model, self._wanted = model, (check, dense)
-        self._settings = settings or {}
-        self.head: FlashHead | None = None
+        self._model, self._wanted, self._settings = model, (check, dense), settings or {}
         self.change: Callable[[mx.array], mx.array] | None = unchanged
         self.dense, self.check = True, False
         self.look_for_head()
@@ -76,7 +73,7 @@ class Proposer:
 
     def look_for_head(self) -> None:
         """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
-        self.head = get_flash_head(self._model)
+        self.head: FlashHead | None = get_flash_head(self._model)
         if self.head is None:
             return
         try:
@@ -109,9 +106,7 @@ class Proposer:
     def hooks(self, text: Text, before: list[int] | None = None) -> dict[str, Any]:
         """A text's sampler and processors for mlx-lm's loop.
 
-        Args:
-            text: The text.
-            before: Tokens that the loop does not give to processors, before those that it does.
+        Processors see the tokens ``before`` before those that the loop gives them.
         """
         prefix = mx.array(before, dtype=mx.uint32) if before else None
         reads_logits = text.needs_logits or self.change is not unchanged or self.head is None

@@ -27,8 +27,6 @@ def certain_best(
     """For proposals of the best token: (k,) bool, lazy.
 
     Args:
-        head: The head.
-        rounding: Its rounding.
         slots: (k, C, n), logits of k states at once, in the order of the clusters.
         probes: (k, S), the probed clusters.
         scored: (k, S, n), the logits of their tokens.
@@ -89,17 +87,9 @@ def certain_draw(
 def certain_within(
     logits: mx.array, room: mx.array, epsilon: float, token: int, draws: Draws | None
 ) -> mx.array:
-    """For a choice from the logits of all tokens, each of which may lie ``room`` away.
+    """For a choice from the logits of all tokens (1, V), each of which may lie ``room`` away.
 
-    Args:
-        logits: (1, V), what the choice is made of.
-        room: The distance, a scalar.
-        epsilon: Spacing of the logits' dtype, relative to a logit.
-        token: The proposal.
-        draws: Of the position; None takes the best logit.
-
-    Returns:
-        (1,) bool, lazy.
+    ``epsilon`` is the spacing of their dtype, relative to a logit. Returns (1,) bool, lazy.
     """
     values = logits.astype(mx.float32)
     own = (mx.arange(values.shape[-1]) == token)[None]
