@@ -21,10 +21,7 @@ from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a model: itself, or its download from the Hugging Face Hub.
 
-    Args:
-        path_or_repo: The folder or the repository.
-        revision: Branch, tag or commit of the repository.
-        files: Patterns of what to download; default: the whole checkpoint.
+    ``files`` are patterns of what to download; default: the whole checkpoint.
 
     Raises:
         ValueError: If neither the folder nor the repository exists.

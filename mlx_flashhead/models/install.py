@@ -39,11 +39,7 @@ def get_flash_head(model: nn.Module) -> FlashHead | None:
 
 
 def installed_head(model: nn.Module) -> FlashHead:
-    """The FlashHead installed on ``model``.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The FlashHead installed on ``model``, or ValueError."""
     head = get_flash_head(model)
     if head is None:
         raise ValueError(NO_FLASH_HEAD)
@@ -71,14 +67,10 @@ def install(
     Order matters: load, cast, quantize, apply adapters and shard first, then install.
 
     Args:
-        model: Any model of mlx-lm or mlx-vlm whose head :func:`find_head` finds.
         token_ids: (C, cluster_size) integers, V in padded slots.
         centroids: Centroids fitted for these clusters.
         location: The head, where it is already known, and known to be a plain product.
         **settings: The other arguments of :class:`FlashHead`.
-
-    Returns:
-        The installed head.
 
     Raises:
         ValueError: If one is installed already, the head is not supported, an argument is not
@@ -106,11 +98,8 @@ def install(
         raise
     mx.clear_cache()  # it holds the rows in their old order
     mx.eval(head.arrays())
-    around = [
-        module
-        for path, module in model.named_modules()
-        if not path or location.path.startswith(f"{path}.")
-    ]
+    paths = [(path and f"{path}.", parent) for path, parent in model.named_modules()]
+    around = [parent for path, parent in paths if location.path.startswith(path)]
     module._flash_head = head
     module._asked_by = location.asked_by
     # its name, since MLX's dtypes do not pickle
@@ -158,9 +147,6 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
     Compare the speed of two models only if they share their arrays: the place of the arrays in
     memory alone changes the time of a step by up to a tenth on a CPU.
-
-    Raises:
-        ValueError: If no FlashHead is installed.
     """
     dense = copy.deepcopy(model)
     detach(dense)
@@ -175,18 +161,15 @@ def _put_back(module: nn.Module, head: FlashHead) -> None:
 
 
 def _subclass(module: nn.Module, mixin: type) -> None:
-    module.__class__ = _class_of(mixin, type(module))
+    base = type(module)
+    module.__class__ = type(base.__name__, (mixin, base), {"__module__": base.__module__})
 
 
-def _class_of(mixin: type, base: type) -> Any:
-    return type(base.__name__, (mixin, base), {"__module__": base.__module__})
-
-
-def _unpickled(mixin: type, base: type, arrays: dict, attributes: dict) -> nn.Module:
-    cls = _class_of(mixin, base)
-    module = cls.__new__(cls)
+def _unpickled(mixin: type, base: Any, arrays: dict, attributes: dict) -> nn.Module:
+    module = base.__new__(base)
     dict.update(module, arrays)
     vars(module).update(attributes)
+    _subclass(module, mixin)
     return module
 
 
@@ -218,10 +201,9 @@ class _FlashParent(_Pickled, _Module):
 
 
 class _FlashModule(_Pickled, _Module):
-    """An installed module.
+    """An installed module, whose dict holds None for each array that the FlashHead keeps.
 
-    Its dict holds None in place of each array that the FlashHead keeps. Reading such an array gives
-    it in the model's own order, lazily. Writing it raises.
+    Reading such an array gives it in the model's own order, lazily. Writing it raises.
     """
 
     _flash_head: FlashHead

@@ -31,10 +31,9 @@ def architecture(model: nn.Module) -> str:
 
 
 def forward(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
-    """The logits (B, L, V) of token ids (B, L). The model stays as it was.
+    """The logits (B, L, V) of token ids (B, L), after what a cache of mlx-lm holds.
 
-    Args:
-        cache: What a model of mlx-lm has read before, which the tokens join.
+    The model stays as it was.
     """
     whole: Any = model
     if is_vlm(model):
@@ -67,11 +66,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def check_writes_text(model: nn.Module) -> None:
-    """Checks that a model of mlx-vlm writes text, one token after the other.
-
-    Raises:
-        UnsupportedHeadError: If it does not.
-    """
+    """Raises UnsupportedHeadError for a model that does not write one token after the other."""
     if not is_vlm(model):
         return
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "language_model"):
@@ -92,11 +87,7 @@ def check_writes_text(model: nn.Module) -> None:
 
 
 def check_has_head(model: nn.Module) -> None:
-    """Checks that the head of a model has not been taken away, as mlx-vlm does for embeddings.
-
-    Raises:
-        UnsupportedHeadError: If it has.
-    """
+    """Raises UnsupportedHeadError if the head is taken away, as mlx-vlm does for embeddings."""
     if is_vlm(model) and getattr(getattr(model, "language_model", None), "lm_head", model) is None:
         raise _without_text(model)
 

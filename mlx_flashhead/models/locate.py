@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..head.formats import AFFINE
 from ..head.matrix import Matrix
 from .compat.vlm.drafts import own_head
 from .compat.vlm.head_weights import DECISIONS
@@ -35,13 +36,10 @@ class Asker(NamedTuple):
         return cls(code.co_filename, code.co_qualname)
 
     def wants_logits(self, usual: "Asker | None") -> bool:
-        """Whether this function decodes with a head's product.
+        """Whether this function decodes with a head's product, as the ``usual`` one does.
 
         The other functions of a model's file do not: gemma4_text finds tokens by their embeddings.
         mlx-vlm's models have several functions for logits.
-
-        Args:
-            usual: The function that makes the model's logits, if it is known.
         """
         if usual is None or self == usual:
             return True
@@ -53,21 +51,13 @@ class Asker(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadLocation:
-    """Where a model makes its logits.
+    """Where a model makes its logits."""
 
-    Attributes:
-        module: The output projection itself.
-        path: Its dotted name in the model, such as "lm_head" or "model.embed_tokens".
-        method: "__call__" for a linear layer, "as_linear" for a tied embedding.
-        asked_by: The function of the model that asks it for the logits; None if unknown.
-        hidden_dtype: Dtype of its input states.
-    """
-
-    module: nn.Module
-    path: str
-    method: str
-    asked_by: Asker | None = None
-    hidden_dtype: mx.Dtype = mx.float32
+    module: nn.Module  # the output projection itself
+    path: str  # its dotted name in the model, such as "lm_head" or "model.embed_tokens"
+    method: str  # "__call__" for a linear layer, "as_linear" for a tied embedding
+    asked_by: Asker | None = None  # the model's function that asks it for the logits, if known
+    hidden_dtype: mx.Dtype = mx.float32  # of its input states
 
     @property
     def tied(self) -> bool:
@@ -85,21 +75,12 @@ class HeadLocation:
                 f"The rows of {self.path!r} have a global_scale (NVFP4 of newer mlx), which "
                 "FlashHead does not read: use the model without FlashHead."
             )
-        scales = module.get("scales")
-        quantization = {}
-        if scales is not None:
-            quantization = {
-                "group_size": module.group_size,
-                "bits": module.bits,
-                "mode": getattr(module, "mode", "affine"),
-            }
-        return Matrix(
-            weight=module["weight"],
-            scales=scales,
-            biases=module.get("biases"),
-            bias=module.get("bias"),
-            **quantization,
-        )
+        names = ("weight", "scales", "biases", "bias")
+        arrays: dict[str, Any] = {name: module.get(name) for name in names}
+        if "scales" not in module:
+            return Matrix(**arrays)
+        mode = getattr(module, "mode", AFFINE)
+        return Matrix(**arrays, group_size=module.group_size, bits=module.bits, mode=mode)
 
 
 def find_head(model: nn.Module) -> HeadLocation:
@@ -135,11 +116,8 @@ def find_head(model: nn.Module) -> HeadLocation:
             f"{home}'s code of this {name!r} model fails on a token by itself "
             f"({type(error).__name__}: {error}), so it cannot be served with FlashHead either."
         ) from error
-    found = [
-        call
-        for width, call in calls
-        if width == vocab_size and call.module["weight"].shape[0] == vocab_size
-    ]
+    wide = [call for width, call in calls if width == vocab_size]
+    found = [call for call in wide if call.module["weight"].shape[0] == vocab_size]
     if not found:
         _refuse_split(calls, vocab_size, name)
         for path, adapted in model.named_modules():  # DoRA multiplies the rows itself
@@ -176,9 +154,7 @@ def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
 
 
 def check_plain_product(location: HeadLocation) -> None:
-    """Checks on one random state that the layer is the product with its rows.
-
-    The state has the model's own dtype, which avoids casts and copies of the rows.
+    """Checks on one random state of the model's dtype that the layer multiplies by its rows.
 
     Raises:
         UnsupportedHeadError: If it is not: sharded, rotated or otherwise special layers.
@@ -213,14 +189,10 @@ def recorded_hidden(location: HeadLocation) -> Iterator[list[mx.array]]:
 @contextmanager
 def _observed(classes: set[type], record: Callable) -> Iterator[None]:
     """Within the block, calls of the head-like methods of ``classes`` are passed to ``record``."""
-    originals = {
-        (cls, name): getattr(cls, name)
-        for cls in classes
-        for name in (LINEAR, EMBEDDING)
-        if hasattr(cls, name)
-    }
+    methods = [(cls, name) for cls in classes for name in (LINEAR, EMBEDDING) if hasattr(cls, name)]
+    originals = {(cls, name): getattr(cls, name) for cls, name in methods}
+    own = {(cls, name): vars(cls).get(name) for cls, name in methods}
     under_way: set[tuple[int, str]] = set()
-    own = {key: key[0].__dict__.get(key[1]) for key in originals}
 
     def observer(name, original):
         def call(self, *args, **kwargs):
@@ -250,15 +222,15 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
 
 
 def _refuse_split(calls: list[tuple[int, HeadLocation]], vocab_size: int, name: str) -> None:
+    split = nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear
     for width, call in calls:
-        if isinstance(call.module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
-            processes = call.module.group.size()
-            if width * processes == vocab_size:
-                raise UnsupportedHeadError(
-                    f"Each of the {processes} processes holds a part of this {name!r} model's "
-                    f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
-                    "by layers instead, with a `pipeline_group`, or use one process."
-                )
+        processes = call.module.group.size() if isinstance(call.module, split) else 1
+        if processes > 1 and width * processes == vocab_size:
+            raise UnsupportedHeadError(
+                f"Each of the {processes} processes holds a part of this {name!r} model's "
+                f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
+                "by layers instead, with a `pipeline_group`, or use one process."
+            )
 
 
 def _has_adapter(module: nn.Module) -> bool:

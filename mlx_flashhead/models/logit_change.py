@@ -27,7 +27,6 @@ def logit_change_of(model: nn.Module) -> LogitChange:
     """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``.
 
     Raises:
-        ValueError: If the model has no FlashHead.
         UnsupportedHeadError: If a token's result depends on anything but its logit.
     """
     head = installed_head(model)

@@ -45,12 +45,12 @@ def patch_programs(
     load_model: Callable[[Load], Load],
     loop: Callable[[Load], Load],
 ) -> None:
-    """Replaces the functions, those of mlx-vlm as soon as a program imports it.
+    """Replaces the functions by what is made of them, those of mlx-vlm as soon as it is imported.
 
     Args:
-        load: Makes ``mlx_lm.load`` and ``mlx_vlm.load`` from the originals.
-        load_model: Makes ``mlx_lm.utils.load_model``, which some programs call without ``load``.
-        loop: Makes mlx-lm's ``generate_step``, and its loop with a draft model.
+        load: Of ``mlx_lm.load`` and ``mlx_vlm.load``.
+        load_model: Of ``mlx_lm.utils.load_model``, which some programs call without ``load``.
+        loop: Of mlx-lm's ``generate_step``, and its loop with a draft model.
     """
     utils = importlib.import_module("mlx_lm.utils")
     original = utils.load_model

@@ -7,12 +7,7 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, **names: Any) -> Iterator[None]:
-    """Within the block, globals of a module or attributes of an object have other values.
-
-    Args:
-        owner: The module or the object.
-        **names: The values, by name.
-    """
+    """Within the block, globals of a module or attributes of an object have other values."""
     originals = {name: getattr(owner, name) for name in names}
     try:
         for name, value in names.items():
