@@ -161,25 +161,6 @@ def test_head_computes_the_formula(form, size, bias):
         assert np.argmax(float64(logits[row])) == tokens.reshape(-1)[row].item()
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", SIZES[:4] + SIZES[7:9])
-def test_all_probes_give_the_dense_logits(form, size, bias):
-    head, rows, reference, hidden = make_head(form, size, bias=bias)
-    head.n_probes = head.n_clusters
-    dense = rows.matmul(hidden)
-    logits = head(hidden)
-    assert logits.dtype == dense.dtype
-    assert logits.shape == dense.shape
-    assert close(logits.reshape(-1, logits.shape[-1]), reference.logits, form).all()
-    assert mx.array_equal(mx.argmax(logits, -1), mx.argmax(dense, -1))
-    assert mx.array_equal(head.token(hidden), mx.argmax(dense, -1))
-    ids, candidates = head.candidates(hidden)
-    order = mx.argsort(ids, axis=-1)[..., : rows.n_rows]  # padded slots come last
-    every = mx.take_along_axis(candidates, order, axis=-1)
-    assert close(every.reshape(-1, rows.n_rows), reference.logits, form).all()
-
-
 def known_head(rows, token_ids, scores, *, n_probes, offset=0.0, **kwargs):
     """A head whose stage 1 gives ``scores`` (C,) whatever the state."""
     n_clusters = len(token_ids)
@@ -224,16 +205,6 @@ def test_greedy_takes_the_lowest_id_among_equals(n_probes):
     expected = 2 if n_probes == 1 else 1
     assert head.token(hidden).item() == expected
     assert mx.argmax(head(hidden), axis=-1).item() == expected
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_embedding_is_the_dense_embedding(form):
-    head, rows, _, _ = make_head(form, (203, 64, 8, 5, (1,), ()))
-    tokens = mx.array([[0, 202, 7], [7, 7, 100]])
-    expected = rows.take(tokens).dequantized()
-    actual = head.embedding(tokens)
-    assert actual.dtype == expected.dtype
-    assert mx.array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -4,7 +4,6 @@ On a Mac they run on the GPU, elsewhere on the emulator, with the same assertion
 """
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -16,11 +15,9 @@ from kernel_cases import (
     on_gpu,
     to_numpy,
 )
-from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.backend import BACKEND_VARIABLE
 from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.models.install import install
 
 VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS, N_PROBES = 157, 128, 8, 20, 9
 SHAPES = [(), (1, 1), (2, 1), (1, 2), (5, 1), (1, 5), (32, 1), (1, 32), (4, 8), (2, 1, 3)]
@@ -158,35 +155,3 @@ class TestChoice:
             names = {dispatch.name for dispatch in emulator.dispatches}
             steps = ("route", "select", "select_words", "expand", "sample")
             assert names == {f"flash_head_{step}" for step in steps}
-
-    def test_chosen_once_on_installation(self, monkeypatch, no_variable):
-        """Neither a call nor a new environment chooses again, or makes kernels anew."""
-        rows, token_ids, centroids = parts(bits=32)
-
-        class Model(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.lm_head = nn.Linear(HIDDEN_SIZE, VOCAB_SIZE, bias=False)
-                self.lm_head.weight = rows.weight
-                self.embed = nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE)
-
-            def __call__(self, ids, cache=None):
-                return self.lm_head(self.embed(ids))
-
-        model = Model()
-        ids = mx.array([[5, 7, 11]])
-        with kernels():
-            install(model, token_ids, centroids, n_probes=N_PROBES)
-            head = get_flash_head(model)
-            assert head.backend == "metal"
-            first = to_numpy(model(ids))
-
-            def refuse(*args, **kwargs):
-                raise AssertionError("a kernel is made, or a path chosen, after the installation")
-
-            with monkeypatch.context() as patch:
-                patch.setenv(BACKEND_VARIABLE, "mlx")
-                patch.setattr(mx.fast, "metal_kernel", refuse)
-                patch.setattr(mx.metal, "is_available", refuse)
-                np.testing.assert_array_equal(to_numpy(model(ids)), first)
-                assert head.copy().backend == head.backend == "metal"
