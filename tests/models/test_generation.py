@@ -50,15 +50,11 @@ def test_without_the_check_it_is_the_bare_heads_text(flash, pair, head):
     assert found == expected != usual
 
 
-def test_fewer_probes_score_fewer_tokens(flash, head):
-    """The tail of a cluster is one value for all its tokens, so logits repeat."""
-    for n_probes in (1, 4):
-        options = {"n_probes": n_probes, "check": False, "max_tokens": 2}
-        *_, last = stream_generate(*flash, "One day", **options)
-        distinct = len(np.unique(np.array(last.logprobs)))
-        assert distinct <= n_probes * head.cluster_size + head.n_clusters - n_probes
-    *_, last = stream_generate(*flash, "One day", n_probes=1, max_tokens=2)
-    assert len(np.unique(np.array(last.logprobs))) > VOCAB_SIZE * 0.9  # the dense model's
+@pytest.mark.parametrize("size", [1, 7])
+def test_prompts_in_parts(flash, pair, size):
+    ids, options = pair.encode("How do I bake bread for two people"), {"prefill_step_size": size}
+    assert pair.tokens(pair.model, ids, **options) == uncached(pair.dense, ids)
+    assert pair.tokens(pair.model, ids, check=False, **options) == pair.bare(ids)
 
 
 def test_mlx_lms_keywords_arrive(flash, capsys):

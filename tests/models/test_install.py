@@ -160,14 +160,6 @@ def test_the_prompts_logits_are_never_made(how, monkeypatch):
     assert mx.get_peak_memory() - before > length * vocab_size * 4
 
 
-@tied_or_not
-def test_nothing_is_evaluated(how):
-    """Within a transformation MLX refuses to evaluate, so a model that did would raise."""
-    model = tiny_model(**how)
-    installed(model)
-    assert mx.compile(lambda tokens: model(tokens))(TOKENS).shape == (2, 4, 203)
-
-
 @pytest.mark.parametrize("form", [{}, {"tied": False, "bits": 4}, {"dtype": mx.bfloat16}], ids=str)
 def test_a_model_with_a_flash_head_pickles(form):
     model = tiny_model(**form)
