@@ -19,8 +19,7 @@ from .clustered import ClusteredRows
 from .draw import Draws
 from .matrix import Matrix
 from .portable import PortableSteps, faster_by_column
-from .proposal import Proposal, Risk
-from .steps import NO_DEPTH, Candidates, Selection
+from .steps import NO_DEPTH, Candidates, Proposal, Risk, Selection
 
 # Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
 # and JSON; so low that exp() of it is 0.

@@ -16,8 +16,7 @@ from .draw import Draws
 from .kernel_text import EXPAND_BODY, ROUTE_BODY, SAMPLE_BODY, SCORE_BODY, SELECT_BODY, header
 from .matrix import Matrix
 from .portable import PortableSteps
-from .proposal import USUAL_RISK, Risk
-from .steps import NO_DEPTH, Candidates, Selection
+from .steps import NO_DEPTH, USUAL_RISK, Candidates, Risk, Selection
 
 # The constants of the same names in metal/flash_head/constants.h.
 LANES = 32

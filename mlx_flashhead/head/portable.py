@@ -4,14 +4,15 @@ They are the CPU path, the fallback, and the reference in tests of the Metal ker
 evaluates. A prompt's logits stay lazy, since nobody reads them.
 """
 
+import ctypes
+import sys
+
 import mlx.core as mx
 
-from .blas import REFERENCE, blas_name
 from .clustered import ClusteredRows
 from .draw import Draws, draw, noise
 from .matrix import Matrix
-from .proposal import USUAL_RISK, Risk
-from .steps import NO_DEPTH, Candidates, Selection, in_token_order
+from .steps import NO_DEPTH, USUAL_RISK, Candidates, Risk, Selection, in_token_order
 
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
@@ -24,11 +25,26 @@ BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
 # Rows that are dequantized at once: for all of them MLX's CPU build needs three times the floats.
 PIECE = 64
 
+REFERENCE = "the reference BLAS of the mlx wheel"  # for Linux, a slow one
+
 # Positions (B·L) up to which FlashHead is the faster path on a CPU: with the reference BLAS at any
 # number of probes. A fast BLAS multiplies many positions well, and there C/p is a limit too.
 CPU_POSITIONS = 32
 MEASURED = "measured on a CPU: docs/speed.md"
 ESTIMATED = "an estimate: C/p positions read as many rows as the dense head"
+
+
+def blas_name() -> str:
+    """The BLAS of MLX's CPU products, with its number of threads if it is known."""
+    if sys.platform == "darwin":
+        return "Accelerate"
+    process = ctypes.CDLL(None)  # finds preloaded libraries
+    if not hasattr(process, "openblas_get_config"):
+        return REFERENCE
+    process.openblas_get_config.restype = ctypes.c_char_p
+    threads = process.openblas_get_num_threads()
+    name = " ".join(process.openblas_get_config().decode().split()[:2])
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def tail_cap(best: mx.array) -> mx.array:

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
-from ..head.proposal import Risk
+from ..head.steps import Risk
 from ..index.fit import check_fit
 from ..models.compat.vlm.drafts import when_drafted
 from ..models.errors import UnsupportedHeadError

@@ -9,10 +9,9 @@ from ..head.draw import Draws
 from ..models.logit_change import unchanged
 from .products import SlotProduct
 from .proposals import Proposer
-from .random_state import current_random_state, random_state, set_random_state
 from .rounding import rounding_of
 from .screen import certain_best, certain_draw, certain_within
-from .text import GREEDY, Position, Text
+from .text import GREEDY, Position, Text, current_random_state, random_state, set_random_state
 
 Row = tuple[Text, Position, int]  # a text, a position, its place in the text
 Kind = tuple[bool, bool] | None

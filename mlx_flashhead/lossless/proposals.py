@@ -14,12 +14,11 @@ import mlx.nn as nn
 
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
-from ..head.proposal import Proposal
+from ..head.steps import Proposal
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head
 from ..models.logit_change import logit_change_of, unchanged
-from .random_state import current_random_state
-from .text import GREEDY, Position, Text
+from .text import GREEDY, Position, Text, current_random_state
 
 
 class Proposer:

@@ -1,21 +1,47 @@
 """One text in progress: how its tokens are chosen, and those that wait for their check."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
 
 from ..head.draw import DrawSettings, position_key
-from ..head.proposal import Proposal
+from ..head.steps import Proposal
 from ..models.compat.sample_utils import greedy_sampler
-from .random_state import random_state
 from .sampler import Sampler, fresh_seed
 
 Processor = Callable[[Any, mx.array], mx.array]
 ForeignSampler = Callable[[mx.array], mx.array]
 
 GREEDY = DrawSettings()
+
+
+def current_random_state() -> mx.array:
+    """MLX's random state, (2,) uint32. Lazy."""
+    state: Any = mx.random.state
+    return state[0]
+
+
+def set_random_state(state: mx.array) -> None:
+    """Makes ``state`` (2,) uint32 MLX's random state. Waits for it."""
+    high, low = cast(list[int], state.tolist())
+    mx.random.seed(high << 32 | low)
+
+
+@contextmanager
+def random_state(state: mx.array | None) -> Iterator[None]:
+    """Within the block MLX's random state is ``state``; with None it stays as it is."""
+    if state is None:
+        yield
+        return
+    before = current_random_state()
+    set_random_state(state)
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 def begin(processors: Sequence[Processor] | None) -> None:

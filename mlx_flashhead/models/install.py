@@ -9,7 +9,7 @@ in the model's own order when it is read.
 
 import copy
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,11 +23,7 @@ from .compat.vlm.head_weights import keep_from_weights
 from .libraries import is_vlm
 from .locate import EMBEDDING, Asker, HeadLocation, check_plain_product, find_head
 
-# Base of the classes below while types are checked.
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
+_Module: Any = object  # the methods of nn.Module come from the class beside those below
 
 NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 
@@ -190,7 +186,7 @@ def installed_module(model: nn.Module) -> nn.Module | None:
 class _FlashParent(_Pickled, _Module):
     """A module around an installed one: refuses an update of it before it changes anything."""
 
-    def update(self, parameters, strict=True):  # type: ignore[override]  # as nn.Module's
+    def update(self, parameters, strict=True):
         modules = dict(self.named_modules())
         for path in dict(tree_flatten(parameters)):
             of_module, _, key = path.rpartition(".")

@@ -7,8 +7,9 @@ and whose output is as wide as the logits.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import mlx.nn as nn
 
 from ..head.formats import AFFINE
 from ..head.matrix import Matrix
+from .compat.replaced import replaced
 from .compat.vlm.drafts import own_head
 from .compat.vlm.head_weights import DECISIONS
 from .errors import UnsupportedHeadError
@@ -189,9 +191,6 @@ def recorded_hidden(location: HeadLocation) -> Iterator[list[mx.array]]:
 @contextmanager
 def _observed(classes: set[type], record: Callable) -> Iterator[None]:
     """Within the block, calls of the head-like methods of ``classes`` are passed to ``record``."""
-    methods = [(cls, name) for cls in classes for name in (LINEAR, EMBEDDING) if hasattr(cls, name)]
-    originals = {(cls, name): getattr(cls, name) for cls, name in methods}
-    own = {(cls, name): vars(cls).get(name) for cls, name in methods}
     under_way: set[tuple[int, str]] = set()
 
     def observer(name, original):
@@ -209,16 +208,12 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
 
         return call
 
-    try:
-        for (cls, name), original in originals.items():
-            setattr(cls, name, observer(name, original))
+    with ExitStack() as stack:
+        for cls, name in product(classes, (LINEAR, EMBEDDING)):
+            if hasattr(cls, name):
+                method = observer(name, getattr(cls, name))
+                stack.enter_context(replaced(cls, **{name: method}))
         yield
-    finally:
-        for (cls, name), method in own.items():
-            if method is None:
-                delattr(cls, name)
-            else:
-                setattr(cls, name, method)
 
 
 def _refuse_split(calls: list[tuple[int, HeadLocation]], vocab_size: int, name: str) -> None:

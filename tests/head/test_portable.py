@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.head import portable
-from mlx_flashhead.head.blas import REFERENCE
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.portable import (
+    REFERENCE,
     PortableSteps,
     blocked_product,
     faster_by_column,
