@@ -87,28 +87,6 @@ def test_sixteen_bit_floats_round_as_in_mlx(dtype):
     assert mx.all((product == expected) | mx.isnan(x))
 
 
-AT_69 = {  # of 70 threads in threadgroups of 64
-    "thread_position_in_grid.x": 69, "thread_position_in_threadgroup.x": 5,
-    "threadgroup_position_in_grid.x": 1, "threads_per_threadgroup.x": 6,
-    "dispatch_threads_per_threadgroup.x": 64, "threads_per_grid.x": 70, "grid_size.x": 70,
-    "threadgroups_per_grid.x": 2, "thread_index_in_threadgroup": 5, "thread_index_in_simdgroup": 5,
-    "simdgroup_index_in_threadgroup": 0, "simdgroups_per_threadgroup": 1,
-    "dispatch_simdgroups_per_threadgroup": 2, "thread_index_in_quadgroup": 1,
-    "quadgroup_index_in_threadgroup": 1, "quadgroups_per_threadgroup": 2,
-    "dispatch_quadgroups_per_threadgroup": 16, "thread_execution_width": 32,
-    "threads_per_simdgroup": 32, "grid_origin.x": 0,
-    "a_shape[1]": 3, "a_strides[0]": 3, "a_ndim": 2, "b": 7, "c[1]": 1,
-}  # fmt: skip
-
-
-def test_every_attribute_and_input():
-    writes = "".join(f"out[{i}] = uint({name}); " for i, name in enumerate(AT_69))
-    inputs, n = (mx.zeros((4, 3)), 7, mx.arange(3)), len(AT_69)
-    source = f"if (thread_position_in_grid.x == 69) {{ {writes}}}"
-    found = run_kernel(source, *inputs, shape=(n,), dtype=mx.uint32, grid=70)
-    assert dict(zip(AT_69, found.tolist(), strict=True)) == AT_69
-
-
 def test_traffic_is_exact():
     """64 threads read every second float of 128, twice the same word of b, and write bytes."""
     emulator = Emulator()

@@ -48,15 +48,9 @@ def kept(logits: np.ndarray, tail: float, top_p: float, log_min_p: float, top_k:
 
 
 def draw(ids: np.ndarray, logits: np.ndarray, tail: float, setting, top_k: int, key) -> int:
-    """The token of one position.
+    """The token of one position: of the scored tokens (K,), without padded slots.
 
-    Args:
-        ids: (K,) of the scored tokens, without padded slots.
-        logits: (K,) float32, their logits.
-        tail: Logarithm of the mass of the others.
-        setting: 1/temperature, top_p, log_min_p.
-        top_k: 0 for none.
-        key: (2,) uint32.
+    ``tail`` is the logarithm of the others' mass, ``setting`` 1/temperature, top_p, log_min_p.
     """
     scale, top_p, log_min_p = map(np.float32, setting)
     if scale == 0 or np.isnan(logits).any():

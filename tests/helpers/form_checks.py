@@ -77,13 +77,8 @@ def check_form(
 ) -> tuple[FlashHead, list[mx.array]]:
     """Installs a FlashHead and checks all logits of ``steps`` with all probes and with few.
 
-    Args:
-        model: A dense model.
-        location: Its head.
-        steps: Runs the model in several ways; the logits of each call of the head.
-
-    Returns:
-        The FlashHead, with few probes, and the dense logits.
+    ``steps`` run the model in several ways, with the logits of each call of the head. Returns the
+    FlashHead, with few probes, and the dense logits.
     """
     rng = np.random.default_rng(0)
     with recorded_hidden(location) as states:

@@ -116,22 +116,13 @@ def covering_cases(factors: dict[str, tuple], valid, cost) -> list[dict]:
     """Few cases in which each pair of values occurs that any valid case has.
 
     Greedy: the case with most pairs that are still missing, the cheapest of several.
-
-    Args:
-        factors: Values of each factor.
-        valid: Whether a case may be run.
-        cost: Orders cases that cover equally much.
     """
     names = list(factors)
     cases = [dict(zip(names, values, strict=True)) for values in product(*factors.values())]
     cases = sorted(filter(valid, cases), key=cost)
     numbers: dict = {}
-    pairs = np.array(
-        [
-            [numbers.setdefault(pair, len(numbers)) for pair in combinations(case.items(), 2)]
-            for case in cases
-        ]
-    )
+    pairs_of = [combinations(case.items(), 2) for case in cases]
+    pairs = np.array([[numbers.setdefault(p, len(numbers)) for p in each] for each in pairs_of])
     missing = np.ones(len(numbers), dtype=bool)
     chosen = []
     while missing.any():

@@ -63,15 +63,7 @@ def tiny_model(
 ) -> nn.Module:
     """A random model, evaluated: weights and biases large enough for logits that differ.
 
-    Args:
-        arch: A module of ``mlx_lm.models``.
-        tied: Whether the head is the embedding.
-        dtype: Of everything that is not quantized.
-        bits: Quantizes the head and the linear layers.
-        group_size: Quantization group.
-        mode: MLX's quantization mode.
-        seed: Of the weights.
-        **overrides: Keys of the configuration.
+    ``bits`` quantize the head and the linear layers; ``overrides`` are keys of the configuration.
     """
     architecture = importlib.import_module(f"mlx_lm.models.{arch}")
     config = {"model_type": arch, "tie_word_embeddings": tied, **CONFIGS[arch], **overrides}

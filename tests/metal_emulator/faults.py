@@ -12,13 +12,7 @@ MEETINGS = {
     0: "threadgroup_barrier",
     1: "simdgroup_barrier",
     2: "the end of the kernel",
-    16: "simd_sum",
-    17: "simd_min",
-    18: "simd_max",
-    19: "a simd_prefix operation",
-    20: "a simd_shuffle operation",
-    21: "a simd vote",
-}
+} | dict(enumerate(("simd_sum", "simd_min", "simd_max", "simd_prefix", "simd_shuffle", "vote"), 16))
 
 
 class KernelFault(RuntimeError):
