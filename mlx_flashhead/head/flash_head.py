@@ -261,12 +261,9 @@ class FlashHead:
         before = {name: getattr(self, name) for name in SETTINGS}
         if dense or n_probes is not None:
             self.n_probes = self.n_clusters if n_probes is None else n_probes
-        if draw_temperature is not None:
-            self._draw_temperature = float(draw_temperature)
-        if project is not None:
-            self._project = project
-        if max_positions is not None:
-            self._max_positions = max_positions
+        given = {"_draw_temperature": draw_temperature, "_project": project}
+        given["_max_positions"] = max_positions
+        vars(self).update((name, value) for name, value in given.items() if value is not None)
         try:
             yield self
         finally:

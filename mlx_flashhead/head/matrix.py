@@ -1,7 +1,7 @@
 """A stored matrix, dense or quantized, and its operations."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from .formats import AFFINE, Format, find_format
 
 SAMPLE_ROWS = 64
+ARRAYS = ("weight", "scales", "biases")  # in the order in which MLX and the kernels take them
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,12 @@ class Matrix:
 
     def arrays(self) -> dict[str, mx.array]:
         """The arrays present, by their parameter names (weight, scales, biases, bias)."""
-        named = {name: getattr(self, name) for name in ("weight", "scales", "biases", "bias")}
+        named = {name: getattr(self, name) for name in (*ARRAYS, "bias")}
         return {name: array for name, array in named.items() if array is not None}
 
     def map(self, function: Callable[[mx.array], mx.array]) -> "Matrix":
         """The same rows with ``function`` applied to each array."""
-        return self.with_arrays({name: function(a) for name, a in self.arrays().items()})
-
-    def with_arrays(self, arrays: Mapping[str, mx.array]) -> "Matrix":
-        """The same with other arrays in place of those of these names."""
-        changes: dict[str, Any] = dict(arrays)
+        changes: dict[str, Any] = {name: function(a) for name, a in self.arrays().items()}
         return replace(self, **changes)
 
     def take(self, ids: mx.array) -> "Matrix":
@@ -81,9 +78,9 @@ class Matrix:
 
     def quantize(self, *, bits: int, group_size: int, mode: str = AFFINE) -> "Matrix":
         """Floats in fewer bits, rounded to nearest by MLX. Lazy."""
-        arrays = mx.quantize(self.weight, group_size=group_size, bits=bits, mode=mode)
-        named = dict(zip(find_format(mode, bits).arrays, arrays, strict=True))
-        return replace(self.with_arrays(named), group_size=group_size, bits=bits, mode=mode)
+        form: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+        arrays = mx.quantize(self.weight, **form)
+        return replace(self, **form | dict(zip(ARRAYS, arrays, strict=False)))
 
     def product_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of products with hidden states of ``hidden_dtype``, before the bias."""

@@ -47,12 +47,6 @@ def blas_name() -> str:
     return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
-def tail_cap(best: mx.array) -> mx.array:
-    """The highest logit of a token that was not scored: m - max(1, |m|/64), float32."""
-    best = best.astype(mx.float32)
-    return best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
-
-
 def in_blocks(matrix: Matrix, dtype: mx.Dtype = mx.float32) -> mx.array:
     """Rows (V, D) for ``blocked_product``: (n_blocks, block, D) floats, zeros at the end. Lazy."""
     n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
@@ -85,8 +79,8 @@ class PortableSteps:
         self._on_cpu = mx.default_device().type == mx.cpu
         self._reference_blas = self._on_cpu and blas_name() == REFERENCE
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
-        centroids = clustered.centroids
-        self._centroids = in_blocks(centroids.matrix) if self._on_cpu else None
+        self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
+        self.limit_reason = MEASURED if self._on_cpu else ESTIMATED  # of `max_positions`
 
     def arrays(self) -> list[mx.array]:
         """Arrays held besides those of ``clustered``."""
@@ -102,11 +96,6 @@ class PortableSteps:
             return CPU_POSITIONS
         by_rows = max(1, self.clustered.n_clusters // n_probes)
         return min(by_rows, CPU_POSITIONS) if self._on_cpu else by_rows
-
-    @property
-    def limit_reason(self) -> str:
-        """The source of ``max_positions``."""
-        return MEASURED if self._on_cpu else ESTIMATED
 
     def product(self, hidden: mx.array) -> mx.array:
         """Logits of all slots, in their order: hidden (R, D) → (R, C·n)."""
@@ -159,20 +148,12 @@ class PortableSteps:
         """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
         rows, probes = self.clustered.rows, selection.probes
         stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
+        gathers = not self._on_cpu or hidden.dtype == mx.float32  # for gather_mm of the CPU build
         if rows.scales is not None:
-            logits = mx.gather_qmm(
-                stacked,
-                rows.weight,
-                rows.scales,
-                rows.biases,
-                rhs_indices=probes,
-                transpose=True,
-                **rows.quantization,
-            ).squeeze(-2)
-        elif rows.weight.dtype == hidden.dtype and not (
-            # the CPU build's gather_mm takes float32 only
-            self._on_cpu and hidden.dtype != mx.float32
-        ):
+            arrays = (rows.weight, rows.scales, rows.biases)
+            options = {"rhs_indices": probes, "transpose": True, **rows.quantization}
+            logits = mx.gather_qmm(stacked, *arrays, **options).squeeze(-2)
+        elif rows.weight.dtype == hidden.dtype and gathers:
             blocks = rows.weight.swapaxes(-1, -2)
             logits = mx.gather_mm(stacked, blocks, rhs_indices=probes).squeeze(-2)
         else:
@@ -199,8 +180,9 @@ class PortableSteps:
         """
         logits = candidates.logits
         n_rows, n_clusters = scores.shape
-        best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1)  # (R, 1)
-        tail = mx.minimum(scores + self.clustered.centroids.tail_offset, tail_cap(best))
+        best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1).astype(mx.float32)  # (R, 1)
+        cap = best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
+        tail = mx.minimum(scores + self.clustered.centroids.tail_offset, cap)
         if logits.dtype == mx.float16:
             tail = mx.maximum(tail, mx.finfo(mx.float16).min)  # finite in float16 too
         blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))

@@ -35,15 +35,6 @@ class Response:
     all_tokens: list[int] | None
 
 
-@dataclass(eq=False)
-class _Sequence:
-    """A text in the batch."""
-
-    uid: int  # its number for the caller
-    text: Text
-    inner: int = -1  # its number in mlx-lm's batch
-
-
 class CheckedBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
@@ -75,8 +66,8 @@ class CheckedBatchGenerator(BatchGenerator):
         self._proposer = proposer
         self._usual = sampler, logits_processors or []
         self._stops = [list(stop) for stop in stop_tokens or () if stop]
-        self._inner: dict[int, _Sequence] = {}  # by their numbers in mlx-lm's batch
-        self._n_sequences = 0
+        self._texts: dict[int, Text] = {}  # by their numbers in mlx-lm's batch
+        self._n_texts = 0
         self._pace = Pace(proposer, self._marks)
         self.logprobs = logprobs
 
@@ -95,7 +86,7 @@ class CheckedBatchGenerator(BatchGenerator):
         A processor with ``for_sequence`` makes another one for each text. All texts have the same
         stop tokens.
         """
-        first = self._n_sequences
+        first = self._n_texts
         sampler, processors = self._usual
         for i, segment in enumerate(segments):
             parts = [part for part in segment if part]
@@ -110,27 +101,25 @@ class CheckedBatchGenerator(BatchGenerator):
                 self.logprobs,
                 beside_others=True,
                 limit=max_tokens[i] if max_tokens else self.max_tokens,
+                uid=self._n_texts,
             )
             if text.limit <= 0:
                 raise ValueError(f"Sequence {i}'s max_tokens is {text.limit}: it must be above 0.")
-            sequence = _Sequence(self._n_sequences, text)
-            self._join(sequence, parts, caches[i] if caches else None, before)
-            self._n_sequences += 1
-        return list(range(first, self._n_sequences))
+            self._join(text, parts, caches[i] if caches else None, before)
+            self._n_texts += 1
+        return list(range(first, self._n_texts))
 
-    def _join(
-        self, sequence: _Sequence, parts: list[list[int]], cache: Any, before: list[int]
-    ) -> None:
-        hooks = self._proposer.hooks(sequence.text)
+    def _join(self, text: Text, parts: list[list[int]], cache: Any, before: list[int]) -> None:
+        hooks = self._proposer.hooks(text)
         of_text = ([parts], [sys.maxsize], [cache], [before])
         functions = ([hooks["sampler"]], [hooks["logits_processors"]])
-        (sequence.inner,) = super().insert_segments(*of_text, *functions)
-        self._inner[sequence.inner] = sequence
+        (inner,) = super().insert_segments(*of_text, *functions)
+        self._texts[inner] = text
 
     def next_generated(self) -> list[Any]:
         """The next confirmed tokens; nothing if there are no more texts."""
         with mx.stream(self._stream):
-            while self._inner:
+            while self._texts:
                 _, responses = self._next()
                 if responses:
                     return responses
@@ -138,63 +127,60 @@ class CheckedBatchGenerator(BatchGenerator):
 
     def remove(self, uids: Sequence[int], return_prompt_caches: bool = False) -> dict[int, Any]:
         """Removes texts. Returns, if asked for, their caches and the tokens given out, in them."""
-        sequences = {sequence.uid: sequence for sequence in self._inner.values()}
+        texts = {text.uid: text for text in self._texts.values()}
         with mx.stream(self._stream):
-            removed = {uid: self._leave(sequences[uid]) for uid in uids}
+            removed = {uid: self._leave(texts[uid]) for uid in uids}
         return removed if return_prompt_caches else {}
 
     def _next(self) -> tuple[list[Any], list[Any]]:
-        uids = self._generation_batch.uids
-        self._proposer.texts = [self._inner[uid].text for uid in uids] or None
+        self._proposer.texts = [self._texts[n] for n in self._generation_batch.uids] or None
         with self._proposer.in_place():
             prompts, steps = super()._next()
-        sequences = {sequence.text: sequence for sequence in self._inner.values()}
-        read = [self._inner[step.uid].text for step in steps]
+        read = [self._texts[step.uid] for step in steps]
         for text, step in zip(read, steps, strict=True):
             text.read(step.token)
         responses: list[Any] = []
-        for text, positions in self._pace.confirmed(list(sequences), read):
-            responses += self._responses(sequences[text], positions)
+        for text, positions in self._pace.confirmed(list(self._texts.values()), read):
+            responses += self._responses(text, positions)
         self._counters.generation_tokens += len(responses) - len(steps)
         for prompt in prompts:
-            prompt.uid = self._inner[prompt.uid].uid if prompt.uid in self._inner else prompt.uid
+            prompt.uid = self._texts[prompt.uid].uid if prompt.uid in self._texts else prompt.uid
         return prompts, responses
 
-    def _responses(self, sequence: _Sequence, positions: list[Position]) -> list[Any]:
+    def _responses(self, text: Text, positions: list[Position]) -> list[Any]:
         """The responses for confirmed positions, up to the text's end."""
-        responses, text = [], sequence.text
+        responses = []
         for position in positions:
             text.n_given += 1
             end = text.n_given
             reason = "length" if end >= text.limit else None
             if any(text.tokens[max(end - len(stop), 0) : end] == stop for stop in self._stops):
                 reason = "stop"
-            cache, tokens = (None, None) if reason is None else self._leave(sequence)
+            cache, tokens = (None, None) if reason is None else self._leave(text)
             logprobs = NO_LOGPROBS if position.logprobs is None else position.logprobs
             token = cast(int, position.token)
-            responses.append(Response(sequence.uid, token, logprobs, reason, cache, tokens))
+            responses.append(Response(text.uid, token, logprobs, reason, cache, tokens))
             if reason is not None:
                 return responses
         if text.refused:
-            cache = self._taken(sequence, len(text.tokens) - 1)
-            self._join(sequence, [text.tokens[-1:]], cache, text.prompt + text.tokens[:-1])
+            cache = self._taken(text, len(text.tokens) - 1)
+            self._join(text, [text.tokens[-1:]], cache, text.prompt + text.tokens[:-1])
             text.n_held = len(text.tokens)
         return responses
 
-    def _leave(self, sequence: _Sequence) -> tuple[list[Any], list[int]]:
+    def _leave(self, text: Text) -> tuple[list[Any], list[int]]:
         """Ends a text. Returns its cache and the tokens in it, those that the caller has."""
-        text = sequence.text
-        cache = self._taken(sequence, text.n_given)
+        cache = self._taken(text, text.n_given)
         text.waiting.clear()
         return cache, text.prompt + text.tokens[: text.n_given]
 
-    def _taken(self, sequence: _Sequence, wanted: int) -> list[Any]:
+    def _taken(self, text: Text, wanted: int) -> list[Any]:
         """Takes a text out of mlx-lm's batch: its own cache, with ``wanted`` of its tokens."""
-        inner, text = sequence.inner, sequence.text
+        inner = next(inner for inner, other in self._texts.items() if other is text)
         if self._find_uids([inner])[inner][0] != IN_GENERATION:
             text.n_held = max(text.n_held - 1, 0)  # its latest token is still to be fed
         cache = list(super().remove([inner], return_prompt_caches=True)[inner][0])
-        del self._inner[inner]
+        del self._texts[inner]
 
         def feed(token: list[int]) -> None:
             with self._proposer.in_place():
@@ -210,6 +196,6 @@ class CheckedBatchGenerator(BatchGenerator):
     def _marks(self, texts: Sequence[Text]) -> list[tuple[Mark, int]]:
         """Marks of the batch's caches as they are, with each text's row in them."""
         layers = kept(self._generation_batch.prompt_cache)
-        rows = {self._inner[uid].text: i for i, uid in enumerate(self._generation_batch.uids)}
+        rows = {self._texts[inner]: i for i, inner in enumerate(self._generation_batch.uids)}
         unknown = [None] * len(layers)
         return [(Mark(text.n_held, layers, unknown), rows[text]) for text in texts]

@@ -97,6 +97,7 @@ class Text:
     n_held: int = 0  # tokens in the caches
     refused: bool = False  # whether the caches hold another token in the last one's place
     mark: Any = None  # the caches at a confirmed token, for the way back
+    uid: int = 0  # its number for a batch's caller
 
     def __post_init__(self):
         if self.sampler is greedy_sampler:
@@ -104,33 +105,21 @@ class Text:
         self.processors = list(self.processors)
         self.n_given = len(self.tokens)  # tokens that the caller has
         self.seed = 0
+        # The settings of its draws, None where these do not describe its sampler.
+        self.settings: DrawSettings | None = GREEDY if self.sampler is None else None
+        # Whether its sampler draws from MLX's random state, which a check has to put back.
+        self.replays = False
         if isinstance(self.sampler, Sampler):
+            if self.sampler.plain:
+                self.settings = self.sampler.settings
             if not self.sampler.settings.greedy:
                 self.seed = self.sampler.text_seed()
-        elif self.sampler is not None and self.beside_others:
-            self.seed = fresh_seed()
+        elif self.sampler is not None:
+            self.replays = not self.beside_others
+            self.seed = fresh_seed() if self.beside_others else 0
+        self.needs_logits = bool(self.processors) or self.settings is None  # of all tokens
         if not self.tokens:
             begin(self.processors)
-
-    @property
-    def settings(self) -> DrawSettings | None:
-        """The settings of its draws, None where these do not describe its sampler."""
-        if self.sampler is None:
-            return GREEDY
-        if isinstance(self.sampler, Sampler) and self.sampler.plain:
-            return self.sampler.settings
-        return None
-
-    @property
-    def replays(self) -> bool:
-        """Whether its sampler draws from MLX's random state, which a check has to put back."""
-        foreign = self.sampler is not None and not isinstance(self.sampler, Sampler)
-        return foreign and not self.beside_others
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether a choice needs logits of all tokens."""
-        return bool(self.processors) or self.settings is None
 
     @property
     def n_chosen(self) -> int:

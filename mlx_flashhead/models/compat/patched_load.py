@@ -16,20 +16,10 @@ from .imports import put_in_place, when_imported
 Load = Callable[..., Any]
 
 # Modules that load a model and do not generate: they convert it, train it, measure its layers.
-WITHOUT_TEXT = (
-    "mlx_lm.cache_prompt",
-    "mlx_lm.convert",
-    "mlx_lm.fuse",
-    "mlx_lm.lora",
-    "mlx_lm.quant",
-    "mlx_lm.share",
-    "mlx_lm.tuner",
-    "mlx_lm.upload",
-    "mlx_vlm.convert",
-    "mlx_vlm.lora",
-    "mlx_vlm.train",
-    "mlx_vlm.trainer",
-)
+WITHOUT_TEXT = {
+    "mlx_lm": ["cache_prompt", "convert", "fuse", "lora", "quant", "share", "tuner", "upload"],
+    "mlx_vlm": ["convert", "lora", "train", "trainer"],
+}
 
 
 def caller_generates() -> bool:
@@ -37,7 +27,8 @@ def caller_generates() -> bool:
     names = sys._getframe(2).f_globals
     spec = names.get("__spec__")  # a program that runs has another name than its own
     name = spec.name if spec is not None else names.get("__name__", "")
-    return not any(name == module or name.startswith(f"{module}.") for module in WITHOUT_TEXT)
+    package, module = f"{name}.".split(".")[:2]
+    return module not in WITHOUT_TEXT.get(package, ())
 
 
 def patch_programs(
