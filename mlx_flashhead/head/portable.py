@@ -47,15 +47,15 @@ def blas_name() -> str:
     return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
-def in_blocks(matrix: Matrix, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Rows (V, D) for ``blocked_product``: (n_blocks, block, D) floats, zeros at the end. Lazy."""
+def in_blocks(matrix: Matrix) -> mx.array:
+    """Rows (V, D) for ``blocked_product``: (n_blocks, block, D) float32, zeros at the end. Lazy."""
     n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
     block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
-    rows = mx.zeros((n_blocks * block, hidden_size), dtype=dtype)
+    rows = mx.zeros((n_blocks * block, hidden_size))
     for start in range(0, n_rows, PIECE):
         part = mx.arange(start, min(start + PIECE, n_rows))
-        rows[start : start + len(part)] = matrix.take(part).dequantized(dtype)
+        rows[start : start + len(part)] = matrix.take(part).dequantized(mx.float32)
     return rows.reshape(n_blocks, block, hidden_size)
 
 

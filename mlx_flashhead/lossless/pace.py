@@ -50,7 +50,8 @@ class Pace:
                     (text.mark,) = self._mark([text])
                 yield text, positions
                 continue
-            self._wait(position.risk)
+            self._since = self._since if self._n else time.perf_counter()
+            self._n, self._risk = self._n + 1, self._risk + position.risk
             n_tokens = len(text.tokens) + text.n_read
             last = last or position.token in self._head.eos_token_ids or n_tokens == text.limit
         if last and self._check is not None:
@@ -65,12 +66,6 @@ class Pace:
     @property
     def _head(self) -> FlashHead:
         return cast(FlashHead, self._proposer.head)
-
-    def _wait(self, risk: float) -> None:
-        if not self._n:
-            self._since = time.perf_counter()
-        self._n += 1
-        self._risk += risk
 
     @property
     def _due(self) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -223,12 +224,8 @@ class _Steps:
         steps = checked_steps(
             self._prompt, self._model, proposer=proposer, max_tokens=n_tokens, logprobs=False
         )
-        times, before = [], time.perf_counter()
-        for _ in steps:
-            now = time.perf_counter()
-            times.append(now - before)
-            before = now
-        return times
+        moments = [time.perf_counter(), *(time.perf_counter() for _ in steps)]
+        return [after - before for before, after in pairwise(moments)]
 
 
 def _better_of_two(function: Callable[[], Any]) -> float:

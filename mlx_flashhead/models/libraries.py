@@ -20,11 +20,6 @@ def is_vlm(model: nn.Module) -> bool:
     return any(cls.__module__.split(".")[0] == "mlx_vlm" for cls in type(model).__mro__)
 
 
-def library(model: nn.Module) -> str:
-    """The name of the model's library, for messages."""
-    return "mlx-vlm" if is_vlm(model) else "mlx-lm"
-
-
 def architecture(model: nn.Module) -> str:
     """The name of the model's architecture, for messages."""
     return type(model).__module__.rsplit(".", 1)[-1]
@@ -56,12 +51,9 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, arrays, attributes in held:
-            for key in [key for key in dict.keys(module) if key not in arrays]:
-                dict.pop(module, key)
-            changed = {key for key in arrays if dict.get(module, key) is not arrays[key]}
-            dict.update(module, {key: arrays[key] for key in changed})
-            for key in [key for key in vars(module) if key not in attributes]:
-                del vars(module)[key]
+            dict.clear(module)
+            dict.update(module, arrays)
+            vars(module).clear()
             vars(module).update(attributes)
 
 

@@ -22,7 +22,7 @@ from .compat.replaced import replaced
 from .compat.vlm.drafts import own_head
 from .compat.vlm.head_weights import DECISIONS
 from .errors import UnsupportedHeadError
-from .libraries import architecture, check_has_head, check_writes_text, forward, library
+from .libraries import architecture, check_has_head, check_writes_text, forward, is_vlm
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
 
@@ -108,7 +108,7 @@ def find_head(model: nn.Module) -> HeadLocation:
             location = HeadLocation(module, "", method, asked_by, hidden.dtype)
             calls.append((output.shape[-1], location))
 
-    name, home = architecture(model), library(model)
+    name, home = architecture(model), "mlx-vlm" if is_vlm(model) else "mlx-lm"
     try:
         with _observed(classes, record):
             vocab_size = forward(model, mx.array([[0]])).shape[-1]
