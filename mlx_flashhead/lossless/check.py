@@ -6,6 +6,7 @@ from typing import cast
 import mlx.core as mx
 
 from ..head.draw import Draws
+from ..head.steps import Proposal
 from ..models.logit_change import unchanged
 from .products import SlotProduct
 from .proposals import Proposer
@@ -78,15 +79,14 @@ class Check:
 
     def _by_rows(self, rows: list[Row], slots: mx.array) -> mx.array:
         """For choices by the head's own logits alone: which are certain, (k,) bool."""
-        probes, scored, tokens = (
-            mx.concatenate([position.proposed(name) for _, position, _ in rows])
-            for name in ("probes", "logits", "tokens")
-        )
+        names = Proposal._fields[:-1]
+        arrays = [[position.proposed(name) for _, position, _ in rows] for name in names]
+        proposal = Proposal._make([*map(mx.concatenate, arrays), None])
         settings = [(text.settings or GREEDY, text.key(index)) for text, _, index in rows]
-        head, rounding = self._head, self._rounding
+        of_rows = self._head, self._rounding, slots, proposal
         if settings[0][0].greedy:
-            return certain_best(head, rounding, slots, probes, scored, tokens)
-        return certain_draw(head, rounding, slots, probes, scored, tokens, Draws.of(settings))
+            return certain_best(*of_rows)
+        return certain_draw(*of_rows, Draws.of(settings))
 
     def _by_logits(self, rows: list[Row], slots: mx.array) -> mx.array:
         """For choices that need the model's logits: which are certain, (k,) bool."""

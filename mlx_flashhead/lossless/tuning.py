@@ -186,10 +186,9 @@ class _Steps:
         head, hidden = self._head, self._hidden(k)
         proposal = head.propose(hidden, None)
         mx.eval(proposal)
-        parts = proposal.probes, proposal.logits, proposal.tokens
         rounding = rounding_of(head, self._dtype)
         return _better_of_two(
-            lambda: certain_best(head, rounding, SlotProduct(head, hidden).result(), *parts)
+            lambda: certain_best(head, rounding, SlotProduct(head, hidden).result(), proposal)
         )
 
     def checked_positions(self, check: float, end: float) -> int | None:
