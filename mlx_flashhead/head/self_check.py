@@ -3,6 +3,7 @@
 For the installation. Nothing else in `head/` evaluates.
 """
 
+from collections.abc import Iterator
 from textwrap import shorten
 
 import mlx.core as mx
@@ -30,29 +31,27 @@ DRAWN = 4 * (
     DrawSettings(temperature=0.7, top_k=5, min_p=0.02),
 )
 
-KERNELS = ("route", "select", "select_words", "score", "expand", "sample")
-Pairs = list[tuple[mx.array, mx.array, float]]  # results, expected values and tolerances
+Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the tolerance
 
 
 def find_trouble(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> str | None:
     """The trouble with the kernels on this device, in words that follow "because"; or None.
 
-    Each kernel is built, for one position and for several.
-
-    Args:
-        dtype: Of the model's hidden states.
+    Each kernel is built, for one position and for several. ``dtype`` is the hidden states'.
     """
-    trial = _Trial(steps, dtype, n_probes)
-    for name in KERNELS:
-        try:
-            for found, expected, tolerance in getattr(trial, name)():
-                problem = _difference(found, expected, tolerance)
-                if problem is not None:
-                    return f"the kernel {name!r} {problem}"
-        # MLX raises this for a text that does not compile, a refused pipeline, a lost device
-        except (RuntimeError, ValueError) as error:
-            said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
-            return f"the kernel {name!r} does not run on this device ({said})"
+    kernel = ""
+    try:
+        for step in _trial(steps, dtype, n_probes):
+            if isinstance(step, str):
+                kernel = step
+                continue
+            problem = _difference(*step)
+            if problem is not None:
+                return f"the kernel {kernel!r} {problem}"
+    # MLX raises this for a text that does not compile, a refused pipeline, a lost device
+    except (RuntimeError, ValueError) as error:
+        said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
+        return f"the kernel {kernel!r} does not run on this device ({said})"
     return None
 
 
@@ -67,81 +66,60 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
     return None
 
 
-class _Trial:
-    """A method for each kernel runs it. Each takes the results of the one before."""
+def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | Pair]:
+    """The name of each kernel before it runs, then what it gives."""
+    plain = PortableSteps(steps.clustered)
+    shape = (1, steps.clustered.hidden_size)
+    hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+    in_float32 = hidden.astype(mx.float32)  # all sums are, whatever the dtype
+    rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
 
-    def __init__(self, steps: MetalSteps, dtype: mx.Dtype, n_probes: int):
-        self.steps, self.n_probes = steps, n_probes
-        self.plain = PortableSteps(steps.clustered)
-        self.clustered = steps.clustered
-        shape = (1, self.clustered.hidden_size)
-        self.hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
-        self.in_float32 = self.hidden.astype(mx.float32)  # all sums are, whatever the dtype
-        self.rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
+    yield "route"
+    scores = steps.route(hidden)
+    yield scores, plain.route(in_float32), rounding
+    yield steps.route(mx.tile(hidden, (2, 1))), mx.tile(scores, (2, 1)), rounding
 
-    def route(self) -> Pairs:
-        self.scores = self.steps.route(self.hidden)
-        several = self.steps.route(mx.tile(self.hidden, (2, 1)))
-        return [
-            (self.scores, self.plain.route(self.in_float32), self.rounding),
-            (several, mx.tile(self.scores, (2, 1)), self.rounding),
-        ]
+    yield "select"
+    of_token = steps.select(scores, n_probes, words=False)
+    probes, unscored = of_token.probes[:, :n_probes], steps.unscored(scores, of_token)
+    bins = _bins(scores)
+    found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
+    yield found, mx.sort(bins, axis=-1)[:, :n_probes], 0.0
+    yield (probes[:, 1:] == probes[:, :-1]).sum(), mx.zeros(()), 0.0  # none is repeated
+    left = mx.put_along_axis(scores, probes, mx.array(-mx.inf), axis=-1)
+    others = mx.stack([left.max(axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
+    yield unscored, mx.maximum(others, mx.finfo(mx.float32).min), LEAST
 
-    def select(self) -> Pairs:
-        self.of_token = self.steps.select(self.scores, self.n_probes, words=False)
-        probes = self.of_token.probes[:, : self.n_probes]
-        self.unscored = self.steps.unscored(self.scores, self.of_token)
-        bins = _bins(self.scores)
-        found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
-        repeated = (probes[:, 1:] == probes[:, :-1]).sum()
-        left = mx.put_along_axis(self.scores, probes, mx.array(-mx.inf), axis=-1)
-        unscored = mx.stack([left.max(axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
-        return [
-            (found, mx.sort(bins, axis=-1)[:, : self.n_probes], 0.0),
-            (repeated, mx.zeros(()), 0.0),
-            (self.unscored, mx.maximum(unscored, mx.finfo(mx.float32).min), LEAST),
-        ]
+    yield "select_words"
+    selection = steps.select(scores, n_probes)
+    yield selection.probes, of_token.probes, 0.0
+    yield steps.unscored(scores, selection), unscored, 0.0
 
-    def select_words(self) -> Pairs:
-        self.selection = self.steps.select(self.scores, self.n_probes)
-        unscored = self.steps.unscored(self.scores, self.selection)
-        probes = (self.selection.probes, self.of_token.probes, 0.0)
-        return [probes, (unscored, self.unscored, 0.0)]
+    yield "score"
+    candidates = steps.score(hidden, selection)
+    # the probes, which the kernels repeat below 8, each once
+    once = Selection(probes), Candidates(candidates.logits[:, :n_probes])
+    if "score" not in steps.unread:
+        lowest = mx.finfo(candidates.logits.dtype).min  # of padded slots
+        expected = mx.maximum(plain.score(in_float32, once[0]).logits, lowest)
+        yield once[1].logits, expected, rounding
+    if candidates.best is not None:
+        yield candidates.best, candidates.logits.max(axis=-1), 0.0
 
-    def score(self) -> Pairs:
-        self.candidates = self.steps.score(self.hidden, self.selection)
-        pairs: Pairs = []
-        if self.candidates.best is not None:
-            pairs.append((self.candidates.best, self.candidates.logits.max(axis=-1), 0.0))
-        if "score" in self.steps.unread:  # no kernel
-            return pairs
-        selection, scored = self._plain()
-        expected = self.plain.score(self.in_float32, selection).logits
-        lowest = mx.finfo(scored.logits.dtype).min  # of padded slots
-        return [(scored.logits, mx.maximum(expected, lowest), self.rounding), *pairs]
+    yield "expand"
+    yield steps.expand(scores, selection, candidates), plain.expand(scores, *once), rounding
 
-    def expand(self) -> Pairs:
-        full = self.steps.expand(self.scores, self.selection, self.candidates)
-        return [(full, self.plain.expand(self.scores, *self._plain()), self.rounding)]
-
-    def sample(self) -> Pairs:
-        """The greedy token, and draws with each kind of filter."""
-        token = self.steps.token(self.selection, self.candidates)
-        pairs: Pairs = [(token, self.plain.token(*self._plain()), 0.0)]
-        n_other = mx.array(0)
-        for position, settings in enumerate(DRAWN):
-            last = self.unscored, Draws.of([(settings, position_key(0, position))])
-            token, risk = self.steps.choose(self.selection, self.candidates, *last)
-            expected, expected_risk = self.plain.choose(*self._plain(), *last)
-            n_other += token != expected
-            pairs.append((risk, expected_risk, self.rounding))
-        # rounding may put a token on the other side of a limit
-        return [*pairs, (mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0)]
-
-    def _plain(self) -> tuple[Selection, Candidates]:
-        """The probes, which the kernels repeat below 8, each once."""
-        probes = self.selection.probes[:, : self.n_probes]
-        return Selection(probes), Candidates(self.candidates.logits[:, : self.n_probes])
+    yield "sample"  # the greedy token, and draws with each kind of filter
+    yield steps.token(selection, candidates), plain.token(*once), 0.0
+    n_other = mx.array(0)
+    for position, settings in enumerate(DRAWN):
+        last = unscored, Draws.of([(settings, position_key(0, position))])
+        token, risk = steps.choose(selection, candidates, *last)
+        expected_token, expected_risk = plain.choose(*once, *last)
+        n_other += token != expected_token
+        yield risk, expected_risk, rounding
+    # rounding may put a token on the other side of a limit
+    yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0
 
 
 def _bins(scores: mx.array) -> mx.array:
