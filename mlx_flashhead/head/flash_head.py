@@ -197,10 +197,7 @@ class FlashHead:
         return [*self.clustered.arrays(), *self._steps.arrays()]
 
     def check_kernels(self, dtype: mx.Dtype) -> None:
-        """Runs each kernel once. If one fails, takes the portable path with one warning.
-
-        Args:
-            dtype: Of the model's hidden states.
+        """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path.
 
         Raises:
             ValueError: If a kernel fails and the backend "metal" was asked for by name.
@@ -274,10 +271,9 @@ class FlashHead:
         return self.settings(dense=True)
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype.
+        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype. Lazy.
 
-        A probed token has its exact logit, every other token its cluster's estimate, below the best
-        candidate. Lazy.
+        A probed token has its exact logit, every other one an estimate below the best candidate.
         """
         if self._project is not None:
             return self._project(self, hidden)

@@ -43,9 +43,7 @@ def unread(clustered: ClusteredRows) -> dict[str, str]:
 class _StoredRows:
     """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them.
 
-    Args:
-        stored: The rows, of a format that the kernels read.
-        n_rows: Rows of the matrix whose product by MLX's own kernel has the same sums.
+    MLX's own product with a matrix of ``n_rows`` rows has the same sums.
     """
 
     def __init__(self, stored: Matrix, n_rows: int):
@@ -67,14 +65,8 @@ class MetalSteps(PortableSteps):
 
     A position holds max(p, 8) probes; beyond p the last one is repeated. One kernel of each kind
     serves any number of probes and positions. Route has another one for a single position, select
-    for full logits, and sample where its settings have fewer than 8 elements.
-
-    Args:
-        clustered: The rows and the index.
-        metal_kernel: Makes a kernel; default: ``mx.fast.metal_kernel``.
-
-    Attributes:
-        unread: The steps that stay plain operations, and the formats; see :func:`unread`.
+    for full logits, and sample where its settings have fewer than 8 elements. ``metal_kernel``
+    makes a kernel; default: ``mx.fast.metal_kernel``.
     """
 
     name = "metal"
@@ -82,7 +74,7 @@ class MetalSteps(PortableSteps):
     def __init__(self, clustered: ClusteredRows, metal_kernel: Callable | None = None):
         super().__init__(clustered)
         self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
-        self.unread = unread(clustered)
+        self.unread = unread(clustered)  # the steps that stay plain operations
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         n_rows, n_clusters = clustered.vocab_size, clustered.n_clusters
         self._sizes = {"V": n_rows, "C": n_clusters}

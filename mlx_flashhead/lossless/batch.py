@@ -38,14 +38,11 @@ class Response:
 class CheckedBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
-    A call of :meth:`next` may give no token of a text, or several.
+    A call of :meth:`next` may give no token of a text, or several. ``max_tokens``, the sampler and
+    the processors are of texts without their own.
 
     Args:
-        proposer: Chooses the tokens.
-        max_tokens: Of a text without a limit of its own.
         stop_tokens: Sequences of tokens that end a text.
-        sampler: Of texts without one of their own.
-        logits_processors: Likewise.
         logprobs: Whether the log-probabilities of texts are wanted that are inserted from now on.
         **options: More of ``BatchGenerator``.
     """

@@ -37,11 +37,9 @@ def checked_steps(
 
     Args:
         prompt: (n,) token ids.
-        proposer: Chooses the tokens.
-        max_tokens: Tokens to generate; -1: no limit.
+        max_tokens: -1: no limit.
         sampler: The package's, or another's; default: the best token.
         prompt_cache: Caches, which hold the confirmed tokens at the end.
-        max_kv_size: Size of the caches that are made if there are none.
         logprobs: Whether the log-probabilities are wanted.
         context: Tokens that the cache holds already, for the processors.
         n_begun: How many of the last of all these tokens are of this text, which is continued.

@@ -28,12 +28,6 @@ class Proposer:
         check: Whether the dense rows check the choices, so that they may be proposals.
         dense: Whether every token is scored at every position.
         settings: More settings of the head, keywords of ``FlashHead.settings``.
-
-    Attributes:
-        n_checks: Checks so far.
-        n_others: Tokens for which they chose another one.
-        texts: The texts of the next call's rows, in their order. Without them a call is dense, as
-            for a prompt and for the first token after it. A call takes them.
     """
 
     def __init__(
@@ -48,8 +42,10 @@ class Proposer:
         self.change: Callable[[mx.array], mx.array] | None = unchanged
         self.dense, self.check = True, False
         self.look_for_head()
+        # The texts of the next call's rows, in their order. Without them a call is dense, as for a
+        # prompt and for the first token after it. A call takes them.
         self.texts: list[Text] | None = None
-        self.n_checks = self.n_others = 0
+        self.n_checks = self.n_others = 0  # checks, and tokens for which they chose another one
         self._row = 0
         self._proposal: Proposal | None = None
         self._tokens: mx.array | None = None
@@ -113,10 +109,7 @@ class Proposer:
         return {"sampler": partial(self._take, text), "logits_processors": processors}
 
     def _project(self, head: FlashHead, hidden: mx.array) -> mx.array:
-        """In the head's place: hidden (R, L, D) → logits (R, L, V), or (R, L, 1) that say nothing.
-
-        Nothing is evaluated: the logits of a prompt stay lazy, since nobody reads them.
-        """
+        """In the head's place: (R, L, D) → logits (R, L, V), or (R, L, 1) that say nothing. Lazy."""
         self._row, self._proposal, self._tokens = 0, None, None
         self._processed.clear()
         texts, self.texts = self.texts, None

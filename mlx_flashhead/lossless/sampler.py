@@ -145,14 +145,9 @@ def make_sampler(
         raise ValueError(f"top_k is {top_k}: it must be 0, which keeps all tokens, or more.")
     if min_tokens_to_keep < 1:
         raise ValueError(f"min_tokens_to_keep is {min_tokens_to_keep}: it must be at least 1.")
-    return Sampler(
-        DrawSettings(float(temp), float(top_p) or 1.0, float(min_p), int(top_k)),
-        min_tokens_to_keep=min_tokens_to_keep,
-        xtc_probability=xtc_probability,
-        xtc_threshold=xtc_threshold,
-        xtc_special_tokens=tuple(xtc_special_tokens or ()),
-        seed=seed,
-    )
+    settings = DrawSettings(float(temp), float(top_p) or 1.0, float(min_p), int(top_k))
+    xtc = (xtc_probability, xtc_threshold, tuple(xtc_special_tokens or ()))
+    return Sampler(settings, min_tokens_to_keep, *xtc, seed=seed)
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

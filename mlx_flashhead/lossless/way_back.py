@@ -28,8 +28,7 @@ class Mark:
 def kept(cache: Sequence[Any], quantized_from: int | None = None) -> list[Any]:
     """For a mark, a copy of each layer's cache; None for one that can be trimmed.
 
-    Args:
-        quantized_from: Length at which mlx-lm quantizes a cache; None: never.
+    mlx-lm quantizes a cache of the length ``quantized_from``, None: never.
 
     Raises:
         ValueError: If a cache can neither be trimmed nor copied.

@@ -58,9 +58,8 @@ def install(
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
 
-    Each Metal kernel runs once. If one fails, the head takes the portable path.
-
-    Order matters: load, cast, quantize, apply adapters and shard first, then install.
+    Each Metal kernel runs once. If one fails, the head takes the portable path. Order matters:
+    load, cast, quantize, apply adapters and shard first, then install.
 
     Args:
         token_ids: (C, cluster_size) integers, V in padded slots.
@@ -122,11 +121,7 @@ def _leave_to_drafter(model: nn.Module, _: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Restores the dense model, bit for bit.
-
-    Raises:
-        ValueError: If no FlashHead is installed.
-    """
+    """Restores the dense model, bit for bit; ValueError without a FlashHead."""
     module = installed_module(model)
     if module is None:
         raise ValueError("There is no FlashHead on this model to detach.")

@@ -66,11 +66,7 @@ class HeadLocation:
         return self.method == EMBEDDING
 
     def rows(self) -> Matrix:
-        """The head's rows as the module stores them.
-
-        Raises:
-            UnsupportedHeadError: If they have a scale of the whole matrix besides.
-        """
+        """The rows as stored; UnsupportedHeadError if they have a scale of the whole matrix."""
         module = self.module
         if "global_scale" in module:
             raise UnsupportedHeadError(

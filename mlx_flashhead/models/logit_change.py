@@ -24,8 +24,7 @@ _known: WeakKeyDictionary[FlashHead, LogitChange] = WeakKeyDictionary()
 def logit_change_of(model: nn.Module) -> LogitChange:
     """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``.
 
-    Raises:
-        UnsupportedHeadError: If a token's result depends on anything but its logit.
+    UnsupportedHeadError if a token's result depends on anything but its logit.
     """
     head = installed_head(model)
     if head not in _known:

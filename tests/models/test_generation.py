@@ -122,20 +122,3 @@ def test_dense_models_generate_as_they_are(pair):
     for options in ({"n_probes": 1}, {"draw_temperature": 1.0}):
         with pytest.raises(ValueError, match="has no FlashHead"):
             generate(*dense, "One day", max_tokens=TOKENS, **options)
-
-
-@pytest.mark.parametrize(
-    "options, said",
-    [
-        ({"n_probes": 0}, "n_probes is 0"),
-        ({"n_probes": 18}, "choose 1 to 17"),
-        ({"n_probes": 1.5}, "whole number"),
-        ({"n_probes": 2, "dense": True}, "leave n_probes out"),
-        ({"n_probes": 2, "draw_temperature": 0.0}, "must be above 0"),
-    ],
-)
-def test_settings_that_are_not_valid(flash, options, said):
-    with pytest.raises(ValueError, match=said):
-        generate(*flash, "One day", **options)
-    with pytest.raises(ValueError, match=said):
-        next(stream_generate(*flash, "One day", **options))
