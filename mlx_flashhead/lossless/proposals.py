@@ -109,7 +109,7 @@ class Proposer:
         return {"sampler": partial(self._take, text), "logits_processors": processors}
 
     def _project(self, head: FlashHead, hidden: mx.array) -> mx.array:
-        """In the head's place: (R, L, D) → logits (R, L, V), or (R, L, 1) that say nothing. Lazy."""
+        """Takes the head's place: (R, L, D) → logits (R, L, V), or (R, L, 1) that say nothing."""
         self._row, self._proposal, self._tokens = 0, None, None
         self._processed.clear()
         texts, self.texts = self.texts, None

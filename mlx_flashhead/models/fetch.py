@@ -54,29 +54,24 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
 
 def _not_given(name: str, revision: str | None, error: Exception) -> str:
     """A sentence on a repository that cannot be downloaded."""
-    missing = f"There is no folder {name!r} here, and"
-    if isinstance(error, GatedRepoError):
-        page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
-        return f"{name} is gated: ask for access on {page}, then log in with `hf auth login`."
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{missing} no such repository on the Hugging Face Hub: check the name, or log in with "
-            "`hf auth login` if it is private."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"The repository {name} has no revision {revision!r}: its page lists them."
-    if isinstance(error, HFValidationError):
-        return f"{missing} it cannot be a repository: give a folder or OWNER/NAME."
-    if isinstance(error, LocalEntryNotFoundError):
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            return (
-                f"{missing} it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
-            )
-        return f"{missing} the Hugging Face Hub cannot be reached: check the network and the name."
-    return (
-        f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check the name and "
-        "the network."
-    )
+    missing, constants = f"There is no folder {name!r} here, and", huggingface_hub.constants
+    page = f"{constants.ENDPOINT}/{name}"
+    unreached = "the Hugging Face Hub cannot be reached: check the network and the name."
+    if constants.HF_HUB_OFFLINE:
+        unreached = "it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
+    sentences = {
+        GatedRepoError: f"{name} is gated: ask for access on {page}, then log in with "
+        "`hf auth login`.",
+        RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face Hub: check the "
+        "name, or log in with `hf auth login` if it is private.",
+        RevisionNotFoundError: f"The repository {name} has no revision {revision!r}: its page "
+        "lists them.",
+        HFValidationError: f"{missing} it cannot be a repository: give a folder or OWNER/NAME.",
+        LocalEntryNotFoundError: f"{missing} {unreached}",
+        Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check the "
+        "name and the network.",
+    }
+    return next(said for kind, said in sentences.items() if isinstance(error, kind))
 
 
 def reason(error: Exception) -> str:

@@ -206,7 +206,7 @@ class _FlashModule(_Pickled, _Module):
 
         Gradients do not pass through the choice of clusters, so training uses all rows.
         """
-        head, frame = self._flash_head, sys._getframe(2)
+        head, frame = self._flash_head, sys._getframe(1)
         if head.only_drafts and drafter_asks(frame):
             return head.draft_logits(hidden)
         asked_by = Asker.of(frame.f_code)
@@ -263,15 +263,13 @@ class _FlashModule(_Pickled, _Module):
 class _FlashLinear(_FlashModule):
     """A linear layer whose product is a FlashHead's."""
 
-    def __call__(self, hidden: mx.array) -> mx.array:
-        return self._project(hidden)
+    __call__ = _FlashModule._project
 
 
 class _FlashEmbedding(_FlashModule):
     """A tied embedding: looks tokens up in the reordered rows, projects through a FlashHead."""
 
+    as_linear = _FlashModule._project
+
     def __call__(self, token_ids: mx.array) -> mx.array:
         return self._flash_head.embedding(token_ids)
-
-    def as_linear(self, hidden: mx.array) -> mx.array:
-        return self._project(hidden)
