@@ -59,11 +59,7 @@ USUAL_GROUP = 64  # MLX's own default
 
 
 def find_format(mode: str | None, bits: int) -> Format:
-    """The format of a mode (None for floats) and a number of bits.
-
-    Raises:
-        ValueError: If there is no such format.
-    """
+    """The format of a mode (None for floats) and a number of bits, or ValueError."""
     for one in FORMATS:
         if (one.mode, one.bits) == (mode, bits):
             return one

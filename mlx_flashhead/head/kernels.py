@@ -87,25 +87,16 @@ class MetalSteps(PortableSteps):
             self._make_route()
         if "score" not in self.unread:
             self._make_score()
-        self._select = self._kernel(
-            "select",
-            ["scores", "n_probes", "depth"],
-            ["probes", "unscored"],
-            SELECT_BODY.format(words="NoWords{}"),
-            *("histogram", "select"),
-        )
-        self._select_words = self._kernel(
-            "select_words",
-            ["scores", "tail_offset", "n_probes", "depth"],
-            ["probes", "unscored", "words"],
-            SELECT_BODY.format(words="cluster_words(words, tail_offset)"),
-            *("histogram", "select"),
-        )
-        scored = ["probes", "token_ids", "logits", "best"]
-        settings = ["unscored", "settings", "top_k", "keys", "fit"]
-        files = ("histogram", "sample")
-        outputs = ["tokens", "risk"]
-        self._sample = self._kernel("sample", scored + settings, outputs, SAMPLE_BODY, *files)
+        inputs, outputs = ["scores", "n_probes", "depth"], ["probes", "unscored"]
+        body, files = SELECT_BODY.format(words="NoWords{}"), ("histogram", "select")
+        self._select = self._kernel("select", inputs, outputs, body, *files)
+        inputs, outputs = ["scores", "tail_offset", *inputs[1:]], [*outputs, "words"]
+        body = SELECT_BODY.format(words="cluster_words(words, tail_offset)")
+        self._select_words = self._kernel("select_words", inputs, outputs, body, *files)
+        inputs = ["probes", "token_ids", "logits", "best"]
+        inputs += ["unscored", "settings", "top_k", "keys", "fit"]
+        outputs, files = ["tokens", "risk"], ("histogram", "sample")
+        self._sample = self._kernel("sample", inputs, outputs, SAMPLE_BODY, *files)
         inputs = ["words", "slot_of", "logits", "best"]
         self._expand = self._kernel("expand", inputs, ["expanded"], EXPAND_BODY, "expand")
 
@@ -141,16 +132,10 @@ class MetalSteps(PortableSteps):
         bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
         self._score_arrays = [clustered.token_ids, *rows.arrays, *bias]
         self._score_threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))
-        self._score = self._kernel(
-            "score",
-            ["hidden", "probes", "token_ids", *rows.names, *["bias"] * len(bias)],
-            ["logits", "best"],
-            SCORE_BODY.format(
-                rows=rows.expression, bias="bias" if bias else "flash_head::NoBias{}"
-            ),
-            *rows.files,
-            "score",
-        )
+        inputs = ["hidden", "probes", "token_ids", *rows.names, *["bias"] * len(bias)]
+        names = {"rows": rows.expression, "bias": "bias" if bias else "flash_head::NoBias{}"}
+        outputs, body = ["logits", "best"], SCORE_BODY.format(**names)
+        self._score = self._kernel("score", inputs, outputs, body, *rows.files, "score")
         padded = ("PADDED", clustered.padded)
         self._score_template = [*self._of_sizes("DNV"), padded, *rows.template]
 

@@ -15,7 +15,6 @@ from .screen import certain_best, certain_draw, certain_within
 from .text import GREEDY, Position, Text, current_random_state, random_state, set_random_state
 
 Row = tuple[Text, Position, int]  # a text, a position, its place in the text
-Kind = tuple[bool, bool] | None
 
 
 class Check:
@@ -56,7 +55,7 @@ class Check:
         """Judges the rows by the product, as soon as it is there."""
         assert self._product is not None
         slots, self._product = self._product.result(), None
-        groups: dict[Kind, list[int]] = {}
+        groups: dict[tuple[bool, bool] | None, list[int]] = {}
         for i, (text, _, _) in enumerate(self._rows):
             groups.setdefault(self._kind(text), []).append(i)
         for kind, members in groups.items():
@@ -70,7 +69,7 @@ class Check:
                 position.logprobs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
         mx.async_eval([certain for _, certain in self._flags])
 
-    def _kind(self, text: Text) -> Kind:
+    def _kind(self, text: Text) -> tuple[bool, bool] | None:
         """Texts of one kind are screened together. None: by the logits of all tokens."""
         settings = text.settings
         if settings is None or text.processors or self._change is not unchanged:

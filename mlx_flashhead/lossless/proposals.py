@@ -187,12 +187,10 @@ def _needs_dense(text: Text, head: FlashHead, dtype: mx.Dtype) -> bool:
     """Whether a check could not tell what rounding does to a text's choice.
 
     A sampler of others, and a processor that may stretch differences, see the logits of several
-    states at once in the check. In float32 these are the same numbers to six digits, in 16 bits
-    they are not.
+    states at once in the check: the same numbers to six digits in float32, but not in 16 bits.
     """
-    if _is_fine(head, dtype):
-        return False
-    return text.settings is None or not all(map(moves_little, text.processors))
+    moves_much = text.settings is None or not all(map(moves_little, text.processors))
+    return moves_much and not _is_fine(head, dtype)
 
 
 def moves_little(processor: Any) -> bool:

@@ -135,11 +135,8 @@ def expected_seconds(
     sqrt(2Fq / step). Real risks come in lumps. On those that `tests/loading/test_tuned.py` draws,
     this R takes at most 1 % more time than the best threshold.
 
-    Args:
-        step: Seconds of a step without a check.
-        checks: Seconds of a check, by its number of states.
-        share: q, 0 if it is not known.
-        k: Tokens that wait at most.
+    ``checks`` are the seconds of checks by their number of states. ``share`` is q, 0 if it is not
+    known, and k tokens wait at most.
     """
     fewest, most = min(checks), max(checks)
     per_state = max(checks[most] - checks[fewest], 0.0) / (most - fewest)
@@ -153,10 +150,9 @@ def expected_seconds(
 
 def _grid(head: FlashHead, usual: int, shares: dict[int, float]) -> list[int]:
     """Numbers of probes to try: the index's, and some that it knows about."""
-    wanted = {max(1, min(head.n_clusters, round(usual * share))) for share in SHARES}
-    if not shares:
-        return [usual]
-    return sorted({min(shares, key=lambda known: abs(known - n)) for n in wanted} | {usual})
+    wanted = [max(1, min(head.n_clusters, round(usual * share))) for share in SHARES]
+    near = [min(shares, key=lambda known: abs(known - n)) for n in wanted if shares]
+    return sorted({usual, *near})
 
 
 def _share(shares: dict[int, float], n_probes: int) -> float:
@@ -170,8 +166,7 @@ class _Steps:
 
     def __init__(self, model: nn.Module):
         self._model, self._head = model, installed_head(model)
-        vocab_size = self._head.vocab_size
-        ids = [(7919 * i + 13) % vocab_size for i in range(PROMPT)]
+        ids = [(7919 * i + 13) % self._head.vocab_size for i in range(PROMPT)]
         self._prompt = mx.array(ids, dtype=mx.uint32)
         self._dtype = hidden_dtype(model)
 
