@@ -77,10 +77,8 @@ def checked(
 ) -> tuple[PortableSteps, str]:
     """What :func:`make_steps` gave, after each kernel has run once; portable if a kernel fails.
 
-    This builds the kernels' pipelines, so the first token does not wait for them.
-
-    Raises:
-        ValueError: If a kernel fails and Metal was asked for by name.
+    This builds the kernels' pipelines, so the first token does not wait for them. ValueError if a
+    kernel fails and Metal was asked for by name.
     """
     trouble = find_trouble(steps, dtype, n_probes) if isinstance(steps, MetalSteps) else None
     if trouble is None:

@@ -140,10 +140,9 @@ def best_logits(logits: mx.array, n: int) -> mx.array:
 
 
 def _by_mass(logits: mx.array, best: mx.array, share: mx.array, log_total: mx.array) -> mx.array:
-    """The lowest logit that top-p keeps: those above it have less than its share of the mass.
+    """The lowest logit that top-p keeps: those above it have less than ``share`` of the mass.
 
-    The half of the logits that holds it is halved again, and sorted when it is short. Each row has
-    its best logit, its share (1 keeps all) and the log of its mass, (R, 1).
+    The half of the logits that holds it is halved again, and sorted when it is short.
     """
     n_logits = logits.shape[-1]
     n_halvings = 0

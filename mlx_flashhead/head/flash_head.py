@@ -118,11 +118,8 @@ class FlashHead:
             self.backend_reason = reason
 
     def __repr__(self) -> str:
-        return (
-            f"FlashHead(vocab_size={self.vocab_size}, hidden_size={self.hidden_size}, "
-            f"n_clusters={self.n_clusters}, cluster_size={self.cluster_size}, "
-            f"n_probes={self.n_probes}, backend={self.backend!r})"
-        )
+        names = ("vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes", "backend")
+        return f"FlashHead({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
     def backend(self) -> str:
@@ -296,9 +293,7 @@ class FlashHead:
     def draft_logits(self, hidden: mx.array, token_ids: mx.array | None = None) -> mx.array:
         """Full logits of ``draft_probes`` clusters, for tokens that all rows verify.
 
-        Args:
-            hidden: (..., D) states.
-            token_ids: (K,) integers, tokens that are scored besides.
+        The tokens ``token_ids`` (K,) are scored besides.
         """
         with self.settings(n_probes=None if self.exact else self.draft_probes):
             logits = self.full_logits(hidden)
@@ -338,10 +333,7 @@ class FlashHead:
         return ids.reshape(shape), candidates.logits[:, : self.n_probes].reshape(shape)
 
     def token(self, hidden: mx.array) -> mx.array:
-        """The greedy token: hidden (..., D) → (...) uint32, without full logits.
-
-        Among equal logits the lowest id wins, as ``argmax`` over the vocabulary does.
-        """
+        """The greedy token: hidden (..., D) → (...) uint32; of equals the lowest id, as argmax."""
         if self._is_dense(hidden):
             return mx.argmax(self.dense_logits(hidden), axis=-1)
         rows = hidden.reshape(-1, hidden.shape[-1])

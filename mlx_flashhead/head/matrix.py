@@ -95,10 +95,7 @@ class Matrix:
         return dtype if self.bias is None else _promoted(dtype, self.bias.dtype)
 
     def matmul(self, hidden: mx.array) -> mx.array:
-        """Logits of all rows: hidden (..., D) → (..., V).
-
-        Rows of shape (R, K, …) multiply states of shape (R, 1, D) into (R, 1, K).
-        """
+        """Logits of all rows: hidden (..., D) → (..., V)."""
         if self.scales is None:
             logits = hidden @ self.weight.swapaxes(-1, -2)
         else:

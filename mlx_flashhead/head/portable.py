@@ -170,13 +170,8 @@ class PortableSteps:
         """Full logits: a probed token keeps its own, every other token gets its cluster's estimate.
 
         The estimate is min(S_c - ln n_c, m - max(1, |m|/64)). The cluster's score S_c is the log of
-        its expected mass, n_c its number of tokens, and m the best candidate logit.
-
-        Args:
-            scores: (R, C) float32 for the estimates.
-
-        Returns:
-            (R, V) in the dtype of the candidates' logits.
+        its expected mass, n_c its number of tokens, and m the best candidate logit. Scores (R, C)
+        float32 → (R, V) in the dtype of the candidates' logits.
         """
         logits = candidates.logits
         n_rows, n_clusters = scores.shape
@@ -192,10 +187,7 @@ class PortableSteps:
         return in_token_order(blocks.reshape(n_rows, -1), self.clustered.slot_of)
 
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
-        """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does.
-
-        NaN counts as the highest value, as for MLX's argmax.
-        """
+        """The greedy token: (R,) uint32; of equals the lowest id, NaN the highest, as argmax."""
         ids = self.token_ids(selection.probes).flatten(1)
         return draw(candidates.logits.flatten(1), None, None, ids)
 
@@ -220,12 +212,7 @@ class PortableSteps:
     ) -> tuple[mx.array, mx.array]:
         """A token of each row, and an estimate of the chance that the dense head chooses another.
 
-        Args:
-            unscored: (R, 2) float32, from :meth:`unscored`.
-            draws: Of these rows, see `draw.py`; None takes the best logit of each.
-
-        Returns:
-            Tokens (R,) uint32 and chances (R,) float32.
+        Without ``draws`` the best logit of each. → (R,) uint32 and (R,) float32.
         """
         ids = self.token_ids(selection.probes).flatten(1)
         logits = candidates.logits.flatten(1).astype(mx.float32)

@@ -135,11 +135,7 @@ def lossless_steps(model: nn.Module, name: str) -> Callable[..., Any] | None:
 
 
 def _proposer(
-    model: nn.Module,
-    n_probes: int | None,
-    check: bool,
-    dense: bool,
-    draw_temperature: float | None,
+    model: nn.Module, n_probes: int | None, check: bool, dense: bool, draw_temperature: float | None
 ) -> Proposer:
     """The chooser of tokens for these settings."""
     if is_vlm(model):

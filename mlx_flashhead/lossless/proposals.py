@@ -31,12 +31,7 @@ class Proposer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        check: bool,
-        dense: bool = False,
-        settings: dict[str, Any] | None = None,
+        self, model: nn.Module, *, check: bool, dense: bool = False, settings: dict | None = None
     ):
         self._model, self._wanted, self._settings = model, (check, dense), settings or {}
         self.change: Callable[[mx.array], mx.array] | None = unchanged

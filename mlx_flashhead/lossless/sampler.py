@@ -70,10 +70,7 @@ class Sampler:
         return self._choose_with_xtc(logits, key)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """For loops of others: log-probabilities (..., V) → tokens (...).
-
-        Each call is a position, and each row a text of its own.
-        """
+        """For loops of others: (..., V) → tokens (...), a position a call and a text a row."""
         if self._call_seed is None:
             self._call_seed = self.text_seed()
         rows = logprobs.reshape(-1, logprobs.shape[-1])

@@ -99,12 +99,8 @@ def certain_within(
 def _outcomes(
     bounds: Bounds, mass: Bounds, own: mx.array, gumbel: mx.array, draws: Draws
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The proposal at its worst, and the others at their best.
-
-    Given the bounds of each logit (k, K) and of the log of the mass of all tokens (k, 1): the
-    proposal's lowest noisy logit (k,), -inf where it may be left out; the highest one of any other
-    that may be kept; and the lowest logit that may be kept.
-    """
+    """By the bounds of logits (k, K) and of the log of the mass (k, 1): the proposal's lowest noisy
+    logit, -inf where it may be left out; the highest of any other; the lowest that may be kept."""
     (low, high), (least, most) = bounds, mass
     surely, maybe = threshold(high, draws, least), threshold(low, draws, most)
     inverse = draws.settings[:, :1]

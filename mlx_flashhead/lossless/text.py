@@ -20,8 +20,7 @@ GREEDY = DrawSettings()
 
 def current_random_state() -> mx.array:
     """MLX's random state, (2,) uint32. Lazy."""
-    state: Any = mx.random.state
-    return state[0]
+    return mx.random.state[0]  # type: ignore[index]
 
 
 def set_random_state(state: mx.array) -> None:

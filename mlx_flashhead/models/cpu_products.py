@@ -32,7 +32,7 @@ def numpy_is_faster() -> bool:
 def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
     """Within the block, linear layers and embeddings as heads multiply by numpy if it is faster.
 
-    The layer ``lazy`` stays as it is, since its product may never be needed.
+    But for the layer ``lazy``, whose product may never be needed.
     """
     if not numpy_is_faster():
         yield

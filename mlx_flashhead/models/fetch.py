@@ -21,10 +21,8 @@ from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a model: itself, or its download from the Hugging Face Hub.
 
-    ``files`` are patterns of what to download; default: the whole checkpoint.
-
-    Raises:
-        ValueError: If neither the folder nor the repository exists.
+    ``files`` are patterns of what to download; default: the whole checkpoint. ValueError if neither
+    the folder nor the repository exists.
     """
     if not str(path_or_repo):
         raise ValueError("The name of the model is empty: give a folder or a repository.")

@@ -26,10 +26,7 @@ def architecture(model: nn.Module) -> str:
 
 
 def forward(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
-    """The logits (B, L, V) of token ids (B, L), after what a cache of mlx-lm holds.
-
-    The model stays as it was.
-    """
+    """The logits (B, L, V) of token ids (B, L), after a cache of mlx-lm. Nothing else changes."""
     whole: Any = model
     if is_vlm(model):
         with _as_it_was(model):

@@ -154,8 +154,7 @@ def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
 def check_plain_product(location: HeadLocation) -> None:
     """Checks on one random state of the model's dtype that the layer multiplies by its rows.
 
-    Raises:
-        UnsupportedHeadError: If it is not: sharded, rotated or otherwise special layers.
+    UnsupportedHeadError for sharded, rotated or otherwise special layers.
     """
     rows, module = location.rows(), location.module
     shape = (1, rows.hidden_size)

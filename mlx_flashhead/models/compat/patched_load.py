@@ -14,6 +14,7 @@ import mlx_lm
 from .imports import put_in_place, when_imported
 
 Load = Callable[..., Any]
+Wrap = Callable[[Load], Load]
 
 # Modules that load a model and do not generate: they convert it, train it, measure its layers.
 WITHOUT_TEXT = {
@@ -31,11 +32,7 @@ def caller_generates() -> bool:
     return module not in WITHOUT_TEXT.get(package, ())
 
 
-def patch_programs(
-    load: Callable[[Load], Load],
-    load_model: Callable[[Load], Load],
-    loop: Callable[[Load], Load],
-) -> None:
+def patch_programs(load: Wrap, load_model: Wrap, loop: Wrap) -> None:
     """Replaces the functions by what is made of them, those of mlx-vlm as soon as it is imported.
 
     Args:
