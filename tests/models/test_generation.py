@@ -25,8 +25,8 @@ def state(head):
     return head.n_probes, head._draw_temperature, head._project
 
 
-def text_of(stream):
-    return "".join(response.text for response in stream)
+def text_of_stream(*arguments, **options):
+    return "".join(response.text for response in stream_generate(*arguments, **options))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -34,7 +34,7 @@ def test_the_text_is_mlx_lms_of_the_dense_model(flash, pair, prompt):
     expected = mlx_lm.generate(pair.dense, pair.tokenizer, prompt, max_tokens=TOKENS)
     for options in ({}, {"n_probes": 1}, {"dense": True}):
         assert generate(*flash, prompt, max_tokens=TOKENS, **options) == expected
-        assert text_of(stream_generate(*flash, prompt, max_tokens=TOKENS, **options)) == expected
+        assert text_of_stream(*flash, prompt, max_tokens=TOKENS, **options) == expected
 
 
 def test_without_the_check_it_is_the_bare_heads_text(flash, pair, head):
@@ -63,13 +63,8 @@ def test_mlx_lms_keywords_arrive(flash, capsys):
         return logits
 
     processors = [record, *make_logits_processors(logit_bias={7: 1e6})]
-    for response in stream_generate(
-        *flash,
-        "One day",
-        max_tokens=3,
-        sampler=make_sampler(temp=0.8, top_k=5),
-        logits_processors=processors,
-    ):
+    options = {"sampler": make_sampler(temp=0.8, top_k=5), "logits_processors": processors}
+    for response in stream_generate(*flash, "One day", max_tokens=3, **options):
         assert response.token == 7
     assert set(seen) == {(1, VOCAB_SIZE)} and len(seen) >= 3
     text = generate(*flash, "One day", max_tokens=3, verbose=True)
@@ -82,12 +77,9 @@ def test_settings_end_with_an_error(flash):
         raise RuntimeError("in the sampler")
 
     options = {"n_probes": 2, "draw_temperature": 1.0, "sampler": failing}
-    with pytest.raises(RuntimeError, match="in the sampler"):
-        generate(*flash, "One day", **options)
-    with pytest.raises(RuntimeError, match="in the sampler"):
-        next(stream_generate(*flash, "One day", **options))
-    with pytest.raises(RuntimeError, match="in the sampler"):
-        batch_generate(*flash, [[5, 6]], **options)
+    for function, prompt in ((generate, "One day"), (text_of_stream, "x"), (batch_generate, [[5]])):
+        with pytest.raises(RuntimeError, match="in the sampler"):
+            function(*flash, prompt, **options)
     with pytest.raises(TypeError):
         generate(*flash, "One day", dense=True, no_such_keyword=1)
 

@@ -72,8 +72,7 @@ def test_changes_are_refused(how, change):
     with pytest.raises(ValueError) as error:
         change(model)
     message = str(error.value)
-    assert "output projection under FlashHead cannot be changed" in message
-    assert "mlx_flashhead.detach(model) first" in message
+    assert "output projection under FlashHead cannot be changed: call mlx_flashhead.det" in message
     assert "\n" not in message
     assert parameters(model) == before
     assert [id(module) for module in model.modules()] == modules
@@ -147,16 +146,12 @@ def test_failed_installation_leaves_the_model(how, wrong):
     model = tiny_model(**how)
     before, dense = parameters(model), model(TOKENS)
     classes = [type(module) for module in model.modules()]
-    index = tiny_index(model)
+    index, other = tiny_index(model), tiny_index(tiny_model(vocab_size=99))
     arguments = {"token_ids": index.token_ids, "centroids": index.centroids, "n_probes": 4}
-    arguments[wrong] = {
-        "n_probes": 1000,
-        "backend": "cuda",
-        "token_ids": index.token_ids * 0,
-        "centroids": tiny_index(tiny_model(vocab_size=99)).centroids,
-    }[wrong]
+    unfit = {"n_probes": 1000, "backend": "cuda", "centroids": other.centroids}
+    unfit["token_ids"] = index.token_ids * 0
     with pytest.raises(ValueError):
-        install(model, **arguments)
+        install(model, **arguments | {wrong: unfit[wrong]})
     assert [type(module) for module in model.modules()] == classes
     assert parameters(model) == before
     assert mx.array_equal(model(TOKENS), dense)
