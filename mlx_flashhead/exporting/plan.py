@@ -35,8 +35,7 @@ import mlx.core as mx
 from ..head.clustered import ClusteredRows
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
-from ..head.kernel_rows import unread
-from ..head.kernels import MetalSteps
+from ..head.kernels import MetalSteps, unread
 from ..models.locate import HeadLocation
 
 METADATA_KEY = "flash_head"

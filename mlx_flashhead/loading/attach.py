@@ -10,7 +10,7 @@ import mlx.nn as nn
 from ..conversion.drafted_states import ANSWER_TOKENS, drafted_states, given_requests
 from ..conversion.options import IndexOptions
 from ..head.flash_head import FlashHead
-from ..head.proposal import Risk
+from ..head.steps import Risk
 from ..models.compat.vlm.drafts import drafted_answer, when_drafted
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install

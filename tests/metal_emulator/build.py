@@ -60,11 +60,7 @@ RUNTIME_FLAGS = [
 
 @cache
 def zig() -> str:
-    """Path of the ``zig`` program, which contains clang and a linker.
-
-    Raises:
-        RuntimeError: If it is not installed, or the machine is none the emulator runs on.
-    """
+    """Path of the ``zig`` program, which contains clang and a linker."""
     try:
         import ziglang
     except ImportError:
@@ -167,17 +163,9 @@ def compile_error(messages: str, name: str) -> KernelFault:
 
 
 def check_text(text: str, name: str, prelude: str, scratch: Path, *flags: str) -> None:
-    """Compiles a text and checks its syntax tree.
+    """Compiles a text after a prelude and checks its syntax tree; a KernelFault if it is refused.
 
-    Args:
-        text: Metal.
-        name: Name of the file in messages.
-        prelude: Text before it.
-        scratch: Folder for the source.
-        flags: What clang shall make beside the tree; the syntax is checked in any case.
-
-    Raises:
-        KernelFault: If the compiler refuses it.
+    ``flags`` say what clang shall make beside the tree.
     """
     source = scratch / "kernel.metal"
     source.write_text(f'{prelude}#line 1 "{name}"\n{text}')
@@ -190,16 +178,12 @@ def check_text(text: str, name: str, prelude: str, scratch: Path, *flags: str) -
 
 
 def compile_kernel(text: str, entry: str, name: str, check: bool) -> Path:
-    """Compiles a kernel as MLX writes it to a shared library.
+    """Compiles a kernel as MLX writes it to a shared library; a KernelFault if it is refused.
 
     Args:
         text: Header, signature and source.
         entry: C++ appended to it: the function that the runtime calls for each thread.
-        name: The kernel's name.
         check: Whether accesses are checked and counted.
-
-    Raises:
-        KernelFault: If Apple's compiler would refuse it.
     """
 
     def build(path: Path) -> None:
@@ -213,16 +197,8 @@ def compile_kernel(text: str, entry: str, name: str, check: bool) -> Path:
     return cached(f"{check} {name} {text} {entry}", ".so", build)
 
 
-def check_standalone(path) -> None:
-    """Compiles a ``.metal`` file and the files it includes, as ``xcrun metal -c`` would.
-
-    Args:
-        path: The file.
-
-    Raises:
-        KernelFault: With the compiler's messages, if it would be refused.
-    """
-    path = Path(path)
+def check_standalone(path: Path) -> None:
+    """Compiles a ``.metal`` file and the files it includes, as ``xcrun metal -c`` would."""
     with tempfile.TemporaryDirectory() as scratch:
         included = LOCAL_INCLUDE.sub(
             lambda line: (path.parent / line[1]).read_text(), path.read_text()
