@@ -81,6 +81,7 @@ def test_names_that_a_template_takes(tiny, template, names):
     [
         (None, "no chat template: use /v1/completions"),
         ("{{ raise_exception('only two messages') }}", "only two messages"),
+        ("{{ raise_exception('') }}", "cannot be filled in: TemplateError"),
         ("{{ 7 ** 30000000 }}", r"the result of a \*\* in it is too large"),
         ("{{ (7 ** 1000) * (7 ** 1000) }}", r"the result of a \* in it is too large"),
         ("{{ 'a' * 10 ** 9 }}", r"the result of a \* in it is too large"),
