@@ -4,6 +4,7 @@ Such a drafter runs on its target's states, so it cannot read text by itself.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from time import monotonic
 
 import mlx.core as mx
@@ -11,22 +12,19 @@ import numpy as np
 
 from ..head.matrix import as_float32
 from ..models.locate import HeadLocation, recorded_hidden
-from .given_text import dialogues
+from .given_text import dialogues, given_documents
 from .steps import Step, Steps
 
-ANSWER_TOKENS = 160
+BEGINNING = 300  # characters
+ANSWER_TOKENS = 64
 POSITIONS = 4_000  # docs/drafts.md has what fewer of them keep
 
 
 def given_requests() -> list[str]:
-    """What the users of the given dialogues say, the first words of all dialogues first."""
-    asked = [
-        (turn, place, message["content"])
-        for place, messages in enumerate(dialogues())
-        for turn, message in enumerate(messages)
-        if message["role"] == "user"
-    ]
-    return [text for _, _, text in sorted(asked)]
+    """What the users of the given dialogues say, and beginnings of the given documents, in turns."""
+    said = [m["content"] for messages in dialogues() for m in messages if m["role"] == "user"]
+    kinds = [[text[:BEGINNING] for text in texts] for texts in given_documents().values()]
+    return [text for turn in zip_longest(said, *kinds) for text in turn if text]
 
 
 def drafted_states(
