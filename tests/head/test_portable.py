@@ -49,23 +49,6 @@ def test_columns_are_for_what_a_blas_multiplies(bits, dtype, by_column):
     assert head.clustered.by_column == faster_by_column(rows)
 
 
-@pytest.mark.parametrize("n_states", [1, 2, 40])
-@pytest.mark.parametrize("bias", [False, True])
-def test_both_layouts_give_the_same(n_states, bias):
-    rng = np.random.default_rng(n_states)
-    rows = random_rows(rng, 61, 32, bias=bias)
-    token_ids = random_clusters(rng, 61, 8)
-    centroids = fitted(rows, token_ids)
-    hidden = mx.array(rng.normal(size=(n_states, 32)).astype(np.float32))
-    found = []
-    for by_column in (False, True):
-        steps = PortableSteps(ClusteredRows.build(rows, token_ids, centroids, by_column=by_column))
-        selection = steps.select(steps.route(hidden), 3)
-        found.append((steps.dense(hidden), steps.score(hidden, selection).logits))
-    for by_row, by_column in zip(*found, strict=True):
-        np.testing.assert_allclose(np.array(by_row), np.array(by_column), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("blas", "limits"),
     [("OpenBLAS 0.3.29, 1 thread", [32, 12, 1]), (REFERENCE, [32, 32, 32])],

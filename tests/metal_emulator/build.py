@@ -148,14 +148,9 @@ def start_clang(source: Path, *flags: str) -> subprocess.Popen:
 
 def compile_error(messages: str, name: str) -> KernelFault:
     """A fault that holds clang's errors, in Metal's words."""
-    for theirs, ours in (
-        ("__global", "device"),
-        ("__local", "threadgroup"),
-        ("__constant", "constant"),
-        ("__private", "thread"),
-        ("__generic ", ""),
-        ("__bf16", "bfloat"),
-    ):
+    words = {"__global": "device", "__local": "threadgroup", "__constant": "constant"}
+    words |= {"__private": "thread", "__generic ": "", "__bf16": "bfloat"}
+    for theirs, ours in words.items():
         messages = messages.replace(theirs, ours)
     messages = messages.replace(f"{FOLDER}/", "")
     lines = [line for line in messages.splitlines() if not line.startswith("entry.metal")]

@@ -17,15 +17,8 @@ import re
 from .faults import KernelFault
 from .signature import ATTRIBUTES
 
-KNOWN_ATTRIBUTES = set(ATTRIBUTES) | {
-    "kernel",
-    "host_name",
-    "buffer",
-    "max_total_threads_per_threadgroup",
-    "maybe_unused",
-    "fallthrough",
-    "nodiscard",
-}
+KNOWN_ATTRIBUTES = {*ATTRIBUTES, "maybe_unused", "fallthrough", "nodiscard"}
+KNOWN_ATTRIBUTES |= {"kernel", "host_name", "buffer", "max_total_threads_per_threadgroup"}
 
 ATTRIBUTE = re.compile(r"\[\[\s*([a-z_]\w*(?:[^\[\]]|\[[^\]]*\])*?)\]\]")
 
