@@ -21,7 +21,7 @@ POSITIONS = 4_000  # docs/drafts.md has what fewer of them keep
 
 
 def given_requests() -> list[str]:
-    """What the users of the given dialogues say, and beginnings of the given documents, in turns."""
+    """What users say in the given dialogues, and beginnings of the given documents, in turns."""
     said = [m["content"] for messages in dialogues() for m in messages if m["role"] == "user"]
     kinds = [[text[:BEGINNING] for text in texts] for texts in given_documents().values()]
     return [text for turn in zip_longest(said, *kinds) for text in turn if text]

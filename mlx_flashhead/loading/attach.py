@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..conversion.drafted_states import ANSWER_TOKENS, drafted_states, given_requests
 from ..conversion.options import IndexOptions
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
+from ..lossless.text import random_state
 from ..models.compat.vlm.drafts import drafted_answer, when_drafted
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install
@@ -156,7 +158,8 @@ def _build_of_drafter(
             steps = build_steps(
                 drafter, tokenizer, location, origin=origin, options=options, drafted=drafted
             )
-            stored = finish(steps, options)
+            with random_state(mx.random.key(0)):
+                stored = finish(steps, options)
         if stored is not None:
             install_stored(drafter, stored, options, location).only_drafts = True
     except Exception as error:  # whatever it is, the drafter goes on with its own head
