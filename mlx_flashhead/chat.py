@@ -27,15 +27,13 @@ def make_parser():
         {"model": "Folder or Hugging Face repository of any model that mlx-lm loads."},
     )
     parser.set_defaults(model=None)
-    parser.add_argument(
-        "--resume", action="store_true", help="Continue the last conversation at a terminal."
-    )
+    resume = "Continue the last conversation at a terminal."
+    parser.add_argument("--resume", action="store_true", help=resume)
     group = parser.add_argument_group("FlashHead")
     add_probes_option(group)
     add_answering_options(group)
-    group.add_argument(
-        "--dense", action="store_true", help="Begin with every token scored: the dense model."
-    )
+    dense = "Begin with every token scored: the dense model."
+    group.add_argument("--dense", action="store_true", help=dense)
     return parser
 
 
@@ -47,8 +45,9 @@ def main() -> None:
     _check_arguments(parser, args)
     resumed = last_conversation() if args.resume else None
     how = head_options(args, dense=args.dense)
+    folder = resolve(args.model)
     model, tokenizer, _ = load_with_head(
-        resolve(args.model),
+        folder,
         how,
         adapter_path=args.adapter_path,
         tokenizer_config={"trust_remote_code": args.trust_remote_code},
@@ -62,24 +61,23 @@ def main() -> None:
     )
     if resumed is not None:
         conversation.replace(resumed)
-    sampler = make_sampler(
-        args.temp,
-        args.top_p,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-    )
     options = {
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,
-        "sampler": sampler,
         "check": not args.no_check,
+        "sampler": make_sampler(
+            args.temp,
+            args.top_p,
+            xtc_probability=args.xtc_probability,
+            xtc_threshold=args.xtc_threshold,
+            xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+        ),
     }
     terminal = Terminal([*COMMANDS], WITH_FILES, kept_file("history"))
-    build = None
+    idle = None
     if how.missing == LATER:
-        build = background_build(model, tokenizer, local_origin(resolve(args.model)), how)
-    idle = None if build is None else IdleBuild(build)
+        build = background_build(model, tokenizer, local_origin(folder), how)
+        idle = None if build is None else IdleBuild(build)
     try:
         Talk(conversation, terminal, args, options, idle).run()
     finally:
@@ -91,10 +89,8 @@ def _check_arguments(parser, args) -> None:
     if not args.model:
         parser.error("--model is needed: a folder or a repository of a model")
     if args.resume and args.system_prompt is not None:
-        parser.error(
-            "--resume continues a conversation that has its own system prompt: leave "
-            "--system-prompt out"
-        )
+        own = "--resume continues a conversation that has its own system prompt"
+        parser.error(f"{own}: leave --system-prompt out")
     if args.pipeline or mx.distributed.init().size() > 1:
         parser.error("a FlashHead model runs in one process: use mlx_lm.chat on several machines")
 

@@ -21,7 +21,6 @@ SUFFIX = ".safetensors"
 
 
 def make_parser() -> Parser:
-    """The command's arguments."""
     parser = Parser(
         prog="mlx_flashhead.export",
         description="Write a FlashHead's Metal kernels and arrays to a file for an app made with "

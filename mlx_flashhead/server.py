@@ -7,9 +7,8 @@ from .common.command import command
 from .common.processes import join_processes
 from .models.fetch import resolve
 from .serving.network.addresses import announce, url
-from .serving.network.shutdown import interrupted_by_signals, leave
 from .serving.options import check_options, make_parser
-from .serving.serve import requests_logged, serving
+from .serving.serve import leave, let_signals_interrupt, requests_logged, serving
 
 LOST = 75  # EX_TEMPFAIL: a supervisor starts the server again
 LOOK_SECONDS = 0.5
@@ -23,7 +22,8 @@ def main() -> None:
     check_options(parser, flags)
     if join_processes().size() > 1:
         parser.error("the server is one process: start it without mlx.launch")
-    with interrupted_by_signals(), requests_logged(flags.log_level):
+    let_signals_interrupt()
+    with requests_logged(flags.log_level):
         try:
             for model in (flags.model, flags.draft_model, *flags.allow_models):
                 if model is not None:

@@ -8,7 +8,6 @@ from .publishing.publish import publish
 
 
 def make_parser() -> Parser:
-    """The command's arguments."""
     parser = Parser(
         prog="mlx_flashhead.upload",
         description="Upload what mlx_flashhead.convert has made, a model with its FlashHead or a "

@@ -70,7 +70,8 @@ def converted(dense, tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """A function that runs a command or a script: → (exit code, standard output and error)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in signals}
 
     def run(command, *arguments):
         if isinstance(command, str):

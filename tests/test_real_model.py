@@ -10,7 +10,8 @@ from mlx_flashhead import convert, generate, get_flash_head, grammar_processor, 
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import raw_means
-from mlx_flashhead.conversion.measures import Routing, measure_positions
+from mlx_flashhead.conversion.measures import measure_positions
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.evaluation.text import evaluate
 from mlx_flashhead.models.locate import find_head
 
@@ -93,17 +94,20 @@ def test_clusters_by_direction_are_good_without_calibration(loaded):
 
     The bounds are three standard errors below, and far above those of random clusters.
     """
-    hidden, _ = text_states(*loaded, find_head(loaded[0]), some_of_all(200), progress=False)
+    hidden, _ = take_all(text_states(*loaded, find_head(loaded[0]), some_of_all(200)))
     weight = np.array(get_flash_head(loaded[0]).clustered.token_rows().weight)
-    token_ids = cluster_rows(weight, progress=False)
+    token_ids = take_all(cluster_rows(weight))
     means = raw_means(weight, token_ids)
-    few, many = measure_positions(
-        hidden,
-        lambda h: h @ weight.T,
-        token_ids,
-        Routing(lambda h: h @ means.T, np.zeros(len(means), np.float32)),
-        [96, 256],
-        progress=False,
+    few, many = take_all(
+        measure_positions(
+            hidden,
+            lambda h: h @ weight.T,
+            token_ids,
+            lambda h: h @ means.T,
+            np.zeros(len(means), np.float32),
+            [96, 256],
+            np.zeros(len(hidden), int),  # they do not matter here
+        )
     ).means()
     assert few.agreement >= 0.90
     assert many.agreement >= 0.94

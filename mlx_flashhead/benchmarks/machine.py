@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..common.timing import timer
-from ..head.blas import blas_name
+from ..head.portable import blas_name
 from ..version import __version__
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")

@@ -20,23 +20,14 @@ LENGTH, STOPPED = "length", "stopped"
 
 @dataclass
 class Answer:
-    """An answer of the model.
-
-    Attributes:
-        text: The text so far.
-        n_prompt: Tokens of the conversation with the question.
-        n_cached: Number of these that were in the cache already.
-        n_tokens: Tokens of the answer.
-        tokens_per_second: mlx-lm's measure, of two tokens or more.
-        finish: "stop" at an end-of-text token, "length" at the limit, "stopped" by the user.
-    """
+    """An answer of the model."""
 
     text: str = ""
-    n_prompt: int = 0
-    n_cached: int = 0
+    n_prompt: int = 0  # tokens of the conversation with the question
+    n_cached: int = 0  # of these, tokens that were in the cache already
     n_tokens: int = 0
-    tokens_per_second: float | None = None
-    finish: str = STOPPED
+    tokens_per_second: float | None = None  # mlx-lm's measure, of two tokens or more
+    finish: str = STOPPED  # by the user, "stop" at an end-of-text token, "length" at the limit
 
 
 class _Stopped(Exception):
@@ -44,39 +35,25 @@ class _Stopped(Exception):
 
 
 class FollowingCache:
-    """A prompt cache and the tokens that it holds.
-
-    Args:
-        model: The model.
-        max_kv_size: Number of tokens to keep: the first four and the newest; default: all.
-
-    Attributes:
-        arrays: mlx-lm's caches, one for each layer.
-        token_ids: All tokens that were put in, also those that were dropped since.
-        limited: Whether ``max_kv_size`` is obeyed. Some models make caches of their own.
-    """
+    """A prompt cache and the tokens that it holds."""
 
     def __init__(self, model: nn.Module, max_kv_size: int | None):
-        self._make = lambda: make_prompt_cache(model, max_kv_size)
+        self._model, self._max_kv_size = model, max_kv_size
         self.clear()
+        # some models make caches of their own
         sizes = [getattr(cache, "max_size", None) for cache in self.arrays]
         self.limited = max_kv_size is not None and max_kv_size in sizes
 
     def clear(self) -> None:
         """Forgets everything."""
-        self.arrays = self._make()
-        self.token_ids: list[int] = []
+        self.arrays = make_prompt_cache(self._model, self._max_kv_size)
+        self.token_ids: list[int] = []  # that were put in, also those that were dropped since
 
     def follow(self, prompt: list[int]) -> int:
-        """Keeps in the cache the tokens with which ``prompt`` begins, all but the last at most.
-
-        Returns:
-            The number of these tokens.
-        """
+        """Keeps the tokens with which ``prompt`` begins, all but the last at most: how many."""
         limit = min(len(self.token_ids), len(prompt) - 1)
         shared = next((i for i in range(limit) if self.token_ids[i] != prompt[i]), limit)
-        too_many = len(self.token_ids) - shared
-        if too_many:
+        if too_many := len(self.token_ids) - shared:
             if not can_trim_prompt_cache(self.arrays):
                 self.clear()
                 return 0
@@ -89,10 +66,10 @@ class Conversation:
     """Questions and answers in turn.
 
     Args:
-        model: A model loaded by ``mlx_flashhead.load``, or any dense one.
-        tokenizer: Its tokenizer, with a chat template.
+        model: Any model, with a FlashHead or dense.
+        tokenizer: mlx-lm's wrapper, with a chat template.
         system_prompt: The beginning of every conversation.
-        max_kv_size: Tokens the cache keeps; default: all.
+        max_kv_size: Tokens that the cache keeps, the first four and the newest; default: all.
 
     Raises:
         ValueError: If the tokenizer has no chat template, or the template takes no system prompt.
@@ -107,12 +84,10 @@ class Conversation:
         max_kv_size: int | None = None,
     ):
         if not tokenizer.has_chat_template:
-            raise ValueError(
-                "This model's tokenizer has no chat template, so it cannot hold a conversation: "
-                "use mlx_flashhead.generate."
-            )
-        self.model = model
-        self.tokenizer = tokenizer
+            lacking = "This model's tokenizer has no chat template"
+            remedy = "use mlx_flashhead.generate"
+            raise ValueError(f"{lacking}, so it cannot hold a conversation: {remedy}.")
+        self.model, self.tokenizer = model, tokenizer
         self.cache = FollowingCache(model, max_kv_size)
         self.answers: list[Answer] = []
         self._start = [] if system_prompt is None else [Message(role=SYSTEM, content=system_prompt)]
@@ -127,25 +102,13 @@ class Conversation:
         self.cache.clear()
 
     def replace(self, messages: list[Message]) -> None:
-        """Continues another conversation, which takes the place of this one.
-
-        Args:
-            messages: As `transcript.py` reads them from a file.
-
-        Raises:
-            ValueError: If the chat template refuses them. The conversation stays unchanged.
-        """
+        """Continues another conversation, unless the chat template refuses it with a ValueError."""
         self._tokens([*messages, Message(role=USER, content="")])
         self.messages = list(messages)
         self.answers.clear()
 
     def ask(
-        self,
-        text: str,
-        *,
-        stopping: Callable[[], bool] = lambda: False,
-        dense: bool = False,
-        **kwargs: Any,
+        self, text: str, *, stopping: Callable[[], bool] = lambda: False, **kwargs: Any
     ) -> Iterator[str]:
         """Asks, streams the answer, and keeps it as the last of ``answers``.
 
@@ -153,11 +116,7 @@ class Conversation:
             text: The question.
             stopping: Called after each token and each piece of the prompt; True stops. The answer
                 so far stays. A question without an answer is forgotten.
-            dense: Score every token.
-            **kwargs: Of ``mlx_lm.stream_generate``, such as max_tokens and sampler.
-
-        Yields:
-            The answer's text, piece by piece.
+            **kwargs: Of ``stream_generate``, such as dense, max_tokens and sampler.
 
         Raises:
             ValueError: If the chat template refuses the conversation, which stays unchanged.
@@ -176,7 +135,6 @@ class Conversation:
             self.model,
             self.tokenizer,
             prompt[answer.n_cached :],
-            dense=dense,
             logprobs=False,
             prompt_cache=self.cache.arrays,
             prompt_progress_callback=progress,
@@ -212,6 +170,5 @@ class Conversation:
             return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
         except Exception as error:  # templates and their engine raise any type
             reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-            raise ValueError(
-                f"The model's chat template does not take this conversation ({reason})."
-            ) from error
+            refusal = "The model's chat template does not take this conversation"
+            raise ValueError(f"{refusal} ({reason}).") from error

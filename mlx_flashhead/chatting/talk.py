@@ -1,9 +1,12 @@
 """A talk at the terminal: the user types messages and commands."""
 
 import textwrap
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,7 +17,7 @@ from ..head.flash_head import FlashHead
 from ..loading.background import IdleBuild
 from ..models.install import get_flash_head
 from .conversation import LENGTH, STOPPED, Answer, Conversation
-from .transcript import USER, Message, keep, read_conversation, write_conversation
+from .transcript import USER, keep, read_conversation, write_conversation
 
 COMMANDS = {
     "/help": "what can be typed (or h)",
@@ -41,33 +44,20 @@ NOT_LIMITED = "--max-kv-size has no effect: mlx-lm lets this model choose the si
 NO_FLASH_HEAD = "This model has no FlashHead yet: start without --dense, and it is built."
 
 
+@dataclass
 class Talk:
-    """Reads texts from the terminal, answers messages and runs commands.
+    """Reads texts from the terminal, answers messages and runs commands."""
 
-    Args:
-        conversation: The conversation with the model.
-        terminal: The terminal.
-        args: The command line's arguments.
-        options: Keywords of each answer.
-        idle: A FlashHead that is built while the user types and reads.
-    """
+    conversation: Conversation
+    terminal: Terminal
+    args: Namespace
+    options: dict[str, Any]  # keywords of each answer
+    idle: IdleBuild | None = None  # a FlashHead that is built while the user types and reads
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        terminal: Terminal,
-        args,
-        options: dict,
-        idle: IdleBuild | None = None,
-    ):
-        self.conversation = conversation
-        self.terminal = terminal
-        self.args = args
-        self.keeping = args.resume or terminal.interactive
-        self.head = get_flash_head(conversation.model)
-        self.dense = args.dense
-        self.options = options
-        self.idle = idle
+    def __post_init__(self):
+        self.keeping = self.args.resume or self.terminal.interactive
+        self.head = get_flash_head(self.conversation.model)
+        self.dense = self.args.dense
 
     def run(self) -> None:
         """Until the end of the input or /exit."""
@@ -76,7 +66,11 @@ class Talk:
         if self.args.max_kv_size is not None and not self.conversation.cache.limited:
             self.terminal.say(NOT_LIMITED)
         if self.args.resume:
-            self.terminal.say(_summary(self.conversation.messages))
+            messages = self.conversation.messages
+            summary = f"Continuing the last conversation, {count(len(messages), 'message')}"
+            if questions := [m["content"] for m in messages if m["role"] == USER]:
+                summary += f"; last: {textwrap.shorten(questions[-1], 60, placeholder='…')}"
+            self.terminal.say(summary)
         while True:
             try:
                 text = self.terminal.read()
@@ -124,11 +118,15 @@ class Talk:
         answer = self.conversation.answers[-1]
         self.terminal.say(f"[{_figures(answer)}]")
         if answer.finish == LENGTH:
-            self.terminal.say(
-                f"[cut at --max-tokens {self.args.max_tokens}: ask to go on, or start with a "
-                "higher limit, or -1 for none]"
-            )
-        self._keep()
+            remedy = "ask to go on, or start with a higher limit, or -1 for none"
+            self.terminal.say(f"[cut at --max-tokens {self.args.max_tokens}: {remedy}]")
+        if self.keeping:
+            try:
+                keep(self.conversation.messages, self.args.model)
+            except OSError as error:
+                self.keeping = False  # and it is told once
+                reason = sentence(error)
+                self.terminal.say(f"This conversation is not kept for --resume: {reason}")
 
     @contextmanager
     def _model_to_itself(self) -> Iterator[None]:
@@ -143,16 +141,6 @@ class Talk:
                     self.terminal.say(f"[FlashHead is ready: {self._settings()}]")
             yield
 
-    def _keep(self) -> None:
-        """Keeps the conversation for ``--resume``; prints once if that fails."""
-        if not self.keeping:
-            return
-        try:
-            keep(self.conversation.messages, self.args.model)
-        except OSError as error:
-            self.keeping = False
-            self.terminal.say(f"This conversation is not kept for --resume: {sentence(error)}")
-
     def _help(self, _: str) -> None:
         for name, what in COMMANDS.items():
             self.terminal.say(f"  {name:8} {what}")
@@ -163,16 +151,21 @@ class Talk:
         self.terminal.say("A new conversation.")
 
     def _stats(self, _: str) -> None:
-        conversation = self.conversation
-        answers = conversation.answers
-        held = f"{len(conversation.cache.token_ids)} tokens in the cache"
-        if conversation.cache.limited:
-            held += f", which keeps the last {self.args.max_kv_size}"
+        answers, cache, head = self.conversation.answers, self.conversation.cache, self.head
         lines = [f"{self.args.model}, {self._settings()}"]
-        if self.head is not None:
-            lines.append(f"backend {self.head.backend!r}: {self.head.backend_reason}")
-            lines += _speed_here(self.head)
-        lines.append(f"{count(len(conversation.messages), 'message')}, {held}")
+        if head is not None:
+            lines.append(f"backend {head.backend!r}: {head.backend_reason}")
+            if head.gain is not None:
+                how = (
+                    f"{head.checked_probes:,} clusters a proposal, a check at {head.most_waiting} "
+                    f"tokens or a risk of {head.most_risk:.2g}"
+                )
+                how = "stays dense" if head.stays_dense else how
+                gain = f"{head.gain:.2f} times as fast as dense"
+                lines.append(f"measured on this machine: {gain}, {how}")
+        held = f"{len(cache.token_ids)} tokens in the cache"
+        held += f", which keeps the last {self.args.max_kv_size}" if cache.limited else ""
+        lines.append(f"{count(len(self.conversation.messages), 'message')}, {held}")
         if answers:
             lines.append(f"last answer: {_figures(answers[-1])}")
             tokens = sum(answer.n_tokens for answer in answers)
@@ -186,15 +179,14 @@ class Talk:
             try:
                 n_probes = int(argument)
             except ValueError:
-                raise ValueError(
-                    f"/probes is {argument!r}: give a whole number, 1 to {head.n_clusters}."
-                ) from None
+                remedy = f"give a whole number, 1 to {head.n_clusters}"
+                raise ValueError(f"/probes is {argument!r}: {remedy}.") from None
             head.n_probes = n_probes
             head.stays_dense = False  # the user's number comes before what was measured
         self.terminal.say(f"Now {self._settings()}.")
 
     def _dense(self, _: str) -> None:
-        self._flash_head()
+        self._flash_head()  # or its absence is told
         self.dense = not self.dense
         self.terminal.say(f"Now {self._settings()}.")
 
@@ -234,25 +226,6 @@ def _command(text: str) -> tuple[str, str]:
     if text.startswith("/") or alone:  # after a space, a slash begins a message
         return name, words[1].strip() if words[1:] else ""
     return "", ""
-
-
-def _speed_here(head: FlashHead) -> list[str]:
-    """What was measured on this machine, if anything was."""
-    if head.gain is None:
-        return []
-    when = f"a check at {head.most_waiting} tokens or a risk of {head.most_risk:.2g}"
-    how = f"{head.checked_probes:,} clusters a proposal, {when}"
-    kept = "stays dense" if head.stays_dense else how
-    return [f"measured on this machine: {head.gain:.2f} times as fast as dense, {kept}"]
-
-
-def _summary(messages: list[Message]) -> str:
-    """A sentence on the state of a conversation."""
-    summary = f"Continuing the last conversation, {count(len(messages), 'message')}"
-    questions = [message["content"] for message in messages if message["role"] == USER]
-    if questions:
-        summary += f"; last: {textwrap.shorten(questions[-1], 60, placeholder='…')}"
-    return summary
 
 
 def _figures(answer: Answer) -> str:

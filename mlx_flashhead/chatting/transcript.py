@@ -7,7 +7,7 @@ from typing import TypedDict
 from ..common.new_folder import new_file
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-KEY, LAST = "messages", "last.json"
+KEY = "messages"
 
 
 class Message(TypedDict):
@@ -23,11 +23,11 @@ def _checked(messages: object) -> list[Message]:
         raise ValueError(f"a conversation is a list of messages under the key {KEY!r}")
     checked = []
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise ValueError(f"message {number} must have a role and a content, both of text")
-        checked.append(Message(role=message["role"], content=message["content"]))
+        match message:
+            case {"role": str(role), "content": str(content)}:
+                checked.append(Message(role=role, content=content))
+            case _:
+                raise ValueError(f"message {number} must have a role and a content, both of text")
     roles = [message["role"] for message in checked]
     turns = roles[1:] if roles[:1] == [SYSTEM] else roles
     if turns != [USER, ASSISTANT] * (len(turns) // 2):
@@ -40,13 +40,8 @@ def read_conversation(
 ) -> list[Message]:
     """Reads the messages of a file in the form of ``write_conversation``.
 
-    Args:
-        path: The file.
-        remedy: Advice for a file that does not hold a conversation.
-
     Raises:
-        ValueError: If it does not hold a conversation.
-        OSError: If it cannot be read.
+        ValueError: If it does not hold a conversation, with the ``remedy``.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -63,25 +58,18 @@ def read_conversation(
 def write_conversation(
     path: Path, messages: list[Message], model: str, *, replace: bool = False
 ) -> None:
-    """Writes the messages as JSON, completely or not at all.
-
-    Args:
-        path: The file. An existing file is replaced if it holds a conversation.
-        messages: The messages.
-        model: The model's name, for the reader.
-        replace: Replace any existing file.
+    """Writes the messages and the model's name as JSON, completely or not at all.
 
     Raises:
-        ValueError: If the existing file is not a conversation.
+        ValueError: If the file exists and is not a conversation, unless ``replace`` is true.
         OSError: If it cannot be written.
     """
     if path.exists() and not replace:
         try:
             read_conversation(path)
         except ValueError:
-            raise ValueError(
-                f"{path} exists already and is not a conversation: choose another name."
-            ) from None
+            reason = f"{path} exists already and is not a conversation: choose another name."
+            raise ValueError(reason) from None
     text = json.dumps({"model": model, KEY: messages}, indent=2, ensure_ascii=False) + "\n"
     with new_file(path) as file:
         file.write_text(text, encoding="utf-8")
@@ -94,14 +82,14 @@ def kept_file(name: str) -> Path:
 
 def keep(messages: list[Message], model: str) -> None:
     """Keeps a conversation as the last one."""
-    path = kept_file(LAST)
+    path = kept_file("last.json")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_conversation(path, messages, model, replace=True)
 
 
 def last_conversation() -> list[Message]:
     """The messages of the last conversation; a ValueError if there is none."""
-    path = kept_file(LAST)
+    path = kept_file("last.json")
     if not path.exists():
         raise ValueError("There is no conversation to --resume: none has been kept yet.")
     return read_conversation(path, remedy="start without --resume")

@@ -1,34 +1,43 @@
 """Makes the index of a model in short steps, between which the model is free for other work.
 
-Reading the text, clustering, fitting and measuring all advance step by step. Nothing is written, so
-a build that is dropped or killed leaves nothing behind.
-
-The recipe of a build at first use is ``IndexOptions(quick=True)``: a third of the positions
-(`options.py`), and a third of the passes (`clustering.py`). docs/how-it-works.md has what it costs.
+Nothing is written, so a build that is dropped or killed leaves nothing behind. A quick build, as at
+first use, has a third of the positions and of the passes. docs/how-it-works.md has what it costs.
 """
 
 import math
+import timeit
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..head.matrix import Matrix
+from ..head.matrix import Matrix, as_float32
 from ..index.files import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
+from ..index.sketch import Sketch
 from ..models.locate import HeadLocation
 from .calibration import given_states, text_states
-from .clustering import PASSES, QUICK_PASSES
-from .indexing import build_index
-from .options import GIVEN, MIN_POSITIONS, IndexOptions
-from .probes import Goals
-from .steps import Steps, Stopwatch, stepwise
+from .clustering import PASSES, QUICK_PASSES, cluster_rows
+from .fitting import fit_centroids
+from .measures import measure_positions
+from .metric import logit_metric
+from .options import GIVEN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
+from .probes import MOST_BYTES, StepBytes, choose_probes, lossless_settings, probe_grid
+from .report import make_report
+from .steps import Steps
 
 STEP_SECONDS = 0.1  # of the device, where a window of text takes no longer
+HELD_OUT_SHARE = 1 / 4  # of the positions
+UNCALIBRATED_SHARE = 1 / 6  # of the clusters; means need it for 99 % agreement on SmolLM2-135M
+
+# Passes over all centroids for each dense pass of the clustering, and over all rows for each
+# position, that take as long as clustering, fitting and measuring.
+CLUSTER_PASSES, POSITION_PASSES = 0.5, 6
+SPEED_SAMPLE = 1024  # rows and columns of the product that measures the machine's speed
 
 
-@stepwise
 def model_index(
     model: nn.Module,
     tokenizer: Any,
@@ -40,88 +49,41 @@ def model_index(
     recipe: dict[str, Any] | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[FlashHeadIndex]:
-    """The index of a model. Between two steps the model is as it was, and may write text.
+    """The index of a dense model. Between two steps the model is as it was, and may write text.
 
     The model runs in the steps of the text alone. The others are numpy's, or MLX's on a GPU.
 
     Args:
-        model: A dense model of mlx-lm or mlx-vlm.
         text: Text of the file to calibrate on, if the options name one.
         drafted: Steps that give a drafter's states, instead of text.
-        recipe: The recipe to store.
-        step_seconds: Time that a step of the model may take, if a window of text takes no longer.
+        step_seconds: Time that a step of the model may take.
 
     Raises:
         ValueError: At a step, if the text is too short or an option does not fit the model.
     """
     states = next_ids = None
-    calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
+    calibration: dict[str, Any] = {"source": options.source}
+    if options.quick:
+        calibration["quick"] = True
+    limits: dict[str, Any] = {"positions": options.positions, "step_seconds": step_seconds}
     if drafted is not None:
         states = yield from drafted
         calibration["source"] = "drafts"
     elif text is not None:
-        states, next_ids = yield from text_states.steps(
-            model,
-            tokenizer,
-            location,
-            text,
-            positions=options.positions,
-            step_seconds=step_seconds,
-        )
+        states, next_ids = yield from text_states(model, tokenizer, location, text, **limits)
         if len(states) < MIN_POSITIONS:
             raise ValueError(
                 f"{options.calibration} has only {len(states)} positions to calibrate on: give a "
                 "text of some pages."
             )
     elif options.source == GIVEN:
-        limit = Stopwatch(options.calibration_seconds)
-        states, next_ids = yield from given_states.steps(
-            model,
-            tokenizer,
-            location,
-            options.positions,
-            limit=limit,
-            step_seconds=step_seconds,
+        states, next_ids, cut_short = yield from given_states(
+            model, tokenizer, location, seconds=options.calibration_seconds, **limits
         )
-        if limit.cut_short:
+        if cut_short:
             calibration["cut_short"] = True
-    return (
-        yield from build_index.steps(
-            location.rows(),
-            states,
-            next_ids,
-            cluster_size=options.cluster_size,
-            n_probes=options.n_probes,
-            goals=Goals(options.target_agreement, options.target_kl),
-            eos_token_ids=tuple(tokenizer.eos_token_ids),
-            calibration=calibration,
-            passes=QUICK_PASSES if options.quick else PASSES,
-            seed=options.seed,
-            body_bytes=_body_bytes(model, location),
-            recipe=recipe,
-        )
-    )
-
-
-def cut_short(config: FlashHeadConfig) -> list[str]:
-    """A sentence on a build that the time limit cut short; none on others."""
-    if not config.calibration.get("cut_short"):
-        return []
-    return [
-        f"The text was cut short by the time limit, after {config.calibration['positions']:,} "
-        "positions: a build on a quiet machine, or with more calibration_seconds, is faster per "
-        "token."
-    ]
-
-
-def index_nbytes(rows: Matrix) -> int:
-    """Approximate size of an index, from what is known before the work."""
-    return rows.n_rows * (4 + rows.hidden_size // 16)  # ids, centroids of 4 bits and small arrays
-
-
-def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
-    """Bytes of all weights without the head and the embeddings, of which a token reads one row."""
-    return sum(
+    # of all weights but the head and the embeddings, of which a token reads one row
+    body_bytes = sum(
         array.nbytes
         for module in model.modules()
         if module is not location.module
@@ -129,3 +91,123 @@ def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
         for array in module.values()
         if isinstance(array, mx.array)
     )
+    about = {"eos_token_ids": tokenizer.eos_token_ids, "calibration": calibration}
+    about |= {"body_bytes": body_bytes, "recipe": recipe}
+    index = yield from build_index(location.rows(), options, states, next_ids, **about)
+    return index
+
+
+def build_index(
+    rows: Matrix,
+    options: IndexOptions,
+    states: np.ndarray | None = None,
+    next_ids: np.ndarray | None = None,
+    *,
+    eos_token_ids: Iterable[int] = (),
+    calibration: dict[str, Any] | None = None,
+    body_bytes: int = 0,
+    recipe: dict[str, Any] | None = None,
+) -> Steps[FlashHeadIndex]:
+    """Builds the index of a head from its rows in token order, as the checkpoint stores them.
+
+    The last quarter of the positions is held out: it chooses the probes and makes the report.
+    Without next tokens there is neither.
+
+    Args:
+        states: (N, D) float32 hidden states to calibrate on; None: no calibration.
+        next_ids: (N,) the token after each of them.
+        eos_token_ids: Tokens whose clusters are always scored.
+        calibration: What the settings say of the positions.
+        body_bytes: Bytes of weights that all other layers read per token.
+
+    Raises:
+        ValueError: If the states are too few or not finite.
+    """
+    n_positions = 0 if states is None else len(states)
+    fitted_on = metric = None
+    if states is not None:
+        n_held_out = 0 if next_ids is None else max(round(HELD_OUT_SHARE * n_positions), 1)
+        n_fitted = n_positions - n_held_out
+        if n_fitted < 1:
+            raise ValueError(
+                f"{n_positions} calibration positions are too few, since some are held out: "
+                "give hundreds, or none."
+            )
+        if not np.isfinite(states).all():
+            raise ValueError("The calibration states hold NaN or infinity: check the model.")
+        fitted_on = states[:n_fitted]
+        metric = logit_metric(fitted_on)
+    weight = as_float32(rows.dequantized())
+    head_bias = None if rows.bias is None else as_float32(rows.bias)
+    token_ids = yield from cluster_rows(
+        weight,
+        options.cluster_size,
+        seed=options.seed,
+        metric=metric,
+        passes=QUICK_PASSES if options.quick else PASSES,
+    )
+    n_clusters, n_probes = len(token_ids), options.n_probes
+    centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=head_bias)
+    report: dict[str, Any] = {}
+    lossless: dict[str, Any] = {}
+    if states is None or next_ids is None:
+        n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
+    else:
+        nbytes = StepBytes(
+            centroids=centroids.routing_bytes,
+            probe=rows.nbytes / rows.n_rows * options.cluster_size,
+            dense=rows.nbytes,
+            body=body_bytes,
+        )
+        largest = int((MOST_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
+        asked = () if n_probes is None else (n_probes,)
+        matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
+        found = yield from measure_positions(
+            states[n_fitted:],
+            lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
+            token_ids,
+            lambda h: h @ matrix.T + bias,
+            as_float32(centroids.tail_offset),
+            sorted({*probe_grid(n_clusters, max(largest, 1)), *asked}),
+            next_ids[n_fitted:],
+        )
+        lossless = lossless_settings(found, nbytes, n_probes)
+        choice = {}
+        if n_probes is None:
+            goals = (options.target_agreement, options.target_kl)
+            n_probes, choice["choice"] = choose_probes(found, *goals, nbytes, n_clusters)
+        report = make_report(found, n_probes, lossless["n_probes"], nbytes) | choice
+    config = FlashHeadConfig(
+        vocab_size=rows.n_rows,
+        n_clusters=n_clusters,
+        cluster_size=options.cluster_size,
+        n_probes=n_probes,
+        fingerprint=rows.fingerprint,
+        eos_token_ids=tuple(sorted(i for i in eos_token_ids if i < rows.n_rows)),
+        centroid_bits=centroids.matrix.format.bits,
+        centroid_group_size=centroids.matrix.group_size,
+        calibration=(calibration or {}) | {"positions": n_positions, "seed": options.seed},
+        report=report,
+        lossless=lossless,
+        recipe=recipe or {},
+    )
+    return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))
+
+
+def index_nbytes(rows: Matrix) -> int:
+    """Approximate size of an index, from what is known before the work."""
+    return rows.n_rows * (4 + rows.hidden_size // 16)  # ids, centroids of 4 bits and small arrays
+
+
+def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
+    """The approximate greatest time of an index: the time limit of the text, and the products."""
+    matrix = np.ones((SPEED_SAMPLE, SPEED_SAMPLE), dtype=np.float32)
+    seconds_of_sample = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
+    n_clusters = -(-rows.n_rows // options.cluster_size)
+    passes = CLUSTER_PASSES * (QUICK_PASSES if options.quick else PASSES) * n_clusters
+    reading = 0.0
+    if options.source != NO_CALIBRATION:
+        passes += POSITION_PASSES * options.positions
+        reading = options.calibration_seconds
+    products = rows.n_rows * rows.hidden_size * passes / SPEED_SAMPLE**3
+    return reading + products * seconds_of_sample

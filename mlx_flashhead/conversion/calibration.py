@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,34 +14,29 @@ from ..models.compat.cache import make_prompt_cache
 from ..models.cpu_products import numpy_products
 from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden
-from .steps import Step, Steps, Stopwatch, stepwise
-from .windows import CONTEXT, beginning_of_text, given_windows, windows_of
+from .given_text import CONTEXT, beginning_of_text, given_windows, windows_of
+from .steps import Step, Steps
 
-WINDOW_TOKENS = 512  # of one given text; each window starts afresh
+WINDOW_TOKENS = 512  # of one text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
 LEAST_TOKENS = 16  # of a step, however long it takes
 WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so many tokens
 LEAST_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
 
 
-@stepwise
 def text_states(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     location: HeadLocation,
     text: str,
     *,
     positions: int | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[tuple[np.ndarray, np.ndarray]]:
-    """Hidden states of a text, in windows of 512 tokens that each start afresh.
+    """Hidden states of a text, in windows of 512 tokens that each start afresh, as a text does.
 
-    If the tokenizer begins a text with a token of its own (BOS), each window begins with it.
-
-    Args:
-        model: A dense or FlashHead model.
-        text: The text; special tokens in it, such as chat markup, are understood.
-        positions: Greatest number of states; None: all.
+    Special tokens in it, such as chat markup, are understood. ``positions`` is the greatest number
+    of states.
 
     Returns:
         States (N, D) float32 and the true next tokens (N,) int64.
@@ -48,7 +44,7 @@ def text_states(
     Raises:
         ValueError: If the text has fewer than two tokens.
     """
-    token_ids = tokenizer.encode(text)
+    token_ids = list(tokenizer.encode(text))
     if positions is not None:
         token_ids = token_ids[: positions + 1]
     if len(token_ids) < 2:
@@ -56,73 +52,66 @@ def text_states(
     first, *others = windows_of(token_ids, WINDOW_TOKENS)
     beginning = beginning_of_text(tokenizer)  # the first window has it already
     windows = [first, *(beginning + window for window in others)]
-    read = yield from read_windows.steps(model, location, windows, step_seconds=step_seconds)
+    read = yield from read_windows(model, location, windows, step_seconds=step_seconds)
     states = [read[0], *(of_window[len(beginning) :] for of_window in read[1:])]
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 
 
-@stepwise
 def given_states(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     location: HeadLocation,
     positions: int,
     *,
-    limit: Stopwatch | None = None,
+    seconds: float = math.inf,
     step_seconds: float = math.inf,
-) -> Steps[tuple[np.ndarray, np.ndarray]]:
+) -> Steps[tuple[np.ndarray, np.ndarray, bool]]:
     """Hidden states of given text of many kinds, and the true next tokens, as `text_states`.
 
-    Args:
-        positions: Greatest number of states; fewer if the text is shorter or the time limit comes.
-        limit: Time limit.
-        step_seconds: About the longest time of a step.
+    There are as many as ``seconds`` of the model's work allow. Also whether these cut them short.
     """
     beginning = beginning_of_text(tokenizer)
     windows = given_windows(tokenizer, positions)
-    read = yield from read_windows.steps(
+    read = yield from read_windows(
         model,
         location,
         [beginning + window for window in windows],
-        limit=limit,
+        seconds=seconds,
         stage="Reading given text",
         step_seconds=step_seconds,
     )
     done = [(s, window) for s, window in zip(read, windows, strict=True) if len(s)]
     states = [of_window[len(beginning) + CONTEXT :] for of_window, _ in done]
     next_ids = [token for _, window in done for token in window[CONTEXT + 1 :]]
-    return np.concatenate(states), np.array(next_ids, dtype=np.int64)
+    return np.concatenate(states), np.array(next_ids, dtype=np.int64), len(done) < len(windows)
 
 
-@stepwise
 def read_windows(
     model: nn.Module,
     location: HeadLocation,
     windows: Sequence[list[int]],
     *,
-    limit: Stopwatch | None = None,
+    seconds: float = math.inf,
     stage: str = "Reading",
     step_seconds: float = math.inf,
 ) -> Steps[list[np.ndarray]]:
     """Hidden states of each window without its last token, several windows at once.
 
     Args:
-        model: A dense or FlashHead model.
         windows: Token ids, at least two each.
-        limit: Time limit, after which no further windows are read than the first ones.
+        seconds: Of the model's work, after which no windows but the first ones are read.
         step_seconds: About the longest time of a step. Where a window takes longer, a step reads a
             part of it, down to about 16 tokens. Models of mlx-vlm read whole windows.
 
     Returns:
         For each window of n tokens (n - 1, D) float32; (0, 0) for one that was not read.
     """
-    limit = limit or Stopwatch()
     states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [window[:-1] for window in windows]
-    total, read = sum(map(len, inputs)), 0
+    total, read, spent = sum(map(len, inputs)), 0, 0.0
     together: float = READ_TOKENS if step_seconds == math.inf else LEAST_TOKENS
     waiting = list(range(len(windows)))
-    while waiting and (not read or limit.left > 0):
+    while waiting and (not read or spent < seconds):
         batch = _next_together(waiting, inputs, together)
         length = len(inputs[batch[0]])
         # shorter ones are padded at the end, where no state looks
@@ -134,18 +123,18 @@ def read_windows(
         for start in range(0, length, size):
             part = slice(start, start + size)
             began = monotonic()
-            with limit, numpy_products(location.module), recorded_hidden(location) as recorded:
+            with numpy_products(location.module), recorded_hidden(location) as recorded:
                 forward(model, tokens[:, part], cache)
                 # only the states are evaluated, and the windows' logits are never computed
                 parts.append(np.array(recorded[-1].astype(mx.float32)))
-            ratio = step_seconds / max(monotonic() - began, 1e-6)
-            fitting = (tokens[:, part].size + WEIGHTS_TOKENS) * ratio - WEIGHTS_TOKENS
+            took = max(monotonic() - began, 1e-6)
+            spent += took
+            fitting = (tokens[:, part].size + WEIGHTS_TOKENS) * step_seconds / took - WEIGHTS_TOKENS
             together = min(READ_TOKENS, max(LEAST_TOKENS, fitting))
             read += sum(len(inputs[i][part]) for i in batch)
             yield Step(stage, read, total, "token")
         for i, of_window in zip(batch, np.concatenate(parts, axis=1), strict=True):
             states[i] = of_window[: len(inputs[i])]
-    limit.cut_short |= bool(waiting)
     return states
 
 
@@ -165,11 +154,7 @@ def _next_together(waiting: list[int], inputs: Sequence[Sequence[int]], tokens: 
 
 
 def read_text(path: str | Path) -> str:
-    """A calibration or evaluation text.
-
-    Raises:
-        ValueError: If the file cannot be read, is not UTF-8 text, or is empty.
-    """
+    """A calibration or evaluation text; a ValueError if it is no UTF-8 text, or empty."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -6,15 +6,16 @@ capacities places every row. One dense product of rows and centroids per iterati
 the work. docs/how-it-works.md lists what was worse.
 """
 
-import time
+import timeit
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..head.matrix import as_float32
-from .steps import Result, Step, Steps, stepwise
+from .steps import Result, Step, Steps
 
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # at least, where there are so many; a shortlist holds one centroid of each at most
@@ -31,7 +32,6 @@ ROUNDING = 1e-5  # of a squared distance, relative to the squared norm
 Counts = Generator[int, None, Result]  # yields the rows that a part of the work has done
 
 
-@stepwise
 def cluster_rows(
     rows: np.ndarray | mx.array,
     cluster_size: int = 16,
@@ -47,26 +47,18 @@ def cluster_rows(
         seed: The same seed gives the same clusters, on the same device.
         metric: (D, d) float32 by which the rows are multiplied first (`metric.py`); None: only
             their directions count.
-        passes: Dense passes over all rows.
 
     Returns:
         (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 exactly once,
         ascending within a cluster; V marks the padded slots at a cluster's end.
 
     Raises:
-        ValueError: If an argument is not as described, or a row is not finite.
+        ValueError: If a row is not finite.
 
     Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means. The way to
         the balance and the metric are this project's own.
     """
     rows = as_float32(rows)
-    if rows.ndim != 2 or rows.size == 0:
-        raise ValueError(f"The rows have shape {rows.shape}, but (V, D) is needed.")
-    if not 1 <= cluster_size <= len(rows):
-        raise ValueError(
-            f"cluster_size is {cluster_size}, but the head has {len(rows)} rows: "
-            f"choose 1 to {len(rows)}."
-        )
     if not np.isfinite(rows).all():
         raise ValueError("The rows hold NaN or infinity: check the model's output weights.")
     counts = _clusters(rows, cluster_size, metric, passes, np.random.default_rng(seed))
@@ -86,26 +78,8 @@ def _clusters(
     passes: int,
     rng: np.random.Generator,
 ) -> Counts[np.ndarray]:
-    vocab_size = len(rows)
-    points = yield from _points(rows, metric)
-    grouped, others = yield from _group_duplicates(points[:, :-1], cluster_size, rng)
-    yield passes * grouped.size
-    n_clusters = -(-len(others) // cluster_size)
-    token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
-    token_ids[: len(grouped)] = grouped
-    if n_clusters:
-        capacity = len(others) // n_clusters + (np.arange(n_clusters) < len(others) % n_clusters)
-        if len(grouped):
-            points = _to_the_front(points, others)
-        members = yield from _balanced_kmeans(points, capacity, passes, rng)
-        for column, ids in enumerate(members):
-            token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
-    return np.sort(token_ids, axis=1)
-
-
-def _points(rows: np.ndarray, metric: np.ndarray | None) -> Counts[np.ndarray]:
-    """The points to cluster, the only copy of the rows: less their mean, and a column of ones."""
     vocab_size, hidden_size = len(rows), (rows if metric is None else metric).shape[1]
+    # the only copy of the rows: less their mean, for exact distances, and a column of ones
     points = np.ones((vocab_size, hidden_size + 1), dtype=np.float32)
     mapped = points[:, :hidden_size]
     for start in range(0, vocab_size, BLOCK_ROWS):
@@ -117,16 +91,23 @@ def _points(rows: np.ndarray, metric: np.ndarray | None) -> Counts[np.ndarray]:
             block = block @ metric
         mapped[start : start + len(block)] = block
         yield 0
-    mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)  # for exact distances
-    return points
-
-
-def _to_the_front(points: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The points ``ids``, ascending, moved to the front in place, without a second copy."""
-    for start in range(0, len(ids), BLOCK_ROWS):
-        block = ids[start : start + BLOCK_ROWS]
-        points[start : start + len(block)] = points[block]
-    return points[: len(ids)]
+    mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
+    grouped, others = yield from _group_duplicates(points[:, :-1], cluster_size, rng)
+    yield passes * grouped.size
+    n_clusters = -(-len(others) // cluster_size)
+    token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
+    token_ids[: len(grouped)] = grouped
+    if n_clusters:
+        capacity = len(others) // n_clusters + (np.arange(n_clusters) < len(others) % n_clusters)
+        if len(grouped):  # the others move to the front in place, without a second copy
+            for start in range(0, len(others), BLOCK_ROWS):
+                block = others[start : start + BLOCK_ROWS]
+                points[start : start + len(block)] = points[block]
+            points = points[: len(others)]
+        members = yield from _balanced_kmeans(points, capacity, passes, rng)
+        for column, ids in enumerate(members):
+            token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
+    return np.sort(token_ids, axis=1)
 
 
 def _squares(vectors: np.ndarray) -> np.ndarray:
@@ -137,14 +118,8 @@ def _squares(vectors: np.ndarray) -> np.ndarray:
 def _group_duplicates(
     points: np.ndarray, cluster_size: int, rng: np.random.Generator
 ) -> Counts[tuple[np.ndarray, np.ndarray]]:
-    """Groups large sets of nearly identical rows, such as those of unused tokens.
-
-    Thousands of them would list the same few centroids, and the fill would list them again for
-    every few hundred that it places. A set that fits into one shortlist stays as it is.
-
-    Returns:
-        (G, cluster_size) ids of the grouped rows, and the ascending ids of all others.
-    """
+    """Ids (G, cluster_size) of large sets of nearly identical rows, such as those of unused tokens,
+    which would crowd the same few shortlists; and the ascending ids of all others."""
     sample = rng.permutation(len(points))[:DUPLICATE_SAMPLE]
     smallest = LIST_LENGTH * cluster_size
     middle = points.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -177,10 +152,8 @@ def _near(points: np.ndarray, centres: np.ndarray, middle: np.ndarray) -> np.nda
 def _balanced_kmeans(
     points: np.ndarray, capacity: np.ndarray, passes: int, rng: np.random.Generator
 ) -> Counts[list[np.ndarray]]:
-    """Members by column, for a descending capacity (C,) of V points in all.
-
-    Entry j holds the j-th member of each cluster that has more than j: the first ones.
-    """
+    """Entry j holds the j-th member of each cluster that has more than j: the first ones, since the
+    capacity (C,) descends."""
     n_points, n_clusters = len(points), len(capacity)
     members = [rng.permutation(n_points)[:n_clusters]]
     prices = np.zeros(n_clusters, dtype=np.float32)
@@ -190,8 +163,23 @@ def _balanced_kmeans(
     for iteration in range(passes):
         centroids = _centroids(points, members)
         ids, scores = yield from _shortlists(points, every, centroids, library)
-        yield from _update_prices(prices, ids, scores, capacity, PRICE_STEPS[min(iteration, 1)])
-        assigned = yield from _fill(points, centroids, prices, ids, scores, capacity, library)
+        # prices move until demand for each centroid meets its capacity
+        step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
+        for _ in range(PRICE_STEPS[min(iteration, 1)]):
+            best = (scores - prices[ids]).argmax(axis=1)
+            wanted = np.bincount(ids[every, best], minlength=n_clusters)
+            prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
+            step *= 0.95
+            yield 0
+        free, assigned, waiting = capacity.copy(), np.full(n_points, -1), every
+        while len(waiting):
+            _place(waiting, ids, scores - prices[ids], free, assigned)
+            waiting = np.flatnonzero(assigned < 0)
+            if len(waiting):  # their lists are full: they get one of the open clusters
+                yield 0
+                opened = np.flatnonzero(free)
+                listed, scores = yield from _shortlists(points, waiting, centroids[opened], library)
+                ids = opened[listed]
         order = np.argsort(assigned, kind="stable")
         first = np.cumsum(capacity) - capacity
         members = [order[first[capacity > j] + j] for j in range(capacity[0])]
@@ -211,17 +199,13 @@ def _centroids(points: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
 
 
 def faster_library(work: Callable[[Any], object]) -> Any:
-    """numpy, or ``mlx.core`` where its device is a GPU that does the work of a block sooner.
-
-    It is tried twice with each, a fraction of a second. Both give clusters of the same quality.
-    """
+    """numpy, or ``mlx.core`` where its device is a GPU that does the work of a block sooner, tried
+    twice with each. Both give clusters of the same quality."""
     if mx.default_device().type != mx.gpu:
         return np
     seconds = {}
     for library in (np, mx, np, mx):  # MLX compiles its kernels in the first round
-        start = time.perf_counter()
-        work(library)
-        seconds[library] = time.perf_counter() - start
+        seconds[library] = timeit.timeit(partial(work, library), number=1)
     return min(seconds, key=lambda library: seconds[library])
 
 
@@ -265,43 +249,6 @@ def _shortlists(
     return ids, scores
 
 
-def _update_prices(
-    prices: np.ndarray, ids: np.ndarray, scores: np.ndarray, capacity: np.ndarray, n_steps: int
-) -> Counts[None]:
-    """Moves the prices (C,) in place until demand for each centroid meets its capacity."""
-    step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
-    for _ in range(n_steps):
-        best = (scores - prices[ids]).argmax(axis=1)
-        wanted = np.bincount(ids[np.arange(len(ids)), best], minlength=len(prices))
-        prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
-        step *= 0.95
-        yield 0
-
-
-def _fill(
-    points: np.ndarray,
-    centroids: np.ndarray,
-    prices: np.ndarray,
-    ids: np.ndarray,
-    scores: np.ndarray,
-    capacity: np.ndarray,
-    library: Any,
-) -> Counts[np.ndarray]:
-    """The cluster of each point, (V,). Points whose list is full get one of the open clusters."""
-    free = capacity.copy()
-    assigned = np.full(len(points), -1)
-    waiting = np.arange(len(points))
-    while True:
-        _place(waiting, ids, scores - prices[ids], free, assigned)
-        waiting = np.flatnonzero(assigned < 0)
-        if not len(waiting):
-            return assigned
-        yield 0
-        opened = np.flatnonzero(free)
-        listed, scores = yield from _shortlists(points, waiting, centroids[opened], library)
-        ids = opened[listed]
-
-
 def _place(
     waiting: np.ndarray,
     ids: np.ndarray,
@@ -309,11 +256,8 @@ def _place(
     free: np.ndarray,
     assigned: np.ndarray,
 ) -> None:
-    """Assigns the waiting points (R,) to clusters of their lists as long as one of these is open.
-
-    Each point proposes to its best open cluster. A cluster accepts the points with most to lose.
-    ``free`` slots (C,) and ``assigned`` clusters (V,), -1 for none, change in place.
-    """
+    """Each waiting point (R,) proposes to its best open cluster, which accepts those with most to
+    lose, as long as one is open. ``free`` (C,) and ``assigned`` (V,), -1 for none, change."""
     while len(waiting):
         utilities = np.where(free[ids] > 0, utilities, -np.inf)
         rows = np.arange(len(waiting))

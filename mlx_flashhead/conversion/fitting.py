@@ -13,16 +13,14 @@ that all clusters share. The states enter only through sums over them, so neithe
 logits nor the (N, C) targets are ever held whole.
 """
 
-from typing import NamedTuple
-
 import mlx.core as mx
 import numpy as np
 
 from ..head.centroids import Centroids
 from ..head.formats import USUAL_GROUP, affine_group
 from ..head.matrix import Matrix, as_float32
-from .metric import BLOCK_STATES, checked_states, covariance
-from .steps import Step, Steps, stepwise
+from .metric import BLOCK_STATES, covariance
+from .steps import Step, Steps
 
 BLOCK_CLUSTERS = 64  # at once, which bounds memory
 RIDGE = 0.03  # penalty, relative to the states' mean variance per dimension
@@ -41,11 +39,10 @@ def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
     return sums / real.sum(axis=1, keepdims=True, dtype=np.float32)
 
 
-@stepwise
 def fit_centroids(
     rows: np.ndarray | mx.array,
     token_ids: np.ndarray,
-    states: np.ndarray | mx.array | None = None,
+    states: np.ndarray | None = None,
     *,
     head_bias: np.ndarray | mx.array | None = None,
     group_size: int = USUAL_GROUP,
@@ -58,13 +55,10 @@ def fit_centroids(
     Args:
         rows: (V, D), any float dtype.
         token_ids: (C, cluster_size) integers, each of 0 … V-1 once, V in padded slots.
-        states: (N, D) calibration hidden states as the head receives them.
+        states: (N, D) float32 calibration hidden states as the head receives them.
         head_bias: (V,) added to the logits.
         group_size: Columns that share a scale. If it does not divide D it is 32. If 32 does not
             divide D either, the centroids stay floats.
-
-    Raises:
-        ValueError: If the states are not as described, or one is not finite.
 
     Source: GPTQ is arXiv 2210.17323, algorithm 1; the fit is this project's own.
     """
@@ -73,27 +67,20 @@ def fit_centroids(
     head_bias = np.zeros(vocab_size, np.float32) if head_bias is None else as_float32(head_bias)
     means = raw_means(rows, token_ids)
     if states is None:
-        moments = None
-        centroids, covariance = means, np.eye(hidden_size)
-    else:
-        states = checked_states(states, hidden_size)
-        moments = yield from _moments(rows, means, token_ids, states, head_bias)
-        covariance = moments.covariance
-        # max: equal states have no variance, and the means are kept
-        penalty = RIDGE * max(np.trace(covariance) / hidden_size, 1e-12)
-        penalised = covariance + penalty * np.eye(hidden_size)
-        centroids = means + np.linalg.solve(penalised, moments.cross.T).T
-
-    matrix, rounded = yield from _quantize(centroids, covariance, group_size)
-    if moments is None:
+        matrix, _ = yield from _quantize(means, np.eye(hidden_size), group_size)
         bias = raw_means(head_bias[:, None], token_ids)[:, 0]
         tail_offset = np.zeros(len(means))
     else:
+        moments = yield from _moments(rows, means, token_ids, states, head_bias)
+        state_mean, of_states, mean, variance, cross = moments
+        # max: equal states have no variance, and the means are kept
+        penalty = RIDGE * max(np.trace(of_states) / hidden_size, 1e-12)
+        penalised = of_states + penalty * np.eye(hidden_size)
+        centroids = means + np.linalg.solve(penalised, cross.T).T
+        matrix, rounded = yield from _quantize(centroids, of_states, group_size)
         change = rounded - means
-        variance = moments.variance + np.sum(
-            (change @ covariance - 2 * moments.cross) * change, axis=1
-        )
-        bias = moments.mean - change @ moments.state_mean + np.maximum(variance, 0) / 2
+        variance = variance + np.sum((change @ of_states - 2 * cross) * change, axis=1)
+        bias = mean - change @ state_mean + np.maximum(variance, 0) / 2
         tail_offset = -np.log((token_ids < vocab_size).sum(axis=1))
     return Centroids(
         matrix,
@@ -102,30 +89,20 @@ def fit_centroids(
     )
 
 
-class _Moments(NamedTuple):
-    """Moments over the states h of the residuals r_c = logsumexp_c - h · mean_c, in float64."""
-
-    state_mean: np.ndarray  # (D,)
-    covariance: np.ndarray  # (D, D) of the states
-    mean: np.ndarray  # (C,) of the residuals
-    variance: np.ndarray  # (C,)
-    cross: np.ndarray  # (C, D) covariance of residuals and states
-
-
 def _moments(
     rows: np.ndarray,
     means: np.ndarray,
     token_ids: np.ndarray,
     states: np.ndarray,
     head_bias: np.ndarray,
-) -> Steps[_Moments]:
-    n_states, hidden_size = states.shape
-    n_clusters = len(token_ids)
+) -> Steps[tuple[np.ndarray, ...]]:
+    """Moments over the states h of the residuals r_c = logsumexp_c - h · mean_c, in float64: mean
+    (D,) and covariance (D, D) of h, mean and variance (C,) of r, covariance (C, D) of both."""
+    (n_states, hidden_size), n_clusters = states.shape, len(token_ids)
     state_mean, state_covariance = covariance(states)
     blocks = [states[i : i + BLOCK_STATES] for i in range(0, n_states, BLOCK_STATES)]
     centred = [(block - state_mean).astype(np.float32) for block in blocks]
-    total = np.zeros(n_clusters)
-    squares = np.zeros(n_clusters)
+    total, squares = np.zeros((2, n_clusters))
     cross = np.zeros((n_clusters, hidden_size))
     slot_bias = np.append(head_bias, -np.inf).astype(np.float32)  # leaves padded slots out
     for start in range(0, n_clusters, BLOCK_CLUSTERS):
@@ -142,23 +119,15 @@ def _moments(
             cross[part] += residuals.T @ centred_block
             yield Step("Fitting", min(start + BLOCK_CLUSTERS, n_clusters), n_clusters, "cluster")
     mean = total / n_states
-    return _Moments(
-        state_mean=state_mean,
-        covariance=state_covariance,
-        mean=mean,
-        variance=squares / n_states - np.square(mean),
-        cross=cross / n_states,
-    )
+    variance = squares / n_states - np.square(mean)
+    return state_mean, state_covariance, mean, variance, cross / n_states
 
 
 def _quantize(
     centroids: np.ndarray, covariance: np.ndarray, group_size: int
 ) -> Steps[tuple[Matrix, np.ndarray]]:
-    """Rounds centroids (C, D) so that their products with states of this covariance change least.
-
-    The scale spans a group's range exactly, unlike mx.quantize's, which keeps zero representable.
-    Returns the matrix, and its values (C, D) in float64.
-    """
+    """Rounds centroids (C, D) so that their products with states of this covariance change least:
+    the matrix, and its values (C, D) in float64."""
     hidden_size = centroids.shape[1]
     group_size = affine_group(hidden_size, group_size) or 0
     if not group_size:
@@ -173,6 +142,7 @@ def _quantize(
     scales, offsets = np.empty((2, hidden_size // group_size, len(centroids)), np.float16)
     for number, start in enumerate(range(0, hidden_size, group_size)):
         group = slice(start, start + group_size)
+        # the scale spans the range exactly; mx.quantize's keeps zero representable
         low, high = left[group].min(axis=0), left[group].max(axis=0)
         scales[number], offsets[number] = (high - low) / LEVELS, low
         scale, offset = scales[number].astype(np.float32), offsets[number].astype(np.float32)
@@ -186,17 +156,14 @@ def _quantize(
             left[later] -= np.outer(feed[i, later], errors[i - start])
             yield Step("Rounding", i + 1, hidden_size, "column")
         left[group.stop :] -= feed[group, group.stop :].T @ errors
+    # MLX packs the codes of a row into words of 32 bits, the first in the lowest bits
+    words = codes.T.reshape(len(centroids), -1, 32 // BITS)
+    words = words << np.arange(0, 32, BITS, dtype=np.uint32)
     matrix = Matrix(
-        mx.array(_pack(codes.T)),
+        mx.array(np.bitwise_or.reduce(words, axis=-1)),
         scales=mx.array(scales.T),
         biases=mx.array(offsets.T),
         group_size=group_size,
         bits=BITS,
     )
     return matrix, rounded.T
-
-
-def _pack(codes: np.ndarray) -> np.ndarray:
-    """Codes (C, D) in MLX's packing: (C, D/8) uint32, the first in the lowest bits."""
-    words = codes.reshape(len(codes), -1, 32 // BITS) << np.arange(0, 32, BITS, dtype=np.uint32)
-    return np.bitwise_or.reduce(words, axis=-1)

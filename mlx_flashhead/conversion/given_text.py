@@ -1,49 +1,29 @@
-"""Given text to calibrate on, by kind: files of this package and of Python's standard library.
+"""Given text to calibrate on, of many kinds: its documents, and windows of them.
 
 The files in `texts` are written for this project, except the first sentences of Caesar's De Bello
-Gallico. The standard library gives Python code and further documentation, which differ a little
-between Python's versions.
+Gallico. They also name modules and help topics of Python's standard library, which give code and
+further documentation and differ a little between Python's versions.
 """
 
-import importlib
 import importlib.util
+import re
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-PROSE, DOCUMENTATION, CODE, PYTHON = "prose", "documentation", "code", "Python"
-MARKUP, DIALOGUE = "mark-up", "dialogue"
-EUROPEAN, ASIAN = "European languages", "Asian languages"
-KINDS = (PROSE, DOCUMENTATION, CODE, MARKUP, EUROPEAN, ASIAN, PYTHON, DIALOGUE)
+import numpy as np
 
-FILES = {
-    PROSE: "prose.txt",
-    DOCUMENTATION: "documentation.txt",
-    CODE: "code.txt",
-    MARKUP: "markup.txt",
-    EUROPEAN: "european.txt",
-    ASIAN: "asian.txt",
-}
-SEPARATOR = "%%%%\n"  # between the documents of a file
-SPEAKERS = {"User": "user", "Assistant": "assistant"}
+PYTHON, DIALOGUE = "python", "dialogue"
+# The kinds in their order, each with its parts of the whole; most are files of `texts`.
+SHARES = {"prose": 1, "documentation": 1, "code": 1, "markup": 1, "european": 2, "asian": 2}
+SHARES |= {PYTHON: 1, DIALOGUE: 1}
 
-# Characters of each module's source, from 40 % on, and of each help topic, from its beginning.
-EXCERPT_CHARACTERS = 3000
-MODULES = (
-    "argparse", "bisect", "calendar", "cmd", "configparser", "contextlib", "csv", "dataclasses",
-    "difflib", "email.message", "enum", "fractions", "functools", "gzip", "heapq", "html.parser",
-    "http.client", "inspect", "ipaddress", "json.decoder", "logging.handlers", "optparse", "pickle",
-    "plistlib", "queue", "random", "shlex", "shutil", "socketserver", "statistics", "string",
-    "subprocess", "tarfile", "textwrap", "threading", "traceback", "unittest.case", "urllib.parse",
-    "uuid", "weakref", "xml.etree.ElementTree", "zipfile",
-)  # fmt: skip
-TOPICS = (
-    "assert", "assignment", "attribute-access", "binary", "bltin-exceptions", "booleans", "calls",
-    "class", "comparisons", "compound", "customization", "debugger", "dict", "dynamic-features",
-    "exceptions", "execmodel", "for", "formatstrings", "function", "global", "id-classes", "import",
-    "in", "lambda", "lists", "naming", "numbers", "operator-summary", "raise", "slicings",
-    "specialnames", "string-methods", "strings", "try", "typesseq", "with", "yield",
-)  # fmt: skip
+WINDOW_TOKENS = 64  # longer windows take longer steps and gain nothing
+CONTEXT = 8  # first tokens of a window, whose states have seen too little and are left out
+LEAST_TOKENS = 16  # of a window; shorter rests are left out
+
+EXCERPT_CHARACTERS = 3000  # of a module's source, from 40 % on, or of a help topic
 
 
 def given_documents() -> dict[str, list[str]]:
@@ -51,46 +31,96 @@ def given_documents() -> dict[str, list[str]]:
 
     Modules and topics that a Python installation lacks are left out.
     """
-    documents = {kind: _documents(name) for kind, name in FILES.items()}
-    documents[PYTHON] = _module_excerpts()
-    documents[DOCUMENTATION] += _topic_excerpts()
+    documents = {kind: _documents(kind) for kind in SHARES if kind not in (PYTHON, DIALOGUE)}
+    with suppress(ImportError):
+        from pydoc_data.topics import topics
+
+        named = [topics[name] for name in _file("topics").split() if name in topics]
+        documents["documentation"] += [text[:EXCERPT_CHARACTERS] for text in named]
+    documents[PYTHON] = []
+    for name in _file("modules").split():
+        with suppress(ImportError, OSError, UnicodeDecodeError):
+            spec = importlib.util.find_spec(name)
+            source = Path(spec.origin or "").read_text(encoding="utf-8") if spec else ""
+            start = source.find("\n", len(source) * 2 // 5) + 1
+            if source:
+                documents[PYTHON].append(source[start : start + EXCERPT_CHARACTERS])
     return documents
 
 
 def dialogues() -> list[list[dict[str, str]]]:
     """Conversations as lists of messages with ``role`` and ``content``."""
     found = []
-    for document in _documents("dialogue.txt"):
-        messages: list[dict[str, str]] = []
-        for line in document.splitlines(keepends=True):
-            speaker, colon, rest = line.partition(": ")
-            if colon and speaker in SPEAKERS:
-                messages.append({"role": SPEAKERS[speaker], "content": rest})
-            else:
-                messages[-1]["content"] += line
-        found.append([m | {"content": m["content"].strip()} for m in messages])
+    for document in _documents(DIALOGUE):
+        _, *parts = re.split(r"^(User|Assistant): ", document, flags=re.MULTILINE)
+        messages = zip(parts[::2], parts[1::2], strict=True)
+        found.append([{"role": who.lower(), "content": said.strip()} for who, said in messages])
     return found
 
 
-def _documents(name: str) -> list[str]:
-    text = (resources.files(__package__) / "texts" / name).read_text(encoding="utf-8")
-    return text.split(SEPARATOR)
+def _documents(kind: str) -> list[str]:
+    return _file(kind).split("%%%%\n")
 
 
-def _module_excerpts() -> list[str]:
-    excerpts = []
-    for name in MODULES:
-        with suppress(ImportError, OSError, UnicodeDecodeError):
-            spec = importlib.util.find_spec(name)
-            source = Path(spec.origin or "").read_text(encoding="utf-8") if spec else ""
-            start = source.find("\n", len(source) * 2 // 5) + 1
-            if source:
-                excerpts.append(source[start : start + EXCERPT_CHARACTERS])
-    return excerpts
+def _file(name: str) -> str:
+    return (resources.files(__package__) / "texts" / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def _topic_excerpts() -> list[str]:
-    with suppress(ImportError):
-        topics = importlib.import_module("pydoc_data.topics").topics
-        return [topics[name][:EXCERPT_CHARACTERS] for name in TOPICS if name in topics]
-    return []
+def beginning_of_text(tokenizer: Any) -> list[int]:
+    """The token with which the tokenizer begins each text, in a list; empty if there is none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and bos in tokenizer.encode("") else []
+
+
+def windows_of(token_ids: list[int], length: int) -> list[list[int]]:
+    """Windows of ``length`` states. The token after a window's last state begins the next one."""
+    starts = range(0, len(token_ids) - 1, length)
+    return [token_ids[start : start + length + 1] for start in starts]
+
+
+def given_windows(tokenizer: Any, positions: int) -> list[list[int]]:
+    """Windows of given text without its beginning, of each kind its share of ``positions`` at most.
+
+    The kinds take turns: a time limit shortens all of them, and the last windows are of all kinds.
+    """
+    documents = given_documents()
+    token_ids = {
+        kind: [list(tokenizer.encode(one)) for one in documents[kind]] for kind in documents
+    }
+    token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
+    beginning = beginning_of_text(tokenizer)
+    ends = np.cumsum([0, *(SHARES[kind] for kind in token_ids)])
+    wanted_of = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
+    placed: list[tuple[float, list[int]]] = []
+    for of_kind, wanted in zip(token_ids.values(), wanted_of, strict=True):
+        before = 0
+        for window in _chosen_windows(of_kind, beginning, wanted):
+            placed.append((before / wanted, window))
+            before += len(window) - 1 - CONTEXT
+    return [window for _, window in sorted(placed, key=lambda one: one[0])]
+
+
+def _dialogue(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    if tokenizer.has_chat_template:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True))
+    lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+    return list(tokenizer.encode("\n\n".join(lines)))
+
+
+def _chosen_windows(
+    documents: list[list[int]], beginning: list[int], positions: int
+) -> list[list[int]]:
+    """Windows in a fixed random order, up to some positions: the first of all documents first."""
+    rng = np.random.default_rng(0)
+    placed = []
+    for token_ids in documents:
+        if beginning and token_ids[:1] == beginning:
+            token_ids = token_ids[1:]
+        for place, window in enumerate(windows_of(token_ids, WINDOW_TOKENS)):
+            placed.append((place, rng.random(), window))
+    chosen = []
+    for _, _, window in sorted(placed):
+        if len(window) >= LEAST_TOKENS and positions > 0:
+            chosen.append(window[: CONTEXT + positions + 1])
+            positions -= len(chosen[-1]) - 1 - CONTEXT
+    return chosen

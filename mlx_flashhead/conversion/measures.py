@@ -11,14 +11,14 @@ A few sums over the clusters of a position, by their scores, serve any number of
   the best score among them, and the log of their estimated share of the probability.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ..head.portable import MARGIN_SHARE
-from .steps import Step, Steps, stepwise
+from .steps import Step, Steps
 
 CHUNK_STATES, CHUNK_LOGITS = 32, 1 << 22  # at once, which bounds memory and the time of a step
 LEAST_LOGIT = np.float32(-1e30)
@@ -26,43 +26,27 @@ GREATEST_TAIL = 100.0  # of an estimate over the best logit: forced clusters hav
 # Places of a position's measures.
 AGREEMENT, COVERAGE, MASS, KL, NLL, GAP, TAIL = range(7)
 
+Products = Callable[[np.ndarray], np.ndarray]
 
-@dataclass(frozen=True)
-class Measures:
+
+class Measures(NamedTuple):
     """Measures at one number of probes."""
 
     n_probes: int
     agreement: float  # share of positions, as the next
-    coverage: float  # NaN without true next tokens
+    coverage: float
     covered_mass: float
     kl: float  # nats per position
-    perplexity: float  # with the tail; NaN without true next tokens
-
-    def to_dict(self) -> dict:
-        """JSON-ready; a missing measure is None."""
-        return {k: None if v != v else v for k, v in asdict(self).items()}
+    perplexity: float  # with the tail
 
 
 @dataclass(frozen=True)
-class Routing:
-    """A way to choose clusters."""
-
-    scores: Callable[[np.ndarray], np.ndarray]  # of states (N, D) float32: (N, C) float32
-    tail_offset: np.ndarray  # (C,), added to a score for the logit of the cluster's unscored tokens
-
-
 class PositionMeasures:
-    """Measures at each of N positions, for each of P numbers of probes.
+    """Measures at each of N positions, for each of P numbers of probes."""
 
-    Attributes:
-        values: (P, 7, N) float32 by the places above, NaN for a missing measure.
-        dense_nll: (N,) float64, under the dense head; None without true next tokens.
-    """
-
-    def __init__(self, probe_counts: Sequence[int], n_positions: int, known: bool):
-        self.probe_counts = tuple(probe_counts)
-        self.values = np.full((len(self.probe_counts), 7, n_positions), np.nan, np.float32)
-        self.dense_nll = np.zeros(n_positions) if known else None
+    probe_counts: Sequence[int]
+    values: np.ndarray  # (P, 7, N) float32, by the places above
+    dense_nll: np.ndarray  # (N,) float64, of the true next tokens under the dense head
 
     def means(self) -> list[Measures]:
         """The measures over all positions, by number of probes."""
@@ -75,8 +59,8 @@ class PositionMeasures:
         ]
 
     def dense_perplexity(self) -> float:
-        """Over all positions; NaN without true next tokens."""
-        return math.nan if self.dense_nll is None else _exp(self.dense_nll.mean())
+        """Of the true next tokens, over all positions."""
+        return _exp(self.dense_nll.mean())
 
 
 def _exp(value: float) -> float:
@@ -84,40 +68,36 @@ def _exp(value: float) -> float:
         return float(np.exp(value))
 
 
-@stepwise
 def measure_positions(
     states: np.ndarray,
-    logits_of: Callable[[np.ndarray], np.ndarray],
+    logits_of: Products,
     token_ids: np.ndarray,
-    routing: Routing,
+    scores_of: Products,
+    tail_offset: np.ndarray,
     probe_counts: Sequence[int],
-    next_ids: np.ndarray | None = None,
+    next_ids: np.ndarray,
 ) -> Steps[PositionMeasures]:
-    """Measures a routing at each number of probes (1 … C) and each of the states (N, D).
+    """Measures a way to choose clusters at each number of probes (1 … C) and each state (N, D).
 
     Args:
         logits_of: Dense logits of some states: (n, D) → (n, V) float32, token order.
         token_ids: (C, cluster_size) integers, V in padded slots.
-        next_ids: (N,) true next tokens, or None.
+        scores_of: Scores of the clusters: (n, D) → (n, C) float32.
+        tail_offset: (C,), added to a score for the logit of the cluster's unscored tokens.
+        next_ids: (N,) true next tokens.
     """
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
-    found = PositionMeasures(probe_counts, len(states), next_ids is not None)
+    values = np.empty((len(probe_counts), 7, len(states)), np.float32)
+    dense_nll = np.empty(len(states))
     for start in range(0, len(states), size):
         part = slice(start, start + size)
-        chunk, truth = states[part], None if next_ids is None else next_ids[part]
-        found.values[:, :, part], dense_nll = _compare(
-            logits_of(chunk), token_ids, routing.scores(chunk), routing.tail_offset, probe_counts,
-            truth,
-        )  # fmt: skip
-        if found.dense_nll is not None:
-            found.dense_nll[part] = dense_nll
+        chunk = states[part]
+        logits, scores = logits_of(chunk), scores_of(chunk)
+        values[:, :, part], dense_nll[part] = _compare(
+            logits, token_ids, scores, tail_offset, np.array(probe_counts), next_ids[part]
+        )
         yield Step("Measuring", start + len(chunk), len(states), "position")
-    return found
-
-
-def tail_cap(best: np.ndarray) -> np.ndarray:
-    """The greatest estimate of `portable.py`, from the logits of the best candidates."""
-    return best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)
+    return PositionMeasures(probe_counts, values, dense_nll)
 
 
 def _compare(
@@ -125,15 +105,13 @@ def _compare(
     token_ids: np.ndarray,
     scores: np.ndarray,
     tail_offset: np.ndarray,
-    probe_counts: Sequence[int],
-    truth: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """All measures (P, 7, n) from dense logits (n, V) and scores (n, C) of the clusters.
-
-    Also the dense head's negative log-likelihoods (n,) of the true tokens, if these are known.
-    """
+    probes: np.ndarray,
+    truth: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """All measures (P, 7, n) from dense logits (n, V) and scores (n, C) of the clusters, and the
+    dense head's negative log-likelihoods (n,) of the true tokens."""
     (n_rows, vocab_size), n_clusters = logits.shape, len(token_ids)
-    rows, probes = np.arange(n_rows), np.asarray(probe_counts)
+    rows = np.arange(n_rows)
     flat = token_ids.reshape(-1).astype(np.int64)
     real = flat < vocab_size
     cluster_of = np.empty(vocab_size, np.int64)
@@ -181,26 +159,24 @@ def _compare(
     next_best = np.full(best.shape, -np.inf)
     some = probes < n_clusters
     next_best[:, some] = np.take_along_axis(scores, order, 1)[:, probes[some]]
-    cap = tail_cap(best)
-    for i, j in np.argwhere(next_best + tail_offset.max() > cap):  # estimates that are capped
+    cap = best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)  # of an estimate, as in the head
+    for i, j in np.argwhere(next_best + tail_offset.max() > cap):
         left = np.ones(n_clusters, bool)
         left[order[i, : probes[j]]] = False
         capped = np.minimum(tail[i, left], cap[i, j] - top[i])
         log_total[i, j] = np.log(total[i, j] + sizes[left] @ np.exp(capped))
         divergence[i, j] = (mean_logit[i, left] - mass[i, left] * capped).sum()
 
-    result = np.full((7, *best.shape), np.nan)
-    result[AGREEMENT] = holds(logits.argmax(1))
-    result[MASS] = np.minimum(scored(mass), 1.0)
-    # sum over v of P_v (log P_v - log Q_v); probed tokens share their logit with the dense head
-    result[KL] = log_total - np.log(norm)[:, None] + divergence
-    result[GAP] = best - next_best
-    with np.errstate(divide="ignore"):  # no cluster is left
-        result[TAIL] = np.log(unscored / (total + unscored))
-    if truth is None:
-        return result.transpose(2, 0, 1), None
     own = logits[rows, truth].astype(np.float64) - top
-    result[COVERAGE] = holds(truth)
     estimate = np.minimum(tail[rows, cluster_of[truth]][:, None], cap - top[:, None])
-    result[NLL] = log_total - np.where(holds(truth), own[:, None], estimate)
-    return result.transpose(2, 0, 1), np.log(norm) - own
+    found = np.empty((7, *best.shape))
+    found[AGREEMENT] = holds(logits.argmax(1))
+    found[COVERAGE] = holds(truth)
+    found[MASS] = np.minimum(scored(mass), 1.0)
+    # sum over v of P_v (log P_v - log Q_v); probed tokens share their logit with the dense head
+    found[KL] = log_total - np.log(norm)[:, None] + divergence
+    found[NLL] = log_total - np.where(holds(truth), own[:, None], estimate)
+    found[GAP] = best - next_best
+    with np.errstate(divide="ignore"):  # no cluster is left
+        found[TAIL] = np.log(unscored / (total + unscored))
+    return found.transpose(2, 0, 1), np.log(norm) - own

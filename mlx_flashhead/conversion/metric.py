@@ -7,32 +7,12 @@ predicts a cluster of them well. The directions in which the states vary most ho
 so L keeps a sixth of the columns. docs/how-it-works.md compares it with clusters by direction.
 """
 
-import mlx.core as mx
 import numpy as np
-
-from ..head.matrix import as_float32
 
 BLOCK_STATES = 2048  # at once, which bounds memory
 # Variance added in all directions, as a share of the mean variance. 0.03 to 0.3 make no difference.
 FLOOR = 0.1
 COLUMNS_SHARE, LEAST_COLUMNS = 1 / 6, 64  # of D; a third or all of them make no difference
-
-
-def checked_states(states: np.ndarray | mx.array, hidden_size: int) -> np.ndarray:
-    """Calibration states as (N, D) float32.
-
-    Raises:
-        ValueError: If they have another shape, or one is not finite.
-    """
-    states = as_float32(states)
-    if states.ndim != 2 or states.shape[1] != hidden_size or not len(states):
-        raise ValueError(
-            f"The calibration states have shape {states.shape}, but (N, {hidden_size}) with "
-            "N of at least 1 is needed."
-        )
-    if not np.isfinite(states).all():
-        raise ValueError("The calibration states hold NaN or infinity: check the model.")
-    return states
 
 
 def covariance(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,19 +25,17 @@ def covariance(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, total / len(states)
 
 
-def logit_metric(states: np.ndarray | mx.array, hidden_size: int) -> np.ndarray:
+def logit_metric(states: np.ndarray) -> np.ndarray:
     """The matrix by which rows are multiplied so that distances are in the logits' metric.
 
-    It is scaled so that the states' mean variance is 1. Equal states (N, D) give the rows' own
-    distances, up to a factor.
+    It is scaled so that the mean variance of the states (N, D) is 1. Equal states give the rows'
+    own distances, up to a factor.
 
     Returns:
         (D, d) float32: the d directions of the greatest variance, each scaled by its root.
-
-    Raises:
-        ValueError: If the states have another shape, or one is not finite.
     """
-    _, variance = covariance(checked_states(states, hidden_size))
+    hidden_size = states.shape[1]
+    _, variance = covariance(states)
     mean_variance = np.trace(variance) / hidden_size
     if mean_variance > 0:
         variance = variance / mean_variance

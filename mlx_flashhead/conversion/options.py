@@ -1,7 +1,5 @@
-"""The options of a conversion, with their defaults and limits.
-
-``convert`` in Python, ``mlx_flashhead.convert`` and the stored recipe read them here.
-"""
+"""The options of a conversion, with their defaults and limits: of `convert`, its command and the
+stored recipe."""
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
@@ -9,12 +7,11 @@ from typing import Any
 
 from ..common.arguments import Type, check, number, one_of, whole_number
 from ..common.repository_name import full_name
+from ..head.formats import AFFINE_BITS, FORMATS
 from ..models.compat.convert import MODEL_CONVERSION_DTYPES
-from .calibration import read_text
-from .probes import Goals
-from .quantization import HEAD_BITS, check_form
 
 GIVEN, NO_CALIBRATION = "given", "none"
+HEAD_BITS = (*AFFINE_BITS, 16)  # 16: floats
 MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
 QUICK_POSITIONS = 4_000
 
@@ -27,13 +24,9 @@ def option(
     recipe: bool = True,
     **parser: Any,
 ) -> Any:
-    """A field that is also an option of the command.
+    """A field that is also an option of the command, with further arguments of ``add_argument``.
 
-    Args:
-        type: Checks a value; None: everything is allowed.
-        flag: Its flag, if that is not its name.
-        recipe: Whether it is part of the command that makes the same checkpoint again.
-        **parser: Further arguments of ``add_argument``.
+    ``type`` checks a value. ``recipe``: it is part of the command that makes the same again.
     """
     about = {"type": type, "flag": flag, "recipe": recipe, "parser": parser}
     return field(default=default, metadata=about)
@@ -46,8 +39,8 @@ class IndexOptions:
     quick: bool = option(False, action="store_true")
     cluster_size: int = option(16, whole_number(1))
     n_probes: int | None = option(None, whole_number(1))
-    target_agreement: float = option(Goals.agreement, number(0, 1, above=True))
-    target_kl: float = option(Goals.kl, number(0, above=True))
+    target_agreement: float = option(0.998, number(0, 1, above=True))
+    target_kl: float = option(0.03, number(0, above=True))
     calibration: str = option(GIVEN, metavar="given|none|FILE")
     calibration_positions: int = option(12_000, whole_number(MIN_POSITIONS))
     calibration_seconds: float = option(120.0, number(0, above=True))
@@ -69,10 +62,6 @@ class IndexOptions:
     def source(self) -> str:
         """Source of the positions: "given", "none" or "file"."""
         return self.calibration if self.calibration in (GIVEN, NO_CALIBRATION) else "file"
-
-    def calibration_text(self) -> str | None:
-        """The text of a file to calibrate on; None without one."""
-        return read_text(self.calibration) if self.source == "file" else None
 
     def check_size(self, vocab_size: int) -> None:
         """Raises a ValueError if the clusters or the probes do not fit a vocabulary."""
@@ -128,7 +117,13 @@ class ConvertOptions(IndexOptions):
                     f"`{name}` is for a quantized model: add `quantize`, or leave it out."
                 )
         if self.quantize and self.quant_predicate is None:
-            check_form(self.q_mode, self.q_bits, self.q_group_size)
+            # mlx-lm would leave weights as they are
+            forms = [form for form in FORMATS if form.mode == self.q_mode]
+            bits = {form.bits for form in forms}
+            groups = {size for form in forms for size in form.group_sizes}
+            for name, choices in (("q_bits", bits), ("q_group_size", groups)):
+                if getattr(self, name) is not None:
+                    check(name, getattr(self, name), one_of(*sorted(choices)))
         if self.quantize and self.dequantize:
             raise ValueError("Choose either `quantize` or `dequantize`, not both.")
         if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
@@ -146,24 +141,6 @@ class ConvertOptions(IndexOptions):
     def uploads(self) -> bool:
         """Whether the checkpoint is uploaded."""
         return bool(self.upload) or self.upload_repo is not None
-
-    @property
-    def repository(self) -> str | None:
-        """The repository of the upload, "owner/name" or "name"; None: a derived name."""
-        return self.upload if isinstance(self.upload, str) else self.upload_repo
-
-
-def recipe_flags(options: IndexOptions) -> dict[str, Any]:
-    """The flags of the command that makes the same again, with their values, without defaults.
-
-    Those of the model come before those of the index.
-    """
-    of_index = {one.name for one in fields(IndexOptions)}
-    return {
-        flag(one): getattr(options, one.name)
-        for one in sorted(fields(options), key=lambda one: one.name in of_index)
-        if one.metadata["recipe"] and getattr(options, one.name) != one.default
-    }
 
 
 def flag(one: Field) -> str:

@@ -24,13 +24,15 @@ from ..models.locate import check_plain_product, find_head
 from ..publishing import licences
 from ..publishing.hub import reserve, sign_in
 from ..publishing.origin import card_metadata, find_origin
-from ..publishing.publish import add_documents, checkpoint_name, precision_label, publish
-from ..publishing.recipe import make_recipe
-from .build import cut_short, index_nbytes, model_index
-from .options import ConvertOptions, recipe_flags
+from ..publishing.publish import add_documents, checkpoint_name, publish
+from .build import index_nbytes, model_index
+from .calibration import read_text
+from .options import ConvertOptions
 from .place import FILES_KEY, check_apart, check_place, check_room, files_of
-from .quantization import BodyRecipe, body_label, set_bits
+from .quantization import precision_label, set_bits
+from .recipe import make_recipe
 from .report import report_lines
+from .steps import take_all
 
 
 def convert(
@@ -117,20 +119,19 @@ def convert(
         OSError: If the checkpoint cannot be written. Nothing is left behind.
     """
     options = {name: value for name, value in locals().items() if name != "progress"}
-    return _convert(ConvertOptions(**options), print if progress else None)
+    return _convert(ConvertOptions(**options), progress)
 
 
-def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> FlashHeadConfig:
-    """Converts a model. Without ``say`` nothing is shown."""
-    progress = say is not None
-    say = say or (lambda _: None)
-    text = options.calibration_text()
+def _convert(options: ConvertOptions, progress: bool) -> FlashHeadConfig:
+    say: Callable[[str], None] = print if progress else lambda _: None
+    text = read_text(options.calibration) if options.source == "file" else None
     target = Path(options.mlx_path).expanduser()
     check_place(target, options.overwrite)
     with new_folder(target) as folder:
         # before the long work, since the Hub would refuse only at its end
         user = sign_in() if options.uploads else ""
-        repo_id = full_name(options.repository, user) if options.repository else None
+        named = options.upload if isinstance(options.upload, str) else options.upload_repo
+        repo_id = full_name(named, user) if named else None
         source = resolve(options.hf_path, options.revision)
         check_apart(source, target)
         origin = find_origin(options.hf_path, source, options.base_model, options.license)
@@ -147,26 +148,23 @@ def _convert(options: ConvertOptions, say: Callable[[str], None] | None) -> Flas
         model, tokenizer, config = _load(source, options, say)
         location = find_head(model)
         check_plain_product(location)
-        label = body_label(_body(options), config) or precision_label(location.rows())
-        name = checkpoint_name(origin, None if options.index_only else label)
-        weights: Any = [] if options.index_only else tree_flatten(model.parameters())
-        nbytes = index_nbytes(location.rows()) + sum(array.nbytes for _, array in weights)
+        label, nbytes = None, index_nbytes(location.rows())
+        if not options.index_only:
+            label = precision_label(options, config, location.rows())
+            weights: Any = tree_flatten(model.parameters())
+            nbytes += sum(array.nbytes for _, array in weights)
+        name = checkpoint_name(origin, label)
         check_room(target, nbytes)
         if options.uploads:
             repo_id = repo_id or full_name(name, user)
             reserve(repo_id, user, options.private)
         mx.eval(model.parameters())
-        recipe = make_recipe(
-            recipe_flags(options),
-            model=origin.known_as,
-            revision=origin.revision,
-            seed=options.seed,
-            name=name,
-        ) | {"metadata": card_metadata(origin, "adapter" if options.index_only else "quantized")}
-        index = model_index(
-            model, tokenizer, location, options, text=text, recipe=recipe, progress=progress
+        recipe = make_recipe(options, origin, name)
+        index = take_all(
+            model_index(model, tokenizer, location, options, text=text, recipe=recipe),
+            progress=progress,
         )
-        say("\n".join([*report_lines(index.config), *cut_short(index.config)]))
+        say("\n".join(report_lines(index.config)))
         say(f"Writing {target}")
         config.pop(CONFIG_KEY, None)
         try:
@@ -201,21 +199,23 @@ def _load(
     options.check_size(head.rows().n_rows)
     if options.index_only:
         return model, tokenizer, config
-    _cast(model, options.dtype or _named_dtype(source, config))
+    dtype = options.dtype or _named_dtype(source, config)
+    if dtype is not None:
+        may_cast = getattr(model, "cast_predicate", lambda _: True)
+
+        def cast(name: str, array: mx.array) -> mx.array:
+            floating = mx.issubdtype(array.dtype, mx.floating)
+            return array.astype(getattr(mx, dtype)) if floating and may_cast(name) else array
+
+        model.update(tree_map_with_path(cast, model.parameters()))
     if options.dequantize:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         model = dequantize_model(model)
     if options.head_bits is not None and head.tied:
         say(f"The head is tied to the embedding: both get {options.head_bits} bits.")
-    model, config = set_bits(model, config, head.path, _body(options), options.head_bits)
+    model, config = set_bits(model, config, head.path, options)
     return model, tokenizer, config
-
-
-def _body(options: ConvertOptions) -> BodyRecipe | None:
-    if not options.quantize:
-        return None
-    return BodyRecipe(options.q_group_size, options.q_bits, options.q_mode, options.quant_predicate)
 
 
 def _named_dtype(source: Path, config: dict) -> str | None:
@@ -227,15 +227,3 @@ def _named_dtype(source: Path, config: dict) -> str | None:
     text_config = config.get("text_config") or {}
     name = config.get("torch_dtype") or text_config.get("dtype")
     return name if name in MODEL_CONVERSION_DTYPES else None
-
-
-def _cast(model: nn.Module, dtype: str | None) -> None:
-    if dtype is None:
-        return
-    may_cast = getattr(model, "cast_predicate", lambda _: True)
-
-    def cast(name, array):
-        floating = mx.issubdtype(array.dtype, mx.floating)
-        return array.astype(getattr(mx, dtype)) if floating and may_cast(name) else array
-
-    model.update(tree_map_with_path(cast, model.parameters()))

@@ -8,7 +8,6 @@ from ..index.files import CONFIG_NAME, FILE_NAME, SETTINGS_NAME, is_written_here
 from ..publishing.licences import licence_files
 from ..publishing.origin import CARD_FILE
 
-GIGABYTE = 1e9
 FILES_KEY = "folder"  # of the recipe: the names of the files that a conversion has written
 LISTED = 3  # names of other files in a message
 
@@ -20,12 +19,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def check_place(target: Path, overwrite: bool) -> None:
-    """Checks that the target may be written.
-
-    Raises:
-        ValueError: If it exists and may not be replaced, or holds anything that a conversion has
-            not written.
-    """
+    """Refuses a target that may not be replaced, or holds what no conversion has written."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -35,29 +29,26 @@ def check_place(target: Path, overwrite: bool) -> None:
             f"{target} exists already: choose another `mlx_path`, or `overwrite` to replace it."
         )
     names = {file.name for file in target.iterdir()}
-    if names and not is_written_here(target):
+    if not names:
+        return
+    if not is_written_here(target):
         raise ValueError(
             f"{target} was not written by mlx_flashhead.convert, so `overwrite` does not replace "
             "it: choose another `mlx_path`, or delete it yourself."
         )
-    if names:
-        written = read_settings(target).recipe.get(FILES_KEY, [])
-        written = {*written, CARD_FILE, *(file.name for file in licence_files(target))}
-        others = sorted(names - written)
-        if others:
-            some = ", ".join(others[:LISTED]) + (", …" if len(others) > LISTED else "")
-            raise ValueError(
-                f"{target} holds {some}, which no conversion has written: move that away, or "
-                "choose another `mlx_path`."
-            )
+    written = read_settings(target).recipe.get(FILES_KEY, [])
+    of_licence = (file.name for file in licence_files(target))
+    others = sorted(names - {*written, CARD_FILE, *of_licence})
+    if others:
+        some = ", ".join(others[:LISTED]) + (", …" if len(others) > LISTED else "")
+        raise ValueError(
+            f"{target} holds {some}, which no conversion has written: move that away, or "
+            "choose another `mlx_path`."
+        )
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Checks that the model's folder and the target are apart, by any path to them.
-
-    Raises:
-        ValueError: If the folders are the same, or one lies in the other.
-    """
+    """Refuses a target that is the model's folder or lies in it, or the other way round."""
 
     def same(one: Path, other: Path) -> bool:
         return one.exists() and other.exists() and os.path.samefile(one, other)
@@ -75,15 +66,11 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def check_room(target: Path, nbytes: int) -> None:
-    """Checks that the disk has room for about ``nbytes``.
-
-    Raises:
-        ValueError: If there is less room, with both figures.
-    """
+    """Refuses a disk without room for about ``nbytes``."""
     folder = next(parent for parent in target.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise ValueError(
-            f"{target} needs {nbytes / GIGABYTE:.2f} GB, but only {free / GIGABYTE:.2f} GB are "
+            f"{target} needs {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
             "free there: free some space or choose another `mlx_path`."
         )

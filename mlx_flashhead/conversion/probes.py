@@ -1,31 +1,65 @@
-"""The number of clusters for the bare head: the fewest that keep the dense head's answers.
+"""Numbers of probes: for the bare head, and for decoding with a check.
 
-The choice is made on held-out positions of all kinds of text. The agreement must reach its goal at
-the end of a 95 % confidence interval, since few positions may reach it by luck. Texts of other
-authors are harder than held-out parts of the same documents, so the mean KL must be half of its
-goal (docs/how-it-works.md). `differences.py` chooses for the check.
+The bare head scores the fewest clusters that keep the dense head's answers on held-out positions of
+all kinds of text. The agreement must reach its goal at the end of a 95 % confidence interval, since
+few positions may reach it by luck. Texts of other authors are harder than held-out parts of the
+same documents, so the mean KL must be half of its goal (docs/how-it-works.md).
+
+The checked loop proposes tokens from the scored rows alone, and a dense product over several
+positions decides. Its text is the dense head's at any number of probes, so they are chosen for the
+fewest bytes. A greedy proposal differs where the dense head's best token is not scored. A sampled
+one, with the same Gumbel noise for each token, differs where the dense head's draw is not scored:
+with the probability of the tokens that are not scored.
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from .measures import AGREEMENT, KL, PositionMeasures
+from .measures import AGREEMENT, GAP, KL, MASS, TAIL, PositionMeasures
 
 CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
 PROBES_MULTIPLE = 8  # numbers of probes are multiples of it
 UNSEEN = 2.0  # KL of unseen texts relative to held-out positions
 GRID_STEP = 1.15  # greatest ratio of two neighbouring numbers of probes
+MOST_BYTES = 0.25  # read per token, relative to the dense head
+
+MOST_WAITING = 32  # positions of one check
+NEAR = 1.4  # greatest ratio of the chosen number of probes to one that the risks are fitted on
+SLOPES = np.geomspace(0.25, 4.0, 33)
+SLOPE_SPREAD = 0.3  # standard deviation of the log of the slope before anything is seen
+UNSEEN_DIFFERENCE = 0.5  # positions: where none differs, one in twice as many may still
+LEAST_RISK, GREATEST_RISK = 1e-12, 1 - 1e-6
 
 
 @dataclass(frozen=True)
-class Goals:
-    """The goals of a choice of probes."""
+class StepBytes:
+    """Bytes of weights that a decoding step reads."""
 
-    agreement: float = 0.998  # share of positions with the dense head's best token
-    kl: float = 0.03  # from the dense head's distribution, nats per position
-    bytes_share: float = 0.25  # at most: bytes read per token, relative to the dense head
+    centroids: int
+    probe: float  # the rows of one cluster
+    dense: int  # all rows
+    body: int = 0  # all other layers
+
+    def head(self, n_probes: int) -> float:
+        """Bytes that FlashHead reads."""
+        return self.centroids + n_probes * self.probe
+
+    def checked(self, n_probes: int, share: float) -> float:
+        """Expected bytes per token of decoding with a check, if that share of proposals differs.
+
+        A check of k positions reads the dense rows once. A proposal that differs wastes the steps
+        after it, (k + 1) / 2 in the mean:
+
+            step · (1 + share · (k + 1) / 2) + dense / k,    step = body + head
+
+        with the best k, sqrt(2 · dense / (share · step)), within 1 … 32.
+        """
+        step = self.body + self.head(n_probes)
+        k = math.sqrt(2 * self.dense / max(share * step, 1e-9))
+        k = min(max(k, 1.0), MOST_WAITING)
+        return step * (1 + share * (k + 1) / 2) + self.dense / k
 
 
 def probe_grid(n_clusters: int, largest: int) -> list[int]:
@@ -38,42 +72,37 @@ def probe_grid(n_clusters: int, largest: int) -> list[int]:
 
 
 def choose_probes(
-    found: PositionMeasures, goals: Goals, bytes_share: Callable[[int], float], n_clusters: int
+    found: PositionMeasures,
+    agreement_goal: float,
+    kl_goal: float,
+    nbytes: StepBytes,
+    n_clusters: int,
 ) -> tuple[int, str]:
     """The fewest probes that reach the goals, or the most that the bytes allow, and why.
 
-    Args:
-        found: Measures of one routing, at ascending numbers of probes.
-        bytes_share: Number of probes → bytes read per token relative to the dense head.
-
-    Returns:
-        The number of probes, and a sentence or two.
+    The goals are a share of positions with the dense head's best token, and nats per position.
     """
     n_positions = found.values.shape[2]
     # the goal, or the bound that so few positions can show if all of them agree
-    possible = min(goals.agreement, lower_bound(1.0, n_positions) - 1e-9)
+    possible = min(agreement_goal, lower_bound(1.0, n_positions) - 1e-9)
+    goals = (f"{100 * agreement_goal:g} % agreement", f"a KL of {kl_goal / UNSEEN:g} nats")
     n_probes, missed = 0, []
     for tried, values in zip(found.probe_counts, found.values, strict=True):
-        if n_probes and bytes_share(tried) > goals.bytes_share:
+        if n_probes and nbytes.head(tried) > MOST_BYTES * nbytes.dense:
             break
         n_probes = tried
         agreement, kl = values[[AGREEMENT, KL]].mean(axis=1, dtype=np.float64)
-        reached = {
-            f"{100 * goals.agreement:g} % agreement": (
-                lower_bound(agreement, n_positions) >= possible
-            ),
-            f"a KL of {goals.kl / UNSEEN:g} nats": UNSEEN * kl <= goals.kl,
-        }
-        missed = [goal for goal, ok in reached.items() if not ok]
+        reached = (lower_bound(agreement, n_positions) >= possible, UNSEEN * kl <= kl_goal)
+        missed = [goal for goal, is_reached in zip(goals, reached, strict=True) if not is_reached]
         if not missed:
             break
     scored = f"{n_probes:,} of {n_clusters:,} clusters per token"
     if not missed:
-        words = " and ".join(reached)
+        words = " and ".join(goals)
         return n_probes, f"{scored} are the fewest that reach {words} on held-out text."
     return n_probes, (
         f"{scored} are too few to be sure of {' and '.join(missed)} on held-out text. More would "
-        f"read over {100 * goals.bytes_share:g} % of the dense head's bytes."
+        f"read over {100 * MOST_BYTES:g} % of the dense head's bytes."
     )
 
 
@@ -86,3 +115,73 @@ def lower_bound(share: float, n: int) -> float:
     square = CONFIDENCE_Z**2 / n
     error = np.sqrt(square * share * max(1 - share, 0) + square**2 / 4)
     return float((share + square / 2 - error) / (1 + square))
+
+
+def lossless_settings(
+    found: PositionMeasures, nbytes: StepBytes, n_probes: int | None = None
+) -> dict:
+    """The settings of the checked loop, JSON-ready.
+
+    Args:
+        n_probes: A fixed number of probes; None: that of the fewest expected bytes. Its share of
+            differences is the mean of greedy decoding and of sampling at temperature 1, which is
+            about that of the usual sampling between them.
+
+    Returns:
+        ``n_probes``; ``by_probes`` with ``n_probes``, ``greedy_differs`` and ``sampled_differs``,
+        shares of positions; ``risk`` with ``greedy`` [a, b] and ``sampled`` scale:
+
+            min(1, exp(a - b · gap))      that a greedy proposal differs; gap: its logit less the
+                                          best score of an unscored cluster
+            min(1, scale · tail share)    that a sampled one differs; tail share: the estimated
+                                          probability of the tokens that are not scored
+    """
+    greedy, sampled = 1 - found.values[:, [AGREEMENT, MASS]].mean(axis=2, dtype=np.float64).T
+    probes = np.array(found.probe_counts)
+    if n_probes is None:
+        shares = zip(found.probe_counts, (greedy + sampled) / 2, strict=True)
+        n_probes = min(shares, key=lambda one: nbytes.checked(*one))[0]
+    near = found.values[(probes >= n_probes / NEAR) & (probes <= n_probes * NEAR)]
+    gaps, differs = near[:, GAP].ravel(), near[:, AGREEMENT].ravel() == 0
+    left = np.isfinite(gaps)  # elsewhere all clusters are scored
+    estimated = np.exp(near[:, TAIL], dtype=np.float64).sum()
+    unscored = (1 - near[:, MASS].astype(np.float64)).sum()
+    differing = zip(found.probe_counts, greedy.tolist(), sampled.tolist(), strict=True)
+    return {
+        "n_probes": n_probes,
+        "risk": {
+            "greedy": list(fit_greedy_risk(gaps[left], differs[left])),
+            "sampled": float(unscored / estimated) if estimated > 0 else 1.0,
+        },
+        "by_probes": [
+            {"n_probes": n, "greedy_differs": max(g, 0.0), "sampled_differs": max(s, 0.0)}
+            for n, g, s in differing
+        ],
+    }
+
+
+def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float]:
+    """The most likely a and b of the risk min(1, exp(a - b · gap)).
+
+    For each slope b, a is such that the risks add up to the differences, and half of one more, so
+    that none seen is not none ever. Slopes far from 1, that of a perfect estimate, need positions
+    that show them.
+    """
+    if not len(gaps):
+        return 0.0, 1.0
+    wanted = min(differs.sum() + UNSEEN_DIFFERENCE, len(gaps) / 2)
+    fits = []
+    for slope in SLOPES:
+        falling = -slope * gaps.astype(np.float64)
+        low, high = -falling.max() - 50.0, -falling.min() + 1.0
+        for _ in range(60):
+            offset = (low + high) / 2
+            if np.exp(np.minimum(offset + falling, 0)).sum() > wanted:
+                high = offset
+            else:
+                low = offset
+        risk = np.clip(np.exp(np.minimum(offset + falling, 0)), LEAST_RISK, GREATEST_RISK)
+        likelihood = np.log(np.where(differs, risk, 1 - risk)).sum()
+        likelihood -= (math.log(slope) / SLOPE_SPREAD) ** 2 / 2
+        fits.append((likelihood, float(offset), float(slope)))
+    return max(fits)[1:]

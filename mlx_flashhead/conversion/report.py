@@ -4,19 +4,14 @@ import numpy as np
 
 from ..common.quantities import percent
 from ..index.settings import FlashHeadConfig
-from .differences import StepBytes
 from .measures import PositionMeasures
-
-MARKS = {(True, True): "→✓", (True, False): "→", (False, True): "✓", (False, False): ""}
+from .probes import StepBytes
 
 
 def make_report(
     found: PositionMeasures, n_probes: int, checked_probes: int, nbytes: StepBytes
 ) -> dict:
-    """The stored report, JSON-ready, of the bare head at ``n_probes``.
-
-    A perplexity too large for a float is None.
-    """
+    """The stored report, JSON-ready, of the bare head at ``n_probes``; None for infinity."""
     dense_perplexity = found.dense_perplexity()
     by_probes = {
         measured.n_probes: {
@@ -52,20 +47,18 @@ def report_lines(config: FlashHeadConfig) -> list[str]:
         return [f"{config.n_probes:,} {scored}, not calibrated"]
     checked, positions = config.lossless["n_probes"], config.report["positions"]
     differing = {row["n_probes"]: row for row in config.lossless["by_probes"]}
-    lines = [
-        f"{'probes':>8} {'bytes':>7}  {'differs: greedy':>15} {'sampled':>8} {'KL':>7} "
-        f"{'perplexity':>10}"
-    ]
-    rows = {row["n_probes"]: row for row in config.report["by_probes"]}
-    for n_probes, row in rows.items():
-        mark = MARKS[n_probes == config.n_probes, n_probes == checked]
+    lines = ["  probes   bytes  differs: greedy  sampled      KL perplexity"]
+    for row in config.report["by_probes"]:
+        n_probes = row["n_probes"]
+        mark = "→" * (n_probes == config.n_probes) + "✓" * (n_probes == checked)
         differs = differing[n_probes]
-        ratio, kl = row["perplexity_ratio"], row["kl"]
+        kl, ratio = (
+            "–" if row[key] is None else f"{row[key]:.3f}" for key in ("kl", "perplexity_ratio")
+        )
         lines.append(
             f"{mark:2}{n_probes:>6,} {percent(row['bytes_share'], 1):>7}  "
             f"{percent(differs['greedy_differs']):>15} {percent(differs['sampled_differs']):>8} "
-            f"{'–' if kl is None else format(kl, '.3f'):>7} "
-            f"{'–' if ratio is None else format(ratio, '.3f'):>10}"
+            f"{kl:>7} {ratio:>10}"
         )
     lines += [
         f"On {positions:,} held-out positions: how often the proposed token is not the dense",
@@ -74,7 +67,14 @@ def report_lines(config: FlashHeadConfig) -> list[str]:
         f"✓ {checked:,} {scored} are expected to be fastest with the check.",
     ]
     choice = config.report.get("choice", f"{config.n_probes:,} {scored}, as asked for.")
-    return [*lines, f"→ Without the check {choice}"]
+    lines.append(f"→ Without the check {choice}")
+    if config.calibration.get("cut_short"):
+        lines.append(
+            f"The text was cut short by the time limit, after {config.calibration['positions']:,} "
+            "positions: a build on a quiet machine, or with more calibration_seconds, is faster "
+            "per token."
+        )
+    return lines
 
 
 def _finite(value: float) -> float | None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..common.quantities import percent
 from ..common.tables import Table, new_table, show
 from ..conversion.calibration import read_windows
+from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
@@ -31,7 +32,7 @@ from .text import add_probes, bytes_share, check_probe_counts
 
 HELP = "compare whole answers"
 DESCRIPTION = "Compare whole greedy answers to 114 requests with the dense model's."
-BATCH_SIZE = 32
+BATCH_SIZE, MOST_TOKENS = 32, 100
 LEGEND = """\
 identical  greedy answers that are the dense model's to the end
 parting    tokens that the others share with it, the median
@@ -40,14 +41,12 @@ bytes      read per token, relative to the dense head"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of this way to measure."""
     add_probes(parser, "half, once and twice the model's own")
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Compares the answers of the command line's model."""
     model, tokenizer = load(args.model, **look_up_options(args))
-    figures = evaluate_answers(model, tokenizer, probe_counts=args.probes)
+    figures = evaluate_answers(model, tokenizer, args.probes)
     show(make_table(figures))
     return figures
 
@@ -59,60 +58,41 @@ def usual_requests() -> list[str]:
 
 
 def evaluate_answers(
-    model: nn.Module,
-    tokenizer,
-    *,
-    probe_counts: Sequence[int] | None = None,
-    tokens: int = 100,
-    requests: Sequence[str] | None = None,
-    progress: bool = True,
+    model: nn.Module, tokenizer, probe_counts: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Compares greedy answers of ``model`` with those of its dense head.
-
-    Args:
-        model: A model loaded by ``mlx_flashhead.load``.
-        tokenizer: Its tokenizer. Without a chat template the requests are texts to go on from.
-        probe_counts: Numbers of probes, 1 … C; default: half, once and twice the model's own.
-        tokens: Length at which an answer is cut.
-        requests: What is asked; default: :func:`usual_requests`.
-        progress: Show a bar.
+    """Compares greedy answers of ``model``, which has a FlashHead, with those of its dense head.
 
     Returns:
-        What was asked, and for each number of probes the share of ``identical`` answers,
-        ``median_parting``, the tokens that the others share with the dense answer (None without
-        others), the ``agreement`` over all tokens, and the ``bytes_share``.
-
-    Raises:
-        ValueError: If the model has no FlashHead, or a number of probes is not valid.
+        What was asked, and for each number of probes (default: half, once and twice the model's
+        own) the share of ``identical`` answers, ``median_parting``, the tokens that the others
+        share with the dense answer (None without others), the ``agreement`` over all tokens, and
+        the ``bytes_share``.
     """
     head = installed_head(model)
     if probe_counts is None:
-        probe_counts = [max(1, head.n_probes // 2), head.n_probes]
-        probe_counts += [min(2 * head.n_probes, head.n_clusters)]
+        own = head.n_probes
+        probe_counts = [max(1, own // 2), own, min(2 * own, head.n_clusters)]
     probe_counts = check_probe_counts(head, probe_counts)
-    prompts = [
-        prompt_of(tokenizer, text) for text in (usual_requests() if requests is None else requests)
-    ]
+    prompts = [prompt_of(tokenizer, text) for text in usual_requests()]
     with head.dense():
-        answers = _greedy_answers(model, tokenizer, prompts, tokens, progress)
-    needed = _probes_needed(head, _states(model, prompts, answers), answers)
+        answers = _greedy_answers(model, tokenizer, prompts)
+    needed = _probes_needed(model, head, prompts, answers)
     measures = []
     for n_probes in probe_counts:
         missed = [of_answer > n_probes for of_answer in needed]
         partings = [int(of_answer.argmax()) for of_answer in missed if of_answer.any()]
-        measures.append(
-            {
-                "n_probes": n_probes,
-                "identical": 1 - len(partings) / len(prompts),
-                "median_parting": float(np.median(partings)) if partings else None,
-                "agreement": 1 - float(np.concatenate(missed).mean()),
-                "bytes_share": bytes_share(head, n_probes),
-            }
-        )
+        figures = {
+            "n_probes": n_probes,
+            "identical": 1 - len(partings) / len(prompts),
+            "median_parting": float(np.median(partings)) if partings else None,
+            "agreement": 1 - float(np.concatenate(missed).mean()),
+            "bytes_share": bytes_share(head, n_probes),
+        }
+        measures.append(figures)
     return {
         "requests": len(prompts),
         "chat_template": bool(tokenizer.has_chat_template),
-        "tokens": tokens,
+        "tokens": MOST_TOKENS,
         "positions": sum(map(len, answers)),
         "n_probes": head.n_probes,
         "n_clusters": head.n_clusters,
@@ -143,9 +123,7 @@ def make_table(figures: dict) -> Table:
     return table
 
 
-def _greedy_answers(
-    model: nn.Module, tokenizer, prompts: Sequence[list[int]], tokens: int, progress: bool
-) -> list[list[int]]:
+def _greedy_answers(model: nn.Module, tokenizer, prompts: Sequence[list[int]]) -> list[list[int]]:
     """Greedy answers. The token that ends an answer is part of it."""
     generator = BatchGenerator(
         model,
@@ -153,14 +131,10 @@ def _greedy_answers(
         completion_batch_size=BATCH_SIZE,
         prefill_batch_size=BATCH_SIZE,
     )
-    answers: dict[int, list[int]] = {
-        uid: [] for uid in generator.insert(list(prompts), [tokens] * len(prompts))
-    }
-    with (
-        numpy_products(),
-        tqdm(total=len(prompts), desc="Answering", unit="answer", disable=not progress) as bar,
-    ):
-        left = len(prompts)
+    uids = generator.insert(list(prompts), [MOST_TOKENS] * len(prompts))
+    answers: dict[int, list[int]] = {uid: [] for uid in uids}
+    with numpy_products(), tqdm(total=len(uids), desc="Answering", unit="answer") as bar:
+        left = len(uids)
         while left:
             for response in generator.next_generated():
                 answers[response.uid].append(response.token)
@@ -171,26 +145,22 @@ def _greedy_answers(
     return list(answers.values())
 
 
-def _states(
-    model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]]
-) -> list[np.ndarray]:
-    """The states (n, D) from which each answer's n tokens were chosen, by one pass over it."""
-    windows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    read = read_windows(model, find_head(model), windows, progress=False)
-    return [states[len(p) - 1 :] for p, states in zip(prompts, read, strict=True)]
-
-
 def _probes_needed(
-    head: FlashHead, states: Sequence[np.ndarray], answers: Sequence[list[int]]
+    model: nn.Module,
+    head: FlashHead,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
 ) -> list[np.ndarray]:
     """For each answer: the probes with which each of its n tokens is scored, (n,) integers."""
     clustered = head.clustered
     cluster_of = np.array(clustered.slot_of).astype(np.int64) // head.cluster_size
     matrix = as_float32(clustered.centroids.matrix.dequantized())
     bias = as_float32(clustered.route_bias)  # lifts the clusters that are always scored
+    windows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    read = take_all(read_windows(model, find_head(model), windows), progress=False)
     needed = []
-    for of_answer, tokens in zip(states, answers, strict=True):
-        scores = of_answer @ matrix.T + bias
+    for prompt, states, tokens in zip(prompts, read, answers, strict=True):
+        scores = states[len(prompt) - 1 :] @ matrix.T + bias
         own = np.take_along_axis(scores, cluster_of[tokens][:, None], axis=1)
         needed.append(1 + (scores > own).sum(axis=1))
         needed[-1][0] = 0  # the first token is chosen by the dense head

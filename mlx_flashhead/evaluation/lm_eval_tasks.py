@@ -8,11 +8,10 @@ No other module needs lm-eval.
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lm_eval
@@ -29,27 +28,6 @@ DENSE, FLASH_HEAD = "dense", "FlashHead"
 GENERATED, ROLLING = "generate_until", "loglikelihood_rolling"
 
 
-@dataclass(frozen=True)
-class TaskMeasure:
-    """One metric of one task or group, by lm-eval's names, and the head that made it."""
-
-    task: str
-    head: str
-    metric: str
-    filter: str
-    value: float
-    stderr: float | None
-    n_shots: int | None
-    samples: int | None
-
-    def to_dict(self) -> dict:
-        """JSON-ready; a figure that is not finite becomes None."""
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
-        }
-
-
 class TaskModel(Adapter):
     """mlx-lm's adapter, on a FlashHead model that is loaded already."""
 
@@ -58,7 +36,7 @@ class TaskModel(Adapter):
     ):
         super().__init__(model, tokenizer, **options)
         self.head = installed_head(model)
-        self._estimated = False
+        self.estimates = False  # whether documents are scored under FlashHead's full logits
         self._chat_template = chat_template_fn(**chat_template_args or {})
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
@@ -74,32 +52,19 @@ class TaskModel(Adapter):
             return super().generate_until(requests)
 
     def loglikelihood_rolling(self, requests) -> list[float]:
-        if self._estimated:
+        if self.estimates:
             return super().loglikelihood_rolling(requests)
         with self.head.dense():
             return super().loglikelihood_rolling(requests)
 
-    @contextmanager
-    def estimated_perplexity(self):
-        """Within the block, documents are scored under FlashHead's full logits."""
-        self._estimated = True
-        try:
-            yield
-        finally:
-            self._estimated = False
-
     def _score_fn(self, inputs, cache=None, step_size=2048):
-        if self._estimated:  # more positions at once are computed densely
+        if self.estimates:  # more positions at once are computed densely
             step_size = self.head.max_positions // len(inputs)
         return super()._score_fn(inputs, cache=cache, step_size=step_size)
 
 
 def find_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
-    """The manager of the tasks of a folder, and of lm-eval's own tasks if they are needed.
-
-    Raises:
-        ValueError: If the folder or a task does not exist.
-    """
+    """The manager of the tasks of a folder, and of lm-eval's own tasks if they are needed."""
     if folder is not None:
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: there is no such folder of tasks.")
@@ -125,46 +90,32 @@ def evaluate_tasks(
     names: Sequence[str],
     manager: TaskManager,
     *,
-    num_shots: int | None = None,
-    limit: int | None = None,
     seed: int = 0,
-    fewshot_as_multiturn: bool = False,
-    confirm_run_unsafe_code: bool = False,
     batch_size: int = 8,
-    **options: Any,
-) -> list[TaskMeasure]:
+    adapter: Mapping[str, Any] = MappingProxyType({}),
+    **of_lm_eval: Any,
+) -> list[dict]:
     """Measures ``model``, which has a FlashHead, by tasks that ``manager`` knows.
 
-    Args:
-        num_shots: Worked examples before each question; default: the task's own number.
-        limit: Questions per task at most.
-        **options: Further options of :class:`TaskModel`: max_tokens, sampler, use_chat_template,
-            chat_template_args.
+    ``adapter`` has further options of :class:`TaskModel`; others are lm_eval.simple_evaluate's.
 
-    Raises:
-        ValueError: If the model has no FlashHead, the batch is empty, or a task cannot be run.
+    Returns:
+        The metrics of the tasks and groups, by lm-eval's names, and the heads that made them.
     """
     head = installed_head(model)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: give 1 or more.")
-    lm = TaskModel(model, tokenizer, batch_size=batch_size, **options)
+    lm = TaskModel(model, tokenizer, batch_size=batch_size, **adapter)
     mx.random.seed(seed)
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    of_lm_eval |= dict.fromkeys(seeds, seed)
 
-    def run(names):
+    def run(names: Sequence[str]) -> dict:
         return lm_eval.simple_evaluate(
             model=lm,
             tasks=list(names),
             task_manager=manager,
-            num_fewshot=num_shots,
-            limit=limit,
             log_samples=False,
             apply_chat_template=lm.use_chat_template,
-            fewshot_as_multiturn=fewshot_as_multiturn,
-            confirm_run_unsafe_code=confirm_run_unsafe_code,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **of_lm_eval,
         )
 
     # a batch above the limit of positions would measure the dense head
@@ -173,8 +124,8 @@ def evaluate_tasks(
         measures = list(_measures(results))
         rolling = [name for name, kind in _output_types(results).items() if kind == ROLLING]
         if rolling:
-            with lm.estimated_perplexity():
-                measures += _measures(run(rolling), FLASH_HEAD)
+            lm.estimates = True
+            measures += _measures(run(rolling), FLASH_HEAD)
     return measures
 
 
@@ -185,17 +136,14 @@ def results_file(folder: str, model: str, names: Sequence[str], num_shots: int |
     return Path(folder) / "_".join(parts)
 
 
-def by_task(measures: Iterable[TaskMeasure]) -> dict[str, dict[str, float]]:
-    """The figures in the form of lm-eval's results, JSON-ready.
-
-    Where a metric was measured under both heads, it is the dense one.
-    """
+def by_task(measures: Iterable[dict]) -> dict[str, dict[str, float]]:
+    """The figures in the form of lm-eval's results; of two heads, the dense one's."""
     tasks: dict[str, dict[str, float]] = {}
-    for measure in measures:
-        figures = tasks.setdefault(measure.task, {})
-        figures.setdefault(f"{measure.metric},{measure.filter}", measure.value)
-        if measure.stderr is not None:
-            figures.setdefault(f"{measure.metric}_stderr,{measure.filter}", measure.stderr)
+    for one in measures:
+        figures = tasks.setdefault(one["task"], {})
+        figures.setdefault(f"{one['metric']},{one['filter']}", one["value"])
+        if one["stderr"] is not None:
+            figures.setdefault(f"{one['metric']}_stderr,{one['filter']}", one["stderr"])
     return tasks
 
 
@@ -206,27 +154,31 @@ def _output_types(results: dict) -> dict[str, str]:
 def _head_of(name: str, results: dict) -> str:
     """The head that made a task's or a group's figures."""
     kinds = _output_types(results)
-    parts = results.get("group_subtasks", {}).get(name) or []
     if name in kinds:
         return FLASH_HEAD if kinds[name] == GENERATED else DENSE
-    heads = sorted({_head_of(part, results) for part in parts})
-    return " + ".join(heads) or DENSE
+    parts = results.get("group_subtasks", {}).get(name) or []
+    return " + ".join(sorted({_head_of(part, results) for part in parts})) or DENSE
 
 
-def _measures(results: dict, head: str | None = None) -> Iterable[TaskMeasure]:
+def _measures(results: dict, head: str | None = None) -> Iterable[dict]:
     for name, values in results["results"].items():
         for key, value in values.items():
             metric, _, filter_name = key.partition(",")
             if not filter_name or metric.endswith("_stderr") or isinstance(value, str):
                 continue
-            stderr = values.get(f"{metric}_stderr,{filter_name}")
-            yield TaskMeasure(
-                task=name,
-                head=head or _head_of(name, results),
-                metric=metric,
-                filter=filter_name,
-                value=float(value),
-                stderr=stderr if isinstance(stderr, float) else None,
-                n_shots=results.get("n-shot", {}).get(name),
-                samples=results.get("n-samples", {}).get(name, {}).get("effective"),
-            )
+            yield {
+                "task": name,
+                "head": head or _head_of(name, results),
+                "metric": metric,
+                "filter": filter_name,
+                "value": _finite(value),
+                "stderr": _finite(values.get(f"{metric}_stderr,{filter_name}")),
+                "n_shots": results.get("n-shot", {}).get(name),
+                "samples": results.get("n-samples", {}).get(name, {}).get("effective"),
+            }
+
+
+def _finite(value: Any) -> float | None:
+    """A figure in JSON; lm-eval has words for some."""
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if is_number else None

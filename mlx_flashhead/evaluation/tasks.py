@@ -6,7 +6,6 @@ import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -17,9 +16,6 @@ from ..common.tables import Table, new_table, show
 from ..loading.load import load
 from ..loading.look_up import look_up_options
 from ..lossless.sampler import make_sampler
-
-if TYPE_CHECKING:
-    from .lm_eval_tasks import TaskMeasure
 
 EXTRA = "tasks"
 HELP = "run tasks of lm-eval"
@@ -35,7 +31,6 @@ FlashHead   generated text, each token checked; perplexities with its estimates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of this way to measure."""
     add = parser.add_argument
     add(
         "--tasks",
@@ -117,41 +112,44 @@ def run(args: argparse.Namespace) -> dict | None:
             tokenizer,
             names,
             manager,
-            num_shots=args.num_shots,
-            limit=args.limit,
             seed=args.seed,
+            batch_size=args.batch_size,
+            adapter={
+                "max_tokens": args.max_tokens,
+                "use_chat_template": args.apply_chat_template,
+                "chat_template_args": args.chat_template_args,
+                "sampler": make_sampler(temp=args.temp, top_p=args.top_p, top_k=args.top_k),
+            },
+            num_fewshot=args.num_shots,
+            limit=args.limit,
             fewshot_as_multiturn=args.fewshot_as_multiturn,
             confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-            batch_size=args.batch_size,
-            max_tokens=args.max_tokens,
-            use_chat_template=args.apply_chat_template,
-            chat_template_args=args.chat_template_args,
-            sampler=make_sampler(temp=args.temp, top_p=args.top_p, top_k=args.top_k),
         )
     if mx.distributed.init().rank() > 0:
         return None  # mlx-lm's adapter has shared the questions out and gathered the answers
     show(make_table(measures))
     if output is not None:
         output.write_text(json.dumps(by_task(measures), indent=4))
-    return {"model": args.model, "results": [measure.to_dict() for measure in measures]}
+    return {"model": args.model, "results": measures}
 
 
-def make_table(measures: "list[TaskMeasure]") -> Table:
+def make_table(measures: list[dict]) -> Table:
     """A line for each task, metric and head."""
     table = new_table(
         None, ("task", "head", "metric", "shots", "samples", "value", "±"), LEGEND, left=3
     )
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # some names are long
     previous = None
-    for one in sorted(measures, key=lambda m: (m.task, m.metric, m.filter)):
-        if previous not in (None, one.task):
+    for one in sorted(measures, key=lambda m: (m["task"], m["metric"], m["filter"])):
+        task, metric = one["task"], one["metric"]
+        if previous not in (None, task):
             table.add_section()
         table.add_row(
-            "" if one.task == previous else one.task,
-            one.head,
-            one.metric if one.filter == "none" else f"{one.metric} ({one.filter})",
-            *("–" if number is None else str(number) for number in (one.n_shots, one.samples)),
-            *("–" if x is None or x != x else f"{x:.4f}" for x in (one.value, one.stderr)),
+            "" if task == previous else task,
+            one["head"],
+            metric if one["filter"] == "none" else f"{metric} ({one['filter']})",
+            *("–" if one[key] is None else str(one[key]) for key in ("n_shots", "samples")),
+            *("–" if one[key] is None else f"{one[key]:.4f}" for key in ("value", "stderr")),
         )
-        previous = one.task
+        previous = task
     return table

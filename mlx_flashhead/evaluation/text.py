@@ -17,8 +17,10 @@ from ..common.pictures import check_picture, pyplot
 from ..common.quantities import percent
 from ..common.tables import Table, new_table, show
 from ..conversion.calibration import read_text, text_states
-from ..conversion.measures import Routing, measure_positions
+from ..conversion.measures import measure_positions
+from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
+from ..head.matrix import as_float32
 from ..loading.load import load
 from ..loading.look_up import look_up_options
 from ..models.install import installed_head
@@ -39,7 +41,6 @@ USUAL_PROBES = (48, 96, 128, 192, 256, 512)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of this way to measure."""
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
     add_probes(parser, "the usual ones and the model's own")
     parser.add_argument(
@@ -59,7 +60,6 @@ def add_probes(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measures on the text of the command line."""
     if args.plot:
         check_picture("--plot", args.plot)
     content = read_text(args.text)
@@ -80,67 +80,47 @@ def evaluate(
     *,
     probe_counts: Sequence[int] | None = None,
     positions: int | None = None,
-    progress: bool = True,
 ) -> dict[str, Any]:
-    """Measures ``model`` on ``text``.
-
-    Args:
-        model: A model loaded by ``mlx_flashhead.load``.
-        tokenizer: Its tokenizer.
-        text: A text that calibration has not seen.
-        probe_counts: Numbers of probes, 1 … C; default: the usual ones and the model's own.
-        positions: How many positions at most; default: all of the text's.
-        progress: Show bars.
+    """Measures ``model``, which has a FlashHead, on a text that calibration has not seen.
 
     Returns:
         Positions, the dense perplexity, the model's own probes and clusters, and for each number of
-        probes a row of `conversion.measures.Measures` with its share of bytes.
-
-    Raises:
-        ValueError: If the model has no FlashHead, a number of probes is not valid, or the text is
-            too short.
+        probes (default: the usual ones and the model's own) a row of `conversion.measures.Measures`
+        with its share of bytes.
     """
     head = installed_head(model)
     if probe_counts is None:
         probe_counts = [*(p for p in USUAL_PROBES if p <= head.n_clusters), head.n_probes]
     probe_counts = check_probe_counts(head, probe_counts)
-    states, next_ids = text_states(
-        model, tokenizer, find_head(model), text, positions=positions, progress=progress
-    )
+    read = text_states(model, tokenizer, find_head(model), text, positions=positions)
+    states, next_ids = take_all(read)
     rows = head.clustered.token_rows()
-    weight = np.array(rows.dequantized().astype(mx.float32))
-    bias = 0.0 if rows.bias is None else np.array(rows.bias.astype(mx.float32))
-    routing = Routing(
-        lambda h: np.array(head.cluster_scores(mx.array(h))),
-        np.array(head.clustered.centroids.tail_offset),
-    )
-    measured = measure_positions(
+    weight = as_float32(rows.dequantized())
+    bias = 0.0 if rows.bias is None else as_float32(rows.bias)
+    measure = measure_positions(
         states,
         lambda h: h @ weight.T + bias,
         np.array(head.clustered.token_ids),
-        routing,
+        lambda h: np.array(head.cluster_scores(mx.array(h))),
+        np.array(head.clustered.centroids.tail_offset),
         probe_counts,
         next_ids,
-        progress=progress,
     )
+    measured = take_all(measure)
     return {
         "positions": len(states),
         "dense_perplexity": measured.dense_perplexity(),
         "n_probes": head.n_probes,
         "n_clusters": head.n_clusters,
         "rows": [
-            means.to_dict() | {"bytes_share": bytes_share(head, means.n_probes)}
+            means._asdict() | {"bytes_share": bytes_share(head, means.n_probes)}
             for means in measured.means()
         ],
     }
 
 
 def check_probe_counts(head: FlashHead, probe_counts: Sequence[int]) -> list[int]:
-    """The numbers of probes, each once and ascending.
-
-    Raises:
-        ValueError: If one of them is not 1 … C.
-    """
+    """The numbers of probes, each once and ascending; a ValueError if one is not 1 … C."""
     probe_counts = sorted(set(probe_counts))
     for n_probes in probe_counts:
         if not 1 <= n_probes <= head.n_clusters:
@@ -190,8 +170,7 @@ def draw(figures: dict, path: str) -> None:
         ("agreement", "same best token as the dense head"),
         ("coverage", "true next token scored"),
     ):
-        shares = [100 * row[name] for row in figures["rows"]]
-        axis.plot(probes, shares, marker="o", label=label)
+        axis.plot(probes, [100 * row[name] for row in figures["rows"]], marker="o", label=label)
     axis.axvline(figures["n_probes"], color="tab:gray", linestyle=":", label="as converted")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")

@@ -35,8 +35,7 @@ import mlx.core as mx
 from ..head.clustered import ClusteredRows
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
-from ..head.kernel_rows import unread
-from ..head.kernels import MetalSteps
+from ..head.kernels import MetalSteps, unread
 from ..models.locate import HeadLocation
 
 METADATA_KEY = "flash_head"
@@ -44,55 +43,8 @@ LOGITS = ("route", "select_words", "score", "expand")
 TOKENS = ("route", "select", "score", "sample")
 
 
-class _Recorder:
-    """Stands in for ``mx.fast.metal_kernel``: writes the launches down and runs nothing.
-
-    Args:
-        arrays: Arrays by name. An input that is not among them gets the name its kernel has for it.
-    """
-
-    def __init__(self, arrays: dict[str, mx.array]):
-        self.arrays = dict(arrays)  # results too
-        self.launches: dict[str, dict[str, Any]] = {}  # as in the plan
-
-    def kernel(self, **texts: Any) -> Callable[..., list[mx.array]]:
-        """Takes the place of ``mx.fast.metal_kernel``."""
-
-        def launch(**call: Any) -> list[mx.array]:
-            shapes, dtypes = call["output_shapes"], call["output_dtypes"]
-            self.launches[texts["name"]] = {
-                "name": texts["name"],
-                "inputNames": texts["input_names"],
-                "outputNames": texts["output_names"],
-                "source": texts["source"],
-                "header": texts["header"],
-                "arrays": list(map(self._name, call["inputs"], texts["input_names"])),
-                "template": [{"name": k, "value": _value(item)} for k, item in call["template"]],
-                "grid": list(call["grid"]),
-                "threadGroup": list(call["threadgroup"]),
-                "outputShapes": [list(shape) for shape in shapes],
-                "outputDTypes": [_value(dtype) for dtype in dtypes],
-            }
-            results = [mx.zeros(*each) for each in zip(shapes, dtypes, strict=True)]
-            self.arrays |= zip(texts["output_names"], results, strict=True)
-            return results
-
-        return launch
-
-    def _name(self, array: mx.array, input_name: str) -> str:
-        for name, known in self.arrays.items():
-            if known is array:
-                return name
-        self.arrays[input_name] = array
-        return input_name
-
-
 def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str, mx.array]:
-    """Writes the file, and returns its arrays. It scores as many clusters as ``head`` is set to.
-
-    Raises:
-        ValueError: If the kernels do not read this head's rows.
-    """
+    """Writes the file, which scores as many clusters as ``head`` does, and returns its arrays."""
     clustered = head.clustered.in_rows()
     forms = unread(clustered)
     if forms:
@@ -122,10 +74,7 @@ def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str
 def record(
     clustered: ClusteredRows, dtype: mx.Dtype, n_probes: int
 ) -> tuple[dict[str, mx.array], dict[str, dict[str, Any]]]:
-    """The arrays that the launches read, but for rows and a call's own, and the launches.
-
-    Each row must be in one piece. ``dtype`` is the hidden state's.
-    """
+    """The arrays that the launches read, but for rows and a call's own, and the launches."""
     of_call = {
         "hidden": mx.zeros((1, clustered.hidden_size), dtype),
         "settings": mx.zeros((1, 3)),
@@ -134,22 +83,54 @@ def record(
     }
     rows = {f"rows_{name}": array for name, array in clustered.rows.arrays().items()}
     centroids = clustered.centroids.matrix.arrays()
-    stored = {f"centroids_{name}": array for name, array in centroids.items()}
-    recorder = _Recorder(of_call | rows | stored)
-    steps = MetalSteps(clustered, recorder.kernel)
+    known = of_call | rows | {f"centroids_{name}": array for name, array in centroids.items()}
+    made: set[str] = set()
+    launches: dict[str, dict[str, Any]] = {}
+
+    def name_of(array: mx.array, input_name: str) -> str:
+        """Its name, for a new array that of the kernel's input."""
+        for name, other in known.items():
+            if other is array:
+                return name
+        known[input_name] = array
+        return input_name
+
+    def kernel(**texts: Any) -> Callable[..., list[mx.array]]:
+        """In place of ``mx.fast.metal_kernel``: writes the launches down and runs nothing."""
+
+        def launch(**call: Any) -> list[mx.array]:
+            shapes, dtypes = call["output_shapes"], call["output_dtypes"]
+            launches[texts["name"]] = {
+                "name": texts["name"],
+                "inputNames": texts["input_names"],
+                "outputNames": texts["output_names"],
+                "source": texts["source"],
+                "header": texts["header"],
+                "arrays": list(map(name_of, call["inputs"], texts["input_names"])),
+                "template": [{"name": k, "value": _value(item)} for k, item in call["template"]],
+                "grid": list(call["grid"]),
+                "threadGroup": list(call["threadgroup"]),
+                "outputShapes": [list(shape) for shape in shapes],
+                "outputDTypes": [_value(dtype) for dtype in dtypes],
+            }
+            results = [mx.zeros(*each) for each in zip(shapes, dtypes, strict=True)]
+            known.update(zip(texts["output_names"], results, strict=True))
+            made.update(texts["output_names"])
+            return results
+
+        return launch
+
+    steps = MetalSteps(clustered, kernel)
     hidden = of_call["hidden"]
     draws = Draws(of_call["settings"], of_call["top_k"], of_call["keys"])
     scores = steps.route(hidden)
     selection = steps.select(scores, n_probes)
-    candidates = steps.score(hidden, selection)
-    steps.expand(scores, selection, candidates)
+    steps.expand(scores, selection, steps.score(hidden, selection))
     selection = steps.select(scores, n_probes, words=False)
     candidates, unscored = steps.score(hidden, selection), steps.unscored(scores, selection)
     steps.choose(selection, candidates, unscored, draws)
-    made = {name for launch in recorder.launches.values() for name in launch["outputNames"]}
     left_out = {*of_call, *rows, *made}
-    arrays = {name: array for name, array in recorder.arrays.items() if name not in left_out}
-    return arrays, recorder.launches
+    return {name: array for name, array in known.items() if name not in left_out}, launches
 
 
 def _value(item: int | bool | mx.Dtype) -> int | bool | str:

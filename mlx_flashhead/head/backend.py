@@ -51,55 +51,36 @@ def choose_backend(asked: str | None = None) -> str:
 
 
 def make_steps(clustered: ClusteredRows, asked: str | None) -> tuple[PortableSteps, str]:
-    """The steps of the chosen path, and a sentence: the reason for it, or its slower part.
-
-    Raises:
-        ValueError: As in :func:`choose_backend`.
-    """
+    """The steps of the chosen path, and a sentence: the reason for it, or its slower part."""
     if choose_backend(asked) == PORTABLE:
+        reason = "MLX finds no Apple GPU on this machine."
         if named_backend(asked) is not None:
             reason = "The backend 'mlx' was asked for."
         elif mx.metal.is_available():
             reason = "MLX's default device is the CPU."
-        else:
-            reason = "MLX finds no Apple GPU on this machine."
         return PortableSteps(clustered), reason
     steps = MetalSteps(clustered)
-    reason = "MLX computes on an Apple GPU."
-    if steps.unread:
-        what = {"route": "centroids", "score": "rows"}
-        said = " and ".join(f"{form} {what[step]}" for step, form in steps.unread.items())
-        reason = (
-            f"FlashHead's Metal kernels do not read {said}: MLX's own operations do, which takes a "
-            "few more kernels per token. The other steps are FlashHead's."
-        )
-        log.warning(reason)
+    if not steps.unread:
+        return steps, "MLX computes on an Apple GPU."
+    what = {"route": "centroids", "score": "rows"}
+    said = " and ".join(f"{form} {what[step]}" for step, form in steps.unread.items())
+    reason = (
+        f"FlashHead's Metal kernels do not read {said}: MLX's own operations do, which takes a "
+        "few more kernels per token. The other steps are FlashHead's."
+    )
+    log.warning(reason)
     return steps, reason
 
 
 def checked(
     steps: PortableSteps, reason: str, asked: str | None, dtype: mx.Dtype, n_probes: int
 ) -> tuple[PortableSteps, str]:
-    """The steps after each kernel has run once; the portable ones if a kernel fails.
+    """What :func:`make_steps` gave, after each kernel has run once; portable if a kernel fails.
 
-    This builds the kernels' pipelines, so the first token does not wait for them.
-
-    Args:
-        steps: The steps from :func:`make_steps`.
-        reason: Its sentence.
-        asked: The path asked for by name, or None.
-        dtype: Of the model's hidden states.
-        n_probes: Clusters scored.
-
-    Returns:
-        Steps and a sentence, as from :func:`make_steps`.
-
-    Raises:
-        ValueError: If a kernel fails and Metal was asked for by name.
+    This builds the kernels' pipelines, so the first token does not wait for them. ValueError if a
+    kernel fails and Metal was asked for by name.
     """
-    if not isinstance(steps, MetalSteps):
-        return steps, reason
-    trouble = find_trouble(steps, dtype, n_probes)
+    trouble = find_trouble(steps, dtype, n_probes) if isinstance(steps, MetalSteps) else None
     if trouble is None:
         return steps, reason
     if named_backend(asked) == METAL:

@@ -9,17 +9,11 @@ from .matrix import Matrix
 
 @dataclass(frozen=True)
 class Centroids:
-    """Centroids, their bias and the tail's offset.
+    """Centroids, their bias and the tail's offset."""
 
-    Attributes:
-        matrix: (C, D), without a bias of its own.
-        bias: (C,) float32, added to the scores.
-        tail_offset: (C,) float32, added to a score for the logit of the cluster's tokens.
-    """
-
-    matrix: Matrix
-    bias: mx.array
-    tail_offset: mx.array
+    matrix: Matrix  # (C, D), without a bias of its own
+    bias: mx.array  # (C,) float32, added to the scores
+    tail_offset: mx.array  # (C,) float32, added to a score for the logit of the cluster's tokens
 
     @property
     def routing_bytes(self) -> int:
@@ -29,15 +23,11 @@ class Centroids:
     def fits(self, n_clusters: int, hidden_size: int) -> bool:
         """Whether these are centroids for ``n_clusters`` clusters of rows (V, D)."""
         matrix = self.matrix
+        shapes = [self.bias.shape == self.tail_offset.shape == (n_clusters,)]
         width: float = hidden_size
-        shapes: list[tuple[mx.array, tuple[float, ...]]] = [
-            (self.bias, (n_clusters,)),
-            (self.tail_offset, (n_clusters,)),
-        ]
         if matrix.scales is not None and matrix.biases is not None:
             width = hidden_size * matrix.bits / 32
             groups = (n_clusters, hidden_size / matrix.group_size)
-            shapes += [(matrix.scales, groups), (matrix.biases, groups)]
-        shapes.append((matrix.weight, (n_clusters, width)))
-        stored_as_words = matrix.weight.dtype == mx.uint32
-        return stored_as_words == matrix.quantized and all(a.shape == s for a, s in shapes)
+            shapes.append(matrix.scales.shape == matrix.biases.shape == groups)
+        shapes.append(matrix.weight.shape == (n_clusters, width))
+        return all(shapes) and (matrix.weight.dtype == mx.uint32) == matrix.quantized

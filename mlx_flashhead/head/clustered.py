@@ -19,25 +19,16 @@ PIECES = 4096  # rows are laid out by columns in this number of pieces, of which
 
 @dataclass(frozen=True)
 class ClusteredRows:
-    """Rows kept once, each cluster one contiguous block.
+    """Rows kept once, each cluster one contiguous block."""
 
-    Attributes:
-        rows: Arrays of shape (C, cluster_size, …); a padded slot repeats a real row.
-        token_ids: (C, cluster_size) uint32; V marks a padded slot.
-        slot_of: (V,) uint32, the slot c·cluster_size + i that holds a token.
-        centroids: Centroids, their bias and the tail's offset.
-        route_bias: (C,) float32, the centroids' bias, ALWAYS_PROBED for the forced clusters.
-        padded: Whether any slot is padded.
-        by_column: Whether the (n, D) weight of each cluster lies in memory as (D, n), which a CPU's
-            BLAS multiplies faster; its shape is the same.
-    """
-
-    rows: Matrix
-    token_ids: mx.array
-    slot_of: mx.array
+    rows: Matrix  # arrays of shape (C, cluster_size, …); a padded slot repeats a real row
+    token_ids: mx.array  # (C, cluster_size) uint32; V marks a padded slot
+    slot_of: mx.array  # (V,) uint32, the slot c·cluster_size + i that holds a token
     centroids: Centroids
-    route_bias: mx.array
-    padded: bool
+    route_bias: mx.array  # (C,) float32, the centroids' bias, ALWAYS_PROBED for forced clusters
+    padded: bool  # whether any slot is
+    # Whether the (n, D) weight of each cluster lies in memory as (D, n), which a CPU's BLAS
+    # multiplies faster; its shape is the same.
     by_column: bool = False
 
     @property
@@ -65,12 +56,10 @@ class ClusteredRows:
         always_probed_ids: tuple[int, ...] = (),
         by_column: bool = False,
     ) -> "ClusteredRows":
-        """Reorders ``rows``, lazily. During its evaluation both orders exist.
+        """Reorders rows in token order, lazily. During the evaluation both orders exist.
 
         Args:
-            rows: The head's rows in token order.
             token_ids: (C, cluster_size) integers, a permutation of 0 … V-1 padded with V.
-            centroids: Fitted for these clusters.
             always_probed_ids: Tokens whose clusters are always among the probes.
             by_column: Lay the weight out by columns. For rows of floats only.
 
@@ -114,16 +103,10 @@ class ClusteredRows:
 
     def arrays(self) -> list[mx.array]:
         """Every array held, for evaluation and for counting bytes."""
-        centroids = self.centroids
-        return [
-            *self.rows.arrays().values(),
-            *centroids.matrix.arrays().values(),
-            centroids.bias,
-            centroids.tail_offset,
-            self.route_bias,
-            self.token_ids,
-            self.slot_of,
-        ]
+        matrices = (self.rows, self.centroids.matrix)
+        of_clusters = [self.centroids.bias, self.centroids.tail_offset, self.route_bias]
+        stored = [array for matrix in matrices for array in matrix.arrays().values()]
+        return [*stored, *of_clusters, self.token_ids, self.slot_of]
 
     def in_rows(self) -> "ClusteredRows":
         """The same with each row in one piece, for the kernels and other programs. Lazy."""
@@ -133,10 +116,7 @@ class ClusteredRows:
         return replace(self, rows=replace(self.rows, weight=weight), by_column=False)
 
     def flat_rows(self) -> Matrix:
-        """The rows with the two leading axes as one: (C·cluster_size, …), slot order.
-
-        A view, or a copy of rows that lie by columns.
-        """
+        """The rows in slot order, (C·cluster_size, …): a view, or a copy of rows by columns."""
         return self.rows.map(lambda array: array.reshape(-1, *array.shape[2:]))
 
     def rows_in(self, slots: mx.array) -> Matrix:
@@ -152,13 +132,10 @@ class ClusteredRows:
 
 
 def _columns(weight: mx.array, order: mx.array) -> mx.array:
-    """Rows ``order`` (C, n) of ``weight`` (V, D), laid out as (C, D, n), as a view (C, n, D).
-
-    Written piece by piece into one array, without a second copy of all rows. Lazy.
-    """
+    """Rows ``order`` (C, n) of ``weight`` (V, D), laid out as (C, D, n), as a view (C, n, D)."""
     n_clusters, cluster_size = order.shape
     columns = mx.zeros((n_clusters, weight.shape[1], cluster_size), dtype=weight.dtype)
-    size = -(-n_clusters // PIECES)
+    size = -(-n_clusters // PIECES)  # written piece by piece, without a second copy of all rows
     for start in range(0, n_clusters, size):
         part = slice(start, start + size)
         columns[part] = mx.take(weight, order[part], axis=0).swapaxes(-1, -2)

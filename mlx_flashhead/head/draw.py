@@ -28,19 +28,12 @@ SORTED = 2048
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """The settings of one text's draws.
+    """The settings of one text's draws."""
 
-    Attributes:
-        temperature: 0 takes the best logit.
-        top_p: Keep the likeliest tokens that together have this probability; 1 keeps all.
-        min_p: Keep tokens of at least this share of the best one's probability; 0 keeps all.
-        top_k: Keep this number of best tokens, and those equal to the last; 0 keeps all.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
+    temperature: float = 0.0  # 0 takes the best logit
+    top_p: float = 1.0  # keep the likeliest tokens that together have this probability
+    min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
+    top_k: int = 0  # keep this number of best tokens, and those equal to the last; 0 keeps all
 
     @property
     def greedy(self) -> bool:
@@ -53,37 +46,23 @@ class DrawSettings:
 
 
 class Draws(NamedTuple):
-    """The draws of R rows, as arrays.
+    """The draws of R rows, as arrays."""
 
-    Attributes:
-        settings: (R, 3) float32: 1 / temperature (0: the best logit), top_p, log(min_p).
-        top_k: (R,) uint32; 0 keeps all.
-        keys: (R, 2) uint32, of each row's seed and position.
-        of_rows: The settings of each row; none where a kernel reads the arrays.
-    """
-
-    settings: mx.array
-    top_k: mx.array
-    keys: mx.array
-    of_rows: Sequence[DrawSettings] = ()
+    settings: mx.array  # (R, 3) float32: 1 / temperature (0: the best logit), top_p, log(min_p)
+    top_k: mx.array  # (R,) uint32; 0 keeps all
+    keys: mx.array  # (R, 2) uint32, of each row's seed and position
+    of_rows: Sequence[DrawSettings] = ()  # of each row; none where a kernel reads the arrays
 
     @classmethod
     def of(cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> "Draws":
         """The draws of some rows, from the settings and the key of each."""
-        values = [
-            (
-                1 / s.temperature if s.temperature else 0.0,
-                s.top_p,
-                math.log(s.min_p) if s.min_p else NO_MIN_P,
-            )
-            for s, _ in rows
-        ]
-        return cls(
-            mx.array(values, dtype=mx.float32),
-            mx.array([s.top_k for s, _ in rows], dtype=mx.uint32),
-            mx.array([key for _, key in rows], dtype=mx.uint32),
-            [s for s, _ in rows],
-        )
+        settings, keys = [s for s, _ in rows], [key for _, key in rows]
+        inverse = [1 / s.temperature if s.temperature else 0.0 for s in settings]
+        log_min_p = [math.log(s.min_p) if s.min_p else NO_MIN_P for s in settings]
+        floats = list(zip(inverse, [s.top_p for s in settings], log_min_p, strict=True))
+        top_k = mx.array([s.top_k for s in settings], dtype=mx.uint32)
+        of_keys = mx.array(keys, dtype=mx.uint32)
+        return cls(mx.array(floats, dtype=mx.float32), top_k, of_keys, settings)
 
 
 def position_key(seed: int, position: int) -> tuple[int, int]:
@@ -103,26 +82,26 @@ def _mixed(value: int) -> int:
 
 
 def noise(keys: mx.array, token_ids: mx.array) -> mx.array:
-    """Gumbel noise of tokens: keys (R, 2), ids (R, K) uint32 → (R, K) float32.
-
-    Two neighbouring ids share a call of Threefry.
-    """
-    first = keys[:, :1] + token_ids // 2
-    pairs = mx.stack([first, mx.broadcast_to(keys[:, 1:], first.shape)], axis=-1)
-    words = _uniform(pairs.reshape(-1, 2)).reshape(*first.shape, 2)
+    """Gumbel noise of tokens: keys (R, 2), ids (R, K) uint32 → (R, K) float32."""
+    words = _uniform(keys, token_ids // 2)
     return _gumbel(mx.where(token_ids % 2 == 0, words[..., 0], words[..., 1]))
 
 
 def noise_of_all(keys: mx.array, vocab_size: int) -> mx.array:
     """Gumbel noise of tokens 0 … V-1: keys (R, 2) → (R, V) float32."""
-    first = keys[:, :1] + mx.arange(-(-vocab_size // 2), dtype=mx.uint32)
-    pairs = mx.stack([first, mx.broadcast_to(keys[:, 1:], first.shape)], axis=-1)
-    words = _uniform(pairs.reshape(-1, 2)).reshape(len(keys), -1)
-    return _gumbel(words[:, :vocab_size])
+    words = _uniform(keys, mx.arange(-(-vocab_size // 2), dtype=mx.uint32))
+    return _gumbel(words.reshape(len(keys), -1)[:, :vocab_size])
 
 
-# a key of each row, and two words of each key
-_uniform = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
+def _uniform(keys: mx.array, pairs: mx.array) -> mx.array:
+    """The two words of each pair of neighbouring ids, which share a call of Threefry."""
+    first = keys[:, :1] + pairs
+    second = mx.broadcast_to(keys[:, 1:], first.shape)
+    words = _words_of_key(mx.stack([first, second], axis=-1).reshape(-1, 2))
+    return words.reshape(*first.shape, 2)
+
+
+_words_of_key = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
 
 
 def _gumbel(uniform: mx.array) -> mx.array:
@@ -135,15 +114,9 @@ def log_mass(logits: mx.array) -> mx.array:
 
 
 def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None) -> mx.array:
-    """The lowest logit that the filters keep.
+    """The lowest logit that the filters keep: (R, K) float32 → (R, 1).
 
-    Args:
-        logits: (R, K) float32.
-        draws: The rows' draws.
-        log_total: (R, 1), log of the mass of all tokens; None if these are the K.
-
-    Returns:
-        (R, 1) float32.
+    ``log_total`` (R, 1) is the log of the mass of all tokens; None if these are the K.
     """
     best = mx.max(logits, axis=-1, keepdims=True)
     lowest = best + draws.settings[:, 2:]
@@ -167,10 +140,9 @@ def best_logits(logits: mx.array, n: int) -> mx.array:
 
 
 def _by_mass(logits: mx.array, best: mx.array, share: mx.array, log_total: mx.array) -> mx.array:
-    """The lowest logit that top-p keeps: those above it have less than its share of the mass.
+    """The lowest logit that top-p keeps: those above it have less than ``share`` of the mass.
 
-    The half of the logits that holds it is halved again, and sorted when it is short. Each row has
-    its best logit, its share (1 keeps all) and the log of its mass, (R, 1).
+    The half of the logits that holds it is halved again, and sorted when it is short.
     """
     n_logits = logits.shape[-1]
     n_halvings = 0
@@ -199,12 +171,10 @@ def draw(
     token_ids: mx.array | None = None,
     others: mx.array | None = None,
 ) -> mx.array:
-    """Draws a token of each row.
+    """Draws a token of each row (R, K) float32.
 
     Args:
-        logits: (R, K) float32.
-        gumbel: (R, K) noise of these tokens; None as ``draws``.
-        draws: The rows' draws; None takes the best logit of each.
+        gumbel: (R, K) noise of these tokens; None as ``draws``, which takes the best logits.
         token_ids: (R, K) uint32; None where they are 0 … V-1.
         others: (R,) log of the mass of tokens that are not among the K; None if there are none.
 

@@ -19,8 +19,7 @@ from .clustered import ClusteredRows
 from .draw import Draws
 from .matrix import Matrix
 from .portable import PortableSteps, faster_by_column
-from .proposal import Proposal, Risk
-from .steps import NO_DEPTH, Candidates, Selection
+from .steps import NO_DEPTH, Candidates, Proposal, Risk, Selection
 
 # Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
 # and JSON; so low that exp() of it is 0.
@@ -57,6 +56,9 @@ class FlashHead:
             to the path.
 
     Attributes:
+        vocab_size, hidden_size, n_clusters, cluster_size: V, D, C, and the slots of a cluster.
+        depth: Of the checked probes the kernels score those whose score is at most this many nats
+            below the log-sum-exp of all scores: a question of speed alone.
         most_waiting: Proposals that wait for a check at most.
         most_risk: Sum of their risks at which they are checked.
         gain: Measured tokens per second on this machine, relative to dense decoding, if known.
@@ -66,8 +68,6 @@ class FlashHead:
         draft_probes: Clusters scored for a draft; None: ``n_probes``.
         only_drafts: Whether the head serves a drafter alone, and its model is dense.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
-        depth: Of the checked probes the kernels score those whose score is at most this many nats
-            below the log-sum-exp of all scores: a question of speed alone.
 
     Raises:
         ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
@@ -88,6 +88,8 @@ class FlashHead:
     ):
         by_column = choose_backend(backend) == PORTABLE and faster_by_column(rows)
         self.clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids, by_column)
+        self.vocab_size, self.hidden_size = rows.n_rows, rows.hidden_size
+        self.n_clusters, self.cluster_size = token_ids.shape
         self._backend_asked = backend
         self._steps, self.backend_reason = make_steps(self.clustered, backend)
         self.eos_token_ids = tuple(eos_token_ids)
@@ -100,8 +102,7 @@ class FlashHead:
         self.risk = risk or Risk()
         self.most_waiting, self.most_risk = MOST_WAITING, MOST_RISK
         self.gain: float | None = None
-        self.stays_dense = False
-        self.in_step = self.only_drafts = False
+        self.stays_dense = self.in_step = self.only_drafts = False
         self.draft_probes: int | None = None
         self._draw_temperature: float | None = None
         self._project: Project | None = None
@@ -117,27 +118,8 @@ class FlashHead:
             self.backend_reason = reason
 
     def __repr__(self) -> str:
-        return (
-            f"FlashHead(vocab_size={self.vocab_size}, hidden_size={self.hidden_size}, "
-            f"n_clusters={self.n_clusters}, cluster_size={self.cluster_size}, "
-            f"n_probes={self.n_probes}, backend={self.backend!r})"
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        return self.clustered.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self.clustered.hidden_size
-
-    @property
-    def n_clusters(self) -> int:
-        return self.clustered.n_clusters
-
-    @property
-    def cluster_size(self) -> int:
-        return self.clustered.cluster_size
+        names = ("vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes", "backend")
+        return f"FlashHead({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
     def backend(self) -> str:
@@ -161,11 +143,9 @@ class FlashHead:
 
         What was measured on this machine, else an estimate as ``max_positions``; None sets it back.
         """
-        if self._max_positions is not None:
-            return self._max_positions
-        if self._checked_positions is not None:
-            return self._checked_positions
-        return self._steps.max_positions(self.checked_probes)
+        known = (self._max_positions, self._checked_positions)
+        estimate = self._steps.max_positions(self.checked_probes)
+        return next((n for n in known if n is not None), estimate)
 
     @checked_positions.setter
     def checked_positions(self, value: int | None) -> None:
@@ -178,13 +158,7 @@ class FlashHead:
 
     @property
     def n_probes(self) -> int:
-        """Clusters scored per position, 1 … C; with C the head is exact.
-
-        Setting it sets ``checked_probes`` too.
-
-        Raises:
-            ValueError: When set to anything else.
-        """
+        """Clusters scored per position, 1 … C, or ValueError; it sets ``checked_probes`` too."""
         return self._n_probes
 
     @n_probes.setter
@@ -193,11 +167,7 @@ class FlashHead:
 
     @property
     def checked_probes(self) -> int:
-        """Clusters scored where the dense rows check the choice: a question of speed alone.
-
-        Raises:
-            ValueError: When set to anything but 1 … C.
-        """
+        """Clusters scored where the dense rows check the choice, 1 … C, or ValueError."""
         return self._checked_probes
 
     @checked_probes.setter
@@ -224,12 +194,7 @@ class FlashHead:
         return [*self.clustered.arrays(), *self._steps.arrays()]
 
     def check_kernels(self, dtype: mx.Dtype) -> None:
-        """Runs each kernel once. If one fails, takes the portable path with one warning.
-
-        It evaluates and builds the pipelines, so the first token does not wait for them.
-
-        Args:
-            dtype: Of the model's hidden states.
+        """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path.
 
         Raises:
             ValueError: If a kernel fails and the backend "metal" was asked for by name.
@@ -241,11 +206,7 @@ class FlashHead:
             self._backend_asked = PORTABLE  # as long as this head lives, pickled or not
 
     def copy(self, steps: PortableSteps | None = None) -> "FlashHead":
-        """A head with its own settings that shares the arrays, which never change.
-
-        Args:
-            steps: Of the same rows, for a head on another path.
-        """
+        """A head with its own settings that shares the arrays; ``steps`` put it on another path."""
         copied = type(self).__new__(type(self))  # the same steps, unlike a pickled head's
         vars(copied).update(vars(self))
         if steps is not None:
@@ -262,7 +223,7 @@ class FlashHead:
         n_probes: int | None = None,
         dense: bool = False,
         draw_temperature: float | None = None,
-        project: "Project | None" = None,
+        project: Project | None = None,
         max_positions: int | None = None,
     ) -> Iterator["FlashHead"]:
         """Within the block the head has other settings. The others stay as they are.
@@ -275,7 +236,7 @@ class FlashHead:
 
         Args:
             n_probes: Clusters scored per position, 1 … C.
-            dense: Score every token, the dense model's logits: n_probes = C.
+            dense: Score every token: n_probes = C.
             draw_temperature: Draw the probes at this temperature, above 0.
             project: Called in the head's place, with the head and its hidden states.
             max_positions: The limit of positions at once, for measuring the retrieval above it.
@@ -292,16 +253,11 @@ class FlashHead:
                 f"The temperature of the draw is {draw_temperature}: it must be above 0."
             )
         before = {name: getattr(self, name) for name in SETTINGS}
-        if dense:
-            self.n_probes = self.n_clusters
-        elif n_probes is not None:
-            self.n_probes = n_probes
-        if draw_temperature is not None:
-            self._draw_temperature = float(draw_temperature)
-        if project is not None:
-            self._project = project
-        if max_positions is not None:
-            self._max_positions = max_positions
+        if dense or n_probes is not None:
+            self.n_probes = self.n_clusters if n_probes is None else n_probes
+        given = {"_draw_temperature": draw_temperature, "_project": project}
+        given["_max_positions"] = max_positions
+        vars(self).update((name, value) for name, value in given.items() if value is not None)
         try:
             yield self
         finally:
@@ -312,10 +268,9 @@ class FlashHead:
         return self.settings(dense=True)
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype.
+        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype. Lazy.
 
-        A probed token has its exact logit, every other token its cluster's estimate, below the best
-        candidate. Lazy.
+        A probed token has its exact logit, every other one an estimate below the best candidate.
         """
         if self._project is not None:
             return self._project(self, hidden)
@@ -338,9 +293,7 @@ class FlashHead:
     def draft_logits(self, hidden: mx.array, token_ids: mx.array | None = None) -> mx.array:
         """Full logits of ``draft_probes`` clusters, for tokens that all rows verify.
 
-        Args:
-            hidden: (..., D) states.
-            token_ids: (K,) integers, tokens that are scored besides.
+        The tokens ``token_ids`` (K,) are scored besides.
         """
         with self.settings(n_probes=None if self.exact else self.draft_probes):
             logits = self.full_logits(hidden)
@@ -359,16 +312,13 @@ class FlashHead:
             draws: Of these rows; None takes the best logit of each.
             full: Make full logits too, for a choice that needs them.
         """
-        depth = NO_DEPTH if full else self.depth
-        scores, selection, candidates = self._retrieve(
-            hidden, self.checked_probes, words=full, depth=depth
-        )
+        n_probes, depth = self.checked_probes, NO_DEPTH if full else self.depth
+        scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)
         unscored = self._steps.unscored(scores, selection)
         tokens, risk = self._steps.choose(selection, candidates, unscored, draws, self.risk)
         expanded = self._steps.expand(scores, selection, candidates) if full else None
         # without the probes that a kernel repeats
-        probes = selection.probes[:, : self.checked_probes]
-        logits = candidates.logits[:, : self.checked_probes]
+        probes, logits = selection.probes[:, :n_probes], candidates.logits[:, :n_probes]
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
@@ -383,22 +333,15 @@ class FlashHead:
         return ids.reshape(shape), candidates.logits[:, : self.n_probes].reshape(shape)
 
     def token(self, hidden: mx.array) -> mx.array:
-        """The greedy token: hidden (..., D) → (...) uint32, without full logits.
-
-        Among equal logits the lowest id wins, as ``argmax`` over the vocabulary does.
-        """
+        """The greedy token: hidden (..., D) → (...) uint32; of equals the lowest id, as argmax."""
         if self._is_dense(hidden):
             return mx.argmax(self.dense_logits(hidden), axis=-1)
-        _, selection, candidates = self._retrieve(
-            hidden.reshape(-1, hidden.shape[-1]), self.n_probes, words=False
-        )
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        _, selection, candidates = self._retrieve(rows, self.n_probes, words=False)
         return self._steps.token(selection, candidates).reshape(hidden.shape[:-1])
 
     def slot_logits(self, hidden: mx.array) -> mx.array:
-        """The dense head's logits in the order of the clusters: hidden (R, D) → (R, C, n).
-
-        A padded slot repeats the logit of the last token.
-        """
+        """The dense logits in the order of the clusters, padded slots too: (R, D) → (R, C, n)."""
         return self._steps.product(hidden).reshape(len(hidden), self.n_clusters, -1)
 
     def dense_logits(self, hidden: mx.array) -> mx.array:

@@ -8,31 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Format:
-    """A format of stored weights.
+    """A format of stored weights."""
 
-    Attributes:
-        mode: MLX's quantization mode; None for floats.
-        bits: Bits per weight, without scales.
-        group_sizes: Columns that may share a scale; empty for floats.
-        arrays: Names of the arrays, in the order in which MLX and the kernels take them.
-        group_bytes: Bytes of scales and biases per group; those of affine have 16 bits.
-        metal: The kernels' function that makes rows of the arrays, with its template
-            arguments; None if the kernels do not read the format.
-    """
-
-    mode: str | None
-    bits: int
-    group_sizes: tuple[int, ...]
-    arrays: tuple[str, ...]
-    group_bytes: int
+    mode: str | None  # MLX's quantization mode; None for floats
+    bits: int  # per weight, without scales
+    group_sizes: tuple[int, ...]  # columns that may share a scale; empty for floats
+    arrays: tuple[str, ...]  # their names, in the order in which MLX and the kernels take them
+    group_bytes: int  # of scales and biases per group; those of affine have 16 bits
+    # The kernels' function that makes rows of the arrays, with its template arguments; None if the
+    # kernels do not read the format.
     metal: str | None
 
     def bytes_per_weight(self, group_size: int | None = None) -> float:
-        """Bytes per weight with its part of the scales.
-
-        Args:
-            group_size: Columns that share a scale; None for floats.
-        """
+        """Bytes per weight with its part of the scales, which ``group_size`` columns share."""
         return self.bits / 8 + (self.group_bytes / group_size if group_size else 0)
 
     def __str__(self) -> str:
@@ -44,11 +32,8 @@ class Format:
 
 FLOATS, AFFINE = None, "affine"
 GROUPS = (32, 64, 128)
-DENSE_ROWS, AFFINE_ROWS, MXFP4_ROWS = (
-    "dense_rows<D>",
-    "affine_rows<D, BITS, GROUP, WORDS>",
-    "mxfp4_rows<D, WORDS>",
-)
+DENSE_ROWS, MXFP4_ROWS = "dense_rows<D>", "mxfp4_rows<D, WORDS>"
+AFFINE_ROWS = "affine_rows<D, BITS, GROUP, WORDS>"
 _W, _WS, _WSB = ("weight",), ("weight", "scales"), ("weight", "scales", "biases")
 
 # Source: the table of modes in the documentation of mlx.core.quantize (0.32).
@@ -74,11 +59,7 @@ USUAL_GROUP = 64  # MLX's own default
 
 
 def find_format(mode: str | None, bits: int) -> Format:
-    """The format of a mode (None for floats) and a number of bits.
-
-    Raises:
-        ValueError: If there is no such format.
-    """
+    """The format of a mode (None for floats) and a number of bits, or ValueError."""
     for one in FORMATS:
         if (one.mode, one.bits) == (mode, bits):
             return one

@@ -45,14 +45,7 @@ flash_head::sample<N, V, T>(
 
 @cache
 def part(name: str) -> str:
-    """The text of one file of the kernels: of the installed package, or beside it in a checkout.
-
-    Args:
-        name: Name of the file without its ending.
-
-    Raises:
-        FileNotFoundError: If it is in neither place.
-    """
+    """The text of one file of the kernels: of the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     file = Path("metal", "flash_head", f"{name}.h")
     for folder in (package, package.parent):
@@ -68,9 +61,7 @@ def header(*names: str) -> str:
     """The files that a kernel needs, one after the other, without comments and indentation.
 
     Short, since MLX copies and hashes this text at every call of a kernel (docs/speed.md).
-
-    Args:
-        names: Names of files. "constants" and "values" always come first.
+    "constants" and "values" always come first.
     """
     text = "\n".join(map(part, ("constants", "values", *names)))
     lines = (line.split("//")[0].strip() for line in text.splitlines())

@@ -7,25 +7,19 @@ formats that the kernels do not read.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import Draws
-from .kernel_rows import LANES, StoredRows, unread
-from .kernel_text import (
-    EXPAND_BODY,
-    ROUTE_BODY,
-    SAMPLE_BODY,
-    SCORE_BODY,
-    SELECT_BODY,
-    header,
-)
+from .kernel_text import EXPAND_BODY, ROUTE_BODY, SAMPLE_BODY, SCORE_BODY, SELECT_BODY, header
+from .matrix import Matrix
 from .portable import PortableSteps
-from .proposal import USUAL_RISK, Risk
-from .steps import NO_DEPTH, Candidates, Selection
+from .steps import NO_DEPTH, USUAL_RISK, Candidates, Risk, Selection
 
 # The constants of the same names in metal/flash_head/constants.h.
+LANES = 32
 ROWS = 4
 ROUTE_SIMDGROUPS = 2
 SCORE_SIMDGROUPS = 8
@@ -40,19 +34,39 @@ SHARED_POSITIONS = 4  # that share one reading of the centroids
 MATRIX_FROM = 12
 
 
+def unread(clustered: ClusteredRows) -> dict[str, str]:
+    """The steps for which no kernel reads the rows, with the format of these rows."""
+    formats = {"route": clustered.centroids.matrix.format, "score": clustered.rows.format}
+    return {step: str(form) for step, form in formats.items() if form.metal is None}
+
+
+class _StoredRows:
+    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them.
+
+    MLX's own product with a matrix of ``n_rows`` rows has the same sums.
+    """
+
+    def __init__(self, stored: Matrix, n_rows: int):
+        maker = cast(str, stored.format.metal)
+        self.names = list(stored.format.arrays)
+        self.arrays = [stored.arrays()[name] for name in self.names]
+        sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
+        if stored.quantized:
+            # Words of 32 bits that a lane takes at once, as qmv in MLX's quantized.cpp does.
+            two = stored.hidden_size % (2 * LANES * 32 // stored.bits) == 0 and n_rows % 8 == 0
+            sizes["WORDS"] = 2 if two else 1
+        self.template = [(name, size) for name, size in sizes.items() if name in maker]
+        self.expression = f"flash_head::{maker}({', '.join(self.names)})"
+        self.files = (maker.partition("_rows")[0], "dot")
+
+
 class MetalSteps(PortableSteps):
     """Route, select, score, sample and expand, each one Metal kernel. Nothing is evaluated.
 
     A position holds max(p, 8) probes; beyond p the last one is repeated. One kernel of each kind
     serves any number of probes and positions. Route has another one for a single position, select
-    for full logits, and sample where its settings have fewer than 8 elements.
-
-    Args:
-        clustered: The rows and the index.
-        metal_kernel: Makes a kernel; default: ``mx.fast.metal_kernel``.
-
-    Attributes:
-        unread: The steps that stay plain operations, and the formats; see :func:`unread`.
+    for full logits, and sample where its settings have fewer than 8 elements. ``metal_kernel``
+    makes a kernel; default: ``mx.fast.metal_kernel``.
     """
 
     name = "metal"
@@ -60,50 +74,34 @@ class MetalSteps(PortableSteps):
     def __init__(self, clustered: ClusteredRows, metal_kernel: Callable | None = None):
         super().__init__(clustered)
         self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
-        self.unread = unread(clustered)
+        self.unread = unread(clustered)  # the steps that stay plain operations
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
-        sizes = {"V": self.clustered.vocab_size, "C": clustered.n_clusters}
-        sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
-        self._sizes = sizes
-        self._templates = {
-            "select": [("C", sizes["C"])],
-            "expand": [(name, sizes[name]) for name in "VCN"],
-            "sample": [(name, sizes[name]) for name in "NV"],
-        }
-        self._grid_x = {
-            "route": LANES * ROUTE_SIMDGROUPS * -(-sizes["C"] // (ROWS * ROUTE_SIMDGROUPS)),
-            "expand": WIDE_THREADS * -(-sizes["V"] // (WIDE_THREADS * EXPAND_TOKENS)),
-        }
+        n_rows, n_clusters = clustered.vocab_size, clustered.n_clusters
+        self._sizes = {"V": n_rows, "C": n_clusters}
+        self._sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
+        self._route_grid = LANES * ROUTE_SIMDGROUPS * -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS))
+        self._expand_grid = WIDE_THREADS * -(-n_rows // (WIDE_THREADS * EXPAND_TOKENS))
+        self._select_template, self._sample_template = self._of_sizes("C"), self._of_sizes("NV")
+        self._expand_template = self._of_sizes("VCN")
         if "route" not in self.unread:
             self._make_route()
         if "score" not in self.unread:
             self._make_score()
-        self._select = self._kernel(
-            "select",
-            ["scores", "n_probes", "depth"],
-            ["probes", "unscored"],
-            SELECT_BODY.format(words="NoWords{}"),
-            *("histogram", "select"),
-        )
-        self._select_words = self._kernel(
-            "select_words",
-            ["scores", "tail_offset", "n_probes", "depth"],
-            ["probes", "unscored", "words"],
-            SELECT_BODY.format(words="cluster_words(words, tail_offset)"),
-            *("histogram", "select"),
-        )
-        scored = ["probes", "token_ids", "logits", "best"]
-        settings = ["unscored", "settings", "top_k", "keys", "fit"]
-        self._sample = self._kernel(
-            "sample",
-            [*scored, *settings],
-            ["tokens", "risk"],
-            SAMPLE_BODY,
-            *("histogram", "sample"),
-        )
-        self._expand = self._kernel(
-            "expand", ["words", "slot_of", "logits", "best"], ["expanded"], EXPAND_BODY, "expand"
-        )
+        inputs, outputs = ["scores", "n_probes", "depth"], ["probes", "unscored"]
+        body, files = SELECT_BODY.format(words="NoWords{}"), ("histogram", "select")
+        self._select = self._kernel("select", inputs, outputs, body, *files)
+        inputs, outputs = ["scores", "tail_offset", *inputs[1:]], [*outputs, "words"]
+        body = SELECT_BODY.format(words="cluster_words(words, tail_offset)")
+        self._select_words = self._kernel("select_words", inputs, outputs, body, *files)
+        inputs = ["probes", "token_ids", "logits", "best"]
+        inputs += ["unscored", "settings", "top_k", "keys", "fit"]
+        outputs, files = ["tokens", "risk"], ("histogram", "sample")
+        self._sample = self._kernel("sample", inputs, outputs, SAMPLE_BODY, *files)
+        inputs = ["words", "slot_of", "logits", "best"]
+        self._expand = self._kernel("expand", inputs, ["expanded"], EXPAND_BODY, "expand")
+
+    def _of_sizes(self, names: str) -> list[tuple[str, Any]]:
+        return [(name, self._sizes[name]) for name in names]
 
     def _kernel(
         self, name: str, inputs: list[str], outputs: list[str], body: str, *files: str
@@ -118,39 +116,28 @@ class MetalSteps(PortableSteps):
 
     def _make_route(self) -> None:
         clustered = self.clustered
-        centroids = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
+        centroids = _StoredRows(clustered.centroids.matrix, clustered.n_clusters)
         self._route_arrays = [*centroids.arrays, clustered.route_bias]
-        self._route = self._kernel(
-            "route",
-            ["hidden", *centroids.names, "route_bias"],
-            ["scores"],
-            ROUTE_BODY.format(rows=centroids.expression),
-            *centroids.files,
-            "route",
-        )
-        sizes = [(name, self._sizes[name]) for name in "DC"]
+        inputs = ["hidden", *centroids.names, "route_bias"]
+        body = ROUTE_BODY.format(rows=centroids.expression)
+        self._route = self._kernel("route", inputs, ["scores"], body, *centroids.files, "route")
         self._route_templates = {
-            shared: [*sizes, ("H", shared), *centroids.template] for shared in (1, SHARED_POSITIONS)
+            shared: [*self._of_sizes("DC"), ("H", shared), *centroids.template]
+            for shared in (1, SHARED_POSITIONS)
         }
 
     def _make_score(self) -> None:
         clustered = self.clustered
-        rows = StoredRows(clustered.rows, clustered.vocab_size)
+        rows = _StoredRows(clustered.rows, clustered.vocab_size)
         bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
         self._score_arrays = [clustered.token_ids, *rows.arrays, *bias]
         self._score_threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))
-        self._score = self._kernel(
-            "score",
-            ["hidden", "probes", "token_ids", *rows.names, *["bias"] * len(bias)],
-            ["logits", "best"],
-            SCORE_BODY.format(
-                rows=rows.expression, bias="bias" if bias else "flash_head::NoBias{}"
-            ),
-            *rows.files,
-            "score",
-        )
-        sizes = [(name, self._sizes[name]) for name in "DNV"]
-        self._score_template = [*sizes, ("PADDED", clustered.padded), *rows.template]
+        inputs = ["hidden", "probes", "token_ids", *rows.names, *["bias"] * len(bias)]
+        names = {"rows": rows.expression, "bias": "bias" if bias else "flash_head::NoBias{}"}
+        outputs, body = ["logits", "best"], SCORE_BODY.format(**names)
+        self._score = self._kernel("score", inputs, outputs, body, *rows.files, "score")
+        padded = ("PADDED", clustered.padded)
+        self._score_template = [*self._of_sizes("DNV"), padded, *rows.template]
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
@@ -161,7 +148,7 @@ class MetalSteps(PortableSteps):
         (scores,) = self._route(
             inputs=[hidden, *self._route_arrays],
             template=self._route_templates[shared],
-            grid=(self._grid_x["route"], -(-n_positions // shared), 1),
+            grid=(self._route_grid, -(-n_positions // shared), 1),
             threadgroup=(LANES * ROUTE_SIMDGROUPS, 1, 1),
             output_shapes=[(n_positions, self._sizes["C"])],
             output_dtypes=[mx.float32],
@@ -178,13 +165,12 @@ class MetalSteps(PortableSteps):
         n_positions, n_clusters = scores.shape
         if "score" in self.unread:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
+        kernel = self._select_words if words else self._select
+        tail_offset = [self._tail_offset] * words
         limits = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
-        kernel, tail_offset = (
-            (self._select_words, [self._tail_offset]) if words else (self._select, [])
-        )
         results = kernel(
             inputs=[scores, *tail_offset, *limits],
-            template=self._templates["select"],
+            template=self._select_template,
             grid=(ROW_THREADS, n_positions, 1),
             threadgroup=(ROW_THREADS, 1, 1),
             output_shapes=[
@@ -220,13 +206,13 @@ class MetalSteps(PortableSteps):
         if selection.words is None:
             return super().expand(scores, selection, candidates)
         logits = candidates.logits
-        n_positions, vocab_size = logits.shape[0], self._sizes["V"]
+        n_positions = len(logits)
         (expanded,) = self._expand(
             inputs=[selection.words, self.clustered.slot_of, logits, candidates.best],
-            template=self._templates["expand"],
-            grid=(self._grid_x["expand"], n_positions, 1),
+            template=self._expand_template,
+            grid=(self._expand_grid, n_positions, 1),
             threadgroup=(WIDE_THREADS, 1, 1),
-            output_shapes=[(n_positions, vocab_size)],
+            output_shapes=[(n_positions, self._sizes["V"])],
             output_dtypes=[logits.dtype],
         )
         return expanded
@@ -244,17 +230,14 @@ class MetalSteps(PortableSteps):
         draws: Draws | None,
         risk: Risk = USUAL_RISK,
     ) -> tuple[mx.array, mx.array]:
-        """Tokens and risk in one kernel; see ``PortableSteps.choose``.
-
-        Of the draws, rows past R are not read.
-        """
+        """Tokens and risk in one kernel; see ``PortableSteps.choose``."""
         logits = candidates.logits
-        n_positions = logits.shape[0]
+        n_positions = len(logits)
         settings = _greedy_draws(n_positions) if draws is None else draws[:3]
         scored = [selection.probes, self.clustered.token_ids, logits, candidates.best]
         tokens, chances = self._sample(
             inputs=[*scored, unscored, *settings, mx.array(risk)],
-            template=[*self._templates["sample"], ("T", logits.dtype)],
+            template=[*self._sample_template, ("T", logits.dtype)],
             grid=(ROW_THREADS, n_positions, 1),
             threadgroup=(ROW_THREADS, 1, 1),
             output_shapes=[(n_positions,), (n_positions,)],

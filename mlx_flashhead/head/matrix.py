@@ -1,7 +1,7 @@
 """A stored matrix, dense or quantized, and its operations."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -12,30 +12,23 @@ import numpy as np
 from .formats import AFFINE, Format, find_format
 
 SAMPLE_ROWS = 64
+ARRAYS = ("weight", "scales", "biases")  # in the order in which MLX and the kernels take them
 
 
 @dataclass(frozen=True)
 class Matrix:
     """A matrix as a model stores it: the rows of a head, or the centroids.
 
-    Attributes:
-        weight: (V, D) float32/float16/bfloat16, or (V, D·bits/32) uint32 when quantized. Rows in
-            cluster order have the leading axes (C, cluster_size) in place of V.
-        scales: (V, D/group_size), float or uint8 by mode; None when not quantized.
-        biases: (V, D/group_size) quantization offsets of affine rows, else None.
-        bias: (V,) added to the products, or None.
-        group_size: Columns that share a scale; 0 when not quantized.
-        bits: Bits per weight; 0 when not quantized.
-        mode: MLX's quantization mode; see `formats.py`.
+    Rows in cluster order have the leading axes (C, cluster_size) in place of V.
     """
 
-    weight: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
-    bias: mx.array | None = None
-    group_size: int = 0
-    bits: int = 0
-    mode: str = AFFINE
+    weight: mx.array  # (V, D) float32/float16/bfloat16, or (V, D·bits/32) uint32 when quantized
+    scales: mx.array | None = None  # (V, D/group_size), float or uint8 by mode
+    biases: mx.array | None = None  # (V, D/group_size) quantization offsets of affine rows
+    bias: mx.array | None = None  # (V,) added to the products
+    group_size: int = 0  # columns that share a scale; 0 when not quantized
+    bits: int = 0  # per weight; 0 when not quantized
+    mode: str = AFFINE  # MLX's quantization mode; see `formats.py`
 
     @property
     def quantized(self) -> bool:
@@ -43,11 +36,7 @@ class Matrix:
 
     @property
     def format(self) -> Format:
-        """The row of the table of formats.
-
-        Raises:
-            ValueError: If the table has no format of the weight's dtype.
-        """
+        """The row of the table of formats; ValueError if it has none."""
         if self.quantized:
             return find_format(self.mode, self.bits)
         return find_format(None, 8 * self.weight.dtype.size)
@@ -75,16 +64,12 @@ class Matrix:
 
     def arrays(self) -> dict[str, mx.array]:
         """The arrays present, by their parameter names (weight, scales, biases, bias)."""
-        named = {name: getattr(self, name) for name in ("weight", "scales", "biases", "bias")}
+        named = {name: getattr(self, name) for name in (*ARRAYS, "bias")}
         return {name: array for name, array in named.items() if array is not None}
 
     def map(self, function: Callable[[mx.array], mx.array]) -> "Matrix":
         """The same rows with ``function`` applied to each array."""
-        return self.with_arrays({name: function(a) for name, a in self.arrays().items()})
-
-    def with_arrays(self, arrays: Mapping[str, mx.array]) -> "Matrix":
-        """The same with other arrays in place of those of these names."""
-        changes: dict[str, Any] = dict(arrays)
+        changes: dict[str, Any] = {name: function(a) for name, a in self.arrays().items()}
         return replace(self, **changes)
 
     def take(self, ids: mx.array) -> "Matrix":
@@ -93,9 +78,9 @@ class Matrix:
 
     def quantize(self, *, bits: int, group_size: int, mode: str = AFFINE) -> "Matrix":
         """Floats in fewer bits, rounded to nearest by MLX. Lazy."""
-        arrays = mx.quantize(self.weight, group_size=group_size, bits=bits, mode=mode)
-        named = dict(zip(find_format(mode, bits).arrays, arrays, strict=True))
-        return replace(self.with_arrays(named), group_size=group_size, bits=bits, mode=mode)
+        form: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+        arrays = mx.quantize(self.weight, **form)
+        return replace(self, **form | dict(zip(ARRAYS, arrays, strict=False)))
 
     def product_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of products with hidden states of ``hidden_dtype``, before the bias."""
@@ -107,15 +92,10 @@ class Matrix:
     def logits_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of the dense head's logits for hidden states of ``hidden_dtype``."""
         dtype = self.product_dtype(hidden_dtype)
-        if self.bias is None:
-            return dtype
-        return _promoted(dtype, self.bias.dtype)
+        return dtype if self.bias is None else _promoted(dtype, self.bias.dtype)
 
     def matmul(self, hidden: mx.array) -> mx.array:
-        """Logits of all rows: hidden (..., D) → (..., V).
-
-        Rows of shape (R, K, …) multiply states of shape (R, 1, D) into (R, 1, K).
-        """
+        """Logits of all rows: hidden (..., D) → (..., V)."""
         if self.scales is None:
             logits = hidden @ self.weight.swapaxes(-1, -2)
         else:
@@ -125,11 +105,9 @@ class Matrix:
         return logits if self.bias is None else logits + self.bias
 
     def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:
-        """The weight as floats, (V, D).
+        """The weight as floats (V, D), of the dense layer's dtype.
 
-        Args:
-            dtype: Of the values, without another rounding on the way; default: the dense layer's,
-                that of the weight or of the scales.
+        With ``dtype`` they are of this one, without another rounding on the way.
         """
         if self.scales is None:
             return self.weight if dtype is None else self.weight.astype(dtype)
@@ -148,13 +126,11 @@ class Matrix:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sample as stored, the dtypes and the shapes."""
         digest = hashlib.sha256()
-        sample = self.sample()
-        for name in ("weight", "scales", "biases"):
-            array = getattr(self, name)
-            if array is None:
-                continue
-            digest.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
-            digest.update(bytes(getattr(sample, name).view(mx.uint8)))
+        sample = self.sample().arrays()
+        for name, array in self.arrays().items():
+            if name != "bias":
+                digest.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
+                digest.update(bytes(sample[name].view(mx.uint8)))
         return digest.hexdigest()
 
 

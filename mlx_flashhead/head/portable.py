@@ -1,33 +1,31 @@
-"""The four steps of a FlashHead in plain MLX operations.
+"""The steps of a FlashHead in plain MLX operations; `steps.py` says what they hand on.
 
-They are the CPU path, the fallback, and the reference in tests of the Metal kernels.
-
-    hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
-                  ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token ─▶ (R,)
-
-Nothing here evaluates. A prompt's logits stay lazy, since nobody reads them.
+They are the CPU path, the fallback, and the reference in tests of the Metal kernels. Nothing here
+evaluates. A prompt's logits stay lazy, since nobody reads them.
 """
+
+import ctypes
+import sys
 
 import mlx.core as mx
 
-from .blas import REFERENCE, blas_name
 from .clustered import ClusteredRows
 from .draw import Draws, draw, noise
 from .matrix import Matrix
-from .proposal import USUAL_RISK, Risk
-from .steps import NO_DEPTH, Candidates, Selection, in_token_order
+from .steps import NO_DEPTH, USUAL_RISK, Candidates, Risk, Selection, in_token_order
 
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
 MARGIN_SHARE = 1 / 64
 
-
 # Multiply-adds of one state's product with a block: above about a million OpenBLAS copies the
 # matrix first, which does not pay for few states (docs/speed.md).
 BLOCK_PRODUCTS = 500_000
 BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
-PIECE = 64  # rows that are dequantized at once
+# Rows that are dequantized at once: for all of them MLX's CPU build needs three times the floats.
+PIECE = 64
 
+REFERENCE = "the reference BLAS of the mlx wheel"  # for Linux, a slow one
 
 # Positions (B·L) up to which FlashHead is the faster path on a CPU: with the reference BLAS at any
 # number of probes. A fast BLAS multiplies many positions well, and there C/p is a limit too.
@@ -36,50 +34,43 @@ MEASURED = "measured on a CPU: docs/speed.md"
 ESTIMATED = "an estimate: C/p positions read as many rows as the dense head"
 
 
-def tail_cap(best: mx.array) -> mx.array:
-    """The highest logit of a token that was not scored: m - max(1, |m|/64), float32."""
-    best = best.astype(mx.float32)
-    return best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
+def blas_name() -> str:
+    """The BLAS of MLX's CPU products, with its number of threads if it is known."""
+    if sys.platform == "darwin":
+        return "Accelerate"
+    process = ctypes.CDLL(None)  # finds preloaded libraries
+    if not hasattr(process, "openblas_get_config"):
+        return REFERENCE
+    process.openblas_get_config.restype = ctypes.c_char_p
+    threads = process.openblas_get_num_threads()
+    name = " ".join(process.openblas_get_config().decode().split()[:2])
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
-def in_blocks(matrix: Matrix, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Rows (V, D) for ``blocked_product``: (n_blocks, block, D) floats, zeros at the end.
-
-    Piece by piece, since MLX's CPU build needs memory for three times the floats to dequantize
-    them. Lazy.
-    """
+def in_blocks(matrix: Matrix) -> mx.array:
+    """Rows (V, D) for ``blocked_product``: (n_blocks, block, D) float32, zeros at the end. Lazy."""
     n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
     block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
-    rows = mx.zeros((n_blocks * block, hidden_size), dtype=dtype)
+    rows = mx.zeros((n_blocks * block, hidden_size))
     for start in range(0, n_rows, PIECE):
         part = mx.arange(start, min(start + PIECE, n_rows))
-        rows[start : start + len(part)] = matrix.take(part).dequantized(dtype)
+        rows[start : start + len(part)] = matrix.take(part).dequantized(mx.float32)
     return rows.reshape(n_blocks, block, hidden_size)
 
 
 def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
-    """Products with all rows of all blocks: (R, D), (n_blocks, block, D) → (R, n_blocks·block).
-
-    The fastest form on a CPU for few states.
-    """
+    """(R, D) times all rows (n_blocks, block, D) → (R, n_blocks·block). Fast for few states."""
     return (hidden @ blocks.swapaxes(-1, -2)).swapaxes(0, 1).reshape(len(hidden), -1)
 
 
 def faster_by_column(rows: Matrix) -> bool:
-    """Whether the portable path reads rows faster by columns, as a CPU's BLAS does.
-
-    docs/speed.md has the figures.
-    """
+    """Whether the portable path reads rows faster by columns, as a CPU's BLAS does."""
     return mx.default_device().type == mx.cpu and rows.weight.dtype == mx.float32
 
 
 class PortableSteps:
-    """Route, select, score, expand and token as MLX operations.
-
-    Args:
-        clustered: The rows and the index.
-    """
+    """Route, select, score, expand and token as MLX operations."""
 
     name = "mlx"
 
@@ -88,8 +79,8 @@ class PortableSteps:
         self._on_cpu = mx.default_device().type == mx.cpu
         self._reference_blas = self._on_cpu and blas_name() == REFERENCE
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
-        centroids = clustered.centroids
-        self._centroids = in_blocks(centroids.matrix) if self._on_cpu else None
+        self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
+        self.limit_reason = MEASURED if self._on_cpu else ESTIMATED  # of `max_positions`
 
     def arrays(self) -> list[mx.array]:
         """Arrays held besides those of ``clustered``."""
@@ -105,11 +96,6 @@ class PortableSteps:
             return CPU_POSITIONS
         by_rows = max(1, self.clustered.n_clusters // n_probes)
         return min(by_rows, CPU_POSITIONS) if self._on_cpu else by_rows
-
-    @property
-    def limit_reason(self) -> str:
-        """The source of ``max_positions``."""
-        return MEASURED if self._on_cpu else ESTIMATED
 
     def product(self, hidden: mx.array) -> mx.array:
         """Logits of all slots, in their order: hidden (R, D) → (R, C·n)."""
@@ -145,7 +131,7 @@ class PortableSteps:
 
         Args:
             scores: (R, C) float32.
-            n_probes: Clusters to probe, 1 … C.
+            n_probes: 1 … C.
             words: Also give what the kernel of `expand` needs.
             depth: Clusters more than this many nats below the log-sum-exp of all scores need not be
                 probed: together they hold at most C·exp(-depth) of the mass. The kernels then score
@@ -162,20 +148,12 @@ class PortableSteps:
         """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
         rows, probes = self.clustered.rows, selection.probes
         stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
+        gathers = not self._on_cpu or hidden.dtype == mx.float32  # for gather_mm of the CPU build
         if rows.scales is not None:
-            logits = mx.gather_qmm(
-                stacked,
-                rows.weight,
-                rows.scales,
-                rows.biases,
-                rhs_indices=probes,
-                transpose=True,
-                **rows.quantization,
-            ).squeeze(-2)
-        elif rows.weight.dtype == hidden.dtype and not (
-            # the CPU build's gather_mm takes float32 only
-            self._on_cpu and hidden.dtype != mx.float32
-        ):
+            arrays = (rows.weight, rows.scales, rows.biases)
+            options = {"rhs_indices": probes, "transpose": True, **rows.quantization}
+            logits = mx.gather_qmm(stacked, *arrays, **options).squeeze(-2)
+        elif rows.weight.dtype == hidden.dtype and gathers:
             blocks = rows.weight.swapaxes(-1, -2)
             logits = mx.gather_mm(stacked, blocks, rhs_indices=probes).squeeze(-2)
         else:
@@ -192,20 +170,14 @@ class PortableSteps:
         """Full logits: a probed token keeps its own, every other token gets its cluster's estimate.
 
         The estimate is min(S_c - ln n_c, m - max(1, |m|/64)). The cluster's score S_c is the log of
-        its expected mass, n_c its number of tokens, and m the best candidate logit.
-
-        Args:
-            scores: (R, C) float32 for the estimates.
-            selection: The probed clusters.
-            candidates: Their logits.
-
-        Returns:
-            (R, V) in the dtype of the candidates' logits.
+        its expected mass, n_c its number of tokens, and m the best candidate logit. Scores (R, C)
+        float32 → (R, V) in the dtype of the candidates' logits.
         """
         logits = candidates.logits
         n_rows, n_clusters = scores.shape
-        best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1)  # (R, 1)
-        tail = mx.minimum(scores + self.clustered.centroids.tail_offset, tail_cap(best))
+        best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1).astype(mx.float32)  # (R, 1)
+        cap = best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
+        tail = mx.minimum(scores + self.clustered.centroids.tail_offset, cap)
         if logits.dtype == mx.float16:
             tail = mx.maximum(tail, mx.finfo(mx.float16).min)  # finite in float16 too
         blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))
@@ -215,10 +187,7 @@ class PortableSteps:
         return in_token_order(blocks.reshape(n_rows, -1), self.clustered.slot_of)
 
     def token(self, selection: Selection, candidates: Candidates) -> mx.array:
-        """The greedy token: (R,) uint32; the lowest id among equals, as argmax over V does.
-
-        NaN counts as the highest value, as for MLX's argmax.
-        """
+        """The greedy token: (R,) uint32; of equals the lowest id, NaN the highest, as argmax."""
         ids = self.token_ids(selection.probes).flatten(1)
         return draw(candidates.logits.flatten(1), None, None, ids)
 
@@ -243,15 +212,7 @@ class PortableSteps:
     ) -> tuple[mx.array, mx.array]:
         """A token of each row, and an estimate of the chance that the dense head chooses another.
 
-        Args:
-            selection: The probed clusters.
-            candidates: Their logits.
-            unscored: (R, 2) float32, from :meth:`unscored`.
-            draws: Of these rows, see `draw.py`; None takes the best logit of each.
-            risk: How the chance is estimated.
-
-        Returns:
-            Tokens (R,) uint32 and chances (R,) float32.
+        Without ``draws`` the best logit of each. → (R,) uint32 and (R,) float32.
         """
         ids = self.token_ids(selection.probes).flatten(1)
         logits = candidates.logits.flatten(1).astype(mx.float32)

@@ -3,7 +3,7 @@
 For the installation. Nothing else in `head/` evaluates.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from textwrap import shorten
 
 import mlx.core as mx
@@ -11,7 +11,6 @@ import mlx.core as mx
 from .draw import Draws, DrawSettings, position_key
 from .kernels import MetalSteps
 from .portable import PortableSteps
-from .proposal import Risk
 from .steps import Candidates, Selection
 
 # Allowed difference, relative to the size of the products. All sums are float32: only the order of
@@ -25,36 +24,34 @@ SELECT_BINS = 4096
 BINS_PER_NAT = 64.0
 CERTAIN = 1e29
 
-N_DRAWS = 16
-DRAWN = (
+DRAWN = 4 * (
     DrawSettings(),
     DrawSettings(temperature=1.0),
     DrawSettings(temperature=2.0, top_p=0.9),
     DrawSettings(temperature=0.7, top_k=5, min_p=0.02),
 )
 
-Pairs = list[tuple[mx.array, mx.array, float]]
+Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the tolerance
 
 
 def find_trouble(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> str | None:
     """The trouble with the kernels on this device, in words that follow "because"; or None.
 
-    Args:
-        steps: The steps with the kernels. Each is built, for one position and for several.
-        dtype: Of the model's hidden states.
-        n_probes: Clusters scored.
+    Each kernel is built, for one position and for several. ``dtype`` is the hidden states'.
     """
-    trial = _Trial(steps, dtype, n_probes)
-    for name, run in trial.kernels().items():
-        try:
-            for found, expected, tolerance in run():
-                problem = _difference(found, expected, tolerance)
-                if problem is not None:
-                    return f"the kernel {name!r} {problem}"
-        # MLX raises this for a text that does not compile, a refused pipeline, a lost device
-        except (RuntimeError, ValueError) as error:
-            said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
-            return f"the kernel {name!r} does not run on this device ({said})"
+    kernel = ""
+    try:
+        for step in _trial(steps, dtype, n_probes):
+            if isinstance(step, str):
+                kernel = step
+                continue
+            problem = _difference(*step)
+            if problem is not None:
+                return f"the kernel {kernel!r} {problem}"
+    # MLX raises this for a text that does not compile, a refused pipeline, a lost device
+    except (RuntimeError, ValueError) as error:
+        said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
+        return f"the kernel {kernel!r} does not run on this device ({said})"
     return None
 
 
@@ -62,108 +59,67 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
     if not mx.isfinite(found).all().item():
         return "returns values that are not finite"
-    difference = mx.abs(found - expected) - tolerance * mx.abs(expected)
-    worst = float(difference.max())
-    if worst > tolerance * _size(expected):
+    worst = float((mx.abs(found - expected) - tolerance * mx.abs(expected)).max())
+    # the median magnitude, since always probed clusters have huge values
+    if worst > tolerance * float(mx.median(mx.abs(expected))):
         return f"differs from MLX's own operations by {worst:.3g}"
     return None
 
 
-def _size(products: mx.array) -> float:
-    """The median magnitude, since always probed clusters have huge values."""
-    return float(mx.median(mx.abs(products)))
+def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | Pair]:
+    """The name of each kernel before it runs, then what it gives."""
+    plain = PortableSteps(steps.clustered)
+    shape = (1, steps.clustered.hidden_size)
+    hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+    in_float32 = hidden.astype(mx.float32)  # all sums are, whatever the dtype
+    rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
 
+    yield "route"
+    scores = steps.route(hidden)
+    yield scores, plain.route(in_float32), rounding
+    yield steps.route(mx.tile(hidden, (2, 1))), mx.tile(scores, (2, 1)), rounding
 
-class _Trial:
-    """One step after the other. Each takes the results of the step before."""
+    yield "select"
+    of_token = steps.select(scores, n_probes, words=False)
+    probes, unscored = of_token.probes[:, :n_probes], steps.unscored(scores, of_token)
+    bins = _bins(scores)
+    found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
+    yield found, mx.sort(bins, axis=-1)[:, :n_probes], 0.0
+    yield (probes[:, 1:] == probes[:, :-1]).sum(), mx.zeros(()), 0.0  # none is repeated
+    left = mx.put_along_axis(scores, probes, mx.array(-mx.inf), axis=-1)
+    others = mx.stack([left.max(axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
+    yield unscored, mx.maximum(others, mx.finfo(mx.float32).min), LEAST
 
-    def __init__(self, steps: MetalSteps, dtype: mx.Dtype, n_probes: int):
-        self.steps, self.n_probes = steps, n_probes
-        self.plain = PortableSteps(steps.clustered)
-        self.clustered = steps.clustered
-        shape = (1, self.clustered.hidden_size)
-        self.hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
-        self.in_float32 = self.hidden.astype(mx.float32)  # all sums are, whatever the dtype
-        self.rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
+    yield "select_words"
+    selection = steps.select(scores, n_probes)
+    yield selection.probes, of_token.probes, 0.0
+    yield steps.unscored(scores, selection), unscored, 0.0
 
-    def kernels(self) -> dict[str, Callable[[], Pairs]]:
-        """By name, a function that runs a kernel: its results, expected values and tolerances."""
-        return {
-            "route": self.route,
-            "select": self.select,
-            "select_words": self.select_words,
-            "score": self.score,
-            "expand": self.expand,
-            "sample": self.sample,
-        }
+    yield "score"
+    candidates = steps.score(hidden, selection)
+    # the probes, which the kernels repeat below 8, each once
+    once = Selection(probes), Candidates(candidates.logits[:, :n_probes])
+    if "score" not in steps.unread:
+        lowest = mx.finfo(candidates.logits.dtype).min  # of padded slots
+        expected = mx.maximum(plain.score(in_float32, once[0]).logits, lowest)
+        yield once[1].logits, expected, rounding
+    if candidates.best is not None:
+        yield candidates.best, candidates.logits.max(axis=-1), 0.0
 
-    def route(self) -> Pairs:
-        self.scores = self.steps.route(self.hidden)
-        several = self.steps.route(mx.tile(self.hidden, (2, 1)))
-        return [
-            (self.scores, self.plain.route(self.in_float32), self.rounding),
-            (several, mx.tile(self.scores, (2, 1)), self.rounding),
-        ]
+    yield "expand"
+    yield steps.expand(scores, selection, candidates), plain.expand(scores, *once), rounding
 
-    def select(self) -> Pairs:
-        self.of_token = self.steps.select(self.scores, self.n_probes, words=False)
-        probes = self.of_token.probes[:, : self.n_probes]
-        self.unscored = self.steps.unscored(self.scores, self.of_token)
-        bins = _bins(self.scores)
-        found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
-        repeated = (probes[:, 1:] == probes[:, :-1]).sum()
-        left = mx.put_along_axis(self.scores, probes, mx.array(-mx.inf), axis=-1)
-        unscored = mx.stack([left.max(axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
-        return [
-            (found, mx.sort(bins, axis=-1)[:, : self.n_probes], 0.0),
-            (repeated, mx.zeros(()), 0.0),
-            (self.unscored, mx.maximum(unscored, mx.finfo(mx.float32).min), LEAST),
-        ]
-
-    def select_words(self) -> Pairs:
-        self.selection = self.steps.select(self.scores, self.n_probes)
-        unscored = self.steps.unscored(self.scores, self.selection)
-        return [
-            (self.selection.probes, self.of_token.probes, 0.0),
-            (unscored, self.unscored, 0.0),
-        ]
-
-    def score(self) -> Pairs:
-        self.candidates = self.steps.score(self.hidden, self.selection)
-        pairs: Pairs = []
-        if self.candidates.best is not None:
-            pairs.append((self.candidates.best, self.candidates.logits.max(axis=-1), 0.0))
-        if "score" in self.steps.unread:  # no kernel
-            return pairs
-        selection, scored = self._plain()
-        expected = self.plain.score(self.in_float32, selection).logits
-        lowest = mx.finfo(scored.logits.dtype).min  # of padded slots
-        return [(scored.logits, mx.maximum(expected, lowest), self.rounding), *pairs]
-
-    def expand(self) -> Pairs:
-        full = self.steps.expand(self.scores, self.selection, self.candidates)
-        return [(full, self.plain.expand(self.scores, *self._plain()), self.rounding)]
-
-    def sample(self) -> Pairs:
-        """The greedy token, and draws with each kind of filter."""
-        token = self.steps.token(self.selection, self.candidates)
-        pairs: Pairs = [(token, self.plain.token(*self._plain()), 0.0)]
-        n_other = mx.array(0)
-        for position in range(N_DRAWS):
-            draws = Draws.of([(DRAWN[position % len(DRAWN)], position_key(0, position))])
-            token, risk = self.steps.choose(
-                self.selection, self.candidates, self.unscored, draws, Risk()
-            )
-            expected = self.plain.choose(*self._plain(), self.unscored, draws, Risk())
-            n_other += token != expected[0]
-            pairs.append((risk, expected[1], self.rounding))
-        # rounding may put a token on the other side of a limit
-        return [*pairs, (mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0)]
-
-    def _plain(self) -> tuple[Selection, Candidates]:
-        """The probes, which the kernels repeat below 8, each once."""
-        probes = self.selection.probes[:, : self.n_probes]
-        return Selection(probes), Candidates(self.candidates.logits[:, : self.n_probes])
+    yield "sample"  # the greedy token, and draws with each kind of filter
+    yield steps.token(selection, candidates), plain.token(*once), 0.0
+    n_other = mx.array(0)
+    for position, settings in enumerate(DRAWN):
+        last = unscored, Draws.of([(settings, position_key(0, position))])
+        token, risk = steps.choose(selection, candidates, *last)
+        expected_token, expected_risk = plain.choose(*once, *last)
+        n_other += token != expected_token
+        yield risk, expected_risk, rounding
+    # rounding may put a token on the other side of a limit
+    yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0
 
 
 def _bins(scores: mx.array) -> mx.array:

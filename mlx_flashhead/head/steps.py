@@ -4,40 +4,79 @@ hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
               ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token, sample ─▶ (R,)
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+
+from .draw import Draws
 
 NO_DEPTH = 1e30  # nats: every probe is scored
 
 
 class Selection(NamedTuple):
-    """The clusters to score.
+    """The clusters to score."""
 
-    Attributes:
-        probes: (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)),
-            ascending: where fewer are worth scoring the last one is repeated, with logits of the
-            lowest finite value, as padded slots have them.
-        words: (R, C) uint32 for the kernel of `expand`, a cluster's place among the probes or the
-            estimate of its tokens' logits; None if `expand` makes it from the scores.
-        unscored: (R, 2) float32, from ``PortableSteps.unscored``; None if it is still to be made.
-    """
-
+    # (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)), ascending:
+    # where fewer are worth scoring the last one is repeated, with logits as in padded slots.
     probes: mx.array
+    # (R, C) uint32 for the kernel of `expand`: a cluster's place among the probes, or the estimate
+    # of its tokens' logits
     words: mx.array | None = None
-    unscored: mx.array | None = None
+    unscored: mx.array | None = None  # (R, 2) float32, from ``PortableSteps.unscored``
 
 
 class Candidates(NamedTuple):
-    """The scored rows.
+    """The scored rows."""
 
-    Attributes:
-        logits: (R, p, n) in the dense head's dtype; a padded slot holds the lowest finite value.
-        best: (R, p) float32, each probed cluster's best logit; None if no kernel reads it.
+    logits: mx.array  # (R, p, n) in the dense dtype; padded slots hold the lowest finite value
+    best: mx.array | None = None  # (R, p) float32, each probed cluster's best logit, for a kernel
+
+
+class Proposal(NamedTuple):
+    """Tokens chosen from the scored rows of R positions."""
+
+    hidden: mx.array  # (R, D), the states
+    tokens: mx.array  # (R,) uint32
+    probes: mx.array  # (R, S) uint32, the probed clusters
+    logits: mx.array  # (R, S, n), the scored tokens' logits
+    risk: mx.array  # (R,) float32, an estimate of the chance of another choice
+    full: mx.array | None  # (R, V) logits with estimates, if they were asked for
+
+
+class Risk(NamedTuple):
+    """How the estimate of that chance depends on what was not scored.
+
+    For the best token it is exp(a - b·gap), where the gap is that of the best scored logit to the
+    best score of the other clusters. For a draw it is the other clusters' share of the mass times
+    ``scale``. Both are at most 1. A conversion fits the numbers; they decide about speed alone.
     """
 
-    logits: mx.array
-    best: mx.array | None = None
+    a: float = 0.0
+    b: float = 1.0
+    scale: float = 1.0
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> "Risk":
+        """From an index's settings of the checked loop; the usual numbers where there are none."""
+        fitted = settings.get("risk") or {}
+        a, b = fitted.get("greedy", (USUAL_RISK.a, USUAL_RISK.b))
+        return cls(a, b, fitted.get("sampled", USUAL_RISK.scale))
+
+    def of(self, candidates: Candidates, unscored: mx.array, draws: Draws | None) -> mx.array:
+        """The chance for each of R positions, (R,) float32."""
+        # over one axis: mlx 0.31 keeps one of two that has a single element
+        logits = candidates.logits.flatten(-2).astype(mx.float32)
+        best = mx.max(logits if candidates.best is None else candidates.best, axis=-1)
+        greedy = mx.exp(self.a - self.b * (best - unscored[:, 0]))
+        if draws is None:
+            return mx.minimum(greedy, 1.0)
+        scored = mx.logsumexp(logits, axis=-1)
+        drawn = self.scale * mx.sigmoid(unscored[:, 1] - scored)
+        return mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)
+
+
+USUAL_RISK = Risk()  # the usual numbers
 
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:

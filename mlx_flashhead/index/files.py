@@ -10,21 +10,22 @@ without ``model.safetensors.index.json``, load every ``*.safetensors`` and refus
 
 import hashlib
 import json
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from ..common.quantities import percent
 from ..head.centroids import Centroids
 from ..head.matrix import Matrix
 from .settings import AGAIN, FlashHeadConfig
-from .sketch import Sketch
+from .sketch import MAX_LENGTH_CHANGE, MIN_COSINE, Sketch
 
 FILE_NAME, SETTINGS_NAME = "flash_head.index", "flash_head.json"
 CONFIG_NAME, CONFIG_KEY = "config.json", "flash_head"
+REMEDY = "give the one made for this model, or leave it out and one is found or built"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,28 @@ class FlashHeadIndex:
     def hidden_size(self) -> int:
         """Width D of the rows."""
         return self.sketch.directions.shape[1]
+
+    def check_fit(self, rows: Matrix, source: str) -> str | None:
+        """Compares with the rows of a model: a sentence for near rows, a ValueError for others."""
+        n_rows, width = self.config.vocab_size, self.hidden_size
+        if (rows.n_rows, rows.hidden_size) != (n_rows, width):
+            raise ValueError(
+                f"The FlashHead in {source} is for {n_rows} tokens of width {width}, but the model "
+                f"has {rows.n_rows} of width {rows.hidden_size}: {REMEDY}."
+            )
+        if rows.fingerprint == self.config.fingerprint:
+            return None
+        cosine, length_change = self.sketch.likeness(rows)
+        figures = f"mean cosine {cosine:.3f}, lengths {percent(length_change, 1)} apart"
+        if cosine < MIN_COSINE or length_change > MAX_LENGTH_CHANGE:
+            raise ValueError(
+                f"The FlashHead in {source} belongs to other rows than this model's ({figures}): "
+                f"{REMEDY}."
+            )
+        return (
+            f"The FlashHead in {source} was made from another form of these rows ({figures}): used "
+            "as it is."
+        )
 
 
 def write_index(folder: Path, index: FlashHeadIndex) -> None:
@@ -109,11 +132,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
 
 
 def read_settings(folder: Path) -> FlashHeadConfig:
-    """Reads the settings of a FlashHead, without its arrays.
-
-    Raises:
-        ValueError: If there is no FlashHead, or its settings are damaged or of another version.
-    """
+    """Reads the settings of a FlashHead, without its arrays; raises as `read_index`."""
     entry, source = _settings(folder)
     if entry is None:
         raise ValueError(
@@ -149,7 +168,7 @@ def _write_arrays(folder: Path, index: FlashHeadIndex) -> None:
 
 
 def _checksum(arrays: dict[str, mx.array]) -> str:
-    """SHA-256 (hex) over the bytes of all arrays, in the order of their names."""
+    """SHA-256 (hex) over all arrays, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(bytes(arrays[name].reshape(-1).view(mx.uint8)))
@@ -157,33 +176,28 @@ def _checksum(arrays: dict[str, mx.array]) -> str:
 
 
 def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
+    names, form = ["weight"], {}
+    if config.centroid_group_size > 0:
+        names += ["scales", "biases"]
+        form = {"group_size": config.centroid_group_size, "bits": config.centroid_bits}
     try:
         token_ids = arrays["token_ids"]
-        matrix = Matrix(arrays["centroids.weight"])
-        if config.centroid_group_size > 0:
-            matrix = replace(
-                matrix,
-                scales=arrays["centroids.scales"],
-                biases=arrays["centroids.biases"],
-                group_size=config.centroid_group_size,
-                bits=config.centroid_bits,
-            )
+        stored: dict[str, Any] = {name: arrays[f"centroids.{name}"] for name in names}
+        matrix = Matrix(**stored | form)
         centroids = Centroids(matrix, arrays["centroid_bias"], arrays["tail_offset"])
         sketch = Sketch(arrays["sketch.directions"], arrays["sketch.lengths"])
     except KeyError:
         return None
     if not all(mx.isfinite(array).all() for array in arrays.values()):
         return None
-    groups = matrix.weight if matrix.scales is None else matrix.scales
-    hidden_size = math.prod(groups.shape[1:]) * max(config.centroid_group_size, 1)
-    n_slots = config.n_clusters * config.cluster_size
+    hidden_size = sketch.directions.shape[1] if sketch.directions.ndim == 2 else 0
     fits = (
         token_ids.shape == (config.n_clusters, config.cluster_size)
         and token_ids.dtype == mx.uint32
         and centroids.fits(config.n_clusters, hidden_size)
         and sketch.fits(hidden_size)
         and 1 <= config.n_probes <= config.n_clusters
-        and 0 < config.vocab_size <= n_slots
+        and 0 < config.vocab_size <= token_ids.size
     )
     return FlashHeadIndex(config, np.array(token_ids), centroids, sketch) if fits else None
 

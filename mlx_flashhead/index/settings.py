@@ -17,13 +17,6 @@ class FlashHeadConfig:
     """Settings of a FlashHead.
 
     Attributes:
-        vocab_size: Tokens V of the model.
-        n_clusters: Number of clusters C.
-        cluster_size: Tokens per cluster n.
-        n_probes: Clusters that the bare head scores per position, 1 … C.
-        eos_token_ids: Tokens whose clusters are always among the probes.
-        centroid_bits: Bits per centroid weight (4), or 16/32 for unquantized centroids.
-        centroid_group_size: Quantization group of the centroids, 0 when unquantized.
         calibration: The hidden states that it was fitted on: ``source``, ``positions``, ``seed``;
             ``quick`` if less was read on purpose, ``cut_short`` if the time limit came first.
         report: Measured on held-out calibration positions: ``positions``, ``agreement``,
@@ -31,21 +24,19 @@ class FlashHeadConfig:
             ``dense_bytes``, ``by_probes`` with the same at several numbers of probes, and
             ``choice``, a sentence on ``n_probes``.
         lossless: For decoding with a check: ``n_probes``, the number that reads the fewest bytes;
-            ``risk`` that a proposal differs (`conversion/differences.py`); ``by_probes`` with the
+            ``risk`` that a proposal differs (`conversion/probes.py`); ``by_probes`` with the
             shares ``greedy_differs`` and ``sampled_differs``. Empty without calibration.
-        recipe: How the checkpoint was made: `recipe.py`.
-        fingerprint: SHA-256 over 64 evenly spaced rows as stored.
-        version: Version of the file format.
+        recipe: How the checkpoint was made: `conversion/recipe.py`.
     """
 
     vocab_size: int
     n_clusters: int
     cluster_size: int
-    n_probes: int
-    fingerprint: str
-    eos_token_ids: tuple[int, ...] = ()
-    centroid_bits: int = 4
-    centroid_group_size: int = 64
+    n_probes: int  # clusters that the bare head scores per position, 1 … C
+    fingerprint: str  # SHA-256 over 64 evenly spaced rows as stored
+    eos_token_ids: tuple[int, ...] = ()  # whose clusters are always among the probes
+    centroid_bits: int = 4  # 16 or 32: floats
+    centroid_group_size: int = 64  # 0: floats
     calibration: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     lossless: dict[str, Any] = field(default_factory=dict)
@@ -84,19 +75,20 @@ class FlashHeadConfig:
         missing = REQUIRED - given.keys()
         if missing:
             raise ValueError(f"{source} lacks {', '.join(sorted(missing))}: {AGAIN}.")
-        given["eos_token_ids"] = _whole_numbers(given.get("eos_token_ids", ()))
+        ends = given.get("eos_token_ids", ())
         numbers = [given.get(f.name, f.default) for f in fields(cls) if f.type is int]
-        if given["eos_token_ids"] is None or _whole_numbers(numbers) is None:
+        whole = isinstance(ends, list | tuple) and all(type(n) is int for n in (*numbers, *ends))
+        if not whole:
             raise ValueError(f"{source} must hold whole numbers: {AGAIN}.")
-        if len(given["eos_token_ids"]) > MOST_END_TOKENS:
+        if len(ends) > MOST_END_TOKENS:
             raise ValueError(
-                f"{source} names {len(given['eos_token_ids'])} tokens that end a text, more than "
-                f"{MOST_END_TOKENS}: {AGAIN}."
+                f"{source} names {len(ends)} tokens that end a text, more than {MOST_END_TOKENS}: "
+                f"{AGAIN}."
             )
         objects = ("calibration", "report", "lossless", "recipe")
         if not all(isinstance(given.get(name, {}), dict) for name in objects):
             raise ValueError(f"{source} must hold objects as {', '.join(objects)}: {AGAIN}.")
-        config = cls(**given)
+        config = cls(**given | {"eos_token_ids": tuple(ends)})
         if not _is_lossless(config.lossless, config.n_clusters):
             raise ValueError(f"{source} has no valid settings of the check (lossless): {AGAIN}.")
         return config
@@ -105,8 +97,6 @@ class FlashHeadConfig:
 def _is_lossless(values: dict[str, Any], n_clusters: int) -> bool:
     """Whether these are the settings of a checked loop, or none."""
     match values:
-        case {} if not values:
-            return True
         case {
             "n_probes": int(n_probes),
             "risk": {
@@ -115,9 +105,4 @@ def _is_lossless(values: dict[str, Any], n_clusters: int) -> bool:
             },
         }:
             return 1 <= n_probes <= n_clusters and all(map(math.isfinite, (a, b, scale)))
-    return False
-
-
-def _whole_numbers(values: Any) -> tuple[int, ...] | None:
-    is_list = isinstance(values, list | tuple)
-    return tuple(values) if is_list and all(type(v) is int for v in values) else None
+    return not values

@@ -1,48 +1,28 @@
 """A few rows of a head, which show whether other rows are near enough for an index.
 
 An index serves every precision of its rows almost as well as its own, and most fine-tunes. With the
-check it costs speed alone. Mean cosine of 64 rows with the same rows in bfloat16, and their
-lengths, on SmolLM2-135M and Gemma-3-270M; expected bytes per token with the check, relative to
-dense, of SmolLM2 with the index of other rows (0.883 with its own, 1,000 unseen positions):
-
-==========================  ======  ==============  =====
-rows                        cosine  lengths differ  bytes
-==========================  ======  ==============  =====
-8 bits                      0.9999  0.2 %           –
-4 bits, groups of 64        0.994   0.4 %           –
-mxfp4                       0.991   0.4 %           –
-4 bits, groups of 128       0.991   0.7 %           –
-noise of a tenth            0.994   0.5 %           –
-noise of a fifth            0.978   2 %             0.887
-3 bits, groups of 64        0.973   2 %             0.904
-noise of three tenths       0.952   4 %             0.893
-noise of a half             0.886   10 %            0.914
-2 bits, groups of 64        0.884   6 %             1.487
-other rows of the model     0.43    –               –
-==========================  ======  ==============  =====
+check it costs speed alone. docs/quality.md has the likeness of rounded and of noisy rows. Expected
+bytes per token with the check, relative to dense, of SmolLM2-135M with the index of other rows:
+0.883 with its own, 0.904 at 3 bits (mean cosine 0.973), 0.914 at 0.886, and 1.487 at 2 bits (0.884,
+lengths 6 % apart).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..head.matrix import Matrix, as_float32
 
-MIN_COSINE, MAX_LENGTH_CHANGE = 0.94, 0.05
+MIN_COSINE, MAX_LENGTH_CHANGE = 0.94, 0.05  # of rows that an index of others serves
 
 
-@dataclass(frozen=True)
-class Likeness:
+class Likeness(NamedTuple):
     """The likeness of a model's rows to those of a sketch."""
 
     cosine: float  # mean, of a row with its counterpart
     length_change: float  # median, as a share of the row's length
-
-    @property
-    def near(self) -> bool:
-        """Whether an index of one serves the other."""
-        return self.cosine >= MIN_COSINE and self.length_change <= MAX_LENGTH_CHANGE
 
 
 @dataclass(frozen=True)
@@ -74,8 +54,9 @@ class Sketch:
         other = Sketch.of(rows)
         cosines = (as_float32(self.directions) * as_float32(other.directions)).sum(axis=1)
         mine, theirs = np.array(self.lengths), np.array(other.lengths)
-        there = np.maximum(mine, theirs) > 0  # rows of zeros have no direction
-        change = np.abs(theirs - mine)[there] / np.maximum(mine, theirs)[there]
+        longer = np.maximum(mine, theirs)
+        there = longer > 0  # rows of zeros have no direction
         if not there.any():
             return Likeness(1.0, 0.0)
+        change = np.abs(theirs - mine)[there] / longer[there]
         return Likeness(float(cosines[there].mean()), float(np.median(change)))

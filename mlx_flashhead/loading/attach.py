@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..conversion.drafted_states import ANSWER_TOKENS, drafted_states, given_requests
 from ..conversion.options import IndexOptions
-from ..conversion.steps import Stopwatch
 from ..head.flash_head import FlashHead
-from ..head.proposal import Risk
-from ..index.fit import check_fit
+from ..head.steps import Risk
+from ..lossless.text import random_state
 from ..models.compat.vlm.drafts import drafted_answer, when_drafted
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install
@@ -131,16 +131,17 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
                 drafted_answer(model, drafter, kind, prompt_of(text, request), ANSWER_TOKENS)
                 for request in given_requests()
             )
-            limit = Stopwatch(IndexOptions.calibration_seconds)
-            drafted = drafted_states.steps(location, answers, text.eos_token_ids, limit=limit)
+            seconds = IndexOptions.calibration_seconds
+            drafted = drafted_states(location, answers, text.eos_token_ids, seconds=seconds)
             origin = Origin(architecture(drafter))
             steps = build_steps(
                 drafter, tokenizer, location, origin=origin, options=options, drafted=drafted
             )
-            stored = finish(steps, options)
+            with random_state(mx.random.key(0)):
+                stored = finish(steps, options)
         if stored is not None:
             install_stored(drafter, stored, options, location).only_drafts = True
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever it is, the drafter goes on with its own head
         options.say(f"The drafter has no FlashHead: {error}")
     finally:
         _targets[head] = known
@@ -159,7 +160,7 @@ def install_stored(
     """
     index = stored.index
     location = location or find_head(model)
-    near = check_fit(index, location.rows(), stored.source)
+    near = index.check_fit(location.rows(), stored.source)
     if near is not None:
         options.say(near)
     config, n_probes, checked_probes = index.config, options.n_probes, None

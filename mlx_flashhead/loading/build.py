@@ -9,20 +9,18 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from ..conversion.build import index_nbytes, model_index
-from ..conversion.duration import expected_seconds, in_words
-from ..conversion.options import NO_CALIBRATION, IndexOptions, recipe_flags
+from ..conversion.build import expected_seconds, index_nbytes, model_index
+from ..conversion.options import NO_CALIBRATION, IndexOptions
+from ..conversion.recipe import make_recipe
 from ..conversion.steps import Steps, take_all
 from ..models.locate import HeadLocation
 from ..models.tokenizers import text_side
-from ..publishing.origin import Origin, card_metadata
+from ..publishing.origin import Origin
 from ..publishing.publish import checkpoint_name
-from ..publishing.recipe import make_recipe
 from . import cache
 from .look_up import HeadOptions, StoredHead
 
 DRAFT_CLUSTER_SIZE = 32  # within a tenth of the head's bytes more tokens than with 16
-INDEX_ONLY = "--index-only"
 ANEW_SECONDS = 600.0  # for the text of a build that is asked for: on a busy machine, too
 
 
@@ -63,22 +61,17 @@ def build_steps(
             of_index = replace(of_index, calibration_seconds=ANEW_SECONDS)
         of_index.check_size(rows.n_rows)
         obstacle = cache.obstacle(place, index_nbytes(rows))
-        duration = in_words(expected_seconds(rows, of_index))
+        minutes = max(1, math.ceil(round(expected_seconds(rows, of_index)) / 60))
+        duration = "a minute" if minutes == 1 else f"{minutes} minutes"
         say(
             f"Building the FlashHead of {origin.known_as}, which takes at most about {duration}. "
             + (f"It is kept in {place}." if obstacle is None else _not_kept(obstacle))
         )
         del rows
-        recipe = make_recipe(
-            {INDEX_ONLY: True} | recipe_flags(of_index),
-            model=origin.known_as,
-            revision=origin.revision,
-            seed=of_index.seed,
-            name=checkpoint_name(origin, None),
-        ) | {"metadata": card_metadata(origin, "adapter")}
+        recipe = make_recipe(of_index, origin, checkpoint_name(origin, None))
         if options.drafts:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
-        index = yield from model_index.steps(
+        index = yield from model_index(
             model,
             text_side(model, tokenizer),
             location,

@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 from ..common.new_folder import new_folder
 from ..head.matrix import Matrix
 from ..index.files import FlashHeadIndex, read_index, read_settings, write_companion
-from ..index.fit import check_fit
 from ..index.settings import FlashHeadConfig
 from .look_up import StoredHead
 
@@ -170,7 +169,7 @@ def _nearest(rows: Matrix, place: Path) -> StoredHead | None:
         try:
             if index is None or index.hidden_size != rows.hidden_size:
                 continue
-            check_fit(index, rows, str(entry.folder))
+            index.check_fit(rows, str(entry.folder))
         except ValueError:
             continue
         cosine = index.sketch.likeness(rows).cosine

@@ -7,7 +7,7 @@ The others lose the time alone.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -35,57 +35,14 @@ class Response:
     all_tokens: list[int] | None
 
 
-@dataclass(eq=False)
-class _Sequence:
-    """A text in the batch.
-
-    Attributes:
-        uid: Its number for the caller.
-        text: The text.
-        inner: Its number in mlx-lm's batch.
-    """
-
-    uid: int
-    text: Text
-    inner: int = -1
-
-    @property
-    def all_tokens(self) -> list[int]:
-        """The prompt and the tokens that the caller has."""
-        return self.text.prompt + self.text.tokens[: self.text.n_given]
-
-    def ends_with(self, tokens: list[int]) -> bool:
-        """Whether the tokens that the caller has end with these."""
-        end = self.text.n_given
-        return self.text.tokens[max(end - len(tokens), 0) : end] == tokens
-
-
-@dataclass(frozen=True)
-class _BatchMark:
-    """Caches of a batch as of one token of a text, and its row in those that are copies."""
-
-    n_tokens: int
-    layers: Sequence[Any]
-    row: int
-
-    def own(self) -> Mark:
-        """The mark of the text's own caches."""
-        layers = [None if layer is None else layer.extract(self.row) for layer in self.layers]
-        return Mark(self.n_tokens, layers, [None] * len(layers))
-
-
 class CheckedBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
-    A call of :meth:`next` may give no token of a text, or several.
+    A call of :meth:`next` may give no token of a text, or several. ``max_tokens``, the sampler and
+    the processors are of texts without their own.
 
     Args:
-        model: The model.
-        proposer: Chooses the tokens.
-        max_tokens: Of a text without a limit of its own.
         stop_tokens: Sequences of tokens that end a text.
-        sampler: Of texts without one of their own.
-        logits_processors: Likewise.
         logprobs: Whether the log-probabilities of texts are wanted that are inserted from now on.
         **options: More of ``BatchGenerator``.
     """
@@ -106,8 +63,8 @@ class CheckedBatchGenerator(BatchGenerator):
         self._proposer = proposer
         self._usual = sampler, logits_processors or []
         self._stops = [list(stop) for stop in stop_tokens or () if stop]
-        self._inner: dict[int, _Sequence] = {}  # by their numbers in mlx-lm's batch
-        self._n_sequences = 0
+        self._texts: dict[int, Text] = {}  # by their numbers in mlx-lm's batch
+        self._n_texts = 0
         self._pace = Pace(proposer, self._marks)
         self.logprobs = logprobs
 
@@ -126,7 +83,7 @@ class CheckedBatchGenerator(BatchGenerator):
         A processor with ``for_sequence`` makes another one for each text. All texts have the same
         stop tokens.
         """
-        first = self._n_sequences
+        first = self._n_texts
         sampler, processors = self._usual
         for i, segment in enumerate(segments):
             parts = [part for part in segment if part]
@@ -141,110 +98,101 @@ class CheckedBatchGenerator(BatchGenerator):
                 self.logprobs,
                 beside_others=True,
                 limit=max_tokens[i] if max_tokens else self.max_tokens,
+                uid=self._n_texts,
             )
             if text.limit <= 0:
                 raise ValueError(f"Sequence {i}'s max_tokens is {text.limit}: it must be above 0.")
-            sequence = _Sequence(self._n_sequences, text)
-            self._join(sequence, parts, caches[i] if caches else None, before)
-            self._n_sequences += 1
-        return list(range(first, self._n_sequences))
+            self._join(text, parts, caches[i] if caches else None, before)
+            self._n_texts += 1
+        return list(range(first, self._n_texts))
 
-    def _join(
-        self, sequence: _Sequence, parts: list[list[int]], cache: Any, before: list[int]
-    ) -> None:
-        hooks = self._proposer.hooks(sequence.text)
-        (sequence.inner,) = super().insert_segments(
-            [parts],
-            [sys.maxsize],
-            [cache],
-            [before],
-            [hooks["sampler"]],
-            [hooks["logits_processors"]],
-        )
-        self._inner[sequence.inner] = sequence
+    def _join(self, text: Text, parts: list[list[int]], cache: Any, before: list[int]) -> None:
+        hooks = self._proposer.hooks(text)
+        of_text = ([parts], [sys.maxsize], [cache], [before])
+        functions = ([hooks["sampler"]], [hooks["logits_processors"]])
+        (inner,) = super().insert_segments(*of_text, *functions)
+        self._texts[inner] = text
 
     def next_generated(self) -> list[Any]:
         """The next confirmed tokens; nothing if there are no more texts."""
         with mx.stream(self._stream):
-            while self._inner:
+            while self._texts:
                 _, responses = self._next()
                 if responses:
                     return responses
         return []
 
     def remove(self, uids: Sequence[int], return_prompt_caches: bool = False) -> dict[int, Any]:
-        """Removes texts. Their caches hold the confirmed tokens that were given out.
-
-        Returns:
-            For each text, its cache and the tokens in it, if they are asked for.
-        """
-        sequences = {sequence.uid: sequence for sequence in self._inner.values()}
+        """Removes texts. Returns, if asked for, their caches and the tokens given out, in them."""
+        texts = {text.uid: text for text in self._texts.values()}
         with mx.stream(self._stream):
-            removed = {uid: self._leave(sequences[uid]) for uid in uids}
+            removed = {uid: self._leave(texts[uid]) for uid in uids}
         return removed if return_prompt_caches else {}
 
     def _next(self) -> tuple[list[Any], list[Any]]:
-        uids = self._generation_batch.uids
-        self._proposer.texts = [self._inner[uid].text for uid in uids] or None
+        self._proposer.texts = [self._texts[n] for n in self._generation_batch.uids] or None
         with self._proposer.in_place():
             prompts, steps = super()._next()
-        sequences = {sequence.text: sequence for sequence in self._inner.values()}
-        read = [self._inner[step.uid].text for step in steps]
+        read = [self._texts[step.uid] for step in steps]
         for text, step in zip(read, steps, strict=True):
             text.read(step.token)
         responses: list[Any] = []
-        for text, positions in self._pace.confirmed(list(sequences), read):
-            responses += self._responses(sequences[text], positions)
+        for text, positions in self._pace.confirmed(list(self._texts.values()), read):
+            responses += self._responses(text, positions)
         self._counters.generation_tokens += len(responses) - len(steps)
         for prompt in prompts:
-            prompt.uid = self._inner[prompt.uid].uid if prompt.uid in self._inner else prompt.uid
+            prompt.uid = self._texts[prompt.uid].uid if prompt.uid in self._texts else prompt.uid
         return prompts, responses
 
-    def _responses(self, sequence: _Sequence, positions: list[Position]) -> list[Any]:
+    def _responses(self, text: Text, positions: list[Position]) -> list[Any]:
         """The responses for confirmed positions, up to the text's end."""
-        responses, text = [], sequence.text
+        responses = []
         for position in positions:
             text.n_given += 1
-            reason = "length" if text.n_given >= text.limit else None
-            if any(sequence.ends_with(stop) for stop in self._stops):
+            end = text.n_given
+            reason = "length" if end >= text.limit else None
+            if any(text.tokens[max(end - len(stop), 0) : end] == stop for stop in self._stops):
                 reason = "stop"
-            cache, tokens = (None, None) if reason is None else self._leave(sequence)
+            cache, tokens = (None, None) if reason is None else self._leave(text)
             logprobs = NO_LOGPROBS if position.logprobs is None else position.logprobs
             token = cast(int, position.token)
-            responses.append(Response(sequence.uid, token, logprobs, reason, cache, tokens))
+            responses.append(Response(text.uid, token, logprobs, reason, cache, tokens))
             if reason is not None:
                 return responses
         if text.refused:
-            cache = self._taken(sequence, len(text.tokens) - 1)
-            self._join(sequence, [text.tokens[-1:]], cache, text.prompt + text.tokens[:-1])
+            cache = self._taken(text, len(text.tokens) - 1)
+            self._join(text, [text.tokens[-1:]], cache, text.prompt + text.tokens[:-1])
             text.n_held = len(text.tokens)
         return responses
 
-    def _leave(self, sequence: _Sequence) -> tuple[list[Any], list[int]]:
+    def _leave(self, text: Text) -> tuple[list[Any], list[int]]:
         """Ends a text. Returns its cache and the tokens in it, those that the caller has."""
-        cache = self._taken(sequence, sequence.text.n_given)
-        sequence.text.waiting.clear()
-        return cache, sequence.all_tokens
+        cache = self._taken(text, text.n_given)
+        text.waiting.clear()
+        return cache, text.prompt + text.tokens[: text.n_given]
 
-    def _taken(self, sequence: _Sequence, wanted: int) -> list[Any]:
+    def _taken(self, text: Text, wanted: int) -> list[Any]:
         """Takes a text out of mlx-lm's batch: its own cache, with ``wanted`` of its tokens."""
-        inner, text = sequence.inner, sequence.text
+        inner = next(inner for inner, other in self._texts.items() if other is text)
         if self._find_uids([inner])[inner][0] != IN_GENERATION:
             text.n_held = max(text.n_held - 1, 0)  # its latest token is still to be fed
         cache = list(super().remove([inner], return_prompt_caches=True)[inner][0])
-        del self._inner[inner]
+        del self._texts[inner]
 
         def feed(token: list[int]) -> None:
             with self._proposer.in_place():
                 self.model(mx.array([token], dtype=mx.uint32), cache=cache)
             mx.eval([layer.state for layer in cache])
 
-        if text.mark is not None:
-            go_back(cache, text.mark.own(), text, wanted, feed)
+        if text.mark is not None:  # of the caches of a batch
+            mark, row = text.mark
+            layers = [None if layer is None else layer.extract(row) for layer in mark.layers]
+            go_back(cache, replace(mark, layers=layers), text, wanted, feed)
         return cache
 
-    def _marks(self, texts: Sequence[Text]) -> list[_BatchMark]:
-        """Marks of the caches as they are."""
+    def _marks(self, texts: Sequence[Text]) -> list[tuple[Mark, int]]:
+        """Marks of the batch's caches as they are, with each text's row in them."""
         layers = kept(self._generation_batch.prompt_cache)
-        rows = {self._inner[uid].text: i for i, uid in enumerate(self._generation_batch.uids)}
-        return [_BatchMark(text.n_held, layers, rows[text]) for text in texts]
+        rows = {self._texts[inner]: i for i, inner in enumerate(self._generation_batch.uids)}
+        unknown = [None] * len(layers)
+        return [(Mark(text.n_held, layers, unknown), rows[text]) for text in texts]

@@ -6,30 +6,21 @@ from typing import cast
 import mlx.core as mx
 
 from ..head.draw import Draws
-from ..head.flash_head import FlashHead
+from ..head.steps import Proposal
 from ..models.logit_change import unchanged
 from .products import SlotProduct
 from .proposals import Proposer
-from .random_state import current_random_state, random_state, set_random_state
 from .rounding import rounding_of
 from .screen import certain_best, certain_draw, certain_within
-from .text import GREEDY, Position, Text
+from .text import GREEDY, Position, Text, current_random_state, random_state, set_random_state
 
 Row = tuple[Text, Position, int]  # a text, a position, its place in the text
-Kind = tuple[bool, bool] | None
 
 
 class Check:
     """A check of the positions of some texts whose tokens are known.
 
     It is launched when it is made, and read by :meth:`confirm`.
-
-    Args:
-        proposer: Whose proposals they are.
-        texts: The texts.
-
-    Attributes:
-        texts: The texts.
     """
 
     def __init__(self, proposer: Proposer, texts: Sequence[Text]):
@@ -37,8 +28,7 @@ class Check:
         proposer.n_checks += 1
         assert proposer.head is not None
         assert proposer.change is not None
-        self._head: FlashHead = proposer.head
-        self._change = proposer.change
+        self._head, self._change = proposer.head, proposer.change
         self._counts = {text: text.n_read for text in texts}
         self._rows = [
             (text, text.waiting[i], len(text.tokens) + i)
@@ -65,7 +55,7 @@ class Check:
         """Judges the rows by the product, as soon as it is there."""
         assert self._product is not None
         slots, self._product = self._product.result(), None
-        groups: dict[Kind, list[int]] = {}
+        groups: dict[tuple[bool, bool] | None, list[int]] = {}
         for i, (text, _, _) in enumerate(self._rows):
             groups.setdefault(self._kind(text), []).append(i)
         for kind, members in groups.items():
@@ -79,7 +69,7 @@ class Check:
                 position.logprobs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
         mx.async_eval([certain for _, certain in self._flags])
 
-    def _kind(self, text: Text) -> Kind:
+    def _kind(self, text: Text) -> tuple[bool, bool] | None:
         """Texts of one kind are screened together. None: by the logits of all tokens."""
         settings = text.settings
         if settings is None or text.processors or self._change is not unchanged:
@@ -88,15 +78,14 @@ class Check:
 
     def _by_rows(self, rows: list[Row], slots: mx.array) -> mx.array:
         """For choices by the head's own logits alone: which are certain, (k,) bool."""
-        probes, scored, tokens = (
-            mx.concatenate([position.proposed(name) for _, position, _ in rows])
-            for name in ("probes", "logits", "tokens")
-        )
+        names = Proposal._fields[:-1]
+        arrays = [[position.proposed(name) for _, position, _ in rows] for name in names]
+        proposal = Proposal._make([*map(mx.concatenate, arrays), None])
         settings = [(text.settings or GREEDY, text.key(index)) for text, _, index in rows]
-        head, rounding = self._head, self._rounding
+        of_rows = self._head, self._rounding, slots, proposal
         if settings[0][0].greedy:
-            return certain_best(head, rounding, slots, probes, scored, tokens)
-        return certain_draw(head, rounding, slots, probes, scored, tokens, Draws.of(settings))
+            return certain_best(*of_rows)
+        return certain_draw(*of_rows, Draws.of(settings))
 
     def _by_logits(self, rows: list[Row], slots: mx.array) -> mx.array:
         """For choices that need the model's logits: which are certain, (k,) bool."""
@@ -122,10 +111,9 @@ class Check:
         return self._change(logits)
 
     def confirm(self, text: Text) -> list[Position]:
-        """The text's positions that are sure now. Waits for the check.
+        """The text's positions that are sure now and become confirmed tokens. Waits for the check.
 
-        They become confirmed tokens. If the last one is another choice, the text is `refused`, and
-        nothing waits any more.
+        If the last one is another choice, the text is `refused`, and nothing waits any more.
         """
         if self._product is not None:
             self._screen()

@@ -22,38 +22,6 @@ from .text import begin
 LATEST = 256  # tokens of a text
 
 
-class _DraftSampler:
-    """The package's sampler, at the positions of mlx-lm's speculative loop.
-
-    Args:
-        sampler: The sampler.
-        max_tokens: Of the text.
-        num_draft_tokens: Drafts of a round, at most.
-    """
-
-    def __init__(self, sampler: Sampler, max_tokens: int, num_draft_tokens: int):
-        self._sampler, self._seed = sampler, sampler.text_seed()
-        self._max_tokens, self._num_draft = max_tokens, num_draft_tokens
-        self.n_given = 0
-        self._n_calls = 0  # single rows of this round: its drafts, then the target's choices
-
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        rows = logprobs.reshape(-1, logprobs.shape[-1])
-        n_drafts = min(self._max_tokens - self.n_given, self._num_draft)
-        place = self._n_calls if self._n_calls < n_drafts else self._n_calls - n_drafts
-        tokens = [
-            self._sampler.choose(rows[i : i + 1], self._seed, self.n_given + place + i)
-            for i in range(len(rows))
-        ]
-        self._n_calls += len(rows)
-        return mx.concatenate(tokens)
-
-    def given(self) -> None:
-        """A token has been given out, so a round has ended."""
-        self.n_given += 1
-        self._n_calls = 0
-
-
 def drafted_steps(
     prompt: mx.array,
     model: Any,
@@ -70,19 +38,25 @@ def drafted_steps(
 
     Args:
         prompt: (n,) token ids.
-        model: The target.
-        draft_model: The draft model.
-        *arguments: More of mlx-lm's.
-        proposer: Has the settings of the target's head.
+        proposer: Has the settings of the head of ``model``, the target.
         context: Tokens that the caches hold already.
-        **options: Keywords of mlx-lm's.
     """
     begin(options.get("logits_processors"))
-    sampler, draws = options.get("sampler"), None
+    sampler: Any = options.get("sampler")
+    max_tokens, num_draft = options.get("max_tokens", 256), options.get("num_draft_tokens", 2)
+    n_given = n_rows = 0  # tokens, and rows of this round: its drafts, then the target's choices
+
+    def draw(logprobs: mx.array) -> mx.array:
+        nonlocal n_rows
+        n_drafts = min(max_tokens - n_given, num_draft)
+        first = n_given + (n_rows if n_rows < n_drafts else n_rows - n_drafts)
+        rows = logprobs.reshape(-1, 1, logprobs.shape[-1])
+        n_rows += len(rows)
+        tokens = [sampler.choose(row, seed, first + i) for i, row in enumerate(rows)]
+        return mx.concatenate(tokens)
+
     if isinstance(sampler, Sampler) and not sampler.settings.greedy:
-        draws = options["sampler"] = _DraftSampler(
-            sampler, options.get("max_tokens", 256), options.get("num_draft_tokens", 2)
-        )
+        seed, options["sampler"] = sampler.text_seed(), draw
     head = get_flash_head(draft_model)
     if head is get_flash_head(model):
         head = None  # it is the target's, which is dense
@@ -100,6 +74,5 @@ def drafted_steps(
             if step is None:
                 return
             latest.append(step[0])
-            if draws is not None:
-                draws.given()
+            n_given, n_rows = n_given + 1, 0
             yield step

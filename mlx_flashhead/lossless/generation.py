@@ -125,10 +125,7 @@ def batch_generate(
 
 
 def lossless_steps(model: nn.Module, name: str) -> Callable[..., Any] | None:
-    """A loop like mlx-lm's of that name, with the dense model's choices.
-
-    None for a model that is dense already.
-    """
+    """A loop like mlx-lm's of that name, with the dense model's choices; None for a dense model."""
     if is_vlm(model):
         return None
     proposer = Proposer(model, check=True)
@@ -138,11 +135,7 @@ def lossless_steps(model: nn.Module, name: str) -> Callable[..., Any] | None:
 
 
 def _proposer(
-    model: nn.Module,
-    n_probes: int | None,
-    check: bool,
-    dense: bool,
-    draw_temperature: float | None,
+    model: nn.Module, n_probes: int | None, check: bool, dense: bool, draw_temperature: float | None
 ) -> Proposer:
     """The chooser of tokens for these settings."""
     if is_vlm(model):

@@ -1,6 +1,7 @@
 """The loop for one text: mlx-lm's own, started again where a check chooses another token."""
 
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any, cast
 
 import mlx.core as mx
@@ -36,14 +37,9 @@ def checked_steps(
 
     Args:
         prompt: (n,) token ids.
-        model: The model.
-        stream: MLX's stream.
-        proposer: Chooses the tokens.
-        max_tokens: Tokens to generate; -1: no limit.
+        max_tokens: -1: no limit.
         sampler: The package's, or another's; default: the best token.
-        logits_processors: Functions of tokens and logits.
         prompt_cache: Caches, which hold the confirmed tokens at the end.
-        max_kv_size: Size of the caches that are made if there are none.
         logprobs: Whether the log-probabilities are wanted.
         context: Tokens that the cache holds already, for the processors.
         n_begun: How many of the last of all these tokens are of this text, which is continued.
@@ -57,110 +53,57 @@ def checked_steps(
     """
     cache = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     tokens = [*context, *cast(list[int], prompt.tolist())]
-    begun = len(tokens) - n_begun
-    text = Text(
-        sampler,
-        logits_processors or (),
-        tokens[:begun],
-        logprobs,
-        limit=max_tokens,
-        tokens=tokens[begun:],
-    )
-    run = _Run(model, stream, cache, text, proposer, options)
+    before, begun = tokens[: len(tokens) - n_begun], tokens[len(tokens) - n_begun :]
+    processors = logits_processors or ()
+    text = Text(sampler, processors, before, logprobs, limit=max_tokens, tokens=begun)
+    kv_bits, group_size = options.get("kv_bits"), options.get("kv_group_size", 64)
+    quantized_from = options.get("quantized_kv_start", 0)
+
+    def marks(_: Sequence[Text]) -> list[Mark]:
+        layers = kept(cache, None if kv_bits is None else quantized_from)
+        return [Mark(text.n_held, layers, [length_of(layer) for layer in cache])]
+
+    def feed(token: list[int]) -> None:
+        """Feeds a confirmed token to the model, as mlx-lm's loop has done before."""
+        with mx.stream(stream):
+            model(mx.array([token], dtype=mx.uint32), cache=cache)
+            maybe_quantize_kv_cache(cache, quantized_from, group_size, kv_bits)
+            mx.eval([layer.state for layer in cache])
+
+    def take(logprobs: mx.array) -> mx.array:
+        token = hooks["sampler"](logprobs)
+        proposer.texts = [text]
+        return token
+
+    pace, start, before = Pace(proposer, marks), prompt, list(context)
     try:
-        yield from run.tokens(prompt, list(context))
-    finally:
-        if prompt_cache is not None and text.mark is not None:
-            run.go_back(text.n_given)
-
-
-class _Run:
-    """One text from its prompt to its end."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        stream: Any,
-        cache: list[Any],
-        text: Text,
-        proposer: Proposer,
-        options: dict[str, Any],
-    ):
-        self._model, self._stream, self._cache = model, stream, cache
-        self._text, self._proposer, self._options = text, proposer, options
-        self._pace = Pace(proposer, self._marks)
-
-    def tokens(self, prompt: mx.array, context: list[int]) -> Tokens:
-        """The confirmed tokens, each with its log-probabilities."""
-        text, options = self._text, dict(self._options)
-        steps = self._steps(prompt, context, options)
         while text.n_given != text.limit:
-            try:
-                yield from self._until_refused(steps)
-            finally:
-                steps.close()
+            hooks = proposer.hooks(text, before)
+            options |= hooks | {"sampler": take, "max_tokens": -1, "prompt_cache": cache}
+            proposer.texts = None  # the prompt's last position is dense, as is the first one here
+            with closing(generate_step(start, model, stream, **options)) as steps:
+                yield from _until_refused(steps, text, proposer, pace)
             if text.n_given == text.limit:
                 return
-            self.go_back(text.n_given - 1)
+            go_back(cache, text.mark, text, text.n_given - 1, feed)
             for name in ("input_embeddings", "prompt_progress_callback"):
                 options.pop(name, None)
-            before = text.prompt + text.tokens
-            last = mx.array(before[-1:], dtype=mx.uint32)
-            steps = self._steps(last, before[:-1], options)
+            *before, last = text.prompt + text.tokens
+            start = mx.array([last], dtype=mx.uint32)
+    finally:
+        if prompt_cache is not None and text.mark is not None:
+            go_back(cache, text.mark, text, text.n_given, feed)
 
-    def _steps(self, start: mx.array, before: list[int], options: dict[str, Any]) -> Generator:
-        """mlx-lm's loop, from the tokens in the cache on."""
-        text, proposer = self._text, self._proposer
-        hooks = proposer.hooks(text, before)
-        take = hooks["sampler"]
-        proposer.texts = None  # the prompt's last position is dense, and so is the first one here
 
-        def sampler(logprobs: mx.array) -> mx.array:
-            token = take(logprobs)
-            proposer.texts = [text]
-            return token
-
-        return generate_step(
-            start,
-            self._model,
-            self._stream,
-            max_tokens=-1,
-            prompt_cache=self._cache,
-            **options | hooks | {"sampler": sampler},
-        )
-
-    def _until_refused(self, steps: Generator) -> Tokens:
-        """The tokens up to one that a check has chosen instead of the proposal."""
-        text = self._text
-        while not text.refused:
-            with self._proposer.in_place():
-                token, _ = next(steps)
-            text.read(token)
-            for _, positions in self._pace.confirmed([text], [text]):
-                for position in positions:
-                    text.n_given += 1
-                    yield cast(int, position.token), position.logprobs
-                    if text.n_given == text.limit:
-                        return
-
-    def _marks(self, texts: Sequence[Text]) -> list[Mark]:
-        starts = self._options.get("quantized_kv_start", 0)
-        layers = kept(self._cache, None if self._options.get("kv_bits") is None else starts)
-        return [Mark(self._text.n_held, layers, [length_of(layer) for layer in self._cache])]
-
-    def go_back(self, wanted: int) -> None:
-        """Brings the caches to the text's first ``wanted`` tokens."""
-        go_back(self._cache, self._text.mark, self._text, wanted, self._feed)
-
-    def _feed(self, token: list[int]) -> None:
-        """Feeds a confirmed token to the model, as mlx-lm's loop has done before."""
-        options = self._options
-        with mx.stream(self._stream):
-            self._model(mx.array([token], dtype=mx.uint32), cache=self._cache)
-            maybe_quantize_kv_cache(
-                self._cache,
-                options.get("quantized_kv_start", 0),
-                options.get("kv_group_size", 64),
-                options.get("kv_bits"),
-            )
-            mx.eval([layer.state for layer in self._cache])
+def _until_refused(steps: Generator, text: Text, proposer: Proposer, pace: Pace) -> Tokens:
+    """The tokens up to one that a check has chosen instead of the proposal."""
+    while not text.refused:
+        with proposer.in_place():
+            token, _ = next(steps)
+        text.read(token)
+        for _, positions in pace.confirmed([text], [text]):
+            for position in positions:
+                text.n_given += 1
+                yield cast(int, position.token), position.logprobs
+                if text.n_given == text.limit:
+                    return

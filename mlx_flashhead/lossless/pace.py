@@ -17,11 +17,8 @@ MOST_READ = 64  # tokens that may wait while a check is computed
 class Pace:
     """Has the tokens of some texts checked, and hands out what is sure.
 
-    The first checks come after 1, 2, 4, … tokens, so that text begins to flow at once.
-
-    Args:
-        proposer: Chooses the tokens.
-        mark: Marks the caches of some texts as they are.
+    The first checks come after 1, 2, 4, … tokens, so that text begins to flow at once. ``mark``
+    marks the caches of some texts as they are.
     """
 
     def __init__(self, proposer: Proposer, mark: Callable[[Sequence[Text]], Sequence[Any]]):
@@ -34,14 +31,10 @@ class Pace:
     def confirmed(
         self, texts: Sequence[Text], read: Sequence[Text]
     ) -> Iterator[tuple[Text, list[Position]]]:
-        """After a step: the texts' positions that are sure now.
+        """After a step, which has given the texts in ``read`` a token: what is sure now.
 
-        Whoever takes them lets a text that is `refused` go back, and clears what waits of one that
+        Whoever takes it lets a text that is `refused` go back, and clears what waits of one that
         has ended, before the next ones.
-
-        Args:
-            texts: The texts.
-            read: Those with a new token.
         """
         n_read = max((text.n_read for text in texts), default=0)
         if self._check is not None and (self._check.ready or n_read >= MOST_READ):
@@ -57,7 +50,8 @@ class Pace:
                     (text.mark,) = self._mark([text])
                 yield text, positions
                 continue
-            self._wait(position.risk)
+            self._since = self._since if self._n else time.perf_counter()
+            self._n, self._risk = self._n + 1, self._risk + position.risk
             n_tokens = len(text.tokens) + text.n_read
             last = last or position.token in self._head.eos_token_ids or n_tokens == text.limit
         if last and self._check is not None:
@@ -72,12 +66,6 @@ class Pace:
     @property
     def _head(self) -> FlashHead:
         return cast(FlashHead, self._proposer.head)
-
-    def _wait(self, risk: float) -> None:
-        if not self._n:
-            self._since = time.perf_counter()
-        self._n += 1
-        self._risk += risk
 
     @property
     def _due(self) -> bool:

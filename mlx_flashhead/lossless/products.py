@@ -13,14 +13,10 @@ WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
 
 
 class SlotProduct:
-    """Logits in the order of the clusters, (k, C, n), while they are computed.
+    """Logits of states (k, D) in the order of the clusters, (k, C, n), while they are computed.
 
     On a GPU they are lazy, and computed between the steps of the model. On a CPU whose BLAS numpy
     beats, a thread computes them beside the steps.
-
-    Args:
-        head: The head.
-        hidden: (k, D) states.
     """
 
     def __init__(self, head: FlashHead, hidden: mx.array):

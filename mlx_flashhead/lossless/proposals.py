@@ -14,46 +14,33 @@ import mlx.nn as nn
 
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
-from ..head.proposal import Proposal
+from ..head.steps import Proposal
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head
 from ..models.logit_change import logit_change_of, unchanged
-from .random_state import current_random_state
-from .text import GREEDY, Position, Text
+from .text import GREEDY, Position, Text, current_random_state
 
 
 class Proposer:
     """Chooses the tokens of one loop's texts.
 
     Args:
-        model: The model.
         check: Whether the dense rows check the choices, so that they may be proposals.
         dense: Whether every token is scored at every position.
         settings: More settings of the head, keywords of ``FlashHead.settings``.
-
-    Attributes:
-        n_checks: Checks so far.
-        n_others: Tokens for which they chose another one.
-        texts: The texts of the next call's rows, in their order. Without them a call is dense, as
-            for a prompt and for the first token after it. A call takes them.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        check: bool,
-        dense: bool = False,
-        settings: dict[str, Any] | None = None,
+        self, model: nn.Module, *, check: bool, dense: bool = False, settings: dict | None = None
     ):
-        self._model, self._wanted = model, (check, dense)
-        self._settings = settings or {}
-        self.head: FlashHead | None = None
+        self._model, self._wanted, self._settings = model, (check, dense), settings or {}
         self.change: Callable[[mx.array], mx.array] | None = unchanged
         self.dense, self.check = True, False
         self.look_for_head()
+        # The texts of the next call's rows, in their order. Without them a call is dense, as for a
+        # prompt and for the first token after it. A call takes them.
         self.texts: list[Text] | None = None
-        self.n_checks = self.n_others = 0
+        self.n_checks = self.n_others = 0  # checks, and tokens for which they chose another one
         self._row = 0
         self._proposal: Proposal | None = None
         self._tokens: mx.array | None = None
@@ -76,7 +63,7 @@ class Proposer:
 
     def look_for_head(self) -> None:
         """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
-        self.head = get_flash_head(self._model)
+        self.head: FlashHead | None = get_flash_head(self._model)
         if self.head is None:
             return
         try:
@@ -109,9 +96,7 @@ class Proposer:
     def hooks(self, text: Text, before: list[int] | None = None) -> dict[str, Any]:
         """A text's sampler and processors for mlx-lm's loop.
 
-        Args:
-            text: The text.
-            before: Tokens that the loop does not give to processors, before those that it does.
+        Processors see the tokens ``before`` before those that the loop gives them.
         """
         prefix = mx.array(before, dtype=mx.uint32) if before else None
         reads_logits = text.needs_logits or self.change is not unchanged or self.head is None
@@ -119,10 +104,7 @@ class Proposer:
         return {"sampler": partial(self._take, text), "logits_processors": processors}
 
     def _project(self, head: FlashHead, hidden: mx.array) -> mx.array:
-        """In the head's place: hidden (R, L, D) → logits (R, L, V), or (R, L, 1) that say nothing.
-
-        Nothing is evaluated: the logits of a prompt stay lazy, since nobody reads them.
-        """
+        """Takes the head's place: (R, L, D) → logits (R, L, V), or (R, L, 1) that say nothing."""
         self._row, self._proposal, self._tokens = 0, None, None
         self._processed.clear()
         texts, self.texts = self.texts, None
@@ -200,12 +182,10 @@ def _needs_dense(text: Text, head: FlashHead, dtype: mx.Dtype) -> bool:
     """Whether a check could not tell what rounding does to a text's choice.
 
     A sampler of others, and a processor that may stretch differences, see the logits of several
-    states at once in the check. In float32 these are the same numbers to six digits, in 16 bits
-    they are not.
+    states at once in the check: the same numbers to six digits in float32, but not in 16 bits.
     """
-    if _is_fine(head, dtype):
-        return False
-    return text.settings is None or not all(map(moves_little, text.processors))
+    moves_much = text.settings is None or not all(map(moves_little, text.processors))
+    return moves_much and not _is_fine(head, dtype)
 
 
 def moves_little(processor: Any) -> bool:

@@ -26,17 +26,11 @@ _known: WeakKeyDictionary[FlashHead, "Rounding"] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Rounding:
-    """Distances to the dense logits of one position.
+    """Distances to the dense logits of one position."""
 
-    Attributes:
-        epsilon: Spacing of the logits' dtype, relative to a logit.
-        batch: Greatest distance of a product of several states, relative to the largest logit.
-        scored: Greatest distance of a scored token's logit, likewise; 0 if it is the same number.
-    """
-
-    epsilon: float
-    batch: float
-    scored: float
+    epsilon: float  # spacing of the logits' dtype, relative to a logit
+    batch: float  # greatest one of a product of several states, relative to the largest logit
+    scored: float  # greatest one of a scored token's logit, likewise; 0 if it is the same number
 
 
 def rounding_of(head: FlashHead, dtype: mx.Dtype) -> Rounding:

@@ -13,12 +13,12 @@ from ..head.draw import (
     Draws,
     DrawSettings,
     best_logits,
+    draw,
     noise,
     noise_of_all,
     position_key,
     threshold,
 )
-from ..head.draw import draw as draw_token
 
 # The "token" whose uniform number decides whether XTC is applied at a position.
 XTC_TOKEN = 0xFFFFFFFE
@@ -32,16 +32,7 @@ def fresh_seed() -> int:
 
 @dataclass(eq=False)
 class Sampler:
-    """Draws tokens from logits.
-
-    Attributes:
-        settings: Temperature and filters.
-        min_tokens_to_keep: Min-p keeps at least this number of tokens.
-        xtc_probability: How often XTC is applied.
-        xtc_threshold: Probability above which XTC removes all tokens but the least likely one.
-        xtc_special_tokens: Tokens that XTC leaves alone.
-        seed: Of every text; None takes one from MLX's random state for each.
-    """
+    """Draws tokens from logits; :func:`make_sampler` says what its values mean."""
 
     settings: DrawSettings
     min_tokens_to_keep: int = 1
@@ -75,14 +66,11 @@ class Sampler:
         key = position_key(seed, position)
         if self.plain:
             draws = Draws.of([(self.settings, key)])
-            return draw_token(logits, noise_of_all(draws.keys, logits.shape[-1]), draws)
+            return draw(logits, noise_of_all(draws.keys, logits.shape[-1]), draws)
         return self._choose_with_xtc(logits, key)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """For loops of others: log-probabilities (..., V) → tokens (...).
-
-        Each call is a position, and each row a text of its own.
-        """
+        """For loops of others: (..., V) → tokens (...), a position a call and a text a row."""
         if self._call_seed is None:
             self._call_seed = self.text_seed()
         rows = logprobs.reshape(-1, logprobs.shape[-1])
@@ -111,7 +99,7 @@ class Sampler:
             applied = mx.exp(-mx.exp(-chance)) <= self.xtc_probability  # the uniform number again
             kept = mx.where(applied & removed, -mx.inf, kept)
         draws = Draws.of([(DrawSettings(s.temperature, top_k=s.top_k), key)])
-        return draw_token(kept, noise_of_all(draws.keys, logits.shape[-1]), draws)
+        return draw(kept, noise_of_all(draws.keys, logits.shape[-1]), draws)
 
 
 def make_sampler(
@@ -154,14 +142,9 @@ def make_sampler(
         raise ValueError(f"top_k is {top_k}: it must be 0, which keeps all tokens, or more.")
     if min_tokens_to_keep < 1:
         raise ValueError(f"min_tokens_to_keep is {min_tokens_to_keep}: it must be at least 1.")
-    return Sampler(
-        DrawSettings(float(temp), float(top_p) or 1.0, float(min_p), int(top_k)),
-        min_tokens_to_keep=min_tokens_to_keep,
-        xtc_probability=xtc_probability,
-        xtc_threshold=xtc_threshold,
-        xtc_special_tokens=tuple(xtc_special_tokens or ()),
-        seed=seed,
-    )
+    settings = DrawSettings(float(temp), float(top_p) or 1.0, float(min_p), int(top_k))
+    xtc = (xtc_probability, xtc_threshold, tuple(xtc_special_tokens or ()))
+    return Sampler(settings, min_tokens_to_keep, *xtc, seed=seed)
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

@@ -10,36 +10,29 @@ import mlx.core as mx
 
 from ..head.draw import Draws, log_mass, noise, noise_of_all, threshold
 from ..head.flash_head import FlashHead
+from ..head.steps import Proposal
 from .rounding import Rounding
 
 # Clusters that were not scored, whose tokens a filter may keep all the same.
 MORE_CLUSTERS = 32
 
+Bounds = tuple[mx.array, mx.array]  # the lowest and the highest value
+
 
 def certain_best(
-    head: FlashHead,
-    rounding: Rounding,
-    slots: mx.array,
-    probes: mx.array,
-    scored: mx.array,
-    tokens: mx.array,
+    head: FlashHead, rounding: Rounding, slots: mx.array, proposal: Proposal
 ) -> mx.array:
-    """For proposals of the best token: (k,) bool, lazy.
+    """For a proposal of the best token of k states: (k,) bool, lazy.
 
-    Args:
-        head: The head.
-        rounding: Its rounding.
-        slots: (k, C, n), logits of k states at once, in the order of the clusters.
-        probes: (k, S), the probed clusters.
-        scored: (k, S, n), the logits of their tokens.
-        tokens: (k,), the proposals.
+    ``slots`` (k, C, n) are the logits of all states at once, in the order of the clusters.
     """
     largest = _largest(slots)
-    others = _without(slots, probes, head).max(axis=(1, 2))
-    ids = mx.take(head.clustered.token_ids, probes, axis=0)
-    logits = scored.astype(mx.float32)
+    others = _without(slots, proposal.probes, head).max(axis=(1, 2))
+    is_token = mx.take(head.clustered.token_ids, proposal.probes, axis=0)
+    is_token = is_token == proposal.tokens[:, None, None]
+    logits = proposal.logits.astype(mx.float32)
     own = mx.max(logits, axis=(1, 2))
-    second = mx.max(mx.where(ids == tokens[:, None, None], -mx.inf, logits), axis=(1, 2))
+    second = mx.max(mx.where(is_token, -mx.inf, logits), axis=(1, 2))
     # mlx-lm's loop takes the best log-probability, which is rounded once more
     below = mx.logsumexp(logits.flatten(1), axis=-1) - own + (own - second) + 0.5
     merged = below * rounding.epsilon
@@ -49,34 +42,30 @@ def certain_best(
 
 
 def certain_draw(
-    head: FlashHead,
-    rounding: Rounding,
-    slots: mx.array,
-    probes: mx.array,
-    scored: mx.array,
-    tokens: mx.array,
-    draws: Draws,
+    head: FlashHead, rounding: Rounding, slots: mx.array, proposal: Proposal, draws: Draws
 ) -> mx.array:
-    """For drawn proposals, as :func:`certain_best`.
+    """For a proposal of drawn tokens, as :func:`certain_best`.
 
     Either every row's draw leaves tokens out, or none's. Without filters any token may be drawn.
     """
     largest = _largest(slots)[:, None]
     room, room_scored = rounding.batch * largest, rounding.scored * largest
-    others = _without(slots, probes, head)
+    probes, others = proposal.probes, _without(slots, proposal.probes, head)
     tail = mx.logsumexp(others.flatten(1), axis=-1)[:, None]
     near, left = _nearest(others)
     ids = mx.take(head.clustered.token_ids, mx.concatenate([probes, near], axis=-1), axis=0)
     ids = ids.flatten(1)
-    logits = scored.astype(mx.float32).flatten(1)
+    logits = proposal.logits.astype(mx.float32).flatten(1)
     more = mx.take_along_axis(others, near[..., None], axis=1).flatten(1)
-    low = mx.concatenate([logits - room_scored, more - room], axis=-1)
-    high = mx.concatenate([logits + room_scored, more + room], axis=-1)
-    n_scored = logits.shape[-1]
-    least = mx.logaddexp(log_mass(low[:, :n_scored]), tail - room)
-    most = mx.logaddexp(log_mass(high[:, :n_scored]), tail + room)
-    own = ids == tokens[:, None]
-    worst, rival, lowest = _outcomes(low, high, own, noise(draws.keys, ids), draws, least, most)
+    bounds = (
+        mx.concatenate([logits - room_scored, more - room], axis=-1),
+        mx.concatenate([logits + room_scored, more + room], axis=-1),
+    )
+    least = mx.logaddexp(log_mass(logits - room_scored), tail - room)
+    most = mx.logaddexp(log_mass(logits + room_scored), tail + room)
+    own = ids == proposal.tokens[:, None]
+    gumbel = noise(draws.keys, ids)
+    worst, rival, lowest = _outcomes(bounds, (least, most), own, gumbel, draws)
     if draws.of_rows[0].filters:
         return (worst > rival) & (left + room[:, 0] < lowest)
     gumbel = noise_of_all(draws.keys, head.vocab_size)
@@ -89,17 +78,9 @@ def certain_draw(
 def certain_within(
     logits: mx.array, room: mx.array, epsilon: float, token: int, draws: Draws | None
 ) -> mx.array:
-    """For a choice from the logits of all tokens, each of which may lie ``room`` away.
+    """For a choice from the logits of all tokens (1, V), each of which may lie ``room`` away.
 
-    Args:
-        logits: (1, V), what the choice is made of.
-        room: The distance, a scalar.
-        epsilon: Spacing of the logits' dtype, relative to a logit.
-        token: The proposal.
-        draws: Of the position; None takes the best logit.
-
-    Returns:
-        (1,) bool, lazy.
+    ``epsilon`` is the spacing of their dtype, relative to a logit. Returns (1,) bool, lazy.
     """
     values = logits.astype(mx.float32)
     own = (mx.arange(values.shape[-1]) == token)[None]
@@ -108,30 +89,19 @@ def certain_within(
         second = mx.max(mx.where(own, -mx.inf, values), axis=-1)
         merged = (log_mass(values)[:, 0] - second + 0.5) * epsilon
         return best - second > 2 * room + merged
-    low, high = values - room, values + room
+    bounds = values - room, values + room
+    mass = log_mass(bounds[0]), log_mass(bounds[1])
     gumbel = noise_of_all(draws.keys, values.shape[-1])
-    worst, rival, _ = _outcomes(low, high, own, gumbel, draws, log_mass(low), log_mass(high))
+    worst, rival, _ = _outcomes(bounds, mass, own, gumbel, draws)
     return worst > rival
 
 
 def _outcomes(
-    low: mx.array,
-    high: mx.array,
-    own: mx.array,
-    gumbel: mx.array,
-    draws: Draws,
-    least: mx.array,
-    most: mx.array,
+    bounds: Bounds, mass: Bounds, own: mx.array, gumbel: mx.array, draws: Draws
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The proposal at its worst, and the others at their best.
-
-    Each logit lies between ``low`` and ``high`` (k, K), the log of the mass of all tokens between
-    ``least`` and ``most`` (k, 1).
-
-    Returns:
-        (k,) the proposal's lowest noisy logit, -inf where it may be left out; (k,) the highest one
-        of any other that may be kept; (k,) the lowest logit that may be kept.
-    """
+    """By the bounds of logits (k, K) and of the log of the mass (k, 1): the proposal's lowest noisy
+    logit, -inf where it may be left out; the highest of any other; the lowest that may be kept."""
+    (low, high), (least, most) = bounds, mass
     surely, maybe = threshold(high, draws, least), threshold(low, draws, most)
     inverse = draws.settings[:, :1]
     worst = mx.where(own & (low >= surely), low * inverse + gumbel, -mx.inf)

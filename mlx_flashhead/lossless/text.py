@@ -1,21 +1,46 @@
 """One text in progress: how its tokens are chosen, and those that wait for their check."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
 
 from ..head.draw import DrawSettings, position_key
-from ..head.proposal import Proposal
+from ..head.steps import Proposal
 from ..models.compat.sample_utils import greedy_sampler
-from .random_state import random_state
 from .sampler import Sampler, fresh_seed
 
 Processor = Callable[[Any, mx.array], mx.array]
 ForeignSampler = Callable[[mx.array], mx.array]
 
 GREEDY = DrawSettings()
+
+
+def current_random_state() -> mx.array:
+    """MLX's random state, (2,) uint32. Lazy."""
+    return mx.random.state[0]  # type: ignore[index]
+
+
+def set_random_state(state: mx.array) -> None:
+    """Makes ``state`` (2,) uint32 MLX's random state. Waits for it."""
+    high, low = cast(list[int], state.tolist())
+    mx.random.seed(high << 32 | low)
+
+
+@contextmanager
+def random_state(state: mx.array | None) -> Iterator[None]:
+    """Within the block MLX's random state is ``state``; with None it stays as it is."""
+    if state is None:
+        yield
+        return
+    before = current_random_state()
+    set_random_state(state)
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 def begin(processors: Sequence[Processor] | None) -> None:
@@ -27,21 +52,13 @@ def begin(processors: Sequence[Processor] | None) -> None:
 
 @dataclass(eq=False)
 class Position:
-    """A place in a text whose token has been chosen.
+    """A place in a text whose token has been chosen."""
 
-    Attributes:
-        proposal: What the head proposed; None where the dense logits chose the token.
-        row: The position's row there.
-        random_state: MLX's random state before another's sampler was called.
-        logprobs: (V,) log-probabilities of the dense logits, where they are wanted and known.
-        token: The token, as soon as it is read.
-    """
-
-    proposal: Proposal | None = None
-    row: int = 0
-    random_state: mx.array | None = None
-    logprobs: mx.array | None = None
-    token: int | None = None
+    proposal: Proposal | None = None  # None where the dense logits chose the token
+    row: int = 0  # of the proposal
+    random_state: mx.array | None = None  # MLX's, before another's sampler was called
+    logprobs: mx.array | None = None  # (V,) of the dense logits, where wanted and known
+    token: int | None = None  # as soon as it is read
 
     @property
     def dense(self) -> bool:
@@ -63,70 +80,45 @@ class Position:
 
 @dataclass(eq=False)
 class Text:
-    """A text in progress.
+    """A text in progress."""
 
-    Attributes:
-        sampler: The package's, or another's function of log-probabilities (1, V); None takes the
-            best token.
-        processors: Functions of the tokens (n,) and logits (1, V), in their order.
-        prompt: Tokens before the text, for the processors.
-        logprobs: Whether its log-probabilities are wanted.
-        beside_others: Whether other texts are generated at the same time. Then a sampler of others
-            draws from a random state of each position instead of MLX's own.
-        limit: Tokens after which it ends.
-        tokens: The confirmed tokens.
-        waiting: The positions after them, in order.
-        n_given: Tokens that the caller has.
-        n_held: Tokens in the caches.
-        refused: Whether the caches hold another token in the last one's place.
-        mark: The caches at a confirmed token, for the way back.
-    """
-
+    # The package's, or another's function of log-probabilities (1, V); None takes the best token.
     sampler: Sampler | ForeignSampler | None
-    processors: Sequence[Processor] = ()
-    prompt: list[int] = field(default_factory=list)
-    logprobs: bool = False
+    processors: Sequence[Processor] = ()  # of the tokens (n,) and logits (1, V), in their order
+    prompt: list[int] = field(default_factory=list)  # before the text, for the processors
+    logprobs: bool = False  # whether they are wanted
+    # Whether other texts are generated at the same time. Then a sampler of others draws from a
+    # random state of each position instead of MLX's own.
     beside_others: bool = False
-    limit: int = -1
-    tokens: list[int] = field(default_factory=list)
-    waiting: list[Position] = field(default_factory=list)
-    n_held: int = 0
-    refused: bool = False
-    mark: Any = None
+    limit: int = -1  # tokens after which it ends
+    tokens: list[int] = field(default_factory=list)  # confirmed ones
+    waiting: list[Position] = field(default_factory=list)  # after them, in order
+    n_held: int = 0  # tokens in the caches
+    refused: bool = False  # whether the caches hold another token in the last one's place
+    mark: Any = None  # the caches at a confirmed token, for the way back
+    uid: int = 0  # its number for a batch's caller
 
     def __post_init__(self):
         if self.sampler is greedy_sampler:
             self.sampler = None
         self.processors = list(self.processors)
-        self.n_given = len(self.tokens)
+        self.n_given = len(self.tokens)  # tokens that the caller has
         self.seed = 0
+        # The settings of its draws, None where these do not describe its sampler.
+        self.settings: DrawSettings | None = GREEDY if self.sampler is None else None
+        # Whether its sampler draws from MLX's random state, which a check has to put back.
+        self.replays = False
         if isinstance(self.sampler, Sampler):
+            if self.sampler.plain:
+                self.settings = self.sampler.settings
             if not self.sampler.settings.greedy:
                 self.seed = self.sampler.text_seed()
-        elif self.sampler is not None and self.beside_others:
-            self.seed = fresh_seed()
+        elif self.sampler is not None:
+            self.replays = not self.beside_others
+            self.seed = fresh_seed() if self.beside_others else 0
+        self.needs_logits = bool(self.processors) or self.settings is None  # of all tokens
         if not self.tokens:
             begin(self.processors)
-
-    @property
-    def settings(self) -> DrawSettings | None:
-        """The settings of its draws, None where these do not describe its sampler."""
-        if self.sampler is None:
-            return GREEDY
-        if isinstance(self.sampler, Sampler) and self.sampler.plain:
-            return self.sampler.settings
-        return None
-
-    @property
-    def replays(self) -> bool:
-        """Whether its sampler draws from MLX's random state, which a check has to put back."""
-        foreign = self.sampler is not None and not isinstance(self.sampler, Sampler)
-        return foreign and not self.beside_others
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether a choice needs logits of all tokens."""
-        return bool(self.processors) or self.settings is None
 
     @property
     def n_chosen(self) -> int:
@@ -143,10 +135,9 @@ class Text:
         return position_key(self.seed, index)
 
     def process(self, logits: mx.array, index: int = 0, tokens: mx.array | None = None) -> mx.array:
-        """The logits (1, V) after the processors.
+        """The logits (1, V) after the processors, which may write into them.
 
         Args:
-            logits: They may be written into.
             index: The token's place in the text.
             tokens: (n,) uint32, the tokens before it, if the caller has them.
         """
@@ -159,12 +150,9 @@ class Text:
         return logits
 
     def pick(self, logits: mx.array, logprobs: mx.array, index: int) -> mx.array:
-        """The token that processed logits (1, V) choose, (1,) uint32.
+        """The token (1,) uint32 that processed logits (1, V) choose.
 
-        Args:
-            logits: The logits.
-            logprobs: The same, normalized as mlx-lm's loops do.
-            index: The token's place in the text.
+        ``logprobs`` are the same, normalized as mlx-lm's loops do.
         """
         settings = self.settings
         if settings is not None and settings.greedy:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -43,31 +44,18 @@ TOKENS = 5  # whose times make a median
 
 @dataclass(frozen=True)
 class Tuning:
-    """The settings of the checked loop on one machine.
+    """The settings of the checked loop on one machine."""
 
-    Attributes:
-        n_probes: Clusters scored for a proposal, at most.
-        depth: Nats below the mass of all tokens from which a cluster is left out.
-        most_waiting: Tokens that may wait for a check.
-        most_risk: Sum of their risks at which they are checked.
-        gain: Tokens per second relative to dense decoding, the median of the turns.
-        dense_seconds: Time of a token when it is decoded densely.
-        spread: Half of the range of the turns' gains.
-        dense: Whether dense decoding is as fast, so that the steps stay dense.
-        again: Whether it should be measured once more, since the turns differ.
-        checked_positions: Texts at once up to which proposals are faster than the dense product;
-            None where there was no time to measure it.
-    """
-
-    n_probes: int
-    depth: float
-    most_waiting: int
-    most_risk: float
-    gain: float
-    dense_seconds: float
-    spread: float
-    dense: bool
-    again: bool = False
+    n_probes: int  # clusters scored for a proposal, at most
+    depth: float  # nats below the mass of all tokens from which a cluster is left out
+    most_waiting: int  # tokens that may wait for a check
+    most_risk: float  # sum of their risks at which they are checked
+    gain: float  # tokens per second relative to dense decoding, the median of the turns
+    dense_seconds: float  # time of a token when it is decoded densely
+    spread: float  # half of the range of the turns' gains
+    dense: bool  # whether dense decoding is as fast, so that the steps stay dense
+    again: bool = False  # whether it should be measured once more, since the turns differ
+    # Texts at once up to which proposals are faster than the dense product, if it was measured.
     checked_positions: int | None = None
 
     def apply(self, head: FlashHead) -> None:
@@ -92,10 +80,6 @@ def tune(
         model: A model with a FlashHead.
         differences: Shares of positions with another proposal, by number of probes, as the index
             has them: ``n_probes``, ``greedy_differs``.
-        seconds: The time to take.
-
-    Returns:
-        The settings.
     """
     head = installed_head(model)
     usual = head.checked_probes
@@ -105,7 +89,7 @@ def tune(
     yield
     slow = dense > seconds / 20
     shares = {int(d["n_probes"]): d["greedy_differs"] for d in differences}
-    expected = {}
+    expected: dict[tuple[int, float, int, float], float] = {}
     depths = (NO_DEPTH,) if slow or head.backend == PORTABLE else (NO_DEPTH, DEPTH)
     waiting = WAITING[:2] if slow else WAITING
     checks = {k: steps.check_seconds(k) for k in waiting}  # the dense rows, for any probes
@@ -118,7 +102,7 @@ def tune(
             for k in waiting:
                 seconds_of_token, risk = expected_seconds(step, checks, share, k)
                 expected[n_probes, depth, k, risk] = seconds_of_token
-    settings = min(expected, key=lambda settings: expected[settings])
+    settings = min(expected, key=expected.__getitem__)
     Tuning(*settings, 1.0, dense, 0.0, dense=False).apply(head)
     k = settings[2]
     yield
@@ -151,11 +135,8 @@ def expected_seconds(
     sqrt(2Fq / step). Real risks come in lumps. On those that `tests/loading/test_tuned.py` draws,
     this R takes at most 1 % more time than the best threshold.
 
-    Args:
-        step: Seconds of a step without a check.
-        checks: Seconds of a check, by its number of states.
-        share: The share of tokens that differ, 0 if it is not known.
-        k: Tokens that wait at most.
+    ``checks`` are the seconds of checks by their number of states. ``share`` is q, 0 if it is not
+    known, and k tokens wait at most.
     """
     fewest, most = min(checks), max(checks)
     per_state = max(checks[most] - checks[fewest], 0.0) / (most - fewest)
@@ -169,31 +150,23 @@ def expected_seconds(
 
 def _grid(head: FlashHead, usual: int, shares: dict[int, float]) -> list[int]:
     """Numbers of probes to try: the index's, and some that it knows about."""
-    wanted = {max(1, min(head.n_clusters, round(usual * share))) for share in SHARES}
-    if not shares:
-        return [usual]
-    return sorted({min(shares, key=lambda known: abs(known - n)) for n in wanted} | {usual})
+    wanted = [max(1, min(head.n_clusters, round(usual * share))) for share in SHARES]
+    near = [min(shares, key=lambda known: abs(known - n)) for n in wanted if shares]
+    return sorted({usual, *near})
 
 
 def _share(shares: dict[int, float], n_probes: int) -> float:
     """The share of differences at a number of probes: that of the nearest known number below."""
     below = [n for n in shares if n <= n_probes]
-    if not below:
-        return max(shares.values(), default=0.0)
-    return shares[max(below)]
+    return shares[max(below)] if below else max(shares.values(), default=0.0)
 
 
 class _Steps:
-    """Steps of a model on a short text of no meaning.
-
-    Args:
-        model: The model, with a FlashHead.
-    """
+    """Steps of a model on a short text of no meaning."""
 
     def __init__(self, model: nn.Module):
         self._model, self._head = model, installed_head(model)
-        vocab_size = self._head.vocab_size
-        ids = [(7919 * i + 13) % vocab_size for i in range(PROMPT)]
+        ids = [(7919 * i + 13) % self._head.vocab_size for i in range(PROMPT)]
         self._prompt = mx.array(ids, dtype=mx.uint32)
         self._dtype = hidden_dtype(model)
 
@@ -209,19 +182,14 @@ class _Steps:
         proposal = head.propose(hidden, None)
         mx.eval(proposal)
         rounding = rounding_of(head, self._dtype)
-        parts = proposal.probes, proposal.logits, proposal.tokens
-
-        def check() -> mx.array:
-            return certain_best(head, rounding, SlotProduct(head, hidden).result(), *parts)
-
-        return _better_of_two(check)
+        return _better_of_two(
+            lambda: certain_best(head, rounding, SlotProduct(head, hidden).result(), proposal)
+        )
 
     def checked_positions(self, check: float, end: float) -> int | None:
         """The largest number of rows whose proposals and checks beat their dense product.
 
-        Args:
-            check: Seconds of a row's check.
-            end: When there is no more time, by the clock; then it is not known.
+        A row's check takes ``check`` seconds. None if the time is up at ``end``.
         """
         head, most = self._head, 1
         for n in ROWS:
@@ -250,12 +218,8 @@ class _Steps:
         steps = checked_steps(
             self._prompt, self._model, proposer=proposer, max_tokens=n_tokens, logprobs=False
         )
-        times, before = [], time.perf_counter()
-        for _ in steps:
-            now = time.perf_counter()
-            times.append(now - before)
-            before = now
-        return times
+        moments = [time.perf_counter(), *(time.perf_counter() for _ in steps)]
+        return [after - before for before, after in pairwise(moments)]
 
 
 def _better_of_two(function: Callable[[], Any]) -> float:

@@ -18,25 +18,17 @@ AHEAD = 96  # tokens by which a cache may be ahead of the confirmed ones, at mos
 
 @dataclass(frozen=True)
 class Mark:
-    """Caches as of one token.
+    """Caches as of one token."""
 
-    Attributes:
-        n_tokens: Tokens of the text that they hold.
-        layers: A copy of each layer's cache; None for one that can be trimmed back to here.
-        offsets: The length of each layer's cache, None where it is not known.
-    """
-
-    n_tokens: int
-    layers: Sequence[Any]
-    offsets: Sequence[int | None]
+    n_tokens: int  # of the text, in the caches
+    layers: Sequence[Any]  # a copy of each layer's cache; None for one that can be trimmed to here
+    offsets: Sequence[int | None]  # the length of each layer's cache, where it is known
 
 
 def kept(cache: Sequence[Any], quantized_from: int | None = None) -> list[Any]:
     """For a mark, a copy of each layer's cache; None for one that can be trimmed.
 
-    Args:
-        cache: The cache of each layer.
-        quantized_from: Length at which mlx-lm quantizes a cache; None: never.
+    mlx-lm quantizes a cache of the length ``quantized_from``, None: never.
 
     Raises:
         ValueError: If a cache can neither be trimmed nor copied.
@@ -47,14 +39,9 @@ def kept(cache: Sequence[Any], quantized_from: int | None = None) -> list[Any]:
 def go_back(
     cache: list[Any], marked: Mark, text: Text, wanted: int, feed: Callable[[list[int]], None]
 ) -> None:
-    """Brings a text's caches to its first ``wanted`` tokens, in place.
+    """Brings a text's caches to its first ``wanted`` tokens, fewer or more than now, in place.
 
-    Args:
-        cache: The cache of each layer.
-        marked: A mark at or before ``wanted``.
-        text: The text.
-        wanted: Tokens that the caches shall hold, fewer or more than they do.
-        feed: Feeds a token, as a list of one, to the model.
+    ``marked`` is at or before them. ``feed`` feeds a token, as a list of one, to the model.
     """
     n_held, n_right = text.n_held, min(text.n_held, len(text.tokens) - text.refused)
     text.n_held, text.refused = wanted, False

@@ -32,8 +32,7 @@ def numpy_is_faster() -> bool:
 def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
     """Within the block, linear layers and embeddings as heads multiply by numpy if it is faster.
 
-    Args:
-        lazy: A layer that stays as it is, since its product may never be needed.
+    But for the layer ``lazy``, whose product may never be needed.
     """
     if not numpy_is_faster():
         yield
@@ -109,10 +108,7 @@ def to_mlx(array: np.ndarray) -> mx.array:
 
 
 def slot_products(rows: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """Products with rows in clusters: (C, n, D) and (k, D) float32 → (k, C, n).
-
-    The rows of a cluster may lie by columns.
-    """
+    """Rows in clusters (C, n, D), maybe by columns, times states (k, D) float32 → (k, C, n)."""
     if rows.flags.c_contiguous:
         return (states @ rows.reshape(-1, rows.shape[-1]).T).reshape(-1, *rows.shape[:2])
     products = np.matmul(states[None], rows.swapaxes(1, 2))  # (C, k, n)

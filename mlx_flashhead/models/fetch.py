@@ -21,13 +21,8 @@ from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a model: itself, or its download from the Hugging Face Hub.
 
-    Args:
-        path_or_repo: The folder or the repository.
-        revision: Branch, tag or commit of the repository.
-        files: Patterns of what to download; default: the whole checkpoint.
-
-    Raises:
-        ValueError: If neither the folder nor the repository exists.
+    ``files`` are patterns of what to download; default: the whole checkpoint. ValueError if neither
+    the folder nor the repository exists.
     """
     if not str(path_or_repo):
         raise ValueError("The name of the model is empty: give a folder or a repository.")
@@ -57,29 +52,24 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
 
 def _not_given(name: str, revision: str | None, error: Exception) -> str:
     """A sentence on a repository that cannot be downloaded."""
-    missing = f"There is no folder {name!r} here, and"
-    if isinstance(error, GatedRepoError):
-        page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
-        return f"{name} is gated: ask for access on {page}, then log in with `hf auth login`."
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{missing} no such repository on the Hugging Face Hub: check the name, or log in with "
-            "`hf auth login` if it is private."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"The repository {name} has no revision {revision!r}: its page lists them."
-    if isinstance(error, HFValidationError):
-        return f"{missing} it cannot be a repository: give a folder or OWNER/NAME."
-    if isinstance(error, LocalEntryNotFoundError):
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            return (
-                f"{missing} it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
-            )
-        return f"{missing} the Hugging Face Hub cannot be reached: check the network and the name."
-    return (
-        f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check the name and "
-        "the network."
-    )
+    missing, constants = f"There is no folder {name!r} here, and", huggingface_hub.constants
+    page = f"{constants.ENDPOINT}/{name}"
+    unreached = "the Hugging Face Hub cannot be reached: check the network and the name."
+    if constants.HF_HUB_OFFLINE:
+        unreached = "it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
+    sentences = {
+        GatedRepoError: f"{name} is gated: ask for access on {page}, then log in with "
+        "`hf auth login`.",
+        RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face Hub: check the "
+        "name, or log in with `hf auth login` if it is private.",
+        RevisionNotFoundError: f"The repository {name} has no revision {revision!r}: its page "
+        "lists them.",
+        HFValidationError: f"{missing} it cannot be a repository: give a folder or OWNER/NAME.",
+        LocalEntryNotFoundError: f"{missing} {unreached}",
+        Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check the "
+        "name and the network.",
+    }
+    return next(said for kind, said in sentences.items() if isinstance(error, kind))
 
 
 def reason(error: Exception) -> str:

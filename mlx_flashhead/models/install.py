@@ -9,7 +9,7 @@ in the model's own order when it is read.
 
 import copy
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,11 +23,7 @@ from .compat.vlm.head_weights import keep_from_weights
 from .libraries import is_vlm
 from .locate import EMBEDDING, Asker, HeadLocation, check_plain_product, find_head
 
-# Base of the classes below while types are checked.
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
+_Module: Any = object  # the methods of nn.Module come from the class beside those below
 
 NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 
@@ -39,11 +35,7 @@ def get_flash_head(model: nn.Module) -> FlashHead | None:
 
 
 def installed_head(model: nn.Module) -> FlashHead:
-    """The FlashHead installed on ``model``.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The FlashHead installed on ``model``, or ValueError."""
     head = get_flash_head(model)
     if head is None:
         raise ValueError(NO_FLASH_HEAD)
@@ -66,19 +58,14 @@ def install(
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
 
-    Each Metal kernel runs once. If one fails, the head takes the portable path.
-
-    Order matters: load, cast, quantize, apply adapters and shard first, then install.
+    Each Metal kernel runs once. If one fails, the head takes the portable path. Order matters:
+    load, cast, quantize, apply adapters and shard first, then install.
 
     Args:
-        model: Any model of mlx-lm or mlx-vlm whose head :func:`find_head` finds.
         token_ids: (C, cluster_size) integers, V in padded slots.
         centroids: Centroids fitted for these clusters.
         location: The head, where it is already known, and known to be a plain product.
         **settings: The other arguments of :class:`FlashHead`.
-
-    Returns:
-        The installed head.
 
     Raises:
         ValueError: If one is installed already, the head is not supported, an argument is not
@@ -106,11 +93,8 @@ def install(
         raise
     mx.clear_cache()  # it holds the rows in their old order
     mx.eval(head.arrays())
-    around = [
-        module
-        for path, module in model.named_modules()
-        if not path or location.path.startswith(f"{path}.")
-    ]
+    paths = [(path and f"{path}.", parent) for path, parent in model.named_modules()]
+    around = [parent for path, parent in paths if location.path.startswith(path)]
     module._flash_head = head
     module._asked_by = location.asked_by
     # its name, since MLX's dtypes do not pickle
@@ -137,11 +121,7 @@ def _leave_to_drafter(model: nn.Module, _drafter: nn.Module, _kind: str) -> None
 
 
 def detach(model: nn.Module) -> None:
-    """Restores the dense model, bit for bit.
-
-    Raises:
-        ValueError: If no FlashHead is installed.
-    """
+    """Restores the dense model, bit for bit; ValueError without a FlashHead."""
     module = installed_module(model)
     if module is None:
         raise ValueError("There is no FlashHead on this model to detach.")
@@ -158,9 +138,6 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
     Compare the speed of two models only if they share their arrays: the place of the arrays in
     memory alone changes the time of a step by up to a tenth on a CPU.
-
-    Raises:
-        ValueError: If no FlashHead is installed.
     """
     dense = copy.deepcopy(model)
     detach(dense)
@@ -175,18 +152,15 @@ def _put_back(module: nn.Module, head: FlashHead) -> None:
 
 
 def _subclass(module: nn.Module, mixin: type) -> None:
-    module.__class__ = _class_of(mixin, type(module))
+    base = type(module)
+    module.__class__ = type(base.__name__, (mixin, base), {"__module__": base.__module__})
 
 
-def _class_of(mixin: type, base: type) -> Any:
-    return type(base.__name__, (mixin, base), {"__module__": base.__module__})
-
-
-def _unpickled(mixin: type, base: type, arrays: dict, attributes: dict) -> nn.Module:
-    cls = _class_of(mixin, base)
-    module = cls.__new__(cls)
+def _unpickled(mixin: type, base: Any, arrays: dict, attributes: dict) -> nn.Module:
+    module = base.__new__(base)
     dict.update(module, arrays)
     vars(module).update(attributes)
+    _subclass(module, mixin)
     return module
 
 
@@ -207,7 +181,7 @@ def installed_module(model: nn.Module) -> nn.Module | None:
 class _FlashParent(_Pickled, _Module):
     """A module around an installed one: refuses an update of it before it changes anything."""
 
-    def update(self, parameters, strict=True):  # type: ignore[override]  # as nn.Module's
+    def update(self, parameters, strict=True):
         modules = dict(self.named_modules())
         for path in dict(tree_flatten(parameters)):
             of_module, _, key = path.rpartition(".")
@@ -218,10 +192,9 @@ class _FlashParent(_Pickled, _Module):
 
 
 class _FlashModule(_Pickled, _Module):
-    """An installed module.
+    """An installed module, whose dict holds None for each array that the FlashHead keeps.
 
-    Its dict holds None in place of each array that the FlashHead keeps. Reading such an array gives
-    it in the model's own order, lazily. Writing it raises.
+    Reading such an array gives it in the model's own order, lazily. Writing it raises.
     """
 
     _flash_head: FlashHead
@@ -233,7 +206,7 @@ class _FlashModule(_Pickled, _Module):
 
         Gradients do not pass through the choice of clusters, so training uses all rows.
         """
-        head, frame = self._flash_head, sys._getframe(2)
+        head, frame = self._flash_head, sys._getframe(1)
         if head.only_drafts and drafter_asks(frame):
             return head.draft_logits(hidden)
         asked_by = Asker.of(frame.f_code)
@@ -290,15 +263,13 @@ class _FlashModule(_Pickled, _Module):
 class _FlashLinear(_FlashModule):
     """A linear layer whose product is a FlashHead's."""
 
-    def __call__(self, hidden: mx.array) -> mx.array:
-        return self._project(hidden)
+    __call__ = _FlashModule._project
 
 
 class _FlashEmbedding(_FlashModule):
     """A tied embedding: looks tokens up in the reordered rows, projects through a FlashHead."""
 
+    as_linear = _FlashModule._project
+
     def __call__(self, token_ids: mx.array) -> mx.array:
         return self._flash_head.embedding(token_ids)
-
-    def as_linear(self, hidden: mx.array) -> mx.array:
-        return self._project(hidden)

@@ -20,22 +20,13 @@ def is_vlm(model: nn.Module) -> bool:
     return any(cls.__module__.split(".")[0] == "mlx_vlm" for cls in type(model).__mro__)
 
 
-def library(model: nn.Module) -> str:
-    """The name of the model's library, for messages."""
-    return "mlx-vlm" if is_vlm(model) else "mlx-lm"
-
-
 def architecture(model: nn.Module) -> str:
     """The name of the model's architecture, for messages."""
     return type(model).__module__.rsplit(".", 1)[-1]
 
 
 def forward(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
-    """The logits (B, L, V) of token ids (B, L). The model stays as it was.
-
-    Args:
-        cache: What a model of mlx-lm has read before, which the tokens join.
-    """
+    """The logits (B, L, V) of token ids (B, L), after a cache of mlx-lm. Nothing else changes."""
     whole: Any = model
     if is_vlm(model):
         with _as_it_was(model):
@@ -57,21 +48,14 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, arrays, attributes in held:
-            for key in [key for key in dict.keys(module) if key not in arrays]:
-                dict.pop(module, key)
-            changed = {key for key in arrays if dict.get(module, key) is not arrays[key]}
-            dict.update(module, {key: arrays[key] for key in changed})
-            for key in [key for key in vars(module) if key not in attributes]:
-                del vars(module)[key]
+            dict.clear(module)
+            dict.update(module, arrays)
+            vars(module).clear()
             vars(module).update(attributes)
 
 
 def check_writes_text(model: nn.Module) -> None:
-    """Checks that a model of mlx-vlm writes text, one token after the other.
-
-    Raises:
-        UnsupportedHeadError: If it does not.
-    """
+    """Raises UnsupportedHeadError for a model that does not write one token after the other."""
     if not is_vlm(model):
         return
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "language_model"):
@@ -92,11 +76,7 @@ def check_writes_text(model: nn.Module) -> None:
 
 
 def check_has_head(model: nn.Module) -> None:
-    """Checks that the head of a model has not been taken away, as mlx-vlm does for embeddings.
-
-    Raises:
-        UnsupportedHeadError: If it has.
-    """
+    """Raises UnsupportedHeadError if the head is taken away, as mlx-vlm does for embeddings."""
     if is_vlm(model) and getattr(getattr(model, "language_model", None), "lm_head", model) is None:
         raise _without_text(model)
 

@@ -7,19 +7,22 @@ and whose output is as wide as the logits.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..head.formats import AFFINE
 from ..head.matrix import Matrix
+from .compat.replaced import replaced
 from .compat.vlm.drafts import own_head
 from .compat.vlm.head_weights import DECISIONS
 from .errors import UnsupportedHeadError
-from .libraries import architecture, check_has_head, check_writes_text, forward, library
+from .libraries import architecture, check_has_head, check_writes_text, forward, is_vlm
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
 
@@ -35,13 +38,10 @@ class Asker(NamedTuple):
         return cls(code.co_filename, code.co_qualname)
 
     def wants_logits(self, usual: "Asker | None") -> bool:
-        """Whether this function decodes with a head's product.
+        """Whether this function decodes with a head's product, as the ``usual`` one does.
 
         The other functions of a model's file do not: gemma4_text finds tokens by their embeddings.
         mlx-vlm's models have several functions for logits.
-
-        Args:
-            usual: The function that makes the model's logits, if it is known.
         """
         if usual is None or self == usual:
             return True
@@ -53,53 +53,32 @@ class Asker(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadLocation:
-    """Where a model makes its logits.
+    """Where a model makes its logits."""
 
-    Attributes:
-        module: The output projection itself.
-        path: Its dotted name in the model, such as "lm_head" or "model.embed_tokens".
-        method: "__call__" for a linear layer, "as_linear" for a tied embedding.
-        asked_by: The function of the model that asks it for the logits; None if unknown.
-        hidden_dtype: Dtype of its input states.
-    """
-
-    module: nn.Module
-    path: str
-    method: str
-    asked_by: Asker | None = None
-    hidden_dtype: mx.Dtype = mx.float32
+    module: nn.Module  # the output projection itself
+    path: str  # its dotted name in the model, such as "lm_head" or "model.embed_tokens"
+    method: str  # "__call__" for a linear layer, "as_linear" for a tied embedding
+    asked_by: Asker | None = None  # the model's function that asks it for the logits, if known
+    hidden_dtype: mx.Dtype = mx.float32  # of its input states
 
     @property
     def tied(self) -> bool:
         return self.method == EMBEDDING
 
     def rows(self) -> Matrix:
-        """The head's rows as the module stores them.
-
-        Raises:
-            UnsupportedHeadError: If they have a scale of the whole matrix besides.
-        """
+        """The rows as stored; UnsupportedHeadError if they have a scale of the whole matrix."""
         module = self.module
         if "global_scale" in module:
             raise UnsupportedHeadError(
                 f"The rows of {self.path!r} have a global_scale (NVFP4 of newer mlx), which "
                 "FlashHead does not read: use the model without FlashHead."
             )
-        scales = module.get("scales")
-        quantization = {}
-        if scales is not None:
-            quantization = {
-                "group_size": module.group_size,
-                "bits": module.bits,
-                "mode": getattr(module, "mode", "affine"),
-            }
-        return Matrix(
-            weight=module["weight"],
-            scales=scales,
-            biases=module.get("biases"),
-            bias=module.get("bias"),
-            **quantization,
-        )
+        names = ("weight", "scales", "biases", "bias")
+        arrays: dict[str, Any] = {name: module.get(name) for name in names}
+        if "scales" not in module:
+            return Matrix(**arrays)
+        mode = getattr(module, "mode", AFFINE)
+        return Matrix(**arrays, group_size=module.group_size, bits=module.bits, mode=mode)
 
 
 def find_head(model: nn.Module) -> HeadLocation:
@@ -125,7 +104,7 @@ def find_head(model: nn.Module) -> HeadLocation:
             location = HeadLocation(module, "", method, asked_by, hidden.dtype)
             calls.append((output.shape[-1], location))
 
-    name, home = architecture(model), library(model)
+    name, home = architecture(model), "mlx-vlm" if is_vlm(model) else "mlx-lm"
     try:
         with _observed(classes, record):
             vocab_size = forward(model, mx.array([[0]])).shape[-1]
@@ -135,11 +114,8 @@ def find_head(model: nn.Module) -> HeadLocation:
             f"{home}'s code of this {name!r} model fails on a token by itself "
             f"({type(error).__name__}: {error}), so it cannot be served with FlashHead either."
         ) from error
-    found = [
-        call
-        for width, call in calls
-        if width == vocab_size and call.module["weight"].shape[0] == vocab_size
-    ]
+    wide = [call for width, call in calls if width == vocab_size]
+    found = [call for call in wide if call.module["weight"].shape[0] == vocab_size]
     if not found:
         _refuse_split(calls, vocab_size, name)
         for path, adapted in model.named_modules():  # DoRA multiplies the rows itself
@@ -176,12 +152,9 @@ def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
 
 
 def check_plain_product(location: HeadLocation) -> None:
-    """Checks on one random state that the layer is the product with its rows.
+    """Checks on one random state of the model's dtype that the layer multiplies by its rows.
 
-    The state has the model's own dtype, which avoids casts and copies of the rows.
-
-    Raises:
-        UnsupportedHeadError: If it is not: sharded, rotated or otherwise special layers.
+    UnsupportedHeadError for sharded, rotated or otherwise special layers.
     """
     rows, module = location.rows(), location.module
     shape = (1, rows.hidden_size)
@@ -213,14 +186,7 @@ def recorded_hidden(location: HeadLocation) -> Iterator[list[mx.array]]:
 @contextmanager
 def _observed(classes: set[type], record: Callable) -> Iterator[None]:
     """Within the block, calls of the head-like methods of ``classes`` are passed to ``record``."""
-    originals = {
-        (cls, name): getattr(cls, name)
-        for cls in classes
-        for name in (LINEAR, EMBEDDING)
-        if hasattr(cls, name)
-    }
     under_way: set[tuple[int, str]] = set()
-    own = {key: key[0].__dict__.get(key[1]) for key in originals}
 
     def observer(name, original):
         def call(self, *args, **kwargs):
@@ -237,28 +203,24 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
 
         return call
 
-    try:
-        for (cls, name), original in originals.items():
-            setattr(cls, name, observer(name, original))
+    with ExitStack() as stack:
+        for cls, name in product(classes, (LINEAR, EMBEDDING)):
+            if hasattr(cls, name):
+                method = observer(name, getattr(cls, name))
+                stack.enter_context(replaced(cls, **{name: method}))
         yield
-    finally:
-        for (cls, name), method in own.items():
-            if method is None:
-                delattr(cls, name)
-            else:
-                setattr(cls, name, method)
 
 
 def _refuse_split(calls: list[tuple[int, HeadLocation]], vocab_size: int, name: str) -> None:
+    split = nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear
     for width, call in calls:
-        if isinstance(call.module, nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear):
-            processes = call.module.group.size()
-            if width * processes == vocab_size:
-                raise UnsupportedHeadError(
-                    f"Each of the {processes} processes holds a part of this {name!r} model's "
-                    f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
-                    "by layers instead, with a `pipeline_group`, or use one process."
-                )
+        processes = call.module.group.size() if isinstance(call.module, split) else 1
+        if processes > 1 and width * processes == vocab_size:
+            raise UnsupportedHeadError(
+                f"Each of the {processes} processes holds a part of this {name!r} model's "
+                f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
+                "by layers instead, with a `pipeline_group`, or use one process."
+            )
 
 
 def _has_adapter(module: nn.Module) -> bool:

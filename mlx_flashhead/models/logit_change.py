@@ -6,16 +6,14 @@ computed. MLX's compiler keeps the few operations that are left.
 """
 
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
-from .compat.replaced import replaced
 from .errors import UnsupportedHeadError
-from .install import installed_head, installed_module
+from .install import installed_head
 from .libraries import architecture, forward
 
 LogitChange = Callable[[mx.array], mx.array]
@@ -26,9 +24,7 @@ _known: WeakKeyDictionary[FlashHead, LogitChange] = WeakKeyDictionary()
 def logit_change_of(model: nn.Module) -> LogitChange:
     """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``.
 
-    Raises:
-        ValueError: If the model has no FlashHead.
-        UnsupportedHeadError: If a token's result depends on anything but its logit.
+    UnsupportedHeadError if a token's result depends on anything but its logit.
     """
     head = installed_head(model)
     if head not in _known:
@@ -36,23 +32,9 @@ def logit_change_of(model: nn.Module) -> LogitChange:
     return _known[head]
 
 
-class _Answer:
-    """Takes the place of a FlashHead and returns given logits."""
-
-    def __init__(self, head: FlashHead, logits: mx.array):
-        self._head, self._logits = head, logits
-
-    def __call__(self, hidden: mx.array) -> mx.array:
-        return self._logits
-
-    def __getattr__(self, name):
-        return getattr(self._head, name)
-
-
 def _run(model: nn.Module, logits: mx.array, token: int = 0) -> mx.array:
     """The model's result when its head gives ``logits`` (1, 1, V)."""
-    module: Any = installed_module(model)
-    with replaced(module, _flash_head=_Answer(module._flash_head, logits)):
+    with installed_head(model).settings(project=lambda *_: logits):
         return forward(model, mx.array([[token]]))
 
 

@@ -22,11 +22,7 @@ def load_dense_part(
     tokenizer_config: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ):
-    """This process's part of the dense model, the tokenizer and the configuration.
-
-    Raises:
-        ValueError: If mlx-lm cannot load the model or split it in this way.
-    """
+    """This process's part of the dense model, its tokenizer and configuration, or ValueError."""
     folder = Path(path_or_hf_repo).expanduser()
     try:
         model, tokenizer, config = load_part(

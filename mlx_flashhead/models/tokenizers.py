@@ -31,14 +31,7 @@ def prompt_of(tokenizer: Any, text: str) -> list[int]:
 class ProcessorText:
     """A processor's tokenizer, whose chat template is the model's own, without pictures.
 
-    Everything else is the tokenizer's.
-
-    Args:
-        model: A model of mlx-vlm.
-        processor: Its processor, or a tokenizer.
-
-    Raises:
-        ValueError: If it has no tokenizer.
+    Everything else is the tokenizer's. ValueError if a processor has none.
     """
 
     def __init__(self, model: nn.Module, processor: Any):

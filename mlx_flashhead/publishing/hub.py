@@ -3,7 +3,6 @@
 Errors of the Hub and its client become one sentence without the user's token.
 """
 
-import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,13 +33,12 @@ def sign_in() -> str:
         account = api.whoami()
     try:
         name = str(account["name"])
-        token = (account.get("auth") or {}).get("accessToken") or {}
-        may_only_read = token.get("role") == "read"
+        role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
     except (AttributeError, KeyError, TypeError):
         raise ValueError(
             "The Hugging Face Hub did not say whose token this is: check HF_ENDPOINT."
         ) from None
-    if may_only_read:
+    if role == "read":
         raise ValueError(
             f"The Hugging Face token may only read: make one that may write at {TOKENS_PAGE}, then "
             f"{LOGIN}."
@@ -77,9 +75,9 @@ def read_card(repo_id: str) -> str:
         try:
             path = api.hf_hub_download(repo_id, "README.md")
         except Exception as error:
-            if _status(error) == 404:
-                return ""
-            raise
+            if _status(error) != 404:
+                raise
+            return ""
     return Path(path).read_text(encoding="utf-8-sig")
 
 
@@ -99,22 +97,9 @@ def upload(folder: Path, repo_id: str) -> None:
             folder_path=folder,
             repo_id=repo_id,
             commit_message="Upload FlashHead",
-            ignore_patterns=list(NOT_UPLOADED),
-            delete_patterns=_other_weights(api, repo_id, folder),
+            ignore_patterns=list(NOT_UPLOADED),  # which the client changes
+            delete_patterns=None if is_companion(folder) else WEIGHTS,
         )
-
-
-def _other_weights(api: HfApi, repo_id: str, folder: Path) -> list[str] | None:
-    """Files of weights in the repository that are not in the folder of a model."""
-    if is_companion(folder):
-        return None
-    try:
-        stored = fnmatch.filter(api.list_repo_files(repo_id), WEIGHTS)
-    except HfHubHTTPError as error:
-        if _status(error) != 404:
-            raise
-        return None  # an empty repository
-    return [name for name in stored if not (folder / name).exists()] or None
 
 
 @contextmanager
@@ -124,15 +109,17 @@ def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Itera
         with redacted_logs():
             yield HfApi()
     except Exception as error:  # the Hub's client raises many unrelated types
-        status = _status(error)
-        remedy = "check the network and try again"
-        if isinstance(error, OfflineModeIsEnabled):
-            remedy = "unset HF_HUB_OFFLINE"
+        offline = isinstance(error, OfflineModeIsEnabled)
+        remedy = "unset HF_HUB_OFFLINE" if offline else "check the network and try again"
         sentence = unreachable or f"The Hugging Face Hub cannot be reached (%s): {remedy}."
+        status = _status(error)
         if status is not None:
             sentence = (refused if status in (401, 403) else failed) or sentence
+        causes = (error, error.__cause__) if error.__cause__ else (error,)
+        said = [" ".join(str(each).split()).rstrip(".:") or type(each).__name__ for each in causes]
+        reason = printable(redact(": ".join(dict.fromkeys(said))))
         # `from None`: the client's own message may hold the token
-        raise ValueError(sentence.replace("%s", _reason(error))) from None
+        raise ValueError(sentence.replace("%s", shorten(reason, 300, placeholder=" …"))) from None
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -140,10 +127,3 @@ def _status(error: BaseException | None) -> int | None:
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     return None if error is None else error.response.status_code
-
-
-def _reason(error: Exception) -> str:
-    """The messages of the error and its cause, on one line and without secrets."""
-    causes = (error, error.__cause__) if error.__cause__ else (error,)
-    messages = [" ".join(str(each).split()).rstrip(".:") or type(each).__name__ for each in causes]
-    return shorten(printable(redact(": ".join(dict.fromkeys(messages)))), 300, placeholder=" …")

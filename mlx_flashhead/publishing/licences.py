@@ -76,10 +76,12 @@ def recognise(metadata: dict, files: Iterable[Path]) -> Licence | None:
     is_named = any(name not in ("", "other", "unknown") for name in names)
     if not is_named:
         names = [str(metadata.get("license_name") or "").lower()]
-    named = next((each for each in map(_by_identifier, names) if each is not None), None)
-    if is_named or named is not None:
-        return named
-    text = "\n".join(map(_beginning, files))
+    for name in names:
+        identifier = re.sub(r"(meta|community|license|licence|agreement|[-_ ])", "", name)
+        for licence in LICENCES:
+            if licence.identifier == identifier:
+                return licence
+    text = "" if is_named else "\n".join(map(_beginning, files))
     return next((licence for licence in LICENCES if re.search(licence.text, text)), None)
 
 
@@ -148,14 +150,9 @@ def licence_files(folder: Path) -> list[Path]:
 
 def as_list(value: object) -> list:
     """An entry of a card's header, which may stand alone."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-
-
-def _by_identifier(identifier: str) -> Licence | None:
-    identifier = re.sub(r"(meta|community|license|licence|agreement|[-_ ])", "", identifier)
-    return next((licence for licence in LICENCES if licence.identifier == identifier), None)
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [] if value is None else [value]
 
 
 def _beginning(file: Path) -> str:

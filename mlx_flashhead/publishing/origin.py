@@ -42,7 +42,10 @@ def find_origin(
 
     The user may name its repository, and its licence if the card names none.
     """
-    repo_id, revision = _cached_repository(folder)
+    repo_id = revision = None
+    *_, holder, snapshots, commit = ("", "", *folder.absolute().parts)
+    if snapshots == "snapshots" and holder.startswith("models--"):  # in the Hub's cache
+        repo_id, revision = holder.removeprefix("models--").replace("--", "/", 1), commit
     documents = folder
     if repo_id is not None and not Path(hf_path).expanduser().is_dir():
         # mlx-lm does not download these files
@@ -75,8 +78,8 @@ def card_metadata(origin: Origin, relation: str = "quantized") -> dict:
     elif base := _texts(origin.metadata, "base_model"):
         # a folder of unknown origin may still name its own base model
         metadata["base_model"] = base if len(base) > 1 else base[0]
-        if origin.metadata.get("base_model_relation"):
-            metadata["base_model_relation"] = origin.metadata["base_model_relation"]
+        if named := origin.metadata.get("base_model_relation"):
+            metadata["base_model_relation"] = named
     if relation == "adapter":
         metadata["base_model_relation"] = relation
     tags = [*_texts(origin.metadata, "tags"), "mlx", "flashhead"]
@@ -116,24 +119,14 @@ def _fetched_documents(repo_id: str, revision: str | None) -> Path | None:
     return None
 
 
-def _cached_repository(folder: Path) -> tuple[str | None, str | None]:
-    """The repository and commit of a folder in the Hub's cache: models--o--n/snapshots/commit."""
-    parts = folder.absolute().parts
-    if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
-        return parts[-3].removeprefix("models--").replace("--", "/", 1), parts[-1]
-    return None, None
-
-
 def _repository_in(folder: Path, metadata: dict) -> str | None:
     """The repository that a local folder names as its own, or as the source of its conversion."""
     base = as_list(metadata.get("base_model"))
     is_conversion = metadata.get("library_name") == "mlx" or (
         metadata.get("base_model_relation") == "quantized"
     )
-    named = None
-    if is_conversion and len(base) == 1:
-        named = base[0]
-    else:
+    named = base[0] if is_conversion and len(base) == 1 else None
+    if named is None:
         with suppress(OSError, ValueError, AttributeError):  # without a readable configuration
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             named = config.get("_name_or_path")

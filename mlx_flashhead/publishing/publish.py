@@ -5,19 +5,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
-
 from ..common.redaction import holds_secret
 from ..common.repository_name import full_name
-from ..head.formats import AFFINE
-from ..head.matrix import Matrix
 from ..index.files import read_index
 from ..index.settings import FlashHeadConfig
 from . import hub, licences
 from .card import text_below_marker, write_card
 from .origin import CARD_FILE, Origin, read_metadata, with_licence
 
-DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}
 MAX_NAME = 96
 MAX_TEXT_BYTES = 50_000_000
 
@@ -35,19 +30,9 @@ def checkpoint_name(origin: Origin, label: str | None) -> str:
     return name[: MAX_NAME - len(ending)].rstrip("-.") + ending
 
 
-def precision_label(rows: Matrix) -> str:
-    """The precision of rows in the form of models' names: "4bit", "mxfp4", "bf16"."""
-    if not rows.quantized:
-        return DTYPE_LABELS[rows.weight.dtype]
-    return f"{rows.bits}bit" if rows.mode == AFFINE else rows.mode
-
-
 def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target: Path) -> None:
-    """Writes a new checkpoint's card and puts the licence's files beside it.
-
-    An older checkpoint in ``target``, the folder's final place, leaves its licence files and the
-    text below the marker of its card.
-    """
+    """Writes a new checkpoint's card and puts the licence's files beside it. Those of an older one
+    in ``target``, the folder's final place, stay, and so does the text below its card's marker."""
     for file in [*licences.licence_files(target), *origin.files]:
         shutil.copy(file, folder)
     licences.write_notice(origin.licence, folder)
@@ -63,18 +48,10 @@ def publish(
     license: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Uploads a checkpoint.
+    """Uploads a checkpoint's folder, and returns the address of its repository.
 
-    Args:
-        folder: The checkpoint's folder.
-        repo: Its repository, with or without its owner; None: the conversion's name for it, under
-            the user's own.
-        private: Make a new repository private.
-        license: The model's licence as the Hub calls it, for a card that does not name it.
-        say: Called with a sentence at each step.
-
-    Returns:
-        The repository's address.
+    Without ``repo`` it has the conversion's name for it, under the user's own. ``license`` is for a
+    card that does not name it.
 
     Raises:
         ValueError: If the folder may not be published, or the Hub refuses. The folder is kept.

@@ -4,6 +4,7 @@ import logging
 import re
 from argparse import Namespace
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..publishing.origin import local_origin
 
-# Variables that the server or the tokenizer gives a template.
-_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
+# Variables that the server gives a template.
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
+_GIVEN |= {"strftime_now", "raise_exception"}
 _GENERATION_TAG = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
 
 logger = logging.getLogger(__name__)
@@ -35,45 +37,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class ServedModel:
-    """A model in memory.
+    """A model in memory, with a FlashHead or dense."""
 
-    Attributes:
-        names: Its names for clients. Answers carry the first.
-        model: The model, with a FlashHead or dense.
-        tokenizer: mlx-lm's wrapper.
-        draft_model: Drafts tokens for it, if there is one.
-        context: Tokens of a prompt and its answer together.
-        template_arguments: Settings of its chat template from the server's flags.
-        dense: Whether every token is scored unless a request says otherwise.
-        head: Its FlashHead, None if it is dense.
-        vocab_size: Tokens V.
-        batchable: Whether several sequences can be decoded at once.
-        cuttable: Whether its caches can always be cut back to their beginning.
-        template_settings: Names that its chat template takes from ``chat_template_kwargs``.
-        longest_token: Characters of the longest token.
-        check: Whether the dense rows check every token.
-        build: The build of its FlashHead, if it has none yet.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # for clients; answers carry the first
     model: nn.Module
-    tokenizer: Any
+    tokenizer: Any  # mlx-lm's wrapper
     draft_model: nn.Module | None
-    context: int
-    template_arguments: dict[str, Any] = field(default_factory=dict)
-    dense: bool = False
-    check: bool = True
-    build: BackgroundBuild | None = None
+    context: int  # tokens of a prompt and its answer together
+    template_arguments: dict[str, Any] = field(default_factory=dict)  # from the server's flags
+    dense: bool = False  # whether every token is scored unless a request says otherwise
+    check: bool = True  # whether the dense rows check every token
+    build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
 
     def __post_init__(self):
         self.head: FlashHead | None = get_flash_head(self.model)
         caches = make_prompt_cache(self.model)
+        # whether they can always be cut back to their beginning
         self.cuttable = all(type(cache) is KVCache for cache in caches)
         self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
         # reads a shape, so nothing is computed
         self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
         self.template_settings = template_settings(self.tokenizer)
-        self.longest_token = max(map(len, self.tokenizer.get_vocab()))
+        self.longest_token = max(map(len, self.tokenizer.get_vocab()))  # characters
 
     @property
     def head_in_use(self) -> str:
@@ -84,61 +69,43 @@ class ServedModel:
 
     @property
     def name(self) -> str:
-        """The name that answers carry."""
         return self.names[0]
 
 
 def load_models(args: Namespace) -> list[ServedModel]:
-    """Loads every model that the flags name, the default first.
-
-    Raises:
-        ValueError: If a model cannot be loaded, or two have the same name.
-    """
+    """Every model that the flags name, the default first; a ValueError if two have one name."""
     aliases = [args.served_model_name] if args.served_model_name else []
     models = [_load(args, args.model, aliases, default=True)]
     models += [_load(args, path, [], default=False) for path in args.allow_models]
     names = Counter(name for served in models for name in served.names)
-    twice = {name for name, number in names.items() if number > 1}
-    if twice:
-        raise ValueError(
-            f"Two of the models have the name {min(twice)}: rename a folder, or leave one out."
-        )
+    if twice := [name for name, number in names.items() if number > 1]:
+        remedy = "rename a folder, or leave one out"
+        raise ValueError(f"Two of the models have the name {min(twice)}: {remedy}.")
     return models
 
 
 def template_settings(tokenizer: Any) -> frozenset[str]:
-    """Names of a chat template's variables that the server does not give.
-
-    A template that is Python code takes mlx-lm's ``enable_thinking`` alone.
-    """
-    own = set()
-    if tokenizer.has_thinking:
-        own.add("enable_thinking")  # mlx-lm's name for the template's own
+    """Variables of a chat template that the server does not give, as far as it is Jinja's."""
+    own = {"enable_thinking"} if tokenizer.has_thinking else set()  # mlx-lm's name for it
     template = tokenizer.chat_template
     if isinstance(template, str):
         # a plain environment would compute constants
         environment = LimitedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-        try:
+        with suppress(jinja2.TemplateError):
             tree = environment.parse(_GENERATION_TAG.sub("", template))
-        except jinja2.TemplateError:
-            return frozenset(own)
-        own |= meta.find_undeclared_variables(tree)
-    given = _GIVEN | {"strftime_now", "raise_exception"} | set(tokenizer.special_tokens_map)
-    return frozenset(own - given)
+            own |= meta.find_undeclared_variables(tree)
+    return frozenset(own - _GIVEN - set(tokenizer.special_tokens_map))
 
 
 def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bool) -> ServedModel:
     folder = resolve(path_or_repo)
     config = {"trust_remote_code": args.trust_remote_code}
-    if args.chat_template and default:
-        config["chat_template"] = args.chat_template
-    options = {
-        "tokenizer_config": config,
-        "adapter_path": args.adapter_path if default else None,
-        "trust_remote_code": args.trust_remote_code,
-    }
+    options = {"tokenizer_config": config, "trust_remote_code": args.trust_remote_code}
     choices = head_options(args, dense=args.dense)
-    if not default:
+    if default:
+        options["adapter_path"] = args.adapter_path
+        config |= {"chat_template": args.chat_template} if args.chat_template else {}
+    else:
         choices = replace(choices, flash_head=None, n_probes=None)
     try:
         model, tokenizer, config = load_with_head(folder, choices, **options)

@@ -33,35 +33,25 @@ SECONDS_PER_MASK = 0.005
 
 
 class ApiServer(LimitedServer):
-    """A server, with the state that all requests share.
-
-    Attributes:
-        flags: The server's flags.
-        engine: Computes the answers.
-        models: The models, the default first.
-        started: Time of the start, in seconds since 1970.
-    """
+    """A server, with the state that all requests share."""
 
     flags: Namespace
     engine: Engine
-    models: list[ServedModel]
-    started: int
+    models: list[ServedModel]  # the default first
+    started: int  # in seconds since 1970
     # held while a body becomes tokens, which may take many times its size
     preparing = BoundedSemaphore(_PREPARED_AT_ONCE)
 
 
 class ApiHandler(GuardedHandler):
-    """One request."""
-
     server: ApiServer
 
     def get(self, path: str) -> None:
         server = self.server
         if path == "/health":
-            healthy = server.engine.healthy
-            status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
             heads = [served.head_in_use for served in server.models]
-            self.send_json({"status": "ok" if healthy else "unavailable", "heads": heads}, status)
+            word, status = ("ok", 200) if server.engine.healthy else ("unavailable", 503)
+            self.send_json({"status": word, "heads": heads}, status)
         elif path == "/page/info.json":
             flags, models = server.flags, [*map(_page_model, server.models)]
             settings = {"temperature": flags.temp, "top_p": flags.top_p}
@@ -72,27 +62,22 @@ class ApiHandler(GuardedHandler):
         elif path.startswith(f"{MODELS_PATH}/"):
             self.send_json(self._model(unquote(path.removeprefix(f"{MODELS_PATH}/"))))
         else:
-            raise Problem(f"There is nothing at {path[:200]}.", status=HTTPStatus.NOT_FOUND)
+            raise Problem(f"There is nothing at {path[:200]}.", status=404)
 
     def post(self, path: str) -> None:
+        server, chat = self.server, path in CHAT_PATHS
         if path not in CHAT_PATHS + TEXT_PATHS:
             places = ", ".join(TEXT_PATHS + CHAT_PATHS)
-            raise Problem(
-                f"There is nothing at {path[:200]}: post to {places}.", status=HTTPStatus.NOT_FOUND
-            )
-        with self.server.answering(self.connection, self.client_address[0]):
+            raise Problem(f"There is nothing at {path[:200]}: post to {places}.", status=404)
+        limit = f"within {READ_SECONDS:g} seconds"
+        remedy = "simplify its response_format or grammar"
+        too_slow = Problem(f"The request could not be read {limit}: {remedy}.")
+        with server.answering(self.connection, self.client_address[0]):
             body = self.read_body()
-            too_slow = Problem(
-                f"The request could not be read within {READ_SECONDS:g} seconds: simplify its "
-                "response_format or grammar."
-            )
-            with self.server.preparing:
+            with server.preparing:
                 with time_limit(READ_SECONDS, too_slow):
                     request = read_request(
-                        _parsed(body),
-                        chat=path in CHAT_PATHS,
-                        models=self.server.models,
-                        defaults=self.server.flags,
+                        _parsed(body), chat=chat, models=server.models, defaults=server.flags
                     )
                 answer = _Answer(request, read_prompts(request), self)
             del body
@@ -110,11 +95,10 @@ class ApiHandler(GuardedHandler):
 
 
 def _page_model(served: ServedModel) -> dict[str, Any]:
-    info: dict[str, Any] = {"name": served.name}
-    if served.head is not None:
-        info |= {"dense": served.dense, "n_probes": served.head.n_probes}
-        info |= {"n_clusters": served.head.n_clusters}
-    return info
+    if (head := served.head) is None:
+        return {"name": served.name}
+    probes = {"n_probes": head.n_probes, "n_clusters": head.n_clusters}
+    return {"name": served.name, "dense": served.dense} | probes
 
 
 def _parsed(body: bytes) -> dict[str, Any]:
@@ -143,7 +127,6 @@ class _Answer:
         self._envelope = envelope(request)
 
     def send(self) -> None:
-        """Has the jobs computed, and sends what comes of them until all are complete."""
         self._engine.submit(self._jobs)
         try:
             self._stream() if self._request.stream else self._send_whole()
@@ -151,35 +134,28 @@ class _Answer:
             for job in self._jobs:
                 job.cancelled = True
             usage = self._usage()
-            prompt_tokens, n_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-            self._handler.note(f"{prompt_tokens:,} + {n_tokens:,} tokens")
+            self._handler.note("{prompt_tokens:,} + {completion_tokens:,} tokens".format(**usage))
             if (speed := speed_of(self._jobs)) is not None:
                 self._handler.note(f"{speed:.1f} tokens/s")
 
     def _send_whole(self) -> None:
-        for index, event in self._all_events():
-            if isinstance(event, Token):
-                self._choices[index].add(event.piece, event.logprobs, event.finish_reason)
+        for _ in self._parts():
+            pass  # the choices keep them
         choices = [choice.whole() for choice in self._choices]
         self._handler.send_json(self._envelope | {"choices": choices, "usage": self._usage()})
 
     def _stream(self) -> None:
-        """Sends server-sent events."""
         handler = self._handler
         handler.send_response(HTTPStatus.OK)
         handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
         handler.send_header("Cache-Control", "no-store")
         handler.end_headers()
         try:
-            for index, event in self._all_events():
-                if isinstance(event, Progress):
-                    # a comment, which clients ignore and the page shows
-                    self._write(f": prompt {event.done}/{event.total}")
-                    continue
-                choice = self._choices[index]
-                chunk = choice.add(event.piece, event.logprobs, event.finish_reason)
-                if chunk is not None:
-                    self._write_chunk([chunk])
+            for part in self._parts():
+                if isinstance(part, Progress):  # a comment, which clients ignore and the page shows
+                    self._write(f": prompt {part.done}/{part.total}")
+                else:
+                    self._write_chunk([part])
         except Problem as problem:
             self._write(f"data: {dumps(problem.as_json())}")
             return
@@ -189,13 +165,8 @@ class _Answer:
             self._write_chunk([], self._usage())
         self._write("data: [DONE]")
 
-    def _all_events(self) -> Iterator[tuple[int, Progress | Token]]:
-        """The events of all jobs until all are complete.
-
-        Raises:
-            Problem: If one has failed.
-            ConnectionError: If the client has left.
-        """
+    def _parts(self) -> Iterator[Progress | dict[str, Any]]:
+        """What comes of the jobs until all are complete: parts of prompts, and chunks' choices."""
         while any(choice.finish_reason is None for choice in self._choices):
             try:
                 index, event = self._events.get(timeout=_LOOK_SECONDS)
@@ -207,8 +178,13 @@ class _Answer:
                 raise event
             if isinstance(event, BaseException):
                 raise Problem("The answer has failed: see the server's log.", status=500)
-            if event is not None:
-                yield index, event
+            if isinstance(event, Progress):
+                yield event
+            elif isinstance(event, Token):
+                choice = self._choices[index]
+                chunk = choice.add(event.piece, event.logprobs, event.finish_reason)
+                if chunk is not None:
+                    yield chunk
             elif not self._engine.healthy:
                 raise Problem("The server has lost the thread that answers.", status=503)
 
@@ -237,12 +213,10 @@ def _grammar(request: Request, prompt: Prompt) -> GrammarProcessor | None:
     """What keeps answers in their form, once the thought is at its end that the prompt begins."""
     if request.form is None:
         return None
-    tokenizer = request.served.tokenizer
+    tokenizer, seconds = request.served.tokenizer, SECONDS_PER_MASK
     after = tokenizer.think_end_tokens if prompt.state == "reasoning" else ()
     try:
-        return GrammarProcessor(
-            tokenizer, request.form, after=after, seconds_per_mask=SECONDS_PER_MASK
-        )
+        return GrammarProcessor(tokenizer, request.form, after=after, seconds_per_mask=seconds)
     except ValueError as error:
         raise Problem(str(error), "response_format") from None
 

@@ -11,7 +11,6 @@ from ..loading.look_up import add_answering_options
 from .network.addresses import TOKEN_FILE, is_loopback
 
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
-_ALL_INTERFACES = "0.0.0.0"
 
 
 def make_parser() -> Parser:
@@ -20,62 +19,11 @@ def make_parser() -> Parser:
         prog="mlx_flashhead.server",
         description="Serve models with their FlashHeads: a page for browsers, and the OpenAI API.",
     )
-    _add_models(parser.add_argument_group("models"))
-    _add_defaults(parser.add_argument_group("defaults of requests"))
-    _add_limits(parser.add_argument_group("limits"))
-    _add_network(parser.add_argument_group("network"))
-    return parser
 
-
-def check_options(parser: Parser, args: argparse.Namespace) -> None:
-    """Ends the command with a sentence if the flags contradict each other; fills in the host."""
-    if args.dense and args.n_probes is not None:
-        parser.error("--dense scores every token: leave --n-probes out")
-    if args.draft_probes is not None and args.draft_model is None:
-        parser.error("--draft-probes are a draft model's: add --draft-model, or leave it out")
-    if args.host is None:
-        args.host = _ALL_INTERFACES if args.lan else "127.0.0.1"
-    elif args.lan and is_loopback(args.host):
-        parser.error(
-            f"--host {args.host} is this machine alone: leave it out with --lan, or give the "
-            "address of one interface"
-        )
-    for origin in args.allowed_origins:
-        if not _ORIGIN.fullmatch(origin):
-            parser.error(
-                f"--allowed-origins {origin}: name each site, such as https://chat.example, "
-                "without wildcards"
-            )
-
-
-def _with_commas(text: str) -> list[str]:
-    return text.split(",")
-
-
-def size(text: str) -> int:
-    """A type of argument: a number of bytes, with K, M or G for powers of 1024."""
-    match = re.fullmatch(r"0*([1-9][0-9]*)([KMG]?)B?", text.strip().upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"it is {text}: give a size such as 500K, 8M or 4G")
-    return int(match[1]) << 10 * " KMG".index(match[2] or " ")
-
-
-def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
-    """A function that adds flags with a value: (name, type, default, help, further arguments)."""
-
-    def add(name: str, type: Type, default: Any, help: str, **further: Any) -> None:
-        help += " (default: %(default)s)"
-        group.add_argument(name, type=type, default=default, help=help, **further)
-
-    return add
-
-
-def _add_models(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--model",
-        required=True,
-        help="Folder or Hugging Face repository of any model that mlx-lm loads.",
-    )
+    group = parser.add_argument_group("models")
+    add = _adder(group)
+    model = "Folder or Hugging Face repository of any model that mlx-lm loads."
+    group.add_argument("--model", required=True, help=model)
     group.add_argument(
         "--served-model-name",
         metavar="NAME",
@@ -97,11 +45,8 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         "number that the FlashHead names).",
     )
     add_answering_options(group)
-    group.add_argument(
-        "--dense",
-        action="store_true",
-        help="Score every token, unless a request says otherwise: the dense model.",
-    )
+    dense = "Score every token, unless a request says otherwise: the dense model."
+    group.add_argument("--dense", action="store_true", help=dense)
     group.add_argument("--adapter-path", help="Folder of LoRA adapters for --model.")
     group.add_argument("--draft-model", help="A model that drafts tokens for --model.")
     group.add_argument(
@@ -110,24 +55,16 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         help="Clusters scored for each drafted token (default: as many as read a "
         "tenth of its head's bytes).",
     )
-    add = _adder(group)
     add("--num-draft-tokens", whole_number(1, 64), 3, "Tokens drafted at once")
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="Allow these models' own Python code.",
-    )
+    own_code = "Allow these models' own Python code."
+    group.add_argument("--trust-remote-code", action="store_true", help=own_code)
     group.add_argument("--chat-template", help="A chat template in place of --model's own.")
+    settings = 'Settings of the chat template, such as {"enable_thinking": false}'
     group.add_argument(
-        "--chat-template-args",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help='Settings of the chat template, such as {"enable_thinking": false}',
+        "--chat-template-args", type=json_object, default={}, metavar="JSON", help=settings
     )
 
-
-def _add_defaults(group: argparse._ArgumentGroup) -> None:
+    group = parser.add_argument_group("defaults of requests")
     add = _adder(group)
     add("--temp", number(0, 100), 0.0, "Temperature")
     add("--top-p", share, 1.0, "Draw from the likeliest tokens of this probability")
@@ -137,8 +74,7 @@ def _add_defaults(group: argparse._ArgumentGroup) -> None:
     add("--min-p", share, 0.0, "Draw from tokens of this share of the likeliest one's probability")
     add("--max-tokens", whole_number(1), 512, "Tokens of an answer")
 
-
-def _add_limits(group: argparse._ArgumentGroup) -> None:
+    group = parser.add_argument_group("limits")
     add = _adder(group)
     group.add_argument(
         "--context-size",
@@ -153,12 +89,8 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     step = "Greatest number of a prompt's tokens that are read at once; fewer if other answers wait"
     add("--prefill-step-size", whole_number(1), 2048, step)
     add("--prompt-cache-size", whole_number(0), 10, "Caches of earlier prompts that are kept")
-    group.add_argument(
-        "--prompt-cache-bytes",
-        type=size,
-        metavar="SIZE",
-        help="Memory for these caches, such as 4G (default: no limit)",
-    )
+    memory = "Memory for these caches, such as 4G (default: no limit)"
+    group.add_argument("--prompt-cache-bytes", type=size, metavar="SIZE", help=memory)
     group.add_argument(
         "--kv-bits",
         type=one_of(2, 3, 4, 5, 6, 8),
@@ -169,8 +101,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     start = "Tokens from which a cache is quantized"
     add("--quantized-kv-start", whole_number(0), 5000, start)
 
-
-def _add_network(group: argparse._ArgumentGroup) -> None:
+    group = parser.add_argument_group("network")
     add = _adder(group)
     group.add_argument(
         "--host",
@@ -186,14 +117,14 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--allowed-hosts",
-        type=_with_commas,
+        type=lambda text: text.split(","),
         default=[],
         help="Further names of this machine, with commas between, such as mac.fritz.box; its "
         "addresses, host name and names in .local are known.",
     )
     group.add_argument(
         "--allowed-origins",
-        type=_with_commas,
+        type=lambda text: text.split(","),
         default=[],
         help="Origins of other sites whose scripts may use the API, with commas between, such as "
         "https://chat.example (default: none)",
@@ -202,3 +133,39 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     add("--token-file", Path, TOKEN_FILE, kept)
     log = "INFO logs a line for each request, without prompts and answers"
     add("--log-level", str, "INFO", log, choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    return parser
+
+
+def check_options(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends the command with a sentence if the flags contradict each other; fills in the host."""
+    if args.dense and args.n_probes is not None:
+        parser.error("--dense scores every token: leave --n-probes out")
+    if args.draft_probes is not None and args.draft_model is None:
+        parser.error("--draft-probes are a draft model's: add --draft-model, or leave it out")
+    if args.host is None:
+        args.host = "0.0.0.0" if args.lan else "127.0.0.1"
+    elif args.lan and is_loopback(args.host):
+        remedy = "leave it out with --lan, or give the address of one interface"
+        parser.error(f"--host {args.host} is this machine alone: {remedy}")
+    for origin in args.allowed_origins:
+        if not _ORIGIN.fullmatch(origin):
+            how = "name each site, such as https://chat.example, without wildcards"
+            parser.error(f"--allowed-origins {origin}: {how}")
+
+
+def size(text: str) -> int:
+    """A type of argument: a number of bytes, with K, M or G for powers of 1024."""
+    match = re.fullmatch(r"0*([1-9][0-9]*)([KMG]?)B?", text.strip().upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"it is {text}: give a size such as 500K, 8M or 4G")
+    return int(match[1]) << 10 * " KMG".index(match[2] or " ")
+
+
+def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
+    """A function that adds flags with a value: (name, type, default, help, further arguments)."""
+
+    def add(name: str, type: Type, default: Any, help: str, **further: Any) -> None:
+        help += " (default: %(default)s)"
+        group.add_argument(name, type=type, default=default, help=help, **further)
+
+    return add

@@ -1,13 +1,18 @@
-"""The HTTP server: a port, and the generating thread behind it."""
+"""The HTTP server: a port, the generating thread behind it, its log and its end."""
 
 import errno
 import logging
+import os
+import signal
 import socket
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
+from types import FrameType
+from typing import NoReturn
 
 from ..common.terminal import printable
 from .catalogue import load_models
@@ -21,20 +26,13 @@ END_SECONDS = 3.0
 
 @contextmanager
 def serving(flags: Namespace) -> Iterator[ApiServer]:
-    """A block in which the models that the server's flags name are served.
-
-    Raises:
-        ValueError: If the port cannot be used, or a model cannot be loaded.
-    """
+    """A block in which the models of the flags are served; a ValueError if they cannot be."""
     with _listen(flags.host, flags.port) as server:
         engine = Engine(lambda: load_models(flags), flags)
         try:
-            server.models = engine.models.result()
-            server.access = access_of(flags)
+            server.models, server.access = engine.models.result(), access_of(flags)
             server.flags, server.engine, server.started = flags, engine, int(time.time())
-            Thread(
-                target=server.serve_forever, args=(0.1,), name="connections", daemon=True
-            ).start()
+            Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
             try:
                 yield server
             finally:
@@ -44,8 +42,7 @@ def serving(flags: Namespace) -> Iterator[ApiServer]:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Formats lines of the log, which may hold a model's words."""
-
+    # a line may hold a model's words
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
@@ -64,6 +61,33 @@ def requests_logged(level: str) -> Iterator[None]:
         yield
     finally:
         package.removeHandler(handler)
+
+
+def let_signals_interrupt() -> None:
+    """From now on a signal to end interrupts the main thread. A second one ends the process.
+
+    C++ code in other threads aborts if the interpreter is finalized meanwhile. So neither the
+    second signal nor :func:`leave` finalizes it.
+    """
+    asked = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(128 + number)
+        asked = True
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
+            signal.signal(number, end)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process at once, with all that was printed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _listen(host: str, port: int) -> ApiServer:

@@ -5,9 +5,7 @@ llguidance reads them. It refuses unsupported parts, so none is ignored silently
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -16,9 +14,7 @@ from ..common.extras import from_extra
 
 # Between the tokens of JSON: nothing, a space, or a new line with an indentation. The limit keeps
 # small models from endless spaces.
-JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
-
-
+_JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
 # The character 0 and its spellings. mlx-lm's detokenizers write it as another one.
 _ZERO = re.compile(r"\x00|\\(x00|u0000|U00000000|[xuU]\{0+\})")
 # Schemas that the search for the place of an error compiles, each of which may take milliseconds.
@@ -29,33 +25,12 @@ class GrammarError(ValueError):
     """A wrong schema, expression or grammar; the message names the place."""
 
 
-class _SchemaError(GrammarError):
-    """Searches the place when its message is read."""
-
-    def __init__(self, schema: dict, problem: str):
-        super().__init__(problem)
-        self._schema, self._problem = schema, problem
-
-    @cached_property
-    def _message(self) -> str:
-        place, problem = _place(self._schema, self._problem)
-        return f"The JSON schema is wrong at {place or 'its top'}: {problem}."
-
-    def __str__(self) -> str:
-        return self._message
-
-
 @dataclass(frozen=True)
 class Grammar:
-    """A checked description of a text.
+    """A checked description of a text."""
 
-    Attributes:
-        kind: "JSON schema", "regular expression" or "grammar".
-        compiled: llguidance's own form of it.
-    """
-
-    kind: str
-    compiled: str
+    kind: str  # "JSON schema", "regular expression" or "grammar"
+    compiled: str  # llguidance's own form of it
 
     @classmethod
     def from_json_schema(cls, schema: dict | bool) -> "Grammar":
@@ -65,16 +40,20 @@ class Grammar:
             GrammarError: If the schema is wrong, unsatisfiable or uses an unsupported key.
         """
         if not isinstance(schema, dict | bool):
-            raise GrammarError(
-                f"The JSON schema is {_shown(schema)}: it must be an object such as "
-                '{"type": "object"}.'
-            )
+            form = 'it must be an object such as {"type": "object"}'
+            raise GrammarError(f"The JSON schema is {_shown(schema)}: {form}.")
         if schema is False:
             raise GrammarError("The JSON schema is false, which no text fits: give an object.")
         schema = {} if schema is True else schema
-        compiled, problem = _compile_schema(schema)
+        place = ""
+        try:
+            compiled, problem = _compile_schema(schema)
+            if problem:
+                place, problem = _place(schema, problem)
+        except RecursionError:
+            problem = "it is nested too deeply"
         if problem:
-            raise _SchemaError(schema, problem)
+            raise GrammarError(f"The JSON schema is wrong at {place or 'its top'}: {problem}.")
         return cls("JSON schema", compiled)
 
     @classmethod
@@ -87,18 +66,14 @@ class Grammar:
         if not isinstance(pattern, str) or not pattern:
             raise GrammarError(f"The regular expression is {_shown(pattern)}: it must be a text.")
         if _ZERO.search(pattern):
-            raise GrammarError(
-                f"The regular expression {_shown(pattern)} holds the character 0, which no text "
-                "has here: leave it out."
-            )
-        compiled = _matcher_class().grammar_from_regex(pattern)
-        problem = _problem(compiled)
-        if problem:
-            reason = re.search(r"error: ([^\n]+)", problem)
-            raise GrammarError(
-                f"The regular expression {pattern!r} is wrong: "
-                f"{reason[1] if reason else _sentence(problem)}."
-            )
+            zero = "the character 0, which no text has here"
+            expression = f"The regular expression {_shown(pattern)}"
+            raise GrammarError(f"{expression} holds {zero}: leave it out.")
+        compiled = llguidance().LLMatcher.grammar_from_regex(pattern)
+        if problem := _problem(compiled):
+            error = re.search(r"error: ([^\n]+)", problem)
+            reason = error[1] if error else _sentence(problem)
+            raise GrammarError(f"The regular expression {pattern!r} is wrong: {reason}.")
         return cls("regular expression", compiled)
 
     @classmethod
@@ -110,85 +85,64 @@ class Grammar:
         """
         if not isinstance(text, str) or not text.strip():
             raise GrammarError(f"The grammar is {_shown(text)}: it must be a text in Lark's form.")
-        compiled = _matcher_class().grammar_from_lark(text)
-        problem = _problem(compiled)
-        if problem:
-            place = re.match(r"(?:at )?(\d+)\((\d+)\): *(.*)", problem, re.DOTALL)
-            where = f" at line {place[1]}, column {place[2]}" if place else ""
-            raise GrammarError(
-                f"The grammar is wrong{where}: {_sentence(place[3] if place else problem)}."
-            )
+        compiled = llguidance().LLMatcher.grammar_from_lark(text)
+        if problem := _problem(compiled):
+            where = ""
+            if place := re.match(r"(?:at )?(\d+)\((\d+)\): *(.*)", problem, re.DOTALL):
+                where, problem = f" at line {place[1]}, column {place[2]}", place[3]
+            raise GrammarError(f"The grammar is wrong{where}: {_sentence(problem)}.")
         return cls("grammar", compiled)
 
 
 def llguidance(submodule: str = "") -> ModuleType:
-    """llguidance or one of its modules.
-
-    Raises:
-        ValueError: If it is not installed, naming the command that installs it.
-    """
+    """llguidance or one of its modules; a ValueError that names its extra if it is absent."""
     name = f"llguidance.{submodule}" if submodule else "llguidance"
     return from_extra(name, "structured", "Structured output")
 
 
-def _matcher_class() -> Any:
-    return llguidance().LLMatcher
-
-
 def _problem(compiled: str) -> str:
     """llguidance's objection to a grammar; empty if there is none."""
-    is_error, messages = _matcher_class().validate_grammar_with_warnings(compiled)
+    is_error, messages = llguidance().LLMatcher.validate_grammar_with_warnings(compiled)
     return messages[0] if is_error else ""
 
 
 def _compile_schema(schema: dict) -> tuple[str, str]:
     """llguidance's form of the schema, and its objection."""
+    compile_json = llguidance().LLMatcher.grammar_from_json_schema
     try:
-        text = json.dumps(schema)
-        compiled = _matcher_class().grammar_from_json_schema(text, defaults=JSON_OPTIONS)
-    except RecursionError:
-        return "", "it is nested too deeply"
+        compiled = compile_json(json.dumps(schema), defaults=_JSON_OPTIONS)
     except ValueError as error:
         return "", str(error)
     return compiled, _problem(compiled)
 
 
-def _place(schema: Any, problem: str) -> tuple[str, str]:
+def _place(schema: dict, problem: str) -> tuple[str, str]:
     """The place of the problem in the schema, as a JSON pointer, and the problem as a sentence.
 
     llguidance does not give the place. A part of the schema is the cause if the problem is gone
     without it. The search goes on within that part, and ends after MAX_COMPILED schemas.
     """
-    try:
-        root = json.loads(json.dumps(schema))
-    except RecursionError:
-        return "", problem
-    place, node, here = "", schema, root
-    left = MAX_COMPILED
+    root = json.loads(json.dumps(schema))
+    place, here, left = "", root, MAX_COMPILED
     while True:
-        for key, part in islice(_parts(node), left):
+        items = [*(here.items() if isinstance(here, dict) else enumerate(here))]
+        parts = [(key, part) for key, part in items if isinstance(part, dict | list)]
+        for key, part in islice(parts, left):
             left -= 1
-            kept, here[key] = here[key], True
+            here[key] = True
             gone = _compile_schema(root)[1] != problem
-            here[key] = kept
+            here[key] = part
             if gone:
-                escaped = str(key).replace("~", "~0").replace("/", "~1")
-                place, node, here = f"{place}/{escaped}", part, here[key]
+                place += "/" + str(key).replace("~", "~0").replace("/", "~1")
+                here = part
                 break
         else:
             return place, _sentence(problem)
 
 
-def _parts(node: Any) -> Iterator[tuple[Any, Any]]:
-    """The objects and lists directly within a JSON value, each with its key or index."""
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    return ((key, part) for key, part in items if isinstance(part, dict | list))
-
-
 def _sentence(problem: str) -> str:
     """The first line of a message, without its full stop."""
-    unsupported = re.match(r"Unimplemented keys: \[(.*)\]", problem)
-    if unsupported:
+    if unsupported := re.match(r"Unimplemented keys: \[(.*)\]", problem):
         return f"{unsupported[1]} is not supported"
     lines = [line.strip() for line in problem.splitlines() if line.strip()]
     if lines and lines[0].startswith("regex parse error"):

@@ -20,12 +20,7 @@ def add_grammar_options(parser: argparse.ArgumentParser) -> None:
 
 
 def grammar_of(args: argparse.Namespace) -> Grammar | None:
-    """The description of the text; None without any of the options.
-
-    Raises:
-        GrammarError: If the description is wrong, naming the option.
-        ValueError: If a file cannot be read, or llguidance is not installed.
-    """
+    """The description of the text, if it is right; None without any of the options."""
     try:
         if args.json_schema is not None:
             return Grammar.from_json_schema(_json(args.json_schema))
@@ -45,18 +40,15 @@ def _text(option: str, path: str) -> str:
     except UnicodeDecodeError:
         raise ValueError(f"{option} {path} is not UTF-8 text: check the file.") from None
     except OSError as error:
-        raise ValueError(
-            f"{option} {path} cannot be read ({error.strerror}): check the path."
-        ) from None
+        reason = f"{option} {path} cannot be read ({error.strerror}): check the path."
+        raise ValueError(reason) from None
 
 
 def _json(path: str) -> dict | bool:
     try:
         return json.loads(_text("--json-schema", path))
     except RecursionError:
-        raise ValueError(f"--json-schema {path} is nested too deeply: simplify it.") from None
+        reason = "is nested too deeply: simplify it."
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"--json-schema {path} is not JSON: line {error.lineno}, column {error.colno}: "
-            f"{error.msg}."
-        ) from None
+        reason = f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}."
+    raise ValueError(f"--json-schema {path} {reason}")

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from threading import Thread
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,7 +39,6 @@ class GrammarProcessor:
 
     Args:
         tokenizer: mlx-lm's or Hugging Face's tokenizer.
-        grammar: The grammar.
         after: Tokens after which the text begins, such as the end of a thought. Until then every
             token is allowed.
         seconds_per_mask: Seconds of computing that a mask may take on average, over this processor
@@ -46,7 +46,6 @@ class GrammarProcessor:
             says so. Ambiguous grammars take more for each further token.
 
     Attributes:
-        grammar: The grammar.
         problem: Reason why the text does not follow the grammar; None as long as it does.
 
     Raises:
@@ -64,8 +63,7 @@ class GrammarProcessor:
         after: Sequence[int] = (),
         seconds_per_mask: float = math.inf,
     ):
-        self.grammar = grammar
-        self._seconds_per_mask = seconds_per_mask
+        self.grammar, self._seconds_per_mask = grammar, seconds_per_mask
         self._after = list(after)
         self._vocabulary = _vocabulary(tokenizer)
         self._matcher: Any = self._new_matcher()
@@ -81,9 +79,8 @@ class GrammarProcessor:
     def _new_matcher(self) -> Any:
         library = llguidance()
         limits = library.LLParserLimits(step_max_items=MAX_ITEMS)
-        return library.LLMatcher(
-            self._vocabulary, self.grammar.compiled, log_level=0, limits=limits
-        )
+        compiled = self.grammar.compiled
+        return library.LLMatcher(self._vocabulary, compiled, log_level=0, limits=limits)
 
     def begin(self) -> None:
         """Forgets the text so far. The next tokens are a prompt."""
@@ -130,6 +127,10 @@ class GrammarProcessor:
 
     def _in_time(self, follow: Callable[[], Any]) -> None:
         """Calls ``follow``. With a limit it is left alone, in a thread, if it takes too long."""
+        if math.isinf(self._seconds_per_mask):
+            follow()
+            return
+        seconds: Future[float] = Future()
 
         def run() -> None:
             began = time.thread_time()
@@ -139,11 +140,6 @@ class GrammarProcessor:
             except BaseException as error:  # a panic in Rust is no Exception
                 seconds.set_exception(error)
 
-        seconds: Future[float] = Future()
-        if math.isinf(self._seconds_per_mask):
-            run()
-            seconds.result()
-            return
         Thread(target=run, name="mask", daemon=True).start()
         try:
             self._seconds_left[0] += self._seconds_per_mask - seconds.result(MASK_SECONDS)
@@ -153,10 +149,8 @@ class GrammarProcessor:
 
     def _follow(self, generated: list[int]) -> None:
         """Brings the matcher to the end of the generated tokens, and computes the mask there."""
-        pairs = zip(self._generated, generated, strict=False)
-        shared = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
-        if shared is None:
-            shared = min(len(self._generated), len(generated))
+        before, n_both = self._generated, min(len(self._generated), len(generated))
+        shared = next((i for i in range(n_both) if before[i] != generated[i]), n_both)
         if shared < self._n_matched:
             self._matcher.rollback(self._n_matched - shared)
             self._n_matched = shared
@@ -181,8 +175,8 @@ class GrammarProcessor:
         if left or self.problem or self._matcher.is_stopped():
             allowed[[token for token in ends if token < vocab_size]] = True
             return allowed
-        bits = np.frombuffer(self._mask, dtype=np.uint8)
-        bits = np.unpackbits(bits, bitorder="little")[:vocab_size]
+        mask = np.frombuffer(self._mask, dtype=np.uint8)
+        bits = np.unpackbits(mask, bitorder="little")[:vocab_size]
         allowed[: len(bits)] = bits
         return allowed
 
@@ -191,15 +185,13 @@ def _end_of(sought: list[int], tokens: list[int]) -> int | None:
     """Where ``sought`` first ends in ``tokens``; None if it is not there."""
     if not sought:
         return 0
-    start = 0
-    while True:
-        try:
-            start = tokens.index(sought[0], start) + 1
-        except ValueError:
-            return None
-        end = start - 1 + len(sought)
-        if tokens[start - 1 : end] == sought:
-            return end
+    start = -1
+    with suppress(ValueError):
+        while True:
+            start = tokens.index(sought[0], start + 1)
+            if tokens[start : start + len(sought)] == sought:
+                return start + len(sought)
+    return None
 
 
 def grammar_processor(
@@ -218,29 +210,25 @@ def grammar_processor(
         grammar: A Lark grammar with a rule ``start``.
 
     Raises:
-        ValueError: If not exactly one form is given, if it is wrong, or if llguidance is not
-            installed.
+        ValueError: If not one form is given, if it is wrong, or if llguidance is not installed.
     """
-    forms: tuple[tuple[Any, Callable[[Any], Grammar]], ...] = (
-        (json_schema, Grammar.from_json_schema),
-        (regex, Grammar.from_regex),
-        (grammar, Grammar.from_lark),
-    )
-    given = [(value, make) for value, make in forms if value is not None]
-    if len(given) != 1:
+    if [json_schema, regex, grammar].count(None) != 2:
         raise ValueError("Give one of json_schema, regex and grammar.")
-    ((value, make),) = given
-    return GrammarProcessor(tokenizer, make(value))
+    if json_schema is not None:
+        form = Grammar.from_json_schema(json_schema)
+    elif regex is not None:
+        form = Grammar.from_regex(regex)
+    else:
+        form = Grammar.from_lark(grammar)  # type: ignore[arg-type]
+    return GrammarProcessor(tokenizer, form)
 
 
 def _vocabulary(tokenizer: Any) -> Any:
     """llguidance's tokenizer for one of mlx-lm's or Hugging Face's."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     if not hasattr(inner, "backend_tokenizer"):
-        raise ValueError(
-            f"Structured output needs a tokenizer of the tokenizers library, but this one is a "
-            f"{type(inner).__name__}: use another model."
-        )
+        needs = "Structured output needs a tokenizer of the tokenizers library"
+        raise ValueError(f"{needs}, but this one is a {type(inner).__name__}: use another model.")
     ends = getattr(tokenizer, "eos_token_ids", None) or [tokenizer.eos_token_id]
     ends = tuple(sorted(ends))
     made = _vocabularies.setdefault(inner, {})

@@ -21,7 +21,8 @@ from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.quantities import percent
 from mlx_flashhead.common.tables import new_table, show
 from mlx_flashhead.conversion.calibration import read_text, text_states
-from mlx_flashhead.conversion.measures import Routing, measure_positions
+from mlx_flashhead.conversion.measures import measure_positions
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.head.matrix import Matrix, as_float32
 from mlx_flashhead.index.files import FlashHeadIndex, read_index
 from mlx_flashhead.models.dense import load_dense
@@ -88,9 +89,17 @@ def under(
     centroids = index.centroids
     matrix = as_float32(centroids.matrix.dequantized())
     offset = as_float32(centroids.bias)
-    routing = Routing(lambda h: h @ matrix.T + offset, as_float32(centroids.tail_offset))
-    positions = measure_positions(
-        states, logits, index.token_ids, routing, [index.config.n_probes], next_ids, progress=False
+    positions = take_all(
+        measure_positions(
+            states,
+            logits,
+            index.token_ids,
+            lambda h: h @ matrix.T + offset,
+            as_float32(centroids.tail_offset),
+            [index.config.n_probes],
+            next_ids,
+        ),
+        progress=False,
     )
     (means,) = positions.means()
     return {
@@ -118,7 +127,9 @@ def main() -> None:
     rows = location.rows()
     if rows.quantized:
         raise ValueError(f"{args.model} is quantized: give the model in 16 bits or more.")
-    states, next_ids = text_states(model, tokenizer, location, text, positions=args.positions)
+    states, next_ids = take_all(
+        text_states(model, tokenizer, location, text, positions=args.positions)
+    )
     table = new_table(
         f"{Path(args.model).name}, {len(states):,} positions, {index.config.n_probes:,} of "
         f"{index.config.n_clusters:,} clusters",

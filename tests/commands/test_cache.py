@@ -7,7 +7,6 @@ import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -145,13 +144,13 @@ def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, monkeypatch, 
 
 def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     model, entry = cut_short
-    before, steps = contents(entry.folder), build.model_index.steps
+    before, steps = contents(entry.folder), build.model_index
 
     def stopped(*arguments, **options):
         yield from itertools.islice(steps(*arguments, **options), 20)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "model_index", SimpleNamespace(steps=stopped))
+    monkeypatch.setattr(build, "model_index", stopped)
     code, _, errors = run("cache", "--rebuild", model)
     assert code == 130 and errors.endswith("Interrupted.\n")
     assert contents(entry.folder) == before

@@ -10,11 +10,10 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead.conversion.options import ConvertOptions
 from mlx_flashhead.index.files import CONFIG_KEY
-from model_folders import VOCAB_SIZE, write_model
+from model_folders import write_model
 
 # not the function of the same name, which the package has under it
 convert_command = importlib.import_module("mlx_flashhead.convert")
-N_CLUSTERS = -(-VOCAB_SIZE // 16)
 
 
 def test_convert_says_what_it_does(run, dense, tmp_path, text):
@@ -67,10 +66,7 @@ def test_convert_says_that_tied_rows_change_together(run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("--cluster-size", VOCAB_SIZE + 1), f"at most {VOCAB_SIZE}"),
-        (("--n-probes", N_CLUSTERS + 1), f"1 to {N_CLUSTERS}"),
         (("--target-agreement", 2), "--target-agreement is 2: give a number above 0, at most 1"),
-        (("--calibration", "absent.txt"), "absent.txt cannot be read"),
         (("-q", "-d"), "either --quantize or --dequantize, not both"),
         (("--index-only", "--head-bits", 8), "--index-only writes no weights: leave --head-bits"),
     ],

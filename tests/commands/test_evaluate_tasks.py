@@ -62,12 +62,9 @@ def test_tasks_are_printed_and_written(run, arguments, tmp_path, monkeypatch):
     "further, said",
     [
         (("--n-probes", "18"), "17"),
-        (("--limit", 0), "--limit is 0: give a whole number of 1"),
         (("--num-shots", -1), "--num-shots is -1: give a whole number of 0"),
         (("--max-tokens", 0), "--max-tokens is 0: give a whole number of 1"),
-        (("--temp", -1), "--temp is -1: give a number of 0"),
         (("--top-p", 7), "--top-p is 7: give 0 to 1"),
-        (("--seed", -1), "--seed is -1"),
         (("--chat-template-args", "[1]"), "give a JSON object such as"),
         (("--include-path", "absent"), "there is no such folder"),
         (("--json", "absent/out.json"), "cannot be written"),

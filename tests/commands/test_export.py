@@ -59,6 +59,7 @@ def test_an_interrupted_export_leaves_nothing(run, converted, output, monkeypatc
         (("--output", "absent/head.safetensors"), "there is no folder absent"),
         (("--output", "folder.safetensors"), "is a folder"),
         (("--output", "head.safetensors", "--n-probes", 18), "1 to 17"),
+        (("--output", "head.safetensors", "--model", "./absent"), "There is no folder"),
         ((), "--output"),
     ],
 )
@@ -75,9 +76,3 @@ def test_export_refuses_a_place_among_weights(refused, converted):
     said = refused("export", "--model", converted, "--output", converted / "head.safetensors")
     assert "lies in a model's folder" in said and "choose another folder" in said
     assert sorted(converted.iterdir()) == before
-
-
-def test_export_refuses_models(refused, dense, output):
-    said = refused("export", "--model", dense, "--output", output, "--no-build")
-    assert "no FlashHead of model yet" in said
-    assert "There is no folder" in refused("export", "--model", "./absent", "--output", output)

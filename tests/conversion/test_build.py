@@ -1,36 +1,34 @@
-"""A build in steps: the same index, dropped or killed at any point without a trace."""
+"""From a model to an index: in steps, dropped without a trace, and what is chosen and reported."""
 
-import functools
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+import json
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 
-import mlx_flashhead
-from mlx_flashhead.conversion.build import cut_short, model_index
+from mlx_flashhead.conversion import build, probes
+from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
+from mlx_flashhead.conversion.clustering import cluster_rows
+from mlx_flashhead.conversion.fitting import fit_centroids, raw_means
+from mlx_flashhead.conversion.metric import logit_metric
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.loading import build, cache
+from mlx_flashhead.conversion.report import report_lines
+from mlx_flashhead.conversion.steps import take_all
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
+from tiny_models import random_rows
 
 OPTIONS = IndexOptions(quick=True, calibration_positions=200)
 STAGES = ["Reading given text", "Clustering", "Fitting", "Rounding", "Measuring"]
+VOCAB_SIZE, HELD_OUT = 403, 100  # of 400 positions
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("models") / "m")
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    model, tokenizer = mlx_lm.load(str(folder))
+def loaded(tmp_path_factory):
+    model, tokenizer = mlx_lm.load(str(write_model(tmp_path_factory.mktemp("models") / "m")))
     return model, tokenizer, find_head(model)
 
 
@@ -40,7 +38,7 @@ def text_of(loaded):
 
 def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
     expected, key = text_of(loaded), mx.array(mx.random.state[0])
-    steps = model_index.steps(*loaded, OPTIONS, step_seconds=0.0)
+    steps = model_index(*loaded, OPTIONS, step_seconds=0.0)
     stages, sizes = [], []
     while True:
         try:
@@ -57,91 +55,199 @@ def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
     assert stages == STAGES
     assert np.diff([0, *sizes]).max() <= 16
     assert mx.array_equal(mx.random.state[0], key)
-    at_once = model_index(*loaded, OPTIONS, progress=False).config
+    at_once = take_all(model_index(*loaded, OPTIONS)).config
     assert config.n_clusters == at_once.n_clusters
     expected = {"source": "given", "quick": True, "positions": 200, "seed": 0}
     assert config.calibration == at_once.calibration == expected
-    assert config.lossless["n_probes"] >= 1
 
 
 def test_dropped_at_any_step_the_model_is_as_it_was(loaded):
     before = type(loaded[2].module).__dict__.copy()
-    options = IndexOptions(calibration_positions=100)
-    n_steps = sum(1 for _ in model_index.steps(*loaded, options))
+    n_steps = sum(1 for _ in model_index(*loaded, OPTIONS))
     for taken in np.linspace(0, 0.8 * n_steps, 6).astype(int):  # reading takes some more or less
-        steps = model_index.steps(*loaded, options)
+        steps = model_index(*loaded, OPTIONS)
         for _ in range(taken):
             next(steps)
         steps.close()
         assert dict(type(loaded[2].module).__dict__) == before
 
 
-# Loads the model argv[1], whose FlashHead it builds, and kills itself at the moment argv[2].
-KILLED = """
-import functools, os, signal, sys
-from mlx_flashhead import load
-from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.index import files
-from mlx_flashhead.loading import build
-
-def passed(moment):
-    if moment == sys.argv[2]:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def killed_steps(*args, steps=build.model_index.steps, **options):
-    for step in steps(*args, **options):
-        passed(step.stage)
-
-def killed_write(*args):
-    passed("writing")
-
-build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)
-if sys.argv[2] == "writing":
-    files._write_json = killed_write
-else:
-    build.model_index.steps = killed_steps
-load(sys.argv[1])
-"""
-
-
-@pytest.mark.parametrize("moment", [STAGES[-1], "writing"])
-def test_a_killed_build_leaves_what_the_next_one_cleans(
-    folder, flash_head_home, moment, monkeypatch
-):
-    checkout = Path(mlx_flashhead.__file__).parents[1]
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder), moment],
-        env={**os.environ, "PYTHONPATH": str(checkout)},
-        capture_output=True,
-        timeout=120,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    assert cache.entries() == []
-    left = list((flash_head_home / "flash_heads").iterdir())
-    assert len(left) == (moment == "writing")
-    for temporary in left:
-        os.utime(temporary, (0, 0))
-    few = functools.partial(IndexOptions, calibration_positions=100)
-    monkeypatch.setattr(build, "IndexOptions", few)
-    model, _ = mlx_flashhead.load(str(folder))
-    assert mlx_flashhead.get_flash_head(model) is not None
-    (entry,) = cache.entries()
-    assert list((flash_head_home / "flash_heads").iterdir()) == [entry.folder]
-
-
-def test_a_build_that_is_cut_short_says_so(loaded):
-    options = IndexOptions(quick=True, calibration_seconds=1e-6)
-    config = model_index(*loaded, options, progress=False).config
-    positions = config.calibration["positions"]
-    assert config.calibration["cut_short"] and positions < 4000
-    (sentence,) = cut_short(config)
-    assert f"cut short by the time limit, after {positions:,} positions" in sentence
-    whole = model_index(*loaded, OPTIONS, progress=False).config
-    assert "cut_short" not in whole.calibration and cut_short(whole) == []
-
-
 def test_bars_of_all_stages(loaded, capsys):
-    model_index(*loaded, OPTIONS)
+    take_all(model_index(*loaded, OPTIONS))
     shown = capsys.readouterr()
     assert all(f"{stage}: 100%" in shown.err for stage in STAGES)
     assert shown.out == ""
+
+
+def test_the_expected_time_grows_with_the_head_and_the_text():
+    def expected(vocab_size, **options):
+        rows = Matrix(mx.zeros((vocab_size, 64)))
+        return expected_seconds(rows, IndexOptions(calibration_seconds=30, **options)) - 30
+
+    assert 0 < 4 * expected(1000) < expected(20_000)  # roughly, on a busy machine
+    assert 4 * expected(1000, calibration_positions=100) < expected(1000)
+
+
+def make_case(**kwargs):
+    """Rows, states, and the tokens that followed: drawn from the head's distribution."""
+    rng = np.random.default_rng(0)
+    rows = random_rows(rng, VOCAB_SIZE, 64, **kwargs)
+    states = (np.random.default_rng(1).normal(size=(400, 64)) + 0.5).astype(np.float32)
+    logits = np.array(rows.matmul(mx.array(states)).astype(mx.float32))
+    return rows, states, (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+
+
+def indexed(rows, states=None, next_ids=None, *, body_bytes=0, **options):
+    options = IndexOptions(**{"cluster_size": 8} | options)
+    return take_all(build_index(rows, options, states, next_ids, body_bytes=body_bytes))
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """Sets the share of the dense head's bytes that may be read."""
+
+    def limit(share):
+        for module in (build, probes):
+            monkeypatch.setattr(module, "MOST_BYTES", share)
+
+    return limit
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"bias": True}, {"bits": 4}, {"dtype": mx.bfloat16}])
+def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
+    """The last quarter; the head itself serves as the reference."""
+    limit(1.0)
+    rows, states, next_ids = make_case(**kwargs)
+    index = indexed(rows, states, next_ids, target_agreement=0.9, target_kl=10.0)
+    config, report = index.config, index.config.report
+    held_out, followed = mx.array(states[-HELD_OUT:]), next_ids[-HELD_OUT:]
+    head = FlashHead(
+        rows, index.token_ids, index.centroids, n_probes=8, backend="mlx", max_positions=10_000
+    )
+    with head.dense():
+        dense = np.array(head(held_out).astype(mx.float32), dtype=np.float64)
+    positions, best = np.arange(HELD_OUT), dense.argmax(axis=1)
+    probability = np.exp(dense - np.log(np.exp(dense).sum(1, keepdims=True)))
+
+    def loss(logits):
+        logits = np.array(logits.astype(mx.float32), dtype=np.float64)
+        return np.mean(np.log(np.exp(logits).sum(1)) - logits[positions, followed])
+
+    dense_loss = loss(mx.array(dense.astype(np.float32)))
+    assert report["positions"] == HELD_OUT
+    assert report["dense_perplexity"] == pytest.approx(np.exp(dense_loss), rel=1e-3)
+    stored, centroids = rows.nbytes, index.centroids
+    read = sum(a.nbytes for a in (*centroids.matrix.arrays().values(), centroids.bias))
+    differing = {row["n_probes"]: row for row in config.lossless["by_probes"]}
+    for row in report["by_probes"]:
+        head.n_probes = row["n_probes"]
+        ids = np.array(head.candidates(held_out)[0]).astype(int)
+        scored = np.zeros((HELD_OUT, VOCAB_SIZE + 1), bool)
+        np.put_along_axis(scored, ids, True, axis=1)
+        found = np.array(head.token(held_out)) == best
+        assert row["agreement"] == pytest.approx(found.mean())
+        assert row["coverage"] == pytest.approx(scored[positions, followed].mean())
+        ratio = np.exp(loss(head(held_out)) - dense_loss)
+        assert row["perplexity_ratio"] == pytest.approx(ratio, rel=1e-2)
+        n_bytes = read + stored / VOCAB_SIZE * 8 * row["n_probes"]
+        assert row["bytes_per_token"] == round(n_bytes)
+        assert row["bytes_share"] == pytest.approx(n_bytes / stored)
+        differs = differing[row["n_probes"]]
+        unscored = ~scored[:, :VOCAB_SIZE]
+        assert differs["greedy_differs"] == pytest.approx(unscored[positions, best].mean())
+        missed = (probability * unscored).sum(1).mean()
+        assert differs["sampled_differs"] == pytest.approx(missed, abs=2e-3)
+    assert report["dense_bytes"] == stored
+    assert config.lossless["n_probes"] in differing
+    (chosen,) = (row for row in report["by_probes"] if row["n_probes"] == config.n_probes)
+    assert {key: report[key] for key in ("agreement", "coverage", "kl")}.items() <= chosen.items()
+    # 95 of 100 are 90 % and about 1.645 standard errors of 3 points
+    for n_probes in (8, 16, 24, 32, 40, 48, 51):
+        head.n_probes = n_probes
+        if (np.array(head.token(held_out)) == best).mean() >= 0.95:
+            break
+    assert config.n_probes == n_probes
+
+
+def test_goals_that_read_too_much_are_given_up_and_that_is_said(limit):
+    limit(0.5)
+    config = indexed(*make_case(), target_agreement=0.1, target_kl=1e-9).config
+    (chosen,) = (r for r in config.report["by_probes"] if r["n_probes"] == config.n_probes)
+    stored = config.report["dense_bytes"]
+    assert chosen["bytes_share"] <= 0.5 < chosen["bytes_share"] + 8 * 8 * 64 * 4 / stored
+    said = report_lines(config)[-1]
+    assert f"→ Without the check {config.n_probes} of 51 clusters per token are too few " in said
+    assert said.endswith("More would read over 50 % of the dense head's bytes.")
+
+
+def test_clusters_and_centroids_are_made_of_the_states_that_are_not_held_out():
+    rows, states, next_ids = make_case()
+    weight, known = np.array(rows.weight), states[:-HELD_OUT]
+    index = indexed(rows, states, next_ids, seed=7)
+    expected = take_all(cluster_rows(weight, 8, metric=logit_metric(known), seed=7))
+    np.testing.assert_array_equal(index.token_ids, expected)
+    fitted = take_all(fit_centroids(weight, expected, known))
+    for found, wanted in (
+        (index.centroids.matrix.weight, fitted.matrix.weight),
+        (index.centroids.bias, fitted.bias),
+    ):
+        assert mx.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("n_probes", [None, 3])
+def test_without_states(n_probes):
+    rows, _, _ = make_case()
+    index = indexed(rows, n_probes=n_probes, seed=7)
+    config, weight = index.config, np.array(rows.weight)
+    assert (config.n_clusters, config.n_probes) == (51, n_probes or 8)  # 51 / 6
+    assert config.calibration == {"positions": 0, "seed": 7}
+    assert report_lines(config) == [f"{config.n_probes} of 51 clusters per token, not calibrated"]
+    assert config.report == config.lossless == {}
+    by_direction = take_all(cluster_rows(weight, 8, seed=7))
+    np.testing.assert_array_equal(index.token_ids, by_direction)
+    means = raw_means(weight, index.token_ids)
+    assert np.abs(np.array(index.centroids.matrix.dequantized(mx.float32)) - means).max() < 0.08
+
+
+def test_settings_are_recorded():
+    rows, states, next_ids = make_case()
+    options = IndexOptions(cluster_size=16, seed=7, n_probes=5)
+    about = {"eos_token_ids": (9, 2, 1000), "calibration": {"source": "file"}}
+    index = take_all(build_index(rows, options, states, next_ids, **about))
+    config = index.config
+    assert (config.n_clusters, config.cluster_size) == (26, 16) == index.token_ids.shape
+    assert config.n_probes == config.lossless["n_probes"] == 5
+    assert config.eos_token_ids == (2, 9)  # 1000 is no row of this head
+    assert config.calibration == {"source": "file", "positions": 400, "seed": 7}
+    assert config.fingerprint == rows.fingerprint
+    assert (config.centroid_bits, config.centroid_group_size) == (4, 64)
+    assert json.loads(json.dumps(config.to_dict(), allow_nan=False)) == config.to_dict()
+
+
+def test_lines_of_the_report(limit):
+    limit(1.0)
+    goals = {"target_agreement": 0.5, "target_kl": 3.0}
+    config = indexed(*make_case(), body_bytes=10**6, **goals).config
+    lines = report_lines(config)
+    (bare,) = (line.split() for line in lines if line.startswith("→") and "With" not in line)
+    assert bare[:2] == ["→", str(config.n_probes)]
+    (checked,) = (line for line in lines if line.startswith("✓ ") and "expected" in line)
+    assert checked.startswith(f"✓ {config.lossless['n_probes']} of 51 clusters per token")
+    assert lines[-1] == (
+        f"→ Without the check {config.n_probes} of 51 clusters per token are the fewest that reach "
+        "50 % agreement and a KL of 1.5 nats on held-out text."
+    )
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (np.zeros((0, 64)), "0 calibration positions are too few"),
+        (np.zeros((1, 64)), "1 calibration positions are too few"),
+        (np.full((40, 64), np.inf), "NaN or infinity: check the model"),
+    ],
+)
+def test_bad_states(states, said):
+    rows, _, next_ids = make_case()
+    with pytest.raises(ValueError, match=said):
+        indexed(rows, states.astype(np.float32), next_ids[: len(states)])

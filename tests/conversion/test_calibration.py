@@ -7,14 +7,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from mlx_flashhead.conversion import calibration
-from mlx_flashhead.conversion.calibration import (
-    given_states,
-    read_text,
-    read_windows,
-    text_states,
-)
-from mlx_flashhead.conversion.steps import Stopwatch
-from mlx_flashhead.conversion.windows import CONTEXT, given_windows
+from mlx_flashhead.conversion.calibration import given_states, read_windows, text_states
+from mlx_flashhead.conversion.given_text import CONTEXT, given_windows
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
@@ -52,7 +47,7 @@ def test_text_states_enter_the_head(arch, tokenizer, monkeypatch):
     window = 40
     monkeypatch.setattr(calibration, "WINDOW_TOKENS", window)
     model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
-    states, next_ids = text_states(model, tokenizer, find_head(model), TEXT, progress=False)
+    states, next_ids = take_all(text_states(model, tokenizer, find_head(model), TEXT))
     token_ids = tokenizer.encode(TEXT)
     expected = [
         hidden_of(model, token_ids[start : min(start + window, len(token_ids) - 1)])
@@ -75,7 +70,7 @@ def test_every_window_begins_as_a_text_does(loaded, tmp_path, monkeypatch):
     )
     token_ids = tokenizer.encode(TEXT)
     monkeypatch.setattr(calibration, "WINDOW_TOKENS", len(token_ids) // 3)
-    states, next_ids = text_states(model, tokenizer, find_head(model), TEXT, progress=False)
+    states, next_ids = take_all(text_states(model, tokenizer, find_head(model), TEXT))
     np.testing.assert_array_equal(next_ids, token_ids[1:])
     start = len(token_ids) // 3
     windows = [token_ids[i : i + start] for i in range(0, len(token_ids) - 1, start)]
@@ -83,17 +78,6 @@ def test_every_window_begins_as_a_text_does(loaded, tmp_path, monkeypatch):
     expected = [hidden_of(model, windows[0])]
     expected += [hidden_of(model, [tokenizer.bos_token_id, *w])[1:] for w in windows[1:]]
     np.testing.assert_allclose(states, np.concatenate(expected), atol=2e-4)
-
-
-def test_windows_read_together_do_not_mix(loaded, monkeypatch):
-    """Of different lengths, so that some are padded."""
-    model, tokenizer = loaded
-    monkeypatch.setattr(calibration, "READ_TOKENS", 70)
-    token_ids = tokenizer.encode(TEXT)
-    windows = [token_ids[:30], token_ids[30:41], token_ids[50:52], token_ids[60:100]]
-    found = read_windows(model, find_head(model), windows, progress=False)
-    for states, window in zip(found, windows, strict=True):
-        np.testing.assert_allclose(states, hidden_of(model, window[:-1]), atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +97,10 @@ def test_a_step_reads_what_its_time_allows(tokenizer, arch, milliseconds, sizes,
 
     token_ids = tokenizer.encode(TEXT)
     windows = [token_ids[:41], token_ids[41:102]]
-    whole = read_windows(model, location, windows, progress=False)
+    whole = take_all(read_windows(model, location, windows))
     monkeypatch.setattr(calibration, "forward", slow_forward)
     monkeypatch.setattr(calibration, "monotonic", lambda: now)
-    steps = read_windows.steps(model, location, windows, step_seconds=0.1)
+    steps = read_windows(model, location, windows, step_seconds=0.1)
     done = [0]
     while True:
         try:
@@ -129,59 +113,29 @@ def test_a_step_reads_what_its_time_allows(tokenizer, arch, milliseconds, sizes,
         np.testing.assert_allclose(one, other, atol=2e-4)
 
 
-def test_given_states_are_those_of_their_windows(loaded):
+def test_given_states_are_those_of_their_windows(loaded, monkeypatch):
     """Without the first tokens of each window, and without those that came after the time limit."""
     model, tokenizer = loaded
-    states, next_ids = given_states(model, tokenizer, find_head(model), 600, progress=False)
-    assert states.shape == (600, 64) and states.dtype == np.float32
+    location = find_head(model)
+    states, next_ids, cut_short = take_all(given_states(model, tokenizer, location, 600))
+    assert states.shape == (600, 64) and states.dtype == np.float32 and not cut_short
     windows = given_windows(tokenizer, 600)
     expected = np.concatenate([hidden_of(model, window[:-1])[CONTEXT:] for window in windows])
     np.testing.assert_allclose(states, expected, atol=2e-4)
     assert next_ids.tolist() == [token for window in windows for token in window[CONTEXT + 1 :]]
-
-
-def test_the_text_is_cut_short_when_the_time_is_up(loaded, monkeypatch):
-    model, tokenizer = loaded
     monkeypatch.setattr(calibration, "READ_TOKENS", 700)
-    limit = Stopwatch(1e-9)
-    options = {"limit": limit, "progress": False}
-    states, next_ids = given_states(model, tokenizer, find_head(model), 4000, **options)
-    assert 0 < len(states) == len(next_ids) < 1000 and limit.cut_short
+    states, next_ids, cut_short = take_all(
+        given_states(model, tokenizer, location, 4000, seconds=1e-9)
+    )
+    assert 0 < len(states) == len(next_ids) < 1000 and cut_short
 
 
 @pytest.mark.parametrize("positions", [5, 10_000])
 def test_text_states_stop_at_the_positions_asked_for(loaded, positions):
     model, tokenizer = loaded
-    states, next_ids = text_states(
-        model, tokenizer, find_head(model), TEXT, positions=positions, progress=False
+    states, next_ids = take_all(
+        text_states(model, tokenizer, find_head(model), TEXT, positions=positions)
     )
     token_ids = tokenizer.encode(TEXT)
     assert len(states) == min(positions, len(token_ids) - 1)
     np.testing.assert_array_equal(next_ids, token_ids[1 : len(states) + 1])
-
-
-def test_too_short_a_text(loaded):
-    model, tokenizer = loaded
-    with pytest.raises(ValueError, match="too short to measure anything on: give one of some"):
-        text_states(model, tokenizer, find_head(model), "a", progress=False)
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (None, "cannot be read .No such file or directory.: check the path"),
-        ("folder", "cannot be read .Is a directory.: check the path"),
-        (b" \n\t ", "is empty: give a text of some pages"),
-        (b"\xff\xfe\x00text", "is not UTF-8 text: give a plain text file"),
-    ],
-)
-def test_unreadable_texts_are_one_sentence(tmp_path, content, sentence):
-    path = tmp_path / "text.txt"
-    if content == "folder":
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=sentence) as error:
-        read_text(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)

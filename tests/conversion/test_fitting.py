@@ -11,7 +11,7 @@ from tiny_models import random_clusters
 
 
 def quantize(*args):
-    return take_all(fitting._quantize(*args), progress=False)
+    return take_all(fitting._quantize(*args))
 
 
 def make_case(vocab_size=203, hidden_size=64, cluster_size=8, n_states=300, seed=0):
@@ -41,7 +41,7 @@ def dequantized(centroids):
 
 
 def fit(*args, **kwargs):
-    return fit_centroids(*args, progress=False, **kwargs)
+    return take_all(fit_centroids(*args, **kwargs))
 
 
 CASES = [
@@ -52,15 +52,6 @@ CASES = [
     {"vocab_size": 40, "cluster_size": 1},
     {"vocab_size": 1100, "cluster_size": 8, "hidden_size": 32, "n_states": 2500},
 ]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_means(case):
-    rows, token_ids, _, _ = make_case(**case)
-    rows[3] = 0
-    clusters = members(token_ids, len(rows))
-    raw = np.stack([rows[ids].mean(axis=0) for ids in clusters])
-    np.testing.assert_allclose(raw_means(rows, token_ids), raw, atol=1e-6)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -85,9 +76,6 @@ def test_fit_is_the_ridge_regression_of_the_logsumexp(case, with_bias):
     expected = means + delta[:-1].T
     np.testing.assert_allclose(dequantized(fitted), expected, atol=2e-4, rtol=1e-3)
 
-    left = target - states @ dequantized(fitted).T
-    bias = left.mean(axis=0) + left.var(axis=0) / 2
-    np.testing.assert_allclose(np.array(fitted.bias), bias, atol=2e-3)
     n_tokens = np.array([len(ids) for ids in members(token_ids, len(rows))])
     np.testing.assert_allclose(np.array(fitted.tail_offset), -np.log(n_tokens), atol=1e-6)
 
@@ -175,28 +163,7 @@ def test_errors_fed_forward_cost_less_where_the_states_are():
     assert cost(rounded) < 0.5 * min(cost(nearest), cost(plain))
 
 
-def test_errors_go_where_correlated_states_do_not_see_them():
-    """States that fill 8 of 64 dimensions leave room to make up for nearly all of an error."""
-    rng = np.random.default_rng(0)
-    states = rng.normal(size=(1000, 8)) @ rng.normal(size=(8, 64))
-    covariance = np.cov((states + 0.1 * rng.normal(size=states.shape)).T, bias=True)
-    rows = rng.normal(size=(100, 64)).astype(np.float32)
-    _, rounded = quantize(rows, covariance, 64)
-    _, nearest = quantize(rows, np.eye(64), 64)
-
-    def cost(values):
-        return np.einsum("cd,de,ce->", values - rows, covariance, values - rows)
-
-    assert cost(rounded) < 0.1 * cost(nearest)
-
-
 def test_constant_groups():
     rows = np.repeat(np.float32([[0.0], [0.25], [-3.0]]), 64, axis=1)
     _, rounded = quantize(rows, np.eye(64), 64)
     np.testing.assert_array_equal(rounded, rows)
-
-
-def test_states_of_another_width():
-    rows, token_ids, _, _ = make_case()
-    with pytest.raises(ValueError, match=r"shape \(4, 5\), but \(N, 64\)"):
-        fit(rows, token_ids, np.zeros((4, 5)))

@@ -1,10 +1,23 @@
-"""Given text: what the package and Python's standard library hold."""
+"""Given text: what the package and Python's standard library hold, and windows of every kind."""
 
+from collections import Counter
+
+import mlx_lm
 import pytest
 
 from mlx_flashhead.conversion import given_text
-from mlx_flashhead.conversion.given_text import dialogues, given_documents
+from mlx_flashhead.conversion.given_text import (
+    CONTEXT,
+    LEAST_TOKENS,
+    PYTHON,
+    SHARES,
+    dialogues,
+    given_documents,
+    given_windows,
+    windows_of,
+)
 from mlx_flashhead.evaluation.answers import usual_requests
+from model_folders import write_model
 
 
 @pytest.fixture(scope="module")
@@ -15,39 +28,62 @@ def documents():
 def test_every_kind_has_several_documents(documents):
     assert len(documents) >= 6
     for found in documents.values():
-        assert len(found) >= 6
+        assert len(set(found)) == len(found) >= 6
         assert all(len(document) > 50 for document in found)
-        assert len(set(found)) == len(found)
-
-
-def test_python_and_help_topics_come_from_the_standard_library(documents):
-    assert len(documents[given_text.PYTHON]) > 0.8 * len(given_text.MODULES)
-    assert "def " in "".join(documents[given_text.PYTHON])
-    own = (len(given_text._documents("documentation.txt"))) + 0.8 * len(given_text.TOPICS)
-    assert len(documents[given_text.DOCUMENTATION]) > own
 
 
 def test_what_an_installation_lacks_is_left_out(monkeypatch, documents):
-    monkeypatch.setattr(given_text, "MODULES", ("no_such_module", "textwrap", "_thread"))
-    monkeypatch.setattr(given_text, "TOPICS", ("no-such-topic", "with"))
+    assert "def " in "".join(documents[PYTHON])
+    assert len(documents[PYTHON]) > 30
+    own = len(given_text._documents("documentation"))
+    assert len(documents["documentation"]) > own + 30
+    few = {"modules": "no_such_module textwrap _thread", "topics": "no-such-topic with"}
+    read = given_text._file
+    monkeypatch.setattr(given_text, "_file", lambda name: few.get(name) or read(name))
     found = given_documents()
-    assert len(found[given_text.PYTHON]) == 1
-    assert len(found[given_text.DOCUMENTATION]) == 1 + len(
-        given_text._documents("documentation.txt")
-    )
-    assert found[given_text.PROSE] == documents[given_text.PROSE]
+    assert len(found[PYTHON]) == 1
+    assert len(found["documentation"]) == 1 + own
+    assert found["prose"] == documents["prose"]
 
 
-def test_dialogues_alternate():
+def test_dialogues_alternate_and_are_no_requests_of_the_evaluation():
     found = dialogues()
     assert len(found) > 10
     for messages in found:
-        roles = [message["role"] for message in messages]
-        assert roles == ["user", "assistant"] * (len(roles) // 2)
-        assert all(message["content"] == message["content"].strip() for message in messages)
-        assert not any("User:" in message["content"] for message in messages)
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        contents = [m["content"] for m in messages]
+        assert all(text == text.strip() and "User:" not in text for text in contents)
+        assert not set(contents) & set(usual_requests())
 
 
-def test_no_request_of_the_evaluation_is_calibrated_on():
-    asked = {message["content"] for messages in dialogues() for message in messages}
-    assert not asked & set(usual_requests())
+@pytest.mark.parametrize("options", [{}, {"chat_template": None}], ids=["chat", "plain"])
+def test_the_kinds_take_turns(options, tmp_path, monkeypatch):
+    """50 positions of each kind, twice as many of the languages; the first windows are of all."""
+    _, tokenizer = mlx_lm.load(str(write_model(tmp_path / "m", **options)))
+    kinds, kind_of = iter(SHARES), {}
+
+    def chosen_windows(*args, choose=given_text._chosen_windows):
+        chosen = choose(*args)
+        kind_of.update(dict.fromkeys(map(tuple, chosen), next(kinds)))
+        return chosen
+
+    monkeypatch.setattr(given_text, "_chosen_windows", chosen_windows)
+    found = given_windows(tokenizer, 500)
+    counts = Counter()
+    for window in found:
+        counts[kind_of[tuple(window)]] += len(window) - 1 - CONTEXT
+    assert counts == {kind: 50 * share for kind, share in SHARES.items()}
+    assert {kind_of[tuple(window)] for window in found[: len(SHARES)]} == set(SHARES)
+
+
+def test_windows_begin_with_the_token_that_ended_the_one_before():
+    assert windows_of(list(range(8)), 3) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7]]
+    assert windows_of([1, 2, 3, 4], 3) == [[1, 2, 3, 4]]
+
+
+def test_long_documents_do_not_crowd_out_others_and_what_begins_a_text_is_no_text():
+    documents = [list(range(300)), list(range(1000, 1080)), [7, *range(2000, 2020)]]
+    chosen = given_text._chosen_windows(documents, [7], 150)
+    assert sum(len(window) - 1 - CONTEXT for window in chosen) == 150
+    assert {window[0] for window in chosen[:3]} == {0, 1000, 2000}
+    assert all(len(window) >= LEAST_TOKENS for window in chosen)

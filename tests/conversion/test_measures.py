@@ -1,13 +1,12 @@
 """The measures, against full distributions over the vocabulary and against the FlashHead itself."""
 
-import json
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_flashhead.conversion import measures
-from mlx_flashhead.conversion.measures import GAP, TAIL, Routing, measure_positions
+from mlx_flashhead.conversion.measures import GAP, TAIL, measure_positions
+from mlx_flashhead.conversion.steps import take_all
 from tiny_models import fitted, random_clusters, random_rows
 
 # V, cluster_size; the last three do not divide
@@ -17,15 +16,13 @@ SHAPES = [(64, 8), (40, 1), (30, 30), (203, 8), (37, 16), (101, 3)]
 class Case:
     """A random head, its clusters, states and next tokens; more states than one chunk."""
 
-    def __init__(
-        self, vocab_size=203, cluster_size=8, *, bias=False, n_states=150, scale=1, seed=0
-    ):
-        rng = np.random.default_rng(seed)
+    def __init__(self, vocab_size=203, cluster_size=8, *, bias=False):
+        rng = np.random.default_rng(0)
         self.rows = random_rows(rng, vocab_size, 32, bias=bias)
         self.token_ids = random_clusters(rng, vocab_size, cluster_size)
         self.n_clusters = len(self.token_ids)
         self.centroids = fitted(self.rows, self.token_ids)
-        self.states = rng.normal(scale=scale, size=(n_states, 32)).astype(np.float32)
+        self.states = rng.normal(size=(150, 32)).astype(np.float32)
         self.logits = self.logits_of(self.states).astype(np.float64)
         self.next_ids = (self.logits + rng.gumbel(size=self.logits.shape)).argmax(axis=1)
         self.tail_offset = np.array(self.centroids.tail_offset)
@@ -40,20 +37,18 @@ class Case:
         matrix = np.array(self.centroids.matrix.dequantized(mx.float32))
         return states @ matrix.T + np.array(self.centroids.bias)
 
-    def positions(self, probe_counts, next_ids="own"):
-        return measure_positions(
-            self.states,
-            self.logits_of,
-            self.token_ids,
-            Routing(self.scores_of, self.tail_offset),
-            probe_counts,
-            self.next_ids if isinstance(next_ids, str) else next_ids,
-            progress=False,
+    def positions(self, probe_counts):
+        return take_all(
+            measure_positions(
+                self.states,
+                self.logits_of,
+                self.token_ids,
+                self.scores_of,
+                self.tail_offset,
+                probe_counts,
+                self.next_ids,
+            )
         )
-
-    def measure(self, n_probes, next_ids="own"):
-        found = self.positions([n_probes], next_ids)
-        return found.means()[0], found.dense_perplexity()
 
     def probed(self, n_probes):
         """(N, V) bool: the tokens of each state's best clusters."""
@@ -136,20 +131,10 @@ def test_a_model_s_own_minus_infinity():
 
     case.logits_of = with_holes
     case.next_ids = np.full(len(case.states), case.token_ids[1, 0])
-    got, dense = case.measure(3)
-    assert np.isfinite([got.kl, got.perplexity, got.covered_mass, dense]).all()
-    whole, _ = case.measure(8)
+    found = case.positions([3, 8])
+    got, whole = found.means()
+    assert np.isfinite([*got, found.dense_perplexity()]).all()
     assert whole.kl == pytest.approx(0, abs=1e-7)
-
-
-def test_what_cannot_be_measured_is_nan_and_none_in_json():
-    case = Case()
-    got, dense = case.measure(5, next_ids=None)
-    assert np.isnan([got.coverage, got.perplexity, dense]).all()
-    assert 0 < got.agreement < 1
-    as_dict = got.to_dict()
-    assert as_dict["coverage"] is as_dict["perplexity"] is None
-    assert json.loads(json.dumps(as_dict, allow_nan=False)) == as_dict
 
 
 def test_large_vocabularies_are_measured_in_smaller_chunks(monkeypatch):

@@ -1,7 +1,4 @@
-"""The Metal emulator: right answers in every order of threads, exact counts, files by themselves.
-
-Faults have tests of their own.
-"""
+"""The Metal emulator: right answers in every order of threads, exact counts, and every fault."""
 
 import sys
 
@@ -9,17 +6,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_emulator import Emulator, KernelFault, Traffic, check_standalone
+from metal_emulator import Emulator, KernelFault, Traffic
 from metal_emulator.single import ramp, run_kernel
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "darwin", reason="the emulator needs Linux; a Mac runs kernels on its GPU"
 )
 
-ORDERS = ("forward", "reverse", "shuffle")
 INDEX = "uint i = thread_position_in_grid.x; "
-
-
+TID = "uint t = thread_index_in_threadgroup; "
+SHARED = "threadgroup float s[64]; " + TID + "s[t] = 0; "
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup); "
 ROW_SUM = """
     threadgroup float partial[32];
     uint row = threadgroup_position_in_grid.x, t = thread_position_in_threadgroup.x;
@@ -40,36 +37,12 @@ ROW_SUM = """
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.uint8, mx.bool_])
 def test_row_sum_over_1024_threads_in_every_order(dtype):
     x = (mx.random.uniform(shape=(3, 1237)) * 7).astype(dtype)
-    results = [
-        run_kernel(
-            ROW_SUM,
-            x,
-            shape=(3,),
-            grid=3 * 1024,
-            threadgroup=1024,
-            template=[("T", mx.float32)],
-            emulator=Emulator(order, seed=5),
-        )
-        for order in ORDERS
-    ]
+    options = dict(shape=(3,), grid=3 * 1024, threadgroup=1024, template=[("T", mx.float32)])
+    orders = ("forward", "reverse", "shuffle")
+    results = [run_kernel(ROW_SUM, x, emulator=Emulator(o, seed=5), **options) for o in orders]
     exact = np.array(x.astype(mx.float32)).astype(np.float64).sum(axis=1)
     np.testing.assert_allclose(np.array(results[0]), exact, rtol=1e-6)
     assert all(mx.array_equal(result, results[0]) for result in results)
-
-
-def test_atomic_histogram():
-    source = """
-        threadgroup atomic_uint counts[8];
-        uint t = thread_index_in_threadgroup;
-        if (t < 8) atomic_store_explicit(&counts[t], 0, memory_order_relaxed);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        atomic_fetch_add_explicit(&counts[a[t]], 1, memory_order_relaxed);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (t < 8) out[t] = atomic_load_explicit(&counts[t], memory_order_relaxed);
-    """
-    x = mx.random.randint(0, 8, (1000,)).astype(mx.uint8)
-    out = run_kernel(source, x, shape=(8,), dtype=mx.uint32, grid=1000, threadgroup=1000)
-    assert np.array_equal(np.array(out), np.bincount(np.array(x), minlength=8))
 
 
 def test_simd_operations_in_a_partial_simdgroup():
@@ -91,20 +64,11 @@ def test_simd_operations_in_a_partial_simdgroup():
     for start in (0, 32):
         v = x[start : start + 32]
         lanes = np.arange(len(v))
-        ballot = int(((v % 2 == 0).astype(np.int64) << lanes).sum())
-        expected = np.stack(
-            [
-                np.full(len(v), v.sum()),
-                v.cumsum(),
-                v.cumsum() - v,
-                v[lanes ^ 1],
-                np.full(len(v), v[3]),
-                np.full(len(v), np.array(ballot).astype(np.uint32).astype(np.int32)),
-                np.full(len(v), v.max() * 1000 + v.min()),
-            ],
-            axis=1,
-        )
-        assert np.array_equal(out[start : start + 32], expected)
+        ballot = ((v % 2 == 0).astype(np.int64) << lanes).sum().astype(np.uint32).astype(np.int32)
+        expected = [v.sum(), v.cumsum(), v.cumsum() - v, v[lanes ^ 1], v[3], ballot]
+        expected.append(v.max() * 1000 + v.min())
+        for column, values in zip(out[start : start + 32].T, expected, strict=True):
+            np.testing.assert_array_equal(column, values)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
@@ -123,38 +87,11 @@ def test_sixteen_bit_floats_round_as_in_mlx(dtype):
     assert mx.all((product == expected) | mx.isnan(x))
 
 
-AT_69 = {  # of 70 threads in threadgroups of 64
-    "thread_position_in_grid.x": 69, "thread_position_in_threadgroup.x": 5,
-    "threadgroup_position_in_grid.x": 1, "threads_per_threadgroup.x": 6,
-    "dispatch_threads_per_threadgroup.x": 64, "threads_per_grid.x": 70, "grid_size.x": 70,
-    "threadgroups_per_grid.x": 2, "thread_index_in_threadgroup": 5, "thread_index_in_simdgroup": 5,
-    "simdgroup_index_in_threadgroup": 0, "simdgroups_per_threadgroup": 1,
-    "dispatch_simdgroups_per_threadgroup": 2, "thread_index_in_quadgroup": 1,
-    "quadgroup_index_in_threadgroup": 1, "quadgroups_per_threadgroup": 2,
-    "dispatch_quadgroups_per_threadgroup": 16, "thread_execution_width": 32,
-    "threads_per_simdgroup": 32, "grid_origin.x": 0,
-    "a_shape[1]": 3, "a_strides[0]": 3, "a_ndim": 2, "b": 7, "c[1]": 1,
-}  # fmt: skip
-
-
-def test_every_attribute_and_input():
-    writes = "".join(f"out[{i}] = uint({name}); " for i, name in enumerate(AT_69))
-    inputs, n = (mx.zeros((4, 3)), 7, mx.arange(3)), len(AT_69)
-    source = f"if (thread_position_in_grid.x == 69) {{ {writes}}}"
-    found = run_kernel(source, *inputs, shape=(n,), dtype=mx.uint32, grid=70)
-    assert dict(zip(AT_69, found.tolist(), strict=True)) == AT_69
-
-
 def test_traffic_is_exact():
     """64 threads read every second float of 128, twice the same word of b, and write bytes."""
     emulator = Emulator()
-    run_kernel(
-        INDEX + "out[i] = uchar(a[2 * i]) + b[0];",
-        ramp(128),
-        ramp(16, mx.uint8),
-        dtype=mx.uint8,
-        emulator=emulator,
-    )
+    source = INDEX + "out[i] = uchar(a[2 * i]) + b[0];"
+    run_kernel(source, ramp(128), ramp(16, mx.uint8), dtype=mx.uint8, emulator=emulator)
     (dispatch,) = emulator.dispatches
     assert dispatch.name == "test" and dispatch.grid == dispatch.threadgroup == (64, 1, 1)
     assert dispatch.barriers == 0 and dispatch.threadgroup_bytes == 0
@@ -165,84 +102,105 @@ def test_traffic_is_exact():
     }
 
 
-def test_without_checks_the_answer_is_the_same():
-    emulator = Emulator(check=False)
-    x = mx.random.normal((2, 500))
-    options = dict(shape=(2,), grid=512, threadgroup=256, template=[("T", mx.float32)])
-    assert mx.array_equal(
-        run_kernel(ROW_SUM, x, emulator=emulator, **options), run_kernel(ROW_SUM, x, **options)
-    )
-    assert emulator.dispatches[0].buffers["a"] == Traffic(x.nbytes)
-
-
-def test_installed_replaces_and_restores():
-    original = mx.fast.metal_kernel, mx.metal.is_available
-    emulator = Emulator()
-    with pytest.raises(ZeroDivisionError), emulator.installed():
-        assert mx.metal.is_available()
-        kernel = mx.fast.metal_kernel(
-            name="copy", input_names=["a"], output_names=["out"], source=INDEX + "out[i] = a[i];"
-        )
-        (out,) = kernel(
-            inputs=[ramp()],
-            grid=(64, 1, 1),
-            threadgroup=(64, 1, 1),
-            output_shapes=[(64,)],
-            output_dtypes=[mx.float32],
-        )
-        assert mx.array_equal(out, ramp())
-        raise ZeroDivisionError
-    assert (mx.fast.metal_kernel, mx.metal.is_available) == original
-    assert [dispatch.name for dispatch in emulator.dispatches] == ["copy"]
-
-
-STANDALONE = """
-#include <metal_stdlib>
-using namespace metal;
-constant constexpr int WIDTH = 4;
-struct Best { float value; uint index; };
-template <typename T>
-[[kernel, max_total_threads_per_threadgroup(256)]] void copy(
-    const device T* x [[buffer(0)]], device T* out [[buffer(1)]],
-    const constant int& n [[buffer(2)]], uint i [[thread_position_in_grid]]) {
-  threadgroup Best best[WIDTH];  // shared by the threadgroup
-  best[i % WIDTH] = Best{float(x[i]), i};
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (int(i) < n) out[i] = T(best[i % WIDTH].value);
-}
-template [[host_name("copy_float")]] [[kernel]] void copy<float>(
-    const device float* x [[buffer(0)]], device float* out [[buffer(1)]],
-    const constant int& n [[buffer(2)]], uint i [[thread_position_in_grid]]);
-template [[host_name("copy_bfloat")]] [[kernel]] decltype(copy<bfloat>) copy<bfloat>;
-kernel void clear(device float* out [[buffer(0)]], uint i [[thread_position_in_grid]]) {
-  out[i] = 0;
-}
-"""
-
-
-def test_standalone_file(tmp_path):
-    path = tmp_path / "good.metal"
-    path.write_text(STANDALONE)
-    check_standalone(path)
+# Kernels that are wrong in one way each.
+FAULTS = {
+    "race": {
+        "missing barrier": SHARED + BARRIER + "s[t] = a[t]; out[t] = s[63 - t];",
+        "barrier for other memory": SHARED
+        + "threadgroup_barrier(mem_flags::mem_device); out[t] = s[63 - t];",
+        "missing second barrier": SHARED
+        + "for (int i = 0; i < 2; ++i) { s[t] = a[t]; " + BARRIER + "out[t] = s[t ^ 1]; }",
+        "simdgroup_barrier across simdgroups": SHARED + BARRIER
+        + "s[t] = a[t]; simdgroup_barrier(mem_flags::mem_threadgroup); out[t] = s[63 - t];",
+        "lock step is no barrier": SHARED + "simd_sum(1.0f); out[t] = s[t ^ 1];",
+        "two threads write one output": TID + "out[t] = 0; out[t / 2] = a[t];",
+    },
+    "out-of-bounds": {
+        "read past the end": TID + "out[t] = a[t + 1];",
+        "read before the start": TID + "out[t] = a[int(t) - 1];",
+        "write past the end": TID + "out[t + 1] = a[t];",
+        "past a threadgroup array": SHARED + "out[t] = 0; if (t == 63) s[t + 1] = 0;",
+    },
+    "read-only": {"write to an input": TID + "((device float*)a)[t] = 0; out[t] = 0;"},
+    "misaligned": {"vector": TID + "out[t] = ((const device float4*)(a + t % 8))->x;"},
+    "divergent-barrier": {
+        "return before a barrier": TID + "if (t == 40) return; " + BARRIER + "out[t] = a[t];",
+        "barriers of two branches": TID
+        + "if (t < 40) { " + BARRIER + "} else { " + BARRIER + "} out[t] = a[t];",
+        "simd_sum by some lanes": TID + "float v = a[t]; if (t < 40) v = simd_sum(v); out[t] = v;",
+    },
+    "inactive-lane": {
+        "shuffle from a lane beyond the group": INDEX
+        + "out[i] = i < 64 ? simd_shuffle(a[i], 31) : 0;",
+    },
+    "uninitialised": {
+        "unwritten output": TID + "if (t != 13) out[t] = a[t];",
+        "output read before it is written": TID + "out[t] += a[t];",
+        "threadgroup memory never written": "threadgroup float s[64]; " + TID + "out[t] = s[t];",
+    },
+    "threadgroup-memory": {
+        "too much": "threadgroup float s[8192], r; " + TID + "s[t] = a[t]; r = 0; out[t] = 0;",
+    },
+    "compile": {
+        "pointer without address space": TID + "const float* p = a; out[t] = p[t];",
+        "pointer of another address space": TID + "const thread float* p = a; out[t] = p[t];",
+        "cast without address space": TID + "out[t] = ((const float*)a)[t];",
+        "threadgroup variable with initialiser":
+            "threadgroup float s[2] = {0, 0}; out[thread_index_in_threadgroup] = 0;",
+        "double": TID + "double v = a[t]; out[t] = v;",
+        "min of uint and int": TID + "out[t] = min(t, 5);",
+        "max of half and float": TID + "out[t] = max(half(a[t]), 0.0f);",
+        "unknown name": TID + "out[t] = std::exp(a[t]);",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("using namespace metal;", "", "mem_flags"),
-        ("device T* out", "T* out", "copy"),
-        ("  if (int(i) < n)", "  const T* p = x; if (int(i) < n)", "'p' has no address space"),
-        ("uint i [[thread_position_in_grid]]) {\n", "uint i) {\n", "'uint i' has no attribute"),
-        ("[[thread_position_in_grid]]) {\n", "[[thread_in_grid]]) {\n", "'thread_in_grid'"),
-        ("T(best[i % WIDTH].value)", "best[i % WIDTH].value", "bfloat"),
-        ("struct Best", "threadgroup float loose[4];\nstruct Best", "body of a kernel"),
-        ("copy<bfloat>;", "copy<missing>;", "missing"),
-    ],
+    "kind, case", [(kind, case) for kind, cases in FAULTS.items() for case in cases]
 )
-def test_standalone_file_with_a_mistake(tmp_path, old, new, message):
-    assert old in STANDALONE
-    path = tmp_path / "bad.metal"
-    path.write_text(STANDALONE.replace(old, new))
-    with pytest.raises(KernelFault, match=r"bad\.metal") as fault:
-        check_standalone(path)
-    assert message in str(fault.value)
+@pytest.mark.parametrize("order", ["forward", "shuffle"])
+def test_fault_is_caught(kind, case, order):
+    edge = 40 if kind == "inactive-lane" else 64
+    options = {"grid": edge, "shape": (edge,), "emulator": Emulator(order)}
+    with pytest.raises(KernelFault) as fault:
+        run_kernel(FAULTS[kind][case], ramp(), **options)
+    assert fault.value.kind == kind, str(fault.value)
+    assert "/" not in str(fault.value).split("\n")[0]  # names the kernel, not a path
+
+
+def test_fault_says_where():
+    with pytest.raises(KernelFault, match=r"thread 63 \(63, 0, 0\) of threadgroup \(0,") as fault:
+        run_kernel(FAULTS["out-of-bounds"]["read past the end"], ramp())
+    assert "reads 4 bytes outside buffer 'a' of 64 elements, at index 64" in str(fault.value)
+    with pytest.raises(KernelFault, match="threadgroup_barrier while thread 40 is at the end"):
+        run_kernel(FAULTS["divergent-barrier"]["return before a barrier"], ramp())
+    with pytest.raises(KernelFault, match=r"test\w*\.metal:\d+.*'p' has no address space"):
+        run_kernel(FAULTS["compile"]["pointer without address space"], ramp())
+    with pytest.raises(KernelFault, match="of another threadgroup"):
+        run_kernel(TID + "out[t] = a[t];", ramp(128), grid=128)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["out[i] = a[i] * 2.0f;", "out[i] = 0.0f;", "out[i] = 1;", "T v = a[i]; v += 1.0f;"],
+)
+def test_bfloat_is_not_converted_implicitly(statement):
+    options = dict(dtype=mx.bfloat16, template=[("T", mx.bfloat16)])
+    with pytest.raises(KernelFault, match="bfloat") as fault:
+        run_kernel(INDEX + statement, ramp(dtype=mx.bfloat16), **options)
+    assert fault.value.kind == "compile"
+    written_out = INDEX + "T v = T(2.0f); float f = a[i]; out[i] = T(f) * v;"
+    out = run_kernel(written_out, ramp(dtype=mx.bfloat16), **options)
+    assert mx.array_equal(out, 2 * ramp(dtype=mx.bfloat16))
+
+
+def test_helper_for_device_pointers_refuses_a_small_input():
+    """Below 8 elements an input is `constant`; a helper templated on the pointer takes both."""
+    fixed = "inline float first(const device float* p) { return p[0]; }\n"
+    templated = "template <typename P> inline float first(P p) { return p[0]; }\n"
+    source = INDEX + "out[i] = first(a);"
+    for n, header in ((8, fixed), (8, templated), (7, templated)):
+        assert mx.all(run_kernel(source, ramp(n) + 5, header=header) == 5)
+    with pytest.raises(KernelFault) as fault:
+        run_kernel(source, ramp(7), header=fixed)
+    assert fault.value.kind == "compile"

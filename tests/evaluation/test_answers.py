@@ -8,11 +8,19 @@ import pytest
 from test_text import installed_model
 
 from mlx_flashhead import get_flash_head, stream_generate
-from mlx_flashhead.evaluation.answers import evaluate_answers, usual_requests
+from mlx_flashhead.evaluation import answers
+from mlx_flashhead.evaluation.answers import evaluate_answers
 from model_folders import write_model
 
 ASKED = ["Why?", "Name a river.", "Count to ten", "Who?", "Say something about bridges."]
 TOKENS = 12
+REQUESTS = answers.usual_requests()
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch):
+    monkeypatch.setattr(answers, "usual_requests", lambda: ASKED)
+    monkeypatch.setattr(answers, "MOST_TOKENS", TOKENS)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["chat", "plain"])
@@ -35,14 +43,8 @@ def answer(model, tokenizer, text, **settings):
     return [response.token for response in stream]
 
 
-@pytest.fixture(scope="module")
-def found(model, tokenizer):
-    return evaluate_answers(
-        model, tokenizer, probe_counts=[1, 6, 33], tokens=TOKENS, requests=ASKED, progress=False
-    )
-
-
-def test_answers_are_those_of_generation(found, model, tokenizer):
+def test_answers_are_those_of_generation(model, tokenizer):
+    found = evaluate_answers(model, tokenizer, [1, 6, 33])
     dense = [answer(model, tokenizer, text, dense=True) for text in ASKED]
     assert found["positions"] == sum(map(len, dense))
     assert found["chat_template"] == tokenizer.has_chat_template
@@ -57,23 +59,16 @@ def test_answers_are_those_of_generation(found, model, tokenizer):
         ]
         if partings:
             assert measured["median_parting"] == np.median(partings)
+            assert measured["agreement"] < 1
         else:
             assert (measured["median_parting"], measured["agreement"]) == (None, 1)
-
-
-def test_few_probes_part_and_all_do_not(found):
     few, _, all_of_them = found["measures"]
-    assert few["identical"] < 1
-    assert few["agreement"] < 1
-    assert (all_of_them["identical"], all_of_them["agreement"]) == (1, 1)
+    assert few["identical"] < 1 == all_of_them["identical"]
 
 
 def test_by_default_half_once_and_twice_the_probes(model, tokenizer):
-    found = evaluate_answers(model, tokenizer, tokens=3, requests=ASKED[:2], progress=False)
+    found = evaluate_answers(model, tokenizer)
     own = get_flash_head(model).n_probes
     assert [measured["n_probes"] for measured in found["measures"]] == [own // 2, own, 2 * own]
-    assert json.loads(json.dumps(found, allow_nan=False))["requests"] == 2
-
-
-def test_the_requests_are_more_than_a_hundred_different_ones():
-    assert len(usual_requests()) == len(set(usual_requests())) >= 100
+    assert json.loads(json.dumps(found, allow_nan=False))["requests"] == len(ASKED)
+    assert len(REQUESTS) == len(set(REQUESTS)) >= 100

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.evaluation.text import bytes_share, evaluate
 from mlx_flashhead.models.install import detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
@@ -26,9 +27,9 @@ def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(
     model = tiny_model(arch, vocab_size=VOCAB_SIZE, hidden_size=hidden_size, **kwargs)
     rows = find_head(model).rows()
     weight = np.array(rows.dequantized().astype(mx.float32))
-    token_ids = cluster_rows(weight, CLUSTER_SIZE, progress=False)
+    token_ids = take_all(cluster_rows(weight, CLUSTER_SIZE))
     states = np.random.default_rng(0).normal(size=(200, hidden_size)).astype(np.float32)
-    centroids = fit_centroids(weight, token_ids, states, progress=False)
+    centroids = take_all(fit_centroids(weight, token_ids, states))
     install(
         model,
         token_ids,
@@ -41,13 +42,8 @@ def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(
     return model
 
 
-@pytest.fixture(scope="module")
-def model():
-    return installed_model()
-
-
 def run(model, tokenizer, **kwargs):
-    return evaluate(model, tokenizer, TEXT, progress=False, **kwargs)
+    return evaluate(model, tokenizer, TEXT, **kwargs)
 
 
 def rows_by(evaluation):
@@ -62,7 +58,7 @@ def perplexity(logits, next_ids):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"tied": False}, {"bits": 8}, {"arch": "qwen3", "hidden_size": 48}]
+    "kwargs", [{"tied": False}, {"bits": 8}, {"arch": "qwen3", "hidden_size": 48}]
 )
 def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
     """The head is at the end of these architectures, so that the model's logits are its own."""
@@ -117,29 +113,3 @@ def test_bytes_by_hand(bits):
     for n_probes in (1, 10, 33):
         expected = (33 * centroid + n_probes * 8 * row) / (VOCAB_SIZE * row)
         assert bytes_share(head, n_probes) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("n_probes", [0, -1, 34])
-def test_probes_out_of_range(model, tokenizer, n_probes):
-    with pytest.raises(ValueError, match=f"{n_probes} probes are not possible.* choose 1 to 33"):
-        run(model, tokenizer, probe_counts=[3, n_probes])
-
-
-def test_a_dense_model_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="has no FlashHead: load it with"):
-        run(tiny_model(vocab_size=VOCAB_SIZE), tokenizer)
-
-
-def test_too_short_a_text(model, tokenizer):
-    with pytest.raises(ValueError, match="too short to measure anything on"):
-        evaluate(model, tokenizer, "a", progress=False)
-
-
-def test_bars(model, tokenizer, capsys):
-    evaluate(model, tokenizer, TEXT, probe_counts=[3])
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "Reading: 100%" in shown.err
-    assert "Measuring: 100%" in shown.err
-    run(model, tokenizer, probe_counts=[3])
-    assert capsys.readouterr().err == ""

@@ -34,13 +34,6 @@ def test_all_that_mlx_can_quantize_to_is_there():
     assert found == {(one.mode, one.bits, group_size) for one, group_size in QUANTIZED}
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_floats(dtype):
-    matrix = Matrix(mx.zeros((3, 8), dtype=dtype))
-    assert matrix.format is find_format(None, 8 * dtype.size)
-    assert matrix.nbytes == 3 * 8 * matrix.format.bytes_per_weight()
-
-
 @pytest.mark.parametrize(
     "mode, bits, said", [("affine", 7, "'7-bit affine'"), (None, 64, "'64-bit float'")]
 )

@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import ROUNDING
-from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.matrix import Matrix
 from tiny_models import fitted, random_clusters, random_rows
 
 
@@ -159,81 +157,6 @@ def test_head_computes_the_formula(form, size, bias):
         best = float64(found).max()
         assert tokens.reshape(-1)[row].item() == scored[float64(found) == best].min()
         assert np.argmax(float64(logits[row])) == tokens.reshape(-1)[row].item()
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", SIZES[:4] + SIZES[7:9])
-def test_all_probes_give_the_dense_logits(form, size, bias):
-    head, rows, reference, hidden = make_head(form, size, bias=bias)
-    head.n_probes = head.n_clusters
-    dense = rows.matmul(hidden)
-    logits = head(hidden)
-    assert logits.dtype == dense.dtype
-    assert logits.shape == dense.shape
-    assert close(logits.reshape(-1, logits.shape[-1]), reference.logits, form).all()
-    assert mx.array_equal(mx.argmax(logits, -1), mx.argmax(dense, -1))
-    assert mx.array_equal(head.token(hidden), mx.argmax(dense, -1))
-    ids, candidates = head.candidates(hidden)
-    order = mx.argsort(ids, axis=-1)[..., : rows.n_rows]  # padded slots come last
-    every = mx.take_along_axis(candidates, order, axis=-1)
-    assert close(every.reshape(-1, rows.n_rows), reference.logits, form).all()
-
-
-def known_head(rows, token_ids, scores, *, n_probes, offset=0.0, **kwargs):
-    """A head whose stage 1 gives ``scores`` (C,) whatever the state."""
-    n_clusters = len(token_ids)
-    centroids = Centroids(
-        Matrix(mx.zeros((n_clusters, rows.hidden_size))),
-        mx.array(scores, dtype=mx.float32),
-        mx.full((n_clusters,), offset, dtype=mx.float32),
-    )
-    return FlashHead(rows, token_ids, centroids, n_probes=n_probes, backend="mlx", **kwargs)
-
-
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-@pytest.mark.parametrize("best", [-900.0, -64.0, -1.0, 0.0, 0.5, 63.0, 100.0, 1000.0, 6000.0])
-@pytest.mark.parametrize("estimate", [1e9, 0.0])
-def test_tail_stays_below_the_best_candidate(dtype, best, estimate):
-    """Greedy ends on a scored token, even where the estimate of all others is far higher."""
-    rows = Matrix(mx.array([[best], [best - 7], [1e4], [1e4]]).astype(dtype))
-    token_ids = np.array([[1, 0], [3, 2]], dtype=np.uint32)
-    head = known_head(rows, token_ids, [2e9, estimate], n_probes=1)
-    logits = float64(head(mx.ones((1, 1), dtype=dtype)))[0]
-    stored = float64(rows.weight)[:, 0]
-    assert np.array_equal(logits[:2], stored[:2])
-    expected = min(estimate, stored[0] - max(1, abs(stored[0]) / 64))
-    assert logits[2] == logits[3] == pytest.approx(expected, rel=ROUNDING[dtype], abs=1e-6)
-    assert logits[2] < logits[0]
-    assert head.token(mx.ones((1, 1), dtype=dtype)).item() == 0
-
-
-def test_tail_adds_the_offset_to_the_score():
-    rows = Matrix(mx.array([[10.0], [1.0], [2.0], [3.0]]))
-    token_ids = np.array([[0, 1], [2, 3]], dtype=np.uint32)
-    head = known_head(rows, token_ids, [5.0, 4.0], n_probes=1, offset=-1.5)
-    assert head(mx.ones((1, 1))).tolist() == [[10.0, 1.0, 2.5, 2.5]]
-
-
-@pytest.mark.parametrize("n_probes", [1, 2, 3])
-def test_greedy_takes_the_lowest_id_among_equals(n_probes):
-    rows = Matrix(mx.array([[1.0], [3.0], [3.0], [0.0], [3.0], [2.0], [3.0]]))
-    token_ids = np.array([[4, 2, 7], [6, 1, 0], [5, 3, 7]], dtype=np.uint32)
-    head = known_head(rows, token_ids, [3.0, 2.0, 1.0], n_probes=n_probes)
-    hidden = mx.ones((1, 1))
-    expected = 2 if n_probes == 1 else 1
-    assert head.token(hidden).item() == expected
-    assert mx.argmax(head(hidden), axis=-1).item() == expected
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_embedding_is_the_dense_embedding(form):
-    head, rows, _, _ = make_head(form, (203, 64, 8, 5, (1,), ()))
-    tokens = mx.array([[0, 202, 7], [7, 7, 100]])
-    expected = rows.take(tokens).dequantized()
-    actual = head.embedding(tokens)
-    assert actual.dtype == expected.dtype
-    assert mx.array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

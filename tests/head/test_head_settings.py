@@ -50,13 +50,9 @@ def test_eos_is_always_scored():
     logits = head(mx.ones((1, 32)))
     dense = head.dense_logits(mx.ones((1, 32)))
     assert mx.array_equal(logits[:, 8:10], dense[:, 8:10])
-
-
-def test_more_eos_clusters_than_probes():
-    head, _ = head_of_scores([5.0, 4, 3, 2, -1e6, 1], n_probes=1, eos_token_ids=(4, 9))
-    (tokens,) = scored(head, mx.zeros((1, 32)))
-    assert tokens in ({4, 5}, {8, 9})
-    assert np.isfinite(np.array(head(mx.ones((1, 32))))).all()
+    few, _ = head_of_scores([5.0, 4, 3, 2, -1e6, 1], n_probes=1, eos_token_ids=(4, 9))
+    assert scored(few, mx.zeros((1, 32)))[0] in ({4, 5}, {8, 9})
+    assert np.isfinite(np.array(few(mx.ones((1, 32))))).all()
 
 
 @pytest.mark.parametrize("n_probes", [1, 2, 3])
@@ -116,16 +112,13 @@ def test_draw_needs_a_temperature(temperature):
 def test_dense_block():
     head, rows, hidden = make_head(eos_token_ids=(3,))
     sparse, expected = head(hidden), rows.matmul(hidden)
-    with head.dense() as same:
+    with pytest.raises(RuntimeError), head.dense() as same:
         assert same is head
         assert mx.allclose(head(hidden), expected, rtol=0, atol=1e-4)
         assert mx.array_equal(head.token(hidden), mx.argmax(expected, axis=-1))
         assert scored(head, hidden) == [set(range(VOCAB_SIZE))] * 15
-        with pytest.raises(RuntimeError), head.dense():
-            raise RuntimeError
-        assert mx.allclose(head(hidden), expected, rtol=0, atol=1e-4)
+        raise RuntimeError
     assert mx.array_equal(head(hidden), sparse)
-    assert head.n_probes == 4
 
 
 def test_settings_are_those_of_the_innermost_block():
@@ -168,15 +161,6 @@ def test_proposals_have_a_number_of_probes_of_their_own():
     assert mx.array_equal(head.propose(hidden[:, 0], None).tokens, head.token(hidden[:, 0]))
 
 
-def test_another_takes_the_heads_place():
-    head, _, hidden = make_head()
-    before = head(hidden)
-    with head.settings(project=lambda asked, states: (asked, states)):
-        assert head(hidden) == (head, hidden)
-        assert mx.array_equal(head.full_logits(hidden), before)
-    assert mx.array_equal(head(hidden), before)
-
-
 @pytest.mark.parametrize("max_positions", [1, 14, 15])
 def test_many_positions_are_dense(max_positions):
     head, rows, hidden = make_head(n_probes=2, max_positions=max_positions)
@@ -185,14 +169,6 @@ def test_many_positions_are_dense(max_positions):
     assert is_dense == (max_positions < 15)
     together = head(hidden[:, :1]) if max_positions >= 3 else head(hidden[:1, :1])
     assert not mx.allclose(together, expected[: together.shape[0], :1], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("n_probes", [1, 7, N_CLUSTERS, np.int64(3)])
-def test_n_probes_that_are_allowed(n_probes):
-    head, _, hidden = make_head()
-    head.n_probes = n_probes
-    assert type(head.n_probes) is int
-    assert head.candidates(hidden)[0].shape == (3, 5, n_probes * CLUSTER_SIZE)
 
 
 @pytest.mark.parametrize("n_probes", [0, -1, N_CLUSTERS + 1, 10**9, True, 2.0, "4", None])
@@ -211,29 +187,17 @@ def test_n_probes_that_are_not(n_probes):
 def test_copy_shares_arrays_but_not_settings():
     head, _, hidden = make_head()
     copied = head.copy()
-    copied.n_probes = 9
-    assert head.n_probes == 4
+    copied.n_probes = np.int64(9)
+    assert head.n_probes == 4 and type(copied.n_probes) is int
     assert copied.candidates(hidden)[0].shape[-1] == 9 * CLUSTER_SIZE
     assert [id(a) for a in copied.arrays()] == [id(a) for a in head.arrays()]
     with copied.dense():
         assert head.candidates(hidden)[0].shape[-1] == 4 * CLUSTER_SIZE
 
 
-def test_repr_says_what_it_is():
-    head, _, _ = make_head()
-    assert repr(head) == (
-        "FlashHead(vocab_size=203, hidden_size=64, n_clusters=26, cluster_size=8, n_probes=4, "
-        "backend='mlx')"
-    )
-
-
-@pytest.fixture
-def no_gpu(monkeypatch):
+def test_backend_is_chosen(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
-
-
-def test_backend_is_chosen(monkeypatch, no_gpu):
     assert choose_backend() == choose_backend("mlx") == "mlx"
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     assert choose_backend("metal") == "metal"
@@ -245,9 +209,6 @@ def test_backend_is_chosen(monkeypatch, no_gpu):
     assert choose_backend("metal") == "metal"  # an argument goes before the environment
     monkeypatch.setenv(BACKEND_VARIABLE, "")
     assert choose_backend() == "metal"
-
-
-def test_unknown_backend(monkeypatch, no_gpu):
     with pytest.raises(ValueError, match="Unknown FlashHead backend 'cuda': choose metal or mlx"):
         choose_backend("cuda")
     monkeypatch.setenv(BACKEND_VARIABLE, "gpu")

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -40,16 +41,13 @@ class TestGraph:
     def head(monkeypatch, dtype, bits) -> FlashHead:
         rng = np.random.default_rng(0)
         rows = make_rows(rng, 157, 128, bits=bits, group_size=64, dtype=dtype)
-        bias = mx.array(rng.normal(size=157)).astype(dtype)
-        rows = type(rows)(**{**rows.__dict__, "bias": bias})
+        rows = replace(rows, bias=mx.array(rng.normal(size=157)).astype(dtype))
         centroids = make_centroids(rng, 20, 128, group_size=64)
         token_ids = np.minimum(rng.permutation(160), 157).reshape(20, 8)
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
         monkeypatch.setattr(kernels_module, "MATRIX_FROM", 1000)
-        head = FlashHead(
-            rows, token_ids, centroids, n_probes=6, eos_token_ids=(3,), backend="metal",
-            max_positions=32,
-        )  # fmt: skip
+        settings = {"n_probes": 6, "eos_token_ids": (3,), "max_positions": 32}
+        head = FlashHead(rows, token_ids, centroids, backend="metal", **settings)
         clustered = head.clustered
         mx.eval(clustered.rows.arrays(), centroids.matrix.arrays(), clustered.route_bias)
         return head
@@ -152,14 +150,8 @@ class TestTraffic:
         """Distinct lines near the bytes needed, and no byte of weights twice."""
         rng = np.random.default_rng(1)
         n_clusters, n_probes = 256, 24
-        rows = make_rows(
-            rng,
-            n_clusters * cluster_size,
-            hidden_size,
-            bits=bits,
-            group_size=group_size,
-            dtype=mx.bfloat16,
-        )
+        form = {"bits": bits, "group_size": group_size, "dtype": mx.bfloat16}
+        rows = make_rows(rng, n_clusters * cluster_size, hidden_size, **form)
         centroids = make_centroids(rng, n_clusters, hidden_size, group_size=64)
         clustered = cluster(rng, rows, centroids, cluster_size)
         hidden = mx.array(rng.normal(size=(1, hidden_size))).astype(mx.bfloat16)
@@ -189,10 +181,9 @@ class TestTraffic:
         clustered = cluster(rng, rows, make_centroids(rng, 40, 64, group_size=64), 16)
         hidden = mx.array(rng.normal(size=(2, 64))).astype(mx.bfloat16)
         found = dispatches_of(clustered, hidden, 9)
-        barriers = {name: dispatch.barriers for name, dispatch in found.items()}
-        assert barriers == {
-            "route": 0, "select": 6, "select_words": 6, "score": 1, "expand": 1, "sample": 13,
-        }  # fmt: skip
+        barriers = {"route": 0, "select": 6, "select_words": 6, "score": 1, "expand": 1}
+        barriers["sample"] = 13
+        assert {name: dispatch.barriers for name, dispatch in found.items()} == barriers
         assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16784
         for setting, n_barriers in {
             (0.0, 0.9, -1e30, 9): 2,

@@ -17,6 +17,14 @@ XCODE = (
         ["xcrun", "-sdk", "macosx", "metal", "--version"], capture_output=True
     ).returncode
 )
+# Text of the file, what stands in its place, and what Apple's compiler says of it.
+MISTAKES = [
+    ("scores, n_hidden, group,", "scores, group,", "no matching function"),
+    ("uint lane [[thread_index_in_simdgroup]]", "uint lane", "'uint lane' has no attribute"),
+    ("[[thread_index_in_simdgroup]]", "[[thread_in_simdgroup]]", "'thread_in_simdgroup'"),
+    ("device float* scores [[", "float* scores [[", "no matching function"),
+    ("// kernel   grid", "threadgroup float s[4];\n// kernel   grid", "in the body of a kernel"),
+]
 
 
 @pytest.mark.skipif(on_gpu(), reason="the emulator's compiler")
@@ -27,9 +35,11 @@ def test_the_file_compiles_by_itself(tmp_path):
     broken = tmp_path / STANDALONE.name
     shutil.copytree(KERNEL_FILES, tmp_path / KERNEL_FILES.name)
     text = STANDALONE.read_text()
-    broken.write_text(text.replace("scores, n_hidden, group,", "scores, group,"))
-    with pytest.raises(KernelFault):  # so the kernels at its end were compiled, too
-        check_standalone(broken)
+    for right, wrong, said in MISTAKES:
+        assert right in text
+        broken.write_text(text.replace(right, wrong))
+        with pytest.raises(KernelFault, match=said):
+            check_standalone(broken)
 
 
 @pytest.mark.skipif(not XCODE, reason="no Metal compiler: that takes a Mac with Xcode")

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, to_numpy
-from kernel_checks import PROBED, all_steps, check_all, check_full, run, small_head
+from kernel_checks import (
+    PROBED,
+    all_steps,
+    check_all,
+    check_full,
+    check_token,
+    run,
+    small_head,
+)
 from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.portable import PortableSteps
@@ -91,6 +99,8 @@ def test_the_lowest_of_equal_tokens_wins(n_probes):
     clustered = type(clustered)(**{**clustered.__dict__, "rows": rows})
     n_probes = min(n_probes, clustered.n_clusters)
     check_all(clustered, hidden, n_probes, run(clustered, hidden, n_probes))
+    _, _, _, full, token = all_steps(PortableSteps(clustered), hidden, n_probes)
+    check_token(full, token)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -109,10 +119,11 @@ def test_the_tail_is_capped_below_the_best_candidate(dtype):
     words[:, mx.array([4, 9, 11])] = PROBED + mx.arange(3, dtype=mx.uint32)
     candidates = Candidates(logits, logits.max(axis=-1).astype(mx.float32))
     with kernels():
-        steps = MetalSteps(clustered)
-        full = steps.expand(scores, Selection(probes, words), candidates)
-        mx.eval(full)
-    check_full(clustered, scores, Selection(probes), candidates, full)
+        found = MetalSteps(clustered).expand(scores, Selection(probes, words), candidates)
+        mx.eval(found)
+    selection = Selection(probes)
     scored = np.isin(to_numpy(clustered.slot_of) // 8, [4, 9, 11])
-    found, best = to_numpy(full), to_numpy(logits).max(axis=(1, 2))
-    assert (found[:, ~scored].max(axis=-1) < best).all()
+    for full in (found, PortableSteps(clustered).expand(scores, selection, candidates)):
+        check_full(clustered, scores, selection, candidates, full)
+        others, best = to_numpy(full)[:, ~scored], to_numpy(logits).max(axis=(1, 2))
+        assert (others.max(axis=-1) < best).all()

@@ -19,7 +19,7 @@ from kernel_cases import (
 )
 from kernel_checks import check_all, check_selection, run, small_head
 from mlx_flashhead.head.formats import FORMATS
-from mlx_flashhead.head.kernel_rows import unread
+from mlx_flashhead.head.kernels import unread
 from mlx_flashhead.head.portable import PortableSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
@@ -56,17 +56,9 @@ def head_of(rng, case, dtype):
     n_clusters = N_CLUSTERS[case["n_probes"]]
     n_tokens = n_clusters * case["cluster_size"] - (0 if case["divisible"] else 3)
     rows_dtype = mx.bfloat16 if dtype == mx.float32 and case["bits"] == 16 else dtype
-    rows = make_rows(
-        rng,
-        n_tokens,
-        case["hidden_size"],
-        bits=case["bits"],
-        group_size=case["group_size"],
-        dtype=rows_dtype,
-    )
-    centroids = make_centroids(
-        rng, n_clusters, case["hidden_size"], group_size=case["centroid_group"]
-    )
+    width, form = case["hidden_size"], {name: case[name] for name in ("bits", "group_size")}
+    rows = make_rows(rng, n_tokens, width, dtype=rows_dtype, **form)
+    centroids = make_centroids(rng, n_clusters, width, group_size=case["centroid_group"])
     return cluster(rng, rows, centroids, case["cluster_size"])
 
 
@@ -80,47 +72,41 @@ def test_steps_match_float64(case):
     check_all(clustered, hidden, n_probes, run(clustered, hidden, n_probes))
 
 
+F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
+
+
 @pytest.mark.parametrize(
-    ("form", "rows_dtype", "hidden_dtype", "cluster_size", "bias_dtype"),
+    "form, width, rows_dtype, hidden_dtype, cluster_size, bias_dtype",
     [
-        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, mx.bfloat16, mx.bfloat16, 16, None),
-        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, mx.float32, mx.float32, 5, mx.float32),
-        ({"bits": 32, "group_size": 0}, mx.float32, mx.float32, 16, mx.float32),
-        ({"bits": 32, "group_size": 0}, mx.float32, mx.bfloat16, 4, None),
-        ({"bits": 16, "group_size": 0}, mx.float16, mx.bfloat16, 3, mx.float16),
-        ({"bits": 16, "group_size": 0}, mx.bfloat16, mx.bfloat16, 128, mx.bfloat16),
-        ({"bits": 4, "group_size": 64}, mx.bfloat16, mx.bfloat16, 203, None),
-        ({"bits": 4, "group_size": 64}, mx.float16, mx.bfloat16, 1, mx.bfloat16),
-        ({"bits": 8, "group_size": 128}, mx.bfloat16, mx.float16, 18, mx.float16),
+        ((4, 32, "mxfp4"), 384, BF16, BF16, 16, None),
+        ((4, 32, "mxfp4"), 384, F32, F32, 5, F32),
+        ((32, 0), 384, F32, F32, 16, F32),
+        ((32, 0), 384, F32, BF16, 4, None),
+        ((16, 0), 384, F16, BF16, 3, F16),
+        ((16, 0), 384, BF16, BF16, 128, BF16),
+        ((4, 64), 384, BF16, BF16, 203, None),
+        ((4, 64), 384, F16, BF16, 1, BF16),
+        ((8, 128), 384, BF16, F16, 18, F16),
+        # a row may end within a chunk, and begin anywhere
+        ((16, 0), 5, BF16, BF16, 8, None),
+        ((16, 0), 66, BF16, BF16, 8, None),
+        ((16, 0), 1023, BF16, BF16, 8, None),
     ],
 )
-def test_other_rows_dtypes_biases_and_cluster_sizes(
-    form, rows_dtype, hidden_dtype, cluster_size, bias_dtype
+def test_other_rows_widths_dtypes_biases_and_cluster_sizes(
+    form, width, rows_dtype, hidden_dtype, cluster_size, bias_dtype
 ):
     rng = np.random.default_rng(1)
-    n_clusters, hidden_size = 7, 384
-    n_tokens = n_clusters * cluster_size - (2 if cluster_size > 2 else 0)
-    rows = make_rows(rng, n_tokens, hidden_size, dtype=rows_dtype, **form)
+    n_clusters, n_tokens = 7, 7 * cluster_size - (2 if cluster_size > 2 else 0)
+    form = dict(zip(("bits", "group_size", "mode"), form, strict=False))
+    rows = make_rows(rng, n_tokens, width, dtype=rows_dtype, **form)
     if bias_dtype is not None:
-        bias = mx.array(rng.normal(size=n_tokens)).astype(bias_dtype)
-        rows = type(rows)(**{**rows.__dict__, "bias": bias})
-    clustered = cluster(
-        rng, rows, make_centroids(rng, n_clusters, hidden_size, group_size=64), cluster_size
-    )
-    hidden = mx.array(rng.normal(size=(3, hidden_size))).astype(hidden_dtype)
+        rows = replace(rows, bias=mx.array(rng.normal(size=n_tokens)).astype(bias_dtype))
+    centroids = make_centroids(rng, n_clusters, width, group_size=0 if width % 64 else 64)
+    clustered = cluster(rng, rows, centroids, cluster_size)
+    hidden = mx.array(rng.normal(size=(3, width))).astype(hidden_dtype)
     for n_probes in (1, 5, n_clusters):
         check_all(clustered, hidden, n_probes, run(clustered, hidden, n_probes))
-
-
-@pytest.mark.parametrize("hidden_size", [5, 66, 1023])
-def test_floats_of_any_width(hidden_size):
-    """A row may end within a chunk, and begin anywhere."""
-    rng = np.random.default_rng(13)
-    rows = make_rows(rng, 157, hidden_size, bits=16, group_size=0, dtype=mx.bfloat16)
-    centroids = make_centroids(rng, 20, hidden_size, group_size=0)
-    clustered = cluster(rng, rows, centroids, 8)
-    hidden = mx.array(rng.normal(size=(3, hidden_size))).astype(mx.bfloat16)
-    check_all(clustered, hidden, 9, run(clustered, hidden, 9))
 
 
 @pytest.mark.skipif(on_gpu(), reason="a GPU's order of threads cannot be chosen")

@@ -49,26 +49,6 @@ def test_matmul_is_the_layers_product(bits, group_size, mode, dtype, hidden_dtyp
     )
 
 
-@pytest.mark.parametrize("bits, group_size, mode", FORMS, ids=ids)
-def test_floats(bits, group_size, mode):
-    rng = np.random.default_rng(1)
-    rows = random_rows(rng, 37, 64, bits=bits, group_size=group_size, mode=mode)
-    floats = rows.dequantized().astype(mx.float32)
-    assert floats.shape == (37, 64)
-    identity = rows.matmul(mx.eye(64)).T  # a product with the unit vectors reads the weight out
-    assert mx.allclose(floats, identity, rtol=0, atol=1e-5)
-
-
-def test_take_gathers_every_array():
-    rows = random_rows(np.random.default_rng(2), 20, 32, bits=8, bias=True)
-    taken = rows.take(mx.array([[3, 3], [19, 0]]))
-    assert list(taken.arrays()) == ["weight", "scales", "biases", "bias"]
-    assert taken.quantization == rows.quantization
-    for name, array in taken.arrays().items():
-        original = np.array(rows.arrays()[name])
-        assert np.array_equal(np.array(array), original[[[3, 3], [19, 0]]]), name
-
-
 def test_fingerprint_is_of_the_stored_rows():
     rows = random_rows(np.random.default_rng(3), 500, 32, bits=4)
     again = random_rows(np.random.default_rng(3), 500, 32, bits=4)

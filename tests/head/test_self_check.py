@@ -8,14 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from kernel_cases import (
-    changed_kernels,
-    kernels,
-    make_centroids,
-    make_rows,
-    on_gpu,
-    to_numpy,
-)
+from kernel_cases import changed_kernels, kernels, make_centroids, make_rows, on_gpu, to_numpy
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.backend import BACKEND_VARIABLE
 from mlx_flashhead.models.install import install
@@ -38,12 +31,7 @@ BROKEN = [
     ("score", "differs", "= score_of(highest);", "= score_of(highest) + 1.0f;"),
     ("expand", "differs", "slot % N]", "(slot + 1) % N]"),
     ("expand", "differs", "|| estimate < cap", "|| estimate > cap"),
-    (
-        "sample",
-        "differs",
-        "probes[first + i / N]) * N + i % N",
-        "probes[first + i / N]) * N + (N - 1 - i % N)",
-    ),
+    ("sample", "differs", "+ i / N]) * N + i % N", "+ i / N]) * N + (N - 1 - i % N)"),
     ("sample", "differs", "key_0 + token / 2", "key_0 + token"),
     ("sample", "differs", "{top_p * mass,", "{0.1f * mass,"),
     ("sample", "differs", "fit[2] / (1.0f + odds)", "fit[2] / (2.0f + odds)"),
@@ -86,10 +74,8 @@ def no_variable(monkeypatch):
 
 def check_falls_back(caplog, kernel, said):
     """The portable path is taken, which is said once, and gives the logits it always gives."""
-    ids = mx.array([[5, 7, 11]])
-    expected = OnlyHead()
+    ids, expected, model = mx.array([[5, 7, 11]]), OnlyHead(), OnlyHead()
     install_on(expected, backend="mlx")
-    model = OnlyHead()
     with caplog.at_level(logging.WARNING):
         head = install_on(model)
         np.testing.assert_allclose(to_numpy(model(ids)), to_numpy(expected(ids)), atol=1e-5)
@@ -102,18 +88,6 @@ def check_falls_back(caplog, kernel, said):
     assert "please report this as an issue, with the output of `mlx_flashhead.bench" in sentence
     assert sentence.startswith("FlashHead takes MLX's own operations instead of its Metal kernels")
     assert "\n" not in sentence and sentence.endswith(".")
-
-
-def check_refuses(monkeypatch, kernel, by):
-    """No fallback where Metal was asked for by name; the model stays as it was."""
-    model = OnlyHead()
-    weight = to_numpy(model.lm_head.weight)
-    if by == "environment":
-        monkeypatch.setenv(BACKEND_VARIABLE, "metal")
-    with pytest.raises(ValueError, match=f"cannot be used: the kernel '{kernel}'.*backend='mlx'"):
-        install_on(model, backend="metal" if by == "argument" else None)
-    assert get_flash_head(model) is None and type(model.lm_head) is nn.Linear
-    np.testing.assert_array_equal(to_numpy(model.lm_head.weight), weight)
 
 
 @pytest.mark.skipif(on_gpu(), reason="kernels are broken on the emulator only")
@@ -131,9 +105,32 @@ class TestBroken:
 
     @pytest.mark.parametrize("by, broken", [("argument", BROKEN[0]), ("environment", BROKEN[3])])
     def test_metal_by_name_does_not_fall_back(self, monkeypatch, by, broken):
+        """The model stays as it was."""
         kernel, _, right, wrong = broken
-        with changed_kernels(right, wrong), kernels(check=False):
-            check_refuses(monkeypatch, kernel, by)
+        model = OnlyHead()
+        weight = to_numpy(model.lm_head.weight)
+        if by == "environment":
+            monkeypatch.setenv(BACKEND_VARIABLE, "metal")
+        said = f"cannot be used: the kernel '{kernel}'.*backend='mlx'"
+        refused = pytest.raises(ValueError, match=said)
+        with changed_kernels(right, wrong), kernels(check=False), refused:
+            install_on(model, backend="metal" if by == "argument" else None)
+        assert get_flash_head(model) is None and type(model.lm_head) is nn.Linear
+        np.testing.assert_array_equal(to_numpy(model.lm_head.weight), weight)
+
+
+def test_the_path_is_chosen_once_on_installation(monkeypatch):
+    """Neither a call nor a new environment chooses again, or makes kernels anew."""
+    model, ids = OnlyHead(), mx.array([[5, 7, 11]])
+    with kernels():
+        head = install_on(model)
+        first = to_numpy(model(ids))
+        with monkeypatch.context() as patch:
+            patch.setenv(BACKEND_VARIABLE, "mlx")
+            for owner, name in ((mx.fast, "metal_kernel"), (mx.metal, "is_available")):
+                patch.setattr(owner, name, pytest.fail)
+            np.testing.assert_array_equal(to_numpy(model(ids)), first)
+            assert head.copy().backend == head.backend == "metal"
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm import models
 
 from architecture_configs import COMMON, OVERRIDES, VOCAB_SIZE
+from mlx_flashhead.conversion.options import ConvertOptions
 from mlx_flashhead.conversion.quantization import set_bits
 from mlx_flashhead.models.compat.utils import quantize_model
 from mlx_flashhead.models.locate import find_head
@@ -57,7 +58,8 @@ def quantized(model: nn.Module) -> nn.Module:
     """The model as ``mlx_lm.convert -q`` quantizes it, to 4 bits but for what it says itself."""
     with redirect_stdout(StringIO()):
         if model.model_type == "afm7":  # whose fused layers do not take mlx-lm's own arguments
-            return set_bits(model, {}, find_head(model).path, None, 4)[0]
+            options = ConvertOptions(hf_path="", head_bits=4)
+            return set_bits(model, {}, find_head(model).path, options)[0]
         return quantize_model(model, {}, 64, 4)[0]
 
 

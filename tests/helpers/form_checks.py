@@ -10,7 +10,9 @@ import pytest
 
 from architecture_configs import VOCAB_SIZE
 from architectures import SERVED, Form
-from mlx_flashhead.conversion.indexing import build_index
+from mlx_flashhead.conversion.build import build_index
+from mlx_flashhead.conversion.options import IndexOptions
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.install import get_flash_head, install
@@ -87,14 +89,14 @@ def check_form(
     rows = mx.concatenate([part.reshape(-1, part.shape[-1]) for part in states])
     hidden = np.array(rows.astype(mx.float32))
     next_ids = rng.integers(0, VOCAB_SIZE, len(hidden))
-    index = build_index(
-        location.rows(),
-        hidden,
-        next_ids,
-        cluster_size=CLUSTER_SIZE,
-        n_probes=N_PROBES,
-        eos_token_ids=(EOS,),
-        progress=False,
+    index = take_all(
+        build_index(
+            location.rows(),
+            IndexOptions(cluster_size=CLUSTER_SIZE, n_probes=N_PROBES),
+            hidden,
+            next_ids,
+            eos_token_ids=(EOS,),
+        )
     )
     dense = steps()
     mx.eval(dense)

@@ -121,12 +121,8 @@ def covering_cases(factors: dict[str, tuple], valid, cost) -> list[dict]:
     cases = [dict(zip(names, values, strict=True)) for values in product(*factors.values())]
     cases = sorted(filter(valid, cases), key=cost)
     numbers: dict = {}
-    pairs = np.array(
-        [
-            [numbers.setdefault(pair, len(numbers)) for pair in combinations(case.items(), 2)]
-            for case in cases
-        ]
-    )
+    pairs_of = [combinations(case.items(), 2) for case in cases]
+    pairs = np.array([[numbers.setdefault(p, len(numbers)) for p in each] for each in pairs_of])
     missing = np.ones(len(numbers), dtype=bool)
     chosen = []
     while missing.any():

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 from mlx_flashhead.conversion.options import IndexOptions
@@ -93,7 +92,7 @@ def generate(
 
         return call
 
-    of_index = build.model_index.steps
+    of_index = build.model_index
 
     def steps(*values, **options):
         inner = of_index(*values, **options)
@@ -107,7 +106,7 @@ def generate(
             inner.close()
 
     build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)
-    build.model_index = SimpleNamespace(steps=steps)
+    build.model_index = steps
     sys.stdout.write = counted(TEXT, sys.stdout.write)
     sys.addaudithook(look)
     os.environ["MLX_FLASHHEAD_HOME"] = home

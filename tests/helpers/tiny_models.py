@@ -8,6 +8,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_flashhead.conversion.fitting import fit_centroids
+from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
@@ -136,8 +137,8 @@ def fitted(rows: Matrix, token_ids: np.ndarray, *, seed: int = 0, **kwargs) -> C
     states = rng.normal(size=(50, rows.hidden_size)).astype(np.float32)
     weight = rows.dequantized().astype(mx.float32)
     bias = None if rows.bias is None else rows.bias.astype(mx.float32)
-    return fit_centroids(
-        weight, token_ids, states, head_bias=bias, group_size=32, progress=False, **kwargs
+    return take_all(
+        fit_centroids(weight, token_ids, states, head_bias=bias, group_size=32, **kwargs)
     )
 
 

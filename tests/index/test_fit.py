@@ -5,29 +5,28 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.head.matrix import Matrix
-from mlx_flashhead.index.fit import check_fit
 from mlx_flashhead.index.sketch import Sketch
 from mlx_flashhead.models.locate import find_head
 from tiny_models import tiny_index, tiny_model
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(tied=False, vocab_size=300)
+def index():
+    return tiny_index(tiny_model(tied=False, vocab_size=300))
 
 
 @pytest.fixture(scope="module")
-def rows(model):
-    return find_head(model).rows()
+def rows():
+    return find_head(tiny_model(tied=False, vocab_size=300)).rows()
 
 
-@pytest.fixture(scope="module")
-def index(model):
-    return tiny_index(model)
+def noisy(rows, share):
+    noise = np.random.default_rng(0).normal(size=rows.weight.shape) * float(rows.weight.std())
+    return Matrix(rows.weight + share * mx.array(noise.astype(np.float32)))
 
 
 def test_its_own_rows_are_taken_silently(index, rows):
-    assert check_fit(index, rows, "here") is None
+    assert index.check_fit(rows, "here") is None
 
 
 @pytest.mark.parametrize(
@@ -41,14 +40,9 @@ def test_its_own_rows_are_taken_silently(index, rows):
     ],
 )
 def test_near_rows_are_taken_with_a_sentence(index, rows, near):
-    said = check_fit(index, near(rows), "here")
+    said = index.check_fit(near(rows), "here")
     assert said.startswith("The FlashHead in here was made from another form of these rows (mean")
     assert said.endswith(".") and "\n" not in said
-
-
-def noisy(rows, share):
-    noise = np.random.default_rng(0).normal(size=rows.weight.shape) * float(rows.weight.std())
-    return Matrix(rows.weight + share * mx.array(noise.astype(np.float32)))
 
 
 @pytest.mark.parametrize(
@@ -63,14 +57,14 @@ def noisy(rows, share):
 )
 def test_other_rows_are_refused(index, rows, other):
     with pytest.raises(ValueError, match=r"in here belongs to other rows .*cosine.*one is found"):
-        check_fit(index, other(rows), "here")
+        index.check_fit(other(rows), "here")
 
 
 def test_other_shapes_are_refused(index, rows):
     with pytest.raises(ValueError, match="for 300 tokens of width 64, but the model has 299 of"):
-        check_fit(index, Matrix(rows.weight[1:]), "here")
+        index.check_fit(Matrix(rows.weight[1:]), "here")
     with pytest.raises(ValueError, match="has 300 of width 32"):
-        check_fit(index, Matrix(rows.weight[:, :32]), "here")
+        index.check_fit(Matrix(rows.weight[:, :32]), "here")
 
 
 def test_rows_of_zeros_say_nothing():
@@ -80,5 +74,5 @@ def test_rows_of_zeros_say_nothing():
     assert likeness.cosine == pytest.approx(1, abs=1e-3)
     assert likeness.length_change == pytest.approx(0.01, abs=1e-3)
     nothing = Matrix(mx.zeros((100, 32)))
-    assert Sketch.of(nothing).likeness(nothing).near
-    assert not Sketch.of(Matrix(mx.array(rows))).likeness(nothing).near
+    assert Sketch.of(nothing).likeness(nothing) == (1, 0)
+    assert Sketch.of(Matrix(mx.array(rows))).likeness(nothing) == (0, 1)

@@ -198,11 +198,11 @@ def test_two_processes_build_once(folder, tmp_path, flash_head_home):
         "from mlx_flashhead.loading.load import load\n"
         "from mlx_flashhead.conversion.options import IndexOptions\n"
         "build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)\n"
-        "steps = build.model_index.steps\n"
+        "steps = build.model_index\n"
         "def slow(*args, **options):\n"
         "    time.sleep(2)\n"
         "    return (yield from steps(*args, **options))\n"
-        "build.model_index.steps = slow\n"
+        "build.model_index = slow\n"
         "load(sys.argv[1])\n"
         "print('loaded')\n"
     )

@@ -4,8 +4,8 @@ from copy import deepcopy
 
 import mlx.core as mx
 import pytest
+from mlx_lm import sample_utils
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
-from mlx_lm.sample_utils import make_logits_processors
 
 from flash_loops import OTHERS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
@@ -21,6 +21,10 @@ SETTINGS = [
 ]
 
 
+def sampled(settings):
+    return {"samplers": [make_sampler(**each) for each in settings]}
+
+
 def alone(flash, prompt, settings, processors, **options):
     return flash.tokens(
         prompt=prompt,
@@ -34,13 +38,9 @@ def alone(flash, prompt, settings, processors, **options):
 
 @pytest.mark.parametrize("with_processors", [False, True])
 def test_mixed_settings_share_the_steps(flash, misses, with_processors):
-    processors = [[], make_logits_processors(repetition_penalty=1.3), [], []]
+    processors = [[], sample_utils.make_logits_processors(repetition_penalty=1.3), [], []]
     processors = processors if with_processors else [[]] * 4
-    tokens, ends = flash.batch(
-        PROMPTS,
-        samplers=[make_sampler(**settings) for settings in SETTINGS],
-        logits_processors=processors,
-    )
+    tokens, ends = flash.batch(PROMPTS, logits_processors=processors, **sampled(SETTINGS))
     expected = [alone(flash, *each) for each in zip(PROMPTS, SETTINGS, processors, strict=True)]
     assert tokens == expected
     assert misses
@@ -54,36 +54,24 @@ def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
     """Greedy and drawn rows share one call that makes no full logits."""
     monkeypatch.setattr(type(flash.head._steps), "expand", None)
     settings = [SETTINGS[i] for i in (0, 1, 2, 0)]
-    tokens, _ = flash.batch(PROMPTS, samplers=[make_sampler(**s) for s in settings])
+    tokens, _ = flash.batch(PROMPTS, **sampled(settings))
     assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
 
 
-def test_another_sampler_draws_as_in_a_dense_batch(flash, misses):
-    from mlx_lm.sample_utils import make_sampler as others
-
-    sampler = [others(temp=1.0)] * 4
-    checked, _ = flash.batch(PROMPTS, samplers=sampler)
-    assert checked == flash.batch(PROMPTS, samplers=sampler, dense=True)[0]
-    assert misses
-
-
-def test_rotating_caches_go_back(misses):
-    flash = make_flash(num_hidden_layers=2)
-
-    def caches():
-        return [[RotatingKVCache(max_size=12) for _ in range(2)] for _ in PROMPTS]
-
-    checked, _ = flash.batch(PROMPTS, caches=caches())
-    assert checked == flash.batch(PROMPTS, caches=caches(), dense=True)[0]
-    assert misses
+OPTIONS = {
+    "another's sampler": lambda: {"samplers": [sample_utils.make_sampler(temp=1.0)] * 4},
+    "rotating caches": lambda: {
+        "caches": [[RotatingKVCache(max_size=12) for _ in range(2)] for _ in PROMPTS]
+    },
+    "16 bits": lambda: sampled(SETTINGS[i] for i in (0, 1, 2, 0)),
+}
 
 
-@pytest.mark.parametrize("dtype", [mx.bfloat16], ids=str)
-def test_a_batch_in_16_bits(dtype, misses):
-    flash = make_flash(dtype=dtype, bits=4)
-    samplers = [make_sampler(**SETTINGS[i]) for i in (0, 1, 2, 0)]
-    checked, _ = flash.batch(PROMPTS, samplers=samplers)
-    assert checked == flash.batch(PROMPTS, samplers=samplers, dense=True)[0]
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_batch_is_as_a_dense_one(flash, misses, name):
+    flash = make_flash(dtype=mx.bfloat16, bits=4) if name == "16 bits" else flash
+    found = [flash.batch(PROMPTS, dense=dense, **OPTIONS[name]())[0] for dense in (False, True)]
+    assert found[0] == found[1]
     assert misses
 
 

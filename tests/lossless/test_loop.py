@@ -30,83 +30,75 @@ PROCESSORS = {
 }
 
 
+def checked(flash, settings=None, **options):
+    """The tokens, which are those of the dense loop."""
+    checked, dense = (
+        flash.tokens(dense=dense, sampler=make_sampler(**settings or {}), **options)
+        for dense in (False, True)
+    )
+    assert checked == dense
+    return checked
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("n_probes", [1, 3, 26])
 def test_every_sampler(flash, name, n_probes, misses):
     with flash.head.settings(n_probes=n_probes):
-        tokens = flash.tokens(sampler=make_sampler(**SAMPLERS[name]))
-    assert tokens == flash.tokens(dense=True, sampler=make_sampler(**SAMPLERS[name]))
-    assert len(tokens) == 40
+        assert len(checked(flash, SAMPLERS[name])) == 40
     assert bool(misses) == (n_probes < 26)
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-@pytest.mark.parametrize("sampler", [{}, {"temp": 0.9, "top_p": 0.9}], ids=["greedy", "top-p"])
-def test_every_processor(flash, name, sampler, misses):
-    def tokens(**options):
-        return flash.tokens(
-            sampler=make_sampler(**sampler), logits_processors=PROCESSORS[name](), **options
-        )
-
-    assert tokens() == tokens(dense=True)
+@pytest.mark.parametrize("settings", [{}, {"temp": 0.9, "top_p": 0.9}], ids=["greedy", "top-p"])
+def test_every_processor(flash, name, settings, misses):
+    checked(flash, settings, logits_processors=PROCESSORS[name]())
     assert misses
 
 
 @pytest.mark.parametrize("arguments", [{"temp": 1.0}, {"temp": 0.8, "top_p": 0.9, "top_k": 30}])
 def test_a_sampler_of_others_draws_with_the_state_of_the_proposal(flash, arguments, misses):
-    def tokens(**options):
-        found = flash.tokens(sampler=sample_utils.make_sampler(**arguments), **options)
-        return found, mx.random.state[0].tolist()
-
-    checked, _ = tokens()
-    dense, _ = tokens(dense=True)
-    assert checked == dense
+    sampler = sample_utils.make_sampler(**arguments)
+    assert flash.tokens(sampler=sampler) == flash.tokens(sampler=sampler, dense=True)
     assert misses
 
 
 def test_a_thread_may_compute_the_check(flash, misses, monkeypatch):
     monkeypatch.setattr("mlx_flashhead.lossless.products.WORTH_A_THREAD", 0)
-    sampler = make_sampler(temp=0.8, top_p=0.95, seed=1)
-    assert flash.tokens(sampler=sampler) == flash.tokens(sampler=sampler, dense=True)
+    checked(flash, {"temp": 0.8, "top_p": 0.95, "seed": 1})
     assert misses
 
 
 def test_a_seed_is_that_of_the_text(flash):
-    first = flash.tokens(sampler=make_sampler(temp=1.0, seed=3))
-    assert flash.tokens(sampler=make_sampler(temp=1.0, seed=3), seed=99) == first
-    assert flash.tokens(sampler=make_sampler(temp=1.0, seed=4)) != first
-    assert flash.tokens(sampler=make_sampler(temp=1.0), seed=1) != flash.tokens(
-        sampler=make_sampler(temp=1.0), seed=2
-    )
+    def tokens(seed=None, of_mlx=7):
+        return flash.tokens(sampler=make_sampler(temp=1.0, seed=seed), seed=of_mlx)
+
+    assert tokens(seed=3) == tokens(seed=3, of_mlx=99) != tokens(seed=4)
+    assert tokens(of_mlx=1) != tokens(of_mlx=2)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("sampler", [{}, {"temp": 1.0}, {"temp": 0.8, "top_p": 0.9}], ids=str)
-def test_every_format(dtype, bits, sampler, misses):
-    flash = make_flash(dtype=dtype, bits=bits)
-    tokens = [flash.tokens(dense=d, sampler=make_sampler(**sampler)) for d in (False, True)]
-    assert tokens[0] == tokens[1]
+@pytest.mark.parametrize("settings", [{}, {"temp": 1.0}, {"temp": 0.8, "top_p": 0.9}], ids=str)
+def test_every_format(dtype, bits, settings, misses):
+    checked(make_flash(dtype=dtype, bits=bits), settings)
     assert misses
 
 
+WINDOW = {"sliding_window": 16, "sliding_window_pattern": 2, "num_hidden_layers": 2}
 ARCHITECTURES = {
     "softcap": ("gemma2", {"final_logit_softcapping": 30.0}),
     "scale": ("cohere", {"logit_scale": 0.5}),
     "bias": ("phi", {}),
-    "window": ("gemma3_text", {"sliding_window": 16, "sliding_window_pattern": 2,
-                               "num_hidden_layers": 2}),
-}  # fmt: skip
+    "window": ("gemma3_text", WINDOW),
+}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("sampler", [{}, {"temp": 9.0, "top_p": 0.99}], ids=["greedy", "hot"])
-def test_every_architecture(name, sampler, misses):
+@pytest.mark.parametrize("settings", [{}, {"temp": 9.0, "top_p": 0.99}], ids=["greedy", "hot"])
+def test_every_architecture(name, settings, misses):
     arch, options = ARCHITECTURES[name]
-    flash = make_flash(arch, **options)
-    tokens = [flash.tokens(dense=d, sampler=make_sampler(**sampler)) for d in (False, True)]
-    assert tokens[0] == tokens[1]
-    assert misses or not sampler or name == "softcap"  # its choices are clear
+    checked(make_flash(arch, **options), settings)
+    assert misses or not settings or name == "softcap"  # its choices are clear
 
 
 def test_logits_that_depend_on_each_other_are_dense():
@@ -118,9 +110,7 @@ def test_logits_that_depend_on_each_other_are_dense():
             return logits / mx.linalg.norm(logits, axis=-1, keepdims=True)
 
     model.__class__ = Normed
-    flash = flash_of(model)
-    sampler = make_sampler(temp=0.05, seed=1)
-    assert flash.tokens(sampler=sampler) == flash.tokens(dense=True, sampler=sampler)
+    checked(flash_of(model), {"temp": 0.05, "seed": 1})
 
 
 CACHES = {
@@ -161,8 +151,7 @@ def test_state_space_layers_are_kept_and_fed_again(misses):
         conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True, tie_word_embeddings=True,
         time_step_limit=(0.01, 1.0), time_step_rank=4,
     )  # fmt: skip
-    flash = flash_of(randomized(mamba2.Model(args)))
-    assert flash.tokens() == flash.tokens(dense=True)
+    checked(flash_of(randomized(mamba2.Model(args))))
     assert misses
 
 
@@ -206,7 +195,7 @@ def test_a_processor_that_raises_leaves_confirmed_tokens(flash, call):
 def test_nan_is_decided_as_by_the_dense_head():
     flash = make_flash()
     flash.model.model.layers[0].mlp.down_proj.weight *= mx.nan
-    assert flash.tokens(max_tokens=5) == flash.tokens(max_tokens=5, dense=True)
+    checked(flash, max_tokens=5)
 
 
 def test_a_cache_that_cannot_be_kept_is_refused(flash):

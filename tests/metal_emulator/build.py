@@ -60,11 +60,7 @@ RUNTIME_FLAGS = [
 
 @cache
 def zig() -> str:
-    """Path of the ``zig`` program, which contains clang and a linker.
-
-    Raises:
-        RuntimeError: If it is not installed, or the machine is none the emulator runs on.
-    """
+    """Path of the ``zig`` program, which contains clang and a linker."""
     try:
         import ziglang
     except ImportError:
@@ -152,14 +148,9 @@ def start_clang(source: Path, *flags: str) -> subprocess.Popen:
 
 def compile_error(messages: str, name: str) -> KernelFault:
     """A fault that holds clang's errors, in Metal's words."""
-    for theirs, ours in (
-        ("__global", "device"),
-        ("__local", "threadgroup"),
-        ("__constant", "constant"),
-        ("__private", "thread"),
-        ("__generic ", ""),
-        ("__bf16", "bfloat"),
-    ):
+    words = {"__global": "device", "__local": "threadgroup", "__constant": "constant"}
+    words |= {"__private": "thread", "__generic ": "", "__bf16": "bfloat"}
+    for theirs, ours in words.items():
         messages = messages.replace(theirs, ours)
     messages = messages.replace(f"{FOLDER}/", "")
     lines = [line for line in messages.splitlines() if not line.startswith("entry.metal")]
@@ -167,17 +158,9 @@ def compile_error(messages: str, name: str) -> KernelFault:
 
 
 def check_text(text: str, name: str, prelude: str, scratch: Path, *flags: str) -> None:
-    """Compiles a text and checks its syntax tree.
+    """Compiles a text after a prelude and checks its syntax tree; a KernelFault if it is refused.
 
-    Args:
-        text: Metal.
-        name: Name of the file in messages.
-        prelude: Text before it.
-        scratch: Folder for the source.
-        flags: What clang shall make beside the tree; the syntax is checked in any case.
-
-    Raises:
-        KernelFault: If the compiler refuses it.
+    ``flags`` say what clang shall make beside the tree.
     """
     source = scratch / "kernel.metal"
     source.write_text(f'{prelude}#line 1 "{name}"\n{text}')
@@ -190,16 +173,12 @@ def check_text(text: str, name: str, prelude: str, scratch: Path, *flags: str) -
 
 
 def compile_kernel(text: str, entry: str, name: str, check: bool) -> Path:
-    """Compiles a kernel as MLX writes it to a shared library.
+    """Compiles a kernel as MLX writes it to a shared library; a KernelFault if it is refused.
 
     Args:
         text: Header, signature and source.
         entry: C++ appended to it: the function that the runtime calls for each thread.
-        name: The kernel's name.
         check: Whether accesses are checked and counted.
-
-    Raises:
-        KernelFault: If Apple's compiler would refuse it.
     """
 
     def build(path: Path) -> None:
@@ -213,16 +192,8 @@ def compile_kernel(text: str, entry: str, name: str, check: bool) -> Path:
     return cached(f"{check} {name} {text} {entry}", ".so", build)
 
 
-def check_standalone(path) -> None:
-    """Compiles a ``.metal`` file and the files it includes, as ``xcrun metal -c`` would.
-
-    Args:
-        path: The file.
-
-    Raises:
-        KernelFault: With the compiler's messages, if it would be refused.
-    """
-    path = Path(path)
+def check_standalone(path: Path) -> None:
+    """Compiles a ``.metal`` file and the files it includes, as ``xcrun metal -c`` would."""
     with tempfile.TemporaryDirectory() as scratch:
         included = LOCAL_INCLUDE.sub(
             lambda line: (path.parent / line[1]).read_text(), path.read_text()

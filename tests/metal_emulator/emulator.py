@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from .build import compile_kernel
-from .run import INPUT, ORDERS, OUTPUT, Buffer, launch
+from .run import INPUT, OUTPUT, Buffer, launch
 from .signature import ATTRIBUTES, metal_kernel, signature_of
 
 MAX_THREADS_PER_THREADGROUP = 1024
@@ -38,24 +38,13 @@ class Emulator:
             only compile errors, divergent barriers and too much threadgroup memory are found.
         max_threads: By a kernel's name, the threads its pipeline allows in a threadgroup: on a
             device fewer than 1,024 where a kernel takes many registers.
-
-    Attributes:
-        dispatches: One :class:`Dispatch` for each launch so far.
-        built: Texts of the kernels that were compiled, each once: MLX keeps one library for each.
-
-    Raises:
-        ValueError: If the order is unknown.
     """
 
     def __init__(self, order="forward", seed=0, check=True, max_threads=None):
-        if order not in ORDERS:
-            raise ValueError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}.")
-        self.order = order
-        self.seed = seed
-        self.check = check
+        self.order, self.seed, self.check = order, seed, check
         self.max_threads = max_threads or {}
-        self.dispatches = []
-        self.built = set()
+        self.dispatches = []  # one of each launch so far
+        self.built = set()  # texts of the kernels that were compiled: MLX keeps a library for each
 
     def metal_kernel(self, **options):
         """Takes and refuses what ``mx.fast.metal_kernel`` does; the result is called likewise."""
@@ -83,21 +72,9 @@ class Emulator:
         threadgroup,
         template=None,
     ):
-        """Runs a kernel at once (MLX would wait until an output is needed).
+        """Runs a kernel at once (MLX would wait until an output is needed), and gives its outputs.
 
-        Args:
-            options: What the kernel was made with.
-            inputs: Arrays or Python scalars.
-            output_shapes, output_dtypes: Of each output.
-            grid, threadgroup: Three numbers of threads each.
-            template: Pairs of a name and a dtype, int or bool.
-
-        Returns:
-            One array for each output.
-
-        Raises:
-            ValueError: As MLX does.
-            KernelFault: If the kernel is refused or misbehaves.
+        The first argument is what the kernel was made with, the others are those of its call.
         """
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
         mx.eval(arrays)
@@ -130,11 +107,7 @@ class Emulator:
         ]
 
     def dispatch_size(self, name, grid, threadgroup):
-        """Grid and threadgroup as MLX dispatches them: no threadgroup is larger than the grid.
-
-        Raises:
-            ValueError: If the threadgroup is too large.
-        """
+        """Grid and threadgroup as MLX dispatches them: no threadgroup is larger than the grid."""
         n_threads = int(np.prod(threadgroup))
         allowed = self.max_threads.get(name, MAX_THREADS_PER_THREADGROUP)
         if n_threads > allowed:

@@ -3,16 +3,8 @@
 import ctypes
 
 # As in runtime/state.h.
-KINDS = {
-    1: "out-of-bounds",
-    2: "read-only",
-    3: "misaligned",
-    4: "uninitialised",
-    5: "race",
-    6: "divergent-barrier",
-    7: "inactive-lane",
-    8: "threadgroup-memory",
-}
+KINDS = ("", "out-of-bounds", "read-only", "misaligned", "uninitialised", "race")
+KINDS += ("divergent-barrier", "inactive-lane", "threadgroup-memory")
 SEVERAL, ATOMIC, MAX_THREADS = 2000, 2001, 1024
 NOWHERE = 0xFFFFFFFF
 # What threads wait for: runtime/state.h, then the simd operations in the order of simd.h.
@@ -20,25 +12,15 @@ MEETINGS = {
     0: "threadgroup_barrier",
     1: "simdgroup_barrier",
     2: "the end of the kernel",
-    16: "simd_sum",
-    17: "simd_min",
-    18: "simd_max",
-    19: "a simd_prefix operation",
-    20: "a simd_shuffle operation",
-    21: "a simd vote",
-}
+} | dict(enumerate(("simd_sum", "simd_min", "simd_max", "simd_prefix", "simd_shuffle", "vote"), 16))
 
 
 class KernelFault(RuntimeError):
-    """A kernel that Apple's compiler would refuse, or that breaks a rule while it runs.
-
-    Attributes:
-        kind: What was broken: ``compile``, or one of ``KINDS``.
-    """
+    """A kernel that Apple's compiler would refuse, or that breaks a rule while it runs."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
-        self.kind = kind
+        self.kind = kind  # ``compile``, or one of ``KINDS``
 
 
 def position(index: int, shape) -> tuple[int, int, int]:
@@ -99,14 +81,7 @@ def what_happened(kind, fault, buffers) -> str:
 
 
 def runtime_fault(name, launch, buffers, threadgroup) -> KernelFault:
-    """Words the fault of a launch.
-
-    Args:
-        name: The kernel's name.
-        launch: The launch that failed, as the runtime left it.
-        buffers: The kernel's arguments.
-        threadgroup: Threads of a full threadgroup.
-    """
+    """Words the fault of a launch, as the runtime left it."""
     fault = launch.fault
     kind, group = KINDS[fault.kind], tuple(fault.group)
     sizes = zip(launch.grid, group, threadgroup, strict=True)

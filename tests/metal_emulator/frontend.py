@@ -17,15 +17,8 @@ import re
 from .faults import KernelFault
 from .signature import ATTRIBUTES
 
-KNOWN_ATTRIBUTES = set(ATTRIBUTES) | {
-    "kernel",
-    "host_name",
-    "buffer",
-    "max_total_threads_per_threadgroup",
-    "maybe_unused",
-    "fallthrough",
-    "nodiscard",
-}
+KNOWN_ATTRIBUTES = {*ATTRIBUTES, "maybe_unused", "fallthrough", "nodiscard"}
+KNOWN_ATTRIBUTES |= {"kernel", "host_name", "buffer", "max_total_threads_per_threadgroup"}
 
 ATTRIBUTE = re.compile(r"\[\[\s*([a-z_]\w*(?:[^\[\]]|\[[^\]]*\])*?)\]\]")
 
@@ -151,15 +144,10 @@ def rewrite_threadgroup_variables(text: str, original: str, name: str) -> str:
 
 
 def translate(text: str, name: str) -> str:
-    """Metal text to what clang compiles.
+    """Metal text, of a file of this name, to what clang compiles.
 
-    Args:
-        text: A kernel as MLX writes it, or a ``.metal`` file.
-        name: File name in messages.
-
-    Raises:
-        KernelFault: For an unknown attribute, a kernel parameter without one, or a threadgroup
-            variable outside a kernel.
+    A KernelFault for an unknown attribute, a kernel parameter without one, or a threadgroup
+    variable outside a kernel.
     """
     bare = strip_comments(text)
     check_kernel_parameters(bare, name)
@@ -185,15 +173,7 @@ LOCATION = re.compile(r"(?:line|\w+\.metal):(\d+):\d+")
 
 
 def check_syntax_tree(rows: list[str], name: str) -> None:
-    """Refuses what clang accepts and Apple's compiler does not.
-
-    Args:
-        rows: Lines of clang's ``-ast-dump``.
-        name: File name in messages.
-
-    Raises:
-        KernelFault: For the first one.
-    """
+    """Refuses what clang accepts and Apple's compiler does not, by clang's ``-ast-dump``."""
     for index, row in enumerate(rows):
         if "__generic" in row and " implicit " not in row:
             if match := RETURN_TYPE.search(row):

@@ -17,6 +17,8 @@ GUARD_BYTES = 1 << 16  # around each buffer, so that an index past its end meets
 ALIGNMENT = 256
 
 _u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
+# What the runtime counts, in the order of `Traffic`.
+COUNTS = ["n_read", "n_written", "distinct_read", "distinct_written", "lines_read", "lines_written"]
 _launch_lock = threading.Lock()  # the runtime runs one launch at a time
 
 
@@ -24,21 +26,10 @@ class _Region(ctypes.Structure):
     """Mirrors ``Region`` of runtime/state.h."""
 
     _fields_ = [
-        ("base", _u64),
-        ("bytes", _u64),
-        ("kind", _u32),
-        ("granule", _u32),
-        ("cells", _pointer),
-        ("read_bits", _pointer),
-        ("write_bits", _pointer),
-        ("n_read", _u64),
-        ("n_written", _u64),
-        ("distinct_read", _u64),
-        ("distinct_written", _u64),
-        ("lines_read", _u64),
-        ("lines_written", _u64),
-        ("name", ctypes.c_char_p),
-        ("id", _u64),
+        *[("base", _u64), ("bytes", _u64), ("kind", _u32), ("granule", _u32)],
+        *[(name, _pointer) for name in ("cells", "read_bits", "write_bits")],
+        *[(name, _u64) for name in COUNTS],
+        *[("name", ctypes.c_char_p), ("id", _u64)],
     ]
 
 
@@ -60,74 +51,42 @@ class _Launch(ctypes.Structure):
     """Mirrors ``Launch`` of runtime/state.h."""
 
     _fields_ = [
-        ("kernel", _pointer),
-        ("arguments", _pointer),
-        ("regions", ctypes.POINTER(_Region)),
-        ("groups", _pointer),
-        ("n_groups", _u64),
-        ("image_start", _u64),
-        ("image_end", _u64),
-        ("seed", _u64),
-        ("n_regions", _u32),
-        ("order", _u32),
-        ("check", _u32),
-        ("grid", _u32 * 3),
-        ("threadgroup", _u32 * 3),
-        ("barriers", _u32),
-        ("threadgroup_bytes", _u64),
-        ("fault", _Fault),
+        *[("kernel", _pointer), ("arguments", _pointer)],
+        *[("regions", ctypes.POINTER(_Region)), ("groups", _pointer)],
+        *[(name, _u64) for name in ("n_groups", "image_start", "image_end", "seed")],
+        *[(name, _u32) for name in ("n_regions", "order", "check")],
+        *[("grid", _u32 * 3), ("threadgroup", _u32 * 3), ("barriers", _u32)],
+        *[("threadgroup_bytes", _u64), ("fault", _Fault)],
     ]
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a dispatch moves to and from one buffer.
+    """What a dispatch moves to and from one buffer."""
 
-    Attributes:
-        bytes: Size of the buffer.
-        reads, writes: Bytes read and written, repeats included.
-        distinct_bytes_read, distinct_bytes_written: The same, each byte counted once.
-        lines_read, lines_written: Distinct 128-byte lines, from the buffer's start.
-    """
-
-    bytes: int
-    reads: int = 0
+    bytes: int  # size of the buffer
+    reads: int = 0  # bytes, repeats included
     writes: int = 0
-    distinct_bytes_read: int = 0
+    distinct_bytes_read: int = 0  # each byte counted once
     distinct_bytes_written: int = 0
-    lines_read: int = 0
+    lines_read: int = 0  # distinct 128-byte lines, from the buffer's start
     lines_written: int = 0
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One launch.
-
-    Attributes:
-        name: The kernel's name as given to ``metal_kernel``.
-        grid, threadgroup: In threads.
-        barriers: Threadgroup barriers passed by the threadgroup that passed most.
-        threadgroup_bytes: Threadgroup memory.
-        buffers: Traffic of each buffer; all zero but for the size without checks.
-    """
+    """One launch."""
 
     name: str
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int]  # in threads
     threadgroup: tuple[int, int, int]
-    barriers: int
-    threadgroup_bytes: int
-    buffers: dict[str, Traffic] = field(default_factory=dict)
+    barriers: int  # threadgroup barriers passed by the threadgroup that passed most
+    threadgroup_bytes: int  # threadgroup memory
+    buffers: dict[str, Traffic] = field(default_factory=dict)  # without checks the sizes alone
 
 
 class Buffer:
-    """Memory of one argument, with a guard on both sides.
-
-    Attributes:
-        name: Name in the kernel.
-        kind: ``INPUT`` or ``OUTPUT``.
-        itemsize: Bytes of an element.
-        data: The bytes, uint8.
-    """
+    """Memory of one argument of a kernel, ``data`` (uint8), with a guard on both sides."""
 
     def __init__(self, name, kind, itemsize, n_bytes):
         self.name, self.kind, self.itemsize = name, kind, itemsize
@@ -163,20 +122,7 @@ def load(library) -> tuple[int, int, int]:
 
 
 def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dispatch:
-    """Runs a kernel over a grid.
-
-    Args:
-        name: The kernel's name.
-        library: Path of the compiled kernel.
-        buffers: Its arguments in order.
-        grid, threadgroup: In threads; the threadgroup not larger than the grid.
-        order: One of ``ORDERS``.
-        seed: Of the shuffled order.
-        check: Whether the kernel was compiled with checks.
-
-    Raises:
-        KernelFault: For the first fault found.
-    """
+    """Runs a kernel over a grid; a KernelFault for the first fault found."""
     entry, image_start, image_end = load(library)
     keep = []
     regions = (_Region * len(buffers))(*[buffer.region(check, keep) for buffer in buffers])
@@ -211,15 +157,7 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
     if check:
         find_unwritten(name, buffers)
     traffic = {
-        buffer.name: Traffic(
-            buffer.data.size,
-            region.n_read,
-            region.n_written,
-            region.distinct_read,
-            region.distinct_written,
-            region.lines_read,
-            region.lines_written,
-        )
+        buffer.name: Traffic(buffer.data.size, *(getattr(region, name) for name in COUNTS))
         for buffer, region in zip(buffers, regions, strict=True)
     }
     return Dispatch(name, grid, threadgroup, state.barriers, state.threadgroup_bytes, traffic)

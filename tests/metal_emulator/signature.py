@@ -39,15 +39,10 @@ INSTANCE = re.compile(r"decltype\(.*\) (.*);\s*$")
 
 @dataclass(frozen=True)
 class Signature:
-    """A generated kernel.
+    """A generated kernel."""
 
-    Attributes:
-        name: The function's name.
-        text: Header, template line, signature, source and instantiation.
-    """
-
-    name: str
-    text: str
+    name: str  # of the function
+    text: str  # header, template line, signature, source and instantiation
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -77,16 +72,7 @@ class Signature:
 
 
 def signature_of(options: dict, inputs: list[mx.array], call: dict) -> Signature:
-    """The kernel as MLX writes it.
-
-    Args:
-        options: Arguments of ``mx.fast.metal_kernel``.
-        inputs: Its inputs, evaluated.
-        call: The other arguments of its call.
-
-    Raises:
-        ValueError: Where MLX refuses an argument.
-    """
+    """The kernel as MLX writes it for arguments of ``mx.fast.metal_kernel`` and of its call."""
     kernel, events = metal_kernel(**options), []
     mx.export_function(events.append, lambda *given: kernel(inputs=list(given), **call), *inputs)
     made = [event["arguments"] for event in events if event.get("name") == "CustomKernel"]

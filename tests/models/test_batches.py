@@ -5,7 +5,6 @@ import pytest
 from mlx_flashhead import batch_generate
 from mlx_flashhead.lossless.batch import CheckedBatchGenerator
 from mlx_flashhead.lossless.proposals import Proposer
-from mlx_flashhead.models.compat.generate import BatchGenerator
 from model_pair import uncached, until_end
 
 PROMPTS = ("One day", "How do I bake bread?", "x", "Why is the sky blue", "It was", "The river")
@@ -50,20 +49,16 @@ def test_batch_of_several_turns(pair, prompts):
             assert found == until_end(pair, uncached(pair.dense, prompt + answer + more, 6))
 
 
-@pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("arrivals", [(0, 2, 3, 5, 8, 9), (9, 0, 4, 4, 1, 2)])
-def test_continuous_batching(pair, prompts, checked, arrivals):
-    """Sequences join and leave, and each gets what it gets alone.
-
-    Prompt i comes in after ``arrivals[i]`` steps. Without the check it is mlx-lm's own generator.
-    """
-    options = {"completion_batch_size": 3, "prefill_batch_size": 2}
-    options["stop_tokens"] = [[token] for token in pair.tokenizer.eos_token_ids]
-    if checked:
-        proposer = Proposer(pair.model, check=True)
-        generator = CheckedBatchGenerator(pair.model, proposer=proposer, **options)
-    else:
-        generator = BatchGenerator(pair.model, **options)
+def test_continuous_batching(pair, prompts, arrivals):
+    """Sequences join after so many steps and leave, and each gets what it gets alone."""
+    generator = CheckedBatchGenerator(
+        pair.model,
+        proposer=Proposer(pair.model, check=True),
+        completion_batch_size=3,
+        prefill_batch_size=2,
+        stop_tokens=[[token] for token in pair.tokenizer.eos_token_ids],
+    )
     found, of_uid, left = [[] for _ in prompts], {}, len(prompts)
     for step in range(500):
         for i, arrival in enumerate(arrivals):
@@ -77,6 +72,5 @@ def test_continuous_batching(pair, prompts, checked, arrivals):
         if not left:
             break
     generator.close()
-    reference = pair.dense if checked else pair.model
     for i, tokens in enumerate(found):
-        assert tokens == until_end(pair, uncached(reference, prompts[i], TOKENS - i))
+        assert tokens == until_end(pair, uncached(pair.dense, prompts[i], TOKENS - i))

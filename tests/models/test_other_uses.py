@@ -11,7 +11,6 @@ from mlx_lm import models
 from architecture_configs import VOCAB_SIZE
 from architecture_models import functions_with, tiny_architecture
 from mlx_flashhead.models.install import get_flash_head
-from mlx_flashhead.models.locate import Asker, find_head
 from tiny_models import install_index, tiny_index, tiny_model
 
 # Functions besides the one that makes the logits that call a head's layer.
@@ -72,23 +71,9 @@ def test_gradients_of_a_model_in_training(tied, form):
         assert mx.allclose(gradient, found[key], rtol=1e-3, atol=1e-5)
 
 
-def test_training_ends():
-    dense, flash = tiny_model(), installed(tiny_model())
-    tokens = mx.array([[3, 50, 7]])
-    flash.train()
-    assert mx.allclose(flash(tokens), dense(tokens), atol=1e-4)
-    flash.eval()
-    assert not mx.allclose(flash(tokens), dense(tokens), atol=1e-3)
-
-
 def test_ones_own_code_gets_what_the_model_gets():
     """A call from outside the model is one for logits, as tools make that skip its body."""
     flash = installed(tiny_model())
     hidden = mx.array(np.random.default_rng(0).normal(size=(1, 1, 64)).astype(np.float32))
     asked = flash.model.embed_tokens.as_linear(hidden)
     assert mx.array_equal(asked, get_flash_head(flash)(hidden))
-
-
-def test_location_knows_who_asks():
-    model = tiny_model()
-    assert find_head(model).asked_by == Asker.of(type(model).__call__.__code__)

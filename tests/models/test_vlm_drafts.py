@@ -191,7 +191,11 @@ def test_a_head_of_the_drafters_own(calls, attached, capfd, monkeypatch, make, k
     for drafter, built in zip(drafters, (True, False), strict=True):
         drafting = {"draft_model": drafter, "draft_kind": kind}
         calls.clear()
+        mx.random.seed(5)
+        before = mx.random.uniform().item()
+        mx.random.seed(5)
         assert write(model, **drafting) == dense
+        assert mx.random.uniform().item() == before  # the state of the user's own draws
         assert ("Building the FlashHead of" in capfd.readouterr().err) == built
         assert kept_sources() == ["drafts"]
         assert calls.count("full_logits") == calls.count("draft_logits") > 0

@@ -1,6 +1,7 @@
 # ruff: noqa: E402 - without mlx-vlm all of this is skipped
 """Where mlx-vlm reads a head's weights itself: with a FlashHead it asks the layer, or leaves it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,27 +59,30 @@ def hidden_states(model: nn.Module, length: int = 2) -> mx.array:
     return mx.array(rng.normal(size=(1, length, width)).astype(np.float32))
 
 
-def differs_from_dense(model: nn.Module, hidden: mx.array, logits: mx.array) -> bool:
-    return not mx.allclose(logits, get_flash_head(model).dense_logits(hidden), atol=1e-3)
+def check_asks_the_layer(reads: list, model: nn.Module, function: Callable) -> None:
+    """The function of hidden states gives the FlashHead's logits, and reads no weights."""
+    hidden, head = hidden_states(model), get_flash_head(model)
+    reads.clear()
+    logits = function(hidden)
+    assert not reads
+    assert mx.allclose(logits, head(hidden), atol=1e-4)
+    assert not mx.allclose(logits, head.dense_logits(hidden), atol=1e-3)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_verification_of_drafts(reads, bits):
+def test_verification_of_drafts(reads, bits, tied):
     """Qwen 3.5's own products for it, for the layer of its own and for the tied one."""
-    for tied in (False, True):
-        model = served("qwen3_5", tied=tied, bits=bits)
-        hidden, head = hidden_states(model), get_flash_head(model)
-        text = model.language_model
-        reads.clear()
-        logits = text.speculative_logits_from_hidden(hidden)
-        assert mx.allclose(logits, head(hidden), atol=1e-4)
-        assert mx.array_equal(text.speculative_argmax_from_hidden(hidden), head.token(hidden))
-        layer = text.model.embed_tokens if tied else text.lm_head
-        name = "_embedding_as_linear" if tied else "_linear"
-        verify = getattr(linear, f"_target_verify{name}")
-        assert mx.allclose(verify(layer, hidden), head(hidden), atol=1e-4)
-        assert not reads
-        assert differs_from_dense(model, hidden, logits)
+    model = served("qwen3_5", tied=tied, bits=bits)
+    text = model.language_model
+    layer = text.model.embed_tokens if tied else text.lm_head
+    name = "_target_verify_embedding_as_linear" if tied else "_target_verify_linear"
+    check_asks_the_layer(reads, model, text.speculative_logits_from_hidden)
+    check_asks_the_layer(reads, model, lambda hidden: getattr(linear, name)(layer, hidden))
+    hidden, head = hidden_states(model), get_flash_head(model)
+    reads.clear()
+    assert mx.array_equal(text.speculative_argmax_from_hidden(hidden), head.token(hidden))
+    assert not reads
 
 
 def test_fused_greedy_decoding_is_left_out(reads):
@@ -98,13 +102,8 @@ def test_multi_token_prediction(reads):
     """The greedy read-out of a quantized head asks the layer; other layers' stays."""
     model = served("nemotron_h", tied=False, bits=4)
     hidden, text = hidden_states(model), model.language_model
-    head = get_flash_head(model)
-    reads.clear()
+    check_asks_the_layer(reads, model, lambda hidden: mtp._mtp_logits_from_hidden(text, hidden))
     assert mtp.decode_quantized_argmax(text.lm_head, hidden) is None
-    logits = mtp._mtp_logits_from_hidden(text, hidden)
-    assert not reads
-    assert mx.allclose(logits, head(hidden), atol=1e-4)
-    assert differs_from_dense(model, hidden, logits)
     detach(model)
     tokens = mtp.decode_quantized_argmax(text.lm_head, hidden)
     assert mx.array_equal(tokens, mx.argmax(text.lm_head(hidden), axis=-1))
@@ -112,11 +111,8 @@ def test_multi_token_prediction(reads):
 
 def test_verification_of_glm(reads):
     model = served("glm_moe_dsa", tied=False)
-    hidden = hidden_states(model)
-    reads.clear()
-    logits = glm.verify_logits(model.language_model, hidden)
-    assert not reads
-    assert mx.allclose(logits, get_flash_head(model)(hidden), atol=1e-4)
+    text = model.language_model
+    check_asks_the_layer(reads, model, lambda hidden: glm.verify_logits(text, hidden))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -151,10 +147,7 @@ OTHER_USES = {
     "models/qwen4_exp/language.py": {"fused_greedy_decode"},
     "speculative/ops/linear.py": {"_target_verify_embedding_as_linear"},
     # for blocks of many positions, or of models that are refused or write no text
-    "models/diffusion_gemma/language.py": {
-        "diffusion_prepare_self_conditioning",
-        "_embed_canvas",
-    },
+    "models/diffusion_gemma/language.py": {"diffusion_prepare_self_conditioning", "_embed_canvas"},
     "models/ernie_image/prompting.py": {"enhance"},
     "models/llada2_moe/language.py": {"project_hidden"},
     "models/molmo_point/molmo_point.py": {"_prefill_forward", "_generate_forward"},

@@ -21,24 +21,15 @@ def put_model(hub, repo_id, folder, **further):
     hub.put(repo_id, files)
 
 
-def program(hub, cache, code, *, check=True, **environment):
+def program(hub, cache, code, **environment):
     """Runs Python, as a user's own process, against the Hub."""
     kept = {k: os.environ[k] for k in ("PATH", "PYTHONPATH", "LD_PRELOAD") if k in os.environ}
-    environment = (
-        kept
-        | {
-            "HOME": str(cache),
-            "HF_HOME": str(cache),
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        | environment
-    )
+    kept |= dict.fromkeys(("HOME", "HF_HOME"), str(cache))
+    kept |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    environment = kept | {"NO_PROXY": "127.0.0.1"} | environment
     command = [sys.executable, *code] if isinstance(code, list) else [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert not check or result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stderr
     return result
 
 
@@ -61,12 +52,10 @@ def test_a_flash_head_of_its_own_travels(hub, tmp_path):
     assert files == contents(tmp_path / "head")
     assert {*files} == {FILE_NAME, SETTINGS_NAME, "README.md", "LICENSE.txt", "NOTICE.txt"}
     card = files["README.md"].decode()
-    metadata = huggingface_hub.ModelCard(card).data.to_dict()
-    assert (metadata["base_model"], metadata["base_model_relation"]) == (
-        "maker/Llama-Tiny",
-        "adapter",
-    )
-    assert metadata["license"] == "llama3.2" and "**Built with Llama**" in card
+    expected = {"base_model": "maker/Llama-Tiny", "base_model_relation": "adapter"}
+    expected["license"] = "llama3.2"
+    assert expected.items() <= huggingface_hub.ModelCard(card).data.to_dict().items()
+    assert "**Built with Llama**" in card
     command = f"mlx_flashhead.generate --model maker/Llama-Tiny --flash-head {repo_id} --prompt"
     assert command in card and "| probes | agreement |" in card
     assert "Derived: flash_head.index was computed" in files["NOTICE.txt"].decode()
@@ -116,10 +105,6 @@ def test_from_hub_to_hub_as_a_user_does(hub, tmp_path):
     offline = program(hub, cache, say, HF_HUB_OFFLINE="1")
     assert online.stdout == offline.stdout == "17\nTrue\n"
     assert len(hub.requests) == asked
-    broken = program(
-        hub, cache, f"import mlx_flashhead; mlx_flashhead.load({repo_id!r})", check=False
-    )
-    assert broken.returncode != 0
 
 
 def test_load_asks_the_network_for_what_is_named_alone(hub, tmp_path):

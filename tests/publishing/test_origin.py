@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.publishing.origin import card_metadata, find_origin, read_metadata
 
 CARD = """---
@@ -110,8 +111,6 @@ def test_cards_that_say_nothing(tmp_path, text):
 
 
 def test_card_and_licence_are_fetched_beside_the_model(hub, tmp_path):
-    from mlx_flashhead.models.fetch import resolve
-
     files = {"config.json": b"{}", "README.md": CARD.encode(), "LICENSE.txt": b"text"}
     hub.put("maker/Tuned", files | {"USE_POLICY.md": b"policy", "big.bin": b"no"})
     origin = find_origin("maker/Tuned", resolve("maker/Tuned"))

@@ -20,11 +20,11 @@ CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": Infinity}}'
 WORDS = ("<tool_call>", CALL, "</tool_call>", " one", " two", " three", " four")
 
 
-def convert(folder, name, n_probes):
-    """Converts ``folder`` / dense into ``folder`` / name."""
-    options = {"calibration": "none", "progress": False, "n_probes": n_probes}
-    mlx_flashhead.convert(str(folder / "dense"), str(folder / name), **options)
-    return folder / name
+def convert(dense, name, n_probes):
+    """Converts a folder into another one beside it."""
+    target, options = dense.parent / name, {"calibration": "none", "progress": False}
+    mlx_flashhead.convert(str(dense), str(target), n_probes=n_probes, **options)
+    return target
 
 
 @pytest.fixture(scope="session")
@@ -44,29 +44,16 @@ def server(scripted):
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
     """A folder with ``dense`` and ``flash``, a FlashHead of 4 probes."""
-    folder = tmp_path_factory.mktemp("random")
-    write_model(folder / "dense", tied=False, hidden_size=128)
-    convert(folder, "flash", n_probes=4)
-    return folder
+    dense = tmp_path_factory.mktemp("random") / "dense"
+    return convert(write_model(dense, tied=False, hidden_size=128), "flash", n_probes=4).parent
 
 
 @pytest.fixture(scope="session")
 def chain_model(tmp_path_factory):
     """A checkpoint that calls a tool in a chat, and counts to four after the text "a"."""
-    folder = tmp_path_factory.mktemp("chain")
+    dense = tmp_path_factory.mktemp("chain") / "dense"
     chains = [" ", *WORDS[:3]], ["a", *WORDS[3:]]
-    write_chain_model(folder / "dense", *chains, words=WORDS)
-    return convert(folder, "chain", n_probes=2)
-
-
-@pytest.fixture(scope="session")
-def sliding_model(tmp_path_factory):
-    """A FlashHead checkpoint of a model with a sliding window of 32 tokens."""
-    folder = tmp_path_factory.mktemp("sliding")
-    further = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32}
-    further |= {"sliding_window_pattern": 2}
-    write_model(folder / "dense", arch="gemma3_text", hidden_size=64, further=further)
-    return convert(folder, "flash", n_probes=4)
+    return convert(write_chain_model(dense, *chains, words=WORDS), "chain", n_probes=2)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import jsonschema
 import mlx.core as mx
@@ -10,14 +11,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead import (
-    batch_generate,
-    generate,
-    grammar_processor,
-    make_sampler,
-    stream_generate,
-)
-from mlx_flashhead.models.compat.generate import BatchGenerator
+from mlx_flashhead import batch_generate, generate, grammar_processor, stream_generate
 from mlx_flashhead.structured.grammar import Grammar
 from mlx_flashhead.structured.processor import GrammarProcessor
 from model_folders import VOCAB_SIZE, write_model
@@ -43,28 +37,10 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def dense():
-    return tiny_model(vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture(scope="module")
 def flash():
     model = tiny_model(vocab_size=VOCAB_SIZE)
     install_index(model, tiny_index(model, n_probes=3))
     return model
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_json_validates(flash, tokenizer, temperature, seed):
-    mx.random.seed(seed)
-    processor = grammar_processor(tokenizer, json_schema=SCHEMA)
-    text = generate(
-        flash, tokenizer, f"prompt {seed}", max_tokens=300, logits_processors=[processor],
-        sampler=make_sampler(temp=temperature, top_p=0.95),
-    )  # fmt: skip
-    assert processor.accepts(text) and processor.problem is None
-    jsonschema.validate(json.loads(text), SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -76,18 +52,16 @@ def test_json_validates(flash, tokenizer, temperature, seed):
             "<[a-c]{2}(,[a-c]{2})?>",
         ),
         ({"json_schema": {"const": [1, {"a": True}]}}, None),
-        ({"json_schema": {"type": "object", "maxProperties": 0}}, None),
     ],
 )
-def test_text_ends_where_the_grammar_ends(flash, dense, tokenizer, form, expected):
+def test_text_ends_where_the_grammar_ends(flash, tokenizer, form, expected):
     processor = grammar_processor(tokenizer, **form)
     options = {"max_tokens": 60, "logits_processors": [processor]}
     last = list(stream_generate(flash, tokenizer, "hello", **options))[-1]
     assert last.finish_reason == "stop" and last.token == EOS
     text = generate(flash, tokenizer, "hello", **options)
     assert processor.accepts(text)
-    assert re.fullmatch(expected, text) if expected else json.loads(text) in ([1, {"a": True}], {})
-    assert generate(dense, tokenizer, "hello", **options) == text
+    assert re.fullmatch(expected, text) if expected else json.loads(text) == [1, {"a": True}]
 
 
 def test_no_space_without_end(tokenizer):
@@ -98,41 +72,18 @@ def test_no_space_without_end(tokenizer):
         assert not processor.accepts(text)
 
 
-def test_cut_text_is_not_whole(flash, tokenizer):
-    processor = grammar_processor(tokenizer, regex=PATTERN)
-    text = generate(flash, tokenizer, "x", max_tokens=5, logits_processors=[processor])
-    assert len(text) == 5 and not processor.accepts(text)
-
-
-@pytest.mark.parametrize("prompts", [["a", "bb", "c", "dd"], ["same"] * 3])
-def test_batch(flash, tokenizer, prompts):
+def test_batch(flash, tokenizer):
     """Each sequence follows the grammar from its own beginning."""
+    prompts = ["a", "bb", "same", "same"]
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     processor = grammar_processor(tokenizer, json_schema=SCHEMA)
     found = batch_generate(
         flash, tokenizer, ids, max_tokens=200, logits_processors=[processor], prefill_batch_size=2
     )
     for prompt, text in zip(ids, found.texts, strict=True):
-        jsonschema.validate(json.loads(text), SCHEMA)
+        assert processor.accepts(text) and jsonschema.validate(json.loads(text), SCHEMA) is None
         alone = generate(flash, tokenizer, prompt, max_tokens=200, logits_processors=[processor])
         assert text == alone
-
-
-def test_sequences_with_grammars_of_their_own(flash, tokenizer):
-    patterns = ["a+b{30}", "[0-9]{5}", "(no|yes)!", None]
-    generator = BatchGenerator(flash, stop_tokens=[[EOS]], max_tokens=40)
-    processors = [
-        [grammar_processor(tokenizer, regex=pattern)] if pattern else [] for pattern in patterns
-    ]
-    uids = generator.insert([[5, 6]] * 4, logits_processors=processors)
-    found = {uid: [] for uid in uids}
-    while responses := generator.next_generated():
-        for response in responses:
-            found[response.uid].append(response.token)
-    generator.close()
-    for uid, pattern in zip(uids[:3], patterns, strict=False):
-        text = tokenizer.decode([token for token in found[uid] if token != EOS])
-        assert re.fullmatch(pattern, text) or len(found[uid]) == 40
 
 
 def allowed(processor, tokens):
@@ -228,15 +179,9 @@ def test_a_mask_that_does_not_come_ends_the_text(tokenizer, monkeypatch, seconds
     assert a in allowed(processor, [7])
 
 
-def test_one_form_at_a_time(tokenizer):
+def test_mistakes_of_a_call(tokenizer):
     for forms in ({}, {"regex": "a", "grammar": 'start: "a"'}):
         with pytest.raises(ValueError, match="Give one of"):
             grammar_processor(tokenizer, **forms)
-
-
-def test_tokenizer_of_another_kind():
-    class Slow:
-        eos_token_id = 1
-
     with pytest.raises(ValueError, match="tokenizers library"):
-        grammar_processor(Slow(), regex="a")
+        grammar_processor(SimpleNamespace(eos_token_id=1), regex="a")

@@ -20,11 +20,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The result of ``left * right`` or ``left ** right``.
-
-        Raises:
-            SecurityError: If it is larger than a template needs.
-        """
+        """The result of ``left * right`` or ``left ** right``; SecurityError if it is too large."""
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length()
             small = bits + right.bit_length() <= MAX_BITS

@@ -12,13 +12,7 @@ module = importlib.import_module("mlx_lm.evaluate")
 
 
 class Adapter(MLXLM):
-    """mlx-lm's adapter on a loaded model. mlx-lm's own takes a path only.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        **options: The adapter's own options.
-    """
+    """mlx-lm's adapter on a loaded model. mlx-lm's own takes a path only."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, **options: Any):
         with replaced(module, load=lambda *_, **__: (model, tokenizer)):

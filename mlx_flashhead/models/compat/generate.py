@@ -58,11 +58,7 @@ def run_generate(
 ) -> None:
     """Runs mlx-lm's program with other functions, its only way to take a loaded model.
 
-    Args:
-        args: Its parsed arguments.
-        load: Replaces its ``load``, first for the model, then for the draft model.
-        make_sampler: Replaces its ``make_sampler``.
-        generate: Replaces its ``generate``.
+    Its ``load`` is called first for the model, then for the draft model.
     """
     parsed = SimpleNamespace(parse_args=lambda: args)
     # mlx-lm 0.31 does not hand the leave on

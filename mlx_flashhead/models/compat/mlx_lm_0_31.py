@@ -19,21 +19,12 @@ module = importlib.import_module("mlx_lm.generate")
 # These names may be replaced later on.
 plain_steps, drafted_steps = module.generate_step, module.speculative_generate_step
 
+# From a state's name to its markers, each with the state after it.
 Transitions = dict[str, list[tuple[str, str | None]]]
 State = tuple[str | None, Transitions, str]
 
-DEFAULT_ALLOW_PATTERNS = [
-    "*.json",
-    "model*.safetensors",
-    "*.py",
-    "tokenizer.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-]
-
+DEFAULT_ALLOW_PATTERNS = ["*.json", "model*.safetensors", "*.py", "tokenizer.model"]
+DEFAULT_ALLOW_PATTERNS += ["*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl", "*.jinja"]
 
 Wrapper: Any = TokenizerWrapper
 Wrapper.response_initial_state = None  # a format of answers, which 0.31 knows none of
@@ -127,9 +118,8 @@ def batch_generate(
 def _parser(of_program: Callable[[], ArgumentParser]) -> ArgumentParser:
     """The flags of a program of mlx-lm's, with 0.32's ``--prefill-step-size``."""
     parser = of_program()
-    parser.add_argument(
-        "--prefill-step-size", type=int, default=2048, help="Tokens of a prompt read at a time."
-    )
+    said = "Tokens of a prompt read at a time."
+    parser.add_argument("--prefill-step-size", type=int, default=2048, help=said)
     parser.set_defaults(image=())  # and without its --image
     return parser
 
@@ -139,11 +129,7 @@ chat_parser = partial(_parser, chat.setup_arg_parser)
 
 
 class TextStateMachine:
-    """Follows the markers of thoughts and calls in a text, with the face of 0.32's.
-
-    Args:
-        transitions: From a state's name to its markers, each with the state after it.
-    """
+    """Follows the markers of thoughts and calls in a text, with the face of 0.32's."""
 
     def __init__(self, transitions: Transitions | None = None):
         self._transitions = transitions or {}

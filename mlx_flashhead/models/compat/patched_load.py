@@ -14,22 +14,13 @@ import mlx_lm
 from .imports import put_in_place, when_imported
 
 Load = Callable[..., Any]
+Wrap = Callable[[Load], Load]
 
 # Modules that load a model and do not generate: they convert it, train it, measure its layers.
-WITHOUT_TEXT = (
-    "mlx_lm.cache_prompt",
-    "mlx_lm.convert",
-    "mlx_lm.fuse",
-    "mlx_lm.lora",
-    "mlx_lm.quant",
-    "mlx_lm.share",
-    "mlx_lm.tuner",
-    "mlx_lm.upload",
-    "mlx_vlm.convert",
-    "mlx_vlm.lora",
-    "mlx_vlm.train",
-    "mlx_vlm.trainer",
-)
+WITHOUT_TEXT = {
+    "mlx_lm": ["cache_prompt", "convert", "fuse", "lora", "quant", "share", "tuner", "upload"],
+    "mlx_vlm": ["convert", "lora", "train", "trainer"],
+}
 
 
 def caller_generates() -> bool:
@@ -37,20 +28,17 @@ def caller_generates() -> bool:
     names = sys._getframe(2).f_globals
     spec = names.get("__spec__")  # a program that runs has another name than its own
     name = spec.name if spec is not None else names.get("__name__", "")
-    return not any(name == module or name.startswith(f"{module}.") for module in WITHOUT_TEXT)
+    package, module = f"{name}.".split(".")[:2]
+    return module not in WITHOUT_TEXT.get(package, ())
 
 
-def patch_programs(
-    load: Callable[[Load], Load],
-    load_model: Callable[[Load], Load],
-    loop: Callable[[Load], Load],
-) -> None:
-    """Replaces the functions, those of mlx-vlm as soon as a program imports it.
+def patch_programs(load: Wrap, load_model: Wrap, loop: Wrap) -> None:
+    """Replaces the functions by what is made of them, those of mlx-vlm as soon as it is imported.
 
     Args:
-        load: Makes ``mlx_lm.load`` and ``mlx_vlm.load`` from the originals.
-        load_model: Makes ``mlx_lm.utils.load_model``, which some programs call without ``load``.
-        loop: Makes mlx-lm's ``generate_step``, and its loop with a draft model.
+        load: Of ``mlx_lm.load`` and ``mlx_vlm.load``.
+        load_model: Of ``mlx_lm.utils.load_model``, which some programs call without ``load``.
+        loop: Of mlx-lm's ``generate_step``, and its loop with a draft model.
     """
     utils = importlib.import_module("mlx_lm.utils")
     original = utils.load_model

@@ -7,17 +7,15 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, **names: Any) -> Iterator[None]:
-    """Within the block, globals of a module or attributes of an object have other values.
-
-    Args:
-        owner: The module or the object.
-        **names: The values, by name.
-    """
-    originals = {name: getattr(owner, name) for name in names}
+    """Within the block, globals of a module or attributes of an object have other values."""
+    own = {name: vars(owner)[name] for name in names if name in vars(owner)}
     try:
         for name, value in names.items():
             setattr(owner, name, value)
         yield
     finally:
-        for name, value in originals.items():
-            setattr(owner, name, value)
+        for name in names:
+            if name in own:
+                setattr(owner, name, own[name])
+            else:  # a class's parent has it
+                delattr(owner, name)

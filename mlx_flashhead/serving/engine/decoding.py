@@ -24,18 +24,10 @@ Held = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
 
 
 class Batch:
-    """Sequences of one model, with one number of probes, whose tokens are checked together.
+    """Sequences of one kind, up to ``size``, whose tokens are checked together.
 
     A batch pads every cache to the longest one. Prompts of similar lengths therefore share a batch:
     a long text does not multiply the memory and the time of short questions.
-
-    Args:
-        job: The first sequence, which is not added yet.
-        size: Greatest number of sequences.
-        stream: The generating thread's stream.
-
-    Attributes:
-        proposer: Chooses the tokens.
     """
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
@@ -71,7 +63,6 @@ class Batch:
 
     @property
     def jobs(self) -> list[Job]:
-        """The sequences."""
         return list(self._jobs.values())
 
     def step(self) -> list[Step]:
@@ -85,19 +76,18 @@ class Batch:
 
     def remove(self, jobs: list[Job]) -> list[Held]:
         """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
-        uids = {job: uid for uid, job in self._jobs.items() if job in jobs}
-        left = [uid for job, uid in uids.items() if job not in self._ended]
+        uids = [uid for uid, job in self._jobs.items() if job in jobs]
+        left = [uid for uid in uids if self._jobs[uid] not in self._ended]
         removed = self._generator.remove(left, return_prompt_caches=True)
-        held = [self._ended.pop(job) for job in uids if job in self._ended]
-        for uid in uids.values():
-            del self._jobs[uid]
+        held = [(tokens, cache) for cache, tokens in removed.values()]
+        gone = [self._jobs.pop(uid) for uid in uids]
+        held += [self._ended.pop(job) for job in gone if job in self._ended]
         if not self._jobs:
             self._generator.close()
-        return held + [(tokens, cache) for cache, tokens in removed.values()]
+        return held
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the caches."""
         return self._generator.prompt_cache_nbytes
 
 
@@ -105,7 +95,7 @@ class Single:
     """A batch of one sequence, in the loop for one, or in mlx-lm's with a draft model."""
 
     def __init__(self, reading: Reading, flags: Namespace, stream: mx.Stream):
-        job = reading.job
+        job, served = reading.job, reading.job.served
         self.jobs, self._cache = [job], reading.cache
         self._tokens = job.all_tokens
         self.proposer = _proposer(job)
@@ -119,29 +109,18 @@ class Single:
             "quantized_kv_start": flags.quantized_kv_start,
         }
         start = mx.array(self._tokens[-1:])
-        if job.served.draft_model is None:
-            # without an end token of its own, so that its cache holds all tokens it has given
-            self._steps: Generator[tuple[Any, ...], None, None] = checked_steps(
-                start,
-                job.served.model,
-                stream,
-                max_tokens=-1,
-                logprobs=job.request.logprobs is not None,
-                n_begun=len(job.tokens),
-                logits_processors=_guarded(job),
-                **options,
-            )
+        self._steps: Generator[tuple[Any, ...], None, None]
+        if served.draft_model is None:
+            options["logits_processors"] = _guarded(job)
+            options |= {"logprobs": job.request.logprobs is not None, "n_begun": len(job.tokens)}
+            # without an end of its own, so that its cache holds all tokens it has given
+            self._steps = checked_steps(start, served.model, stream, max_tokens=-1, **options)
         else:
-            self._steps = drafted_steps(
-                start,
-                job.served.model,
-                job.served.draft_model,
-                stream,
-                num_draft_tokens=job.request.num_draft_tokens,
-                max_tokens=job.max_tokens,
-                logits_processors=_guarded(job, mx.array(reading.tokens, dtype=mx.uint32)),
-                **options,
-            )
+            before = mx.array(reading.tokens, dtype=mx.uint32)
+            options["logits_processors"] = _guarded(job, before)
+            options["num_draft_tokens"] = job.request.num_draft_tokens
+            options["max_tokens"] = job.max_tokens
+            self._steps = drafted_steps(start, served.model, served.draft_model, stream, **options)
 
     def step(self) -> list[Step]:
         (job,) = self.jobs
@@ -170,8 +149,9 @@ Decoder = Batch | Single
 
 def _kind(job: Job) -> tuple:
     """What sequences of one batch have in common."""
-    n_probes, dense = job.request.n_probes, job.request.dense
-    return job.served, n_probes, dense, length_class(len(job.prompt.tokens))
+    # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
+    length_class = max(0, (len(job.prompt.tokens) - 1).bit_length() - 9) // 2
+    return job.served, job.request.n_probes, job.request.dense, length_class
 
 
 def _proposer(job: Job) -> Proposer:
@@ -180,16 +160,8 @@ def _proposer(job: Job) -> Proposer:
     return Proposer(served.model, check=served.check, dense=request.dense, settings=settings)
 
 
-def length_class(n_tokens: int) -> int:
-    """A class of lengths: 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on."""
-    return max(0, (n_tokens - 1).bit_length() - 9) // 2
-
-
 def _guarded(job: Job, before: mx.array | None = None) -> list[LogitsProcessor]:
-    """A sequence's processors. A failure of one ends its own sequence only, and not its batch.
-
-    They get the tokens ``before`` those of the loop, too.
-    """
+    """A sequence's processors, which get tokens ``before`` the loop's. Failures end it alone."""
 
     def guarded(processor: LogitsProcessor) -> LogitsProcessor:
         def run(tokens: mx.array, logits: mx.array) -> mx.array:

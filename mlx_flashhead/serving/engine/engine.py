@@ -42,14 +42,10 @@ class Engine:
     Args:
         load: Loads the models. Called in the generating thread, since MLX requires it.
         flags: The server's flags.
-
-    Attributes:
-        models: Done as soon as the models are loaded or loading has failed.
     """
 
     def __init__(self, load: Callable[[], list[ServedModel]], flags: Namespace):
-        self.models: Future[list[ServedModel]] = Future()
-        self._load = load
+        self.models: Future[list[ServedModel]] = Future()  # or why loading has failed
         self._flags = flags
         self._arrived: SimpleQueue[Job] = SimpleQueue()
         self._ended = Event()
@@ -62,7 +58,7 @@ class Engine:
         self._latest_turn = math.inf  # nothing is stuck before the first one
         self._builds: list[ServedModel] = []
         self._build_seconds = 0.0  # that a build may take while answers are written
-        self._thread = Thread(target=self._run, name="generation", daemon=True)
+        self._thread = Thread(target=self._run, args=(load,), name="generation", daemon=True)
         self._thread.start()
 
     def submit(self, jobs: Iterable[Job]) -> None:
@@ -77,18 +73,14 @@ class Engine:
         return self._thread.is_alive() and not self._ended.is_set() and not stuck
 
     def close(self, seconds: float) -> bool:
-        """Ends the thread. Answers in progress end where they are.
-
-        Returns:
-            Whether the thread has ended within ``seconds``.
-        """
+        """Ends the thread, amid answers. Returns whether it did within ``seconds``."""
         self._ended.set()
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _run(self) -> None:
+    def _run(self, load: Callable[[], list[ServedModel]]) -> None:
         try:
-            self._answer(self._load())
+            self._answer(load())
         except Exception as error:
             self.models.set_exception(error)
         # arrays and streams of MLX must go before their thread ends
@@ -116,26 +108,21 @@ class Engine:
 
     def _take_turns(self) -> None:
         self._receive()
-        turn = time.perf_counter()
-        self._drop_cancelled()
         began = time.perf_counter()
+        self._drop_cancelled()
         self._read()
         now = time.perf_counter()
         until = now + (now - began) * time_for_answers(self._n_decoded(), len(self._readings))
         while self._decode() and time.perf_counter() < until and self._arrived.empty():
             self._drop_cancelled()
-        self._build(time.perf_counter() - turn)
+        self._build(time.perf_counter() - began)
 
     @property
     def _busy(self) -> bool:
-        """Whether there are prompts to be read or answers to be written."""
         return bool(self._waiting or self._readings or self._decoders)
 
     def _build(self, seconds: float) -> None:
-        """Advances the build of a FlashHead: in idle time, else a fifth of the time.
-
-        Since the last call the answers have had these ``seconds``.
-        """
+        """Advances a build: in idle time, else for a fourth of the answers' ``seconds``."""
         if not self._builds:
             return
         self._build_seconds = min(self._build_seconds + seconds / 4, MOST_BUILD_SECONDS)
@@ -236,14 +223,17 @@ class Engine:
                 jobs = decoder.jobs
                 if len(jobs) == 1:
                     _fail(jobs[0], error)
-                    continue
-                # one of them may be the cause
-                logger.warning("A step of %d answers has failed", len(jobs), exc_info=error)
-                self._go_on_alone(jobs)
+                else:  # one of them may be the cause
+                    logger.warning("A step of %d answers has failed", len(jobs), exc_info=error)
+                    self._go_on_alone(jobs)
                 continue
             complete: list[Job] = []
             for job, token, logprobs in steps:  # several tokens of a job may come at once
-                if job not in complete and _is_complete(job, token, logprobs):
+                try:
+                    if job not in complete and job.take(token, logprobs):
+                        complete.append(job)
+                except Exception as error:
+                    _fail(job, error)
                     complete.append(job)
             self._remove(decoder, complete)
         return bool(self._decoders)
@@ -281,14 +271,6 @@ class Engine:
 def time_for_answers(n_answers: int, n_prompts: int) -> float:
     """The time for answers in progress, relative to that of the prompts: at most as much."""
     return min(1.0, n_answers / max(1, n_prompts))
-
-
-def _is_complete(job: Job, token: int, logprobs: mx.array) -> bool:
-    try:
-        return job.take(token, logprobs)
-    except Exception as error:
-        _fail(job, error)
-        return True
 
 
 def _fail(job: Job, error: Exception) -> None:

@@ -29,91 +29,56 @@ class Progress:
 
 @dataclass(frozen=True)
 class Token:
-    """A token has been generated.
-
-    Attributes:
-        piece: Its addition to the answer.
-        logprobs: Its log-probability, if the request asks for it; None for the end token.
-        finish_reason: Reason if the answer ends with it: "stop" or "length"; else None.
-    """
+    """A token has been generated."""
 
     piece: Piece
-    logprobs: TokenLogprobs | None
-    finish_reason: str | None
+    logprobs: TokenLogprobs | None  # if the request asks for it; None for the end token
+    finish_reason: str | None  # "stop" or "length" if the answer ends with it
 
 
 # The last is a failure: within the server, or a Problem of the request.
 Event = Progress | Token | BaseException
 
 
+@dataclass(eq=False)
 class Job:
-    """A sequence to be generated.
+    """A sequence to be generated."""
 
-    Args:
-        request: What is asked for.
-        prompt: The prompt.
-        events: Queue of the events, each with the index before it.
-        index: Number of this answer within its request.
-        grammar: A last processor, which keeps the answer in a form and allows the end token alone
-            when the form is complete; None for any text.
+    request: Request
+    prompt: Prompt
+    events: SimpleQueue  # each event comes with the index before it
+    index: int = 0  # of this answer within its request
+    # keeps the answer in a form, and allows the end token alone when that is complete
+    grammar: GrammarProcessor | None = None
+    cached: int = 0  # tokens of the prompt that were found in a cache
+    cancelled: bool = False  # nobody wants the answer any more
+    alone: bool = False  # goes on by itself, after a failure of a step that it shared
+    error: BaseException | None = None  # of one of its processors
 
-    Attributes:
-        served: The model.
-        max_tokens: Greatest number of tokens to generate.
-        sampler: Draws a token.
-        processors: Change the logits before that, exactly as with a dense head. Each is called once
-            for every token, with all tokens so far, and may hold a state of this sequence. Arrays
-            that it holds must be evaluated already: it is called in another thread.
-        tokens: Generated tokens, with the end token.
-        times: Times of the first and the last of them, in seconds of ``time.monotonic``.
-        cached: Tokens of the prompt that were found in a cache.
-        cancelled: Set when nobody wants the answer any more. The generating thread then drops it.
-        error: The failure of one of its processors.
-        alone: Whether it goes on by itself, after a failure of a step that it shared.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        prompt: Prompt,
-        events: SimpleQueue,
-        index: int = 0,
-        grammar: GrammarProcessor | None = None,
-    ):
-        self.request, self.prompt, self.served = request, prompt, request.served
-        self.max_tokens = min(request.max_tokens, self.served.context - len(prompt.tokens))
+    def __post_init__(self):
+        request, self.served = self.request, self.request.served
+        self.max_tokens = min(request.max_tokens, self.served.context - len(self.prompt.tokens))
         # OpenAI's seeds may be negative
-        seed = None if request.seed is None else request.seed % 2**64 + index
+        seed = None if request.seed is None else request.seed % 2**64 + self.index
         self.sampler = make_sampler(**request.sampling, seed=seed)
+        # Each is called once for every token, with all tokens so far, and may hold a state. Arrays
+        # that it holds must be evaluated already: it is called in another thread.
         self.processors: list[LogitsProcessor] = make_logits_processors(**request.penalties)
-        if grammar is not None:
-            self.processors.append(grammar)
-        self.tokens: list[int] = []
-        self.times: list[float] = []
-        self.cached = 0
-        self.cancelled = self.alone = False
-        self.error: BaseException | None = None
-        self.events, self._index, self._grammar = events, index, grammar
-        self._text = AnswerText(self.served, request.stop, prompt.state, prompt.keep_space)
+        self.processors += [] if self.grammar is None else [self.grammar]
+        self.tokens: list[int] = []  # that were generated, with the end token
+        self.times: list[float] = []  # of the first and the last of them, by time.monotonic
+        keep_space = self.prompt.keep_space
+        self._text = AnswerText(self.served, request.stop, self.prompt.state, keep_space)
 
     @property
     def all_tokens(self) -> list[int]:
-        """The prompt and the generated tokens."""
         return self.prompt.tokens + self.tokens
 
     def tell(self, event: Event) -> None:
-        """Puts an event into the queue."""
-        self.events.put((self._index, event))
+        self.events.put((self.index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
-        """Takes a generated token and reports it.
-
-        Args:
-            token: Its id.
-            logprobs: (V,) log-probabilities at its place.
-
-        Returns:
-            Whether the answer is complete.
+        """Reports a generated token. Returns whether the answer is complete.
 
         Raises:
             Problem: If its form cannot be followed.
@@ -124,11 +89,9 @@ class Job:
         self.tokens.append(token)
         self.times[1:] = [time.monotonic()]
         if token in self.served.tokenizer.eos_token_ids:
-            if self._grammar and (problem := self._grammar.problem):
-                raise Problem(
-                    f"The form cannot be followed any further ({problem}): simplify it.",
-                    "response_format",
-                )
+            if self.grammar and (problem := self.grammar.problem):
+                why = f"The form cannot be followed any further ({problem}): simplify it."
+                raise Problem(why, "response_format")
             piece, _ = self._text.finish()
             self.tell(Token(piece, None, "stop"))
             return True

@@ -17,11 +17,7 @@ SMALLEST_CHUNK = 16
 
 
 class Pace:
-    """The number of tokens of a prompt to read at once, from the time of the chunks before.
-
-    Args:
-        largest: Greatest number.
-    """
+    """The number of tokens of a prompt to read at once, from the time of the chunks before."""
 
     def __init__(self, largest: int):
         self._largest = largest
@@ -38,25 +34,20 @@ class Pace:
 class Reading:
     """A prompt in the course of being read, up to its last token, with which the answer begins.
 
-    Args:
-        job: The job of the prompt.
-        caches: Caches of earlier prompts, which also take those of this prompt's landmarks.
-        flags: The server's flags.
+    The caches of earlier prompts also take those of this prompt's landmarks.
     """
 
     def __init__(self, job: Job, caches: PromptCaches, flags: Namespace):
-        self.job = job
-        self._caches = caches
-        self._flags = flags
+        self.job, self._caches, self._flags = job, caches, flags
         self._all_tokens = job.all_tokens
-        found, self.done = caches.find(job.served, self._all_tokens)
-        if not job.alone:
-            job.cached = self.done
         served = job.served
         self._models = [model for model in (served.model, served.draft_model) if model is not None]
+        found, self.done = caches.find(served, self._all_tokens)
         if found is None:
             found = [cache for model in self._models for cache in make_prompt_cache(model)]
         self.cache: KVCaches = found
+        if not job.alone:
+            job.cached = self.done
 
     @property
     def left(self) -> int:
@@ -70,7 +61,6 @@ class Reading:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache."""
         return sum(layer.nbytes for layer in self.cache)
 
     def read(self, pace: Pace) -> None:
@@ -99,8 +89,7 @@ class Reading:
             n_layers = len(model.layers) if model is not self._models[-1] else len(cache)
             own, cache = cache[:n_layers], cache[n_layers:]
             model(tokens, cache=own)
-            maybe_quantize_kv_cache(
-                own, flags.quantized_kv_start, flags.kv_group_size, flags.kv_bits
-            )
+            settings = flags.quantized_kv_start, flags.kv_group_size, flags.kv_bits
+            maybe_quantize_kv_cache(own, *settings)
             self.cache += own
         mx.eval([layer.state for layer in self.cache])

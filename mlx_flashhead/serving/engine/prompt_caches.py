@@ -12,16 +12,10 @@ KVCaches = list[Any]  # of a model's layers, and of its draft model's
 
 
 class PromptCaches:
-    """mlx-lm's store of caches.
-
-    Args:
-        max_size: Number of caches to keep.
-        max_bytes: Memory of these and of the caches in use together; None is no limit.
-    """
+    """mlx-lm's store of so many caches, and bytes of these and of those in use together."""
 
     def __init__(self, max_size: int, max_bytes: int | None):
-        self._kept = LRUPromptCache(max_size)
-        self._max_bytes = max_bytes
+        self._kept, self._max_bytes = LRUPromptCache(max_size), max_bytes
 
     def find(self, served: ServedModel, tokens: list[int]) -> tuple[KVCaches | None, int]:
         """A copy of the cache that holds most of a prompt, and its number of tokens.
@@ -29,13 +23,13 @@ class PromptCaches:
         It leaves out the prompt's last token, from which the model goes on.
         """
         cache, rest = self._kept.fetch_nearest_cache(served.name, tokens)
-        if rest:
-            return cache, len(tokens) - len(rest)
-        if can_trim_prompt_cache(cache):
+        if not rest and can_trim_prompt_cache(cache):
             trim_prompt_cache(cache, 1)
-            return cache, len(tokens) - 1
-        cache, rest = self._kept.fetch_nearest_cache(served.name, tokens[:-1])
-        return cache, len(tokens) - 1 - len(rest)
+            rest = tokens[-1:]
+        elif not rest:
+            tokens = tokens[:-1]
+            cache, rest = self._kept.fetch_nearest_cache(served.name, tokens)
+        return cache, len(tokens) - len(rest)
 
     def keep(
         self,

@@ -1,6 +1,7 @@
 """From a request to tokens: chat templates, the tokenizer, and the limit of the context."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from ...common.time_limit import time_limit
@@ -15,27 +16,17 @@ _THOUGHT_TAIL = 11
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt.
-
-    Attributes:
-        tokens: At least one token.
-        landmarks: Lengths at which its cache is kept, since other prompts begin in the same way.
-        state: State of the text at the answer's beginning, "normal" or "reasoning".
-        keep_space: Whether a space at the answer's beginning is part of it.
-    """
+    """A prompt of at least one token."""
 
     tokens: list[int]
+    # lengths at which its cache is kept, since other prompts begin in the same way
     landmarks: tuple[int, ...] = ()
-    state: str = "normal"
-    keep_space: bool = False
+    state: str = "normal"  # of the text at the answer's beginning, or "reasoning"
+    keep_space: bool = False  # whether a space at the answer's beginning is part of it
 
 
 def read_prompts(request: Request) -> list[Prompt]:
-    """The prompts of a request: one of a chat, one for each text.
-
-    Raises:
-        Problem: If a template fails, or a prompt is empty or longer than the context.
-    """
+    """The prompts of a request: one of a chat, one for each text."""
     if request.chat:
         return [_chat_prompt(request)]
     texts = [_tokens(request.served, prompt, "prompt") for prompt in request.prompts]
@@ -55,15 +46,10 @@ def _chat_prompt(request: Request) -> Prompt:
 def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = True) -> str:
     tokenizer = request.served.tokenizer
     if not tokenizer.has_chat_template:
-        raise Problem(
-            "This model has no chat template: use /v1/completions, or start the server with "
-            "--chat-template.",
-            "messages",
-        )
-    too_slow = Problem(
-        f"The chat template did not end within {RENDER_SECONDS:g} seconds: send fewer messages.",
-        "messages",
-    )
+        remedy = "use /v1/completions, or start the server with --chat-template"
+        raise Problem(f"This model has no chat template: {remedy}.", "messages")
+    limit = f"within {RENDER_SECONDS:g} seconds"
+    too_slow = Problem(f"The chat template did not end {limit}: send fewer messages.", "messages")
     try:
         with time_limit(RENDER_SECONDS, too_slow):
             return tokenizer.apply_chat_template(
@@ -76,9 +62,8 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
     except Problem:
         raise
     except Exception as error:  # templates raise any type
-        raise Problem(
-            f"The chat template cannot be filled in: {error or type(error).__name__}", "messages"
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise Problem(f"The chat template cannot be filled in: {reason}", "messages") from error
 
 
 def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options: Any) -> list[int]:
@@ -92,21 +77,18 @@ def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options:
         if len(prompt) < served.context:
             return prompt
         length = f"{len(prompt):,}"
-    raise Problem(
-        f"The prompt has {length} tokens, and at most {served.context - 1:,} are read, since the "
-        f"answer needs one of the context's {served.context:,}: send less.",
-        field,
-        code="context_length_exceeded",
-    )
+    most = f"at most {served.context - 1:,} are read"
+    reason = f"since the answer needs one of the context's {served.context:,}"
+    refusal = f"The prompt has {length} tokens, and {most}, {reason}: send less."
+    raise Problem(refusal, field, code="context_length_exceeded")
 
 
 def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
     """How many tokens the prompt shares with others of the same system messages."""
-    messages = request.messages
-    n_system = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
-    if not 0 < n_system < len(messages):
+    system = [*takewhile(lambda message: message["role"] == "system", request.messages)]
+    if len(system) in (0, len(request.messages)):
         return []
-    other = [*messages[:n_system], {"role": "user", "content": ""}]
+    other = [*system, {"role": "user", "content": ""}]
     try:
         text = _render(request, other, answer=False)
     except Problem:

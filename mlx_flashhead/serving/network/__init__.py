@@ -1,1 +1,1 @@
-"""Connections and who may use them: addresses, access, limits, the page's files, the end."""
+"""Connections and who may use them: addresses, access, limits, the page's files."""

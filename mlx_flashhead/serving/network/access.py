@@ -11,7 +11,6 @@ import re
 import secrets
 from dataclasses import dataclass
 from email.message import Message
-from http import HTTPStatus
 from urllib.parse import parse_qs, urlsplit
 
 from ..protocol.errors import Problem
@@ -24,7 +23,6 @@ PUBLIC_PATHS = frozenset({"/manifest.webmanifest", "/apple-touch-icon.png"})
 QUERY_PATHS = frozenset({"/", "/manifest.webmanifest"})
 
 _LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # letters and digits that people do not mix up
-_GROUPS, _GROUP_LENGTH = 5, 4
 _TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 _TOKEN_IN_TARGET = re.compile(r"(?<=[?&]token=)[^&\s]*")
@@ -32,27 +30,15 @@ _TOKEN_IN_TARGET = re.compile(r"(?<=[?&]token=)[^&\s]*")
 
 @dataclass(frozen=True)
 class Access:
-    """The rules of one server.
+    """The rules of one server."""
 
-    Attributes:
-        token: The token that clients send; None on 127.0.0.1, where they need none.
-        hosts: Further host names of the server, in lower case.
-        origins: Origins of other sites whose scripts may use the API, such as
-            ``https://chat.example``.
-        max_body_bytes: Size of a request's body.
-    """
-
-    token: str | None = None
-    hosts: frozenset[str] = frozenset()
-    origins: frozenset[str] = frozenset()
+    token: str | None = None  # that clients send; None on 127.0.0.1, where they need none
+    hosts: frozenset[str] = frozenset()  # further names of the server, in lower case
+    origins: frozenset[str] = frozenset()  # of other sites whose scripts may use the API
     max_body_bytes: int = 4 << 20
 
     def check(self, method: str, target: str, headers: Message) -> None:
-        """Checks that a request may be served; ``target`` is its path and query.
-
-        Raises:
-            Problem: If it may not, with the first reason.
-        """
+        """Raises a Problem unless a request may be served; ``target`` is its path and query."""
         self._check_host(headers)
         self._check_origin(headers)
         self._check_token(method, target, headers)
@@ -76,9 +62,10 @@ class Access:
 
     def accepts(self, target: str, headers: Message) -> bool:
         """Whether a request has the token, in a time that does not depend on it; or needs none."""
-        sent = [token.strip().encode() for token in given_tokens(target, headers)]
-        own = self.token
-        return own is None or any(hmac.compare_digest(token, own.encode()) for token in sent)
+        if self.token is None:
+            return True
+        own, sent = self.token.encode(), _given_tokens(target, headers)
+        return any(hmac.compare_digest(token.strip().encode(), own) for token in sent)
 
     def cross_origin(self, headers: Message) -> str | None:
         """The request's Origin if it is an allowed site, else None."""
@@ -90,11 +77,8 @@ class Access:
         if len(hosts) != 1:
             raise Problem("A request needs one Host header.")
         if not self.knows_host(hosts[0]):
-            raise Problem(
-                "This server does not go by that name: use its address, or start it with "
-                "--allowed-hosts and the name.",
-                status=HTTPStatus.FORBIDDEN,
-            )
+            remedy = "use its address, or start it with --allowed-hosts and the name"
+            raise Problem(f"This server does not go by that name: {remedy}.", status=403)
 
     def _check_origin(self, headers: Message) -> None:
         origin = headers.get("Origin")
@@ -106,43 +90,32 @@ class Access:
             by_script = headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
             allowed = not by_script or headers.get("Sec-Fetch-Mode") == "navigate"
         if not allowed:
-            raise Problem(
-                "Scripts of other sites may not use this server: start it with --allowed-origins "
-                "and the site's origin to allow one.",
-                status=HTTPStatus.FORBIDDEN,
-            )
+            remedy = "start it with --allowed-origins and the site's origin to allow one"
+            raise Problem(f"Scripts of other sites may not use this server: {remedy}.", status=403)
 
     def _check_token(self, method: str, target: str, headers: Message) -> None:
         preflight = method == "OPTIONS" and self.cross_origin(headers) is not None
         if preflight or (method in ("GET", "HEAD") and path_of(target) in PUBLIC_PATHS):
             return
         if not self.accepts(target, headers):
-            raise Problem(
-                "This server needs the token that it printed at its start, as "
-                "'Authorization: Bearer TOKEN'.",
-                status=HTTPStatus.UNAUTHORIZED,
-            )
+            how = "as 'Authorization: Bearer TOKEN'"
+            needed = "This server needs the token that it printed at its start"
+            raise Problem(f"{needed}, {how}.", status=401)
 
     def _check_body(self, method: str, headers: Message) -> None:
         lengths = headers.get_all("Content-Length", [])
         if "Transfer-Encoding" in headers or (method == "POST" and not lengths):
-            raise Problem(
-                "A request with a body needs Content-Length.", status=HTTPStatus.LENGTH_REQUIRED
-            )
+            raise Problem("A request with a body needs Content-Length.", status=411)
         if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,15}", length) for length in lengths):
             raise Problem("Content-Length must be one whole number.")
-        if lengths and int(lengths[0]) > self.max_body_bytes:
-            raise Problem(
-                f"The request has {int(lengths[0]):,} bytes, and at most "
-                f"{self.max_body_bytes:,} are read: send less.",
-                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            )
+        if lengths and (n_bytes := int(lengths[0])) > self.max_body_bytes:
+            most = f"at most {self.max_body_bytes:,} are read"
+            raise Problem(f"The request has {n_bytes:,} bytes, and {most}: send less.", status=413)
 
 
 def new_token() -> str:
     """A random token of 99 bits that can be read aloud and typed."""
-    groups = ([secrets.choice(_LETTERS) for _ in range(_GROUP_LENGTH)] for _ in range(_GROUPS))
-    return "-".join(map("".join, groups))
+    return "-".join("".join(secrets.choice(_LETTERS) for _ in range(4)) for _ in range(5))
 
 
 def is_token(text: str) -> bool:
@@ -151,7 +124,6 @@ def is_token(text: str) -> bool:
 
 
 def path_of(target: str) -> str:
-    """The path of a request's target, without its query."""
     return target.partition("?")[0]
 
 
@@ -160,7 +132,7 @@ def query_tokens(target: str) -> list[str]:
     return parse_qs(urlsplit(target).query).get("token", [])
 
 
-def given_tokens(target: str, headers: Message) -> list[str]:
+def _given_tokens(target: str, headers: Message) -> list[str]:
     """Every token of a request; an empty one if there is none."""
     tokens = query_tokens(target) if path_of(target) in QUERY_PATHS else []
     scheme, _, credentials = headers.get("Authorization", "").partition(" ")

@@ -5,6 +5,7 @@ import ipaddress
 import os
 import socket
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -12,26 +13,17 @@ from ...common.extras import from_extra
 from .access import Access, is_token, new_token
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
-_BLACK_AND_WHITE = "\x1b[97;40m"
-_PLAIN = "\x1b[0m"
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a server bound to ``host``."""
-    if host == "localhost":
-        return True
-    try:
+    with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def access_of(args: Namespace) -> Access:
-    """The rules for clients that the server's flags set.
-
-    Raises:
-        ValueError: If the token file does not hold a token.
-    """
+    """The rules for clients that the server's flags set."""
     hosts = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
     token = None
     if not is_loopback(args.host):
@@ -47,10 +39,7 @@ def own_names() -> frozenset[str]:
 
 
 def own_address(host: str) -> str:
-    """The address under which other machines reach a server that is bound to ``host``.
-
-    Without a route to any network it is 127.0.0.1.
-    """
+    """The address under which others reach ``host``; 127.0.0.1 without a route to any network."""
     if host not in ("0.0.0.0", "::", ""):
         return host
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -63,9 +52,9 @@ def own_address(host: str) -> str:
 
 
 def kept_token(path: Path) -> str:
-    """The token in a file. A missing file is made with a new token.
+    """The token in a file, so that a page on a Home Screen still opens after a restart.
 
-    The token is kept so that an app on a Home Screen still opens after a restart of the server.
+    A missing file is made with a new one.
 
     Raises:
         ValueError: If the file does not hold a token.
@@ -73,39 +62,28 @@ def kept_token(path: Path) -> str:
     path = path.expanduser()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(file, "w", encoding="ascii") as opened:
-            opened.write(new_token() + "\n")
+        with open(path, "x", opener=lambda name, how: os.open(name, how, 0o600)) as file:
+            file.write(new_token() + "\n")
     token = path.read_text(encoding="utf-8", errors="replace").strip()
     if not is_token(token):
-        raise ValueError(
-            f"{path} does not hold a token (16 to 128 letters, digits, '-' or '_'): delete it, and "
-            "a new one is made."
-        )
+        form = "16 to 128 letters, digits, '-' or '_'"
+        remedy = "delete it, and a new one is made"
+        raise ValueError(f"{path} does not hold a token ({form}): {remedy}.")
     return token
 
 
 def url(host: str, port: int, token: str | None = None) -> str:
-    """The page's address."""
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 
 
 def qr_code(text: str, *, colours: bool) -> str:
-    """A QR code for a terminal, two modules to a character: half blocks.
-
-    Args:
-        text: Its text.
-        colours: Whether the terminal understands colours. If not, it is taken to be dark.
-
-    Raises:
-        ValueError: If segno is not installed.
-    """
+    """A QR code for a terminal, in half blocks; one without ``colours`` is taken to be dark."""
     code = from_extra("segno", "qr", "A QR code of this address").make(text, error="l", micro=False)
     out = io.StringIO()
     # with a wide border the code of a full IPv6 address leaves no line for the text
     code.terminal(out, compact=True, border=2 if code.version < 5 else 1)
-    before, after = (_BLACK_AND_WHITE, _PLAIN) if colours else ("", "")
+    before, after = ("\x1b[97;40m", "\x1b[0m") if colours else ("", "")  # white on black
     return "\n".join(f"{before}{line}{after}" for line in out.getvalue().splitlines())
 
 

@@ -27,12 +27,9 @@ class LimitedServer(ThreadingHTTPServer):
 
     A connection counts as unread until its handler calls :meth:`answering`. An unread connection
     never waits, so a request that needs no computing is always answered.
-
-    Attributes:
-        access: The rules for clients, set before it serves.
     """
 
-    access: Access
+    access: Access  # is set before it serves
     daemon_threads = True
     request_queue_size = MAX_UNREAD  # several clients may come at once
 
@@ -46,12 +43,15 @@ class LimitedServer(ThreadingHTTPServer):
         """Starts the connection's thread. The oldest silent connection may be closed for it."""
         with self._lock:
             if len(self._unread) >= MAX_UNREAD:
-                self._close_one()
+                (address, _), *_ = Counter(self._unread.values()).most_common(1)
+                oldest = next(c for c, of in self._unread.items() if of == address)
+                del self._unread[oldest]
+                with suppress(OSError):  # it may be closed already
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
             self._unread[request] = client_address[0]
         super().process_request(request, client_address)
 
     def process_request_thread(self, request, client_address) -> None:
-        """Serves one connection."""
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -60,18 +60,11 @@ class LimitedServer(ThreadingHTTPServer):
 
     @contextmanager
     def answering(self, connection: socket.socket, address: str) -> Iterator[None]:
-        """A block in which a connection's request is answered.
-
-        Raises:
-            Problem: If there are too many, in total or of this address.
-        """
+        """A block in which a request is answered; a Problem if there are too many."""
         with self._lock:
-            if self._answered[address] >= MAX_ANSWERED_PER_ADDRESS:
-                raise Problem(
-                    f"{MAX_ANSWERED_PER_ADDRESS} requests of your address are being answered: "
-                    "wait for one of them to end.",
-                    status=429,
-                )
+            if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
+                answered = f"{most} requests of your address are being answered"
+                raise Problem(f"{answered}: wait for one of them to end.", status=429)
             if self._answered.total() >= MAX_ANSWERED:
                 raise Problem("Too many requests at once: try again in a moment.", status=503)
             self._unread.pop(connection, None)
@@ -82,28 +75,14 @@ class LimitedServer(ThreadingHTTPServer):
             with self._lock:
                 self._answered -= Counter([address])  # drops counts of 0
 
-    def _close_one(self) -> None:
-        (address, _), *_ = Counter(self._unread.values()).most_common(1)
-        oldest = next(c for c, of in self._unread.items() if of == address)
-        del self._unread[oldest]
-        with suppress(OSError):  # it may be closed already
-            oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
-
 
 class TimedReader(io.RawIOBase):
-    """Reads from a connection until a deadline, which may be moved.
-
-    Args:
-        connection: The connection, whose time limit this sets.
-
-    Attributes:
-        n_left: Bytes that may be read.
-    """
+    """Reads from a connection until a deadline, which may be moved."""
 
     def __init__(self, connection: socket.socket):
         self._connection = connection
         self._deadline = 0.0
-        self.n_left: float = MAX_HEAD_BYTES
+        self.n_left: float = MAX_HEAD_BYTES  # that may be read
 
     def allow(self, seconds: float) -> None:
         """Gives the client ``seconds`` from now on."""
@@ -113,12 +92,6 @@ class TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        """Reads the available bytes, or waits for some.
-
-        Raises:
-            TimeoutError: If the deadline has passed.
-            HTTPException: If the head of a request has no end.
-        """
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")

@@ -18,7 +18,8 @@ from .access import COOKIE, path_of, query_tokens, without_token
 from .connections import LimitedServer, TimedReader
 from .page_files import PageFile, locked_page, page_file
 
-_COOKIE_SECONDS = 365 * 24 * 3600
+# No Secure, since the page is plain http. Strict keeps the cookie from other sites.
+_COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"
 # Sent to a client that sends no more: an interim answer, or a comment of a stream.
 _INTERIM, _COMMENT = b"HTTP/1.1 100 Continue\r\n\r\n", b": \n\n"
 
@@ -26,29 +27,19 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedHandler(BaseHTTPRequestHandler):
-    """Serves the page; a subclass serves the rest.
+    """Serves the page; a subclass serves the rest."""
 
-    There is one deadline for a request's head and one for its body.
-
-    Attributes:
-        get: Answers a request without a body, by its path. Raises a Problem if it cannot.
-        post: The same with a body, which has not been read yet.
-        status: Of the answer, as soon as it has begun.
-    """
-
-    get: Callable[[str], None]
-    post: Callable[[str], None]
+    get: Callable[[str], None]  # answers by the path, or raises a Problem
+    post: Callable[[str], None]  # the same with a body, which has not been read yet
     server: LimitedServer
     raw_requestline: bytes
     server_version, sys_version = "mlx_flashhead", ""  # without versions
-    head_seconds = 10.0
-    body_seconds = 60.0
-    write_seconds = 30.0  # for a client that does not read
+    # Deadlines: of a request's head, of its body, and of a client that does not read.
+    head_seconds, body_seconds, write_seconds = 10.0, 60.0, 30.0
 
     def setup(self) -> None:
-        """Takes the place of the base class's reader."""
         super().setup()
-        self.status: HTTPStatus | None = None
+        self.status: HTTPStatus | None = None  # of the answer, as soon as it has begun
         self._body_read = self._asked_for_life = False
         self._notes: list[str] = []
         # the base class does not set these if a request is not HTTP
@@ -62,7 +53,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         began = time.monotonic()
         try:
             super().handle()
-        except (ConnectionError, TimeoutError):
+        except ConnectionError:
             self.note("the client has gone")
         if self.status is not None or self._notes:
             line = without_token(self.requestline.encode("unicode_escape").decode())[:200]
@@ -97,28 +88,21 @@ class GuardedHandler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # without the body, see _send
 
     def do_POST(self) -> None:
-        """Passes the request to the API."""
         self._answer(self.post)
 
     def do_OPTIONS(self) -> None:
         """Tells a browser which requests another site's script may send."""
-        self._send(HTTPStatus.NO_CONTENT, (b"", {}))
+        self._send(204, (b"", {}))
 
     def read_body(self) -> bytes:
-        """The whole body.
-
-        Raises:
-            Problem: If it does not come in time.
-            ConnectionError: If it does not come completely.
-        """
+        """The whole body; a Problem if it does not come in time."""
         n_bytes = int(self.headers["Content-Length"])
         self._reader.allow(self.body_seconds)
         try:
             body = self.rfile.read(n_bytes)
         except TimeoutError:
-            raise Problem(
-                f"The body did not come within {self.body_seconds:g} seconds.", status=408
-            ) from None
+            limit = f"within {self.body_seconds:g} seconds"
+            raise Problem(f"The body did not come {limit}.", status=408) from None
         finally:
             self.connection.settimeout(self.write_seconds)
         if len(body) < n_bytes:
@@ -153,14 +137,15 @@ class GuardedHandler(BaseHTTPRequestHandler):
         """Adds to the request's line in the log."""
         self._notes.append(text)
 
-    def send_json(self, value: Any, status: int = HTTPStatus.OK, **headers: str) -> None:
-        """Answers with JSON."""
-        headers = {name.replace("_", "-"): text for name, text in headers.items()}
-        headers |= {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    def send_json(self, value: Any, status: int = 200) -> None:
+        headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        if status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if status in (429, 503):
+            headers["Retry-After"] = "2"
         self._send(status, (dumps(value).encode(), headers))
 
     def send_response(self, code: int, message: str | None = None) -> None:
-        """As the base class's; the status is kept for the log."""
         self.status = HTTPStatus(code)
         super().send_response(code, message)
 
@@ -183,8 +168,8 @@ class GuardedHandler(BaseHTTPRequestHandler):
             self.send_header("Vary", "Origin")
         super().end_headers()
 
-    def log_message(self, format: str, *args) -> None:  # the base class's names
-        """Does nothing, since a request is logged once, at its end."""
+    def log_message(self, format: str, *args) -> None:
+        """Nothing: a request is logged once, at its end."""
 
     def _answer(self, answer: Callable[[str], None]) -> None:
         try:
@@ -199,7 +184,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
                 self._refuse(Problem("The server has failed: see its log.", status=500))
 
     def _shown_token(self) -> str | None:
-        """The server's token if this request carries it. Public files need none."""
+        """The server's token if this request carries it."""
         access = self.server.access
         return access.token if access.accepts(self.path, self.headers) else None
 
@@ -209,11 +194,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         if path_of(self.path) == "/" and (token := self._shown_token()):
-            # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
-            self.send_header(
-                "Set-Cookie",
-                f"{COOKIE}={token}; Path=/; Max-Age={_COOKIE_SECONDS}; HttpOnly; SameSite=Strict",
-            )
+            self.send_header("Set-Cookie", f"{COOKIE}={token}; {_COOKIE_SETTINGS}")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
@@ -221,15 +202,10 @@ class GuardedHandler(BaseHTTPRequestHandler):
 
     def _refuse(self, problem: Problem) -> None:
         self.close_connection = True
-        headers = {}
-        if problem.status == HTTPStatus.UNAUTHORIZED:
-            if self.command == "GET" and path_of(self.path) == "/":
-                self._send(problem.status, locked_page(wrong=bool(query_tokens(self.path))))
-                return
-            headers["WWW_Authenticate"] = "Bearer"
-        if problem.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-            headers["Retry_After"] = "2"
-        self.send_json(problem.as_json(), problem.status, **headers)
+        if problem.status == 401 and self.command == "GET" and path_of(self.path) == "/":
+            self._send(problem.status, locked_page(wrong=bool(query_tokens(self.path))))
+            return
+        self.send_json(problem.as_json(), problem.status)
         if not self._body_read and self.headers.get("Content-Length", "0") != "0":
             self._discard_rest()
 

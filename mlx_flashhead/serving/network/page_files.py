@@ -17,7 +17,6 @@ _TYPES = {
     ".png": "image/png",
     ".webmanifest": "application/manifest+json",
 }
-_MANIFEST_LINK = 'href="/manifest.webmanifest"'
 # Allows the page's own files only, without scripts or styles in the text or a frame around it.
 # Only DOMPurify may turn a text into HTML, and offline.js start a worker.
 _POLICY = (
@@ -27,8 +26,6 @@ _POLICY = (
 )
 # The page that asks for the token loads nothing: its few styles are in it.
 _LOCKED_POLICY = _POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
-
-
 PageFile = tuple[bytes, dict[str, str]]  # a body, and its headers without the length
 
 
@@ -41,8 +38,8 @@ def page_file(target: str, token: str | None) -> PageFile | None:
     path = path_of(target)
     query = "" if token is None else f"?token={token}"
     if path == "/":
-        text = _read("index.html").decode()
-        return _response(text.replace(_MANIFEST_LINK, f'{_MANIFEST_LINK[:-1]}{query}"'), ".html")
+        text, link = _read("index.html").decode(), 'href="/manifest.webmanifest'
+        return _response(text.replace(link, link + query), ".html")
     if path == "/manifest.webmanifest":
         manifest = json.loads(_read("manifest.webmanifest"))
         manifest["start_url"] += query
@@ -51,9 +48,8 @@ def page_file(target: str, token: str | None) -> PageFile | None:
         return _response(json.dumps(sorted(page_names())), ".json")
     # looked up in a listing, since a client's text must not become a path; a worker serves the
     # addresses beside and below its own, so it is outside of /page/
-    name = (
-        path[1:] if path in ("/apple-touch-icon.png", "/worker.js") else path.removeprefix("/page/")
-    )
+    outside = path in ("/apple-touch-icon.png", "/worker.js")
+    name = path.removeprefix("/" if outside else "/page/")
     if name != path and name in page_names():
         return _response(_read(name), Path(name).suffix)
     return None

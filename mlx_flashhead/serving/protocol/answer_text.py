@@ -9,17 +9,13 @@ from ..catalogue import ServedModel
 
 @dataclass
 class Piece:
-    """A token's addition to an answer. Any part may be empty.
-
-    Attributes:
-        content: Text of the answer.
-        reasoning: Text of a thought before it.
-        calls: Complete calls of tools, as the model writes them.
-    """
+    """A token's addition to an answer. Any part may be empty."""
 
     content: str = ""
-    reasoning: str = ""
-    calls: list[Any] = field(default_factory=list)
+    reasoning: str = ""  # a thought before it
+    calls: list[Any] = field(
+        default_factory=list
+    )  # complete calls of tools, as a model writes them
 
     def __add__(self, other: "Piece") -> "Piece":
         content, reasoning = self.content + other.content, self.reasoning + other.reasoning
@@ -29,11 +25,8 @@ class Piece:
 class AnswerText:
     """The text of one answer, given out as soon as its part is certain.
 
-    Args:
-        served: The model.
-        stop: Texts that end it.
-        state: The state of the text at its beginning, by mlx-lm's names.
-        keep_space: Whether a space at its beginning is part of it. mlx-lm's detokenizers drop one.
+    It ends before a ``stop`` text, and begins in a ``state`` of mlx-lm's names. mlx-lm's
+    detokenizers drop a space at its beginning, unless it is told to ``keep_space``.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class Choice:
         self.finish_reason: str | None = None
         self._request = request
         self._names = TokenNames(request.served.tokenizer)
-        self._first_delta = {"role": "assistant", "content": ""}
+        self._first_delta: dict[str, Any] = {"role": "assistant", "content": ""}
         self._whole = Piece()  # with the calls as they are sent
         self._logprobs: list[TokenLogprobs] = []
         self._offset = 0  # characters of the text before the next token
@@ -28,11 +28,7 @@ class Choice:
     def add(
         self, piece: Piece, logprobs: TokenLogprobs | None, finish_reason: str | None
     ) -> dict[str, Any] | None:
-        """Adds a token's piece of text.
-
-        Returns:
-            The piece as a chunk's choice; None if there is nothing to send.
-        """
+        """Adds a token's piece: the choice of a chunk, or None if there is nothing to send."""
         content, calls = piece.content, []
         for text in piece.calls:
             read = self._read_calls(text)
@@ -50,8 +46,7 @@ class Choice:
         choice = self._choice(entries)
         if not self._request.chat:
             return choice | {"text": content}
-        delta: dict[str, Any] = self._first_delta
-        self._first_delta = {}
+        delta, self._first_delta = self._first_delta, {}
         if content:
             delta["content"] = content
         if piece.reasoning:
@@ -66,39 +61,35 @@ class Choice:
         choice = self._choice(self._logprobs)
         if not self._request.chat:
             return choice | {"text": self._whole.content}
-        content, reasoning, calls = self._whole.content, self._whole.reasoning, self._whole.calls
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if reasoning:
-            message["reasoning"] = reasoning
-        if calls:
-            message |= {"content": content or None, "tool_calls": calls}
+        whole = self._whole
+        message: dict[str, Any] = {"role": "assistant", "content": whole.content, "refusal": None}
+        if whole.reasoning:
+            message["reasoning"] = whole.reasoning
+        if whole.calls:
+            message |= {"content": whole.content or None, "tool_calls": whole.calls}
         return choice | {"message": message}
 
     def _read_calls(self, text: str) -> list[dict[str, Any]]:
-        """The calls in a text that a model has marked as a call.
-
-        There are none if the request does not allow them or the text is none: it is content then.
-        """
+        """The calls in a text that is marked as one. Without any, the text is content after all."""
         if not self._request.tools:
             return []
-        parse = self._request.served.tokenizer.tool_parser
         try:
-            parsed = parse(text, self._request.tools)
+            parsed = self._request.served.tokenizer.tool_parser(text, self._request.tools)
             return [_call(one) for one in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # mlx-lm's parsers raise any type
             return []
 
     def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
         logprobs = None
-        if self._request.logprobs is not None and self._request.chat:
-            named = [[self._names.named(*one) for one in entry] for entry in entries]
-            content = [chosen | {"top_logprobs": tops} for chosen, *tops in named]
-            logprobs = {"content": content, "refusal": None}
-        elif self._request.logprobs is not None:
-            logprobs = self._text_logprobs(entries)
+        if self._request.logprobs is not None:
+            logprobs = self._logprobs_of(entries)
         return {"index": self.index, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
-    def _text_logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs_of(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        if self._request.chat:
+            named = [[self._names.named(*one) for one in entry] for entry in entries]
+            content = [chosen | {"top_logprobs": tops} for chosen, *tops in named]
+            return {"content": content, "refusal": None}
         text_of = self._names.text
         texts = [text_of(token) for (token, _), *_ in entries]
         ends = [*accumulate(map(len, texts), initial=self._offset)]

@@ -5,37 +5,18 @@ from typing import Any
 
 
 class Problem(ValueError):
-    """A refused request.
-
-    Args:
-        message: One sentence for the person who made the request.
-        field: The wrong field of the request, if there is one.
-        status: The HTTP status.
-        code: A word for programs.
-    """
+    """A refused request: a sentence, the wrong field if there is one, and a word for programs."""
 
     def __init__(
-        self,
-        message: str,
-        field: str | None = None,
-        *,
-        status: int = HTTPStatus.BAD_REQUEST,
-        code: str | None = None,
+        self, message: str, field: str | None = None, *, status: int = 400, code: str | None = None
     ):
         super().__init__(message)
-        self.field = field
-        self.status = HTTPStatus(status)
-        self.code = code
+        self.field, self.status, self.code = field, HTTPStatus(status), code
 
     def as_json(self) -> dict[str, Any]:
         """The body of the answer."""
-        server = self.status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        error = {
-            "message": str(self),
-            "type": "server_error" if server else "invalid_request_error",
-            "param": self.field,
-            "code": self.code,
-        }
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"message": str(self), "type": kind, "param": self.field, "code": self.code}
         return {"error": error}
 
 

@@ -9,20 +9,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The value of OpenAI's API for a token that is too unlikely to have a logprob.
 VERY_UNLIKELY = -9999.0
-
-
 # (id, log-probability) of a chosen token, and then of the likeliest tokens at its place, in order.
 TokenLogprobs = list[tuple[int, float]]
 
 
 def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
-    """The log-probabilities of a chosen token and of the likeliest ones.
-
-    Args:
-        logprobs: (V,) log-probabilities of all tokens.
-        token: The chosen token.
-        n_tops: Number of likeliest tokens.
-    """
+    """Those of a chosen token and of the ``n_tops`` likeliest ones, of all ``logprobs`` (V,)."""
     n_tops = min(n_tops, logprobs.size)
     likeliest: Any = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist() if n_tops else []
     ids = [token, *likeliest]
@@ -33,11 +25,7 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
 
 
 class TokenNames:
-    """The texts of a tokenizer's tokens.
-
-    Args:
-        tokenizer: mlx-lm's wrapper.
-    """
+    """The texts of a tokenizer's tokens."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer

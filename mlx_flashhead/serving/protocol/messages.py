@@ -8,46 +8,32 @@ from .valid_json import loads
 
 _EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
 _MAX_SETTING = 1000  # characters
-# Parts of OpenAI's messages that no template reads.
-_NOT_READ = ("audio", "function_call")
 
 
 def read_messages(messages: list[Any] | None) -> list[dict[str, Any]]:
-    """The messages in the form of chat templates: each content a text, each argument an object.
-
-    Raises:
-        Problem: If a message is not valid, or holds something other than text.
-    """
+    """The messages in the form of chat templates: each content a text, each argument an object."""
     if not messages:
         raise Problem(_EXAMPLE, "messages")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def read_template_settings(fields: Fields, known: frozenset[str]) -> dict[str, Any]:
-    """The settings of a chat template that takes the ``known`` names.
-
-    Raises:
-        Problem: If the template does not take a setting, or its value is not plain.
-    """
+    """The settings of a chat template that takes the ``known`` names. Values must be plain."""
     field = "chat_template_kwargs"
     settings = fields.take(field, dict, {})
     for name, value in settings.items():
+        plain = isinstance(value, bool | int | float | str)
         if name not in known:
             takes = ", ".join(sorted(known)) or "none"
-            raise Problem(
-                f"{field}.{name[:40]} is not a setting of this model's chat template, which takes: "
-                f"{takes}.",
-                field,
-            )
-        plain = isinstance(value, bool | int | float | str)
-        if not plain or (isinstance(value, str) and len(value) > _MAX_SETTING):
-            raise Problem(
-                f"{field}.{name} must be true, false, a number or a text of at most "
-                f"{_MAX_SETTING:,} characters.",
-                field,
-            )
-        if isinstance(value, int | float) and abs(value) > 1e9:
-            raise Problem(f"{field}.{name} is too large.", field)
+            reason = f"is not a setting of this model's chat template, which takes: {takes}."
+        elif not plain or (isinstance(value, str) and len(value) > _MAX_SETTING):
+            most = f"a text of at most {_MAX_SETTING:,} characters"
+            reason = f"must be true, false, a number or {most}."
+        elif not isinstance(value, str) and abs(value) > 1e9:
+            reason = "is too large."
+        else:
+            continue
+        raise Problem(f"{field}.{name[:40]} {reason}", field)
     return settings
 
 
@@ -55,7 +41,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise Problem(_EXAMPLE, where)
     message = {name: value for name, value in message.items() if value is not None}
-    for name in _NOT_READ:
+    for name in ("audio", "function_call"):  # of OpenAI's, which no template reads
         if name in message:
             raise wrong(f"{where}.{name}", "is not read here: leave it out.")
     message["content"] = _text(message.get("content", ""), f"{where}.content")

@@ -6,7 +6,6 @@ from typing import Any
 from .errors import Problem, wrong
 
 _KINDS = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
-_MAX_WHOLE = 2**31 - 1
 MAX_NUMBER = 1e30
 
 
@@ -15,9 +14,6 @@ class Fields:
 
     A field that is null counts as missing. Each method raises a :class:`Problem` of one sentence
     that names the field.
-
-    Args:
-        body: The request's JSON.
     """
 
     def __init__(self, body: dict[str, Any]):
@@ -30,10 +26,9 @@ class Fields:
             raise wrong(name, f"must be {_KINDS[kind]}.")
         return value
 
-    def whole(self, name: str, default: Any, low: int = 0, high: int = _MAX_WHOLE) -> Any:
+    def whole(self, name: str, default: Any, low: int = 0, high: int = 2**31 - 1) -> Any:
         """A whole number within limits, or the default."""
-        value = self._left.pop(name, None)
-        if value is None:
+        if (value := self.take(name)) is None:
             return default
         if type(value) is not int or not low <= value <= high:
             raise wrong(name, f"is {_short(value)}: it must be a whole number, {low} to {high}.")
@@ -42,9 +37,8 @@ class Fields:
     def number(
         self, name: str, default: float, low: float = -MAX_NUMBER, high: float = math.inf
     ) -> float:
-        """A number within limits."""
-        value = self._left.pop(name, None)
-        if value is None:
+        """A number within limits, or the default."""
+        if (value := self.take(name)) is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong(name, "must be a number.")
@@ -55,7 +49,7 @@ class Fields:
 
     def only(self, name: str, *values: Any, why: str) -> None:
         """Takes a field that may only have one of ``values``, and says ``why``."""
-        value = self._left.pop(name, None)
+        value = self.take(name)
         if value is not None and not any(value == v and type(value) is type(v) for v in values):
             raise Problem(f"{name}: {why}", name)
 
@@ -66,5 +60,5 @@ class Fields:
 
 
 def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, int | float | str) else repr(value)
+    text = str(value)
     return text if len(text) <= 40 else f"{text[:40]}…"

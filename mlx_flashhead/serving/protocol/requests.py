@@ -15,10 +15,7 @@ from .response_format import read_form
 # Greatest number of texts of a request: n times the number of its prompts.
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
-_LOGPROBS = (0, MAX_LOGPROBS)
 _MAX_STOPS = 16
-# mlx-lm's word for the model of --model
-_DEFAULT_NAME = "default_model"
 # A larger bias has the same effect, and would be infinite in float16.
 _MAX_BIAS = 1e4
 # OpenAI's limit. Below the other one a draw is the likeliest token, but for overflows.
@@ -29,87 +26,52 @@ _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request.
-
-    Attributes:
-        served: The model that answers.
-        chat: Whether it is a chat. Otherwise it continues texts.
-        stream: Whether the answer is sent piece by piece.
-        include_usage: Whether a stream ends with the numbers of tokens.
-        n: Answers to each prompt.
-        max_tokens: Greatest number of an answer's tokens. The context may leave room for fewer.
-        sampling: Arguments of ``make_sampler``, without the seed.
-        penalties: Arguments of mlx-lm's ``make_logits_processors``.
-        form: Form of an answer; None for any text.
-        seed: Seed of the draws; None for random ones.
-        stop: Texts before which an answer ends.
-        n_probes: Clusters scored per token; None: the head's own number.
-        dense: Whether every token is scored.
-        num_draft_tokens: Tokens drafted at once, where there is a draft model.
-        logprobs: Number of likeliest tokens to report with each token's logprob; None reports no
-            logprobs.
-        messages: Messages of a chat.
-        tools: Tools that a chat may call.
-        template_settings: Settings of the chat template.
-        prompts: Texts or token ids to continue.
-    """
+    """A checked request."""
 
     served: ServedModel
-    chat: bool
+    chat: bool  # otherwise it continues texts
     stream: bool
-    include_usage: bool
-    n: int
-    max_tokens: int
-    sampling: dict[str, Any]
-    penalties: dict[str, Any]
-    form: Grammar | None
+    include_usage: bool  # at the end of a stream
+    n: int  # answers to each prompt
+    max_tokens: int  # of an answer; the context may leave room for fewer
+    sampling: dict[str, Any]  # arguments of make_sampler, without the seed
+    penalties: dict[str, Any]  # arguments of mlx-lm's make_logits_processors
+    form: Grammar | None  # of an answer; None for any text
     seed: int | None
-    stop: tuple[str, ...]
-    n_probes: int | None
+    stop: tuple[str, ...]  # texts before which an answer ends
+    n_probes: int | None  # None: the head's own number
     dense: bool
     num_draft_tokens: int
-    logprobs: int | None
+    logprobs: int | None  # how many likeliest tokens each token's is told with; None: it is not
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
     template_settings: dict[str, Any]
-    prompts: list[str | list[int]]
+    prompts: list[str | list[int]]  # texts or token ids to continue
 
 
 def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
-    """The served model of that name; the first without a name.
-
-    Raises:
-        Problem: If no served model has the name.
-    """
-    if name is None or name == _DEFAULT_NAME:
+    """The served model of that name; the first without a name."""
+    if name in (None, "default_model"):  # mlx-lm's word for the model of --model
         return models[0]
     for served in models:
         if name in served.names:
             return served
     names = " or ".join(name for served in models for name in served.names)
-    raise Problem(
-        f"No model of that name is served here: choose {names}.",
-        "model",
-        status=404,
-        code="model_not_found",
-    )
+    refusal = f"No model of that name is served here: choose {names}."
+    raise Problem(refusal, "model", status=404, code="model_not_found")
 
 
 def read_request(
     body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], defaults: Namespace
 ) -> Request:
-    """Checks a request's JSON. The server's flags are the defaults of its fields.
-
-    Raises:
-        Problem: If it cannot be served, naming the field.
-    """
+    """Checks a request's JSON: a Problem names the field. The flags are the fields' defaults."""
     fields = Fields(body)
     served = find_model(models, fields.take("model", str))
     stream = fields.take("stream", bool, False)
     request = Request(
-        served=served,
-        chat=chat,
-        stream=stream,
+        served,
+        chat,
+        stream,
         include_usage=_include_usage(fields, stream),
         n=fields.whole("n", 1, 1, MAX_CHOICES),
         max_tokens=_max_tokens(fields, defaults.max_tokens),
@@ -120,7 +82,7 @@ def read_request(
         stop=_stop(fields),
         **_probes(fields, served),
         num_draft_tokens=fields.whole("num_draft_tokens", defaults.num_draft_tokens, 1, 64),
-        logprobs=_chat_logprobs(fields) if chat else fields.whole("logprobs", None, *_LOGPROBS),
+        logprobs=_logprobs(fields, chat),
         messages=read_messages(fields.take("messages", list)) if chat else [],
         tools=_tools(fields, served) if chat else [],
         template_settings=read_template_settings(fields, served.template_settings) if chat else {},
@@ -130,12 +92,9 @@ def read_request(
     fields.end()
     if request.form is not None and request.tools:
         raise Problem("An answer of a given form calls no tools: leave tools out.", "tools")
-    if request.n * max(1, len(request.prompts)) > MAX_CHOICES:
-        raise Problem(
-            f"n times the number of prompts is {request.n * len(request.prompts)}: at most "
-            f"{MAX_CHOICES} texts are made for a request.",
-            "n",
-        )
+    if (n_texts := request.n * len(request.prompts)) > MAX_CHOICES:
+        most = f"at most {MAX_CHOICES} texts are made for a request"
+        raise Problem(f"n times the number of prompts is {n_texts}: {most}.", "n")
     return request
 
 
@@ -155,7 +114,7 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
 def _max_tokens(fields: Fields, default: int) -> int:
     older = fields.whole("max_tokens", None, 1)
     newer = fields.whole("max_completion_tokens", older, 1)
-    if None not in (older, newer) and older != newer:
+    if older not in (None, newer):
         both = f"is {older} and max_completion_tokens {newer}: give one of them."
         raise wrong("max_tokens", both)
     return newer or default
@@ -165,11 +124,9 @@ def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> dict[
     top_k = fields.whole("top_k", defaults.top_k)
     top_p = fields.number("top_p", defaults.top_p, 0, 1)
     temp = fields.number("temperature", defaults.temp, 0, _MAX_TEMPERATURE)
-    if top_p == 0 or temp < _MIN_TEMPERATURE:
-        temp = 0.0  # the likeliest token
     tokenizer = served.tokenizer
     return {
-        "temp": temp,
+        "temp": 0.0 if top_p == 0 or temp < _MIN_TEMPERATURE else temp,  # 0: the likeliest token
         "top_p": top_p,
         "top_k": top_k if top_k < served.vocab_size else 0,  # a top_k of all tokens cuts none off
         "min_p": fields.number("min_p", defaults.min_p, 0, 1),
@@ -188,11 +145,8 @@ def _penalties(fields: Fields, served: ServedModel) -> dict[str, Any]:
     for key, value in fields.take("logit_bias", dict, {}).items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
         if not 0 <= token < served.vocab_size:
-            raise wrong(
-                "logit_bias",
-                f"names the token {key[:20]}, but this model has {served.vocab_size}: choose 0 to "
-                f"{served.vocab_size - 1}.",
-            )
+            known = f"this model has {served.vocab_size}: choose 0 to {served.vocab_size - 1}"
+            raise wrong("logit_bias", f"names the token {key[:20]}, but {known}.")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong("logit_bias", "must give each token id a number.")
         bias[token] = float(max(-_MAX_BIAS, min(_MAX_BIAS, value)))
@@ -212,20 +166,21 @@ def _stop(fields: Fields) -> tuple[str, ...]:
 def _probes(fields: Fields, served: ServedModel) -> dict[str, Any]:
     """The fields ``n_probes`` and ``dense``."""
     head = served.head
-    dense = fields.take("dense", bool)
-    n_probes = fields.whole("n_probes", None, 1, 2**31 - 1 if head is None else head.n_clusters)
+    most = {} if head is None else {"high": head.n_clusters}
+    n_probes = fields.whole("n_probes", None, 1, **most)
+    dense = fields.take("dense", bool, served.dense and n_probes is None)
     if n_probes is not None and head is None:
         raise Problem("This model has no FlashHead: leave n_probes out.", "n_probes")
     if dense and n_probes is not None:
         raise Problem("dense scores every token: leave n_probes out.", "n_probes")
-    if dense is None:
-        dense = served.dense and n_probes is None
     return {"n_probes": n_probes, "dense": dense}
 
 
-def _chat_logprobs(fields: Fields) -> int | None:
+def _logprobs(fields: Fields, chat: bool) -> int | None:
+    if not chat:
+        return fields.whole("logprobs", None, 0, MAX_LOGPROBS)
     wanted = fields.take("logprobs", bool, False)
-    tops = fields.whole("top_logprobs", None, *_LOGPROBS)
+    tops = fields.whole("top_logprobs", None, 0, MAX_LOGPROBS)
     if tops is not None and not wanted:
         raise wrong("top_logprobs", "needs logprobs to be true.")
     return (tops or 0) if wanted else None
@@ -253,9 +208,9 @@ def _prompts(fields: Fields, served: ServedModel) -> list[str | list[int]]:
     sound = isinstance(prompts, list) and prompts
     if not sound or not all(isinstance(prompt, str) or _are_tokens(prompt) for prompt in prompts):
         raise wrong("prompt", "must be a text, a list of texts, or token ids.")
-    tokens = [token for prompt in prompts if not isinstance(prompt, str) for token in prompt]
-    if any(not 0 <= token < served.vocab_size for token in tokens):
-        last = served.vocab_size - 1
+    last = served.vocab_size - 1
+    tokens = (token for prompt in prompts if not isinstance(prompt, str) for token in prompt)
+    if not all(0 <= token <= last for token in tokens):
         raise wrong("prompt", f"holds a token that this model does not have: choose 0 to {last}.")
     return prompts
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from itertools import chain
 from typing import Any, NoReturn
 
 MAX_DEPTH = 100  # levels; readers and writers of JSON call themselves for each
@@ -18,7 +17,7 @@ def loads(text: bytes) -> Any:
     try:
         decoded = text.decode("utf-8-sig")
         value = json.loads(decoded, parse_constant=_refuse, parse_float=_finite_number)
-        _check_depth(value)
+        _check_depth([value], MAX_DEPTH + 1)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
@@ -29,16 +28,6 @@ def loads(text: bytes) -> Any:
     return value
 
 
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level := [part for part in level if isinstance(part, dict | list)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise RecursionError
-        parts = (part.values() if isinstance(part, dict) else part for part in level)
-        level = [*chain.from_iterable(parts)]
-
-
 def dumps(value: Any) -> str:
     """Writes JSON, with null for numbers that are not finite."""
     try:
@@ -46,6 +35,14 @@ def dumps(value: Any) -> str:
     except ValueError:
         finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
         return json.dumps(finite)
+
+
+def _check_depth(value: dict | list, levels: int) -> None:
+    if levels == 0:
+        raise RecursionError
+    for part in value.values() if isinstance(value, dict) else value:
+        if isinstance(part, dict | list):
+            _check_depth(part, levels - 1)
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -1,13 +1,13 @@
 """The generating thread: turns of prompts and answers, cancelling at any moment, its end."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 
 from engines import CHUNK, LONG, NEVER_ENDS, SHORT, job, submit, tokens_of, until
-from mlx_flashhead.serving.engine.engine import Engine, time_for_answers
+from mlx_flashhead.serving.engine.engine import time_for_answers
 from mlx_flashhead.serving.engine.job import Progress, Token
-from served_models import flags
 
 
 def test_a_cancelled_prompt_is_not_read_on_and_what_was_read_is_kept(start, chunks):
@@ -81,21 +81,19 @@ def test_a_burst_of_prompts_is_read_before_few_answers_go_on(n_answers, n_prompt
 def test_long_prompts_are_not_starved_by_short_ones(start, chunks):
     engine = start()
     long = submit(engine, LONG[: 8 * CHUNK])
-    ended = threading.Event()
+    ended = Event()
 
     def ask():
         while not ended.is_set():
             tokens_of(submit(engine, [50 + len(chunks) % 100, *SHORT], 1))
 
-    askers = [threading.Thread(target=ask) for _ in range(4)]
-    for asker in askers:
-        asker.start()
-    try:
-        assert len(tokens_of(long)) == 8
-    finally:
-        ended.set()
-        for asker in askers:
-            asker.join()
+    with ThreadPoolExecutor(4) as pool:
+        askers = [pool.submit(ask) for _ in range(4)]
+        try:
+            assert len(tokens_of(long)) == 8
+        finally:
+            ended.set()
+    assert not any(asker.exception() for asker in askers)
 
 
 def test_answers_to_one_prompt_read_it_once(start, chunks):
@@ -107,20 +105,3 @@ def test_answers_to_one_prompt_read_it_once(start, chunks):
     assert len({tuple(tokens_of(one)) for one in jobs}) == 1
     assert {of for of, _ in chunks} == {jobs[0]}
     assert [one.cached for one in jobs] == [0, *[len(LONG) - 1] * 5]
-
-
-def test_a_model_that_cannot_be_loaded_is_told():
-    def load():
-        raise ValueError("no such model")
-
-    engine = Engine(load, flags())
-    with pytest.raises(ValueError, match="no such model"):
-        engine.models.result(20)
-    assert engine.close(20)
-
-
-def test_it_closes_amid_work(start_engine):
-    with start_engine() as engine:
-        until(submit(engine, SHORT, 10_000, **NEVER_ENDS), Token)
-        submit(engine, LONG)
-    assert not engine.healthy

@@ -1,9 +1,16 @@
 """Prompts: read a chunk at a time, as far as no cache holds them already."""
 
+from types import SimpleNamespace
+
+import mlx.core as mx
+
 import mlx_flashhead
 from engines import CHUNK, LONG, SHORT, generated, submit, tokens_of
+from mlx_flashhead.models.compat.cache import KVCache
 from mlx_flashhead.serving.engine.job import Progress, Token
 from mlx_flashhead.serving.engine.prefill import CHUNK_SECONDS, SMALLEST_CHUNK, Pace
+from mlx_flashhead.serving.engine.prompt_caches import PromptCaches
+from model_folders import write_model
 
 
 def test_progress_is_told_until_the_prompt_is_read(start, chunks):
@@ -21,16 +28,17 @@ def test_progress_is_told_until_the_prompt_is_read(start, chunks):
 
 def test_prompts_that_begin_alike_share_what_is_read(start, flash, chunks):
     engine = start()
-    tokens_of(submit(engine, LONG))
+    whole = [*LONG, *tokens_of(submit(engine, LONG))]
     other = [*LONG[:200], *SHORT]
     del chunks[:]
     one = submit(engine, other)
     assert tokens_of(one) == generated(flash, other)
     assert one.cached == 200
     assert sum(size for _, size in chunks) == 2
-    same = submit(engine, LONG)
-    assert tokens_of(same) == generated(flash, LONG)
-    assert same.cached == 399
+    for prompt in (whole, LONG):  # all that is held, and its beginning
+        same = submit(engine, prompt)
+        assert tokens_of(same) == generated(flash, prompt)
+        assert same.cached == len(prompt) - 1
 
 
 def test_caches_are_bounded(start):
@@ -41,15 +49,35 @@ def test_caches_are_bounded(start):
     assert again.cached == 0
 
 
-def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(sliding_model, start_engine):
-    loaded = mlx_flashhead.load(str(sliding_model))
+def test_room_is_made_for_caches_in_use():
+    def filled():
+        cache = KVCache()
+        cache.update_and_fetch(*[mx.zeros((1, 1, 256, 1))] * 2)
+        return [cache]
+
+    served = SimpleNamespace(name="a model")
+    caches = PromptCaches(8, max_bytes=3 * filled()[0].nbytes)
+    for number in range(4):
+        caches.keep(served, [number, *range(255)], filled(), in_use=[1] * (number == 3))
+    assert sum(bool(caches.find(served, [number, 0, 7])[1]) for number in range(4)) == 2
+    assert caches.find(SimpleNamespace(name="another"), [3, 0, 7]) == (None, 0)
+
+
+def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(tmp_path, start_engine):
+    settings = {"head_dim": 32, "query_pre_attn_scalar": 32}
+    settings |= {"sliding_window": 32, "sliding_window_pattern": 2}
+    dense = write_model(tmp_path / "dense", arch="gemma3_text", hidden_size=64, further=settings)
+    folder, options = str(tmp_path / "flash"), {"calibration": "none", "progress": False}
+    mlx_flashhead.convert(str(dense), folder, n_probes=4, **options)
+    loaded = mlx_flashhead.load(folder)
     first, second = [*LONG[:80], 50, 51], [*LONG[:80], 60, 61, 62]
-    with start_engine(folder=sliding_model) as engine:
+    with start_engine(folder=folder) as engine:
         assert not engine.models.result()[0].cuttable
         for prompt, landmarks, cached in (
             (first, (80, 81), 0),
             (second, (80, 82), 80),
             (first, (80, 81), 81),
+            (first[:81], (), 80),  # its last token is read again
         ):
             one = submit(engine, prompt, landmarks=landmarks)
             assert tokens_of(one) == generated(loaded, prompt)

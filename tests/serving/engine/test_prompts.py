@@ -34,22 +34,6 @@ def with_template(served: ServedModel, template: str, **options) -> ServedModel:
 def test_a_chat_is_what_its_template_makes(tiny):
     text = "<s>[user] One day\n[assistant] "
     assert tiny.tokenizer.decode(chat(tiny).tokens) == text
-    assert chat(tiny).tokens == tiny.tokenizer.apply_chat_template(
-        MESSAGES, add_generation_prompt=True
-    )
-
-
-def test_texts_and_tokens_are_taken_as_they_are(tiny):
-    request = checked(tiny, {"prompt": ["ab", [5, 6]]}, chat=False)
-    first, second = read_prompts(request)
-    assert (first.tokens, second.tokens) == (tiny.tokenizer.encode("ab"), [5, 6])
-
-
-def test_a_clients_template_is_refused(tiny):
-    for name in ("chat_template", "messages", "tools", "bos_token", "add_generation_prompt"):
-        with pytest.raises(Problem, match=f"{name} is not a setting") as told:
-            chat(tiny, chat_template_kwargs={name: ENDLESS})
-        assert told.value.field == "chat_template_kwargs"
 
 
 def test_settings_are_those_that_the_template_takes(tiny):
@@ -66,6 +50,10 @@ def test_settings_are_those_that_the_template_takes(tiny):
             text(mode=value)
     with pytest.raises(Problem, match="takes: loud, mode"):
         text(other=1)
+    for name in ("chat_template", "messages", "tools", "bos_token", "add_generation_prompt"):
+        with pytest.raises(Problem, match=f"{name} is not a setting") as told:
+            text(**{name: ENDLESS})
+        assert told.value.field == "chat_template_kwargs"
 
 
 def test_settings_by_whoever_starts_the_server_may_be_anything(tiny):
@@ -93,6 +81,7 @@ def test_names_that_a_template_takes(tiny, template, names):
     [
         (None, "no chat template: use /v1/completions"),
         ("{{ raise_exception('only two messages') }}", "only two messages"),
+        ("{{ raise_exception('') }}", "cannot be filled in: TemplateError"),
         ("{{ 7 ** 30000000 }}", r"the result of a \*\* in it is too large"),
         ("{{ (7 ** 1000) * (7 ** 1000) }}", r"the result of a \* in it is too large"),
         ("{{ 'a' * 10 ** 9 }}", r"the result of a \* in it is too large"),
@@ -106,11 +95,8 @@ def test_templates_that_fail_are_told(tiny, monkeypatch, template, said):
     with pytest.raises(Problem, match=said):
         chat(with_template(tiny, template))
     assert time.monotonic() - began < 10
-
-
-def test_templates_may_compute(tiny):
-    served = with_template(tiny, "{{ 2 ** 10 * 3 }}{{ '=' * 3 }}{{ 0.5 * 4 }}{{ 2 ** 0.5 > 1 }}")
-    assert served.tokenizer.decode(chat(served).tokens) == "3072===2.0True"
+    served = with_template(tiny, "{{ 2 ** 10 * 3 }}{{ '=' * 3 }}{{ 0.5 * 4 }}")
+    assert served.tokenizer.decode(chat(served).tokens) == "3072===2.0"  # it may compute
 
 
 def test_a_prompt_leaves_room_for_a_token(tiny):
@@ -126,6 +112,9 @@ def test_a_prompt_leaves_room_for_a_token(tiny):
         chat(tiny, [{"role": "user", "content": "a" * 508}])
     with pytest.raises(Problem, match="at most 511"):
         read_prompts(checked(tiny, {"prompt": [5] * 512}, chat=False))
+    for empty in ("", [[]]):
+        with pytest.raises(Problem, match="The prompt is empty"):
+            read_prompts(checked(tiny, {"prompt": empty}, chat=False))
 
 
 def test_what_is_much_too_long_is_refused_before_it_is_tokenized(tiny, monkeypatch):
@@ -135,9 +124,3 @@ def test_what_is_much_too_long_is_refused_before_it_is_tokenized(tiny, monkeypat
     monkeypatch.setattr(type(tiny.tokenizer), "encode", None, raising=False)
     with pytest.raises(Problem, match="more than 512 tokens"):
         read_prompts(request)
-
-
-def test_empty_prompts_are_refused(tiny):
-    for prompt in ("", [[]]):
-        with pytest.raises(Problem, match="The prompt is empty"):
-            read_prompts(checked(tiny, {"prompt": prompt}, chat=False))

@@ -1,7 +1,6 @@
 """The rules of access, on requests as clients and attackers send them."""
 
 from email.message import Message
-from http import HTTPStatus
 
 import pytest
 
@@ -33,35 +32,30 @@ def status(rules, method="GET", target="/", **fields):
     return None
 
 
-HERE = ("127.0.0.1:8080", "localhost:8080", "LOCALHOST", "[::1]:8080")
-OWN = ("192.168.1.5:8080", "[fd00::1]:8080", "Mac.local:8080", "mac.local.")
-OWN += ("studio:8080", "mac.fritz.box", "localhost:8080")
 FOREIGN = ("evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example")
 FOREIGN += ("mac.local.evil.example", "local", "nas", "", "[::1", "localhost:80:80", "a b")
 
 
 @pytest.mark.parametrize(
-    "host, local, lan",
+    "hosts, local, lan",
     [
-        *((host, None, None) for host in HERE),
-        *((host, 403, None) for host in OWN[:4]),
-        *((host, None if host == "localhost:8080" else 403, None) for host in OWN[4:]),
-        *((host, 403, 403) for host in FOREIGN),
-        (["localhost", "evil.example"], 400, 400),
-        ([], 400, 400),
+        (("127.0.0.1:8080", "localhost:8080", "LOCALHOST", "[::1]:8080"), None, None),
+        (("192.168.1.5:8080", "[fd00::1]:8080", "Mac.local:8080", "mac.local."), 403, None),
+        (("studio:8080", "mac.fritz.box"), 403, None),
+        (FOREIGN, 403, 403),
+        ((["localhost", "evil.example"], []), 400, 400),
     ],
 )
-def test_names_of_the_server(host, local, lan):
+def test_names_of_the_server(hosts, local, lan):
     """On this machine without a token, on the network with it."""
-    assert status(LOCAL, Host=host) == local
-    assert status(LOCAL, "POST", "/v1/chat/completions", Host=host, **POST) == local
-    assert status(LAN, Host=host, **BEARER) == lan
-    assert status(LAN, Host=host) == (lan or HTTPStatus.UNAUTHORIZED)
+    for host in hosts:
+        assert status(LOCAL, Host=host) == local, host
+        assert status(LOCAL, "POST", "/v1/chat/completions", Host=host, **POST) == local, host
+        assert status(LAN, Host=host, **BEARER) == lan, host
+        assert status(LAN, Host=host) == (lan or 401), host
 
 
-@pytest.mark.parametrize(
-    "target", ["/", "/v1/models", "/health", "/page/app.js", "/page/info.json"]
-)
+@pytest.mark.parametrize("target", ["/", "/v1/models", "/health", "/page/app.js"])
 def test_everything_needs_the_token_on_the_network(target):
     for fields in (BEARER, {"Cookie": f"a=b; flashhead_token={TOKEN}"}):
         assert status(LAN, target=target, **fields) is None
@@ -69,7 +63,7 @@ def test_everything_needs_the_token_on_the_network(target):
     refused = [{"Authorization": f"Bearer {token}"} for token in wrong]
     refused += [{}, {"Authorization": f"Basic {TOKEN}"}, {"Cookie": f"other={TOKEN}"}]
     for fields in refused:
-        assert status(LAN, target=target, **fields) == HTTPStatus.UNAUTHORIZED
+        assert status(LAN, target=target, **fields) == 401
 
 
 @pytest.mark.parametrize(
@@ -104,16 +98,12 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
     assert compared == [(TOKEN.encode(), TOKEN.encode())]
 
 
-@pytest.mark.parametrize(
-    "origin",
-    [
-        *("http://evil.example", "null", "https://127.0.0.1:8080", "http://127.0.0.1:9000", ""),
-        *("http://localhost:8080", "http://127.0.0.1:8080.evil.example", "file://"),
-    ],
-)
-def test_other_origins_are_refused(origin):
-    assert status(LOCAL, "POST", "/v1/models", Origin=origin, **POST) == 403
-    assert status(LAN, Origin=origin, **BEARER) == 403
+def test_other_origins_are_refused():
+    own = "127.0.0.1:8080"
+    others = ("http://evil.example", "null", f"https://{own}", "http://127.0.0.1:9000", "")
+    for origin in (*others, "http://localhost:8080", f"http://{own}.evil.example", "file://"):
+        assert status(LOCAL, "POST", "/v1/models", Origin=origin, **POST) == 403, origin
+        assert status(LAN, Origin=origin, **BEARER) == 403, origin
 
 
 def test_own_and_named_origins_are_served():
@@ -131,16 +121,12 @@ def test_own_and_named_origins_are_served():
     assert rules.cross_origin(headers(Origin="http://127.0.0.1:8080")) is None
 
 
-@pytest.mark.parametrize(
-    "site, mode, expected",
-    [
-        *((site, "no-cors", 403) for site in ("cross-site", "same-site")),
-        *((site, "navigate", None) for site in ("cross-site", "same-site", "none")),
-        ("same-origin", "cors", None),
-    ],
-)
-def test_other_sites_may_link_but_not_load(site, mode, expected):
-    assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode=mode) == expected
+def test_other_sites_may_link_but_not_load():
+    for site in ("cross-site", "same-site"):
+        assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode="no-cors") == 403
+        assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode="navigate") is None
+    for site, mode in (("none", "navigate"), ("same-origin", "cors")):
+        assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode=mode) is None
 
 
 @pytest.mark.parametrize(
@@ -168,14 +154,10 @@ def test_new_tokens_are_random_and_valid():
     assert all(is_token(token) and len(token) == 24 for token in tokens)
     letters = set("".join(tokens)) - {"-"}
     assert len(letters) == 31 and not letters & set("01ilo")
-
-
-@pytest.mark.parametrize("text", ["", "short", "a" * 129, "has spaces in it, many", "x" * 20 + '"'])
-def test_what_is_no_token(text):
-    assert not is_token(text)
+    others = ("", "short", "a" * 129, "has spaces in it, many", "x" * 20 + '"')
+    assert not any(map(is_token, others))
 
 
 def test_logs_hold_no_token():
     line = f"GET /?a=b&token={TOKEN}&c=d HTTP/1.1"
     assert without_token(line) == "GET /?a=b&token=…&c=d HTTP/1.1"
-    assert without_token("GET /v1/models HTTP/1.1") == "GET /v1/models HTTP/1.1"

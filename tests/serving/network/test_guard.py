@@ -31,14 +31,13 @@ def test_page_with_the_token(lan, ask):
     assert again.status == 200
 
 
-@pytest.mark.parametrize("path, wrong", [("/", False), ("/?token=wrong", True)])
-def test_page_asks_for_the_token(lan, ask, path, wrong):
-    response, content = ask(path)
-    assert response.status == 401
-    assert response.headers["Set-Cookie"] is None
-    text = content.decode()
-    assert '<input name="token"' in text and TOKEN not in text
-    assert ('<p class="wrong" hidden>' in text) != wrong
+def test_page_asks_for_the_token(lan, ask):
+    for path, wrong in (("/", False), ("/?token=wrong", True)):
+        response, content = ask(path)
+        assert (response.status, response.headers["Set-Cookie"]) == (401, None)
+        text = content.decode()
+        assert '<input name="token"' in text and TOKEN not in text
+        assert ('<p class="wrong" hidden>' in text) != wrong
 
 
 def test_home_screen_gets_icon_and_manifest(lan, ask):
@@ -101,8 +100,7 @@ def test_head_is_answered_as_get_and_an_empty_line_before_it_is_skipped(lan, ask
 
 def test_large_body_is_refused_and_the_reason_read(lan, ask):
     response, content = ask("/v1/chat/completions", "POST", b" " * ((4 << 20) + 1), **BEARER)
-    assert response.status == 413
-    assert "at most 4,194,304" in json.loads(content)["error"]["message"]
+    assert response.status == 413 and b"at most 4,194,304" in content
 
 
 BREW = "BREW / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer"

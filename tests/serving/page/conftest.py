@@ -22,11 +22,6 @@ BROWSERS = (
 ARGUMENTS = (
     "--no-sandbox",  # Chromium's own does not work as root, as in a container
     "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
     f"--host-resolver-rules=MAP {LAN_NAME} 127.0.0.1",
 )
 SCREENS = {
@@ -51,58 +46,47 @@ def chromium():
         browser.close()
 
 
-class Opener:
-    """Opens pages as on a touch screen, and keeps what went wrong in them.
+@contextmanager
+def opener(chromium, port):
+    """What opens pages as on a touch screen: no script fails, and no other host is asked.
 
-    Args:
-        browser: The browser.
-        port: The port of the server of addresses that have none.
+    It takes (screen, url, dark, worker); an address without a port is that of ``port``.
     """
+    contexts, problems, hosts = [], [], set()
 
-    def __init__(self, browser, port):
-        self.browser, self.port = browser, port
-        self.contexts = []
-        self.problems = []
-        self.hosts = set()
+    def told(message):
+        # A refused or broken request is logged by the browser itself, and is what some tests do.
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            problems.append(message.text)
 
-    def __call__(self, screen="iphone", url="/", *, dark=False, worker=False):
-        context = self.browser.new_context(
+    def open_page(screen="iphone", url="/", *, dark=False, worker=False):
+        context = chromium.new_context(
             **SCREENS[screen],
             service_workers="allow" if worker else "block",
             has_touch=True,
             is_mobile=True,
             color_scheme="dark" if dark else "light",
-            base_url=f"http://127.0.0.1:{self.port}",
+            base_url=f"http://127.0.0.1:{port}",
         )
         context.set_default_timeout(20_000)
-        self.contexts.append(context)
+        contexts.append(context)
         page = context.new_page()
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("console", self._console)
-        page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", told)
+        page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
         page.goto(url)
         return page
 
-    def _console(self, message):
-        # A refused or broken request is logged by the browser itself, and is what some tests do.
-        if message.type == "error" and "Failed to load resource" not in message.text:
-            self.problems.append(message.text)
-
-
-@contextmanager
-def opener(chromium, port):
-    """What opens pages. No script fails, and no other host is asked."""
-    opener = Opener(chromium, port)
-    yield opener
-    for context in opener.contexts:
+    yield open_page
+    for context in contexts:
         context.close()
-    assert not opener.problems
-    assert len(opener.hosts) <= 1
+    assert not problems
+    assert len(hosts) <= 1
 
 
 @pytest.fixture
 def open_page(chromium, server):
-    """Opens a page of the scripted server: (screen, url, dark, worker) → page."""
+    """Opens a page of the scripted server."""
     with opener(chromium, server[0]) as open_page:
         yield open_page
 

@@ -8,32 +8,20 @@ from playwright.sync_api import expect
 from page_actions import answers, ask, settings, tap
 from scripted_server import MODEL, TOKEN
 
-ANSWER = """## Why the sky is blue
-
-Sunlight looks white, but it is a **mixture of all colours**. In the air, short waves are
-scattered *far more* than long ones:
+ANSWER = """Sunlight is a **mixture of all colours**, of which short waves are scattered *far more*:
 
 1. Red light passes almost straight through.
-2. Blue light bounces off the molecules of the air,
-   - about `5` times as strongly,
-   - in every direction.
-
-> The effect is named after Lord Rayleigh.
+2. Blue light bounces off the molecules of the air.
 
 ```python
 def scattering(wavelength_nm: float) -> float:
     return 1 / wavelength_nm**4  # relative
 ```
 
-| Colour | Wavelength | Scattered |
-|---|---:|---:|
-| Red | 700 nm | 1.0 |
-| Blue | 450 nm | 5.9 |
+| Colour | Wavelength |
+|---|---:|
+| Red | 700 nm |
 """
-
-
-def pieces(text, size=6):
-    return [text[i : i + size] for i in range(0, len(text), size)]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +30,8 @@ def pieces(text, size=6):
 def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark):
     name = f"{screen}-{'dark' if dark else 'light'}"
     half = Event()
-    text = pieces(ANSWER)
-    script.answers = [[*text[:32], half, *text[32:]]]
+    text = [ANSWER[i : i + 6] for i in range(0, len(ANSWER), 6)]
+    script.answers = [[*text[:21], half, *text[21:]]]
     page = open_page(screen, f"{lan}?token={TOKEN}", dark=dark)
     expect(page.locator("#model")).to_have_text(MODEL["name"])
     assert not page.evaluate("isSecureContext")
@@ -61,10 +49,8 @@ def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark
     expect(page.locator(".stats")).to_contain_text("35.5 tokens/s")
     expect(page.locator("#send")).to_be_visible()
     expect(answers(page).locator("strong")).to_have_text("mixture of all colours")
-    expect(answers(page).locator("ol ul li")).to_have_count(2)
     expect(answers(page).locator("pre code")).to_contain_text("    return 1 / wavelength_nm**4")
-    cells = ["Red", "700 nm", "1.0", "Blue", "450 nm", "5.9"]
-    expect(answers(page).locator("td")).to_have_text(cells)
+    expect(answers(page).locator("td")).to_have_text(["Red", "700 nm"])
     assert page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") < 2
     screenshot(page, f"{name}-3-answer")
     assert script.requests[0]["messages"] == [{"role": "user", "content": "Why is the sky blue?"}]

@@ -13,6 +13,10 @@ def sides(page):
     return page.locator("#sides .body")
 
 
+def verdict(page, text):
+    expect(page.locator("#verdict")).to_contain_text(text)
+
+
 @pytest.fixture
 def asked(script, open_page):
     """A page with an answer: screen → page. Other answers follow."""
@@ -26,23 +30,19 @@ def asked(script, open_page):
     return asked
 
 
-def compare(page):
-    tap(page, "Compare")
-
-
 @pytest.mark.parametrize("screen, dark", [("ipad", False), ("iphone", True)])
 def test_equal_texts(script, asked, screenshot, screen, dark):
     half = Event()
     text = ["Because ", "$E = mc^2$", " holds."]
     page = asked(screen, [*text[:2], half, text[2]], text, dark=dark)
-    compare(page)
+    tap(page, "Compare")
     expect(sides(page).first).to_contain_text("Because")
     expect(page.locator("#verdict")).to_have_text("FlashHead answers …")
     expect(sides(page).last).to_be_empty()
     assert len(script.requests) == 2  # dense has not been asked yet
     half.set()
-    expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
-    expect(page.locator("#verdict")).to_contain_text("FlashHead has 1.42 times the speed")
+    verdict(page, "The texts are equal.")
+    verdict(page, "FlashHead has 1.42 times the speed")
     expect(page.locator("#sides .speed")).to_have_text(["35.5 tokens/s", "25.0 tokens/s"])
     expect(page.locator("#sides small")).to_contain_text(["3 tokens"] * 2)
     expect(sides(page).locator(".katex")).to_have_count(2)
@@ -57,12 +57,16 @@ def test_equal_texts(script, asked, screenshot, screen, dark):
     assert not any("seed" in body for body in script.requests)
 
 
-def test_texts_that_part(asked):
-    page = asked("ipad", ["One two ", "three."], ["One two ", "four."], ["Other."], ["Texts."])
-    compare(page)
-    expect(page.locator("#verdict")).to_contain_text("The first 2 words are equal.")
+def test_texts_that_part_and_a_refusal(asked):
+    texts = ["One two ", "three."], ["One two ", "four."]
+    page = asked("ipad", ["One."], "The answer has failed.", *texts, ["Other."], ["Texts."])
+    tap(page, "Compare")
+    expect(page.locator("#sides .notice")).to_contain_text("The answer has failed.")
+    tap(page, "Try again")
+    verdict(page, "The first 2 words are equal.")
+    expect(page.locator("#sides .notice")).to_have_count(0)
     page.get_by_role("button", name="Again", exact=True).tap()
-    expect(page.locator("#verdict")).to_contain_text("The texts differ from the first word.")
+    verdict(page, "The texts differ from the first word.")
     expect(sides(page)).to_have_text(["Other.", "Texts."])
 
 
@@ -72,36 +76,24 @@ def test_random_draws_have_the_same_seed(script, asked):
         page.locator("#temperature").fill("0.7")
         page.locator("#n_probes").fill("256")
         page.locator("#dense").tap()
-    compare(page)
-    expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
+    tap(page, "Compare")
+    verdict(page, "The texts are equal.")
     flash, dense = script.requests[1:]
     assert flash["seed"] == dense["seed"] and flash["temperature"] == dense["temperature"] == 0.7
     assert (flash["dense"], flash["n_probes"]) == (False, 256)
     assert dense["dense"] and "n_probes" not in dense
 
 
-def test_closing_ends_the_answer(script, asked):
-    page = asked("iphone", ["Half ", Event()], ["Again."], ["Again."])
-    compare(page)
+def test_closing_ends_the_answer_and_one_in_progress_comes_first(script, asked):
+    page = asked("iphone", ["Half ", Event()], ["Again."], ["Again."], ["Growing", Event()])
+    tap(page, "Compare")
     expect(sides(page).first).to_have_text("Half")
     tap(page, "Done")
     assert script.left.wait(20)
-    compare(page)
+    tap(page, "Compare")
     expect(sides(page)).to_have_text(["Again.", "Again."])
     assert len(script.requests) == 4
-
-
-def test_a_refusal_is_said_and_tried_again(asked):
-    page = asked("ipad", ["One."], "The answer has failed.", ["One."], ["One."])
-    compare(page)
-    expect(page.locator("#sides .notice")).to_contain_text("The answer has failed.")
-    tap(page, "Try again")
-    expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
-    expect(page.locator("#sides .notice")).to_have_count(0)
-
-
-def test_an_answer_in_progress_comes_first(asked):
-    page = asked("ipad", ["Growing", Event()])
+    tap(page, "Done")
     ask(page, "More?")
     expect(answers(page).last).to_have_text("Growing")
     page.get_by_role("button", name="Compare").first.tap()

@@ -119,7 +119,7 @@ def test_export_and_import(script, page, tmp_path):
     expect(answers(page)).to_have_text("It is <b>blue</b>.")
     expect(page.locator("#show-system")).to_have_text("Be brief.")
     page.reload()
-    ask(page, "Sure?")
+    ask(page, "Sure?", ends=2)
     expect(answers(page)).to_have_text(["It is <b>blue</b>.", "Yes."])
     assert sent(script)[0] == ("system", "Be brief.")
 

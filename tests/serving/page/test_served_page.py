@@ -21,7 +21,7 @@ def page_url(http_server):
     return re.search(r"http://\S+\?token=[a-z0-9-]{24}", printed)[0]
 
 
-def test_page_talks_to_the_model(page_url, open_page):
+def test_page_talks_to_the_models_and_compares_with_dense(page_url, open_page):
     page = open_page("ipad", page_url)
     expect(page.locator("#model")).to_have_text("mine")
     ask(page, "Hello")
@@ -33,10 +33,7 @@ def test_page_talks_to_the_model(page_url, open_page):
         expect(page.locator(".stats")).to_contain_text("token")
         expect(page.locator(".notice[role=alert]")).to_have_count(0)
 
-
-def test_page_compares_with_dense_and_changes_the_model(page_url, open_page):
-    page = open_page("iphone", page_url)
-    expect(page.locator("#model")).to_have_text("mine")
+    page.locator("#new-chat").tap()
     page.get_by_label("Model", exact=True).select_option("chain")
     with settings(page):
         page.locator("#system").fill("Be brief.")

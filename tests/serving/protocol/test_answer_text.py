@@ -74,11 +74,9 @@ def test_an_answer_may_begin_with_a_thought():
     assert sum(pieces, Piece()) == Piece("Yes", "Hm.")
 
 
-def test_what_may_begin_a_stop_text_is_held_back():
+def test_what_is_not_certain_is_held_back():
+    """What may begin a stop text, and the beginning of a call."""
     pieces, _ = told(["a", "b", "x"], ["bc"])
     assert [piece.content for piece in pieces] == ["a", "", "bx", ""]
-
-
-def test_calls_are_told_when_they_are_complete():
     pieces, _ = told(["Look: <call>f(", "1)", "</call>", " and", "<call>g()</call>"])
     assert [piece.calls for piece in pieces] == [[], [], ["f(1)"], [], ["g()"], []]

@@ -6,12 +6,15 @@ import pytest
 
 from mlx_flashhead.serving.protocol.errors import Problem
 from mlx_flashhead.serving.protocol.requests import MAX_CHOICES, MAX_LOGPROBS
+from mlx_flashhead.serving.protocol.response_format import MAX_CHARACTERS
 from model_folders import VOCAB_SIZE
 from served_models import checked
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
 MESSAGES = [{"role": "user", "content": "One day"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+LARK = 'start: "yes" | "no"'
 
 
 def chat(served, **fields):
@@ -91,18 +94,34 @@ def test_dense_and_the_number_of_probes(tiny, monkeypatch, default):
         chat(tiny, n_probes=2)
 
 
+def test_prompts_of_all_forms(tiny):
+    for prompt in (["a", "b"], [[1, 2], [3]], ["a", [3]]):
+        assert text(tiny, prompt=prompt).prompts == prompt
+    for prompt in ("a", [1, 2]):
+        assert text(tiny, prompt=prompt).prompts == [prompt]
+
+
+def json_schema(schema, **further):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema} | further}
+
+
 @pytest.mark.parametrize(
-    "prompt, prompts",
+    "fields, kind",
     [
-        ("a", ["a"]),
-        (["a", "b"], ["a", "b"]),
-        ([1, 2], [[1, 2]]),
-        ([[1, 2], [3]], [[1, 2], [3]]),
-        (["a", [3]], ["a", [3]]),
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, "JSON schema"),
+        ({"response_format": json_schema(SCHEMA, strict=True, description="y")}, "JSON schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "JSON schema"),
+        ({"response_format": {"type": "regex", "regex": "a+"}}, "regular expression"),
+        ({"response_format": {"type": "grammar", "grammar": LARK}}, "grammar"),
+        ({"regex": "a+"}, "regular expression"),
+        ({"grammar": LARK, "response_format": {"type": "text"}}, "grammar"),
     ],
 )
-def test_prompts_of_all_forms(tiny, prompt, prompts):
-    assert text(tiny, prompt=prompt).prompts == prompts
+def test_forms(tiny, fields, kind):
+    form = chat(tiny, **fields).form
+    assert (None if form is None else form.kind) == kind
 
 
 # of a chat: field → what is said → values
@@ -152,7 +171,23 @@ CHAT_MISTAKES = {
     },
     "tool_choice": {"cannot be forced": ["required", TOOL]},
     "parallel_tool_calls": {"leave it out": [False]},
-    "response_format": {"must be": ["json"]},
+    "response_format": {
+        "must be an object with a type": ["json", {"type": ["text"]}],
+        "json_schema, regex, grammar": [{"type": "xml"}],
+        "must be an object": [{"type": "json_schema"}, json_schema(5)],
+        "which no text fits": [json_schema(False)],
+        "name is missing": [json_schema(SCHEMA, name=None)],
+        "regex is missing": [{"type": "regex"}],
+        "response_format.json_schema.schema: The JSON schema is wrong at /properties/a": [
+            json_schema({"properties": {"a": {"type": "x"}}})
+        ],
+    },
+    "regex": {
+        "unclosed group": ["("],
+        "must be a text": [5],
+        "longer than": ["a" * MAX_CHARACTERS],
+    },
+    "grammar": {"line 1, column 8": ["start: x"]},
     "chat_template_kwargs": {"must be an object": [[]]},
     "functions": {"not a field": [[]]},
     "role_mapping": {"not a field": [{}]},
@@ -192,6 +227,8 @@ def of_one_field(read, mistakes):
         *of_one_field(chat, CHAT_MISTAKES),
         *of_one_field(text, TEXT_MISTAKES),
         (chat, {"stream": True, "stream_options": {"x": 1}}, "x", "not a field"),
+        (chat, {"response_format": {"type": "text", "x": 1}}, "x", "not a field"),
+        (chat, {"regex": "a", "grammar": LARK}, "response_format", "one form"),
         (chat, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "give one of them"),
         (chat, {"dense": True, "n_probes": 3}, "n_probes", "leave n_probes out"),
         (chat, {"\ud800" * 100: 1}, "\ud800" * 80, "not a field"),
@@ -222,4 +259,6 @@ def test_contents_in_parts_and_calls_become_what_templates_take(tiny):
 
 def test_tools_go_to_a_model_that_knows_them(chain):
     assert chat(chain, tools=[TOOL]).tools == [TOOL]
-    assert chat(chain, tools=[TOOL], tool_choice="none").tools == []
+    assert chat(chain, tools=[TOOL], tool_choice="none", regex="a").tools == []
+    with pytest.raises(Problem, match="calls no tools"):
+        chat(chain, tools=[TOOL], regex="a")

@@ -1,6 +1,5 @@
 """JSON without NaN and Infinity, in both directions."""
 
-import json
 import math
 
 import pytest
@@ -8,24 +7,13 @@ import pytest
 from mlx_flashhead.serving.protocol.valid_json import dumps, loads
 
 
-@pytest.mark.parametrize(
-    "value, expected",
-    [
-        ({"a": [1.5, "é", None, True]}, {"a": [1.5, "é", None, True]}),
-        ({"a": math.inf, "b": [math.nan, (-math.inf,)]}, {"a": None, "b": [None, [None]]}),
-    ],
-)
-def test_what_is_written_can_be_read(value, expected):
-    assert json.loads(dumps(value)) == expected
-
-
-def test_halves_of_characters_can_be_sent():
+def test_what_is_written_can_be_read():
+    """Numbers that are not finite become null, and halves of characters can be sent."""
+    value = {"a": math.inf, "b": [math.nan, (-math.inf,)], "c": [1.5, "é", None, True]}
+    written = {"a": None, "b": [None, [None]], "c": [1.5, "é", None, True]}
+    assert loads(dumps(value).encode()) == written
     assert dumps("\ud800").encode() == b'"\\ud800"'
-
-
-@pytest.mark.parametrize("text", [b'{"a": [1.5, null]}', b"3", b'"\\ud83d\\ude00"'])
-def test_json_is_read(text):
-    assert loads(text) == json.loads(text)
+    assert loads(b'"\\ud83d\\ude00"') == "\U0001f600"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from ..imports import put_in_place, when_imported
 
 DRAFTERS = "mlx_vlm.speculative.drafters"
 LOOP = "mlx_vlm.generate.ar"
+TEMPERATURE = 0.8  # of answers that are recorded: the states of likely tokens are less alike
 FILES = f"{os.sep}{DRAFTERS.replace('.', os.sep)}{os.sep}"
 
 
@@ -47,10 +48,12 @@ def own_head(drafter: Any, target: Any) -> Any:
 def drafted_answer(
     target: Any, drafter: Any, kind: str, prompt: list[int], n_tokens: int
 ) -> Iterator[int]:
-    """The target's likeliest tokens after a prompt, in mlx-vlm's loop with the drafter."""
+    """Tokens of the target after a prompt, sampled if possible, in the loop with the drafter."""
     from mlx_vlm.generate.ar import generate_step
 
     options = {"max_tokens": n_tokens, "draft_model": drafter, "draft_kind": kind}
+    if not getattr(drafter, "requires_greedy_sampling", False):
+        options["temperature"] = TEMPERATURE
     for token, _ in generate_step(mx.array([prompt]), target, None, None, **options):
         yield int(token)
 

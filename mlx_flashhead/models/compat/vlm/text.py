@@ -6,13 +6,6 @@ from mlx_vlm.generate.diffusion import is_diffusion_model
 from mlx_vlm.prompt_utils import apply_chat_template
 from mlx_vlm.utils import resolve_eos_token_ids, should_add_special_tokens
 
-__all__ = [
-    "chat_text",
-    "is_diffusion_model",
-    "resolve_eos_token_ids",
-    "should_add_special_tokens",
-]
-
 
 def chat_text(
     processor: Any, config: Any, messages: list[dict[str, str]], add_generation_prompt: bool

@@ -3,20 +3,15 @@
 import hashlib
 import shlex
 
-from mlx_flashhead.conversion.options import ConvertOptions, recipe_flags
+from mlx_flashhead.conversion.options import ConvertOptions
+from mlx_flashhead.conversion.recipe import make_recipe
 from mlx_flashhead.convert import make_parser
-from mlx_flashhead.publishing.recipe import make_recipe
+from mlx_flashhead.publishing.origin import Origin
 
 
 def recipe(revision=None, **options):
     given = ConvertOptions(hf_path="/home/ann/model", mlx_path="/home/ann/out", **options)
-    return make_recipe(
-        recipe_flags(given),
-        model="maker/Model",
-        revision=revision,
-        seed=given.seed,
-        name="Model-4bit",
-    )
+    return make_recipe(given, Origin("Model", "maker/Model", revision), "Model-4bit")
 
 
 def test_the_command_makes_the_same_again():
