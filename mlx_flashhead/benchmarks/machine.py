@@ -23,7 +23,6 @@ def machine() -> dict:
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.release()}",
-        "architecture": platform.machine(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -33,7 +32,6 @@ def machine() -> dict:
         | {"python": platform.python_version()},
         "blas": blas_name(),
         "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
-        "load_average": round(os.getloadavg()[0], 2),
     }
     if mx.metal.is_available():
         about["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
