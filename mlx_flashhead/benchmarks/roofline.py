@@ -10,7 +10,7 @@ counted as kernels, and no more, which favours it.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
 
 from . import data
 from .shapes import SHAPES, ModelShape, bytes_per_weight
@@ -29,7 +29,7 @@ CONSTANTS = {  # name: value, source
     "of an Ultra": (ULTRA_SHARE, "the same"),
     "launch": (LAUNCH_US, "µs per dependent kernel: fitted to public speeds"),
     "on M1, M2": (OLD_LAUNCH_US, "the same"),
-    "gather": (GATHER_SHARE, "of a plain read, gather_qmm: M3 Ultra, mlx issue 4509"),
+    "g": (GATHER_SHARE, "of a plain read, gather_qmm: M3 Ultra, mlx issue 4509"),
     "arithmetic": (MATRIX_SHARE, "of the peak, 32 states: an estimate"),
     "threadgroup": (GROUP_GB_S, "GB/s of one, a core's part of an M4 Max: an estimate"),
     "barrier": (BARRIER_US, "µs: an estimate"),
@@ -44,6 +44,16 @@ STATES = 32  # of a check, whose product has tiles of 32 rows
 CHECK_KERNELS = 20  # after its product, lossless/screen.py
 CHECK_PASSES = 5  # over its logits: written, copied, read three times
 WASTED = 0.02  # of the steps are thrown away, at half a per cent of differences
+FORMULA = f"""\
+dense     = (rows + logits) / bandwidth + {DENSE_KERNELS} launches
+FlashHead = (centroids + probed / g) / bandwidth + {{kernels}} launches + select + check
+select    = {{group_bytes:,}} bytes / threadgroup + {BARRIERS} barriers
+check     = {WASTED:g} steps + 1/{STATES} of
+            max(2 · {STATES} · V · D / arithmetic, rows / bandwidth)
+            + {CHECK_PASSES} · {STATES} · logits / bandwidth + {CHECK_KERNELS} launches
+model     = body / bandwidth + head \
++ ({{n_layers}} layers · {{layer_kernels}} + {OTHER_KERNELS}) launches
+probed    = {{n_probes}} clusters of {{cluster_size}} rows, of {{n_clusters}} clusters{{assumed}}"""
 
 
 class Chip:
@@ -60,9 +70,16 @@ class Chip:
         self.launch_us = OLD_LAUNCH_US if self.old else LAUNCH_US
 
 
-class Estimate(NamedTuple):
-    """Of one form of a model: what its head reads, weights and logits, and times of a token."""
+@dataclass(frozen=True)
+class Estimate:
+    """The estimated time of one form of a model, "dense" or "FlashHead".
 
+    ``body`` and ``rows`` are precisions. The head reads ``head_mb`` of weights and logits.
+    """
+
+    form: str
+    body: str
+    rows: str
     head_mb: float
     head_ms: float
     model_ms: float
@@ -84,19 +101,36 @@ def find_chip(name: str) -> Chip:
     return CHIPS[name]
 
 
-def of_bits(
-    shape: ModelShape, chip: Chip, body_bits: int, head_bits: int
-) -> tuple[Estimate, Estimate]:
+def formula(shape: ModelShape) -> str:
+    """The formula of `estimates` with the model's numbers."""
+    return FORMULA.format(
+        **asdict(shape),
+        kernels=FLASH_HEAD_KERNELS[shape.tied],
+        group_bytes=_group_bytes(shape),
+        assumed="" if shape.measured_probes else " (assumed)",
+    )
+
+
+def estimates(shape: ModelShape, chip: Chip) -> Iterator[Estimate]:
+    """The model as stored, if it is, then in 16 bits, 4 bits, and 4 bits with a finer head."""
+    if shape.body_bytes is not None and shape.head_bytes is not None:
+        precision = ("as stored", shape.stored)
+        yield from _both(shape, chip, precision, shape.body_bytes, shape.head_bytes)
+    for body_bits, head_bits in ((16, 16), (4, 16), (4, 8), (4, 4)):
+        yield from of_bits(shape, chip, body_bits, head_bits)
+
+
+def of_bits(shape: ModelShape, chip: Chip, body_bits: int, head_bits: int) -> Iterator[Estimate]:
     """Dense and FlashHead, with so many bits in the body and in the head."""
     body = shape.body_weights * bytes_per_weight(body_bits)
     rows = shape.vocab_size * shape.hidden_size * bytes_per_weight(head_bits)
-    return of_bytes(shape, chip, body, rows)
+    yield from _both(shape, chip, (f"{body_bits}-bit", f"{head_bits}-bit"), body, rows)
 
 
-def of_bytes(
-    shape: ModelShape, chip: Chip, body_bytes: float, head_bytes: float
-) -> tuple[Estimate, Estimate]:
-    """Dense and FlashHead, with so many bytes in the body and in the head's rows."""
+def _both(
+    shape: ModelShape, chip: Chip, precision: tuple[str, str], body_bytes: float, head_bytes: float
+) -> Iterator[Estimate]:
+    """Dense and FlashHead of a body and rows of so many bytes."""
 
     def us(read: float) -> float:
         return read / chip.gb_s / 1e3
@@ -106,20 +140,19 @@ def of_bytes(
     logits = LOGIT_BYTES * shape.vocab_size
     read = head_bytes + logits
     head = us(read) + DENSE_KERNELS * chip.launch_us
-    dense = Estimate(read / 1e6, head / 1e3, (body + head) / 1e3)
+    yield Estimate("dense", *precision, read / 1e6, head / 1e3, (body + head) / 1e3)
 
     probed = head_bytes / shape.vocab_size * shape.n_probes * shape.cluster_size
     head = us(shape.centroid_bytes + probed / GATHER_SHARE)
     head += FLASH_HEAD_KERNELS[shape.tied] * chip.launch_us
-    scores = shape.n_clusters + shape.n_probes  # of all clusters, and the best of the probed ones
-    head += 4 * scores / GROUP_GB_S / 1e3 + BARRIERS * BARRIER_US
+    head += _group_bytes(shape) / GROUP_GB_S / 1e3 + BARRIERS * BARRIER_US
     operations = 2 * STATES * shape.vocab_size * shape.hidden_size
     product_us = operations / (chip.peak_tflops * MATRIX_SHARE * 1e6)
     check = max(product_us, us(head_bytes)) + us(CHECK_PASSES * STATES * logits)
     head += (check + CHECK_KERNELS * chip.launch_us) / STATES
     head += WASTED * (body + head)
     read = shape.centroid_bytes + probed + head_bytes / STATES + CHECK_PASSES * logits
-    return dense, Estimate(read / 1e6, head / 1e3, (body + head) / 1e3)
+    yield Estimate("FlashHead", *precision, read / 1e6, head / 1e3, (body + head) / 1e3)
 
 
 def dense_step(speed: dict) -> tuple[float, int]:
@@ -137,3 +170,8 @@ def public_speeds() -> Iterator[dict]:
         chip, (read, kernels) = CHIPS[speed["chip"]], dense_step(speed)
         ms = read / chip.gb_s / 1e6 + kernels * chip.launch_us / 1e3
         yield speed | {"estimated_ms": ms, "error": ms * speed["tokens_per_second"] / 1000 - 1}
+
+
+def _group_bytes(shape: ModelShape) -> int:
+    """Scores of all clusters, and the best logits of the probed ones."""
+    return 4 * (shape.n_clusters + shape.n_probes)

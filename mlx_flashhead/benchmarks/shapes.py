@@ -1,7 +1,6 @@
 """The sizes of models that an estimate needs: of well-known ones, and of any that mlx-lm loads."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,9 +46,21 @@ class ModelShape:
     centroid_bytes: int
     cache_values: int = 0
     measured_probes: bool = False
-    body_bytes: int = 0
-    head_bytes: int = 0
+    body_bytes: int | None = None
+    head_bytes: int | None = None
     stored: str = ""
+
+    def with_probes(self, n_probes: int) -> "ModelShape":
+        """The same with another number of probes.
+
+        Raises:
+            ValueError: If it is not 1 … C.
+        """
+        if not 1 <= n_probes <= self.n_clusters:
+            raise ValueError(
+                f"{n_probes} clusters cannot be scored: choose 1 to {self.n_clusters}."
+            )
+        return replace(self, n_probes=n_probes, measured_probes=True)
 
 
 def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None) -> ModelShape:
@@ -81,16 +92,7 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
                 "the estimate is for dense models."
             )
         weights += matrix.size * 32 // module.bits if "scales" in arrays else matrix.size
-    clusters = _usual_index(rows.n_rows, rows.hidden_size)
-    if index is not None:
-        clusters = {
-            "n_clusters": index.config.n_clusters,
-            "cluster_size": index.config.cluster_size,
-            "n_probes": index.config.checked_probes or index.config.n_probes,
-            "centroid_bytes": index.centroids.routing_bytes,
-            "measured_probes": True,
-        }
-    return ModelShape(
+    shape = _with_usual_index(
         name,
         rows.n_rows,
         rows.hidden_size,
@@ -101,19 +103,32 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
         body_bytes=stored,
         head_bytes=rows.nbytes,
         stored=f"{rows.format.bits}-bit",
-        **clusters,
+    )
+    if index is None:
+        return shape
+    return replace(
+        shape,
+        n_clusters=index.config.n_clusters,
+        cluster_size=index.config.cluster_size,
+        n_probes=index.config.checked_probes or index.config.n_probes,
+        centroid_bytes=index.centroids.routing_bytes,
+        measured_probes=True,
     )
 
 
-def _usual_index(vocab_size: int, hidden_size: int) -> dict[str, Any]:
-    """The conversion's usual index; a sixteenth of its clusters, 512 at least, is assumed."""
+def _with_usual_index(name: str, vocab_size: int, hidden_size: int, **sizes) -> ModelShape:
+    """With the conversion's usual index; a sixteenth of its clusters, 512 at least, is assumed."""
     n_clusters = -(-vocab_size // CLUSTER_SIZE)
-    return {
-        "n_clusters": n_clusters,
-        "cluster_size": CLUSTER_SIZE,
-        "n_probes": min(max(512, n_clusters // 16), n_clusters),
-        "centroid_bytes": round(n_clusters * (hidden_size * bytes_per_weight(4) + 4)),
-    }
+    return ModelShape(
+        name,
+        vocab_size,
+        hidden_size,
+        n_clusters=n_clusters,
+        cluster_size=CLUSTER_SIZE,
+        n_probes=min(max(512, n_clusters // 16), n_clusters),
+        centroid_bytes=round(n_clusters * (hidden_size * bytes_per_weight(4) + 4)),
+        **sizes,
+    )
 
 
 def _norms(layer: nn.Module) -> int:
@@ -130,10 +145,7 @@ def _decoder(row: dict) -> ModelShape:
     """The shape of a row of data/models.csv, an ordinary decoder."""
     n_layers, hidden_size, kv_heads = row["n_layers"], row["hidden_size"], row["kv_heads"]
     attention = 2 * hidden_size * row["head_size"] * (row["heads"] + kv_heads)
-    clusters = _usual_index(row["vocab_size"], hidden_size)
-    if row["n_probes"]:
-        clusters |= {"n_probes": row["n_probes"], "measured_probes": True}
-    return ModelShape(
+    shape = _with_usual_index(
         row["name"],
         row["vocab_size"],
         hidden_size,
@@ -142,8 +154,8 @@ def _decoder(row: dict) -> ModelShape:
         body_weights=n_layers * (attention + 3 * hidden_size * row["intermediate_size"]),
         tied=row["tied"],
         cache_values=2 * n_layers * kv_heads * row["head_size"],
-        **clusters,
     )
+    return shape.with_probes(row["n_probes"]) if row["n_probes"] else shape
 
 
 SHAPES = {row["shape"]: _decoder(row) for row in data.read("models")}

@@ -8,7 +8,7 @@ from mlx_lm.models import llama
 from architecture_models import tiny_architecture
 from figures import fit_macs, speed_tables
 from mlx_flashhead.benchmarks import roofline
-from mlx_flashhead.benchmarks.roofline import CHIPS, SPEEDS, of_bits, of_bytes, public_speeds
+from mlx_flashhead.benchmarks.roofline import CHIPS, SPEEDS, estimates, public_speeds
 from mlx_flashhead.benchmarks.shapes import ModelShape, model_shape
 from mlx_flashhead.models.locate import find_head
 from tiny_models import CONFIGS, tiny_index, tiny_model
@@ -29,11 +29,18 @@ SMALL = ModelShape(
 M1_GB_S = 68 * roofline.BANDWIDTH_SHARE
 
 
-@pytest.mark.parametrize("bits, head_bytes", [(16, 128_000), (8, 68_000), (4, 36_000)])
-def test_a_small_model_by_hand(bits, head_bytes):
+def by_form(shape, chip):
+    return {(e.form, e.body, e.rows): e for e in estimates(shape, CHIPS[chip])}
+
+
+@pytest.mark.parametrize(
+    "rows, head_bytes", [("16-bit", 128_000), ("8-bit", 68_000), ("4-bit", 36_000)]
+)
+def test_a_small_model_by_hand(rows, head_bytes):
+    forms = by_form(SMALL, "m1")
     launch = roofline.OLD_LAUNCH_US
     body = 562_500 / M1_GB_S / 1000 + (2 * 12 + 2) * launch  # µs
-    dense, flash = of_bits(SMALL, CHIPS["m1"], 4, bits)
+    dense, flash = forms["dense", "4-bit", rows], forms["FlashHead", "4-bit", rows]
     head = (head_bytes + 2000) / M1_GB_S / 1000 + 4 * launch
     assert dense.head_mb == pytest.approx((head_bytes + 2000) / 1e6)
     assert dense.head_ms == pytest.approx(head / 1000)
@@ -63,11 +70,17 @@ def test_a_public_speed_by_hand():
     assert key == ("m5-max", "llama-3.2-1b", 4, 0)
     assert speed["estimated_ms"] == pytest.approx(ms)
     assert speed["error"] == pytest.approx(ms / (1000 / 578.64) - 1)
-    # smaller groups have more scales
-    key = ("m4-max", "qwen3-4b", 4)
-    same = [s for s in speeds if (s["chip"], s["model"], s["bits"]) == key]
-    ms = {s["group_size"]: s["estimated_ms"] for s in same}
-    assert ms[32] > ms[64]
+    # with a long context the keys and values of all layers are read too, in 16 bits
+    read = (36 * (2560 * 128 * 2 * 40 + 3 * 2560 * 9728) + 151936 * 2560) * 0.5625 + 2 * 151936
+    read += 2 * 36 * 8 * 128 * 2 * 2112
+    ms = read / (546 * roofline.BANDWIDTH_SHARE) / 1e6
+    ms += (36 * 13 + 6) * roofline.LAUNCH_US / 1000
+    group_64, group_32 = sorted(
+        speed["estimated_ms"]
+        for speed in speeds
+        if (speed["chip"], speed["model"], speed["bits"]) == ("m4-max", "qwen3-4b", 4)
+    )
+    assert group_64 == pytest.approx(ms) and group_32 > group_64
 
 
 def test_the_constants_are_those_that_fit_the_public_speeds():
@@ -136,13 +149,19 @@ def test_a_model_as_it_is_stored():
     stage_1 = sum(a.nbytes for a in arrays if a is not None)
     assert shape.centroid_bytes == stage_1
     row = 64 + 2 * 2 * 4  # 8-bit weights, two groups with float32 scales and offsets
-    assert shape.stored == "8-bit"
-    dense, flash = of_bytes(shape, CHIPS["m3"], shape.body_bytes, shape.head_bytes)
+    dense, flash = list(estimates(shape, CHIPS["m3"]))[:2]
+    assert (dense.form, dense.body, dense.rows) == ("dense", "as stored", "8-bit")
     assert dense.head_mb == pytest.approx(203 * (row + 2) / 1e6)
     assert flash.head_mb == pytest.approx((stage_1 + 40 * row + 203 * row / 32 + 2030) / 1e6)
     body = shape.body_bytes / (100 * roofline.BANDWIDTH_SHARE) / 1e6
     launches = (12 + 2) * roofline.LAUNCH_US / 1000
     assert dense.model_ms - dense.head_ms == pytest.approx(body + launches)
+
+
+def test_probes():
+    key = ("FlashHead", "4-bit", "16-bit")
+    all_mb, half_mb = (by_form(s, "m1")[key].head_mb for s in (SMALL, SMALL.with_probes(10)))
+    assert all_mb - half_mb == pytest.approx(100 * 128 / 1e6)
 
 
 def test_a_mixture_of_experts_is_refused():

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jsonschema
 import mlx.core as mx
@@ -12,9 +11,7 @@ import pytest
 
 from figures import speed_tables
 from mlx_flashhead.benchmarks.kinds import server
-from mlx_flashhead.benchmarks.roofline import find_chip, of_bytes, public_speeds
-from mlx_flashhead.benchmarks.shapes import model_shape
-from mlx_flashhead.index.files import read_index
+from mlx_flashhead.benchmarks.roofline import BANDWIDTH_SHARE
 from mlx_flashhead.loading import cache
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.locate import find_head
@@ -56,6 +53,13 @@ def test_head_of_shapes(run, tmp_path):
         assert settings == [3, 2, "float16", 8]
         ms = result["ms"]["FlashHead proposal"]["median"]
         assert f" {ms:.2f} " in screen
+
+
+def test_head_of_a_model(run, converted, tmp_path):
+    _, (result,) = check_outputs(
+        run, tmp_path, "head", "--model", converted, "--n-probes", 2, "--rounds", 1
+    )
+    assert (result["n_probes"], result["hidden_size"], result["name"]) == (2, 128, "model")
 
 
 def test_model(run, converted, tmp_path):
@@ -154,7 +158,7 @@ def test_every_kind_is_listed(run):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("head",), "--shape is needed"),
+        (("head",), "give one of --shape --model"),
         (("head", "--shape", "llama"), "is not a shape"),
         (("head", "--shape", "320,64", "--n-probes", 21), "choose 1 to 20"),
         (("head", "--shape", "320,64", "--n-probes", 0), "--n-probes is 0"),
@@ -167,6 +171,8 @@ def test_every_kind_is_listed(run):
         (("estimate", "--chip", "m1"), "give one of --model --shape"),
         (("estimate", "--shape", "smollm2", "--chip", "m4-ultra"), "Unknown chip 'm4-ultra'"),
         (("estimate", "--shape", "llama", "--chip", "m1"), "no shape 'llama': choose one of"),
+        (("estimate", "--shape", "smollm2", "--chip", "m1", "--n-probes", 3073), "1 to 3072"),
+        (("estimate", "--shape", "smollm2", "--chip", "m1", "--json", "absent/x"), "--json"),
         (("estimate", "--model", "./absent", "--chip", "m1"), "no folder"),
         ((), "COMMAND"),
     ],
@@ -187,21 +193,27 @@ def estimate(run):
     return estimate
 
 
-def test_estimate_of_a_checkpoint(estimate, converted):
-    output = estimate("--model", converted, "--chip", "m3-max")
+def test_estimate_of_a_checkpoint(estimate, converted, tmp_path):
+    file = tmp_path / "out.json"
+    output = estimate("--model", converted, "--chip", "m3-max", "--json", file)
     assert max(len(line) for line in output.splitlines()) <= 80
     assert output.startswith("ESTIMATE: model on m3-max")
-    shape = model_shape("model", load_dense(converted)[0], read_index(Path(converted)))
-    dense, flash = of_bytes(shape, find_chip("m3-max"), shape.body_bytes, shape.head_bytes)
-    errors = [100 * speed["error"] for speed in public_speeds()]
+    figures = json.loads(file.read_text())
+    assert (figures["kind"], figures["measured"]) == ("estimate", False)
+    assert figures["bandwidth_gb_s"] == pytest.approx(400 * BANDWIDTH_SHARE)
+    dense, flash = figures["estimates"][:2]
+    assert (dense["form"], flash["form"]) == ("dense", "FlashHead")
+    errors = [100 * speed["error"] for speed in figures["public_speeds"]]
     for part in (
         "AN ESTIMATE, NOT A MEASUREMENT",
-        f"as stored 32-bit dense {dense.head_mb:.1f} {dense.head_ms:.3f} {dense.model_ms:.2f} ",
-        f"FlashHead {flash.head_mb:.1f} {flash.head_ms:.3f} {flash.model_ms:.2f} ",
-        f"{dense.model_ms / flash.model_ms:.2f}x 16-bit 16-bit dense",
+        "as stored",
         "4 clusters of 16 rows, of 17 clusters",
         "353 GB/s, of 400 by Apple",
         "None of them is of m3-max",
+        # the figures that the file has
+        f"{dense['model_ms']:.2f}",
+        f"{flash['head_ms']:.3f}",
+        f"{dense['model_ms'] / flash['model_ms']:.2f}x",
         f"by {min(errors):+.0f} % to {max(errors):+.0f} %",
     ):
         assert part in " ".join(output.split())
@@ -210,6 +222,7 @@ def test_estimate_of_a_checkpoint(estimate, converted):
 def test_estimate_of_a_model_has_the_clusters_of_its_kept_flash_head(estimate, dense):
     model = ("--model", dense, "--chip", "M1")
     assert "17 clusters of 16 rows, of 17 clusters" in estimate(*model)
+    assert "3 clusters" in estimate(*model, "--n-probes", 3)
     rows = find_head(load_dense(dense)[0]).rows()
     index = tiny_index(load_dense(dense)[0], cluster_size=8, n_probes=7)
     cache.keep(index, cache.place_of(rows))
@@ -219,7 +232,7 @@ def test_estimate_of_a_model_has_the_clusters_of_its_kept_flash_head(estimate, d
 def test_estimate_of_a_shape(estimate):
     output = estimate("--shape", "gemma-3-270m", "--chip", "M5 Max")
     assert "Gemma-3-270M on m5-max" in output and "as stored" not in output
-    assert "968 clusters of 16 rows, of 16384 clusters  " in output
+    assert "968 clusters of 16 rows, of 16384 clusters\n" in output
     # the public speeds of the chip, with the estimate's error
     (line,) = (line for line in output.splitlines() if line.startswith(" SmolLM2-135M "))
     assert "711.54" in line and line.rstrip().endswith(" %")

@@ -4,9 +4,12 @@ It is given for the head and the model, beside public speeds. Nothing is run.
 """
 
 import argparse
-from collections.abc import Iterator
+import json
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 
+from ...common.command import check_writable
 from ...common.quantities import percent
 from ...common.tables import new_table, show
 from ...loading import cache
@@ -14,17 +17,8 @@ from ...loading.look_up import HeadOptions, head_beside
 from ...models.dense import load_dense
 from ...models.fetch import resolve
 from ...models.locate import find_head
-from ..report import ANY_MODEL
-from ..roofline import (
-    CHIPS,
-    CONSTANTS,
-    Chip,
-    Estimate,
-    find_chip,
-    of_bits,
-    of_bytes,
-    public_speeds,
-)
+from ..report import ANY_MODEL, add_number
+from ..roofline import CHIPS, CONSTANTS, Chip, estimates, find_chip, formula, public_speeds
 from ..shapes import SHAPES, ModelShape, model_shape
 
 NOTE = (
@@ -40,50 +34,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", help=ANY_MODEL)
     what.add_argument("--shape", help=f"A known shape: {', '.join(SHAPES)}.")
     parser.add_argument("--chip", required=True, help=f"One of {', '.join(CHIPS)}.")
+    add_number(
+        parser,
+        "--n-probes",
+        None,
+        "Clusters scored per token (default: those of the model's FlashHead, in its folder or kept "
+        "from before, else a sixteenth, 512 at least).",
+    )
+    parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the forms, the constants, and public speeds of the chip: 80 columns."""
+    """Prints the estimate, and writes it to the file of ``--json``."""
     chip = find_chip(args.chip)  # refuses an unknown one before a model is loaded
-    shape = _shape(args)
+    if args.json:
+        check_writable("--json", args.json)
+    figures = to_dict(_shape(args), chip)
+    print_estimates(figures)
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def to_dict(shape: ModelShape, chip: Chip) -> dict:
+    """JSON-ready, marked as an estimate."""
+    return {
+        "kind": "estimate",
+        "measured": False,
+        "chip": chip.name,
+        "peak_gb_s": chip.peak_gb_s,
+        "bandwidth_gb_s": chip.gb_s,
+        "constants": {name: {"value": v, "source": s} for name, (v, s) in CONSTANTS.items()},
+        "formula": formula(shape).splitlines(),
+        "model": asdict(shape),
+        "estimates": [asdict(estimate) for estimate in estimates(shape, chip)],
+        "public_speeds": list(public_speeds()),
+    }
+
+
+def print_estimates(figures: dict) -> None:
+    """Prints the forms, the formula, its constants, and public speeds of the chip: 80 columns."""
+    chip, speeds = figures["chip"], figures["public_speeds"]
     table = new_table(
-        f"ESTIMATE: {shape.name} on {chip.name}, ms per token",
+        f"ESTIMATE: {figures['model']['name']} on {chip}, ms per token",
         ("body", "head rows", "head", "head MB", "head ms", "model ms", "tokens/s", "gain"),
-        f"{shape.n_probes} clusters of {shape.cluster_size} rows, of {shape.n_clusters} clusters"
-        + ("" if shape.measured_probes else " (assumed)"),
         left=3,
     )
-    for precision, dense, flash in _estimates(shape, chip):
-        gain = f"{dense.model_ms / flash.model_ms:.2f}x"
-        for words, form, last in (
-            ((*precision, "dense"), dense, ""),
-            (("", "", "FlashHead"), flash, gain),
-        ):
-            table.add_row(
-                *words,
-                f"{form.head_mb:.1f}",
-                f"{form.head_ms:.3f}",
-                f"{form.model_ms:.2f}",
-                f"{1000 / form.model_ms:.0f}",
-                last,
-            )
-        table.add_section()
-    speeds = list(public_speeds())
+    dense_ms = 0.0
+    for estimate in figures["estimates"]:
+        dense, ms = estimate["form"] == "dense", estimate["model_ms"]
+        table.add_row(
+            *((estimate["body"], estimate["rows"]) if dense else ("", "")),
+            estimate["form"],
+            f"{estimate['head_mb']:.1f}",
+            f"{estimate['head_ms']:.3f}",
+            f"{ms:.2f}",
+            f"{1000 / ms:.0f}",
+            "" if dense else f"{dense_ms / ms:.2f}x",
+            end_section=not dense,
+        )
+        dense_ms = ms
     errors = [100 * speed["error"] for speed in speeds]
     half = percent(median(map(abs, errors)) / 100, 0)
     show(
         table,
-        f"{chip.gb_s:.0f} GB/s, of {chip.peak_gb_s:g} by Apple",
+        *figures["formula"],
+        "",
+        f"{figures['bandwidth_gb_s']:.0f} GB/s, of {figures['peak_gb_s']:g} by Apple",
         *(f"{name:11} {value:.3g} {source}" for name, (value, source) in CONSTANTS.items()),
         "",
         NOTE.format(n=len(errors), median=half, least=min(errors), most=max(errors)),
     )
     public = new_table(
-        f"public speeds of {chip.name}",
+        f"public speeds of {chip}",
         ("dense model", "bits", "tokens/s", "ms", "estimated ms", "error"),
     )
     for speed, error in zip(speeds, errors, strict=True):
-        if speed["chip"] == chip.name:
+        if speed["chip"] == chip:
             public.add_row(
                 SHAPES[speed["model"]].name,
                 f"{speed['bits']}",
@@ -92,29 +118,18 @@ def run(args: argparse.Namespace) -> None:
                 f"{speed['estimated_ms']:.2f}",
                 f"{error:+.0f} %",
             )
-    show(public if public.row_count else f"None of them is of {chip.name}.")
-
-
-def _estimates(
-    shape: ModelShape, chip: Chip
-) -> Iterator[tuple[tuple[str, str], Estimate, Estimate]]:
-    """The model as stored, if it is, then in 16 bits, 4 bits, and 4 bits with a finer head."""
-    if shape.stored:
-        stored = of_bytes(shape, chip, shape.body_bytes, shape.head_bytes)
-        yield ("as stored", shape.stored), *stored
-    for bits in ((16, 16), (4, 16), (4, 8), (4, 4)):
-        body, head = (f"{each}-bit" for each in bits)
-        yield (body, head), *of_bits(shape, chip, *bits)
+    show(public if public.row_count else f"None of them is of {chip}.")
 
 
 def _shape(args: argparse.Namespace) -> ModelShape:
-    if args.shape is not None:
-        if args.shape not in SHAPES:
-            raise ValueError(
-                f"There is no shape {args.shape!r}: choose one of {', '.join(SHAPES)}."
-            )
-        return SHAPES[args.shape]
-    folder, options = resolve(args.model), HeadOptions()
-    model, _, _ = load_dense(folder, lazy=True)
-    stored = head_beside(folder, options) or cache.find(find_head(model).rows(), options.say)
-    return model_shape(folder.name, model, None if stored is None else stored.index)
+    if args.model is not None:
+        folder = resolve(args.model)
+        model, _, _ = load_dense(folder, lazy=True)
+        options = HeadOptions()
+        stored = head_beside(folder, options) or cache.find(find_head(model).rows(), options.say)
+        shape = model_shape(folder.name, model, None if stored is None else stored.index)
+    elif args.shape in SHAPES:
+        shape = SHAPES[args.shape]
+    else:
+        raise ValueError(f"There is no shape {args.shape!r}: choose one of {', '.join(SHAPES)}.")
+    return shape if args.n_probes is None else shape.with_probes(args.n_probes)

@@ -1,12 +1,10 @@
-"""Times a head alone: dense, and FlashHead to a proposed token and to full logits.
-
-The weights are random, in the shape of a real head, which takes as long.
-"""
+"""Times a head alone: dense, and FlashHead to a proposed token and to full logits."""
 
 import argparse
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +17,10 @@ from ...head.centroids import Centroids
 from ...head.flash_head import FlashHead
 from ...head.formats import USUAL_GROUP, affine_group
 from ...head.matrix import Matrix
-from ..report import Case, add_number, add_report_arguments, cells, report
+from ...loading.load import load
+from ...loading.look_up import add_look_up_options, look_up_options
+from ...models.install import installed_head
+from ..report import ANY_MODEL, Case, add_number, add_report_arguments, cells, report
 from ..shapes import CLUSTER_SIZE, SHAPES
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -42,22 +43,24 @@ Form = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this kind."""
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--shape",
         type=_shape,
         action="append",
-        required=True,
         metavar="NAME|V,D",
-        help=f"{', '.join(SHAPES)} or V,D; may be given several times.",
+        help=f"Random weights of the shape {', '.join(SHAPES)} or V,D; may be given several times.",
     )
-    add_number(parser, "--n-probes", None, "Clusters scored (default: 256).")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights.")
+    what.add_argument("--model", help=ANY_MODEL)
+    add_look_up_options(parser)
+    add_number(parser, "--n-probes", None, "Clusters scored (default: 256, or the model's own).")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of random weights.")
     parser.add_argument(
         "--head-bits",
         type=int,
         choices=HEAD_BITS,
         default=16,
-        help="Bits of the rows; 16 leaves them in --dtype (default: %(default)s).",
+        help="Bits of random rows; 16 leaves them in --dtype (default: %(default)s).",
     )
     add_number(parser, "--positions", 1, "Hidden states at once")
     add_report_arguments(parser, rounds=20)
@@ -65,18 +68,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Times the heads of the command line, one after the other."""
-    report(args, _cases(args), len(args.shape), make_table)
+    report(args, _cases(args), len(args.shape or [args.model]), make_table)
 
 
 def _cases(args: argparse.Namespace) -> Generator[Case]:
-    dtype, memory = getattr(mx, args.dtype), mx.zeros(CACHES_BYTES // 4)
-    for name, sizes in args.shape:
-        head = random_head(*sizes, n_probes=args.n_probes, dtype=dtype, bits=args.head_bits)
+    memory = mx.zeros(CACHES_BYTES // 4)
+    for name, head, dtype in _heads(args):
         states = mx.random.normal((N_STATES, args.positions, head.hidden_size)).astype(dtype)
         mx.eval(states)
         named = forms(head, args.positions)
         timers = {form: _timer(run, states, memory) for form, run in named.items()}
         yield Case(name, timers, partial(summary, name, head, dtype, args.positions))
+
+
+def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
+    """The heads of the command line, and the dtypes of their hidden states."""
+    if args.model is not None:
+        model, _ = load(args.model, n_probes=args.n_probes, **look_up_options(args))
+        head = installed_head(model)
+        rows = head.clustered.rows
+        yield (
+            Path(args.model).name,
+            head,
+            (rows.weight if rows.scales is None else rows.scales).dtype,
+        )
+        return
+    dtype = getattr(mx, args.dtype)
+    for name, sizes in args.shape:
+        head = random_head(*sizes, n_probes=args.n_probes, dtype=dtype, bits=args.head_bits)
+        yield name, head, dtype
 
 
 def random_head(
