@@ -181,9 +181,7 @@ class _Answer:
             if isinstance(event, Progress):
                 yield event
             elif isinstance(event, Token):
-                choice = self._choices[index]
-                chunk = choice.add(event.piece, event.logprobs, event.finish_reason)
-                if chunk is not None:
+                if (chunk := self._choices[index].add(event)) is not None:
                     yield chunk
             elif not self._engine.healthy:
                 raise Problem("The server has lost the thread that answers.", status=503)

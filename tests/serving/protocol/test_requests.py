@@ -5,8 +5,7 @@ import json
 import pytest
 
 from mlx_flashhead.serving.protocol.errors import Problem
-from mlx_flashhead.serving.protocol.requests import MAX_CHOICES, MAX_LOGPROBS
-from mlx_flashhead.serving.protocol.response_format import MAX_CHARACTERS
+from mlx_flashhead.serving.protocol.requests import MAX_CHARACTERS, MAX_CHOICES, MAX_LOGPROBS
 from model_folders import VOCAB_SIZE
 from served_models import checked
 
