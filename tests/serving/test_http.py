@@ -6,6 +6,8 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -29,8 +31,7 @@ def chat(client, model="mine", **options):
 
 
 def complete(client, prompt="One day", model="mine", **options):
-    options = {"max_tokens": TOKENS, "extra_body": options.pop("extra", None)} | options
-    return client.completions.create(model=model, prompt=prompt, **options)
+    return client.completions.create(model=model, prompt=prompt, **{"max_tokens": TOKENS} | options)
 
 
 def generated(flash, prompt="One day", **options):
@@ -169,13 +170,73 @@ def test_several_answers_and_prompts(client, flash):
 
 def test_biases_choose_tokens(client, flash):
     (token,) = flash[1].encode("7")
-    answer = complete(client, extra={"logit_bias": {token: 1e30}})
-    assert answer.choices[0].text == "7" * TOKENS
-    answer = complete(client, extra={"logit_bias": {token: -1e30}}, temperature=1.0)
-    assert "7" not in answer.choices[0].text
+    assert complete(client, logit_bias={token: 1e30}).choices[0].text == "7" * TOKENS
+    drawn = complete(client, logit_bias={token: -1e30}, temperature=1.0)
+    assert "7" not in drawn.choices[0].text
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "on": {"type": "boolean"}},
+    "required": ["name", "on"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_of_a_form_is_the_packages(client, flash, stream):
+    processor = mlx_flashhead.grammar_processor(flash[1], json_schema=SCHEMA)
+    prompt = flash[1].apply_chat_template(MESSAGES, add_generation_prompt=True)
+    expected = mlx_flashhead.generate(*flash, prompt, max_tokens=60, logits_processors=[processor])
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}
+    choices, parts = chosen(
+        chat(client, response_format=form, max_tokens=60, stream=stream), stream
+    )
+    text = "".join(part.content or "" for part in parts)
+    assert text == expected and json.loads(text).keys() == {"name", "on"}
+    assert choices[-1].finish_reason == "stop"
+
+
+def test_several_forms_at_once(client):
+    """Requests in one batch, each in its own form, one of them in none."""
+    patterns = ["[0-9]{5}", "(ab){3,4}", "x|yy|zzz", None, "-[a-f]{8}-"]
+
+    def one(pattern):
+        body = None if pattern is None else {"regex": pattern}
+        answer = chat(client, extra_body=body, max_tokens=20, n=2)
+        return [choice.message.content for choice in answer.choices]
+
+    alone = [one(pattern) for pattern in patterns]
+    with ThreadPoolExecutor(len(patterns)) as pool:
+        assert list(pool.map(one, patterns)) == alone  # greedy
+    for pattern, texts in zip(patterns, alone, strict=True):
+        assert pattern is None or all(re.fullmatch(pattern, text) for text in texts)
+
+
+def test_an_ambiguous_grammar_stops_nobody_else(client):
+    """Its 16 texts end with a sentence, and another client's goes on meanwhile."""
+    choices = " | ".join(" ".join(["s"] * n) for n in range(2, 65))
+    grammar = {"grammar": f'start: s\ns: {choices} | "a"'}
+    arrived = []
+
+    def other():
+        for _ in chat(client, stream=True, max_tokens=300, logit_bias={"50": 100}):
+            arrived.append(time.monotonic())
+
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(other)
+        while len(arrived) < 5:
+            time.sleep(0.01)
+        with pytest.raises(openai.BadRequestError, match=r"cannot be followed any further \(.*\)"):
+            chat(client, extra_body=grammar, n=16)
+        text.result()
+    assert len(arrived) >= 300
+    assert max(after - before for before, after in pairwise(arrived)) < 5  # 0.1 to 0.4 by itself
 
 
 CHAT = {"messages": MESSAGES}
+FITS_NOTHING = {"name": "x", "schema": {"$ref": "#"}}
+NO_TEXT = {"response_format": {"type": "json_schema", "json_schema": FITS_NOTHING}}
 
 
 @pytest.mark.parametrize(
@@ -185,6 +246,13 @@ CHAT = {"messages": MESSAGES}
         ("/chat/completions", CHAT | {"stream": True, "seed": "a"}, 400, "seed", "whole number"),
         ("/v1/chat/completions", CHAT | {"model": "./absent"}, 404, "model", "choose mine"),
         ("/v1/completions", {"prompt": "a" * 600}, 400, "prompt", "at most 511"),
+        (
+            "/v1/chat/completions",
+            CHAT | {"response_format": NO_TEXT},
+            400,
+            "response_format",
+            "No text",
+        ),
         ("/v1/completions", b"{", 400, None, "The body is not JSON"),
         ("/v1/completions", b"[]", 400, None, "must be a JSON object"),
         ("/v1/no/such", b"{}", 404, None, "nothing at /v1/no/such"),
@@ -264,7 +332,7 @@ def test_the_log_has_a_line_for_each_request_and_no_prompt(http_server, client):
     before = {pattern: len(lines(http_server, pattern)) for pattern in (answered, refused)}
     complete(client, "a secret", max_tokens=3)
     with pytest.raises(openai.BadRequestError):
-        complete(client, "a secret", extra={"secret": 1})
+        complete(client, "a secret", extra_body={"secret": 1})
     for pattern, number in before.items():
         next_line(http_server, pattern, number)
     assert not [word for word in ("secret", "Traceback") if word in http_server.log()]

@@ -16,8 +16,7 @@ from ...lossless.drafts import drafted_steps
 from ...lossless.loop import checked_steps
 from ...lossless.proposals import Proposer, moves_little
 from .job import Job, LogitsProcessor
-from .prefill import Reading
-from .prompt_caches import KVCaches
+from .prefill import KVCaches, Reading
 
 Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at its place
 Held = tuple[list[int], KVCaches]  # tokens, and a cache that holds them

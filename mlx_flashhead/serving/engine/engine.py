@@ -26,8 +26,7 @@ from ..catalogue import ServedModel
 from ..protocol.errors import Problem
 from .decoding import Batch, Decoder, Single
 from .job import Job
-from .prefill import Pace, Reading
-from .prompt_caches import KVCaches, PromptCaches
+from .prefill import KVCaches, Pace, PromptCaches, Reading
 
 _IDLE_SECONDS = 0.1
 STUCK_SECONDS = 300.0  # of one turn: no chunk of a prompt takes as long

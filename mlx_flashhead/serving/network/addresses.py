@@ -3,6 +3,8 @@
 import io
 import ipaddress
 import os
+import re
+import secrets
 import socket
 from argparse import Namespace
 from contextlib import suppress
@@ -10,9 +12,11 @@ from pathlib import Path
 from typing import TextIO
 
 from ...common.extras import from_extra
-from .access import Access, is_token, new_token
+from .access import Access
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
+_TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")  # unchanged in an address
+_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # letters and digits that people do not mix up
 
 
 def is_loopback(host: str) -> bool:
@@ -54,18 +58,17 @@ def own_address(host: str) -> str:
 def kept_token(path: Path) -> str:
     """The token in a file, so that a page on a Home Screen still opens after a restart.
 
-    A missing file is made with a new one.
-
-    Raises:
-        ValueError: If the file does not hold a token.
+    A missing file is made with a random one of 99 bits that can be read aloud and typed. A
+    ValueError if the file does not hold a token.
     """
     path = path.expanduser()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        words = ("".join(secrets.choice(_LETTERS) for _ in range(4)) for _ in range(5))
         with open(path, "x", opener=lambda name, how: os.open(name, how, 0o600)) as file:
-            file.write(new_token() + "\n")
+            file.write("-".join(words) + "\n")
     token = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not is_token(token):
+    if not _TOKEN.fullmatch(token):
         form = "16 to 128 letters, digits, '-' or '_'"
         remedy = "delete it, and a new one is made"
         raise ValueError(f"{path} does not hold a token ({form}): {remedy}.")

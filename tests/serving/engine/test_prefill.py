@@ -8,8 +8,12 @@ import mlx_flashhead
 from engines import CHUNK, LONG, SHORT, generated, submit, tokens_of
 from mlx_flashhead.models.compat.cache import KVCache
 from mlx_flashhead.serving.engine.job import Progress, Token
-from mlx_flashhead.serving.engine.prefill import CHUNK_SECONDS, SMALLEST_CHUNK, Pace
-from mlx_flashhead.serving.engine.prompt_caches import PromptCaches
+from mlx_flashhead.serving.engine.prefill import (
+    CHUNK_SECONDS,
+    SMALLEST_CHUNK,
+    Pace,
+    PromptCaches,
+)
 from model_folders import write_model
 
 

@@ -8,7 +8,7 @@ from mlx_flashhead.lossless.batch import CheckedBatchGenerator
 from mlx_flashhead.lossless.sampler import make_sampler
 from mlx_flashhead.serving.engine.decoding import Batch
 from mlx_flashhead.serving.engine.job import Token
-from mlx_flashhead.serving.engine.prompt_caches import PromptCaches
+from mlx_flashhead.serving.engine.prefill import PromptCaches
 
 PROMPTS = [[*SHORT, i] for i in range(8)]
 

@@ -13,7 +13,6 @@ import pytest
 import zxingcpp
 
 from mlx_flashhead.serving.network import addresses
-from mlx_flashhead.serving.network.access import is_token
 from mlx_flashhead.serving.network.addresses import (
     announce,
     is_loopback,
@@ -86,17 +85,20 @@ def test_announcement_without_a_code(monkeypatch, encoding, segno, said):
     assert "Programs use http://192.168.178.123:8080/v1 with the token" in printed
 
 
-def test_token_is_kept_and_private(tmp_path):
-    path = tmp_path / "folder" / "token"
-    token = kept_token(path)
-    assert is_token(token)
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    assert kept_token(path) == token
-    path.unlink()
-    assert kept_token(path) != token
+def test_token_is_random_private_and_kept(tmp_path):
+    paths = [tmp_path / "folder" / str(number) for number in range(50)]
+    tokens = [kept_token(path) for path in paths]
+    assert [kept_token(path) for path in paths] == tokens and len(set(tokens)) == 50
+    assert {stat.S_IMODE(os.stat(path).st_mode) for path in paths} == {0o600}
+    assert {len(token) for token in tokens} == {24}
+    letters = set("".join(tokens)) - {"-"}
+    assert len(letters) == 31 and not letters & set("01ilo")
 
 
-@pytest.mark.parametrize("content", [b"", b"short\n", b"\xff\xfe" * 20, b'"><script>'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"short\n", b"a" * 129, b"has spaces in it, many", b"\xff\xfe" * 20, b"x" * 20 + b'"'],
+)
 def test_file_without_a_token_is_refused(tmp_path, content):
     path = tmp_path / "token"
     path.write_bytes(content)
