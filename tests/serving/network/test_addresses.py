@@ -29,13 +29,8 @@ PAGE = f"http://192.168.178.123:8080/?token={TOKEN}"
 def scanned(lines):
     """What a camera reads from a terminal with light letters on dark ground."""
     lines = list(lines)
-    halves = {"█": (1, 1), "▀": (1, 0), "▄": (0, 1)}
     width = max(map(len, lines))
-    rows = [
-        [halves.get(c, (0, 0))[half] for c in line.ljust(width)]
-        for line in lines
-        for half in (0, 1)
-    ]
+    rows = [[c in light for c in line.ljust(width)] for line in lines for light in ("█▀", "█▄")]
     image = np.kron(np.array(rows, np.uint8) * 255, np.ones((6, 6), np.uint8))
     return zxingcpp.read_barcode(np.pad(image, 24)).text
 
