@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 
 from local_tasks import CHOICE, DOCUMENTS, GENERATE, GROUP, PERPLEXITY, TOKENS, write_tasks
 from mlx_flashhead import convert, generate, get_flash_head, load
+from mlx_flashhead.evaluate import make_parser
 from mlx_flashhead.evaluation import lm_eval_tasks as tasks
 from mlx_flashhead.evaluation.lm_eval_tasks import DENSE, FLASH_HEAD, evaluate_tasks, find_tasks
 from model_folders import write_model
@@ -51,8 +52,9 @@ def nothing_is_downloaded(monkeypatch):
 
 
 def measured(flash, task_folder, *names, **options):
-    manager = find_tasks(names, str(task_folder))
-    found = evaluate_tasks(*flash, names, manager, **options)
+    args = make_parser().parse_args(["tasks", "--model", "m", "--tasks", *names])
+    vars(args).update(options)
+    found = evaluate_tasks(*flash, names, find_tasks(names, str(task_folder)), args)
     return {(m["task"], m["head"], m["metric"]): m for m in found}
 
 
@@ -128,7 +130,7 @@ def test_perplexity_both_ways(flash, dense, task_folder, batch_size):
 
 
 def test_shots_and_limit(flash, task_folder):
-    found = measured(flash, task_folder, CHOICE, num_fewshot=1, limit=2)[CHOICE, DENSE, "acc"]
+    found = measured(flash, task_folder, CHOICE, num_shots=1, limit=2)[CHOICE, DENSE, "acc"]
     assert (found["n_shots"], found["samples"]) == (1, 2)
     usual = measured(flash, task_folder, CHOICE)[CHOICE, DENSE, "acc"]
     assert (usual["n_shots"], usual["samples"]) == (0, len(DOCUMENTS))
