@@ -71,9 +71,7 @@ class Job:
     def take(self, token: int, logprobs: mx.array) -> bool:
         """Reports a generated token. Returns whether the answer is complete.
 
-        Raises:
-            Problem: If its form cannot be followed.
-            RuntimeError: If one of its processors has failed.
+        An error of one of its processors is raised, and a Problem if its form cannot be followed.
         """
         if self.error is not None:
             raise RuntimeError(f"A logits processor has failed: {self.error}") from self.error

@@ -14,14 +14,15 @@ import zxingcpp
 
 from mlx_flashhead.serving.network import addresses
 from mlx_flashhead.serving.network.addresses import (
+    access_of,
     announce,
     is_loopback,
     kept_token,
     own_address,
-    own_names,
     url,
 )
 from scripted_server import TOKEN
+from served_models import flags
 
 PAGE = f"http://192.168.178.123:8080/?token={TOKEN}"
 
@@ -101,7 +102,7 @@ def test_file_without_a_token_is_refused(tmp_path, content):
         kept_token(path)
 
 
-def test_addresses(monkeypatch):
+def test_addresses(monkeypatch, tmp_path):
     assert url("192.168.1.5", 80, "t") == "http://192.168.1.5:80/?token=t"
     assert url("fd00::1", 80) == "http://[fd00::1]:80/"
     assert own_address("10.1.2.3") == "10.1.2.3"
@@ -109,6 +110,7 @@ def test_addresses(monkeypatch):
     assert all(map(is_loopback, ("127.0.0.1", "::1", "localhost", "127.8.9.1")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "mac.local", "")))
     monkeypatch.setattr(addresses.socket, "gethostname", lambda: "Studio.fritz.box")
-    assert own_names() == {"studio", "studio.fritz.box"}
+    access = access_of(flags("--host", "::", "--token-file", tmp_path / "token"))
+    assert access.hosts == {"studio", "studio.fritz.box", "::"}
     monkeypatch.setattr(addresses.socket.socket, "connect", Mock(side_effect=OSError))
     assert own_address("0.0.0.0") == "127.0.0.1"  # without a network
