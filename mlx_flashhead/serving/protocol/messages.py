@@ -1,4 +1,4 @@
-"""A chat's messages and the settings of its template, checked."""
+"""What an answer is asked by, checked: a chat's messages, tools and settings, or texts."""
 
 from typing import Any
 
@@ -47,6 +47,24 @@ def read_tools(tools: list[Any], choice: Any, *, known: bool) -> list[dict[str, 
     if tools and not known:
         raise Problem("This model's chat template knows no tools: leave them out.", "tools")
     return tools if choice == "auto" else []
+
+
+def read_texts(prompts: Any, vocab_size: int) -> list[str | list[int]]:
+    """The texts or token ids to continue."""
+    if isinstance(prompts, str) or (prompts and _are_tokens(prompts)):
+        prompts = [prompts]
+    sound = isinstance(prompts, list) and prompts
+    if not sound or not all(isinstance(prompt, str) or _are_tokens(prompt) for prompt in prompts):
+        raise wrong("prompt", "must be a text, a list of texts, or token ids.")
+    last = vocab_size - 1
+    tokens = (token for prompt in prompts if not isinstance(prompt, str) for token in prompt)
+    if not all(0 <= token <= last for token in tokens):
+        raise wrong("prompt", f"holds a token that this model does not have: choose 0 to {last}.")
+    return prompts
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from ...structured.grammar import Grammar
 from ..catalogue import ServedModel
 from .errors import Problem, wrong
-from .messages import read_messages, read_template_settings, read_tools
+from .messages import read_messages, read_template_settings, read_texts, read_tools
 
 # Greatest number of texts of a request: n times the number of its prompts.
 MAX_CHOICES = 16
@@ -152,7 +152,7 @@ def read_request(
         messages=read_messages(fields.take("messages", list)) if chat else [],
         tools=read_tools(tools, choice, known=served.tokenizer.has_tool_calling),
         template_settings=read_template_settings(settings, served.template_settings),
-        prompts=[] if chat else _prompts(fields.take("prompt"), served),
+        prompts=[] if chat else read_texts(fields.take("prompt"), served.vocab_size),
     )
     _refuse_what_is_not_done(fields, chat)
     fields.end()
@@ -211,54 +211,51 @@ def _penalties(fields: _Fields, served: ServedModel) -> dict[str, Any]:
 
 def _form(fields: _Fields) -> Grammar | None:
     """The form of the answer: ``regex`` or ``grammar``, alone or within ``response_format``."""
-    forms = [(kind, kind, fields.take(kind)) for kind in ("regex", "grammar")]
-    forms = [*(form for form in forms if form[2] is not None), *_response_format(fields)]
-    if len(forms) > 1:
-        reason = "An answer has one form: give response_format, regex or grammar."
-        raise Problem(reason, "response_format")
-    if not forms:
-        return None
-    ((where, kind, value),) = forms
-    field = where.split(".")[0]
-    if len(json.dumps(value)) > MAX_CHARACTERS:
-        raise Problem(f"{where} is longer than {MAX_CHARACTERS:,} characters: simplify it.", field)
-    try:
-        return _GRAMMARS[kind](value)
-    except ValueError as error:
-        raise Problem(f"{where}: {error}", field) from None
-
-
-def _response_format(fields: _Fields) -> list[tuple[str, str, Any]]:
-    """The form in ``response_format``, if any: its place, its kind, and what describes it."""
     field = "response_format"
-    if (value := fields.take(field)) is None:
-        return []
+    # each with its place in the request, its kind, and what describes it
+    forms = [(kind, kind, fields.take(kind)) for kind in ("regex", "grammar")]
+    forms.append(_response_format(fields.take(field), field))
+    forms = [form for form in forms if form[2] is not None]
+    if len(forms) > 1:
+        raise Problem("An answer has one form: give response_format, regex or grammar.", field)
+    for where, kind, value in forms:
+        field = where.partition(".")[0]
+        if len(json.dumps(value)) > MAX_CHARACTERS:
+            most = f"is longer than {MAX_CHARACTERS:,} characters: simplify it."
+            raise Problem(f"{where} {most}", field)
+        try:
+            return _GRAMMARS[kind](value)
+        except ValueError as error:
+            raise Problem(f"{where}: {error}", field) from None
+    return None
+
+
+def _response_format(value: Any, field: str) -> tuple[str, str, Any]:
+    if value is None:
+        return field, "text", None
     kinds = ("text", "json_object", *_GRAMMARS)
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in kinds:
         raise wrong(field, f"must be an object with a type: {', '.join(kinds)}.")
-    inner, where = _Fields(value), f"{field}.{kind}"
-    inner.take("type")
-    described = inner.take(kind) if kind in _GRAMMARS else None
-    inner.end()
-    if kind == "text":
-        return []
+    fields, where = _Fields(value), f"{field}.{kind}"
+    fields.take("type")
+    described = fields.take(kind) if kind in _GRAMMARS else None
+    fields.end()
     if kind == "json_object":
-        return [(field, "json_schema", {"type": "object"})]
-    if kind != "json_schema":
-        if described is None:
-            raise Problem(f"{where} is missing.", field)
-        return [(where, kind, described)]
-    if not isinstance(described, dict):
-        raise Problem(f'{where} must be an object with a "name" and a "schema".', field)
-    inner = _Fields(described)
-    if not inner.take("name", str):
-        raise Problem(f"{where}.name is missing.", field)
-    inner.take("description", str)
-    inner.take("strict", bool)  # a schema is always kept to
-    schema = inner.take("schema", default={"type": "object"})
-    inner.end()
-    return [(f"{where}.schema", kind, schema)]
+        return field, "json_schema", {"type": "object"}
+    if kind == "json_schema":
+        if not isinstance(described, dict):
+            raise Problem(f'{where} must be an object with a "name" and a "schema".', field)
+        fields = _Fields(described)
+        if not fields.take("name", str):
+            raise Problem(f"{where}.name is missing.", field)
+        fields.take("description", str)
+        fields.take("strict", bool)  # a schema is always kept to
+        where, described = f"{where}.schema", fields.take("schema", default={"type": "object"})
+        fields.end()
+    elif described is None and kind != "text":
+        raise Problem(f"{where} is missing.", field)
+    return where, kind, described
 
 
 def _stop(stop: Any) -> tuple[str, ...]:
@@ -291,23 +288,6 @@ def _logprobs(fields: _Fields, chat: bool) -> int | None:
     if tops is not None and not wanted:
         raise wrong("top_logprobs", "needs logprobs to be true.")
     return (tops or 0) if wanted else None
-
-
-def _prompts(prompts: Any, served: ServedModel) -> list[str | list[int]]:
-    if isinstance(prompts, str) or (prompts and _are_tokens(prompts)):
-        prompts = [prompts]
-    sound = isinstance(prompts, list) and prompts
-    if not sound or not all(isinstance(prompt, str) or _are_tokens(prompt) for prompt in prompts):
-        raise wrong("prompt", "must be a text, a list of texts, or token ids.")
-    last = served.vocab_size - 1
-    tokens = (token for prompt in prompts if not isinstance(prompt, str) for token in prompt)
-    if not all(0 <= token <= last for token in tokens):
-        raise wrong("prompt", f"holds a token that this model does not have: choose 0 to {last}.")
-    return prompts
-
-
-def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 def _refuse_what_is_not_done(fields: _Fields, chat: bool) -> None:
