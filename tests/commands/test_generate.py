@@ -184,27 +184,6 @@ def test_own_code_of_a_model(run, generated, refused, tmp_path):
     assert generated(*flags) == generated(*flags, "--draft-model", converted) == expected
 
 
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        ((), "--model is needed"),
-        (("--model", "x", "--max-tokens", 0), "--max-tokens is 0"),
-        (("--model", "x", "--num-draft-tokens", 0), "--num-draft-tokens is 0"),
-        pytest.param(("--model", "x", "--prefill-step-size", 0), "size is 0", marks=newest),
-        (("--model", "x", "--draft-probes", 2), "add --draft-model"),
-        (("--model", "x", "--draw-probes"), "--temp above 0"),
-        (("--model", "x", "--draw-probes", "--temp", 1, "--dense"), "no --dense"),
-        (("--model", "x", "--dense", "--n-probes", 4), "leave --n-probes out"),
-        (("--model", "x", "--temp", "nan"), "--temp is nan: give a number of 0 or more"),
-        (("--model", "x", "--n-probes", 0), "--n-probes is 0: give a whole number of 1 or more"),
-        (("--model", "x", "--chat-template-config", "{"), "give a JSON object such as"),
-        (("--model", "x", "--no-such-flag"), "there is no option --no-such-flag"),
-    ],
-)
-def test_refuses_flags(refused, arguments, said):
-    assert said in refused("generate", *arguments)
-
-
 def test_refuses_prompts_and_probes_before_it_prints(run, converted):
     probes = f"n_probes is {N_CLUSTERS + 1}, but "
     for flags, said in (

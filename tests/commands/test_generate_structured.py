@@ -59,29 +59,3 @@ def test_an_answer_does_not_act_on_a_terminal(generate, monkeypatch):
     assert generate("--regex", pattern)[1] == "a\x1b[2Jb\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert generate("--regex", pattern)[1] == "a[2Jb\n"
-
-
-@pytest.mark.parametrize(
-    "option, content, said",
-    [
-        ("--json-schema", '{"items": {"type": "x"}}', "wrong at /items"),
-        ("--grammar", "start: foo", "line 1, column 8"),
-        ("--json-schema", "[" * 200_000, "nested too deeply"),
-    ],
-)
-def test_wrong_files(refused, converted, form, option, content, said):
-    line = refused("generate", "--model", converted, option, form(content))
-    assert said in line and str(form("")) in line
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (("--json-schema", "./absent"), "./absent cannot be read"),
-        (("--regex", "("), "unclosed group"),
-        (("--regex", "a", "--grammar", "b"), "not allowed with"),
-        (("--regex", "a", "--draw-probes", "--temp", "1"), "leave it out"),
-    ],
-)
-def test_wrong_arguments(refused, converted, arguments, said):
-    assert said in refused("generate", "--model", converted, *arguments)
