@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import re
 import sys
 
@@ -12,13 +13,21 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead.models.dense import load_dense
 from model_folders import VOCAB_SIZE, write_model
-from remote_code import write_remote_model
 from tiny_adapters import write_adapters
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
 PROMPT, TOKENS = "The river was wide", 12
 ASK = ("--prompt", PROMPT, "--ignore-chat-template", "--max-tokens", TOKENS, "--verbose", "F")
-newest = pytest.mark.newest
+# Code of a model's own: a llama whose logits are capped.
+CODE = """
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+
+class Model(llama.Model):
+    def __call__(self, *arguments, **options):
+        return 8 * mx.tanh(super().__call__(*arguments, **options) / 8)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +124,7 @@ def test_draft_models(generated, refused, dense, converted, right, monkeypatch):
         assert generated(*target, *draft) == right
     assert generated(*target, dense, "--dense") == right
     heads = [mlx_flashhead.get_flash_head(model) for model, _ in drafts]
-    assert heads[0].n_probes == 4  # without figures its own
+    assert heads[0].n_probes == 1  # a tenth of the head's bytes
     assert heads[1].n_probes == 2 and heads[2] is None
     for draft, said in (((dense,), "has no FlashHead"), ((converted,), "n_probes is 9999")):
         assert said in refused("generate", *target, *draft, "--draft-probes", 9999, *ASK)
@@ -173,14 +182,21 @@ def test_adapters(generated, refused, dense, converted, right, tmp_path):
 
 
 def test_own_code_of_a_model(run, generated, refused, tmp_path):
-    dense, converted = write_remote_model(tmp_path / "dense"), tmp_path / "converted"
+    further = {"model_type": "of_its_own", "model_file": "own_model.py"}
+    dense, converted = write_model(tmp_path / "dense", tied=False), tmp_path / "converted"
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | further))
+    (dense / "own_model.py").write_text(CODE)
     flags = ("--model", dense, "--mlx-path", converted, "--n-probes", 3, "--calibration", "none")
     assert "--trust-remote-code" in refused("convert", *flags)
     assert run("convert", *flags, "--trust-remote-code")[0] == 0
     assert "--trust-remote-code" in refused("generate", "--model", converted, *ASK)
     flags = ("--model", converted, "--trust-remote-code")
     model, tokenizer = mlx_flashhead.load(str(converted), trust_remote_code=True)
-    expected = mlx_flashhead.generate(model, tokenizer, PROMPT, max_tokens=TOKENS) + "\n"
+    assert type(model).__module__ == "custom_model"
+    options = {"max_tokens": TOKENS, "dense": True}
+    expected = mlx_flashhead.generate(model, tokenizer, PROMPT, **options) + "\n"
+    assert generated(*flags, "--no-check") != expected
     assert generated(*flags) == generated(*flags, "--draft-model", converted) == expected
 
 

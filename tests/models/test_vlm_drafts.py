@@ -29,7 +29,6 @@ from mlx_flashhead.index.files import has_flash_head, read_index, write_companio
 from mlx_flashhead.loading import cache
 from mlx_flashhead.loading.attach import attach
 from mlx_flashhead.models.install import detach, get_flash_head, install
-from mlx_flashhead.models.locate import find_head
 from tiny_models import tiny_index
 from vlm_models import tiny_vlm
 from vlm_texts import TextGenerator
@@ -132,10 +131,7 @@ def write(model: nn.Module, **options) -> list[int]:
 
 @pytest.mark.parametrize("make, kind, name, tied, bits", CASES)
 def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
-    model = tiny_vlm(name, tied=tied)
-    if bits is not None:
-        module = find_head(model).module
-        nn.quantize(model, 32, bits, class_predicate=lambda _, other: other is module)
+    model = tiny_vlm(name, tied=tied, bits=bits)
     mx.random.seed(1)
     drafter = make(model)
     drafter.eval()

@@ -23,7 +23,6 @@ from architecture_models import functions_with
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.libraries import forward
-from mlx_flashhead.models.locate import find_head
 from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
 from vlm_texts import TextGenerator
@@ -45,10 +44,7 @@ def reads(monkeypatch):
 
 def served(name: str, *, tied: bool, bits: int | None = None) -> nn.Module:
     """A tiny model with a FlashHead, its head quantized or not."""
-    model = tiny_vlm(name, tied=tied)
-    if bits is not None:
-        module = find_head(model).module
-        nn.quantize(model, 32, bits, class_predicate=lambda _, other: other is module)
+    model = tiny_vlm(name, tied=tied, bits=bits)
     install_index(model, tiny_index(model, n_probes=3), backend="mlx")
     return model
 

@@ -74,39 +74,6 @@ def test_a_flash_head_of_its_own_travels(hub, tmp_path):
     assert hub.files(repo_id)["model.safetensors"] == b"kept"
 
 
-def test_from_hub_to_hub_as_a_user_does(hub, tmp_path):
-    """The commands themselves: a base model's repository becomes another one that loads."""
-    dense = write_model(tmp_path / "dense", tied=False)
-    card = "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- chat\n---\n# Tiny\n"
-    put_model(hub, "maker/Tiny-1B", dense, **{"README.md": card, "LICENSE": "Apache"})
-    cache = tmp_path / "cache"
-    made = program(
-        hub, cache,
-        ["-m", "mlx_flashhead.convert", "--hf-path", "maker/Tiny-1B", "-q", "--upload",
-         "--calibration-positions", "200", "--mlx-path", str(tmp_path / "new")],
-    )  # fmt: skip
-    repo_id = "me/Tiny-1B-FlashHead-4bit"
-    assert made.stdout.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
-    assert TOKEN not in made.stdout + made.stderr
-    files = hub.files(repo_id)
-    assert files == contents(tmp_path / "new")
-    assert files["LICENSE"] == b"Apache"
-    repository = hub.repositories[repo_id]
-    repository.refs["first"] = len(repository.commits) - 1
-    hub.put(repo_id, {"config.json": b"{}"})
-    say = (
-        "import sys, mlx_flashhead, mlx_lm\n"
-        f"model, tokenizer = mlx_flashhead.load({repo_id!r}, revision='first')\n"
-        "print(mlx_flashhead.get_flash_head(model).n_clusters)\n"
-        "print(mlx_flashhead.generate(model, tokenizer, 'One', max_tokens=4) is not None)\n"
-    )
-    online = program(hub, cache, say)
-    asked = len(hub.requests)
-    offline = program(hub, cache, say, HF_HUB_OFFLINE="1")
-    assert online.stdout == offline.stdout == "17\nTrue\n"
-    assert len(hub.requests) == asked
-
-
 def test_load_asks_the_network_for_what_is_named_alone(hub, tmp_path):
     """What was built at the first use is shared, and nobody gets it without naming it."""
     dense = write_model(tmp_path / "Tiny", tied=False)

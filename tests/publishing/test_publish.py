@@ -89,12 +89,18 @@ def test_the_checkpoint_is_kept_and_nothing_is_logged_if_its_upload_fails(
     assert hub.files("me/tiny") == contents(new)
 
 
-def test_every_file_is_uploaded_and_stale_weights_are_deleted(hub, converted):
+def test_every_file_is_uploaded_and_stale_weights_are_deleted(hub, converted, monkeypatch):
     hub.put("ours/tiny", {"model-00001-of-00002.safetensors": b"old", "notes.md": b"kept"})
     assert publish(converted, "ours/tiny") == f"{hub.url}/ours/tiny"  # of an organisation
     assert hub.files("ours/tiny") == contents(converted) | {"notes.md": b"kept"}
-    model, _ = mlx_flashhead.load("ours/tiny")
-    assert get_flash_head(model).n_probes == 3
+    repository = hub.repositories["ours/tiny"]
+    repository.refs["first"] = len(repository.commits) - 1
+    hub.put("ours/tiny", {"config.json": b"{}"})
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        hub.down = offline
+        model, _ = mlx_flashhead.load("ours/tiny", revision="first")
+        assert get_flash_head(model).n_probes == 3
 
 
 def test_private(hub, converted):
