@@ -12,9 +12,11 @@ from mlx_flashhead import detach, get_flash_head, stream_generate
 from mlx_flashhead.conversion.build import build_index
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.conversion.steps import take_all
+from mlx_flashhead.exporting.plan import export_plan
 from mlx_flashhead.head.steps import NO_DEPTH
 from mlx_flashhead.models.dense import load_dense
-from mlx_flashhead.models.locate import find_head
+from mlx_flashhead.models.locate import find_head, recorded_hidden
+from plan_replay import read_plan, replay
 from tiny_models import install_index
 
 pytestmark = pytest.mark.real
@@ -83,17 +85,15 @@ def test_proposals_give_the_same_tokens(on_kernels, portable, which, depth):
         assert names.count("sample") >= len(found) - 1
 
 
-def test_logits_are_the_portable_ones(real, on_kernels):
-    """Beside the tokens the tail, too: all of V, for the states of a whole prompt."""
+def test_an_exported_plan_gives_the_same_logits(on_kernels, tmp_path):
+    """From the rows in the model's own order, as an app has them."""
     model, tokenizer, _ = on_kernels
-    ids = mx.array(tokenizer.encode(PROMPTS[1]))[None]
-    found = to_numpy(model(ids))[0]
-    index = real[2]
-    detach(model)
-    install_index(model, index, backend="mlx")
-    expected = to_numpy(model(ids))[0]
-    assert found.shape == expected.shape == (ids.size, get_flash_head(model).vocab_size)
-    # where two clusters differ by less than 1/64 nat, either may be probed
-    same = np.isclose(found, expected, rtol=1e-4, atol=1e-3)
-    assert same.mean() > 0.998
-    np.testing.assert_array_equal(found.argmax(axis=-1), expected.argmax(axis=-1))
+    head, location = get_flash_head(model), find_head(model)
+    ids = mx.array(tokenizer.encode(PROMPTS[0]))[None]
+    with recorded_hidden(location) as recorded:
+        expected = to_numpy(model(ids))[0]
+    export_plan(head, location, tmp_path / "head.safetensors")
+    arrays, plan = read_plan(tmp_path / "head.safetensors")
+    found = replay(arrays, plan, head.clustered.token_rows(), recorded[0][0])
+    np.testing.assert_array_equal(to_numpy(found), expected)
+    assert plan["head"] == "model.embed_tokens"
