@@ -1,4 +1,4 @@
-"""``generate``: the text of every mode, the flags, and flags that do not go together."""
+"""``generate``: the text of every mode and of structured answers, and the flags."""
 
 import importlib
 import io
@@ -18,6 +18,12 @@ from tiny_adapters import write_adapters
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
 PROMPT, TOKENS = "The river was wide", 12
 ASK = ("--prompt", PROMPT, "--ignore-chat-template", "--max-tokens", TOKENS, "--verbose", "F")
+SCHEMA = """{
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "on": {"type": "boolean"}},
+    "required": ["name", "on"],
+    "additionalProperties": false
+}"""
 # Code of a model's own: a llama whose logits are capped.
 CODE = """
 import mlx.core as mx
@@ -42,7 +48,7 @@ def generated(run):
     """A function of flags: what the command prints."""
 
     def generated(*arguments):
-        code, output, errors = run("generate", *arguments, *ASK)
+        code, output, errors = run("generate", *ASK, *arguments)
         assert (code, errors) == (0, "")
         return output
 
@@ -183,9 +189,8 @@ def test_adapters(generated, refused, dense, converted, right, tmp_path):
 
 def test_own_code_of_a_model(run, generated, refused, tmp_path):
     further = {"model_type": "of_its_own", "model_file": "own_model.py"}
-    dense, converted = write_model(tmp_path / "dense", tied=False), tmp_path / "converted"
-    config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps(config | further))
+    dense = write_model(tmp_path / "dense", tied=False, further=further)
+    converted = tmp_path / "converted"
     (dense / "own_model.py").write_text(CODE)
     flags = ("--model", dense, "--mlx-path", converted, "--n-probes", 3, "--calibration", "none")
     assert "--trust-remote-code" in refused("convert", *flags)
@@ -209,3 +214,26 @@ def test_refuses_prompts_and_probes_before_it_prints(run, converted):
     ):
         code, output, errors = run("generate", "--model", converted, *ASK, *flags)
         assert (code, output) == (2, "") and errors.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("further", [(), ("--dense",), ("--temp", 1, "--seed", 2)])
+def test_json_schema(run, generated, converted, tmp_path, further):
+    (tmp_path / "schema").write_text(SCHEMA)
+    arguments = ("--model", converted, "--json-schema", tmp_path / "schema", *further)
+    answer = json.loads(generated(*arguments, "--max-tokens", 80))
+    assert list(answer) == ["name", "on"] and isinstance(answer["on"], bool)
+    code, output, errors = run("generate", *ASK, *arguments, "--max-tokens", 3)
+    assert code == 0 and len(output) < 8
+    assert "not a whole one of the JSON schema: it was cut at --max-tokens 3" in errors
+
+
+def test_regular_expression_and_grammar(generated, converted, tmp_path, monkeypatch):
+    arguments = ("--max-tokens", 80, "--model", converted)
+    assert re.fullmatch("[0-9]{4}(ab)+c\n", generated(*arguments, "--regex", "[0-9]{4}(ab)+c"))
+    (tmp_path / "grammar").write_text('start: "yes" | "no"\n')
+    assert generated(*arguments, "--grammar", tmp_path / "grammar") in ("yes\n", "no\n")
+    # an answer does not act on a terminal
+    pattern = "a\\x1b\\[2Jb"
+    assert generated(*arguments, "--regex", pattern) == "a\x1b[2Jb\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert generated(*arguments, "--regex", pattern) == "a[2Jb\n"
