@@ -4,7 +4,7 @@ import pytest
 
 from loopback_hub import TOKEN
 from mlx_flashhead.index.files import FILE_NAME
-from model_folders import VOCAB_SIZE, write_model
+from model_folders import VOCAB_SIZE, contents, write_model
 
 LLAMA = "---\nlicense: llama3.2\n---\n"
 TEXT = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n"
@@ -41,7 +41,11 @@ def test_upload_refuses(refused, dense, tmp_path):
 @pytest.mark.parametrize(
     "flags, repo_id",
     [
-        (("--upload", "-q"), "me/model-FlashHead-4bit"),
+        (("--upload", "--dtype", "bfloat16"), "me/model-FlashHead-bf16"),
+        (("--upload", "--dtype", "float16", "--head-bits", 8), "me/model-FlashHead-8bit"),
+        (("--upload", "-q", "--head-bits", 16), "me/model-FlashHead-4bit"),
+        (("--upload", "-q", "--q-mode", "mxfp4"), "me/model-FlashHead-mxfp4"),
+        (("--upload", "-q", "--quant-predicate", "mixed_4_6"), "me/model-FlashHead-mixed_4_6"),
         (("--upload", "ours/x"), "ours/x"),
         (("--upload", "x"), "me/x"),
         (("--upload-repo", "me/x"), "me/x"),
@@ -54,7 +58,10 @@ def test_convert_uploads(run, hub, dense, tmp_path, flags, repo_id):
     assert code == 0, errors
     assert output.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
     assert list(hub.repositories) == [repo_id]
-    assert (tmp_path / "new" / FILE_NAME).exists()
+    assert hub.files(repo_id) == contents(tmp_path / "new")
+    assert FILE_NAME in hub.files(repo_id)
+    name = f"# {repo_id.partition('/')[2]}\n"
+    assert name in (tmp_path / "new" / "README.md").read_text()
 
 
 def test_convert_refuses_before_it_begins(refused, hub, dense, tmp_path):

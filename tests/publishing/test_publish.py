@@ -203,23 +203,6 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
 
 
 @pytest.mark.parametrize(
-    "flags, name",
-    [
-        ({"dtype": "bfloat16"}, "Tiny-1B-FlashHead-bf16"),
-        ({"dtype": "float16", "head_bits": 8}, "Tiny-1B-FlashHead-8bit"),
-        ({"quantize": True, "head_bits": 16}, "Tiny-1B-FlashHead-4bit"),
-        ({"quantize": True, "q_mode": "mxfp4"}, "Tiny-1B-FlashHead-mxfp4"),
-        ({"quantize": True, "quant_predicate": "mixed_4_6"}, "Tiny-1B-FlashHead-mixed_4_6"),
-    ],
-)
-def test_derived_name(hub, dense, tmp_path, flags, name):
-    convert(str(dense), str(tmp_path / "new"), upload=True, **flags, **QUICK)
-    assert list(hub.repositories) == [f"me/{name}"]
-    assert hub.files(f"me/{name}") == contents(tmp_path / "new")
-    assert f"# {name}\n" in (tmp_path / "new" / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
     "name, licence, expected",
     [
         ("my  model--v1..2", "mit", "my-model-v1-2-FlashHead-fp32"),
