@@ -19,6 +19,7 @@ FILES = {
 HEAD = "benchmark head --shape 320,64 --n-probes 3 --rounds 1"
 ESTIMATE = "benchmark estimate --shape smollm2 --chip"
 TEXT = "evaluate text --model model --text text.txt"
+NEW = "convert --model dense --mlx-path new"
 OUTPUT = "evaluate text --model ./absent --text text.txt"
 TASKS = f"evaluate tasks --model model --tasks {CHOICE}"
 ANY_SITE = "server --model ./absent --allowed-origins"
@@ -53,9 +54,9 @@ MISTAKES = [
     ("convert --model dense --mlx-path text.txt", "is a file"),
     ("convert --model dense --mlx-path text.txt/new", "cannot be written"),
     (f"convert --model dense --mlx-path {'long' * 100}", "File name too long"),
-    ("convert --model dense --mlx-path new --target-agreement 2", "is 2: give a number above 0"),
-    ("convert --model dense --mlx-path new -q -d", "either --quantize or --dequantize, not both"),
-    ("convert --model dense --mlx-path new --index-only --head-bits 8", "leave --head-bits"),
+    (f"{NEW} --target-agreement 2", "--target-agreement is 2: give a number above 0, at most 1"),
+    (f"{NEW} -q -d", "either --quantize or --dequantize, not both"),
+    (f"{NEW} --index-only --head-bits 8", "--index-only writes no weights: leave --head-bits"),
     (f"{OUTPUT} --plot out", "must end in .png"),
     (f"{OUTPUT} --plot absent/out.png", "cannot be written"),
     (f"{OUTPUT} --json absent/out.json", "cannot be written"),
@@ -129,6 +130,13 @@ MISTAKES = [
     ("server --model model --port 0 --draft-model ./absent", "no folder ./absent"),
     ("server --model dense --port 0 --flash-head mlx_model", "mlx_model holds no FlashHead"),
     ("server --model model --port 0 --host no.such.host.invalid", "the host does not exist"),
+    ("upload", "--path"),
+    ("upload --path absent", "There is no folder absent"),
+    ("upload --path dense", "holds no FlashHead: make one"),
+    ("upload --path mlx_model", "holds no FlashHead"),
+    (f"{NEW} --upload me/a --upload-repo me/b", "two repositories"),
+    (f"{NEW} --private", "--private is for an upload"),
+    (f"{NEW} --base-model name", "--base-model is 'name': give OWNER/NAME"),
     pytest.param("generate --model x --prefill-step-size 0", "size is 0", marks=pytest.mark.newest),
 ]
 

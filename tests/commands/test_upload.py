@@ -31,13 +31,6 @@ def test_upload(run, hub, converted):
     assert hub.repositories["me/model-FlashHead-fp32"].private
 
 
-def test_upload_refuses(refused, dense, tmp_path):
-    assert "There is no folder absent" in refused("upload", "--path", "absent")
-    assert "holds no FlashHead: make one" in refused("upload", "--path", dense)
-    assert "holds no FlashHead" in refused("upload", "--path", tmp_path)
-    assert "--path" in refused("upload")
-
-
 @pytest.mark.parametrize(
     "flags, repo_id",
     [
@@ -65,13 +58,8 @@ def test_convert_uploads(run, hub, dense, tmp_path, flags, repo_id):
 
 
 def test_convert_refuses_before_it_begins(refused, hub, dense, tmp_path):
-    for flags, said in (
-        (("--upload", "me/a", "--upload-repo", "me/b"), "two repositories"),
-        (("--private",), "--private is for an upload"),
-        (("--base-model", "name"), "--base-model is 'name': give OWNER/NAME"),
-        (("--upload", "--cluster-size", VOCAB_SIZE + 1), "--cluster-size is"),
-    ):
-        assert said in refused(*convert(dense, tmp_path / "new", *flags))
+    flags = ("--upload", "--cluster-size", VOCAB_SIZE + 1)
+    assert "--cluster-size is" in refused(*convert(dense, tmp_path / "new", *flags))
     assert not (tmp_path / "new").exists() and hub.repositories == {}
 
 

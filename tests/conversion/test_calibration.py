@@ -144,11 +144,8 @@ def test_given_states_are_those_of_their_windows(loaded, monkeypatch):
 
 @pytest.mark.parametrize("positions", [5, 10_000])
 def test_text_states_stop_at_the_positions_asked_for(loaded, positions):
-    model, tokenizer = loaded
-    states, next_ids = take_all(
-        text_states(model, tokenizer, find_head(model), TEXT, positions=positions)
-    )
-    token_ids = tokenizer.encode(TEXT)
+    location, token_ids = find_head(loaded[0]), loaded[1].encode(TEXT)
+    states, next_ids = take_all(text_states(*loaded, location, TEXT, positions=positions))
     assert len(states) == min(positions, len(token_ids) - 1)
     np.testing.assert_array_equal(next_ids, token_ids[1 : len(states) + 1])
 

@@ -33,14 +33,9 @@ PROMPTS = [
 def real(real_model_folder):
     """The model without a FlashHead, its tokenizer, and an index without calibration."""
     model, tokenizer, _ = load_dense(real_model_folder)
-    index = take_all(
-        build_index(
-            find_head(model).rows(),
-            IndexOptions(n_probes=N_PROBES, quick=True),
-            eos_token_ids=tokenizer.eos_token_ids,
-        )
-    )
-    return model, tokenizer, index
+    options = IndexOptions(n_probes=N_PROBES, quick=True)
+    rows, eos_token_ids = find_head(model).rows(), tokenizer.eos_token_ids
+    return model, tokenizer, take_all(build_index(rows, options, eos_token_ids=eos_token_ids))
 
 
 def streamed(model, tokenizer, prompt) -> list[int]:
