@@ -152,8 +152,7 @@ def test_columns_are_for_what_a_blas_multiplies(bits, dtype, by_column):
 
 
 @pytest.mark.parametrize(
-    ("blas", "limits"),
-    [("OpenBLAS 0.3.29, 1 thread", [32, 12, 1]), (REFERENCE, [32, 32, 32])],
+    ("blas", "limits"), [("OpenBLAS 0.3.29, 1 thread", [32, 12, 1]), (REFERENCE, [32, 32, 32])]
 )
 def test_with_a_fast_blas_fewer_positions_are_retrieved_the_more_probes(monkeypatch, blas, limits):
     if mx.default_device().type != mx.cpu:

@@ -9,14 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import (
-    cluster,
-    covering_cases,
-    make_centroids,
-    make_rows,
-    on_gpu,
-    to_numpy,
-)
+from kernel_cases import cluster, covering_cases, make_centroids, make_rows, on_gpu, to_numpy
 from kernel_checks import check_all, run, small_head
 
 FACTORS = {

@@ -14,9 +14,7 @@ from mlx_vlm.generate.ar import generate_step
 from mlx_vlm.speculative.drafters.eagle3.config import Eagle3Config
 from mlx_vlm.speculative.drafters.eagle3.eagle3 import Eagle3DraftModel
 from mlx_vlm.speculative.drafters.gemma4_assistant.config import Gemma4AssistantConfig
-from mlx_vlm.speculative.drafters.gemma4_assistant.gemma4_assistant import (
-    Gemma4AssistantDraftModel,
-)
+from mlx_vlm.speculative.drafters.gemma4_assistant.gemma4_assistant import Gemma4AssistantDraftModel
 from mlx_vlm.speculative.drafters.qwen3_5_mtp.config import Qwen3_5MTPConfig
 from mlx_vlm.speculative.drafters.qwen3_5_mtp.qwen3_5_mtp import Qwen3_5MTPDraftModel
 from mlx_vlm.speculative.drafters.qwen3_dflash.config import DFlashConfig
