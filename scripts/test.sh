@@ -11,7 +11,7 @@ if [ "$1" = --oldest ]; then
   shift
   make_venv .venv-oldest -r scripts/oldest.txt
   exec .venv-oldest/bin/pytest -q -m "not real and not newest" tests/lossless tests/serving/engine \
-    tests/serving/test_http.py tests/models/test_{adapters,compat,fetch,install,remote_code}.py \
+    tests/serving/test_http.py tests/models/test_{adapters,compat,install}.py \
     tests/commands/test_{generate,chat,convert,run}.py "$@"
 fi
 make_venv .venv-test -e ".[test]"

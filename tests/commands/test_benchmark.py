@@ -155,32 +155,6 @@ def test_every_kind_is_listed(run):
     assert all(f"    {name} " in output for name in ("head", "model", "server", "estimate", "mac"))
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("head",), "give one of --shape --model"),
-        (("head", "--shape", "llama"), "is not a shape"),
-        (("head", "--shape", "320,64", "--n-probes", 21), "choose 1 to 20"),
-        (("head", "--shape", "320,64", "--n-probes", 0), "--n-probes is 0"),
-        (("head", "--shape", "320,72", "--head-bits", 4), "width of 72"),
-        ((*HEAD, "--positions", 0), "--positions is 0"),
-        ((*HEAD, "--plot", "a.xyz"), "must end in .png"),
-        ((*HEAD, "--json", "absent/a.json"), "cannot be written"),
-        (("model", "--model", "./absent", "--batch", 0), "--batch is 0"),
-        (("server", "--model", "./absent", "--clients", "0"), "whole numbers of 1"),
-        (("estimate", "--chip", "m1"), "give one of --model --shape"),
-        (("estimate", "--shape", "smollm2", "--chip", "m4-ultra"), "Unknown chip 'm4-ultra'"),
-        (("estimate", "--shape", "llama", "--chip", "m1"), "no shape 'llama': choose one of"),
-        (("estimate", "--shape", "smollm2", "--chip", "m1", "--n-probes", 3073), "1 to 3072"),
-        (("estimate", "--shape", "smollm2", "--chip", "m1", "--json", "absent/x"), "--json"),
-        (("estimate", "--model", "./absent", "--chip", "m1"), "no folder"),
-        ((), "COMMAND"),
-    ],
-)
-def test_mistakes(refused, arguments, message):
-    assert message in refused("benchmark", *arguments)
-
-
 @pytest.fixture
 def estimate(run):
     """A function of flags: the screen of an estimate."""

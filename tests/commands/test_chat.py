@@ -287,22 +287,6 @@ def test_resume_refuses(refused, converted, folder):
     assert "not JSON" in (said := refused("chat", *model)) and "without --resume" in said
 
 
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        ((), "--model is needed"),
-        (("--model", "./absent"), "There is no folder ./absent"),
-        (("--model", "x", "--temp", "nan"), "--temp is nan"),
-        (("--model", "x", "--max-kv-size", 0), "--max-kv-size is 0"),
-        (("--model", "x", "--pipeline"), "one process"),
-    ],
-)
-def test_chat_refuses_flags(refused, arguments, said):
-    assert said in refused("chat", *arguments)
-
-
-def test_chat_refuses_models_and_probes(refused, dense, converted, tmp_path):
-    assert "has no FlashHead" in refused("chat", "--model", dense, "--dense", "--n-probes", 3)
-    assert "1 to 17" in refused("chat", "--model", converted, "--n-probes", 18)
+def test_chat_needs_a_template(refused, tmp_path):
     bare = write_model(tmp_path / "bare", chat_template=None)
     assert "no chat template" in refused("chat", "--model", bare, "--dense")

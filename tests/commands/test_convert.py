@@ -5,7 +5,6 @@ from dataclasses import fields
 
 import mlx.core as mx
 import mlx_lm
-import pytest
 
 import mlx_flashhead
 from mlx_flashhead.conversion.options import ConvertOptions
@@ -61,29 +60,3 @@ def test_convert_says_that_tied_rows_change_together(run, tmp_path):
     arguments = ("--model", source, "--mlx-path", tmp_path / "x", "--calibration", "none")
     code, output, _ = run("convert", *arguments, "--head-bits", 8)
     assert code == 0 and "tied" in output and "both get 8 bits" in output
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (("--target-agreement", 2), "--target-agreement is 2: give a number above 0, at most 1"),
-        (("-q", "-d"), "either --quantize or --dequantize, not both"),
-        (("--index-only", "--head-bits", 8), "--index-only writes no weights: leave --head-bits"),
-    ],
-)
-def test_convert_refuses_arguments(refused, dense, tmp_path, arguments, said):
-    given = ("--model", dense, "--mlx-path", tmp_path / "model", *arguments)
-    assert said in refused("convert", *given)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_convert_needs_a_model_and_a_place(refused, dense, tmp_path):
-    assert "--hf-path is needed" in refused("convert")
-    (tmp_path / "file").write_text("kept")
-    for place, said in (
-        (tmp_path, "exists already"),
-        (tmp_path / "file", "is a file"),
-        (tmp_path / "file" / "model", "cannot be written"),
-        (tmp_path / ("long" * 100), "File name too long"),
-    ):
-        assert said in refused("convert", "--model", dense, "--mlx-path", place)

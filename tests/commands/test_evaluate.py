@@ -1,9 +1,11 @@
-"""``evaluate``: the table, the files, and what is refused before the work."""
+"""``evaluate``: the tables and the files."""
 
 import json
+import re
 
 import pytest
 
+from local_tasks import CHOICE, GENERATE, PERPLEXITY, write_tasks
 from mlx_flashhead.evaluation import answers
 from model_folders import VOCAB_SIZE
 
@@ -49,45 +51,43 @@ def test_evaluate_answers(run, converted, tmp_path, monkeypatch):
     assert (every["identical"], every["median_parting"]) == (1, None)
 
 
-@pytest.mark.parametrize(
-    "option, name, said",
-    [
-        ("--plot", "out", "must end in .png"),
-        ("--plot", "absent/out.png", "cannot be written"),
-        ("--json", "absent/out.json", "cannot be written"),
-        ("--json", "old.json", "no folder ./absent"),
-        ("--json", "new.json", "no folder ./absent"),
-    ],
-)
-def test_evaluate_checks_its_outputs_first_and_leaves_them_alone(
-    refused, text, tmp_path, option, name, said
-):
-    (tmp_path / "old.json").write_text("old")
-    arguments = ("--model", "./absent", "--text", text, option, tmp_path / name)
-    assert said in refused("evaluate", "text", *arguments)
-    assert {file.name for file in tmp_path.iterdir()} == {text.name, "old.json"}
-    assert (tmp_path / "old.json").read_text() == "old"
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (("--probes", "0"), "whole numbers of 1 or more"),
-        (("--probes", f"2,{N_CLUSTERS + 1}"), f"1 to {N_CLUSTERS}"),
-        (("--probes", "many"), "give whole numbers of 1 or more such as"),
-        (("--positions", 0), "--positions is 0"),
-    ],
-)
-def test_evaluate_refuses_arguments(refused, converted, text, arguments, said):
-    assert said in refused("evaluate", "text", "--model", converted, "--text", text, *arguments)
-
-
-@pytest.mark.parametrize(
-    "content, said",
-    [(b"", "is empty"), (b"\xff\xfe", "not UTF-8"), (b"a", "too short"), (None, "cannot be read")],
-)
-def test_evaluate_refuses_texts(refused, converted, tmp_path, content, said):
-    if content is not None:
-        (tmp_path / "text.txt").write_bytes(content)
-    arguments = ("--model", converted, "--text", tmp_path / "text.txt")
-    assert said in refused("evaluate", "text", *arguments)
+def test_tasks_are_printed_and_written(run, refused, converted, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    file, tasks = tmp_path / "out.json", write_tasks(tmp_path / "tasks")
+    arguments = ("--model", converted, "--include-path", tasks)
+    code, output, errors = run(
+        "evaluate", "tasks", *arguments, "--tasks", f"{CHOICE},{GENERATE}", PERPLEXITY,
+        "--json", file, "--n-probes", 17, "--limit", 2, "--num-shots", 1,
+        "--output-dir", tmp_path / "new",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "Traceback" not in errors
+    assert max(len(line) for line in output.splitlines()) <= 80
+    assert "batch_generate" not in output and "batch_generate" in errors
+    results = json.loads(file.read_text())["results"]
+    assert [(r["task"], r["head"], r["metric"]) for r in results] == [
+        (CHOICE, "dense", "acc"),
+        (GENERATE, "FlashHead", "exact_match"),
+        (PERPLEXITY, "dense", "byte_perplexity"),
+        (PERPLEXITY, "dense", "bits_per_byte"),
+        (PERPLEXITY, "FlashHead", "byte_perplexity"),
+        (PERPLEXITY, "FlashHead", "bits_per_byte"),
+    ]
+    # the table shows the figures that the file has
+    for result in results:
+        (line,) = (
+            line
+            for line in output.splitlines()
+            if f"{result['head']} " in line and f"{result['metric']} " in line
+        )
+        assert f"{result['value']:.4f}" in line
+    assert "approximation" in output
+    assert {result["samples"] for result in results} == {2}
+    # all clusters were scored
+    assert results[4]["value"] == pytest.approx(results[2]["value"], rel=1e-5)
+    (written,) = (tmp_path / "new").iterdir()
+    assert re.fullmatch(f"eval_.*_01_{CHOICE}_{GENERATE}_{PERPLEXITY}", written.name)
+    tasks = json.loads(written.read_text())
+    assert tasks[CHOICE]["acc,none"] == results[0]["value"]
+    assert tasks[PERPLEXITY]["byte_perplexity,none"] == results[2]["value"]
+    assert "17" in refused("evaluate", "tasks", *arguments, "--tasks", CHOICE, "--n-probes", 18)

@@ -1,7 +1,8 @@
-"""``generate``: the text of every mode, the flags, and flags that do not go together."""
+"""``generate``: the text of every mode and of structured answers, and the flags."""
 
 import importlib
 import io
+import json
 import re
 import sys
 
@@ -12,13 +13,27 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead.models.dense import load_dense
 from model_folders import VOCAB_SIZE, write_model
-from remote_code import write_remote_model
 from tiny_adapters import write_adapters
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
 PROMPT, TOKENS = "The river was wide", 12
 ASK = ("--prompt", PROMPT, "--ignore-chat-template", "--max-tokens", TOKENS, "--verbose", "F")
-newest = pytest.mark.newest
+SCHEMA = """{
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "on": {"type": "boolean"}},
+    "required": ["name", "on"],
+    "additionalProperties": false
+}"""
+# Code of a model's own: a llama whose logits are capped.
+CODE = """
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+
+class Model(llama.Model):
+    def __call__(self, *arguments, **options):
+        return 8 * mx.tanh(super().__call__(*arguments, **options) / 8)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +48,7 @@ def generated(run):
     """A function of flags: what the command prints."""
 
     def generated(*arguments):
-        code, output, errors = run("generate", *arguments, *ASK)
+        code, output, errors = run("generate", *ASK, *arguments)
         assert (code, errors) == (0, "")
         return output
 
@@ -173,36 +188,21 @@ def test_adapters(generated, refused, dense, converted, right, tmp_path):
 
 
 def test_own_code_of_a_model(run, generated, refused, tmp_path):
-    dense, converted = write_remote_model(tmp_path / "dense"), tmp_path / "converted"
+    further = {"model_type": "of_its_own", "model_file": "own_model.py"}
+    dense = write_model(tmp_path / "dense", tied=False, further=further)
+    converted = tmp_path / "converted"
+    (dense / "own_model.py").write_text(CODE)
     flags = ("--model", dense, "--mlx-path", converted, "--n-probes", 3, "--calibration", "none")
     assert "--trust-remote-code" in refused("convert", *flags)
     assert run("convert", *flags, "--trust-remote-code")[0] == 0
     assert "--trust-remote-code" in refused("generate", "--model", converted, *ASK)
     flags = ("--model", converted, "--trust-remote-code")
     model, tokenizer = mlx_flashhead.load(str(converted), trust_remote_code=True)
-    expected = mlx_flashhead.generate(model, tokenizer, PROMPT, max_tokens=TOKENS) + "\n"
+    assert type(model).__module__ == "custom_model"
+    options = {"max_tokens": TOKENS, "dense": True}
+    expected = mlx_flashhead.generate(model, tokenizer, PROMPT, **options) + "\n"
+    assert generated(*flags, "--no-check") != expected
     assert generated(*flags) == generated(*flags, "--draft-model", converted) == expected
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        ((), "--model is needed"),
-        (("--model", "x", "--max-tokens", 0), "--max-tokens is 0"),
-        (("--model", "x", "--num-draft-tokens", 0), "--num-draft-tokens is 0"),
-        pytest.param(("--model", "x", "--prefill-step-size", 0), "size is 0", marks=newest),
-        (("--model", "x", "--draft-probes", 2), "add --draft-model"),
-        (("--model", "x", "--draw-probes"), "--temp above 0"),
-        (("--model", "x", "--draw-probes", "--temp", 1, "--dense"), "no --dense"),
-        (("--model", "x", "--dense", "--n-probes", 4), "leave --n-probes out"),
-        (("--model", "x", "--temp", "nan"), "--temp is nan: give a number of 0 or more"),
-        (("--model", "x", "--n-probes", 0), "--n-probes is 0: give a whole number of 1 or more"),
-        (("--model", "x", "--chat-template-config", "{"), "give a JSON object such as"),
-        (("--model", "x", "--no-such-flag"), "there is no option --no-such-flag"),
-    ],
-)
-def test_refuses_flags(refused, arguments, said):
-    assert said in refused("generate", *arguments)
 
 
 def test_refuses_prompts_and_probes_before_it_prints(run, converted):
@@ -214,3 +214,26 @@ def test_refuses_prompts_and_probes_before_it_prints(run, converted):
     ):
         code, output, errors = run("generate", "--model", converted, *ASK, *flags)
         assert (code, output) == (2, "") and errors.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("further", [(), ("--dense",), ("--temp", 1, "--seed", 2)])
+def test_json_schema(run, generated, converted, tmp_path, further):
+    (tmp_path / "schema").write_text(SCHEMA)
+    arguments = ("--model", converted, "--json-schema", tmp_path / "schema", *further)
+    answer = json.loads(generated(*arguments, "--max-tokens", 80))
+    assert list(answer) == ["name", "on"] and isinstance(answer["on"], bool)
+    code, output, errors = run("generate", *ASK, *arguments, "--max-tokens", 3)
+    assert code == 0 and len(output) < 8
+    assert "not a whole one of the JSON schema: it was cut at --max-tokens 3" in errors
+
+
+def test_regular_expression_and_grammar(generated, converted, tmp_path, monkeypatch):
+    arguments = ("--max-tokens", 80, "--model", converted)
+    assert re.fullmatch("[0-9]{4}(ab)+c\n", generated(*arguments, "--regex", "[0-9]{4}(ab)+c"))
+    (tmp_path / "grammar").write_text('start: "yes" | "no"\n')
+    assert generated(*arguments, "--grammar", tmp_path / "grammar") in ("yes\n", "no\n")
+    # an answer does not act on a terminal
+    pattern = "a\\x1b\\[2Jb"
+    assert generated(*arguments, "--regex", pattern) == "a\x1b[2Jb\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert generated(*arguments, "--regex", pattern) == "a[2Jb\n"

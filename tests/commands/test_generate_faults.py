@@ -5,7 +5,10 @@ import importlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import time
 from functools import partial
 
 import pytest
@@ -93,17 +96,20 @@ def test_stopped_at_twenty_moments(generate, arguments, text, folder, monkeypatc
 
 @pytest.mark.newest
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_a_long_prompt_ends_it_soon(generate, folder, number):
+def test_a_signal_during_a_long_prompt_ends_it_soon(tmp_path, number):
     """One call of MLX reads it, for which Python's own handlers wait."""
-    if not (model := folder / "long").exists():
-        write_model(model, hidden_size=256, further={"max_position_embeddings": 100_000})
-    code, output, errors = generate(
-        "long-home", "--model", model, "--prompt", "x" * 6000, "--prefill-step-size", 8192,
-        moment=1, number=number, delay=1.0,
-    )  # fmt: skip
-    assert generate.seconds_since_signal("long-home") < MOST_SECONDS
-    assert code == 128 + number and errors.endswith("Interrupted.\n")
-    assert output.strip() == RULE.strip() and "Traceback" not in errors
+    further = {"max_position_embeddings": 100_000}
+    model = write_model(tmp_path / "long", hidden_size=256, further=further)
+    words = ("-m", "mlx_flashhead.generate", "--model", model, "--prefill-step-size", "8192")
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    words = (sys.executable, "-u", *words, "--prompt", "x" * 6000)
+    with subprocess.Popen(words, text=True, **pipes) as process:
+        assert process.stdout.readline() == RULE
+        time.sleep(1)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=MOST_SECONDS)
+    assert process.returncode == 128 + number and errors.endswith("Interrupted.\n")
+    assert output.strip() == "" and "Traceback" not in errors
 
 
 @pytest.fixture

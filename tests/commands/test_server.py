@@ -1,6 +1,7 @@
 """``server``: what it prints, how it ends, its flags, and mistakes before it serves."""
 
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.models.dense import load_dense
+from mlx_flashhead.serving.network.addresses import access_of
+from mlx_flashhead.serving.options import check_options, make_parser
 from model_folders import VOCAB_SIZE
 from server_process import serving
 from tiny_models import tiny_index
@@ -169,49 +172,56 @@ def test_a_flash_head_of_its_own_and_a_draft_with_its_flash_head(
         assert f"{converted} drafts with FlashHead(" in server.log()
 
 
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        ((), "--model is needed"),
-        (("--model", "./absent"), "There is no folder ./absent"),
-        (("--model", "x", "--port", 70000), "--port is 70000: give 0 to 65535"),
-        (("--model", "x", "--temp", -1), "--temp is -1: give 0 to 100"),
-        (("--model", "x", "--min-p", "inf"), "--min-p is inf"),
-        (("--model", "x", "--context-size", 1), "--context-size is 1"),
-        (("--model", "x", "--max-body-bytes", "8Q"), "--max-body-bytes is 8Q"),
-        (("--model", "x", "--prompt-cache-bytes", "-1"), "--prompt-cache-bytes is -1"),
-        (("--model", "x", "--kv-bits", 7), "--kv-bits is 7: choose 2"),
-        (("--model", "x", "--dense", "--n-probes", 4), "leave --n-probes out"),
-        (("--model", "x", "--no-such-flag"), "no option --no-such-flag"),
-        (("--model", "x", "--chat-template-args", "{"), "--chat-template-args"),
-        (("--model", "x", "--log-level", "LOUD"), "--log-level is LOUD: choose DEBUG"),
-    ],
-)
-def test_server_refuses_flags(refused, arguments, said):
-    assert said in refused("server", *arguments)
-
-
-def test_server_refuses_what_cannot_be_served(refused, dense, converted, tmp_path):
+def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
     before = set(threading.enumerate())
-    served = ("--model", converted, "--port", 0)
-    assert f"1 to {N_CLUSTERS}" in refused("server", *served, "--n-probes", N_CLUSTERS + 1)
-    assert "no folder ./absent" in refused("server", *served, "--draft-model", "./absent")
-    dense_served = ("--model", dense, "--port", 0, "--flash-head", tmp_path)
-    assert f"{tmp_path} holds no FlashHead" in refused("server", *dense_served)
-    assert "the host does not exist" in refused("server", *served, "--host", "no.such.host.invalid")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         said = refused("server", "--model", converted, "--port", port)
     assert f"Port {port} of 127.0.0.1" in said and "in use" in said
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in converted.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
+    broken = shutil.copytree(converted, tmp_path / "broken")
     (broken / "flash_head.index").write_bytes(b"x")
     assert "damaged or incomplete" in refused("server", "--model", broken, "--port", 0)
     (broken / "flash_head.index").write_bytes((converted / "flash_head.index").read_bytes())
     (broken / "model.safetensors").write_bytes(b"none")
     assert "cannot load the model" in refused("server", "--model", broken, "--port", 0)
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
+
+
+@pytest.fixture
+def access_by(tmp_path):
+    """A function of flags, as the server's command parses them: → (host, access)."""
+
+    def access_by(*flags):
+        parser = make_parser()
+        token_file = str(tmp_path / "token")
+        args = parser.parse_args(["--model", "model", "--token-file", token_file, *flags])
+        check_options(parser, args)
+        return args.host, access_of(args)
+
+    return access_by
+
+
+def test_this_machine_alone_by_default(access_by, tmp_path):
+    host, access = access_by()
+    assert (host, access.token) == ("127.0.0.1", None)
+    assert not access.origins and not access.hosts
+    assert not (tmp_path / "token").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--lan"], ["--host", "0.0.0.0"], ["--host", "192.168.1.5"], ["--host", "::"]]
+)
+def test_any_network_needs_the_token(access_by, flags):
+    host, access = access_by(*flags, "--max-body-bytes", "500K")
+    assert host == (flags[1] if flags[1:] else "0.0.0.0")
+    assert access.token and access.token == access_by(*flags)[1].token
+    assert access.max_body_bytes == 500 << 10
+
+
+def test_names_and_origins_are_added(access_by):
+    names = ("--allowed-hosts", "Mac.fritz.box,other", "--allowed-origins", "https://a.example")
+    _, access = access_by(*names)
+    assert access.hosts == {"mac.fritz.box", "other"}
+    assert access.origins == {"https://a.example"}

@@ -50,21 +50,17 @@ def greedy_text(folder):
 def sources(tmp_path_factory):
     """Folders to convert, by name."""
     folder = tmp_path_factory.mktemp("sources")
-    found = {
-        "tied": write_model(folder / "tied"),
-        "untied": write_model(folder / "untied", tied=False, seed=1),
-        "half": write_model(folder / "half", tied=False, dtype=mx.bfloat16, seed=2),
-        "original": write_model(
-            folder / "original", tied=False, by_mlx=False, further={"torch_dtype": "bfloat16"}
-        ),
-        "original, tied": write_model(
-            folder / "o tied", dtype=mx.float16, by_mlx=False, further={"torch_dtype": "float16"}
-        ),
+    original = {"by_mlx": False, "further": {"torch_dtype": "bfloat16"}}
+    options = {
+        "tied": {},
+        "untied": {"tied": False, "seed": 1},
+        "half": {"tied": False, "dtype": mx.bfloat16, "seed": 2},
+        "original": original | {"tied": False},
+        "original, tied": original | {"dtype": mx.float16, "further": {"torch_dtype": "float16"}},
         # Transformers' newer name of the entry, which mlx-lm does not look at.
-        "original, dtype": write_model(
-            folder / "dtype", by_mlx=False, further={"dtype": "bfloat16"}
-        ),
+        "original, dtype": original | {"further": {"dtype": "bfloat16"}},
     }
+    found = {name: write_model(folder / name, **each) for name, each in options.items()}
     quantized = folder / "quantized"
     mlx_lm.convert(str(found["untied"]), str(quantized), quantize=True)
     return found | {"quantized": quantized}

@@ -15,8 +15,11 @@ from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 
 PROMPT = mx.array([[5, 17, 3, 99]])
-AFFINE_4 = {"quantize": True, "q_bits": 4}
-AFFINE_8 = {"quantize": True, "q_bits": 8, "q_group_size": 32}
+QUANTIZE = {"quantize": True}
+MIXED = QUANTIZE | {"quant_predicate": "mixed_4_6"}
+OF_MLP = QUANTIZE | {"quant_predicate": lambda path, module: "mlp" in path}
+AFFINE_4 = QUANTIZE | {"q_bits": 4}
+AFFINE_8 = QUANTIZE | {"q_bits": 8, "q_group_size": 32}
 
 
 @pytest.fixture(scope="module")
@@ -109,30 +112,15 @@ def test_quantized_checkpoints(tmp_path, folders, tied, body_bits):
 @pytest.mark.parametrize(
     ("hidden_size", "options", "form", "linear"),
     [
-        (64, {"quantize": True, "q_mode": "mxfp4"}, ("mxfp4", 4, 32), {4}),
-        (64, {"quantize": True, "q_mode": "nvfp4", "head_bits": 8}, ("affine", 8, 64), {4}),
-        (64, {"quantize": True, "q_mode": "mxfp8", "head_bits": 16}, ("affine", 0, 0), {8}),
-        (64, {"quantize": True, "quant_predicate": "mixed_4_6"}, ("affine", 6, 64), {4, 6}),
-        (
-            64,
-            {"quantize": True, "quant_predicate": "mixed_4_6", "head_bits": 16},
-            ("affine", 0, 0),
-            {4, 6},
-        ),
-        (
-            64,
-            {
-                "quantize": True,
-                "q_bits": 8,
-                "quant_predicate": lambda path, module: "mlp" in path,
-                "head_bits": 4,
-            },
-            ("affine", 4, 64),
-            {8, 16},
-        ),
+        (64, QUANTIZE | {"q_mode": "mxfp4"}, ("mxfp4", 4, 32), {4}),
+        (64, QUANTIZE | {"q_mode": "nvfp4", "head_bits": 8}, ("affine", 8, 64), {4}),
+        (64, QUANTIZE | {"q_mode": "mxfp8", "head_bits": 16}, ("affine", 0, 0), {8}),
+        (64, MIXED, ("affine", 6, 64), {4, 6}),
+        (64, MIXED | {"head_bits": 16}, ("affine", 0, 0), {4, 6}),
+        (64, OF_MLP | {"q_bits": 8, "head_bits": 4}, ("affine", 4, 64), {8, 16}),
         # the group fits the head's width
         (96, {"head_bits": 4}, ("affine", 4, 32), {16}),
-        (96, {"quantize": True, "q_group_size": 32, "head_bits": 8}, ("affine", 8, 32), {4}),
+        (96, QUANTIZE | {"q_group_size": 32, "head_bits": 8}, ("affine", 8, 32), {4}),
         (128, {"head_bits": 8}, ("affine", 8, 64), {16}),
     ],
 )

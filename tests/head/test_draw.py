@@ -1,11 +1,11 @@
-"""Which tokens a draw keeps, in rows that are halved before they are sorted, and how often each."""
+"""The draw of a token: what is kept, how often each is drawn, and the kernel by the same noise."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import sample_utils
 
-from draw_reference import kept
+from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
 from mlx_flashhead import make_sampler
 from mlx_flashhead.head import draw as draw_module
 from mlx_flashhead.head.draw import (
@@ -17,6 +17,54 @@ from mlx_flashhead.head.draw import (
     position_key,
     threshold,
 )
+from mlx_flashhead.head.kernels import MIN_PROBES, MetalSteps
+from mlx_flashhead.head.steps import Candidates, Selection
+
+# The definition, in numpy; see metal/flash_head/sample.h.
+NONE = -1e30  # log_min_p without min_p
+
+
+@mx.vmap
+def uniforms(key: mx.array) -> mx.array:
+    return mx.random.uniform(shape=(2,), key=key)
+
+
+def noise(ids: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Gumbel noise (K,) of token ids (K,): two tokens share a key, counted from the position's."""
+    keys = np.stack([key[0] + ids // 2, np.full_like(ids, key[1])], axis=-1)
+    drawn = np.array(uniforms(mx.array(keys)))[np.arange(len(ids)), ids % 2]
+    return -np.log(-np.log(drawn))
+
+
+def kept(logits: np.ndarray, tail: float, top_p: float, log_min_p: float, top_k: int):
+    """Which of the scored tokens (K,) may be drawn: bool (K,). ``tail``: of the others, a log."""
+    x = logits.astype(np.float64)
+    mass = np.exp(x - x.max())
+    every = mass.sum() + np.exp(tail - x.max())
+    order = np.argsort(-x, kind="stable")
+    place = np.searchsorted(-x[order], -x, side="left")  # how many are strictly above
+    above = np.concatenate([[0], np.cumsum(mass[order])])[place]
+    keep = logits >= np.float32(logits.max() + np.float32(log_min_p))
+    if top_p < 1:
+        keep &= above < top_p * every
+    if top_k > 0:
+        keep &= place < top_k
+    return keep
+
+
+def drawn_token(ids: np.ndarray, logits: np.ndarray, tail: float, setting, top_k: int, key) -> int:
+    """The token of one position, of those with ids (K,) and float32 logits (K,).
+
+    ``tail`` is the logarithm of the others' mass, ``setting`` 1/temperature, top_p and log_min_p.
+    """
+    scale, top_p, log_min_p = map(np.float32, setting)
+    if scale == 0 or np.isnan(logits).any():
+        best = np.isnan(logits) if np.isnan(logits).any() else logits == logits.max()
+        return int(ids[best].min())
+    values = logits * scale + noise(ids, key)
+    values[~kept(logits, tail, top_p, log_min_p, top_k)] = -np.inf
+    return int(ids[values == values.max()].min())
+
 
 SETTINGS = [
     DrawSettings(0.0),
@@ -74,3 +122,116 @@ def test_tokens_are_drawn_as_often_as_by_mlx_lms_sampler(arguments):
     samples = rng.multinomial(n_draws, (ours + theirs) / (2 * n_draws), size=(2, 200))
     distances = np.abs(samples[0] - samples[1]).sum(axis=1)
     assert np.abs(ours - theirs).sum() < distances.mean() + 5 * distances.std()
+
+
+LN_20TH = float(np.log(0.05))
+KERNEL_SETTINGS = [  # 1/temperature, top_p, log_min_p, top_k
+    (0, 1, NONE, 0), (0, 0.5, LN_20TH, 3), (1, 1, NONE, 0), (1.25, 1, NONE, 0), (0.4, 1, NONE, 0),
+    (1, 0.1, NONE, 0), (1, 0.5, NONE, 0), (1.25, 0.95, NONE, 0), (0.5, 0.999, NONE, 0),
+    (0.3, 1, LN_20TH, 0), (0.3, 1, 0, 0), (0.3, 1, NONE, 1), (0.3, 1, NONE, 5),
+    (0.3, 1, NONE, 100_000), (0.3, 0.9, LN_20TH, 20), (0.3, 0.7, NONE, 40), (0.05, 0.99, -9.0, 64),
+]  # fmt: skip
+
+
+def steps_of(rng, cluster_size, n_clusters=50):
+    """Steps of a head in which only the token ids matter; two slots are padded if there is room."""
+    n_tokens = n_clusters * cluster_size - (2 if cluster_size > 1 else 0)
+    rows = make_rows(rng, n_tokens, 4, bits=16, group_size=0, dtype=mx.float16)
+    centroids = make_centroids(rng, n_clusters, 4, group_size=0, dtype=mx.float16)
+    return MetalSteps(cluster(rng, rows, centroids, cluster_size))
+
+
+def scored(rng, steps, n_rows, n_probes, dtype, spread=3.0, ties=False):
+    """A selection of ``n_probes`` clusters of each row, and random logits of their tokens."""
+    clustered = steps.clustered
+    probes = [rng.permutation(clustered.n_clusters)[:n_probes] for _ in range(n_rows)]
+    probes = np.sort(np.stack(probes), axis=-1)
+    held = np.minimum(np.arange(max(n_probes, MIN_PROBES)), n_probes - 1)
+    probes = mx.array(probes.astype(np.uint32))
+    logits = rng.normal(scale=spread, size=(*probes.shape, clustered.cluster_size))
+    logits = mx.array(np.round(logits) if ties else logits).astype(dtype)
+    padded = clustered.token_ids[probes] == clustered.vocab_size
+    logits = mx.where(padded, mx.finfo(dtype).min, logits)[:, mx.array(held)]
+    tail = mx.array(rng.normal(size=(n_rows, 2)).astype(np.float32))
+    return Selection(probes[:, mx.array(held)], unscored=tail), candidates_of(logits)
+
+
+def candidates_of(logits):
+    return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
+
+
+def arguments(rng, settings):
+    keys = rng.integers(2**32, size=(len(settings), 2), dtype=np.uint32)
+    floats = np.array([setting[:3] for setting in settings], np.float32)
+    counts = np.array([setting[3] for setting in settings], np.uint32)
+    return Draws(mx.array(floats), mx.array(counts), mx.array(keys))
+
+
+def drawn_by(steps, case, drawing):
+    return steps.choose(*case, case[0].unscored, drawing)[0]
+
+
+def expected(steps, selection, candidates, settings, top_k, keys, _=True):
+    ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
+    logits = to_numpy(candidates.logits).astype(np.float32)
+    real = ids < steps.clustered.vocab_size
+    real[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # not of repeated probes
+    tail = to_numpy(selection.unscored)[:, 1]
+    drawing = map(to_numpy, (settings, top_k, keys))
+    rows = zip(ids, logits, real, tail, *drawing, strict=False)  # settings may have more rows
+    return [drawn_token(ids[real], logits[real], *rest) for ids, logits, real, *rest in rows]
+
+
+@pytest.mark.parametrize(
+    "dtype, cluster_size",
+    [(mx.float32, 1), (mx.float32, 16), (mx.float16, 8), (mx.bfloat16, 1), (mx.bfloat16, 16)],
+    ids=str,
+)
+def test_the_token_is_the_definitions(dtype, cluster_size):
+    """Rows of all settings at once, and few rows, whose arrays MLX passes in `constant`."""
+    rng = np.random.default_rng(cluster_size)
+    with kernels():
+        steps = steps_of(rng, cluster_size)
+        for n_probes, ties in ((1, False), (7, True), (8, False), (40, False), (40, True)):
+            for part in (slice(None), slice(7, 8), slice(14, 17), slice(6, 11)):
+                settings = KERNEL_SETTINGS[part]
+                case = scored(rng, steps, len(settings), n_probes, dtype, ties=ties)
+                drawing = arguments(rng, settings)
+                tokens = drawn_by(steps, case, drawing)
+                assert tokens.tolist() == expected(steps, *case, *drawing)
+            greedy = steps.token(*case).tolist()
+            assert greedy == expected(steps, *case, mx.zeros((5, 3)), *drawing[1:])
+
+
+@pytest.mark.skipif(on_gpu(), reason="a GPU's order of threads cannot be chosen")
+def test_the_token_does_not_depend_on_the_order_of_threads():
+    drawn = []
+    for order, seed in (("forward", 0), ("reverse", 0), ("shuffle", 1), ("shuffle", 2)):
+        rng = np.random.default_rng(5)
+        with kernels(order=order, seed=seed):
+            steps = steps_of(rng, 16)
+            case = scored(rng, steps, len(KERNEL_SETTINGS), 40, mx.bfloat16, ties=True)
+            drawn.append(drawn_by(steps, case, arguments(rng, KERNEL_SETTINGS)).tolist())
+    assert drawn[1:] == drawn[:1] * 3
+
+
+def test_values_without_order():
+    """NaN, of which the lowest id wins; all logits saturated; a mass that the others hold."""
+    rng = np.random.default_rng(3)
+    settings = [(1, 0.9, NONE, 4)] * 4
+    with kernels():
+        steps = steps_of(rng, 8)
+        selection, candidates = scored(rng, steps, 4, 9, mx.float32)
+        logits = candidates.logits
+        logits[0, 3, 2] = logits[0, 5, 1] = float("nan")
+        logits[1] *= 1e30
+        logits[3] = mx.finfo(mx.float32).min
+        tail = mx.array([[0.0, 0.0], [0.0, 0.0], [1e30, 700.0], [0.0, 0.0]])
+        case = selection._replace(unscored=tail), candidates_of(logits)
+        drawing = arguments(rng, settings)
+        found = drawn_by(steps, case, drawing).tolist()
+    ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
+    assert found[0] == ids[0][[3, 5], [2, 1]].min()
+    assert found[3] == ids[3].min()
+    case = selection._replace(probes=selection.probes[:3], unscored=tail), candidates_of(logits[:3])
+    assert found[1:3] == expected(steps, *case, *drawing)[1:]

@@ -6,10 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.head.backend import BACKEND_VARIABLE, choose_backend
+from mlx_flashhead.head.backend import BACKEND_VARIABLE, choose_backend, make_steps
 from mlx_flashhead.head.centroids import Centroids
 from mlx_flashhead.head.flash_head import NEVER_DRAWN, FlashHead
 from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.head.portable import PortableSteps
 from tiny_models import fitted, random_clusters, random_rows
 
 VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS = 203, 64, 8, 26
@@ -201,7 +202,9 @@ def test_backend_is_chosen(monkeypatch):
     assert choose_backend() == choose_backend("mlx") == "mlx"
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     assert choose_backend("metal") == "metal"
-    assert choose_backend() == "mlx"  # the default device is the CPU
+    assert choose_backend() == "mlx"
+    steps, reason = make_steps(make_head()[0].clustered, None)
+    assert type(steps) is PortableSteps and reason == "MLX's default device is the CPU."
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     assert choose_backend() == "metal"
     monkeypatch.setenv(BACKEND_VARIABLE, "mlx")

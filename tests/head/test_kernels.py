@@ -9,19 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import (
-    cluster,
-    covering_cases,
-    make_centroids,
-    make_rows,
-    on_gpu,
-    to_numpy,
-)
-from kernel_checks import check_all, check_selection, run, small_head
-from mlx_flashhead.head.formats import FORMATS
-from mlx_flashhead.head.kernels import unread
-from mlx_flashhead.head.portable import PortableSteps
-from mlx_flashhead.head.steps import Candidates, Selection
+from kernel_cases import cluster, covering_cases, make_centroids, make_rows, on_gpu, to_numpy
+from kernel_checks import check_all, run, small_head
 
 FACTORS = {
     "batch": (1, 2, 5, 32),
@@ -122,30 +111,3 @@ def test_outputs_do_not_depend_on_the_order_of_threads():
     for others in flat[1:]:
         for first, other in zip(flat[0], others, strict=True):
             np.testing.assert_array_equal(to_numpy(first), to_numpy(other))
-
-
-UNREAD = [one for one in FORMATS if one.metal is None]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("form", UNREAD, ids=str)
-def test_rows_that_no_kernel_reads_are_scored_by_mlx(form, bias):
-    """All other steps are kernels, and their results are the portable path's."""
-    rng = np.random.default_rng(9)
-    group_size = form.group_sizes[-1]
-    shape = {"bits": form.bits, "group_size": group_size, "mode": form.mode}
-    rows = make_rows(rng, 157, 128, dtype=mx.float32, **shape)
-    if bias:
-        rows = replace(rows, bias=mx.array(rng.normal(size=157).astype(np.float32)))
-    clustered = cluster(rng, rows, make_centroids(rng, 20, 128, group_size=64), 8, (5,))
-    hidden = mx.array(rng.normal(size=(3, 128)).astype(np.float32))
-    assert unread(clustered) == {"score": str(form)}
-    plain = PortableSteps(clustered)
-    for n_probes in (2, 11):
-        scores, selection, _, full, token = run(clustered, hidden, n_probes)
-        check_selection(clustered, scores, n_probes, selection)
-        only = Selection(selection.probes), Candidates(plain.score(hidden, selection).logits)
-        np.testing.assert_allclose(
-            to_numpy(full), to_numpy(plain.expand(scores, *only)), rtol=1e-5, atol=1e-5
-        )
-        np.testing.assert_array_equal(to_numpy(token), to_numpy(full).argmax(axis=-1))

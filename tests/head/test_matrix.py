@@ -1,58 +1,87 @@
-"""The rows of a head: products, dtypes, and the fingerprint."""
+"""The rows of a head: formats against what MLX quantizes to, products, and the fingerprint."""
 
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 
-from mlx_flashhead.head.formats import FORMATS
-from tiny_models import random_rows
+from mlx_flashhead.head.formats import FORMATS, affine_group, find_format
+from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.models.locate import HeadLocation
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
-# bits, group size, mode
-FORMS = [(None, 32, "affine")] + [
-    (one.bits, one.group_sizes[0], one.mode) for one in FORMATS if one.group_sizes
-]
-ids = [f"{mode}{bits}" if bits else "floats" for bits, _, mode in FORMS]
+QUANTIZED = [(one, group) for one in FORMATS for group in one.group_sizes]
+FORMS = [None, *(one for one in FORMATS if one.group_sizes)]
 
 
-def linear_layer(rows) -> nn.Module:
-    """The mlx layer that holds these rows."""
-    if rows.quantized:
-        layer = nn.QuantizedLinear(
-            rows.hidden_size, rows.n_rows, bias=rows.bias is not None, **rows.quantization
-        )
-    else:
-        layer = nn.Linear(rows.hidden_size, rows.n_rows, bias=rows.bias is not None)
-    layer.update(rows.arrays())
-    return layer
+def random(*shape, seed=0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-@pytest.mark.parametrize("bits, group_size, mode", FORMS, ids=ids)
+@pytest.mark.parametrize("one, group_size", QUANTIZED, ids=str)
+def test_quantized_formats_are_mlxs(one, group_size):
+    floats = Matrix(random(6, 256).astype(mx.bfloat16))
+    matrix = floats.quantize(bits=one.bits, group_size=group_size, mode=one.mode)
+    assert tuple(matrix.arrays()) == one.arrays
+    assert matrix.format is one and matrix.quantized
+    assert (matrix.n_rows, matrix.hidden_size) == (6, 256)
+    assert matrix.nbytes == 6 * 256 * one.bytes_per_weight(group_size)
+
+
+def test_all_that_mlx_can_quantize_to_is_there():
+    weight = mx.zeros((1, 256))
+    found = set()
+    for mode in ("affine", "mxfp4", "mxfp8", "nvfp4"):
+        for bits in range(1, 17):
+            for group_size in (8, 16, 32, 64, 128, 256):
+                try:
+                    mx.eval(mx.quantize(weight, group_size=group_size, bits=bits, mode=mode))
+                except ValueError:
+                    continue
+                found.add((mode, bits, group_size))
+    assert found == {(one.mode, one.bits, group_size) for one, group_size in QUANTIZED}
+
+
+@pytest.mark.parametrize(
+    "mode, bits, said", [("affine", 7, "'7-bit affine'"), (None, 64, "'64-bit float'")]
+)
+def test_other_formats(mode, bits, said):
+    with pytest.raises(ValueError, match=f"{said} are not supported: .* are 32-bit float, 16"):
+        find_format(mode, bits)
+
+
+@pytest.mark.parametrize("width, first, group", [
+    (128, 64, 64), (128, 128, 128), (64, 128, 32), (96, 64, 32), (48, 64, None), (33, 64, None),
+])  # fmt: skip
+def test_group_that_fits(width, first, group):
+    assert affine_group(width, first) == group
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_matmul_is_the_layers_product(bits, group_size, mode, dtype, hidden_dtype, bias):
-    rng = np.random.default_rng(0)
-    rows = random_rows(
-        rng, 37, 64, dtype=dtype, bits=bits, group_size=group_size, mode=mode, bias=bias
-    )
-    hidden = mx.array(rng.normal(size=(2, 3, 64)).astype(np.float32)).astype(hidden_dtype)
-    expected = linear_layer(rows)(hidden)
-    actual = rows.matmul(hidden)
+def test_matmul_is_the_layers_product(form, dtype, hidden_dtype, bias):
+    layer = nn.Linear(64, 37, bias=bias)
+    layer.weight = random(37, 64) / 2
+    layer.set_dtype(dtype)
+    if form is not None:
+        layer = layer.to_quantized(form.group_sizes[0], form.bits, form.mode)
+    rows = HeadLocation(layer, "lm_head", "__call__").rows()
+    hidden = random(2, 3, 64, seed=1).astype(hidden_dtype)
+    expected, actual = layer(hidden), rows.matmul(hidden)
     assert actual.dtype == expected.dtype == rows.logits_dtype(hidden_dtype)
     tolerance = {mx.float32: 1e-5, mx.float16: 2e-2, mx.bfloat16: 1e-1}[actual.dtype]
-    assert mx.allclose(
-        actual.astype(mx.float32), expected.astype(mx.float32), rtol=0, atol=tolerance
-    )
+    assert mx.abs((actual - expected).astype(mx.float32)).max() <= tolerance
 
 
 def test_fingerprint_is_of_the_stored_rows():
-    rows = random_rows(np.random.default_rng(3), 500, 32, bits=4)
-    again = random_rows(np.random.default_rng(3), 500, 32, bits=4)
-    assert rows.fingerprint == again.fingerprint
+    def stored(seed):
+        return Matrix(random(500, 32, seed=seed)).quantize(bits=4, group_size=32, mode="affine")
+
+    rows = stored(3)
+    assert rows.fingerprint == stored(3).fingerprint
     assert len(rows.fingerprint) == 64
     changed = {
         "first row": replace(rows, weight=rows.weight.at[0, 0].add(1)),
@@ -61,7 +90,7 @@ def test_fingerprint_is_of_the_stored_rows():
         "offsets": replace(rows, biases=rows.biases + 1),
         "dtype": replace(rows, scales=rows.scales.view(mx.int32)),  # of the same bytes
         "number of rows": rows.take(mx.arange(499)),
-        "other rows": random_rows(np.random.default_rng(4), 500, 32, bits=4),
+        "other rows": stored(4),
         "order": rows.take(mx.arange(499, -1, -1)),
     }
     for what, other in changed.items():
@@ -71,6 +100,6 @@ def test_fingerprint_is_of_the_stored_rows():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 7, 64, 65])
 def test_fingerprint_of_any_size(dtype, vocab_size):
-    rows = random_rows(np.random.default_rng(5), vocab_size, 8, dtype=dtype)
+    rows = Matrix(random(vocab_size, 8).astype(dtype))
     other = replace(rows, weight=rows.weight.at[vocab_size // 2, 3].add(1))
     assert rows.fingerprint != other.fingerprint

@@ -89,15 +89,8 @@ def check_form(
     rows = mx.concatenate([part.reshape(-1, part.shape[-1]) for part in states])
     hidden = np.array(rows.astype(mx.float32))
     next_ids = rng.integers(0, VOCAB_SIZE, len(hidden))
-    index = take_all(
-        build_index(
-            location.rows(),
-            IndexOptions(cluster_size=CLUSTER_SIZE, n_probes=N_PROBES),
-            hidden,
-            next_ids,
-            eos_token_ids=(EOS,),
-        )
-    )
+    options = IndexOptions(cluster_size=CLUSTER_SIZE, n_probes=N_PROBES)
+    index = take_all(build_index(location.rows(), options, hidden, next_ids, eos_token_ids=(EOS,)))
     dense = steps()
     mx.eval(dense)
     head = install_index(model, index, backend="mlx")

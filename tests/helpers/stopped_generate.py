@@ -10,8 +10,6 @@ import json
 import multiprocessing
 import os
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -38,14 +36,13 @@ class Generate:
         with patch.dict(os.environ, environment):
             self._processes.Process(target=int).start()  # starts the server of forks
 
-    def __call__(self, name: str, *arguments, kind=TEXT, moment=0, number=0, delay=0.0):
+    def __call__(self, name: str, *arguments, kind=TEXT, moment=0, number=0):
         """A run with the home of a name: (exit code or -signal, standard output and error).
 
-        At a ``moment`` of a ``kind``, or ``delay`` seconds later, it sends itself the signal of a
-        ``number``.
+        At a ``moment`` of a ``kind`` it sends itself the signal of a ``number``.
         """
         home = self._folder / name
-        run = (list(map(str, arguments)), str(home), kind, moment, number, delay)
+        run = (list(map(str, arguments)), str(home), kind, moment, number)
         process = self._processes.Process(target=generate, args=run)
         process.start()
         process.join()
@@ -56,14 +53,8 @@ class Generate:
         """How many moments of each kind the last run of a home has had."""
         return json.loads((self._folder / f"{name}.moments").read_text())
 
-    def seconds_since_signal(self, name: str) -> float:
-        """Seconds since the last run of a home has sent itself its signal."""
-        return time.time() - (self._folder / f"{name}.sent").stat().st_mtime
 
-
-def generate(
-    arguments: list[str], home: str, kind: str, moment: int, number: int, delay: float
-) -> None:
+def generate(arguments: list[str], home: str, kind: str, moment: int, number: int) -> None:
     """A run in this process, which ends with it."""
     for descriptor, stream in ((1, "out"), (2, "err")):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -74,11 +65,7 @@ def generate(
         moments[of_kind] += 1
         Path(f"{home}.moments").write_text(json.dumps(moments))
         if of_kind == kind and moments[kind] == moment:
-            threading.Timer(delay, send).start() if delay else send()
-
-    def send() -> None:
-        Path(f"{home}.sent").touch()
-        os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
 
     def look(event: str, values: tuple) -> None:
         names_file = event in FILES and isinstance(values[0], str | os.PathLike)

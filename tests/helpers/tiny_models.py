@@ -40,13 +40,6 @@ CONFIGS = {
     "cohere": _COMMON,
     "phi": _COMMON | {"partial_rotary_factor": 0.5},
     "gptj": {"n_embd": HIDDEN_SIZE, "n_layer": 1, "n_head": 2, "rotary_dim": 16, "vocab_size": 203},
-    "llama4_text": _WITH_HEAD_DIM
-    | {
-        "intermediate_size_mlp": 128,
-        "rope_theta": 10000.0,
-        "no_rope_layers": [1],
-        "use_qk_norm": False,
-    },
     "minicpm": _COMMON | {"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 12},
 }
 

@@ -99,9 +99,7 @@ VLM_OVERRIDES: dict[str, dict] = named(
             }
         },
     },
-    "muse_spark": {
-        "audio": {"patch_sizes": [2, 2], "hidden_sizes": [32, 32], "depths": [1, 1]},
-    },
+    "muse_spark": {"audio": {"patch_sizes": [2, 2], "hidden_sizes": [32, 32], "depths": [1, 1]}},
     "nemotron_h_nano_omni": {"text": OVERRIDES["nemotron_h"]},
     "nemotron_nas": {"text": OVERRIDES["nemotron-nas"]},
     "paddleocr_vl": {"text": {"rope_parameters": MROPE}},

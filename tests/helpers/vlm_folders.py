@@ -11,28 +11,9 @@ from mlx_vlm.utils import update_module_configs
 from PIL import Image
 from transformers import AutoTokenizer
 
-from architecture_configs import named
 from model_folders import write_tokenizer
+from vlm_models import vlm_config
 
-TEXT = named(
-    ("qwen2_vl", "model_type"),
-    (64, "hidden_size"),
-    (2, "num_hidden_layers num_attention_heads num_key_value_heads"),
-    (128, "intermediate_size"),
-    (1e-5, "rms_norm_eps"),
-    (512, "max_position_embeddings"),
-    (10000.0, "rope_theta"),
-    ({"type": "mrope", "mrope_section": [4, 6, 6]}, "rope_scaling"),
-)
-VISION = named(
-    ("qwen2_vl", "model_type"),
-    (2, "depth num_heads mlp_ratio"),
-    (32, "embed_dim"),
-    (64, "hidden_size"),
-    (28, "image_size"),
-    (14, "patch_size spatial_patch_size"),
-    (3, "in_channels"),
-)
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # It takes a message's content as parts, as templates of vision models do.
 CHAT_TEMPLATE = (
@@ -58,9 +39,12 @@ def write_vision_model(folder: Path, *, tied: bool = False) -> Path:
         "video_token_id": video,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    text = TEXT | {"vocab_size": len(tokenizer), "tie_word_embeddings": tied}
-    config = {"model_type": "qwen2_vl", "text_config": text, "vision_config": VISION}
-    config |= text | ids | {"model_type": "qwen2_vl"}
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+    text = rope | {"vocab_size": len(tokenizer)}
+    config = vlm_config("qwen2_vl", tied) | text | ids
+    config["text_config"] |= text
+    vision = {"hidden_size": config["hidden_size"], "in_channels": 3, "mlp_ratio": 2}
+    config["vision_config"] |= vision
     made = qwen2_vl.ModelConfig.from_dict(deepcopy(config))
     made = update_module_configs(made, qwen2_vl, deepcopy(config), ["text", "vision"])
     mx.random.seed(0)

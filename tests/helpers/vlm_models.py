@@ -12,6 +12,7 @@ from mlx_vlm.utils import update_module_configs
 
 from architecture_configs import COMMON, OVERRIDES
 from architecture_models import TYING_FLAGS, stirred
+from mlx_flashhead.models.locate import find_head
 from vlm_configs import IMAGE_TOKEN, IMAGE_TOKENS, PICTURES, VISION, VLM_OVERRIDES
 
 PARTS = ("text", "vision", "perceiver", "projector", "audio")
@@ -28,8 +29,11 @@ def vlm_architectures() -> list[str]:
     return sorted(names)
 
 
-def tiny_vlm(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
-    """A random float32 model of a few layers, not evaluated; some do not care for ``tied``."""
+def tiny_vlm(name: str, *, tied: bool, bits: int | None = None, seed: int = 0) -> nn.Module:
+    """A random float32 model of a few layers, not evaluated; some do not care for ``tied``.
+
+    ``bits`` quantizes its head alone, where that can be.
+    """
     package = importlib.import_module(f"mlx_vlm.models.{name}")
     config = vlm_config(name, tied)
     made = package.ModelConfig.from_dict(config)
@@ -40,7 +44,12 @@ def tiny_vlm(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
         model.language_model._dummy_tokenizer_ids = mx.array([], dtype=mx.int32)
     if tied and name == "recurrent_gemma":  # tied where the checkpoint has no head
         model.language_model.sanitize({})
-    return stirred(model)
+    stirred(model)
+    if bits is not None:
+        module = find_head(model).module
+        if hasattr(module, "to_quantized") and name != "muse_spark":  # whose head stays as it was
+            nn.quantize(model, 32, bits, class_predicate=lambda _, other: other is module)
+    return model
 
 
 def vlm_config(name: str, tied: bool) -> dict:

@@ -62,15 +62,7 @@ class Emulator:
             mx.fast.metal_kernel, mx.metal.is_available = saved
 
     def _run(
-        self,
-        options,
-        *,
-        inputs,
-        output_shapes,
-        output_dtypes,
-        grid,
-        threadgroup,
-        template=None,
+        self, options, *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=None
     ):
         """Runs a kernel at once (MLX would wait until an output is needed), and gives its outputs.
 

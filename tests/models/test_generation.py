@@ -11,6 +11,7 @@ from model_folders import VOCAB_SIZE
 from model_pair import N_PROBES, uncached, until_end
 
 PROMPTS = ("One day", "How do I bake bread?", "x")
+BATCH = (*PROMPTS, "Why is the sky blue", "It was", "The river")
 TOKENS = 16
 
 
@@ -114,3 +115,37 @@ def test_dense_models_generate_as_they_are(pair):
     for options in ({"n_probes": 1}, {"draw_temperature": 1.0}):
         with pytest.raises(ValueError, match="has no FlashHead"):
             generate(*dense, "One day", max_tokens=TOKENS, **options)
+
+
+@pytest.fixture
+def prompts(pair):
+    return [pair.encode(prompt) for prompt in BATCH]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"completion_batch_size": 2, "prefill_batch_size": 2}])
+@pytest.mark.parametrize("settings", [{}, {"dense": True}, {"check": False}], ids=str)
+def test_batch_is_what_each_gets_alone(flash, pair, prompts, sizes, settings):
+    expected = [uncached(pair.dense, ids, TOKENS) for ids in prompts]
+    if settings == {"check": False}:
+        expected = [pair.bare(ids, TOKENS) for ids in prompts]
+    expected = [until_end(pair, tokens) for tokens in expected]
+    options = {"max_tokens": TOKENS, "return_token_ids": True, **sizes, **settings}
+    assert batch_generate(*flash, prompts, **options).token_ids == expected
+
+
+def test_an_empty_prompt_is_refused(flash):
+    with pytest.raises(ValueError, match="Sequence 1 has an empty prompt: give it at least one"):
+        batch_generate(*flash, [[5], []])
+
+
+def test_batch_of_several_turns(flash, pair, prompts):
+    options = {"max_tokens": 6, "return_token_ids": True}
+    first = batch_generate(*flash, prompts, return_prompt_caches=True, **options)
+    more = pair.encode(" and then?")
+    turns = [more] * len(prompts)
+    second = batch_generate(*flash, turns, prompt_caches=first.caches, **options)
+    whole = [answer for answer in first.token_ids if len(answer) == 6]
+    assert len(whole) > 3
+    for prompt, answer, found in zip(prompts, first.token_ids, second.token_ids, strict=True):
+        if answer in whole:  # the end of one that ended is in the cache too
+            assert found == until_end(pair, uncached(pair.dense, prompt + answer + more, 6))

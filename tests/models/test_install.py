@@ -1,5 +1,6 @@
-"""FlashHead on a whole model: the same logits, the same parameters, and the way back."""
+"""FlashHead on a whole model: the same logits and parameters, what it refuses, the way back."""
 
+import copy
 import gc
 import pickle
 
@@ -10,15 +11,14 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
-from mlx_flashhead.models.install import dense_copy, detach, get_flash_head
+from mlx_flashhead.models.install import dense_copy, detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
 from tiny_models import install_index, parameters, tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7], [9, 9, 0, 202]])
-TIED, UNTIED, BIAS = {"tied": True}, {"tied": False}, {"arch": "phi"}
 MODELS = {
     f"{kind}-{form}": head | how
-    for kind, head in {"tied": TIED, "untied": UNTIED, "bias": BIAS}.items()
+    for kind, head in {"tied": {}, "untied": {"tied": False}, "bias": {"arch": "phi"}}.items()
     for form, how in {
         "float32": {},
         "float16": {"dtype": mx.float16},
@@ -30,7 +30,10 @@ MODELS = {
     }.items()
 }
 models = pytest.mark.parametrize("how", MODELS.values(), ids=MODELS)
-tied_or_not = pytest.mark.parametrize("how", [TIED, UNTIED, BIAS], ids=["tied", "untied", "bias"])
+KINDS = ("tied-float32", "untied-float32", "bias-float32")
+kinds = pytest.mark.parametrize("how", [MODELS[kind] for kind in KINDS], ids=KINDS)
+SOME = (*KINDS, "tied-4-bit", "untied-4-bit")
+some_models = pytest.mark.parametrize("how", [MODELS[kind] for kind in SOME], ids=SOME)
 
 
 def installed(model, **kwargs):
@@ -44,30 +47,20 @@ def close(actual: mx.array, expected: mx.array) -> bool:
 
 
 @models
-def test_all_probes_give_the_models_logits(how):
-    model = tiny_model(**how)
-    dense = model(TOKENS)
-    head = installed(model)
-    assert get_flash_head(model) is head
-    sparse = model(TOKENS)
-    assert sparse.dtype == dense.dtype
-    assert not close(sparse, dense)
-    head.n_probes = head.n_clusters
-    assert close(model(TOKENS), dense)
-    head.n_probes = 4
-    with head.dense():
-        assert close(model(TOKENS), dense)
-
-
-@models
-def test_the_model_looks_dense_and_is_so_again_afterwards(how, tmp_path):
+def test_all_probes_give_the_models_logits_and_it_looks_dense_and_is_so_again(how, tmp_path):
     model = tiny_model(**how)
     before, dense, text = parameters(model), model(TOKENS), repr(model)
     module = find_head(model).module
     weight = mx.array(module.weight)
     classes = [type(module) for module in model.modules()]
     attributes = [sorted(vars(module)) for module in model.modules()]
-    installed(model)
+    head = installed(model)
+    assert get_flash_head(model) is head
+    sparse = model(TOKENS)
+    assert sparse.dtype == dense.dtype and not close(sparse, dense)
+    for settings in ({"n_probes": head.n_clusters}, {"dense": True}):
+        with head.settings(**settings):
+            assert close(model(TOKENS), dense)
     assert parameters(model) == before and repr(model) == text
     assert mx.array_equal(module.weight, weight) and mx.array_equal(module["weight"], weight)
     assert all(isinstance(m, cls) for m, cls in zip(model.modules(), classes, strict=True))
@@ -84,7 +77,7 @@ def test_the_model_looks_dense_and_is_so_again_afterwards(how, tmp_path):
     assert get_flash_head(model) is None
 
 
-@tied_or_not
+@kinds
 def test_dense_copy_shares_all_but_the_rows(how):
     model = tiny_model(**how)
     before, logits = parameters(model), model(TOKENS)
@@ -129,7 +122,7 @@ def test_memory_added_is_the_index():
     assert mx.get_active_memory() <= before + 50_000
 
 
-@tied_or_not
+@kinds
 def test_the_prompts_logits_are_never_made(how, monkeypatch):
     vocab_size, length = 20_000, 1000
     model = tiny_model(vocab_size=vocab_size, **how)
@@ -170,3 +163,138 @@ def test_a_model_that_was_quantized_in_memory_uses_its_flash_head():
     assert not mx.allclose(model(tokens), dense, atol=1e-2)
     model.train()
     assert mx.allclose(model(tokens), dense, atol=1e-4)
+
+
+def doubled(model) -> list:
+    return [(name, array * 2) for name, array in tree_flatten(model.parameters())]
+
+
+def head_module(model) -> nn.Module:
+    return find_head(model).module
+
+
+def find_parent(model) -> nn.Module:
+    """The module that holds the head: the model itself, or its body where they are tied."""
+    path = find_head(model).path.rpartition(".")[0]
+    return dict(model.named_modules())[path]
+
+
+CHANGES = {
+    "set_dtype": lambda model: model.set_dtype(mx.float16),
+    "apply": lambda model: model.apply(lambda array: array * 2),
+    "update": lambda model: model.update(model.parameters()),
+    "update, not strict": lambda model: model.update(
+        {"layers": [], **model.parameters()}, strict=False
+    ),
+    "load_weights": lambda model: model.load_weights(doubled(model)),
+    "load_weights, not strict": lambda model: model.load_weights(doubled(model), strict=False),
+    "quantize": lambda model: nn.quantize(model, group_size=32, bits=8),
+    "the body's set_dtype": lambda model: find_parent(model).set_dtype(mx.float16),
+    "the layer's set_dtype": lambda model: head_module(model).set_dtype(mx.float16),
+    "the layer's update": lambda model: head_module(model).update({"weight": mx.zeros(1)}),
+    "assignment": lambda model: setattr(head_module(model), "weight", mx.zeros(1)),
+    "no weight": lambda model: setattr(head_module(model), "weight", None),
+    "item": lambda model: head_module(model).__setitem__("weight", mx.zeros(1)),
+    "deletion": lambda model: delattr(head_module(model), "weight"),
+    "deleted item": lambda model: head_module(model).__delitem__("weight"),
+    "pop": lambda model: head_module(model).pop("weight"),
+}
+
+
+@some_models
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_are_refused(how, change):
+    model = tiny_model(**how)
+    installed(model)
+    before, logits = parameters(model), model(TOKENS)
+    modules = [id(module) for module in model.modules()]
+    with pytest.raises(ValueError) as error:
+        change(model)
+    message = str(error.value)
+    assert "output projection under FlashHead cannot be changed: call mlx_flashhead.det" in message
+    assert "\n" not in message
+    assert parameters(model) == before
+    assert [id(module) for module in model.modules()] == modules
+    assert mx.array_equal(model(TOKENS), logits)
+    detach(model)
+    assert parameters(model) == before
+
+
+@some_models
+def test_the_rest_can_be_changed(how):
+    model = tiny_model(**how)
+    installed(model)
+    before, path = dict((name, rest) for name, *rest in parameters(model)), find_head(model).path
+    of_body = [(n, a) for n, a in doubled(model) if not n.startswith(path) and a.dtype != mx.uint32]
+    model.load_weights(of_body, strict=False)
+    for name, *rest in parameters(model):
+        assert (rest == before[name]) == (name not in dict(of_body)), name
+    model.freeze()
+    assert not tree_flatten(model.trainable_parameters())
+    quantized = nn.Linear if how.get("bits") is None else ()
+    nn.quantize(model, group_size=32, class_predicate=lambda p, m: type(m) is quantized)
+    assert get_flash_head(model) is not None
+    assert model(TOKENS).shape == (2, 4, 203)
+
+
+@some_models
+def test_deepcopy_is_independent(how):
+    model = tiny_model(**how)
+    head = installed(model)
+    before, sparse = parameters(model), model(TOKENS)
+    copied = copy.deepcopy(model)
+    assert parameters(copied) == before
+    assert mx.array_equal(copied(TOKENS), sparse)
+    other = get_flash_head(copied)
+    other.n_probes = other.n_clusters
+    assert head.n_probes == 4
+    dense = copied(TOKENS)
+    with pytest.raises(ValueError, match="cannot be changed"):
+        copied.set_dtype(mx.float16)
+    copied.load_weights([(n, a) for n, a in doubled(copied) if "norm" in n], strict=False)
+    copied.freeze()
+    assert mx.array_equal(model(TOKENS), sparse)
+    assert tree_flatten(model.trainable_parameters())
+
+    detach(model)
+    assert get_flash_head(copied) is other
+    assert parameters(model) == before
+    assert mx.allclose(model(TOKENS), tiny_model(**how)(TOKENS))
+    assert not mx.allclose(copied(TOKENS), dense)  # its norms have other weights
+    detach(copied)
+    head_module(copied).weight = head_module(copied).weight * 0
+    assert parameters(model) == before
+
+
+def test_installing_twice_and_uninstalling_nothing():
+    model = tiny_model()
+    head = installed(model)
+    before = parameters(model)
+    index = tiny_index(tiny_model())
+    with pytest.raises(ValueError, match=r"already installed.*: detach it first\.$"):
+        install_index(model, index)
+    assert get_flash_head(model) is head
+    detach(model)
+    with pytest.raises(ValueError, match="no FlashHead on this model"):
+        detach(model)
+    assert parameters(model) == before
+    installed_again = install_index(model, index)
+    assert get_flash_head(model) is installed_again
+
+
+@some_models
+@pytest.mark.parametrize("wrong", ["n_probes", "backend", "token_ids", "centroids"])
+def test_failed_installation_leaves_the_model(how, wrong):
+    model = tiny_model(**how)
+    before, dense = parameters(model), model(TOKENS)
+    classes = [type(module) for module in model.modules()]
+    index, other = tiny_index(model), tiny_index(tiny_model(vocab_size=99))
+    arguments = {"token_ids": index.token_ids, "centroids": index.centroids, "n_probes": 4}
+    unfit = {"n_probes": 1000, "backend": "cuda", "centroids": other.centroids}
+    unfit["token_ids"] = index.token_ids * 0
+    with pytest.raises(ValueError):
+        install(model, **arguments | {wrong: unfit[wrong]})
+    assert [type(module) for module in model.modules()] == classes
+    assert parameters(model) == before
+    assert mx.array_equal(model(TOKENS), dense)
+    assert get_flash_head(model) is None

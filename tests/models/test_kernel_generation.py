@@ -33,14 +33,9 @@ PROMPTS = [
 def real(real_model_folder):
     """The model without a FlashHead, its tokenizer, and an index without calibration."""
     model, tokenizer, _ = load_dense(real_model_folder)
-    index = take_all(
-        build_index(
-            find_head(model).rows(),
-            IndexOptions(n_probes=N_PROBES, quick=True),
-            eos_token_ids=tokenizer.eos_token_ids,
-        )
-    )
-    return model, tokenizer, index
+    options = IndexOptions(n_probes=N_PROBES, quick=True)
+    rows, eos_token_ids = find_head(model).rows(), tokenizer.eos_token_ids
+    return model, tokenizer, take_all(build_index(rows, options, eos_token_ids=eos_token_ids))
 
 
 def streamed(model, tokenizer, prompt) -> list[int]:
@@ -83,22 +78,6 @@ def test_proposals_give_the_same_tokens(on_kernels, portable, which, depth):
         names = [dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches]
         assert set(names) == {"route", "select", "score", "sample"}
         assert names.count("sample") >= len(found) - 1
-
-
-def test_logits_are_the_portable_ones(real, on_kernels):
-    """Beside the tokens the tail, too: all of V, for the states of a whole prompt."""
-    model, tokenizer, _ = on_kernels
-    ids = mx.array(tokenizer.encode(PROMPTS[1]))[None]
-    found = to_numpy(model(ids))[0]
-    index = real[2]
-    detach(model)
-    install_index(model, index, backend="mlx")
-    expected = to_numpy(model(ids))[0]
-    assert found.shape == expected.shape == (ids.size, get_flash_head(model).vocab_size)
-    # where two clusters differ by less than 1/64 nat, either may be probed
-    same = np.isclose(found, expected, rtol=1e-4, atol=1e-3)
-    assert same.mean() > 0.998
-    np.testing.assert_array_equal(found.argmax(axis=-1), expected.argmax(axis=-1))
 
 
 def test_an_exported_plan_gives_the_same_logits(on_kernels, tmp_path):

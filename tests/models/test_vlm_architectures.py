@@ -4,7 +4,6 @@ The cases are those that docs/architectures.md names, as in `test_architectures.
 """
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -64,11 +63,8 @@ def steps(model, tokens, given) -> list[mx.array]:
 
 @by_form(FOUND, lambda form: form.served)
 def test_flash_head(name, tied):
-    model = tiny_vlm(name, tied=tied)
-    if tied or not FOUND[name][True].served:  # half of them quantized, to keep this short
-        module = find_head(model).module
-        if hasattr(module, "to_quantized") and name != "muse_spark":  # whose head stays as it was
-            nn.quantize(model, 32, 4, class_predicate=lambda _, other: other is module)
+    quantized = tied or not FOUND[name][True].served  # half of them, to keep this short
+    model = tiny_vlm(name, tied=tied, bits=4 if quantized else None)
     location = find_head(model)
     assert (f"`{location.path}`", location.tied) == (FOUND[name][tied].cell, tied)
     tokens = mx.array(np.random.default_rng(1).integers(0, VOCAB_SIZE - 1, (1, 9)))

@@ -14,9 +14,7 @@ from mlx_vlm.generate.ar import generate_step
 from mlx_vlm.speculative.drafters.eagle3.config import Eagle3Config
 from mlx_vlm.speculative.drafters.eagle3.eagle3 import Eagle3DraftModel
 from mlx_vlm.speculative.drafters.gemma4_assistant.config import Gemma4AssistantConfig
-from mlx_vlm.speculative.drafters.gemma4_assistant.gemma4_assistant import (
-    Gemma4AssistantDraftModel,
-)
+from mlx_vlm.speculative.drafters.gemma4_assistant.gemma4_assistant import Gemma4AssistantDraftModel
 from mlx_vlm.speculative.drafters.qwen3_5_mtp.config import Qwen3_5MTPConfig
 from mlx_vlm.speculative.drafters.qwen3_5_mtp.qwen3_5_mtp import Qwen3_5MTPDraftModel
 from mlx_vlm.speculative.drafters.qwen3_dflash.config import DFlashConfig
@@ -29,7 +27,6 @@ from mlx_flashhead.index.files import has_flash_head, read_index, write_companio
 from mlx_flashhead.loading import cache
 from mlx_flashhead.loading.attach import attach
 from mlx_flashhead.models.install import detach, get_flash_head, install
-from mlx_flashhead.models.locate import find_head
 from tiny_models import tiny_index
 from vlm_models import tiny_vlm
 from vlm_texts import TextGenerator
@@ -41,44 +38,27 @@ def mtp(target: nn.Module) -> nn.Module:
     return Qwen3_5MTPDraftModel(Qwen3_5MTPConfig(text_config=target.config.text_config))
 
 
-def dflash(target: nn.Module) -> nn.Module:
+def layer_of(target: nn.Module) -> dict[str, int]:
+    """The shape of a drafter's layer."""
     text = target.config.text_config
-    return DFlashDraftModel(
-        DFlashConfig(
-            hidden_size=text.hidden_size,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=32,
-            vocab_size=text.vocab_size,
-            block_size=4,
-            mask_token_id=0,
-            target_layer_ids=[0, 1],
-            num_target_layers=text.num_hidden_layers,
-        )
-    )
+    shape = {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2)
+    return shape | heads | {"intermediate_size": 64}
+
+
+def dflash(target: nn.Module) -> nn.Module:
+    layers = {"num_hidden_layers": 1, "num_target_layers": 2, "target_layer_ids": [0, 1]}
+    further = layers | {"head_dim": 32, "block_size": 4, "mask_token_id": 0}
+    return DFlashDraftModel(DFlashConfig(**layer_of(target), **further))
 
 
 def eagle3(target: nn.Module, n_tokens: int | None = None) -> nn.Module:
-    text = target.config.text_config
-    layer = {
-        "hidden_size": text.hidden_size,
-        "intermediate_size": 64,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "vocab_size": text.vocab_size,
-    }
-    drafter = Eagle3DraftModel(
-        Eagle3Config(
-            transformer_layer_config=layer,
-            draft_vocab_size=n_tokens or text.vocab_size,
-            tie_word_embeddings=True,
-            block_size=4,
-            target_layer_ids=[1, 2],
-        )
-    )
-    drafter.fc = nn.Linear(2 * text.hidden_size, text.hidden_size, bias=False)  # of two layers
+    layer = layer_of(target)
+    options = {"tie_word_embeddings": True, "block_size": 4, "target_layer_ids": [1, 2]}
+    options |= {"draft_vocab_size": n_tokens or layer["vocab_size"]}
+    drafter = Eagle3DraftModel(Eagle3Config(transformer_layer_config=layer, **options))
+    width = layer["hidden_size"]
+    drafter.fc = nn.Linear(2 * width, width, bias=False)  # of two layers
     return drafter
 
 
@@ -132,10 +112,7 @@ def write(model: nn.Module, **options) -> list[int]:
 
 @pytest.mark.parametrize("make, kind, name, tied, bits", CASES)
 def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
-    model = tiny_vlm(name, tied=tied)
-    if bits is not None:
-        module = find_head(model).module
-        nn.quantize(model, 32, bits, class_predicate=lambda _, other: other is module)
+    model = tiny_vlm(name, tied=tied, bits=bits)
     mx.random.seed(1)
     drafter = make(model)
     drafter.eval()
@@ -208,17 +185,14 @@ def test_a_head_of_the_drafters_own(calls, attached, capfd, monkeypatch, make, k
     assert write(model, draft_model=drafter, draft_kind=kind) == dense
 
 
-def test_a_drafter_that_retrieves_keeps_its_way(calls, attached):
-    model, dense = attached()
-    options = {"num_centroids": 43, "centroid_intermediate_top_k": 2}
-    drafter = assistant(model, use_ordered_embeddings=True, **options)
-    assert write(model, draft_model=drafter, draft_kind="mtp") == dense
-    assert get_flash_head(drafter.model) is None and "draft_logits" not in calls
+RETRIEVES = {"use_ordered_embeddings": True, "num_centroids": 43, "centroid_intermediate_top_k": 2}
 
 
-def test_without_a_build_a_head_of_its_own_stays_dense(calls, attached):
-    model, dense = attached(build=False)
-    drafter = assistant(model)
+@pytest.mark.parametrize("build, options", [(False, {}), (True, RETRIEVES)])
+def test_a_head_of_its_own_stays_dense(calls, attached, build, options):
+    """Where nothing may be built, and of a drafter that retrieves itself."""
+    model, dense = attached(build=build)
+    drafter = assistant(model, **options)
     assert write(model, draft_model=drafter, draft_kind="mtp") == dense
     assert get_flash_head(drafter.model) is None and "draft_logits" not in calls
 

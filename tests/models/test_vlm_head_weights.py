@@ -2,6 +2,7 @@
 """Where mlx-vlm reads a head's weights itself: with a FlashHead it asks the layer, or leaves it."""
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,6 @@ from architecture_models import functions_with
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.libraries import forward
-from mlx_flashhead.models.locate import find_head
 from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
 from vlm_texts import TextGenerator
@@ -45,10 +45,7 @@ def reads(monkeypatch):
 
 def served(name: str, *, tied: bool, bits: int | None = None) -> nn.Module:
     """A tiny model with a FlashHead, its head quantized or not."""
-    model = tiny_vlm(name, tied=tied)
-    if bits is not None:
-        module = find_head(model).module
-        nn.quantize(model, 32, bits, class_predicate=lambda _, other: other is module)
+    model = tiny_vlm(name, tied=tied, bits=bits)
     install_index(model, tiny_index(model, n_probes=3), backend="mlx")
     return model
 
@@ -139,39 +136,37 @@ def test_eagle3_verifies_through_the_layer(reads):
 # Functions outside of `__call__` and without "logits" in their name that ask a head's layer or read
 # its weights, and what they are for.
 OTHER_USES = {
-    "models/d1/d1.py": {"_logz"},  # a decision
-    "server/reranking.py": {"_binary_scores"},  # a decision
-    "models/gemma4_text/language.py": {"_get_per_layer_inputs"},  # tokens by their embeddings
+    "models/d1/d1.py _logz",  # a decision
+    "server/reranking.py _binary_scores",  # a decision
+    "models/gemma4_text/language.py _get_per_layer_inputs",  # tokens by their embeddings
     # switched off
-    "models/qwen3_5/language.py": {"fused_greedy_decode"},
-    "models/qwen4_exp/language.py": {"fused_greedy_decode"},
-    "speculative/ops/linear.py": {"_target_verify_embedding_as_linear"},
+    "models/qwen3_5/language.py fused_greedy_decode",
+    "models/qwen4_exp/language.py fused_greedy_decode",
+    "speculative/ops/linear.py _target_verify_embedding_as_linear",
     # for blocks of many positions, or of models that are refused or write no text
-    "models/diffusion_gemma/language.py": {"diffusion_prepare_self_conditioning", "_embed_canvas"},
-    "models/ernie_image/prompting.py": {"enhance"},
-    "models/llada2_moe/language.py": {"project_hidden"},
-    "models/molmo_point/molmo_point.py": {"_prefill_forward", "_generate_forward"},
-    "models/nemotron_labs_diffusion/language.py": {
-        "_chunked_greedy_score_hidden",
-        "_project_hidden",
-    },
-    "models/nemotron_voicechat/tts.py": {"set_vocabulary"},
+    "models/diffusion_gemma/language.py diffusion_prepare_self_conditioning",
+    "models/diffusion_gemma/language.py _embed_canvas",
+    "models/ernie_image/prompting.py enhance",
+    "models/llada2_moe/language.py project_hidden",
+    "models/molmo_point/molmo_point.py _prefill_forward",
+    "models/molmo_point/molmo_point.py _generate_forward",
+    "models/nemotron_labs_diffusion/language.py _chunked_greedy_score_hidden",
+    "models/nemotron_labs_diffusion/language.py _project_hidden",
+    "models/nemotron_voicechat/tts.py set_vocabulary",
 }
-
-
 ASKS = r"\.as_linear\b|\.lm_head\(|\.(?:lm_head|embed_tokens)\.weight\b(?!['\"])"
 
 
 def test_every_other_use_is_known():
     """A later mlx-vlm that asks a head's layer for more has to be looked at."""
     root = Path(mlx_vlm.__file__).parent
-    found: dict[str, set[str]] = {}
-    for pattern in ("models/**/*.py", "[gs]e*/*.py", "spec*/**/*.py"):
-        for file in root.glob(pattern):
-            names = functions_with(ASKS, file.read_text(encoding="utf-8")) - {"__call__"}
-            names = {name for name in names if "logits" not in name}
-            if names and "drafters" not in file.parts:
-                found[str(file.relative_to(root))] = names
+    patterns = ("models/**/*.py", "[gs]e*/*.py", "spec*/**/*.py")
+    found = {
+        f"{file.relative_to(root)} {name}"
+        for file in chain.from_iterable(map(root.glob, patterns))
+        for name in functions_with(ASKS, file.read_text(encoding="utf-8")) - {"__call__"}
+        if "logits" not in name and "drafters" not in file.parts
+    }
     assert found == OTHER_USES
 
 

@@ -89,12 +89,18 @@ def test_the_checkpoint_is_kept_and_nothing_is_logged_if_its_upload_fails(
     assert hub.files("me/tiny") == contents(new)
 
 
-def test_every_file_is_uploaded_and_stale_weights_are_deleted(hub, converted):
+def test_every_file_is_uploaded_and_stale_weights_are_deleted(hub, converted, monkeypatch):
     hub.put("ours/tiny", {"model-00001-of-00002.safetensors": b"old", "notes.md": b"kept"})
     assert publish(converted, "ours/tiny") == f"{hub.url}/ours/tiny"  # of an organisation
     assert hub.files("ours/tiny") == contents(converted) | {"notes.md": b"kept"}
-    model, _ = mlx_flashhead.load("ours/tiny")
-    assert get_flash_head(model).n_probes == 3
+    repository = hub.repositories["ours/tiny"]
+    repository.refs["first"] = len(repository.commits) - 1
+    hub.put("ours/tiny", {"config.json": b"{}"})
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        hub.down = offline
+        model, _ = mlx_flashhead.load("ours/tiny", revision="first")
+        assert get_flash_head(model).n_probes == 3
 
 
 def test_private(hub, converted):
@@ -194,23 +200,6 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
     assert not (tmp_path / "new").exists()
     assert contents(converted) == before
     assert not any(method == "PUT" for method, _ in hub.requests)
-
-
-@pytest.mark.parametrize(
-    "flags, name",
-    [
-        ({"dtype": "bfloat16"}, "Tiny-1B-FlashHead-bf16"),
-        ({"dtype": "float16", "head_bits": 8}, "Tiny-1B-FlashHead-8bit"),
-        ({"quantize": True, "head_bits": 16}, "Tiny-1B-FlashHead-4bit"),
-        ({"quantize": True, "q_mode": "mxfp4"}, "Tiny-1B-FlashHead-mxfp4"),
-        ({"quantize": True, "quant_predicate": "mixed_4_6"}, "Tiny-1B-FlashHead-mixed_4_6"),
-    ],
-)
-def test_derived_name(hub, dense, tmp_path, flags, name):
-    convert(str(dense), str(tmp_path / "new"), upload=True, **flags, **QUICK)
-    assert list(hub.repositories) == [f"me/{name}"]
-    assert hub.files(f"me/{name}") == contents(tmp_path / "new")
-    assert f"# {name}\n" in (tmp_path / "new" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""What the commands refuse: one sentence, before any work, and no file is written or changed."""
+
+import shlex
+
+import pytest
+
+from local_tasks import CHOICE
+
+FILES = {
+    "empty.txt": b"",
+    "short.txt": b"a",
+    "utf-16.txt": b"\xff\xfe",
+    "old.json": b"old",
+    "old.safetensors": b"mine",
+    "schema.json": b'{"items": {"type": "x"}}',
+    "deep.json": b"[" * 200_000,
+    "grammar": b"start: foo",
+}
+HEAD = "benchmark head --shape 320,64 --n-probes 3 --rounds 1"
+ESTIMATE = "benchmark estimate --shape smollm2 --chip"
+TEXT = "evaluate text --model model --text text.txt"
+NEW = "convert --model dense --mlx-path new"
+OUTPUT = "evaluate text --model ./absent --text text.txt"
+TASKS = f"evaluate tasks --model model --tasks {CHOICE}"
+ANY_SITE = "server --model ./absent --allowed-origins"
+# A command line, in a folder with the converted `model`, the `dense` one and text.txt.
+MISTAKES = [
+    ("benchmark", "COMMAND"),
+    ("benchmark head", "give one of --shape --model"),
+    ("benchmark head --shape llama", "is not a shape"),
+    ("benchmark head --shape 320,64 --n-probes 21", "choose 1 to 20"),
+    ("benchmark head --shape 320,64 --n-probes 0", "--n-probes is 0"),
+    ("benchmark head --shape 320,72 --head-bits 4", "width of 72"),
+    (f"{HEAD} --positions 0", "--positions is 0"),
+    (f"{HEAD} --plot a.xyz", "must end in .png"),
+    (f"{HEAD} --json absent/a.json", "cannot be written"),
+    ("benchmark model --model ./absent --batch 0", "--batch is 0"),
+    ("benchmark server --model ./absent --clients 0", "whole numbers of 1"),
+    ("benchmark estimate --chip m1", "give one of --model --shape"),
+    ("benchmark estimate --shape llama --chip m1", "no shape 'llama': choose one of"),
+    ("benchmark estimate --model ./absent --chip m1", "no folder"),
+    (f"{ESTIMATE} m4-ultra", "Unknown chip 'm4-ultra'"),
+    (f"{ESTIMATE} m1 --n-probes 3073", "1 to 3072"),
+    (f"{ESTIMATE} m1 --json absent/x", "--json"),
+    ("chat", "--model is needed"),
+    ("chat --model ./absent", "There is no folder ./absent"),
+    ("chat --model x --temp nan", "--temp is nan"),
+    ("chat --model x --max-kv-size 0", "--max-kv-size is 0"),
+    ("chat --model x --pipeline", "one process"),
+    ("chat --model dense --dense --n-probes 3", "has no FlashHead"),
+    ("chat --model model --n-probes 18", "1 to 17"),
+    ("convert", "--hf-path is needed"),
+    ("convert --model dense", "exists already"),  # --mlx-path is mlx_model
+    ("convert --model dense --mlx-path text.txt", "is a file"),
+    ("convert --model dense --mlx-path text.txt/new", "cannot be written"),
+    (f"convert --model dense --mlx-path {'long' * 100}", "File name too long"),
+    (f"{NEW} --target-agreement 2", "--target-agreement is 2: give a number above 0, at most 1"),
+    (f"{NEW} -q -d", "either --quantize or --dequantize, not both"),
+    (f"{NEW} --index-only --head-bits 8", "--index-only writes no weights: leave --head-bits"),
+    (f"{OUTPUT} --plot out", "must end in .png"),
+    (f"{OUTPUT} --plot absent/out.png", "cannot be written"),
+    (f"{OUTPUT} --json absent/out.json", "cannot be written"),
+    (f"{OUTPUT} --json old.json", "no folder ./absent"),
+    (f"{OUTPUT} --json new.json", "no folder ./absent"),
+    (f"{TEXT} --probes 0", "whole numbers of 1 or more"),
+    (f"{TEXT} --probes 2,18", "1 to 17"),
+    (f"{TEXT} --probes many", "give whole numbers of 1 or more such as"),
+    (f"{TEXT} --positions 0", "--positions is 0"),
+    ("evaluate text --model model --text empty.txt", "is empty"),
+    ("evaluate text --model model --text utf-16.txt", "not UTF-8"),
+    ("evaluate text --model model --text short.txt", "too short"),
+    ("evaluate text --model model --text absent.txt", "cannot be read"),
+    (f"{TASKS} --num-shots -1", "--num-shots is -1: give a whole number of 0"),
+    (f"{TASKS} --max-tokens 0", "--max-tokens is 0: give a whole number of 1"),
+    (f"{TASKS} --top-p 7", "--top-p is 7: give 0 to 1"),
+    (f"{TASKS} --chat-template-args [1]", "give a JSON object such as"),
+    (f"{TASKS} --include-path absent", "there is no such folder"),
+    (f"{TASKS} --json absent/out.json", "cannot be written"),
+    ("export --model model", "--output"),
+    ("export --model ./absent --output new.safetensors", "There is no folder"),
+    ("export --model model --output head.bin", "must end in .safetensors"),
+    ("export --model model --output absent/head.safetensors", "there is no folder absent"),
+    ("export --model model --output folder.safetensors", "is a folder"),
+    ("export --model model --output new.safetensors --n-probes 18", "1 to 17"),
+    ("export --model model --output old.safetensors", "exists already"),
+    # programs that load every file there would refuse the model
+    ("export --model model --output model/new.safetensors", "lies in a model's folder"),
+    ("generate", "--model is needed"),
+    ("generate --model x --max-tokens 0", "--max-tokens is 0"),
+    ("generate --model x --num-draft-tokens 0", "--num-draft-tokens is 0"),
+    ("generate --model x --draft-probes 2", "add --draft-model"),
+    ("generate --model x --draw-probes", "--temp above 0"),
+    ("generate --model x --draw-probes --temp 1 --dense", "no --dense"),
+    ("generate --model x --dense --n-probes 4", "leave --n-probes out"),
+    ("generate --model x --temp nan", "--temp is nan: give a number of 0 or more"),
+    ("generate --model x --n-probes 0", "--n-probes is 0: give a whole number of 1 or more"),
+    ("generate --model x --chat-template-config {", "give a JSON object such as"),
+    ("generate --model x --no-such-flag", "there is no option --no-such-flag"),
+    ("generate --model model --json-schema schema.json", "schema is wrong at /items"),
+    ("generate --model model --json-schema deep.json", "deep.json is nested too deeply"),
+    ("generate --model model --json-schema ./absent", "./absent cannot be read"),
+    ("generate --model model --grammar grammar", "grammar is wrong at line 1, column 8"),
+    ("generate --model model --regex (", "unclosed group"),
+    ("generate --model model --regex a --grammar b", "not allowed with"),
+    ("generate --model model --regex a --draw-probes --temp 1", "leave it out"),
+    ("server", "--model is needed"),
+    ("server --model ./absent", "There is no folder ./absent"),
+    ("server --model x --port 70000", "--port is 70000: give 0 to 65535"),
+    ("server --model x --temp -1", "--temp is -1: give 0 to 100"),
+    ("server --model x --min-p inf", "--min-p is inf"),
+    ("server --model x --context-size 1", "--context-size is 1"),
+    ("server --model x --max-body-bytes 8Q", "--max-body-bytes is 8Q"),
+    ("server --model x --prompt-cache-bytes -1", "--prompt-cache-bytes is -1"),
+    ("server --model x --kv-bits 7", "--kv-bits is 7: choose 2"),
+    ("server --model x --dense --n-probes 4", "leave --n-probes out"),
+    ("server --model x --no-such-flag", "no option --no-such-flag"),
+    ("server --model x --chat-template-args {", "--chat-template-args"),
+    ("server --model x --log-level LOUD", "--log-level is LOUD: choose DEBUG"),
+    ("server --model x --lan --host 127.0.0.1", "127.0.0.1 is this machine alone: leave it out"),
+    (f"{ANY_SITE} *", "--allowed-origins *: name each site"),
+    (f"{ANY_SITE} https://a.example/b", "--allowed-origins https://a.example/b"),
+    (f"{ANY_SITE} null", "--allowed-origins null: name each site"),
+    ("server --model model --port 0 --n-probes 18", "1 to 17"),
+    ("server --model model --port 0 --draft-model ./absent", "no folder ./absent"),
+    ("server --model dense --port 0 --flash-head mlx_model", "mlx_model holds no FlashHead"),
+    ("server --model model --port 0 --host no.such.host.invalid", "the host does not exist"),
+    ("upload", "--path"),
+    ("upload --path absent", "There is no folder absent"),
+    ("upload --path dense", "holds no FlashHead: make one"),
+    ("upload --path mlx_model", "holds no FlashHead"),
+    (f"{NEW} --upload me/a --upload-repo me/b", "two repositories"),
+    (f"{NEW} --private", "--private is for an upload"),
+    (f"{NEW} --base-model name", "--base-model is 'name': give OWNER/NAME"),
+    pytest.param("generate --model x --prefill-step-size 0", "size is 0", marks=pytest.mark.newest),
+]
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("line, said", MISTAKES)
+def test_mistakes(refused, dense, converted, text, tmp_path, monkeypatch, line, said):
+    monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("mlx_model", "folder.safetensors"):
+        (tmp_path / name).mkdir()
+    for name, folder in (("model", converted), ("dense", dense)):
+        (tmp_path / name).symlink_to(folder)
+    before = contents(tmp_path), contents(converted)
+    assert said in refused(*shlex.split(line))
+    assert (contents(tmp_path), contents(converted)) == before
