@@ -1,8 +1,4 @@
-"""Makes the index of a model in short steps, between which the model is free for other work.
-
-Nothing is written, so a build that is dropped or killed leaves nothing behind. A quick build, as at
-first use, has a third of the positions and of the passes. docs/how-it-works.md has what it costs.
-"""
+"""Makes the index of a model in short steps and writes nothing: a build may be dropped."""
 
 import math
 import timeit
@@ -51,12 +47,10 @@ def model_index(
 ) -> Steps[FlashHeadIndex]:
     """The index of a dense model. Between two steps the model is as it was, and may write text.
 
-    The model runs in the steps of the text alone. The others are numpy's, or MLX's on a GPU.
-
     Args:
         text: Text of the file to calibrate on, if the options name one.
         drafted: Steps that give a drafter's states, instead of text.
-        step_seconds: Time that a step of the model may take.
+        step_seconds: Time that a step of the model may take. All other steps are numpy's or MLX's.
 
     Raises:
         ValueError: At a step, if the text is too short or an option does not fit the model.
@@ -111,13 +105,10 @@ def build_index(
     """Builds the index of a head from its rows in token order, as the checkpoint stores them.
 
     The last quarter of the positions is held out: it chooses the probes and makes the report.
-    Without next tokens there is neither.
 
     Args:
         states: (N, D) float32 hidden states to calibrate on; None: no calibration.
-        next_ids: (N,) the token after each of them.
-        eos_token_ids: Tokens whose clusters are always scored.
-        calibration: What the settings say of the positions.
+        next_ids: (N,) the token after each of them; None: no report.
         body_bytes: Bytes of weights that all other layers read per token.
 
     Raises:

@@ -33,16 +33,11 @@ def text_states(
     positions: int | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[tuple[np.ndarray, np.ndarray]]:
-    """Hidden states of a text, in windows of 512 tokens that each start afresh, as a text does.
+    """Hidden states (N, D) float32 of a text, and the true next tokens (N,) int64.
 
-    Special tokens in it, such as chat markup, are understood. ``positions`` is the greatest number
-    of states.
-
-    Returns:
-        States (N, D) float32 and the true next tokens (N,) int64.
-
-    Raises:
-        ValueError: If the text has fewer than two tokens.
+    It is read in windows that each start afresh, as a text does. Special tokens in it, such as chat
+    markup, are understood. ``positions`` is the greatest N. ValueError if it has fewer than two
+    tokens.
     """
     token_ids = list(tokenizer.encode(text))
     if positions is not None:
@@ -66,10 +61,8 @@ def given_states(
     seconds: float = math.inf,
     step_seconds: float = math.inf,
 ) -> Steps[tuple[np.ndarray, np.ndarray, bool]]:
-    """Hidden states of given text of many kinds, and the true next tokens, as `text_states`.
-
-    There are as many as ``seconds`` of the model's work allow. Also whether these cut them short.
-    """
+    """As `text_states` of given text of many kinds: as much as ``seconds`` of the model's work
+    allow, and whether these cut it short."""
     beginning = beginning_of_text(tokenizer)
     windows = given_windows(tokenizer, positions)
     read = yield from read_windows(
@@ -100,8 +93,8 @@ def read_windows(
     Args:
         windows: Token ids, at least two each.
         seconds: Of the model's work, after which no windows but the first ones are read.
-        step_seconds: About the longest time of a step. Where a window takes longer, a step reads a
-            part of it, down to about 16 tokens. Models of mlx-vlm read whole windows.
+        step_seconds: About the longest time of a step, for which a window is read in parts of 16
+            tokens or more. Models of mlx-vlm read whole windows.
 
     Returns:
         For each window of n tokens (n - 1, D) float32; (0, 0) for one that was not read.

@@ -1,9 +1,7 @@
 """Balanced k-means over the rows of a head: (V, D) floats → ``token_ids`` (C, cluster_size).
 
-Clusters are balanced in every iteration, since balancing at the end only ruins them. Each row keeps
-a shortlist of its best centroids, prices make crowded centroids dearer, and a fill with hard
-capacities places every row. One dense product of rows and centroids per iteration is nearly all of
-the work. docs/how-it-works.md lists what was worse.
+Each row keeps a shortlist of its best centroids, prices make crowded centroids dearer, and a fill
+with hard capacities places every row. docs/how-it-works.md lists what was worse.
 """
 
 import timeit
@@ -40,20 +38,18 @@ def cluster_rows(
     metric: np.ndarray | None = None,
     passes: int = PASSES,
 ) -> Steps[np.ndarray]:
-    """Groups the rows (V, D) of a head into clusters of equal size.
+    """Groups the rows (V, D) of a head into clusters of equal size; ValueError if one is not
+    finite.
 
     Args:
         cluster_size: Rows per cluster, 1 … V. If it does not divide V, the last clusters hold less.
         seed: The same seed gives the same clusters, on the same device.
-        metric: (D, d) float32 by which the rows are multiplied first (`metric.py`); None: only
+        metric: (D, d) float32 by which the rows are multiplied first, of `logit_metric`; None: only
             their directions count.
 
     Returns:
         (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 exactly once,
         ascending within a cluster; V marks the padded slots at a cluster's end.
-
-    Raises:
-        ValueError: If a row is not finite.
 
     Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means. The way to
         the balance and the metric are this project's own.
@@ -214,9 +210,8 @@ def _shortlists(
 ) -> Counts[tuple[np.ndarray, np.ndarray]]:
     """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered.
 
-    The centroids are dealt into buckets, and the best of each bucket is a candidate. A selection
-    from the full width would take longer than the product, and so would an argmax: the bests come
-    from rounds of pairs, and those of the shortlist are followed back through the rounds.
+    The centroids are dealt into buckets, and the best of each bucket is a candidate: a selection
+    from the full width would take longer than the product. The bests come from rounds of pairs.
     """
     xp, n_clusters = library, len(centroids)
     length = min(LIST_LENGTH, n_clusters)

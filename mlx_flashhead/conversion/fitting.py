@@ -1,16 +1,12 @@
-"""Centroids that predict the best token of their clusters instead of the middle.
+"""Centroids that predict the best token of their clusters: h · mu_c of the logsumexp of its logits.
 
-A cluster should be probed when it holds the winning token. So each centroid is fitted to the
-logsumexp of its tokens' logits, in closed form, by ridge regression on calibration hidden states.
-It is then rounded to 4 bits with the errors fed forward (GPTQ). The remaining residual, of mean
-m_c and variance s2_c over the states, gives the bias:
+A ridge regression on calibration states, rounded to 4 bits with the errors fed forward (GPTQ). The
+remaining residual, of mean m_c and variance s2_c over the states, gives the bias:
 
-    S_c = h · mu_c + m_c + s2_c / 2     the score by which clusters are chosen
+    S_c = h · mu_c + m_c + s2_c / 2     the log of the cluster's expected mass, if it is normal
     S_c - ln n_c                        the logit of each of the n_c tokens of other clusters
 
-With a normal residual exp(S_c) is the cluster's expected share of the probability, up to a factor
-that all clusters share. The states enter only through sums over them, so neither their (N, V)
-logits nor the (N, C) targets are ever held whole.
+The states enter only through sums over them, so (N, V) logits are never held whole.
 """
 
 import mlx.core as mx
@@ -49,16 +45,14 @@ def fit_centroids(
 ) -> Steps[Centroids]:
     """Fits the centroids and rounds them to 4 bits with float16 scales.
 
-    Without states they are the plain means, and b_c is the mean of the head's bias. A token that is
-    not scored then gets its cluster's mean logit (a tail offset of zero).
+    Without states they are the plain means, with a tail offset of zero.
 
     Args:
         rows: (V, D), any float dtype.
         token_ids: (C, cluster_size) integers, each of 0 … V-1 once, V in padded slots.
         states: (N, D) float32 calibration hidden states as the head receives them.
         head_bias: (V,) added to the logits.
-        group_size: Columns that share a scale. If it does not divide D it is 32. If 32 does not
-            divide D either, the centroids stay floats.
+        group_size: Columns that share a scale, else 32. If neither divides D they stay floats.
 
     Source: GPTQ is arXiv 2210.17323, algorithm 1; the fit is this project's own.
     """

@@ -1,8 +1,7 @@
 """Given text to calibrate on, of many kinds: its documents, and windows of them.
 
 The files in `texts` are written for this project, except the first sentences of Caesar's De Bello
-Gallico. They also name modules and help topics of Python's standard library, which give code and
-further documentation and differ a little between Python's versions.
+Gallico. They also name modules and help topics of Python's standard library.
 """
 
 import importlib.util

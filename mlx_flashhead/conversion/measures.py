@@ -1,14 +1,12 @@
 """How close retrieval comes to the dense head, on given hidden states.
 
-A few sums over the clusters of a position, by their scores, serve any number of probes.
-
 - agreement: share of positions whose best token is the dense head's.
 - coverage: share of positions whose true next token is among the candidates.
 - covered mass: mean probability, under the dense head, of the candidates.
 - KL: mean divergence of the distribution with the tail from the dense one, in nats.
 - perplexity: of the true next tokens, under the distribution with the tail.
-- gap, tail: what the head itself knows of its unscored clusters: the best candidate's logit less
-  the best score among them, and the log of their estimated share of the probability.
+- gap, tail: the best candidate's logit less the best score of an unscored cluster, and the log of
+  the estimated share of the unscored tokens.
 """
 
 from collections.abc import Callable, Sequence

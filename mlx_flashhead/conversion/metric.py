@@ -1,10 +1,6 @@
 """The distance of two tokens, by how differently their logits move over hidden states.
 
-    |(x - y) L|² = variance over the states h of h · (x - y)      L Lᵀ = covariance of the states
-
-Rows that are near in this metric have nearly the same logits up to a constant, so one centroid
-predicts a cluster of them well. The directions in which the states vary most hold nearly all of it,
-so L keeps a sixth of the columns. docs/how-it-works.md compares it with clusters by direction.
+|(x - y) L|² = variance over the states h of h · (x - y)      L Lᵀ = covariance of the states
 """
 
 import numpy as np
@@ -26,13 +22,11 @@ def covariance(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def logit_metric(states: np.ndarray) -> np.ndarray:
-    """The matrix by which rows are multiplied so that distances are in the logits' metric.
+    """The matrix L (D, d) float32 by which rows are multiplied so that distances are in this
+    metric.
 
-    It is scaled so that the mean variance of the states (N, D) is 1. Equal states give the rows'
-    own distances, up to a factor.
-
-    Returns:
-        (D, d) float32: the d directions of the greatest variance, each scaled by its root.
+    Its columns are the d directions in which the states (N, D) vary most, each scaled by its root.
+    The mean variance of the states is scaled to 1. Equal states give the rows' own distances.
     """
     hidden_size = states.shape[1]
     _, variance = covariance(states)

@@ -24,10 +24,8 @@ def option(
     recipe: bool = True,
     **parser: Any,
 ) -> Any:
-    """A field that is also an option of the command, with further arguments of ``add_argument``.
-
-    ``type`` checks a value. ``recipe``: it is part of the command that makes the same again.
-    """
+    """A field that is also an option of the command, with further arguments of ``add_argument``."""
+    # `type` checks a value; `recipe`: it is part of the command that makes the same again
     about = {"type": type, "flag": flag, "recipe": recipe, "parser": parser}
     return field(default=default, metadata=about)
 

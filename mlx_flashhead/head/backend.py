@@ -34,8 +34,7 @@ def named_backend(asked: str | None) -> str | None:
 def choose_backend(asked: str | None = None) -> str:
     """The path to take: the one asked for by name, else Metal if MLX computes on an Apple GPU.
 
-    Raises:
-        ValueError: If the name is unknown, or Metal is asked for on a machine without it.
+    ValueError if the name is unknown, or Metal is asked for on a machine without it.
     """
     name = named_backend(asked)
     if name is None:
@@ -77,8 +76,7 @@ def checked(
 ) -> tuple[PortableSteps, str]:
     """What :func:`make_steps` gave, after each kernel has run once; portable if a kernel fails.
 
-    This builds the kernels' pipelines, so the first token does not wait for them. ValueError if a
-    kernel fails and Metal was asked for by name.
+    This builds the kernels' pipelines too. ValueError if "metal" was asked for by name and fails.
     """
     trouble = find_trouble(steps, dtype, n_probes) if isinstance(steps, MetalSteps) else None
     if trouble is None:

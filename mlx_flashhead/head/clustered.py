@@ -1,7 +1,4 @@
-"""A head's rows in cluster order, with the centroids that route among them.
-
-Both paths read them: the portable one (`portable.py`) and the Metal kernels (`kernels.py`).
-"""
+"""A head's rows in cluster order, with the centroids that route among them."""
 
 from dataclasses import dataclass, replace
 
@@ -60,11 +57,9 @@ class ClusteredRows:
 
         Args:
             token_ids: (C, cluster_size) integers, a permutation of 0 … V-1 padded with V.
+                ValueError if they are not, or if shapes do not fit.
             always_probed_ids: Tokens whose clusters are always among the probes.
             by_column: Lay the weight out by columns. For rows of floats only.
-
-        Raises:
-            ValueError: If ``token_ids`` is not such a permutation, or shapes do not fit.
         """
         vocab_size = rows.n_rows
         n_clusters, cluster_size = token_ids.shape

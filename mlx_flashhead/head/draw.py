@@ -1,13 +1,10 @@
 """The draw of a token: temperature, top-k, top-p and min-p, with noise that belongs to each token.
 
-The noise is a function of the text's seed, the position and the token's id. It is computed for the
-tokens that are looked at and no others. So the scored tokens, all tokens and a kernel draw the same
-token wherever they see the same logits, and a text does not depend on who else is in its batch.
+    token = argmax over the kept tokens of logit / temperature + noise(seed, position, token)
 
-    token = argmax over the kept tokens of logit / temperature + noise
-
-Filters see the logits at temperature 1, as mlx-lm's do, and each of them is a threshold: a token is
-kept if its logit reaches the highest of theirs. A temperature of 0 takes the best logit.
+So the scored tokens, all tokens and a kernel draw the same token wherever they see the same logits.
+Filters see the logits at temperature 1, as mlx-lm's do, and each of them is a threshold. A
+temperature of 0 takes the best logit.
 
 Source: Gumbel 1954, the Gumbel-max trick; Salmon et al. 2011, "Parallel random numbers: as easy as
     1, 2, 3", for Threefry, which is MLX's generator.
@@ -140,10 +137,8 @@ def best_logits(logits: mx.array, n: int) -> mx.array:
 
 
 def _by_mass(logits: mx.array, best: mx.array, share: mx.array, log_total: mx.array) -> mx.array:
-    """The lowest logit that top-p keeps: those above it have less than ``share`` of the mass.
-
-    The half of the logits that holds it is halved again, and sorted when it is short.
-    """
+    """The lowest logit that top-p keeps: those above it have less than ``share`` of the mass. The
+    half of the logits that holds it is halved again, and sorted when it is short."""
     n_logits = logits.shape[-1]
     n_halvings = 0
     if mx.default_device().type == mx.cpu:  # a GPU partitions by sorting
@@ -171,15 +166,13 @@ def draw(
     token_ids: mx.array | None = None,
     others: mx.array | None = None,
 ) -> mx.array:
-    """Draws a token of each row (R, K) float32.
+    """Draws a token of each row (R, K) float32: (R,) uint32, of equal values the lowest id.
 
     Args:
-        gumbel: (R, K) noise of these tokens; None as ``draws``, which takes the best logits.
+        gumbel: (R, K) noise of these tokens. Without it and ``draws`` the best logit, NaN the
+            highest.
         token_ids: (R, K) uint32; None where they are 0 … V-1.
         others: (R,) log of the mass of tokens that are not among the K; None if there are none.
-
-    Returns:
-        (R,) uint32; of equal values the lowest id. Without draws NaN is the highest value.
     """
     values = logits
     if gumbel is not None and draws is not None:

@@ -1,9 +1,8 @@
 """FlashHead: an output projection that scores the rows of the likeliest clusters.
 
-Per position it scores the C centroids, keeps the p best clusters and scores their rows. For full
-logits it estimates the other rows. It knows arrays only; `install.py` puts it on a model.
+It knows arrays only; `models/install.py` puts it on a model. docs/how-it-works.md has its steps.
 
-Source: arXiv 2603.14591; centroids, tail and margin as in `centroids.py` and `portable.py`.
+Source: arXiv 2603.14591.
 """
 
 import math
@@ -139,10 +138,8 @@ class FlashHead:
 
     @property
     def checked_positions(self) -> int:
-        """More rows than this at once are not worth proposals: their product reads each row once.
-
-        What was measured on this machine, else an estimate as ``max_positions``; None sets it back.
-        """
+        """More rows than this at once are not worth proposals: what was measured on this machine,
+        else an estimate as ``max_positions``; None sets it back."""
         known = (self._max_positions, self._checked_positions)
         estimate = self._steps.max_positions(self.checked_probes)
         return next((n for n in known if n is not None), estimate)
@@ -194,11 +191,8 @@ class FlashHead:
         return [*self.clustered.arrays(), *self._steps.arrays()]
 
     def check_kernels(self, dtype: mx.Dtype) -> None:
-        """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path.
-
-        Raises:
-            ValueError: If a kernel fails and the backend "metal" was asked for by name.
-        """
+        """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
+        raises a ValueError where the backend "metal" was asked for by name."""
         self._steps, self.backend_reason = checked(
             self._steps, self.backend_reason, self._backend_asked, dtype, self.n_probes
         )
@@ -291,10 +285,8 @@ class FlashHead:
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def draft_logits(self, hidden: mx.array, token_ids: mx.array | None = None) -> mx.array:
-        """Full logits of ``draft_probes`` clusters, for tokens that all rows verify.
-
-        The tokens ``token_ids`` (K,) are scored besides.
-        """
+        """Full logits of ``draft_probes`` clusters and of ``token_ids`` (K,), for tokens that all
+        rows verify."""
         with self.settings(n_probes=None if self.exact else self.draft_probes):
             logits = self.full_logits(hidden)
         if token_ids is None:
@@ -305,12 +297,10 @@ class FlashHead:
         return mx.put_along_axis(logits, ids, scored, axis=-1)
 
     def propose(self, hidden: mx.array, draws: Draws | None, full: bool = False) -> Proposal:
-        """Tokens chosen from ``checked_probes`` clusters, for a check by the dense rows.
+        """Tokens of states (R, D), chosen from ``checked_probes`` clusters, for a check by the
+        dense rows.
 
-        Args:
-            hidden: (R, D) states.
-            draws: Of these rows; None takes the best logit of each.
-            full: Make full logits too, for a choice that needs them.
+        ``draws`` are of these rows; None takes the best logits. ``full``: make full logits too.
         """
         n_probes, depth = self.checked_probes, NO_DEPTH if full else self.depth
         scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)

@@ -1,7 +1,5 @@
-"""The formats of a stored matrix of the head, one row each.
-
-A new format is a row of this table, and a file in ``metal/flash_head/`` if the kernels read it.
-"""
+"""The formats of a stored matrix: a row each. Those with kernels have a file in
+``metal/flash_head/``."""
 
 from dataclasses import dataclass
 

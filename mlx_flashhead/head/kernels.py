@@ -1,8 +1,6 @@
-"""The steps of a FlashHead as Metal kernels, one dispatch each.
+"""The steps of a FlashHead as Metal kernels, one dispatch each: their arrays and threads.
 
-``metal/flash_head/`` holds the kernels, their plans and shapes. This file knows the arrays and
-the threads of each. `portable.py` computes the same with plain MLX operations, which also serve for
-formats that the kernels do not read.
+``metal/flash_head/`` holds the kernels, their plans and shapes.
 """
 
 from collections.abc import Callable
@@ -41,10 +39,7 @@ def unread(clustered: ClusteredRows) -> dict[str, str]:
 
 
 class _StoredRows:
-    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them.
-
-    MLX's own product with a matrix of ``n_rows`` rows has the same sums.
-    """
+    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them."""
 
     def __init__(self, stored: Matrix, n_rows: int):
         maker = cast(str, stored.format.metal)
@@ -64,9 +59,8 @@ class MetalSteps(PortableSteps):
     """Route, select, score, sample and expand, each one Metal kernel. Nothing is evaluated.
 
     A position holds max(p, 8) probes; beyond p the last one is repeated. One kernel of each kind
-    serves any number of probes and positions. Route has another one for a single position, select
-    for full logits, and sample where its settings have fewer than 8 elements. ``metal_kernel``
-    makes a kernel; default: ``mx.fast.metal_kernel``.
+    serves any numbers, but for one position (route), full logits (select), and settings of fewer
+    than 8 elements (sample). ``metal_kernel`` makes a kernel; default: ``mx.fast.metal_kernel``.
     """
 
     name = "metal"

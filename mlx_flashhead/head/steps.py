@@ -45,11 +45,11 @@ class Proposal(NamedTuple):
 
 
 class Risk(NamedTuple):
-    """How the estimate of that chance depends on what was not scored.
+    """How the estimate of that chance depends on what was not scored, fitted by a conversion.
 
     For the best token it is exp(a - b·gap), where the gap is that of the best scored logit to the
-    best score of the other clusters. For a draw it is the other clusters' share of the mass times
-    ``scale``. Both are at most 1. A conversion fits the numbers; they decide about speed alone.
+    best score of the other clusters. For a draw it is ``scale`` times the other clusters' share of
+    the mass.
     """
 
     a: float = 0.0

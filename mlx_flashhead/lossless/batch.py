@@ -1,8 +1,7 @@
 """Texts that are generated together: mlx-lm's batch, with the check over all of its rows.
 
-The batch computes proposals. A check takes the waiting positions of all texts at once. A text for
-which it makes another choice leaves the batch with its own cache, goes back, and joins it again.
-The others lose the time alone.
+A text for which it makes another choice leaves the batch with its cache, goes back, and joins it
+again. The others lose the time alone.
 """
 
 import sys
@@ -39,12 +38,8 @@ class CheckedBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
     A call of :meth:`next` may give no token of a text, or several. ``max_tokens``, the sampler and
-    the processors are of texts without their own.
-
-    Args:
-        stop_tokens: Sequences of tokens that end a text.
-        logprobs: Whether the log-probabilities of texts are wanted that are inserted from now on.
-        **options: More of ``BatchGenerator``.
+    the processors are of texts without their own. ``stop_tokens`` are sequences of tokens that end
+    a text. ``logprobs``: whether they are wanted of texts that are inserted from now on.
     """
 
     def __init__(
@@ -78,11 +73,8 @@ class CheckedBatchGenerator(BatchGenerator):
         logits_processors: list[Any] | None = None,
         stop_sequences: list[Any] | None = None,
     ) -> list[int]:
-        """As ``BatchGenerator.insert_segments``: each text has a sampler and processors of its own.
-
-        A processor with ``for_sequence`` makes another one for each text. All texts have the same
-        stop tokens.
-        """
+        """As ``BatchGenerator.insert_segments``, with one set of stop tokens for all texts. A
+        processor with ``for_sequence`` makes another one for each text."""
         first = self._n_texts
         sampler, processors = self._usual
         for i, segment in enumerate(segments):

@@ -18,10 +18,8 @@ Row = tuple[Text, Position, int]  # a text, a position, its place in the text
 
 
 class Check:
-    """A check of the positions of some texts whose tokens are known.
-
-    It is launched when it is made, and read by :meth:`confirm`.
-    """
+    """A check of the texts' positions whose tokens are known, launched when made, read by
+    `confirm`."""
 
     def __init__(self, proposer: Proposer, texts: Sequence[Text]):
         self._proposer, self.texts = proposer, texts
@@ -111,10 +109,8 @@ class Check:
         return self._change(logits)
 
     def confirm(self, text: Text) -> list[Position]:
-        """The text's positions that are sure now and become confirmed tokens. Waits for the check.
-
-        If the last one is another choice, the text is `refused`, and nothing waits any more.
-        """
+        """Waits for the check and confirms the text's positions up to one with another choice,
+        which makes the text `refused`. Nothing waits any more then."""
         if self._product is not None:
             self._screen()
         for rows, certain in self._flags:

@@ -1,8 +1,7 @@
 """mlx-lm's loop with a draft model.
 
-Its sampler is called for drafts and for the target's choices. Both draw with the noise of their
-position, so that a draft is accepted wherever the two distributions agree, and the text is that
-without drafts. Its processors see both as well: a grammar masks the drafts too.
+Drafts and the target's choices are drawn with the noise of their position, so that a draft is
+accepted wherever the two agree, and the text is that without drafts. Processors see both.
 """
 
 from collections import deque
@@ -33,13 +32,9 @@ def drafted_steps(
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
     """mlx-lm's ``speculative_generate_step`` with the package's draws and a dense target.
 
-    A draft model's FlashHead also scores the latest tokens of the text, which come again more often
-    than others.
-
-    Args:
-        prompt: (n,) token ids.
-        proposer: Has the settings of the head of ``model``, the target.
-        context: Tokens that the caches hold already.
+    A draft model's FlashHead also scores the latest tokens of the text, which come again more
+    often. ``proposer`` has the settings of the target's head. The caches hold the tokens
+    ``context`` already.
     """
     begin(options.get("logits_processors"))
     sampler: Any = options.get("sampler")

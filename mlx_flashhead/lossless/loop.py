@@ -40,13 +40,9 @@ def checked_steps(
         max_tokens: -1: no limit.
         sampler: The package's, or another's; default: the best token.
         prompt_cache: Caches, which hold the confirmed tokens at the end.
-        logprobs: Whether the log-probabilities are wanted.
+        logprobs: Whether log-probabilities (V,) are yielded with each token.
         context: Tokens that the cache holds already, for the processors.
         n_begun: How many of the last of all these tokens are of this text, which is continued.
-        **options: More keywords of ``generate_step``.
-
-    Yields:
-        A token, and log-probabilities (V,) if they are wanted.
 
     Raises:
         ValueError: If a cache can neither be trimmed nor kept, or as ``generate_step``.

@@ -15,11 +15,8 @@ MOST_READ = 64  # tokens that may wait while a check is computed
 
 
 class Pace:
-    """Has the tokens of some texts checked, and hands out what is sure.
-
-    The first checks come after 1, 2, 4, … tokens, so that text begins to flow at once. ``mark``
-    marks the caches of some texts as they are.
-    """
+    """Has the tokens of some texts checked, and hands out what is sure. ``mark`` marks the caches
+    of some texts as they are. The first checks come after 1, 2, 4, … tokens."""
 
     def __init__(self, proposer: Proposer, mark: Callable[[Sequence[Text]], Sequence[Any]]):
         self._proposer, self._mark = proposer, mark
@@ -31,11 +28,9 @@ class Pace:
     def confirmed(
         self, texts: Sequence[Text], read: Sequence[Text]
     ) -> Iterator[tuple[Text, list[Position]]]:
-        """After a step, which has given the texts in ``read`` a token: what is sure now.
-
-        Whoever takes it lets a text that is `refused` go back, and clears what waits of one that
-        has ended, before the next ones.
-        """
+        """After a step, which has given the texts in ``read`` a token: what is sure now. Whoever
+        takes it lets a `refused` text go back, and clears what waits of one that has ended, before
+        the next ones."""
         n_read = max((text.n_read for text in texts), default=0)
         if self._check is not None and (self._check.ready or n_read >= MOST_READ):
             yield from self._outcome()

@@ -13,11 +13,8 @@ WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
 
 
 class SlotProduct:
-    """Logits of states (k, D) in the order of the clusters, (k, C, n), while they are computed.
-
-    On a GPU they are lazy, and computed between the steps of the model. On a CPU whose BLAS numpy
-    beats, a thread computes them beside the steps.
-    """
+    """Logits of states (k, D) in the order of the clusters, (k, C, n): lazy, or computed by a
+    thread beside the steps of the model, on a CPU whose BLAS numpy beats."""
 
     def __init__(self, head: FlashHead, hidden: mx.array):
         self._head, self._hidden = head, hidden

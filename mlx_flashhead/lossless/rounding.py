@@ -1,9 +1,5 @@
-"""How far the logits of one state may lie from those of several states at once.
-
-"Dense" is what MLX computes for one position. A product of k states has other kernels and rounds
-otherwise, and so may the rows of a few clusters. What the check cannot decide within this distance,
-the product of one position decides.
-"""
+"""How far the logits of one state, which MLX computes for one position, may lie from those of
+several states at once, and from those of the rows of a few clusters."""
 
 import math
 from dataclasses import dataclass

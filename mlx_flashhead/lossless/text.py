@@ -135,12 +135,8 @@ class Text:
         return position_key(self.seed, index)
 
     def process(self, logits: mx.array, index: int = 0, tokens: mx.array | None = None) -> mx.array:
-        """The logits (1, V) after the processors, which may write into them.
-
-        Args:
-            index: The token's place in the text.
-            tokens: (n,) uint32, the tokens before it, if the caller has them.
-        """
+        """The logits (1, V) after the processors, which may write into them, for the token at place
+        ``index`` of the text, or after the ``tokens`` (n,) uint32."""
         if self.processors and tokens is None:
             later = [position.token for position in self.waiting[: index - len(self.tokens)]]
             before = self.prompt + self.tokens[:index] + later

@@ -1,9 +1,7 @@
 """What a machine gains: the loop's settings with the least time a token, measured in turns.
 
-The text does not depend on them, so they are a question of speed alone. First the parts are timed:
-a dense step, a step with some numbers of probes, a check of some numbers of states. The index knows
-how often a number of probes proposes another token. The best expected time is then tried against
-dense decoding, in turns. A FlashHead that does not win at least 3 % leaves the steps dense.
+First the parts are timed: a dense step, steps and checks of some sizes. The best expected time is
+then tried against dense decoding. Less than 3 % leaves the steps dense (docs/lossless.md).
 """
 
 import math
@@ -72,14 +70,9 @@ def tune(
 ) -> Generator[None, None, Tuning]:
     """Measures the settings on this machine, in about ``seconds``, and gives them to the head.
 
-    It is a generator: between two measurements, of some tokens each, the model is free for other
-    work. Where a step takes more than a twentieth of that time, only the index's number of probes
-    is timed, in about the time of fifteen tokens, and the gain is the expected one.
-
-    Args:
-        model: A model with a FlashHead.
-        differences: Shares of positions with another proposal, by number of probes, as the index
-            has them: ``n_probes``, ``greedy_differs``.
+    Between two measurements, of some tokens each, the model is free for other work. Where a step
+    takes more than a twentieth of that time, only the index's number of probes is timed, and the
+    gain is the expected one. ``differences`` are the ``by_probes`` of an index.
     """
     head = installed_head(model)
     usual = head.checked_probes
@@ -126,14 +119,9 @@ def expected_seconds(
 ) -> tuple[float, float]:
     """The expected time of a token, and the threshold of risk with which it is least.
 
-    A check of n states takes F + c·n seconds. A token that differs throws away the steps after it,
-    n/2 + 1 in the mean. With a share q of such tokens, one takes
-
-        step · (1 + q · (n/2 + 1)) + F/n + c
-
-    This is least at n = sqrt(2F / (q · step)), where the risks add up to R = q · n =
-    sqrt(2Fq / step). Real risks come in lumps. On those that `tests/loading/test_tuned.py` draws,
-    this R takes at most 1 % more time than the best threshold.
+    A check of n states takes F + c·n seconds. A token that differs, a share q of them, throws away
+    the steps after it, n/2 + 1 in the mean. So a token takes step · (1 + q · (n/2 + 1)) + F/n + c,
+    least at n = sqrt(2F / (q · step)), where the risks add up to q · n = sqrt(2Fq / step).
 
     ``checks`` are the seconds of checks by their number of states. ``share`` is q, 0 if it is not
     known, and k tokens wait at most.

@@ -1,9 +1,7 @@
 """The way back: a model's caches as they were after an earlier token.
 
-A cache is trimmed where it can be. Where it cannot (past the window of a rotating cache, or in a
-state-space layer) it is kept as of a confirmed token, and the tokens after it are fed again, one at
-a time as before. Arrays never change in MLX: a copy of a cache refers to them, and the next write
-makes new ones.
+A cache is trimmed where it can be. Else it is kept as of a confirmed token, and the tokens after it
+are fed again. Arrays never change in MLX: a copy of a cache refers to them.
 """
 
 import copy
@@ -28,10 +26,8 @@ class Mark:
 def kept(cache: Sequence[Any], quantized_from: int | None = None) -> list[Any]:
     """For a mark, a copy of each layer's cache; None for one that can be trimmed.
 
-    mlx-lm quantizes a cache of the length ``quantized_from``, None: never.
-
-    Raises:
-        ValueError: If a cache can neither be trimmed nor copied.
+    mlx-lm quantizes a cache of the length ``quantized_from``, None: never. ValueError if a cache
+    can neither be trimmed nor copied.
     """
     return [None if trims(layer, quantized_from) else _copied(layer) for layer in cache]
 
@@ -40,9 +36,7 @@ def go_back(
     cache: list[Any], marked: Mark, text: Text, wanted: int, feed: Callable[[list[int]], None]
 ) -> None:
     """Brings a text's caches to its first ``wanted`` tokens, fewer or more than now, in place.
-
-    ``marked`` is at or before them. ``feed`` feeds a token, as a list of one, to the model.
-    """
+    ``marked`` is at or before them. ``feed`` feeds a token, as a list of one, to the model."""
     n_held, n_right = text.n_held, min(text.n_held, len(text.tokens) - text.refused)
     text.n_held, text.refused = wanted, False
     if n_held == wanted == n_right:

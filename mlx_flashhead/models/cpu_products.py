@@ -1,8 +1,7 @@
-"""Products of a model's layers by numpy, for CPUs on which MLX's own are slow.
+"""Products of a model's layers by numpy, for CPUs on which MLX's own are slow
+(docs/how-it-works.md).
 
-MLX's wheel for Linux multiplies by the reference BLAS, far slower than numpy's OpenBLAS
-(docs/how-it-works.md). Each product is evaluated at once. This pays for the prompts and batches of
-a calibration, but not for decoding one sequence.
+Each is evaluated at once. This pays for prompts and batches, but not for decoding one sequence.
 """
 
 import sys
@@ -30,10 +29,8 @@ def numpy_is_faster() -> bool:
 
 @contextmanager
 def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
-    """Within the block, linear layers and embeddings as heads multiply by numpy if it is faster.
-
-    But for the layer ``lazy``, whose product may never be needed.
-    """
+    """Within the block, linear layers and embeddings as heads multiply by numpy if it is faster,
+    but for the layer ``lazy``, whose product may never be needed."""
     if not numpy_is_faster():
         yield
         return

@@ -11,11 +11,8 @@ from .fetch import reason
 
 
 def load_dense(folder: Path, *, adapter_path: str | None = None, **kwargs: Any):
-    """``mlx_lm.load`` of a local folder: the dense model, its tokenizer and its configuration.
-
-    Raises:
-        ValueError: If mlx-lm cannot load it, in one sentence.
-    """
+    """``mlx_lm.load`` of a local folder: the dense model, its tokenizer and its configuration;
+    ValueError, in one sentence, if mlx-lm cannot load it."""
     if is_companion(folder):
         raise ValueError(
             f"{folder} is a FlashHead without its model: give it as `flash_head`, and the model "

@@ -1,10 +1,8 @@
 """Installs a FlashHead on a model's output projection, and detaches it.
 
 The module keeps its identity, its parameter names and its place in the model. Its class becomes a
-subclass. The classes of the modules around it do too, so that they refuse to update it.
-
-The rows move into the FlashHead, in cluster order, and exist once. ``module.weight`` gathers them
-in the model's own order when it is read.
+subclass, and so do those of the modules around it, to refuse an update of it. The rows move into
+the FlashHead and exist once: ``module.weight`` gathers them in the model's own order.
 """
 
 import copy
@@ -134,11 +132,8 @@ def detach(model: nn.Module) -> None:
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """The dense form of a model with a FlashHead. It has its own rows and shares all other arrays.
-
-    Compare the speed of two models only if they share their arrays: the place of the arrays in
-    memory alone changes the time of a step by up to a tenth on a CPU.
-    """
+    """The dense form of a model with a FlashHead. It has its own rows and shares all other arrays:
+    their place in memory alone changes the time of a step by up to a tenth on a CPU."""
     dense = copy.deepcopy(model)
     detach(dense)
     return dense

@@ -1,8 +1,7 @@
 """Finds the output projection of any model of mlx-lm or mlx-vlm, and records its inputs.
 
-Neither a model's configuration nor its list of modules tells where the head is. So one forward pass
-is traced, without evaluating anything. The head is the last module that has a row for each token
-and whose output is as wide as the logits.
+One forward pass is traced, without evaluating anything. The head is the last module that has a row
+for each token and whose output is as wide as the logits.
 """
 
 import sys
@@ -39,10 +38,8 @@ class Asker(NamedTuple):
 
     def wants_logits(self, usual: "Asker | None") -> bool:
         """Whether this function decodes with a head's product, as the ``usual`` one does.
-
-        The other functions of a model's file do not: gemma4_text finds tokens by their embeddings.
-        mlx-vlm's models have several functions for logits.
-        """
+        gemma4_text also finds tokens by their embeddings, and mlx-vlm's models have several
+        functions for logits."""
         if usual is None or self == usual:
             return True
         own_name = self.name.rpartition(".")[2]
@@ -84,11 +81,8 @@ class HeadLocation:
 def find_head(model: nn.Module) -> HeadLocation:
     """The output projection of ``model``, found by tracing one forward pass of one token.
 
-    Works on lazily loaded models, since it reads shapes only.
-
-    Raises:
-        UnsupportedHeadError: If no module's output is the logits, the module cannot be intercepted,
-            or the model itself does not run.
+    Works on lazily loaded models, since it reads shapes only. UnsupportedHeadError if no module's
+    output is the logits, the module cannot be intercepted, or the model itself does not run.
     """
     check_writes_text(model)
     weights = ((type(module), module.get("weight")) for module in model.modules())
@@ -152,10 +146,8 @@ def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
 
 
 def check_plain_product(location: HeadLocation) -> None:
-    """Checks on one random state of the model's dtype that the layer multiplies by its rows.
-
-    UnsupportedHeadError for sharded, rotated or otherwise special layers.
-    """
+    """Checks on one random state of the model's dtype that the layer multiplies by its rows: an
+    UnsupportedHeadError for sharded, rotated or otherwise special layers."""
     rows, module = location.rows(), location.module
     shape = (1, rows.hidden_size)
     hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(location.hidden_dtype)

@@ -1,9 +1,5 @@
-"""Loads models in parts: several processes share one.
-
-mlx-lm splits the body, by layers (pipeline) or within them (tensor). Every process then has the
-same hidden state and the whole head. A FlashHead is installed last, and each process finds the same
-token by itself.
-"""
+"""Loads models in parts: several processes share one. Every process has the same hidden state and
+the whole head, so each finds the same token by itself."""
 
 from pathlib import Path
 from typing import Any

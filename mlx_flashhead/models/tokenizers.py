@@ -29,10 +29,7 @@ def prompt_of(tokenizer: Any, text: str) -> list[int]:
 
 
 class ProcessorText:
-    """A processor's tokenizer, whose chat template is the model's own, without pictures.
-
-    Everything else is the tokenizer's. ValueError if a processor has none.
-    """
+    """A processor's tokenizer, with the model's own chat template. ValueError if it has none."""
 
     def __init__(self, model: nn.Module, processor: Any):
         from .compat.vlm import text as vlm_text  # mlx-vlm is an extra
