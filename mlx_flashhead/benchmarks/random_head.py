@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from ..head.centroids import Centroids
+from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
 from ..head.formats import USUAL_GROUP, affine_group
 from ..head.matrix import Matrix

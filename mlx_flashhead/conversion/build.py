@@ -16,9 +16,8 @@ from ..index.sketch import Sketch
 from ..models.locate import HeadLocation
 from .calibration import given_states, text_states
 from .clustering import PASSES, QUICK_PASSES, cluster_rows
-from .fitting import fit_centroids
+from .fitting import fit_centroids, logit_metric
 from .measures import measure_positions
-from .metric import logit_metric
 from .options import GIVEN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 from .probes import MOST_BYTES, StepBytes, choose_probes, lossless_settings, probe_grid
 from .report import make_report
@@ -56,9 +55,7 @@ def model_index(
         ValueError: At a step, if the text is too short or an option does not fit the model.
     """
     states = next_ids = None
-    calibration: dict[str, Any] = {"source": options.source}
-    if options.quick:
-        calibration["quick"] = True
+    calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
     limits: dict[str, Any] = {"positions": options.positions, "step_seconds": step_seconds}
     if drafted is not None:
         states = yield from drafted
@@ -87,8 +84,7 @@ def model_index(
     )
     about = {"eos_token_ids": tokenizer.eos_token_ids, "calibration": calibration}
     about |= {"body_bytes": body_bytes, "recipe": recipe}
-    index = yield from build_index(location.rows(), options, states, next_ids, **about)
-    return index
+    return (yield from build_index(location.rows(), options, states, next_ids, **about))
 
 
 def build_index(

@@ -1,8 +1,5 @@
-"""Balanced k-means over the rows of a head: (V, D) floats → ``token_ids`` (C, cluster_size).
-
-Each row keeps a shortlist of its best centroids, prices make crowded centroids dearer, and a fill
-with hard capacities places every row. docs/how-it-works.md lists what was worse.
-"""
+"""Balanced k-means over the rows of a head. Each row keeps a shortlist of its best centroids,
+prices make crowded ones dearer, and a fill with hard capacities places every row."""
 
 import timeit
 from collections.abc import Callable, Generator
@@ -208,11 +205,9 @@ def faster_library(work: Callable[[Any], object]) -> Any:
 def _shortlists(
     points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, library: Any
 ) -> Counts[tuple[np.ndarray, np.ndarray]]:
-    """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered.
-
-    The centroids are dealt into buckets, and the best of each bucket is a candidate: a selection
-    from the full width would take longer than the product. The bests come from rounds of pairs.
-    """
+    """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered: of
+    buckets of them the best ones, found in rounds of pairs, which take less time than the
+    product."""
     xp, n_clusters = library, len(centroids)
     length = min(LIST_LENGTH, n_clusters)
     n_rounds = max(n_clusters // BUCKETS, 1).bit_length() - 1

@@ -36,11 +36,8 @@ class StepBytes:
         return self.centroids + n_probes * self.probe
 
     def checked(self, n_probes: int, share: float) -> float:
-        """Expected bytes per token of decoding with a check, if that share of proposals differs.
-
-        A check reads the dense rows once. A proposal that differs wastes the steps after it, half
-        of those between two checks in the mean. docs/how-it-works.md has the formula.
-        """
+        """Expected bytes per token of decoding with a check, if that share of proposals differs,
+        with the best number of positions in a check. docs/how-it-works.md has the formula."""
         step = self.body + self.head(n_probes)
         k = math.sqrt(2 * self.dense / max(share * step, 1e-9))
         k = min(max(k, 1.0), MOST_WAITING)
@@ -133,11 +130,8 @@ def lossless_settings(
 
 
 def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float]:
-    """The most likely a and b of the risk min(1, exp(a - b · gap)).
-
-    For each slope b, the risks add up to the differences and half of one more: none seen is not
-    none.
-    """
+    """The most likely a and b of the risk min(1, exp(a - b · gap)). For each slope b the risks add
+    up to the differences and half of one more, since none seen is not none."""
     if not len(gaps):
         return 0.0, 1.0
     wanted = min(differs.sum() + UNSEEN_DIFFERENCE, len(gaps) / 2)

@@ -33,10 +33,8 @@ def precision_label(options: ConvertOptions, config: dict, rows: Matrix) -> str:
 def set_bits(
     model: nn.Module, config: dict, head_path: str, options: ConvertOptions
 ) -> tuple[nn.Module, dict]:
-    """Quantizes the body by its recipe, if it has one, and the head to its own bits.
-
-    ValueError if the head has fewer bits than ``head_bits``, or its width fits no group.
-    """
+    """Quantizes the body by its recipe, if it has one, and the head to its own bits; ValueError if
+    it has fewer bits, or its width fits no group."""
     head_bits, quantizes = options.head_bits, options.quantize
     head = dict(model.named_modules())[head_path]
     stored_bits = _bits_of(head)

@@ -74,10 +74,8 @@ def make_steps(clustered: ClusteredRows, asked: str | None) -> tuple[PortableSte
 def checked(
     steps: PortableSteps, reason: str, asked: str | None, dtype: mx.Dtype, n_probes: int
 ) -> tuple[PortableSteps, str]:
-    """What :func:`make_steps` gave, after each kernel has run once; portable if a kernel fails.
-
-    This builds the kernels' pipelines too. ValueError if "metal" was asked for by name and fails.
-    """
+    """What :func:`make_steps` gave, after each kernel has been built and run once; portable if one
+    fails, or ValueError if "metal" was asked for by name."""
     trouble = find_trouble(steps, dtype, n_probes) if isinstance(steps, MetalSteps) else None
     if trouble is None:
         return steps, reason

@@ -111,10 +111,8 @@ def log_mass(logits: mx.array) -> mx.array:
 
 
 def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None) -> mx.array:
-    """The lowest logit that the filters keep: (R, K) float32 → (R, 1).
-
-    ``log_total`` (R, 1) is the log of the mass of all tokens; None if these are the K.
-    """
+    """The lowest logit that the filters keep: (R, K) float32 → (R, 1). ``log_total`` (R, 1) is the
+    log of the mass of all tokens; None if these are the K."""
     best = mx.max(logits, axis=-1, keepdims=True)
     lowest = best + draws.settings[:, 2:]
     if any(s.top_p < 1 for s in draws.of_rows):

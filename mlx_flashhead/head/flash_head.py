@@ -13,8 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from .backend import PORTABLE, checked, choose_backend, make_steps
-from .centroids import Centroids
-from .clustered import ClusteredRows
+from .clustered import Centroids, ClusteredRows
 from .draw import Draws
 from .matrix import Matrix
 from .portable import PortableSteps, faster_by_column

@@ -1,7 +1,5 @@
-"""The steps of a FlashHead in plain MLX operations; `steps.py` says what they hand on.
-
-They are the CPU path, the fallback, and the reference of the Metal kernels. Nothing evaluates.
-"""
+"""The steps of a FlashHead in plain MLX operations: the CPU path, the fallback, and the reference
+of the Metal kernels. Nothing here evaluates."""
 
 import ctypes
 import sys

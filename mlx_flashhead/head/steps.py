@@ -45,12 +45,9 @@ class Proposal(NamedTuple):
 
 
 class Risk(NamedTuple):
-    """How the estimate of that chance depends on what was not scored, fitted by a conversion.
-
-    For the best token it is exp(a - b·gap), where the gap is that of the best scored logit to the
-    best score of the other clusters. For a draw it is ``scale`` times the other clusters' share of
-    the mass.
-    """
+    """How the estimate of that chance depends on what was not scored: for the best token exp(a -
+    b·gap) of its distance to the best score of the other clusters, for a draw ``scale`` times their
+    mass."""
 
     a: float = 0.0
     b: float = 1.0

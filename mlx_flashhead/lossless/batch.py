@@ -1,8 +1,5 @@
-"""Texts that are generated together: mlx-lm's batch, with the check over all of its rows.
-
-A text for which it makes another choice leaves the batch with its cache, goes back, and joins it
-again. The others lose the time alone.
-"""
+"""Texts that are generated together: mlx-lm's batch, with the check over all of its rows. A text
+with another choice leaves it with its cache, goes back, and joins it again."""
 
 import sys
 from collections.abc import Sequence
@@ -37,9 +34,8 @@ class Response:
 class CheckedBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
-    A call of :meth:`next` may give no token of a text, or several. ``max_tokens``, the sampler and
-    the processors are of texts without their own. ``stop_tokens`` are sequences of tokens that end
-    a text. ``logprobs``: whether they are wanted of texts that are inserted from now on.
+    A call of :meth:`next` may give no token of a text, or several. ``stop_tokens`` are sequences
+    that end a text. ``logprobs``: whether they are wanted of texts that are inserted from now on.
     """
 
     def __init__(

@@ -8,9 +8,8 @@ import mlx.core as mx
 from ..head.draw import Draws
 from ..head.steps import Proposal
 from ..models.logit_change import unchanged
-from .products import SlotProduct
 from .proposals import Proposer
-from .rounding import rounding_of
+from .rounding import SlotProduct, rounding_of
 from .screen import certain_best, certain_draw, certain_within
 from .text import GREEDY, Position, Text, current_random_state, random_state, set_random_state
 

@@ -1,8 +1,5 @@
-"""mlx-lm's loop with a draft model.
-
-Drafts and the target's choices are drawn with the noise of their position, so that a draft is
-accepted wherever the two agree, and the text is that without drafts. Processors see both.
-"""
+"""mlx-lm's loop with a draft model. Drafts and the target's choices are drawn with the noise of
+their position, so that the text is that without drafts. Processors see both."""
 
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -30,12 +27,9 @@ def drafted_steps(
     context: Sequence[int] = (),
     **options: Any,
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
-    """mlx-lm's ``speculative_generate_step`` with the package's draws and a dense target.
-
-    A draft model's FlashHead also scores the latest tokens of the text, which come again more
-    often. ``proposer`` has the settings of the target's head. The caches hold the tokens
-    ``context`` already.
-    """
+    """mlx-lm's ``speculative_generate_step`` with the package's draws and a dense target. The
+    caches hold the tokens ``context`` already. A draft model's FlashHead also scores the text's
+    latest tokens."""
     begin(options.get("logits_processors"))
     sampler: Any = options.get("sampler")
     max_tokens, num_draft = options.get("max_tokens", 256), options.get("num_draft_tokens", 2)

@@ -29,8 +29,7 @@ class Pace:
         self, texts: Sequence[Text], read: Sequence[Text]
     ) -> Iterator[tuple[Text, list[Position]]]:
         """After a step, which has given the texts in ``read`` a token: what is sure now. Whoever
-        takes it lets a `refused` text go back, and clears what waits of one that has ended, before
-        the next ones."""
+        takes it lets a `refused` text go back, and clears what waits of one that has ended."""
         n_read = max((text.n_read for text in texts), default=0)
         if self._check is not None and (self._check.ready or n_read >= MOST_READ):
             yield from self._outcome()

@@ -1,6 +1,5 @@
-"""Proposals: what stands in the head's place while a loop of mlx-lm generates. The head's call
-chooses tokens from the rows that it scores and keeps the states. The sampler hands the tokens
-out."""
+"""What stands in the head's place while a loop of mlx-lm generates: the head's call chooses tokens
+from the rows that it scores and keeps the states, and the sampler hands the tokens out."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,9 +19,8 @@ from .text import GREEDY, Position, Text, current_random_state
 
 
 class Proposer:
-    """Chooses the tokens of one loop's texts: proposals, where the dense rows ``check`` them;
-    ``dense`` ones; or those of the bare head. ``settings`` are more keywords of
-    ``FlashHead.settings``."""
+    """Chooses the tokens of one loop's texts: proposals that are checked, ``dense`` choices, or the
+    bare head's. ``settings`` are more keywords of ``FlashHead.settings``."""
 
     def __init__(
         self, model: nn.Module, *, check: bool, dense: bool = False, settings: dict | None = None
@@ -166,9 +164,8 @@ def dense_logits(head: FlashHead, hidden: mx.array) -> mx.array:
 
 
 def _needs_dense(text: Text, head: FlashHead, dtype: mx.Dtype) -> bool:
-    """Whether a check could not tell what rounding does to a text's choice: a sampler of others, or
-    a processor that may stretch differences, sees logits of several states that agree in float32
-    only."""
+    """Whether a text's choice may depend on rounding in 16 bits, so that no check can tell: by a
+    sampler of others, or a processor that stretches differences."""
     moves_much = text.settings is None or not all(map(moves_little, text.processors))
     return moves_much and not _is_fine(head, dtype)
 

@@ -1,8 +1,5 @@
-"""Which proposals are certain to be the dense choice, judged by the logits of k states at once.
-
-A scored token has its logit of one position. All others have one from the product of k states. A
-proposal is certain if it is the choice whatever lies within the rounding of both.
-"""
+"""Which proposals are certain to be the dense choice, whatever lies within the rounding of logits
+of k states at once, or of those scored in one position."""
 
 import mlx.core as mx
 

@@ -146,10 +146,8 @@ class Text:
         return logits
 
     def pick(self, logits: mx.array, logprobs: mx.array, index: int) -> mx.array:
-        """The token (1,) uint32 that processed logits (1, V) choose.
-
-        ``logprobs`` are the same, normalized as mlx-lm's loops do.
-        """
+        """The token (1,) uint32 that processed logits (1, V) choose. ``logprobs`` are the same,
+        normalized as mlx-lm's loops do."""
         settings = self.settings
         if settings is not None and settings.greedy:
             return mx.argmax(logprobs, axis=-1)

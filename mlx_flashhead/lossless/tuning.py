@@ -1,8 +1,5 @@
-"""What a machine gains: the loop's settings with the least time a token, measured in turns.
-
-First the parts are timed: a dense step, steps and checks of some sizes. The best expected time is
-then tried against dense decoding. Less than 3 % leaves the steps dense (docs/lossless.md).
-"""
+"""What a machine gains: the loop's settings with the least expected time a token, by the times of
+its parts, then tried against dense decoding in turns (docs/lossless.md)."""
 
 import math
 import time
@@ -21,9 +18,8 @@ from ..head.flash_head import MOST_RISK, MOST_WAITING, FlashHead
 from ..head.steps import NO_DEPTH
 from ..models.install import hidden_dtype, installed_head
 from .loop import checked_steps
-from .products import SlotProduct
 from .proposals import Proposer, dense_logits
-from .rounding import rounding_of
+from .rounding import SlotProduct, rounding_of
 from .screen import certain_best
 
 SECONDS = 3.0  # of all measurements
@@ -69,10 +65,10 @@ def tune(
     model: nn.Module, differences: Sequence[dict[str, float]] = (), *, seconds: float = SECONDS
 ) -> Generator[None, None, Tuning]:
     """Measures the settings on this machine, in about ``seconds``, and gives them to the head.
+    Between two measurements the model is free for other work.
 
-    Between two measurements, of some tokens each, the model is free for other work. Where a step
-    takes more than a twentieth of that time, only the index's number of probes is timed, and the
-    gain is the expected one. ``differences`` are the ``by_probes`` of an index.
+    Where a step takes more than a twentieth of that time, only the index's number of probes is
+    timed, and the gain is the expected one. ``differences`` are the ``by_probes`` of an index.
     """
     head = installed_head(model)
     usual = head.checked_probes
@@ -175,10 +171,8 @@ class _Steps:
         )
 
     def checked_positions(self, check: float, end: float) -> int | None:
-        """The largest number of rows whose proposals and checks beat their dense product.
-
-        A row's check takes ``check`` seconds. None if the time is up at ``end``.
-        """
+        """The largest number of rows whose proposals, and checks of ``check`` seconds each, beat
+        their dense product. None if the time is up at ``end``."""
         head, most = self._head, 1
         for n in ROWS:
             if time.perf_counter() > end:

@@ -1,8 +1,5 @@
-"""The way back: a model's caches as they were after an earlier token.
-
-A cache is trimmed where it can be. Else it is kept as of a confirmed token, and the tokens after it
-are fed again. Arrays never change in MLX: a copy of a cache refers to them.
-"""
+"""The way back: a model's caches as they were after an earlier token. Those that cannot be trimmed
+are copied, which costs nothing: arrays never change in MLX."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -24,11 +21,8 @@ class Mark:
 
 
 def kept(cache: Sequence[Any], quantized_from: int | None = None) -> list[Any]:
-    """For a mark, a copy of each layer's cache; None for one that can be trimmed.
-
-    mlx-lm quantizes a cache of the length ``quantized_from``, None: never. ValueError if a cache
-    can neither be trimmed nor copied.
-    """
+    """For a mark, a copy of each layer's cache; None for one that can be trimmed. mlx-lm quantizes
+    a cache of the length ``quantized_from``. ValueError if a cache cannot be copied."""
     return [None if trims(layer, quantized_from) else _copied(layer) for layer in cache]
 
 

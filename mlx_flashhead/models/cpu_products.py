@@ -1,8 +1,5 @@
-"""Products of a model's layers by numpy, for CPUs on which MLX's own are slow
-(docs/how-it-works.md).
-
-Each is evaluated at once. This pays for prompts and batches, but not for decoding one sequence.
-"""
+"""Products of a model's layers by numpy, for CPUs on which MLX's own are slow (docs/how-it-
+works.md). Each is evaluated at once, which pays for prompts and batches."""
 
 import sys
 from collections.abc import Iterator

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..head.centroids import Centroids
+from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
 from .compat.vlm.drafts import drafter_asks, when_drafted
 from .compat.vlm.head_weights import keep_from_weights
@@ -187,20 +187,16 @@ class _FlashParent(_Pickled, _Module):
 
 
 class _FlashModule(_Pickled, _Module):
-    """An installed module, whose dict holds None for each array that the FlashHead keeps.
-
-    Reading such an array gives it in the model's own order, lazily. Writing it raises.
-    """
+    """An installed module, whose dict holds None for each array that the FlashHead keeps. Reading
+    such an array gives it in the model's own order, lazily. Writing it raises."""
 
     _flash_head: FlashHead
     _asked_by: Asker | None
     _hidden_dtype: str
 
     def _project(self, hidden: mx.array) -> mx.array:
-        """(..., D) → (..., V): the model's logits, or the product with all rows for other uses.
-
-        Gradients do not pass through the choice of clusters, so training uses all rows.
-        """
+        """(..., D) → (..., V): the model's logits, or the product with all rows for other uses, as
+        training: gradients do not pass through the choice of clusters."""
         head, frame = self._flash_head, sys._getframe(1)
         if head.only_drafts and drafter_asks(frame):
             return head.draft_logits(hidden)

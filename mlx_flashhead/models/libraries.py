@@ -1,5 +1,4 @@
-"""The models of two libraries, mlx-lm and mlx-vlm: which one a model is of, and how it runs. Text
-goes through mlx-vlm's as in its own generation, by embeddings to the ``language_model``."""
+"""The models of two libraries, mlx-lm and mlx-vlm: which one a model is of, and how it runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,8 +1,5 @@
-"""Finds the output projection of any model of mlx-lm or mlx-vlm, and records its inputs.
-
-One forward pass is traced, without evaluating anything. The head is the last module that has a row
-for each token and whose output is as wide as the logits.
-"""
+"""Finds the output projection of any model in one traced pass: the last module that has a row for
+each token and whose output is as wide as the logits. Records its inputs."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -37,9 +34,8 @@ class Asker(NamedTuple):
         return cls(code.co_filename, code.co_qualname)
 
     def wants_logits(self, usual: "Asker | None") -> bool:
-        """Whether this function decodes with a head's product, as the ``usual`` one does.
-        gemma4_text also finds tokens by their embeddings, and mlx-vlm's models have several
-        functions for logits."""
+        """Whether this function decodes with a head's product, as the ``usual`` one does. Others
+        may find tokens by their embeddings, and mlx-vlm's models have several for logits."""
         if usual is None or self == usual:
             return True
         own_name = self.name.rpartition(".")[2]

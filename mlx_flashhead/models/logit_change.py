@@ -1,8 +1,5 @@
-"""A model's own change of its head's logits: a scale, a softcap, a cast.
-
-The model's own code runs with given logits in place of its head's. The result does not depend on
-the layers, so they are not computed.
-"""
+"""A model's own change of its head's logits (a scale, a softcap, a cast), by the model's own code
+with given logits in place of its head's."""
 
 from collections.abc import Callable
 from weakref import WeakKeyDictionary

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion.metric import FLOOR, logit_metric
+from mlx_flashhead.conversion.fitting import FLOOR, logit_metric
 
 
 def make_states(n_states=3000, hidden_size=24, seed=0):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.head.backend import BACKEND_VARIABLE, choose_backend
-from mlx_flashhead.head.centroids import Centroids
+from mlx_flashhead.head.clustered import Centroids
 from mlx_flashhead.head.flash_head import NEVER_DRAWN, FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from tiny_models import fitted, random_clusters, random_rows

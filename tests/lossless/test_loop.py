@@ -9,7 +9,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.lossless.products import SlotProduct
+from mlx_flashhead.lossless.rounding import SlotProduct
 from tiny_models import randomized, tiny_model
 
 SAMPLERS = {
@@ -63,7 +63,7 @@ def test_a_sampler_of_others_draws_with_the_state_of_the_proposal(flash, argumen
 
 
 def test_a_thread_may_compute_the_check(flash, misses, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.products.WORTH_A_THREAD", 0)
+    monkeypatch.setattr("mlx_flashhead.lossless.rounding.WORTH_A_THREAD", 0)
     checked(flash, {"temp": 0.8, "top_p": 0.95, "seed": 1})
     assert misses
 

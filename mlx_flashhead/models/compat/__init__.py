@@ -1,6 +1,5 @@
-"""The names of mlx-lm that may move from one version to the next: a file per module of mlx-lm, for
-all but ``mlx_lm`` itself and ``mlx_lm.sample_utils``. Tested with mlx-lm 0.31.3 to 0.32.2 and mlx
-0.31.2 to 0.32.4."""
+"""The names of mlx-lm that may move from one version to the next, a file per module of mlx-lm.
+Tested with mlx-lm 0.31.3 to 0.32.2 and mlx 0.31.2 to 0.32.4."""
 
 import warnings
 from importlib.metadata import version

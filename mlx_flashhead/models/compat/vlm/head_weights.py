@@ -1,5 +1,5 @@
-"""The places in which mlx-vlm reads a head's weights itself, in exact or fused products. A
-FlashHead would gather all rows anew for each: they ask the layer, or are switched off."""
+"""The places in which mlx-vlm reads a head's weights itself. A FlashHead would gather all rows anew
+for each of them: they ask the layer, or are switched off."""
 
 from collections.abc import Callable
 from functools import cache, partial, wraps
