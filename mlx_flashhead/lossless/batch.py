@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat.generate import BatchGenerator
-from .pace import Pace
+from .check import Pace
 from .proposals import Proposer
 from .text import Position, Text
 from .way_back import Mark, go_back, kept

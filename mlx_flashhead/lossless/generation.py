@@ -20,8 +20,7 @@ from ..models.compat.generate import batch_generate as mlx_lm_batch_generate
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.libraries import is_vlm
 from .batch import CheckedBatchGenerator
-from .drafts import drafted_steps
-from .loop import checked_steps
+from .loop import checked_steps, drafted_steps
 from .proposals import Proposer
 from .sampler import Sampler
 from .text import begin

@@ -165,7 +165,7 @@ def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
 
 
 def test_nothing_is_checked_without_the_check(flash, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.pace.Check", None)
+    monkeypatch.setattr("mlx_flashhead.lossless.check.Check", None)
     bare = flash.tokens(check=False)
     assert bare == flash.tokens(check=False, logprobs=False)
     assert bare != flash.tokens(dense=True)
