@@ -46,13 +46,9 @@ def model_index(
 ) -> Steps[FlashHeadIndex]:
     """The index of a dense model. Between two steps the model is as it was, and may write text.
 
-    Args:
-        text: Text of the file to calibrate on, if the options name one.
-        drafted: Steps that give a drafter's states, instead of text.
-        step_seconds: Time that a step of the model may take. All other steps are numpy's or MLX's.
-
-    Raises:
-        ValueError: At a step, if the text is too short or an option does not fit the model.
+    It calibrates on the ``text`` of the options' file, or on states ``drafted`` by a drafter. A
+    step of the model takes about ``step_seconds``. ValueError at a step, if an option does not fit
+    the model.
     """
     states = next_ids = None
     calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
@@ -100,15 +96,9 @@ def build_index(
 ) -> Steps[FlashHeadIndex]:
     """Builds the index of a head from its rows in token order, as the checkpoint stores them.
 
-    The last quarter of the positions is held out: it chooses the probes and makes the report.
-
-    Args:
-        states: (N, D) float32 hidden states to calibrate on; None: no calibration.
-        next_ids: (N,) the token after each of them; None: no report.
-        body_bytes: Bytes of weights that all other layers read per token.
-
-    Raises:
-        ValueError: If the states are too few or not finite.
+    ``states`` (N, D) float32 calibrate it; with ``next_ids`` (N,), the tokens after them, the last
+    quarter chooses the probes and makes the report. ``body_bytes`` are weights that all other
+    layers read per token. ValueError if the states are too few or not finite.
     """
     n_positions = 0 if states is None else len(states)
     fitted_on = metric = None

@@ -33,11 +33,11 @@ def text_states(
     positions: int | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[tuple[np.ndarray, np.ndarray]]:
-    """Hidden states (N, D) float32 of a text, and the true next tokens (N,) int64.
+    """Hidden states (N, D) float32 of a text, at most ``positions``, and the true next tokens (N,)
+    int64.
 
-    It is read in windows that each start afresh, as a text does. Special tokens in it, such as chat
-    markup, are understood. ``positions`` is the greatest N. ValueError if it has fewer than two
-    tokens.
+    Each window starts afresh, as a text does. Special tokens, such as chat markup, are understood.
+    ValueError if there are fewer than two tokens.
     """
     token_ids = list(tokenizer.encode(text))
     if positions is not None:
@@ -88,16 +88,10 @@ def read_windows(
     stage: str = "Reading",
     step_seconds: float = math.inf,
 ) -> Steps[list[np.ndarray]]:
-    """Hidden states of each window without its last token, several windows at once.
+    """Hidden states (n - 1, D) float32 of each window of n tokens, several windows at once.
 
-    Args:
-        windows: Token ids, at least two each.
-        seconds: Of the model's work, after which no windows but the first ones are read.
-        step_seconds: About the longest time of a step, for which a window is read in parts of 16
-            tokens or more. Models of mlx-vlm read whole windows.
-
-    Returns:
-        For each window of n tokens (n - 1, D) float32; (0, 0) for one that was not read.
+    After ``seconds`` of the model's work no more are read, which leaves (0, 0) for them. A step
+    takes about ``step_seconds``: less than a window if need be, but for models of mlx-vlm.
     """
     states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [window[:-1] for window in windows]

@@ -38,15 +38,9 @@ def cluster_rows(
     """Groups the rows (V, D) of a head into clusters of equal size; ValueError if one is not
     finite.
 
-    Args:
-        cluster_size: Rows per cluster, 1 … V. If it does not divide V, the last clusters hold less.
-        seed: The same seed gives the same clusters, on the same device.
-        metric: (D, d) float32 by which the rows are multiplied first, of `logit_metric`; None: only
-            their directions count.
-
-    Returns:
-        (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 exactly once,
-        ascending within a cluster; V marks the padded slots at a cluster's end.
+    ``metric`` (D, d) float32 multiplies the rows first; None: only their directions count. Returns
+    (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 once, ascending within a
+    cluster; V marks padded slots at a cluster's end. The same seed gives the same on a device.
 
     Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means. The way to
         the balance and the metric are this project's own.

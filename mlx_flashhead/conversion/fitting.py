@@ -1,12 +1,11 @@
-"""Centroids that predict the best token of their clusters: h · mu_c of the logsumexp of its logits.
+"""Centroids that predict the logsumexp of their clusters' logits from a state h, by ridge
+regression.
 
-A ridge regression on calibration states, rounded to 4 bits with the errors fed forward (GPTQ). The
-remaining residual, of mean m_c and variance s2_c over the states, gives the bias:
+They are rounded to 4 bits with the errors fed forward (GPTQ). The remaining residual, of mean m_c
+and variance s2_c over the states, gives the bias:
 
     S_c = h · mu_c + m_c + s2_c / 2     the log of the cluster's expected mass, if it is normal
     S_c - ln n_c                        the logit of each of the n_c tokens of other clusters
-
-The states enter only through sums over them, so (N, V) logits are never held whole.
 """
 
 import mlx.core as mx
@@ -38,14 +37,9 @@ def covariance(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def logit_metric(states: np.ndarray) -> np.ndarray:
-    """The matrix L (D, d) float32 by which rows are multiplied so that distances are of their
-    logits.
-
-        |(x - y) L|² = variance over states h of h · (x - y)      L Lᵀ = covariance of the states
-
-    Its columns are the d directions in which the states (N, D) vary most, each scaled by its root.
-    The mean variance of the states is scaled to 1. Equal states give the rows' own distances.
-    """
+    """The matrix L (D, d) float32 of the distances |(x - y) L|² of rows that are the variances of h
+    · (x - y) over states h, scaled to a mean variance of 1: the d directions in which the states
+    vary most."""
     hidden_size = states.shape[1]
     _, variance = covariance(states)
     mean_variance = np.trace(variance) / hidden_size
@@ -77,16 +71,12 @@ def fit_centroids(
     head_bias: np.ndarray | mx.array | None = None,
     group_size: int = USUAL_GROUP,
 ) -> Steps[Centroids]:
-    """Fits the centroids and rounds them to 4 bits with float16 scales.
+    """Fits centroids to rows (V, D) and states (N, D), and rounds them to 4 bits with float16
+    scales.
 
-    Without states they are the plain means, with a tail offset of zero.
-
-    Args:
-        rows: (V, D), any float dtype.
-        token_ids: (C, cluster_size) integers, each of 0 … V-1 once, V in padded slots.
-        states: (N, D) float32 calibration hidden states as the head receives them.
-        head_bias: (V,) added to the logits.
-        group_size: Columns that share a scale, else 32. If neither divides D they stay floats.
+    Without states they are the plain means, with a tail offset of zero. ``token_ids`` (C,
+    cluster_size) hold V in padded slots, ``head_bias`` is (V,). ``group_size`` columns share a
+    scale, else 32; if neither divides D the centroids stay floats.
 
     Source: GPTQ is arXiv 2210.17323, algorithm 1; the fit is this project's own.
     """

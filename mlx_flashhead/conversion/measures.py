@@ -28,8 +28,6 @@ Products = Callable[[np.ndarray], np.ndarray]
 
 
 class Measures(NamedTuple):
-    """Measures at one number of probes."""
-
     n_probes: int
     agreement: float  # share of positions, as the next
     coverage: float
@@ -49,12 +47,8 @@ class PositionMeasures:
     def means(self) -> list[Measures]:
         """The measures over all positions, by number of probes."""
         means = self.values[:, :GAP].mean(axis=2, dtype=np.float64).tolist()
-        return [
-            Measures(n_probes, agreement, coverage, mass, kl, _exp(nll))
-            for n_probes, (agreement, coverage, mass, kl, nll) in zip(
-                self.probe_counts, means, strict=True
-            )
-        ]
+        of_probes = zip(self.probe_counts, means, strict=True)
+        return [Measures._make([n, *shares, _exp(nll)]) for n, (*shares, nll) in of_probes]
 
     def dense_perplexity(self) -> float:
         """Of the true next tokens, over all positions."""
@@ -77,12 +71,9 @@ def measure_positions(
 ) -> Steps[PositionMeasures]:
     """Measures a way to choose clusters at each number of probes (1 … C) and each state (N, D).
 
-    Args:
-        logits_of: Dense logits of some states: (n, D) → (n, V) float32, token order.
-        token_ids: (C, cluster_size) integers, V in padded slots.
-        scores_of: Scores of the clusters: (n, D) → (n, C) float32.
-        tail_offset: (C,), added to a score for the logit of the cluster's unscored tokens.
-        next_ids: (N,) true next tokens.
+    ``logits_of`` gives dense logits (n, D) → (n, V), ``scores_of`` the clusters' scores (n, C),
+    both float32. ``tail_offset`` (C,) makes a score the logit of a token; ``token_ids`` hold V when
+    padded.
     """
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
     values = np.empty((len(probe_counts), 7, len(states)), np.float32)

@@ -32,8 +32,6 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """The options of an index, which `convert` describes."""
-
     quick: bool = option(False, action="store_true")
     cluster_size: int = option(16, whole_number(1))
     n_probes: int | None = option(None, whole_number(1))
@@ -52,7 +50,6 @@ class IndexOptions:
 
     @property
     def positions(self) -> int:
-        """Positions to calibrate on."""
         quick = self.quick and self.calibration_positions > QUICK_POSITIONS
         return QUICK_POSITIONS if quick else self.calibration_positions
 
@@ -79,8 +76,6 @@ class IndexOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(IndexOptions):
-    """The options of a conversion, which `convert` describes."""
-
     hf_path: str = option(None, recipe=False)
     mlx_path: str = option("mlx_model", recipe=False)
     quantize: bool = option(False, flag="-q")
@@ -137,10 +132,8 @@ class ConvertOptions(IndexOptions):
 
     @property
     def uploads(self) -> bool:
-        """Whether the checkpoint is uploaded."""
         return bool(self.upload) or self.upload_repo is not None
 
 
 def flag(one: Field) -> str:
-    """The flag of an option."""
     return one.metadata["flag"] or "--" + one.name.replace("_", "-")

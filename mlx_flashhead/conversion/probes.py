@@ -32,7 +32,6 @@ class StepBytes:
     body: int = 0  # all other layers
 
     def head(self, n_probes: int) -> float:
-        """Bytes that FlashHead reads."""
         return self.centroids + n_probes * self.probe
 
     def checked(self, n_probes: int, share: float) -> float:
@@ -99,12 +98,9 @@ def lower_bound(share: float, n: int) -> float:
 def lossless_settings(
     found: PositionMeasures, nbytes: StepBytes, n_probes: int | None = None
 ) -> dict:
-    """The settings of the checked loop, JSON-ready.
-
-    ``n_probes``, as given or those of the fewest expected bytes; ``by_probes``, shares of positions
-    with another proposal, greedy and sampled at temperature 1; ``risk`` with ``greedy`` [a, b] and
-    ``sampled`` scale, as `head/steps.py: Risk` takes them.
-    """
+    """The settings of the checked loop, JSON-ready: ``n_probes``, as given or of the fewest
+    expected bytes; ``by_probes``, shares of positions with another proposal; ``risk``, of
+    `head/steps.py`."""
     greedy, sampled = 1 - found.values[:, [AGREEMENT, MASS]].mean(axis=2, dtype=np.float64).T
     probes = np.array(found.probe_counts)
     if n_probes is None:

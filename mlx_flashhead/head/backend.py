@@ -22,7 +22,6 @@ log = logging.getLogger("mlx_flashhead")
 
 
 def gpu_is_default() -> bool:
-    """Whether MLX's default device is an Apple GPU."""
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
 
 

@@ -15,8 +15,6 @@ PIECES = 4096  # rows are laid out by columns in this number of pieces, of which
 
 @dataclass(frozen=True)
 class Centroids:
-    """Centroids, their bias and the tail's offset."""
-
     matrix: Matrix  # (C, D), without a bias of its own
     bias: mx.array  # (C,) float32, added to the scores
     tail_offset: mx.array  # (C,) float32, added to a score for the logit of the cluster's tokens
@@ -80,11 +78,8 @@ class ClusteredRows:
     ) -> "ClusteredRows":
         """Reorders rows in token order, lazily. During the evaluation both orders exist.
 
-        Args:
-            token_ids: (C, cluster_size) integers, a permutation of 0 … V-1 padded with V.
-                ValueError if they are not, or if shapes do not fit.
-            always_probed_ids: Tokens whose clusters are always among the probes.
-            by_column: Lay the weight out by columns. For rows of floats only.
+        ``token_ids`` (C, cluster_size) are a permutation of 0 … V-1 padded with V, or ValueError.
+        The clusters of ``always_probed_ids`` always are. ``by_column``: lay floats out by columns.
         """
         vocab_size = rows.n_rows
         n_clusters, cluster_size = token_ids.shape

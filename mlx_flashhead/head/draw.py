@@ -25,8 +25,6 @@ SORTED = 2048
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """The settings of one text's draws."""
-
     temperature: float = 0.0  # 0 takes the best logit
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
     min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
@@ -38,7 +36,6 @@ class DrawSettings:
 
     @property
     def filters(self) -> bool:
-        """Whether any token may be left out."""
         return self.top_p < 1 or self.min_p > 0 or self.top_k > 0
 
 
@@ -57,9 +54,8 @@ class Draws(NamedTuple):
         inverse = [1 / s.temperature if s.temperature else 0.0 for s in settings]
         log_min_p = [math.log(s.min_p) if s.min_p else NO_MIN_P for s in settings]
         floats = list(zip(inverse, [s.top_p for s in settings], log_min_p, strict=True))
-        top_k = mx.array([s.top_k for s in settings], dtype=mx.uint32)
-        of_keys = mx.array(keys, dtype=mx.uint32)
-        return cls(mx.array(floats, dtype=mx.float32), top_k, of_keys, settings)
+        top_k = mx.array([s.top_k for s in settings], mx.uint32)
+        return cls(mx.array(floats, mx.float32), top_k, mx.array(keys, mx.uint32), settings)
 
 
 def position_key(seed: int, position: int) -> tuple[int, int]:
@@ -166,11 +162,9 @@ def draw(
 ) -> mx.array:
     """Draws a token of each row (R, K) float32: (R,) uint32, of equal values the lowest id.
 
-    Args:
-        gumbel: (R, K) noise of these tokens. Without it and ``draws`` the best logit, NaN the
-            highest.
-        token_ids: (R, K) uint32; None where they are 0 … V-1.
-        others: (R,) log of the mass of tokens that are not among the K; None if there are none.
+    ``gumbel`` (R, K) is the noise; without it and ``draws`` the best logit is taken, NaN the
+    highest. ``token_ids`` (R, K) are 0 … V-1 if None. ``others`` (R,) is the log of the mass of
+    other tokens.
     """
     values = logits
     if gumbel is not None and draws is not None:

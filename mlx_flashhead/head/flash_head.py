@@ -47,22 +47,20 @@ class FlashHead:
         checked_probes: Clusters scored where the dense rows check the choice; None: ``n_probes``.
         risk: How likely a proposal differs from the dense choice.
         eos_token_ids: Their clusters are always among the probes, so that an answer can end.
-            With fewer probes than such clusters, only they are scored.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
             if MLX computes on an Apple GPU.
-        max_positions: More positions (B·L) than this at once are computed densely; None leaves it
-            to the path.
+        max_positions: More positions (B·L) than this at once are computed densely; None: by the
+            path.
 
     Attributes:
-        vocab_size, hidden_size, n_clusters, cluster_size: V, D, C, and the slots of a cluster.
-        depth: Of the checked probes the kernels score those whose score is at most this many nats
-            below the log-sum-exp of all scores: a question of speed alone.
-        most_waiting: Proposals that wait for a check at most.
-        most_risk: Sum of their risks at which they are checked.
+        depth: Nats below the log-sum-exp of all scores, from which the kernels leave checked probes
+            out.
+        most_waiting, most_risk: Proposals that wait for a check, and the sum of their risks, at
+            most.
         gain: Measured tokens per second on this machine, relative to dense decoding, if known.
         stays_dense: Whether proposals gain nothing on this machine.
-        in_step: Whether several processes compute the same steps, so that no time may decide when
-            a check comes.
+        in_step: Whether several processes compute the same steps: no time decides when a check
+            comes.
         draft_probes: Clusters scored for a draft; None: ``n_probes``.
         only_drafts: Whether the head serves a drafter alone, and its model is dense.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
@@ -149,7 +147,6 @@ class FlashHead:
 
     @property
     def max_positions_reason(self) -> str:
-        """The source of ``max_positions``."""
         return "set by hand" if self._max_positions is not None else self._steps.limit_reason
 
     @property

@@ -54,12 +54,9 @@ class _StoredRows:
 
 
 class MetalSteps(PortableSteps):
-    """Route, select, score, sample and expand, each one Metal kernel. Nothing is evaluated.
-
-    A position holds max(p, 8) probes; beyond p the last one is repeated. One kernel of each kind
-    serves any numbers, but for one position (route), full logits (select), and settings of fewer
-    than 8 elements (sample). ``metal_kernel`` makes a kernel; default: ``mx.fast.metal_kernel``.
-    """
+    """Route, select, score, sample and expand, each one Metal kernel. A position holds max(p, 8)
+    probes; beyond p the last one is repeated. ``metal_kernel`` makes a kernel, as
+    ``mx.fast.metal_kernel``."""
 
     name = "metal"
 

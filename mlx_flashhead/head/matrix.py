@@ -49,7 +49,6 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays().values())
 
     @property

@@ -80,7 +80,6 @@ class PortableSteps:
         self.limit_reason = MEASURED if self._on_cpu else ESTIMATED  # of `max_positions`
 
     def arrays(self) -> list[mx.array]:
-        """Arrays held besides those of ``clustered``."""
         return [] if self._centroids is None else [self._centroids]
 
     def max_positions(self, n_probes: int) -> int:
@@ -121,13 +120,12 @@ class PortableSteps:
     def select(
         self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
     ) -> Selection:
-        """The ``n_probes`` best clusters of each row, in no particular order: (R, C) → (R, p).
+        """The ``n_probes`` best clusters of each row, (R, C) float32 → (R, p), in no particular
+        order.
 
-        Args:
-            words: Also give what the kernel of `expand` needs.
-            depth: Clusters more than this many nats below the log-sum-exp of all scores need not be
-                probed, for `token` and `choose`: they hold at most C·exp(-depth) of the mass
-                together.
+        ``words``: also give what the kernel of `expand` needs. Clusters more than ``depth`` nats
+        below the log-sum-exp of all scores need not be probed: they hold at most C·exp(-depth) of
+        the mass.
         """
         n_clusters = scores.shape[-1]
         if n_probes == n_clusters:

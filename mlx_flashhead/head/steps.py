@@ -15,8 +15,6 @@ NO_DEPTH = 1e30  # nats: every probe is scored
 
 
 class Selection(NamedTuple):
-    """The clusters to score."""
-
     # (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)), ascending:
     # where fewer are worth scoring the last one is repeated, with logits as in padded slots.
     probes: mx.array
@@ -27,8 +25,6 @@ class Selection(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """The scored rows."""
-
     logits: mx.array  # (R, p, n) in the dense dtype; padded slots hold the lowest finite value
     best: mx.array | None = None  # (R, p) float32, each probed cluster's best logit, for a kernel
 

@@ -21,8 +21,6 @@ IN_GENERATION = 2  # the stage of a text in mlx-lm's batch
 
 @dataclass
 class Response:
-    """A token of a text, as mlx-lm's batch gives it out."""
-
     uid: int
     token: int
     logprobs: mx.array
@@ -133,7 +131,6 @@ class CheckedBatchGenerator(BatchGenerator):
         return prompts, responses
 
     def _responses(self, text: Text, positions: list[Position]) -> list[Any]:
-        """The responses for confirmed positions, up to the text's end."""
         responses = []
         for position in positions:
             text.n_given += 1

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.steps import Proposal
-from ..models.logit_change import unchanged
+from ..models.logit_change import LogitChange, unchanged
 from .proposals import Proposer
 from .rounding import SlotProduct, rounding_of
 from .screen import certain_best, certain_draw, certain_within
@@ -30,9 +30,8 @@ class Check:
     def __init__(self, proposer: Proposer, texts: Sequence[Text]):
         self._proposer, self.texts = proposer, texts
         proposer.n_checks += 1
-        assert proposer.head is not None
-        assert proposer.change is not None
-        self._head, self._change = proposer.head, proposer.change
+        self._head = cast(FlashHead, proposer.head)
+        self._change = cast(LogitChange, proposer.change)
         self._counts = {text: text.n_read for text in texts}
         self._rows = [
             (text, text.waiting[i], len(text.tokens) + i)

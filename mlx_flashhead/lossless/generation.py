@@ -136,7 +136,6 @@ def lossless_steps(model: nn.Module, name: str) -> Callable[..., Any] | None:
 def _proposer(
     model: nn.Module, n_probes: int | None, check: bool, dense: bool, draw_temperature: float | None
 ) -> Proposer:
-    """The chooser of tokens for these settings."""
     if is_vlm(model):
         raise ValueError(
             "This is a model of mlx-vlm: generate with mlx_vlm.generate, which asks its FlashHead."

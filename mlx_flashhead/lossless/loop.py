@@ -44,19 +44,12 @@ def checked_steps(
     n_begun: int = 0,
     **options: Any,
 ) -> Tokens:
-    """mlx-lm's ``generate_step`` with the choices of the dense model.
+    """mlx-lm's ``generate_step`` with the choices of the dense model: tokens, and log-probabilities
+    (V,) if ``logprobs`` are wanted.
 
-    Args:
-        prompt: (n,) token ids.
-        max_tokens: -1: no limit.
-        sampler: The package's, or another's; default: the best token.
-        prompt_cache: Caches, which hold the confirmed tokens at the end.
-        logprobs: Whether log-probabilities (V,) are yielded with each token.
-        context: Tokens that the cache holds already, for the processors.
-        n_begun: How many of the last of all these tokens are of this text, which is continued.
-
-    Raises:
-        ValueError: If a cache can neither be trimmed nor kept, or as ``generate_step``.
+    ``max_tokens`` of -1 is no limit. ``prompt_cache`` holds the tokens ``context`` already, and the
+    confirmed ones at the end. The last ``n_begun`` of all these are of this text, which is
+    continued. ValueError if a cache can neither be trimmed nor kept, or as ``generate_step``.
     """
     cache = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     tokens = [*context, *cast(list[int], prompt.tolist())]

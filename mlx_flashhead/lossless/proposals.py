@@ -40,7 +40,6 @@ class Proposer:
         self._processed: dict[Text, mx.array] = {}
 
     def report(self) -> str:
-        """A line on the head that has been used."""
         assert self.head is not None
         if self.dense:
             why = "it is no faster here" if self.head.stays_dense else "every token was scored"

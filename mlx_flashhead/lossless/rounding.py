@@ -43,7 +43,6 @@ class SlotProduct:
         return self._future is None or self._future.done()
 
     def result(self) -> mx.array:
-        """The logits, lazy or computed."""
         if self._future is None:
             return self._head.slot_logits(self._hidden)
         logits = to_mlx(self._future.result())
@@ -58,8 +57,6 @@ def _worker() -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Distances to the dense logits of one position."""
-
     epsilon: float  # spacing of the logits' dtype, relative to a logit
     batch: float  # greatest one of a product of several states, relative to the largest logit
     scored: float  # greatest one of a scored token's logit, likewise; 0 if it is the same number

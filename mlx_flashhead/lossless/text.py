@@ -52,8 +52,6 @@ def begin(processors: Sequence[Processor] | None) -> None:
 
 @dataclass(eq=False)
 class Position:
-    """A place in a text whose token has been chosen."""
-
     proposal: Proposal | None = None  # None where the dense logits chose the token
     row: int = 0  # of the proposal
     random_state: mx.array | None = None  # MLX's, before another's sampler was called
@@ -62,7 +60,6 @@ class Position:
 
     @property
     def dense(self) -> bool:
-        """Whether the token needs no check."""
         return self.proposal is None
 
     @property
@@ -80,8 +77,6 @@ class Position:
 
 @dataclass(eq=False)
 class Text:
-    """A text in progress."""
-
     # The package's, or another's function of log-probabilities (1, V); None takes the best token.
     sampler: Sampler | ForeignSampler | None
     processors: Sequence[Processor] = ()  # of the tokens (n,) and logits (1, V), in their order
@@ -122,7 +117,6 @@ class Text:
 
     @property
     def n_chosen(self) -> int:
-        """Tokens that are confirmed or wait."""
         return len(self.tokens) + len(self.waiting)
 
     @property
@@ -131,7 +125,6 @@ class Text:
         return sum(position.token is not None for position in self.waiting)
 
     def key(self, index: int) -> tuple[int, int]:
-        """The key of the noise at the text's token ``index``."""
         return position_key(self.seed, index)
 
     def process(self, logits: mx.array, index: int = 0, tokens: mx.array | None = None) -> mx.array:

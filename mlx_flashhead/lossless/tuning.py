@@ -38,8 +38,6 @@ TOKENS = 5  # whose times make a median
 
 @dataclass(frozen=True)
 class Tuning:
-    """The settings of the checked loop on one machine."""
-
     n_probes: int  # clusters scored for a proposal, at most
     depth: float  # nats below the mass of all tokens from which a cluster is left out
     most_waiting: int  # tokens that may wait for a check
@@ -53,7 +51,6 @@ class Tuning:
     checked_positions: int | None = None
 
     def apply(self, head: FlashHead) -> None:
-        """Gives a head these settings."""
         head.checked_probes = min(self.n_probes, head.n_clusters)
         head.depth = self.depth
         head.most_waiting, head.most_risk = self.most_waiting, self.most_risk
@@ -67,8 +64,8 @@ def tune(
     """Measures the settings on this machine, in about ``seconds``, and gives them to the head.
     Between two measurements the model is free for other work.
 
-    Where a step takes more than a twentieth of that time, only the index's number of probes is
-    timed, and the gain is the expected one. ``differences`` are the ``by_probes`` of an index.
+    Where a step takes over a twentieth of that, the gain is the expected one of the index's number
+    of probes. ``differences`` are the ``by_probes`` of an index.
     """
     head = installed_head(model)
     usual = head.checked_probes
@@ -117,10 +114,8 @@ def expected_seconds(
 
     A check of n states takes F + c·n seconds. A token that differs, a share q of them, throws away
     the steps after it, n/2 + 1 in the mean. So a token takes step · (1 + q · (n/2 + 1)) + F/n + c,
-    least at n = sqrt(2F / (q · step)), where the risks add up to q · n = sqrt(2Fq / step).
-
-    ``checks`` are the seconds of checks by their number of states. ``share`` is q, 0 if it is not
-    known, and k tokens wait at most.
+    least at n = sqrt(2F / (q · step)). ``checks`` are seconds by n, ``share`` is q or 0, n is at
+    most k.
     """
     fewest, most = min(checks), max(checks)
     per_state = max(checks[most] - checks[fewest], 0.0) / (most - fewest)
@@ -155,7 +150,6 @@ class _Steps:
         self._dtype = hidden_dtype(model)
 
     def seconds(self, *, dense: bool = False, n_probes: int | None = None) -> float:
-        """The median time of a token without any check."""
         settings = {} if n_probes is None else {"n_probes": n_probes}
         proposer = Proposer(self._model, check=False, dense=dense, settings=settings)
         return median(self._times(proposer, TOKENS)[1:])
@@ -196,7 +190,6 @@ class _Steps:
         return dense / sum(self._times(proposer, n_tokens)[1:])
 
     def _times(self, proposer: Proposer, n_tokens: int) -> list[float]:
-        """The time of each token."""
         steps = checked_steps(
             self._prompt, self._model, proposer=proposer, max_tokens=n_tokens, logprobs=False
         )
@@ -205,7 +198,6 @@ class _Steps:
 
 
 def _better_of_two(function: Callable[[], Any]) -> float:
-    """The time of what a function computes, the better of two."""
     times = []
     for _ in range(2):
         began = time.perf_counter()

@@ -13,8 +13,6 @@ AHEAD = 96  # tokens by which a cache may be ahead of the confirmed ones, at mos
 
 @dataclass(frozen=True)
 class Mark:
-    """Caches as of one token."""
-
     n_tokens: int  # of the text, in the caches
     layers: Sequence[Any]  # a copy of each layer's cache; None for one that can be trimmed to here
     offsets: Sequence[int | None]  # the length of each layer's cache, where it is known

@@ -40,9 +40,7 @@ def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
 
     attention = mx.fast.scaled_dot_product_attention
 
-    def attention_by_numpy(
-        queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask=None, **others
-    ) -> mx.array:
+    def attention_by_numpy(queries, keys, values, *, scale, mask=None, **others):
         if others.get("sinks") is not None:
             return attention(queries, keys, values, scale=scale, mask=mask, **others)
         return _attention(queries, keys, values, scale, mask)

@@ -45,7 +45,6 @@ def load_dense(folder: Path, *, adapter_path: str | None = None, **kwargs: Any):
 
 
 def _adapted(model: nn.Module, adapter_path: str) -> nn.Module:
-    """The model with LoRA adapters, as ``mlx_lm.load`` puts them on it."""
     try:
         model = load_adapters(model, adapter_path)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:

@@ -48,7 +48,6 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
 
 
 def _not_given(name: str, revision: str | None, error: Exception) -> str:
-    """A sentence on a repository that cannot be downloaded."""
     missing, constants = f"There is no folder {name!r} here, and", huggingface_hub.constants
     page = f"{constants.ENDPOINT}/{name}"
     unreached = "the Hugging Face Hub cannot be reached: check the network and the name."

@@ -1,8 +1,7 @@
 """Installs a FlashHead on a model's output projection, and detaches it.
 
-The module keeps its identity, its parameter names and its place in the model. Its class becomes a
-subclass, and so do those of the modules around it, to refuse an update of it. The rows move into
-the FlashHead and exist once: ``module.weight`` gathers them in the model's own order.
+The module keeps its identity, names and place; its class becomes a subclass, and so do those around
+it, to refuse an update. Its rows move into the FlashHead, which gives them back when they are read.
 """
 
 import copy
@@ -56,19 +55,10 @@ def install(
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
 
-    Each Metal kernel runs once. If one fails, the head takes the portable path. Order matters:
-    load, cast, quantize, apply adapters and shard first, then install.
-
-    Args:
-        token_ids: (C, cluster_size) integers, V in padded slots.
-        centroids: Centroids fitted for these clusters.
-        location: The head, where it is already known, and known to be a plain product.
-        **settings: The other arguments of :class:`FlashHead`.
-
-    Raises:
-        ValueError: If one is installed already, the head is not supported, an argument is not
-            valid, or a kernel fails and the backend "metal" was asked for by name. The model stays
-            unchanged.
+    Load, cast, quantize, apply adapters and shard first. ``token_ids`` (C, cluster_size) hold V in
+    padded slots. ``location``, if given, is known to be a plain product. ``settings`` are arguments
+    of :class:`FlashHead`. ValueError, with the model unchanged, if there is one already, the head
+    is not supported, an argument is not valid, or a kernel of the backend that was asked for fails.
     """
     # a drafter may hold the embedding of a target with a FlashHead
     holder = model if location is None else location.module
@@ -140,7 +130,6 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
 
 def _put_back(module: nn.Module, head: FlashHead) -> None:
-    """Gives a module its rows back, in the model's own order."""
     for name, array in head.clustered.token_rows().arrays().items():
         mx.eval(array)
         module[name] = array
@@ -252,8 +241,6 @@ class _FlashModule(_Pickled, _Module):
 
 
 class _FlashLinear(_FlashModule):
-    """A linear layer whose product is a FlashHead's."""
-
     __call__ = _FlashModule._project
 
 

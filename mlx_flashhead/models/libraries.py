@@ -12,7 +12,6 @@ from .errors import UnsupportedHeadError
 
 
 def is_vlm(model: nn.Module) -> bool:
-    """Whether ``model`` is one of mlx-vlm."""
     return any(cls.__module__.split(".")[0] == "mlx_vlm" for cls in type(model).__mro__)
 
 

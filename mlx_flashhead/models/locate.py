@@ -24,8 +24,6 @@ LINEAR, EMBEDDING = "__call__", "as_linear"
 
 
 class Asker(NamedTuple):
-    """A function of a model's code."""
-
     file: str
     name: str
 
@@ -46,8 +44,6 @@ class Asker(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadLocation:
-    """Where a model makes its logits."""
-
     module: nn.Module  # the output projection itself
     path: str  # its dotted name in the model, such as "lm_head" or "model.embed_tokens"
     method: str  # "__call__" for a linear layer, "as_linear" for a tied embedding
@@ -75,11 +71,8 @@ class HeadLocation:
 
 
 def find_head(model: nn.Module) -> HeadLocation:
-    """The output projection of ``model``, found by tracing one forward pass of one token.
-
-    Works on lazily loaded models, since it reads shapes only. UnsupportedHeadError if no module's
-    output is the logits, the module cannot be intercepted, or the model itself does not run.
-    """
+    """The output projection of ``model``, found by tracing one forward pass; of a lazily loaded one
+    too. UnsupportedHeadError if no module's output is the logits, or the model does not run."""
     check_writes_text(model)
     weights = ((type(module), module.get("weight")) for module in model.modules())
     classes = {cls for cls, w in weights if isinstance(w, mx.array) and w.ndim == 2}
