@@ -46,9 +46,8 @@ def model_index(
 ) -> Steps[FlashHeadIndex]:
     """The index of a dense model. Between two steps the model is as it was, and may write text.
 
-    It calibrates on the ``text`` of the options' file, or on states ``drafted`` by a drafter. A
-    step of the model takes about ``step_seconds``. ValueError at a step, if an option does not fit
-    the model.
+    It calibrates on the ``text`` of the options' file, or on states ``drafted`` by a drafter. The
+    model works for about ``step_seconds`` at once. ValueError at a step, if an option is not valid.
     """
     states = next_ids = None
     calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
@@ -96,9 +95,9 @@ def build_index(
 ) -> Steps[FlashHeadIndex]:
     """Builds the index of a head from its rows in token order, as the checkpoint stores them.
 
-    ``states`` (N, D) float32 calibrate it; with ``next_ids`` (N,), the tokens after them, the last
-    quarter chooses the probes and makes the report. ``body_bytes`` are weights that all other
-    layers read per token. ValueError if the states are too few or not finite.
+    ``states`` (N, D) float32 calibrate it. With the tokens after them, ``next_ids`` (N,), the last
+    quarter chooses the probes and makes the report. ``body_bytes`` are those of all other layers.
+    ValueError if the states are too few or not finite.
     """
     n_positions = 0 if states is None else len(states)
     fitted_on = metric = None

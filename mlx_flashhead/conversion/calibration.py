@@ -33,8 +33,7 @@ def text_states(
     positions: int | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[tuple[np.ndarray, np.ndarray]]:
-    """Hidden states (N, D) float32 of a text, at most ``positions``, and the true next tokens (N,)
-    int64.
+    """At most ``positions`` hidden states (N, D) float32 of a text, and the next tokens (N,) int64.
 
     Each window starts afresh, as a text does. Special tokens, such as chat markup, are understood.
     ValueError if there are fewer than two tokens.

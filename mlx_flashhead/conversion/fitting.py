@@ -1,5 +1,4 @@
-"""Centroids that predict the logsumexp of their clusters' logits from a state h, by ridge
-regression.
+"""Centroids that predict the logsumexp of their clusters' logits, by ridge regression on states h.
 
 They are rounded to 4 bits with the errors fed forward (GPTQ). The remaining residual, of mean m_c
 and variance s2_c over the states, gives the bias:
@@ -37,9 +36,9 @@ def covariance(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def logit_metric(states: np.ndarray) -> np.ndarray:
-    """The matrix L (D, d) float32 of the distances |(x - y) L|² of rows that are the variances of h
-    · (x - y) over states h, scaled to a mean variance of 1: the d directions in which the states
-    vary most."""
+    """The matrix L (D, d) float32 by which rows x are multiplied, so that |(x - y) L|² is the
+    variance of h · (x - y) over states h, scaled to a mean of 1. It has the directions of most
+    variance."""
     hidden_size = states.shape[1]
     _, variance = covariance(states)
     mean_variance = np.trace(variance) / hidden_size
@@ -71,12 +70,11 @@ def fit_centroids(
     head_bias: np.ndarray | mx.array | None = None,
     group_size: int = USUAL_GROUP,
 ) -> Steps[Centroids]:
-    """Fits centroids to rows (V, D) and states (N, D), and rounds them to 4 bits with float16
-    scales.
+    """Fits centroids to rows (V, D) and states (N, D), rounded to 4 bits with float16 scales.
 
     Without states they are the plain means, with a tail offset of zero. ``token_ids`` (C,
-    cluster_size) hold V in padded slots, ``head_bias`` is (V,). ``group_size`` columns share a
-    scale, else 32; if neither divides D the centroids stay floats.
+    cluster_size) hold V in padded slots. ``group_size`` columns share a scale, else 32; if neither
+    divides D the centroids stay floats.
 
     Source: GPTQ is arXiv 2210.17323, algorithm 1; the fit is this project's own.
     """

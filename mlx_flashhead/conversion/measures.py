@@ -71,9 +71,9 @@ def measure_positions(
 ) -> Steps[PositionMeasures]:
     """Measures a way to choose clusters at each number of probes (1 … C) and each state (N, D).
 
-    ``logits_of`` gives dense logits (n, D) → (n, V), ``scores_of`` the clusters' scores (n, C),
-    both float32. ``tail_offset`` (C,) makes a score the logit of a token; ``token_ids`` hold V when
-    padded.
+    ``logits_of`` gives dense logits (n, D) → (n, V), ``scores_of`` scores of clusters (n, C),
+    float32. ``tail_offset`` (C,) makes a score the logit of a token. ``token_ids`` are V in padded
+    slots.
     """
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
     values = np.empty((len(probe_counts), 7, len(states)), np.float32)

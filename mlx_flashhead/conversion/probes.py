@@ -98,9 +98,8 @@ def lower_bound(share: float, n: int) -> float:
 def lossless_settings(
     found: PositionMeasures, nbytes: StepBytes, n_probes: int | None = None
 ) -> dict:
-    """The settings of the checked loop, JSON-ready: ``n_probes``, as given or of the fewest
-    expected bytes; ``by_probes``, shares of positions with another proposal; ``risk``, of
-    `head/steps.py`."""
+    """The settings of the checked loop: ``n_probes``, as given or of the fewest expected bytes;
+    shares of positions with another proposal ``by_probes``; and the ``risk`` of `head/steps.py`."""
     greedy, sampled = 1 - found.values[:, [AGREEMENT, MASS]].mean(axis=2, dtype=np.float64).T
     probes = np.array(found.probe_counts)
     if n_probes is None:

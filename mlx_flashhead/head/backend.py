@@ -32,9 +32,7 @@ def named_backend(asked: str | None) -> str | None:
 
 def choose_backend(asked: str | None = None) -> str:
     """The path to take: the one asked for by name, else Metal if MLX computes on an Apple GPU.
-
-    ValueError if the name is unknown, or Metal is asked for on a machine without it.
-    """
+    ValueError if the name is unknown, or this machine has no Metal."""
     name = named_backend(asked)
     if name is None:
         return METAL if gpu_is_default() else PORTABLE

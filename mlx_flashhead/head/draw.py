@@ -163,8 +163,8 @@ def draw(
     """Draws a token of each row (R, K) float32: (R,) uint32, of equal values the lowest id.
 
     ``gumbel`` (R, K) is the noise; without it and ``draws`` the best logit is taken, NaN the
-    highest. ``token_ids`` (R, K) are 0 … V-1 if None. ``others`` (R,) is the log of the mass of
-    other tokens.
+    highest. ``token_ids`` (R, K) are 0 … V-1 if None. ``others`` (R,): log of the mass of the
+    others.
     """
     values = logits
     if gumbel is not None and draws is not None:

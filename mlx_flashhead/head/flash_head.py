@@ -1,8 +1,6 @@
-"""FlashHead: an output projection that scores the rows of the likeliest clusters.
+"""FlashHead: an output projection that scores the rows of the likeliest clusters. Arrays only.
 
-It knows arrays only; `models/install.py` puts it on a model. docs/how-it-works.md has its steps.
-
-Source: arXiv 2603.14591.
+Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 """
 
 import math
@@ -49,18 +47,14 @@ class FlashHead:
         eos_token_ids: Their clusters are always among the probes, so that an answer can end.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
             if MLX computes on an Apple GPU.
-        max_positions: More positions (B·L) than this at once are computed densely; None: by the
-            path.
+        max_positions: More (B·L) than this at once are computed densely; None: as the path has it.
 
     Attributes:
-        depth: Nats below the log-sum-exp of all scores, from which the kernels leave checked probes
-            out.
-        most_waiting, most_risk: Proposals that wait for a check, and the sum of their risks, at
-            most.
+        depth: Nats below the log-sum-exp of all scores, from which kernels leave probes out.
+        most_waiting, most_risk: Most proposals that wait for a check, and the sum of their risks.
         gain: Measured tokens per second on this machine, relative to dense decoding, if known.
         stays_dense: Whether proposals gain nothing on this machine.
-        in_step: Whether several processes compute the same steps: no time decides when a check
-            comes.
+        in_step: Whether processes compute the same steps: no time decides when a check comes.
         draft_probes: Clusters scored for a draft; None: ``n_probes``.
         only_drafts: Whether the head serves a drafter alone, and its model is dense.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
@@ -218,18 +212,18 @@ class FlashHead:
     ) -> Iterator["FlashHead"]:
         """Within the block the head has other settings. The others stay as they are.
 
-        With ``draw_temperature`` the p clusters are drawn without replacement from
-        softmax(S / temperature) by Gumbel noise. Only their tokens can be sampled, since all others
-        get a logit of about -10,000. Sampling with the same temperature from these logits is the
-        paper's "sampling over the full vocabulary", an approximation that `evaluate` measures
-        beside full logits. A model that caps its logits gives the others a small probability.
+        With ``draw_temperature`` the p clusters are drawn without replacement from softmax(S /
+        temperature) by Gumbel noise. Only their tokens can be sampled, since all others get a logit
+        of about -10,000: sampling from these logits at the same temperature is the paper's
+        "sampling over the full vocabulary", an approximation. A model that caps its logits gives
+        the others a small probability.
 
         Args:
             n_probes: Clusters scored per position, 1 … C.
             dense: Score every token: n_probes = C.
             draw_temperature: Draw the probes at this temperature, above 0.
             project: Called in the head's place, with the head and its hidden states.
-            max_positions: The limit of positions at once, for measuring the retrieval above it.
+            max_positions: The limit of positions at once.
 
         Raises:
             ValueError: If a setting is not valid, or both ``n_probes`` and ``dense`` are given.
@@ -258,10 +252,8 @@ class FlashHead:
         return self.settings(dense=True)
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype. Lazy.
-
-        A probed token has its exact logit, every other one an estimate below the best candidate.
-        """
+        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype. Lazy. A probed token
+        has its exact logit, every other one an estimate below the best candidate."""
         if self._project is not None:
             return self._project(self, hidden)
         return self.full_logits(hidden)
@@ -281,8 +273,8 @@ class FlashHead:
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def draft_logits(self, hidden: mx.array, token_ids: mx.array | None = None) -> mx.array:
-        """Full logits of ``draft_probes`` clusters and of ``token_ids`` (K,), for tokens that all
-        rows verify."""
+        """Full logits of ``draft_probes`` clusters and of ``token_ids`` (K,), for a
+        verification."""
         with self.settings(n_probes=None if self.exact else self.draft_probes):
             logits = self.full_logits(hidden)
         if token_ids is None:
@@ -308,10 +300,8 @@ class FlashHead:
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        """The scored tokens: hidden (..., D) → ids (..., K) uint32 and logits (..., K).
-
-        K = p·cluster_size. A padded slot has the id V and the dtype's lowest finite value.
-        """
+        """The scored tokens: hidden (..., D) → ids (..., p·cluster_size) uint32 and logits of the
+        same shape. A padded slot has the id V and the dtype's lowest finite value."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         _, selection, candidates = self._retrieve(rows, self.n_probes, words=False)
         shape = (*hidden.shape[:-1], self.n_probes * self.cluster_size)

@@ -54,9 +54,8 @@ class _StoredRows:
 
 
 class MetalSteps(PortableSteps):
-    """Route, select, score, sample and expand, each one Metal kernel. A position holds max(p, 8)
-    probes; beyond p the last one is repeated. ``metal_kernel`` makes a kernel, as
-    ``mx.fast.metal_kernel``."""
+    """Route, select, score, sample and expand, each one Metal kernel, as ``metal_kernel`` makes
+    them. A position holds max(p, 8) probes; beyond p the last one is repeated."""
 
     name = "metal"
 

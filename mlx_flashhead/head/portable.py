@@ -120,12 +120,10 @@ class PortableSteps:
     def select(
         self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
     ) -> Selection:
-        """The ``n_probes`` best clusters of each row, (R, C) float32 → (R, p), in no particular
-        order.
+        """The ``n_probes`` best clusters of each row, unordered: (R, C) float32 → (R, p).
 
         ``words``: also give what the kernel of `expand` needs. Clusters more than ``depth`` nats
-        below the log-sum-exp of all scores need not be probed: they hold at most C·exp(-depth) of
-        the mass.
+        below the log-sum-exp of all scores, at most C·exp(-depth) of the mass, need not be probed.
         """
         n_clusters = scores.shape[-1]
         if n_probes == n_clusters:
@@ -181,8 +179,7 @@ class PortableSteps:
         return draw(candidates.logits.flatten(1), None, None, ids)
 
     def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
-        """Of the clusters that are not probed, (R, 2) float32: the best score, and the
-        logsumexp."""
+        """Best score and logsumexp of the clusters that are not probed, (R, 2) float32."""
         if selection.unscored is not None:
             return selection.unscored
         lowest = mx.array(mx.finfo(mx.float32).min)

@@ -1,5 +1,4 @@
-"""The check: the dense rows over all waiting states at once, what it confirms, and when it
-comes."""
+"""The check: the dense rows over all waiting states at once, what it confirms, when it comes."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +23,7 @@ Row = tuple[Text, Position, int]  # a text, a position, its place in the text
 
 
 class Check:
-    """A check of the texts' positions whose tokens are known, launched when made, read by
-    `confirm`."""
+    """A check of the positions whose tokens are known, launched when made, read by `confirm`."""
 
     def __init__(self, proposer: Proposer, texts: Sequence[Text]):
         self._proposer, self.texts = proposer, texts

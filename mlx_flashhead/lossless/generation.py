@@ -83,10 +83,8 @@ def generate(
     draw_temperature: float | None = None,
     **kwargs: Any,
 ) -> str:
-    """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead.
-
-    Arguments and errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes.
-    """
+    """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead. Arguments and
+    errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes."""
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
     with loops(**_loops(model, proposer, False)):
         text = mlx_lm_generate(model, tokenizer, prompt, **kwargs)
@@ -106,11 +104,9 @@ def batch_generate(
     draw_temperature: float | None = None,
     **kwargs: Any,
 ) -> BatchResponse:
-    """Generates for several prompts at once: ``mlx_lm.batch_generate`` with the same settings.
-
-    Each prompt gets its own copy of a logits processor that has ``for_sequence``, such as those of
-    :func:`grammar_processor`.
-    """
+    """Generates for several prompts at once: ``mlx_lm.batch_generate`` with the same settings. Each
+    prompt gets its own copy of a processor with ``for_sequence``, as of
+    :func:`grammar_processor`."""
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
     logprobs = bool(kwargs.get("return_logprobs"))
 

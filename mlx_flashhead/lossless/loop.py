@@ -44,8 +44,8 @@ def checked_steps(
     n_begun: int = 0,
     **options: Any,
 ) -> Tokens:
-    """mlx-lm's ``generate_step`` with the choices of the dense model: tokens, and log-probabilities
-    (V,) if ``logprobs`` are wanted.
+    """mlx-lm's ``generate_step`` with the choices of the dense model, and logprobs (V,) where
+    wanted.
 
     ``max_tokens`` of -1 is no limit. ``prompt_cache`` holds the tokens ``context`` already, and the
     confirmed ones at the end. The last ``n_begun`` of all these are of this text, which is

@@ -83,7 +83,7 @@ class Proposer:
         return self.head.settings(**self._settings)
 
     def hooks(self, text: Text, before: list[int] | None = None) -> dict[str, Any]:
-        """A text's sampler and processors for mlx-lm's loop. Processors see the tokens ``before``
+        """A text's sampler and processors for mlx-lm's loop, which see the tokens ``before``
         too."""
         prefix = mx.array(before, dtype=mx.uint32) if before else None
         reads_logits = text.needs_logits or self.change is not unchanged or self.head is None

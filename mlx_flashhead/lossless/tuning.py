@@ -3,6 +3,7 @@ its parts, then tried against dense decoding in turns (docs/lossless.md)."""
 
 import math
 import time
+import timeit
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -114,8 +115,7 @@ def expected_seconds(
 
     A check of n states takes F + c·n seconds. A token that differs, a share q of them, throws away
     the steps after it, n/2 + 1 in the mean. So a token takes step · (1 + q · (n/2 + 1)) + F/n + c,
-    least at n = sqrt(2F / (q · step)). ``checks`` are seconds by n, ``share`` is q or 0, n is at
-    most k.
+    least at n = sqrt(2F / (q · step)), up to k. ``checks`` are seconds by n; q is ``share``.
     """
     fewest, most = min(checks), max(checks)
     per_state = max(checks[most] - checks[fewest], 0.0) / (most - fewest)
@@ -198,9 +198,5 @@ class _Steps:
 
 
 def _better_of_two(function: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(2):
-        began = time.perf_counter()
-        mx.eval(function())
-        times.append(time.perf_counter() - began)
+    times = timeit.repeat(lambda: mx.eval(function()), timer=time.perf_counter, number=1, repeat=2)
     return min(times)

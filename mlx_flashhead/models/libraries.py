@@ -34,8 +34,7 @@ def forward(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) 
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """After the block the modules hold what they held: some of mlx-vlm's keep a text's
-    positions."""
+    """After the block the modules hold what they held, such as a text's positions in mlx-vlm's."""
     held = [(module, dict(dict.items(module)), dict(vars(module))) for module in model.modules()]
     try:
         yield
