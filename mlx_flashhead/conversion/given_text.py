@@ -1,5 +1,5 @@
-"""Given text to calibrate on, of many kinds. The files in `texts` are written for this project, but
-for the first sentences of Caesar's De Bello Gallico; Python's own modules and help come to them."""
+"""Given text to calibrate on, of many kinds, written for this project except the first sentences of
+Caesar's De Bello Gallico; and Python's own modules and help topics, which `texts` name."""
 
 import importlib.util
 import re

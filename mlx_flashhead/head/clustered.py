@@ -79,7 +79,7 @@ class ClusteredRows:
         """Reorders rows in token order, lazily. During the evaluation both orders exist.
 
         ``token_ids`` (C, cluster_size) are a permutation of 0 … V-1 padded with V, or ValueError.
-        Clusters of ``always_probed_ids`` always are. ``by_column``: lay floats out by columns.
+        Clusters of ``always_probed_ids`` are always chosen. ``by_column``: by columns, for floats.
         """
         vocab_size = rows.n_rows
         n_clusters, cluster_size = token_ids.shape

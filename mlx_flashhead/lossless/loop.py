@@ -44,12 +44,11 @@ def checked_steps(
     n_begun: int = 0,
     **options: Any,
 ) -> Tokens:
-    """mlx-lm's ``generate_step`` with the choices of the dense model, and logprobs (V,) where
-    wanted.
+    """mlx-lm's ``generate_step`` with the dense model's choices: tokens, and wanted logprobs (V,).
 
-    ``max_tokens`` of -1 is no limit. ``prompt_cache`` holds the tokens ``context`` already, and the
-    confirmed ones at the end. The last ``n_begun`` of all these are of this text, which is
-    continued. ValueError if a cache can neither be trimmed nor kept, or as ``generate_step``.
+    ``max_tokens`` of -1 is no limit. ``prompt_cache`` holds the tokens ``context`` already, and all
+    confirmed ones at the end. The last ``n_begun`` of these are of this text, which is continued.
+    ValueError if a cache can neither be trimmed nor kept, or as ``generate_step``.
     """
     cache = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     tokens = [*context, *cast(list[int], prompt.tolist())]
@@ -118,8 +117,8 @@ def drafted_steps(
     context: Sequence[int] = (),
     **options: Any,
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
-    """mlx-lm's ``speculative_generate_step`` with a dense target. The caches hold the tokens
-    ``context``.
+    """mlx-lm's ``speculative_generate_step`` with a dense target; caches hold the ``context``
+    already.
 
     Drafts and the target's choices are drawn with the noise of their position, so that the text is
     that without drafts. A draft model's FlashHead also scores the text's latest tokens.
