@@ -1,6 +1,6 @@
 """Measures the speed of a head, a model or servers, or estimates it for an Apple chip."""
 
-from .benchmarks.kinds import kinds
+from .benchmarks.kinds import estimate, head, mac, model, server
 from .common.arguments import Parser
 from .common.command import command
 from .common.extras import from_extra
@@ -10,9 +10,9 @@ def make_parser() -> Parser:
     """The command's arguments: a subcommand for each kind."""
     parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
-    for name, kind in kinds().items():
-        summary = (kind.__doc__ or "").partition("\n")[0]
-        of_kind = commands.add_parser(name, help=summary, description=kind.__doc__)
+    for kind in (estimate, head, mac, model, server):
+        name, text = kind.__name__.rpartition(".")[2], kind.__doc__ or ""
+        of_kind = commands.add_parser(name, help=text.partition("\n")[0], description=text)
         kind.add_arguments(of_kind)
         of_kind.set_defaults(run=kind.run)
     return parser

@@ -28,7 +28,7 @@ from mlx_flashhead import FlashHead, get_flash_head, load, stream_generate
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.quantities import percent
 from mlx_flashhead.common.tables import new_table
-from mlx_flashhead.common.timing import Spread, in_turns, timer
+from mlx_flashhead.common.timing import in_turns, spread, timer
 from mlx_flashhead.models.install import dense_copy
 from mlx_flashhead.models.locate import find_head, recorded_hidden
 
@@ -118,20 +118,19 @@ def captured_states(model: nn.Module, prompt: list[int], token_ids: list[int]) -
 
 def _table(speeds: tuple[list[float], ...], seconds: tuple[list[float], ...]) -> Table:
     table = new_table("median (quartiles)", ("", *TITLES, "ratio"))
-    of_speeds = [Spread.of(values) for values in speeds]
-    of_seconds = [Spread.of(values) for values in seconds]
-    faster = of_speeds[1].median / of_speeds[0].median
-    table.add_row("tokens/s", *map(_spread, of_speeds), f"{faster:.2f} x")
-    faster = of_seconds[0].median / of_seconds[1].median
-    milliseconds = [Spread.of(values, 1000) for values in seconds]
-    table.add_row("ms/token in the head", *map(_spread, milliseconds), f"{faster:.1f} x")
-    shares = (s.median * v.median for s, v in zip(of_seconds, of_speeds, strict=True))
+    of_speeds = [spread(values) for values in speeds]
+    of_ms = [spread(values, 1000) for values in seconds]
+    faster = of_speeds[1]["median"] / of_speeds[0]["median"]
+    table.add_row("tokens/s", *map(_cell, of_speeds), f"{faster:.2f} x")
+    faster = of_ms[0]["median"] / of_ms[1]["median"]
+    table.add_row("ms/token in the head", *map(_cell, of_ms), f"{faster:.1f} x")
+    shares = (s["median"] * v["median"] / 1000 for s, v in zip(of_ms, of_speeds, strict=True))
     table.add_row("the head's share", *(percent(share, 0) for share in shares), "")
     return table
 
 
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.lower:.2f}–{spread.upper:.2f})"
+def _cell(values: dict) -> str:
+    return "{median:.2f} ({lower:.2f}–{upper:.2f})".format(**values)
 
 
 def _agreement(

@@ -1,7 +1,6 @@
 """A server in a process of its own, and one question of a client."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -15,57 +14,39 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 HOST = "127.0.0.1"
-_START_SECONDS = 3600.0  # a FlashHead may be built first
 _END_SECONDS = 30.0
 _ANSWER_SECONDS = 600.0
 _open = build_opener(ProxyHandler({})).open  # past the environment's proxy
 
 
-class ServerProcess(NamedTuple):
-    """A server's port of the loopback interface, and the number of its process."""
-
-    port: int
-    pid: int
-
-    def resident_mb(self) -> float:
-        """Resident memory."""
-        command = ["ps", "-o", "rss=", "-p", str(self.pid)]
-        return int(subprocess.run(command, capture_output=True).stdout) / 1024
-
-
 @contextmanager
-def serving(module: str, *arguments: str) -> Iterator[ServerProcess]:
-    """A server that answers, within the block: a module, and its arguments without the address.
+def serving(module: str, *arguments: str) -> Iterator[int]:
+    """The port of a server, within the block: a module, and its arguments without the address.
 
     Raises:
-        ValueError: If it ends, or does not answer in time.
+        ValueError: If it ends before it answers.
     """
     with socket.create_server((HOST, 0)) as free:
         port: int = free.getsockname()[1]
-    command = [sys.executable, "-m", module, *arguments, "--host", HOST, "--port", str(port)]
-    # the modules that this process would import
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    own = [module, *arguments]
+    command = [sys.executable, "-m", *own, "--host", HOST, "--port", str(port)]
     nowhere = subprocess.DEVNULL
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        process = subprocess.Popen(
-            command, stdin=nowhere, stdout=nowhere, stderr=errors, env=environment
-        )
+        process = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=errors)
         try:
-            until = time.monotonic() + _START_SECONDS
             while not _healthy(port):
-                if process.poll() is not None or time.monotonic() > until:
+                if process.poll() is not None:
                     errors.seek(0)
                     lines = errors.read().strip().splitlines() or ["it has printed nothing"]
-                    raise ValueError(f"{' '.join(command[2:-4])} did not start: {lines[-1]}")
+                    raise ValueError(f"{' '.join(own)} did not start: {lines[-1]}")
                 time.sleep(0.1)
-            yield ServerProcess(port, process.pid)
+            yield port
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(_END_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
 
 
 def _healthy(port: int) -> bool:
@@ -77,14 +58,12 @@ def _healthy(port: int) -> bool:
 class Reply(NamedTuple):
     """An answer to a question: its text, the server's count of tokens, seconds to the first text.
 
-    A client that hangs up has no count, and the text as far as it came. One whose request is lost
-    has a ``problem``.
+    A client that hangs up has no count, and the text as far as it came.
     """
 
-    text: str = ""
-    n_tokens: int | None = None
-    first_seconds: float | None = None
-    problem: str | None = None
+    text: str
+    n_tokens: int | None
+    first_seconds: float | None
 
 
 def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> Reply:

@@ -3,16 +3,14 @@
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..common.timing import in_turns, timer
+from ..common.timing import timer
 from ..head.portable import blas_name
 from ..version import __version__
 
@@ -25,9 +23,8 @@ def machine() -> dict:
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.release()}",
-        "architecture": platform.machine(),
         "processor": _processor(),
-        "cores": _cores(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
         "versions": {"mlx-flashhead": __version__}
@@ -35,7 +32,6 @@ def machine() -> dict:
         | {"python": platform.python_version()},
         "blas": blas_name(),
         "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
-        "load_average": round(os.getloadavg()[0], 2),
     }
     if mx.metal.is_available():
         about["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
@@ -44,30 +40,14 @@ def machine() -> dict:
     return about
 
 
-def read_bandwidth_gb_s(rounds: int = 5) -> float:
+def read_bandwidth_gb_s() -> float:
     """Memory read by one reduction over 512 MB on the default device, in GB/s: the best run."""
     memory = mx.ones((512 << 20) // 4)
-    mx.eval(memory)
-    *_, seconds = in_turns({"read": timer(lambda _: mx.max(memory))}, rounds)
-    return memory.nbytes / min(seconds["read"]) / 1e9
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return memory.nbytes / min(map(timer(lambda _: mx.max(memory)), range(6))) / 1e9
 
 
 def _processor() -> str:
-    name = ""
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    elif (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        named = re.search(r"^model name\s*:(.*)", cpuinfo.read_text(), re.MULTILINE)
-        name = named[1].strip() if named else ""
-    return name or platform.processor()
+    return str(mx.device_info(mx.Device(mx.cpu, 0))["device_name"])
 
 
 def chip() -> str:

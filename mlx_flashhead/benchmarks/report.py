@@ -1,4 +1,4 @@
-"""The report of a benchmark: its rounds on the screen, then its table, its file and its picture.
+"""The run of a benchmark: its rounds on the screen, then its tables, its file and its picture.
 
 A benchmark that is stopped, by Ctrl-C or SIGTERM, reports the rounds that it has.
 """
@@ -7,18 +7,20 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from pathlib import Path
+from textwrap import fill
+from typing import NamedTuple
 
 from ..common.arguments import whole_number
 from ..common.command import check_writable
 from ..common.pictures import check_picture, pyplot
 from ..common.tables import Table, show
+from ..common.timing import in_turns
 from ..loading.look_up import add_look_up_options
 from .machine import machine
-from .rounds import Round
 
-Bars = tuple[str, str, dict[str, float]]
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
 REPORT = """\
 Please send this to the project as an issue, with the template "Benchmark":
@@ -26,6 +28,17 @@ Please send this to the project as an issue, with the template "Benchmark":
 ```json
 {figures}
 ```"""
+
+
+class Case(NamedTuple):
+    """Forms that are timed in turns: by name, functions of the round's number that return seconds.
+
+    ``figures`` makes JSON-ready ones of the seconds by form.
+    """
+
+    name: str
+    timers: Mapping[str, Callable[[int], float]]
+    figures: Callable[[dict[str, list[float]]], dict]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,23 +65,24 @@ def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:
-    """The median and the quartiles of a `Spread`."""
+    """The median and the quartiles of a `spread`."""
     median, *quartiles = (f"{spread[x]:.{decimals}f}" for x in ("median", "lower", "upper"))
     return median, "–".join(quartiles)
 
 
 def report(
     args: argparse.Namespace,
-    rounds: Iterable[Round],
+    cases: Generator[Case],
+    n_cases: int,
     make_table: Callable[[dict], Table],
-    bars: Callable[[dict], Bars],
     *,
+    gather: Callable[[list[dict]], list[dict]] = list,
     program: str = "mlx_flashhead.benchmark",
 ) -> None:
     """Runs a benchmark once its outputs have been found writable, and reports it.
 
-    ``make_table`` makes the table of one result, and ``bars`` its picture: the title, the label of
-    the axis, and the values by name.
+    ``gather`` makes the results of the cases' figures, and ``make_table`` the table of one result.
+    A picture has the first column of figures of each table.
 
     Raises:
         ValueError: If an output cannot be written, or the benchmark cannot be run.
@@ -77,20 +91,17 @@ def report(
         check_writable("--json", args.json)
     if args.plot:
         check_picture("--plot", args.plot)
-    results: list[dict] = []
+    measured: list[dict] = []
     stopped: BaseException | None = None
-    start = 0.0
     try:
-        for state in rounds:
-            results, now = state.results, time.monotonic()
-            start = start if state.done else now
-            print(state.line(now - start), file=sys.stderr, flush=True)
+        with closing(cases):
+            _run(cases, n_cases, args.rounds, measured)
     except (KeyboardInterrupt, SystemExit) as error:
-        if not results:
+        if not measured:
             raise
         print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
         stopped = error
-    about = machine()
+    about, results = machine(), gather(measured)
     figures = {
         "kind": args.kind,
         "machine": about,
@@ -98,33 +109,61 @@ def report(
         "complete": stopped is None,
         "results": results,
     }
+    tables = list(map(make_table, results))
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     show(
-        *map(make_table, results),
+        *tables,
         f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
         f"{versions}; {about['date']}",
     )
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:
-        _draw(list(map(bars, results)), args.plot)
+        _draw(tables, args.plot)
     if args.report:
         print(REPORT.format(figures=json.dumps(figures, indent=1)))
     if stopped is not None:
         raise stopped
 
 
-def _draw(pictures: list[Bars], path: str) -> None:
+def _run(cases: Generator[Case], n_cases: int, rounds: int, measured: list[dict]) -> None:
+    """Times one case after the other, and puts the figures of each into ``measured``."""
+    done, total, began = 0, n_cases * (rounds + 1), 0.0
+    for number, case in enumerate(cases):
+        if not done:
+            began = time.monotonic()
+            _tell(f"[{total} rounds] {case.name}: {', '.join(case.timers)}")
+        for seconds in in_turns(case.timers, rounds):
+            done += 1
+            if not all(seconds.values()):
+                _tell(f"[{done} of {total}] {case.name}: warm")
+                continue
+            measured[number:] = [case.figures(seconds)]
+            latest = (f"{form} {1000 * times[-1]:.2f}" for form, times in seconds.items())
+            left = (time.monotonic() - began) / done * (total - done)
+            duration = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
+            _tell(f"[{done} of {total}, {duration} left] {case.name}: {', '.join(latest)} ms")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _draw(tables: list[Table], path: str) -> None:
     plt = pyplot()
-    rows = [len(bars) for *_, bars in pictures]
+    rows = [table.row_count for table in tables]
     figure, axes = plt.subplots(
         len(rows), figsize=(8, 1 + sum(0.4 * n + 1 for n in rows)), layout="constrained",
         squeeze=False, height_ratios=rows,
     )  # fmt: skip
-    for axis, (title, label, bars) in zip(axes[:, 0], pictures, strict=True):
-        colors = ["tab:gray" if "dense" in name else "tab:blue" for name in bars]
-        axis.bar_label(axis.barh(list(bars), list(bars.values()), color=colors), fmt=" %.2f")
-        axis.set(title=title, xlabel=label)
+    for axis, table in zip(axes[:, 0], tables, strict=True):
+        n_words = sum(column.justify == "left" for column in table.columns)
+        *words, values = (list(column.cells) for column in table.columns[: n_words + 1])
+        names = [", ".join(filter(None, row)) for row in zip(*words, strict=True)]
+        colors = ["tab:gray" if "dense" in name else "tab:blue" for name in names]
+        bars = axis.barh(names, [float(str(value)) for value in values], color=colors)
+        axis.bar_label(bars, fmt=" %.2f")
+        axis.set(title=fill(str(table.title), 75), xlabel=table.columns[n_words].header)
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
         axis.margins(x=0.1)

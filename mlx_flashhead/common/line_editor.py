@@ -24,14 +24,11 @@ def line_editor(
     with_files: Sequence[str],
     history: Path,
 ) -> Callable[[], str]:
-    """A function that lets a user type a text and returns it.
+    """A function that lets a user type a text after ``prompt`` and returns it.
 
-    Args:
-        prompt: What stands before the text.
-        is_open: Whether the next line belongs to a text too.
-        commands: Completions for the beginning of a line.
-        with_files: Commands that a file's name follows.
-        history: File of earlier texts. If it cannot be written, nothing is kept.
+    A text that ``is_open`` goes on in the next line. ``commands`` complete the beginning of a line,
+    and a file's name follows those ``with_files``. Earlier texts are kept in the file ``history``,
+    if it can be written.
     """
     keys = KeyBindings()
 

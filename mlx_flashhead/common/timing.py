@@ -8,62 +8,30 @@ caches behind. The first round warms up and is not counted. Results are medians 
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-CACHES_BYTES = 128 << 20  # more than the last cache of most machines
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a number of runs, and their number."""
+def spread(values: Sequence[float], factor: float = 1) -> dict:
+    """Median and quartiles of some runs, and their number, JSON-ready.
 
-    median: float
-    lower: float
-    upper: float
-    runs: int
-
-    @classmethod
-    def of(cls, values: Sequence[float] | np.ndarray, factor: float = 1.0) -> "Spread":
-        """Of values in other units, such as 1000 for milliseconds of seconds."""
-        lower, median, upper = (factor * float(x) for x in np.percentile(values, (25, 50, 75)))
-        return cls(median, lower, upper, len(values))
-
-    def to_dict(self) -> dict:
-        """JSON-ready."""
-        return asdict(self)
-
-
-class ColdCaches:
-    """A call rewrites 128 MB, so that the next function reads its weights from memory.
-
-    In a model the body does that between two calls of the head. Here too MLX does it: on the GPU,
-    or in the thread that runs the head next and is then awake.
+    In other units by ``factor``, such as 1000 for milliseconds of seconds.
     """
-
-    def __init__(self):
-        self._memory = mx.zeros(CACHES_BYTES // 4)
-
-    def __call__(self) -> None:
-        self._memory = self._memory + 1
-        mx.eval(self._memory)
+    lower, median, upper = (factor * float(x) for x in np.percentile(values, (25, 50, 75)))
+    return {"median": median, "lower": lower, "upper": upper, "runs": len(values)}
 
 
 def in_turns(
     timers: Mapping[Item, Callable[[int], float]], rounds: int
 ) -> Iterator[dict[Item, list[float]]]:
-    """Measures in turns: one round to warm up, then ``rounds`` that count.
+    """Measures in turns: a round 0 to warm up, then ``rounds`` that count.
 
-    Args:
-        timers: By name, functions of the round's number, 0 … rounds, that return seconds.
-        rounds: Rounds that count.
-
-    Yields:
-        After each round, by name, the seconds of the counted rounds so far.
+    ``timers`` are functions of the round's number that return seconds. Yields after each round the
+    seconds of the counted rounds so far, by name.
     """
     seconds: dict[Item, list[float]] = {name: [] for name in timers}
     draw = random.Random(0)

@@ -8,10 +8,10 @@ No other module needs lm-eval.
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import lm_eval
@@ -20,6 +20,7 @@ import mlx.nn as nn
 from lm_eval.tasks import TaskManager
 
 from ..lossless.generation import batch_generate
+from ..lossless.sampler import make_sampler
 from ..models.compat.evaluate import Adapter, chat_template_fn, module
 from ..models.compat.replaced import replaced
 from ..models.install import installed_head
@@ -85,28 +86,25 @@ def find_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
 
 
 def evaluate_tasks(
-    model: nn.Module,
-    tokenizer,
-    names: Sequence[str],
-    manager: TaskManager,
-    *,
-    seed: int = 0,
-    batch_size: int = 8,
-    adapter: Mapping[str, Any] = MappingProxyType({}),
-    **of_lm_eval: Any,
+    model: nn.Module, tokenizer, names: Sequence[str], manager: TaskManager, args: Namespace
 ) -> list[dict]:
     """Measures ``model``, which has a FlashHead, by tasks that ``manager`` knows.
 
-    ``adapter`` has further options of :class:`TaskModel`; others are lm_eval.simple_evaluate's.
-
-    Returns:
-        The metrics of the tasks and groups, by lm-eval's names, and the heads that made them.
+    ``args`` are the command's. Returns the metrics of the tasks and groups, by lm-eval's names, and
+    the heads that made them.
     """
     head = installed_head(model)
-    lm = TaskModel(model, tokenizer, batch_size=batch_size, **adapter)
-    mx.random.seed(seed)
+    lm = TaskModel(
+        model,
+        tokenizer,
+        chat_template_args=args.chat_template_args,
+        batch_size=args.batch_size,
+        max_tokens=args.max_tokens,
+        use_chat_template=args.apply_chat_template,
+        sampler=make_sampler(temp=args.temp, top_p=args.top_p, top_k=args.top_k),
+    )
+    mx.random.seed(args.seed)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    of_lm_eval |= dict.fromkeys(seeds, seed)
 
     def run(names: Sequence[str]) -> dict:
         return lm_eval.simple_evaluate(
@@ -115,11 +113,15 @@ def evaluate_tasks(
             task_manager=manager,
             log_samples=False,
             apply_chat_template=lm.use_chat_template,
-            **of_lm_eval,
+            num_fewshot=args.num_shots,
+            limit=args.limit,
+            fewshot_as_multiturn=args.fewshot_as_multiturn,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+            **dict.fromkeys(seeds, args.seed),
         )
 
     # a batch above the limit of positions would measure the dense head
-    with head.settings(max_positions=max(batch_size, head.max_positions)):
+    with head.settings(max_positions=max(args.batch_size, head.max_positions)):
         results = run(names)
         measures = list(_measures(results))
         rolling = [name for name, kind in _output_types(results).items() if kind == ROLLING]

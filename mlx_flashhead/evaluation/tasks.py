@@ -15,7 +15,6 @@ from ..common.extras import from_extra, installation
 from ..common.tables import Table, new_table, show
 from ..loading.load import load
 from ..loading.look_up import look_up_options
-from ..lossless.sampler import make_sampler
 
 EXTRA = "tasks"
 HELP = "run tasks of lm-eval"
@@ -107,24 +106,7 @@ def run(args: argparse.Namespace) -> dict | None:
         **look_up_options(args),
     )
     with redirect_stdout(sys.stderr):  # where mlx-lm prints its progress
-        measures = evaluate_tasks(
-            model,
-            tokenizer,
-            names,
-            manager,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            adapter={
-                "max_tokens": args.max_tokens,
-                "use_chat_template": args.apply_chat_template,
-                "chat_template_args": args.chat_template_args,
-                "sampler": make_sampler(temp=args.temp, top_p=args.top_p, top_k=args.top_k),
-            },
-            num_fewshot=args.num_shots,
-            limit=args.limit,
-            fewshot_as_multiturn=args.fewshot_as_multiturn,
-            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-        )
+        measures = evaluate_tasks(model, tokenizer, names, manager, args)
     if mx.distributed.init().rank() > 0:
         return None  # mlx-lm's adapter has shared the questions out and gathered the answers
     show(make_table(measures))

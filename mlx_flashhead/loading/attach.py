@@ -26,8 +26,8 @@ from .look_up import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, named
 from .tuned import MEASURING, tune_head
 
 # models of mlx-vlm, whose drafters may have heads of their own, their tokenizers and the choices
-_Target = tuple[ref[nn.Module], Any, HeadOptions]
-_targets: WeakKeyDictionary[FlashHead, _Target] = WeakKeyDictionary()
+_targets: WeakKeyDictionary[FlashHead, tuple[ref[nn.Module], Any, HeadOptions]]
+_targets = WeakKeyDictionary()
 
 
 def attach(
@@ -47,10 +47,8 @@ def attach(
         tokenizer: What its ``load`` returned beside it: mlx-lm's tokenizer, or mlx-vlm's processor.
         flash_head: A folder or a Hugging Face repository of a FlashHead; default: the one that was
             built for this model before, else a new one.
-        n_probes: Clusters scored per token; default: the FlashHead's own number.
-        backend: "metal", "mlx" or None to choose.
-        build: Build one if there is none, once, in a few minutes.
-        progress: Print steps and bars on standard error.
+
+    The others are arguments of `load`.
 
     Returns:
         The installed FlashHead.
@@ -73,20 +71,9 @@ def attach_head(
     origin: Origin,
     options: HeadOptions,
 ) -> FlashHead | None:
-    """Puts the stored FlashHead on a dense model, else a kept one, else a new one.
+    """Puts the stored FlashHead on a dense model, else a kept one, else a new one, as `attach`.
 
-    Args:
-        model: A dense model of mlx-lm or mlx-vlm.
-        tokenizer: Its tokenizer or processor.
-        stored: A FlashHead that the user names, or that lies in the model's folder.
-        origin: Where the model is from.
-        options: The user's choices.
-
-    Returns:
-        The FlashHead, or None for a model that stays dense.
-
-    Raises:
-        ValueError: As in :func:`attach`.
+    Returns None for a model that stays dense.
     """
     if get_flash_head(model) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
@@ -129,21 +116,13 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
     known = None if head is None else _targets.pop(head, None)
     if head is None or known is None:
         return
-    try:
-        location = drafter_head(drafter, target)
-        if location is not None and get_flash_head(location.module) is None:
-            _build_of_drafter(known, drafter, kind, location)
-    finally:
-        _targets[head] = known
-
-
-def _build_of_drafter(
-    known: _Target, drafter: nn.Module, kind: str, location: HeadLocation
-) -> None:
     model_of, tokenizer, options = known
     model, options = model_of(), replace(options, n_probes=None, drafts=True)
     assert model is not None  # its head is in use
     try:
+        location = drafter_head(drafter, target)
+        if location is None or get_flash_head(location.module) is not None:
+            return
         check_plain_product(location)
         stored = cache.find(location.rows(), options.say)
         if stored is None and options.missing == BUILD:
@@ -164,6 +143,8 @@ def _build_of_drafter(
             install_stored(drafter, stored, options, location).only_drafts = True
     except Exception as error:  # whatever it is, the drafter goes on with its own head
         options.say(f"The drafter has no FlashHead: {error}")
+    finally:
+        _targets[head] = known
 
 
 def install_stored(
@@ -173,9 +154,6 @@ def install_stored(
     location: HeadLocation | None = None,
 ) -> FlashHead:
     """Puts a stored FlashHead on a dense model, with the settings for this machine.
-
-    Args:
-        options: The user's choices. Without ``tunes`` the settings are the index's own.
 
     Raises:
         ValueError: If it does not fit, or an option is not valid. The model stays unchanged.

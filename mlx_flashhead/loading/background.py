@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..conversion.build import STEP_SECONDS
+from ..lossless.tuning import Tuning
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head
 from ..models.libraries import is_vlm
@@ -24,19 +25,13 @@ from ..publishing.origin import Origin
 from .attach import install_stored
 from .build import build_steps, finish
 from .look_up import HeadOptions, StoredHead
-from .tuned import MEASURING, here, tune_head
+from .tuned import MEASURING, tune_head
 
 
 class BackgroundBuild:
-    """A FlashHead that is built in steps, whenever there is time.
+    """A FlashHead that is built in steps of about ``step_seconds``, whenever there is time.
 
-    Args:
-        model: A dense model.
-        tokenizer: Its tokenizer.
-        origin: Where the model is from.
-        options: The user's choices.
-        step_seconds: Time that a step of the model may take.
-        anew: Whether the user asks for another one in the place of the kept one.
+    With ``anew`` the user asks for another one in the place of the kept one.
 
     Raises:
         UnsupportedHeadError: If the model can have none.
@@ -54,7 +49,7 @@ class BackgroundBuild:
         self._model, self._options = model, options
         location = find_head(model)
         check_plain_product(location)
-        self._steps: Generator[Any, None, StoredHead | None] = build_steps(
+        self._steps: Generator[Any, None, Any] = build_steps(
             model,
             tokenizer,
             location,
@@ -64,7 +59,7 @@ class BackgroundBuild:
             anew=anew,
             step_seconds=step_seconds,
         )
-        self._stored: StoredHead | None = None
+        self._result: StoredHead | Tuning | None = None  # of the steps
 
     def advance(self) -> bool:
         """Takes a step, of about a tenth of a second. Returns whether there are more.
@@ -78,7 +73,7 @@ class BackgroundBuild:
             next(self._steps)
             return True
         except StopIteration as end:
-            self._stored = end.value
+            self._result = end.value
             return False
 
     def drop(self) -> None:
@@ -90,30 +85,27 @@ class BackgroundBuild:
 
         The settings for this machine are measured by the steps that follow.
         """
-        if self._stored is None or get_flash_head(self._model) is not None:
+        stored = self._result
+        if not isinstance(stored, StoredHead) or get_flash_head(self._model) is not None:
             return False
-        install_stored(self._model, self._stored, replace(self._options, tunes=False))
-        self._steps = tune_head(self._model, self._stored.index, self._options)
-        self._stored = None
+        install_stored(self._model, stored, replace(self._options, tunes=False))
+        self._steps = tune_head(self._model, stored.index, self._options)
+        self._result = None
         return True
 
     def finish(self) -> None:
         """Takes all steps, installs the FlashHead, and says what it took and when it pays back."""
         began = time.perf_counter()
-        self._stored = finish(self._steps, self._options)
+        self._result = finish(self._steps, self._options)
         seconds = time.perf_counter() - began
-        if self._stored is None:
-            return
-        index = self._stored.index
         if not self.install():
             return
         if self.advance():
             self._options.say(MEASURING)
         while self.advance():
             pass
-        tuning = here(index, self._model)
-        took = f"build took {seconds:.0f} s"
-        if tuning is None:
+        tuning, took = self._result, f"build took {seconds:.0f} s"
+        if not isinstance(tuning, Tuning):
             self._options.say(f"FlashHead is ready for next time. Its {took}.")
         elif tuning.dense:
             self._options.say(f"The {took}.")  # that the model stays dense has been said
@@ -144,11 +136,7 @@ def background_build(
 
 
 class IdleBuild:
-    """Advances a build in a thread while its model is idle.
-
-    Args:
-        build: The build, which is installed at its end.
-    """
+    """Advances a build in a thread while its model is idle, and installs it at its end."""
 
     def __init__(self, build: BackgroundBuild):
         self._build = build

@@ -38,19 +38,8 @@ def build_steps(
 ) -> Steps[StoredHead | None]:
     """Builds a FlashHead in steps. A build that is dropped between them leaves nothing behind.
 
-    Args:
-        model: A dense model of mlx-lm or mlx-vlm, whose head is a plain product.
-        tokenizer: Its tokenizer or processor.
-        location: Its head.
-        origin: Where the model is from.
-        options: The user's choices.
-        waits: Wait for another process that builds it; else nothing is built then.
-        anew: Build it although there is one, which is replaced at the end, and take more time.
-        step_seconds: Time that a step of the model may take.
-        drafted: Steps that give a drafter's states, instead of text.
-
-    Returns:
-        The FlashHead, None if another process builds it.
+    Where another process builds it, it ``waits`` for that one, or returns None. ``anew`` replaces
+    one that there is, and takes more time. ``drafted`` gives a drafter's states, instead of text.
 
     Raises:
         ValueError: At a step, if the model cannot have one.

@@ -31,12 +31,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Entry:
-    """A kept FlashHead.
-
-    Attributes:
-        folder: Its folder.
-        config: Its settings; None if it is damaged.
-    """
+    """A kept FlashHead: its folder, and its settings, None if it is damaged."""
 
     folder: Path
     config: FlashHeadConfig | None
@@ -87,11 +82,9 @@ def place_of(rows: Matrix) -> Path:
 
 
 def find(rows: Matrix, say: Say) -> StoredHead | None:
-    """The FlashHead that was built for these rows, or for another form of them.
+    """The FlashHead that was built for these rows (in token order), or for another form of them.
 
-    Args:
-        rows: A model's, in token order.
-        say: Called with a sentence for a damaged entry, which counts as missing.
+    A damaged entry counts as missing, and is told.
     """
     place = place_of(rows)
     try:
@@ -143,12 +136,7 @@ def remove(entry: Entry) -> None:
 def one_at_a_time(place: Path, say: Say, *, waits: bool) -> Iterator[bool]:
     """Within the block, no other process builds the FlashHead of ``place``.
 
-    Without a writable place there is no lock.
-
-    Args:
-        place: The FlashHead's place.
-        say: Called with a sentence if another process builds.
-        waits: Wait for that; else the block gets False.
+    If one does, the block waits for it or gets False. Without a writable place there is no lock.
     """
     lock = FileLock(home() / "locks" / f"{place.name}.lock")
     other = "Another process is building the FlashHead of this model: "

@@ -70,18 +70,9 @@ def load(
 
 
 def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
-    """Loads the model of a folder and puts its FlashHead on it.
+    """A folder's model with its FlashHead: ``(model, tokenizer, config)``.
 
-    Args:
-        folder: The model's folder.
-        options: The choices for its FlashHead.
-        **of_mlx_lm: Arguments of ``mlx_lm.load``.
-
-    Returns:
-        ``(model, tokenizer, config)``.
-
-    Raises:
-        ValueError: As in :func:`load`.
+    Takes arguments of ``mlx_lm.load``, and raises as `load`.
     """
     stored = named_head(options) or head_beside(folder, options)
     model, tokenizer, config = load_dense(folder, **of_mlx_lm)
@@ -97,16 +88,8 @@ def load_draft(
     The target verifies each draft, so fewer probes cost no exactness. By default a draft reads a
     tenth of its head's bytes (docs/drafts.md).
 
-    Args:
-        path_or_hf_repo: A local folder or a Hugging Face repository.
-        draft_probes: Clusters that its FlashHead scores per token.
-        trust_remote_code: Allow the repository's own Python code.
-
-    Returns:
-        ``(model, tokenizer)``.
-
     Raises:
-        ValueError: As in :func:`load`. Also if a number of probes is given without a FlashHead.
+        ValueError: As in `load`. Also if a number of probes is given without a FlashHead.
     """
     model, tokenizer, _ = load_with_head(
         resolve(path_or_hf_repo),
@@ -144,13 +127,8 @@ def sharded_load(
         pipeline_group: The processes that share the layers out.
         tensor_group: The processes that share each layer. Without either group all processes share
             the model in the way that it supports, tensor first.
-        return_config: Also return the model's configuration.
-        tokenizer_config: Passed to the tokenizer.
-        trust_remote_code: Allow the repository's own Python code.
-        flash_head: A folder or a Hugging Face repository of a FlashHead.
-        n_probes: Clusters scored per token; default: the FlashHead's own number.
-        backend: "metal", "mlx" or None to choose.
-        progress: Print steps on standard error.
+
+    The others are arguments of `load`.
 
     Returns:
         ``(model, tokenizer)``, with the configuration as a third item if asked for.

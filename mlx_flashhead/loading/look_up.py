@@ -29,16 +29,11 @@ BUILD, REFUSE, DENSE, LATER = "build", "refuse", "dense", "later"
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How a model gets its FlashHead.
+    """How a model gets its FlashHead. The first five are arguments of `load`.
 
     Attributes:
-        flash_head: A folder or a Hugging Face repository of a FlashHead; default: the one in the
-            model's folder, else the one that was built for the model before.
         missing: Without any, ``BUILD`` it, ``REFUSE``, or leave the model ``DENSE``: for good, or
             until it is built ``LATER``.
-        n_probes: Clusters scored per token; default: the FlashHead's own number.
-        backend: "metal", "mlx" or None to choose.
-        progress: Print steps and bars on standard error.
         tunes: Measure the settings of the loop on this machine, once.
         drafts: Whether the model drafts for another one.
         always: Use a FlashHead that makes nothing faster, too.
@@ -64,12 +59,7 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class StoredHead:
-    """A FlashHead and its source.
-
-    Attributes:
-        index: The FlashHead.
-        source: Its folder or repository, for messages.
-    """
+    """A FlashHead, and its folder or repository, for messages."""
 
     index: FlashHeadIndex
     source: str
@@ -162,12 +152,7 @@ def look_up_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def head_options(args: argparse.Namespace, *, dense: bool = False) -> HeadOptions:
-    """The flags of :func:`add_head_options` or :func:`add_answering_options`.
-
-    Args:
-        args: A command's arguments.
-        dense: Whether the model may do without a FlashHead.
-    """
+    """The flags of `add_head_options` or `add_answering_options`; ``dense`` builds none."""
     answers_first = "build_first" in args
     missing = BUILD
     if dense or (answers_first and args.no_build):

@@ -21,9 +21,6 @@ def patch_load(options: HeadOptions) -> None:
 
     Programs of theirs that convert or train a model get the dense one.
 
-    Args:
-        options: The choices for it.
-
     Raises:
         ValueError: If the FlashHead that the user names cannot be read.
     """
@@ -94,9 +91,6 @@ def patch_new_processes(options: HeadOptions) -> None:
     """From now on :func:`patch_load` is called in each process that multiprocessing spawns.
 
     A process is given the settings of the one that starts it, before the function that it runs.
-
-    Args:
-        options: The choices for the FlashHead.
     """
     process: Any = multiprocessing.current_process()
     process._config["mlx_flashhead"] = _InNewProcesses(options)

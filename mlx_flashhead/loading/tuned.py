@@ -26,17 +26,17 @@ MEASURING = "Measuring its speed on this machine, once …"
 
 def tune_head(
     model: nn.Module, index: FlashHeadIndex, options: HeadOptions
-) -> Generator[None, None, None]:
+) -> Generator[None, None, Tuning | None]:
     """Gives the FlashHead of ``model`` the settings that were measured on this machine, in steps.
 
     They are measured at the first use of this machine, version of MLX and dtype, in about three
     seconds; once more if the machine was busy then. A number of probes that the user has chosen
     stays, and ``always`` keeps a FlashHead that gains nothing. ``$MLX_FLASHHEAD_TUNING=off``
-    measures nothing.
+    measures nothing, and returns None.
     """
     off = os.environ.get(TUNING_VARIABLE) == "off"
     if options.n_probes is not None or options.drafts or not options.tunes or off:
-        return
+        return None
     head = installed_head(model)
     place, key = cache.speeds_of(index.config.fingerprint), _machine(head, model)
     known = read(place)
@@ -55,6 +55,7 @@ def tune_head(
     tuning.apply(head)
     if options.always:
         head.stays_dense = False
+    return tuning
 
 
 def read(place: Path) -> dict[str, Tuning]:
@@ -65,12 +66,6 @@ def read(place: Path) -> dict[str, Tuning]:
         return {key: Tuning(**value) for key, value in stored.items() if set(value) == known}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def here(index: FlashHeadIndex, model: nn.Module) -> Tuning | None:
-    """The settings that were measured for a model on this machine."""
-    speeds = read(cache.speeds_of(index.config.fingerprint))
-    return speeds.get(_machine(installed_head(model), model))
 
 
 def _write(place: Path, tunings: dict[str, Tuning]) -> None:

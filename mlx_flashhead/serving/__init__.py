@@ -9,8 +9,8 @@ A request, traced. ``serve`` opens the port, and starts the engine, which loads 
 3. ``endpoints`` reads the body: ``protocol/requests`` checks each field, ``engine/prompts`` fills
    in the chat template and makes tokens. A mistake is a ``Problem`` (``protocol/errors``).
 4. Each answer is a job (``engine/job``) in the queue of ``engine/engine``, the one thread that
-   computes. It reads the prompt a chunk at a time (``engine/prefill``), from the longest beginning
-   that ``engine/prompt_caches`` has kept, and decodes it beside the others (``engine/decoding``).
+   computes. It reads the prompt a chunk at a time, from the longest beginning that is kept
+   (``engine/prefill``), and decodes it beside the others (``engine/decoding``).
 5. Each token comes back through the request's queue: its text and its calls of tools
    (``protocol/answer_text``), its log-probabilities (``protocol/logprobs``).
 6. ``protocol/answers`` makes OpenAI's JSON of them, which ``endpoints`` sends whole or in chunks.

@@ -79,9 +79,76 @@ class ApiHandler(GuardedHandler):
                     request = read_request(
                         _parsed(body), chat=chat, models=server.models, defaults=server.flags
                     )
-                answer = _Answer(request, read_prompts(request), self)
+                jobs = _jobs(request, read_prompts(request))
             del body
-            answer.send()
+            server.engine.submit(jobs)
+            try:
+                self._stream(jobs) if request.stream else self._send_whole(jobs)
+            finally:
+                for job in jobs:
+                    job.cancelled = True
+                tokens = "{prompt_tokens:,} + {completion_tokens:,} tokens"
+                self.note(tokens.format(**_usage(jobs)))
+                if (speed := speed_of(jobs)) is not None:
+                    self.note(f"{speed:.1f} tokens/s")
+
+    def _send_whole(self, jobs: list[Job]) -> None:
+        head = envelope(jobs[0].request)
+        choices = [Choice(job.request, job.index) for job in jobs]
+        for _ in self._parts(jobs, choices):
+            pass  # the choices keep them
+        whole = [choice.whole() for choice in choices]
+        self.send_json(head | {"choices": whole, "usage": _usage(jobs)})
+
+    def _stream(self, jobs: list[Job]) -> None:
+        request = jobs[0].request
+        head = envelope(request)
+        last = head | {"choices": []}
+        if request.include_usage:
+            head["usage"] = None
+        choices = [Choice(request, job.index) for job in jobs]
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        try:
+            for part in self._parts(jobs, choices):
+                if isinstance(part, Progress):  # a comment, which clients ignore and the page shows
+                    self._write(f": prompt {part.done}/{part.total}")
+                else:
+                    self._write(f"data: {dumps(head | {'choices': [part]})}")
+        except Problem as problem:
+            self._write(f"data: {dumps(problem.as_json())}")
+            return
+        if (speed := speed_of(jobs)) is not None:
+            self._write(f": {speed:.2f} tokens/s")
+        if request.include_usage:
+            self._write(f"data: {dumps(last | {'usage': _usage(jobs)})}")
+        self._write("data: [DONE]")
+
+    def _parts(self, jobs: list[Job], choices: list[Choice]) -> Iterator[Progress | dict[str, Any]]:
+        """What comes of the jobs until all are complete: parts of prompts, and chunks' choices."""
+        while any(choice.finish_reason is None for choice in choices):
+            try:
+                index, event = jobs[0].events.get(timeout=_LOOK_SECONDS)
+            except Empty:
+                event = None
+            if self.client_has_gone():
+                raise ConnectionAbortedError
+            if isinstance(event, Problem):
+                raise event
+            if isinstance(event, BaseException):
+                raise Problem("The answer has failed: see the server's log.", status=500)
+            if isinstance(event, Progress):
+                yield event
+            elif isinstance(event, Token):
+                if (chunk := choices[index].add(event)) is not None:
+                    yield chunk
+            elif not self.server.engine.healthy:
+                raise Problem("The server has lost the thread that answers.", status=503)
+
+    def _write(self, line: str) -> None:
+        self.wfile.write(f"{line}\n\n".encode())
 
     def _model(self, name: str) -> dict[str, Any]:
         served = find_model(self.server.models, name)
@@ -111,114 +178,36 @@ def _parsed(body: bytes) -> dict[str, Any]:
     return value
 
 
-class _Answer:
-    """The answer to one request, from its jobs to the sent bytes."""
-
-    def __init__(self, request: Request, prompts: list[Prompt], handler: ApiHandler):
-        self._request, self._handler = request, handler
-        self._engine = handler.server.engine
-        self._events: SimpleQueue = SimpleQueue()
-        grammar = _grammar(request, prompts[0])
-        self._jobs = [
-            Job(request, prompt, self._events, index, grammar and grammar.for_sequence())
-            for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))
-        ]
-        self._choices = [Choice(request, index) for index in range(len(self._jobs))]
-        self._envelope = envelope(request)
-
-    def send(self) -> None:
-        self._engine.submit(self._jobs)
+def _jobs(request: Request, prompts: list[Prompt]) -> list[Job]:
+    """A job for each answer, with one queue of events."""
+    events: SimpleQueue = SimpleQueue()
+    grammar = None
+    if request.form is not None:
+        tokenizer, seconds = request.served.tokenizer, SECONDS_PER_MASK
+        # an answer has its form once the thought is at its end that the prompt begins
+        after = tokenizer.think_end_tokens if prompts[0].state == "reasoning" else ()
         try:
-            self._stream() if self._request.stream else self._send_whole()
-        finally:
-            for job in self._jobs:
-                job.cancelled = True
-            usage = self._usage()
-            self._handler.note("{prompt_tokens:,} + {completion_tokens:,} tokens".format(**usage))
-            if (speed := speed_of(self._jobs)) is not None:
-                self._handler.note(f"{speed:.1f} tokens/s")
-
-    def _send_whole(self) -> None:
-        for _ in self._parts():
-            pass  # the choices keep them
-        choices = [choice.whole() for choice in self._choices]
-        self._handler.send_json(self._envelope | {"choices": choices, "usage": self._usage()})
-
-    def _stream(self) -> None:
-        handler = self._handler
-        handler.send_response(HTTPStatus.OK)
-        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        handler.send_header("Cache-Control", "no-store")
-        handler.end_headers()
-        try:
-            for part in self._parts():
-                if isinstance(part, Progress):  # a comment, which clients ignore and the page shows
-                    self._write(f": prompt {part.done}/{part.total}")
-                else:
-                    self._write_chunk([part])
-        except Problem as problem:
-            self._write(f"data: {dumps(problem.as_json())}")
-            return
-        if (speed := speed_of(self._jobs)) is not None:
-            self._write(f": {speed:.2f} tokens/s")
-        if self._request.include_usage:
-            self._write_chunk([], self._usage())
-        self._write("data: [DONE]")
-
-    def _parts(self) -> Iterator[Progress | dict[str, Any]]:
-        """What comes of the jobs until all are complete: parts of prompts, and chunks' choices."""
-        while any(choice.finish_reason is None for choice in self._choices):
-            try:
-                index, event = self._events.get(timeout=_LOOK_SECONDS)
-            except Empty:
-                event = None
-            if self._handler.client_has_gone():
-                raise ConnectionAbortedError
-            if isinstance(event, Problem):
-                raise event
-            if isinstance(event, BaseException):
-                raise Problem("The answer has failed: see the server's log.", status=500)
-            if isinstance(event, Progress):
-                yield event
-            elif isinstance(event, Token):
-                choice = self._choices[index]
-                chunk = choice.add(event.piece, event.logprobs, event.finish_reason)
-                if chunk is not None:
-                    yield chunk
-            elif not self._engine.healthy:
-                raise Problem("The server has lost the thread that answers.", status=503)
-
-    def _usage(self) -> dict[str, Any]:
-        once = self._jobs[:: self._request.n]  # a prompt with several answers counts once
-        prompt_tokens = sum(len(job.prompt.tokens) for job in once)
-        completion_tokens = sum(len(job.tokens) for job in self._jobs)
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
-        }
-
-    def _write_chunk(self, choices: list[Any], usage: dict[str, Any] | None = None) -> None:
-        chunk = self._envelope | {"choices": choices}
-        if self._request.include_usage:
-            chunk["usage"] = usage
-        self._write(f"data: {dumps(chunk)}")
-
-    def _write(self, line: str) -> None:
-        self._handler.wfile.write(f"{line}\n\n".encode())
+            grammar = GrammarProcessor(
+                tokenizer, request.form, after=after, seconds_per_mask=seconds
+            )
+        except ValueError as error:
+            raise Problem(str(error), "response_format") from None
+    return [
+        Job(request, prompt, events, index, grammar and grammar.for_sequence())
+        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))
+    ]
 
 
-def _grammar(request: Request, prompt: Prompt) -> GrammarProcessor | None:
-    """What keeps answers in their form, once the thought is at its end that the prompt begins."""
-    if request.form is None:
-        return None
-    tokenizer, seconds = request.served.tokenizer, SECONDS_PER_MASK
-    after = tokenizer.think_end_tokens if prompt.state == "reasoning" else ()
-    try:
-        return GrammarProcessor(tokenizer, request.form, after=after, seconds_per_mask=seconds)
-    except ValueError as error:
-        raise Problem(str(error), "response_format") from None
+def _usage(jobs: list[Job]) -> dict[str, Any]:
+    once = jobs[:: jobs[0].request.n]  # a prompt with several answers counts once
+    prompt_tokens = sum(len(job.prompt.tokens) for job in once)
+    completion_tokens = sum(len(job.tokens) for job in jobs)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
+    }
 
 
 def speed_of(jobs: list[Job]) -> float | None:

@@ -26,7 +26,7 @@ from mlx_flashhead.benchmarks.machine import machine
 from mlx_flashhead.benchmarks.report import cells
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.tables import new_table, show
-from mlx_flashhead.common.timing import Spread
+from mlx_flashhead.common.timing import spread
 from mlx_flashhead.index.files import SETTINGS_NAME
 
 QUESTION = "Write a sentence about the moon."
@@ -127,14 +127,14 @@ def chat(module: str, model: str) -> dict[str, float]:
 
 def server(module: str, model: str) -> dict[str, float]:
     """One request, and a second one once /health names a FlashHead."""
-    with serving(module, "--model", model) as running:
+    with serving(module, "--model", model) as port:
         began = time.monotonic()
-        times = {"first token": _first(running.port, QUESTION)}
+        times = {"first token": _first(port, QUESTION)}
         if module.startswith("mlx_flashhead"):
-            before = _heads(running.port)
-            _wait(lambda: _heads(running.port) != before)
+            before = _heads(port)
+            _wait(lambda: _heads(port) != before)
             times["end"] = time.monotonic() - began
-            times["first token after it"] = times["end"] + _first(running.port, ANOTHER)
+            times["first token after it"] = times["end"] + _first(port, ANOTHER)
     return times
 
 
@@ -185,7 +185,7 @@ def main() -> None:
     table = new_table(Path(args.model).name, ("program", "until", "median s", "quartiles"), left=2)
     for name, events in seconds.items():
         for event, taken in events.items():
-            table.add_row(name, event, *cells(Spread.of(taken).to_dict()))
+            table.add_row(name, event, *cells(spread(taken)))
     show(table)
     if args.json:
         figures = {"model": Path(args.model).name, "machine": machine(), "seconds": seconds}

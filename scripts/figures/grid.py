@@ -10,35 +10,27 @@ ratio is that of each turn. A model of 4 bits is made beside the other one, for 
 import argparse
 import itertools
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import mlx_lm
 
 from mlx_flashhead import load
 from mlx_flashhead.benchmarks.kinds.model import PROMPT, SAMPLERS, Form, with_flash_head
-from mlx_flashhead.benchmarks.report import Bars, add_number, add_report_arguments, cells, report
-from mlx_flashhead.benchmarks.rounds import Case, Round, time_cases
+from mlx_flashhead.benchmarks.report import Case, add_number, add_report_arguments, cells, report
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table
-from mlx_flashhead.common.timing import Spread
+from mlx_flashhead.common.timing import spread
 from mlx_flashhead.models.install import dense_copy, installed_head
 
 BATCHES = (1, 4)
 DENSE, TUNED = "dense", "tuned"
 
 
-def measure(args: argparse.Namespace) -> Iterator[Round]:
-    """Measures all cases, one model after the other, as one result."""
-    n_cases = 2 * len(args.models) * len(SAMPLERS) * len(BATCHES)
-    for state in time_cases(cases(args), n_cases, args.rounds):
-        yield replace(state, results=[{"cases": state.results}] if state.results else [])
-
-
-def cases(args: argparse.Namespace) -> Iterator[Case]:
+def cases(args: argparse.Namespace) -> Generator[Case]:
     """Each model as it is and in 4 bits, each sampling and number of sequences."""
     for name, bits, model, tokenizer in models(args.models):
         head = installed_head(model)
@@ -67,33 +59,26 @@ def models(folders: list[Path]) -> Iterator[tuple]:
 def summary(about: dict, seconds: dict[str, list[float]]) -> dict:
     """Ratios of the turns, and tokens per second of all sequences, JSON-ready."""
     turns = zip(seconds[DENSE], seconds[TUNED], strict=True)
-    speeds = {form: about["batch"] / Spread.of(times).median for form, times in seconds.items()}
-    ratio = Spread.of([dense / tuned for dense, tuned in turns]).to_dict()
+    speeds = {form: about["batch"] / median(times) for form, times in seconds.items()}
+    ratio = spread([dense / tuned for dense, tuned in turns])
     return about | {"ratio": ratio, "tokens_per_second": speeds}
 
 
 def make_table(result: dict):
     """The table of all cases."""
-    headings = ("model", "bits", "sampling", "batch", "dense", "tuned", "ratio", "quartiles", "")
-    table = new_table("tokens/s, and the ratio of each turn", headings)
+    headings = ("model", "bits", "sampling", "batch", "ratio", "quartiles", "dense", "tuned", "")
+    table = new_table("Ratio of each turn, tuned / dense, and tokens/s", headings, left=4)
     for case in result["cases"]:
         table.add_row(
             case["model"],
             f"{case['bits']}",
             case["sampler"],
             f"{case['batch']}",
-            *(f"{speed:.2f}" for speed in case["tokens_per_second"].values()),
             *cells(case["ratio"], 3),
+            *(f"{speed:.2f}" for speed in case["tokens_per_second"].values()),
             "stays dense" if case["stays_dense"] else "",
         )
     return table
-
-
-def bars(result: dict) -> Bars:
-    """The ratios."""
-    name = "{model}, {bits} bits, {sampler}, {batch} at once"
-    ratios = {name.format(**case): case["ratio"]["median"] for case in result["cases"]}
-    return "Tuned FlashHead", "tuned / dense", ratios
 
 
 @command
@@ -105,7 +90,14 @@ def main() -> None:
     add_report_arguments(parser, rounds=7)
     parser.set_defaults(kind="grid")
     args = parser.parse_args()
-    report(args, measure(args), make_table, bars, program="scripts/figures/grid.py")
+    report(
+        args,
+        cases(args),
+        2 * len(args.models) * len(SAMPLERS) * len(BATCHES),
+        make_table,
+        gather=lambda cases: [{"cases": cases}],
+        program="scripts/figures/grid.py",
+    )
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ from mlx_flashhead.benchmarks.kinds.head import (
     LOGITS,
     OWN_DENSE,
     PROPOSAL,
-    chained,
     forms,
+    random_head,
     read_mb,
     summary,
 )
-from mlx_flashhead.benchmarks.random_head import random_head
 
 
 @pytest.mark.parametrize("bits, dtype", [(16, mx.float32), (16, mx.bfloat16), (4, mx.float16)])
@@ -68,15 +67,3 @@ def test_bytes_by_hand(n_positions):
     stage_1 = 20 * 64 * 4 if mx.default_device().type == mx.cpu else 20 * 64 * 9 / 16
     expected = (stage_1 + 5 * n_positions * 16 * 64 * 4) / 1e6
     assert read_mb(head, n_positions) == pytest.approx(expected)
-
-
-def test_chain_calls_the_form_with_each_state():
-    states = mx.array([1.0, 2.0, 5.0])[:, None, None]
-    seen = []
-
-    def form(hidden):
-        seen.append(hidden)
-        return mx.zeros(1), hidden * 1e30
-
-    assert chained({"form": form}, states, 2)["gpu_ms"]["form"]["runs"] == 2
-    assert [h[0, 0].item() for h in seen] == [1, 2, 5] * 3

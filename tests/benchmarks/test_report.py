@@ -5,56 +5,48 @@ import argparse
 import pytest
 
 from mlx_flashhead.benchmarks import report as module
-from mlx_flashhead.benchmarks.report import report
-from mlx_flashhead.benchmarks.rounds import Round
+from mlx_flashhead.benchmarks.report import Case, report
 from mlx_flashhead.common.tables import new_table
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    return argparse.Namespace(
-        kind="any", json=str(tmp_path / "out.json"), plot=str(tmp_path / "out.png"), report=False
-    )
+    outputs = {"json": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png")}
+    return argparse.Namespace(kind="any", rounds=1, report=False, **outputs)
 
 
 def make_table(result):
-    table = new_table(None, ("figure",))
-    table.add_row(f"figure {result['value']}")
+    table = new_table(None, ("", "figure"))
+    table.add_row("of a form", f"{result['value']}")
     return table
 
 
-def bars(result):
-    return "title", "label", result
-
-
-def rounds():
-    """Rounds with growing figures."""
-    yield Round(0, 4, "ready", [])
-    yield Round(1, 4, "warm", [])
-    for value in (2, 3):
-        yield Round(value, 4, f"round of {value}", [{"value": value}])
+def cases(seconds=lambda number: 0.25):
+    """Two cases of one form; the value of each is the number of rounds that counted."""
+    for name in ("first", "second"):
+        yield Case(name, {"a": seconds}, lambda seconds: {"value": len(seconds["a"])})
 
 
 def test_rounds_are_printed_as_they_come_with_the_time_that_is_left(arguments, monkeypatch, capsys):
-    clock = iter((100, 110, 120, 130))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 130))
-    report(arguments, rounds(), make_table, bars)
+    clock = iter((100, 120, 140))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    report(arguments, cases(), 2, make_table)
     shown = capsys.readouterr()
     assert shown.err.splitlines() == [
-        "[4 rounds] ready",
-        "[1 of 4, 30 s left] warm",
-        "[2 of 4, 20 s left] round of 2",
-        "[3 of 4, 10 s left] round of 3",
+        "[4 rounds] first: a",
+        "[1 of 4] first: warm",
+        "[2 of 4, 20 s left] first: a 250.00 ms",
+        "[3 of 4] second: warm",
+        "[4 of 4, 0 s left] second: a 250.00 ms",
     ]
-    assert "figure 3" in shown.out
+    assert shown.out.count("of a form") == 2
 
 
 def test_nothing_is_reported_before_the_first_figure(arguments, capsys, tmp_path):
-    def stopped_at_once():
-        yield Round(0, 4, "ready", [])
+    def stopped(number):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report(arguments, stopped_at_once(), make_table, bars)
+        report(arguments, cases(stopped), 2, make_table)
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []

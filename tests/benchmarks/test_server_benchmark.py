@@ -2,22 +2,22 @@
 
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
-from types import SimpleNamespace
 
 import pytest
 
 from mlx_flashhead.benchmarks.clients import Reply, ask, serving
 from mlx_flashhead.benchmarks.kinds import server
-from mlx_flashhead.benchmarks.kinds.server import HANGS_UP, Load, outcome
+from mlx_flashhead.benchmarks.kinds.server import HANGS_UP, figures, outcome, visit
 
 ALONE = {"first": "one", "second": "two"}
 
 
 def loaded(monkeypatch, ask, requests):
     monkeypatch.setattr(server, "ask", ask)
-    load, idle = Load(), SimpleNamespace(port=0, resident_mb=lambda: 50.0)
-    load.visit(idle, list(ALONE), 3, requests, 4)
-    return load.figures(ALONE)
+    monkeypatch.setattr(server, "questions", lambda: list(ALONE))
+    replies = []
+    assert visit(0, 3, requests, 4, replies, 0) == 0 and not replies  # it warms up
+    return figures(replies, ALONE, [visit(0, 3, requests, 4, replies, 1)])
 
 
 def test_answers_are_compared_with_those_alone(monkeypatch):
@@ -31,7 +31,6 @@ def test_answers_are_compared_with_those_alone(monkeypatch):
     # each of the two questions is asked as often, and one of each hangs up
     assert load["as_alone"] == load["anothers"] == HANGS_UP - 1
     assert load["first_seconds"] == {"median": 0.5, "worst": 0.75}
-    assert load["memory_mb"] == [(50.0, 50.0)]
     assert "Of another question: 4." in outcome({"loads": [load]})
 
 

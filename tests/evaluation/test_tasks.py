@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 
 from local_tasks import CHOICE, DOCUMENTS, GENERATE, GROUP, PERPLEXITY, TOKENS, write_tasks
 from mlx_flashhead import convert, generate, get_flash_head, load
+from mlx_flashhead.evaluate import make_parser
 from mlx_flashhead.evaluation import lm_eval_tasks as tasks
 from mlx_flashhead.evaluation.lm_eval_tasks import DENSE, FLASH_HEAD, evaluate_tasks, find_tasks
 from model_folders import write_model
@@ -51,8 +52,9 @@ def nothing_is_downloaded(monkeypatch):
 
 
 def measured(flash, task_folder, *names, **options):
-    manager = find_tasks(names, str(task_folder))
-    found = evaluate_tasks(*flash, names, manager, **options)
+    args = make_parser().parse_args(["tasks", "--model", "m", "--tasks", *names])
+    vars(args).update(options)
+    found = evaluate_tasks(*flash, names, find_tasks(names, str(task_folder)), args)
     return {(m["task"], m["head"], m["metric"]): m for m in found}
 
 
@@ -94,18 +96,11 @@ def test_log_likelihoods_are_the_dense_model_s(flash, dense, max_tokens):
         assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_text_is_generated_with_the_check(flash, dense, task_folder, monkeypatch):
-    said = []
-    original = tasks.TaskModel.generate_until
-
-    def recorded(self, requests):
-        said.extend(original(self, requests))
-        return said
-
-    monkeypatch.setattr(tasks.TaskModel, "generate_until", recorded)
-    found = measured(flash, task_folder, GENERATE)
-    assert set(found) == {(GENERATE, FLASH_HEAD, "exact_match")}
+def test_text_is_generated_with_the_check(flash, dense):
     questions = [document["question"] for document in DOCUMENTS]
+    options = {"until": ["\n\n"], "max_gen_toks": TOKENS}
+    requests = [Instance("generate_until", {}, (question, options), 0) for question in questions]
+    said = tasks.TaskModel(*flash).generate_until(requests)
     assert said == [mlx_lm.generate(*dense, question, max_tokens=TOKENS) for question in questions]
     unchecked = {"check": False, "max_tokens": TOKENS}
     assert said != [generate(*flash, question, **unchecked) for question in questions]
@@ -128,7 +123,7 @@ def test_perplexity_both_ways(flash, dense, task_folder, batch_size):
 
 
 def test_shots_and_limit(flash, task_folder):
-    found = measured(flash, task_folder, CHOICE, num_fewshot=1, limit=2)[CHOICE, DENSE, "acc"]
+    found = measured(flash, task_folder, CHOICE, num_shots=1, limit=2)[CHOICE, DENSE, "acc"]
     assert (found["n_shots"], found["samples"]) == (1, 2)
     usual = measured(flash, task_folder, CHOICE)[CHOICE, DENSE, "acc"]
     assert (usual["n_shots"], usual["samples"]) == (0, len(DOCUMENTS))
@@ -141,18 +136,13 @@ def test_groups_name_the_heads_of_their_tasks(flash, task_folder):
     assert (GROUP, f"{FLASH_HEAD} + {DENSE}", "acc") in found
 
 
-def test_chat_template(flash):
-    lm = tasks.TaskModel(*flash)
-    assert not lm.use_chat_template
-    model, tokenizer = flash
+def test_chat_template(flash, monkeypatch):
+    assert not tasks.TaskModel(*flash).use_chat_template
     template = "{% for m in messages %}{{ mood }}: {{ m.content }}{% endfor %}"
-    tokenizer.chat_template, before = template, tokenizer.chat_template
-    try:
-        lm = tasks.TaskModel(model, tokenizer, chat_template_args={"mood": "glad"})
-        assert lm.use_chat_template
-        assert lm.apply_chat_template([{"role": "user", "content": "hi"}]) == "glad: hi"
-    finally:
-        tokenizer.chat_template = before
+    monkeypatch.setattr(flash[1]._tokenizer, "chat_template", template)
+    lm = tasks.TaskModel(*flash, chat_template_args={"mood": "glad"})
+    assert lm.use_chat_template
+    assert lm.apply_chat_template([{"role": "user", "content": "hi"}]) == "glad: hi"
 
 
 def test_own_tasks_come_without_lm_eval_s(task_folder, monkeypatch):

@@ -42,10 +42,6 @@ def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(
     return model
 
 
-def run(model, tokenizer, **kwargs):
-    return evaluate(model, tokenizer, TEXT, **kwargs)
-
-
 def rows_by(evaluation):
     return {row["n_probes"]: row for row in evaluation["rows"]}
 
@@ -66,7 +62,7 @@ def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
     head = get_flash_head(model)
     token_ids = np.array(tokenizer.encode(TEXT))
     tokens, next_ids = mx.array(token_ids[None, :-1]), token_ids[1:]
-    found = run(model, tokenizer, probe_counts=[5, 2])
+    found = evaluate(model, tokenizer, TEXT, probe_counts=[5, 2])
     with head.dense():
         dense = np.array(model(tokens)[0])
     assert found["positions"] == len(next_ids)
@@ -85,7 +81,7 @@ def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
 def test_eos_clusters_are_among_the_probes(tokenizer):
     """As they are in the head: every state's first probe is taken by the EOS token's cluster."""
     model = installed_model(eos_token_ids=(1,))
-    found = rows_by(run(model, tokenizer, probe_counts=[1]))
+    found = rows_by(evaluate(model, tokenizer, TEXT, probe_counts=[1]))
     held = np.array(get_flash_head(model).clustered.token_ids)
     (own,) = [ids for ids in held if 1 in ids]
     token_ids = np.array(tokenizer.encode(TEXT))
@@ -95,11 +91,11 @@ def test_eos_clusters_are_among_the_probes(tokenizer):
 
 def test_usual_probes_and_the_model_s_own(tokenizer):
     model = installed_model(n_probes=7)
-    found = run(model, tokenizer, positions=20)
+    found = evaluate(model, tokenizer, TEXT, positions=20)
     assert found["n_probes"] == 7
     assert found["positions"] == 20
     assert set(rows_by(found)) == {7}  # the usual ones exceed C
-    given = run(model, tokenizer, positions=20, probe_counts=[9, 3, 9])
+    given = evaluate(model, tokenizer, TEXT, positions=20, probe_counts=[9, 3, 9])
     assert list(rows_by(given)) == [3, 9]
     assert get_flash_head(model).n_probes == 7
 

@@ -10,7 +10,6 @@ from served_models import checked
 LONG = [2 + (7 * i) % 250 for i in range(400)]
 SHORT = [40, 41, 42]
 CHUNK = 16  # tokens of a prompt in the tests' engines
-NEVER_ENDS = {"logit_bias": {"50": 100}}
 
 
 def job(engine, tokens, max_tokens=8, processors=(), landmarks=(), **fields):
@@ -25,6 +24,13 @@ def job(engine, tokens, max_tokens=8, processors=(), landmarks=(), **fields):
 def submit(engine, *arguments, **fields):
     new = job(engine, *arguments, **fields)
     engine.submit([new])
+    return new
+
+
+def endless(engine, tokens):
+    """A job whose answer has begun, and does not end by itself."""
+    new = submit(engine, tokens, 10_000, logit_bias={"50": 100})
+    until(new, Token)
     return new
 
 

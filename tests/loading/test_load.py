@@ -6,16 +6,15 @@ import shutil
 import mlx.core as mx
 import mlx_lm
 import pytest
-from mlx.utils import tree_flatten
 
 from mlx_flashhead.index.files import write_index
 from mlx_flashhead.loading.load import load
 from mlx_flashhead.models import dense
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.install import get_flash_head
-from model_folders import VOCAB_SIZE, write_model
+from model_folders import write_model
 from refusals import refused
-from tiny_models import tiny_index, tiny_model
+from tiny_models import tiny_index
 
 TOKENS = mx.array([[3, 1, 200, 7]])
 
@@ -23,22 +22,13 @@ TOKENS = mx.array([[3, 1, 200, 7]])
 @pytest.fixture(scope="module", params=["tied", "untied", "4-bit"])
 def original(request, tmp_path_factory):
     """A folder with FlashHead: 258 tokens in 33 clusters, 4 probes."""
-    folder = tmp_path_factory.mktemp("load") / "model"
-    write_model(folder, tied=request.param == "tied")
+    place = tmp_path_factory.mktemp("load")
+    folder = write_model(place / "model", tied=request.param == "tied")
     if request.param == "4-bit":
-        quantize(folder)
+        folder = place / "quantized"
+        mlx_lm.convert(str(place / "model"), str(folder), quantize=True)
     write_index(folder, tiny_index(load_dense(folder)[0], eos_token_ids=(1,)))
     return folder
-
-
-def quantize(folder):
-    """Puts a quantized model of the same vocabulary in place of the folder's."""
-    model = tiny_model(vocab_size=VOCAB_SIZE, num_hidden_layers=2, tied=False, bits=4)
-    weights = tree_flatten(model.parameters(), destination={})
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization"] = {"group_size": 32, "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture

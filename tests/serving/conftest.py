@@ -1,8 +1,10 @@
 """Tiny models for the server's tests."""
 
+import socket
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from http.client import HTTPConnection
 
 import pytest
 
@@ -39,6 +41,33 @@ def server(scripted):
     """The same, with nothing written yet: on this machine alone."""
     scripted[1].reset()
     return scripted
+
+
+@pytest.fixture
+def ask(server):
+    """A function that makes a request: (path, method, body, headers) → response, its body."""
+
+    def ask(path, method="GET", body=None, **headers):
+        with closing(HTTPConnection("127.0.0.1", server[0], timeout=20)) as connection:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            return response, response.read()
+
+    return ask
+
+
+@pytest.fixture
+def connect(server):
+    """A function that opens a connection, and sends on it."""
+    with ExitStack() as opened:
+
+        def connect(data=b""):
+            address = "127.0.0.1", server[0]
+            connection = opened.enter_context(socket.create_connection(address, timeout=20))
+            connection.sendall(data)
+            return connection
+
+        yield connect
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -29,8 +31,7 @@ def chat(client, model="mine", **options):
 
 
 def complete(client, prompt="One day", model="mine", **options):
-    options = {"max_tokens": TOKENS, "extra_body": options.pop("extra", None)} | options
-    return client.completions.create(model=model, prompt=prompt, **options)
+    return client.completions.create(model=model, prompt=prompt, **{"max_tokens": TOKENS} | options)
 
 
 def generated(flash, prompt="One day", **options):
@@ -75,6 +76,8 @@ def test_spaces_at_the_beginning_are_kept(client):
     assert answer.text == " one two three four"
     places = zip(answer.logprobs.tokens, answer.logprobs.text_offset, strict=True)
     assert all(answer.text.startswith(token, offset) for token, offset in places)
+    answer = complete(client, "a", "chain", stop=["x", "wo th"]).choices[0]
+    assert (answer.text, answer.finish_reason) == (" one t", "stop")  # found within tokens
     form = {"regex": " one( two)?"}
     content = chat(client, model="chain", extra_body=form).choices[0].message.content
     assert content.startswith(" one")
@@ -97,28 +100,17 @@ def test_logprobs_of_a_chat_are_those_of_the_tokens_that_were_drawn(client, stre
     answer = chat(client, logprobs=True, top_logprobs=2, stream=stream, **drawn)
     choices, parts = chosen(answer, stream)
     content = [entry for c in choices if c.logprobs for entry in c.logprobs.content]
-    assert len(content) == TOKENS
-    unlikely = 0
+    found = bytes(byte for entry in content for byte in entry.bytes)  # one of each token
+    text = "".join(part.content or "" for part in parts)
+    assert len(content) == TOKENS and found.decode("utf-8", "replace") == text
+    likely = []
     for entry in content:
-        # the tokenizer has a token for each byte
-        (byte,) = entry.bytes
-        assert entry.token == bytes([byte]).decode("utf-8", "replace")
+        assert entry.token == bytes(entry.bytes).decode("utf-8", "replace")
         tops = {tuple(top.bytes): top.logprob for top in entry.top_logprobs}
         assert len(tops) == 2 and [*tops.values()] == sorted(tops.values(), reverse=True)
-        assert tops.get((byte,), entry.logprob) == entry.logprob <= max(tops.values())
-        unlikely += (byte,) not in tops
-    assert bool(unlikely) == bool(drawn)
-    text = "".join(part.content or "" for part in parts)
-    assert bytes(b for e in content for b in e.bytes).decode("utf-8", "replace") == text
-
-
-def test_stop_words_are_found_within_tokens(client):
-    stop = ["x", "wo th"]
-    answer = complete(client, "a", "chain", stop=stop)
-    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (" one t", "stop")
-    chunks = [chunk.choices[0] for chunk in complete(client, "a", "chain", stop=stop, stream=True)]
-    assert "".join(chunk.text for chunk in chunks) == " one t"
-    assert chunks[-1].finish_reason == "stop"
+        assert tops.get((*entry.bytes,), entry.logprob) == entry.logprob <= max(tops.values())
+        likely.append((*entry.bytes,) in tops)
+    assert all(likely) != bool(drawn)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -169,13 +161,58 @@ def test_several_answers_and_prompts(client, flash):
 
 def test_biases_choose_tokens(client, flash):
     (token,) = flash[1].encode("7")
-    answer = complete(client, extra={"logit_bias": {token: 1e30}})
-    assert answer.choices[0].text == "7" * TOKENS
-    answer = complete(client, extra={"logit_bias": {token: -1e30}}, temperature=1.0)
-    assert "7" not in answer.choices[0].text
+    assert complete(client, logit_bias={token: 1e30}).choices[0].text == "7" * TOKENS
+    drawn = complete(client, logit_bias={token: -1e30}, temperature=1.0)
+    assert "7" not in drawn.choices[0].text
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "on": {"type": "boolean"}},
+    "required": ["name", "on"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_two_answers_of_a_form_are_the_packages(client, flash, stream):
+    processor = mlx_flashhead.grammar_processor(flash[1], json_schema=SCHEMA)
+    prompt = flash[1].apply_chat_template(MESSAGES, add_generation_prompt=True)
+    expected = mlx_flashhead.generate(*flash, prompt, max_tokens=60, logits_processors=[processor])
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}
+    answer = chat(client, response_format=form, max_tokens=60, stream=stream, n=2)
+    texts, ends = ["", ""], []
+    for choice in [c for chunk in answer for c in chunk.choices] if stream else answer.choices:
+        texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+        ends += [choice.finish_reason] if choice.finish_reason else []
+    assert (texts, ends) == ([expected] * 2, ["stop"] * 2)
+    assert json.loads(expected).keys() == {"name", "on"}
+
+
+def test_an_ambiguous_grammar_stops_nobody_else(client):
+    """Its 16 texts end with a sentence, and another client's goes on meanwhile."""
+    choices = " | ".join(" ".join(["s"] * n) for n in range(2, 65))
+    grammar = {"grammar": f'start: s\ns: {choices} | "a"'}
+    arrived = []
+
+    def other():
+        for _ in chat(client, stream=True, max_tokens=300, logit_bias={"50": 100}):
+            arrived.append(time.monotonic())
+
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(other)
+        while len(arrived) < 5:
+            time.sleep(0.01)
+        with pytest.raises(openai.BadRequestError, match=r"cannot be followed any further \(.*\)"):
+            chat(client, extra_body=grammar, n=16)
+        text.result()
+    assert len(arrived) >= 300
+    assert max(after - before for before, after in pairwise(arrived)) < 5  # 0.1 to 0.4 by itself
 
 
 CHAT = {"messages": MESSAGES}
+FITS_NOTHING = {"name": "x", "schema": {"$ref": "#"}}
+NO_TEXT = {"response_format": {"type": "json_schema", "json_schema": FITS_NOTHING}}
 
 
 @pytest.mark.parametrize(
@@ -185,6 +222,7 @@ CHAT = {"messages": MESSAGES}
         ("/chat/completions", CHAT | {"stream": True, "seed": "a"}, 400, "seed", "whole number"),
         ("/v1/chat/completions", CHAT | {"model": "./absent"}, 404, "model", "choose mine"),
         ("/v1/completions", {"prompt": "a" * 600}, 400, "prompt", "at most 511"),
+        ("/v1/chat/completions", CHAT | NO_TEXT, 400, "response_format", "No text fits"),
         ("/v1/completions", b"{", 400, None, "The body is not JSON"),
         ("/v1/completions", b"[]", 400, None, "must be a JSON object"),
         ("/v1/no/such", b"{}", 404, None, "nothing at /v1/no/such"),
@@ -264,7 +302,7 @@ def test_the_log_has_a_line_for_each_request_and_no_prompt(http_server, client):
     before = {pattern: len(lines(http_server, pattern)) for pattern in (answered, refused)}
     complete(client, "a secret", max_tokens=3)
     with pytest.raises(openai.BadRequestError):
-        complete(client, "a secret", extra={"secret": 1})
+        complete(client, "a secret", extra_body={"secret": 1})
     for pattern, number in before.items():
         next_line(http_server, pattern, number)
     assert not [word for word in ("secret", "Traceback") if word in http_server.log()]

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,22 @@ import mlx.core as mx
 import numpy as np
 
 from ...common.tables import Table, new_table
-from ...common.timing import ColdCaches, Spread, in_turns, timer
+from ...common.timing import spread, timer
 from ...conversion.options import HEAD_BITS
+from ...head.clustered import Centroids
 from ...head.flash_head import FlashHead
+from ...head.formats import USUAL_GROUP, affine_group
+from ...head.matrix import Matrix
 from ...loading.load import load
 from ...loading.look_up import add_look_up_options, look_up_options
 from ...models.install import installed_head
-from ..random_head import random_head
-from ..report import ANY_MODEL, Bars, add_number, add_report_arguments, cells, report
-from ..rounds import Case, Round, time_cases
-from ..shapes import SHAPES
+from ..report import ANY_MODEL, Case, add_number, add_report_arguments, cells, report
+from ..shapes import CLUSTER_SIZE, SHAPES
 
 DTYPES = ("float32", "float16", "bfloat16")
-N_STATES = 16  # used in turn, and calls of a chain, see `chained`
+N_STATES = 16  # used in turn
+USUAL_PROBES = 256
+CACHES_BYTES = 128 << 20  # more than the last cache of most machines
 
 DENSE, OWN_DENSE = "dense (mlx-lm)", "dense (FlashHead's)"
 DENSE_FORMS = (DENSE, OWN_DENSE)
@@ -64,32 +67,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Times the heads of the command line."""
-    report(args, measure(args), make_table, bars)
+    """Times the heads of the command line, one after the other."""
+    report(args, _cases(args), len(args.shape or [args.model]), make_table)
 
 
-def measure(args: argparse.Namespace) -> Iterator[Round]:
-    """Times one head after the other, all forms of it in turns and with cold caches."""
-    cases = (_case(args, *described) for described in _heads(args))
-    yield from time_cases(cases, len(args.shape or [args.model]), args.rounds)
+def _cases(args: argparse.Namespace) -> Generator[Case]:
+    memory = mx.zeros(CACHES_BYTES // 4)
+    for name, head, dtype in _heads(args):
+        states = mx.random.normal((N_STATES, args.positions, head.hidden_size)).astype(dtype)
+        mx.eval(states)
+        named = forms(head, args.positions)
+        timers = {form: _timer(run, states, memory) for form, run in named.items()}
+        yield Case(name, timers, partial(summary, name, head, dtype, args.positions))
 
 
-def _case(args: argparse.Namespace, name: str, head: FlashHead, dtype: mx.Dtype) -> Case:
-    cold, named = ColdCaches(), forms(head, args.positions)
-    states = mx.random.normal((N_STATES, args.positions, head.hidden_size)).astype(dtype)
-    mx.eval(states)
+def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
+    """The heads of the command line, and the dtypes of their hidden states."""
+    if args.model is not None:
+        model, _ = load(args.model, n_probes=args.n_probes, **look_up_options(args))
+        head = installed_head(model)
+        rows = head.clustered.rows
+        yield (
+            Path(args.model).name,
+            head,
+            (rows.weight if rows.scales is None else rows.scales).dtype,
+        )
+        return
+    dtype = getattr(mx, args.dtype)
+    for name, sizes in args.shape:
+        head = random_head(*sizes, n_probes=args.n_probes, dtype=dtype, bits=args.head_bits)
+        yield name, head, dtype
 
-    def call(run: Form, number: int) -> Any:
-        return run(states[number % N_STATES])
 
-    timers = {form: timer(partial(call, run), before=cold) for form, run in named.items()}
-    on_cpu = mx.default_device().type == mx.cpu
-    alone = {} if on_cpu else chained(named, states, args.rounds)
+def random_head(
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    n_probes: int | None = None,
+    dtype: mx.Dtype = mx.float32,
+    bits: int = 16,
+) -> FlashHead:
+    """Random rows in random clusters of 16, with centroids of 4 bits where the width allows it.
 
-    def figures(seconds: dict[str, list[float]]) -> dict:
-        return summary(name, head, dtype, args.positions, seconds) | alone
+    Rows of 4 or 8 ``bits`` are quantized, 16 leaves them in ``dtype``.
 
-    return Case(name, timers, figures)
+    Raises:
+        ValueError: If the rows cannot be quantized, or ``n_probes`` is too large.
+    """
+    n_clusters = -(-vocab_size // CLUSTER_SIZE)
+    if n_probes is None:
+        n_probes = min(USUAL_PROBES, n_clusters)
+    if bits != 16 and hidden_size % USUAL_GROUP:
+        raise ValueError(
+            f"A width of {hidden_size} cannot be quantized: leave the rows in 16 bits."
+        )
+    mx.random.seed(0)
+    rows = Matrix(mx.random.normal((vocab_size, hidden_size), scale=0.05).astype(dtype))
+    if bits != 16:
+        rows = rows.quantize(bits=bits, group_size=USUAL_GROUP)
+    matrix = Matrix(mx.random.normal((n_clusters, hidden_size), scale=0.05))
+    group_size = affine_group(hidden_size)
+    if group_size is not None:
+        matrix = matrix.map(lambda weight: weight.astype(mx.float16))
+        matrix = matrix.quantize(bits=4, group_size=group_size)
+    centroids = Centroids(matrix, mx.zeros(n_clusters), mx.full((n_clusters,), -2.0))
+    slots = np.full(n_clusters * CLUSTER_SIZE, vocab_size, np.uint32)
+    slots[:vocab_size] = np.random.default_rng(0).permutation(vocab_size)
+    head = FlashHead(rows, slots.reshape(n_clusters, -1), centroids, n_probes=n_probes)
+    mx.eval(head.arrays())
+    head.check_kernels(dtype)
+    return head
+
+
+def _timer(form: Form, states: mx.array, memory: mx.array) -> Callable[[int], float]:
+    """Times a form with cold caches, as the body of a model leaves them.
+
+    MLX fills them: on the GPU, or in the thread that runs the head next and is then awake.
+    """
+    return timer(lambda number: form(states[number % N_STATES]), lambda: mx.eval(memory + 1))
 
 
 def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
@@ -113,8 +168,8 @@ def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
 
 def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
     """Shapes, milliseconds and ratios of the medians, JSON-ready."""
-    spreads = {name: Spread.of(times, 1000) for name, times in seconds.items()}
-    best_dense = min(DENSE_FORMS, key=lambda name: spreads[name].median)
+    ms = {name: spread(times, 1000) for name, times in seconds.items()}
+    best_dense = min(DENSE_FORMS, key=lambda name: ms[name]["median"])
     rows = head.clustered.rows
     return {
         "name": name,
@@ -131,9 +186,9 @@ def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, secon
         "head_mb": rows.nbytes / 1e6,
         "read_mb": read_mb(head, n_positions),
         "best_dense": best_dense,
-        "ms": {name: spread.to_dict() for name, spread in spreads.items()},
+        "ms": ms,
         "times_faster": {
-            f"{name} against {dense}": spreads[dense].median / spreads[name].median
+            f"{name} against {dense}": ms[dense]["median"] / ms[name]["median"]
             for dense in dict.fromkeys((DENSE, best_dense))
             for name in (PROPOSAL, LOGITS)
         },
@@ -145,36 +200,8 @@ def read_mb(head: FlashHead, n_positions: int = 1) -> float:
     stage_1 = head.clustered.centroids.matrix.nbytes
     if mx.default_device().type == mx.cpu:  # the centroids are float32 there
         stage_1 = 4 * head.n_clusters * head.hidden_size
-    rows = head.clustered.rows.nbytes
     probed = min(n_positions * head.checked_probes, head.n_clusters)
-    return (stage_1 + rows * probed / head.n_clusters) / 1e6
-
-
-def chained(named: dict[str, Form], states: mx.array, rounds: int) -> dict[str, dict]:
-    """``gpu_ms``: milliseconds of a call within one submission to the GPU, without the host's time.
-
-    Each call's hidden state depends on the result of the call before. The median cost of this
-    dependence is timed too, and subtracted. Caches are warm: weights that fit into the last one
-    come from it.
-    """
-
-    def chain(form: Form, _: int) -> mx.array:
-        link = mx.zeros((), states.dtype)
-        for hidden in states:
-            output = form(hidden + 0 * link)
-            output = output[-1] if isinstance(output, tuple) else output
-            link = output.reshape(-1)[0].astype(hidden.dtype)
-        return link
-
-    nothing = "nothing"
-    timers = {
-        name: timer(partial(chain, form))
-        for name, form in {nothing: lambda hidden: hidden, **named}.items()
-    }
-    *_, seconds = in_turns(timers, rounds)
-    alone = np.median(seconds.pop(nothing))
-    ms = {name: 1000 / len(states) * (np.array(times) - alone) for name, times in seconds.items()}
-    return {"gpu_ms": {name: Spread.of(each.clip(0)).to_dict() for name, each in ms.items()}}
+    return (stage_1 + head.clustered.rows.nbytes * probed / head.n_clusters) / 1e6
 
 
 def make_table(head: dict) -> Table:
@@ -190,30 +217,7 @@ def make_table(head: dict) -> Table:
             pairs = (f"{name} against {dense}" for dense in (DENSE, head["best_dense"]))
             ratios = [f"{head['times_faster'][pair]:.1f} x" for pair in pairs]
         table.add_row(name, *cells(ms), *ratios)
-    for name, ms in head.get("gpu_ms", {}).items():
-        table.add_row(f"{name}, GPU alone", *cells(ms, 3))
     return table
-
-
-def bars(head: dict) -> Bars:
-    """The milliseconds of one head."""
-    title = f"{head['name']}, {head['dtype']}"
-    return title, "ms per call", {name: ms["median"] for name, ms in head["ms"].items()}
-
-
-def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
-    """Yields the heads of the command line: name, head, and the dtype of its hidden states."""
-    if args.model is not None:
-        model, _ = load(args.model, n_probes=args.n_probes, **look_up_options(args))
-        head = installed_head(model)
-        rows = head.clustered.rows
-        values = rows.weight if rows.scales is None else rows.scales
-        yield Path(args.model).name, head, values.dtype
-        return
-    dtype = getattr(mx, args.dtype)
-    form = {"n_probes": args.n_probes, "dtype": dtype, "bits": args.head_bits}
-    for name, sizes in args.shape:
-        yield name, random_head(*sizes, **form), dtype
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:

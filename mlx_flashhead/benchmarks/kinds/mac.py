@@ -11,8 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..machine import chip
-from ..report import add_model_arguments, add_number, add_report_arguments, report
-from .model import SAMPLERS, bars, make_table, measure
+from ..report import add_model_arguments, add_number, add_report_arguments
+from . import model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,18 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_number(parser, "--tokens", 96, "Tokens of a run")
     add_report_arguments(parser, rounds=8)
+    parser.set_defaults(sampler=None, batch=[1])
 
 
 def run(args: argparse.Namespace) -> None:
     """Times the model of the command line, and writes the file."""
     if args.json is None:
         args.json = f"{chip()}-{Path(args.model).resolve().name}.json"
-    settings = [(sampler, 1) for sampler in SAMPLERS]
-    report(args, measure(args, settings), make_table, bars)
-    if not mx.metal.is_available():
+    model.run(args)
+    if mx.metal.is_available():
+        print(f"Please send {args.json} to the project, for docs/benchmarks/macs.")
+    else:
         print(
             f"This machine is no Mac with a GPU: {args.json} is not for the project's table.",
             file=sys.stderr,
         )
-    else:
-        print(f"Please send {args.json} to the project, for docs/benchmarks/macs.")

@@ -7,18 +7,17 @@ this package's, and the time holds the checks of its tokens. The bare FlashHead 
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...common.arguments import whole_number
 from ...common.tables import Table, new_table
-from ...common.timing import Spread
+from ...common.timing import spread
 from ...loading.load import load
 from ...loading.look_up import look_up_options
 from ...lossless.batch import CheckedBatchGenerator
@@ -28,8 +27,7 @@ from ...lossless.sampler import make_sampler
 from ...models.compat import sample_utils
 from ...models.compat.generate import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
-from ..report import Bars, add_model_arguments, add_number, add_report_arguments, cells, report
-from ..rounds import Case, Round, time_cases
+from ..report import Case, add_model_arguments, add_number, add_report_arguments, cells, report
 
 DENSE, BARE, FLASH_HEAD = "dense", "bare FlashHead", "FlashHead"
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -64,13 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Times the model of the command line."""
-    settings = itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8))
-    report(args, measure(args, list(settings)), make_table, bars)
+    """Times the model of the command line, with each sampler and batch."""
+    settings = list(itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8)))
+    report(args, _cases(args, settings), len(settings), make_table)
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """A way to decode: a model, and its loops with the arguments of mlx-lm's."""
 
     model: nn.Module
@@ -78,23 +75,20 @@ class Form:
     generator: Callable[..., Any] = BatchGenerator
     make_sampler: Callable[..., Any] = sample_utils.make_sampler
 
-    def timed(
-        self, prompt: list[int], batch: int, tokens: int, sampling: dict, _round: int = 0
-    ) -> float:
-        """Seconds of a token of each sequence: the mean of ``tokens`` after the first."""
-        sampler = self.make_sampler(**sampling)
-        times = []
+    def timed(self, prompt: list[int], batch: int, n_tokens: int, sampling: dict, _: int) -> float:
+        """Seconds of a token of each sequence: the mean of ``n_tokens`` after the first."""
+        sampler, times = self.make_sampler(**sampling), []
         if batch == 1:
-            limits = {"max_tokens": tokens + 1, "sampler": sampler}
-            for _ in self.steps(mx.array(prompt), self.model, **limits):
+            limits = {"max_tokens": n_tokens + 1, "sampler": sampler}
+            for _token in self.steps(mx.array(prompt), self.model, **limits):
                 times.append(time.perf_counter())
         else:
             generator = self.generator(self.model, sampler=sampler)
-            generator.insert([prompt] * batch, [tokens + 1] * batch)
+            generator.insert([prompt] * batch, [n_tokens + 1] * batch)
             while generator.next_generated():
                 times.append(time.perf_counter())
             generator.close()
-        return (times[-1] - times[0]) / tokens
+        return (times[-1] - times[0]) / n_tokens
 
 
 def with_flash_head(model: nn.Module, *, check: bool) -> Form:
@@ -105,14 +99,14 @@ def with_flash_head(model: nn.Module, *, check: bool) -> Form:
     return Form(model, steps, generator, make_sampler)
 
 
-def measure(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Iterator[Round]:
-    """Times each sampler and batch, dense and FlashHead in turns.
+def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generator[Case]:
+    """Each sampler and batch.
 
     Runs are short, so that other work on the machine slows all of them alike. A FlashHead is timed
     where its machine is no faster with it, too.
     """
     flash, tokenizer = load(args.model, n_probes=args.n_probes, **look_up_options(args))
-    head, dense = installed_head(flash), dense_copy(flash)
+    head = installed_head(flash)
     about = {
         "model": Path(args.model).name,
         "head_bits": head.clustered.rows.format.bits,
@@ -125,54 +119,45 @@ def measure(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Iterat
     }
     head.stays_dense = False
     forms = {
-        DENSE: Form(dense),
+        DENSE: Form(dense_copy(flash)),
         BARE: with_flash_head(flash, check=False),
         FLASH_HEAD: with_flash_head(flash, check=True),
     }
     prompt = tokenizer.encode(PROMPT)
-
-    def case(sampler: str, batch: int) -> Case:
-        run = (prompt, batch, args.tokens, SAMPLERS[sampler])
+    for sampler, batch in settings:
+        run = prompt, batch, args.tokens, SAMPLERS[sampler]
         timers = {name: partial(form.timed, *run) for name, form in forms.items()}
-        figures = partial(summary, about, sampler, batch)
-        return Case(f"{sampler}, batch {batch}", timers, figures)
-
-    yield from time_cases((case(*setting) for setting in settings), len(settings), args.rounds)
+        yield Case(f"{sampler}, batch {batch}", timers, partial(summary, about, sampler, batch))
 
 
 def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
     """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
-    step = {form: Spread.of(times, 1000) for form, times in seconds.items()}
-    dense = step[DENSE].median
+    token_ms = {form: spread(times, 1000) for form, times in seconds.items()}
+    median_ms = {form: ms["median"] for form, ms in token_ms.items()}
+    faster = {form: median_ms[DENSE] / ms for form, ms in median_ms.items() if form != DENSE}
     return about | {
         "sampler": sampler,
         "batch": batch,
-        "token_ms": {form: ms.to_dict() for form, ms in step.items()},
-        "tokens_per_second": {form: 1000 * batch / ms.median for form, ms in step.items()},
-        "times_faster": {form: dense / ms.median for form, ms in step.items() if form != DENSE},
+        "token_ms": token_ms,
+        "tokens_per_second": {form: 1000 * batch / ms for form, ms in median_ms.items()},
+        "times_faster": faster,
     }
 
 
-def make_table(case: dict) -> Table:
+def make_table(result: dict) -> Table:
     """The table of one sampler and batch."""
-    probes = case["n_probes"]
+    probes = result["n_probes"]
     table = new_table(
-        f"{case['model']}: {case['sampler']}, batch {case['batch']}, {probes[BARE]:,} and "
-        f"{probes[FLASH_HEAD]:,} of {case['n_clusters']:,} clusters",
+        f"{result['model']}: {result['sampler']}, batch {result['batch']}, {probes[BARE]:,} and "
+        f"{probes[FLASH_HEAD]:,} of {result['n_clusters']:,} clusters",
         ("", "ms", "quartiles", "tokens/s", "faster"),
-        f"{LEGEND}\n{STAYS_DENSE}" if case["stays_dense"] else LEGEND,
+        f"{LEGEND}\n{STAYS_DENSE}" if result["stays_dense"] else LEGEND,
     )
-    for form, ms in case["token_ms"].items():
+    for form, ms in result["token_ms"].items():
         table.add_row(
             form,
             *cells(ms),
-            f"{case['tokens_per_second'][form]:.1f}",
-            "" if form == DENSE else f"{case['times_faster'][form]:.2f} x",
+            f"{result['tokens_per_second'][form]:.1f}",
+            "" if form == DENSE else f"{result['times_faster'][form]:.2f} x",
         )
     return table
-
-
-def bars(case: dict) -> Bars:
-    """The milliseconds of a step."""
-    title = "{model}, {sampler}, batch {batch}".format(**case)
-    return title, "ms per token", {form: ms["median"] for form, ms in case["token_ms"].items()}

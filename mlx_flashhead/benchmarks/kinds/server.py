@@ -6,22 +6,22 @@ The other answers are compared with those to the same questions alone.
 """
 
 import argparse
-import random
+import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from statistics import median
 
 from ...common.arguments import whole_numbers
 from ...common.tables import Table, new_table
-from ...common.timing import Spread
+from ...common.timing import spread
 from ...models.fetch import resolve
-from ..clients import Reply, ServerProcess, ask, serving
-from ..report import Bars, add_model_arguments, add_number, add_report_arguments, report
-from ..rounds import Round
+from ..clients import Reply, ask, serving
+from ..report import Case, add_model_arguments, add_number, add_report_arguments, report
 
 FLASH_HEAD, DENSE, MLX_LM = "FlashHead", "dense", "mlx_lm.server"
 CLIENTS = (1, 4, 8, 16)
@@ -32,6 +32,7 @@ LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)
 # Of so many clients in succession one hangs up.
 HANGS_UP = 5
 _MAX_PROBLEMS = 5
+Answered = tuple[str, Reply | str]  # a question with its reply, or with what was wrong
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,72 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Puts the servers of the command line's model under load."""
-    report(args, measure(args), make_table, bars)
-
-
-@dataclass
-class Load:
-    """One server with one number of clients, over all rounds: each question with its reply.
-
-    ``memory_mb`` is resident before and after a round.
-    """
-
-    replies: list[tuple[str, Reply]] = field(default_factory=list)
-    tokens_per_second: list[float] = field(default_factory=list)
-    memory_mb: list[tuple[float, float]] = field(default_factory=list)
-
-    def visit(
-        self, server: ServerProcess, questions: list[str], clients: int, requests: int, tokens: int
-    ) -> None:
-        """A round: several clients at once, each with one question after the other."""
-
-        def reply(number: int) -> tuple[str, Reply]:
-            question = questions[number % len(questions)]
-            leaves = number % HANGS_UP == HANGS_UP - 1
-            try:
-                return question, ask(server.port, question, max_tokens=tokens, hang_up=leaves)
-            except (OSError, ValueError) as error:
-                return question, Reply(problem=f"{question[-40:]!r}: {error}"[:300])
-
-        before, began = server.resident_mb(), time.monotonic()
-        with ThreadPoolExecutor(clients) as pool:
-            replies = list(pool.map(reply, range(requests)))
-        seconds = time.monotonic() - began
-        self.replies += replies
-        n_tokens = sum(reply.n_tokens or 0 for _, reply in replies)
-        self.tokens_per_second.append(n_tokens / seconds)
-        self.memory_mb.append((before, server.resident_mb()))
-
-    def figures(self, alone: dict[str, str]) -> dict:
-        """JSON-ready, with the text that each question has alone.
-
-        Complete answers are ``as_alone``, or ``anothers`` with the text of another question.
-        """
-        replies = [reply for _, reply in self.replies]
-        texts = [(question, r.text) for question, r in self.replies if r.n_tokens is not None]
-        as_alone = sum(text == alone[question] for question, text in texts)
-        first = [reply.first_seconds for reply in replies if reply.first_seconds is not None]
-        problems = [reply.problem for reply in replies if reply.problem]
-        return {
-            "answered": len(texts),
-            "hung_up": len(replies) - len(texts) - len(problems),
-            "lost": len(problems),
-            "as_alone": as_alone,
-            "anothers": sum(text in alone.values() for _, text in texts) - as_alone,
-            "problems": problems[:_MAX_PROBLEMS],
-            "tokens_per_second": Spread.of(self.tokens_per_second).to_dict(),
-            "first_seconds": {
-                "median": median(first) if first else None,
-                "worst": max(first, default=None),
-            },
-            "memory_mb": self.memory_mb,
-        }
-
-
-def measure(args: argparse.Namespace) -> Iterator[Round]:
-    """Puts three servers of one model under load, in another order each round."""
     folder = resolve(args.model)
-    model = ("--model", str(folder), "--prompt-cache-size", "0")
+    about = {"model": folder.name, "requests": args.requests, "tokens": args.tokens}
+    report(
+        args,
+        _cases(args, str(folder)),
+        len(args.clients),
+        make_table,
+        gather=lambda cases: [
+            about | {"loads": [load for case in cases for load in case["loads"]]}
+        ],
+    )
+
+
+def _cases(args: argparse.Namespace, folder: str) -> Generator[Case]:
+    """Each number of clients."""
+    model = ("--model", folder, "--prompt-cache-size", "0")
     flags = ["--n-probes", str(args.n_probes)] if args.n_probes is not None else []
     flags += ["--flash-head", args.flash_head] if args.flash_head is not None else []
     # neither the build nor dense steps are to be measured
@@ -126,38 +77,77 @@ def measure(args: argparse.Namespace) -> Iterator[Round]:
         DENSE: ("mlx_flashhead.server", *model, "--dense"),
         MLX_LM: ("mlx_lm.server", *model),
     }
-    loads = {(n, name): Load() for n in args.clients for name in commands}
-    order = random.Random(0)
-    done, total = 0, args.rounds * len(loads)
-    yield Round(0, total, "three servers start, and answer each question alone", [])
+    print("Three servers start, and answer each question alone.", file=sys.stderr, flush=True)
     with ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(serving(*command)) for name, command in commands.items()
-        }
+        ports = {name: stack.enter_context(serving(*each)) for name, each in commands.items()}
         alone = {
-            name: {q: ask(server.port, q, max_tokens=args.tokens).text for q in questions()}
-            for name, server in servers.items()
+            name: {q: ask(port, q, max_tokens=args.tokens).text for q in questions()}
+            for name, port in ports.items()
         }
-        yield Round(0, total, f"{args.requests} requests each to three servers", [])
-        for _ in range(args.rounds):
-            for n in args.clients:
-                for name in order.sample(list(servers), len(servers)):
-                    load = loads[n, name]
-                    load.visit(servers[name], questions(), n, args.requests, args.tokens)
-                    done += 1
-                    result = {
-                        "model": folder.name,
-                        "requests": args.requests,
-                        "tokens": args.tokens,
-                        "loads": [
-                            {"clients": n, "server": name, **load.figures(alone[name])}
-                            for (n, name), load in loads.items()
-                            if load.replies
-                        ],
-                    }
-                    speed = load.tokens_per_second[-1]
-                    news = f"{n} at once, {name}: {speed:.1f} tokens/s"
-                    yield Round(done, total, news, [result])
+        for n in args.clients:
+            replies: dict[str, list[Answered]] = {name: [] for name in ports}
+            timers = {
+                name: partial(visit, port, n, args.requests, args.tokens, replies[name])
+                for name, port in ports.items()
+            }
+            yield Case(f"{n} at once, per token", timers, partial(_loads, n, replies, alone))
+
+
+def visit(
+    port: int, clients: int, requests: int, tokens: int, replies: list[Answered], number: int
+) -> float:
+    """A round of one server: several clients at once, each with one question after the other.
+
+    Returns the seconds for a token of all clients, and adds to ``replies``.
+    """
+    if number == 0:
+        return 0.0  # the questions alone have warmed it up
+    asked = questions()
+
+    def request(i: int) -> Answered:
+        question, leaves = asked[i % len(asked)], i % HANGS_UP == HANGS_UP - 1
+        try:
+            return question, ask(port, question, max_tokens=tokens, hang_up=leaves)
+        except (OSError, ValueError) as error:
+            return question, f"{question[-40:]!r}: {error}"[:300]
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        of_round = list(pool.map(request, range(requests)))
+    seconds = time.monotonic() - began
+    replies += of_round
+    n_tokens = sum(reply.n_tokens or 0 for _, reply in of_round if isinstance(reply, Reply))
+    return seconds / n_tokens if n_tokens else math.inf
+
+
+def _loads(n: int, replies: dict, alone: dict, seconds: dict) -> dict:
+    each = {name: figures(replies[name], alone[name], seconds[name]) for name in replies}
+    return {"loads": [{"clients": n, "server": name} | load for name, load in each.items()]}
+
+
+def figures(pairs: list[Answered], alone: dict[str, str], seconds: list[float]) -> dict:
+    """Of one server with one number of clients, with the text that each question has alone.
+
+    Complete answers are ``as_alone``, or ``anothers`` with the text of another question.
+    """
+    replies = [(question, reply) for question, reply in pairs if isinstance(reply, Reply)]
+    problems = [reply for _, reply in pairs if isinstance(reply, str)]
+    texts = [(question, reply.text) for question, reply in replies if reply.n_tokens is not None]
+    as_alone = sum(text == alone[question] for question, text in texts)
+    first = [reply.first_seconds for _, reply in replies if reply.first_seconds is not None]
+    return {
+        "answered": len(texts),
+        "hung_up": len(replies) - len(texts),
+        "lost": len(problems),
+        "as_alone": as_alone,
+        "anothers": sum(text in alone.values() for _, text in texts) - as_alone,
+        "problems": problems[:_MAX_PROBLEMS],
+        "tokens_per_second": spread([1 / each for each in seconds]),
+        "first_seconds": {
+            "median": median(first) if first else None,
+            "worst": max(first, default=None),
+        },
+    }
 
 
 def questions() -> list[str]:
@@ -171,22 +161,21 @@ def make_table(result: dict) -> Table:
     table = new_table(
         "{model}: {requests} requests for each number of clients, answers of at most {tokens} "
         "tokens".format(**result),
-        ("clients", "server", "tokens/s", "first s", "worst", "as alone", "MB"),
+        ("clients", "server", "tokens/s", "first s", "worst", "as alone"),
         "tokens/s: of all clients together. first s: seconds to the first text, the median.\n"
         "as alone: answers with the text that the question has alone; others hung up.\n"
-        f"MB: resident memory at the beginning and the end. {outcome(result)}",
+        f"{outcome(result)}",
         left=2,
     )
     for n, loads in groupby(result["loads"], key=lambda load: load["clients"]):
-        for number, load in enumerate(loads):
+        for load in loads:
             first = load["first_seconds"]
             table.add_row(
-                "" if number else str(n),
+                str(n),
                 load["server"],
                 f"{load['tokens_per_second']['median']:.1f}",
                 *("–" if s is None else f"{s:.2f}" for s in (first["median"], first["worst"])),
                 f"{load['as_alone']} of {load['answered']}",
-                f"{load['memory_mb'][0][0]:,.0f} → {load['memory_mb'][-1][-1]:,.0f}",
             )
         table.add_section()
     return table
@@ -201,12 +190,3 @@ def outcome(result: dict) -> str:
     problems = [problem for load in result["loads"] for problem in load["problems"]]
     summary = f"Lost: {lost}. Of another question: {anothers}."
     return "\n".join([summary, *problems[:_MAX_PROBLEMS]])
-
-
-def bars(result: dict) -> Bars:
-    """The tokens per second."""
-    speeds = {
-        f"{load['clients']} at once, {load['server']}": load["tokens_per_second"]["median"]
-        for load in result["loads"]
-    }
-    return result["model"], "tokens/s of all clients", speeds

@@ -15,8 +15,7 @@ from ...lossless.batch import CheckedBatchGenerator
 from ...lossless.loop import checked_steps, drafted_steps
 from ...lossless.proposals import Proposer, moves_little
 from .job import Job, LogitsProcessor
-from .prefill import Reading
-from .prompt_caches import KVCaches
+from .prefill import KVCaches, Reading
 
 Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at its place
 Held = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
@@ -30,7 +29,7 @@ class Batch:
     """
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
-        self._kind = _kind(job)
+        self.kind = kind_of(job)
         self.proposer = _proposer(job)
         self._generator = CheckedBatchGenerator(
             job.served.model,
@@ -41,10 +40,6 @@ class Batch:
         )
         self._jobs: dict[int, Job] = {}
         self._ended: dict[Job, Held] = {}  # at their greatest number of tokens
-
-    def takes(self, job: Job) -> bool:
-        """Whether a sequence can join this batch."""
-        return _kind(job) == self._kind
 
     def add(self, reading: Reading) -> None:
         """Adds a sequence whose prompt has been read."""
@@ -146,7 +141,7 @@ class Single:
 Decoder = Batch | Single
 
 
-def _kind(job: Job) -> tuple:
+def kind_of(job: Job) -> tuple:
     """What sequences of one batch have in common."""
     # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
     length_class = max(0, (len(job.prompt.tokens) - 1).bit_length() - 9) // 2

@@ -24,10 +24,9 @@ from ...models.compat.utils import maybe_set_recommended_wired_limit
 from ...models.install import get_flash_head
 from ..catalogue import ServedModel
 from ..protocol.errors import Problem
-from .decoding import Batch, Decoder, Single
+from .decoding import Batch, Decoder, Single, kind_of
 from .job import Job
-from .prefill import Pace, Reading
-from .prompt_caches import KVCaches, PromptCaches
+from .prefill import KVCaches, Pace, PromptCaches, Reading
 
 _IDLE_SECONDS = 0.1
 STUCK_SECONDS = 300.0  # of one turn: no chunk of a prompt takes as long
@@ -37,12 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Answers jobs until it is closed.
-
-    Args:
-        load: Loads the models. Called in the generating thread, since MLX requires it.
-        flags: The server's flags.
-    """
+    """Answers jobs until it is closed, of models that ``load`` loads in the generating thread."""
 
     def __init__(self, load: Callable[[], list[ServedModel]], flags: Namespace):
         self.models: Future[list[ServedModel]] = Future()  # or why loading has failed
@@ -62,7 +56,6 @@ class Engine:
         self._thread.start()
 
     def submit(self, jobs: Iterable[Job]) -> None:
-        """Takes jobs. Their events report the progress."""
         for job in jobs:
             self._arrived.put(job)
 
@@ -207,7 +200,7 @@ class Engine:
         if job.alone or not job.served.batchable or self._flags.kv_bits is not None:
             self._decoders.append(Single(reading, self._flags, self._stream))
             return
-        batches = [d for d in self._decoders if isinstance(d, Batch) and d.takes(job)]
+        batches = [d for d in self._decoders if isinstance(d, Batch) and d.kind == kind_of(job)]
         if not batches:
             batches = [Batch(job, self._flags.decode_concurrency, self._stream)]
             self._decoders += batches

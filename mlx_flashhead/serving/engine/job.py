@@ -10,9 +10,9 @@ import mlx.core as mx
 from ...lossless.sampler import make_sampler
 from ...models.compat.sample_utils import make_logits_processors
 from ...structured.processor import GrammarProcessor
-from ..protocol.answer_text import AnswerText, Piece
+from ..protocol.answer_text import AnswerText, Token
 from ..protocol.errors import Problem
-from ..protocol.logprobs import TokenLogprobs, token_logprobs
+from ..protocol.logprobs import token_logprobs
 from ..protocol.requests import Request
 from .prompts import Prompt
 
@@ -25,15 +25,6 @@ class Progress:
 
     done: int
     total: int
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token has been generated."""
-
-    piece: Piece
-    logprobs: TokenLogprobs | None  # if the request asks for it; None for the end token
-    finish_reason: str | None  # "stop" or "length" if the answer ends with it
 
 
 # The last is a failure: within the server, or a Problem of the request.
@@ -80,9 +71,7 @@ class Job:
     def take(self, token: int, logprobs: mx.array) -> bool:
         """Reports a generated token. Returns whether the answer is complete.
 
-        Raises:
-            Problem: If its form cannot be followed.
-            RuntimeError: If one of its processors has failed.
+        An error of one of its processors is raised, and a Problem if its form cannot be followed.
         """
         if self.error is not None:
             raise RuntimeError(f"A logits processor has failed: {self.error}") from self.error
@@ -92,16 +81,15 @@ class Job:
             if self.grammar and (problem := self.grammar.problem):
                 why = f"The form cannot be followed any further ({problem}): simplify it."
                 raise Problem(why, "response_format")
-            piece, _ = self._text.finish()
-            self.tell(Token(piece, None, "stop"))
+            told = self._text.finish()
+            told.finish_reason = "stop"
+            self.tell(told)
             return True
-        piece, stopped = self._text.add(token)
-        reason = "stop" if stopped else None
-        if not stopped and len(self.tokens) >= self.max_tokens:
-            rest, stopped = self._text.finish()
-            piece += rest
-            reason = "stop" if stopped else "length"
-        n_tops = self.request.logprobs
-        entry = None if n_tops is None else token_logprobs(logprobs, token, n_tops)
-        self.tell(Token(piece, entry, reason))
-        return reason is not None
+        told = self._text.add(token)
+        if told.finish_reason is None and len(self.tokens) >= self.max_tokens:
+            told.add(self._text.finish())
+            told.finish_reason = told.finish_reason or "length"
+        if self.request.logprobs is not None:
+            told.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
+        self.tell(told)
+        return told.finish_reason is not None

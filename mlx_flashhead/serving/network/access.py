@@ -8,7 +8,6 @@ request except the icon's and the manifest's needs the token too.
 import hmac
 import ipaddress
 import re
-import secrets
 from dataclasses import dataclass
 from email.message import Message
 from urllib.parse import parse_qs, urlsplit
@@ -22,8 +21,6 @@ PUBLIC_PATHS = frozenset({"/manifest.webmanifest", "/apple-touch-icon.png"})
 # token, since browsers keep addresses in their histories.
 QUERY_PATHS = frozenset({"/", "/manifest.webmanifest"})
 
-_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # letters and digits that people do not mix up
-_TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 _TOKEN_IN_TARGET = re.compile(r"(?<=[?&]token=)[^&\s]*")
 
@@ -44,27 +41,16 @@ class Access:
         self._check_token(method, target, headers)
         self._check_body(method, headers)
 
-    def knows_host(self, host: str) -> bool:
-        """Whether a Host header names this server, whatever its port."""
-        match = _HOST.fullmatch(host.strip())
-        if match is None:
-            return False
-        name = (match[1] or match[2]).lower().rstrip(".")
-        if name == "localhost" or name in self.hosts:
-            return True
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            # machines of the network answer for names in .local, and the DNS does not
-            return self.token is not None and name.endswith(".local")
-        # a page from an address has that address as its origin, so nothing was rebound
-        return address.is_loopback or self.token is not None
-
     def accepts(self, target: str, headers: Message) -> bool:
         """Whether a request has the token, in a time that does not depend on it; or needs none."""
         if self.token is None:
             return True
-        own, sent = self.token.encode(), _given_tokens(target, headers)
+        sent = query_tokens(target) if path_of(target) in QUERY_PATHS else []
+        scheme, _, credentials = headers.get("Authorization", "").partition(" ")
+        sent += [credentials] if scheme.lower() == "bearer" else []
+        cookies = (part.strip().partition("=") for part in headers.get("Cookie", "").split(";"))
+        sent += [value for name, _, value in cookies if name == COOKIE]
+        own = self.token.encode()
         return any(hmac.compare_digest(token.strip().encode(), own) for token in sent)
 
     def cross_origin(self, headers: Message) -> str | None:
@@ -76,7 +62,16 @@ class Access:
         hosts = headers.get_all("Host", [])
         if len(hosts) != 1:
             raise Problem("A request needs one Host header.")
-        if not self.knows_host(hosts[0]):
+        match = _HOST.fullmatch(hosts[0].strip())
+        name = (match[1] or match[2]).lower().rstrip(".") if match else ""
+        known = name == "localhost" or name in self.hosts
+        try:
+            # a page from an address has that address as its origin, so nothing was rebound
+            known |= ipaddress.ip_address(name).is_loopback or self.token is not None
+        except ValueError:
+            # machines of the network answer for names in .local, and the DNS does not
+            known |= self.token is not None and name.endswith(".local")
+        if match is None or not known:
             remedy = "use its address, or start it with --allowed-hosts and the name"
             raise Problem(f"This server does not go by that name: {remedy}.", status=403)
 
@@ -113,16 +108,6 @@ class Access:
             raise Problem(f"The request has {n_bytes:,} bytes, and {most}: send less.", status=413)
 
 
-def new_token() -> str:
-    """A random token of 99 bits that can be read aloud and typed."""
-    return "-".join("".join(secrets.choice(_LETTERS) for _ in range(4)) for _ in range(5))
-
-
-def is_token(text: str) -> bool:
-    """Whether ``text`` can be a token: long enough, and unchanged in an address."""
-    return _TOKEN.fullmatch(text) is not None
-
-
 def path_of(target: str) -> str:
     return target.partition("?")[0]
 
@@ -130,19 +115,6 @@ def path_of(target: str) -> str:
 def query_tokens(target: str) -> list[str]:
     """The tokens in the query of a request's target."""
     return parse_qs(urlsplit(target).query).get("token", [])
-
-
-def _given_tokens(target: str, headers: Message) -> list[str]:
-    """Every token of a request; an empty one if there is none."""
-    tokens = query_tokens(target) if path_of(target) in QUERY_PATHS else []
-    scheme, _, credentials = headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        tokens.append(credentials)
-    for part in headers.get("Cookie", "").split(";"):
-        name, _, value = part.strip().partition("=")
-        if name == COOKIE:
-            tokens.append(value)
-    return tokens or [""]
 
 
 def without_token(target: str) -> str:

@@ -3,6 +3,8 @@
 import io
 import ipaddress
 import os
+import re
+import secrets
 import socket
 from argparse import Namespace
 from contextlib import suppress
@@ -10,9 +12,11 @@ from pathlib import Path
 from typing import TextIO
 
 from ...common.extras import from_extra
-from .access import Access, is_token, new_token
+from .access import Access
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
+_TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")  # unchanged in an address
+_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # letters and digits that people do not mix up
 
 
 def is_loopback(host: str) -> bool:
@@ -28,14 +32,10 @@ def access_of(args: Namespace) -> Access:
     token = None
     if not is_loopback(args.host):
         token = kept_token(args.token_file)
-        hosts |= own_names() | {args.host.lower()}
+        # names by which other machines may call this one
+        name = socket.gethostname().lower().rstrip(".")
+        hosts |= {args.host.lower(), name, name.partition(".")[0]} - {""}
     return Access(token, hosts, frozenset(args.allowed_origins), args.max_body_bytes)
-
-
-def own_names() -> frozenset[str]:
-    """Names by which other machines may call this one, in lower case."""
-    name = socket.gethostname().lower().rstrip(".")
-    return frozenset({name, name.partition(".")[0]} - {""})
 
 
 def own_address(host: str) -> str:
@@ -54,18 +54,17 @@ def own_address(host: str) -> str:
 def kept_token(path: Path) -> str:
     """The token in a file, so that a page on a Home Screen still opens after a restart.
 
-    A missing file is made with a new one.
-
-    Raises:
-        ValueError: If the file does not hold a token.
+    A missing file is made with a random one of 99 bits that can be read aloud and typed. A
+    ValueError if the file does not hold a token.
     """
     path = path.expanduser()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        words = ("".join(secrets.choice(_LETTERS) for _ in range(4)) for _ in range(5))
         with open(path, "x", opener=lambda name, how: os.open(name, how, 0o600)) as file:
-            file.write(new_token() + "\n")
+            file.write("-".join(words) + "\n")
     token = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not is_token(token):
+    if not _TOKEN.fullmatch(token):
         form = "16 to 128 letters, digits, '-' or '_'"
         remedy = "delete it, and a new one is made"
         raise ValueError(f"{path} does not hold a token ({form}): {remedy}.")
@@ -77,25 +76,21 @@ def url(host: str, port: int, token: str | None = None) -> str:
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 
 
-def qr_code(text: str, *, colours: bool) -> str:
-    """A QR code for a terminal, in half blocks; one without ``colours`` is taken to be dark."""
-    code = from_extra("segno", "qr", "A QR code of this address").make(text, error="l", micro=False)
-    out = io.StringIO()
-    # with a wide border the code of a full IPv6 address leaves no line for the text
-    code.terminal(out, compact=True, border=2 if code.version < 5 else 1)
-    before, after = ("\x1b[97;40m", "\x1b[0m") if colours else ("", "")  # white on black
-    return "\n".join(f"{before}{line}{after}" for line in out.getvalue().splitlines())
-
-
 def announce(host: str, port: int, token: str, out: TextIO) -> None:
     """Prints how another device opens the page and uses the API of a server on ``host``.
 
-    The page's part comes last, and is on the screen if that has 80 columns and 24 lines.
+    The page's part comes last, and is on the screen if that has 80 columns and 24 lines. Its code
+    is for a dark terminal, but for one with colours, where it brings its own.
     """
     address = own_address(host)
     page = url(address, port, token)
+    before, after = ("\x1b[97;40m", "\x1b[0m") if out.isatty() else ("", "")  # white on black
     try:
-        code = qr_code(page, colours=out.isatty())
+        segno = from_extra("segno", "qr", "A QR code of this address")
+        made, lines = segno.make(page, error="l", micro=False), io.StringIO()
+        # with a wide border the code of a full IPv6 address leaves no line for the text
+        made.terminal(lines, compact=True, border=2 if made.version < 5 else 1)
+        code = "\n".join(f"{before}{line}{after}" for line in lines.getvalue().splitlines())
         code.encode(out.encoding or "ascii")
     except UnicodeEncodeError:  # ASCII would make the code too large
         code = f"A QR code of it needs a terminal with UTF-8. This one has {out.encoding}."

@@ -5,21 +5,24 @@ from typing import Any
 
 from ...models.compat.generate import TextStateMachine, make_text_state_machine
 from ..catalogue import ServedModel
+from .logprobs import TokenLogprobs
 
 
 @dataclass
-class Piece:
-    """A token's addition to an answer. Any part may be empty."""
+class Token:
+    """What a token adds to an answer. Any part may be empty."""
 
     content: str = ""
     reasoning: str = ""  # a thought before it
-    calls: list[Any] = field(
-        default_factory=list
-    )  # complete calls of tools, as a model writes them
+    calls: list[Any] = field(default_factory=list)  # complete ones, as a model writes them
+    finish_reason: str | None = None  # "stop" or "length" if the answer ends with it
+    logprobs: TokenLogprobs | None = None  # if the request asks for it; None for the end token
 
-    def __add__(self, other: "Piece") -> "Piece":
-        content, reasoning = self.content + other.content, self.reasoning + other.reasoning
-        return Piece(content, reasoning, self.calls + other.calls)
+    def add(self, other: "Token") -> None:
+        self.content += other.content
+        self.reasoning += other.reasoning
+        self.calls += other.calls
+        self.finish_reason = other.finish_reason
 
 
 class AnswerText:
@@ -41,19 +44,19 @@ class AnswerText:
         machine = TextStateMachine({"normal": [(word, None) for word in stop]} if stop else None)
         self._until_stop = machine.make_state()
         self._parts = make_text_state_machine(served.tokenizer).make_state(state)
-        self._piece, self._call = Piece(), ""  # not given out yet
+        self._certain, self._call = Token(), ""  # not given out yet
 
-    def add(self, token: int) -> tuple[Piece, bool]:
-        """Adds a token. Returns the text that is certain now, and whether a stop text ended it."""
+    def add(self, token: int) -> Token:
+        """Adds a token. Returns what is certain now, which a stop text may end."""
         self._detokenizer.add_token(token)
         return self._take(ends=False)
 
-    def finish(self) -> tuple[Piece, bool]:
-        """Ends the answer. Returns the text held back, and whether it held a stop text."""
+    def finish(self) -> Token:
+        """Ends the answer. Returns what was held back, up to a stop text in it."""
         self._detokenizer.finalize()
         return self._take(ends=True)
 
-    def _take(self, *, ends: bool) -> tuple[Piece, bool]:
+    def _take(self, *, ends: bool) -> Token:
         text = self._detokenizer.last_segment
         self._until_stop, segments = TextStateMachine.split(self._until_stop, text)
         self._split(segments[0][1])
@@ -65,8 +68,9 @@ class AnswerText:
             self._parts, held, name = TextStateMachine.flush(self._parts)
             self._add(name, held)
             self._end_call()
-        piece, self._piece = self._piece, Piece()
-        return piece, stopped
+        certain, self._certain = self._certain, Token()
+        certain.finish_reason = "stop" if stopped else None
+        return certain
 
     def _split(self, text: str) -> None:
         self._parts, segments = TextStateMachine.split(self._parts, text)
@@ -77,12 +81,12 @@ class AnswerText:
         if name == "tool":
             self._call += text
         elif name == "reasoning":
-            self._piece.reasoning += text
+            self._certain.reasoning += text
         elif name == "normal":
             self._end_call()
-            self._piece.content += text
+            self._certain.content += text
 
     def _end_call(self) -> None:
         if self._call:
-            self._piece.calls.append(self._call)
+            self._certain.calls.append(self._call)
             self._call = ""

@@ -2,11 +2,12 @@
 
 import time
 import uuid
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from ...version import __version__
-from .answer_text import Piece
+from .answer_text import Token
 from .logprobs import TokenLogprobs, TokenNames
 from .requests import Request
 from .valid_json import dumps
@@ -21,27 +22,24 @@ class Choice:
         self._request = request
         self._names = TokenNames(request.served.tokenizer)
         self._first_delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        self._whole = Piece()  # with the calls as they are sent
+        self._whole = Token()  # with the calls as they are sent
         self._logprobs: list[TokenLogprobs] = []
         self._offset = 0  # characters of the text before the next token
 
-    def add(
-        self, piece: Piece, logprobs: TokenLogprobs | None, finish_reason: str | None
-    ) -> dict[str, Any] | None:
-        """Adds a token's piece: the choice of a chunk, or None if there is nothing to send."""
-        content, calls = piece.content, []
-        for text in piece.calls:
+    def add(self, token: Token) -> dict[str, Any] | None:
+        """Adds a token: the choice of a chunk, or None if there is nothing to send."""
+        content, calls, n_before = token.content, [], len(self._whole.calls)
+        for text in token.calls:
             read = self._read_calls(text)
             calls += read
             content += "" if read else text
-        n_before = len(self._whole.calls)
-        self._whole += Piece(content, piece.reasoning, calls)
-        entries = [] if logprobs is None else [logprobs]
+        self._whole.add(replace(token, content=content, calls=calls))
+        entries = [] if token.logprobs is None else [token.logprobs]
         self._logprobs += entries
-        if finish_reason == "stop" and self._whole.calls:
-            finish_reason = "tool_calls"
-        self.finish_reason = finish_reason
-        if not (content or piece.reasoning or calls or entries or finish_reason):
+        self.finish_reason = token.finish_reason
+        if token.finish_reason == "stop" and self._whole.calls:
+            self.finish_reason = "tool_calls"
+        if not (content or token.reasoning or calls or entries or self.finish_reason):
             return None
         choice = self._choice(entries)
         if not self._request.chat:
@@ -49,8 +47,8 @@ class Choice:
         delta, self._first_delta = self._first_delta, {}
         if content:
             delta["content"] = content
-        if piece.reasoning:
-            delta["reasoning"] = piece.reasoning
+        if token.reasoning:
+            delta["reasoning"] = token.reasoning
         if calls:
             delta["tool_calls"] = [{"index": i, **c} for i, c in enumerate(calls, n_before)]
         return choice | {"delta": delta}
@@ -58,10 +56,9 @@ class Choice:
     def whole(self) -> dict[str, Any]:
         """The whole answer as a choice."""
         self._offset = 0
-        choice = self._choice(self._logprobs)
+        choice, whole = self._choice(self._logprobs), self._whole
         if not self._request.chat:
-            return choice | {"text": self._whole.content}
-        whole = self._whole
+            return choice | {"text": whole.content}
         message: dict[str, Any] = {"role": "assistant", "content": whole.content, "refusal": None}
         if whole.reasoning:
             message["reasoning"] = whole.reasoning
@@ -80,26 +77,22 @@ class Choice:
             return []
 
     def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
-        logprobs = None
-        if self._request.logprobs is not None:
-            logprobs = self._logprobs_of(entries)
-        return {"index": self.index, "logprobs": logprobs, "finish_reason": self.finish_reason}
-
-    def _logprobs_of(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
-        if self._request.chat:
+        logprobs: dict[str, Any] | None = None
+        if self._request.logprobs is not None and self._request.chat:
             named = [[self._names.named(*one) for one in entry] for entry in entries]
             content = [chosen | {"top_logprobs": tops} for chosen, *tops in named]
-            return {"content": content, "refusal": None}
-        text_of = self._names.text
-        texts = [text_of(token) for (token, _), *_ in entries]
-        ends = [*accumulate(map(len, texts), initial=self._offset)]
-        self._offset = ends[-1]
-        return {
-            "tokens": texts,
-            "token_logprobs": [logprob for (_, logprob), *_ in entries],
-            "top_logprobs": [{text_of(i): lp for i, lp in tops} for _, *tops in entries],
-            "text_offset": ends[:-1],
-        }
+            logprobs = {"content": content, "refusal": None}
+        elif self._request.logprobs is not None:
+            text_of = self._names.text
+            texts = [text_of(token) for (token, _), *_ in entries]
+            *offsets, self._offset = accumulate(map(len, texts), initial=self._offset)
+            logprobs = {
+                "tokens": texts,
+                "token_logprobs": [logprob for (_, logprob), *_ in entries],
+                "top_logprobs": [{text_of(i): lp for i, lp in tops} for _, *tops in entries],
+                "text_offset": offsets,
+            }
+        return {"index": self.index, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
 
 def _call(parsed: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""A chat's messages and the settings of its template, checked."""
+"""What an answer is asked by, checked: a chat's messages, tools and settings, or texts."""
 
 from typing import Any
 
 from .errors import Problem, wrong
-from .request_fields import Fields
 from .valid_json import loads
 
 _EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
@@ -17,10 +16,9 @@ def read_messages(messages: list[Any] | None) -> list[dict[str, Any]]:
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def read_template_settings(fields: Fields, known: frozenset[str]) -> dict[str, Any]:
+def read_template_settings(settings: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
     """The settings of a chat template that takes the ``known`` names. Values must be plain."""
     field = "chat_template_kwargs"
-    settings = fields.take(field, dict, {})
     for name, value in settings.items():
         plain = isinstance(value, bool | int | float | str)
         if name not in known:
@@ -35,6 +33,38 @@ def read_template_settings(fields: Fields, known: frozenset[str]) -> dict[str, A
             continue
         raise Problem(f"{field}.{name[:40]} {reason}", field)
     return settings
+
+
+def read_tools(tools: list[Any], choice: Any, *, known: bool) -> list[dict[str, Any]]:
+    """The tools that may be called, by a model whose template has them if ``known``."""
+    if choice not in ("auto", "none"):
+        raise wrong("tool_choice", 'must be "auto" or "none": a call cannot be forced.')
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise Problem(f'tools[{i}] must be {{"type": "function", "function": …}}.', "tools")
+        if not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
+            raise Problem(f"tools[{i}].function must be an object with a name.", "tools")
+    if tools and not known:
+        raise Problem("This model's chat template knows no tools: leave them out.", "tools")
+    return tools if choice == "auto" else []
+
+
+def read_texts(prompts: Any, vocab_size: int) -> list[str | list[int]]:
+    """The texts or token ids to continue."""
+    if isinstance(prompts, str) or (prompts and _are_tokens(prompts)):
+        prompts = [prompts]
+    sound = isinstance(prompts, list) and prompts
+    if not sound or not all(isinstance(prompt, str) or _are_tokens(prompt) for prompt in prompts):
+        raise wrong("prompt", "must be a text, a list of texts, or token ids.")
+    last = vocab_size - 1
+    tokens = (token for prompt in prompts if not isinstance(prompt, str) for token in prompt)
+    if not all(0 <= token <= last for token in tokens):
+        raise wrong("prompt", f"holds a token that this model does not have: choose 0 to {last}.")
+    return prompts
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:

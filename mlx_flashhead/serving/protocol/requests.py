@@ -1,25 +1,34 @@
 """Checks requests: every field is served as in OpenAI's API, or refused."""
 
+import json
+import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...structured.grammar import Grammar
 from ..catalogue import ServedModel
 from .errors import Problem, wrong
-from .messages import read_messages, read_template_settings
-from .request_fields import MAX_NUMBER, Fields
-from .response_format import read_form
+from .messages import read_messages, read_template_settings, read_texts, read_tools
 
 # Greatest number of texts of a request: n times the number of its prompts.
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
+# Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
+MAX_CHARACTERS = 100_000
+_MAX_NUMBER = 1e30
 _MAX_STOPS = 16
 # A larger bias has the same effect, and would be infinite in float16.
 _MAX_BIAS = 1e4
 # OpenAI's limit. Below the other one a draw is the likeliest token, but for overflows.
 _MAX_TEMPERATURE, _MIN_TEMPERATURE = 2, 1e-6
+_KINDS = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+_GRAMMARS: dict[str, Callable[[Any], Grammar]] = {
+    "json_schema": Grammar.from_json_schema,
+    "regex": Grammar.from_regex,
+    "grammar": Grammar.from_lark,
+}
 # Labels of a client's own, which ask for nothing.
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
@@ -49,6 +58,54 @@ class Request:
     prompts: list[str | list[int]]  # texts or token ids to continue
 
 
+class _Fields:
+    """A body whose fields are taken one by one, and checked. What is left at the end is unknown.
+
+    A field that is null counts as missing. A :class:`Problem` names the field.
+    """
+
+    def __init__(self, body: dict[str, Any]):
+        self._left = {name: value for name, value in body.items() if value is not None}
+
+    def take(self, name: str, kind: type | None = None, default: Any = None) -> Any:
+        """The field's value, of the type ``kind`` unless that is None."""
+        value = self._left.pop(name, default)
+        if kind is not None and value is not default and not isinstance(value, kind):
+            raise wrong(name, f"must be {_KINDS[kind]}.")
+        return value
+
+    def whole(self, name: str, default: Any, low: int = 0, high: int = 2**31 - 1) -> Any:
+        """A whole number within limits, or the default."""
+        if (value := self.take(name)) is None:
+            return default
+        if type(value) is not int or not low <= value <= high:
+            raise wrong(name, f"is {_short(value)}: it must be a whole number, {low} to {high}.")
+        return value
+
+    def number(
+        self, name: str, default: float, low: float = -_MAX_NUMBER, high: float = math.inf
+    ) -> float:
+        """A number within limits, or the default."""
+        if (value := self.take(name)) is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise wrong(name, "must be a number.")
+        if not (low <= value <= high and abs(value) < _MAX_NUMBER):
+            limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+            raise wrong(name, f"is {_short(value)}: it must be {limits}.")
+        return float(value)
+
+    def only(self, name: str, *values: Any, why: str) -> None:
+        """Takes a field that may only have one of ``values``, and says ``why``."""
+        value = self.take(name)
+        if value is not None and not any(value == v and type(value) is type(v) for v in values):
+            raise Problem(f"{name}: {why}", name)
+
+    def end(self) -> None:
+        for name in self._left:
+            raise Problem(f"{_short(name)} is not a field of this server.", name[:80])
+
+
 def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
     """The served model of that name; the first without a name."""
     if name in (None, "default_model"):  # mlx-lm's word for the model of --model
@@ -65,28 +122,37 @@ def read_request(
     body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], defaults: Namespace
 ) -> Request:
     """Checks a request's JSON: a Problem names the field. The flags are the fields' defaults."""
-    fields = Fields(body)
+    fields = _Fields(body)
     served = find_model(models, fields.take("model", str))
     stream = fields.take("stream", bool, False)
+    max_tokens = fields.whole("max_tokens", None, 1)
+    max_completion_tokens = fields.whole("max_completion_tokens", max_tokens, 1)
+    if max_tokens not in (None, max_completion_tokens):
+        both = f"is {max_tokens} and max_completion_tokens {max_completion_tokens}"
+        raise wrong("max_tokens", f"{both}: give one of them.")
+    tools, choice, settings = [], "auto", {}
+    if chat:
+        tools, choice = fields.take("tools", list, []), fields.take("tool_choice", default="auto")
+        settings = fields.take("chat_template_kwargs", dict, {})
     request = Request(
         served,
         chat,
         stream,
-        include_usage=_include_usage(fields, stream),
+        include_usage=_include_usage(fields.take("stream_options", dict), stream),
         n=fields.whole("n", 1, 1, MAX_CHOICES),
-        max_tokens=_max_tokens(fields, defaults.max_tokens),
+        max_tokens=max_completion_tokens or defaults.max_tokens,
         sampling=_sampling(fields, served, defaults),
         penalties=_penalties(fields, served),
-        form=read_form(fields),
+        form=_form(fields),
         seed=fields.whole("seed", None, -(2**63), 2**64 - 1),
-        stop=_stop(fields),
+        stop=_stop(fields.take("stop", default=())),
         **_probes(fields, served),
         num_draft_tokens=fields.whole("num_draft_tokens", defaults.num_draft_tokens, 1, 64),
         logprobs=_logprobs(fields, chat),
         messages=read_messages(fields.take("messages", list)) if chat else [],
-        tools=_tools(fields, served) if chat else [],
-        template_settings=read_template_settings(fields, served.template_settings) if chat else {},
-        prompts=[] if chat else _prompts(fields, served),
+        tools=read_tools(tools, choice, known=served.tokenizer.has_tool_calling),
+        template_settings=read_template_settings(settings, served.template_settings),
+        prompts=[] if chat else read_texts(fields.take("prompt"), served.vocab_size),
     )
     _refuse_what_is_not_done(fields, chat)
     fields.end()
@@ -98,29 +164,19 @@ def read_request(
     return request
 
 
-def _include_usage(fields: Fields, stream: bool) -> bool:
-    options = fields.take("stream_options", dict)
+def _include_usage(options: dict[str, Any] | None, stream: bool) -> bool:
     if options is None:
         return False
     if not stream:
         raise wrong("stream_options", "are for requests with stream.")
-    options = Fields(options)
-    include_usage = options.take("include_usage", bool, False)
-    options.only("include_obfuscation", False, why="chunks are sent as they are, so leave it out.")
-    options.end()
+    fields = _Fields(options)
+    include_usage = fields.take("include_usage", bool, False)
+    fields.only("include_obfuscation", False, why="chunks are sent as they are, so leave it out.")
+    fields.end()
     return include_usage
 
 
-def _max_tokens(fields: Fields, default: int) -> int:
-    older = fields.whole("max_tokens", None, 1)
-    newer = fields.whole("max_completion_tokens", older, 1)
-    if older not in (None, newer):
-        both = f"is {older} and max_completion_tokens {newer}: give one of them."
-        raise wrong("max_tokens", both)
-    return newer or default
-
-
-def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> dict[str, Any]:
+def _sampling(fields: _Fields, served: ServedModel, defaults: Namespace) -> dict[str, Any]:
     top_k = fields.whole("top_k", defaults.top_k)
     top_p = fields.number("top_p", defaults.top_p, 0, 1)
     temp = fields.number("temperature", defaults.temp, 0, _MAX_TEMPERATURE)
@@ -136,9 +192,9 @@ def _sampling(fields: Fields, served: ServedModel, defaults: Namespace) -> dict[
     }
 
 
-def _penalties(fields: Fields, served: ServedModel) -> dict[str, Any]:
+def _penalties(fields: _Fields, served: ServedModel) -> dict[str, Any]:
     penalties: dict[str, Any] = {}
-    for kind, low in (("repetition", 0), ("presence", -MAX_NUMBER), ("frequency", -MAX_NUMBER)):
+    for kind, low in (("repetition", 0), ("presence", -_MAX_NUMBER), ("frequency", -_MAX_NUMBER)):
         penalties[f"{kind}_penalty"] = fields.number(f"{kind}_penalty", 0.0, low)
         penalties[f"{kind}_context_size"] = fields.whole(f"{kind}_context_size", 20)
     bias = {}
@@ -153,8 +209,56 @@ def _penalties(fields: Fields, served: ServedModel) -> dict[str, Any]:
     return penalties | {"logit_bias": bias or None}
 
 
-def _stop(fields: Fields) -> tuple[str, ...]:
-    stop = fields.take("stop", default=())
+def _form(fields: _Fields) -> Grammar | None:
+    """The form of the answer: ``regex`` or ``grammar``, alone or within ``response_format``."""
+    field = "response_format"
+    # each with its place in the request, its kind, and what describes it
+    forms = [(kind, kind, fields.take(kind)) for kind in ("regex", "grammar")]
+    forms.append(_response_format(fields.take(field), field))
+    forms = [form for form in forms if form[2] is not None]
+    if len(forms) > 1:
+        raise Problem("An answer has one form: give response_format, regex or grammar.", field)
+    for where, kind, value in forms:
+        field = where.partition(".")[0]
+        if len(json.dumps(value)) > MAX_CHARACTERS:
+            most = f"is longer than {MAX_CHARACTERS:,} characters: simplify it."
+            raise Problem(f"{where} {most}", field)
+        try:
+            return _GRAMMARS[kind](value)
+        except ValueError as error:
+            raise Problem(f"{where}: {error}", field) from None
+    return None
+
+
+def _response_format(value: Any, field: str) -> tuple[str, str, Any]:
+    if value is None:
+        return field, "text", None
+    kinds = ("text", "json_object", *_GRAMMARS)
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in kinds:
+        raise wrong(field, f"must be an object with a type: {', '.join(kinds)}.")
+    fields, where = _Fields(value), f"{field}.{kind}"
+    fields.take("type")
+    described = fields.take(kind) if kind in _GRAMMARS else None
+    fields.end()
+    if kind == "json_object":
+        return field, "json_schema", {"type": "object"}
+    if kind == "json_schema":
+        if not isinstance(described, dict):
+            raise Problem(f'{where} must be an object with a "name" and a "schema".', field)
+        fields = _Fields(described)
+        if not fields.take("name", str):
+            raise Problem(f"{where}.name is missing.", field)
+        fields.take("description", str)
+        fields.take("strict", bool)  # a schema is always kept to
+        where, described = f"{where}.schema", fields.take("schema", default={"type": "object"})
+        fields.end()
+    elif described is None and kind != "text":
+        raise Problem(f"{where} is missing.", field)
+    return where, kind, described
+
+
+def _stop(stop: Any) -> tuple[str, ...]:
     words = [stop] if isinstance(stop, str) else stop
     sound = isinstance(words, list | tuple) and len(words) <= _MAX_STOPS
     if not sound or not all(isinstance(word, str) and word for word in words):
@@ -163,7 +267,7 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _probes(fields: Fields, served: ServedModel) -> dict[str, Any]:
+def _probes(fields: _Fields, served: ServedModel) -> dict[str, Any]:
     """The fields ``n_probes`` and ``dense``."""
     head = served.head
     most = {} if head is None else {"high": head.n_clusters}
@@ -176,7 +280,7 @@ def _probes(fields: Fields, served: ServedModel) -> dict[str, Any]:
     return {"n_probes": n_probes, "dense": dense}
 
 
-def _logprobs(fields: Fields, chat: bool) -> int | None:
+def _logprobs(fields: _Fields, chat: bool) -> int | None:
     if not chat:
         return fields.whole("logprobs", None, 0, MAX_LOGPROBS)
     wanted = fields.take("logprobs", bool, False)
@@ -186,40 +290,7 @@ def _logprobs(fields: Fields, chat: bool) -> int | None:
     return (tops or 0) if wanted else None
 
 
-def _tools(fields: Fields, served: ServedModel) -> list[dict[str, Any]]:
-    tools = fields.take("tools", list, [])
-    choice = fields.take("tool_choice", default="auto")
-    if choice not in ("auto", "none"):
-        raise wrong("tool_choice", 'must be "auto" or "none": a call cannot be forced.')
-    for i, tool in enumerate(tools):
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise Problem(f'tools[{i}] must be {{"type": "function", "function": …}}.', "tools")
-        if not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
-            raise Problem(f"tools[{i}].function must be an object with a name.", "tools")
-    if tools and not served.tokenizer.has_tool_calling:
-        raise Problem("This model's chat template knows no tools: leave them out.", "tools")
-    return tools if choice == "auto" else []
-
-
-def _prompts(fields: Fields, served: ServedModel) -> list[str | list[int]]:
-    prompts = fields.take("prompt")
-    if isinstance(prompts, str) or (prompts and _are_tokens(prompts)):
-        prompts = [prompts]
-    sound = isinstance(prompts, list) and prompts
-    if not sound or not all(isinstance(prompt, str) or _are_tokens(prompt) for prompt in prompts):
-        raise wrong("prompt", "must be a text, a list of texts, or token ids.")
-    last = served.vocab_size - 1
-    tokens = (token for prompt in prompts if not isinstance(prompt, str) for token in prompt)
-    if not all(0 <= token <= last for token in tokens):
-        raise wrong("prompt", f"holds a token that this model does not have: choose 0 to {last}.")
-    return prompts
-
-
-def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int for token in value)
-
-
-def _refuse_what_is_not_done(fields: Fields, chat: bool) -> None:
+def _refuse_what_is_not_done(fields: _Fields, chat: bool) -> None:
     fields.only("store", False, why="nothing is stored here, so leave it out.")
     fields.only("service_tier", "auto", "default", why="there is one tier, so leave it out.")
     for name in _LABELS:
@@ -233,3 +304,8 @@ def _refuse_what_is_not_done(fields: Fields, chat: bool) -> None:
         fields.only("suffix", "", why="a text is continued to its end alone, so leave it out.")
     for name in ("adapters", "draft_model"):
         fields.only(name, why="it is chosen when the server is started.")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engines import CHUNK, LONG, NEVER_ENDS, SHORT, generated, submit, tokens_of, until
+from engines import CHUNK, LONG, SHORT, endless, generated, submit, tokens_of, until
 from mlx_flashhead import grammar_processor
 from mlx_flashhead.serving.engine.job import Token
 
@@ -26,10 +26,7 @@ def test_answers_are_what_the_package_generates(either, flash):
 def test_a_long_prompt_does_not_pad_the_caches_of_short_ones(start):
     engine = start()
     text = [LONG[i % 400] for i in range(1100)]  # beyond the 1,024 of a first class
-    long = submit(engine, text, 10_000, **NEVER_ENDS)
-    until(long, Token)
-    short = submit(engine, SHORT, 10_000, **NEVER_ENDS)
-    until(short, Token)
+    long, short = endless(engine, text), endless(engine, SHORT)
     sizes = sorted(decoder.nbytes for decoder in engine._decoders)
     assert len(sizes) == 2 and 4 * sizes[0] < sizes[1]
     long.cancelled = short.cancelled = True
@@ -80,8 +77,8 @@ def test_a_cache_with_drafts_is_cut_where_it_ends(drafting, flash):
     one = submit(drafting, longer)
     assert tokens_of(one) == generated(flash, longer)
     assert one.cached >= 60
-    cancelled = submit(drafting, LONG[:70], 10_000, **NEVER_ENDS)
-    for _ in range(5):
+    cancelled = endless(drafting, LONG[:70])
+    for _ in range(4):
         until(cancelled, Token)
     cancelled.cancelled = True
     longer = [*LONG[:70], 50, 50, 61]

@@ -5,7 +5,7 @@ from threading import Event
 
 import pytest
 
-from engines import CHUNK, LONG, NEVER_ENDS, SHORT, job, submit, tokens_of, until
+from engines import CHUNK, LONG, SHORT, endless, job, submit, tokens_of, until
 from mlx_flashhead.serving.engine.engine import time_for_answers
 from mlx_flashhead.serving.engine.job import Progress, Token
 
@@ -25,8 +25,7 @@ def test_a_cancelled_prompt_is_not_read_on_and_what_was_read_is_kept(start, chun
 
 def test_a_cancelled_job_in_the_queue_is_never_begun(start, chunks):
     engine = start("--decode-concurrency", 1)
-    first = submit(engine, SHORT, 10_000, **NEVER_ENDS)
-    until(first, Token)
+    first = endless(engine, SHORT)
     waiting = submit(engine, LONG)
     waiting.cancelled = first.cancelled = True
     assert len(tokens_of(submit(engine, SHORT))) == 8
@@ -35,9 +34,7 @@ def test_a_cancelled_job_in_the_queue_is_never_begun(start, chunks):
 
 def test_a_cancelled_answer_ends_and_its_cache_is_kept(start):
     engine = start()
-    one = submit(engine, LONG, 10_000, **NEVER_ENDS)
-    other = submit(engine, SHORT, 10_000, **NEVER_ENDS)
-    until(one, Token)
+    one, other = endless(engine, LONG), endless(engine, SHORT)
     one.cancelled = True
     assert len(tokens_of(submit(engine, [50]))) == 8
     n_tokens, n_others = len(one.tokens), len(other.tokens)
@@ -60,8 +57,7 @@ def test_a_short_question_does_not_wait_for_a_long_prompt(start, chunks):
 
 def test_answers_go_on_while_a_prompt_is_read(start, chunks):
     engine = start()
-    answer = submit(engine, SHORT, 10_000, **NEVER_ENDS)
-    until(answer, Token)
+    answer = endless(engine, SHORT)
     long = submit(engine, LONG)
     until(long, Progress)
     before = len(answer.tokens)

@@ -5,25 +5,23 @@ from types import SimpleNamespace
 import mlx.core as mx
 
 import mlx_flashhead
-from engines import CHUNK, LONG, SHORT, generated, submit, tokens_of
+from engines import CHUNK, LONG, SHORT, generated, submit, tokens_of, until
 from mlx_flashhead.models.compat.cache import KVCache
 from mlx_flashhead.serving.engine.job import Progress, Token
-from mlx_flashhead.serving.engine.prefill import CHUNK_SECONDS, SMALLEST_CHUNK, Pace
-from mlx_flashhead.serving.engine.prompt_caches import PromptCaches
+from mlx_flashhead.serving.engine.prefill import (
+    CHUNK_SECONDS,
+    SMALLEST_CHUNK,
+    Pace,
+    PromptCaches,
+)
 from model_folders import write_model
 
 
 def test_progress_is_told_until_the_prompt_is_read(start, chunks):
-    one = submit(start(), LONG)
-    told = []
-    while True:
-        _, event = one.events.get(timeout=30)
-        if isinstance(event, Token):
-            break
+    one, told = submit(start(), LONG), []
+    while isinstance(event := until(one, Progress | Token), Progress):
         told.append(event)
-    assert len(told) == -(-399 // CHUNK)
-    assert told[0] == Progress(CHUNK, 400)
-    assert told[-1] == Progress(399, 400)
+    assert told == [Progress(done, 400) for done in (*range(CHUNK, 399, CHUNK), 399)]
 
 
 def test_prompts_that_begin_alike_share_what_is_read(start, flash, chunks):
@@ -86,16 +84,14 @@ def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(tmp_path, start_e
 
 def test_pace_finds_what_fits_into_a_chunks_time():
     pace = Pace(2048)
-    for _ in range(20):
-        pace.took(pace.n_tokens, pace.n_tokens / 10_000)  # 10,000 tokens a second
-    assert CHUNK_SECONDS / 4 <= pace.n_tokens / 10_000 <= CHUNK_SECONDS
-    for _ in range(20):
-        pace.took(pace.n_tokens, pace.n_tokens / 1000)  # ten times as slow, far into a prompt
-    assert CHUNK_SECONDS / 4 <= pace.n_tokens / 1000 <= CHUNK_SECONDS
-    for _ in range(20):
-        pace.took(pace.n_tokens, 100.0)
-    assert pace.n_tokens == SMALLEST_CHUNK
-    for _ in range(20):
-        pace.took(pace.n_tokens, 0.0)
-    assert pace.n_tokens == 2048
+
+    def took(seconds):
+        for _ in range(20):
+            pace.took(pace.n_tokens, seconds(pace.n_tokens))
+        return pace.n_tokens
+
+    for speed in (10_000, 1000):  # tokens a second, which are fewer far into a prompt
+        assert CHUNK_SECONDS / 4 <= took(lambda n: n / speed) / speed <= CHUNK_SECONDS  # noqa: B023
+    assert took(lambda n: 100.0) == SMALLEST_CHUNK
+    assert took(lambda n: 0.0) == 2048
     assert Pace(8).n_tokens == 8

@@ -3,12 +3,12 @@
 import pytest
 from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
-from engines import SHORT, generated, job, submit, tokens_of, until
+from engines import SHORT, endless, generated, job, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import CheckedBatchGenerator
 from mlx_flashhead.lossless.sampler import make_sampler
 from mlx_flashhead.serving.engine.decoding import Batch
 from mlx_flashhead.serving.engine.job import Token
-from mlx_flashhead.serving.engine.prompt_caches import PromptCaches
+from mlx_flashhead.serving.engine.prefill import PromptCaches
 
 PROMPTS = [[*SHORT, i] for i in range(8)]
 
@@ -80,8 +80,7 @@ def test_what_fails_after_an_answer_fails_nobody(engine, flash, monkeypatch, own
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ZeroDivisionError()])
 def test_nothing_ends_the_thread_and_all_are_told(engine, flash, monkeypatch, error):
-    one = submit(engine, SHORT, 10_000, logit_bias={"50": 100})
-    until(one, Token)
+    one = endless(engine, SHORT)
 
     def fails():
         raise error

@@ -13,16 +13,16 @@ import pytest
 import zxingcpp
 
 from mlx_flashhead.serving.network import addresses
-from mlx_flashhead.serving.network.access import is_token
 from mlx_flashhead.serving.network.addresses import (
+    access_of,
     announce,
     is_loopback,
     kept_token,
     own_address,
-    own_names,
     url,
 )
 from scripted_server import TOKEN
+from served_models import flags
 
 PAGE = f"http://192.168.178.123:8080/?token={TOKEN}"
 
@@ -30,13 +30,8 @@ PAGE = f"http://192.168.178.123:8080/?token={TOKEN}"
 def scanned(lines):
     """What a camera reads from a terminal with light letters on dark ground."""
     lines = list(lines)
-    halves = {"█": (1, 1), "▀": (1, 0), "▄": (0, 1)}
     width = max(map(len, lines))
-    rows = [
-        [halves.get(c, (0, 0))[half] for c in line.ljust(width)]
-        for line in lines
-        for half in (0, 1)
-    ]
+    rows = [[c in light for c in line.ljust(width)] for line in lines for light in ("█▀", "█▄")]
     image = np.kron(np.array(rows, np.uint8) * 255, np.ones((6, 6), np.uint8))
     return zxingcpp.read_barcode(np.pad(image, 24)).text
 
@@ -86,17 +81,20 @@ def test_announcement_without_a_code(monkeypatch, encoding, segno, said):
     assert "Programs use http://192.168.178.123:8080/v1 with the token" in printed
 
 
-def test_token_is_kept_and_private(tmp_path):
-    path = tmp_path / "folder" / "token"
-    token = kept_token(path)
-    assert is_token(token)
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    assert kept_token(path) == token
-    path.unlink()
-    assert kept_token(path) != token
+def test_token_is_random_private_and_kept(tmp_path):
+    paths = [tmp_path / "folder" / str(number) for number in range(50)]
+    tokens = [kept_token(path) for path in paths]
+    assert [kept_token(path) for path in paths] == tokens and len(set(tokens)) == 50
+    assert {stat.S_IMODE(os.stat(path).st_mode) for path in paths} == {0o600}
+    assert {len(token) for token in tokens} == {24}
+    letters = set("".join(tokens)) - {"-"}
+    assert len(letters) == 31 and not letters & set("01ilo")
 
 
-@pytest.mark.parametrize("content", [b"", b"short\n", b"\xff\xfe" * 20, b'"><script>'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"short\n", b"a" * 129, b"has spaces in it, many", b"\xff\xfe" * 20, b"x" * 20 + b'"'],
+)
 def test_file_without_a_token_is_refused(tmp_path, content):
     path = tmp_path / "token"
     path.write_bytes(content)
@@ -104,7 +102,7 @@ def test_file_without_a_token_is_refused(tmp_path, content):
         kept_token(path)
 
 
-def test_addresses(monkeypatch):
+def test_addresses(monkeypatch, tmp_path):
     assert url("192.168.1.5", 80, "t") == "http://192.168.1.5:80/?token=t"
     assert url("fd00::1", 80) == "http://[fd00::1]:80/"
     assert own_address("10.1.2.3") == "10.1.2.3"
@@ -112,6 +110,7 @@ def test_addresses(monkeypatch):
     assert all(map(is_loopback, ("127.0.0.1", "::1", "localhost", "127.8.9.1")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "mac.local", "")))
     monkeypatch.setattr(addresses.socket, "gethostname", lambda: "Studio.fritz.box")
-    assert own_names() == {"studio", "studio.fritz.box"}
+    access = access_of(flags("--host", "::", "--token-file", tmp_path / "token"))
+    assert access.hosts == {"studio", "studio.fritz.box", "::"}
     monkeypatch.setattr(addresses.socket.socket, "connect", Mock(side_effect=OSError))
     assert own_address("0.0.0.0") == "127.0.0.1"  # without a network

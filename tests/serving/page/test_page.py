@@ -77,7 +77,7 @@ def test_how_much_is_read_and_a_thought_that_is_folded_away(script, open_page, s
 
 
 def test_stop_and_answer_again(script, open_page, screenshot):
-    script.answers = [["One, ", "two, ", Event()], ["Un, ", "deux."], ["Fin."]]
+    script.answers = [["One, ", "two, ", Event()], ["Un, ", "deux."]]
     page = open_page()
     ask(page, "Count.")
     expect(answers(page)).to_have_text("One, two,")
@@ -90,10 +90,6 @@ def test_stop_and_answer_again(script, open_page, screenshot):
     tap(page, "Answer again")
     expect(answers(page)).to_have_text(["Un, deux."])
     assert script.requests[1]["messages"] == script.requests[0]["messages"]
-    ask(page, "And then?")
-    expect(answers(page)).to_have_text(["Un, deux.", "Fin."])
-    sent = [message["content"] for message in script.requests[2]["messages"]]
-    assert sent == ["Count.", "Un, deux.", "And then?"]
 
 
 def test_conversations_are_found_again(script, open_page, screenshot):
@@ -114,13 +110,6 @@ def test_conversations_are_found_again(script, open_page, screenshot):
     page.get_by_text("First question").tap()
     expect(answers(page)).to_have_text("First answer.")
     expect(page.locator("#history")).to_be_hidden()
-
-    page.on("dialog", lambda dialog: dialog.accept())
-    page.locator("#open-history").tap()
-    tap(page, "Delete the conversation")
-    expect(page.locator("#chats .name")).to_have_text(["Second question"])
-    page.reload()
-    expect(page.locator("#chats .name")).to_have_text(["Second question"])
 
 
 def test_settings_go_into_the_request(script, open_page, screenshot):
@@ -143,12 +132,8 @@ def test_settings_go_into_the_request(script, open_page, screenshot):
 
     always = {"messages", "stream", "stream_options"}
     chosen = [{k: v for k, v in body.items() if k not in always} for body in script.requests]
-    assert chosen == [
-        {},
-        {"temperature": 0.7, "top_p": 0.9, "n_probes": 256},
-        {"temperature": 0.7, "top_p": 0.9, "dense": True},
-        {},
-    ]
+    drawn = {"temperature": 0.7, "top_p": 0.9}
+    assert chosen == [{}, drawn | {"n_probes": 256}, drawn | {"dense": True}, {}]
 
 
 def test_copy_without_a_secure_context(lan, script, open_page):
