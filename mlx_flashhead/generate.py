@@ -19,10 +19,9 @@ from .lossless.generation import generate
 from .lossless.sampler import make_sampler
 from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
-from .models.context import UNKNOWN_CONTEXT, context_of
-from .models.dense import load_dense
+from .models.dense import load_dense, load_dense_part
 from .models.fetch import resolve
-from .models.sharded import load_dense_part
+from .models.tokenizers import UNKNOWN_CONTEXT, context_of
 from .publishing.origin import local_origin
 from .structured.options import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor

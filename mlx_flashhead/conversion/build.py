@@ -1,8 +1,4 @@
-"""Makes the index of a model in short steps, between which the model is free for other work.
-
-Nothing is written, so a build that is dropped or killed leaves nothing behind. A quick build, as at
-first use, has a third of the positions and of the passes. docs/how-it-works.md has what it costs.
-"""
+"""Makes the index of a model in short steps and writes nothing: a build may be dropped."""
 
 import math
 import timeit
@@ -20,9 +16,8 @@ from ..index.sketch import Sketch
 from ..models.locate import HeadLocation
 from .calibration import given_states, text_states
 from .clustering import PASSES, QUICK_PASSES, cluster_rows
-from .fitting import fit_centroids
+from .fitting import fit_centroids, logit_metric
 from .measures import measure_positions
-from .metric import logit_metric
 from .options import GIVEN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 from .probes import MOST_BYTES, StepBytes, choose_probes, lossless_settings, probe_grid
 from .report import make_report
@@ -51,20 +46,11 @@ def model_index(
 ) -> Steps[FlashHeadIndex]:
     """The index of a dense model. Between two steps the model is as it was, and may write text.
 
-    The model runs in the steps of the text alone. The others are numpy's, or MLX's on a GPU.
-
-    Args:
-        text: Text of the file to calibrate on, if the options name one.
-        drafted: Steps that give a drafter's states, instead of text.
-        step_seconds: Time that a step of the model may take.
-
-    Raises:
-        ValueError: At a step, if the text is too short or an option does not fit the model.
+    It calibrates on the ``text`` of the options' file, or on states ``drafted`` by a drafter. The
+    model works for about ``step_seconds`` at once. ValueError at a step, if an option is not valid.
     """
     states = next_ids = None
-    calibration: dict[str, Any] = {"source": options.source}
-    if options.quick:
-        calibration["quick"] = True
+    calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
     limits: dict[str, Any] = {"positions": options.positions, "step_seconds": step_seconds}
     if drafted is not None:
         states = yield from drafted
@@ -93,8 +79,7 @@ def model_index(
     )
     about = {"eos_token_ids": tokenizer.eos_token_ids, "calibration": calibration}
     about |= {"body_bytes": body_bytes, "recipe": recipe}
-    index = yield from build_index(location.rows(), options, states, next_ids, **about)
-    return index
+    return (yield from build_index(location.rows(), options, states, next_ids, **about))
 
 
 def build_index(
@@ -110,18 +95,9 @@ def build_index(
 ) -> Steps[FlashHeadIndex]:
     """Builds the index of a head from its rows in token order, as the checkpoint stores them.
 
-    The last quarter of the positions is held out: it chooses the probes and makes the report.
-    Without next tokens there is neither.
-
-    Args:
-        states: (N, D) float32 hidden states to calibrate on; None: no calibration.
-        next_ids: (N,) the token after each of them.
-        eos_token_ids: Tokens whose clusters are always scored.
-        calibration: What the settings say of the positions.
-        body_bytes: Bytes of weights that all other layers read per token.
-
-    Raises:
-        ValueError: If the states are too few or not finite.
+    ``states`` (N, D) float32 calibrate it. With the tokens after them, ``next_ids`` (N,), the last
+    quarter chooses the probes and makes the report. ``body_bytes`` are those of all other layers.
+    ValueError if the states are too few or not finite.
     """
     n_positions = 0 if states is None else len(states)
     fitted_on = metric = None

@@ -33,16 +33,10 @@ def text_states(
     positions: int | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[tuple[np.ndarray, np.ndarray]]:
-    """Hidden states of a text, in windows of 512 tokens that each start afresh, as a text does.
+    """At most ``positions`` hidden states (N, D) float32 of a text, and the next tokens (N,) int64.
 
-    Special tokens in it, such as chat markup, are understood. ``positions`` is the greatest number
-    of states.
-
-    Returns:
-        States (N, D) float32 and the true next tokens (N,) int64.
-
-    Raises:
-        ValueError: If the text has fewer than two tokens.
+    Each window starts afresh, as a text does. Special tokens, such as chat markup, are understood.
+    ValueError if there are fewer than two tokens.
     """
     token_ids = list(tokenizer.encode(text))
     if positions is not None:
@@ -66,10 +60,8 @@ def given_states(
     seconds: float = math.inf,
     step_seconds: float = math.inf,
 ) -> Steps[tuple[np.ndarray, np.ndarray, bool]]:
-    """Hidden states of given text of many kinds, and the true next tokens, as `text_states`.
-
-    There are as many as ``seconds`` of the model's work allow. Also whether these cut them short.
-    """
+    """As `text_states` of given text of many kinds: as much as ``seconds`` of the model's work
+    allow, and whether these cut it short."""
     beginning = beginning_of_text(tokenizer)
     windows = given_windows(tokenizer, positions)
     read = yield from read_windows(
@@ -95,16 +87,10 @@ def read_windows(
     stage: str = "Reading",
     step_seconds: float = math.inf,
 ) -> Steps[list[np.ndarray]]:
-    """Hidden states of each window without its last token, several windows at once.
+    """Hidden states (n - 1, D) float32 of each window of n tokens, several windows at once.
 
-    Args:
-        windows: Token ids, at least two each.
-        seconds: Of the model's work, after which no windows but the first ones are read.
-        step_seconds: About the longest time of a step. Where a window takes longer, a step reads a
-            part of it, down to about 16 tokens. Models of mlx-vlm read whole windows.
-
-    Returns:
-        For each window of n tokens (n - 1, D) float32; (0, 0) for one that was not read.
+    After ``seconds`` of the model's work no more are read, which leaves (0, 0) for them. A step
+    takes about ``step_seconds``: less than a window if need be, but for models of mlx-vlm.
     """
     states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [window[:-1] for window in windows]

@@ -1,10 +1,5 @@
-"""Balanced k-means over the rows of a head: (V, D) floats → ``token_ids`` (C, cluster_size).
-
-Clusters are balanced in every iteration, since balancing at the end only ruins them. Each row keeps
-a shortlist of its best centroids, prices make crowded centroids dearer, and a fill with hard
-capacities places every row. One dense product of rows and centroids per iteration is nearly all of
-the work. docs/how-it-works.md lists what was worse.
-"""
+"""Balanced k-means over the rows of a head. Each row keeps a shortlist of its best centroids,
+prices make crowded ones dearer, and a fill with hard capacities places every row."""
 
 import timeit
 from collections.abc import Callable, Generator
@@ -40,20 +35,12 @@ def cluster_rows(
     metric: np.ndarray | None = None,
     passes: int = PASSES,
 ) -> Steps[np.ndarray]:
-    """Groups the rows (V, D) of a head into clusters of equal size.
+    """Groups the rows (V, D) of a head into clusters of equal size; ValueError if one is not
+    finite.
 
-    Args:
-        cluster_size: Rows per cluster, 1 … V. If it does not divide V, the last clusters hold less.
-        seed: The same seed gives the same clusters, on the same device.
-        metric: (D, d) float32 by which the rows are multiplied first (`metric.py`); None: only
-            their directions count.
-
-    Returns:
-        (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 exactly once,
-        ascending within a cluster; V marks the padded slots at a cluster's end.
-
-    Raises:
-        ValueError: If a row is not finite.
+    ``metric`` (D, d) float32 multiplies the rows first; None: only their directions count. Returns
+    (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 once, ascending within a
+    cluster; V marks padded slots at a cluster's end. The same seed gives the same on a device.
 
     Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means. The way to
         the balance and the metric are this project's own.
@@ -212,12 +199,9 @@ def faster_library(work: Callable[[Any], object]) -> Any:
 def _shortlists(
     points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, library: Any
 ) -> Counts[tuple[np.ndarray, np.ndarray]]:
-    """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered.
-
-    The centroids are dealt into buckets, and the best of each bucket is a candidate. A selection
-    from the full width would take longer than the product, and so would an argmax: the bests come
-    from rounds of pairs, and those of the shortlist are followed back through the rounds.
-    """
+    """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered: of
+    buckets of them the best ones, found in rounds of pairs, which take less time than the
+    product."""
     xp, n_clusters = library, len(centroids)
     length = min(LIST_LENGTH, n_clusters)
     n_rounds = max(n_clusters // BUCKETS, 1).bit_length() - 1

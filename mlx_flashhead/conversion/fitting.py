@@ -1,31 +1,54 @@
-"""Centroids that predict the best token of their clusters instead of the middle.
+"""Centroids that predict the logsumexp of their clusters' logits, by ridge regression on states h.
 
-A cluster should be probed when it holds the winning token. So each centroid is fitted to the
-logsumexp of its tokens' logits, in closed form, by ridge regression on calibration hidden states.
-It is then rounded to 4 bits with the errors fed forward (GPTQ). The remaining residual, of mean
-m_c and variance s2_c over the states, gives the bias:
+They are rounded to 4 bits with the errors fed forward (GPTQ). The remaining residual, of mean m_c
+and variance s2_c over the states, gives the bias:
 
-    S_c = h · mu_c + m_c + s2_c / 2     the score by which clusters are chosen
+    S_c = h · mu_c + m_c + s2_c / 2     the log of the cluster's expected mass, if it is normal
     S_c - ln n_c                        the logit of each of the n_c tokens of other clusters
-
-With a normal residual exp(S_c) is the cluster's expected share of the probability, up to a factor
-that all clusters share. The states enter only through sums over them, so neither their (N, V)
-logits nor the (N, C) targets are ever held whole.
 """
 
 import mlx.core as mx
 import numpy as np
 
-from ..head.centroids import Centroids
+from ..head.clustered import Centroids
 from ..head.formats import USUAL_GROUP, affine_group
 from ..head.matrix import Matrix, as_float32
-from .metric import BLOCK_STATES, covariance
 from .steps import Step, Steps
 
+BLOCK_STATES = 2048  # at once, which bounds memory
+# Variance added in all directions, as a share of the mean variance. 0.03 to 0.3 make no difference.
+FLOOR = 0.1
+COLUMNS_SHARE, LEAST_COLUMNS = 1 / 6, 64  # of D; a third or all of them make no difference
 BLOCK_CLUSTERS = 64  # at once, which bounds memory
 RIDGE = 0.03  # penalty, relative to the states' mean variance per dimension
 BITS, LEVELS = 4, 15  # of a rounded centroid
 DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
+
+
+def covariance(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D) of states (N, D), in float64."""
+    mean = states.mean(axis=0, dtype=np.float64)
+    total = np.zeros((states.shape[1], states.shape[1]))
+    for start in range(0, len(states), BLOCK_STATES):
+        centred = (states[start : start + BLOCK_STATES] - mean).astype(np.float32)
+        total += centred.T @ centred
+    return mean, total / len(states)
+
+
+def logit_metric(states: np.ndarray) -> np.ndarray:
+    """The matrix L (D, d) float32 by which rows x are multiplied, so that |(x - y) L|² is the
+    variance of h · (x - y) over states h, scaled to a mean of 1. It has the directions of most
+    variance."""
+    hidden_size = states.shape[1]
+    _, variance = covariance(states)
+    mean_variance = np.trace(variance) / hidden_size
+    if mean_variance > 0:
+        variance = variance / mean_variance
+    values, directions = np.linalg.eigh(variance)
+    n_columns = min(hidden_size, max(LEAST_COLUMNS, round(COLUMNS_SHARE * hidden_size)))
+    greatest = slice(-n_columns, None)
+    scales = np.sqrt(np.maximum(values[greatest], 0) + FLOOR)
+    return (directions[:, greatest] * scales).astype(np.float32)
 
 
 def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
@@ -47,18 +70,11 @@ def fit_centroids(
     head_bias: np.ndarray | mx.array | None = None,
     group_size: int = USUAL_GROUP,
 ) -> Steps[Centroids]:
-    """Fits the centroids and rounds them to 4 bits with float16 scales.
+    """Fits centroids to rows (V, D) and states (N, D), rounded to 4 bits with float16 scales.
 
-    Without states they are the plain means, and b_c is the mean of the head's bias. A token that is
-    not scored then gets its cluster's mean logit (a tail offset of zero).
-
-    Args:
-        rows: (V, D), any float dtype.
-        token_ids: (C, cluster_size) integers, each of 0 … V-1 once, V in padded slots.
-        states: (N, D) float32 calibration hidden states as the head receives them.
-        head_bias: (V,) added to the logits.
-        group_size: Columns that share a scale. If it does not divide D it is 32. If 32 does not
-            divide D either, the centroids stay floats.
+    Without states they are the plain means, with a tail offset of zero. ``token_ids`` (C,
+    cluster_size) hold V in padded slots. ``group_size`` columns share a scale, else 32; if neither
+    divides D the centroids stay floats.
 
     Source: GPTQ is arXiv 2210.17323, algorithm 1; the fit is this project's own.
     """

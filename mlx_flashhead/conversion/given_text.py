@@ -1,9 +1,5 @@
-"""Given text to calibrate on, of many kinds: its documents, and windows of them.
-
-The files in `texts` are written for this project, except the first sentences of Caesar's De Bello
-Gallico. They also name modules and help topics of Python's standard library, which give code and
-further documentation and differ a little between Python's versions.
-"""
+"""Given text to calibrate on, of many kinds, written for this project except the first sentences of
+Caesar's De Bello Gallico; and Python's own modules and help topics, which `texts` name."""
 
 import importlib.util
 import re
@@ -27,10 +23,8 @@ EXCERPT_CHARACTERS = 3000  # of a module's source, from 40 % on, or of a help to
 
 
 def given_documents() -> dict[str, list[str]]:
-    """Documents by kind, always in the same order. Dialogues: :func:`dialogues`.
-
-    Modules and topics that a Python installation lacks are left out.
-    """
+    """Documents by kind, always in the same order, but for dialogues; those that Python has
+    here."""
     documents = {kind: _documents(kind) for kind in SHARES if kind not in (PYTHON, DIALOGUE)}
     with suppress(ImportError):
         from pydoc_data.topics import topics
@@ -80,9 +74,7 @@ def windows_of(token_ids: list[int], length: int) -> list[list[int]]:
 
 def given_windows(tokenizer: Any, positions: int) -> list[list[int]]:
     """Windows of given text without its beginning, of each kind its share of ``positions`` at most.
-
-    The kinds take turns: a time limit shortens all of them, and the last windows are of all kinds.
-    """
+    The kinds take turns, so that a time limit shortens all of them."""
     documents = given_documents()
     token_ids = {
         kind: [list(tokenizer.encode(one)) for one in documents[kind]] for kind in documents

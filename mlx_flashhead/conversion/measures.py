@@ -1,14 +1,12 @@
 """How close retrieval comes to the dense head, on given hidden states.
 
-A few sums over the clusters of a position, by their scores, serve any number of probes.
-
 - agreement: share of positions whose best token is the dense head's.
 - coverage: share of positions whose true next token is among the candidates.
 - covered mass: mean probability, under the dense head, of the candidates.
 - KL: mean divergence of the distribution with the tail from the dense one, in nats.
 - perplexity: of the true next tokens, under the distribution with the tail.
-- gap, tail: what the head itself knows of its unscored clusters: the best candidate's logit less
-  the best score among them, and the log of their estimated share of the probability.
+- gap, tail: the best candidate's logit less the best score of an unscored cluster, and the log of
+  the estimated share of the unscored tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,8 +28,6 @@ Products = Callable[[np.ndarray], np.ndarray]
 
 
 class Measures(NamedTuple):
-    """Measures at one number of probes."""
-
     n_probes: int
     agreement: float  # share of positions, as the next
     coverage: float
@@ -51,12 +47,8 @@ class PositionMeasures:
     def means(self) -> list[Measures]:
         """The measures over all positions, by number of probes."""
         means = self.values[:, :GAP].mean(axis=2, dtype=np.float64).tolist()
-        return [
-            Measures(n_probes, agreement, coverage, mass, kl, _exp(nll))
-            for n_probes, (agreement, coverage, mass, kl, nll) in zip(
-                self.probe_counts, means, strict=True
-            )
-        ]
+        of_probes = zip(self.probe_counts, means, strict=True)
+        return [Measures._make([n, *shares, _exp(nll)]) for n, (*shares, nll) in of_probes]
 
     def dense_perplexity(self) -> float:
         """Of the true next tokens, over all positions."""
@@ -79,12 +71,9 @@ def measure_positions(
 ) -> Steps[PositionMeasures]:
     """Measures a way to choose clusters at each number of probes (1 … C) and each state (N, D).
 
-    Args:
-        logits_of: Dense logits of some states: (n, D) → (n, V) float32, token order.
-        token_ids: (C, cluster_size) integers, V in padded slots.
-        scores_of: Scores of the clusters: (n, D) → (n, C) float32.
-        tail_offset: (C,), added to a score for the logit of the cluster's unscored tokens.
-        next_ids: (N,) true next tokens.
+    ``logits_of`` gives dense logits (n, D) → (n, V), ``scores_of`` scores of clusters (n, C),
+    float32. ``tail_offset`` (C,) makes a score the logit of a token. ``token_ids`` are V in padded
+    slots.
     """
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
     values = np.empty((len(probe_counts), 7, len(states)), np.float32)

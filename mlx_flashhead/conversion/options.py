@@ -24,18 +24,14 @@ def option(
     recipe: bool = True,
     **parser: Any,
 ) -> Any:
-    """A field that is also an option of the command, with further arguments of ``add_argument``.
-
-    ``type`` checks a value. ``recipe``: it is part of the command that makes the same again.
-    """
+    """A field that is also an option of the command, with further arguments of ``add_argument``."""
+    # `type` checks a value; `recipe`: it is part of the command that makes the same again
     about = {"type": type, "flag": flag, "recipe": recipe, "parser": parser}
     return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """The options of an index, which `convert` describes."""
-
     quick: bool = option(False, action="store_true")
     cluster_size: int = option(16, whole_number(1))
     n_probes: int | None = option(None, whole_number(1))
@@ -54,7 +50,6 @@ class IndexOptions:
 
     @property
     def positions(self) -> int:
-        """Positions to calibrate on."""
         quick = self.quick and self.calibration_positions > QUICK_POSITIONS
         return QUICK_POSITIONS if quick else self.calibration_positions
 
@@ -81,8 +76,6 @@ class IndexOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(IndexOptions):
-    """The options of a conversion, which `convert` describes."""
-
     hf_path: str = option(None, recipe=False)
     mlx_path: str = option("mlx_model", recipe=False)
     quantize: bool = option(False, flag="-q")
@@ -139,10 +132,8 @@ class ConvertOptions(IndexOptions):
 
     @property
     def uploads(self) -> bool:
-        """Whether the checkpoint is uploaded."""
         return bool(self.upload) or self.upload_repo is not None
 
 
 def flag(one: Field) -> str:
-    """The flag of an option."""
     return one.metadata["flag"] or "--" + one.name.replace("_", "-")

@@ -1,7 +1,5 @@
-"""Conversion: from an mlx-lm or Hugging Face model to a folder of it and its FlashHead.
-
-A failed or interrupted conversion leaves nothing behind.
-"""
+"""Conversion: from an mlx-lm or Hugging Face model to a folder of it and its FlashHead, or
+nothing."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,16 +1,5 @@
-"""Numbers of probes: for the bare head, and for decoding with a check.
-
-The bare head scores the fewest clusters that keep the dense head's answers on held-out positions of
-all kinds of text. The agreement must reach its goal at the end of a 95 % confidence interval, since
-few positions may reach it by luck. Texts of other authors are harder than held-out parts of the
-same documents, so the mean KL must be half of its goal (docs/how-it-works.md).
-
-The checked loop proposes tokens from the scored rows alone, and a dense product over several
-positions decides. Its text is the dense head's at any number of probes, so they are chosen for the
-fewest bytes. A greedy proposal differs where the dense head's best token is not scored. A sampled
-one, with the same Gumbel noise for each token, differs where the dense head's draw is not scored:
-with the probability of the tokens that are not scored.
-"""
+"""Numbers of probes: for the bare head, the fewest that reach two goals on held-out positions; for
+decoding with a check, those of the fewest expected bytes. docs/how-it-works.md has the reasons."""
 
 import math
 from dataclasses import dataclass
@@ -43,19 +32,11 @@ class StepBytes:
     body: int = 0  # all other layers
 
     def head(self, n_probes: int) -> float:
-        """Bytes that FlashHead reads."""
         return self.centroids + n_probes * self.probe
 
     def checked(self, n_probes: int, share: float) -> float:
-        """Expected bytes per token of decoding with a check, if that share of proposals differs.
-
-        A check of k positions reads the dense rows once. A proposal that differs wastes the steps
-        after it, (k + 1) / 2 in the mean:
-
-            step · (1 + share · (k + 1) / 2) + dense / k,    step = body + head
-
-        with the best k, sqrt(2 · dense / (share · step)), within 1 … 32.
-        """
+        """Expected bytes per token of decoding with a check, if that share of proposals differs,
+        with the best number of positions in a check. docs/how-it-works.md has the formula."""
         step = self.body + self.head(n_probes)
         k = math.sqrt(2 * self.dense / max(share * step, 1e-9))
         k = min(max(k, 1.0), MOST_WAITING)
@@ -78,10 +59,7 @@ def choose_probes(
     nbytes: StepBytes,
     n_clusters: int,
 ) -> tuple[int, str]:
-    """The fewest probes that reach the goals, or the most that the bytes allow, and why.
-
-    The goals are a share of positions with the dense head's best token, and nats per position.
-    """
+    """The fewest probes that reach the goals, or the most that the bytes allow, and why."""
     n_positions = found.values.shape[2]
     # the goal, or the bound that so few positions can show if all of them agree
     possible = min(agreement_goal, lower_bound(1.0, n_positions) - 1e-9)
@@ -120,22 +98,8 @@ def lower_bound(share: float, n: int) -> float:
 def lossless_settings(
     found: PositionMeasures, nbytes: StepBytes, n_probes: int | None = None
 ) -> dict:
-    """The settings of the checked loop, JSON-ready.
-
-    Args:
-        n_probes: A fixed number of probes; None: that of the fewest expected bytes. Its share of
-            differences is the mean of greedy decoding and of sampling at temperature 1, which is
-            about that of the usual sampling between them.
-
-    Returns:
-        ``n_probes``; ``by_probes`` with ``n_probes``, ``greedy_differs`` and ``sampled_differs``,
-        shares of positions; ``risk`` with ``greedy`` [a, b] and ``sampled`` scale:
-
-            min(1, exp(a - b · gap))      that a greedy proposal differs; gap: its logit less the
-                                          best score of an unscored cluster
-            min(1, scale · tail share)    that a sampled one differs; tail share: the estimated
-                                          probability of the tokens that are not scored
-    """
+    """The settings of the checked loop: ``n_probes``, as given or of the fewest expected bytes;
+    shares of positions with another proposal ``by_probes``; and the ``risk`` of `head/steps.py`."""
     greedy, sampled = 1 - found.values[:, [AGREEMENT, MASS]].mean(axis=2, dtype=np.float64).T
     probes = np.array(found.probe_counts)
     if n_probes is None:
@@ -161,12 +125,8 @@ def lossless_settings(
 
 
 def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float]:
-    """The most likely a and b of the risk min(1, exp(a - b · gap)).
-
-    For each slope b, a is such that the risks add up to the differences, and half of one more, so
-    that none seen is not none ever. Slopes far from 1, that of a perfect estimate, need positions
-    that show them.
-    """
+    """The most likely a and b of the risk min(1, exp(a - b · gap)). For each slope b the risks add
+    up to the differences and half of one more, since none seen is not none."""
     if not len(gaps):
         return 0.0, 1.0
     wanted = min(differs.sum() + UNSEEN_DIFFERENCE, len(gaps) / 2)

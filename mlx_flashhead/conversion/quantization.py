@@ -1,8 +1,5 @@
-"""The bits of a model's body, and those of its head.
-
-FlashHead reads few rows per token, so a finer head costs little. Its precision is chosen apart from
-the body's.
-"""
+"""The bits of a model's body, and those of its head, which may be finer: FlashHead reads few
+rows."""
 
 from contextlib import redirect_stdout
 from io import StringIO
@@ -36,13 +33,8 @@ def precision_label(options: ConvertOptions, config: dict, rows: Matrix) -> str:
 def set_bits(
     model: nn.Module, config: dict, head_path: str, options: ConvertOptions
 ) -> tuple[nn.Module, dict]:
-    """Quantizes the body by its recipe, if it has one, and the head to its own bits.
-
-    Without ``head_bits`` the head is a part of the body. The configuration records the bits.
-
-    Raises:
-        ValueError: If the head has fewer bits than ``head_bits``, or its width fits no group.
-    """
+    """Quantizes the body by its recipe, if it has one, and the head to its own bits; ValueError if
+    it has fewer bits, or its width fits no group."""
     head_bits, quantizes = options.head_bits, options.quantize
     head = dict(model.named_modules())[head_path]
     stored_bits = _bits_of(head)

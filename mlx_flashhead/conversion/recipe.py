@@ -20,10 +20,7 @@ def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, A
     words = ["mlx_flashhead.convert", "--hf-path", origin.known_as]
     if origin.revision is not None:
         words += ["--revision", origin.revision]
-    index_only = True
-    if isinstance(options, ConvertOptions):
-        index_only = options.index_only
-    else:
+    if not isinstance(options, ConvertOptions):
         words.append("--index-only")
     files = {}
     of_index = {one.name for one in fields(IndexOptions)}
@@ -51,4 +48,5 @@ def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, A
     }
     if files:
         recipe["files"] = files
-    return recipe | {"metadata": card_metadata(origin, "adapter" if index_only else "quantized")}
+    relation = "adapter" if getattr(options, "index_only", True) else "quantized"
+    return recipe | {"metadata": card_metadata(origin, relation)}

@@ -1,8 +1,5 @@
-"""Work in short steps, which a caller can advance between other work, or drop.
-
-A function in steps is a generator: it yields a `Step` after each part of its work and returns its
-result. `take_all` takes all steps at once.
-"""
+"""Work in short steps, which a caller can advance between other work, or drop: a generator that
+yields a `Step` after each part, and returns its result."""
 
 from collections.abc import Generator
 from typing import NamedTuple, TypeVar

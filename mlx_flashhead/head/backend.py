@@ -22,7 +22,6 @@ log = logging.getLogger("mlx_flashhead")
 
 
 def gpu_is_default() -> bool:
-    """Whether MLX's default device is an Apple GPU."""
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
 
 
@@ -33,10 +32,7 @@ def named_backend(asked: str | None) -> str | None:
 
 def choose_backend(asked: str | None = None) -> str:
     """The path to take: the one asked for by name, else Metal if MLX computes on an Apple GPU.
-
-    Raises:
-        ValueError: If the name is unknown, or Metal is asked for on a machine without it.
-    """
+    ValueError if the name is unknown, or this machine has no Metal."""
     name = named_backend(asked)
     if name is None:
         return METAL if gpu_is_default() else PORTABLE
@@ -75,11 +71,8 @@ def make_steps(clustered: ClusteredRows, asked: str | None) -> tuple[PortableSte
 def checked(
     steps: PortableSteps, reason: str, asked: str | None, dtype: mx.Dtype, n_probes: int
 ) -> tuple[PortableSteps, str]:
-    """What :func:`make_steps` gave, after each kernel has run once; portable if a kernel fails.
-
-    This builds the kernels' pipelines, so the first token does not wait for them. ValueError if a
-    kernel fails and Metal was asked for by name.
-    """
+    """What :func:`make_steps` gave, after each kernel has been built and run once; portable if one
+    fails, or ValueError if "metal" was asked for by name."""
     trouble = find_trouble(steps, dtype, n_probes) if isinstance(steps, MetalSteps) else None
     if trouble is None:
         return steps, reason

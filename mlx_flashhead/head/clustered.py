@@ -1,20 +1,40 @@
-"""A head's rows in cluster order, with the centroids that route among them.
-
-Both paths read them: the portable one (`portable.py`) and the Metal kernels (`kernels.py`).
-"""
+"""A head's rows in cluster order, with the centroids that route among them."""
 
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
-from .centroids import Centroids
 from .matrix import Matrix
 
 # Bias of clusters that are always probed: above every real score, finite and exact in float32.
 ALWAYS_PROBED = 1e30
 
 PIECES = 4096  # rows are laid out by columns in this number of pieces, of which ten exist at once
+
+
+@dataclass(frozen=True)
+class Centroids:
+    matrix: Matrix  # (C, D), without a bias of its own
+    bias: mx.array  # (C,) float32, added to the scores
+    tail_offset: mx.array  # (C,) float32, added to a score for the logit of the cluster's tokens
+
+    @property
+    def routing_bytes(self) -> int:
+        """Bytes read to choose the clusters: the centroids and their bias."""
+        return self.matrix.nbytes + self.bias.nbytes
+
+    def fits(self, n_clusters: int, hidden_size: int) -> bool:
+        """Whether these are centroids for ``n_clusters`` clusters of rows (V, D)."""
+        matrix = self.matrix
+        shapes = [self.bias.shape == self.tail_offset.shape == (n_clusters,)]
+        width: float = hidden_size
+        if matrix.scales is not None and matrix.biases is not None:
+            width = hidden_size * matrix.bits / 32
+            groups = (n_clusters, hidden_size / matrix.group_size)
+            shapes.append(matrix.scales.shape == matrix.biases.shape == groups)
+        shapes.append(matrix.weight.shape == (n_clusters, width))
+        return all(shapes) and (matrix.weight.dtype == mx.uint32) == matrix.quantized
 
 
 @dataclass(frozen=True)
@@ -58,13 +78,8 @@ class ClusteredRows:
     ) -> "ClusteredRows":
         """Reorders rows in token order, lazily. During the evaluation both orders exist.
 
-        Args:
-            token_ids: (C, cluster_size) integers, a permutation of 0 … V-1 padded with V.
-            always_probed_ids: Tokens whose clusters are always among the probes.
-            by_column: Lay the weight out by columns. For rows of floats only.
-
-        Raises:
-            ValueError: If ``token_ids`` is not such a permutation, or shapes do not fit.
+        ``token_ids`` (C, cluster_size) are a permutation of 0 … V-1 padded with V, or ValueError.
+        Clusters of ``always_probed_ids`` are always chosen. ``by_column``: by columns, for floats.
         """
         vocab_size = rows.n_rows
         n_clusters, cluster_size = token_ids.shape

@@ -1,13 +1,10 @@
 """The draw of a token: temperature, top-k, top-p and min-p, with noise that belongs to each token.
 
-The noise is a function of the text's seed, the position and the token's id. It is computed for the
-tokens that are looked at and no others. So the scored tokens, all tokens and a kernel draw the same
-token wherever they see the same logits, and a text does not depend on who else is in its batch.
+    token = argmax over the kept tokens of logit / temperature + noise(seed, position, token)
 
-    token = argmax over the kept tokens of logit / temperature + noise
-
-Filters see the logits at temperature 1, as mlx-lm's do, and each of them is a threshold: a token is
-kept if its logit reaches the highest of theirs. A temperature of 0 takes the best logit.
+So the scored tokens, all tokens and a kernel draw the same token wherever they see the same logits.
+Filters see the logits at temperature 1, as mlx-lm's do, and each of them is a threshold. A
+temperature of 0 takes the best logit.
 
 Source: Gumbel 1954, the Gumbel-max trick; Salmon et al. 2011, "Parallel random numbers: as easy as
     1, 2, 3", for Threefry, which is MLX's generator.
@@ -28,8 +25,6 @@ SORTED = 2048
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """The settings of one text's draws."""
-
     temperature: float = 0.0  # 0 takes the best logit
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
     min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
@@ -41,7 +36,6 @@ class DrawSettings:
 
     @property
     def filters(self) -> bool:
-        """Whether any token may be left out."""
         return self.top_p < 1 or self.min_p > 0 or self.top_k > 0
 
 
@@ -60,9 +54,8 @@ class Draws(NamedTuple):
         inverse = [1 / s.temperature if s.temperature else 0.0 for s in settings]
         log_min_p = [math.log(s.min_p) if s.min_p else NO_MIN_P for s in settings]
         floats = list(zip(inverse, [s.top_p for s in settings], log_min_p, strict=True))
-        top_k = mx.array([s.top_k for s in settings], dtype=mx.uint32)
-        of_keys = mx.array(keys, dtype=mx.uint32)
-        return cls(mx.array(floats, dtype=mx.float32), top_k, of_keys, settings)
+        top_k = mx.array([s.top_k for s in settings], mx.uint32)
+        return cls(mx.array(floats, mx.float32), top_k, mx.array(keys, mx.uint32), settings)
 
 
 def position_key(seed: int, position: int) -> tuple[int, int]:
@@ -114,10 +107,8 @@ def log_mass(logits: mx.array) -> mx.array:
 
 
 def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None) -> mx.array:
-    """The lowest logit that the filters keep: (R, K) float32 → (R, 1).
-
-    ``log_total`` (R, 1) is the log of the mass of all tokens; None if these are the K.
-    """
+    """The lowest logit that the filters keep: (R, K) float32 → (R, 1). ``log_total`` (R, 1) is the
+    log of the mass of all tokens; None if these are the K."""
     best = mx.max(logits, axis=-1, keepdims=True)
     lowest = best + draws.settings[:, 2:]
     if any(s.top_p < 1 for s in draws.of_rows):
@@ -140,10 +131,8 @@ def best_logits(logits: mx.array, n: int) -> mx.array:
 
 
 def _by_mass(logits: mx.array, best: mx.array, share: mx.array, log_total: mx.array) -> mx.array:
-    """The lowest logit that top-p keeps: those above it have less than ``share`` of the mass.
-
-    The half of the logits that holds it is halved again, and sorted when it is short.
-    """
+    """The lowest logit that top-p keeps: those above it have less than ``share`` of the mass. The
+    half of the logits that holds it is halved again, and sorted when it is short."""
     n_logits = logits.shape[-1]
     n_halvings = 0
     if mx.default_device().type == mx.cpu:  # a GPU partitions by sorting
@@ -171,15 +160,11 @@ def draw(
     token_ids: mx.array | None = None,
     others: mx.array | None = None,
 ) -> mx.array:
-    """Draws a token of each row (R, K) float32.
+    """Draws a token of each row (R, K) float32: (R,) uint32, of equal values the lowest id.
 
-    Args:
-        gumbel: (R, K) noise of these tokens; None as ``draws``, which takes the best logits.
-        token_ids: (R, K) uint32; None where they are 0 … V-1.
-        others: (R,) log of the mass of tokens that are not among the K; None if there are none.
-
-    Returns:
-        (R,) uint32; of equal values the lowest id. Without draws NaN is the highest value.
+    ``gumbel`` (R, K) is the noise; without it and ``draws`` the best logit is taken, NaN the
+    highest. ``token_ids`` (R, K) are 0 … V-1 if None. ``others`` (R,): log of the mass of the
+    others.
     """
     values = logits
     if gumbel is not None and draws is not None:

@@ -1,9 +1,6 @@
-"""FlashHead: an output projection that scores the rows of the likeliest clusters.
+"""FlashHead: an output projection that scores the rows of the likeliest clusters. Arrays only.
 
-Per position it scores the C centroids, keeps the p best clusters and scores their rows. For full
-logits it estimates the other rows. It knows arrays only; `install.py` puts it on a model.
-
-Source: arXiv 2603.14591; centroids, tail and margin as in `centroids.py` and `portable.py`.
+Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 """
 
 import math
@@ -14,8 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from .backend import PORTABLE, checked, choose_backend, make_steps
-from .centroids import Centroids
-from .clustered import ClusteredRows
+from .clustered import Centroids, ClusteredRows
 from .draw import Draws
 from .matrix import Matrix
 from .portable import PortableSteps, faster_by_column
@@ -49,22 +45,16 @@ class FlashHead:
         checked_probes: Clusters scored where the dense rows check the choice; None: ``n_probes``.
         risk: How likely a proposal differs from the dense choice.
         eos_token_ids: Their clusters are always among the probes, so that an answer can end.
-            With fewer probes than such clusters, only they are scored.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
             if MLX computes on an Apple GPU.
-        max_positions: More positions (B·L) than this at once are computed densely; None leaves it
-            to the path.
+        max_positions: More (B·L) than this at once are computed densely; None: as the path has it.
 
     Attributes:
-        vocab_size, hidden_size, n_clusters, cluster_size: V, D, C, and the slots of a cluster.
-        depth: Of the checked probes the kernels score those whose score is at most this many nats
-            below the log-sum-exp of all scores: a question of speed alone.
-        most_waiting: Proposals that wait for a check at most.
-        most_risk: Sum of their risks at which they are checked.
+        depth: Nats below the log-sum-exp of all scores, from which kernels leave probes out.
+        most_waiting, most_risk: Most proposals that wait for a check, and the sum of their risks.
         gain: Measured tokens per second on this machine, relative to dense decoding, if known.
         stays_dense: Whether proposals gain nothing on this machine.
-        in_step: Whether several processes compute the same steps, so that no time may decide when
-            a check comes.
+        in_step: Whether processes compute the same steps: no time decides when a check comes.
         draft_probes: Clusters scored for a draft; None: ``n_probes``.
         only_drafts: Whether the head serves a drafter alone, and its model is dense.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
@@ -139,10 +129,8 @@ class FlashHead:
 
     @property
     def checked_positions(self) -> int:
-        """More rows than this at once are not worth proposals: their product reads each row once.
-
-        What was measured on this machine, else an estimate as ``max_positions``; None sets it back.
-        """
+        """More rows than this at once are not worth proposals: what was measured on this machine,
+        else an estimate as ``max_positions``; None sets it back."""
         known = (self._max_positions, self._checked_positions)
         estimate = self._steps.max_positions(self.checked_probes)
         return next((n for n in known if n is not None), estimate)
@@ -153,7 +141,6 @@ class FlashHead:
 
     @property
     def max_positions_reason(self) -> str:
-        """The source of ``max_positions``."""
         return "set by hand" if self._max_positions is not None else self._steps.limit_reason
 
     @property
@@ -194,11 +181,8 @@ class FlashHead:
         return [*self.clustered.arrays(), *self._steps.arrays()]
 
     def check_kernels(self, dtype: mx.Dtype) -> None:
-        """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path.
-
-        Raises:
-            ValueError: If a kernel fails and the backend "metal" was asked for by name.
-        """
+        """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
+        raises a ValueError where the backend "metal" was asked for by name."""
         self._steps, self.backend_reason = checked(
             self._steps, self.backend_reason, self._backend_asked, dtype, self.n_probes
         )
@@ -228,18 +212,18 @@ class FlashHead:
     ) -> Iterator["FlashHead"]:
         """Within the block the head has other settings. The others stay as they are.
 
-        With ``draw_temperature`` the p clusters are drawn without replacement from
-        softmax(S / temperature) by Gumbel noise. Only their tokens can be sampled, since all others
-        get a logit of about -10,000. Sampling with the same temperature from these logits is the
-        paper's "sampling over the full vocabulary", an approximation that `evaluate` measures
-        beside full logits. A model that caps its logits gives the others a small probability.
+        With ``draw_temperature`` the p clusters are drawn without replacement from softmax(S /
+        temperature) by Gumbel noise. Only their tokens can be sampled, since all others get a logit
+        of about -10,000: sampling from these logits at the same temperature is the paper's
+        "sampling over the full vocabulary", an approximation. A model that caps its logits gives
+        the others a small probability.
 
         Args:
             n_probes: Clusters scored per position, 1 … C.
             dense: Score every token: n_probes = C.
             draw_temperature: Draw the probes at this temperature, above 0.
             project: Called in the head's place, with the head and its hidden states.
-            max_positions: The limit of positions at once, for measuring the retrieval above it.
+            max_positions: The limit of positions at once.
 
         Raises:
             ValueError: If a setting is not valid, or both ``n_probes`` and ``dense`` are given.
@@ -268,10 +252,8 @@ class FlashHead:
         return self.settings(dense=True)
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype. Lazy.
-
-        A probed token has its exact logit, every other one an estimate below the best candidate.
-        """
+        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype. Lazy. A probed token
+        has its exact logit, every other one an estimate below the best candidate."""
         if self._project is not None:
             return self._project(self, hidden)
         return self.full_logits(hidden)
@@ -291,10 +273,8 @@ class FlashHead:
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def draft_logits(self, hidden: mx.array, token_ids: mx.array | None = None) -> mx.array:
-        """Full logits of ``draft_probes`` clusters, for tokens that all rows verify.
-
-        The tokens ``token_ids`` (K,) are scored besides.
-        """
+        """Full logits of ``draft_probes`` clusters and of ``token_ids`` (K,), for a
+        verification."""
         with self.settings(n_probes=None if self.exact else self.draft_probes):
             logits = self.full_logits(hidden)
         if token_ids is None:
@@ -305,12 +285,10 @@ class FlashHead:
         return mx.put_along_axis(logits, ids, scored, axis=-1)
 
     def propose(self, hidden: mx.array, draws: Draws | None, full: bool = False) -> Proposal:
-        """Tokens chosen from ``checked_probes`` clusters, for a check by the dense rows.
+        """Tokens of states (R, D), chosen from ``checked_probes`` clusters, for a check by the
+        dense rows.
 
-        Args:
-            hidden: (R, D) states.
-            draws: Of these rows; None takes the best logit of each.
-            full: Make full logits too, for a choice that needs them.
+        ``draws`` are of these rows; None takes the best logits. ``full``: make full logits too.
         """
         n_probes, depth = self.checked_probes, NO_DEPTH if full else self.depth
         scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)
@@ -322,10 +300,8 @@ class FlashHead:
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        """The scored tokens: hidden (..., D) → ids (..., K) uint32 and logits (..., K).
-
-        K = p·cluster_size. A padded slot has the id V and the dtype's lowest finite value.
-        """
+        """The scored tokens: hidden (..., D) → ids (..., p·cluster_size) uint32 and logits of the
+        same shape. A padded slot has the id V and the dtype's lowest finite value."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         _, selection, candidates = self._retrieve(rows, self.n_probes, words=False)
         shape = (*hidden.shape[:-1], self.n_probes * self.cluster_size)

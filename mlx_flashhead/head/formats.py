@@ -1,15 +1,11 @@
-"""The formats of a stored matrix of the head, one row each.
-
-A new format is a row of this table, and a file in ``metal/flash_head/`` if the kernels read it.
-"""
+"""The formats of a stored matrix: a row each. Those with kernels have a file in
+``metal/flash_head/``."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of stored weights."""
-
     mode: str | None  # MLX's quantization mode; None for floats
     bits: int  # per weight, without scales
     group_sizes: tuple[int, ...]  # columns that may share a scale; empty for floats

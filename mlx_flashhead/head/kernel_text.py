@@ -1,7 +1,4 @@
-"""The text of the Metal kernels for ``mx.fast.metal_kernel``.
-
-``metal/flash_head/`` holds the functions; a kernel's body is one call of one of them.
-"""
+"""The bodies of the Metal kernels, one call each of a function in ``metal/flash_head/``."""
 
 from functools import cache
 from pathlib import Path
@@ -58,11 +55,8 @@ def part(name: str) -> str:
 
 @cache
 def header(*names: str) -> str:
-    """The files that a kernel needs, one after the other, without comments and indentation.
-
-    Short, since MLX copies and hashes this text at every call of a kernel (docs/speed.md).
-    "constants" and "values" always come first.
-    """
+    """The files that a kernel needs, "constants" and "values" first, without comments and
+    indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md)."""
     text = "\n".join(map(part, ("constants", "values", *names)))
     lines = (line.split("//")[0].strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line) + "\n"

@@ -1,9 +1,5 @@
-"""The steps of a FlashHead as Metal kernels, one dispatch each.
-
-``metal/flash_head/`` holds the kernels, their plans and shapes. This file knows the arrays and
-the threads of each. `portable.py` computes the same with plain MLX operations, which also serve for
-formats that the kernels do not read.
-"""
+"""The steps of a FlashHead as Metal kernels, one dispatch each: their arrays and threads. The files
+in ``metal/flash_head/`` hold the kernels, their plans and shapes."""
 
 from collections.abc import Callable
 from functools import cache
@@ -41,33 +37,25 @@ def unread(clustered: ClusteredRows) -> dict[str, str]:
 
 
 class _StoredRows:
-    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them.
-
-    MLX's own product with a matrix of ``n_rows`` rows has the same sums.
-    """
+    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them."""
 
     def __init__(self, stored: Matrix, n_rows: int):
         maker = cast(str, stored.format.metal)
-        self.names = list(stored.format.arrays)
-        self.arrays = [stored.arrays()[name] for name in self.names]
+        self.names = " ".join(stored.format.arrays)
+        self.arrays = [stored.arrays()[name] for name in stored.format.arrays]
         sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
         if stored.quantized:
             # Words of 32 bits that a lane takes at once, as qmv in MLX's quantized.cpp does.
             two = stored.hidden_size % (2 * LANES * 32 // stored.bits) == 0 and n_rows % 8 == 0
             sizes["WORDS"] = 2 if two else 1
         self.template = [(name, size) for name, size in sizes.items() if name in maker]
-        self.expression = f"flash_head::{maker}({', '.join(self.names)})"
+        self.expression = f"flash_head::{maker}({', '.join(stored.format.arrays)})"
         self.files = (maker.partition("_rows")[0], "dot")
 
 
 class MetalSteps(PortableSteps):
-    """Route, select, score, sample and expand, each one Metal kernel. Nothing is evaluated.
-
-    A position holds max(p, 8) probes; beyond p the last one is repeated. One kernel of each kind
-    serves any number of probes and positions. Route has another one for a single position, select
-    for full logits, and sample where its settings have fewer than 8 elements. ``metal_kernel``
-    makes a kernel; default: ``mx.fast.metal_kernel``.
-    """
+    """Route, select, score, sample and expand, each one Metal kernel, as ``metal_kernel`` makes
+    them. A position holds max(p, 8) probes; beyond p the last one is repeated."""
 
     name = "metal"
 
@@ -81,63 +69,53 @@ class MetalSteps(PortableSteps):
         self._sizes |= {"N": clustered.cluster_size, "D": clustered.hidden_size}
         self._route_grid = LANES * ROUTE_SIMDGROUPS * -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS))
         self._expand_grid = WIDE_THREADS * -(-n_rows // (WIDE_THREADS * EXPAND_TOKENS))
+        self._score_threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))
         self._select_template, self._sample_template = self._of_sizes("C"), self._of_sizes("NV")
         self._expand_template = self._of_sizes("VCN")
         if "route" not in self.unread:
-            self._make_route()
+            stored = _StoredRows(clustered.centroids.matrix, n_clusters)
+            self._route_arrays = [*stored.arrays, clustered.route_bias]
+            body = ROUTE_BODY.format(rows=stored.expression)
+            inputs, files = f"hidden {stored.names} route_bias", (*stored.files, "route")
+            self._route = self._kernel("route", inputs, "scores", body, *files)
+            self._route_templates = {
+                shared: [*self._of_sizes("DC"), ("H", shared), *stored.template]
+                for shared in (1, SHARED_POSITIONS)
+            }
         if "score" not in self.unread:
-            self._make_score()
-        inputs, outputs = ["scores", "n_probes", "depth"], ["probes", "unscored"]
-        body, files = SELECT_BODY.format(words="NoWords{}"), ("histogram", "select")
-        self._select = self._kernel("select", inputs, outputs, body, *files)
-        inputs, outputs = ["scores", "tail_offset", *inputs[1:]], [*outputs, "words"]
+            stored = _StoredRows(clustered.rows, n_rows)
+            bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
+            self._score_arrays = [clustered.token_ids, *stored.arrays, *bias]
+            names = {"rows": stored.expression, "bias": "bias" if bias else "flash_head::NoBias{}"}
+            body = SCORE_BODY.format(**names)
+            inputs = f"hidden probes token_ids {stored.names}" + " bias" * len(bias)
+            self._score = self._kernel("score", inputs, "logits best", body, *stored.files, "score")
+            padded = ("PADDED", clustered.padded)
+            self._score_template = [*self._of_sizes("DNV"), padded, *stored.template]
+        inputs, outputs = "scores n_probes depth", "probes unscored"
+        of_select = ("histogram", "select")
+        body = SELECT_BODY.format(words="NoWords{}")
+        self._select = self._kernel("select", inputs, outputs, body, *of_select)
+        inputs, outputs = "scores tail_offset n_probes depth", "probes unscored words"
         body = SELECT_BODY.format(words="cluster_words(words, tail_offset)")
-        self._select_words = self._kernel("select_words", inputs, outputs, body, *files)
-        inputs = ["probes", "token_ids", "logits", "best"]
-        inputs += ["unscored", "settings", "top_k", "keys", "fit"]
-        outputs, files = ["tokens", "risk"], ("histogram", "sample")
-        self._sample = self._kernel("sample", inputs, outputs, SAMPLE_BODY, *files)
-        inputs = ["words", "slot_of", "logits", "best"]
-        self._expand = self._kernel("expand", inputs, ["expanded"], EXPAND_BODY, "expand")
+        self._select_words = self._kernel("select_words", inputs, outputs, body, *of_select)
+        inputs = "probes token_ids logits best unscored settings top_k keys fit"
+        outputs = "tokens risk"
+        self._sample = self._kernel("sample", inputs, outputs, SAMPLE_BODY, "histogram", "sample")
+        inputs = "words slot_of logits best"
+        self._expand = self._kernel("expand", inputs, "expanded", EXPAND_BODY, "expand")
 
     def _of_sizes(self, names: str) -> list[tuple[str, Any]]:
         return [(name, self._sizes[name]) for name in names]
 
-    def _kernel(
-        self, name: str, inputs: list[str], outputs: list[str], body: str, *files: str
-    ) -> Callable:
+    def _kernel(self, name: str, inputs: str, outputs: str, body: str, *files: str) -> Callable:
         return self._metal_kernel(
             name=f"flash_head_{name}",
-            input_names=inputs,
-            output_names=outputs,
+            input_names=inputs.split(),
+            output_names=outputs.split(),
             header=header(*files),
             source=body,
         )
-
-    def _make_route(self) -> None:
-        clustered = self.clustered
-        centroids = _StoredRows(clustered.centroids.matrix, clustered.n_clusters)
-        self._route_arrays = [*centroids.arrays, clustered.route_bias]
-        inputs = ["hidden", *centroids.names, "route_bias"]
-        body = ROUTE_BODY.format(rows=centroids.expression)
-        self._route = self._kernel("route", inputs, ["scores"], body, *centroids.files, "route")
-        self._route_templates = {
-            shared: [*self._of_sizes("DC"), ("H", shared), *centroids.template]
-            for shared in (1, SHARED_POSITIONS)
-        }
-
-    def _make_score(self) -> None:
-        clustered = self.clustered
-        rows = _StoredRows(clustered.rows, clustered.vocab_size)
-        bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
-        self._score_arrays = [clustered.token_ids, *rows.arrays, *bias]
-        self._score_threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))
-        inputs = ["hidden", "probes", "token_ids", *rows.names, *["bias"] * len(bias)]
-        names = {"rows": rows.expression, "bias": "bias" if bias else "flash_head::NoBias{}"}
-        outputs, body = ["logits", "best"], SCORE_BODY.format(**names)
-        self._score = self._kernel("score", inputs, outputs, body, *rows.files, "score")
-        padded = ("PADDED", clustered.padded)
-        self._score_template = [*self._of_sizes("DNV"), padded, *rows.template]
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
@@ -158,10 +136,8 @@ class MetalSteps(PortableSteps):
     def select(
         self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
     ) -> Selection:
-        """The ``n_probes`` best clusters of each row, ascending, and the tail.
-
-        Of clusters that differ by less than 1/64 nat those of lower ids count as better.
-        """
+        """The ``n_probes`` best clusters of each row, ascending, and the tail. Of clusters that
+        differ by less than 1/64 nat those of lower ids count as better."""
         n_positions, n_clusters = scores.shape
         if "score" in self.unread:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes

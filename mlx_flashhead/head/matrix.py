@@ -17,10 +17,7 @@ ARRAYS = ("weight", "scales", "biases")  # in the order in which MLX and the ker
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as a model stores it: the rows of a head, or the centroids.
-
-    Rows in cluster order have the leading axes (C, cluster_size) in place of V.
-    """
+    """A matrix (V, D) as a model stores it; in cluster order it is (C, cluster_size, D)."""
 
     weight: mx.array  # (V, D) float32/float16/bfloat16, or (V, D·bits/32) uint32 when quantized
     scales: mx.array | None = None  # (V, D/group_size), float or uint8 by mode
@@ -52,7 +49,6 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays().values())
 
     @property
@@ -105,10 +101,7 @@ class Matrix:
         return logits if self.bias is None else logits + self.bias
 
     def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:
-        """The weight as floats (V, D), of the dense layer's dtype.
-
-        With ``dtype`` they are of this one, without another rounding on the way.
-        """
+        """The weight as floats (V, D), of the dense layer's dtype or of ``dtype``, rounded once."""
         if self.scales is None:
             return self.weight if dtype is None else self.weight.astype(dtype)
         scales, biases = self.scales, self.biases

@@ -1,8 +1,5 @@
-"""The steps of a FlashHead in plain MLX operations; `steps.py` says what they hand on.
-
-They are the CPU path, the fallback, and the reference in tests of the Metal kernels. Nothing here
-evaluates. A prompt's logits stay lazy, since nobody reads them.
-"""
+"""The steps of a FlashHead in plain MLX operations: the CPU path, the fallback, and the reference
+of the Metal kernels. Nothing here evaluates."""
 
 import ctypes
 import sys
@@ -83,15 +80,11 @@ class PortableSteps:
         self.limit_reason = MEASURED if self._on_cpu else ESTIMATED  # of `max_positions`
 
     def arrays(self) -> list[mx.array]:
-        """Arrays held besides those of ``clustered``."""
         return [] if self._centroids is None else [self._centroids]
 
     def max_positions(self, n_probes: int) -> int:
-        """Positions (B·L) up to which these steps are the faster path.
-
-        An estimate on a GPU, where memory bounds both: C/p positions read as many rows as the dense
-        head, which reads each of them once.
-        """
+        """Positions (B·L) up to which these steps are the faster path. C/p positions read as many
+        rows as the dense head, which reads each of them once."""
         if self._reference_blas:
             return CPU_POSITIONS
         by_rows = max(1, self.clustered.n_clusters // n_probes)
@@ -127,15 +120,10 @@ class PortableSteps:
     def select(
         self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
     ) -> Selection:
-        """The ``n_probes`` best clusters of each row, in no particular order: (R, C) → (R, p).
+        """The ``n_probes`` best clusters of each row, unordered: (R, C) float32 → (R, p).
 
-        Args:
-            scores: (R, C) float32.
-            n_probes: 1 … C.
-            words: Also give what the kernel of `expand` needs.
-            depth: Clusters more than this many nats below the log-sum-exp of all scores need not be
-                probed: together they hold at most C·exp(-depth) of the mass. The kernels then score
-                fewer rows; for `token` and `sample` only.
+        ``words``: also give what the kernel of `expand` needs. Clusters more than ``depth`` nats
+        below the log-sum-exp of all scores, at most C·exp(-depth) of the mass, need not be probed.
         """
         n_clusters = scores.shape[-1]
         if n_probes == n_clusters:
@@ -169,9 +157,8 @@ class PortableSteps:
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         """Full logits: a probed token keeps its own, every other token gets its cluster's estimate.
 
-        The estimate is min(S_c - ln n_c, m - max(1, |m|/64)). The cluster's score S_c is the log of
-        its expected mass, n_c its number of tokens, and m the best candidate logit. Scores (R, C)
-        float32 → (R, V) in the dtype of the candidates' logits.
+        Scores (R, C) float32 → (R, V) in the dtype of the candidates' logits. The estimate is
+        min(S_c - ln n_c, m - max(1, |m|/64)), with n_c tokens and the best candidate logit m.
         """
         logits = candidates.logits
         n_rows, n_clusters = scores.shape
@@ -192,10 +179,7 @@ class PortableSteps:
         return draw(candidates.logits.flatten(1), None, None, ids)
 
     def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
-        """Of the clusters that are not probed, (R, 2) float32: the best score, and the logsumexp.
-
-        A cluster's score is the log of its expected mass, so the second is that of the tail.
-        """
+        """Best score and logsumexp of the clusters that are not probed, (R, 2) float32."""
         if selection.unscored is not None:
             return selection.unscored
         lowest = mx.array(mx.finfo(mx.float32).min)
@@ -210,10 +194,8 @@ class PortableSteps:
         draws: Draws | None,
         risk: Risk = USUAL_RISK,
     ) -> tuple[mx.array, mx.array]:
-        """A token of each row, and an estimate of the chance that the dense head chooses another.
-
-        Without ``draws`` the best logit of each. → (R,) uint32 and (R,) float32.
-        """
+        """A token of each row, (R,) uint32, the best logit without ``draws``; and (R,) float32, an
+        estimate of the chance that the dense head chooses another."""
         ids = self.token_ids(selection.probes).flatten(1)
         logits = candidates.logits.flatten(1).astype(mx.float32)
         gumbel = None if draws is None else noise(draws.keys, ids)

@@ -1,7 +1,4 @@
-"""Runs each Metal kernel once, at its real shapes, beside plain MLX operations.
-
-For the installation. Nothing else in `head/` evaluates.
-"""
+"""Runs each Metal kernel once, at its real shapes, beside plain MLX operations. It evaluates."""
 
 from collections.abc import Iterator
 from textwrap import shorten
@@ -35,10 +32,7 @@ Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the
 
 
 def find_trouble(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> str | None:
-    """The trouble with the kernels on this device, in words that follow "because"; or None.
-
-    Each kernel is built, for one position and for several. ``dtype`` is the hidden states'.
-    """
+    """The trouble with the kernels on this device, in words that follow "because"; or None."""
     kernel = ""
     try:
         for step in _trial(steps, dtype, n_probes):

@@ -15,8 +15,6 @@ NO_DEPTH = 1e30  # nats: every probe is scored
 
 
 class Selection(NamedTuple):
-    """The clusters to score."""
-
     # (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)), ascending:
     # where fewer are worth scoring the last one is repeated, with logits as in padded slots.
     probes: mx.array
@@ -27,8 +25,6 @@ class Selection(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """The scored rows."""
-
     logits: mx.array  # (R, p, n) in the dense dtype; padded slots hold the lowest finite value
     best: mx.array | None = None  # (R, p) float32, each probed cluster's best logit, for a kernel
 
@@ -45,12 +41,9 @@ class Proposal(NamedTuple):
 
 
 class Risk(NamedTuple):
-    """How the estimate of that chance depends on what was not scored.
-
-    For the best token it is exp(a - b·gap), where the gap is that of the best scored logit to the
-    best score of the other clusters. For a draw it is the other clusters' share of the mass times
-    ``scale``. Both are at most 1. A conversion fits the numbers; they decide about speed alone.
-    """
+    """How the estimate of that chance depends on what was not scored: for the best token exp(a -
+    b·gap) of its distance to the best score of the other clusters, for a draw ``scale`` times their
+    mass."""
 
     a: float = 0.0
     b: float = 1.0

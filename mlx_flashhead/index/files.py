@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..common.quantities import percent
-from ..head.centroids import Centroids
+from ..head.clustered import Centroids
 from ..head.matrix import Matrix
 from .settings import AGAIN, FlashHeadConfig
 from .sketch import MAX_LENGTH_CHANGE, MIN_COSINE, Sketch

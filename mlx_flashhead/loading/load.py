@@ -6,10 +6,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..index.files import FILE_NAME
-from ..models.dense import load_dense
+from ..models.dense import load_dense, load_dense_part
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
-from ..models.sharded import load_dense_part
 from ..publishing.origin import local_origin
 from .attach import attach_head
 from .look_up import BUILD, DENSE, REFUSE, HeadOptions, head_beside, named_head

@@ -1,9 +1,5 @@
-"""Texts that are generated together: mlx-lm's batch, with the check over all of its rows.
-
-The batch computes proposals. A check takes the waiting positions of all texts at once. A text for
-which it makes another choice leaves the batch with its own cache, goes back, and joins it again.
-The others lose the time alone.
-"""
+"""Texts that are generated together: mlx-lm's batch, with the check over all of its rows. A text
+with another choice leaves it with its cache, goes back, and joins it again."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat.generate import BatchGenerator
-from .pace import Pace
+from .check import Pace
 from .proposals import Proposer
 from .text import Position, Text
 from .way_back import Mark, go_back, kept
@@ -25,8 +21,6 @@ IN_GENERATION = 2  # the stage of a text in mlx-lm's batch
 
 @dataclass
 class Response:
-    """A token of a text, as mlx-lm's batch gives it out."""
-
     uid: int
     token: int
     logprobs: mx.array
@@ -38,13 +32,8 @@ class Response:
 class CheckedBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
-    A call of :meth:`next` may give no token of a text, or several. ``max_tokens``, the sampler and
-    the processors are of texts without their own.
-
-    Args:
-        stop_tokens: Sequences of tokens that end a text.
-        logprobs: Whether the log-probabilities of texts are wanted that are inserted from now on.
-        **options: More of ``BatchGenerator``.
+    A call of :meth:`next` may give no token of a text, or several. ``stop_tokens`` are sequences
+    that end a text. ``logprobs``: whether they are wanted of texts that are inserted from now on.
     """
 
     def __init__(
@@ -78,11 +67,8 @@ class CheckedBatchGenerator(BatchGenerator):
         logits_processors: list[Any] | None = None,
         stop_sequences: list[Any] | None = None,
     ) -> list[int]:
-        """As ``BatchGenerator.insert_segments``: each text has a sampler and processors of its own.
-
-        A processor with ``for_sequence`` makes another one for each text. All texts have the same
-        stop tokens.
-        """
+        """As ``BatchGenerator.insert_segments``, with one set of stop tokens for all texts. A
+        processor with ``for_sequence`` makes another one for each text."""
         first = self._n_texts
         sampler, processors = self._usual
         for i, segment in enumerate(segments):
@@ -145,7 +131,6 @@ class CheckedBatchGenerator(BatchGenerator):
         return prompts, responses
 
     def _responses(self, text: Text, positions: list[Position]) -> list[Any]:
-        """The responses for confirmed positions, up to the text's end."""
         responses = []
         for position in positions:
             text.n_given += 1

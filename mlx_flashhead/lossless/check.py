@@ -1,34 +1,35 @@
-"""The check: the dense rows over all waiting states at once, and what it confirms."""
+"""The check: the dense rows over all waiting states at once, what it confirms, when it comes."""
 
-from collections.abc import Sequence
-from typing import cast
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import mlx.core as mx
 
 from ..head.draw import Draws
+from ..head.flash_head import FlashHead
 from ..head.steps import Proposal
-from ..models.logit_change import unchanged
-from .products import SlotProduct
+from ..models.logit_change import LogitChange, unchanged
 from .proposals import Proposer
-from .rounding import rounding_of
+from .rounding import SlotProduct, rounding_of
 from .screen import certain_best, certain_draw, certain_within
 from .text import GREEDY, Position, Text, current_random_state, random_state, set_random_state
+
+MOST_SECONDS = 0.1
+FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
+MOST_READ = 64  # tokens that may wait while a check is computed
 
 Row = tuple[Text, Position, int]  # a text, a position, its place in the text
 
 
 class Check:
-    """A check of the positions of some texts whose tokens are known.
-
-    It is launched when it is made, and read by :meth:`confirm`.
-    """
+    """A check of the positions whose tokens are known, launched when made, read by `confirm`."""
 
     def __init__(self, proposer: Proposer, texts: Sequence[Text]):
         self._proposer, self.texts = proposer, texts
         proposer.n_checks += 1
-        assert proposer.head is not None
-        assert proposer.change is not None
-        self._head, self._change = proposer.head, proposer.change
+        self._head = cast(FlashHead, proposer.head)
+        self._change = cast(LogitChange, proposer.change)
         self._counts = {text: text.n_read for text in texts}
         self._rows = [
             (text, text.waiting[i], len(text.tokens) + i)
@@ -111,10 +112,8 @@ class Check:
         return self._change(logits)
 
     def confirm(self, text: Text) -> list[Position]:
-        """The text's positions that are sure now and become confirmed tokens. Waits for the check.
-
-        If the last one is another choice, the text is `refused`, and nothing waits any more.
-        """
+        """Waits for the check and confirms the text's positions up to one with another choice,
+        which makes the text `refused`. Nothing waits any more then."""
         if self._product is not None:
             self._screen()
         for rows, certain in self._flags:
@@ -145,3 +144,70 @@ class Check:
             position.token = token
             if position.random_state is not None:
                 set_random_state(after)
+
+
+class Pace:
+    """Has the tokens of some texts checked, and hands out what is sure. ``mark`` marks the caches
+    of some texts as they are. The first checks come after 1, 2, 4, … tokens."""
+
+    def __init__(self, proposer: Proposer, mark: Callable[[Sequence[Text]], Sequence[Any]]):
+        self._proposer, self._mark = proposer, mark
+        self._check: Check | None = None
+        self._marks: Sequence[Any] = ()  # as of the check's launch
+        self._limit = 1
+        self._n, self._risk, self._since = 0, 0.0, 0.0  # of the tokens that wait for a launch
+
+    def confirmed(
+        self, texts: Sequence[Text], read: Sequence[Text]
+    ) -> Iterator[tuple[Text, list[Position]]]:
+        """After a step, which has given the texts in ``read`` a token: what is sure now. Whoever
+        takes it lets a `refused` text go back, and clears what waits of one that has ended."""
+        n_read = max((text.n_read for text in texts), default=0)
+        if self._check is not None and (self._check.ready or n_read >= MOST_READ):
+            yield from self._outcome()
+        last = False
+        for text in read:
+            if not text.n_read:  # it has ended or gone back
+                continue
+            position = text.waiting[text.n_read - 1]
+            if not self._proposer.check or (position.dense and text.n_read == 1):
+                positions = [text.confirm() for _ in range(text.n_read)]
+                if self._proposer.check:
+                    (text.mark,) = self._mark([text])
+                yield text, positions
+                continue
+            self._since = self._since if self._n else time.perf_counter()
+            self._n, self._risk = self._n + 1, self._risk + position.risk
+            n_tokens = len(text.tokens) + text.n_read
+            last = last or position.token in self._head.eos_token_ids or n_tokens == text.limit
+        if last and self._check is not None:
+            yield from self._outcome()
+        waiting = [text for text in texts if text.n_read]
+        if waiting and self._check is None and (last or self._due):
+            self._n, self._risk, self._limit = 0, 0.0, self._limit * 2
+            self._check, self._marks = Check(self._proposer, waiting), self._mark(waiting)
+            if last:  # waits, since the next step may be of no use
+                yield from self._outcome()
+
+    @property
+    def _head(self) -> FlashHead:
+        return cast(FlashHead, self._proposer.head)
+
+    @property
+    def _due(self) -> bool:
+        head, waited = self._head, time.perf_counter() - self._since
+        too_long = self._n >= FEW and waited >= MOST_SECONDS and not head.in_step
+        too_many = self._n >= min(self._limit, head.most_waiting)
+        return too_many or self._risk >= head.most_risk or too_long
+
+    def _outcome(self) -> Iterator[tuple[Text, list[Position]]]:
+        """Waits for the check. A text that goes on is marked as of the check's launch."""
+        check, self._check = self._check, None
+        assert check is not None
+        for text, mark in zip(check.texts, self._marks, strict=True):
+            if text.waiting:  # else it has ended meanwhile
+                positions = check.confirm(text)
+                refused = text.refused
+                yield text, positions
+                if not refused:
+                    text.mark = mark

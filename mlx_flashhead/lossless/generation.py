@@ -20,8 +20,7 @@ from ..models.compat.generate import batch_generate as mlx_lm_batch_generate
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.libraries import is_vlm
 from .batch import CheckedBatchGenerator
-from .drafts import drafted_steps
-from .loop import checked_steps
+from .loop import checked_steps, drafted_steps
 from .proposals import Proposer
 from .sampler import Sampler
 from .text import begin
@@ -84,10 +83,8 @@ def generate(
     draw_temperature: float | None = None,
     **kwargs: Any,
 ) -> str:
-    """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead.
-
-    Arguments and errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes.
-    """
+    """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead. Arguments and
+    errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes."""
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
     with loops(**_loops(model, proposer, False)):
         text = mlx_lm_generate(model, tokenizer, prompt, **kwargs)
@@ -107,11 +104,9 @@ def batch_generate(
     draw_temperature: float | None = None,
     **kwargs: Any,
 ) -> BatchResponse:
-    """Generates for several prompts at once: ``mlx_lm.batch_generate`` with the same settings.
-
-    Each prompt gets its own copy of a logits processor that has ``for_sequence``, such as those of
-    :func:`grammar_processor`.
-    """
+    """Generates for several prompts at once: ``mlx_lm.batch_generate`` with the same settings. Each
+    prompt gets its own copy of a processor with ``for_sequence``, as of
+    :func:`grammar_processor`."""
     proposer = _proposer(model, n_probes, check, dense, draw_temperature)
     logprobs = bool(kwargs.get("return_logprobs"))
 
@@ -137,7 +132,6 @@ def lossless_steps(model: nn.Module, name: str) -> Callable[..., Any] | None:
 def _proposer(
     model: nn.Module, n_probes: int | None, check: bool, dense: bool, draw_temperature: float | None
 ) -> Proposer:
-    """The chooser of tokens for these settings."""
     if is_vlm(model):
         raise ValueError(
             "This is a model of mlx-vlm: generate with mlx_vlm.generate, which asks its FlashHead."

@@ -1,18 +1,29 @@
-"""The loop for one text: mlx-lm's own, started again where a check chooses another token."""
+"""The loops for one text: mlx-lm's own, started again where a check chooses another token."""
 
+from collections import deque
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..head.flash_head import FlashHead
 from ..models.compat.cache import make_prompt_cache
-from ..models.compat.generate import generate_step, generation_stream, maybe_quantize_kv_cache
-from .pace import Pace
+from ..models.compat.generate import (
+    generate_step,
+    generation_stream,
+    maybe_quantize_kv_cache,
+    speculative_generate_step,
+)
+from ..models.install import get_flash_head
+from .check import Pace
 from .proposals import Proposer
-from .text import ForeignSampler, Processor, Text
+from .sampler import Sampler
+from .text import ForeignSampler, Processor, Text, begin
 from .way_back import Mark, go_back, kept, length_of
+
+LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
 
 Tokens = Generator[tuple[int, mx.array | None], None, None]
 
@@ -33,23 +44,11 @@ def checked_steps(
     n_begun: int = 0,
     **options: Any,
 ) -> Tokens:
-    """mlx-lm's ``generate_step`` with the choices of the dense model.
+    """mlx-lm's ``generate_step`` with the dense model's choices: tokens, and wanted logprobs (V,).
 
-    Args:
-        prompt: (n,) token ids.
-        max_tokens: -1: no limit.
-        sampler: The package's, or another's; default: the best token.
-        prompt_cache: Caches, which hold the confirmed tokens at the end.
-        logprobs: Whether the log-probabilities are wanted.
-        context: Tokens that the cache holds already, for the processors.
-        n_begun: How many of the last of all these tokens are of this text, which is continued.
-        **options: More keywords of ``generate_step``.
-
-    Yields:
-        A token, and log-probabilities (V,) if they are wanted.
-
-    Raises:
-        ValueError: If a cache can neither be trimmed nor kept, or as ``generate_step``.
+    ``max_tokens`` of -1 is no limit. ``prompt_cache`` holds the tokens ``context`` already, and all
+    confirmed ones at the end. The last ``n_begun`` of these are of this text, which is continued.
+    ValueError if a cache can neither be trimmed nor kept, or as ``generate_step``.
     """
     cache = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     tokens = [*context, *cast(list[int], prompt.tolist())]
@@ -107,3 +106,55 @@ def _until_refused(steps: Generator, text: Text, proposer: Proposer, pace: Pace)
                 yield cast(int, position.token), position.logprobs
                 if text.n_given == text.limit:
                     return
+
+
+def drafted_steps(
+    prompt: mx.array,
+    model: Any,
+    draft_model: Any,
+    *arguments: Any,
+    proposer: Proposer,
+    context: Sequence[int] = (),
+    **options: Any,
+) -> Generator[tuple[int, mx.array, bool], None, None]:
+    """mlx-lm's ``speculative_generate_step`` with a dense target; caches hold the ``context``
+    already.
+
+    Drafts and the target's choices are drawn with the noise of their position, so that the text is
+    that without drafts. A draft model's FlashHead also scores the text's latest tokens.
+    """
+    begin(options.get("logits_processors"))
+    sampler: Any = options.get("sampler")
+    max_tokens, num_draft = options.get("max_tokens", 256), options.get("num_draft_tokens", 2)
+    n_given = n_rows = 0  # tokens, and rows of this round: its drafts, then the target's choices
+
+    def draw(logprobs: mx.array) -> mx.array:
+        nonlocal n_rows
+        n_drafts = min(max_tokens - n_given, num_draft)
+        first = n_given + (n_rows if n_rows < n_drafts else n_rows - n_drafts)
+        rows = logprobs.reshape(-1, 1, logprobs.shape[-1])
+        n_rows += len(rows)
+        tokens = [sampler.choose(row, seed, first + i) for i, row in enumerate(rows)]
+        return mx.concatenate(tokens)
+
+    if isinstance(sampler, Sampler) and not sampler.settings.greedy:
+        seed, options["sampler"] = sampler.text_seed(), draw
+    head = get_flash_head(draft_model)
+    if head is get_flash_head(model):
+        head = None  # it is the target's, which is dense
+    latest = deque([*context, *cast(list[int], prompt.tolist())], LATEST)
+
+    def project(head: FlashHead, hidden: mx.array) -> mx.array:
+        return head.draft_logits(hidden, mx.array(sorted(set(latest)), dtype=mx.uint32))
+
+    steps: Any = speculative_generate_step(prompt, model, draft_model, *arguments, **options)
+    with closing(steps):
+        while True:
+            drafts = nullcontext() if head is None else head.settings(project=project)
+            with proposer.with_draft(), drafts:  # a token at a time, since streams may take turns
+                step = next(steps, None)
+            if step is None:
+                return
+            latest.append(step[0])
+            n_given, n_rows = n_given + 1, 0
+            yield step

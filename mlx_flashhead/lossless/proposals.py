@@ -1,8 +1,5 @@
-"""Proposals: what stands in the head's place while a loop of mlx-lm generates.
-
-The loop calls the model, then a text's processors, then its sampler. The head's call chooses tokens
-from the rows that it scores and keeps the hidden states. The sampler hands the tokens out.
-"""
+"""What stands in the head's place while a loop of mlx-lm generates: the head's call chooses tokens
+from the rows that it scores and keeps the states, and the sampler hands the tokens out."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,13 +19,8 @@ from .text import GREEDY, Position, Text, current_random_state
 
 
 class Proposer:
-    """Chooses the tokens of one loop's texts.
-
-    Args:
-        check: Whether the dense rows check the choices, so that they may be proposals.
-        dense: Whether every token is scored at every position.
-        settings: More settings of the head, keywords of ``FlashHead.settings``.
-    """
+    """Chooses the tokens of one loop's texts: proposals that are checked, ``dense`` choices, or the
+    bare head's. ``settings`` are more keywords of ``FlashHead.settings``."""
 
     def __init__(
         self, model: nn.Module, *, check: bool, dense: bool = False, settings: dict | None = None
@@ -48,7 +40,6 @@ class Proposer:
         self._processed: dict[Text, mx.array] = {}
 
     def report(self) -> str:
-        """A line on the head that has been used."""
         assert self.head is not None
         if self.dense:
             why = "it is no faster here" if self.head.stays_dense else "every token was scored"
@@ -83,10 +74,8 @@ class Proposer:
         return self.head.settings(project=self._project, **self._settings)
 
     def with_draft(self) -> AbstractContextManager:
-        """A block for mlx-lm's loop with a draft model, which verifies several positions at once.
-
-        The head scores every token of them in one product, or by itself without the check.
-        """
+        """A block for mlx-lm's loop with a draft model: the head scores every token of several
+        positions in one product, or without the check as it is set."""
         if self.head is None:
             return nullcontext()
         if self.check or self.dense:
@@ -94,10 +83,8 @@ class Proposer:
         return self.head.settings(**self._settings)
 
     def hooks(self, text: Text, before: list[int] | None = None) -> dict[str, Any]:
-        """A text's sampler and processors for mlx-lm's loop.
-
-        Processors see the tokens ``before`` before those that the loop gives them.
-        """
+        """A text's sampler and processors for mlx-lm's loop, which see the tokens ``before``
+        too."""
         prefix = mx.array(before, dtype=mx.uint32) if before else None
         reads_logits = text.needs_logits or self.change is not unchanged or self.head is None
         processors = [partial(self._process, text, prefix)] if reads_logits else []
@@ -167,11 +154,8 @@ class Proposer:
 
 
 def dense_logits(head: FlashHead, hidden: mx.array) -> mx.array:
-    """The dense logits of each position by itself: (R, L, D) → (R, L, V).
-
-    A product of several rows rounds otherwise, which matters in 16 bits. Positions of a prompt are
-    not read, and stay together.
-    """
+    """The dense logits of each position by itself, (R, L, D) → (R, L, V): a product of several rows
+    rounds otherwise in 16 bits. Positions of a prompt are not read, and stay together."""
     n_rows, length = hidden.shape[:2]
     if n_rows == 1 or length != 1 or _is_fine(head, hidden.dtype):
         return head.dense_logits(hidden)
@@ -179,11 +163,8 @@ def dense_logits(head: FlashHead, hidden: mx.array) -> mx.array:
 
 
 def _needs_dense(text: Text, head: FlashHead, dtype: mx.Dtype) -> bool:
-    """Whether a check could not tell what rounding does to a text's choice.
-
-    A sampler of others, and a processor that may stretch differences, see the logits of several
-    states at once in the check: the same numbers to six digits in float32, but not in 16 bits.
-    """
+    """Whether a text's choice may depend on rounding in 16 bits, so that no check can tell: by a
+    sampler of others, or a processor that stretches differences."""
     moves_much = text.settings is None or not all(map(moves_little, text.processors))
     return moves_much and not _is_fine(head, dtype)
 

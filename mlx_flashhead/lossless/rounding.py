@@ -1,20 +1,20 @@
-"""How far the logits of one state may lie from those of several states at once.
-
-"Dense" is what MLX computes for one position. A product of k states has other kernels and rounds
-otherwise, and so may the rows of a few clusters. What the check cannot decide within this distance,
-the product of one position decides.
-"""
+"""The dense product of several states at once, and how far its logits may lie from those of one
+state, and these from those of the rows of a few clusters."""
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
+import numpy as np
 
 from ..head.flash_head import FlashHead
-from .products import SlotProduct
+from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
 
+WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
 N_STATES = 4
 ULPS = 2  # of the result's dtype: each of two values is rounded to the nearest
 SIGMAS = 16  # of a sum's rounding errors, which grow with the root of the number of terms
@@ -24,10 +24,39 @@ _EPSILON = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 _known: WeakKeyDictionary[FlashHead, "Rounding"] = WeakKeyDictionary()
 
 
+class SlotProduct:
+    """Logits of states (k, D) in the order of the clusters, (k, C, n): lazy, or computed by a
+    thread beside the steps of the model, on a CPU whose BLAS numpy beats."""
+
+    def __init__(self, head: FlashHead, hidden: mx.array):
+        self._head, self._hidden = head, hidden
+        self._future: Future[np.ndarray] | None = None
+        rows = head.clustered.rows
+        by_numpy = rows.weight.dtype == mx.float32 and numpy_is_faster()
+        if by_numpy and len(hidden) * rows.weight.size >= WORTH_A_THREAD:
+            states = np.asarray(hidden.astype(mx.float32))
+            self._future = _worker().submit(slot_products, np.asarray(rows.weight), states)
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`result` does not wait for a thread."""
+        return self._future is None or self._future.done()
+
+    def result(self) -> mx.array:
+        if self._future is None:
+            return self._head.slot_logits(self._hidden)
+        logits = to_mlx(self._future.result())
+        bias = self._head.clustered.rows.bias
+        return logits if bias is None else logits + bias
+
+
+@lru_cache(maxsize=1)
+def _worker() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "check")
+
+
 @dataclass(frozen=True)
 class Rounding:
-    """Distances to the dense logits of one position."""
-
     epsilon: float  # spacing of the logits' dtype, relative to a logit
     batch: float  # greatest one of a product of several states, relative to the largest logit
     scored: float  # greatest one of a scored token's logit, likewise; 0 if it is the same number

@@ -1,8 +1,5 @@
-"""The package's sampler: temperature, top-p, min-p, top-k and XTC, as mlx-lm's chain of them.
-
-Its randomness belongs to the seed, the position and the token (`head/draw.py`), so the loop can
-draw from a few scored tokens and check the draw against all of them.
-"""
+"""The package's sampler: temperature, top-p, min-p, top-k and XTC, as mlx-lm's chain of them, with
+randomness of the seed, the position and the token (`head/draw.py`)."""
 
 from dataclasses import dataclass
 from typing import cast

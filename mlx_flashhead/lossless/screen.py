@@ -1,10 +1,5 @@
-"""Which proposals are certain to be the dense choice, judged by the logits of k states at once.
-
-A scored token has its logit of one position. All others have one from the product of k states,
-which may lie some rounding away from it. A proposal is certain if it is the choice whatever lies
-within the rounding. The others are decided by their own dense logits, so a doubt costs time and
-never a token.
-"""
+"""Which proposals are certain to be the dense choice, whatever lies within the rounding of logits
+of k states at once, or of those scored in one position."""
 
 import mlx.core as mx
 
@@ -22,10 +17,8 @@ Bounds = tuple[mx.array, mx.array]  # the lowest and the highest value
 def certain_best(
     head: FlashHead, rounding: Rounding, slots: mx.array, proposal: Proposal
 ) -> mx.array:
-    """For a proposal of the best token of k states: (k,) bool, lazy.
-
-    ``slots`` (k, C, n) are the logits of all states at once, in the order of the clusters.
-    """
+    """For a proposal of the best token of k states: (k,) bool, lazy, by the logits ``slots`` (k, C,
+    n) of all states at once, in the order of the clusters."""
     largest = _largest(slots)
     others = _without(slots, proposal.probes, head).max(axis=(1, 2))
     is_token = mx.take(head.clustered.token_ids, proposal.probes, axis=0)
@@ -44,10 +37,8 @@ def certain_best(
 def certain_draw(
     head: FlashHead, rounding: Rounding, slots: mx.array, proposal: Proposal, draws: Draws
 ) -> mx.array:
-    """For a proposal of drawn tokens, as :func:`certain_best`.
-
-    Either every row's draw leaves tokens out, or none's. Without filters any token may be drawn.
-    """
+    """For a proposal of drawn tokens, as :func:`certain_best`. Either every row's draw leaves
+    tokens out, or none's."""
     largest = _largest(slots)[:, None]
     room, room_scored = rounding.batch * largest, rounding.scored * largest
     probes, others = proposal.probes, _without(slots, proposal.probes, head)
@@ -78,10 +69,8 @@ def certain_draw(
 def certain_within(
     logits: mx.array, room: mx.array, epsilon: float, token: int, draws: Draws | None
 ) -> mx.array:
-    """For a choice from the logits of all tokens (1, V), each of which may lie ``room`` away.
-
-    ``epsilon`` is the spacing of their dtype, relative to a logit. Returns (1,) bool, lazy.
-    """
+    """For a choice from the logits of all tokens (1, V), each of which may lie ``room`` away: (1,)
+    bool, lazy. ``epsilon`` is the spacing of their dtype, relative to a logit."""
     values = logits.astype(mx.float32)
     own = (mx.arange(values.shape[-1]) == token)[None]
     if draws is None:

@@ -52,8 +52,6 @@ def begin(processors: Sequence[Processor] | None) -> None:
 
 @dataclass(eq=False)
 class Position:
-    """A place in a text whose token has been chosen."""
-
     proposal: Proposal | None = None  # None where the dense logits chose the token
     row: int = 0  # of the proposal
     random_state: mx.array | None = None  # MLX's, before another's sampler was called
@@ -62,7 +60,6 @@ class Position:
 
     @property
     def dense(self) -> bool:
-        """Whether the token needs no check."""
         return self.proposal is None
 
     @property
@@ -80,8 +77,6 @@ class Position:
 
 @dataclass(eq=False)
 class Text:
-    """A text in progress."""
-
     # The package's, or another's function of log-probabilities (1, V); None takes the best token.
     sampler: Sampler | ForeignSampler | None
     processors: Sequence[Processor] = ()  # of the tokens (n,) and logits (1, V), in their order
@@ -122,7 +117,6 @@ class Text:
 
     @property
     def n_chosen(self) -> int:
-        """Tokens that are confirmed or wait."""
         return len(self.tokens) + len(self.waiting)
 
     @property
@@ -131,16 +125,11 @@ class Text:
         return sum(position.token is not None for position in self.waiting)
 
     def key(self, index: int) -> tuple[int, int]:
-        """The key of the noise at the text's token ``index``."""
         return position_key(self.seed, index)
 
     def process(self, logits: mx.array, index: int = 0, tokens: mx.array | None = None) -> mx.array:
-        """The logits (1, V) after the processors, which may write into them.
-
-        Args:
-            index: The token's place in the text.
-            tokens: (n,) uint32, the tokens before it, if the caller has them.
-        """
+        """The logits (1, V) after the processors, which may write into them, for the token at place
+        ``index`` of the text, or after the ``tokens`` (n,) uint32."""
         if self.processors and tokens is None:
             later = [position.token for position in self.waiting[: index - len(self.tokens)]]
             before = self.prompt + self.tokens[:index] + later
@@ -150,10 +139,8 @@ class Text:
         return logits
 
     def pick(self, logits: mx.array, logprobs: mx.array, index: int) -> mx.array:
-        """The token (1,) uint32 that processed logits (1, V) choose.
-
-        ``logprobs`` are the same, normalized as mlx-lm's loops do.
-        """
+        """The token (1,) uint32 that processed logits (1, V) choose. ``logprobs`` are the same,
+        normalized as mlx-lm's loops do."""
         settings = self.settings
         if settings is not None and settings.greedy:
             return mx.argmax(logprobs, axis=-1)

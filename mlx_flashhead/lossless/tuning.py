@@ -1,13 +1,9 @@
-"""What a machine gains: the loop's settings with the least time a token, measured in turns.
-
-The text does not depend on them, so they are a question of speed alone. First the parts are timed:
-a dense step, a step with some numbers of probes, a check of some numbers of states. The index knows
-how often a number of probes proposes another token. The best expected time is then tried against
-dense decoding, in turns. A FlashHead that does not win at least 3 % leaves the steps dense.
-"""
+"""What a machine gains: the loop's settings with the least expected time a token, by the times of
+its parts, then tried against dense decoding in turns (docs/lossless.md)."""
 
 import math
 import time
+import timeit
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +19,8 @@ from ..head.flash_head import MOST_RISK, MOST_WAITING, FlashHead
 from ..head.steps import NO_DEPTH
 from ..models.install import hidden_dtype, installed_head
 from .loop import checked_steps
-from .products import SlotProduct
 from .proposals import Proposer, dense_logits
-from .rounding import rounding_of
+from .rounding import SlotProduct, rounding_of
 from .screen import certain_best
 
 SECONDS = 3.0  # of all measurements
@@ -44,8 +39,6 @@ TOKENS = 5  # whose times make a median
 
 @dataclass(frozen=True)
 class Tuning:
-    """The settings of the checked loop on one machine."""
-
     n_probes: int  # clusters scored for a proposal, at most
     depth: float  # nats below the mass of all tokens from which a cluster is left out
     most_waiting: int  # tokens that may wait for a check
@@ -59,7 +52,6 @@ class Tuning:
     checked_positions: int | None = None
 
     def apply(self, head: FlashHead) -> None:
-        """Gives a head these settings."""
         head.checked_probes = min(self.n_probes, head.n_clusters)
         head.depth = self.depth
         head.most_waiting, head.most_risk = self.most_waiting, self.most_risk
@@ -71,15 +63,10 @@ def tune(
     model: nn.Module, differences: Sequence[dict[str, float]] = (), *, seconds: float = SECONDS
 ) -> Generator[None, None, Tuning]:
     """Measures the settings on this machine, in about ``seconds``, and gives them to the head.
+    Between two measurements the model is free for other work.
 
-    It is a generator: between two measurements, of some tokens each, the model is free for other
-    work. Where a step takes more than a twentieth of that time, only the index's number of probes
-    is timed, in about the time of fifteen tokens, and the gain is the expected one.
-
-    Args:
-        model: A model with a FlashHead.
-        differences: Shares of positions with another proposal, by number of probes, as the index
-            has them: ``n_probes``, ``greedy_differs``.
+    Where a step takes over a twentieth of that, the gain is the expected one of the index's number
+    of probes. ``differences`` are the ``by_probes`` of an index.
     """
     head = installed_head(model)
     usual = head.checked_probes
@@ -126,17 +113,9 @@ def expected_seconds(
 ) -> tuple[float, float]:
     """The expected time of a token, and the threshold of risk with which it is least.
 
-    A check of n states takes F + c·n seconds. A token that differs throws away the steps after it,
-    n/2 + 1 in the mean. With a share q of such tokens, one takes
-
-        step · (1 + q · (n/2 + 1)) + F/n + c
-
-    This is least at n = sqrt(2F / (q · step)), where the risks add up to R = q · n =
-    sqrt(2Fq / step). Real risks come in lumps. On those that `tests/loading/test_tuned.py` draws,
-    this R takes at most 1 % more time than the best threshold.
-
-    ``checks`` are the seconds of checks by their number of states. ``share`` is q, 0 if it is not
-    known, and k tokens wait at most.
+    A check of n states takes F + c·n seconds. A token that differs, a share q of them, throws away
+    the steps after it, n/2 + 1 in the mean. So a token takes step · (1 + q · (n/2 + 1)) + F/n + c,
+    least at n = sqrt(2F / (q · step)), up to k. ``checks`` are seconds by n; q is ``share``.
     """
     fewest, most = min(checks), max(checks)
     per_state = max(checks[most] - checks[fewest], 0.0) / (most - fewest)
@@ -171,7 +150,6 @@ class _Steps:
         self._dtype = hidden_dtype(model)
 
     def seconds(self, *, dense: bool = False, n_probes: int | None = None) -> float:
-        """The median time of a token without any check."""
         settings = {} if n_probes is None else {"n_probes": n_probes}
         proposer = Proposer(self._model, check=False, dense=dense, settings=settings)
         return median(self._times(proposer, TOKENS)[1:])
@@ -187,10 +165,8 @@ class _Steps:
         )
 
     def checked_positions(self, check: float, end: float) -> int | None:
-        """The largest number of rows whose proposals and checks beat their dense product.
-
-        A row's check takes ``check`` seconds. None if the time is up at ``end``.
-        """
+        """The largest number of rows whose proposals, and checks of ``check`` seconds each, beat
+        their dense product. None if the time is up at ``end``."""
         head, most = self._head, 1
         for n in ROWS:
             if time.perf_counter() > end:
@@ -214,7 +190,6 @@ class _Steps:
         return dense / sum(self._times(proposer, n_tokens)[1:])
 
     def _times(self, proposer: Proposer, n_tokens: int) -> list[float]:
-        """The time of each token."""
         steps = checked_steps(
             self._prompt, self._model, proposer=proposer, max_tokens=n_tokens, logprobs=False
         )
@@ -223,10 +198,5 @@ class _Steps:
 
 
 def _better_of_two(function: Callable[[], Any]) -> float:
-    """The time of what a function computes, the better of two."""
-    times = []
-    for _ in range(2):
-        began = time.perf_counter()
-        mx.eval(function())
-        times.append(time.perf_counter() - began)
+    times = timeit.repeat(lambda: mx.eval(function()), timer=time.perf_counter, number=1, repeat=2)
     return min(times)

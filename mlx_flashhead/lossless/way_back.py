@@ -1,10 +1,5 @@
-"""The way back: a model's caches as they were after an earlier token.
-
-A cache is trimmed where it can be. Where it cannot (past the window of a rotating cache, or in a
-state-space layer) it is kept as of a confirmed token, and the tokens after it are fed again, one at
-a time as before. Arrays never change in MLX: a copy of a cache refers to them, and the next write
-makes new ones.
-"""
+"""The way back: a model's caches as they were after an earlier token. Those that cannot be trimmed
+are copied, which costs nothing: arrays never change in MLX."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,21 +13,14 @@ AHEAD = 96  # tokens by which a cache may be ahead of the confirmed ones, at mos
 
 @dataclass(frozen=True)
 class Mark:
-    """Caches as of one token."""
-
     n_tokens: int  # of the text, in the caches
     layers: Sequence[Any]  # a copy of each layer's cache; None for one that can be trimmed to here
     offsets: Sequence[int | None]  # the length of each layer's cache, where it is known
 
 
 def kept(cache: Sequence[Any], quantized_from: int | None = None) -> list[Any]:
-    """For a mark, a copy of each layer's cache; None for one that can be trimmed.
-
-    mlx-lm quantizes a cache of the length ``quantized_from``, None: never.
-
-    Raises:
-        ValueError: If a cache can neither be trimmed nor copied.
-    """
+    """For a mark, a copy of each layer's cache; None for one that can be trimmed. mlx-lm quantizes
+    a cache of the length ``quantized_from``. ValueError if a cache cannot be copied."""
     return [None if trims(layer, quantized_from) else _copied(layer) for layer in cache]
 
 
@@ -40,9 +28,7 @@ def go_back(
     cache: list[Any], marked: Mark, text: Text, wanted: int, feed: Callable[[list[int]], None]
 ) -> None:
     """Brings a text's caches to its first ``wanted`` tokens, fewer or more than now, in place.
-
-    ``marked`` is at or before them. ``feed`` feeds a token, as a list of one, to the model.
-    """
+    ``marked`` is at or before them. ``feed`` feeds a token, as a list of one, to the model."""
     n_held, n_right = text.n_held, min(text.n_held, len(text.tokens) - text.refused)
     text.n_held, text.refused = wanted, False
     if n_held == wanted == n_right:

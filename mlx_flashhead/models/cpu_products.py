@@ -1,9 +1,5 @@
-"""Products of a model's layers by numpy, for CPUs on which MLX's own are slow.
-
-MLX's wheel for Linux multiplies by the reference BLAS, far slower than numpy's OpenBLAS
-(docs/how-it-works.md). Each product is evaluated at once. This pays for the prompts and batches of
-a calibration, but not for decoding one sequence.
-"""
+"""Products of a model's layers by numpy, for CPUs on which MLX's own are slow (docs/how-it-
+works.md). Each is evaluated at once, which pays for prompts and batches."""
 
 import sys
 from collections.abc import Iterator
@@ -30,10 +26,8 @@ def numpy_is_faster() -> bool:
 
 @contextmanager
 def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
-    """Within the block, linear layers and embeddings as heads multiply by numpy if it is faster.
-
-    But for the layer ``lazy``, whose product may never be needed.
-    """
+    """Within the block, linear layers and embeddings as heads multiply by numpy if it is faster,
+    but for the layer ``lazy``, whose product may never be needed."""
     if not numpy_is_faster():
         yield
         return
@@ -46,9 +40,7 @@ def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
 
     attention = mx.fast.scaled_dot_product_attention
 
-    def attention_by_numpy(
-        queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask=None, **others
-    ) -> mx.array:
+    def attention_by_numpy(queries, keys, values, *, scale, mask=None, **others):
         if others.get("sinks") is not None:
             return attention(queries, keys, values, scale=scale, mask=mask, **others)
         return _attention(queries, keys, values, scale, mask)

@@ -19,11 +19,8 @@ from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
-    """The local folder of a model: itself, or its download from the Hugging Face Hub.
-
-    ``files`` are patterns of what to download; default: the whole checkpoint. ValueError if neither
-    the folder nor the repository exists.
-    """
+    """The local folder of a model: itself, or its download from the Hugging Face Hub; ValueError if
+    neither exists. ``files`` are patterns of what to download; default: the whole checkpoint."""
     if not str(path_or_repo):
         raise ValueError("The name of the model is empty: give a folder or a repository.")
     path = Path(path_or_repo)
@@ -51,7 +48,6 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
 
 
 def _not_given(name: str, revision: str | None, error: Exception) -> str:
-    """A sentence on a repository that cannot be downloaded."""
     missing, constants = f"There is no folder {name!r} here, and", huggingface_hub.constants
     page = f"{constants.ENDPOINT}/{name}"
     unreached = "the Hugging Face Hub cannot be reached: check the network and the name."

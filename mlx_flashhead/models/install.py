@@ -1,10 +1,7 @@
 """Installs a FlashHead on a model's output projection, and detaches it.
 
-The module keeps its identity, its parameter names and its place in the model. Its class becomes a
-subclass. The classes of the modules around it do too, so that they refuse to update it.
-
-The rows move into the FlashHead, in cluster order, and exist once. ``module.weight`` gathers them
-in the model's own order when it is read.
+The module keeps its identity, names and place; its class becomes a subclass, and so do those around
+it, to refuse an update. Its rows move into the FlashHead, which gives them back when they are read.
 """
 
 import copy
@@ -16,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..head.centroids import Centroids
+from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
 from .compat.vlm.drafts import drafter_asks, when_drafted
 from .compat.vlm.head_weights import keep_from_weights
@@ -58,19 +55,10 @@ def install(
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
 
-    Each Metal kernel runs once. If one fails, the head takes the portable path. Order matters:
-    load, cast, quantize, apply adapters and shard first, then install.
-
-    Args:
-        token_ids: (C, cluster_size) integers, V in padded slots.
-        centroids: Centroids fitted for these clusters.
-        location: The head, where it is already known, and known to be a plain product.
-        **settings: The other arguments of :class:`FlashHead`.
-
-    Raises:
-        ValueError: If one is installed already, the head is not supported, an argument is not
-            valid, or a kernel fails and the backend "metal" was asked for by name. The model stays
-            unchanged.
+    Load, cast, quantize, apply adapters and shard first. ``token_ids`` (C, cluster_size) hold V in
+    padded slots. ``location``, if given, is known to be a plain product. ``settings`` are arguments
+    of :class:`FlashHead`. ValueError, with the model unchanged, if there is one already, the head
+    is not supported, an argument is not valid, or a kernel of the backend that was asked for fails.
     """
     # a drafter may hold the embedding of a target with a FlashHead
     holder = model if location is None else location.module
@@ -134,18 +122,14 @@ def detach(model: nn.Module) -> None:
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """The dense form of a model with a FlashHead. It has its own rows and shares all other arrays.
-
-    Compare the speed of two models only if they share their arrays: the place of the arrays in
-    memory alone changes the time of a step by up to a tenth on a CPU.
-    """
+    """The dense form of a model with a FlashHead. It has its own rows and shares all other arrays:
+    their place in memory alone changes the time of a step by up to a tenth on a CPU."""
     dense = copy.deepcopy(model)
     detach(dense)
     return dense
 
 
 def _put_back(module: nn.Module, head: FlashHead) -> None:
-    """Gives a module its rows back, in the model's own order."""
     for name, array in head.clustered.token_rows().arrays().items():
         mx.eval(array)
         module[name] = array
@@ -192,20 +176,16 @@ class _FlashParent(_Pickled, _Module):
 
 
 class _FlashModule(_Pickled, _Module):
-    """An installed module, whose dict holds None for each array that the FlashHead keeps.
-
-    Reading such an array gives it in the model's own order, lazily. Writing it raises.
-    """
+    """An installed module, whose dict holds None for each array that the FlashHead keeps. Reading
+    such an array gives it in the model's own order, lazily. Writing it raises."""
 
     _flash_head: FlashHead
     _asked_by: Asker | None
     _hidden_dtype: str
 
     def _project(self, hidden: mx.array) -> mx.array:
-        """(..., D) → (..., V): the model's logits, or the product with all rows for other uses.
-
-        Gradients do not pass through the choice of clusters, so training uses all rows.
-        """
+        """(..., D) → (..., V): the model's logits, or the product with all rows for other uses, as
+        training: gradients do not pass through the choice of clusters."""
         head, frame = self._flash_head, sys._getframe(1)
         if head.only_drafts and drafter_asks(frame):
             return head.draft_logits(hidden)
@@ -261,8 +241,6 @@ class _FlashModule(_Pickled, _Module):
 
 
 class _FlashLinear(_FlashModule):
-    """A linear layer whose product is a FlashHead's."""
-
     __call__ = _FlashModule._project
 
 

@@ -1,8 +1,4 @@
-"""The models of two libraries, mlx-lm and mlx-vlm: which one a model is of, and how it runs.
-
-A model of mlx-vlm turns tokens and pictures into embeddings, and its ``language_model`` turns these
-into logits. Text goes the same way, so positions and caches are those of mlx-vlm's own generation.
-"""
+"""The models of two libraries, mlx-lm and mlx-vlm: which one a model is of, and how it runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +12,6 @@ from .errors import UnsupportedHeadError
 
 
 def is_vlm(model: nn.Module) -> bool:
-    """Whether ``model`` is one of mlx-vlm."""
     return any(cls.__module__.split(".")[0] == "mlx_vlm" for cls in type(model).__mro__)
 
 
@@ -39,10 +34,7 @@ def forward(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) 
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """After the block the modules hold what they held: some of mlx-vlm's keep a text's positions.
-
-    A module is a dict, and one with a FlashHead reads itself in a way of its own.
-    """
+    """After the block the modules hold what they held, such as a text's positions in mlx-vlm's."""
     held = [(module, dict(dict.items(module)), dict(vars(module))) for module in model.modules()]
     try:
         yield

@@ -1,9 +1,5 @@
-"""Finds the output projection of any model of mlx-lm or mlx-vlm, and records its inputs.
-
-Neither a model's configuration nor its list of modules tells where the head is. So one forward pass
-is traced, without evaluating anything. The head is the last module that has a row for each token
-and whose output is as wide as the logits.
-"""
+"""Finds the output projection of any model in one traced pass: the last module that has a row for
+each token and whose output is as wide as the logits. Records its inputs."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -28,8 +24,6 @@ LINEAR, EMBEDDING = "__call__", "as_linear"
 
 
 class Asker(NamedTuple):
-    """A function of a model's code."""
-
     file: str
     name: str
 
@@ -38,11 +32,8 @@ class Asker(NamedTuple):
         return cls(code.co_filename, code.co_qualname)
 
     def wants_logits(self, usual: "Asker | None") -> bool:
-        """Whether this function decodes with a head's product, as the ``usual`` one does.
-
-        The other functions of a model's file do not: gemma4_text finds tokens by their embeddings.
-        mlx-vlm's models have several functions for logits.
-        """
+        """Whether this function decodes with a head's product, as the ``usual`` one does. Others
+        may find tokens by their embeddings, and mlx-vlm's models have several for logits."""
         if usual is None or self == usual:
             return True
         own_name = self.name.rpartition(".")[2]
@@ -53,8 +44,6 @@ class Asker(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadLocation:
-    """Where a model makes its logits."""
-
     module: nn.Module  # the output projection itself
     path: str  # its dotted name in the model, such as "lm_head" or "model.embed_tokens"
     method: str  # "__call__" for a linear layer, "as_linear" for a tied embedding
@@ -82,14 +71,8 @@ class HeadLocation:
 
 
 def find_head(model: nn.Module) -> HeadLocation:
-    """The output projection of ``model``, found by tracing one forward pass of one token.
-
-    Works on lazily loaded models, since it reads shapes only.
-
-    Raises:
-        UnsupportedHeadError: If no module's output is the logits, the module cannot be intercepted,
-            or the model itself does not run.
-    """
+    """The output projection of ``model``, found by tracing one forward pass; of a lazily loaded one
+    too. UnsupportedHeadError if no module's output is the logits, or the model does not run."""
     check_writes_text(model)
     weights = ((type(module), module.get("weight")) for module in model.modules())
     classes = {cls for cls, w in weights if isinstance(w, mx.array) and w.ndim == 2}
@@ -152,10 +135,8 @@ def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
 
 
 def check_plain_product(location: HeadLocation) -> None:
-    """Checks on one random state of the model's dtype that the layer multiplies by its rows.
-
-    UnsupportedHeadError for sharded, rotated or otherwise special layers.
-    """
+    """Checks on one random state of the model's dtype that the layer multiplies by its rows: an
+    UnsupportedHeadError for sharded, rotated or otherwise special layers."""
     rows, module = location.rows(), location.module
     shape = (1, rows.hidden_size)
     hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(location.hidden_dtype)

@@ -1,9 +1,5 @@
-"""A model's own change of its head's logits: a scale, a softcap, a cast.
-
-The model's own code runs with given logits in place of its head's, and its result is the changed
-logits. This works for any architecture. The result does not depend on the layers, so they are not
-computed. MLX's compiler keeps the few operations that are left.
-"""
+"""A model's own change of its head's logits (a scale, a softcap, a cast), by the model's own code
+with given logits in place of its head's."""
 
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
@@ -22,10 +18,8 @@ _known: WeakKeyDictionary[FlashHead, LogitChange] = WeakKeyDictionary()
 
 
 def logit_change_of(model: nn.Module) -> LogitChange:
-    """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``.
-
-    UnsupportedHeadError if a token's result depends on anything but its logit.
-    """
+    """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``;
+    UnsupportedHeadError if a token's result depends on anything but its logit."""
     head = installed_head(model)
     if head not in _known:
         _known[head] = _learn(model, head)

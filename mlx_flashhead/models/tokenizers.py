@@ -6,6 +6,9 @@ import mlx.nn as nn
 
 from .libraries import is_vlm
 
+# For a model whose configuration and tokenizer do not give its context.
+UNKNOWN_CONTEXT = 32768
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 PROBE = [{"role": "user", "content": "Hello"}]
 
 
@@ -20,6 +23,16 @@ def name_of(processor: Any) -> str:
     return next((str(name) for one in held if (name := getattr(one, "name_or_path", ""))), "")
 
 
+def context_of(config: dict[str, Any], tokenizer: Any) -> int:
+    """The number of tokens in a model's context, from its configuration or its tokenizer."""
+    for part in (config, config.get("text_config") or {}):
+        for key in _CONTEXT_KEYS:
+            if isinstance(part.get(key), int) and part[key] > 1:
+                return part[key]
+    length = tokenizer.model_max_length  # transformers writes 1e30 for unknown
+    return length if 1 < length <= 2**24 else UNKNOWN_CONTEXT
+
+
 def prompt_of(tokenizer: Any, text: str) -> list[int]:
     """A request as a chat, or as a text where the model has no turns."""
     if not tokenizer.has_chat_template:
@@ -29,10 +42,7 @@ def prompt_of(tokenizer: Any, text: str) -> list[int]:
 
 
 class ProcessorText:
-    """A processor's tokenizer, whose chat template is the model's own, without pictures.
-
-    Everything else is the tokenizer's. ValueError if a processor has none.
-    """
+    """A processor's tokenizer, with the model's own chat template. ValueError if it has none."""
 
     def __init__(self, model: nn.Module, processor: Any):
         from .compat.vlm import text as vlm_text  # mlx-vlm is an extra

@@ -20,11 +20,11 @@ from ..loading.load import load_draft, load_with_head
 from ..loading.look_up import LATER, head_options
 from ..models.compat.cache import KVCache, make_prompt_cache
 from ..models.compat.chat_templates import LimitedEnvironment
-from ..models.context import context_of
 from ..models.dense import load_dense
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
+from ..models.tokenizers import context_of
 from ..publishing.origin import local_origin
 
 # Variables that the server gives a template.

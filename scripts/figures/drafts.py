@@ -30,7 +30,7 @@ from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, pos
 from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.head.steps import Candidates
 from mlx_flashhead.loading.load import load_draft
-from mlx_flashhead.lossless.drafts import LATEST
+from mlx_flashhead.lossless.loop import LATEST
 from mlx_flashhead.models.cpu_products import numpy_products, to_mlx
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.fetch import resolve

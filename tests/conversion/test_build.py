@@ -10,8 +10,7 @@ import pytest
 from mlx_flashhead.conversion import build, probes
 from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
 from mlx_flashhead.conversion.clustering import cluster_rows
-from mlx_flashhead.conversion.fitting import fit_centroids, raw_means
-from mlx_flashhead.conversion.metric import logit_metric
+from mlx_flashhead.conversion.fitting import fit_centroids, logit_metric, raw_means
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.conversion.report import report_lines
 from mlx_flashhead.conversion.steps import take_all

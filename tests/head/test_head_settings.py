@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.head.backend import BACKEND_VARIABLE, choose_backend, make_steps
-from mlx_flashhead.head.centroids import Centroids
+from mlx_flashhead.head.clustered import Centroids
 from mlx_flashhead.head.flash_head import NEVER_DRAWN, FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.portable import PortableSteps

@@ -10,8 +10,7 @@ import numpy as np
 
 from mlx_flashhead.head import backend, kernel_text
 from mlx_flashhead.head import kernels as kernels_module
-from mlx_flashhead.head.centroids import Centroids
-from mlx_flashhead.head.clustered import ClusteredRows
+from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.matrix import Matrix
 
 KERNEL_FILES = Path(kernel_text.__file__).parents[2] / "metal" / "flash_head"

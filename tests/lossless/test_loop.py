@@ -9,7 +9,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.lossless.products import SlotProduct
+from mlx_flashhead.lossless.rounding import SlotProduct
 from tiny_models import randomized, tiny_model
 
 SAMPLERS = {
@@ -63,7 +63,7 @@ def test_a_sampler_of_others_draws_with_the_state_of_the_proposal(flash, argumen
 
 
 def test_a_thread_may_compute_the_check(flash, misses, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.products.WORTH_A_THREAD", 0)
+    monkeypatch.setattr("mlx_flashhead.lossless.rounding.WORTH_A_THREAD", 0)
     checked(flash, {"temp": 0.8, "top_p": 0.95, "seed": 1})
     assert misses
 
@@ -165,7 +165,7 @@ def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
 
 
 def test_nothing_is_checked_without_the_check(flash, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.pace.Check", None)
+    monkeypatch.setattr("mlx_flashhead.lossless.check.Check", None)
     bare = flash.tokens(check=False)
     assert bare == flash.tokens(check=False, logprobs=False)
     assert bare != flash.tokens(dense=True)

@@ -17,8 +17,8 @@ import mlx.nn as nn
 import pytest
 
 from mlx_flashhead import convert, generate, load
+from mlx_flashhead.models.dense import _check_attention_heads
 from mlx_flashhead.models.locate import find_head
-from mlx_flashhead.models.sharded import _check_attention_heads
 from model_folders import write_model
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")

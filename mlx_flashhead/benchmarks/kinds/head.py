@@ -13,7 +13,7 @@ import numpy as np
 from ...common.tables import Table, new_table
 from ...common.timing import spread, timer
 from ...conversion.options import HEAD_BITS
-from ...head.centroids import Centroids
+from ...head.clustered import Centroids
 from ...head.flash_head import FlashHead
 from ...head.formats import USUAL_GROUP, affine_group
 from ...head.matrix import Matrix

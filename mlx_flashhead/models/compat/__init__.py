@@ -1,9 +1,5 @@
-"""The names of mlx-lm that may move from one version to the next: a file per module of mlx-lm.
-
-Other modules import ``mlx_lm`` itself and its samplers (``mlx_lm.sample_utils``) directly. Every
-other name of mlx-lm comes through here, and so does every replacement of one. Tested with mlx-lm
-0.31.3 to 0.32.2 and mlx 0.31.2 to 0.32.4.
-"""
+"""The names of mlx-lm that may move from one version to the next, a file per module of mlx-lm.
+Tested with mlx-lm 0.31.3 to 0.32.2 and mlx 0.31.2 to 0.32.4."""
 
 import warnings
 from importlib.metadata import version

@@ -1,8 +1,5 @@
-"""Limits of a chat template's arithmetic.
-
-A template may come from anywhere. Transformers renders it in jinja's sandbox, which does not limit
-numbers: ``{{ 7 ** 30000000 }}`` computes for minutes in one operation, which nothing interrupts.
-"""
+"""Limits of a chat template's arithmetic, which jinja's sandbox lacks: ``{{ 7 ** 30000000 }}``
+computes for minutes in one operation, which nothing interrupts."""
 
 from typing import Any
 

@@ -56,10 +56,8 @@ def run_generate(
     make_sampler: Callable[..., Any],
     generate: Callable[..., str],
 ) -> None:
-    """Runs mlx-lm's program with other functions, its only way to take a loaded model.
-
-    Its ``load`` is called first for the model, then for the draft model.
-    """
+    """Runs mlx-lm's program with other functions, its only way to take a loaded model. Its ``load``
+    is called first for the model, then for the draft model."""
     parsed = SimpleNamespace(parse_args=lambda: args)
     # mlx-lm 0.31 does not hand the leave on
     trusted = partial(load, trust_remote_code=args.trust_remote_code)

@@ -78,7 +78,6 @@ def generate_step(
 def speculative_generate_step(
     prompt: mx.array, model: Any, draft_model: Any, stream: Any = None, **options: Any
 ) -> Iterator[Any]:
-    """mlx-lm's loop, on its own stream."""
     return drafted_steps(prompt, model, draft_model, **options)
 
 
@@ -135,7 +134,6 @@ class TextStateMachine:
         self._transitions = transitions or {}
 
     def make_state(self, initial: str = "normal") -> State:
-        """The state at the beginning of a text."""
         return initial, self._transitions, ""
 
     @staticmethod
@@ -166,7 +164,6 @@ class TextStateMachine:
 
 
 def make_text_state_machine(tokenizer: Any) -> TextStateMachine:
-    """The markers of a tokenizer's thoughts and calls of tools."""
     transitions: Transitions = {"normal": []}
     if tokenizer.has_thinking:
         transitions["normal"].append((tokenizer.think_start, "reasoning"))

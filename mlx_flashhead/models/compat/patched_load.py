@@ -1,8 +1,5 @@
-"""The loads and the loop of mlx-lm and mlx-vlm in programs that know nothing of FlashHead.
-
-Other functions take their places for the rest of the process. Modules that are imported later take
-these from the library, and its own modules that have taken the original get them too.
-"""
+"""The loads and the loop of mlx-lm and mlx-vlm in programs that know nothing of FlashHead: other
+functions take their places for the rest of the process."""
 
 import importlib
 import sys
@@ -33,13 +30,8 @@ def caller_generates() -> bool:
 
 
 def patch_programs(load: Wrap, load_model: Wrap, loop: Wrap) -> None:
-    """Replaces the functions by what is made of them, those of mlx-vlm as soon as it is imported.
-
-    Args:
-        load: Of ``mlx_lm.load`` and ``mlx_vlm.load``.
-        load_model: Of ``mlx_lm.utils.load_model``, which some programs call without ``load``.
-        loop: Of mlx-lm's ``generate_step``, and its loop with a draft model.
-    """
+    """Replaces ``load`` of both libraries, mlx-lm's ``load_model`` and its ``loop`` of each kind by
+    what is made of them, those of mlx-vlm as soon as it is imported."""
     utils = importlib.import_module("mlx_lm.utils")
     original = utils.load_model
     wrapped = load_model(original)

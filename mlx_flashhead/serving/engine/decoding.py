@@ -12,8 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...lossless.batch import CheckedBatchGenerator
-from ...lossless.drafts import drafted_steps
-from ...lossless.loop import checked_steps
+from ...lossless.loop import checked_steps, drafted_steps
 from ...lossless.proposals import Proposer, moves_little
 from .job import Job, LogitsProcessor
 from .prefill import KVCaches, Reading

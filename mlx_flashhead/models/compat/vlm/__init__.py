@@ -1,9 +1,5 @@
-"""The names of mlx-vlm that may move from one version to the next, and what is put in their place.
-
-Only mlx-vlm's own programs and models import a file of this folder, since mlx-vlm is an extra.
-Tested with mlx-vlm 0.7.8 to 0.7.10: 0.7.2 and older decode by other modules. Tests of vision models
-show what a version has renamed or changed.
-"""
+"""The names of mlx-vlm that may move. Its own programs and models alone import a file of this
+folder, since it is an extra. Tested with 0.7.8 to 0.7.10: older ones decode by other modules."""
 
 from importlib.metadata import version
 

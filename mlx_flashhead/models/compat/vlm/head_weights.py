@@ -1,9 +1,5 @@
-"""The places in which mlx-vlm reads a head's weights itself, instead of asking the layer.
-
-They are exact or fused products for decoding and for the verification of drafts. A layer with a
-FlashHead would gather all its rows anew for each of them. So they ask the layer, or are switched
-off and mlx-vlm takes its usual way through the layer. Other layers are not affected.
-"""
+"""The places in which mlx-vlm reads a head's weights itself. A FlashHead would gather all rows anew
+for each of them: they ask the layer, or are switched off."""
 
 from collections.abc import Callable
 from functools import cache, partial, wraps
