@@ -141,6 +141,7 @@ class FlashHead:
 
     @property
     def max_positions_reason(self) -> str:
+        """A sentence on where ``max_positions`` comes from."""
         return "set by hand" if self._max_positions is not None else self._steps.limit_reason
 
     @property
@@ -273,8 +274,8 @@ class FlashHead:
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def draft_logits(self, hidden: mx.array, token_ids: mx.array | None = None) -> mx.array:
-        """Full logits of ``draft_probes`` clusters and of ``token_ids`` (K,), for a
-        verification."""
+        """Full logits, of ``draft_probes`` clusters and of ``token_ids`` (K,), for tokens that all
+        rows verify: hidden (..., D) → (..., V)."""
         with self.settings(n_probes=None if self.exact else self.draft_probes):
             logits = self.full_logits(hidden)
         if token_ids is None:

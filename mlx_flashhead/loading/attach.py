@@ -47,8 +47,10 @@ def attach(
         tokenizer: What its ``load`` returned beside it: mlx-lm's tokenizer, or mlx-vlm's processor.
         flash_head: A folder or a Hugging Face repository of a FlashHead; default: the one that was
             built for this model before, else a new one.
-
-    The others are arguments of `load`.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
+        backend: "metal", "mlx" or None to choose.
+        build: Build one if there is none, once, in a few minutes.
+        progress: Print steps and bars on standard error.
 
     Returns:
         The installed FlashHead.

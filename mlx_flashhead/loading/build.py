@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..conversion.build import expected_seconds, index_nbytes, model_index
-from ..conversion.options import NO_CALIBRATION, IndexOptions
+from ..conversion.options import IndexOptions
 from ..conversion.recipe import make_recipe
 from ..conversion.steps import Steps, take_all
 from ..models.locate import HeadLocation
@@ -53,10 +53,8 @@ def build_steps(
         if kept is not None:
             return kept
         of_index = IndexOptions(quick=True)
-        if options.drafts:
-            of_index = replace(
-                of_index, calibration=NO_CALIBRATION, cluster_size=DRAFT_CLUSTER_SIZE
-            )
+        if drafted is not None:
+            of_index = replace(of_index, cluster_size=DRAFT_CLUSTER_SIZE)
         if anew:
             of_index = replace(of_index, calibration_seconds=ANEW_SECONDS)
         of_index.check_size(rows.n_rows)
@@ -69,7 +67,7 @@ def build_steps(
         )
         del rows
         recipe = make_recipe(of_index, origin, checkpoint_name(origin, None))
-        if options.drafts:
+        if drafted is not None:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
         index = yield from model_index(
             model,

@@ -127,8 +127,13 @@ def sharded_load(
         pipeline_group: The processes that share the layers out.
         tensor_group: The processes that share each layer. Without either group all processes share
             the model in the way that it supports, tensor first.
-
-    The others are arguments of `load`.
+        return_config: Also return the model's configuration.
+        tokenizer_config: Passed to the tokenizer.
+        trust_remote_code: Allow the repository's own Python code.
+        flash_head: A folder or a Hugging Face repository of a FlashHead.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
+        backend: "metal", "mlx" or None to choose.
+        progress: Print steps on standard error.
 
     Returns:
         ``(model, tokenizer)``, with the configuration as a third item if asked for.
