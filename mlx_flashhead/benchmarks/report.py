@@ -152,10 +152,10 @@ def _tell(line: str) -> None:
 def _draw(tables: list[Table], path: str) -> None:
     plt = pyplot()
     rows = [table.row_count for table in tables]
+    size = (8, 1 + sum(0.4 * n + 1 for n in rows))
     figure, axes = plt.subplots(
-        len(rows), figsize=(8, 1 + sum(0.4 * n + 1 for n in rows)), layout="constrained",
-        squeeze=False, height_ratios=rows,
-    )  # fmt: skip
+        len(rows), figsize=size, layout="constrained", squeeze=False, height_ratios=rows
+    )
     for axis, table in zip(axes[:, 0], tables, strict=True):
         n_words = sum(column.justify == "left" for column in table.columns)
         *words, values = (list(column.cells) for column in table.columns[: n_words + 1])
