@@ -11,8 +11,8 @@ from .common.tables import new_table, show
 from .common.terminal import printable
 from .index.files import has_flash_head
 from .loading.background import BackgroundBuild
-from .loading.cache import HOME_VARIABLE, Entry, entries, home, remove, speeds_of
-from .loading.look_up import HeadOptions
+from .loading.head_cache import HOME_VARIABLE, Entry, entries, home, remove, speeds_of
+from .loading.sources import HeadOptions
 from .loading.tuned import read
 from .lossless.tuning import Tuning
 from .models.dense import load_dense

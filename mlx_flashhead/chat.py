@@ -3,14 +3,14 @@
 import mlx.core as mx
 
 from .chatting.conversation import Conversation
-from .chatting.talk import COMMANDS, NO_FLASH_HEAD, WITH_FILES, Talk
+from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
 from .chatting.transcript import kept_file, last_conversation
 from .common.arguments import adopt
 from .common.command import command
 from .common.terminal import Terminal
 from .loading.background import IdleBuild, background_build
 from .loading.load import load_with_head
-from .loading.look_up import LATER, add_answering_options, add_probes_option, head_options
+from .loading.sources import LATER, add_answering_options, add_probes_option, head_options
 from .lossless.sampler import make_sampler
 from .models.compat.chat import chat_parser
 from .models.fetch import resolve
@@ -23,7 +23,7 @@ def make_parser():
     parser = adopt(
         chat_parser(),
         "mlx_flashhead.chat",
-        "Talk with a model and its FlashHead.",
+        "ChatSession with a model and its FlashHead.",
         {"model": "Folder or Hugging Face repository of any model that mlx-lm loads."},
     )
     parser.set_defaults(model=None)
@@ -64,7 +64,7 @@ def main() -> None:
     options = {
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,
-        "check": not args.no_check,
+        "verify": not args.no_verify,
         "sampler": make_sampler(
             args.temp,
             args.top_p,
@@ -79,7 +79,7 @@ def main() -> None:
         build = background_build(model, tokenizer, local_origin(folder), how)
         idle = None if build is None else IdleBuild(build)
     try:
-        Talk(conversation, terminal, args, options, idle).run()
+        ChatSession(conversation, terminal, args, options, idle).run()
     finally:
         if idle is not None:
             idle.close()

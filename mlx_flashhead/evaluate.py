@@ -7,7 +7,7 @@ from .common.arguments import Parser
 from .common.command import check_writable, command
 from .common.extras import from_extra
 from .evaluation import answers, tasks, text
-from .loading.look_up import add_look_up_options
+from .loading.sources import add_source_options
 
 MODEL = "Folder or Hugging Face repository of any model that mlx-lm loads."
 
@@ -20,7 +20,7 @@ def make_parser() -> Parser:
         of_way = commands.add_parser(name, help=way.HELP, description=way.DESCRIPTION)
         of_way.set_defaults(run=way.run)
         of_way.add_argument("--model", required=True, help=MODEL)
-        add_look_up_options(of_way)
+        add_source_options(of_way)
         of_way.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
         way.add_arguments(of_way)
     return parser

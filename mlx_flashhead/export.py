@@ -12,7 +12,7 @@ from .exporting.plan import export_plan
 from .head.backend import PORTABLE
 from .index.files import CONFIG_NAME
 from .loading.load import load_with_head
-from .loading.look_up import add_head_options, head_options
+from .loading.sources import add_head_options, head_options
 from .models.fetch import resolve
 from .models.install import installed_head
 from .models.locate import find_head

@@ -14,7 +14,7 @@ from .common.processes import draw_alike, first_process_speaks, join_processes, 
 from .common.terminal import printable_output
 from .loading.background import background_build
 from .loading.load import load_draft, load_with_head, sharded_load
-from .loading.look_up import LATER, add_answering_options, add_probes_option, head_options
+from .loading.sources import LATER, add_answering_options, add_probes_option, head_options
 from .lossless.generation import generate
 from .lossless.sampler import make_sampler
 from .models.compat.cache import load_prompt_cache
@@ -23,7 +23,7 @@ from .models.dense import load_dense, load_dense_part
 from .models.fetch import resolve
 from .models.tokenizers import UNKNOWN_CONTEXT, context_of
 from .publishing.origin import local_origin
-from .structured.options import add_grammar_options, grammar_of
+from .structured.grammar_options import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor
 
 
@@ -103,7 +103,7 @@ def main() -> None:
 
         def generate_for_main(model, tokenizer, prompt, **named):
             _check_prompt(prompt, context)
-            named["check"] = not args.no_check
+            named["verify"] = not args.no_verify
             named["prefill_step_size"] = args.prefill_step_size  # which 0.31 does not hand on
             if args.draw_probes:
                 named["draw_temperature"] = args.temp

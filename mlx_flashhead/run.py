@@ -11,8 +11,8 @@ from typing import Any
 
 from .common.arguments import Parser
 from .common.command import sentence
-from .loading.look_up import add_head_options, head_options
 from .loading.patch import patch_load, patch_new_processes
+from .loading.sources import add_head_options, head_options
 
 
 def make_parser() -> Parser:

@@ -7,8 +7,8 @@ from .common.command import command
 from .common.processes import join_processes
 from .models.fetch import resolve
 from .serving.network.addresses import announce, url
-from .serving.options import check_options, make_parser
 from .serving.serve import leave, let_signals_interrupt, requests_logged, serving
+from .serving.server_options import check_options, make_parser
 
 LOST = 75  # EX_TEMPFAIL: a supervisor starts the server again
 LOOK_SECONDS = 0.5

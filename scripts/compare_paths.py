@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 def generated(model, tokenizer, prompt: str, max_tokens: int) -> Answer:
     """FlashHead's own greedy tokens, without the check that would correct them."""
-    answers = list(stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, check=False))
+    answers = list(stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, verify=False))
     return Answer([answer.token for answer in answers], "".join(answer.text for answer in answers))
 
 

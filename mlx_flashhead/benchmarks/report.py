@@ -18,7 +18,7 @@ from ..common.command import check_writable
 from ..common.pictures import check_picture, pyplot
 from ..common.tables import Table, show
 from ..common.timing import in_turns
-from ..loading.look_up import add_look_up_options
+from ..loading.sources import add_source_options
 from .machine import machine
 
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the kinds that need a model."""
     parser.add_argument("--model", required=True, help=ANY_MODEL)
-    add_look_up_options(parser)
+    add_source_options(parser)
     add_number(parser, "--n-probes", None, "Clusters scored (default: the model's own).")
 
 

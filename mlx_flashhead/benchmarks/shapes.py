@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head.formats import AFFINE, FLOATS, USUAL_GROUP, find_format
+from ..head.formats import AFFINE, DEFAULT_GROUP, FLOATS, find_format
 from ..index.files import FlashHeadIndex
 from ..models.locate import find_head
 from . import data
@@ -16,7 +16,7 @@ CLUSTER_SIZE = 16
 LAYER_KERNELS = 10
 
 
-def bytes_per_weight(bits: int, group_size: int = USUAL_GROUP) -> float:
+def bytes_per_weight(bits: int, group_size: int = DEFAULT_GROUP) -> float:
     """Of floats of 16 bits, or of affine rows of fewer, with their scales and offsets."""
     if bits == 16:
         return find_format(FLOATS, bits).bytes_per_weight()

@@ -14,7 +14,7 @@ from ..models.compat.cache import make_prompt_cache
 from ..models.cpu_products import numpy_products
 from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden
-from .given_text import CONTEXT, beginning_of_text, given_windows, windows_of
+from .builtin_text import CONTEXT, beginning_of_text, given_windows, windows_of
 from .steps import Step, Steps
 
 WINDOW_TOKENS = 512  # of one text; each window starts afresh

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..head.matrix import as_float32
 from ..models.locate import HeadLocation, recorded_hidden
-from .given_text import dialogues, given_documents
+from .builtin_text import dialogues, given_documents
 from .steps import Step, Steps
 
 BEGINNING = 300  # characters
@@ -20,7 +20,7 @@ ANSWER_TOKENS = 64
 POSITIONS = 4_000  # docs/drafts.md has what fewer of them keep
 
 
-def given_requests() -> list[str]:
+def builtin_requests() -> list[str]:
     """What users say in the given dialogues, and beginnings of the given documents, in turns."""
     said = [m["content"] for messages in dialogues() for m in messages if m["role"] == "user"]
     kinds = [[text[:BEGINNING] for text in texts] for texts in given_documents().values()]

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..head.clustered import Centroids
-from ..head.formats import USUAL_GROUP, affine_group
+from ..head.formats import DEFAULT_GROUP, affine_group
 from ..head.matrix import Matrix, as_float32
 from .steps import Step, Steps
 
@@ -68,7 +68,7 @@ def fit_centroids(
     states: np.ndarray | None = None,
     *,
     head_bias: np.ndarray | mx.array | None = None,
-    group_size: int = USUAL_GROUP,
+    group_size: int = DEFAULT_GROUP,
 ) -> Steps[Centroids]:
     """Fits centroids to rows (V, D) and states (N, D), rounded to 4 bits with float16 scales.
 

@@ -26,7 +26,7 @@ from ..publishing.publish import add_documents, checkpoint_name, publish
 from .build import index_nbytes, model_index
 from .calibration import read_text
 from .options import ConvertOptions
-from .place import FILES_KEY, check_apart, check_place, check_room, files_of
+from .output_folder import FILES_KEY, check_apart, check_place, check_room, files_of
 from .quantization import precision_label, set_bits
 from .recipe import make_recipe
 from .report import report_lines

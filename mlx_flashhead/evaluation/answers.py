@@ -22,7 +22,7 @@ from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
-from ..loading.look_up import look_up_options
+from ..loading.sources import source_options
 from ..models.compat.generate import BatchGenerator
 from ..models.cpu_products import numpy_products
 from ..models.install import installed_head
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    model, tokenizer = load(args.model, **look_up_options(args))
+    model, tokenizer = load(args.model, **source_options(args))
     figures = evaluate_answers(model, tokenizer, args.probes)
     show(make_table(figures))
     return figures

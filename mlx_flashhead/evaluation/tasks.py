@@ -14,7 +14,7 @@ from ..common.command import check_writable
 from ..common.extras import from_extra, installation
 from ..common.tables import Table, new_table, show
 from ..loading.load import load
-from ..loading.look_up import look_up_options
+from ..loading.sources import source_options
 
 EXTRA = "tasks"
 HELP = "run tasks of lm-eval"
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> dict | None:
         tokenizer_config={"trust_remote_code": True} if args.trust_remote_code else None,
         trust_remote_code=args.trust_remote_code,
         n_probes=args.n_probes,
-        **look_up_options(args),
+        **source_options(args),
     )
     with redirect_stdout(sys.stderr):  # where mlx-lm prints its progress
         measures = evaluate_tasks(model, tokenizer, names, manager, args)

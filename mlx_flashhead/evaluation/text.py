@@ -22,7 +22,7 @@ from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
-from ..loading.look_up import look_up_options
+from ..loading.sources import source_options
 from ..models.install import installed_head
 from ..models.locate import find_head
 
@@ -37,7 +37,7 @@ coverage    the true next token is scored
 KL          from the dense head's distribution, in nats
 perplexity  relative to dense, with the estimates of the tail
 bytes       read per token, relative to the dense head"""
-USUAL_PROBES = (48, 96, 128, 192, 256, 512)
+DEFAULT_PROBES = (48, 96, 128, 192, 256, 512)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.plot:
         check_picture("--plot", args.plot)
     content = read_text(args.text)
-    model, tokenizer = load(args.model, **look_up_options(args))
+    model, tokenizer = load(args.model, **source_options(args))
     figures = evaluate(
         model, tokenizer, content, probe_counts=args.probes, positions=args.positions
     )
@@ -90,7 +90,7 @@ def evaluate(
     """
     head = installed_head(model)
     if probe_counts is None:
-        probe_counts = [*(p for p in USUAL_PROBES if p <= head.n_clusters), head.n_probes]
+        probe_counts = [*(p for p in DEFAULT_PROBES if p <= head.n_clusters), head.n_probes]
     probe_counts = check_probe_counts(head, probe_counts)
     read = text_states(model, tokenizer, find_head(model), text, positions=positions)
     states, next_ids = take_all(read)

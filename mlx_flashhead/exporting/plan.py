@@ -35,7 +35,7 @@ import mlx.core as mx
 from ..head.clustered import ClusteredRows
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
-from ..head.kernels import MetalSteps, unread
+from ..head.kernels import MetalSteps, unsupported_formats
 from ..models.locate import HeadLocation
 
 METADATA_KEY = "flash_head"
@@ -46,7 +46,7 @@ TOKENS = ("route", "select", "score", "sample")
 def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str, mx.array]:
     """Writes the file, which scores as many clusters as ``head`` does, and returns its arrays."""
     clustered = head.clustered.in_rows()
-    forms = unread(clustered)
+    forms = unsupported_formats(clustered)
     if forms:
         raise ValueError(
             f"The Metal kernels do not read {' and '.join(forms.values())} rows: export a model "

@@ -56,10 +56,10 @@ def make_steps(clustered: ClusteredRows, asked: str | None) -> tuple[PortableSte
             reason = "MLX's default device is the CPU."
         return PortableSteps(clustered), reason
     steps = MetalSteps(clustered)
-    if not steps.unread:
+    if not steps.unsupported_formats:
         return steps, "MLX computes on an Apple GPU."
     what = {"route": "centroids", "score": "rows"}
-    said = " and ".join(f"{form} {what[step]}" for step, form in steps.unread.items())
+    said = " and ".join(f"{form} {what[step]}" for step, form in steps.unsupported_formats.items())
     reason = (
         f"FlashHead's Metal kernels do not read {said}: MLX's own operations do, which takes a "
         "few more kernels per token. The other steps are FlashHead's."

@@ -51,7 +51,7 @@ FORMATS = (
 
 # Bits of affine rows that the kernels read, and to which heads and centroids are quantized.
 AFFINE_BITS = tuple(sorted(f.bits for f in FORMATS if f.metal == AFFINE_ROWS))
-USUAL_GROUP = 64  # MLX's own default
+DEFAULT_GROUP = 64  # MLX's own default
 
 
 def find_format(mode: str | None, bits: int) -> Format:
@@ -66,6 +66,6 @@ def find_format(mode: str | None, bits: int) -> Format:
     )
 
 
-def affine_group(width: int, first: int = USUAL_GROUP) -> int | None:
+def affine_group(width: int, first: int = DEFAULT_GROUP) -> int | None:
     """The group for affine rows of ``width`` columns: ``first``, else 32; None if neither fits."""
     return next((size for size in (first, min(GROUPS)) if width % size == 0), None)

@@ -12,7 +12,7 @@ from .draw import Draws
 from .kernel_text import EXPAND_BODY, ROUTE_BODY, SAMPLE_BODY, SCORE_BODY, SELECT_BODY, header
 from .matrix import Matrix
 from .portable import PortableSteps
-from .steps import NO_DEPTH, USUAL_RISK, Candidates, Risk, Selection
+from .steps import DEFAULT_RISK, NO_DEPTH, Candidates, Risk, Selection
 
 # The constants of the same names in metal/flash_head/constants.h.
 LANES = 32
@@ -30,7 +30,7 @@ SHARED_POSITIONS = 4  # that share one reading of the centroids
 MATRIX_FROM = 12
 
 
-def unread(clustered: ClusteredRows) -> dict[str, str]:
+def unsupported_formats(clustered: ClusteredRows) -> dict[str, str]:
     """The steps for which no kernel reads the rows, with the format of these rows."""
     formats = {"route": clustered.centroids.matrix.format, "score": clustered.rows.format}
     return {step: str(form) for step, form in formats.items() if form.metal is None}
@@ -62,7 +62,9 @@ class MetalSteps(PortableSteps):
     def __init__(self, clustered: ClusteredRows, metal_kernel: Callable | None = None):
         super().__init__(clustered)
         self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
-        self.unread = unread(clustered)  # the steps that stay plain operations
+        self.unsupported_formats = unsupported_formats(
+            clustered
+        )  # the steps that stay plain operations
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         n_rows, n_clusters = clustered.vocab_size, clustered.n_clusters
         self._sizes = {"V": n_rows, "C": n_clusters}
@@ -72,7 +74,7 @@ class MetalSteps(PortableSteps):
         self._score_threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))
         self._select_template, self._sample_template = self._of_sizes("C"), self._of_sizes("NV")
         self._expand_template = self._of_sizes("VCN")
-        if "route" not in self.unread:
+        if "route" not in self.unsupported_formats:
             stored = _StoredRows(clustered.centroids.matrix, n_clusters)
             self._route_arrays = [*stored.arrays, clustered.route_bias]
             body = ROUTE_BODY.format(rows=stored.expression)
@@ -82,7 +84,7 @@ class MetalSteps(PortableSteps):
                 shared: [*self._of_sizes("DC"), ("H", shared), *stored.template]
                 for shared in (1, SHARED_POSITIONS)
             }
-        if "score" not in self.unread:
+        if "score" not in self.unsupported_formats:
             stored = _StoredRows(clustered.rows, n_rows)
             bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
             self._score_arrays = [clustered.token_ids, *stored.arrays, *bias]
@@ -120,7 +122,7 @@ class MetalSteps(PortableSteps):
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""
         n_positions = hidden.shape[0]
-        if "route" in self.unread or n_positions >= MATRIX_FROM:
+        if "route" in self.unsupported_formats or n_positions >= MATRIX_FROM:
             return super().route(hidden)
         shared = 1 if n_positions == 1 else SHARED_POSITIONS
         (scores,) = self._route(
@@ -139,7 +141,7 @@ class MetalSteps(PortableSteps):
         """The ``n_probes`` best clusters of each row, ascending, and the tail. Of clusters that
         differ by less than 1/64 nat those of lower ids count as better."""
         n_positions, n_clusters = scores.shape
-        if "score" in self.unread:
+        if "score" in self.unsupported_formats:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
         kernel = self._select_words if words else self._select
         tail_offset = [self._tail_offset] * words
@@ -160,7 +162,7 @@ class MetalSteps(PortableSteps):
 
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
         """Logits of the probed clusters' rows: hidden (R, D) → (R, S, n), and (R, S) bests."""
-        if "score" in self.unread:
+        if "score" in self.unsupported_formats:
             logits = super().score(hidden, selection).logits
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes = selection.probes
@@ -204,7 +206,7 @@ class MetalSteps(PortableSteps):
         candidates: Candidates,
         unscored: mx.array,
         draws: Draws | None,
-        risk: Risk = USUAL_RISK,
+        risk: Risk = DEFAULT_RISK,
     ) -> tuple[mx.array, mx.array]:
         """Tokens and risk in one kernel; see ``PortableSteps.choose``."""
         logits = candidates.logits

@@ -9,7 +9,7 @@ import mlx.core as mx
 from .clustered import ClusteredRows
 from .draw import Draws, draw, noise
 from .matrix import Matrix
-from .steps import NO_DEPTH, USUAL_RISK, Candidates, Risk, Selection, in_token_order
+from .steps import DEFAULT_RISK, NO_DEPTH, Candidates, Risk, Selection, in_token_order
 
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
@@ -192,7 +192,7 @@ class PortableSteps:
         candidates: Candidates,
         unscored: mx.array,
         draws: Draws | None,
-        risk: Risk = USUAL_RISK,
+        risk: Risk = DEFAULT_RISK,
     ) -> tuple[mx.array, mx.array]:
         """A token of each row, (R,) uint32, the best logit without ``draws``; and (R,) float32, an
         estimate of the chance that the dense head chooses another."""

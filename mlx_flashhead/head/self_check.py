@@ -93,7 +93,7 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     candidates = steps.score(hidden, selection)
     # the probes, which the kernels repeat below 8, each once
     once = Selection(probes), Candidates(candidates.logits[:, :n_probes])
-    if "score" not in steps.unread:
+    if "score" not in steps.unsupported_formats:
         lowest = mx.finfo(candidates.logits.dtype).min  # of padded slots
         expected = mx.maximum(plain.score(in_float32, once[0]).logits, lowest)
         yield once[1].logits, expected, rounding

@@ -53,8 +53,8 @@ class Risk(NamedTuple):
     def of_settings(cls, settings: Mapping[str, Any]) -> "Risk":
         """From an index's settings of the checked loop; the usual numbers where there are none."""
         fitted = settings.get("risk") or {}
-        a, b = fitted.get("greedy", (USUAL_RISK.a, USUAL_RISK.b))
-        return cls(a, b, fitted.get("sampled", USUAL_RISK.scale))
+        a, b = fitted.get("greedy", (DEFAULT_RISK.a, DEFAULT_RISK.b))
+        return cls(a, b, fitted.get("sampled", DEFAULT_RISK.scale))
 
     def of(self, candidates: Candidates, unscored: mx.array, draws: Draws | None) -> mx.array:
         """The chance for each of R positions, (R,) float32."""
@@ -69,7 +69,7 @@ class Risk(NamedTuple):
         return mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)
 
 
-USUAL_RISK = Risk()  # the usual numbers
+DEFAULT_RISK = Risk()  # the usual numbers
 
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:

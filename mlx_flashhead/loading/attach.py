@@ -8,21 +8,21 @@ from weakref import WeakKeyDictionary, ref
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..conversion.drafted_states import ANSWER_TOKENS, drafted_states, given_requests
+from ..conversion.drafted_states import ANSWER_TOKENS, builtin_requests, drafted_states
 from ..conversion.options import IndexOptions
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
-from ..lossless.text import random_state
+from ..lossless.sequence import random_state
 from ..models.compat.vlm.drafts import drafted_answer, when_drafted
-from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head, install
 from ..models.libraries import architecture, is_vlm
 from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
+from ..models.model_errors import UnsupportedHeadError
 from ..models.tokenizers import name_of, prompt_of, text_side
 from ..publishing.origin import Origin
-from . import cache
-from .build import build_steps, finish
-from .look_up import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, named_head
+from . import head_cache as cache
+from .first_build import build_steps, finish
+from .sources import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, explicit_head
 from .tuned import MEASURING, tune_head
 
 # models of mlx-vlm, whose drafters may have heads of their own, their tokenizers and the choices
@@ -61,7 +61,7 @@ def attach(
     """
     options = HeadOptions(flash_head, BUILD if build else REFUSE, n_probes, backend, progress)
     origin = Origin(Path(name_of(tokenizer) or type(model).__module__).name)
-    head = attach_head(model, tokenizer, named_head(options), origin, options)
+    head = attach_head(model, tokenizer, explicit_head(options), origin, options)
     assert head is not None  # only DENSE leaves it out
     return head
 
@@ -131,7 +131,7 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
             text = text_side(model, tokenizer)
             answers = (
                 drafted_answer(model, drafter, kind, prompt_of(text, request), ANSWER_TOKENS)
-                for request in given_requests()
+                for request in builtin_requests()
             )
             seconds = IndexOptions.calibration_seconds
             drafted = drafted_states(location, answers, text.eos_token_ids, seconds=seconds)

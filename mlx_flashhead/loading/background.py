@@ -17,14 +17,14 @@ import mlx.nn as nn
 
 from ..conversion.build import STEP_SECONDS
 from ..lossless.tuning import Tuning
-from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head
 from ..models.libraries import is_vlm
 from ..models.locate import check_plain_product, find_head
+from ..models.model_errors import UnsupportedHeadError
 from ..publishing.origin import Origin
 from .attach import install_stored
-from .build import build_steps, finish
-from .look_up import HeadOptions, StoredHead
+from .first_build import build_steps, finish
+from .sources import HeadOptions, StoredHead
 from .tuned import MEASURING, tune_head
 
 

@@ -11,7 +11,7 @@ from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..publishing.origin import local_origin
 from .attach import attach_head
-from .look_up import BUILD, DENSE, REFUSE, HeadOptions, head_beside, named_head
+from .sources import BUILD, DENSE, REFUSE, HeadOptions, bundled_head, explicit_head
 
 
 def load(
@@ -74,7 +74,7 @@ def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
 
     Takes arguments of ``mlx_lm.load``, and raises as `load`.
     """
-    stored = named_head(options) or head_beside(folder, options)
+    stored = explicit_head(options) or bundled_head(folder, options)
     model, tokenizer, config = load_dense(folder, **of_mlx_lm)
     attach_head(model, tokenizer, stored, local_origin(folder), options)
     return model, tokenizer, config
@@ -144,7 +144,7 @@ def sharded_load(
     """
     options = HeadOptions(flash_head, REFUSE, n_probes, backend, progress, tunes=False)
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
-    stored = named_head(options) or head_beside(folder, options)
+    stored = explicit_head(options) or bundled_head(folder, options)
     model, tokenizer, config = load_dense_part(
         path_or_hf_repo,
         pipeline_group,

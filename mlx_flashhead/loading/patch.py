@@ -13,7 +13,7 @@ from ..models.compat.utils import load_tokenizer
 from ..models.fetch import resolve
 from ..publishing.origin import local_origin
 from .attach import attach_head
-from .look_up import HeadOptions, head_beside, named_head
+from .sources import HeadOptions, bundled_head, explicit_head
 
 
 def patch_load(options: HeadOptions) -> None:
@@ -24,14 +24,14 @@ def patch_load(options: HeadOptions) -> None:
     Raises:
         ValueError: If the FlashHead that the user names cannot be read.
     """
-    chosen = named_head(options)
+    chosen = explicit_head(options)
     warned = False
 
     def attach_to(model: Any, tokenizer_of: Callable[[], Any], folder: Path) -> None:
         nonlocal warned
         origin = local_origin(folder)
         try:
-            stored = chosen or head_beside(folder, options)
+            stored = chosen or bundled_head(folder, options)
             head = attach_head(model, tokenizer_of(), stored, origin, options)
             assert head is not None  # only DENSE leaves it out
             options.say(

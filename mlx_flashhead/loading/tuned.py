@@ -17,8 +17,8 @@ from ..head.flash_head import FlashHead
 from ..index.files import FlashHeadIndex
 from ..lossless.tuning import LEAST_GAIN, Tuning, tune
 from ..models.install import hidden_dtype, installed_head
-from . import cache
-from .look_up import HeadOptions
+from . import head_cache as cache
+from .sources import HeadOptions
 
 TUNING_VARIABLE = "MLX_FLASHHEAD_TUNING"
 MEASURING = "Measuring its speed on this machine, once …"

@@ -10,10 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat.generate import BatchGenerator
-from .check import Pace
 from .proposals import Proposer
-from .text import Position, Text
-from .way_back import Mark, go_back, kept
+from .rollback import Mark, go_back, kept
+from .sequence import Position, Text
+from .verify import Pace
 
 NO_LOGPROBS = mx.zeros((1,))
 IN_GENERATION = 2  # the stage of a text in mlx-lm's batch
@@ -29,7 +29,7 @@ class Response:
     all_tokens: list[int] | None
 
 
-class CheckedBatchGenerator(BatchGenerator):
+class VerifiedBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
     A call of :meth:`next` may give no token of a text, or several. ``stop_tokens`` are sequences

@@ -19,11 +19,11 @@ from ..models.compat.generate import (
 from ..models.compat.generate import batch_generate as mlx_lm_batch_generate
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.libraries import is_vlm
-from .batch import CheckedBatchGenerator
-from .loop import checked_steps, drafted_steps
+from .batch import VerifiedBatchGenerator
+from .loop import drafted_steps, verified_steps
 from .proposals import Proposer
 from .sampler import Sampler
-from .text import begin
+from .sequence import begin
 
 
 def stream_generate(
@@ -32,7 +32,7 @@ def stream_generate(
     prompt,
     *,
     n_probes: int | None = None,
-    check: bool = True,
+    verify: bool = True,
     dense: bool = False,
     draw_temperature: float | None = None,
     logprobs: bool = True,
@@ -63,7 +63,7 @@ def stream_generate(
     Raises:
         ValueError: If the model has no FlashHead, or a setting is not valid.
     """
-    proposer = _proposer(model, n_probes, check, dense, draw_temperature)
+    proposer = _proposer(model, n_probes, verify, dense, draw_temperature)
     stream = mlx_lm_stream_generate(model, tokenizer, prompt, **kwargs)
     with loops(**_loops(model, proposer, logprobs)):
         response = next(stream, None)  # takes the loop
@@ -78,14 +78,14 @@ def generate(
     prompt,
     *,
     n_probes: int | None = None,
-    check: bool = True,
+    verify: bool = True,
     dense: bool = False,
     draw_temperature: float | None = None,
     **kwargs: Any,
 ) -> str:
     """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead. Arguments and
     errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes."""
-    proposer = _proposer(model, n_probes, check, dense, draw_temperature)
+    proposer = _proposer(model, n_probes, verify, dense, draw_temperature)
     with loops(**_loops(model, proposer, False)):
         text = mlx_lm_generate(model, tokenizer, prompt, **kwargs)
     if kwargs.get("verbose") and proposer.head is not None:
@@ -99,7 +99,7 @@ def batch_generate(
     prompts: list[list[int]],
     *,
     n_probes: int | None = None,
-    check: bool = True,
+    verify: bool = True,
     dense: bool = False,
     draw_temperature: float | None = None,
     **kwargs: Any,
@@ -107,13 +107,13 @@ def batch_generate(
     """Generates for several prompts at once: ``mlx_lm.batch_generate`` with the same settings. Each
     prompt gets its own copy of a processor with ``for_sequence``, as of
     :func:`grammar_processor`."""
-    proposer = _proposer(model, n_probes, check, dense, draw_temperature)
+    proposer = _proposer(model, n_probes, verify, dense, draw_temperature)
     logprobs = bool(kwargs.get("return_logprobs"))
 
     def generator(of_model: nn.Module, *arguments: Any, **options: Any) -> Any:
         if of_model is not model:
             return BatchGenerator(of_model, *arguments, **options)
-        return CheckedBatchGenerator(of_model, proposer=proposer, logprobs=logprobs, **options)
+        return VerifiedBatchGenerator(of_model, proposer=proposer, logprobs=logprobs, **options)
 
     with loops(BatchGenerator=generator):
         return mlx_lm_batch_generate(model, tokenizer, prompts, **kwargs)
@@ -123,14 +123,18 @@ def lossless_steps(model: nn.Module, name: str) -> Callable[..., Any] | None:
     """A loop like mlx-lm's of that name, with the dense model's choices; None for a dense model."""
     if is_vlm(model):
         return None
-    proposer = Proposer(model, check=True)
+    proposer = Proposer(model, verify=True)
     if name == "speculative_generate_step":
         return partial(drafted_steps, proposer=proposer)
-    return None if proposer.head is None else partial(checked_steps, proposer=proposer)
+    return None if proposer.head is None else partial(verified_steps, proposer=proposer)
 
 
 def _proposer(
-    model: nn.Module, n_probes: int | None, check: bool, dense: bool, draw_temperature: float | None
+    model: nn.Module,
+    n_probes: int | None,
+    verify: bool,
+    dense: bool,
+    draw_temperature: float | None,
 ) -> Proposer:
     if is_vlm(model):
         raise ValueError(
@@ -146,8 +150,8 @@ def _proposer(
             pass  # refuses what is not valid, before anything is computed
     if dense:
         settings = {}
-    check = check and draw_temperature is None
-    return Proposer(model, check=check, dense=dense, settings=settings)
+    verify = verify and draw_temperature is None
+    return Proposer(model, verify=verify, dense=dense, settings=settings)
 
 
 def _loops(model: nn.Module, proposer: Proposer, logprobs: bool) -> dict[str, Callable[..., Any]]:
@@ -160,7 +164,7 @@ def _loops(model: nn.Module, proposer: Proposer, logprobs: bool) -> dict[str, Ca
             begin(options.get("logits_processors"))
             return generate_step(prompt, of_model, *arguments, **options)
         options |= {"proposer": proposer, "logprobs": logprobs}
-        return checked_steps(prompt, of_model, *arguments, **options)
+        return verified_steps(prompt, of_model, *arguments, **options)
 
     def drafted_text(prompt: Any, of_model: Any, *arguments: Any, **options: Any) -> Any:
         if of_model is not model:

@@ -17,18 +17,18 @@ from ..models.compat.generate import (
     speculative_generate_step,
 )
 from ..models.install import get_flash_head
-from .check import Pace
 from .proposals import Proposer
+from .rollback import Mark, go_back, kept, length_of
 from .sampler import Sampler
-from .text import ForeignSampler, Processor, Text, begin
-from .way_back import Mark, go_back, kept, length_of
+from .sequence import ForeignSampler, Processor, Text, begin
+from .verify import Pace
 
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
 
 Tokens = Generator[tuple[int, mx.array | None], None, None]
 
 
-def checked_steps(
+def verified_steps(
     prompt: mx.array,
     model: nn.Module,
     stream: Any = generation_stream,

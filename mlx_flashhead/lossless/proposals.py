@@ -12,10 +12,10 @@ import mlx.nn as nn
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.steps import Proposal
-from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head
 from ..models.logit_change import logit_change_of, unchanged
-from .text import GREEDY, Position, Text, current_random_state
+from ..models.model_errors import UnsupportedHeadError
+from .sequence import GREEDY, Position, Text, current_random_state
 
 
 class Proposer:
@@ -23,16 +23,18 @@ class Proposer:
     bare head's. ``settings`` are more keywords of ``FlashHead.settings``."""
 
     def __init__(
-        self, model: nn.Module, *, check: bool, dense: bool = False, settings: dict | None = None
+        self, model: nn.Module, *, verify: bool, dense: bool = False, settings: dict | None = None
     ):
-        self._model, self._wanted, self._settings = model, (check, dense), settings or {}
+        self._model, self._wanted, self._settings = model, (verify, dense), settings or {}
         self.change: Callable[[mx.array], mx.array] | None = unchanged
-        self.dense, self.check = True, False
+        self.dense, self.verify = True, False
         self.look_for_head()
         # The texts of the next call's rows, in their order. Without them a call is dense, as for a
         # prompt and for the first token after it. A call takes them.
         self.texts: list[Text] | None = None
-        self.n_checks = self.n_others = 0  # checks, and tokens for which they chose another one
+        self.n_verifications = self.n_rejected = (
+            0  # checks, and tokens for which they chose another one
+        )
         self._row = 0
         self._proposal: Proposal | None = None
         self._tokens: mx.array | None = None
@@ -45,12 +47,12 @@ class Proposer:
             why = "it is no faster here" if self.head.stays_dense else "every token was scored"
             return f"FlashHead: not used, {why}"
         clusters = self._settings.get("n_probes") or (
-            self.head.checked_probes if self.check else self.head.n_probes
+            self.head.checked_probes if self.verify else self.head.n_probes
         )
         line = f"FlashHead: {clusters:,} of {self.head.n_clusters:,} clusters a token"
-        if not self.check:
+        if not self.verify:
             return f"{line}, no check"
-        return f"{line}, {self.n_checks:,} checks, {self.n_others:,} other choices"
+        return f"{line}, {self.n_verifications:,} checks, {self.n_rejected:,} other choices"
 
     def look_for_head(self) -> None:
         """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
@@ -61,11 +63,11 @@ class Proposer:
             self.change = logit_change_of(self._model)
         except UnsupportedHeadError:
             self.change = None  # its logits depend on each other: every choice is dense
-        check, dense = self._wanted
+        verify, dense = self._wanted
         chosen = self._settings.get("n_probes") is not None
         gains = self.change is not None and (chosen or not self.head.stays_dense)
-        self.dense = dense or (check and not gains)
-        self.check = check and not self.dense
+        self.dense = dense or (verify and not gains)
+        self.verify = verify and not self.dense
 
     def in_place(self) -> AbstractContextManager:
         """A block in which the head's calls come here."""
@@ -78,7 +80,7 @@ class Proposer:
         positions in one product, or without the check as it is set."""
         if self.head is None:
             return nullcontext()
-        if self.check or self.dense:
+        if self.verify or self.dense:
             return self.head.dense()
         return self.head.settings(**self._settings)
 
@@ -97,7 +99,7 @@ class Proposer:
         texts, self.texts = self.texts, None
         if self.dense or texts is None or hidden.shape[1] != 1 or len(texts) != len(hidden):
             return self._full(dense_logits(head, hidden))
-        if not self.check:
+        if not self.verify:
             if any(t.logprobs or t.needs_logits or t.settings != GREEDY for t in texts):
                 return self._full(head.full_logits(hidden))
             self._tokens = head.token(hidden)[:, -1]
@@ -130,7 +132,7 @@ class Proposer:
         row, index = self._row, text.n_chosen
         self._row += 1
         position = Position(self._proposal, row)
-        in_head = not text.needs_logits and (self.change is unchanged or not self.check)
+        in_head = not text.needs_logits and (self.change is unchanged or not self.verify)
         if self._tokens is not None and in_head:
             token = self._tokens[row : row + 1]
         else:
@@ -165,13 +167,13 @@ def dense_logits(head: FlashHead, hidden: mx.array) -> mx.array:
 def _needs_dense(text: Text, head: FlashHead, dtype: mx.Dtype) -> bool:
     """Whether a text's choice may depend on rounding in 16 bits, so that no check can tell: by a
     sampler of others, or a processor that stretches differences."""
-    moves_much = text.settings is None or not all(map(moves_little, text.processors))
+    moves_much = text.settings is None or not all(map(preserves_margins, text.processors))
     return moves_much and not _is_fine(head, dtype)
 
 
-def moves_little(processor: Any) -> bool:
+def preserves_margins(processor: Any) -> bool:
     """Whether a processor at most doubles the distance of two logits: masks, biases, penalties."""
-    return getattr(processor, "moves_little", False) or (
+    return getattr(processor, "preserves_margins", False) or (
         getattr(processor, "__module__", "") == "mlx_lm.sample_utils"
     )
 

@@ -14,7 +14,7 @@ MORE_CLUSTERS = 32
 Bounds = tuple[mx.array, mx.array]  # the lowest and the highest value
 
 
-def certain_best(
+def is_certain_best(
     head: FlashHead, rounding: Rounding, slots: mx.array, proposal: Proposal
 ) -> mx.array:
     """For a proposal of the best token of k states: (k,) bool, lazy, by the logits ``slots`` (k, C,
@@ -34,10 +34,10 @@ def certain_best(
     return above_scored & above_others
 
 
-def certain_draw(
+def is_certain_draw(
     head: FlashHead, rounding: Rounding, slots: mx.array, proposal: Proposal, draws: Draws
 ) -> mx.array:
-    """For a proposal of drawn tokens, as :func:`certain_best`. Either every row's draw leaves
+    """For a proposal of drawn tokens, as :func:`is_certain_best`. Either every row's draw leaves
     tokens out, or none's."""
     largest = _largest(slots)[:, None]
     room, room_scored = rounding.batch * largest, rounding.scored * largest
@@ -66,7 +66,7 @@ def certain_draw(
     return worst > mx.maximum(rival, mx.max(noisy, axis=(1, 2)))
 
 
-def certain_within(
+def is_certain_within(
     logits: mx.array, room: mx.array, epsilon: float, token: int, draws: Draws | None
 ) -> mx.array:
     """For a choice from the logits of all tokens (1, V), each of which may lie ``room`` away: (1,)

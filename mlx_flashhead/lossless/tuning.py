@@ -18,10 +18,10 @@ from ..head.backend import PORTABLE
 from ..head.flash_head import MOST_RISK, MOST_WAITING, FlashHead
 from ..head.steps import NO_DEPTH
 from ..models.install import hidden_dtype, installed_head
-from .loop import checked_steps
+from .loop import verified_steps
 from .proposals import Proposer, dense_logits
 from .rounding import SlotProduct, rounding_of
-from .screen import certain_best
+from .screen import is_certain_best
 
 SECONDS = 3.0  # of all measurements
 LEAST_GAIN = 1.03
@@ -151,7 +151,7 @@ class _Steps:
 
     def seconds(self, *, dense: bool = False, n_probes: int | None = None) -> float:
         settings = {} if n_probes is None else {"n_probes": n_probes}
-        proposer = Proposer(self._model, check=False, dense=dense, settings=settings)
+        proposer = Proposer(self._model, verify=False, dense=dense, settings=settings)
         return median(self._times(proposer, TOKENS)[1:])
 
     def check_seconds(self, k: int) -> float:
@@ -161,7 +161,7 @@ class _Steps:
         mx.eval(proposal)
         rounding = rounding_of(head, self._dtype)
         return _better_of_two(
-            lambda: certain_best(head, rounding, SlotProduct(head, hidden).result(), proposal)
+            lambda: is_certain_best(head, rounding, SlotProduct(head, hidden).result(), proposal)
         )
 
     def checked_positions(self, check: float, end: float) -> int | None:
@@ -185,12 +185,12 @@ class _Steps:
 
     def turn(self, n_tokens: int) -> float:
         """Checked tokens per second relative to dense ones, one after the other."""
-        dense = sum(self._times(Proposer(self._model, check=False, dense=True), n_tokens)[1:])
-        proposer = Proposer(self._model, check=True)
+        dense = sum(self._times(Proposer(self._model, verify=False, dense=True), n_tokens)[1:])
+        proposer = Proposer(self._model, verify=True)
         return dense / sum(self._times(proposer, n_tokens)[1:])
 
     def _times(self, proposer: Proposer, n_tokens: int) -> list[float]:
-        steps = checked_steps(
+        steps = verified_steps(
             self._prompt, self._model, proposer=proposer, max_tokens=n_tokens, logprobs=False
         )
         moments = [time.perf_counter(), *(time.perf_counter() for _ in steps)]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .compat.vlm import too_old
-from .errors import UnsupportedHeadError
+from .model_errors import UnsupportedHeadError
 
 
 def is_vlm(model: nn.Module) -> bool:

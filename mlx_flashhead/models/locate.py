@@ -17,8 +17,8 @@ from ..head.matrix import Matrix
 from .compat.replaced import replaced
 from .compat.vlm.drafts import own_head
 from .compat.vlm.head_weights import DECISIONS
-from .errors import UnsupportedHeadError
 from .libraries import architecture, check_has_head, check_writes_text, forward, is_vlm
+from .model_errors import UnsupportedHeadError
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
 

@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
-from .errors import UnsupportedHeadError
 from .install import installed_head
 from .libraries import architecture, forward
+from .model_errors import UnsupportedHeadError
 
 LogitChange = Callable[[mx.array], mx.array]
 

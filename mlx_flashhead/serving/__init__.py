@@ -1,13 +1,13 @@
 """The HTTP server: OpenAI's API for FlashHead models, and a page for browsers.
 
 A request, traced. ``serve`` opens the port, and starts the engine, which loads the models by
-``catalogue`` in its own thread. Then each connection has a thread.
+``served_models`` in its own thread. Then each connection has a thread.
 
 1. ``network/connections`` limits connections, and the time in which a request must arrive.
 2. ``network/guard`` asks ``network/access`` whether it may be served: its Host, its Origin, its
    token, its size. A file of the page is sent from here (``network/page_files``).
 3. ``endpoints`` reads the body: ``protocol/requests`` checks each field, ``engine/prompts`` fills
-   in the chat template and makes tokens. A mistake is a ``Problem`` (``protocol/errors``).
+   in the chat template and makes tokens. A mistake is a ``ApiError`` (``protocol/errors``).
 4. Each answer is a job (``engine/job``) in the queue of ``engine/engine``, the one thread that
    computes. It reads the prompt a chunk at a time, from the longest beginning that is kept
    (``engine/prefill``), and decodes it beside the others (``engine/decoding``).

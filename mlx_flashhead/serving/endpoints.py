@@ -10,16 +10,16 @@ from urllib.parse import unquote
 
 from ..common.time_limit import time_limit
 from ..structured.processor import GrammarProcessor
-from .catalogue import ServedModel
 from .engine.engine import Engine
 from .engine.job import Job, Progress, Token
 from .engine.prompts import Prompt, read_prompts
 from .network.connections import LimitedServer
 from .network.guard import GuardedHandler
 from .protocol.answers import Choice, envelope
-from .protocol.errors import Problem
+from .protocol.api_error import ApiError
 from .protocol.requests import Request, find_model, read_request
 from .protocol.valid_json import dumps, loads
+from .served_models import ServedModel
 
 MODELS_PATH = "/v1/models"
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
@@ -62,16 +62,16 @@ class ApiHandler(GuardedHandler):
         elif path.startswith(f"{MODELS_PATH}/"):
             self.send_json(self._model(unquote(path.removeprefix(f"{MODELS_PATH}/"))))
         else:
-            raise Problem(f"There is nothing at {path[:200]}.", status=404)
+            raise ApiError(f"There is nothing at {path[:200]}.", status=404)
 
     def post(self, path: str) -> None:
         server, chat = self.server, path in CHAT_PATHS
         if path not in CHAT_PATHS + TEXT_PATHS:
             places = ", ".join(TEXT_PATHS + CHAT_PATHS)
-            raise Problem(f"There is nothing at {path[:200]}: post to {places}.", status=404)
+            raise ApiError(f"There is nothing at {path[:200]}: post to {places}.", status=404)
         limit = f"within {READ_SECONDS:g} seconds"
         remedy = "simplify its response_format or grammar"
-        too_slow = Problem(f"The request could not be read {limit}: {remedy}.")
+        too_slow = ApiError(f"The request could not be read {limit}: {remedy}.")
         with server.answering(self.connection, self.client_address[0]):
             body = self.read_body()
             with server.preparing:
@@ -117,7 +117,7 @@ class ApiHandler(GuardedHandler):
                     self._write(f": prompt {part.done}/{part.total}")
                 else:
                     self._write(f"data: {dumps(head | {'choices': [part]})}")
-        except Problem as problem:
+        except ApiError as problem:
             self._write(f"data: {dumps(problem.as_json())}")
             return
         if (speed := speed_of(jobs)) is not None:
@@ -135,17 +135,17 @@ class ApiHandler(GuardedHandler):
                 event = None
             if self.client_has_gone():
                 raise ConnectionAbortedError
-            if isinstance(event, Problem):
+            if isinstance(event, ApiError):
                 raise event
             if isinstance(event, BaseException):
-                raise Problem("The answer has failed: see the server's log.", status=500)
+                raise ApiError("The answer has failed: see the server's log.", status=500)
             if isinstance(event, Progress):
                 yield event
             elif isinstance(event, Token):
                 if (chunk := choices[index].add(event)) is not None:
                     yield chunk
             elif not self.server.engine.healthy:
-                raise Problem("The server has lost the thread that answers.", status=503)
+                raise ApiError("The server has lost the thread that answers.", status=503)
 
     def _write(self, line: str) -> None:
         self.wfile.write(f"{line}\n\n".encode())
@@ -172,9 +172,9 @@ def _parsed(body: bytes) -> dict[str, Any]:
     try:
         value = loads(body)
     except ValueError as error:
-        raise Problem(f"The body is not JSON: {error}.") from None
+        raise ApiError(f"The body is not JSON: {error}.") from None
     if not isinstance(value, dict):
-        raise Problem("The body must be a JSON object.")
+        raise ApiError("The body must be a JSON object.")
     return value
 
 
@@ -191,7 +191,7 @@ def _jobs(request: Request, prompts: list[Prompt]) -> list[Job]:
                 tokenizer, request.form, after=after, seconds_per_mask=seconds
             )
         except ValueError as error:
-            raise Problem(str(error), "response_format") from None
+            raise ApiError(str(error), "response_format") from None
     return [
         Job(request, prompt, events, index, grammar and grammar.for_sequence())
         for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))

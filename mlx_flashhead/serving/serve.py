@@ -15,10 +15,10 @@ from types import FrameType
 from typing import NoReturn
 
 from ..common.terminal import printable
-from .catalogue import load_models
 from .endpoints import ApiHandler, ApiServer
 from .engine.engine import Engine
 from .network.addresses import access_of
+from .served_models import load_models
 
 # A token or a chunk of a prompt is computed within this time, or the process ends without it.
 END_SECONDS = 3.0

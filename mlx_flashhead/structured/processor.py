@@ -53,7 +53,7 @@ class GrammarProcessor:
             form, or if its first mask takes too much computing.
     """
 
-    moves_little = True  # a mask leaves the distances of logits as they are
+    preserves_margins = True  # a mask leaves the distances of logits as they are
 
     def __init__(
         self,

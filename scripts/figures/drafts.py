@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, stream_generate
 from mlx_flashhead.common.command import command
-from mlx_flashhead.conversion.given_text import dialogues, given_documents
+from mlx_flashhead.conversion.builtin_text import dialogues, given_documents
 from mlx_flashhead.evaluation.answers import usual_requests
 from mlx_flashhead.evaluation.text import bytes_share
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key

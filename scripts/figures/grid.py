@@ -34,7 +34,7 @@ def cases(args: argparse.Namespace) -> Generator[Case]:
     """Each model as it is and in 4 bits, each sampling and number of sequences."""
     for name, bits, model, tokenizer in models(args.models):
         head = installed_head(model)
-        forms = {DENSE: Form(dense_copy(model)), TUNED: with_flash_head(model, check=True)}
+        forms = {DENSE: Form(dense_copy(model)), TUNED: with_flash_head(model, verify=True)}
         about = {"model": name, "bits": bits, "stays_dense": head.stays_dense, "tuned": head.gain}
         about |= {"n_probes": head.checked_probes, "most_waiting": head.most_waiting}
         prompt = tokenizer.encode(PROMPT)

@@ -26,7 +26,7 @@ from mlx_flashhead import get_flash_head, grammar_processor, load, make_sampler,
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.timing import in_turns
 from mlx_flashhead.evaluation.answers import usual_requests
-from mlx_flashhead.lossless.check import Check
+from mlx_flashhead.lossless.verify import Check
 from mlx_flashhead.models.compat.sample_utils import make_logits_processors
 from mlx_flashhead.models.tokenizers import prompt_of
 
@@ -42,7 +42,7 @@ SETTINGS = {
 PENALTY, JSON_SCHEMA = 1.1, {"type": "object"}
 FORMS = {
     "dense": {"dense": True},
-    "without the check": {"check": False},
+    "without the check": {"verify": False},
     "with the check": {},
 }
 TIMED = ("greedy", "0.8, top-p 0.95")

@@ -46,18 +46,18 @@ def test_decoding_takes_the_tokens_asked_for(dense, monkeypatch, batch):
     assert set(shapes) == {(batch, VOCAB_SIZE)} and len(shapes) >= 5
 
 
-@pytest.mark.parametrize("check", [True, False])
-def test_flash_head_decodes_with_this_package_s_loops(check):
+@pytest.mark.parametrize("verify", [True, False])
+def test_flash_head_decodes_with_this_package_s_loops(verify):
     """With the check every token is the dense model's, also in what is timed."""
     flash = tiny_model()
     index = tiny_index(flash)
     install(flash, index.token_ids, index.centroids, n_probes=1)
-    form = with_flash_head(flash, check=check)
+    form = with_flash_head(flash, verify=verify)
     assert form.timed([1, 2], 3, 9, {"temp": 0.0}, 0) > 0
     sampler = form.make_sampler(temp=0.0)
     steps = form.steps(mx.array([1, 2]), flash, max_tokens=10, sampler=sampler)
     expected = generate_step(mx.array([1, 2]), tiny_model(), max_tokens=10)
-    assert ([token for token, _ in steps] == [token for token, _ in expected]) == check
+    assert ([token for token, _ in steps] == [token for token, _ in expected]) == verify
 
 
 def test_ratios_are_those_of_the_printed_medians():

@@ -78,7 +78,7 @@ def test_answers_are_those_without_a_cache(conversation):
 
 
 def test_settings_are_passed_on(conversation):
-    settings = {"n_probes": 1, "check": False}
+    settings = {"n_probes": 1, "verify": False}
     few = expected(conversation, "Hello", **settings)
     assert few != expected(conversation, "Hello", dense=True)
     assert answer(conversation, "Hello", **settings) == few

@@ -12,7 +12,7 @@ import pytest
 from figures import speed_tables
 from mlx_flashhead.benchmarks.kinds import server
 from mlx_flashhead.benchmarks.roofline import BANDWIDTH_SHARE
-from mlx_flashhead.loading import cache
+from mlx_flashhead.loading import head_cache as cache
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.locate import find_head
 from tiny_models import tiny_index

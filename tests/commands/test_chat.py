@@ -15,7 +15,7 @@ import pytest
 import mlx_flashhead
 from chain_models import write_chain_model
 from chat_screen import CTRL_D, ESC_ENTER, UP, ChatScreen
-from mlx_flashhead.chatting import talk
+from mlx_flashhead.chatting import session
 from mlx_flashhead.chatting.conversation import Conversation
 from mlx_flashhead.common.terminal import UNPRINTABLE
 from model_folders import VOCAB_SIZE, write_model
@@ -219,7 +219,7 @@ def test_every_command_over_pipes(typed, converted, folder):
     place = 0
     for _, wanted in turns:
         place = said.index(wanted, place) + len(wanted)
-    assert all(f"  {command} " in said for command in talk.COMMANDS)
+    assert all(f"  {command} " in said for command in session.COMMANDS)
     assert "\x1b" not in said and said.count("tokens/s") == 6  # /stats has one more
     right = Conversation(*mlx_flashhead.load(str(converted)), system_prompt="Be brief.")
     texts = [
@@ -271,7 +271,7 @@ def test_a_conversation_goes_on_over_pipes(typed, converted, folder, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device", "last.json")
 
     kept.write_text("[]")
-    monkeypatch.setattr(talk, "keep", full)
+    monkeypatch.setattr(session, "keep", full)
     answers, said = typed("Hello\nGo on\n", *arguments, "--resume")
     assert answers == both
     assert said.count("not kept for --resume: last.json: No space left") == 1

@@ -75,7 +75,7 @@ def test_the_chat_template_and_the_speeds(run, converted, monkeypatch):
 @pytest.mark.parametrize(
     "flags, sampling, options",
     [
-        (("--n-probes", 1, "--no-check"), {}, {"n_probes": 1, "check": False}),
+        (("--n-probes", 1, "--no-verify"), {}, {"n_probes": 1, "verify": False}),
         (("--temp", 1, "--draw-probes"), {"temp": 1.0}, {"draw_temperature": 1.0}),
         (("--temp", 3, "--top-p", 0.9, "--top-k", 5), {"temp": 3.0, "top_p": 0.9, "top_k": 5}, {}),
         (
@@ -201,7 +201,7 @@ def test_own_code_of_a_model(run, generated, refused, tmp_path):
     assert type(model).__module__ == "custom_model"
     options = {"max_tokens": TOKENS, "dense": True}
     expected = mlx_flashhead.generate(model, tokenizer, PROMPT, **options) + "\n"
-    assert generated(*flags, "--no-check") != expected
+    assert generated(*flags, "--no-verify") != expected
     assert generated(*flags) == generated(*flags, "--draft-model", converted) == expected
 
 

@@ -16,7 +16,7 @@ import mlx_flashhead
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.serving.network.addresses import access_of
-from mlx_flashhead.serving.options import check_options, make_parser
+from mlx_flashhead.serving.server_options import check_options, make_parser
 from model_folders import VOCAB_SIZE
 from server_process import serving
 from tiny_models import tiny_index
@@ -37,7 +37,7 @@ def complete(server, **options):
 def expected(converted):
     """What the package generates without checks, densely and with one probe."""
     model, tokenizer = mlx_flashhead.load(str(converted))
-    options = {"max_tokens": TOKENS, "check": False}
+    options = {"max_tokens": TOKENS, "verify": False}
     texts = {
         name: mlx_flashhead.generate(model, tokenizer, PROMPT, **options, **settings)
         for name, settings in {"dense": {"dense": True}, "few": {"n_probes": 1}, "": {}}.items()
@@ -149,7 +149,7 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_
 
 
 def test_dense_may_be_asked_for(converted, expected, tmp_path):
-    flags = ("--dense", "--no-check", "--log-level", "WARNING")
+    flags = ("--dense", "--no-verify", "--log-level", "WARNING")
     with serving(tmp_path, "--model", converted, *flags) as server:
         assert f"{converted} dense at http" in server.line
         assert complete(server) == expected["dense"]
@@ -163,7 +163,7 @@ def test_a_flash_head_of_its_own_and_a_draft_with_its_flash_head(
 ):
     (tmp_path / "head").mkdir()
     write_companion(tmp_path / "head", tiny_index(load_dense(dense)[0], n_probes=1))
-    flags = ("--flash-head", tmp_path / "head", "--no-check", "--log-level", "INFO")
+    flags = ("--flash-head", tmp_path / "head", "--no-verify", "--log-level", "INFO")
     draft = ("--draft-model", converted, "--num-draft-tokens", 2)
     with serving(tmp_path, "--model", dense, *flags, *draft) as server:
         assert f"{dense} with FlashHead at http" in server.line

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from mlx_flashhead.conversion import calibration, given_text
-from mlx_flashhead.conversion.calibration import given_states, read_windows, text_states
-from mlx_flashhead.conversion.given_text import (
+from mlx_flashhead.conversion import builtin_text, calibration
+from mlx_flashhead.conversion.builtin_text import (
     CONTEXT,
     LEAST_TOKENS,
     PYTHON,
@@ -20,6 +19,7 @@ from mlx_flashhead.conversion.given_text import (
     given_windows,
     windows_of,
 )
+from mlx_flashhead.conversion.calibration import given_states, read_windows, text_states
 from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.evaluation.answers import usual_requests
 from mlx_flashhead.models.locate import find_head
@@ -165,11 +165,11 @@ def test_every_kind_has_several_documents(documents):
 def test_what_an_installation_lacks_is_left_out(monkeypatch, documents):
     assert "def " in "".join(documents[PYTHON])
     assert len(documents[PYTHON]) > 30
-    own = len(given_text._documents("documentation"))
+    own = len(builtin_text._documents("documentation"))
     assert len(documents["documentation"]) > own + 30
     few = {"modules": "no_such_module textwrap _thread", "topics": "no-such-topic with"}
-    read = given_text._file
-    monkeypatch.setattr(given_text, "_file", lambda name: few.get(name) or read(name))
+    read = builtin_text._file
+    monkeypatch.setattr(builtin_text, "_file", lambda name: few.get(name) or read(name))
     found = given_documents()
     assert len(found[PYTHON]) == 1
     assert len(found["documentation"]) == 1 + own
@@ -192,12 +192,12 @@ def test_the_kinds_take_turns(options, tmp_path, monkeypatch):
     _, tokenizer = mlx_lm.load(str(write_model(tmp_path / "m", **options)))
     kinds, kind_of = iter(SHARES), {}
 
-    def chosen_windows(*args, choose=given_text._chosen_windows):
+    def chosen_windows(*args, choose=builtin_text._chosen_windows):
         chosen = choose(*args)
         kind_of.update(dict.fromkeys(map(tuple, chosen), next(kinds)))
         return chosen
 
-    monkeypatch.setattr(given_text, "_chosen_windows", chosen_windows)
+    monkeypatch.setattr(builtin_text, "_chosen_windows", chosen_windows)
     found = given_windows(tokenizer, 500)
     counts = Counter()
     for window in found:
@@ -213,7 +213,7 @@ def test_windows_begin_with_the_token_that_ended_the_one_before():
 
 def test_long_documents_do_not_crowd_out_others_and_what_begins_a_text_is_no_text():
     documents = [list(range(300)), list(range(1000, 1080)), [7, *range(2000, 2020)]]
-    chosen = given_text._chosen_windows(documents, [7], 150)
+    chosen = builtin_text._chosen_windows(documents, [7], 150)
     assert sum(len(window) - 1 - CONTEXT for window in chosen) == 150
     assert {window[0] for window in chosen[:3]} == {0, 1000, 2000}
     assert all(len(window) >= LEAST_TOKENS for window in chosen)

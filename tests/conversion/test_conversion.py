@@ -15,8 +15,8 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead.conversion import pipeline
 from mlx_flashhead.conversion.options import ConvertOptions
+from mlx_flashhead.conversion.output_folder import check_apart
 from mlx_flashhead.conversion.pipeline import convert
-from mlx_flashhead.conversion.place import check_apart
 from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.models.install import get_flash_head
 from model_folders import VOCAB_SIZE, write_model

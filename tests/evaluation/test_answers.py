@@ -39,7 +39,7 @@ def answer(model, tokenizer, text, **settings):
     if tokenizer.has_chat_template:
         messages = [{"role": "user", "content": text}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    stream = stream_generate(model, tokenizer, prompt, max_tokens=TOKENS, check=False, **settings)
+    stream = stream_generate(model, tokenizer, prompt, max_tokens=TOKENS, verify=False, **settings)
     return [response.token for response in stream]
 
 

@@ -102,7 +102,7 @@ def test_text_is_generated_with_the_check(flash, dense):
     requests = [Instance("generate_until", {}, (question, options), 0) for question in questions]
     said = tasks.TaskModel(*flash).generate_until(requests)
     assert said == [mlx_lm.generate(*dense, question, max_tokens=TOKENS) for question in questions]
-    unchecked = {"check": False, "max_tokens": TOKENS}
+    unchecked = {"verify": False, "max_tokens": TOKENS}
     assert said != [generate(*flash, question, **unchecked) for question in questions]
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_flashhead import get_flash_head
-from mlx_flashhead.lossless.batch import CheckedBatchGenerator
-from mlx_flashhead.lossless.loop import checked_steps
+from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
+from mlx_flashhead.lossless.loop import verified_steps
 from mlx_flashhead.lossless.proposals import Proposer
 from tiny_models import install_index, tiny_index, tiny_model
 
@@ -25,23 +25,23 @@ class Flash:
     def head(self):
         return get_flash_head(self.model)
 
-    def tokens(self, *, dense=False, check=True, max_tokens=40, prompt=PROMPT, seed=7, **options):
+    def tokens(self, *, dense=False, verify=True, max_tokens=40, prompt=PROMPT, seed=7, **options):
         """The tokens of the loop for one text."""
         mx.random.seed(seed)
-        return [token for token, _ in self.steps(dense, check, max_tokens, prompt, **options)]
+        return [token for token, _ in self.steps(dense, verify, max_tokens, prompt, **options)]
 
-    def steps(self, dense=False, check=True, max_tokens=40, prompt=PROMPT, **options):
-        proposer = Proposer(self.model, check=check, dense=dense)
+    def steps(self, dense=False, verify=True, max_tokens=40, prompt=PROMPT, **options):
+        proposer = Proposer(self.model, verify=verify, dense=dense)
         prompt = mx.array(prompt, dtype=mx.uint32)
-        return checked_steps(
+        return verified_steps(
             prompt, self.model, proposer=proposer, max_tokens=max_tokens, **options
         )
 
-    def batch(self, prompts, *, dense=False, check=True, max_tokens=25, seed=7, **options):
+    def batch(self, prompts, *, dense=False, verify=True, max_tokens=25, seed=7, **options):
         """The tokens of each text of a batch, and the responses that ended them."""
         mx.random.seed(seed)
-        proposer = Proposer(self.model, check=check, dense=dense)
-        generator = CheckedBatchGenerator(self.model, proposer=proposer, logprobs=False)
+        proposer = Proposer(self.model, verify=verify, dense=dense)
+        generator = VerifiedBatchGenerator(self.model, proposer=proposer, logprobs=False)
         uids = generator.insert(prompts, [max_tokens] * len(prompts), **options)
         tokens, ends = {uid: [] for uid in uids}, {}
         while responses := generator.next_generated():

@@ -9,7 +9,7 @@ from mlx_flashhead.serving.network import guard
 from mlx_flashhead.serving.network.access import Access
 from mlx_flashhead.serving.network.connections import LimitedServer
 from mlx_flashhead.serving.network.guard import GuardedHandler
-from mlx_flashhead.serving.protocol.errors import Problem
+from mlx_flashhead.serving.protocol.api_error import ApiError
 
 # The name of a machine on a network: plain http, so no secure context. The browser maps it here.
 LAN_NAME = "studio.local"
@@ -64,7 +64,7 @@ class ScriptedHandler(GuardedHandler):
         told = {"/health": {"status": "ok"}, "/page/info.json": self.server.script.info}
         told["/v1/models"] = {"data": []}
         if path not in told:
-            raise Problem("nothing there", status=404)
+            raise ApiError("nothing there", status=404)
         self.send_json(told[path])
 
     def post(self, path):
@@ -75,7 +75,7 @@ class ScriptedHandler(GuardedHandler):
             left = script.left  # that of this test
             pieces = script.answers.pop(0) if script.answers else ["Fine."]
             if isinstance(pieces, str):
-                raise Problem(pieces)
+                raise ApiError(pieces)
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()

@@ -131,7 +131,7 @@ def test_missing_file(folder):
         lambda content: b"",
         lambda content: content[:100],
         lambda content: content[: len(content) // 2],
-        lambda content: content.replace(b"checksum", b"no_check"),
+        lambda content: content.replace(b"checksum", b"no_verify"),
         lambda content: bytes(1000),
         lambda content: np.random.default_rng(0).bytes(5000),
         lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",

@@ -15,12 +15,12 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, write_companion
-from mlx_flashhead.loading import cache
+from mlx_flashhead.loading import head_cache as cache
 from mlx_flashhead.loading.attach import attach, attach_head
 from mlx_flashhead.loading.load import load, load_with_head, sharded_load
-from mlx_flashhead.loading.look_up import DENSE, HeadOptions
-from mlx_flashhead.models.errors import UnsupportedHeadError
+from mlx_flashhead.loading.sources import DENSE, HeadOptions
 from mlx_flashhead.models.install import detach, get_flash_head
+from mlx_flashhead.models.model_errors import UnsupportedHeadError
 from mlx_flashhead.publishing.origin import Origin
 from model_folders import write_model
 from tiny_models import tiny_index, tiny_model
@@ -194,7 +194,7 @@ def test_a_head_that_cannot_be_kept_works_all_the_same(
 def test_two_processes_build_once(folder, tmp_path, flash_head_home):
     program = (
         "import functools, sys, time\n"
-        "from mlx_flashhead.loading import build\n"
+        "from mlx_flashhead.loading import first_build as build\n"
         "from mlx_flashhead.loading.load import load\n"
         "from mlx_flashhead.conversion.options import IndexOptions\n"
         "build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)\n"

@@ -12,7 +12,7 @@ from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.flash_head import MOST_RISK
 from mlx_flashhead.loading import tuned
 from mlx_flashhead.loading.attach import install_stored
-from mlx_flashhead.loading.look_up import HeadOptions, StoredHead
+from mlx_flashhead.loading.sources import HeadOptions, StoredHead
 from mlx_flashhead.lossless import tuning as tuning_module
 from mlx_flashhead.lossless.tuning import Tuning, expected_seconds, tune
 from tiny_models import tiny_index, tiny_model

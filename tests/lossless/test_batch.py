@@ -9,7 +9,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from flash_loops import OTHERS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.lossless.batch import CheckedBatchGenerator
+from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.lossless.proposals import Proposer
 
 PROMPTS = [PROMPT, *OTHERS]
@@ -84,8 +84,8 @@ def greedy(flash):
 @pytest.mark.parametrize("n_steps", range(1, 12))
 def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, greedy, n_steps):
     """As when a client hangs up, between any proposal and its check."""
-    proposer = Proposer(flash.model, check=True)
-    generator = CheckedBatchGenerator(flash.model, proposer=proposer, logprobs=False)
+    proposer = Proposer(flash.model, verify=True)
+    generator = VerifiedBatchGenerator(flash.model, proposer=proposer, logprobs=False)
     uids = generator.insert(PROMPTS, [25] * 4)
     tokens = {uid: [] for uid in uids}
     for step in range(60):
@@ -102,8 +102,8 @@ def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, greedy, n_steps)
 
 
 def test_a_text_that_joins_later(flash, greedy):
-    proposer = Proposer(flash.model, check=True)
-    generator = CheckedBatchGenerator(flash.model, proposer=proposer, logprobs=False)
+    proposer = Proposer(flash.model, verify=True)
+    generator = VerifiedBatchGenerator(flash.model, proposer=proposer, logprobs=False)
     (first,) = generator.insert([PROMPT], [25])
     tokens = {first: []}
     second = None
@@ -126,8 +126,8 @@ def test_a_stop_token_ends_a_text(flash, rotating):
     cache = [RotatingKVCache(max_size=12) for _ in range(2)] if rotating else None
     ((expected,), _) = flash.batch([PROMPT], caches=[deepcopy(cache)], dense=True)
     for stop in expected[5:15]:
-        proposer = Proposer(flash.model, check=True)
-        generator = CheckedBatchGenerator(flash.model, proposer=proposer, stop_tokens=[[stop]])
+        proposer = Proposer(flash.model, verify=True)
+        generator = VerifiedBatchGenerator(flash.model, proposer=proposer, stop_tokens=[[stop]])
         generator.insert([PROMPT], [25], caches=[deepcopy(cache)])
         responses = []
         while confirmed := generator.next_generated():

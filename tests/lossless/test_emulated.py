@@ -25,7 +25,7 @@ SAMPLERS = {
 @pytest.fixture(scope="module")
 def emulated():
     """A model of 4-bit rows in bfloat16 with the kernels installed, and the emulator."""
-    with kernels(check=False) as emulator:
+    with kernels(verify=False) as emulator:
         flash = flash_of(tiny_model(dtype=mx.bfloat16, bits=4, num_hidden_layers=2))
         assert flash.head.backend == "metal"
         yield flash, emulator

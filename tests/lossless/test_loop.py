@@ -165,9 +165,9 @@ def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
 
 
 def test_nothing_is_checked_without_the_check(flash, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.check.Check", None)
-    bare = flash.tokens(check=False)
-    assert bare == flash.tokens(check=False, logprobs=False)
+    monkeypatch.setattr("mlx_flashhead.lossless.verify.Check", None)
+    bare = flash.tokens(verify=False)
+    assert bare == flash.tokens(verify=False, logprobs=False)
     assert bare != flash.tokens(dense=True)
 
 

@@ -40,12 +40,12 @@ def test_the_text_is_mlx_lms_of_the_dense_model(flash, pair, prompt):
 
 def test_without_the_check_it_is_the_bare_heads_text(flash, pair, head):
     ids = pair.encode("One day")
-    usual = pair.tokens(pair.model, ids, check=False)
+    usual = pair.tokens(pair.model, ids, verify=False)
     assert usual == pair.bare(ids) != uncached(pair.dense, ids)
     head.n_probes = 1
     expected = until_end(pair, pair.bare(ids))
     head.n_probes = N_PROBES
-    found = until_end(pair, pair.tokens(pair.model, ids, n_probes=1, check=False))
+    found = until_end(pair, pair.tokens(pair.model, ids, n_probes=1, verify=False))
     assert found == expected != usual
 
 
@@ -53,7 +53,7 @@ def test_without_the_check_it_is_the_bare_heads_text(flash, pair, head):
 def test_prompts_in_parts(flash, pair, size):
     ids, options = pair.encode("How do I bake bread for two people"), {"prefill_step_size": size}
     assert pair.tokens(pair.model, ids, **options) == uncached(pair.dense, ids)
-    assert pair.tokens(pair.model, ids, check=False, **options) == pair.bare(ids)
+    assert pair.tokens(pair.model, ids, verify=False, **options) == pair.bare(ids)
 
 
 def test_mlx_lms_keywords_arrive(flash, capsys):
@@ -95,7 +95,7 @@ def test_settings_end_with_an_abandoned_stream(flash, head, options):
 
 def test_streams_take_turns(flash):
     """Each has its own settings, whichever starts or ends first."""
-    settings = ({"n_probes": 1, "check": False}, {"dense": True}, {}, {"check": False})
+    settings = ({"n_probes": 1, "verify": False}, {"dense": True}, {}, {"verify": False})
     settings = [{"max_tokens": n, **o} for n, o in zip((9, 5, 12, 9), settings, strict=True)]
     expected = [generate(*flash, "One day", **options) for options in settings]
     assert len(set(expected)) == 4
@@ -123,10 +123,10 @@ def prompts(pair):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"completion_batch_size": 2, "prefill_batch_size": 2}])
-@pytest.mark.parametrize("settings", [{}, {"dense": True}, {"check": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"dense": True}, {"verify": False}], ids=str)
 def test_batch_is_what_each_gets_alone(flash, pair, prompts, sizes, settings):
     expected = [uncached(pair.dense, ids, TOKENS) for ids in prompts]
-    if settings == {"check": False}:
+    if settings == {"verify": False}:
         expected = [pair.bare(ids, TOKENS) for ids in prompts]
     expected = [until_end(pair, tokens) for tokens in expected]
     options = {"max_tokens": TOKENS, "return_token_ids": True, **sizes, **settings}

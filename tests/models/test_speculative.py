@@ -80,7 +80,7 @@ def test_draft_of_a_dense_target(pair, drafts, draft):
     assert found == usual(pair)
 
 
-@pytest.mark.parametrize("settings", [{"check": False}, {"check": False, "n_probes": 1}], ids=str)
+@pytest.mark.parametrize("settings", [{"verify": False}, {"verify": False, "n_probes": 1}], ids=str)
 def test_without_the_check_it_is_the_bare_heads_text(pair, head, drafts, settings):
     found, _ = run(pair, pair.model, drafts["dense"], num_draft_tokens=3, **settings)
     head.n_probes = settings.get("n_probes", head.n_probes)
@@ -94,7 +94,7 @@ def test_more_positions_than_max_positions_are_dense(pair, head, drafts):
     assert usual(pair, 8) != few
     for max_positions, expected in ((4, few), (3, usual(pair, 8))):
         head.max_positions = max_positions
-        found, _ = run(pair, pair.model, drafts["dense"], num_draft_tokens=3, check=False)
+        found, _ = run(pair, pair.model, drafts["dense"], num_draft_tokens=3, verify=False)
         assert found[:8] == expected
 
 

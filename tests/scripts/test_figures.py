@@ -7,7 +7,7 @@ from functools import partial
 import architectures
 from figures import first_use, grid
 from mlx_flashhead import get_flash_head, load
-from mlx_flashhead.loading import build
+from mlx_flashhead.loading import first_build as build
 from model_folders import write_model
 
 

@@ -12,8 +12,8 @@ from statistics import median
 from ...common.command import check_writable
 from ...common.quantities import percent
 from ...common.tables import new_table, show
-from ...loading import cache
-from ...loading.look_up import HeadOptions, head_beside
+from ...loading import head_cache as cache
+from ...loading.sources import HeadOptions, bundled_head
 from ...models.dense import load_dense
 from ...models.fetch import resolve
 from ...models.locate import find_head
@@ -126,7 +126,7 @@ def _shape(args: argparse.Namespace) -> ModelShape:
         folder = resolve(args.model)
         model, _, _ = load_dense(folder, lazy=True)
         options = HeadOptions()
-        stored = head_beside(folder, options) or cache.find(find_head(model).rows(), options.say)
+        stored = bundled_head(folder, options) or cache.find(find_head(model).rows(), options.say)
         shape = model_shape(folder.name, model, None if stored is None else stored.index)
     elif args.shape in SHAPES:
         shape = SHAPES[args.shape]

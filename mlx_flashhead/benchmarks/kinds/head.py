@@ -15,17 +15,17 @@ from ...common.timing import spread, timer
 from ...conversion.options import HEAD_BITS
 from ...head.clustered import Centroids
 from ...head.flash_head import FlashHead
-from ...head.formats import USUAL_GROUP, affine_group
+from ...head.formats import DEFAULT_GROUP, affine_group
 from ...head.matrix import Matrix
 from ...loading.load import load
-from ...loading.look_up import add_look_up_options, look_up_options
+from ...loading.sources import add_source_options, source_options
 from ...models.install import installed_head
 from ..report import ANY_MODEL, Case, add_number, add_report_arguments, cells, report
 from ..shapes import CLUSTER_SIZE, SHAPES
 
 DTYPES = ("float32", "float16", "bfloat16")
 N_STATES = 16  # used in turn
-USUAL_PROBES = 256
+DEFAULT_PROBES = 256
 CACHES_BYTES = 128 << 20  # more than the last cache of most machines
 
 DENSE, OWN_DENSE = "dense (mlx-lm)", "dense (FlashHead's)"
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"Random weights of the shape {', '.join(SHAPES)} or V,D; may be given several times.",
     )
     what.add_argument("--model", help=ANY_MODEL)
-    add_look_up_options(parser)
+    add_source_options(parser)
     add_number(parser, "--n-probes", None, "Clusters scored (default: 256, or the model's own).")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of random weights.")
     parser.add_argument(
@@ -84,7 +84,7 @@ def _cases(args: argparse.Namespace) -> Generator[Case]:
 def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
     """The heads of the command line, and the dtypes of their hidden states."""
     if args.model is not None:
-        model, _ = load(args.model, n_probes=args.n_probes, **look_up_options(args))
+        model, _ = load(args.model, n_probes=args.n_probes, **source_options(args))
         head = installed_head(model)
         rows = head.clustered.rows
         yield (
@@ -116,15 +116,15 @@ def random_head(
     """
     n_clusters = -(-vocab_size // CLUSTER_SIZE)
     if n_probes is None:
-        n_probes = min(USUAL_PROBES, n_clusters)
-    if bits != 16 and hidden_size % USUAL_GROUP:
+        n_probes = min(DEFAULT_PROBES, n_clusters)
+    if bits != 16 and hidden_size % DEFAULT_GROUP:
         raise ValueError(
             f"A width of {hidden_size} cannot be quantized: leave the rows in 16 bits."
         )
     mx.random.seed(0)
     rows = Matrix(mx.random.normal((vocab_size, hidden_size), scale=0.05).astype(dtype))
     if bits != 16:
-        rows = rows.quantize(bits=bits, group_size=USUAL_GROUP)
+        rows = rows.quantize(bits=bits, group_size=DEFAULT_GROUP)
     matrix = Matrix(mx.random.normal((n_clusters, hidden_size), scale=0.05))
     group_size = affine_group(hidden_size)
     if group_size is not None:

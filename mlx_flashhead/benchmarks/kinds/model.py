@@ -19,9 +19,9 @@ from ...common.arguments import whole_number
 from ...common.tables import Table, new_table
 from ...common.timing import spread
 from ...loading.load import load
-from ...loading.look_up import look_up_options
-from ...lossless.batch import CheckedBatchGenerator
-from ...lossless.loop import checked_steps
+from ...loading.sources import source_options
+from ...lossless.batch import VerifiedBatchGenerator
+from ...lossless.loop import verified_steps
 from ...lossless.proposals import Proposer
 from ...lossless.sampler import make_sampler
 from ...models.compat import sample_utils
@@ -91,11 +91,11 @@ class Form(NamedTuple):
         return (times[-1] - times[0]) / n_tokens
 
 
-def with_flash_head(model: nn.Module, *, check: bool) -> Form:
+def with_flash_head(model: nn.Module, *, verify: bool) -> Form:
     """This package's loops for a model with a FlashHead."""
-    proposer = Proposer(model, check=check)
-    steps = partial(checked_steps, proposer=proposer, logprobs=False)
-    generator = partial(CheckedBatchGenerator, proposer=proposer, logprobs=False)
+    proposer = Proposer(model, verify=verify)
+    steps = partial(verified_steps, proposer=proposer, logprobs=False)
+    generator = partial(VerifiedBatchGenerator, proposer=proposer, logprobs=False)
     return Form(model, steps, generator, make_sampler)
 
 
@@ -105,7 +105,7 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
     Runs are short, so that other work on the machine slows all of them alike. A FlashHead is timed
     where its machine is no faster with it, too.
     """
-    flash, tokenizer = load(args.model, n_probes=args.n_probes, **look_up_options(args))
+    flash, tokenizer = load(args.model, n_probes=args.n_probes, **source_options(args))
     head = installed_head(flash)
     about = {
         "model": Path(args.model).name,
@@ -120,8 +120,8 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
     head.stays_dense = False
     forms = {
         DENSE: Form(dense_copy(flash)),
-        BARE: with_flash_head(flash, check=False),
-        FLASH_HEAD: with_flash_head(flash, check=True),
+        BARE: with_flash_head(flash, verify=False),
+        FLASH_HEAD: with_flash_head(flash, verify=True),
     }
     prompt = tokenizer.encode(PROMPT)
     for sampler, batch in settings:

@@ -11,9 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...lossless.batch import CheckedBatchGenerator
-from ...lossless.loop import checked_steps, drafted_steps
-from ...lossless.proposals import Proposer, moves_little
+from ...lossless.batch import VerifiedBatchGenerator
+from ...lossless.loop import drafted_steps, verified_steps
+from ...lossless.proposals import Proposer, preserves_margins
 from .job import Job, LogitsProcessor
 from .prefill import KVCaches, Reading
 
@@ -31,7 +31,7 @@ class Batch:
     def __init__(self, job: Job, size: int, stream: mx.Stream):
         self.kind = kind_of(job)
         self.proposer = _proposer(job)
-        self._generator = CheckedBatchGenerator(
+        self._generator = VerifiedBatchGenerator(
             job.served.model,
             proposer=self.proposer,
             completion_batch_size=size,
@@ -108,7 +108,7 @@ class Single:
             options["logits_processors"] = _guarded(job)
             options |= {"logprobs": job.request.logprobs is not None, "n_begun": len(job.tokens)}
             # without an end of its own, so that its cache holds all tokens it has given
-            self._steps = checked_steps(start, served.model, stream, max_tokens=-1, **options)
+            self._steps = verified_steps(start, served.model, stream, max_tokens=-1, **options)
         else:
             before = mx.array(reading.tokens, dtype=mx.uint32)
             options["logits_processors"] = _guarded(job, before)
@@ -151,7 +151,7 @@ def kind_of(job: Job) -> tuple:
 def _proposer(job: Job) -> Proposer:
     served, request = job.served, job.request
     settings = {} if request.n_probes is None else {"n_probes": request.n_probes}
-    return Proposer(served.model, check=served.check, dense=request.dense, settings=settings)
+    return Proposer(served.model, verify=served.verify, dense=request.dense, settings=settings)
 
 
 def _guarded(job: Job, before: mx.array | None = None) -> list[LogitsProcessor]:
@@ -168,7 +168,7 @@ def _guarded(job: Job, before: mx.array | None = None) -> list[LogitsProcessor]:
                     job.error = error
             return logits
 
-        run.moves_little = moves_little(processor)  # type: ignore[attr-defined]
+        run.preserves_margins = preserves_margins(processor)  # type: ignore[attr-defined]
         return run
 
     return [guarded(processor) for processor in job.processors]

@@ -22,8 +22,8 @@ import mlx.core as mx
 from ...models.compat.mlx_core import let_thread_draw
 from ...models.compat.utils import maybe_set_recommended_wired_limit
 from ...models.install import get_flash_head
-from ..catalogue import ServedModel
-from ..protocol.errors import Problem
+from ..protocol.api_error import ApiError
+from ..served_models import ServedModel
 from .decoding import Batch, Decoder, Single, kind_of
 from .job import Job
 from .prefill import KVCaches, Pace, PromptCaches, Reading
@@ -267,6 +267,6 @@ def time_for_answers(n_answers: int, n_prompts: int) -> float:
 
 
 def _fail(job: Job, error: Exception) -> None:
-    if not isinstance(error, Problem):
+    if not isinstance(error, ApiError):
         logger.error("An answer has failed", exc_info=error)
     job.tell(error)

@@ -11,7 +11,7 @@ from ...lossless.sampler import make_sampler
 from ...models.compat.sample_utils import make_logits_processors
 from ...structured.processor import GrammarProcessor
 from ..protocol.answer_text import AnswerText, Token
-from ..protocol.errors import Problem
+from ..protocol.api_error import ApiError
 from ..protocol.logprobs import token_logprobs
 from ..protocol.requests import Request
 from .prompts import Prompt
@@ -27,7 +27,7 @@ class Progress:
     total: int
 
 
-# The last is a failure: within the server, or a Problem of the request.
+# The last is a failure: within the server, or a ApiError of the request.
 Event = Progress | Token | BaseException
 
 
@@ -71,7 +71,7 @@ class Job:
     def take(self, token: int, logprobs: mx.array) -> bool:
         """Reports a generated token. Returns whether the answer is complete.
 
-        An error of one of its processors is raised, and a Problem if its form cannot be followed.
+        An error of one of its processors is raised, and a ApiError if its form cannot be followed.
         """
         if self.error is not None:
             raise RuntimeError(f"A logits processor has failed: {self.error}") from self.error
@@ -80,7 +80,7 @@ class Job:
         if token in self.served.tokenizer.eos_token_ids:
             if self.grammar and (problem := self.grammar.problem):
                 why = f"The form cannot be followed any further ({problem}): simplify it."
-                raise Problem(why, "response_format")
+                raise ApiError(why, "response_format")
             told = self._text.finish()
             told.finish_reason = "stop"
             self.tell(told)

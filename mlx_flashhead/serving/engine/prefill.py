@@ -15,7 +15,7 @@ from ...models.compat.cache import (
     trim_prompt_cache,
 )
 from ...models.compat.generate import maybe_quantize_kv_cache
-from ..catalogue import ServedModel
+from ..served_models import ServedModel
 from .job import Job, Progress
 
 # Seconds of a chunk. After it, other answers and cancelled requests have their turn.

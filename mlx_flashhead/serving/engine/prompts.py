@@ -5,9 +5,9 @@ from itertools import takewhile
 from typing import Any
 
 from ...common.time_limit import time_limit
-from ..catalogue import ServedModel
-from ..protocol.errors import Problem
+from ..protocol.api_error import ApiError
 from ..protocol.requests import Request
+from ..served_models import ServedModel
 
 RENDER_SECONDS = 5.0
 # The tokens that begin a thought are searched within this distance of a prompt's end.
@@ -47,9 +47,9 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
     tokenizer = request.served.tokenizer
     if not tokenizer.has_chat_template:
         remedy = "use /v1/completions, or start the server with --chat-template"
-        raise Problem(f"This model has no chat template: {remedy}.", "messages")
+        raise ApiError(f"This model has no chat template: {remedy}.", "messages")
     limit = f"within {RENDER_SECONDS:g} seconds"
-    too_slow = Problem(f"The chat template did not end {limit}: send fewer messages.", "messages")
+    too_slow = ApiError(f"The chat template did not end {limit}: send fewer messages.", "messages")
     try:
         with time_limit(RENDER_SECONDS, too_slow):
             return tokenizer.apply_chat_template(
@@ -59,11 +59,11 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
                 tokenize=False,
                 **(request.served.template_arguments | request.template_settings),
             )
-    except Problem:
+    except ApiError:
         raise
     except Exception as error:  # templates raise any type
         reason = str(error) or type(error).__name__
-        raise Problem(f"The chat template cannot be filled in: {reason}", "messages") from error
+        raise ApiError(f"The chat template cannot be filled in: {reason}", "messages") from error
 
 
 def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options: Any) -> list[int]:
@@ -73,14 +73,14 @@ def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options:
         prompt = served.tokenizer.encode(prompt, **options)
     if not isinstance(prompt, str):  # which is too long, whatever its tokens are
         if not prompt:
-            raise Problem("The prompt is empty: it needs at least one token.", field)
+            raise ApiError("The prompt is empty: it needs at least one token.", field)
         if len(prompt) < served.context:
             return prompt
         length = f"{len(prompt):,}"
     most = f"at most {served.context - 1:,} are read"
     reason = f"since the answer needs one of the context's {served.context:,}"
     refusal = f"The prompt has {length} tokens, and {most}, {reason}: send less."
-    raise Problem(refusal, field, code="context_length_exceeded")
+    raise ApiError(refusal, field, code="context_length_exceeded")
 
 
 def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
@@ -91,7 +91,7 @@ def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
     other = [*system, {"role": "user", "content": ""}]
     try:
         text = _render(request, other, answer=False)
-    except Problem:
+    except ApiError:
         return []  # an answer does not need landmarks
     shared = request.served.tokenizer.encode(text, add_special_tokens=False)
     differ = (i for i, (a, b) in enumerate(zip(shared, tokens, strict=False)) if a != b)

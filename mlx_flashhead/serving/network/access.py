@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from email.message import Message
 from urllib.parse import parse_qs, urlsplit
 
-from ..protocol.errors import Problem
+from ..protocol.api_error import ApiError
 
 COOKIE = "flashhead_token"
 # An operating system fetches these without cookies to put a page on the Home Screen.
@@ -35,7 +35,7 @@ class Access:
     max_body_bytes: int = 4 << 20
 
     def check(self, method: str, target: str, headers: Message) -> None:
-        """Raises a Problem unless a request may be served; ``target`` is its path and query."""
+        """Raises a ApiError unless a request may be served; ``target`` is its path and query."""
         self._check_host(headers)
         self._check_origin(headers)
         self._check_token(method, target, headers)
@@ -61,7 +61,7 @@ class Access:
     def _check_host(self, headers: Message) -> None:
         hosts = headers.get_all("Host", [])
         if len(hosts) != 1:
-            raise Problem("A request needs one Host header.")
+            raise ApiError("A request needs one Host header.")
         match = _HOST.fullmatch(hosts[0].strip())
         name = (match[1] or match[2]).lower().rstrip(".") if match else ""
         known = name == "localhost" or name in self.hosts
@@ -73,7 +73,7 @@ class Access:
             known |= self.token is not None and name.endswith(".local")
         if match is None or not known:
             remedy = "use its address, or start it with --allowed-hosts and the name"
-            raise Problem(f"This server does not go by that name: {remedy}.", status=403)
+            raise ApiError(f"This server does not go by that name: {remedy}.", status=403)
 
     def _check_origin(self, headers: Message) -> None:
         origin = headers.get("Origin")
@@ -86,7 +86,7 @@ class Access:
             allowed = not by_script or headers.get("Sec-Fetch-Mode") == "navigate"
         if not allowed:
             remedy = "start it with --allowed-origins and the site's origin to allow one"
-            raise Problem(f"Scripts of other sites may not use this server: {remedy}.", status=403)
+            raise ApiError(f"Scripts of other sites may not use this server: {remedy}.", status=403)
 
     def _check_token(self, method: str, target: str, headers: Message) -> None:
         preflight = method == "OPTIONS" and self.cross_origin(headers) is not None
@@ -95,17 +95,17 @@ class Access:
         if not self.accepts(target, headers):
             how = "as 'Authorization: Bearer TOKEN'"
             needed = "This server needs the token that it printed at its start"
-            raise Problem(f"{needed}, {how}.", status=401)
+            raise ApiError(f"{needed}, {how}.", status=401)
 
     def _check_body(self, method: str, headers: Message) -> None:
         lengths = headers.get_all("Content-Length", [])
         if "Transfer-Encoding" in headers or (method == "POST" and not lengths):
-            raise Problem("A request with a body needs Content-Length.", status=411)
+            raise ApiError("A request with a body needs Content-Length.", status=411)
         if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,15}", length) for length in lengths):
-            raise Problem("Content-Length must be one whole number.")
+            raise ApiError("Content-Length must be one whole number.")
         if lengths and (n_bytes := int(lengths[0])) > self.max_body_bytes:
             most = f"at most {self.max_body_bytes:,} are read"
-            raise Problem(f"The request has {n_bytes:,} bytes, and {most}: send less.", status=413)
+            raise ApiError(f"The request has {n_bytes:,} bytes, and {most}: send less.", status=413)
 
 
 def path_of(target: str) -> str:

@@ -10,7 +10,7 @@ from http.client import HTTPException
 from http.server import ThreadingHTTPServer
 from threading import Lock
 
-from ..protocol.errors import Problem
+from ..protocol.api_error import ApiError
 from .access import Access
 
 # Connections whose request is not read yet. Beyond this, the address with most loses its oldest.
@@ -60,13 +60,13 @@ class LimitedServer(ThreadingHTTPServer):
 
     @contextmanager
     def answering(self, connection: socket.socket, address: str) -> Iterator[None]:
-        """A block in which a request is answered; a Problem if there are too many."""
+        """A block in which a request is answered; a ApiError if there are too many."""
         with self._lock:
             if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
                 answered = f"{most} requests of your address are being answered"
-                raise Problem(f"{answered}: wait for one of them to end.", status=429)
+                raise ApiError(f"{answered}: wait for one of them to end.", status=429)
             if self._answered.total() >= MAX_ANSWERED:
-                raise Problem("Too many requests at once: try again in a moment.", status=503)
+                raise ApiError("Too many requests at once: try again in a moment.", status=503)
             self._unread.pop(connection, None)
             self._answered[address] += 1
         try:

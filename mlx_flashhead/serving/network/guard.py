@@ -12,7 +12,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from ..protocol.errors import Problem
+from ..protocol.api_error import ApiError
 from ..protocol.valid_json import dumps
 from .access import COOKIE, path_of, query_tokens, without_token
 from .connections import LimitedServer, TimedReader
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class GuardedHandler(BaseHTTPRequestHandler):
     """Serves the page; a subclass serves the rest."""
 
-    get: Callable[[str], None]  # answers by the path, or raises a Problem
+    get: Callable[[str], None]  # answers by the path, or raises a ApiError
     post: Callable[[str], None]  # the same with a body, which has not been read yet
     server: LimitedServer
     raw_requestline: bytes
@@ -72,7 +72,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         self.connection.settimeout(self.write_seconds)
         try:
             self.server.access.check(self.command, self.path, self.headers)
-        except Problem as problem:
+        except ApiError as problem:
             self._refuse(problem)
             return False
         return True
@@ -95,14 +95,14 @@ class GuardedHandler(BaseHTTPRequestHandler):
         self._send(204, (b"", {}))
 
     def read_body(self) -> bytes:
-        """The whole body; a Problem if it does not come in time."""
+        """The whole body; a ApiError if it does not come in time."""
         n_bytes = int(self.headers["Content-Length"])
         self._reader.allow(self.body_seconds)
         try:
             body = self.rfile.read(n_bytes)
         except TimeoutError:
             limit = f"within {self.body_seconds:g} seconds"
-            raise Problem(f"The body did not come {limit}.", status=408) from None
+            raise ApiError(f"The body did not come {limit}.", status=408) from None
         finally:
             self.connection.settimeout(self.write_seconds)
         if len(body) < n_bytes:
@@ -154,7 +154,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.request_version = "HTTP/1.0"  # so that the answer gets a head
         reason = message or HTTPStatus(code).phrase
-        self.send_json(Problem(f"{reason}.", status=code).as_json(), code)
+        self.send_json(ApiError(f"{reason}.", status=code).as_json(), code)
         if code == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
             self._discard_rest()
 
@@ -174,14 +174,14 @@ class GuardedHandler(BaseHTTPRequestHandler):
     def _answer(self, answer: Callable[[str], None]) -> None:
         try:
             answer(path_of(self.path))
-        except Problem as problem:
+        except ApiError as problem:
             self._refuse(problem)
         except (ConnectionError, TimeoutError):
             self.note("the client has gone")
         except Exception:
             logger.exception("A request could not be answered")
             if self.status is None:
-                self._refuse(Problem("The server has failed: see its log.", status=500))
+                self._refuse(ApiError("The server has failed: see its log.", status=500))
 
     def _shown_token(self) -> str | None:
         """The server's token if this request carries it."""
@@ -200,7 +200,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _refuse(self, problem: Problem) -> None:
+    def _refuse(self, problem: ApiError) -> None:
         self.close_connection = True
         if problem.status == 401 and self.command == "GET" and path_of(self.path) == "/":
             self._send(problem.status, locked_page(wrong=bool(query_tokens(self.path))))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...models.compat.generate import TextStateMachine, make_text_state_machine
-from ..catalogue import ServedModel
+from ..served_models import ServedModel
 from .logprobs import TokenLogprobs
 
 

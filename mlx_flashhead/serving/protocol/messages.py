@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .errors import Problem, wrong
+from .api_error import ApiError, wrong
 from .valid_json import loads
 
 _EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
@@ -12,7 +12,7 @@ _MAX_SETTING = 1000  # characters
 def read_messages(messages: list[Any] | None) -> list[dict[str, Any]]:
     """The messages in the form of chat templates: each content a text, each argument an object."""
     if not messages:
-        raise Problem(_EXAMPLE, "messages")
+        raise ApiError(_EXAMPLE, "messages")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
@@ -31,7 +31,7 @@ def read_template_settings(settings: dict[str, Any], known: frozenset[str]) -> d
             reason = "is too large."
         else:
             continue
-        raise Problem(f"{field}.{name[:40]} {reason}", field)
+        raise ApiError(f"{field}.{name[:40]} {reason}", field)
     return settings
 
 
@@ -41,11 +41,11 @@ def read_tools(tools: list[Any], choice: Any, *, known: bool) -> list[dict[str, 
         raise wrong("tool_choice", 'must be "auto" or "none": a call cannot be forced.')
     for i, tool in enumerate(tools):
         if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise Problem(f'tools[{i}] must be {{"type": "function", "function": …}}.', "tools")
+            raise ApiError(f'tools[{i}] must be {{"type": "function", "function": …}}.', "tools")
         if not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
-            raise Problem(f"tools[{i}].function must be an object with a name.", "tools")
+            raise ApiError(f"tools[{i}].function must be an object with a name.", "tools")
     if tools and not known:
-        raise Problem("This model's chat template knows no tools: leave them out.", "tools")
+        raise ApiError("This model's chat template knows no tools: leave them out.", "tools")
     return tools if choice == "auto" else []
 
 
@@ -69,7 +69,7 @@ def _are_tokens(value: Any) -> bool:
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise Problem(_EXAMPLE, where)
+        raise ApiError(_EXAMPLE, where)
     message = {name: value for name, value in message.items() if value is not None}
     for name in ("audio", "function_call"):  # of OpenAI's, which no template reads
         if name in message:
@@ -89,7 +89,7 @@ def _text(content: Any, where: str) -> str:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise wrong(f"{where}[{i}]", "must be text.")
         if not isinstance(part.get("text"), str):
-            raise Problem(f"{where}[{i}].text must be a text.", f"{where}[{i}]")
+            raise ApiError(f"{where}[{i}].text must be a text.", f"{where}[{i}]")
     return "".join(part["text"] for part in content)
 
 
@@ -101,13 +101,13 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     for i, call in enumerate(calls):
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Problem(f"{where}[{i}].function must be an object with a name.", where)
+            raise ApiError(f"{where}[{i}].function must be an object with a name.", where)
         arguments = function.get("arguments")
         try:
             if isinstance(arguments, str):
                 arguments = loads((arguments or "{}").encode())
         except ValueError as error:
             reason = f"{where}[{i}].function.arguments must be JSON, but {error}."
-            raise Problem(reason, where) from None
+            raise ApiError(reason, where) from None
         read.append({**call, "function": {**function, "arguments": arguments}})
     return read

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...structured.grammar import Grammar
-from ..catalogue import ServedModel
-from .errors import Problem, wrong
+from ..served_models import ServedModel
+from .api_error import ApiError, wrong
 from .messages import read_messages, read_template_settings, read_texts, read_tools
 
 # Greatest number of texts of a request: n times the number of its prompts.
@@ -61,7 +61,7 @@ class Request:
 class _Fields:
     """A body whose fields are taken one by one, and checked. What is left at the end is unknown.
 
-    A field that is null counts as missing. A :class:`Problem` names the field.
+    A field that is null counts as missing. A :class:`ApiError` names the field.
     """
 
     def __init__(self, body: dict[str, Any]):
@@ -99,11 +99,11 @@ class _Fields:
         """Takes a field that may only have one of ``values``, and says ``why``."""
         value = self.take(name)
         if value is not None and not any(value == v and type(value) is type(v) for v in values):
-            raise Problem(f"{name}: {why}", name)
+            raise ApiError(f"{name}: {why}", name)
 
     def end(self) -> None:
         for name in self._left:
-            raise Problem(f"{_short(name)} is not a field of this server.", name[:80])
+            raise ApiError(f"{_short(name)} is not a field of this server.", name[:80])
 
 
 def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
@@ -115,13 +115,13 @@ def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
             return served
     names = " or ".join(name for served in models for name in served.names)
     refusal = f"No model of that name is served here: choose {names}."
-    raise Problem(refusal, "model", status=404, code="model_not_found")
+    raise ApiError(refusal, "model", status=404, code="model_not_found")
 
 
 def read_request(
     body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], defaults: Namespace
 ) -> Request:
-    """Checks a request's JSON: a Problem names the field. The flags are the fields' defaults."""
+    """Checks a request's JSON: a ApiError names the field. The flags are the fields' defaults."""
     fields = _Fields(body)
     served = find_model(models, fields.take("model", str))
     stream = fields.take("stream", bool, False)
@@ -157,10 +157,10 @@ def read_request(
     _refuse_what_is_not_done(fields, chat)
     fields.end()
     if request.form is not None and request.tools:
-        raise Problem("An answer of a given form calls no tools: leave tools out.", "tools")
+        raise ApiError("An answer of a given form calls no tools: leave tools out.", "tools")
     if (n_texts := request.n * len(request.prompts)) > MAX_CHOICES:
         most = f"at most {MAX_CHOICES} texts are made for a request"
-        raise Problem(f"n times the number of prompts is {n_texts}: {most}.", "n")
+        raise ApiError(f"n times the number of prompts is {n_texts}: {most}.", "n")
     return request
 
 
@@ -217,16 +217,16 @@ def _form(fields: _Fields) -> Grammar | None:
     forms.append(_response_format(fields.take(field), field))
     forms = [form for form in forms if form[2] is not None]
     if len(forms) > 1:
-        raise Problem("An answer has one form: give response_format, regex or grammar.", field)
+        raise ApiError("An answer has one form: give response_format, regex or grammar.", field)
     for where, kind, value in forms:
         field = where.partition(".")[0]
         if len(json.dumps(value)) > MAX_CHARACTERS:
             most = f"is longer than {MAX_CHARACTERS:,} characters: simplify it."
-            raise Problem(f"{where} {most}", field)
+            raise ApiError(f"{where} {most}", field)
         try:
             return _GRAMMARS[kind](value)
         except ValueError as error:
-            raise Problem(f"{where}: {error}", field) from None
+            raise ApiError(f"{where}: {error}", field) from None
     return None
 
 
@@ -245,16 +245,16 @@ def _response_format(value: Any, field: str) -> tuple[str, str, Any]:
         return field, "json_schema", {"type": "object"}
     if kind == "json_schema":
         if not isinstance(described, dict):
-            raise Problem(f'{where} must be an object with a "name" and a "schema".', field)
+            raise ApiError(f'{where} must be an object with a "name" and a "schema".', field)
         fields = _Fields(described)
         if not fields.take("name", str):
-            raise Problem(f"{where}.name is missing.", field)
+            raise ApiError(f"{where}.name is missing.", field)
         fields.take("description", str)
         fields.take("strict", bool)  # a schema is always kept to
         where, described = f"{where}.schema", fields.take("schema", default={"type": "object"})
         fields.end()
     elif described is None and kind != "text":
-        raise Problem(f"{where} is missing.", field)
+        raise ApiError(f"{where} is missing.", field)
     return where, kind, described
 
 
@@ -274,9 +274,9 @@ def _probes(fields: _Fields, served: ServedModel) -> dict[str, Any]:
     n_probes = fields.whole("n_probes", None, 1, **most)
     dense = fields.take("dense", bool, served.dense and n_probes is None)
     if n_probes is not None and head is None:
-        raise Problem("This model has no FlashHead: leave n_probes out.", "n_probes")
+        raise ApiError("This model has no FlashHead: leave n_probes out.", "n_probes")
     if dense and n_probes is not None:
-        raise Problem("dense scores every token: leave n_probes out.", "n_probes")
+        raise ApiError("dense scores every token: leave n_probes out.", "n_probes")
     return {"n_probes": n_probes, "dense": dense}
 
 

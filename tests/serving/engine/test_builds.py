@@ -7,12 +7,12 @@ import pytest
 
 from engines import SHORT, generated, submit, tokens_of
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.loading import build
+from mlx_flashhead.loading import first_build as build
 from mlx_flashhead.loading.background import background_build
-from mlx_flashhead.loading.look_up import HeadOptions
+from mlx_flashhead.loading.sources import HeadOptions
 from mlx_flashhead.publishing.origin import Origin
-from mlx_flashhead.serving.catalogue import ServedModel
 from mlx_flashhead.serving.engine.engine import Engine
+from mlx_flashhead.serving.served_models import ServedModel
 from served_models import flags
 
 

@@ -37,9 +37,9 @@ def test_a_cancelled_answer_ends_and_its_cache_is_kept(start):
     one, other = endless(engine, LONG), endless(engine, SHORT)
     one.cancelled = True
     assert len(tokens_of(submit(engine, [50]))) == 8
-    n_tokens, n_others = len(one.tokens), len(other.tokens)
+    n_tokens, n_rejected = len(one.tokens), len(other.tokens)
     assert len(tokens_of(submit(engine, [51]))) == 8
-    assert len(one.tokens) == n_tokens and len(other.tokens) > n_others
+    assert len(one.tokens) == n_tokens and len(other.tokens) > n_rejected
     other.cancelled = True
     again = submit(engine, LONG)
     assert len(tokens_of(again)) == 8

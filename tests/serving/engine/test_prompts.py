@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from mlx_flashhead.serving.catalogue import ServedModel
 from mlx_flashhead.serving.engine import prompts
 from mlx_flashhead.serving.engine.prompts import read_prompts
-from mlx_flashhead.serving.protocol.errors import Problem
+from mlx_flashhead.serving.protocol.api_error import ApiError
+from mlx_flashhead.serving.served_models import ServedModel
 from served_models import checked
 
 MESSAGES = [{"role": "user", "content": "One day"}]
@@ -46,12 +46,12 @@ def test_settings_are_those_that_the_template_takes(tiny):
     assert text(mode="a", loud=True) == "a!One day"
     assert text(mode=5) == "5One day"
     for value in ([1], {"a": 1}, "x" * 1001, 1e10, 10**10):
-        with pytest.raises(Problem, match="mode"):
+        with pytest.raises(ApiError, match="mode"):
             text(mode=value)
-    with pytest.raises(Problem, match="takes: loud, mode"):
+    with pytest.raises(ApiError, match="takes: loud, mode"):
         text(other=1)
     for name in ("chat_template", "messages", "tools", "bos_token", "add_generation_prompt"):
-        with pytest.raises(Problem, match=f"{name} is not a setting") as told:
+        with pytest.raises(ApiError, match=f"{name} is not a setting") as told:
             text(**{name: ENDLESS})
         assert told.value.field == "chat_template_kwargs"
     # those by whoever starts the server may be anything
@@ -88,7 +88,7 @@ def test_templates_that_fail_are_told(tiny, monkeypatch, template, said):
     if template is ENDLESS:
         monkeypatch.setattr(prompts, "RENDER_SECONDS", 0.1)
     began = time.monotonic()
-    with pytest.raises(Problem, match=said):
+    with pytest.raises(ApiError, match=said):
         chat(with_template(tiny, template))
     assert time.monotonic() - began < 10
     served = with_template(tiny, "{{ 2 ** 10 * 3 }}{{ '=' * 3 }}{{ 0.5 * 4 }}")
@@ -101,15 +101,15 @@ def test_a_prompt_leaves_room_for_a_token(tiny):
         return prompt.tokens
 
     assert len(text(511)) == 511
-    with pytest.raises(Problem, match="has 512 tokens, and at most 511 are read") as told:
+    with pytest.raises(ApiError, match="has 512 tokens, and at most 511 are read") as told:
         text(512)
     assert (told.value.field, told.value.code) == ("prompt", "context_length_exceeded")
-    with pytest.raises(Problem, match="has 529 tokens, and at most 511"):
+    with pytest.raises(ApiError, match="has 529 tokens, and at most 511"):
         chat(tiny, [{"role": "user", "content": "a" * 508}])
-    with pytest.raises(Problem, match="at most 511"):
+    with pytest.raises(ApiError, match="at most 511"):
         read_prompts(checked(tiny, {"prompt": [5] * 512}, chat=False))
     for empty in ("", [[]]):
-        with pytest.raises(Problem, match="The prompt is empty"):
+        with pytest.raises(ApiError, match="The prompt is empty"):
             read_prompts(checked(tiny, {"prompt": empty}, chat=False))
 
 
@@ -118,5 +118,5 @@ def test_what_is_much_too_long_is_refused_before_it_is_tokenized(tiny, monkeypat
     assert longest == len("</s>")
     request = checked(tiny, {"prompt": "a" * (512 * longest + 1)}, chat=False)
     monkeypatch.setattr(type(tiny.tokenizer), "encode", None, raising=False)
-    with pytest.raises(Problem, match="more than 512 tokens"):
+    with pytest.raises(ApiError, match="more than 512 tokens"):
         read_prompts(request)

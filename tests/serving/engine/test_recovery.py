@@ -4,7 +4,7 @@ import pytest
 from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
 from engines import SHORT, endless, generated, job, submit, tokens_of, until
-from mlx_flashhead.lossless.batch import CheckedBatchGenerator
+from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.lossless.sampler import make_sampler
 from mlx_flashhead.serving.engine.decoding import Batch
 from mlx_flashhead.serving.engine.job import Token
@@ -47,7 +47,7 @@ def test_a_sampler_that_fails_does_not_spoil_the_draws_of_others(engine):
 
 
 def test_a_failure_of_nobody_in_particular_costs_nothing(engine, flash, monkeypatch):
-    step, calls = CheckedBatchGenerator._next, []
+    step, calls = VerifiedBatchGenerator._next, []
 
     def failing(self):
         calls.append(0)
@@ -55,7 +55,7 @@ def test_a_failure_of_nobody_in_particular_costs_nothing(engine, flash, monkeypa
             raise RuntimeError("out of memory")
         return step(self)
 
-    monkeypatch.setattr(CheckedBatchGenerator, "_next", failing)
+    monkeypatch.setattr(VerifiedBatchGenerator, "_next", failing)
     samplers = [make_sampler(temp=1.0, seed=i) for i in range(8)]
     jobs = [job(engine, prompt, 12) for prompt in PROMPTS]
     for one, sampler in zip(jobs, samplers, strict=True):

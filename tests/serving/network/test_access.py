@@ -7,7 +7,7 @@ import pytest
 
 from mlx_flashhead.serving.network import access
 from mlx_flashhead.serving.network.access import Access, without_token
-from mlx_flashhead.serving.protocol.errors import Problem
+from mlx_flashhead.serving.protocol.api_error import ApiError
 from scripted_server import TOKEN
 
 LOCAL = Access()
@@ -28,7 +28,7 @@ def status(rules, method="GET", target="/", **fields):
     """Status of the refusal, None for an accepted request."""
     try:
         rules.check(method, target, headers(**fields))
-    except Problem as problem:
+    except ApiError as problem:
         return problem.status
     return None
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_flashhead.serving.protocol.errors import Problem
+from mlx_flashhead.serving.protocol.api_error import ApiError
 from mlx_flashhead.serving.protocol.requests import MAX_CHARACTERS, MAX_CHOICES, MAX_LOGPROBS
 from model_folders import VOCAB_SIZE
 from served_models import checked
@@ -89,7 +89,7 @@ def test_dense_and_the_number_of_probes(tiny, monkeypatch, default):
         assert (request.n_probes, request.dense) == (n_probes, dense)
     monkeypatch.setattr(tiny, "head", None)
     assert chat(tiny).n_probes is chat(tiny, dense=True).n_probes is None
-    with pytest.raises(Problem, match="has no FlashHead: leave n_probes out"):
+    with pytest.raises(ApiError, match="has no FlashHead: leave n_probes out"):
         chat(tiny, n_probes=2)
 
 
@@ -234,7 +234,7 @@ def of_one_field(read, mistakes):
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
 )
 def test_mistakes_name_the_field(tiny, read, fields, field, said):
-    with pytest.raises(Problem) as told:
+    with pytest.raises(ApiError) as told:
         read(tiny, **fields)
     assert told.value.field == field
     assert said in str(told.value)
@@ -257,5 +257,5 @@ def test_contents_in_parts_and_calls_become_what_templates_take(tiny):
 def test_tools_go_to_a_model_that_knows_them(chain):
     assert chat(chain, tools=[TOOL]).tools == [TOOL]
     assert chat(chain, tools=[TOOL], tool_choice="none", regex="a").tools == []
-    with pytest.raises(Problem, match="calls no tools"):
+    with pytest.raises(ApiError, match="calls no tools"):
         chat(chain, tools=[TOOL], regex="a")

@@ -12,8 +12,8 @@ from ..head.steps import Proposal
 from ..models.logit_change import LogitChange, unchanged
 from .proposals import Proposer
 from .rounding import SlotProduct, rounding_of
-from .screen import certain_best, certain_draw, certain_within
-from .text import GREEDY, Position, Text, current_random_state, random_state, set_random_state
+from .screen import is_certain_best, is_certain_draw, is_certain_within
+from .sequence import GREEDY, Position, Text, current_random_state, random_state, set_random_state
 
 MOST_SECONDS = 0.1
 FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
@@ -27,7 +27,7 @@ class Check:
 
     def __init__(self, proposer: Proposer, texts: Sequence[Text]):
         self._proposer, self.texts = proposer, texts
-        proposer.n_checks += 1
+        proposer.n_verifications += 1
         self._head = cast(FlashHead, proposer.head)
         self._change = cast(LogitChange, proposer.change)
         self._counts = {text: text.n_read for text in texts}
@@ -85,8 +85,8 @@ class Check:
         settings = [(text.settings or GREEDY, text.key(index)) for text, _, index in rows]
         of_rows = self._head, self._rounding, slots, proposal
         if settings[0][0].greedy:
-            return certain_best(*of_rows)
-        return certain_draw(*of_rows, Draws.of(settings))
+            return is_certain_best(*of_rows)
+        return is_certain_draw(*of_rows, Draws.of(settings))
 
     def _by_logits(self, rows: list[Row], slots: mx.array) -> mx.array:
         """For choices that need the model's logits: which are certain, (k,) bool."""
@@ -103,7 +103,7 @@ class Check:
             draws = None if settings.greedy else Draws.of([(settings, text.key(index))])
             room = 2 * room if text.processors else room  # they at most double a distance
             token = cast(int, position.token)
-            flags.append(certain_within(processed, room, self._rounding.epsilon, token, draws))
+            flags.append(is_certain_within(processed, room, self._rounding.epsilon, token, draws))
         return mx.concatenate(flags)
 
     def _model_logits(self, slots: mx.array) -> mx.array:
@@ -112,7 +112,7 @@ class Check:
         return self._change(logits)
 
     def confirm(self, text: Text) -> list[Position]:
-        """Waits for the check and confirms the text's positions up to one with another choice,
+        """Waits for the verify and confirms the text's positions up to one with another choice,
         which makes the text `refused`. Nothing waits any more then."""
         if self._product is not None:
             self._screen()
@@ -140,7 +140,7 @@ class Check:
             position.logprobs = logprobs
         text.refused = token != position.token
         if text.refused:
-            self._proposer.n_others += 1
+            self._proposer.n_rejected += 1
             position.token = token
             if position.random_state is not None:
                 set_random_state(after)
@@ -170,9 +170,9 @@ class Pace:
             if not text.n_read:  # it has ended or gone back
                 continue
             position = text.waiting[text.n_read - 1]
-            if not self._proposer.check or (position.dense and text.n_read == 1):
+            if not self._proposer.verify or (position.dense and text.n_read == 1):
                 positions = [text.confirm() for _ in range(text.n_read)]
-                if self._proposer.check:
+                if self._proposer.verify:
                     (text.mark,) = self._mark([text])
                 yield text, positions
                 continue

@@ -65,7 +65,7 @@ class StoredHead:
     source: str
 
 
-def named_head(options: HeadOptions) -> StoredHead | None:
+def explicit_head(options: HeadOptions) -> StoredHead | None:
     """The FlashHead that the user names, or None.
 
     Raises:
@@ -82,7 +82,7 @@ def named_head(options: HeadOptions) -> StoredHead | None:
     return StoredHead(read_index(folder), str(options.flash_head))
 
 
-def head_beside(folder: Path, options: HeadOptions) -> StoredHead | None:
+def bundled_head(folder: Path, options: HeadOptions) -> StoredHead | None:
     """The FlashHead in a model's folder, or None.
 
     Raises:
@@ -101,7 +101,7 @@ def head_beside(folder: Path, options: HeadOptions) -> StoredHead | None:
 def add_head_options(group: Any) -> None:
     """Adds ``--n-probes``, ``--flash-head`` and ``--no-build`` to a command's arguments."""
     add_probes_option(group)
-    add_look_up_options(group)
+    add_source_options(group)
 
 
 def add_probes_option(group: Any) -> None:
@@ -113,7 +113,7 @@ def add_probes_option(group: Any) -> None:
     )
 
 
-def add_look_up_options(group: Any, no_build: str = "Refuse to build a missing FlashHead.") -> None:
+def add_source_options(group: Any, no_build: str = "Refuse to build a missing FlashHead.") -> None:
     """Adds ``--flash-head`` and ``--no-build`` to a command's arguments."""
     group.add_argument(
         "--flash-head",
@@ -126,7 +126,7 @@ def add_look_up_options(group: Any, no_build: str = "Refuse to build a missing F
 
 def add_answering_options(group: Any) -> None:
     """Adds the flags of a command that answers before a FlashHead is built."""
-    add_look_up_options(group, "Build no FlashHead: without one, answer dense.")
+    add_source_options(group, "Build no FlashHead: without one, answer dense.")
     group.add_argument(
         "--build-first",
         action="store_true",
@@ -139,14 +139,14 @@ def add_answering_options(group: Any) -> None:
         help="Use the FlashHead where it makes this model no faster on this machine, too.",
     )
     group.add_argument(
-        "--no-check",
+        "--no-verify",
         action="store_true",
         help="Take the FlashHead's choices as they are (default: the dense rows check every token, "
         "so that the text is the dense model's).",
     )
 
 
-def look_up_options(args: argparse.Namespace) -> dict[str, Any]:
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
     """``--flash-head`` and ``--no-build`` as arguments of ``load``."""
     return {"flash_head": args.flash_head, "build": not args.no_build}
 

@@ -17,8 +17,8 @@ from ..models.locate import HeadLocation
 from ..models.tokenizers import text_side
 from ..publishing.origin import Origin
 from ..publishing.publish import checkpoint_name
-from . import cache
-from .look_up import HeadOptions, StoredHead
+from . import head_cache as cache
+from .sources import HeadOptions, StoredHead
 
 DRAFT_CLUSTER_SIZE = 32  # within a tenth of the head's bytes more tokens than with 16
 ANEW_SECONDS = 600.0  # for the text of a build that is asked for: on a busy machine, too

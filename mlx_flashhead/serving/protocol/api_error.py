@@ -4,7 +4,7 @@ from http import HTTPStatus
 from typing import Any
 
 
-class Problem(ValueError):
+class ApiError(ValueError):
     """A refused request: a sentence, the wrong field if there is one, and a word for programs."""
 
     def __init__(
@@ -20,6 +20,6 @@ class Problem(ValueError):
         return {"error": error}
 
 
-def wrong(field: str, why: str) -> Problem:
+def wrong(field: str, why: str) -> ApiError:
     """What refuses a request because of a field: a sentence that begins with the field's name."""
-    return Problem(f"{field} {why}", field)
+    return ApiError(f"{field} {why}", field)

@@ -45,7 +45,7 @@ NO_FLASH_HEAD = "This model has no FlashHead yet: start without --dense, and it 
 
 
 @dataclass
-class Talk:
+class ChatSession:
     """Reads texts from the terminal, answers messages and runs commands."""
 
     conversation: Conversation
@@ -208,7 +208,7 @@ class Talk:
     def _settings(self) -> str:
         if self.head is None:
             return "dense, without FlashHead"
-        checked = self.options.get("check", True)
+        checked = self.options.get("verify", True)
         if self.head.stays_dense and checked and not self.dense:
             return "dense, as FlashHead is no faster on this machine"
         n_probes = self.head.checked_probes if checked else self.head.n_probes

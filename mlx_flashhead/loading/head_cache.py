@@ -19,7 +19,7 @@ from ..common.new_folder import new_folder
 from ..head.matrix import Matrix
 from ..index.files import FlashHeadIndex, read_index, read_settings, write_companion
 from ..index.settings import FlashHeadConfig
-from .look_up import StoredHead
+from .sources import StoredHead
 
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 # Version of the recipe. A new one builds all FlashHeads again.

@@ -17,13 +17,13 @@ from jinja2 import meta
 from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.load import load_draft, load_with_head
-from ..loading.look_up import LATER, head_options
+from ..loading.sources import LATER, head_options
 from ..models.compat.cache import KVCache, make_prompt_cache
 from ..models.compat.chat_templates import LimitedEnvironment
 from ..models.dense import load_dense
-from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
+from ..models.model_errors import UnsupportedHeadError
 from ..models.tokenizers import context_of
 from ..publishing.origin import local_origin
 
@@ -46,7 +46,7 @@ class ServedModel:
     context: int  # tokens of a prompt and its answer together
     template_arguments: dict[str, Any] = field(default_factory=dict)  # from the server's flags
     dense: bool = False  # whether every token is scored unless a request says otherwise
-    check: bool = True  # whether the dense rows check every token
+    verify: bool = True  # whether the dense rows check every token
     build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
 
     def __post_init__(self):
@@ -126,7 +126,7 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         context=args.context_size or context_of(config, tokenizer),
         template_arguments=args.chat_template_args,
         dense=args.dense and default,
-        check=not args.no_check,
+        verify=not args.no_verify,
         build=background_build(model, tokenizer, local_origin(folder), choices) if later else None,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .text import Text
+from .sequence import Text
 
 AHEAD = 96  # tokens by which a cache may be ahead of the confirmed ones, at most
 
@@ -82,5 +82,5 @@ def _copied(layer: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"A cache of the type {type(layer).__name__} can neither be trimmed nor copied, so "
-            "choices cannot be checked with it: use check=False or dense=True."
+            "choices cannot be checked with it: use verify=False or dense=True."
         ) from error
