@@ -162,10 +162,11 @@ class ApiHandler(GuardedHandler):
 
 
 def _page_model(served: ServedModel) -> dict[str, Any]:
+    shown = {"name": served.name, "dense": served.dense, "decoding": served.head_in_use}
     if (head := served.head) is None:
-        return {"name": served.name}
-    probes = {"n_probes": head.n_probes, "n_clusters": head.n_clusters}
-    return {"name": served.name, "dense": served.dense} | probes
+        return shown
+    flash_head = "dense: FlashHead is no faster here" if head.stays_dense else "verified"
+    return shown | {"flash_head": flash_head, "n_probes": head.n_probes}
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

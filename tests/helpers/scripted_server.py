@@ -14,7 +14,8 @@ from mlx_flashhead.serving.protocol.api_error import ApiError
 # The name of a machine on a network: plain http, so no secure context. The browser maps it here.
 LAN_NAME = "studio.local"
 TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
-MODEL = {"name": "SmolLM2-135M-Instruct", "dense": False, "n_probes": 120, "n_clusters": 3072}
+MODEL = {"name": "SmolLM2-135M-Instruct", "dense": False, "n_probes": 120}
+MODEL |= dict.fromkeys(("decoding", "flash_head"), "verified")
 INFO = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "models": [MODEL]}
 # Tokens per second that are reported: with FlashHead, and dense.
 SPEEDS = {False: 35.5, True: 25.0}
@@ -80,12 +81,20 @@ class ScriptedHandler(GuardedHandler):
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
             try:
-                self._stream(pieces, SPEEDS[bool(body.get("dense"))])
+                self._stream(pieces, self._decoding(body))
             except ConnectionError:
                 left.set()
                 raise
 
-    def _stream(self, pieces, speed):
+    def _decoding(self, body):
+        """How an answer is decoded: n_probes forces the FlashHead on."""
+        models = self.server.script.info["models"]
+        model = next((m for m in models if m["name"] == body.get("model")), models[0])
+        if body.get("dense"):
+            return "dense: every token is scored"
+        return "verified" if "n_probes" in body else model["decoding"]
+
+    def _stream(self, pieces, decoding):
         n_tokens = 0
         for piece in pieces:
             if piece is BREAK:
@@ -100,7 +109,8 @@ class ScriptedHandler(GuardedHandler):
                 n_tokens += 1
                 self._event(piece if isinstance(piece, dict) else {"content": piece})
         self._event({}, finish_reason="stop")
-        self._write(f": {speed:.2f} tokens/s")
+        self._write(f": decoding {decoding}")
+        self._write(f": {SPEEDS[decoding.startswith('dense')]:.2f} tokens/s")
         usage = {"prompt_tokens": 5, "completion_tokens": n_tokens}
         self._write(f"data: {json.dumps({'choices': [], 'usage': usage})}")
         self._write("data: [DONE]")
