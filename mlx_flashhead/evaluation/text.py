@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..common.arguments import whole_number, whole_numbers
+from ..common.head_flags import source_options
 from ..common.pictures import check_picture, pyplot
 from ..common.quantities import percent
 from ..common.tables import Table, new_table, show
@@ -22,7 +23,6 @@ from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
-from ..loading.sources import source_options
 from ..models.install import installed_head
 from ..models.locate import find_head
 
