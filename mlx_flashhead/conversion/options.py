@@ -6,7 +6,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from ..common.arguments import Type, check, number, one_of, whole_number
-from ..common.repository_name import full_name
+from ..common.repositories import full_name
 from ..head.formats import AFFINE_BITS, FORMATS
 from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 

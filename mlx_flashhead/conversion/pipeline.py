@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..common.new_folder import new_folder
-from ..common.repository_name import full_name
+from ..common.repositories import full_name
 from ..index.files import CONFIG_KEY, write_companion, write_index
 from ..index.settings import FlashHeadConfig
 from ..models.compat.convert import MODEL_CONVERSION_DTYPES

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..common.quantities import percent
+from ..common.tables import percent
 from ..index.settings import FlashHeadConfig
 from .measures import PositionMeasures
 from .probes import StepBytes

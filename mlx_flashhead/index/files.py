@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..common.quantities import percent
+from ..common.tables import percent
 from ..head.clustered import Centroids
 from ..head.matrix import Matrix
 from .settings import AGAIN, FlashHeadConfig
