@@ -16,8 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..common.head_flags import source_options
-from ..common.quantities import percent
-from ..common.tables import Table, new_table, show
+from ..common.tables import Table, new_table, percent, show
 from ..conversion.calibration import read_windows
 from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead

@@ -14,9 +14,7 @@ import numpy as np
 
 from ..common.arguments import whole_number, whole_numbers
 from ..common.head_flags import source_options
-from ..common.pictures import check_picture, pyplot
-from ..common.quantities import percent
-from ..common.tables import Table, new_table, show
+from ..common.tables import Table, check_picture, new_table, percent, pyplot, show
 from ..conversion.calibration import read_text, text_states
 from ..conversion.measures import measure_positions
 from ..conversion.steps import take_all

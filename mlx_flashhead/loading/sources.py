@@ -8,8 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.command import with_flags
-from ..common.terminal import printable
+from ..common.command import printable, with_flags
 from ..index.files import (
     CONFIG_NAME,
     FILE_NAME,
