@@ -2,9 +2,8 @@
 
 import mlx.core as mx
 
-from .chatting.conversation import Conversation
+from .chatting.conversation import Conversation, kept_file, last_conversation
 from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
-from .chatting.transcript import kept_file, last_conversation
 from .common.arguments import adopt
 from .common.command import command
 from .common.terminal import Terminal

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 from .common.arguments import Parser
-from .common.command import check_writable, command
-from .common.extras import from_extra
+from .common.command import check_writable, command, from_extra
 from .evaluation import answers, tasks, text
 from .loading.sources import add_source_options
 

@@ -4,8 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .common.arguments import Parser
-from .common.command import command
-from .common.extras import from_extra
+from .common.command import command, from_extra
 from .common.new_folder import new_file
 from .common.tables import new_table, show
 from .exporting.plan import export_plan

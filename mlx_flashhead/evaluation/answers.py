@@ -15,8 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from ..common.quantities import percent
-from ..common.tables import Table, new_table, show
+from ..common.tables import Table, new_table, percent, show
 from ..conversion.calibration import read_windows
 from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead

@@ -13,9 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..common.arguments import whole_number, whole_numbers
-from ..common.pictures import check_picture, pyplot
-from ..common.quantities import percent
-from ..common.tables import Table, new_table, show
+from ..common.tables import Table, check_picture, new_table, percent, pyplot, show
 from ..conversion.calibration import read_text, text_states
 from ..conversion.measures import measure_positions
 from ..conversion.steps import take_all

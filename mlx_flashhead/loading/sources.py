@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arguments import whole_number
-from ..common.command import with_flags
-from ..common.terminal import printable
+from ..common.command import printable, with_flags
 from ..index.files import (
     CONFIG_NAME,
     FILE_NAME,
