@@ -2,8 +2,7 @@
 
 from .benchmarks.kinds import estimate, head, mac, model, server
 from .common.arguments import Parser
-from .common.command import command
-from .common.extras import from_extra
+from .common.command import command, from_extra
 
 
 def make_parser() -> Parser:

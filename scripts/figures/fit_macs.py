@@ -12,8 +12,7 @@ import numpy as np
 
 from mlx_flashhead.benchmarks.roofline import CHIPS, SPEEDS, dense_step
 from mlx_flashhead.benchmarks.shapes import SHAPES
-from mlx_flashhead.common.quantities import percent
-from mlx_flashhead.common.tables import new_table, show
+from mlx_flashhead.common.tables import new_table, percent, show
 
 CONSTANTS = ("BANDWIDTH_SHARE", "ULTRA_SHARE", "LAUNCH_US", "OLD_LAUNCH_US")
 

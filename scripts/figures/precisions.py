@@ -18,8 +18,7 @@ import numpy as np
 
 from mlx_flashhead.common.arguments import Parser, whole_number
 from mlx_flashhead.common.command import check_writable, command
-from mlx_flashhead.common.quantities import percent
-from mlx_flashhead.common.tables import new_table, show
+from mlx_flashhead.common.tables import new_table, percent, show
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.conversion.measures import measure_positions
 from mlx_flashhead.conversion.steps import take_all

@@ -10,8 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from ...common.command import check_writable
-from ...common.quantities import percent
-from ...common.tables import new_table, show
+from ...common.tables import new_table, percent, show
 from ...loading import head_cache as cache
 from ...loading.sources import HeadOptions, bundled_head
 from ...models.dense import load_dense

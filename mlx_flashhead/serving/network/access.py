@@ -10,7 +10,9 @@ import hmac
 import ipaddress
 import logging
 import re
+import socket
 import time
+from argparse import Namespace
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -23,8 +25,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..protocol.api_error import ApiError
-from ..protocol.valid_json import dumps
+from ..protocol.api_error import ApiError, dumps
+from .addresses import is_loopback, kept_token
 from .connections import MAX_HEAD_BYTES, REFUSED_SECONDS, Connections
 from .page_files import locked_page
 
@@ -55,8 +57,9 @@ class Access:
     def check(self, scope: Scope) -> None:
         """Raises an ApiError unless a request may be served."""
         headers = Headers(scope=scope)
-        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEAD_BYTES:
-            raise ApiError("The request's headers are too long: send less.", status=431)
+        n_bytes = sum(len(name) + len(value) for name, value in headers.raw)
+        if n_bytes + len(scope["path"]) + len(scope["query_string"]) > MAX_HEAD_BYTES:
+            raise ApiError("The request's head is too long: send less.", status=431)
         self._check_host(headers)
         self._check_origin(headers)
         self._check_token(scope, headers)
@@ -131,6 +134,18 @@ class Access:
         if lengths and (n_bytes := int(lengths[0])) > self.max_body_bytes:
             most = f"at most {self.max_body_bytes:,} are read"
             raise ApiError(f"The request has {n_bytes:,} bytes, and {most}: send less.", status=413)
+
+
+def access_of(args: Namespace) -> Access:
+    """The rules for clients that the server's flags set."""
+    hosts = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
+    token = None
+    if not is_loopback(args.host):
+        token = kept_token(args.token_file)
+        # names by which other machines may call this one
+        name = socket.gethostname().lower().rstrip(".")
+        hosts |= {args.host.lower(), name, name.partition(".")[0]} - {""}
+    return Access(token, hosts, frozenset(args.allowed_origins), args.max_body_bytes)
 
 
 class FrontDoor:
@@ -211,10 +226,10 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            self._add_headers(MutableHeaders(raw=message.setdefault("headers", [])))
+            self._add_headers(MutableHeaders(scope=message))
         elif not self._received and not message.get("more_body", False):
             # a connection that is closed while its client still sends would lose the response
-            await self._send(message | {"more_body": True})
+            await self._send({**message, "more_body": True})
             with suppress(TimeoutError):
                 async with asyncio.timeout(REFUSED_SECONDS):
                     while not self._received:
