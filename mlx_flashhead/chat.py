@@ -10,9 +10,7 @@ from .common.head_flags import add_answering_options, add_probes_option
 
 def make_parser() -> Parser:
     """The command's arguments."""
-    parser = Parser(
-        prog="mlx_flashhead.chat", description="Chat with a model and its FlashHead."
-    )
+    parser = Parser(prog="mlx_flashhead.chat", description="Chat with a model and its FlashHead.")
     add_model_flags(parser)
     add_answer_flags(parser, max_tokens=256, seed=0)
     resume = "Continue the last conversation at a terminal."

@@ -110,7 +110,7 @@ def model_shape(name: str, model: nn.Module, index: FlashHeadIndex | None = None
         shape,
         n_clusters=index.config.n_clusters,
         cluster_size=index.config.cluster_size,
-        n_probes=index.config.checked_probes or index.config.n_probes,
+        n_probes=index.config.n_probes,
         centroid_bytes=index.centroids.routing_bytes,
         measured_probes=True,
     )

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
