@@ -2,8 +2,7 @@
 
 from .benchmarks import head_benchmark, model_benchmark, server_benchmark
 from .common.arguments import Parser
-from .common.command import command
-from .common.extras import from_extra
+from .common.command import command, from_extra
 
 BENCHMARKS = {"head": head_benchmark, "model": model_benchmark, "server": server_benchmark}
 

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 from .common.arguments import Parser
-from .common.command import check_writable, command
-from .common.extras import from_extra
+from .common.command import check_writable, command, from_extra
+from .common.head_flags import add_source_options
 from .evaluation import agreement
-from .loading.sources import add_source_options
 
 
 def make_parser() -> Parser:

@@ -26,8 +26,7 @@ from tqdm import tqdm
 from fetch_model import fetch
 from mlx_flashhead import FlashHead, get_flash_head, load, stream_generate
 from mlx_flashhead.common.command import command
-from mlx_flashhead.common.quantities import percent
-from mlx_flashhead.common.tables import new_table
+from mlx_flashhead.common.tables import new_table, percent
 from mlx_flashhead.common.timing import in_turns, spread, timer
 from mlx_flashhead.models.install import dense_copy
 from mlx_flashhead.models.locate import find_head, recorded_hidden

@@ -20,11 +20,10 @@ import mlx.core as mx
 
 from ..common.arguments import whole_number
 from ..common.command import check_writable
-from ..common.pictures import check_picture, pyplot
-from ..common.tables import Table, show
+from ..common.head_flags import add_source_options
+from ..common.tables import Table, check_picture, pyplot, show
 from ..common.timing import in_turns, timer
 from ..head.portable import blas_name
-from ..loading.sources import add_source_options
 from ..version import __version__
 
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."

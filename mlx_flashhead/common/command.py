@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import importlib
 import os
 import re
 import signal
@@ -11,8 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from .terminal import printable
+from types import ModuleType
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -20,6 +20,8 @@ _REMEDIES = dict.fromkeys(_FULL, "free some space or choose another place")
 _REMEDIES |= dict.fromkeys(_FORBIDDEN, "choose another place, or get the permission")
 _PARAMETER = re.compile(r"`([a-z]+(?:_[a-z]+)*)(=True|=False)?`")
 _FLAGS = {"pipeline_group": "pipeline"}  # whose names differ
+# An answer must not move the cursor, change colours or ring the bell, here or behind a pipe.
+UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -128,3 +130,27 @@ def _flag(parameter: re.Match[str]) -> str:
     name, value = parameter.groups()
     name = _FLAGS.get(name, name.replace("_", "-"))
     return f"--no-{name}" if value == "=False" else f"--{name}"
+
+
+def printable(text: str) -> str:
+    """The text without what could control a terminal."""
+    return text.translate(UNPRINTABLE)
+
+
+def installation(extra: str) -> str:
+    """The command that installs an extra of this package."""
+    return f"pip install 'mlx_flashhead[{extra}]'"
+
+
+def from_extra(module: str, extra: str, what: str) -> ModuleType:
+    """Imports a module that an extra of this package brings.
+
+    Raises:
+        ValueError: If it is not installed: ``what`` needs it, and how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{what} needs {error.name}, which is not installed: {installation(extra)}."
+        ) from error

@@ -10,7 +10,7 @@ from itertools import islice
 from types import ModuleType
 from typing import Any
 
-from ..common.extras import from_extra
+from ..common.command import from_extra
 
 # Between the tokens of JSON: nothing, a space, or a new line with an indentation. The limit keeps
 # small models from endless spaces.

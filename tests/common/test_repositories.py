@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from mlx_flashhead.common.redaction import holds_secret, redact, redacted_logs
+from mlx_flashhead.common.repositories import holds_secret, redact, redacted_logs
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
 

@@ -1,4 +1,4 @@
-"""Removes secrets from messages: tokens, signed addresses, passwords of proxies."""
+"""Repositories of the Hugging Face Hub: their names, and messages without the user's secrets."""
 
 import logging
 import re
@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from .terminal import printable
+from .command import printable
 
 HIDDEN = "…"
 _PATTERNS = (
@@ -55,3 +57,20 @@ def holds_secret(content: bytes) -> bool:
     if token and token.encode() in content:
         return True
     return re.search(rb"\bhf_[A-Za-z0-9]{34}\b", content) is not None
+
+
+def full_name(name: str, user: str) -> str:
+    """ "owner/name" of a repository that may be named without its owner.
+
+    Raises:
+        ValueError: If the Hub does not allow the name.
+    """
+    repo_id = name if "/" in name else f"{user}/{name}"
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(
+            f"{name!r} is not a name of a repository: give OWNER/NAME of letters, digits, '-', '_' "
+            "and '.', at most 96 of them."
+        ) from None
+    return repo_id

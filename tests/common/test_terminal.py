@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mlx_flashhead.common.word_wrap import WordWrap
+from mlx_flashhead.common.terminal import WordWrap
 
 TEXT = """The bridge over the river was old, and nobody knew who had built it.
 
