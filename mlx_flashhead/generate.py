@@ -1,6 +1,5 @@
 """Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and some more."""
 
-import functools
 import json
 import math
 import sys
@@ -21,9 +20,10 @@ from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
 from .models.dense import load_dense, load_dense_part
 from .models.fetch import resolve
+from .models.templates import apply_template
 from .models.tokenizers import UNKNOWN_CONTEXT, context_of
 from .publishing.origin import local_origin
-from .structured.grammar_options import add_grammar_options, grammar_of
+from .structured.grammar import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor
 
 
@@ -97,8 +97,7 @@ def main() -> None:
             nonlocal context
             context = context_of(loaded[2], loaded[1])
             # mlx-lm 0.31 hands an assignment on to the tokenizer within, which would call itself
-            template = _checked_template(loaded[1].apply_chat_template)
-            vars(loaded[1])["apply_chat_template"] = template
+            vars(loaded[1])["apply_chat_template"] = _bounded_template(loaded[1])
             return loaded if return_config else loaded[:2]  # mlx-lm 0.31 takes two
 
         def generate_for_main(model, tokenizer, prompt, **named):
@@ -158,19 +157,13 @@ def _build_for_next_time(args, model=None, tokenizer=None, origin=None) -> None:
         build.drop()
 
 
-def _checked_template(apply_chat_template: Callable) -> Callable:
-    """The same, with errors of the template as a ValueError."""
+def _bounded_template(tokenizer) -> Callable:
+    """``tokenizer.apply_chat_template``, within limits, with its errors as a ValueError."""
 
-    @functools.wraps(apply_chat_template)
-    def apply(*args, **kwargs):
-        try:
-            return apply_chat_template(*args, **kwargs)
-        except Exception as error:  # templates and their engine raise any type
-            reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-            raise ValueError(
-                f"The model's chat template cannot be filled in ({reason}): give "
-                "--ignore-chat-template."
-            ) from error
+    def apply(messages, tokenize=True, **options):
+        options["remedy"] = "give --ignore-chat-template"
+        text = apply_template(tokenizer, messages, **options)
+        return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
 
     return apply
 
