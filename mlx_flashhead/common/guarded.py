@@ -17,6 +17,7 @@ from threading import Thread, stack_size
 from typing import Any
 
 STACK_BYTES = 4 << 20  # of the work; half of the smallest default that the caller's threads have
+START_SECONDS = 30.0  # of a helper, on a busy machine
 LOOK_SECONDS = 0.1  # between two looks at the memory of a helper
 MAX_IDLE = 2  # helpers that stay for the next call
 
@@ -84,6 +85,13 @@ class _Helper:
             raise GuardError(f"cannot be examined: {error.strerror or error}") from None
         finally:
             theirs.close()
+        try:
+            ready = self._connection.poll(START_SECONDS) and self._connection.recv_bytes()
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
+            self.kill()
+            raise GuardError("cannot be examined: no helper process starts")
 
     def call(self, data: bytes, seconds: float, max_bytes: int) -> dict[str, Any]:
         ends = time.monotonic() + seconds
@@ -127,6 +135,7 @@ def _serve(path: str, connection: Connection, seconds: int, max_bytes: int) -> N
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     answer: dict[str, Any] = {}
+    connection.send_bytes(b"ready")
 
     def run(request: Any) -> None:
         answer.clear()
@@ -140,7 +149,7 @@ def _serve(path: str, connection: Connection, seconds: int, max_bytes: int) -> N
     while True:
         try:
             request = json.loads(connection.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):  # the caller has ended
             return
         used = math.ceil(time.process_time())  # a helper that nobody waits for any more ends too
         resource.setrlimit(resource.RLIMIT_CPU, (used + seconds + 1, resource.RLIM_INFINITY))

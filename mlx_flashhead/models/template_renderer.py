@@ -45,10 +45,9 @@ class _Namespace(Namespace):
     """One without names that reach Python's inside, as in transformers."""
 
     def __init__(*args: Any, **attributes: Any):
-        self, *args = args
-        attributes = dict(*args, **attributes)
+        self, *parts = args  # so that an attribute may be called self
         Namespace.__init__(self)
-        for name, value in attributes.items():
+        for name, value in dict(*parts, **attributes).items():
             self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:

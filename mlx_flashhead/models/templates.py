@@ -1,5 +1,6 @@
 """Chat templates, which come with a model: filled in within limits of time and memory."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ _MAX_REASON = 200  # characters of a template's own message
 
 def apply_template(
     tokenizer: Any,
-    messages: list[dict[str, Any]],
+    messages: Sequence[Any],
     *,
     continue_final_message: bool = False,
     remedy: str = "change the messages",

@@ -97,4 +97,5 @@ def test_what_fails_or_takes_too_much(tokenizer, monkeypatch, template, said):
     with pytest.raises(ValueError, match="chat template cannot be filled in") as raised:
         apply_template(tokenizer(template), MESSAGES, remedy="shorten it")
     assert said in str(raised.value) and "\n" not in str(raised.value)
+    monkeypatch.undo()
     assert apply_template(tokenizer("{{ messages[0].role }}"), MESSAGES) == "user"
