@@ -4,8 +4,6 @@ import shlex
 
 import pytest
 
-from local_tasks import CHOICE
-
 FILES = {
     "empty.txt": b"",
     "short.txt": b"a",
@@ -17,11 +15,9 @@ FILES = {
     "grammar": b"start: foo",
 }
 HEAD = "benchmark head --shape 320,64 --n-probes 3 --rounds 1"
-ESTIMATE = "benchmark estimate --shape smollm2 --chip"
 TEXT = "evaluate text --model model --text text.txt"
 NEW = "convert --model dense --mlx-path new"
 OUTPUT = "evaluate text --model ./absent --text text.txt"
-TASKS = f"evaluate tasks --model model --tasks {CHOICE}"
 ANY_SITE = "server --model ./absent --allowed-origins"
 # A command line, in a folder with the converted `model`, the `dense` one and text.txt.
 MISTAKES = [
@@ -36,12 +32,6 @@ MISTAKES = [
     (f"{HEAD} --json absent/a.json", "cannot be written"),
     ("benchmark model --model ./absent --batch 0", "--batch is 0"),
     ("benchmark server --model ./absent --clients 0", "whole numbers of 1"),
-    ("benchmark estimate --chip m1", "arguments --model --shape is required"),
-    ("benchmark estimate --shape llama --chip m1", "no shape 'llama': choose one of"),
-    ("benchmark estimate --model ./absent --chip m1", "no folder"),
-    (f"{ESTIMATE} m4-ultra", "Unknown chip 'm4-ultra'"),
-    (f"{ESTIMATE} m1 --n-probes 3073", "1 to 3072"),
-    (f"{ESTIMATE} m1 --json absent/x", "--json"),
     ("chat", "--model is needed"),
     ("chat --model ./absent", "There is no folder ./absent"),
     ("chat --model x --temp nan", "--temp is nan"),
@@ -70,12 +60,6 @@ MISTAKES = [
     ("evaluate text --model model --text utf-16.txt", "not UTF-8"),
     ("evaluate text --model model --text short.txt", "too short"),
     ("evaluate text --model model --text absent.txt", "cannot be read"),
-    (f"{TASKS} --num-shots -1", "--num-shots is -1: give a whole number of 0"),
-    (f"{TASKS} --max-tokens 0", "--max-tokens is 0: give a whole number of 1"),
-    (f"{TASKS} --top-p 7", "--top-p is 7: give 0 to 1"),
-    (f"{TASKS} --chat-template-args [1]", "give a JSON object such as"),
-    (f"{TASKS} --include-path absent", "there is no such folder"),
-    (f"{TASKS} --json absent/out.json", "cannot be written"),
     ("export --model model", "--output"),
     ("export --model ./absent --output new.safetensors", "There is no folder"),
     ("export --model model --output head.bin", "must end in .safetensors"),

@@ -139,7 +139,7 @@ def test_the_package_is_a_command(run, words, code, said):
         assert all(f"  {command}" in shown for command in COMMANDS)
 
 
-OF_EXTRAS = ("rich", "matplotlib", "prompt_toolkit", "segno", "llguidance", "lm_eval")
+OF_EXTRAS = ("rich", "matplotlib", "prompt_toolkit", "segno", "llguidance")
 # None in sys.modules makes an import fail as that of a module that is not installed.
 RUN = f"""
 import json, runpy, sys
@@ -182,7 +182,6 @@ def test_a_model_is_converted_and_generates(dense, tmp_path):
     [
         (("evaluate", "text", "--text", "a"), "mlx_flashhead.evaluate", "rich", "report"),
         (("evaluate", "text", "--text", "a", "--plot", "a.png"), "--plot", "matplotlib", "report"),
-        (("evaluate", "tasks", "--tasks", "a"), "mlx_flashhead.evaluate tasks", "lm_eval", "tasks"),
         (("benchmark", "model"), "mlx_flashhead.benchmark", "rich", "report"),
         (("benchmark", "model", "--plot", "a.svg"), "--plot", "matplotlib", "report"),
         (("export", "--output", "a.safetensors"), "mlx_flashhead.export", "rich", "report"),
