@@ -3,9 +3,9 @@
 A request, traced. ``serve`` opens the port, and starts the engine, which loads the models by
 ``served_models`` in its own thread. uvicorn's event loop in the main thread does the rest.
 
-1. ``network/connections`` limits uvicorn's connections, and the time in which a request must arrive.
-2. ``network/access`` checks whether it may be served: its Host, its Origin, its token, its size. It
-   answers errors, and writes the log. Files of the page come from ``network/page_files``.
+1. ``network/connections`` limits uvicorn's connections, and the time for a request to arrive.
+2. ``network/access`` checks whether it may be served: its Host, Origin, token and size. It answers
+   errors, and writes the log. Files of the page come from ``network/page_files``.
 3. ``endpoints`` reads the body: ``protocol/requests`` checks each field, ``engine/jobs`` fills
    in the chat template and makes tokens. A mistake is an ``ApiError`` (``protocol/api_error``).
 4. Each answer is a job (``engine/jobs``) in the queue of ``engine/engine``, the one thread that

@@ -14,7 +14,6 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from ..common.time_limit import time_limit
 from .engine.engine import Engine
 from .engine.jobs import Job, Progress, jobs_of
 from .network.access import json_response, read_body
@@ -27,7 +26,6 @@ from .served_models import ServedModel
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 TEXT_PATHS = ("/v1/completions",)
 _PREPARED_AT_ONCE = 8
-READ_SECONDS = 5.0
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -256,12 +254,7 @@ def _read(body: bytes, chat: bool, models: list[ServedModel], flags: Namespace) 
         raise ApiError(f"The body is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ApiError("The body must be a JSON object.")
-    limit = f"within {READ_SECONDS:g} seconds"
-    remedy = "simplify its response_format or grammar"
-    too_slow = ApiError(f"The request could not be read {limit}: {remedy}.")
-    with time_limit(READ_SECONDS, too_slow):
-        request = read_request(value, chat=chat, models=models, defaults=flags)
-    return jobs_of(request)
+    return jobs_of(read_request(value, chat=chat, models=models, defaults=flags))
 
 
 def _usage(jobs: list[Job]) -> dict[str, Any]:
