@@ -5,10 +5,8 @@ import time
 from pathlib import Path
 
 from .common.arguments import Parser
-from .common.command import command
-from .common.quantities import megabytes
-from .common.tables import new_table, show
-from .common.terminal import printable
+from .common.command import command, printable
+from .common.tables import megabytes, new_table, show
 from .index.files import has_flash_head
 from .loading.background import BackgroundBuild
 from .loading.head_cache import HOME_VARIABLE, Entry, entries, home, remove, speeds_of

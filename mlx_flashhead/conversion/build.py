@@ -19,7 +19,14 @@ from .clustering import PASSES, QUICK_PASSES, cluster_rows
 from .fitting import fit_centroids, logit_metric
 from .measures import measure_positions
 from .options import GIVEN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
-from .probes import MOST_BYTES, StepBytes, choose_probes, lossless_settings, probe_grid
+from .probes import (
+    MAX_BYTES,
+    StepBytes,
+    choose_unverified,
+    choose_verified,
+    probe_grid,
+    verification_settings,
+)
 from .report import make_report
 from .steps import Steps
 
@@ -122,12 +129,14 @@ def build_index(
         metric=metric,
         passes=QUICK_PASSES if options.quick else PASSES,
     )
-    n_clusters, n_probes = len(token_ids), options.n_probes
+    n_clusters = len(token_ids)
+    n_probes = unverified_probes = options.n_probes
     centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=head_bias)
     report: dict[str, Any] = {}
-    lossless: dict[str, Any] = {}
+    verification: dict[str, Any] = {}
     if states is None or next_ids is None:
         n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
+        unverified_probes = n_probes
     else:
         nbytes = StepBytes(
             centroids=centroids.routing_bytes,
@@ -135,7 +144,7 @@ def build_index(
             dense=rows.nbytes,
             body=body_bytes,
         )
-        largest = int((MOST_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
+        largest = int((MAX_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
         asked = () if n_probes is None else (n_probes,)
         matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
         found = yield from measure_positions(
@@ -147,24 +156,24 @@ def build_index(
             sorted({*probe_grid(n_clusters, max(largest, 1)), *asked}),
             next_ids[n_fitted:],
         )
-        lossless = lossless_settings(found, nbytes, n_probes)
-        choice = {}
         if n_probes is None:
-            goals = (options.target_agreement, options.target_kl)
-            n_probes, choice["choice"] = choose_probes(found, *goals, nbytes, n_clusters)
-        report = make_report(found, n_probes, lossless["n_probes"], nbytes) | choice
+            n_probes = choose_verified(found, nbytes)
+            unverified_probes = choose_unverified(found, options.target_agreement, nbytes)
+        verification = verification_settings(found, n_probes)
+        report = make_report(found, n_probes, nbytes)
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
         n_clusters=n_clusters,
         cluster_size=options.cluster_size,
         n_probes=n_probes,
+        unverified_probes=unverified_probes,
         fingerprint=rows.fingerprint,
         eos_token_ids=tuple(sorted(i for i in eos_token_ids if i < rows.n_rows)),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size,
         calibration=(calibration or {}) | {"positions": n_positions, "seed": options.seed},
         report=report,
-        lossless=lossless,
+        verification=verification,
         recipe=recipe or {},
     )
     return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))

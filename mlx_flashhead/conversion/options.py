@@ -6,7 +6,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from ..common.arguments import Type, check, number, one_of, whole_number
-from ..common.repository_name import full_name
+from ..common.repositories import full_name
 from ..head.formats import AFFINE_BITS, FORMATS
 from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 
@@ -36,7 +36,6 @@ class IndexOptions:
     cluster_size: int = option(16, whole_number(1))
     n_probes: int | None = option(None, whole_number(1))
     target_agreement: float = option(0.998, number(0, 1, above=True))
-    target_kl: float = option(0.03, number(0, above=True))
     calibration: str = option(GIVEN, metavar="given|none|FILE")
     calibration_positions: int = option(12_000, whole_number(MIN_POSITIONS))
     calibration_seconds: float = option(120.0, number(0, above=True))

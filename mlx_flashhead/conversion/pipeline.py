@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..common.new_folder import new_folder
-from ..common.repository_name import full_name
+from ..common.repositories import full_name
 from ..index.files import CONFIG_KEY, write_companion, write_index
 from ..index.settings import FlashHeadConfig
 from ..models.compat.convert import MODEL_CONVERSION_DTYPES
@@ -53,7 +53,6 @@ def convert(
     cluster_size: int = 16,
     n_probes: int | None = None,
     target_agreement: float = 0.998,
-    target_kl: float = 0.03,
     calibration: str = "given",
     calibration_positions: int = 12_000,
     calibration_seconds: float = 120.0,
@@ -87,12 +86,9 @@ def convert(
         quick: Less text and fewer passes: a fraction of the time, and a few more clusters per
             token.
         cluster_size: Tokens per cluster.
-        n_probes: Clusters scored per token. Default: with the check the number that is expected to
-            be fastest, without it the fewest that reach the targets.
-        target_agreement: Share of positions that must keep the dense head's best token without the
-            check, measured on the held-out part of the calibration.
-        target_kl: Greatest divergence from the dense head's distribution without the check, in
-            nats. The held-out part must reach half of it, since other texts are harder.
+        n_probes: Clusters scored per token. Default: the number that is expected to be fastest.
+        target_agreement: Share of positions that keep the dense head's best token without
+            verification, measured on the held-out part of the calibration.
         calibration: Text to calibrate on: "given" text of many kinds, "none", or a file.
         calibration_positions: Positions to calibrate on.
         calibration_seconds: Seconds after which reading the given text is cut short.

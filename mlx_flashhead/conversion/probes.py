@@ -1,20 +1,20 @@
-"""Numbers of probes: for the bare head, the fewest that reach two goals on held-out positions; for
-decoding with a check, those of the fewest expected bytes. docs/how-it-works.md has the reasons."""
+"""Numbers of probes: for verified decoding those of the fewest expected bytes, without verification
+the fewest that agree with the dense head on held-out positions. docs/how-it-works.md has the
+reasons."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from .measures import AGREEMENT, GAP, KL, MASS, TAIL, PositionMeasures
+from .measures import AGREEMENT, GAP, MASS, TAIL, PositionMeasures
 
 CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
 PROBES_MULTIPLE = 8  # numbers of probes are multiples of it
-UNSEEN = 2.0  # KL of unseen texts relative to held-out positions
 GRID_STEP = 1.15  # greatest ratio of two neighbouring numbers of probes
-MOST_BYTES = 0.25  # read per token, relative to the dense head
+MAX_BYTES = 0.25  # read per token, relative to the dense head
 
-MOST_WAITING = 32  # positions of one check
+MAX_PENDING = 32  # positions of one verification
 NEAR = 1.4  # greatest ratio of the chosen number of probes to one that the risks are fitted on
 SLOPES = np.geomspace(0.25, 4.0, 33)
 SLOPE_SPREAD = 0.3  # standard deviation of the log of the slope before anything is seen
@@ -34,12 +34,12 @@ class StepBytes:
     def head(self, n_probes: int) -> float:
         return self.centroids + n_probes * self.probe
 
-    def checked(self, n_probes: int, share: float) -> float:
-        """Expected bytes per token of decoding with a check, if that share of proposals differs,
-        with the best number of positions in a check. docs/how-it-works.md has the formula."""
+    def verified(self, n_probes: int, share: float) -> float:
+        """Expected bytes per token of verified decoding, if that share of proposals is rejected,
+        with the best number of positions per verification. docs/how-it-works.md has the formula."""
         step = self.body + self.head(n_probes)
         k = math.sqrt(2 * self.dense / max(share * step, 1e-9))
-        k = min(max(k, 1.0), MOST_WAITING)
+        k = min(max(k, 1.0), MAX_PENDING)
         return step * (1 + share * (k + 1) / 2) + self.dense / k
 
 
@@ -52,36 +52,20 @@ def probe_grid(n_clusters: int, largest: int) -> list[int]:
     return sorted({min(n_probes, n_clusters) for n_probes in grid})
 
 
-def choose_probes(
-    found: PositionMeasures,
-    agreement_goal: float,
-    kl_goal: float,
-    nbytes: StepBytes,
-    n_clusters: int,
-) -> tuple[int, str]:
-    """The fewest probes that reach the goals, or the most that the bytes allow, and why."""
+def choose_unverified(found: PositionMeasures, goal: float, nbytes: StepBytes) -> int:
+    """The fewest probes whose proposals agree with the dense head's best token at the ``goal``, a
+    share of unseen positions; or the most that the bytes allow."""
     n_positions = found.values.shape[2]
     # the goal, or the bound that so few positions can show if all of them agree
-    possible = min(agreement_goal, lower_bound(1.0, n_positions) - 1e-9)
-    goals = (f"{100 * agreement_goal:g} % agreement", f"a KL of {kl_goal / UNSEEN:g} nats")
-    n_probes, missed = 0, []
-    for tried, values in zip(found.probe_counts, found.values, strict=True):
-        if n_probes and nbytes.head(tried) > MOST_BYTES * nbytes.dense:
+    possible = min(goal, lower_bound(1.0, n_positions) - 1e-9)
+    chosen = found.probe_counts[0]
+    for n_probes, values in zip(found.probe_counts, found.values, strict=True):
+        if nbytes.head(n_probes) > MAX_BYTES * nbytes.dense:
             break
-        n_probes = tried
-        agreement, kl = values[[AGREEMENT, KL]].mean(axis=1, dtype=np.float64)
-        reached = (lower_bound(agreement, n_positions) >= possible, UNSEEN * kl <= kl_goal)
-        missed = [goal for goal, is_reached in zip(goals, reached, strict=True) if not is_reached]
-        if not missed:
+        chosen = n_probes
+        if lower_bound(float(values[AGREEMENT].mean(dtype=np.float64)), n_positions) >= possible:
             break
-    scored = f"{n_probes:,} of {n_clusters:,} clusters per token"
-    if not missed:
-        words = " and ".join(goals)
-        return n_probes, f"{scored} are the fewest that reach {words} on held-out text."
-    return n_probes, (
-        f"{scored} are too few to be sure of {' and '.join(missed)} on held-out text. More would "
-        f"read over {100 * MOST_BYTES:g} % of the dense head's bytes."
-    )
+    return chosen
 
 
 def lower_bound(share: float, n: int) -> float:
@@ -95,33 +79,40 @@ def lower_bound(share: float, n: int) -> float:
     return float((share + square / 2 - error) / (1 + square))
 
 
-def lossless_settings(
-    found: PositionMeasures, nbytes: StepBytes, n_probes: int | None = None
-) -> dict:
-    """The settings of the checked loop: ``n_probes``, as given or of the fewest expected bytes;
-    shares of positions with another proposal ``by_probes``; and the ``risk`` of `head/steps.py`."""
-    greedy, sampled = 1 - found.values[:, [AGREEMENT, MASS]].mean(axis=2, dtype=np.float64).T
+def choose_verified(found: PositionMeasures, nbytes: StepBytes) -> int:
+    """The probes of the fewest expected bytes per token of verified decoding."""
+    shares = (_shares_that_differ(found).mean(axis=0)).tolist()
+    expected = [
+        nbytes.verified(n, share) for n, share in zip(found.probe_counts, shares, strict=True)
+    ]
+    return found.probe_counts[int(np.argmin(expected))]
+
+
+def verification_settings(found: PositionMeasures, n_probes: int) -> dict:
+    """The stored settings of verified decoding: shares of positions with another proposal
+    ``by_probes``, and the ``risk`` of `head/steps.py` near ``n_probes``."""
     probes = np.array(found.probe_counts)
-    if n_probes is None:
-        shares = zip(found.probe_counts, (greedy + sampled) / 2, strict=True)
-        n_probes = min(shares, key=lambda one: nbytes.checked(*one))[0]
     near = found.values[(probes >= n_probes / NEAR) & (probes <= n_probes * NEAR)]
     gaps, differs = near[:, GAP].ravel(), near[:, AGREEMENT].ravel() == 0
     left = np.isfinite(gaps)  # elsewhere all clusters are scored
     estimated = np.exp(near[:, TAIL], dtype=np.float64).sum()
     unscored = (1 - near[:, MASS].astype(np.float64)).sum()
-    differing = zip(found.probe_counts, greedy.tolist(), sampled.tolist(), strict=True)
+    greedy, sampled = _shares_that_differ(found).clip(0.0).tolist()
     return {
-        "n_probes": n_probes,
         "risk": {
             "greedy": list(fit_greedy_risk(gaps[left], differs[left])),
             "sampled": float(unscored / estimated) if estimated > 0 else 1.0,
         },
         "by_probes": [
-            {"n_probes": n, "greedy_differs": max(g, 0.0), "sampled_differs": max(s, 0.0)}
-            for n, g, s in differing
+            {"n_probes": n, "greedy_differs": g, "sampled_differs": s}
+            for n, g, s in zip(found.probe_counts, greedy, sampled, strict=True)
         ],
     }
+
+
+def _shares_that_differ(found: PositionMeasures) -> np.ndarray:
+    """Shares (2, P) of positions with another proposal: greedy, and sampled at temperature 1."""
+    return 1 - found.values[:, [AGREEMENT, MASS]].mean(axis=2, dtype=np.float64).T
 
 
 def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float]:

@@ -2,16 +2,15 @@
 
 import numpy as np
 
-from ..common.quantities import percent
+from ..common.tables import percent
 from ..index.settings import FlashHeadConfig
 from .measures import PositionMeasures
 from .probes import StepBytes
 
 
-def make_report(
-    found: PositionMeasures, n_probes: int, checked_probes: int, nbytes: StepBytes
-) -> dict:
-    """The stored report, JSON-ready, of the bare head at ``n_probes``; None for infinity."""
+def make_report(found: PositionMeasures, n_probes: int, nbytes: StepBytes) -> dict:
+    """The stored report, JSON-ready, of the head's own choices at ``n_probes``; None for
+    infinity."""
     dense_perplexity = found.dense_perplexity()
     by_probes = {
         measured.n_probes: {
@@ -29,45 +28,41 @@ def make_report(
     # those nearest to some multiples of the chosen number
     shown = (
         min(found.probe_counts, key=lambda n: abs(n - wanted))
-        for wanted in (n_probes * 2 ** (step / 2) for step in range(-5, 3))
+        for wanted in (n_probes * 2 ** (step / 2) for step in range(-4, 4))
     )
     return {
         "positions": found.values.shape[-1],
         **{key: chosen[key] for key in ("agreement", "coverage", "kl", "perplexity_ratio")},
         "dense_perplexity": _finite(dense_perplexity),
         "dense_bytes": nbytes.dense,
-        "by_probes": [by_probes[n] for n in sorted({*shown, n_probes, checked_probes})],
+        "by_probes": [by_probes[n] for n in sorted({*shown, n_probes})],
     }
 
 
 def report_lines(config: FlashHeadConfig) -> list[str]:
-    """The report as a table and the choices as sentences; without a report, the probes alone."""
-    scored = f"of {config.n_clusters:,} clusters per token"
+    """The report as a table and the choice as a sentence; without a report, the choice alone."""
+    scored = f"{config.n_probes:,} of {config.n_clusters:,} clusters per token"
     if not config.report:
-        return [f"{config.n_probes:,} {scored}, not calibrated"]
-    checked, positions = config.lossless["n_probes"], config.report["positions"]
-    differing = {row["n_probes"]: row for row in config.lossless["by_probes"]}
-    lines = ["  probes   bytes  differs: greedy  sampled      KL perplexity"]
+        return [f"{scored}, not calibrated"]
+    differing = {row["n_probes"]: row for row in config.verification["by_probes"]}
+    lines = ["  probes   bytes  rejected: greedy  sampled      KL perplexity"]
     for row in config.report["by_probes"]:
         n_probes = row["n_probes"]
-        mark = "→" * (n_probes == config.n_probes) + "✓" * (n_probes == checked)
         differs = differing[n_probes]
         kl, ratio = (
             "–" if row[key] is None else f"{row[key]:.3f}" for key in ("kl", "perplexity_ratio")
         )
         lines.append(
-            f"{mark:2}{n_probes:>6,} {percent(row['bytes_share'], 1):>7}  "
-            f"{percent(differs['greedy_differs']):>15} {percent(differs['sampled_differs']):>8} "
-            f"{kl:>7} {ratio:>10}"
+            f"{'✓' * (n_probes == config.n_probes):2}{n_probes:>6,} "
+            f"{percent(row['bytes_share'], 1):>7}  {percent(differs['greedy_differs']):>16} "
+            f"{percent(differs['sampled_differs']):>8} {kl:>7} {ratio:>10}"
         )
     lines += [
-        f"On {positions:,} held-out positions: how often the proposed token is not the dense",
-        "head's, greedily and sampled at temperature 1; KL from its distribution, in nats;",
-        "perplexity and bytes relative to it.",
-        f"✓ {checked:,} {scored} are expected to be fastest with the check.",
+        f"On {config.report['positions']:,} held-out positions: bytes and perplexity relative to",
+        "the normal (dense) head; how often verification would reject the proposed token,",
+        "greedily and sampled at temperature 1; KL of the estimates from it, in nats.",
+        f"✓ {scored} are expected to be fastest.",
     ]
-    choice = config.report.get("choice", f"{config.n_probes:,} {scored}, as asked for.")
-    lines.append(f"→ Without the check {choice}")
     if config.calibration.get("cut_short"):
         lines.append(
             f"The text was cut short by the time limit, after {config.calibration['positions']:,} "

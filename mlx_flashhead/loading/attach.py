@@ -165,18 +165,18 @@ def install_stored(
     near = index.check_fit(location.rows(), stored.source)
     if near is not None:
         options.say(near)
-    config, n_probes, checked_probes = index.config, options.n_probes, None
+    config, n_probes, verified = index.config, options.n_probes, None
     if n_probes is None and options.drafts:
         n_probes = config.draft_probes
     elif n_probes is None:
-        n_probes, checked_probes = config.n_probes, config.checked_probes
+        n_probes, verified = config.unverified_probes, config.n_probes
     head = install(
         model,
         index.token_ids,
         index.centroids,
         n_probes=n_probes,
-        checked_probes=checked_probes,
-        risk=Risk.of_settings(config.lossless),
+        checked_probes=verified,
+        risk=Risk.of_settings(config.verification),
         eos_token_ids=config.eos_token_ids,
         backend=options.backend,
         location=location,

@@ -42,7 +42,7 @@ def tune_head(
     known = read(place)
     tuning = known.get(key)
     if tuning is None or tuning.again:
-        measured = yield from tune(model, index.config.lossless.get("by_probes", ()))
+        measured = yield from tune(model, index.config.verification.get("by_probes", ()))
         again = measured.again and tuning is None  # one repetition, and no more
         tuning = replace(measured, again=again)
         _write(place, known | {key: tuning})

@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..common.redaction import redact
+from ..common.repositories import redact
 from ..index.files import FILE_NAME
 from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
 

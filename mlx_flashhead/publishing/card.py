@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..common.quantities import percent
+from ..common.tables import percent
 from ..index.files import FILE_NAME, is_companion
 from ..index.settings import FlashHeadConfig
 from .licences import Licence, changes_in

@@ -11,8 +11,8 @@ from textwrap import shorten
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from ..common.redaction import redact, redacted_logs
-from ..common.terminal import printable
+from ..common.command import printable
+from ..common.repositories import redact, redacted_logs
 from ..index.files import is_companion
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"

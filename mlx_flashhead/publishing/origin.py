@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, snapshot_download
 
-from ..common.redaction import redacted_logs
+from ..common.repositories import redacted_logs
 from . import licences
 from .licences import LICENCE_FILES, Licence, as_list
 

@@ -5,8 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..common.redaction import holds_secret
-from ..common.repository_name import full_name
+from ..common.repositories import full_name, holds_secret
 from ..index.files import read_index
 from ..index.settings import FlashHeadConfig
 from . import hub, licences

@@ -14,7 +14,7 @@ from threading import Thread
 from types import FrameType
 from typing import NoReturn
 
-from ..common.terminal import printable
+from ..common.command import printable
 from .endpoints import ApiHandler, ApiServer
 from .engine.engine import Engine
 from .network.addresses import access_of

@@ -153,6 +153,7 @@ def tiny_index(
         n_clusters=len(token_ids),
         cluster_size=cluster_size,
         n_probes=n_probes,
+        unverified_probes=n_probes,
         eos_token_ids=tuple(eos_token_ids),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size or 0,

@@ -41,6 +41,7 @@ CONFIG = FlashHeadConfig(
     n_clusters=8016,
     cluster_size=16,
     n_probes=256,
+    unverified_probes=128,
     fingerprint="f",
     calibration={"source": "given", "positions": 12_000, "seed": 7},
     report=REPORT,

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from ...common.extras import from_extra
+from ...common.command import from_extra
 from .access import Access
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")

@@ -6,7 +6,7 @@ from threading import Event
 import pytest
 from playwright.sync_api import expect
 
-from mlx_flashhead.chatting.transcript import Message, read_conversation, write_conversation
+from mlx_flashhead.chatting.conversation import Message, read_conversation, write_conversation
 from page_actions import answers, ask, settings, tap
 from scripted_server import INFO, MODEL
 
