@@ -44,7 +44,7 @@ KERNEL_FLAGS += [
     *("-mllvm", "-enable-tail-merge=false"),
 ]
 # How products and sums become one operation, as Apple's compiler may: never, within an expression,
-# or wherever they meet, in functions that are all inlined. x86-64 has the operation as an extension.
+# or wherever they meet, in functions that are all inlined. x86-64 has it as an extension.
 CONTRACTIONS = ("off", "on", "fast")
 CONTRACT_FLAGS = ["-target-feature", "+fma"] if platform.machine() == "x86_64" else []
 CONTRACT_FLAGS += ["-mllvm", "-inline-threshold=100000"]

@@ -41,9 +41,7 @@ class Emulator:
         contract: How the compiler joins products and sums: ``off``, ``on`` or ``fast``.
     """
 
-    def __init__(
-        self, order="forward", seed=0, check=True, max_threads=None, contract="off"
-    ):
+    def __init__(self, order="forward", seed=0, check=True, max_threads=None, contract="off"):
         self.order, self.seed, self.check, self.contract = order, seed, check, contract
         self.max_threads = max_threads or {}
         self.dispatches = []  # one of each launch so far
