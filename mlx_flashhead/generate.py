@@ -1,6 +1,5 @@
 """Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and some more."""
 
-import functools
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ from .common.generation_flags import (
 from .common.head_flags import add_answering_options, add_probes_option
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .common.terminal import printable_output
-from .structured.grammar_options import add_grammar_options, grammar_of
+from .structured.grammar import add_grammar_options, grammar_of
 
 
 def make_parser() -> Parser:
@@ -114,8 +113,7 @@ def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
         nonlocal context
         context = context_of(loaded[2], loaded[1])
         # mlx-lm 0.31 hands an assignment on to the tokenizer within, which would call itself
-        template = _checked_template(loaded[1].apply_chat_template)
-        vars(loaded[1])["apply_chat_template"] = template
+        vars(loaded[1])["apply_chat_template"] = _bounded_template(loaded[1])
         return loaded if return_config else loaded[:2]  # mlx-lm 0.31 takes two
 
     def generate_for_main(model: Any, tokenizer: Any, prompt: Any, **named: Any) -> str:
@@ -176,19 +174,14 @@ def _build_for_next_time(options: Any, model: Any, tokenizer: Any, origin: Any) 
         build.drop()
 
 
-def _checked_template(apply_chat_template: Callable) -> Callable:
-    """The same, with errors of the template as a ValueError."""
+def _bounded_template(tokenizer: Any) -> Callable:
+    """``tokenizer.apply_chat_template``, within limits, with its errors as a ValueError."""
+    from .models.templates import apply_template
 
-    @functools.wraps(apply_chat_template)
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return apply_chat_template(*args, **kwargs)
-        except Exception as error:  # templates and their engine raise any type
-            reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-            raise ValueError(
-                f"The model's chat template cannot be filled in ({reason}): give "
-                "--ignore-chat-template."
-            ) from error
+    def apply(messages: Any, tokenize: bool = True, **options: Any) -> Any:
+        options["remedy"] = "give --ignore-chat-template"
+        text = apply_template(tokenizer, messages, **options)
+        return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
 
     return apply
 

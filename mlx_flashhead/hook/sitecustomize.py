@@ -31,7 +31,7 @@ class Watch:
             execute(module)
             start()
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
