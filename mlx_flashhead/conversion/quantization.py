@@ -9,8 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..head.formats import AFFINE, AFFINE_BITS, affine_group
-from ..head.matrix import Matrix
+from ..head.matrix import AFFINE, AFFINE_BITS, Matrix, affine_group
 from ..models.compat.convert import mixed_quant_predicate_builder
 from ..models.compat.utils import dequantize_model, quantize_model
 from .options import ConvertOptions
