@@ -15,7 +15,7 @@ from .lossless.sampler import make_sampler
 from .models.compat.chat import chat_parser
 from .models.fetch import resolve
 from .models.install import get_flash_head
-from .publishing.origin import local_origin
+from .models.origin import local_origin
 
 
 def make_parser():

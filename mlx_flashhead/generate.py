@@ -22,8 +22,8 @@ from .models.compat.cache import load_prompt_cache
 from .models.compat.generate import generate_parser, generation_stream, run_generate
 from .models.dense import load_dense, load_dense_part
 from .models.fetch import resolve
+from .models.origin import local_origin
 from .models.tokenizers import UNKNOWN_CONTEXT, context_of
-from .publishing.origin import local_origin
 from .structured.grammar_options import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor
 

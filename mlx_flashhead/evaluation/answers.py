@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..common.head_flags import source_options
 from ..common.tables import Table, new_table, percent, show
+from ..conversion import take_all
 from ..conversion.calibration import read_windows
-from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load

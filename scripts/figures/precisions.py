@@ -19,9 +19,9 @@ import numpy as np
 from mlx_flashhead.common.arguments import Parser, whole_number
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.tables import new_table, percent, show
+from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.conversion.measures import measure_positions
-from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.head.matrix import Matrix, as_float32
 from mlx_flashhead.index.files import FlashHeadIndex, read_index
 from mlx_flashhead.models.dense import load_dense
