@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from figures.drafts import REQUESTS
 from mlx_flashhead.conversion import calibration, take_all
 from mlx_flashhead.conversion.calibration import (
     CONTEXT,
@@ -183,6 +184,7 @@ def test_dialogues_alternate():
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         contents = [m["content"] for m in messages]
         assert all(text == text.strip() and "User:" not in text for text in contents)
+        assert not set(contents) & set(REQUESTS.read_text(encoding="utf-8").splitlines())
 
 
 @pytest.mark.parametrize("options", [{}, {"chat_template": None}], ids=["chat", "plain"])
