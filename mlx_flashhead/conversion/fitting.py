@@ -12,7 +12,7 @@ import numpy as np
 
 from ..head.clustered import Centroids
 from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group, as_float32
-from .steps import Step, Steps
+from . import Step, Steps
 
 BLOCK_STATES = 2048  # at once, which bounds memory
 # Variance added in all directions, as a share of the mean variance. 0.03 to 0.3 make no difference.

@@ -58,7 +58,6 @@ FORMATS = (
     Format("nvfp4", 4, (16,), _WS, 1, FP_ROWS),
 )
 
-AFFINE_BITS = (4, 6, 8)  # to which heads and centroids are quantized
 DEFAULT_GROUP = 64  # MLX's own default
 
 
