@@ -30,7 +30,7 @@ from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from ..head.formats import affine_group
 from ..head.matrix import ARRAYS, Matrix
-from .fetch import HOME_VARIABLE, home, repository_of
+from .fetch import HOME_VARIABLE, home, model_name, repository_of
 from .locate import HeadLocation
 from .tensor_files import ENDING, Tensor, files_of
 
@@ -133,7 +133,7 @@ def _fetch(
     progress: bool,
 ) -> Matrix:
     """The finer rows, fetched, compared, rounded and kept."""
-    coarse, model, width = location.rows(), _name(folder), location.rows().hidden_size
+    coarse, model, width = location.rows(), model_name(folder), location.rows().hidden_size
     dtype = location.hidden_dtype if coarse.scales.dtype == mx.uint8 else coarse.scales.dtype
     group = affine_group(width) if bits < 16 else 0
     if group is None:
@@ -202,16 +202,11 @@ def _matrix(arrays: dict[str, mx.array], width: int) -> Matrix:
 # The original of a model
 
 
-def _name(folder: Path) -> str:
-    repository = repository_of(folder)
-    return folder.resolve().name if repository is None else repository[0]
-
-
 def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -> tuple[Rows, str]:
     """The tensors of the finer rows, and their source."""
     if source is not True:
         return _find(str(source), location), str(source)
-    base, seen = _base_model(folder), {_name(folder)}
+    base, seen = _base_model(folder), {model_name(folder)}
     while base is not None and base not in seen and len(seen) <= MOST_BASES:
         tensors = _find(base, location, any_bits=True)
         if "scales" not in tensors:
@@ -219,8 +214,8 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
         seen.add(base)
         base = _base_model(base)
     raise ValueError(
-        f"{_name(folder)} names no original with a finer head (`base_model` of its card): name one "
-        "with `fine_head`."
+        f"{model_name(folder)} names no original with a finer head (`base_model` of its card): "
+        "name one with `fine_head`."
     )
 
 
