@@ -8,17 +8,17 @@ from weakref import WeakKeyDictionary, ref
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..conversion.drafted_states import ANSWER_TOKENS, builtin_requests, drafted_states
+from ..conversion.calibration import ANSWER_TOKENS, builtin_requests, drafted_states
 from ..conversion.options import IndexOptions
 from ..head.flash_head import FlashHead
 from ..lossless.sequence import random_state
 from ..models.compat.vlm.drafts import drafted_answer, when_drafted
-from ..models.fetch import model_name
 from ..models.finer_head import give_fine_head
 from ..models.install import get_flash_head
 from ..models.libraries import architecture, is_vlm
 from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
 from ..models.model_errors import UnsupportedHeadError
+from ..models.origin import local_origin
 from ..models.tokenizers import name_of, prompt_of, text_side
 from . import head_cache as cache
 from .background import build_steps, finish
@@ -108,8 +108,9 @@ def attach_head(
         return None
     if stored is None and options.missing == REFUSE:
         raise ValueError(
-            f"There is no FlashHead of {model_name(source)} yet, and `build=False` or several "
-            "processes build none: use the model without them once, or name one as `flash_head`."
+            f"There is no FlashHead of {local_origin(source).known_as} yet, and `build=False` or "
+            "several processes build none: use the model without them once, or name one as "
+            "`flash_head`."
         )
     check_plain_product(location)
     if stored is None:

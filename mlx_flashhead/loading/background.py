@@ -18,19 +18,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..conversion import Steps, take_all
 from ..conversion.build import STEP_SECONDS, expected_seconds, index_nbytes, model_index
-from ..conversion.options import IndexOptions
-from ..conversion.recipe import make_recipe
-from ..conversion.steps import Steps, take_all
+from ..conversion.options import IndexOptions, make_recipe
 from ..lossless.tuning import Tuning
 from ..models.fetch import HOME_VARIABLE, home
 from ..models.install import get_flash_head
 from ..models.libraries import is_vlm
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.model_errors import UnsupportedHeadError
+from ..models.origin import local_origin
 from ..models.tokenizers import text_side
-from ..publishing.origin import Origin, local_origin
-from ..publishing.publish import checkpoint_name
 from . import head_cache as cache
 from .sources import HeadOptions, StoredHead
 from .tuned import MEASURING, install_stored, tune_head
@@ -73,8 +71,7 @@ def build_steps(
         if anew:
             of_index = replace(of_index, calibration_seconds=ANEW_SECONDS)
         of_index.check_size(rows.n_rows)
-        # of what the model is made from: its card and licence, which the FlashHead carries on
-        origin = local_origin(source) if source.is_dir() else Origin(source.name)
+        origin = local_origin(source)
         obstacle = cache.obstacle(place, index_nbytes(rows))
         minutes = max(1, math.ceil(round(expected_seconds(rows, of_index)) / 60))
         duration = "a minute" if minutes == 1 else f"{minutes} minutes"
@@ -83,7 +80,7 @@ def build_steps(
             + (f"It is kept in {place}." if obstacle is None else _not_kept(obstacle))
         )
         del rows
-        recipe = make_recipe(of_index, origin, checkpoint_name(origin, None))
+        recipe = make_recipe(of_index, origin, origin.result_name())
         if drafted is not None:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
         index = yield from model_index(

@@ -13,7 +13,8 @@ from ..common.command import sentence
 from ..lossless.generation import lossless_steps
 from ..models.compat.patched_load import Load, caller_generates, patch_programs
 from ..models.compat.utils import load_tokenizer
-from ..models.fetch import model_name, resolve
+from ..models.fetch import resolve
+from ..models.origin import local_origin
 from .attach import attach_head
 from .sources import HeadOptions, bundled_head, explicit_head
 
@@ -38,8 +39,8 @@ def patch_load(options: HeadOptions) -> None:
             head = attach_head(model, tokenizer_of(), stored, folder, options)
             assert head is not None  # only DENSE leaves it out
             options.say(
-                f"With FlashHead: {model_name(folder)}, {head.n_probes:,} of {head.n_clusters:,} "
-                "clusters scored per token."
+                f"With FlashHead: {local_origin(folder).known_as}, {head.n_probes:,} of "
+                f"{head.n_clusters:,} clusters scored per token."
             )
         except (ValueError, OSError) as error:
             if not warned:

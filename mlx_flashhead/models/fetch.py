@@ -38,20 +38,6 @@ def home() -> Path:
         ) from error
 
 
-def repository_of(folder: Path) -> tuple[str, str] | None:
-    """The repository and the commit of a folder in the Hub's cache."""
-    *_, holder, snapshots, commit = ("", "", *folder.absolute().parts)
-    if snapshots != "snapshots" or not holder.startswith("models--"):
-        return None
-    return holder.removeprefix("models--").replace("--", "/", 1), commit
-
-
-def model_name(folder: Path) -> str:
-    """A model's name for messages: its repository, else the name of its folder."""
-    repository = repository_of(folder)
-    return folder.resolve().name if repository is None else repository[0]
-
-
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a model: itself, or its download from the Hugging Face Hub; ValueError if
     neither exists. ``files`` are patterns of what to download; default: the whole checkpoint."""

@@ -9,7 +9,6 @@ original, at most 1.3 % for the original in 8 bits and 1.6 % for rows that older
 
 import errno
 import glob
-import json
 import math
 import os
 import shutil
@@ -28,10 +27,10 @@ from tqdm import tqdm
 
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
-from ..head.formats import affine_group
-from ..head.matrix import ARRAYS, Matrix
-from .fetch import HOME_VARIABLE, home, model_name, repository_of
+from ..head.matrix import ARRAYS, Matrix, affine_group
+from .fetch import HOME_VARIABLE, home
 from .locate import HeadLocation
+from .origin import is_repository, local_origin
 from .tensor_files import ENDING, Tensor, files_of
 
 FOLDER = "fine_heads"  # in the home of kept FlashHeads
@@ -41,7 +40,7 @@ SKETCH_DRIFT = 3 * MAX_DRIFT  # of few rows
 MAX_ROW_ERROR = 2.0  # of a single row, relative to its rounding
 SKETCH_ROWS = 8  # fetched by themselves before all rows are
 PIECE_ROWS = 8192  # compared and rounded at once
-MOST_BASES = 5  # repositories from one to its `base_model`
+CARD, MOST_BASES = "README.md", 5  # repositories from one to its `base_model`
 
 Say = Callable[[str], None]
 Rows = dict[str, Tensor]  # weight, with scales and biases where it is quantized
@@ -133,7 +132,7 @@ def _fetch(
     progress: bool,
 ) -> Matrix:
     """The finer rows, fetched, compared, rounded and kept."""
-    coarse, model, width = location.rows(), model_name(folder), location.rows().hidden_size
+    coarse, model, width = location.rows(), _name(folder), location.rows().hidden_size
     dtype = location.hidden_dtype if coarse.scales.dtype == mx.uint8 else coarse.scales.dtype
     group = affine_group(width) if bits < 16 else 0
     if group is None:
@@ -206,7 +205,7 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
     """The tensors of the finer rows, and their source."""
     if source is not True:
         return _find(str(source), location), str(source)
-    base, seen = _base_model(folder), {model_name(folder)}
+    base, seen = _base_model(folder), {_name(folder)}
     while base is not None and base not in seen and len(seen) <= MOST_BASES:
         tensors = _find(base, location, any_bits=True)
         if "scales" not in tensors:
@@ -214,31 +213,34 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
         seen.add(base)
         base = _base_model(base)
     raise ValueError(
-        f"{model_name(folder)} names no original with a finer head (`base_model` of its card): "
+        f"{_name(folder)} names no original with a finer head (`base_model` of its card): "
         "name one with `fine_head`."
     )
 
 
 def _base_model(model: Path | str) -> str | None:
     """The one repository that a model's card, else its configuration, names as its base."""
-    repo_id, folder = (model, None) if isinstance(model, str) else (None, model)
-    if folder is not None and (repository := repository_of(folder)):
-        repo_id = repository[0]
+    origin = local_origin(model) if isinstance(model, Path) else None
     with suppress(Exception):  # cards and the Hub's client raise any type
-        if folder is not None and (folder / "README.md").exists():
-            card = folder / "README.md"
+        if isinstance(model, Path) and (model / CARD).exists():
+            card = model / CARD
+        elif origin is None or origin.revision is not None:
+            card = Path(huggingface_hub.hf_hub_download(_name(model), CARD))
         else:
-            assert repo_id is not None
-            card = Path(huggingface_hub.hf_hub_download(repo_id, "README.md"))
+            return origin.repo_id
         data = ModelCard(card.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).data
-        bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model
-        (base,) = bases or ()
-        return str(base)
-    with suppress(Exception):
-        assert folder is not None
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
-        return named if named.count("/") == 1 and not named.startswith((".", "/", "~")) else None
-    return None
+        bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
+        if len(bases) == 1 and is_repository(bases[0]):
+            return bases[0]
+    return None if origin is None or origin.revision is not None else origin.repo_id
+
+
+def _name(model: Path | str) -> str:
+    """Its repository, else the name of its folder, which others need not know."""
+    if isinstance(model, str):
+        return model
+    origin = local_origin(model)
+    return model.resolve().name if origin.revision is None else origin.known_as
 
 
 def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
