@@ -12,7 +12,7 @@ from typing import Any
 
 from ..common.arguments import Type, check, number, one_of, whole_number
 from ..common.repositories import full_name
-from ..head.formats import FORMATS
+from ..head.matrix import FORMATS
 from ..models.origin import Origin
 from ..version import __version__
 

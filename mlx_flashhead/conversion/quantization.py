@@ -12,8 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from ..head.formats import AFFINE, DEFAULT_GROUP, affine_group
-from ..head.matrix import Matrix
+from ..head.matrix import AFFINE, DEFAULT_GROUP, Matrix, affine_group
 from ..models.compat.convert import mixed_quant_predicate_builder
 from ..models.compat.utils import dequantize_model, quantize_model
 from . import Step, Steps
