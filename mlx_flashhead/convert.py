@@ -8,7 +8,6 @@ from dataclasses import MISSING, fields
 from .common.arguments import Parser
 from .common.command import command, with_flags
 from .conversion.options import HEAD_BITS, LIMITS, ConvertOptions
-from .conversion.pipeline import convert_model
 
 
 def make_parser() -> Parser:
@@ -142,6 +141,8 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.convert``."""
     options = ConvertOptions(**vars(make_parser().parse_args()))
+    from .conversion.pipeline import convert_model  # imports mlx-lm, which takes seconds
+
     convert_model(options, say=lambda text: print(with_flags(text), flush=True))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from ..common.arguments import Type, check, number, one_of, whole_number
 from ..common.repositories import full_name
 from ..head.matrix import FORMATS
-from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 from ..models.origin import Origin
 from ..version import __version__
 
@@ -21,6 +20,7 @@ BUILTIN, NO_CALIBRATION = "builtin", "none"
 HEAD_BITS = (4, 6, 8, 16)  # 16: floats
 MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
 QUICK_POSITIONS = 4_000
+DTYPES = ("float16", "bfloat16", "float32")  # of a conversion of mlx-lm
 PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
 
 # Limits of the options, for Python and the command.
@@ -33,7 +33,7 @@ LIMITS: dict[str, Type] = {
     "seed": whole_number(0),
     "q_group_size": whole_number(1),
     "q_bits": whole_number(1),
-    "dtype": one_of(*MODEL_CONVERSION_DTYPES),
+    "dtype": one_of(*DTYPES),
     "head_bits": one_of(*HEAD_BITS),
 }
 

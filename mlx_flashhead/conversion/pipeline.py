@@ -26,7 +26,6 @@ from ..index.files import (
     write_index,
 )
 from ..index.settings import FlashHeadConfig
-from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 from ..models.compat.utils import dequantize_model, save
 from ..models.dense import load_dense
 from ..models.fetch import resolve
@@ -38,7 +37,7 @@ from . import take_all
 from .build import index_nbytes, model_index
 from .calibration import read_text
 from .measures import report_lines
-from .options import ConvertOptions, make_recipe
+from .options import DTYPES, ConvertOptions, make_recipe
 from .quantization import chosen_head_bits, precision_label, set_bits
 
 FILES_KEY = "folder"  # of the recipe: the names of the files that a conversion has written
@@ -188,7 +187,7 @@ def _named_dtype(source: Path, config: dict) -> str | None:
     text_config = config.get("text_config")
     inner = text_config.get("dtype") if isinstance(text_config, dict) else None
     name = config.get("torch_dtype") or inner
-    return name if name in MODEL_CONVERSION_DTYPES else None
+    return name if name in DTYPES else None
 
 
 def _files_of(folder: Path) -> list[str]:
