@@ -1,28 +1,37 @@
-"""Measures how close a FlashHead comes to the dense head of its model."""
+"""Measures how close an unverified FlashHead comes to the dense head of its model."""
 
 import json
 from pathlib import Path
 
-from .common.arguments import Parser
-from .common.command import check_writable, command
-from .common.extras import from_extra
-from .evaluation import answers, tasks, text
-from .loading.sources import add_source_options
+from .common.arguments import Parser, whole_number, whole_numbers
+from .common.command import check_writable, command, from_extra
+from .common.head_flags import add_source_options
+from .common.tables import check_picture
 
-MODEL = "Folder or Hugging Face repository of any model that mlx-lm loads."
+TEXT = (
+    "Measure on a text: agreement with the dense head, KL, perplexity and bytes, by the number of "
+    "clusters scored without verification."
+)
 
 
 def make_parser() -> Parser:
-    """The command's arguments: a subcommand for each way to measure."""
+    """The command's arguments."""
     parser = Parser(prog="mlx_flashhead.evaluate", description=__doc__)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    for name, way in {"text": text, "answers": answers, "tasks": tasks}.items():
-        of_way = commands.add_parser(name, help=way.HELP, description=way.DESCRIPTION)
-        of_way.set_defaults(run=way.run)
-        of_way.add_argument("--model", required=True, help=MODEL)
-        add_source_options(of_way)
-        of_way.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
-        way.add_arguments(of_way)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="text")
+    add = commands.add_parser("text", help="measure on a text", description=TEXT).add_argument
+    model = "Folder or repository of any model that mlx-lm loads."
+    add_source_options(commands.choices["text"])
+    add("--model", required=True, help=model)
+    add("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
+    add(
+        "--probes",
+        type=whole_numbers(1),
+        metavar="48,96,…",
+        help="Numbers of clusters scored (default: powers of two and the model's own).",
+    )
+    add("--positions", type=whole_number(1), help="Positions to measure (default: all).")
+    add("--plot", metavar="OUT.png", help="Draw the curves into a picture.")
+    add("--json", metavar="OUT", help="Write the figures to a JSON file.")
     return parser
 
 
@@ -33,8 +42,12 @@ def main() -> None:
     from_extra("rich", "report", "mlx_flashhead.evaluate")  # before long work
     if args.json:
         check_writable("--json", args.json)
-    figures = args.run(args)
-    if args.json and figures is not None:
+    if args.plot:
+        check_picture("--plot", args.plot)
+    from .evaluation import agreement
+
+    figures = agreement.run(args)
+    if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -11,13 +11,21 @@ from typing import Any
 import mlx.core as mx
 
 from ..common.command import sentence
-from ..common.quantities import count
+from ..common.tables import count
 from ..common.terminal import Terminal, stop_key, without_quotes
 from ..head.flash_head import FlashHead
 from ..loading.background import IdleBuild
 from ..models.install import get_flash_head
-from .conversation import LENGTH, STOPPED, Answer, Conversation
-from .transcript import USER, keep, read_conversation, write_conversation
+from .conversation import (
+    LENGTH,
+    STOPPED,
+    USER,
+    Answer,
+    Conversation,
+    keep,
+    read_conversation,
+    write_conversation,
+)
 
 COMMANDS = {
     "/help": "what can be typed (or h)",

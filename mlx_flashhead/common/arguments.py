@@ -3,8 +3,7 @@
 import argparse
 import json
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 # Takes a value from the command line or from Python; refuses it with an ArgumentTypeError.
@@ -16,23 +15,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with exit code 2."""
-        self.exit(2, f"error: {_sentence(message)}\n")
-
-
-def adopt(
-    parser: argparse.ArgumentParser, prog: str, description: str, help: Mapping[str, str]
-) -> Parser:
-    """Makes mlx-lm's parser, in place, one of this package: its errors, limits of its values.
-
-    ``help`` has new texts of its flags, by their destinations.
-    """
-    parser.__class__ = Parser
-    parser.prog = prog
-    parser.description = description
-    for action in parser._actions:
-        action.help = help.get(action.dest, action.help)
-        action.type = LIMITS.get(action.dest, action.type)
-    return parser  # type: ignore[return-value]
+        message = message.removeprefix("argument ").replace(": it is ", " is ", 1)
+        self.exit(2, f"error: {message.rstrip('.')}.\n")
 
 
 def _checked(convert: Type, wanted: str) -> Type:
@@ -122,49 +106,4 @@ def check(name: str, value: Any, type: Type) -> None:
         raise ValueError(f"`{name}` {str(error).removeprefix('it ')}.") from None
 
 
-# What argparse says, in the words of this package.
-_ARGUMENT = r"argument (?:\S+?/)??(--[\w-]+|-?\w+): "
-_SENTENCES = (
-    (_ARGUMENT + r"it (.*)", r"\1 \2"),
-    (_ARGUMENT + r"invalid choice: (.*) \(choose from (.*)\)", r"\1 is \2: choose \3"),
-    (_ARGUMENT + r"expected (.*)", r"\1 needs \2"),
-    (_ARGUMENT + r"(.*)", r"\1: \2"),
-    (r"the following arguments are required: ([^,]*)", r"\1 is needed"),
-    (r"the following arguments are required: (.*)", r"\1 are needed"),
-    (r"one of the arguments (.*) is required", r"give one of \1"),
-    (r"unrecognized arguments: (.*)", r"there is no option \1: --help lists them"),
-)
-
-
-def _sentence(message: str) -> str:
-    """argparse's message as a sentence of this package."""
-    message = re.sub(r"(--[\w-]+)(/-\w)+\b", r"\1", message)  # long names alone
-    for pattern, sentence in _SENTENCES:
-        if match := re.fullmatch(pattern, message, re.DOTALL):
-            message = match.expand(sentence)
-            if "invalid choice" in pattern:
-                message = message.replace("'", "")
-            break
-    return f"{message.rstrip('.')}."
-
-
 share = number(0, 1)
-# Limits of mlx-lm's flags, by their destinations: every command refuses the same values.
-LIMITS: dict[str, Type] = {
-    "temp": number(0),
-    "top_p": share,
-    "min_p": share,
-    "top_k": whole_number(0),
-    "min_tokens_to_keep": whole_number(1),
-    "xtc_probability": share,
-    "xtc_threshold": number(0, 0.5),
-    "seed": whole_number(0),
-    "max_tokens": whole_number(1, or_no_limit=True),
-    "max_kv_size": whole_number(1),
-    "prefill_step_size": whole_number(1),
-    "kv_bits": one_of(2, 3, 4, 5, 6, 8),
-    "kv_group_size": one_of(32, 64, 128),
-    "quantized_kv_start": whole_number(0),
-    "num_draft_tokens": whole_number(1),
-    "chat_template_config": json_object_text,
-}

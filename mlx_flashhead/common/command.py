@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import importlib
 import os
 import re
 import signal
@@ -11,8 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from .terminal import printable
+from types import ModuleType
+from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -20,9 +21,11 @@ _REMEDIES = dict.fromkeys(_FULL, "free some space or choose another place")
 _REMEDIES |= dict.fromkeys(_FORBIDDEN, "choose another place, or get the permission")
 _PARAMETER = re.compile(r"`([a-z]+(?:_[a-z]+)*)(=True|=False)?`")
 _FLAGS = {"pipeline_group": "pipeline"}  # whose names differ
+# An answer must not move the cursor, change colours or ring the bell, here or behind a pipe.
+UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
-def command(main: Callable[..., None]) -> Callable[..., None]:
+def command(main: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a command's ``main``: mistakes end with a sentence on stderr, never a traceback."""
 
     @functools.wraps(main)
@@ -30,10 +33,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         for number in (signal.SIGTERM, signal.SIGHUP):  # it cleans up after itself then, too
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores some on purpose
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by end_at_interrupt
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            main(*args, **kwargs)
+            return main(*args, **kwargs)
         except KeyboardInterrupt:
             print("\nInterrupted.", file=sys.stderr)
             sys.exit(130)
@@ -77,19 +78,6 @@ def ending_soon() -> Iterator[None]:
         writer.close()
 
 
-def end_at_interrupt() -> None:
-    """Lets Ctrl-C end the process without a traceback until the command begins.
-
-    The imports take seconds. Does nothing in a program that is not one of the commands.
-    """
-    name = "mlx_flashhead"
-    started = Path(sys.argv[0]).name if sys.argv else ""
-    as_module = started == "-m" and any(word.startswith(name) for word in sys.orig_argv)
-    by_python = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if (started.startswith(name) or as_module) and by_python:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def check_writable(option: str, path: str) -> None:
     """Checks, before long work, that an output file can be written. The file is not changed.
 
@@ -128,3 +116,27 @@ def _flag(parameter: re.Match[str]) -> str:
     name, value = parameter.groups()
     name = _FLAGS.get(name, name.replace("_", "-"))
     return f"--no-{name}" if value == "=False" else f"--{name}"
+
+
+def printable(text: str) -> str:
+    """The text without what could control a terminal."""
+    return text.translate(UNPRINTABLE)
+
+
+def installation(extra: str) -> str:
+    """The command that installs an extra of this package."""
+    return f"pip install 'mlx_flashhead[{extra}]'"
+
+
+def from_extra(module: str, extra: str, what: str) -> ModuleType:
+    """Imports a module that an extra of this package brings.
+
+    Raises:
+        ValueError: If it is not installed: ``what`` needs it, and how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{what} needs {error.name}, which is not installed: {installation(extra)}."
+        ) from error

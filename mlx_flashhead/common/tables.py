@@ -1,10 +1,11 @@
-"""Tables of the commands, of one look. They fit 80 columns or are as wide as their figures."""
+"""What the commands show: quantities as text, tables of one look, and pictures in files."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from .extras import from_extra
+from .command import check_writable, from_extra
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -12,6 +13,7 @@ else:
     Table = object  # rich may be absent
 
 FOLDED = 12  # columns that a column which folds keeps
+SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 UNLIMITED = 10_000  # columns of a table when its width is measured
 
 
@@ -63,3 +65,41 @@ def show(*parts: "Table | str") -> None:
 
 def _rich(name: str) -> ModuleType:
     return from_extra(f"rich.{name}", "report", "A table")
+
+
+def percent(share: float, decimals: int = 2) -> str:
+    """A share as text, such as "99.80 %"."""
+    return f"{100 * share:.{decimals}f} %"
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things, such as "1 token" and "2 tokens"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def megabytes(nbytes: float) -> str:
+    """A size, such as "1.2 MB"."""
+    return f"{nbytes / 1e6:.1f} MB"
+
+
+def check_picture(option: str, path: str) -> None:
+    """Checks, before long work, that a picture can be drawn into the file of an option.
+
+    Raises:
+        ValueError: If the suffix is unknown, the file cannot be written, or matplotlib is not
+            installed.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{option} {path} must end in {', '.join(SUFFIXES)}.")
+    from_extra("matplotlib", "report", option)
+    check_writable(option, path)
+
+
+def pyplot() -> ModuleType:
+    """``matplotlib.pyplot``, which draws into files only.
+
+    Raises:
+        ValueError: If matplotlib is not installed.
+    """
+    from_extra("matplotlib", "report", "A picture").use("Agg")
+    return from_extra("matplotlib.pyplot", "report", "A picture")

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..common.quantities import percent
+from ..common.tables import percent
 from ..head.clustered import Centroids
 from ..head.matrix import Matrix
 from .settings import AGAIN, FlashHeadConfig
@@ -126,7 +126,8 @@ def read_index(folder: Path) -> FlashHeadIndex:
     if index is None:
         raise ValueError(
             f"{path} does not hold the arrays that its settings describe "
-            f"({config.n_clusters} clusters of {config.cluster_size}, no NaN): {AGAIN}."
+            f"({config.n_clusters} clusters of {config.cluster_size}, each token once, no NaN): "
+            f"{AGAIN}."
         )
     return index
 
@@ -196,16 +197,21 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
         and token_ids.dtype == mx.uint32
         and centroids.fits(config.n_clusters, hidden_size)
         and sketch.fits(hidden_size)
-        and 1 <= config.n_probes <= config.n_clusters
-        and 0 < config.vocab_size <= token_ids.size
     )
-    return FlashHeadIndex(config, np.array(token_ids), centroids, sketch) if fits else None
+    if not fits:
+        return None
+    ids = np.array(token_ids)
+    counts = np.bincount(ids[ids < config.vocab_size], minlength=config.vocab_size)
+    in_range = ids.max() <= config.vocab_size  # which marks a padded slot
+    return (
+        FlashHeadIndex(config, ids, centroids, sketch) if in_range and (counts == 1).all() else None
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # a number of thousands of digits too
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged, since it is not a JSON object: fetch it again.")

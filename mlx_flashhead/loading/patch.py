@@ -1,7 +1,10 @@
 """A FlashHead under the loads of mlx-lm and mlx-vlm, for programs that do not know it."""
 
-import multiprocessing
+import json
+import os
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ from ..lossless.generation import lossless_steps
 from ..models.compat.patched_load import Load, caller_generates, patch_programs
 from ..models.compat.utils import load_tokenizer
 from ..models.fetch import resolve
-from ..publishing.origin import local_origin
+from ..models.origin import local_origin
 from .attach import attach_head
 from .sources import HeadOptions, bundled_head, explicit_head
+
+VARIABLE = "MLX_FLASHHEAD_RUN"  # read by hook/sitecustomize.py
 
 
 def patch_load(options: HeadOptions) -> None:
@@ -29,14 +34,13 @@ def patch_load(options: HeadOptions) -> None:
 
     def attach_to(model: Any, tokenizer_of: Callable[[], Any], folder: Path) -> None:
         nonlocal warned
-        origin = local_origin(folder)
         try:
             stored = chosen or bundled_head(folder, options)
-            head = attach_head(model, tokenizer_of(), stored, origin, options)
+            head = attach_head(model, tokenizer_of(), stored, folder, options)
             assert head is not None  # only DENSE leaves it out
             options.say(
-                f"With FlashHead: {origin.known_as}, {head.n_probes:,} of {head.n_clusters:,} "
-                "clusters scored per token."
+                f"With FlashHead: {local_origin(folder).known_as}, {head.n_probes:,} of "
+                f"{head.n_clusters:,} clusters scored per token."
             )
         except (ValueError, OSError) as error:
             if not warned:
@@ -76,24 +80,25 @@ def patch_load(options: HeadOptions) -> None:
     patch_programs(wrap, wrap_model, _with_check)
 
 
-class _InNewProcesses:
-    """Patches the loads in a spawned process, as soon as it is unpickled there."""
+def environment(options: HeadOptions) -> dict[str, str]:
+    """The variables with which a new Python process patches its loads, by `hook/sitecustomize`."""
+    default = asdict(HeadOptions())
+    values = {name: value for name, value in asdict(options).items() if value != default[name]}
+    for name in {"flash_head", "fine_head"} & {*values}:
+        if isinstance(values[name], str | Path) and Path(values[name]).exists():
+            values[name] = str(Path(values[name]).resolve())  # the process may start elsewhere
+    hook = str(Path(__file__).parents[1] / "hook")
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = [hook, *(path for path in paths if path != hook)]
+    return {"PYTHONPATH": os.pathsep.join(paths), VARIABLE: json.dumps(values)}
 
-    def __init__(self, options: HeadOptions):
-        self._options = options
 
-    def __setstate__(self, state: dict[str, HeadOptions]) -> None:
-        vars(self).update(state)  # for its own processes
-        patch_load(self._options)
-
-
-def patch_new_processes(options: HeadOptions) -> None:
-    """From now on :func:`patch_load` is called in each process that multiprocessing spawns.
-
-    A process is given the settings of the one that starts it, before the function that it runs.
-    """
-    process: Any = multiprocessing.current_process()
-    process._config["mlx_flashhead"] = _InNewProcesses(options)
+def patch_from_environment() -> None:
+    """`patch_load` with the options in the environment; a mistake in them is one warning."""
+    try:
+        patch_load(HeadOptions(**json.loads(os.environ[VARIABLE])))
+    except (ValueError, TypeError, OSError) as error:
+        print(f"Without FlashHead: {sentence(error)}", file=sys.stderr)
 
 
 def _with_check(original: Load) -> Load:

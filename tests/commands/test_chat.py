@@ -17,7 +17,7 @@ from chain_models import write_chain_model
 from chat_screen import CTRL_D, ESC_ENTER, UP, ChatScreen
 from mlx_flashhead.chatting import session
 from mlx_flashhead.chatting.conversation import Conversation
-from mlx_flashhead.common.terminal import UNPRINTABLE
+from mlx_flashhead.common.command import UNPRINTABLE
 from model_folders import VOCAB_SIZE, write_model
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)

@@ -7,13 +7,12 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import build, probes
+from mlx_flashhead.conversion import build, measures, take_all
 from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids, logit_metric, raw_means
+from mlx_flashhead.conversion.measures import report_lines
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.conversion.report import report_lines
-from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.models.locate import find_head
@@ -21,7 +20,7 @@ from model_folders import write_model
 from tiny_models import random_rows
 
 OPTIONS = IndexOptions(quick=True, calibration_positions=200)
-STAGES = ["Reading given text", "Clustering", "Fitting", "Rounding", "Measuring"]
+STAGES = ["Reading built-in text", "Clustering", "Fitting", "Rounding", "Measuring"]
 VOCAB_SIZE, HELD_OUT = 403, 100  # of 400 positions
 
 
@@ -56,7 +55,7 @@ def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
     assert mx.array_equal(mx.random.state[0], key)
     at_once = take_all(model_index(*loaded, OPTIONS)).config
     assert config.n_clusters == at_once.n_clusters
-    expected = {"source": "given", "quick": True, "positions": 200, "seed": 0}
+    expected = {"source": "builtin", "quick": True, "positions": 200, "seed": 0}
     assert config.calibration == at_once.calibration == expected
 
 
@@ -106,8 +105,8 @@ def limit(monkeypatch):
     """Sets the share of the dense head's bytes that may be read."""
 
     def limit(share):
-        for module in (build, probes):
-            monkeypatch.setattr(module, "MOST_BYTES", share)
+        for module in (build, measures):
+            monkeypatch.setattr(module, "MAX_BYTES", share)
 
     return limit
 
@@ -117,7 +116,7 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
     """The last quarter; the head itself serves as the reference."""
     limit(1.0)
     rows, states, next_ids = make_case(**kwargs)
-    index = indexed(rows, states, next_ids, target_agreement=0.9, target_kl=10.0)
+    index = indexed(rows, states, next_ids, target_agreement=0.9)
     config, report = index.config, index.config.report
     held_out, followed = mx.array(states[-HELD_OUT:]), next_ids[-HELD_OUT:]
     head = FlashHead(
@@ -136,7 +135,7 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
     assert report["dense_perplexity"] == pytest.approx(np.exp(dense_loss), rel=1e-3)
     stored, centroids = rows.nbytes, index.centroids
     read = sum(a.nbytes for a in (*centroids.matrix.arrays().values(), centroids.bias))
-    differing = {row["n_probes"]: row for row in config.lossless["by_probes"]}
+    differing = {row["n_probes"]: row for row in config.verification["by_probes"]}
     for row in report["by_probes"]:
         head.n_probes = row["n_probes"]
         ids = np.array(head.candidates(held_out)[0]).astype(int)
@@ -157,7 +156,7 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
         missed = (probability * unscored).sum(1).mean()
         assert differs["sampled_differs"] == pytest.approx(missed, abs=2e-3)
     assert report["dense_bytes"] == stored
-    assert config.lossless["n_probes"] in differing
+    assert config.n_probes in differing
     (chosen,) = (row for row in report["by_probes"] if row["n_probes"] == config.n_probes)
     assert {key: report[key] for key in ("agreement", "coverage", "kl")}.items() <= chosen.items()
     # 95 of 100 are 90 % and about 1.645 standard errors of 3 points
@@ -165,18 +164,7 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
         head.n_probes = n_probes
         if (np.array(head.token(held_out)) == best).mean() >= 0.95:
             break
-    assert config.n_probes == n_probes
-
-
-def test_goals_that_read_too_much_are_given_up_and_that_is_said(limit):
-    limit(0.5)
-    config = indexed(*make_case(), target_agreement=0.1, target_kl=1e-9).config
-    (chosen,) = (r for r in config.report["by_probes"] if r["n_probes"] == config.n_probes)
-    stored = config.report["dense_bytes"]
-    assert chosen["bytes_share"] <= 0.5 < chosen["bytes_share"] + 8 * 8 * 64 * 4 / stored
-    said = report_lines(config)[-1]
-    assert f"→ Without the check {config.n_probes} of 51 clusters per token are too few " in said
-    assert said.endswith("More would read over 50 % of the dense head's bytes.")
+    assert config.unverified_probes == n_probes
 
 
 def test_clusters_and_centroids_are_made_of_the_states_that_are_not_held_out():
@@ -201,7 +189,8 @@ def test_without_states(n_probes):
     assert (config.n_clusters, config.n_probes) == (51, n_probes or 8)  # 51 / 6
     assert config.calibration == {"positions": 0, "seed": 7}
     assert report_lines(config) == [f"{config.n_probes} of 51 clusters per token, not calibrated"]
-    assert config.report == config.lossless == {}
+    assert config.unverified_probes == config.n_probes
+    assert config.report == config.verification == {}
     by_direction = take_all(cluster_rows(weight, 8, seed=7))
     np.testing.assert_array_equal(index.token_ids, by_direction)
     means = raw_means(weight, index.token_ids)
@@ -215,7 +204,7 @@ def test_settings_are_recorded():
     index = take_all(build_index(rows, options, states, next_ids, **about))
     config = index.config
     assert (config.n_clusters, config.cluster_size) == (26, 16) == index.token_ids.shape
-    assert config.n_probes == config.lossless["n_probes"] == 5
+    assert config.n_probes == config.unverified_probes == 5
     assert config.eos_token_ids == (2, 9)  # 1000 is no row of this head
     assert config.calibration == {"source": "file", "positions": 400, "seed": 7}
     assert config.fingerprint == rows.fingerprint
@@ -223,18 +212,13 @@ def test_settings_are_recorded():
     assert json.loads(json.dumps(config.to_dict(), allow_nan=False)) == config.to_dict()
 
 
-def test_lines_of_the_report(limit):
-    limit(1.0)
-    goals = {"target_agreement": 0.5, "target_kl": 3.0}
-    config = indexed(*make_case(), body_bytes=10**6, **goals).config
+def test_lines_of_the_report():
+    config = indexed(*make_case(), body_bytes=10**6).config
     lines = report_lines(config)
-    (bare,) = (line.split() for line in lines if line.startswith("→") and "With" not in line)
-    assert bare[:2] == ["→", str(config.n_probes)]
-    (checked,) = (line for line in lines if line.startswith("✓ ") and "expected" in line)
-    assert checked.startswith(f"✓ {config.lossless['n_probes']} of 51 clusters per token")
+    (chosen,) = (line.split() for line in lines if line.startswith("✓") and "expected" not in line)
+    assert chosen[:2] == ["✓", str(config.n_probes)]
     assert lines[-1] == (
-        f"→ Without the check {config.n_probes} of 51 clusters per token are the fewest that reach "
-        "50 % agreement and a KL of 1.5 nats on held-out text."
+        f"✓ {config.n_probes} of 51 clusters per token are expected to be fastest."
     )
 
 

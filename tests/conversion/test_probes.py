@@ -1,68 +1,55 @@
-"""How many probes: the fewest that reach the goals with confidence, and those of fewest bytes."""
+"""How many probes: those of the fewest bytes, and the fewest that agree with confidence."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import probes
-from mlx_flashhead.conversion.measures import AGREEMENT, GAP, KL, MASS, TAIL, PositionMeasures
-from mlx_flashhead.conversion.probes import (
+from mlx_flashhead.conversion import measures
+from mlx_flashhead.conversion.measures import (
+    AGREEMENT,
+    GAP,
+    MASS,
+    TAIL,
+    PositionMeasures,
     StepBytes,
-    choose_probes,
+    choose_unverified,
+    choose_verified,
     fit_greedy_risk,
-    lossless_settings,
     lower_bound,
     probe_grid,
+    verification_settings,
 )
 
 GRID = [8, 16, 32, 64]
 NBYTES = StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
 
 
-def choose(agreement_goal, kl_goal, *, agree=(1, 1, 1, 1), kl=(0, 0, 0, 0), n_positions=1000):
-    """The choice, if these shares of the positions agree, and the mean KL is this."""
+def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
+    """The choice without verification, if these shares of the positions agree."""
     values = np.zeros((4, 7, n_positions), np.float32)
-    for of_probes, share, mean in zip(values, agree, kl, strict=True):
+    for of_probes, share in zip(values, agree, strict=True):
         of_probes[AGREEMENT] = np.arange(n_positions) < round(share * n_positions)
-        of_probes[KL] = mean
     found = PositionMeasures(GRID, values, np.zeros(n_positions))
-    return choose_probes(found, agreement_goal, kl_goal, StepBytes(0, 1.0, 1000), 3072)
+    return choose_unverified(found, goal, StepBytes(0, 1.0, 1000))
 
 
-def test_the_fewest_that_reach_both_goals():
+def test_the_fewest_that_agree_as_often_as_wanted():
     # 1,000 positions: 90 % and 1.645 standard errors of 0.95 points are 91.6 %
-    assert choose(0.9, 1.0, agree=(0.5, 0.91, 0.917, 1))[0] == 32
-    # the KL of unseen text is taken as twice as much
-    assert choose(0.5, 0.1, kl=(0.2, 0.051, 0.049, 0.01))[0] == 32
-    assert choose(0.9, 0.1, agree=(0.5, 0.5, 1, 1), kl=(0.01, 0.01, 0.5, 0.01))[0] == 64
+    assert choose(0.9, agree=(0.5, 0.91, 0.917, 1)) == 32
 
 
 @pytest.mark.parametrize(("share", "n_probes"), [(0.04, 32), (0.001, 8), (1, 64)])
 def test_no_more_than_may_be_read_unless_the_first_is_too_much(share, n_probes, monkeypatch):
-    monkeypatch.setattr(probes, "MOST_BYTES", share)
-    assert choose(0.5, 0.1, kl=(1, 1, 1, 1))[0] == n_probes
+    monkeypatch.setattr(measures, "MAX_BYTES", share)
+    assert choose(0.5, agree=(0, 0, 0, 0)) == n_probes
 
 
 @pytest.mark.parametrize("n_positions", [1, 100, 1300])
 def test_few_positions_that_cannot_show_a_goal_must_all_agree(n_positions):
-    assert choose(0.998, 1.0, n_positions=n_positions)[0] == 8
+    assert choose(0.998, n_positions=n_positions) == 8
     missed = 1 - 1 / n_positions
-    assert choose(0.998, 1.0, agree=(missed, missed, 1, 1), n_positions=n_positions)[0] == 32
-
-
-def test_the_words_are_what_the_rule_asks(monkeypatch):
-    assert choose(0.5, 0.03)[1] == (
-        "8 of 3,072 clusters per token are the fewest that reach 50 % agreement and a KL of "
-        "0.015 nats on held-out text."
-    )
-    monkeypatch.setattr(probes, "MOST_BYTES", 0.02)
-    # 99 of 100 are more than 98 %, but cannot show it
-    few = choose(0.98, 0.03, agree=(0.99,) * 4, kl=(0.02,) * 4, n_positions=100)
-    assert few[1] == (
-        "16 of 3,072 clusters per token are too few to be sure of 98 % agreement and a KL of 0.015 "
-        "nats on held-out text. More would read over 2 % of the dense head's bytes."
-    )
+    assert choose(0.998, agree=(missed, missed, 1, 1), n_positions=n_positions) == 32
 
 
 def test_bounds():
@@ -81,7 +68,7 @@ def test_grid():
     assert probe_grid(3, 1) == [3]
 
 
-def settings(greedy, sampled, nbytes=NBYTES, n_probes=None, n_positions=1000):
+def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
     """Of measures in which these shares of the proposals differ, by number of probes."""
     rng = np.random.default_rng(0)
     values = np.zeros((len(greedy), 7, n_positions), np.float32)
@@ -92,33 +79,33 @@ def settings(greedy, sampled, nbytes=NBYTES, n_probes=None, n_positions=1000):
         of_probes[TAIL] = np.log(of_sampled / 2)
     counts = [10 * 2**i for i in range(len(greedy))]
     found = PositionMeasures(counts, values, np.zeros(n_positions))
-    return lossless_settings(found, nbytes, n_probes)
+    n_probes = choose_verified(found, nbytes)
+    return verification_settings(found, n_probes) | {"n_probes": n_probes}
 
 
-def test_a_check_costs_the_dense_rows_and_a_difference_the_steps_after_it():
-    # never a difference: 32 positions a check
-    assert NBYTES.checked(100, 0.0) == pytest.approx(650 + 1000 / 32)
+def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it():
+    # never a difference: 32 positions per verification
+    assert NBYTES.verified(100, 0.0) == pytest.approx(650 + 1000 / 32)
     k = np.sqrt(2 * 1000 / (0.05 * 650))
     by_hand = 650 * (1 + 0.05 * (k + 1) / 2) + 1000 / k
-    assert NBYTES.checked(100, 0.05) == pytest.approx(by_hand)
+    assert NBYTES.verified(100, 0.05) == pytest.approx(by_hand)
     for other in (k / 2, 2 * k):
         assert by_hand < 650 * (1 + 0.05 * (other + 1) / 2) + 1000 / other
-    # always one: a check a token
-    assert NBYTES.checked(100, 1.0) >= 650 + 1000
+    # always one: a verification per token
+    assert NBYTES.verified(100, 1.0) >= 650 + 1000
 
 
 def test_probes_are_those_of_the_fewest_bytes():
     greedy, sampled = [0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003]
     found = settings(greedy, sampled)
     by_hand = [
-        NBYTES.checked(10 * 2**i, (g + s) / 2)
+        NBYTES.verified(10 * 2**i, (g + s) / 2)
         for i, (g, s) in enumerate(zip(greedy, sampled, strict=True))
     ]
     assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
     # a step that reads much more beside the rows pays for more of them
     heavy = StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
     assert settings(greedy, sampled, heavy)["n_probes"] > found["n_probes"]
-    assert settings(greedy, sampled, n_probes=20)["n_probes"] == 20
     assert [row["greedy_differs"] for row in found["by_probes"]] == pytest.approx(greedy)
     assert [row["sampled_differs"] for row in found["by_probes"]] == pytest.approx(
         sampled, abs=1e-6

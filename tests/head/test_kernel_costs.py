@@ -208,5 +208,5 @@ class TestTraffic:
 @pytest.mark.parametrize("n_clusters, cluster_size", [(3072, 16), (2048, 16), (1000, 32)])
 def test_a_draft_reads_a_tenth_of_the_head(n_clusters, cluster_size):
     """Rows and centroids of equal bits, beside the latest tokens of the text."""
-    config = FlashHeadConfig(n_clusters * cluster_size, n_clusters, cluster_size, 64, "")
+    config = FlashHeadConfig(n_clusters * cluster_size, n_clusters, cluster_size, 64, 64, "")
     assert 0.085 <= 1 / cluster_size + config.draft_probes / n_clusters <= 0.1

@@ -1,6 +1,7 @@
 """The FlashHead file: what is written is read back, and what is damaged is refused."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -86,8 +87,8 @@ def test_a_folder_of_its_own(original, tmp_path):
     assert same(read_index(tmp_path), original[1])
     (tmp_path / SETTINGS_NAME).write_text("{")
     refused(tmp_path, f"{SETTINGS_NAME} is damaged", "fetch it again")
-    (tmp_path / SETTINGS_NAME).write_text(json.dumps({"version": 2}))
-    refused(tmp_path, f"{SETTINGS_NAME} has version 2", "reads version 1", CONVERT)
+    (tmp_path / SETTINGS_NAME).write_text(json.dumps({"version": 1}))
+    refused(tmp_path, f"{SETTINGS_NAME} has version 1", "reads version 2", CONVERT)
 
 
 def test_configuration_keeps_its_other_keys(original):
@@ -95,7 +96,7 @@ def test_configuration_keeps_its_other_keys(original):
     entry = config.pop(CONFIG_KEY)
     assert config["model_type"] == "llama"
     assert config["vocab_size"] == 258
-    assert entry["version"] == 1
+    assert entry["version"] == 2
     assert (entry["n_clusters"], entry["cluster_size"], entry["n_probes"]) == (33, 8, 4)
     assert entry["eos_token_ids"] == [1]
     assert len(entry["fingerprint"]) == 64
@@ -150,11 +151,31 @@ def change_entry(folder, change):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+# sizes with which an index of a few megabytes would take gigabytes, among others
+IMPOSSIBLE = [
+    *(("vocab_size", value) for value in (0, 131, 265)),
+    *(("n_clusters", value) for value in (32, -33, 10**18, 10**400)),
+    *(("cluster_size", value) for value in (0, 16, 10**9)),
+]
+ROW = {"n_probes": 3, "greedy_differs": 0.1, "sampled_differs": 0.2}
+VERIFICATION = {"risk": {"greedy": [0, 1], "sampled": 1}, "by_probes": [ROW]}
+WRONG_ROWS = [
+    {},
+    [3],
+    [{}],
+    [ROW | {"n_probes": 34}],
+    [ROW | {"n_probes": 1e300}],
+    [ROW | {"greedy_differs": 1.1}],
+    [ROW | {"sampled_differs": "0.2"}],
+    [ROW] * 1001,
+]
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda entry: entry | {"version": 2}, "version 2.*reads version 1"),
-        (lambda entry: entry | {"version": "1"}, "version '1'.*reads version 1"),
+        (lambda entry: entry | {"version": 1}, "version 1.*reads version 2"),
+        (lambda entry: entry | {"version": "2"}, "version '2'.*reads version 2"),
         (lambda entry: [], "version None"),
         (lambda entry: {}, "version None"),
         (lambda entry: entry | {"n_probes": "4"}, "whole numbers"),
@@ -165,14 +186,28 @@ def change_entry(folder, change):
             (lambda entry, key=key: {k: v for k, v in entry.items() if k != key}, f"lacks {key}")
             for key in sorted(REQUIRED)
         ),
-        (lambda entry: entry | {"eos_token_ids": list(range(258))}, "258 tokens .* more than 64"),
-        (lambda entry: entry | {"report": "good"}, "objects as calibration, report, lossless, rec"),
+        (lambda entry: entry | {"eos_token_ids": [258]}, "ids of tokens as eos_token_ids"),
+        (lambda entry: entry | {"fingerprint": 1}, "a text as fingerprint"),
         *(
-            (lambda entry, values=values: entry | {"lossless": values}, "no valid settings of the")
+            (lambda entry, key=key, value=value: entry | {key: value}, "which is not possible")
+            for key, value in IMPOSSIBLE
+        ),
+        *(
+            (lambda entry, key=key, n=n: entry | {key: n}, f"has {n} as {key}, not 1 to 33")
+            for key in ("n_probes", "unverified_probes")
+            for n in (0, 34)
+        ),
+        (lambda entry: entry | {"eos_token_ids": list(range(258))}, "258 tokens .* more than 64"),
+        (lambda entry: entry | {"report": "good"}, "objects as calibration, report, verif"),
+        *(
+            (lambda entry, values=values: entry | {"verification": values}, "no valid settings of")
             for values in (
-                {"n_probes": 34},
-                {"n_probes": 3, "risk": {"greedy": [0], "sampled": 1}},
-                {"n_probes": 3, "risk": {"greedy": [0, "1"], "sampled": 1}},
+                {"by_probes": []},
+                {"risk": {"greedy": [0], "sampled": 1}, "by_probes": []},
+                {"risk": {"greedy": [0, "1"], "sampled": 1}, "by_probes": []},
+                {"risk": {"greedy": [0, 1], "sampled": -1}, "by_probes": []},
+                {"risk": {"greedy": [0, 1], "sampled": math.nan}, "by_probes": []},
+                *(VERIFICATION | {"by_probes": rows} for rows in WRONG_ROWS),
             )
         ),
     ],
@@ -190,10 +225,10 @@ def test_keys_of_a_later_package_are_ignored(folder, original):
 @pytest.mark.parametrize(
     "key, value",
     [
-        *(("vocab_size", value) for value in (0, 265)),
-        *(("n_clusters", value) for value in (32, -33)),
-        ("cluster_size", 16),
-        *(("n_probes", value) for value in (0, 34)),
+        ("vocab_size", 257),
+        ("vocab_size", 259),
+        ("n_clusters", 34),
+        ("cluster_size", 9),
         *(("centroid_group_size", value) for value in (0, 64, -32)),
         *(("centroid_bits", value) for value in (8, 0)),
     ],

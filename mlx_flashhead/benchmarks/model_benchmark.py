@@ -1,0 +1,154 @@
+"""Times a model's decoding: dense, with FlashHead, and with FlashHead unverified.
+
+The dense model decodes with mlx-lm's loop and sampler. With FlashHead the loop and the sampler are
+this package's, and the time holds the verification of its tokens.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Generator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..common.head_flags import source_options
+from ..common.tables import Table, new_table
+from ..common.timing import spread
+from ..loading.load import load
+from ..lossless.batch import VerifiedBatchGenerator
+from ..lossless.loop import verified_steps
+from ..lossless.proposals import Proposer
+from ..lossless.sampler import make_sampler
+from ..models.compat import sample_utils
+from ..models.compat.generate import BatchGenerator, generate_step
+from ..models.install import dense_copy, installed_head
+from . import SAMPLERS
+from .reporting import Case, cells, report
+
+DENSE, FLASH_HEAD, UNVERIFIED = "dense", "FlashHead", "unverified"
+PROMPT = (
+    "The old bridge over the river had been closed for years, and nobody in the village could say "
+    "who had built it. One morning in spring, a stranger came and"
+)
+LEGEND = "unverified: the head's own choices, so the text may differ."
+STAYS_DENSE = "FlashHead gains too little on this machine: the model stays dense by default."
+
+
+def run(args: argparse.Namespace) -> None:
+    """Times the model of the command line, with each sampler and batch."""
+    settings = list(itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8)))
+    report(args, _cases(args, settings), len(settings), make_table)
+
+
+class Form(NamedTuple):
+    """A way to decode: a model, and its loops with the arguments of mlx-lm's."""
+
+    model: nn.Module
+    steps: Callable[..., Any] = generate_step
+    generator: Callable[..., Any] = BatchGenerator
+    make_sampler: Callable[..., Any] = sample_utils.make_sampler
+
+    def decode(
+        self, prompt: list[int], batch: int, n_tokens: int, sampling: dict
+    ) -> tuple[float, list[int]]:
+        """Seconds per token, the mean of ``n_tokens`` after the first, and the first text's tokens.
+
+        The end of a text does not end a run.
+        """
+        sampler, times, tokens = self.make_sampler(**sampling), [], []
+        if batch == 1:
+            limits = {"max_tokens": n_tokens + 1, "sampler": sampler}
+            for token, _ in self.steps(mx.array(prompt), self.model, **limits):
+                times.append(time.perf_counter())
+                tokens.append(int(token))
+        else:
+            generator = self.generator(self.model, sampler=sampler)
+            first, *_ = generator.insert([prompt] * batch, [n_tokens + 1] * batch)
+            while responses := generator.next_generated():
+                times.append(time.perf_counter())
+                tokens += [response.token for response in responses if response.uid == first]
+            generator.close()
+        return (times[-1] - times[0]) / n_tokens, tokens
+
+    def timed(self, prompt: list[int], batch: int, n_tokens: int, sampling: dict, _: int) -> float:
+        """The seconds of `decode`."""
+        return self.decode(prompt, batch, n_tokens, sampling)[0]
+
+
+def with_flash_head(model: nn.Module, *, verify: bool) -> Form:
+    """This package's loops for a model with a FlashHead."""
+    proposer = Proposer(model, verify=verify)
+    steps = partial(verified_steps, proposer=proposer, logprobs=False)
+    generator = partial(VerifiedBatchGenerator, proposer=proposer, logprobs=False)
+    return Form(model, steps, generator, make_sampler)
+
+
+def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generator[Case]:
+    """Each sampler and batch.
+
+    Runs are short, so that other work on the machine slows all of them alike. A FlashHead is timed
+    even if the model would stay dense on this machine.
+    """
+    flash, tokenizer = load(args.model, n_probes=args.n_probes, **source_options(args))
+    head = installed_head(flash)
+    about = {
+        "model": Path(args.model).name,
+        "head_bits": head.clustered.rows.format.bits,
+        "n_probes": {FLASH_HEAD: head.checked_probes, UNVERIFIED: head.n_probes},
+        "n_clusters": head.n_clusters,
+        "backend": head.backend,
+        "backend_reason": head.backend_reason,
+        "stays_dense": head.stays_dense,
+        "tokens": args.tokens,
+    }
+    head.stays_dense = False
+    forms = {
+        DENSE: Form(dense_copy(flash)),
+        FLASH_HEAD: with_flash_head(flash, verify=True),
+        UNVERIFIED: with_flash_head(flash, verify=False),
+    }
+    prompt = tokenizer.encode(PROMPT)
+    for sampler, batch in settings:
+        run = prompt, batch, args.tokens, SAMPLERS[sampler]
+        timers = {name: partial(form.timed, *run) for name, form in forms.items()}
+        yield Case(f"{sampler}, batch {batch}", timers, partial(summary, about, sampler, batch))
+
+
+def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
+    """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
+    token_ms = {form: spread(times, 1000) for form, times in seconds.items()}
+    median_ms = {form: ms["median"] for form, ms in token_ms.items()}
+    return about | {
+        "sampler": sampler,
+        "batch": batch,
+        "token_ms": token_ms,
+        "tokens_per_second": {form: 1000 * batch / ms for form, ms in median_ms.items()},
+        "times_faster": {
+            form: median_ms[DENSE] / ms for form, ms in median_ms.items() if form != DENSE
+        },
+    }
+
+
+def make_table(result: dict) -> Table:
+    """The table of one sampler and batch."""
+    probes, notes = result["n_probes"], [LEGEND]
+    if result["stays_dense"]:
+        notes.append(STAYS_DENSE)
+    table = new_table(
+        f"{result['model']}: {result['sampler']}, batch {result['batch']}, {probes[FLASH_HEAD]:,} "
+        f"clusters of {result['n_clusters']:,} scored, {probes[UNVERIFIED]:,} unverified",
+        ("", "ms", "quartiles", "tokens/s", "faster"),
+        "\n".join(notes),
+    )
+    for form, ms in result["token_ms"].items():
+        table.add_row(
+            form,
+            *cells(ms),
+            f"{result['tokens_per_second'][form]:.1f}",
+            "" if form == DENSE else f"{result['times_faster'][form]:.2f} x",
+        )
+    return table

@@ -1,0 +1,76 @@
+"""Repositories of the Hugging Face Hub: their names, and messages without the user's secrets."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .command import printable
+
+HIDDEN = "…"
+_PATTERNS = (
+    (re.compile(r"Bearer\s+[^\s'\"]+"), f"Bearer {HIDDEN}"),
+    (re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"), HIDDEN),
+    (re.compile(r"(://)[^\s/@'\"]+:[^\s/@'\"]+@"), rf"\1{HIDDEN}@"),
+    # addresses of the storage behind the Hub are signed in their query
+    (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), rf"\1?{HIDDEN}"),
+)
+
+
+def redact(text: str) -> str:
+    """The text without the user's token and other secrets."""
+    token = get_token()
+    if token:
+        text = text.replace(token, HIDDEN)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+@contextmanager
+def redacted_logs() -> Iterator[None]:
+    """Within the block, log messages of the Hub's client are redacted and printable."""
+    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
+
+    def redacted(record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(redact(record.getMessage())), ()
+        if record.exc_info:
+            record.exc_info, record.exc_text = None, None
+        return True
+
+    for handler in handlers:
+        handler.addFilter(redacted)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(redacted)
+
+
+def holds_secret(content: bytes) -> bool:
+    """Whether a file's content holds the user's token, or text in the form of a token."""
+    token = get_token()
+    if token and token.encode() in content:
+        return True
+    return re.search(rb"\bhf_[A-Za-z0-9]{34}\b", content) is not None
+
+
+def full_name(name: str, user: str) -> str:
+    """ "owner/name" of a repository that may be named without its owner.
+
+    Raises:
+        ValueError: If the Hub does not allow the name.
+    """
+    repo_id = name if "/" in name else f"{user}/{name}"
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(
+            f"{name!r} is not a name of a repository: give OWNER/NAME of letters, digits, '-', '_' "
+            "and '.', at most 96 of them."
+        ) from None
+    return repo_id

@@ -1,0 +1,153 @@
+"""Measures an unverified FlashHead on a text, against the dense head of the same model.
+
+Figures are of the head's output. A model that scales or caps its logits afterwards has the same
+agreement and coverage, but another perplexity.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..common.head_flags import source_options
+from ..common.tables import Table, new_table, percent, pyplot, show
+from ..conversion import take_all
+from ..conversion.calibration import read_text, text_states
+from ..conversion.measures import measure_positions
+from ..head.flash_head import FlashHead
+from ..head.matrix import as_float32
+from ..loading.load import load
+from ..models.install import installed_head
+from ..models.locate import find_head
+
+LEGEND = """\
+agreement   same best token as the dense head
+coverage    the true next token is scored
+KL          from the dense head's distribution, in nats
+perplexity  relative to dense, with the estimates of the tail
+bytes       read per token, relative to the dense head"""
+DEFAULT_PROBES = (48, 96, 128, 192, 256, 512)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measures the model of the command line, and prints the table."""
+    content = read_text(args.text)
+    model, tokenizer = load(args.model, **source_options(args))
+    figures = evaluate(
+        model, tokenizer, content, probe_counts=args.probes, positions=args.positions
+    )
+    show(make_table(figures))
+    if args.plot:
+        draw(figures, args.plot)
+    return figures
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer,
+    text: str,
+    *,
+    probe_counts: Sequence[int] | None = None,
+    positions: int | None = None,
+) -> dict[str, Any]:
+    """Measures ``model``, which has a FlashHead, on a text that calibration has not seen.
+
+    Returns:
+        Positions, the dense perplexity, the model's own probes and clusters, and for each number of
+        probes (by default several and the model's own) a row of `conversion.measures.Measures` with
+        its share of bytes.
+    """
+    head = installed_head(model)
+    if probe_counts is None:
+        probe_counts = [*(p for p in DEFAULT_PROBES if p <= head.n_clusters), head.n_probes]
+    probe_counts = check_probe_counts(head, probe_counts)
+    read = text_states(model, tokenizer, find_head(model), text, positions=positions)
+    states, next_ids = take_all(read)
+    rows = head.clustered.token_rows()
+    weight = as_float32(rows.dequantized())
+    bias = 0.0 if rows.bias is None else as_float32(rows.bias)
+    measure = measure_positions(
+        states,
+        lambda h: h @ weight.T + bias,
+        np.array(head.clustered.token_ids),
+        lambda h: np.array(head.cluster_scores(mx.array(h))),
+        np.array(head.clustered.centroids.tail_offset),
+        probe_counts,
+        next_ids,
+    )
+    measured = take_all(measure)
+    return {
+        "positions": len(states),
+        "dense_perplexity": measured.dense_perplexity(),
+        "n_probes": head.n_probes,
+        "n_clusters": head.n_clusters,
+        "rows": [
+            means._asdict() | {"bytes_share": bytes_share(head, means.n_probes)}
+            for means in measured.means()
+        ],
+    }
+
+
+def check_probe_counts(head: FlashHead, probe_counts: Sequence[int]) -> list[int]:
+    """The numbers of probes, each once and ascending; a ValueError if one is not 1 … C."""
+    probe_counts = sorted(set(probe_counts))
+    for n_probes in probe_counts:
+        if not 1 <= n_probes <= head.n_clusters:
+            raise ValueError(
+                f"{n_probes} probes are not possible: this model has {head.n_clusters} clusters, "
+                f"so choose 1 to {head.n_clusters}."
+            )
+    return probe_counts
+
+
+def bytes_share(head: FlashHead, n_probes: int) -> float:
+    """Bytes of weights read per token, centroids and p clusters, relative to the dense head."""
+    rows = head.clustered.rows
+    bytes_per_row = rows.nbytes / (head.n_clusters * head.cluster_size)
+    read = head.clustered.centroids.routing_bytes + n_probes * head.cluster_size * bytes_per_row
+    return read / (bytes_per_row * head.vocab_size)
+
+
+def make_table(figures: dict) -> Table:
+    """A line for each number of probes, the model's own in bold."""
+    table = new_table(
+        f"{figures['positions']} positions, {figures['n_clusters']} clusters, "
+        f"dense perplexity {figures['dense_perplexity']:.2f}",
+        ("probes", "agreement", "coverage", "KL", "perplexity", "bytes"),
+        LEGEND,
+        left=0,
+    )
+    for row in figures["rows"]:
+        table.add_row(
+            f"{row['n_probes']}",
+            percent(row["agreement"]),
+            percent(row["coverage"]),
+            f"{row['kl']:.3f}",
+            f"{row['perplexity'] / figures['dense_perplexity']:.3f}",
+            percent(row["bytes_share"], 1),
+            style="bold" if row["n_probes"] == figures["n_probes"] else None,
+        )
+    return table
+
+
+def draw(figures: dict, path: str) -> None:
+    """Draws agreement and coverage against the number of probes into a picture."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    probes = [row["n_probes"] for row in figures["rows"]]
+    for name, label in (
+        ("agreement", "same best token as the dense head"),
+        ("coverage", "true next token scored"),
+    ):
+        axis.plot(probes, [100 * row[name] for row in figures["rows"]], marker="o", label=label)
+    axis.axvline(figures["n_probes"], color="tab:gray", linestyle=":", label="as converted")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel=f"clusters scored of {figures['n_clusters']:,}", ylabel="% of positions")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

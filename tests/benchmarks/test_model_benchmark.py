@@ -1,0 +1,79 @@
+"""The benchmark of a model: its three forms, and what is counted."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.benchmarks import model_benchmark
+from mlx_flashhead.benchmarks.model_benchmark import (
+    DENSE,
+    FLASH_HEAD,
+    UNVERIFIED,
+    Form,
+    make_table,
+    summary,
+    with_flash_head,
+)
+from mlx_flashhead.models.compat.generate import generate_step
+from mlx_flashhead.models.install import install
+from tiny_models import VOCAB_SIZE, tiny_index, tiny_model
+
+
+@pytest.fixture
+def dense():
+    return tiny_model()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_takes_the_tokens_asked_for(dense, monkeypatch, batch):
+    """No end of text ends a run, and the first token is not counted."""
+    times = iter(np.cumsum([7, 4, 4, 1, 3]))
+    clock = SimpleNamespace(perf_counter=lambda: next(times))  # mlx-lm looks at the real one
+    monkeypatch.setattr(model_benchmark, "time", clock)
+    shapes = []
+
+    def make_sampler():
+        def sampler(logprobs):
+            shapes.append(logprobs.shape)
+            return mx.zeros(logprobs.shape[:-1], mx.uint32)
+
+        return sampler
+
+    form = Form(dense, make_sampler=make_sampler)
+    assert form.timed([1, 2], batch, 4, {}, 0) == 3  # (4 + 4 + 1 + 3) / 4
+    assert set(shapes) == {(batch, VOCAB_SIZE)} and len(shapes) >= 5
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_flash_head_decodes_with_this_package_s_loops(verify):
+    """With verification every token that is timed is the dense model's."""
+    flash = tiny_model()
+    index = tiny_index(flash)
+    install(flash, index.token_ids, index.centroids, n_probes=1)
+    form = with_flash_head(flash, verify=verify)
+    assert form.timed([1, 2], 3, 9, {"temp": 0.0}, 0) > 0
+    sampler = form.make_sampler(temp=0.0)
+    steps = form.steps(mx.array([1, 2]), flash, max_tokens=10, sampler=sampler)
+    expected = generate_step(mx.array([1, 2]), tiny_model(), max_tokens=10)
+    assert ([token for token, _ in steps] == [token for token, _ in expected]) == verify
+
+
+def test_ratios_are_those_of_the_printed_medians():
+    """59.3 ms over 49.3 ms are 1.20 times, whatever the rounds were."""
+    seconds = {
+        DENSE: [0.0593, 0.2000, 0.0500],
+        FLASH_HEAD: [0.0493, 0.0400, 0.1000],
+        UNVERIFIED: [0.0479, 0.0479, 0.0479],
+    }
+    about = {"model": "m", "n_probes": {FLASH_HEAD: 3, UNVERIFIED: 4}, "n_clusters": 9}
+    for stays_dense in (True, False):
+        figures = summary(about | {"stays_dense": stays_dense}, "greedy", 4, seconds)
+        table = make_table(figures)
+        assert "3 clusters of 9 scored, 4 unverified" in table.title
+        assert ("stays dense" in table.caption) == stays_dense
+    assert figures["token_ms"][DENSE]["median"] == pytest.approx(59.3)
+    assert figures["tokens_per_second"][FLASH_HEAD] == pytest.approx(4 / 0.0493)
+    faster = {FLASH_HEAD: pytest.approx(59.3 / 49.3), UNVERIFIED: pytest.approx(59.3 / 47.9)}
+    assert figures["times_faster"] == faster

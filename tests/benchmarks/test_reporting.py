@@ -1,0 +1,72 @@
+"""The report of a benchmark: its rounds, and what is checked before them."""
+
+import argparse
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_flashhead.benchmarks import reporting as module
+from mlx_flashhead.benchmarks.reporting import Case, machine, read_bandwidth_gb_s, report
+from mlx_flashhead.common.tables import new_table
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    outputs = {"report": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png")}
+    return argparse.Namespace(kind="any", rounds=1, **outputs)
+
+
+def make_table(result):
+    table = new_table(None, ("", "figure"))
+    table.add_row("of a form", f"{result['value']}")
+    return table
+
+
+def cases(seconds=lambda number: 0.25):
+    """Two cases of one form; the value of each is the number of rounds that counted."""
+    for name in ("first", "second"):
+        yield Case(name, {"a": seconds}, lambda seconds: {"value": len(seconds["a"])})
+
+
+def test_rounds_are_printed_as_they_come_with_the_time_that_is_left(arguments, monkeypatch, capsys):
+    clock = iter((100, 120, 140))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    report(arguments, cases(), 2, make_table)
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        "[4 rounds] first: a",
+        "[1 of 4] first: warm",
+        "[2 of 4, 20 s left] first: a 250.00 ms",
+        "[3 of 4] second: warm",
+        "[4 of 4, 0 s left] second: a 250.00 ms",
+    ]
+    assert shown.out.count("of a form") == 2
+
+
+def test_nothing_is_reported_before_the_first_figure(arguments, capsys, tmp_path):
+    def stopped(number):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report(arguments, cases(stopped), 2, make_table)
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_machine_is_json_and_names_what_matters(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    about = json.loads(json.dumps(machine()))
+    for key in ("processor", "system", "blas", "date"):
+        assert isinstance(about[key], str) and about[key]
+    assert about["versions"]["mlx"] == mx.__version__
+    assert about["threads"]["OPENBLAS_NUM_THREADS"] == "1"
+    assert about["cores"] >= 1 and about["memory_gb"] > 0.1
+    if mx.metal.is_available():
+        assert about["gpu"] and about["read_bandwidth_gb_s"] > 0
+
+
+def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
+    times = (1.0, 0.5, 0.25, 1.0, 1.0, 1.0)
+    monkeypatch.setattr(module, "timer", lambda _: times.__getitem__)
+    assert read_bandwidth_gb_s() == pytest.approx((512 << 20) / 0.25 / 1e9)

@@ -1,0 +1,54 @@
+"""What is kept out of everything that is said."""
+
+import logging
+
+import pytest
+
+from mlx_flashhead.common.repositories import holds_secret, redact, redacted_logs
+
+TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (f"Illegal header value b'Bearer {TOKEN}'", "Illegal header value b'Bearer …'"),
+        (f"{TOKEN} is not valid", "… is not valid"),
+        ("my-own-secret is not valid", "… is not valid"),
+        ("Bearer other.token-of~some/kind=", "Bearer …"),
+        ("proxy http://ann:pass@proxy:80 refused", "proxy http://…@proxy:80 refused"),
+        ("PUT https://s3/x?X-Amz-Signature=1&b=2 failed", "PUT https://s3/x?… failed"),
+        ("hf_transfer is missing, see https://huggingface.co/a/b", None),
+        ("", None),
+    ],
+)
+def test_redact(monkeypatch, text, expected):
+    monkeypatch.setenv("HF_TOKEN", "my-own-secret")
+    assert redact(text) == (text if expected is None else expected)
+
+
+def test_logs_of_the_client_are_redacted(caplog, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "my-own-secret")
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    with redacted_logs():
+        try:
+            raise ValueError("my-own-secret")
+        except ValueError:
+            logger.warning("%s was sent", "my-own-secret", exc_info=True)
+    assert "my-own-secret" not in caplog.text and "… was sent" in caplog.text
+    logger.warning("%s again", "my-own-secret")
+    assert "my-own-secret again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (f'{{"token": "{TOKEN}"}}', True),
+        ("my-own-secret", True),
+        ("hf_xet and hf_hub_download", False),
+        ("", False),
+    ],
+)
+def test_holds_secret(monkeypatch, content, expected):
+    monkeypatch.setenv("HF_TOKEN", "my-own-secret")
+    assert holds_secret(content.encode()) is expected

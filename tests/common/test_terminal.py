@@ -1,0 +1,65 @@
+"""Lines broken between words, while the text still comes."""
+
+import random
+
+import pytest
+
+from mlx_flashhead.common.terminal import WordWrap
+
+TEXT = """The bridge over the river was old, and nobody knew who had built it.
+
+    def bridge(): return "old"   # four spaces before, three between
+- a-very-long-word-that-fits-no-line-of-twenty-columns, then short ones
+"""
+
+
+def wrapped(text, columns, seed=None):
+    wrap = WordWrap(lambda: columns)
+    pieces, rng = [], random.Random(seed)
+    while text:
+        size = len(text) if seed is None else rng.randint(1, 5)
+        pieces.append(wrap.feed(text[:size]))
+        text = text[size:]
+    return "".join([*pieces, wrap.end()])
+
+
+def test_lines_end_between_words():
+    assert wrapped("one two three four", 10) == "one two\nthree\nfour"
+    assert wrapped("one two three", 14) == "one two three"
+    assert wrapped("one two three", 13) == "one two\nthree"  # the last column stays empty
+    assert wrapped("a  b\n\n  c ", 80) == "a  b\n\n  c"
+    assert wrapped("a\tb", 10) == "a\tb" and wrapped("a\tb", 9) == "a\nb"
+
+
+@pytest.mark.parametrize("columns", [9, 20, 40, 200])
+def test_no_word_changes_and_no_line_is_too_long(columns):
+    shown = wrapped(TEXT, columns)
+    assert shown.split() == TEXT.split()
+    for line in shown.splitlines():
+        # after a word of several lines others may stand
+        assert len(line) < columns or " " not in line.strip() or len(line.split()[0]) >= columns
+    assert wrapped(TEXT, 10_000) == TEXT
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_pieces_do_not_matter(seed):
+    assert wrapped(TEXT, 20, seed) == wrapped(TEXT, 20)
+
+
+def test_a_word_is_shown_when_it_is_complete_and_in_one_piece():
+    assert wrapped("see " + "x" * 25 + " now", 10) == "see\n" + "x" * 25 + " now"
+    wrap = WordWrap(lambda: 10)
+    pieces = [wrap.feed(piece) for piece in ("on", "e", " tw", "o ", "th", "ree\n", "x", "")]
+    assert pieces == ["", "", "one", " two", "", "\nthree", "\n", ""] and wrap.end() == "x"
+
+
+def test_wide_characters_take_two_columns_and_need_no_spaces():
+    assert wrapped("一二三四五六", 9) == "一二三四\n五六"
+    assert wrapped("e\u0301" * 3 + " e", 6) == "e\u0301" * 3 + " e"  # an accent takes none
+
+
+def test_a_new_width_counts_from_the_next_word():
+    widths = iter([80] * 3)
+    wrap = WordWrap(lambda: next(widths, 8))
+    assert wrap.feed("one two three ") == "one two three"
+    assert "\n" in wrap.feed("four five six ")

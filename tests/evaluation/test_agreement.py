@@ -1,0 +1,111 @@
+"""The evaluation of a model with a FlashHead, against its own logits."""
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+
+from mlx_flashhead.conversion import take_all
+from mlx_flashhead.conversion.clustering import cluster_rows
+from mlx_flashhead.conversion.fitting import fit_centroids
+from mlx_flashhead.evaluation.agreement import bytes_share, evaluate
+from mlx_flashhead.models.install import detach, get_flash_head, install
+from mlx_flashhead.models.locate import find_head
+from model_folders import VOCAB_SIZE, write_model
+from tiny_models import tiny_model
+
+TEXT = "Sphinx of black quartz, judge my vow. The five boxing wizards jump quickly. " * 2
+CLUSTER_SIZE = 8  # does not divide V
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return mlx_lm.load(str(write_model(tmp_path_factory.mktemp("models") / "llama")))[1]
+
+
+def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(), **kwargs):
+    model = tiny_model(arch, vocab_size=VOCAB_SIZE, hidden_size=hidden_size, **kwargs)
+    rows = find_head(model).rows()
+    weight = np.array(rows.dequantized().astype(mx.float32))
+    token_ids = take_all(cluster_rows(weight, CLUSTER_SIZE))
+    states = np.random.default_rng(0).normal(size=(200, hidden_size)).astype(np.float32)
+    centroids = take_all(fit_centroids(weight, token_ids, states))
+    install(
+        model,
+        token_ids,
+        centroids,
+        n_probes=n_probes,
+        eos_token_ids=eos_token_ids,
+        backend="mlx",
+        max_positions=1000,
+    )
+    return model
+
+
+def rows_by(evaluation):
+    return {row["n_probes"]: row for row in evaluation["rows"]}
+
+
+def perplexity(logits, next_ids):
+    logits = np.array(logits, dtype=np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return np.exp(-log_p[np.arange(len(next_ids)), next_ids].mean())
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"tied": False}, {"bits": 8}, {"arch": "qwen3", "hidden_size": 48}]
+)
+def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
+    """The head is at the end of these architectures, so that the model's logits are its own."""
+    model = installed_model(**kwargs)
+    head = get_flash_head(model)
+    token_ids = np.array(tokenizer.encode(TEXT))
+    tokens, next_ids = mx.array(token_ids[None, :-1]), token_ids[1:]
+    found = evaluate(model, tokenizer, TEXT, probe_counts=[5, 2])
+    with head.dense():
+        dense = np.array(model(tokens)[0])
+    assert found["positions"] == len(next_ids)
+    assert found["dense_perplexity"] == pytest.approx(perplexity(dense, next_ids), rel=1e-3)
+    for n_probes in (2, 5):
+        head.n_probes = n_probes
+        logits = np.array(model(tokens)[0])
+        measured = rows_by(found)[n_probes]
+        agreement = (logits.argmax(axis=1) == dense.argmax(axis=1)).mean()
+        assert measured["agreement"] == pytest.approx(agreement, abs=1e-9)
+        assert measured["perplexity"] == pytest.approx(perplexity(logits, next_ids), rel=1e-3)
+    detach(model)
+    np.testing.assert_allclose(np.array(model(tokens)[0]), dense, atol=1e-3)
+
+
+def test_eos_clusters_are_among_the_probes(tokenizer):
+    """As they are in the head: every state's first probe is taken by the EOS token's cluster."""
+    model = installed_model(eos_token_ids=(1,))
+    found = rows_by(evaluate(model, tokenizer, TEXT, probe_counts=[1]))
+    held = np.array(get_flash_head(model).clustered.token_ids)
+    (own,) = [ids for ids in held if 1 in ids]
+    token_ids = np.array(tokenizer.encode(TEXT))
+    covered = np.isin(token_ids[1:], own).mean()
+    assert found[1]["coverage"] == pytest.approx(covered)
+
+
+def test_usual_probes_and_the_model_s_own(tokenizer):
+    model = installed_model(n_probes=7)
+    found = evaluate(model, tokenizer, TEXT, positions=20)
+    assert found["n_probes"] == 7
+    assert found["positions"] == 20
+    assert set(rows_by(found)) == {7}  # the usual ones exceed C
+    given = evaluate(model, tokenizer, TEXT, positions=20, probe_counts=[9, 3, 9])
+    assert list(rows_by(given)) == [3, 9]
+    assert get_flash_head(model).n_probes == 7
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_bytes_by_hand(bits):
+    """Stage 1 and p clusters of 8 rows, relative to V rows."""
+    head = get_flash_head(installed_model(bits=bits, tied=False))
+    row = 64 * 4 if bits is None else 64 + 2 * 2 * 4  # floats; or bytes, scales and offsets
+    centroid = 64 // 2 + 2 * 2 + 4  # 4-bit weights, a 16-bit scale and offset, the bias
+    for n_probes in (1, 10, 33):
+        expected = (33 * centroid + n_probes * 8 * row) / (VOCAB_SIZE * row)
+        assert bytes_share(head, n_probes) == pytest.approx(expected)

@@ -1,0 +1,122 @@
+"""From requests to tokens: templates, their settings and their time, and the context's limit."""
+
+import copy
+
+import pytest
+
+from mlx_flashhead.serving.engine import jobs
+from mlx_flashhead.serving.engine.jobs import read_prompts
+from mlx_flashhead.serving.protocol.api_error import ApiError
+from mlx_flashhead.serving.served_models import ServedModel
+from served_models import checked
+
+MESSAGES = [{"role": "user", "content": "One day"}]
+
+
+def chat(served, messages=MESSAGES, **fields):
+    (prompt,) = read_prompts(checked(served, {"messages": messages} | fields))
+    return prompt
+
+
+def with_template(served: ServedModel, template: str, **options) -> ServedModel:
+    """The same model with another chat template."""
+    tokenizer = copy.copy(served.tokenizer)
+    tokenizer._tokenizer = copy.copy(served.tokenizer._tokenizer)
+    tokenizer.chat_template = template
+    tokenizer.has_chat_template = template is not None
+    options = {"template_arguments": {}} | options
+    return ServedModel(served.names, served.model, tokenizer, None, served.context, **options)
+
+
+def test_a_chat_is_what_its_template_makes(tiny):
+    text = "<s>[user] One day\n[assistant] "
+    assert tiny.tokenizer.decode(chat(tiny).tokens) == text
+
+
+def test_settings_are_those_that_the_template_takes(tiny):
+    served = with_template(tiny, "{{ mode }}{% if loud %}!{% endif %}{{ messages[0].content }}")
+    assert served.template_settings == {"mode", "loud"}
+
+    def text(**settings):
+        return served.tokenizer.decode(chat(served, chat_template_kwargs=settings).tokens)
+
+    assert text(mode="a", loud=True) == "a!One day"
+    assert text(mode=5) == "5One day"
+    for value in ([1], {"a": 1}, "x" * 1001, 1e10, 10**10):
+        with pytest.raises(ApiError, match="mode"):
+            text(mode=value)
+    with pytest.raises(ApiError, match="takes: loud, mode"):
+        text(other=1)
+    for name in ("chat_template", "messages", "tools", "bos_token", "add_generation_prompt"):
+        with pytest.raises(ApiError, match=f"{name} is not a setting") as told:
+            text(**{name: "x"})
+        assert told.value.field == "chat_template_kwargs"
+    # those by whoever starts the server may be anything
+    served = with_template(tiny, "{{ a[0] }}{{ b }}", template_arguments={"a": ["x"], "b": 1})
+    assert (text(), text(b=2)) == ("x1", "x2")
+
+
+@pytest.mark.parametrize(
+    "template, names",
+    [
+        ("{% generation %}{{ a }}{% endgeneration %}{% break %}", {"a"}),
+        ("{% for m in messages %}{{ m }}{% endfor %}{% set b = 1 %}{{ b }}", set()),
+        ("{{ strftime_now('%d') }}{{ raise_exception(eos_token) }}", set()),
+        ("{% if", set()),
+    ],
+)
+def test_names_that_a_template_takes(tiny, template, names):
+    assert with_template(tiny, template).template_settings == names
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        (None, "no chat template: use /v1/completions"),
+        ("{{ raise_exception('only two messages') }}", r"\(only two messages\): send fewer"),
+        ("{{ raise_exception('') }}", r"cannot be filled in \(TemplateError\)"),
+    ],
+)
+def test_templates_that_fail_are_told(tiny, template, said):
+    with pytest.raises(ApiError, match=said) as told:
+        chat(with_template(tiny, template))
+    assert told.value.field == "messages"
+
+
+def test_a_prompt_leaves_room_for_a_token(tiny):
+    def text(length):
+        (prompt,) = read_prompts(checked(tiny, {"prompt": "a" * length}, chat=False))
+        return prompt.tokens
+
+    assert len(text(511)) == 511
+    with pytest.raises(ApiError, match="has 512 tokens, and at most 511 are read") as told:
+        text(512)
+    assert (told.value.field, told.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(ApiError, match="more than 512 tokens, and at most 511"):
+        chat(tiny, [{"role": "user", "content": "a" * 508}])
+    with pytest.raises(ApiError, match="at most 511"):
+        read_prompts(checked(tiny, {"prompt": [5] * 512}, chat=False))
+    for empty in ("", [[]]):
+        with pytest.raises(ApiError, match="The prompt is empty"):
+            read_prompts(checked(tiny, {"prompt": empty}, chat=False))
+
+
+def test_a_text_that_is_too_long_is_tokenized_as_far_as_the_context_reaches(tiny, monkeypatch):
+    inner, lengths = type(tiny.tokenizer._tokenizer), []
+    encode = inner.encode
+
+    def encoded(self, text, **options):
+        lengths.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(inner, "encode", encoded)
+    request = checked(tiny, {"prompt": "\U0001f600" * 660_000}, chat=False)
+    lengths.clear()
+    with pytest.raises(ApiError, match="more than 512 tokens"):
+        read_prompts(request)
+    assert lengths == [jobs.PART]
+    monkeypatch.setattr(jobs, "PART", 100)  # what cuts add refuses nothing
+    assert len(read_prompts(checked(tiny, {"prompt": "a" * 511}, chat=False))[0].tokens) == 511
+    monkeypatch.setattr(jobs, "TOKENIZE_SECONDS", -1)
+    with pytest.raises(ApiError, match="could not be made tokens within"):
+        read_prompts(checked(tiny, {"prompt": "a" * 600}, chat=False))
