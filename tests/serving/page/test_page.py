@@ -1,5 +1,6 @@
 """The page in a real browser: questions, answers, settings, keys."""
 
+from itertools import cycle
 from threading import Event
 
 import pytest
@@ -8,6 +9,7 @@ from playwright.sync_api import expect
 from page_actions import answers, ask, settings, tap
 from scripted_server import MODEL, TOKEN
 
+SCREENS = ("macbook", "ipad", "ipad-landscape", "ipad-half", "iphone-se", "iphone")
 ANSWER = """Sunlight is a **mixture of all colours**, of which short waves are scattered *far more*:
 
 1. Red light passes almost straight through.
@@ -26,11 +28,7 @@ $$I \\propto \\frac{1}{\\lambda^4}$$
 """
 
 
-@pytest.mark.parametrize(
-    "screen, dark",
-    [("macbook", True), ("ipad", False), ("ipad-landscape", True), ("ipad-half", False)]
-    + [("iphone", True), ("iphone-se", False)],
-)
+@pytest.mark.parametrize("screen, dark", zip(SCREENS, cycle([True, False]), strict=False))
 def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark):
     """And pictures of everything, for people to look at."""
     name = f"{screen}-{'dark' if dark else 'light'}"
@@ -192,7 +190,7 @@ def test_appearance(page):
         assert page.evaluate(ground) == grounds[shown]
         bars = page.evaluate(
             """[...document.querySelectorAll("meta[name=theme-color]")]
-                .filter(({ media }) => matchMedia(media).matches).map((meta) => meta.dataset.theme)"""
+                .filter(({ media }) => matchMedia(media).matches).map((bar) => bar.dataset.theme)"""
         )
         assert bars == [shown]
 
