@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from mlx_flashhead.index.files import read_index
-from mlx_flashhead.loading import first_build as build
+from mlx_flashhead.loading import background as build
 from mlx_flashhead.loading import head_cache as cache
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.locate import find_head

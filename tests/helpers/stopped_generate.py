@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.loading import first_build as build
+from mlx_flashhead.loading import background as build
 
 # not the function of the same name, which the package has under it
 command = importlib.import_module("mlx_flashhead.generate")
