@@ -132,7 +132,7 @@ class Job:
 
 
 def read_jobs(
-    body: bytes, *, chat: bool, models: Sequence[ServedModel], flags: Namespace, events: Events
+    body: bytes, *, chat: bool, models: Sequence[ServedModel], flags: Namespace
 ) -> list[Job]:
     """The jobs of a request's body.
 
@@ -145,13 +145,13 @@ def read_jobs(
         raise ApiError(f"The body is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ApiError("The body must be a JSON object.")
-    return jobs_of(read_request(fields, chat=chat, models=models, defaults=flags), events)
+    return jobs_of(read_request(fields, chat=chat, models=models, defaults=flags))
 
 
-def jobs_of(request: Request, events: Events | None = None) -> list[Job]:
+def jobs_of(request: Request) -> list[Job]:
     """A job for each answer, with one queue of events."""
     prompts = read_prompts(request)
-    events = SimpleQueue() if events is None else events
+    events: Events = SimpleQueue()
     grammar = None
     if request.form is not None:
         tokenizer, seconds = request.served.tokenizer, SECONDS_PER_MASK
