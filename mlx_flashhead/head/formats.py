@@ -28,8 +28,8 @@ class Format:
 
 FLOATS, AFFINE = None, "affine"
 GROUPS = (32, 64, 128)
-DENSE_ROWS, MXFP4_ROWS = "dense_rows<D>", "mxfp4_rows<D, WORDS>"
-AFFINE_ROWS = "affine_rows<D, BITS, GROUP, WORDS>"
+DENSE_ROWS = "dense_rows<D>"
+AFFINE_ROWS, FP_ROWS = "affine_rows<D, BITS, GROUP, WORDS>", "fp_rows<D, BITS, GROUP, WORDS>"
 _W, _WS, _WSB = ("weight",), ("weight", "scales"), ("weight", "scales", "biases")
 
 # Source: the table of modes in the documentation of mlx.core.quantize (0.32).
@@ -38,19 +38,18 @@ FORMATS = (
     Format(FLOATS, 32, (), _W, 0, DENSE_ROWS),
     Format(FLOATS, 16, (), _W, 0, DENSE_ROWS),
     Format(AFFINE, 8, GROUPS, _WSB, 4, AFFINE_ROWS),
-    Format(AFFINE, 6, GROUPS, _WSB, 4, None),
-    Format(AFFINE, 5, GROUPS, _WSB, 4, None),
+    Format(AFFINE, 6, GROUPS, _WSB, 4, AFFINE_ROWS),
+    Format(AFFINE, 5, GROUPS, _WSB, 4, AFFINE_ROWS),
     Format(AFFINE, 4, GROUPS, _WSB, 4, AFFINE_ROWS),
     Format(AFFINE, 3, GROUPS, _WSB, 4, None),
     Format(AFFINE, 2, GROUPS, _WSB, 4, None),
     Format(AFFINE, 1, GROUPS, _WSB, 4, None),
-    Format("mxfp8", 8, (32,), _WS, 1, None),
-    Format("mxfp4", 4, (32,), _WS, 1, MXFP4_ROWS),
-    Format("nvfp4", 4, (16,), _WS, 1, None),
+    Format("mxfp8", 8, (32,), _WS, 1, FP_ROWS),
+    Format("mxfp4", 4, (32,), _WS, 1, FP_ROWS),
+    Format("nvfp4", 4, (16,), _WS, 1, FP_ROWS),
 )
 
-# Bits of affine rows that the kernels read, and to which heads and centroids are quantized.
-AFFINE_BITS = tuple(sorted(f.bits for f in FORMATS if f.metal == AFFINE_ROWS))
+AFFINE_BITS = (4, 6, 8)  # to which heads and centroids are quantized
 DEFAULT_GROUP = 64  # MLX's own default
 
 

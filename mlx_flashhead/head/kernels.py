@@ -24,6 +24,7 @@ WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 MIN_PROBES = 8
 
+PACKS = {5: 8, 6: 4}  # values of a pack, where it is not a word
 SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions, by
 # the GPU, for more than 4,096 rows. Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
@@ -45,8 +46,10 @@ class _StoredRows:
         self.arrays = [stored.arrays()[name] for name in stored.format.arrays]
         sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
         if stored.quantized:
-            # Words of 32 bits that a lane takes at once, as qmv in MLX's quantized.cpp does.
-            two = stored.hidden_size % (2 * LANES * 32 // stored.bits) == 0 and n_rows % 8 == 0
+            # Packs that a lane takes at once, words of 32 bits, of 5 and 6 bits 8 and 4 values: as
+            # qmv in MLX's quantized.cpp does.
+            pack = PACKS.get(stored.bits, 32 // stored.bits)
+            two = stored.hidden_size % (2 * LANES * pack) == 0 and n_rows % 8 == 0
             sizes["WORDS"] = 2 if two else 1
         self.template = [(name, size) for name, size in sizes.items() if name in maker]
         self.expression = f"flash_head::{maker}({', '.join(stored.format.arrays)})"

@@ -21,7 +21,7 @@ OUTPUT = "evaluate text --model ./absent --text text.txt"
 ANY_SITE = "server --model ./absent --allowed-origins"
 # A command line, in a folder with the converted `model`, the `dense` one and text.txt.
 MISTAKES = [
-    ("benchmark", "COMMAND"),
+    ("benchmark", "head|model|server"),
     ("benchmark head", "arguments --shape --model is required"),
     ("benchmark head --shape llama", "is not a shape"),
     ("benchmark head --shape 320,64 --n-probes 21", "choose 1 to 20"),

@@ -25,7 +25,13 @@ REMEDIES = (
     (errno.EROFS, "choose another place, or get the permission"),
     (errno.EIO, "check the path and the disk"),
 )
-LIGHT = ["generate", "chat", "run"]  # whose --help imports no library of models
+LIGHT = [
+    "generate",
+    "chat",
+    "run",
+    "evaluate",
+    "benchmark",
+]  # whose --help imports no library of models
 # As `python -m` does, but in one process.
 HELP = """
 import runpy, sys
