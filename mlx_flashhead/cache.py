@@ -15,7 +15,7 @@ from .loading.tuned import read
 from .lossless.tuning import Tuning
 from .models.dense import load_dense
 from .models.fetch import resolve
-from .publishing.origin import local_origin
+from .models.origin import local_origin
 
 
 def make_parser() -> Parser:

@@ -46,7 +46,7 @@ def _chat(args: Namespace) -> None:
     from .lossless.sampler import make_sampler
     from .models.fetch import resolve
     from .models.install import get_flash_head
-    from .publishing.origin import local_origin
+    from .models.origin import local_origin
 
     if mx.distributed.init().size() > 1:
         raise ValueError("A chat runs in one process: use mlx_lm.chat on several machines.")

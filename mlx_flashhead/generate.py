@@ -85,8 +85,8 @@ def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
     from .models.dense import load_dense
     from .models.fetch import resolve
     from .models.install import get_flash_head
+    from .models.origin import local_origin
     from .models.tokenizers import UNKNOWN_CONTEXT, context_of
-    from .publishing.origin import local_origin
     from .structured.processor import GrammarProcessor
 
     options = HeadOptions.from_flags(args)

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary, ref
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..conversion.drafted_states import ANSWER_TOKENS, builtin_requests, drafted_states
+from ..conversion.calibration import ANSWER_TOKENS, builtin_requests, drafted_states
 from ..conversion.options import IndexOptions
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
@@ -18,8 +18,8 @@ from ..models.install import get_flash_head, install
 from ..models.libraries import architecture, is_vlm
 from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
 from ..models.model_errors import UnsupportedHeadError
+from ..models.origin import Origin
 from ..models.tokenizers import name_of, prompt_of, text_side
-from ..publishing.origin import Origin
 from . import head_cache as cache
 from .first_build import build_steps, finish
 from .sources import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, explicit_head

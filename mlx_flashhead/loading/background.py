@@ -21,7 +21,7 @@ from ..models.install import get_flash_head
 from ..models.libraries import is_vlm
 from ..models.locate import check_plain_product, find_head
 from ..models.model_errors import UnsupportedHeadError
-from ..publishing.origin import Origin
+from ..models.origin import Origin
 from .attach import install_stored
 from .first_build import build_steps, finish
 from .sources import HeadOptions, StoredHead

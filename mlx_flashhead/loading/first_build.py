@@ -9,14 +9,12 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
+from ..conversion import Steps, take_all
 from ..conversion.build import expected_seconds, index_nbytes, model_index
-from ..conversion.options import IndexOptions
-from ..conversion.recipe import make_recipe
-from ..conversion.steps import Steps, take_all
+from ..conversion.options import IndexOptions, make_recipe
 from ..models.locate import HeadLocation
+from ..models.origin import Origin
 from ..models.tokenizers import text_side
-from ..publishing.origin import Origin
-from ..publishing.publish import checkpoint_name
 from . import head_cache as cache
 from .sources import HeadOptions, StoredHead
 
@@ -66,7 +64,7 @@ def build_steps(
             + (f"It is kept in {place}." if obstacle is None else _not_kept(obstacle))
         )
         del rows
-        recipe = make_recipe(of_index, origin, checkpoint_name(origin, None))
+        recipe = make_recipe(of_index, origin, origin.result_name())
         if drafted is not None:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
         index = yield from model_index(

@@ -9,7 +9,7 @@ from ..index.files import FILE_NAME
 from ..models.dense import load_dense, load_dense_part
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
-from ..publishing.origin import local_origin
+from ..models.origin import local_origin
 from .attach import attach_head
 from .sources import BUILD, DENSE, REFUSE, HeadOptions, bundled_head, explicit_head
 

@@ -14,7 +14,7 @@ from ..lossless.generation import lossless_steps
 from ..models.compat.patched_load import Load, caller_generates, patch_programs
 from ..models.compat.utils import load_tokenizer
 from ..models.fetch import resolve
-from ..publishing.origin import local_origin
+from ..models.origin import local_origin
 from .attach import attach_head
 from .sources import HeadOptions, bundled_head, explicit_head
 

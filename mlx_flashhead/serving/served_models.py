@@ -19,9 +19,9 @@ from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.model_errors import UnsupportedHeadError
+from ..models.origin import local_origin
 from ..models.templates import template_variables
 from ..models.tokenizers import context_of
-from ..publishing.origin import local_origin
 
 # Variables that the server gives a template.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}

@@ -31,6 +31,8 @@ LIGHT = [
     "run",
     "evaluate",
     "benchmark",
+    "convert",
+    "upload",
 ]  # whose --help imports no library of models
 # As `python -m` does, but in one process.
 HELP = """

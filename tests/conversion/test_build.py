@@ -7,13 +7,12 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import build, probes
+from mlx_flashhead.conversion import build, measures, take_all
 from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids, logit_metric, raw_means
+from mlx_flashhead.conversion.measures import report_lines
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.conversion.report import report_lines
-from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.models.locate import find_head
@@ -21,7 +20,7 @@ from model_folders import write_model
 from tiny_models import random_rows
 
 OPTIONS = IndexOptions(quick=True, calibration_positions=200)
-STAGES = ["Reading given text", "Clustering", "Fitting", "Rounding", "Measuring"]
+STAGES = ["Reading built-in text", "Clustering", "Fitting", "Rounding", "Measuring"]
 VOCAB_SIZE, HELD_OUT = 403, 100  # of 400 positions
 
 
@@ -56,7 +55,7 @@ def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
     assert mx.array_equal(mx.random.state[0], key)
     at_once = take_all(model_index(*loaded, OPTIONS)).config
     assert config.n_clusters == at_once.n_clusters
-    expected = {"source": "given", "quick": True, "positions": 200, "seed": 0}
+    expected = {"source": "builtin", "quick": True, "positions": 200, "seed": 0}
     assert config.calibration == at_once.calibration == expected
 
 
@@ -106,7 +105,7 @@ def limit(monkeypatch):
     """Sets the share of the dense head's bytes that may be read."""
 
     def limit(share):
-        for module in (build, probes):
+        for module in (build, measures):
             monkeypatch.setattr(module, "MAX_BYTES", share)
 
     return limit

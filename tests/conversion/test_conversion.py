@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,9 +13,7 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.conversion import pipeline
-from mlx_flashhead.conversion.options import ConvertOptions
-from mlx_flashhead.conversion.output_folder import check_apart
-from mlx_flashhead.conversion.pipeline import convert
+from mlx_flashhead.conversion.pipeline import check_apart, convert
 from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.models.install import get_flash_head
 from model_folders import VOCAB_SIZE, write_model
@@ -90,8 +87,12 @@ def sources(tmp_path_factory):
 )
 def test_same_model_as_mlx_lms_conversion(sources, tmp_path, source, flags):
     expected, found = tmp_path / "mlx_lm", tmp_path / "flash_head"
+    own = {}
+    if flags.get("quantize") and not callable(flags.get("quant_predicate")):
+        recipe = {"mixed_4_6": 6}.get(flags.get("quant_predicate"))
+        own = {"head_bits": recipe or flags.get("q_bits", 4)}
     mlx_lm.convert(str(sources[source]), str(expected), **flags)
-    convert(str(sources[source]), str(found), **flags, **QUICK)
+    convert(str(sources[source]), str(found), **flags, **own, **QUICK)
     assert weights(found) == weights(expected)
     assert settings(found) == settings(expected)
     assert greedy_text(found) == greedy_text(expected)
@@ -121,19 +122,16 @@ def test_converted_folder_loads_with_its_head(sources, tmp_path, name):
     assert head.clustered.rows.bits == {"quantized": 4, "dequantized": 8}.get(name, 0)
 
 
-def test_the_signature_has_every_option_with_its_default():
-    parameters = dict(inspect.signature(convert).parameters)
-    del parameters["progress"]
-    options = {one.name: one for one in fields(ConvertOptions)}
-    assert parameters.keys() == options.keys()
-    for name, parameter in parameters.items():
-        assert parameter.default == options[name].default or name == "hf_path"
-        assert f" {name}: " in convert.__doc__
+def test_the_signature_has_mlx_lms_arguments_in_their_order():
+    parameters = list(inspect.signature(convert).parameters)
     of_mlx_lm = list(inspect.signature(mlx_lm.convert).parameters)
-    assert list(parameters)[: len(of_mlx_lm)] == of_mlx_lm
+    assert parameters[: len(of_mlx_lm)] == of_mlx_lm and parameters[-1] == "progress"
+    assert {"head_bits", "n_probes", "calibration"} < set(parameters)
+    with pytest.raises(TypeError, match="head_bit"):
+        convert("model", head_bit=8)
 
 
-@pytest.mark.parametrize("calibration", ["given", "none", "file"])
+@pytest.mark.parametrize("calibration", ["builtin", "none", "file"])
 def test_calibration_and_goals_are_those_asked_for(sources, tmp_path, capsys, calibration):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a bridge over a river. " * 3)

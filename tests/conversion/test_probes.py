@@ -5,9 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import probes
-from mlx_flashhead.conversion.measures import AGREEMENT, GAP, MASS, TAIL, PositionMeasures
-from mlx_flashhead.conversion.probes import (
+from mlx_flashhead.conversion import measures
+from mlx_flashhead.conversion.measures import (
+    AGREEMENT,
+    GAP,
+    MASS,
+    TAIL,
+    PositionMeasures,
     StepBytes,
     choose_unverified,
     choose_verified,
@@ -37,7 +41,7 @@ def test_the_fewest_that_agree_as_often_as_wanted():
 
 @pytest.mark.parametrize(("share", "n_probes"), [(0.04, 32), (0.001, 8), (1, 64)])
 def test_no_more_than_may_be_read_unless_the_first_is_too_much(share, n_probes, monkeypatch):
-    monkeypatch.setattr(probes, "MAX_BYTES", share)
+    monkeypatch.setattr(measures, "MAX_BYTES", share)
     assert choose(0.5, agree=(0, 0, 0, 0)) == n_probes
 
 

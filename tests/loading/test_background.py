@@ -12,7 +12,7 @@ from mlx_flashhead.loading import tuned
 from mlx_flashhead.loading.background import IdleBuild, background_build
 from mlx_flashhead.loading.sources import HeadOptions
 from mlx_flashhead.lossless.tuning import Tuning
-from mlx_flashhead.publishing.origin import Origin
+from mlx_flashhead.models.origin import Origin
 from model_folders import write_model
 
 OPTIONS = HeadOptions(progress=False, tunes=False)

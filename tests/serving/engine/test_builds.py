@@ -10,7 +10,7 @@ from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.loading import first_build as build
 from mlx_flashhead.loading.background import background_build
 from mlx_flashhead.loading.sources import HeadOptions
-from mlx_flashhead.publishing.origin import Origin
+from mlx_flashhead.models.origin import Origin
 from mlx_flashhead.serving.engine.engine import Engine
 from mlx_flashhead.serving.served_models import ServedModel
 from served_models import flags
