@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.loading import first_build as build
+from mlx_flashhead.loading import background as build
 
 TEXT, STEP, FILE = "text", "step", "file"
 FILES = ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "tempfile.mkdtemp")

@@ -16,7 +16,7 @@ import pytest
 
 import stopped_generate
 from mlx_flashhead.index.files import read_index
-from mlx_flashhead.loading import first_build as build
+from mlx_flashhead.loading import background as build
 from mlx_flashhead.loading import head_cache as cache
 from model_folders import write_model
 from stopped_generate import FILE, STEP, TEXT

@@ -28,6 +28,7 @@ REMEDIES = (
 LIGHT = [
     "generate",
     "chat",
+    "server",
     "run",
     "evaluate",
     "benchmark",
