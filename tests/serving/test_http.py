@@ -8,14 +8,12 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from types import SimpleNamespace
 
 import mlx.core as mx
 import openai
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.serving.endpoints import speed_of
 from mlx_flashhead.serving.protocol.api_error import loads
 from model_folders import VOCAB_SIZE
 
@@ -275,12 +273,6 @@ def test_a_client_that_goes_is_logged_and_not_computed_for(http_server, stream):
             connection.recv(1)
     line = next_line(http_server, gone, before)
     assert int(line.split(" + ")[1].split()[0]) < 400
-
-
-def test_answers_without_a_token_have_no_part_in_the_speed():
-    jobs = [SimpleNamespace(tokens=[0] * 5, times=[1.0, 3.0])]
-    jobs += [SimpleNamespace(tokens=[], times=[])] * 9
-    assert speed_of(jobs) == 2.0
 
 
 def test_the_log_has_a_line_for_each_request_and_no_prompt(http_server, client):
