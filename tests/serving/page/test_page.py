@@ -28,7 +28,7 @@ $$I \\propto \\frac{1}{\\lambda^4}$$
 """
 
 
-@pytest.mark.parametrize("screen, dark", zip(SCREENS, cycle([True, False]), strict=False))
+@pytest.mark.parametrize("screen, dark", [*zip(SCREENS, cycle([True, False]), strict=False)])
 def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark):
     """And pictures of everything, for people to look at."""
     name = f"{screen}-{'dark' if dark else 'light'}"
