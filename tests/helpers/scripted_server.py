@@ -122,7 +122,7 @@ async def _stream(pieces, dense, send):
             n_tokens += 1
             await event(piece if isinstance(piece, dict) else {"content": piece})
     await event({}, finish_reason="stop")
-    await write(f": decoding {'dense: the request says so' if dense else 'verified'}")
+    await write(f": decoding {'dense: as requested' if dense else 'verified'}")
     await write(f": {SPEEDS[dense]:.2f} tokens/s")
     usage = {"prompt_tokens": 5, "completion_tokens": n_tokens}
     await write(f"data: {json.dumps({'choices': [], 'usage': usage})}")
