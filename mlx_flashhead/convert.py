@@ -8,7 +8,6 @@ from dataclasses import MISSING, fields
 from .common.arguments import Parser
 from .common.command import command, with_flags
 from .conversion.options import HEAD_BITS, LIMITS, ConvertOptions
-from .conversion.pipeline import convert_model
 
 
 def make_parser() -> Parser:
@@ -53,6 +52,15 @@ def make_parser() -> Parser:
         metavar="|".join(map(str, HEAD_BITS)),
         help="Bits of the head's rows, and of a tied embedding (default: 8 where the model is "
         "quantized, else as the model has it).",
+    )
+    add(
+        "--fine-head",
+        nargs="?",
+        const=True,
+        metavar="SOURCE",
+        help="Give a quantized model the finer output head of its original, of 8 bits or "
+        "--head-bits: a repository, a folder or a safetensors file (without a value: the original "
+        "that the model names).",
     )
     add(
         "--dtype",
@@ -142,6 +150,8 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.convert``."""
     options = ConvertOptions(**vars(make_parser().parse_args()))
+    from .conversion.pipeline import convert_model  # imports mlx-lm, which takes seconds
+
     convert_model(options, say=lambda text: print(with_flags(text), flush=True))
 
 

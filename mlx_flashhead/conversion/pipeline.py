@@ -20,17 +20,16 @@ from ..index.files import (
     CONFIG_NAME,
     FILE_NAME,
     SETTINGS_NAME,
-    is_written_here,
-    read_settings,
+    stored_recipe,
     write_companion,
     write_index,
 )
 from ..index.settings import FlashHeadConfig
-from ..models.compat.convert import MODEL_CONVERSION_DTYPES
 from ..models.compat.utils import dequantize_model, save
 from ..models.dense import load_dense
 from ..models.fetch import resolve
-from ..models.locate import check_plain_product, find_head
+from ..models.finer_head import give_fine_head
+from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..publishing import licences
 from ..publishing.card import CARD_FILE, card_metadata, find_provenance
 from ..publishing.publish import add_documents, publish, reserve, sign_in
@@ -38,7 +37,7 @@ from . import take_all
 from .build import index_nbytes, model_index
 from .calibration import read_text
 from .measures import report_lines
-from .options import ConvertOptions, make_recipe
+from .options import DTYPES, ConvertOptions, make_recipe
 from .quantization import chosen_head_bits, precision_label, set_bits
 
 FILES_KEY = "folder"  # of the recipe: the names of the files that a conversion has written
@@ -110,10 +109,14 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
         label = original = None
         nbytes = index_nbytes(location.rows())
         if not options.index_only:
+            if options.fine_head:
+                chosen = {"bits": options.head_bits, "say": say, "progress": progress}
+                give_fine_head(location, source, options.fine_head, **chosen)
+                _record_head(config, location)
             model, config = _with_dtype(model, config, source, options)
-            original = _module(model, location.path)
-            original = replace(location, module=original).rows()
-            bits = chosen_head_bits(options, original)
+            location = replace(location, module=_module(model, location.path))
+            original = location.rows()
+            bits = None if options.fine_head else chosen_head_bits(options, original)
             if bits is not None and location.tied:
                 say(f"The head is tied to the embedding: both get {bits} bits.")
             model, config = set_bits(model, config, location.path, options, bits)
@@ -159,6 +162,14 @@ def _module(model: nn.Module, path: str) -> nn.Module:
     return dict(model.named_modules())[path]
 
 
+def _record_head(config: dict, location: HeadLocation) -> None:
+    """Writes the head's own quantization into the model's configuration, as mlx-lm reads it."""
+    rows = location.rows()
+    for key in ("quantization", "quantization_config"):
+        if key in config:
+            config[key] = config[key] | {location.path: rows.quantization or False}
+
+
 def _with_dtype(
     model: nn.Module, config: dict, source: Path, options: ConvertOptions
 ) -> tuple[nn.Module, dict]:
@@ -188,7 +199,7 @@ def _named_dtype(source: Path, config: dict) -> str | None:
     text_config = config.get("text_config")
     inner = text_config.get("dtype") if isinstance(text_config, dict) else None
     name = config.get("torch_dtype") or inner
-    return name if name in MODEL_CONVERSION_DTYPES else None
+    return name if name in DTYPES else None
 
 
 def _files_of(folder: Path) -> list[str]:
@@ -210,12 +221,13 @@ def check_target(target: Path, overwrite: bool) -> None:
     names = {file.name for file in target.iterdir()}
     if not names:
         return
-    if not is_written_here(target):
+    recipe = stored_recipe(target)
+    if recipe is None:
         raise ValueError(
             f"{target} was not written by mlx_flashhead.convert, so `overwrite` does not replace "
             "it: choose another `mlx_path`, or delete it yourself."
         )
-    written = read_settings(target).recipe.get(FILES_KEY, [])
+    written = [name for name in recipe.get(FILES_KEY) or [] if isinstance(name, str)]
     licence_names = (file.name for file in licences.licence_files(target))
     others = sorted(names - {*written, CARD_FILE, *licence_names})
     if others:
