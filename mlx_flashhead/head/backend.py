@@ -243,4 +243,4 @@ def scored_logits_agree(head: "FlashHead", dtype: mx.Dtype) -> float:
     every = Selection(mx.arange(head.n_clusters, dtype=mx.uint32)[None])
     scored = steps.score(hidden, every).logits.reshape(1, -1)
     same = in_token_order(scored, clustered.slot_of) == steps.dense(hidden)
-    return same.sum().item() / same.size  # type: ignore[operator]
+    return int(mx.sum(same)) / same.size
