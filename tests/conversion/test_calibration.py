@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from figures.drafts import REQUESTS
+from drafts import REQUESTS
 from mlx_flashhead.conversion import builtin_text, calibration
 from mlx_flashhead.conversion.builtin_text import (
     CONTEXT,
