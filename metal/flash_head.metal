@@ -43,7 +43,7 @@ typedef bfloat bfloat16_t;
 #include "flash_head/constants.h"
 #include "flash_head/values.h"
 #include "flash_head/affine.h"
-#include "flash_head/mxfp4.h"
+#include "flash_head/fp.h"
 #include "flash_head/dense.h"
 #include "flash_head/dot.h"
 #include "flash_head/route.h"

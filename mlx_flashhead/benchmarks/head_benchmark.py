@@ -14,8 +14,7 @@ from ..common.tables import Table, new_table
 from ..common.timing import spread, timer
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
-from ..head.formats import DEFAULT_GROUP, affine_group
-from ..head.matrix import Matrix
+from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group
 from ..loading.load import load
 from ..models.install import installed_head
 from .reporting import Case, cells, report

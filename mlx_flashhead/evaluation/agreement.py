@@ -14,9 +14,9 @@ import numpy as np
 
 from ..common.head_flags import source_options
 from ..common.tables import Table, new_table, percent, pyplot, show
+from ..conversion import take_all
 from ..conversion.calibration import read_text, text_states
 from ..conversion.measures import measure_positions
-from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load

@@ -3,13 +3,13 @@ in ``metal/flash_head/`` hold the kernels, their plans and shapes."""
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import Draws
-from .kernel_text import EXPAND_BODY, ROUTE_BODY, SAMPLE_BODY, SCORE_BODY, SELECT_BODY, header
 from .matrix import Matrix
 from .portable import PortableSteps
 from .steps import DEFAULT_RISK, NO_DEPTH, Candidates, Risk, Selection
@@ -24,10 +24,71 @@ WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 MIN_PROBES = 8
 
+PACKS = {5: 8, 6: 4}  # values of a pack, where it is not a word
 SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions, by
 # the GPU, for more than 4,096 rows. Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 MATRIX_FROM = 12
+
+
+# The kernels' bodies, one call each of a function in metal/flash_head/.
+ROUTE_BODY = """
+flash_head::route<D, C, H>(
+    {rows}, hidden, route_bias, scores, hidden_shape[0], threadgroup_position_in_grid,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+SELECT_BODY = """
+threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
+threadgroup uint shared[flash_head::SELECT_SHARED];
+threadgroup float sums[flash_head::ROW_SUMS];
+flash_head::select_probes<C>(
+    scores, flash_head::{words}, n_probes, depth, probes, unscored, histogram, shared, sums,
+    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);
+"""
+SCORE_BODY = """
+threadgroup uint shared[flash_head::SCORE_SIMDGROUPS];
+flash_head::score<D, N, V, PADDED, PRODUCT>(
+    {rows}, hidden, probes, token_ids, {bias}, logits, best, shared, threadgroups_per_grid.x,
+    threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+EXPAND_BODY = """
+threadgroup uint shared[flash_head::WIDE_SIMDGROUPS];
+flash_head::expand<V, C, N>(
+    words, slot_of, logits, best, expanded, shared, best_shape[1], threadgroup_position_in_grid,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+SAMPLE_BODY = """
+threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
+threadgroup uint shared[flash_head::SAMPLE_SHARED];
+threadgroup float sums[flash_head::ROW_SUMS];
+flash_head::sample<N, V, T>(
+    probes, token_ids, logits, best, unscored, settings, top_k, keys, fit, tokens, risk, histogram,
+    shared, sums, best_shape[1], threadgroup_position_in_grid.y, thread_index_in_threadgroup,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+
+
+@cache
+def part(name: str) -> str:
+    """The text of one file of the kernels: of the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    file = Path("metal", "flash_head", f"{name}.h")
+    for folder in (package, package.parent):
+        if (folder / file).is_file():
+            return (folder / file).read_text(encoding="utf-8")
+    raise FileNotFoundError(
+        f"The kernels' file {file} is missing from this installation: install mlx-flashhead again."
+    )
+
+
+@cache
+def header(*names: str) -> str:
+    """The files that a kernel needs, "constants" and "values" first, without comments and
+    indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md)."""
+    text = "\n".join(map(part, ("constants", "values", *names)))
+    lines = (line.split("//")[0].strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
 
 
 def unsupported_formats(clustered: ClusteredRows) -> dict[str, str]:
@@ -45,8 +106,10 @@ class _StoredRows:
         self.arrays = [stored.arrays()[name] for name in stored.format.arrays]
         sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
         if stored.quantized:
-            # Words of 32 bits that a lane takes at once, as qmv in MLX's quantized.cpp does.
-            two = stored.hidden_size % (2 * LANES * 32 // stored.bits) == 0 and n_rows % 8 == 0
+            # Packs that a lane takes at once, words of 32 bits, of 5 and 6 bits 8 and 4 values: as
+            # qmv in MLX's quantized.cpp does.
+            pack = PACKS.get(stored.bits, 32 // stored.bits)
+            two = stored.hidden_size % (2 * LANES * pack) == 0 and n_rows % 8 == 0
             sizes["WORDS"] = 2 if two else 1
         self.template = [(name, size) for name, size in sizes.items() if name in maker]
         self.expression = f"flash_head::{maker}({', '.join(stored.format.arrays)})"

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head.formats import AFFINE
-from ..head.matrix import Matrix
+from ..head.matrix import AFFINE, Matrix
 from .compat.replaced import replaced
 from .compat.vlm.drafts import own_head
 from .compat.vlm.head_weights import DECISIONS

@@ -21,7 +21,6 @@ from ..models.install import get_flash_head
 from ..models.model_errors import UnsupportedHeadError
 from ..models.templates import template_variables
 from ..models.tokenizers import context_of
-from ..publishing.origin import local_origin
 
 # Variables that the server gives a template.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
@@ -95,6 +94,8 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         config |= {"chat_template": args.chat_template} if args.chat_template else {}
     else:
         choices = replace(choices, flash_head=None, n_probes=None)
+        if choices.fine_head is not True:  # a source is one model's
+            choices = replace(choices, fine_head=None)
     try:
         model, tokenizer, config = load_with_head(folder, choices, **options)
     except UnsupportedHeadError as error:
@@ -115,7 +116,7 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         template_arguments=args.chat_template_args,
         dense=args.dense and default,
         verify=not args.no_verify,
-        build=background_build(model, tokenizer, local_origin(folder), choices) if later else None,
+        build=background_build(model, tokenizer, folder, choices) if later else None,
     )
 
 

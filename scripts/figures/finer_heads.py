@@ -33,8 +33,8 @@ from mlx_flashhead.benchmarks.reporting import machine
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.timing import in_turns
+from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.calibration import read_text, text_states
-from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.install import dense_copy
