@@ -229,12 +229,7 @@ def engine_status(engine: Engine) -> str:
 
 def decoding(served: ServedModel, dense: bool | None = None, n_probes: int | None = None) -> str:
     """What a request gets, in a sentence: "verified", "unverified", or "dense" and the reason."""
-    with_head = "verified" if served.verify else "unverified"
-    if dense and not served.dense:
-        return "dense: the request says so"
-    if n_probes is not None or (served.head is not None and dense is False):
-        return with_head
-    return with_head if served.head_in_use == "FlashHead" else served.head_in_use
+    return served.decoding(dense=dense, n_probes=n_probes)
 
 
 def _page_model(served: ServedModel) -> dict[str, Any]:
