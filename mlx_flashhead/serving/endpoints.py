@@ -60,7 +60,7 @@ class Api:
         if for_good:
             self._end = problem
         for answer in self._answers:
-            answer.events.put((0, problem))
+            answer.put((0, problem))
 
     async def health(self, request: HttpRequest) -> Response:
         status = engine_status(self.engine)
@@ -117,28 +117,23 @@ class Api:
         return {"id": name, "object": "model", "decoding": decoding(served)} | owner
 
 
-class Events:
-    """What happens to an answer, in order: the engine's events, a client that leaves, the end."""
-
-    def __init__(self) -> None:
-        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        self.get = self._queue.get
-
-    def put(self, event: Any) -> None:
-        """Adds an event, from any thread."""
-        with suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
-
-
 class Answer:
-    """The response to a request for texts, whole or as a stream of server-sent events."""
+    """The response to a request for texts, whole or as a stream of server-sent events.
+
+    Its queue has what happens, in order: events of the engine, a client that leaves, the end.
+    """
 
     def __init__(self, api: Api, jobs: list[Job], notes: list[str]):
-        self.jobs, self.events = jobs, Events()
-        self._api, self._notes, self._request = api, notes, jobs[0].request
+        self.jobs, self._api, self._notes, self._request = jobs, api, notes, jobs[0].request
+        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         self._choices = [Choice(job.request, job.index) for job in jobs]
         for job in jobs:
-            job.events = self.events  # type: ignore[assignment]
+            job.events = self  # type: ignore[assignment]
+
+    def put(self, event: tuple[int, Any]) -> None:
+        """Adds an event with the index of its job, from any thread."""
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(self._watch(receive))
@@ -160,12 +155,12 @@ class Answer:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._api.end(self)  # at once, whatever is still in the queue
-        self.events.put((0, ClientDisconnect()))
+        self.put((0, ClientDisconnect()))
 
     async def _parts(self) -> AsyncIterator[Progress | dict[str, Any]]:
         """What comes of the jobs until all are complete: parts of prompts, and chunks' choices."""
         while any(choice.finish_reason is None for choice in self._choices):
-            index, event = await self.events.get()
+            index, event = await self._queue.get()
             if isinstance(event, ApiError | ClientDisconnect):
                 raise event
             if isinstance(event, BaseException):
@@ -230,19 +225,20 @@ def engine_status(engine: Engine) -> str:
 def decoding(served: ServedModel, dense: bool | None = None, n_probes: int | None = None) -> str:
     """What a request gets, in a sentence: "verified", "unverified", or "dense" and the reason."""
     with_head = "verified" if served.verify else "unverified"
-    if dense and not served.dense:
-        return "dense: the request says so"
-    if n_probes is not None or (served.head is not None and dense is False):
+    if n_probes is not None:
         return with_head
-    return with_head if served.head_in_use == "FlashHead" else served.head_in_use
+    if served.dense if dense is None else dense:
+        return "dense: it was chosen"
+    if served.head is None:
+        return "dense: FlashHead is being built" if served.build else "dense: without a FlashHead"
+    return "dense: FlashHead is no faster here" if served.head.stays_dense else with_head
 
 
 def _page_model(served: ServedModel) -> dict[str, Any]:
     model = {"name": served.name, "dense": served.dense, "decoding": decoding(served)}
     if served.head is not None:
-        head = served.head
-        model |= {"flash_head": decoding(served, dense=False), "n_probes": head.n_probes}
-        model["n_clusters"] = head.n_clusters
+        flash_head = decoding(served, dense=False)  # Compare's other side
+        model |= {"flash_head": flash_head, "n_probes": served.head.n_probes}
     return model
 
 

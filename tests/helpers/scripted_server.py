@@ -24,7 +24,6 @@ MODEL = {
     "decoding": "verified",
     "flash_head": "verified",
     "n_probes": 120,
-    "n_clusters": 3072,
 }
 INFO = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "models": [MODEL]}
 # Tokens per second that are reported: with FlashHead, and dense.
@@ -122,7 +121,7 @@ async def _stream(pieces, dense, send):
             n_tokens += 1
             await event(piece if isinstance(piece, dict) else {"content": piece})
     await event({}, finish_reason="stop")
-    await write(f": decoding {'dense: the request says so' if dense else 'verified'}")
+    await write(f": decoding {'dense: it was chosen' if dense else 'verified'}")
     await write(f": {SPEEDS[dense]:.2f} tokens/s")
     usage = {"prompt_tokens": 5, "completion_tokens": n_tokens}
     await write(f"data: {json.dumps({'choices': [], 'usage': usage})}")

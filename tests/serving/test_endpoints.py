@@ -138,7 +138,7 @@ def test_nothing_is_computed_for_a_client_that_has_left(engine, send, tiny, stre
 
 def test_a_stream_says_how_it_was_decoded(engine, send, tiny):
     engine.models.set_result([tiny])
-    for fields, decoding in (({}, "verified"), ({"dense": True}, "dense: the request says so")):
+    for fields, decoding in (({}, "verified"), ({"dense": True}, "dense: it was chosen")):
         connection = send("/v1/completions", prompt="x", stream=True, **fields)
         engine.next_job().tell(Token("A", finish_reason="stop"))
         assert f": decoding {decoding}\n\ndata: [DONE]\n\n" in answer(connection)[1]
