@@ -239,6 +239,7 @@ def _page_model(served: ServedModel) -> dict[str, Any]:
     if served.head is not None:
         flash_head = decoding(served, dense=False)  # Compare's other side
         model |= {"flash_head": flash_head, "n_probes": served.head.n_probes}
+        model["n_clusters"] = served.head.n_clusters
     return model
 
 

@@ -41,9 +41,7 @@ def make_parser() -> Parser:
 
 def _add_models(group: argparse._ArgumentGroup) -> None:
     flag, add = group.add_argument, _adder(group)
-    flag(
-        "--model", required=True, help="Folder or repository of any model that mlx-lm loads."
-    )
+    flag("--model", required=True, help="Folder or repository of any model that mlx-lm loads.")
     more = "Another name for it, which answers carry (default: that of its folder or repository)."
     flag("--served-model-name", metavar="NAME", help=more)
     more = "Further models that requests may name. They are loaded at the start and stay in memory."

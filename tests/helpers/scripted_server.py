@@ -24,6 +24,7 @@ MODEL = {
     "decoding": "verified",
     "flash_head": "verified",
     "n_probes": 120,
+    "n_clusters": 3072,
 }
 INFO = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "models": [MODEL]}
 # Tokens per second that are reported: with FlashHead, and dense.
