@@ -261,12 +261,12 @@ def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
             elif rows is not None:
                 others.append(rows)
             if rows is not None and name.endswith(leaf):
-                others = [rows]
+                others, sizes = [rows], []
                 break
         else:
             continue
         break
-    if len(others) != 1:
+    if sizes or len(others) != 1:
         there = f"no {leaf} that can be read" if not sizes else f"rows of shape {sizes[0]}"
         raise ValueError(
             f"{source} has {there}, and the model's head needs {shape[0]:,} of width {shape[1]:,} "
@@ -318,15 +318,11 @@ class Comparison:
         drift = total**2 / (math.sqrt(24 / math.pi) * max(rounded, 1e-9))
         floor = 1e-3 * length.mean()  # rows of padding have no length
         worst = int(np.argmax(error / (MAX_ROW_ERROR * rounding + floor)))
-        if not np.isfinite(drift) or error[worst] > MAX_ROW_ERROR * rounding[worst] + floor:
+        if not drift <= max_drift or error[worst] > MAX_ROW_ERROR * rounding[worst] + floor:
             raise ValueError(
-                f"{names}: row {worst} is {100 * error[worst] / max(length[worst], 1e-9):.0f} % of "
-                "its length away. Choose another `fine_head`."
-            )
-        if drift > max_drift:
-            raise ValueError(
-                f"{names}: one of them was trained further, by {100 * drift:.1f} % of the rows' "
-                "length. Choose another `fine_head`."
+                f"{names}, or was trained further: beyond rounding, their rows are "
+                f"{100 * min(drift, 1):.1f} % of their length apart, row {worst} the most. Choose "
+                "another `fine_head`."
             )
 
 

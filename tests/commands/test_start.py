@@ -212,8 +212,8 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_sample_prints_an_answer_of_the_chat(converted, tmp_path, monkeypatch, capsys):
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "SmolLM2-135M-Instruct").symlink_to(converted)
+    (tmp_path / "mlx-community").mkdir()
+    (tmp_path / "mlx-community" / "gemma-3-1b-it-4bit").symlink_to(converted)
     monkeypatch.chdir(tmp_path)
     sample = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
     names = {}

@@ -5,7 +5,6 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from metal_emulator import Emulator, KernelFault, Traffic
 from metal_emulator.single import ramp, run_kernel
 
