@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -15,12 +16,12 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from .engine.engine import Engine
-from .engine.jobs import Job, Progress, jobs_of
+from .engine.jobs import Job, Progress, read_jobs
 from .network.access import json_response, read_body
 from .network.page_files import PAGE_ROUTES
-from .protocol.api_error import ApiError, dumps, loads
+from .protocol.api_error import ApiError, dumps
 from .protocol.completions import Choice, envelope
-from .protocol.requests import find_model, read_request
+from .protocol.requests import find_model
 from .served_models import ServedModel
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
@@ -63,7 +64,7 @@ class Api:
             answer.put((0, problem))
 
     async def health(self, request: HttpRequest) -> Response:
-        status = engine_status(self.engine)
+        status = self.engine.status
         value: dict[str, Any] = {"status": status}
         if status != "loading":
             value["decoding"] = {served.name: decoding(served) for served in self._models}
@@ -85,8 +86,9 @@ class Api:
     async def complete(self, request: HttpRequest) -> "Answer":
         """Answers a chat, or continues texts."""
         models, chat = self._models, request.scope["path"] in CHAT_PATHS
-        loop, body = asyncio.get_running_loop(), await read_body(request)
-        jobs = await loop.run_in_executor(self._readers, _read, body, chat, models, self._flags)
+        body = await read_body(request)
+        read = partial(read_jobs, body, chat=chat, models=models, flags=self._flags)
+        jobs = await asyncio.get_running_loop().run_in_executor(self._readers, read)
         return Answer(self, jobs, request.state.notes)
 
     def begin(self, answer: "Answer") -> None:
@@ -128,7 +130,7 @@ class Answer:
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         self._choices = [Choice(job.request, job.index) for job in jobs]
         for job in jobs:
-            job.events = self  # type: ignore[assignment]
+            job.events = self
 
     def put(self, event: tuple[int, Any]) -> None:
         """Adds an event with the index of its job, from any thread."""
@@ -215,13 +217,6 @@ class Answer:
         self._notes[:0] = [self._request.served.name, tokens, *rate, self._decoding]
 
 
-def engine_status(engine: Engine) -> str:
-    """The state of the engine for clients: "loading", "ok" or "failing"."""
-    if not engine.models.done():
-        return "loading"
-    return "ok" if engine.healthy else "failing"
-
-
 def decoding(served: ServedModel, dense: bool | None = None, n_probes: int | None = None) -> str:
     """What a request gets, in a sentence: "verified", "unverified", or "dense" and the reason."""
     with_head = "verified" if served.verify else "unverified"
@@ -241,17 +236,6 @@ def _page_model(served: ServedModel) -> dict[str, Any]:
         model |= {"flash_head": flash_head, "n_probes": served.head.n_probes}
         model["n_clusters"] = served.head.n_clusters
     return model
-
-
-def _read(body: bytes, chat: bool, models: list[ServedModel], flags: Namespace) -> list[Job]:
-    """The jobs of a request's body; an ApiError if it cannot be served."""
-    try:
-        value = loads(body)
-    except ValueError as error:
-        raise ApiError(f"The body is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ApiError("The body must be a JSON object.")
-    return jobs_of(read_request(value, chat=chat, models=models, defaults=flags))
 
 
 def _usage(jobs: list[Job]) -> dict[str, Any]:
