@@ -67,7 +67,7 @@ class Api:
         status = self.engine.status
         value: dict[str, Any] = {"status": status}
         if status != "loading":
-            value["decoding"] = {served.name: decoding(served) for served in self._models}
+            value["decoding"] = {served.name: served.decoding() for served in self._models}
         return json_response(value, 200 if status == "ok" else 503)
 
     async def list_models(self, request: HttpRequest) -> Response:
@@ -116,7 +116,7 @@ class Api:
     def _model(self, name: str) -> dict[str, Any]:
         served = find_model(self._models, name)
         owner = {"created": self._started, "owned_by": "mlx_flashhead"}
-        return {"id": name, "object": "model", "decoding": decoding(served)} | owner
+        return {"id": name, "object": "model", "decoding": served.decoding()} | owner
 
 
 class Answer:
@@ -207,7 +207,8 @@ class Answer:
 
     @property
     def _decoding(self) -> str:
-        return decoding(self._request.served, self._request.dense, self._request.n_probes)
+        request = self._request
+        return request.served.decoding(dense=request.dense, n_probes=request.n_probes)
 
     def _note(self) -> None:
         """Describes the answer in the log: the model, tokens, their speed, how it was decoded."""
@@ -217,24 +218,11 @@ class Answer:
         self._notes[:0] = [self._request.served.name, tokens, *rate, self._decoding]
 
 
-def decoding(served: ServedModel, dense: bool | None = None, n_probes: int | None = None) -> str:
-    """What a request gets, in a sentence: "verified", "unverified", or "dense" and the reason."""
-    with_head = "verified" if served.verify else "unverified"
-    if n_probes is not None:
-        return with_head
-    if served.dense if dense is None else dense:
-        return "dense: it was chosen"
-    if served.head is None:
-        return "dense: FlashHead is being built" if served.build else "dense: without a FlashHead"
-    return "dense: FlashHead is no faster here" if served.head.stays_dense else with_head
-
-
 def _page_model(served: ServedModel) -> dict[str, Any]:
-    model = {"name": served.name, "dense": served.dense, "decoding": decoding(served)}
+    model = {"name": served.name, "dense": served.dense, "decoding": served.decoding()}
     if served.head is not None:
-        flash_head = decoding(served, dense=False)  # Compare's other side
+        flash_head = served.decoding(dense=False)  # Compare's other side
         model |= {"flash_head": flash_head, "n_probes": served.head.n_probes}
-        model["n_clusters"] = served.head.n_clusters
     return model
 
 

@@ -57,6 +57,7 @@ def test_it_says_where_it_is_and_logs_its_answers(converted, expected, tmp_path)
     """A line for each answer. Settings of sampling leave no thread behind."""
     with serving(tmp_path, "--model", converted) as server:
         assert server.line == f"Serving model (verified) at {server.url} (Ctrl-C ends it)\n"
+        assert "FlashHead(" not in server.log()
         before = len(server.log().splitlines())
         stream = server.client().completions.create(model="model", prompt=PROMPT, **ENDLESS_ANSWER)
         next(iter(stream))
