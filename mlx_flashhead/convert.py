@@ -54,6 +54,15 @@ def make_parser() -> Parser:
         "quantized, else as the model has it).",
     )
     add(
+        "--fine-head",
+        nargs="?",
+        const=True,
+        metavar="SOURCE",
+        help="Give a quantized model the finer output head of its original, of 8 bits or "
+        "--head-bits: a repository, a folder or a safetensors file (without a value: the original "
+        "that the model names).",
+    )
+    add(
         "--dtype",
         type=LIMITS["dtype"],
         help="Of the weights that are not quantized (default: an mlx-lm folder's own, else that of "

@@ -101,6 +101,7 @@ class ConvertOptions(IndexOptions):
     trust_remote_code: bool = False
     _: KW_ONLY
     head_bits: int | None = None
+    fine_head: str | Path | bool | None = None
     index_only: bool = False
     base_model: str | None = None
     license: str | None = None
@@ -113,7 +114,7 @@ class ConvertOptions(IndexOptions):
         if not self.hf_path:
             raise ValueError("`hf_path` is needed: the folder or repository of the model.")
         if self.index_only:
-            for name in ("quantize", "dequantize", "dtype", "head_bits"):
+            for name in ("quantize", "dequantize", "dtype", "head_bits", "fine_head"):
                 if getattr(self, name):
                     raise ValueError(f"`index_only` writes no weights: leave `{name}` out.")
         for name in ("q_group_size", "q_bits", "q_mode", "quant_predicate"):
@@ -131,6 +132,11 @@ class ConvertOptions(IndexOptions):
                     check(name, getattr(self, name), one_of(*sorted(values)))
         if self.quantize and self.dequantize:
             raise ValueError("Choose either `quantize` or `dequantize`, not both.")
+        if self.fine_head and (self.quantize or self.dequantize):
+            raise ValueError(
+                "`fine_head` is for a model that is quantized already: leave it out, or `quantize` "
+                "and `dequantize`."
+            )
         if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
             raise ValueError("`upload` and `upload_repo` name two repositories: give one of them.")
         if self.private and not self.uploads:

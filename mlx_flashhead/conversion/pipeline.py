@@ -20,8 +20,7 @@ from ..index.files import (
     CONFIG_NAME,
     FILE_NAME,
     SETTINGS_NAME,
-    is_written_here,
-    read_settings,
+    stored_recipe,
     write_companion,
     write_index,
 )
@@ -29,7 +28,8 @@ from ..index.settings import FlashHeadConfig
 from ..models.compat.utils import dequantize_model, save
 from ..models.dense import load_dense
 from ..models.fetch import resolve
-from ..models.locate import check_plain_product, find_head
+from ..models.finer_head import give_fine_head
+from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..publishing import licences
 from ..publishing.card import CARD_FILE, card_metadata, find_provenance
 from ..publishing.publish import add_documents, publish, reserve, sign_in
@@ -109,10 +109,14 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
         label = original = None
         nbytes = index_nbytes(location.rows())
         if not options.index_only:
+            if options.fine_head:
+                chosen = {"bits": options.head_bits, "say": say, "progress": progress}
+                give_fine_head(location, source, options.fine_head, **chosen)
+                _record_head(config, location)
             model, config = _with_dtype(model, config, source, options)
-            original = _module(model, location.path)
-            original = replace(location, module=original).rows()
-            bits = chosen_head_bits(options, original)
+            location = replace(location, module=_module(model, location.path))
+            original = location.rows()
+            bits = None if options.fine_head else chosen_head_bits(options, original)
             if bits is not None and location.tied:
                 say(f"The head is tied to the embedding: both get {bits} bits.")
             model, config = set_bits(model, config, location.path, options, bits)
@@ -156,6 +160,14 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
 
 def _module(model: nn.Module, path: str) -> nn.Module:
     return dict(model.named_modules())[path]
+
+
+def _record_head(config: dict, location: HeadLocation) -> None:
+    """Writes the head's own quantization into the model's configuration, as mlx-lm reads it."""
+    rows = location.rows()
+    for key in ("quantization", "quantization_config"):
+        if key in config:
+            config[key] = config[key] | {location.path: rows.quantization or False}
 
 
 def _with_dtype(
@@ -209,12 +221,13 @@ def check_target(target: Path, overwrite: bool) -> None:
     names = {file.name for file in target.iterdir()}
     if not names:
         return
-    if not is_written_here(target):
+    recipe = stored_recipe(target)
+    if recipe is None:
         raise ValueError(
             f"{target} was not written by mlx_flashhead.convert, so `overwrite` does not replace "
             "it: choose another `mlx_path`, or delete it yourself."
         )
-    written = read_settings(target).recipe.get(FILES_KEY, [])
+    written = [name for name in recipe.get(FILES_KEY) or [] if isinstance(name, str)]
     licence_names = (file.name for file in licences.licence_files(target))
     others = sorted(names - {*written, CARD_FILE, *licence_names})
     if others:

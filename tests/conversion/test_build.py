@@ -222,6 +222,35 @@ def test_lines_of_the_report():
     )
 
 
+def test_ends_of_a_text_that_are_no_tokens():
+    with pytest.raises(ValueError, match=r"eos_token_id must be whole numbers, not \['x'\]"):
+        take_all(build_index(make_case()[0], IndexOptions(), eos_token_ids=["x"]))
+
+
+def test_the_head_is_compared_with_the_one_before_its_quantization():
+    original, states, next_ids = make_case()
+    rows = original.quantize(bits=8, group_size=64)
+    config = take_all(build_index(rows, IndexOptions(), states, next_ids, original=original)).config
+    compared = config.report["head_bits"]
+    assert compared["positions"] == HELD_OUT
+
+    def log_softmax(matrix):
+        logits = np.array(matrix.matmul(mx.array(states[-HELD_OUT:])), dtype=np.float64)
+        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+    expected, truth = log_softmax(original), next_ids[-HELD_OUT:, None]
+    heads = {4: original.quantize(bits=4, group_size=64), 8: rows, 32: original}
+    for row, (bits, head) in zip(compared["rows"], heads.items(), strict=True):
+        found = log_softmax(head)
+        kl = (np.exp(expected) * (expected - found)).sum(axis=1).mean()
+        loss = -np.take_along_axis(found, truth, axis=1).mean()
+        assert (row["bits"], row["bytes"]) == (bits, head.nbytes)
+        assert row["kl"] == pytest.approx(kl, abs=1e-4)
+        assert row["perplexity"] == pytest.approx(np.exp(loss), rel=1e-3)
+        assert row["agreement"] == (found.argmax(1) == expected.argmax(1)).mean()
+        assert row["flash_head_ms"] > 0 and row["dense_ms"] > 0
+
+
 @pytest.mark.parametrize(
     ("states", "said"),
     [

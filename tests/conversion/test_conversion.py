@@ -16,6 +16,7 @@ from mlx_flashhead.conversion import pipeline
 from mlx_flashhead.conversion.pipeline import check_apart, convert
 from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.models.install import get_flash_head
+from mlx_flashhead.models.locate import find_head
 from model_folders import VOCAB_SIZE, write_model
 
 QUICK = {"calibration": "none", "progress": False}
@@ -177,6 +178,10 @@ def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
     assert weights(place) == before
     assert read_index(place).config.cluster_size == 8
     assert list(tmp_path.iterdir()) == [place]
+    config = json.loads((place / "config.json").read_text())
+    config[CONFIG_KEY]["version"] = 1  # of an older package
+    (place / "config.json").write_text(json.dumps(config))
+    convert(str(sources["quantized"]), str(place), cluster_size=8, overwrite=True, **QUICK)
     (place / "notes.txt").write_text("mine")
     (place / "runs").mkdir()
     names = {path.name for path in place.iterdir()}
@@ -225,6 +230,19 @@ def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("bits", [None, 16])
+def test_a_quantized_model_gets_the_head_of_its_original(sources, tmp_path, bits):
+    original, place = str(sources["untied"]), tmp_path / "finer"
+    convert(str(sources["quantized"]), str(place), fine_head=original, head_bits=bits, **QUICK)
+    model, _ = mlx_lm.load(str(place))
+    rows, originals = find_head(model).rows(), find_head(mlx_lm.load(original)[0]).rows()
+    assert rows.bits == (8 if bits is None else 0)
+    allowed = 0.01 if bits is None else 0.0
+    assert mx.abs(rows.dequantized() - originals.weight).max() <= allowed
+    assert model.layers[0].self_attn.q_proj.bits == 4
+    assert get_flash_head(mlx_flashhead.load(str(place))[0]) is not None
+
+
 def test_the_index_alone(sources, tmp_path):
     given = convert(str(sources["half"]), str(tmp_path / "head"), index_only=True, **QUICK)
     found = {path.name for path in (tmp_path / "head").iterdir()}
@@ -256,6 +274,8 @@ def test_the_index_alone(sources, tmp_path):
         ({"q_bits": 8}, "`q_bits` is for a quantized model: add `quantize`"),
         ({"quant_predicate": "mixed_4_6"}, "`quant_predicate` is for a quantized model"),
         ({"revision": "main"}, "is a folder, which has no revision 'main'"),
+        ({"fine_head": True, "quantize": True}, "`fine_head` is for a model that is quantized"),
+        ({"fine_head": True}, "head's rows are floats already: leave `fine_head` out"),
         ({"index_only": True, "quantize": True}, "writes no weights: leave `quantize` out"),
         ({"calibration": "."}, "cannot be read"),
     ],

@@ -112,6 +112,18 @@ def test_probes_are_those_of_the_fewest_bytes():
     )
 
 
+def test_risks_are_recorded_near_the_choice():
+    found = settings([0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003])
+    rows = {row["n_probes"]: row for row in found["by_probes"]}
+    chosen = found["n_probes"]
+    recorded = {n for n, row in rows.items() if "risks" in row}
+    assert chosen in recorded and recorded <= {chosen // 2, chosen, 2 * chosen}
+    for n_probes in recorded:
+        risks = np.array(rows[n_probes]["risks"])
+        assert len(risks) == 512 and 1 <= abs(risks).min() <= abs(risks).max() <= 10_001
+        assert (risks < 0).sum() == round(1000 * rows[n_probes]["greedy_differs"])  # all at first
+
+
 def test_the_scale_makes_the_estimated_tails_right():
     assert settings([0.1, 0.02], [0.2, 0.04])["risk"]["sampled"] == pytest.approx(2, rel=1e-3)
 
