@@ -35,7 +35,10 @@ from mlx_flashhead.models.install import dense_copy
 
 SMOLLM2, GEMMA3 = "smollm2", "gemma3"
 MODELS = {  # name of scripts/fetch_model.py → folder, prompt
-    GEMMA3: (Path("models/Gemma-3-270M"), "Why do cats purr? Scientists have found that"),
+    GEMMA3: (
+        Path("models/Gemma-3-270M"),
+        "The keeper of the lighthouse had never seen such a storm.",
+    ),
     SMOLLM2: (Path("models/SmolLM2-135M-Instruct"), "Why is the sky blue?"),
 }
 TITLES = ("normal (dense) head", "FlashHead")

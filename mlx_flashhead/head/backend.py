@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from textwrap import shorten
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -13,7 +14,10 @@ from .clustered import ClusteredRows
 from .draw import Draws, DrawSettings, position_key
 from .kernels import MetalSteps
 from .portable import PortableSteps
-from .steps import Candidates, Selection
+from .steps import Candidates, Proposal, Selection, in_token_order
+
+if TYPE_CHECKING:
+    from .flash_head import FlashHead
 
 METAL, PORTABLE = "metal", "mlx"
 BACKENDS = (METAL, PORTABLE)
@@ -197,6 +201,30 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
         yield risk, expected_risk, rounding
     # rounding may put a token on the other side of a limit
     yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0
+    arrays = selection.probes, candidates.logits
+    proposal = Proposal(hidden, plain.token(*once), *arrays, mx.zeros(1), None)
+    yield from _trial_of_verification(steps, plain, proposal, rounding)
+
+
+def _trial_of_verification(
+    steps: MetalSteps, plain: PortableSteps, proposal: Proposal, rounding: float
+) -> Iterator[str | Pair]:
+    """Two states, of which one is greedy, as proposals that are verified."""
+    yield "join"
+    rows = [(1, 0), (0, 0)]
+    joined = steps.join([proposal, proposal], rows)
+    for found, expected in zip(joined, plain.join([proposal, proposal], rows), strict=True):
+        yield found, expected, 0.0
+
+    yield "screen"
+    hidden, probes, logits = joined
+    slots = steps.product(hidden).reshape(len(rows), *steps.clustered.token_ids.shape)
+    both = Proposal(hidden, mx.tile(proposal.tokens, 2), probes, logits, proposal.risk, None)
+    draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
+    rooms = mx.array([0.01, 0.01]), mx.array([0.0, 0.01])
+    screens = [path.screen(slots, both, draws, *rooms, 0.0) for path in (steps, plain)]
+    for one, other in zip(*screens, strict=True):
+        yield one, other, rounding
 
 
 def _bins(scores: mx.array) -> mx.array:
@@ -205,3 +233,14 @@ def _bins(scores: mx.array) -> mx.array:
     best = mx.where(certain, mx.finfo(mx.float32).min, scores).max(axis=-1, keepdims=True)
     distances = mx.floor((best - scores) * BINS_PER_NAT)
     return mx.where(certain, -1, mx.minimum(distances, SELECT_BINS - 2))
+
+
+def scored_logits_agree(head: "FlashHead", dtype: mx.Dtype) -> float:
+    """The share of all V logits that the scores give as MLX's product with one state does, to the
+    last bit. Evaluates."""
+    steps, clustered = head.steps, head.clustered
+    hidden = mx.random.normal((1, head.hidden_size), key=mx.random.key(1)).astype(dtype)
+    every = Selection(mx.arange(head.n_clusters, dtype=mx.uint32)[None])
+    scored = steps.score(hidden, every).logits.reshape(1, -1)
+    same = in_token_order(scored, clustered.slot_of) == steps.dense(hidden)
+    return int(mx.sum(same)) / same.size

@@ -45,7 +45,8 @@ class ServedModel:
 
     def __post_init__(self):
         self.head: FlashHead | None = get_flash_head(self.model)
-        caches = make_prompt_cache(self.model)
+        drafts = [] if self.draft_model is None else make_prompt_cache(self.draft_model)
+        caches = make_prompt_cache(self.model) + drafts
         # whether they can always be cut back to their beginning
         self.cuttable = all(type(cache) is KVCache for cache in caches)
         self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
@@ -53,16 +54,30 @@ class ServedModel:
         self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
         self.template_settings = template_settings(self.tokenizer)
 
-    @property
-    def head_in_use(self) -> str:
-        """The head that answers: "FlashHead", or "dense" and why."""
-        if self.head is not None and not self.dense:
-            return "dense: FlashHead is no faster here" if self.head.stays_dense else "FlashHead"
-        return "dense: FlashHead is being built" if self.build is not None else "dense"
+    def decoding(self, *, dense: bool | None = None, n_probes: int | None = None) -> str:
+        """How a request with these fields is decoded: "verified", "unverified" or "dense: …why"."""
+        if n_probes is not None:  # which is used even where it is no faster
+            return "verified" if self.verify else "unverified"
+        dense = self.dense if dense is None else dense
+        if self.build is not None and self.head is None and not dense:
+            return "dense: FlashHead is being built"
+        return decoding_mode(self.model, verify=self.verify, dense=dense)
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+
+def decoding_mode(model: nn.Module, *, verify: bool, dense: bool) -> str:
+    """What decodes this model's text: "verified", "unverified", or "dense: " and why."""
+    head = get_flash_head(model)
+    if dense:
+        return "dense: as requested"
+    if head is None:
+        return "dense: the model has no FlashHead"
+    if verify and head.stays_dense:
+        return "dense: FlashHead is no faster on this machine"
+    return "verified" if verify else "unverified"
 
 
 def load_models(args: Namespace) -> list[ServedModel]:
@@ -101,8 +116,6 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
     except UnsupportedHeadError as error:
         logger.warning("%s is served dense: %s", path_or_repo, error)
         model, tokenizer, config = load_dense(folder, **options)
-    if (head := get_flash_head(model)) is not None:
-        logger.info("%s is served with %r: %s", path_or_repo, head, head.backend_reason)
     path = Path(path_or_repo).expanduser()
     # no client learns where a folder is
     own_name = path.resolve().name if path.is_dir() else path_or_repo
@@ -126,6 +139,4 @@ def _draft(args: Namespace, tokenizer: Any) -> nn.Module:
     )
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
         logger.warning("%s has another tokenizer: few drafts will be accepted.", args.draft_model)
-    if (head := get_flash_head(model)) is not None:
-        logger.info("%s drafts with %r", args.draft_model, head)
     return model

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
+from mlx_flashhead.head.backend import scored_logits_agree
+from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import PACKS, MetalSteps
 from mlx_flashhead.head.matrix import Matrix
 
@@ -158,3 +160,16 @@ def test_scored_logits_are_those_of_mlxs_kernel(form, sizes, dtype, contract):
         selection = steps.select(mx.zeros((1, n_clusters)), n_clusters)
         found = to_numpy(steps.score(hidden, selection).logits).reshape(1, -1)
     np.testing.assert_array_equal(found[:, to_numpy(clustered.slot_of)], expected)
+
+
+def test_the_share_of_equal_logits_is_reported(monkeypatch):
+    """1 beside MLX's kernel; beside its CPU product, whose sums have another order, less."""
+    rng = np.random.default_rng(0)
+    rows = make_rows(rng, 320, 512, bits=4, group_size=64, dtype=mx.float32)
+    token_ids = rng.permutation(320).reshape(20, 16)
+    centroids = make_centroids(rng, 20, 512, group_size=64)
+    with kernels(check=False):
+        head = FlashHead(rows, token_ids, centroids, n_probes=5, backend="metal")
+        assert scored_logits_agree(head, mx.float32) < 0.5
+        monkeypatch.setattr(head.steps, "dense", lambda hidden: mlx_logits(rows, hidden))
+        assert scored_logits_agree(head, mx.float32) == 1

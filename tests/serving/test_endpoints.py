@@ -95,7 +95,7 @@ def test_clients_learn_that_the_server_ends(api, engine, send, tiny, stream):
     connection = send("/v1/completions", prompt="x", stream=stream)
     job = engine.next_job()
     if stream:
-        job.tell(Token("A"))
+        job.emit(Token("A"))
     api.fail_answers(SHUTTING_DOWN, for_good=True)
     for ended in (connection, send("/v1/completions", prompt="x")):
         status, body = answer(ended)
@@ -117,7 +117,7 @@ def test_clients_learn_that_the_server_ends(api, engine, send, tiny, stream):
 def test_an_answer_that_fails_is_an_error(engine, send, tiny, error, status, message):
     engine.models.set_result([tiny])
     connection = send("/v1/completions", prompt="x")
-    engine.next_job().tell(error)
+    engine.next_job().emit(error)
     code, body = answer(connection)
     assert (code, json.loads(body)["error"]["message"]) == (status, message)
 
@@ -138,9 +138,9 @@ def test_nothing_is_computed_for_a_client_that_has_left(engine, send, tiny, stre
 
 def test_a_stream_says_how_it_was_decoded(engine, send, tiny):
     engine.models.set_result([tiny])
-    for fields, decoding in (({}, "verified"), ({"dense": True}, "dense: the request says so")):
+    for fields, decoding in (({}, "verified"), ({"dense": True}, "dense: as requested")):
         connection = send("/v1/completions", prompt="x", stream=True, **fields)
-        engine.next_job().tell(Token("A", finish_reason="stop"))
+        engine.next_job().emit(Token("A", finish_reason="stop"))
         assert f": decoding {decoding}\n\ndata: [DONE]\n\n" in answer(connection)[1]
 
 

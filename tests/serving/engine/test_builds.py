@@ -27,11 +27,11 @@ def test_answers_before_at_and_after_the_swap_are_the_dense_models(
     served = ServedModel(("tiny",), model, tokenizer, None, 512)
     served.build = background_build(model, tokenizer, Path("tiny"), options)
     engine = Engine(lambda: [served], flags())
-    seen = {engine.models.result(60)[0].head_in_use}
+    seen = {engine.models.result(60)[0].decoding()}
     while served.build is not None:
         jobs = [submit(engine, SHORT, 30) for _ in range(together)]
         assert [tokens_of(job) for job in jobs] == [expected] * together
-        seen.add(served.head_in_use)
-    assert "dense: FlashHead is being built" in seen and served.head_in_use == "FlashHead"
+        seen.add(served.decoding())
+    assert "dense: FlashHead is being built" in seen and served.decoding() == "verified"
     assert tokens_of(submit(engine, SHORT, 30)) == expected
     assert engine.close(20)
