@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import uvicorn
 
 from ..common.command import printable
-from .endpoints import Api, decoding
+from .endpoints import Api
 from .engine.engine import Engine
 from .network.access import Access, FrontDoor, access_of
 from .network.addresses import announce, own_address, url
@@ -107,7 +107,7 @@ async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.
 
 def _say_where(flags: Namespace, api: Api, port: int, token: str | None) -> None:
     """Prints the models, how they are decoded, and the address: last, so they stay in sight."""
-    models = ", ".join(f"{m.name} ({decoding(m)})" for m in api.engine.models.result())
+    models = ", ".join(f"{m.name} ({m.decoding()})" for m in api.engine.models.result())
     where = url(own_address(flags.host), port).rstrip("/")
     print(f"Serving {models} at {where} (Ctrl-C ends it)", flush=True)
     if token is not None:

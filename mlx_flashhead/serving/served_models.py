@@ -45,7 +45,8 @@ class ServedModel:
 
     def __post_init__(self):
         self.head: FlashHead | None = get_flash_head(self.model)
-        caches = make_prompt_cache(self.model)
+        drafts = [] if self.draft_model is None else make_prompt_cache(self.draft_model)
+        caches = make_prompt_cache(self.model) + drafts
         # whether they can always be cut back to their beginning
         self.cuttable = all(type(cache) is KVCache for cache in caches)
         self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)

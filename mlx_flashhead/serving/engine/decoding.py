@@ -14,6 +14,7 @@ import mlx.core as mx
 from ...lossless.batch import VerifiedBatchGenerator
 from ...lossless.loop import drafted_steps, verified_steps
 from ...lossless.proposals import Proposer, preserves_margins
+from ...models.compat.cache import can_trim_prompt_cache
 from .jobs import Job, LogitsProcessor
 from .prefill import KVCaches, Reading
 
@@ -128,6 +129,8 @@ class Single:
         n_held = len(self._tokens)
         if job.served.draft_model is not None:
             # a draft model's cache may be some tokens behind
+            if not can_trim_prompt_cache(self._cache):
+                return []
             n_held = min(n_held, *(cache.offset for cache in self._cache))
             for cache in self._cache:
                 cache.trim(cache.offset - n_held)

@@ -163,14 +163,14 @@ class FrontDoor:
         scope["state"]["notes"] = notes
         scope["app"] = self  # the router raises its 404 and 405 then
         exchange = _Exchange(self.access, scope, receive, send)
-        began = time.monotonic()
+        began, response = time.monotonic(), None
         try:
             response = await self._answer(scope, exchange)
             if response is not None:
                 await response(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             notes.append("the client has left")
-        if notes or exchange.status >= 400:
+        if notes or (response is not None and exchange.status >= 400):
             line = " ".join((scope["client"][0], scope["method"], self._loggable(scope["path"])))
             parts = [f"{exchange.status or '-'}", f"{time.monotonic() - began:.2f} s", *notes]
             logger.info("%s %s", line, ", ".join(parts))
