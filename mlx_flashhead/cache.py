@@ -94,8 +94,7 @@ def print_kept(kept: "Sequence[Entry]", fine: Sequence[Any]) -> None:
         table.add_row(
             printable(entry.key[:8]),
             printable(entry.model),
-            time.strftime("%Y-%m-%d", time.localtime(entry.path.stat().st_mtime))
-            + (" cut short" * bool(cut)),
+            f"{built}, cut short" if cut else built,
             megabytes(entry.nbytes),
             _speeds(entry),
         )
