@@ -6,10 +6,11 @@ from .chatting.conversation import Conversation, kept_file, last_conversation
 from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
 from .common.arguments import adopt
 from .common.command import command
+from .common.head_flags import add_answering_options, add_probes_option
 from .common.terminal import Terminal
 from .loading.background import IdleBuild, background_build
 from .loading.load import load_with_head
-from .loading.sources import LATER, add_answering_options, add_probes_option, head_options
+from .loading.sources import LATER, HeadOptions
 from .lossless.sampler import make_sampler
 from .models.compat.chat import chat_parser
 from .models.fetch import resolve
@@ -43,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     _check_arguments(parser, args)
     resumed = last_conversation() if args.resume else None
-    how = head_options(args, dense=args.dense)
+    how = HeadOptions.from_flags(args, dense=args.dense)
     folder = resolve(args.model)
     model, tokenizer, _ = load_with_head(
         folder,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from .common.arguments import Parser
 from .common.command import check_writable, command, from_extra
+from .common.head_flags import add_source_options
 from .evaluation import answers, tasks, text
-from .loading.sources import add_source_options
 
 MODEL = "Folder or Hugging Face repository of any model that mlx-lm loads."
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from .common.arguments import Parser
 from .common.command import command, from_extra
+from .common.head_flags import add_head_options
 from .common.new_folder import new_file
 from .common.tables import new_table, show
 from .exporting.plan import export_plan
 from .head.backend import PORTABLE
 from .index.files import CONFIG_NAME
 from .loading.load import load_with_head
-from .loading.sources import add_head_options, head_options
+from .loading.sources import HeadOptions
 from .models.fetch import resolve
 from .models.install import installed_head
 from .models.locate import find_head
@@ -46,7 +47,7 @@ def main() -> None:
     output = Path(args.output).expanduser()
     _check_output(output, args.overwrite)
 
-    options = replace(head_options(args), backend=PORTABLE, tunes=False)
+    options = replace(HeadOptions.from_flags(args), backend=PORTABLE, tunes=False)
     model, _, _ = load_with_head(resolve(args.model), options)
     head = installed_head(model)
     with new_file(output) as path:

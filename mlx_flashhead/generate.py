@@ -10,11 +10,12 @@ from typing import Any
 
 from .common.arguments import adopt, whole_number
 from .common.command import command, ending_soon
+from .common.head_flags import add_answering_options, add_probes_option
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .common.terminal import printable_output
 from .loading.background import background_build
 from .loading.load import load_draft, load_with_head, sharded_load
-from .loading.sources import LATER, add_answering_options, add_probes_option, head_options
+from .loading.sources import LATER, HeadOptions
 from .lossless.generation import generate
 from .lossless.sampler import make_sampler
 from .models.compat.cache import load_prompt_cache
@@ -92,7 +93,7 @@ def main() -> None:
                 loaded = load_dense(resolve(path), **kwargs)
             else:
                 folder = resolve(path)
-                loaded = load_with_head(folder, head_options(args), **kwargs)
+                loaded = load_with_head(folder, HeadOptions.from_flags(args), **kwargs)
                 answering[:] = *loaded[:2], local_origin(folder)  # which may be gone later
             nonlocal context
             context = context_of(loaded[2], loaded[1])
@@ -142,7 +143,7 @@ def _check_prompt(prompt, context: int) -> None:
 
 def _build_for_next_time(args, model=None, tokenizer=None, origin=None) -> None:
     """Builds the FlashHead after the answer, if the model has none yet."""
-    options = head_options(args)
+    options = HeadOptions.from_flags(args)
     if model is None or options.missing != LATER:
         return
     build = background_build(model, tokenizer, origin, options, math.inf)

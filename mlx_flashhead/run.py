@@ -11,8 +11,9 @@ from typing import Any
 
 from .common.arguments import Parser
 from .common.command import sentence
+from .common.head_flags import add_head_options
 from .loading.patch import patch_load, patch_new_processes
-from .loading.sources import add_head_options, head_options
+from .loading.sources import HeadOptions
 
 
 def make_parser() -> Parser:
@@ -43,7 +44,7 @@ def main() -> None:
         parser.error("-m MODULE or a program is needed, such as -m mlx_lm.server")
     script = None if args.module is not None else _script(parser, args.program)
     try:
-        options = head_options(args)
+        options = HeadOptions.from_flags(args)
         patch_load(options)
         patch_new_processes(options)
     except (ValueError, OSError) as error:

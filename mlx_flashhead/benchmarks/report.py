@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from ..common.arguments import whole_number
 from ..common.command import check_writable
+from ..common.head_flags import add_source_options
 from ..common.tables import Table, check_picture, pyplot, show
 from ..common.timing import in_turns
-from ..loading.sources import add_source_options
 from .machine import machine
 
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."

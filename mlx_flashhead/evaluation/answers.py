@@ -15,13 +15,13 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from ..common.head_flags import source_options
 from ..common.tables import Table, new_table, percent, show
 from ..conversion.calibration import read_windows
 from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
-from ..loading.sources import source_options
 from ..models.compat.generate import BatchGenerator
 from ..models.cpu_products import numpy_products
 from ..models.install import installed_head

@@ -11,9 +11,9 @@ import mlx.core as mx
 
 from ..common.arguments import LIMITS, json_object, whole_number
 from ..common.command import check_writable, from_extra, installation
+from ..common.head_flags import source_options
 from ..common.tables import Table, new_table, show
 from ..loading.load import load
-from ..loading.sources import source_options
 
 EXTRA = "tasks"
 HELP = "run tasks of lm-eval"

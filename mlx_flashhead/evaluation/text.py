@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..common.arguments import whole_number, whole_numbers
+from ..common.head_flags import source_options
 from ..common.tables import Table, check_picture, new_table, percent, pyplot, show
 from ..conversion.calibration import read_text, text_states
 from ..conversion.measures import measure_positions
@@ -20,7 +21,6 @@ from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
-from ..loading.sources import source_options
 from ..models.install import installed_head
 from ..models.locate import find_head
 

@@ -7,9 +7,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..common.arguments import whole_number
 from ..common.command import printable, with_flags
 from ..index.files import (
     CONFIG_NAME,
@@ -37,6 +35,8 @@ class HeadOptions:
         drafts: Whether the model drafts for another one.
         always: Use a FlashHead that makes nothing faster, too.
         flags: Name parameters by their flags, since a command asks.
+        fine_head: Source of a finer head's rows; True: the original that the model names.
+        head_bits: Bits of the finer head; default: 8.
     """
 
     flash_head: str | Path | None = None
@@ -48,6 +48,36 @@ class HeadOptions:
     drafts: bool = False
     always: bool = False
     flags: bool = False
+    fine_head: str | Path | bool | None = None
+    head_bits: int | None = None
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace, *, dense: bool = False) -> "HeadOptions":
+        """The choices of the flags in `common/head_flags.py`; ``dense`` builds no FlashHead.
+
+        Raises:
+            ValueError: If they contradict each other.
+        """
+        answers_first = "build_first" in args
+        unverified = getattr(args, "no_verify", False) or getattr(args, "draw_probes", False)
+        missing = BUILD
+        if dense or (answers_first and args.no_build and not unverified):
+            missing = DENSE
+        elif args.no_build:  # unverified choices are a FlashHead's, never silently a normal head's
+            missing = REFUSE
+        elif answers_first and not (args.build_first or unverified):
+            missing = LATER
+        if args.head_bits is not None and not args.fine_head:
+            raise ValueError("`head_bits` are those of a finer head: add --fine-head.")
+        return cls(
+            args.flash_head,
+            missing,
+            args.n_probes,
+            always=answers_first and args.flash_head_always,
+            flags=True,
+            fine_head=args.fine_head,
+            head_bits=args.head_bits,
+        )
 
     def say(self, text: str) -> None:
         """Prints a sentence on standard error, if there is progress to be shown."""
@@ -95,70 +125,3 @@ def bundled_head(folder: Path, options: HeadOptions) -> StoredHead | None:
             "when they save the model), so another one is used."
         )
     return None
-
-
-def add_head_options(group: Any) -> None:
-    """Adds ``--n-probes``, ``--flash-head`` and ``--no-build`` to a command's arguments."""
-    add_probes_option(group)
-    add_source_options(group)
-
-
-def add_probes_option(group: Any) -> None:
-    """Adds ``--n-probes`` to a command's arguments."""
-    group.add_argument(
-        "--n-probes",
-        type=whole_number(1),
-        help="Clusters scored per token (default: the number that is fastest on this machine).",
-    )
-
-
-def add_source_options(group: Any, no_build: str = "Refuse to build a missing FlashHead.") -> None:
-    """Adds ``--flash-head`` and ``--no-build`` to a command's arguments."""
-    group.add_argument(
-        "--flash-head",
-        metavar="FOLDER_OR_REPO",
-        help="Source of the FlashHead (default: the model's folder, else the one that was built "
-        "for this model before, else a new one is built once and kept).",
-    )
-    group.add_argument("--no-build", action="store_true", help=no_build)
-
-
-def add_answering_options(group: Any) -> None:
-    """Adds the flags of a command that answers before a FlashHead is built."""
-    add_source_options(group, "Build no FlashHead: without one, answer dense.")
-    group.add_argument(
-        "--build-first",
-        action="store_true",
-        help="Build a missing FlashHead before the first answer (default: the model answers dense, "
-        "and the FlashHead is built when there is time).",
-    )
-    group.add_argument(
-        "--flash-head-always",
-        action="store_true",
-        help="Use the FlashHead where it makes this model no faster on this machine, too.",
-    )
-    group.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="Take the FlashHead's choices as they are (default: the dense rows check every token, "
-        "so that the text is the dense model's).",
-    )
-
-
-def source_options(args: argparse.Namespace) -> dict[str, Any]:
-    """``--flash-head`` and ``--no-build`` as arguments of ``load``."""
-    return {"flash_head": args.flash_head, "build": not args.no_build}
-
-
-def head_options(args: argparse.Namespace, *, dense: bool = False) -> HeadOptions:
-    """The flags of `add_head_options` or `add_answering_options`; ``dense`` builds none."""
-    answers_first = "build_first" in args
-    missing = BUILD
-    if dense or (answers_first and args.no_build):
-        missing = DENSE
-    elif args.no_build:
-        missing = REFUSE
-    elif answers_first and not args.build_first:
-        missing = LATER
-    always = answers_first and args.flash_head_always
-    return HeadOptions(args.flash_head, missing, args.n_probes, always=always, flags=True)

@@ -6,12 +6,12 @@ A request, traced. ``serve`` opens the port, and starts the engine, which loads 
 1. ``network/connections`` limits connections, and the time in which a request must arrive.
 2. ``network/guard`` asks ``network/access`` whether it may be served: its Host, its Origin, its
    token, its size. A file of the page is sent from here (``network/page_files``).
-3. ``endpoints`` reads the body: ``protocol/requests`` checks each field, ``engine/prompts`` fills
-   in the chat template and makes tokens. A mistake is a ``ApiError`` (``protocol/errors``).
-4. Each answer is a job (``engine/job``) in the queue of ``engine/engine``, the one thread that
+3. ``endpoints`` reads the body: ``protocol/requests`` checks each field, ``engine/jobs`` fills
+   in the chat template and makes tokens. A mistake is an ``ApiError`` (``protocol/api_error``).
+4. Each answer is a job (``engine/jobs``) in the queue of ``engine/engine``, the one thread that
    computes. It reads the prompt a chunk at a time, from the longest beginning that is kept
    (``engine/prefill``), and decodes it beside the others (``engine/decoding``).
-5. Each token comes back through the request's queue: its text and its calls of tools
-   (``protocol/answer_text``), its log-probabilities (``protocol/logprobs``).
-6. ``protocol/answers`` makes OpenAI's JSON of them, which ``endpoints`` sends whole or in chunks.
+5. Each token comes back through the request's queue: its text, its calls of tools,
+   and its log-probabilities. ``protocol/completions`` makes OpenAI's JSON of them, which
+   ``endpoints`` sends whole or in chunks.
 """

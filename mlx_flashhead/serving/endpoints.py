@@ -3,22 +3,19 @@
 from argparse import Namespace
 from collections.abc import Iterator
 from http import HTTPStatus
-from queue import Empty, SimpleQueue
+from queue import Empty
 from threading import BoundedSemaphore
 from typing import Any
 from urllib.parse import unquote
 
 from ..common.time_limit import time_limit
-from ..structured.processor import GrammarProcessor
 from .engine.engine import Engine
-from .engine.job import Job, Progress, Token
-from .engine.prompts import Prompt, read_prompts
+from .engine.jobs import Job, Progress, Token, jobs_of
 from .network.connections import LimitedServer
 from .network.guard import GuardedHandler
-from .protocol.answers import Choice, envelope
-from .protocol.api_error import ApiError
-from .protocol.requests import Request, find_model, read_request
-from .protocol.valid_json import dumps, loads
+from .protocol.api_error import ApiError, dumps, loads
+from .protocol.completions import Choice, envelope
+from .protocol.requests import find_model, read_request
 from .served_models import ServedModel
 
 MODELS_PATH = "/v1/models"
@@ -28,8 +25,6 @@ TEXT_PATHS = ("/v1/completions",)
 _LOOK_SECONDS = 0.25
 _PREPARED_AT_ONCE = 8
 READ_SECONDS = 5.0
-# For answers in a form, since a mask that is computed makes all other answers wait.
-SECONDS_PER_MASK = 0.005
 
 
 class ApiServer(LimitedServer):
@@ -79,7 +74,7 @@ class ApiHandler(GuardedHandler):
                     request = read_request(
                         _parsed(body), chat=chat, models=server.models, defaults=server.flags
                     )
-                jobs = _jobs(request, read_prompts(request))
+                jobs = jobs_of(request)
             del body
             server.engine.submit(jobs)
             try:
@@ -176,26 +171,6 @@ def _parsed(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError("The body must be a JSON object.")
     return value
-
-
-def _jobs(request: Request, prompts: list[Prompt]) -> list[Job]:
-    """A job for each answer, with one queue of events."""
-    events: SimpleQueue = SimpleQueue()
-    grammar = None
-    if request.form is not None:
-        tokenizer, seconds = request.served.tokenizer, SECONDS_PER_MASK
-        # an answer has its form once the thought is at its end that the prompt begins
-        after = tokenizer.think_end_tokens if prompts[0].state == "reasoning" else ()
-        try:
-            grammar = GrammarProcessor(
-                tokenizer, request.form, after=after, seconds_per_mask=seconds
-            )
-        except ValueError as error:
-            raise ApiError(str(error), "response_format") from None
-    return [
-        Job(request, prompt, events, index, grammar and grammar.for_sequence())
-        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))
-    ]
 
 
 def _usage(jobs: list[Job]) -> dict[str, Any]:

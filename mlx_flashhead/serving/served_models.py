@@ -17,7 +17,7 @@ from jinja2 import meta
 from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.load import load_draft, load_with_head
-from ..loading.sources import LATER, head_options
+from ..loading.sources import LATER, HeadOptions
 from ..models.compat.cache import KVCache, make_prompt_cache
 from ..models.compat.chat_templates import LimitedEnvironment
 from ..models.dense import load_dense
@@ -101,7 +101,7 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
     folder = resolve(path_or_repo)
     config = {"trust_remote_code": args.trust_remote_code}
     options = {"tokenizer_config": config, "trust_remote_code": args.trust_remote_code}
-    choices = head_options(args, dense=args.dense)
+    choices = HeadOptions.from_flags(args, dense=args.dense)
     if default:
         options["adapter_path"] = args.adapter_path
         config |= {"chat_template": args.chat_template} if args.chat_template else {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arguments import Parser, Type, json_object, number, one_of, share, whole_number
-from ..loading.sources import add_answering_options
+from ..common.head_flags import add_answering_options
 from .network.addresses import TOKEN_FILE, is_loopback
 
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")

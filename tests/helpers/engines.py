@@ -3,8 +3,7 @@
 from queue import SimpleQueue
 
 import mlx_flashhead
-from mlx_flashhead.serving.engine.job import Job, Token
-from mlx_flashhead.serving.engine.prompts import Prompt
+from mlx_flashhead.serving.engine.jobs import Job, Prompt, Token
 from served_models import checked
 
 LONG = [2 + (7 * i) % 250 for i in range(400)]

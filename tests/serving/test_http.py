@@ -16,7 +16,7 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.serving.endpoints import speed_of
-from mlx_flashhead.serving.protocol.valid_json import loads
+from mlx_flashhead.serving.protocol.api_error import loads
 from model_folders import VOCAB_SIZE
 
 MESSAGES = [{"role": "user", "content": "One day"}]

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ...common.head_flags import add_source_options, source_options
 from ...common.tables import Table, new_table
 from ...common.timing import spread, timer
 from ...conversion.options import HEAD_BITS
@@ -18,7 +19,6 @@ from ...head.flash_head import FlashHead
 from ...head.formats import DEFAULT_GROUP, affine_group
 from ...head.matrix import Matrix
 from ...loading.load import load
-from ...loading.sources import add_source_options, source_options
 from ...models.install import installed_head
 from ..report import ANY_MODEL, Case, add_number, add_report_arguments, cells, report
 from ..shapes import CLUSTER_SIZE, SHAPES

@@ -16,10 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...common.arguments import whole_number
+from ...common.head_flags import source_options
 from ...common.tables import Table, new_table
 from ...common.timing import spread
 from ...loading.load import load
-from ...loading.sources import source_options
 from ...lossless.batch import VerifiedBatchGenerator
 from ...lossless.loop import verified_steps
 from ...lossless.proposals import Proposer

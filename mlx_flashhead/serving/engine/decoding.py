@@ -14,7 +14,7 @@ import mlx.core as mx
 from ...lossless.batch import VerifiedBatchGenerator
 from ...lossless.loop import drafted_steps, verified_steps
 from ...lossless.proposals import Proposer, preserves_margins
-from .job import Job, LogitsProcessor
+from .jobs import Job, LogitsProcessor
 from .prefill import KVCaches, Reading
 
 Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at its place

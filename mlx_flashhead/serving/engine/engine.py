@@ -25,7 +25,7 @@ from ...models.install import get_flash_head
 from ..protocol.api_error import ApiError
 from ..served_models import ServedModel
 from .decoding import Batch, Decoder, Single, kind_of
-from .job import Job
+from .jobs import Job
 from .prefill import KVCaches, Pace, PromptCaches, Reading
 
 _IDLE_SECONDS = 0.1

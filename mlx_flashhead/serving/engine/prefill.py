@@ -16,7 +16,7 @@ from ...models.compat.cache import (
 )
 from ...models.compat.generate import maybe_quantize_kv_cache
 from ..served_models import ServedModel
-from .job import Job, Progress
+from .jobs import Job, Progress
 
 # Seconds of a chunk. After it, other answers and cancelled requests have their turn.
 CHUNK_SECONDS = 0.4

@@ -35,7 +35,7 @@ class Access:
     max_body_bytes: int = 4 << 20
 
     def check(self, method: str, target: str, headers: Message) -> None:
-        """Raises a ApiError unless a request may be served; ``target`` is its path and query."""
+        """Raises an ApiError unless a request may be served; ``target`` is its path and query."""
         self._check_host(headers)
         self._check_origin(headers)
         self._check_token(method, target, headers)

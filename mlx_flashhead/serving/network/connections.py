@@ -60,7 +60,7 @@ class LimitedServer(ThreadingHTTPServer):
 
     @contextmanager
     def answering(self, connection: socket.socket, address: str) -> Iterator[None]:
-        """A block in which a request is answered; a ApiError if there are too many."""
+        """A block in which a request is answered; an ApiError if there are too many."""
         with self._lock:
             if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
                 answered = f"{most} requests of your address are being answered"

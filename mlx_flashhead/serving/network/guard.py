@@ -12,8 +12,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from ..protocol.api_error import ApiError
-from ..protocol.valid_json import dumps
+from ..protocol.api_error import ApiError, dumps
 from .access import COOKIE, path_of, query_tokens, without_token
 from .connections import LimitedServer, TimedReader
 from .page_files import PageFile, locked_page, page_file
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 class GuardedHandler(BaseHTTPRequestHandler):
     """Serves the page; a subclass serves the rest."""
 
-    get: Callable[[str], None]  # answers by the path, or raises a ApiError
+    get: Callable[[str], None]  # answers by the path, or raises an ApiError
     post: Callable[[str], None]  # the same with a body, which has not been read yet
     server: LimitedServer
     raw_requestline: bytes
@@ -95,7 +94,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
         self._send(204, (b"", {}))
 
     def read_body(self) -> bytes:
-        """The whole body; a ApiError if it does not come in time."""
+        """The whole body; an ApiError if it does not come in time."""
         n_bytes = int(self.headers["Content-Length"])
         self._reader.allow(self.body_seconds)
         try:

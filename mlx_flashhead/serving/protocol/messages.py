@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from .api_error import ApiError, wrong
-from .valid_json import loads
+from .api_error import ApiError, loads, wrong
 
 _EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
 _MAX_SETTING = 1000  # characters

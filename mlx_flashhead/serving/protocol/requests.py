@@ -121,7 +121,7 @@ def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
 def read_request(
     body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], defaults: Namespace
 ) -> Request:
-    """Checks a request's JSON: a ApiError names the field. The flags are the fields' defaults."""
+    """Checks a request's JSON: an ApiError names the field. The flags are the fields' defaults."""
     fields = _Fields(body)
     served = find_model(models, fields.take("model", str))
     stream = fields.take("stream", bool, False)

@@ -7,7 +7,7 @@ from engines import SHORT, endless, generated, job, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.lossless.sampler import make_sampler
 from mlx_flashhead.serving.engine.decoding import Batch
-from mlx_flashhead.serving.engine.job import Token
+from mlx_flashhead.serving.engine.jobs import Token
 from mlx_flashhead.serving.engine.prefill import PromptCaches
 
 PROMPTS = [[*SHORT, i] for i in range(8)]

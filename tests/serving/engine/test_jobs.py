@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from mlx_flashhead.serving.engine import prompts
-from mlx_flashhead.serving.engine.prompts import read_prompts
+from mlx_flashhead.serving.engine import jobs
+from mlx_flashhead.serving.engine.jobs import read_prompts
 from mlx_flashhead.serving.protocol.api_error import ApiError
 from mlx_flashhead.serving.served_models import ServedModel
 from served_models import checked
@@ -86,7 +86,7 @@ def test_names_that_a_template_takes(tiny, template, names):
 )
 def test_templates_that_fail_are_told(tiny, monkeypatch, template, said):
     if template is ENDLESS:
-        monkeypatch.setattr(prompts, "RENDER_SECONDS", 0.1)
+        monkeypatch.setattr(jobs, "RENDER_SECONDS", 0.1)
     began = time.monotonic()
     with pytest.raises(ApiError, match=said):
         chat(with_template(tiny, template))
