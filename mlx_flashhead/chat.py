@@ -12,7 +12,7 @@ from .loading.background import IdleBuild, background_build
 from .loading.load import load_with_head
 from .loading.sources import LATER, HeadOptions
 from .lossless.sampler import make_sampler
-from .models.compat.chat import chat_parser
+from .models.compat.mlx_lm import chat_parser
 from .models.fetch import resolve
 from .models.install import get_flash_head
 from .publishing.origin import local_origin

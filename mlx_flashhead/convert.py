@@ -7,7 +7,7 @@ from .common.arguments import Parser, adopt
 from .common.command import command
 from .conversion.options import ConvertOptions, flag
 from .conversion.pipeline import convert
-from .models.compat.convert import configure_parser
+from .models.compat.mlx_lm import configure_parser
 
 
 def _descriptions(docstring: str) -> dict[str, str]:

@@ -18,8 +18,12 @@ from .loading.load import load_draft, load_with_head, sharded_load
 from .loading.sources import LATER, HeadOptions
 from .lossless.generation import generate
 from .lossless.sampler import make_sampler
-from .models.compat.cache import load_prompt_cache
-from .models.compat.generate import generate_parser, generation_stream, run_generate
+from .models.compat.mlx_lm import (
+    generate_parser,
+    generation_stream,
+    load_prompt_cache,
+    run_generate,
+)
 from .models.dense import load_dense, load_dense_part
 from .models.fetch import resolve
 from .models.tokenizers import UNKNOWN_CONTEXT, context_of

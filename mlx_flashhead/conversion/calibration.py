@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..models.compat.cache import make_prompt_cache
+from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.cpu_products import numpy_products
 from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden

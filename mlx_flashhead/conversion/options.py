@@ -8,7 +8,7 @@ from typing import Any
 from ..common.arguments import Type, check, number, one_of, whole_number
 from ..common.repositories import full_name
 from ..head.formats import AFFINE_BITS, FORMATS
-from ..models.compat.convert import MODEL_CONVERSION_DTYPES
+from ..models.compat.mlx_lm import MODEL_CONVERSION_DTYPES
 
 GIVEN, NO_CALIBRATION = "given", "none"
 HEAD_BITS = (*AFFINE_BITS, 16)  # 16: floats

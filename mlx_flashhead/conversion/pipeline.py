@@ -14,8 +14,7 @@ from ..common.new_folder import new_folder
 from ..common.repositories import full_name
 from ..index.files import CONFIG_KEY, write_companion, write_index
 from ..index.settings import FlashHeadConfig
-from ..models.compat.convert import MODEL_CONVERSION_DTYPES
-from ..models.compat.utils import dequantize_model, save
+from ..models.compat.mlx_lm import MODEL_CONVERSION_DTYPES, dequantize_model, save
 from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.locate import check_plain_product, find_head

@@ -11,8 +11,7 @@ from mlx.utils import tree_unflatten
 
 from ..head.formats import AFFINE, AFFINE_BITS, affine_group
 from ..head.matrix import Matrix
-from ..models.compat.convert import mixed_quant_predicate_builder
-from ..models.compat.utils import dequantize_model, quantize_model
+from ..models.compat.mlx_lm import dequantize_model, mixed_quant_predicate_builder, quantize_model
 from .options import ConvertOptions
 
 DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}

@@ -22,7 +22,7 @@ from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
-from ..models.compat.generate import BatchGenerator
+from ..models.compat.mlx_lm import BatchGenerator
 from ..models.cpu_products import numpy_products
 from ..models.install import installed_head
 from ..models.locate import find_head

@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from ..lossless.generation import batch_generate
 from ..lossless.sampler import make_sampler
 from ..models.compat.evaluate import Adapter, chat_template_fn, module
-from ..models.compat.replaced import replaced
+from ..models.compat.patching import replaced
 from ..models.install import installed_head
 
 DENSE, FLASH_HEAD = "dense", "FlashHead"

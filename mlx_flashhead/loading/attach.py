@@ -13,7 +13,7 @@ from ..conversion.options import IndexOptions
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
 from ..lossless.sequence import random_state
-from ..models.compat.vlm.drafts import drafted_answer, when_drafted
+from ..models.compat.mlx_vlm import drafted_answer, when_drafted
 from ..models.install import get_flash_head, install
 from ..models.libraries import architecture, is_vlm
 from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head

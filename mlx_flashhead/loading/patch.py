@@ -8,8 +8,8 @@ from typing import Any
 
 from ..common.command import sentence
 from ..lossless.generation import lossless_steps
+from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.patched_load import Load, caller_generates, patch_programs
-from ..models.compat.utils import load_tokenizer
 from ..models.fetch import resolve
 from ..publishing.origin import local_origin
 from .attach import attach_head

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 
 from ..common.repositories import redact
 from ..index.files import FILE_NAME
-from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
+from .compat.mlx_lm import DEFAULT_ALLOW_PATTERNS, download
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
-from .compat.vlm.head_weights import keep_from_weights
+from .compat.mlx_vlm import keep_from_weights
 from .libraries import is_vlm
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 

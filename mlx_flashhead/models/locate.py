@@ -12,8 +12,8 @@ import mlx.nn as nn
 
 from ..head.formats import AFFINE
 from ..head.matrix import Matrix
-from .compat.replaced import replaced
-from .compat.vlm.drafts import own_head
+from .compat.mlx_vlm import own_head
+from .compat.patching import replaced
 from .libraries import architecture, check_has_head, check_writes_text, forward, is_vlm
 from .model_errors import UnsupportedHeadError
 

@@ -18,8 +18,8 @@ from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.load import load_draft, load_with_head
 from ..loading.sources import LATER, HeadOptions
-from ..models.compat.cache import KVCache, make_prompt_cache
 from ..models.compat.chat_templates import LimitedEnvironment
+from ..models.compat.mlx_lm import KVCache, make_prompt_cache
 from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.install import get_flash_head

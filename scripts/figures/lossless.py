@@ -27,7 +27,7 @@ from mlx_flashhead.common.command import command
 from mlx_flashhead.common.timing import in_turns
 from mlx_flashhead.evaluation.answers import usual_requests
 from mlx_flashhead.lossless.verify import Check
-from mlx_flashhead.models.compat.sample_utils import make_logits_processors
+from mlx_flashhead.models.compat.mlx_lm import make_logits_processors
 from mlx_flashhead.models.tokenizers import prompt_of
 
 SETTINGS = {

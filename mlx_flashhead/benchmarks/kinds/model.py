@@ -24,8 +24,8 @@ from ...lossless.batch import VerifiedBatchGenerator
 from ...lossless.loop import verified_steps
 from ...lossless.proposals import Proposer
 from ...lossless.sampler import make_sampler
-from ...models.compat import sample_utils
-from ...models.compat.generate import BatchGenerator, generate_step
+from ...models.compat.mlx_lm import sample_utils
+from ...models.compat.mlx_lm import BatchGenerator, generate_step
 from ...models.install import dense_copy, installed_head
 from ..report import Case, add_model_arguments, add_number, add_report_arguments, cells, report
 

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.evaluate import MLXLM, chat_template_fn
 
-from .replaced import replaced
+from .patching import replaced
 
 module = importlib.import_module("mlx_lm.evaluate")
 

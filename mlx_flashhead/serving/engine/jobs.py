@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ...common.time_limit import time_limit
 from ...lossless.sampler import make_sampler
-from ...models.compat.sample_utils import make_logits_processors
+from ...models.compat.mlx_lm import make_logits_processors
 from ...structured.processor import GrammarProcessor
 from ..protocol.api_error import ApiError
 from ..protocol.completions import AnswerText, Token, token_logprobs
