@@ -5,23 +5,21 @@ model, tokenizer = load("folder-or-repository")
 text = generate(model, tokenizer, prompt="…", max_tokens=100)
 """
 
-import sys
-from types import ModuleType
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .common.command import end_at_interrupt
-
-end_at_interrupt()  # before the imports below, which take seconds
-
-from .conversion.pipeline import convert
-from .head.flash_head import FlashHead
-from .index.settings import FlashHeadConfig
-from .loading.attach import attach
-from .loading.load import load, sharded_load
-from .lossless.generation import batch_generate, generate, stream_generate
-from .lossless.sampler import make_sampler
-from .models.install import detach, get_flash_head
-from .structured.processor import grammar_processor
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .conversion.pipeline import convert
+    from .head.flash_head import FlashHead
+    from .index.settings import FlashHeadConfig
+    from .loading.attach import attach
+    from .loading.load import load, sharded_load
+    from .lossless.generation import batch_generate, generate, stream_generate
+    from .lossless.sampler import make_sampler
+    from .models.install import detach, get_flash_head
+    from .structured.processor import grammar_processor
 
 __all__ = [
     "FlashHead",
@@ -40,13 +38,26 @@ __all__ = [
     "stream_generate",
 ]
 
+# Imported at first use: mlx-lm takes a second, which `--help` and `--version` do without.
+_MODULES = {
+    "conversion.pipeline": ("convert",),
+    "head.flash_head": ("FlashHead",),
+    "index.settings": ("FlashHeadConfig",),
+    "loading.attach": ("attach",),
+    "loading.load": ("load", "sharded_load"),
+    "lossless.generation": ("batch_generate", "generate", "stream_generate"),
+    "lossless.sampler": ("make_sampler",),
+    "models.install": ("detach", "get_flash_head"),
+    "structured.processor": ("grammar_processor",),
+}
 
-class _Package(ModuleType):
-    """Keeps ``generate`` and ``convert`` when the commands' modules of these names are imported."""
 
-    def __setattr__(self, name, value):
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

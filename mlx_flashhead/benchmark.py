@@ -1,19 +1,21 @@
-"""Measures the speed of a head, a model or servers, or estimates it for an Apple chip."""
+"""Measures the speed of a head, a model or servers."""
 
-from .benchmarks.kinds import estimate, head, mac, model, server
+from .benchmarks import head_benchmark, model_benchmark, server_benchmark
 from .common.arguments import Parser
 from .common.command import command, from_extra
 
+BENCHMARKS = {"head": head_benchmark, "model": model_benchmark, "server": server_benchmark}
+
 
 def make_parser() -> Parser:
-    """The command's arguments: a subcommand for each kind."""
+    """The command's arguments: a subcommand for each benchmark."""
     parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
-    for kind in (estimate, head, mac, model, server):
-        name, text = kind.__name__.rpartition(".")[2], kind.__doc__ or ""
-        of_kind = commands.add_parser(name, help=text.partition("\n")[0], description=text)
-        kind.add_arguments(of_kind)
-        of_kind.set_defaults(run=kind.run)
+    for name, benchmark in BENCHMARKS.items():
+        text = benchmark.__doc__ or ""
+        subparser = commands.add_parser(name, help=text.partition("\n")[0], description=text)
+        benchmark.add_arguments(subparser)
+        subparser.set_defaults(run=benchmark.run)
     return parser
 
 

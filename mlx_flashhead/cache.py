@@ -100,13 +100,7 @@ def _speeds(entry: Entry) -> str:
 
 
 def _speed(tuning: Tuning) -> str:
-    how = ["dense"]
-    if not tuning.dense:
-        check = f"check at {tuning.most_waiting} or risk {tuning.most_risk:.2g}"
-        how = [f"{tuning.n_probes:,} probes", check]
-        if tuning.checked_positions is not None:
-            how.append(f"up to {tuning.checked_positions} texts")
-    return f"{tuning.gain:.2f} x ({', '.join(how)})"
+    return f"{tuning.gain:.2f} x{', dense' if tuning.dense else ''}"
 
 
 def _rebuild(kept: list[Entry], name: str, trust_remote_code: bool) -> None:

@@ -1,38 +1,24 @@
-"""Talks with a FlashHead model: the flags of ``mlx_lm.chat`` and three more."""
+"""Chats with a model and its FlashHead: the flags of ``mlx_lm.chat`` and some more."""
 
-import mlx.core as mx
+from argparse import Namespace
 
-from .chatting.conversation import Conversation, kept_file, last_conversation
-from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
-from .common.arguments import adopt
+from .common.arguments import Parser
 from .common.command import command
+from .common.generation_flags import add_answer_flags, add_model_flags, check_before_loading
 from .common.head_flags import add_answering_options, add_probes_option
-from .common.terminal import Terminal
-from .loading.background import IdleBuild, background_build
-from .loading.load import load_with_head
-from .loading.sources import LATER, HeadOptions
-from .lossless.sampler import make_sampler
-from .models.compat.mlx_lm import chat_parser
-from .models.fetch import resolve
-from .models.install import get_flash_head
-from .publishing.origin import local_origin
 
 
-def make_parser():
-    """mlx-lm's parser, extended."""
-    parser = adopt(
-        chat_parser(),
-        "mlx_flashhead.chat",
-        "ChatSession with a model and its FlashHead.",
-        {"model": "Folder or Hugging Face repository of any model that mlx-lm loads."},
-    )
-    parser.set_defaults(model=None)
+def make_parser() -> Parser:
+    """The command's arguments."""
+    parser = Parser(prog="mlx_flashhead.chat", description="Chat with a model and its FlashHead.")
+    add_model_flags(parser)
+    add_answer_flags(parser, max_tokens=256, seed=0)
     resume = "Continue the last conversation at a terminal."
     parser.add_argument("--resume", action="store_true", help=resume)
     group = parser.add_argument_group("FlashHead")
     add_probes_option(group)
     add_answering_options(group)
-    dense = "Begin with every token scored: the dense model."
+    dense = "Begin with the normal (dense) head."
     group.add_argument("--dense", action="store_true", help=dense)
     return parser
 
@@ -43,6 +29,27 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     _check_arguments(parser, args)
+    check_before_loading(args)
+    _chat(args)
+
+
+def _chat(args: Namespace) -> None:
+    # mlx-lm takes a second to import, which mistakes and --help do without
+    import mlx.core as mx
+
+    from .chatting.conversation import Conversation, kept_file, last_conversation
+    from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
+    from .common.terminal import Terminal
+    from .loading.background import IdleBuild, background_build
+    from .loading.load import load_with_head
+    from .loading.sources import LATER, HeadOptions
+    from .lossless.sampler import make_sampler
+    from .models.fetch import resolve
+    from .models.install import get_flash_head
+    from .publishing.origin import local_origin
+
+    if mx.distributed.init().size() > 1:
+        raise ValueError("A chat runs in one process: use mlx_lm.chat on several machines.")
     resumed = last_conversation() if args.resume else None
     how = HeadOptions.from_flags(args, dense=args.dense)
     folder = resolve(args.model)
@@ -53,7 +60,7 @@ def main() -> None:
         tokenizer_config={"trust_remote_code": args.trust_remote_code},
         trust_remote_code=args.trust_remote_code,
     )
-    if args.n_probes is not None and args.dense and get_flash_head(model) is None:
+    if args.n_probes and (args.dense or args.no_build) and get_flash_head(model) is None:
         raise ValueError(NO_FLASH_HEAD)
     mx.random.seed(args.seed)
     conversation = Conversation(
@@ -68,11 +75,16 @@ def main() -> None:
         "sampler": make_sampler(
             args.temp,
             args.top_p,
+            args.min_p,
+            args.min_tokens_to_keep,
+            top_k=args.top_k,
             xtc_probability=args.xtc_probability,
             xtc_threshold=args.xtc_threshold,
             xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
         ),
     }
+    if args.max_wait is not None:
+        options["max_wait"] = args.max_wait
     terminal = Terminal([*COMMANDS], WITH_FILES, kept_file("history"))
     idle = None
     if how.missing == LATER:
@@ -85,14 +97,14 @@ def main() -> None:
             idle.close()
 
 
-def _check_arguments(parser, args) -> None:
+def _check_arguments(parser: Parser, args: Namespace) -> None:
     if not args.model:
-        parser.error("--model is needed: a folder or a repository of a model")
+        parser.error("--model is needed: give a folder or a repository of a model")
     if args.resume and args.system_prompt is not None:
-        own = "--resume continues a conversation that has its own system prompt"
-        parser.error(f"{own}: leave --system-prompt out")
-    if args.pipeline or mx.distributed.init().size() > 1:
-        parser.error("a FlashHead model runs in one process: use mlx_lm.chat on several machines")
+        reason = "--resume continues a conversation that has its own system prompt"
+        parser.error(f"{reason}: leave --system-prompt out")
+    if args.dense and args.no_verify:
+        parser.error("--dense uses no FlashHead: leave --no-verify out")
 
 
 if __name__ == "__main__":

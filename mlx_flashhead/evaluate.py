@@ -1,4 +1,4 @@
-"""Measures how close a FlashHead comes to the dense head of its model."""
+"""Measures how close an unverified FlashHead comes to the dense head of its model."""
 
 import json
 from pathlib import Path
@@ -6,22 +6,20 @@ from pathlib import Path
 from .common.arguments import Parser
 from .common.command import check_writable, command, from_extra
 from .common.head_flags import add_source_options
-from .evaluation import answers, tasks, text
-
-MODEL = "Folder or Hugging Face repository of any model that mlx-lm loads."
+from .evaluation import agreement
 
 
 def make_parser() -> Parser:
-    """The command's arguments: a subcommand for each way to measure."""
+    """The command's arguments."""
     parser = Parser(prog="mlx_flashhead.evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    for name, way in {"text": text, "answers": answers, "tasks": tasks}.items():
-        of_way = commands.add_parser(name, help=way.HELP, description=way.DESCRIPTION)
-        of_way.set_defaults(run=way.run)
-        of_way.add_argument("--model", required=True, help=MODEL)
-        add_source_options(of_way)
-        of_way.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
-        way.add_arguments(of_way)
+    text = commands.add_parser("text", help="measure on a text", description=agreement.DESCRIPTION)
+    text.add_argument(
+        "--model", required=True, help="Folder or repository of any model that mlx-lm loads."
+    )
+    add_source_options(text)
+    agreement.add_arguments(text)
+    text.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
     return parser
 
 
@@ -32,8 +30,8 @@ def main() -> None:
     from_extra("rich", "report", "mlx_flashhead.evaluate")  # before long work
     if args.json:
         check_writable("--json", args.json)
-    figures = args.run(args)
-    if args.json and figures is not None:
+    figures = agreement.run(args)
+    if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 

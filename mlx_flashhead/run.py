@@ -3,17 +3,19 @@
 import importlib.util
 import os
 import runpy
+import shlex
 import shutil
 import sys
 import warnings
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from .common.arguments import Parser
-from .common.command import sentence
+from .common.command import command
 from .common.head_flags import add_head_options
-from .loading.patch import patch_load, patch_new_processes
-from .loading.sources import HeadOptions
+
+LIBRARIES = ("mlx_lm", "mlx_vlm")
 
 
 def make_parser() -> Parser:
@@ -21,65 +23,119 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="mlx_flashhead.run",
         description="Run another program with a FlashHead under its mlx_lm.load or mlx_vlm.load. "
-        "Without one, the program runs dense, with one warning.",
+        "Programs that it starts have it, too.",
         usage="mlx_flashhead.run [options] (-m MODULE | PROGRAM) [its arguments]",
     )
     add_head_options(parser)
+    parser.add_argument(
+        "--hook",
+        action="store_true",
+        help="Print the variables with which any Python process has a FlashHead, such as a "
+        "service's or an app's.",
+    )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="A module, as python -m does.")
     parser.add_argument(
         "program",
         nargs="?",
         metavar="PROGRAM",
-        help="A Python file, or the name of an installed Python program.",
+        help="A Python file, an installed program, or a program of mlx-lm such as mlx_lm.server.",
     )
     return parser
 
 
 def main() -> None:
     """Entry point of ``mlx_flashhead.run``."""
+    args, rest = _prepare()
+    if args.hook:
+        return
+    if args.module is not None:
+        _run_module(args.module, rest)
+    else:
+        _run_program(args.program, rest)
+
+
+@command
+def _prepare() -> tuple[Namespace, list[str]]:
+    """Reads the arguments and patches the loads. What comes after is the program's own."""
     parser = make_parser()
-    words = _own_part(sys.argv[1:])
+    words = _split(parser, sys.argv[1:])
     args, rest = parser.parse_args(words), sys.argv[1 + len(words) :]
-    if args.module is None and args.program is None:
-        parser.error("-m MODULE or a program is needed, such as -m mlx_lm.server")
-    script = None if args.module is not None else _script(parser, args.program)
-    try:
-        options = HeadOptions.from_flags(args)
-        patch_load(options)
-        patch_new_processes(options)
-    except (ValueError, OSError) as error:
-        parser.error(sentence(error))
-    if script is None:
+    if args.program and args.program.split(".")[0] in LIBRARIES and not Path(args.program).exists():
+        args.module, args.program = args.program, None
+    if not (args.hook or args.module or args.program):
+        parser.error("a program is needed, such as mlx_lm.server or -m MODULE")
+    if args.program:
+        args.program = _find(parser, args.program)
+    from .loading.patch import environment, patch_load
+    from .loading.sources import HeadOptions
+
+    options = HeadOptions.from_flags(args)
+    variables = environment(options)
+    if args.hook:
+        for name, value in variables.items():
+            print(f"export {name}={shlex.quote(value)}")
+        return args, rest
+    patch_load(options)
+    os.environ.update(variables)
+    if args.module:
         sys.path[0] = os.getcwd()  # as python -m does
         if not _can_run(args.module):
-            parser.error(f"there is no module {args.module} that can be run: check -m")
-        sys.argv[1:] = rest
-        with warnings.catch_warnings():
-            # mlx_lm has imported some of its programs
-            warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
-            imported: Any = sys.modules.get(args.module)
-            # from here on errors are the program's own
-            if args.module.startswith("mlx_lm.") and hasattr(imported, "main"):
-                imported.main()  # runpy would make a second module, with loops of its own
-            else:
-                runpy.run_module(args.module, run_name="__main__", alter_sys=True)
-    else:
-        sys.argv[:] = [str(script), *rest]
-        sys.path[0] = str(script.parent)
-        runpy.run_path(str(script), run_name="__main__")
+            parser.error(f"there is no module {args.module} that can be run: check the name")
+    return args, rest
 
 
-def _own_part(words: list[str]) -> list[str]:
+def _split(parser: Parser, words: list[str]) -> list[str]:
     """The words up to the program's name. All later words are the program's."""
+    with_value = {
+        word for action in parser._actions if action.nargs is None for word in action.option_strings
+    }
     i = 0
     while i < len(words):
         if words[i] == "-m":
             return words[: i + 2]
         if not words[i].startswith("-"):
             return words[: i + 1]
-        takes_value = words[i] in ("--n-probes", "--flash-head")
-        i += 2 if takes_value else 1
+        i += 2 if words[i] in with_value else 1
     return words
+
+
+def _run_module(name: str, arguments: list[str]) -> None:
+    sys.argv[1:] = arguments
+    with warnings.catch_warnings():
+        # mlx_lm has imported some of its programs
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+        imported: Any = sys.modules.get(name)
+        if name.startswith("mlx_lm.") and hasattr(imported, "main"):
+            sys.argv[0] = name
+            imported.main()  # runpy would make a second module, with loops of its own
+        else:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _run_program(file: Path, arguments: list[str]) -> None:
+    if not _is_python(file):
+        os.execv(file, [str(file), *arguments])
+    sys.argv[:] = [str(file), *arguments]
+    sys.path[0] = str(file.parent)
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def _is_python(file: Path) -> bool:
+    """Whether this Python can run a file. Any other program starts as a process of its own, whose
+    Python reads the variables."""
+    if file.suffix == ".py":
+        return True
+    with file.open("rb") as opened:
+        first = opened.readline(500).decode(errors="replace").split()
+    if not first or not first[0].startswith("#!"):
+        return False
+    interpreter = Path(first[0].removeprefix("#!"))
+    if interpreter.name == "env":
+        return len(first) > 1 and first[1].startswith("python")
+    return interpreter.name.startswith("python") and interpreter.parent in (
+        Path(sys.executable).parent,
+        Path(sys.prefix) / "bin",
+    )
 
 
 def _can_run(module: str) -> bool:
@@ -95,16 +151,14 @@ def _can_run(module: str) -> bool:
     return spec is not None
 
 
-def _script(parser: Parser, name: str) -> Path:
+def _find(parser: Parser, name: str) -> Path:
+    """The file of a program: a path, or a name beside this Python, or one on PATH."""
     file = Path(name).expanduser()
     if file.is_file():
         return file.resolve()
-    installed = shutil.which(name)
+    installed = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if installed is None:
-        parser.error(f"there is no file and no program {name}")
-    with open(installed, "rb") as opened:
-        if b"python" not in opened.readline():
-            parser.error(f"{installed} is not a Python program")
+        parser.error(f"there is no file and no program {name}: check the name")
     return Path(installed)
 
 

@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mlx_flashhead.benchmarks.kinds.head import random_head
-from mlx_flashhead.benchmarks.shapes import CLUSTER_SIZE
+from mlx_flashhead.benchmarks.head_benchmark import CLUSTER_SIZE, random_head
 from mlx_flashhead.common.tables import new_table, show
 from mlx_flashhead.head.kernels import MetalSteps
 

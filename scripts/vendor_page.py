@@ -33,7 +33,7 @@ def fetch(name: str, version: str) -> bytes:
     """The package of a version, as npm has it."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["npm", "pack", "--silent", f"{name}@{version}", "--pack-destination", folder]
-        subprocess.run(command, verify=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         (path,) = Path(folder).glob("*.tgz")
         return path.read_bytes()
 

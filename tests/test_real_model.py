@@ -12,7 +12,7 @@ from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import raw_means
 from mlx_flashhead.conversion.measures import measure_positions
 from mlx_flashhead.conversion.steps import take_all
-from mlx_flashhead.evaluation.text import evaluate
+from mlx_flashhead.evaluation.agreement import evaluate
 from mlx_flashhead.models.locate import find_head
 
 pytestmark = pytest.mark.real

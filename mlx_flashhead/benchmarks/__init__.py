@@ -1,1 +1,1 @@
-"""Speed, measured or estimated: each kind of benchmark is a file in `kinds`."""
+"""What `mlx_flashhead.benchmark` times: a head, a model, servers. Each is a file."""

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from ..common.new_folder import new_file
 from ..lossless.generation import stream_generate
 from ..models.compat.mlx_lm import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from ..models.templates import apply_template
 
 LENGTH, STOPPED = "length", "stopped"
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -177,12 +178,8 @@ class Conversation:
                 self.answers.append(answer)
 
     def _tokens(self, messages: list[Message]) -> list[int]:
-        try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-        except Exception as error:  # templates and their engine raise any type
-            reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-            refusal = "The model's chat template does not take this conversation"
-            raise ValueError(f"{refusal} ({reason}).") from error
+        text = apply_template(self.tokenizer, messages, add_generation_prompt=True)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 
 def _checked(messages: object) -> list[Message]:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -16,7 +15,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with exit code 2."""
-        self.exit(2, f"error: {_sentence(message)}\n")
+        message = message.removeprefix("argument ").replace(": it is ", " is ", 1)
+        self.exit(2, f"error: {message.rstrip('.')}.\n")
 
 
 def adopt(
@@ -120,32 +120,6 @@ def check(name: str, value: Any, type: Type) -> None:
         type(value)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"`{name}` {str(error).removeprefix('it ')}.") from None
-
-
-# What argparse says, in the words of this package.
-_ARGUMENT = r"argument (?:\S+?/)??(--[\w-]+|-?\w+): "
-_SENTENCES = (
-    (_ARGUMENT + r"it (.*)", r"\1 \2"),
-    (_ARGUMENT + r"invalid choice: (.*) \(choose from (.*)\)", r"\1 is \2: choose \3"),
-    (_ARGUMENT + r"expected (.*)", r"\1 needs \2"),
-    (_ARGUMENT + r"(.*)", r"\1: \2"),
-    (r"the following arguments are required: ([^,]*)", r"\1 is needed"),
-    (r"the following arguments are required: (.*)", r"\1 are needed"),
-    (r"one of the arguments (.*) is required", r"give one of \1"),
-    (r"unrecognized arguments: (.*)", r"there is no option \1: --help lists them"),
-)
-
-
-def _sentence(message: str) -> str:
-    """argparse's message as a sentence of this package."""
-    message = re.sub(r"(--[\w-]+)(/-\w)+\b", r"\1", message)  # long names alone
-    for pattern, sentence in _SENTENCES:
-        if match := re.fullmatch(pattern, message, re.DOTALL):
-            message = match.expand(sentence)
-            if "invalid choice" in pattern:
-                message = message.replace("'", "")
-            break
-    return f"{message.rstrip('.')}."
 
 
 share = number(0, 1)

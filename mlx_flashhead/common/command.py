@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -24,7 +25,7 @@ _FLAGS = {"pipeline_group": "pipeline"}  # whose names differ
 UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
-def command(main: Callable[..., None]) -> Callable[..., None]:
+def command(main: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a command's ``main``: mistakes end with a sentence on stderr, never a traceback."""
 
     @functools.wraps(main)
@@ -32,10 +33,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         for number in (signal.SIGTERM, signal.SIGHUP):  # it cleans up after itself then, too
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores some on purpose
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by end_at_interrupt
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            main(*args, **kwargs)
+            return main(*args, **kwargs)
         except KeyboardInterrupt:
             print("\nInterrupted.", file=sys.stderr)
             sys.exit(130)
@@ -77,19 +76,6 @@ def ending_soon() -> Iterator[None]:
         ended.set()
         signal.set_wakeup_fd(before)
         writer.close()
-
-
-def end_at_interrupt() -> None:
-    """Lets Ctrl-C end the process without a traceback until the command begins.
-
-    The imports take seconds. Does nothing in a program that is not one of the commands.
-    """
-    name = "mlx_flashhead"
-    started = Path(sys.argv[0]).name if sys.argv else ""
-    as_module = started == "-m" and any(word.startswith(name) for word in sys.orig_argv)
-    by_python = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if (started.startswith(name) or as_module) and by_python:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check_writable(option: str, path: str) -> None:

@@ -1,5 +1,1 @@
-"""How close FlashHead comes to the dense head: each way to measure is a file.
-
-A way has ``HELP``, ``DESCRIPTION``, ``add_arguments(parser)`` and ``run(args)``, which returns
-figures that are JSON-ready.
-"""
+"""How close an unverified FlashHead comes to the dense head."""

@@ -268,6 +268,16 @@ class FlashHead:
         probes, logits = selection.probes[:, :n_probes], candidates.logits[:, :n_probes]
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
+    def joined(self, proposals, rows, tokens):
+        from .tmp_screen import joined
+
+        return joined(proposals, rows, tokens)
+
+    def certain(self, slots, proposal, draws, room, scored, epsilon):
+        from .tmp_screen import certain
+
+        return certain(self, slots, proposal, draws, room, scored, epsilon)
+
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
         """The scored tokens: hidden (..., D) → ids (..., p·cluster_size) uint32 and logits of the
         same shape. A padded slot has the id V and the dtype's lowest finite value."""

@@ -12,6 +12,7 @@ from ..conversion.drafted_states import ANSWER_TOKENS, builtin_requests, drafted
 from ..conversion.options import IndexOptions
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
+from ..lossless.policy import policy_of
 from ..lossless.sequence import random_state
 from ..models.compat.mlx_vlm import drafted_answer, when_drafted
 from ..models.install import get_flash_head, install
@@ -142,7 +143,9 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
             with random_state(mx.random.key(0)):
                 stored = finish(steps, options)
         if stored is not None:
-            install_stored(drafter, stored, options, location).only_drafts = True
+            head = install_stored(drafter, stored, options, location)
+            head.serve_drafts(options.n_probes or stored.index.config.draft_probes)
+            policy_of(head).drafts_only = True
     except Exception as error:  # whatever it is, the drafter goes on with its own head
         options.say(f"The drafter has no FlashHead: {error}")
     finally:
@@ -165,23 +168,23 @@ def install_stored(
     near = index.check_fit(location.rows(), stored.source)
     if near is not None:
         options.say(near)
-    config, n_probes, verified = index.config, options.n_probes, None
+    config, n_probes, unverified = index.config, options.n_probes, None
     if n_probes is None and options.drafts:
         n_probes = config.draft_probes
     elif n_probes is None:
-        n_probes, verified = config.unverified_probes, config.n_probes
+        n_probes, unverified = config.n_probes, config.unverified_probes
     head = install(
         model,
         index.token_ids,
         index.centroids,
         n_probes=n_probes,
-        checked_probes=verified,
+        unverified_probes=unverified,
         risk=Risk.of_settings(config.verification),
         eos_token_ids=config.eos_token_ids,
         backend=options.backend,
         location=location,
     )
-    head.draft_probes = options.n_probes or config.draft_probes
+    policy_of(head).draft_probes = options.n_probes or config.draft_probes
     for step, _ in enumerate(tune_head(model, index, options)):
         if step == 0:  # there is more to come
             options.say(MEASURING)

@@ -1,19 +1,24 @@
 """A FlashHead under the loads of mlx-lm and mlx-vlm, for programs that do not know it."""
 
-import multiprocessing
+import json
+import os
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from ..common.command import sentence
-from ..lossless.generation import lossless_steps
+from ..lossless.generation import verified_loop
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.patched_load import Load, caller_generates, patch_programs
 from ..models.fetch import resolve
 from ..publishing.origin import local_origin
 from .attach import attach_head
 from .sources import HeadOptions, bundled_head, explicit_head
+
+VARIABLE = "MLX_FLASHHEAD_RUN"  # read by hook/sitecustomize.py
 
 
 def patch_load(options: HeadOptions) -> None:
@@ -76,24 +81,25 @@ def patch_load(options: HeadOptions) -> None:
     patch_programs(wrap, wrap_model, _with_check)
 
 
-class _InNewProcesses:
-    """Patches the loads in a spawned process, as soon as it is unpickled there."""
+def environment(options: HeadOptions) -> dict[str, str]:
+    """The variables with which a new Python process patches its loads, by `hook/sitecustomize`."""
+    default = asdict(HeadOptions())
+    values = {name: value for name, value in asdict(options).items() if value != default[name]}
+    for name in {"flash_head", "fine_head"} & {*values}:
+        if isinstance(values[name], str | Path) and Path(values[name]).exists():
+            values[name] = str(Path(values[name]).resolve())  # the process may start elsewhere
+    hook = str(Path(__file__).parents[1] / "hook")
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = [hook, *(path for path in paths if path != hook)]
+    return {"PYTHONPATH": os.pathsep.join(paths), VARIABLE: json.dumps(values)}
 
-    def __init__(self, options: HeadOptions):
-        self._options = options
 
-    def __setstate__(self, state: dict[str, HeadOptions]) -> None:
-        vars(self).update(state)  # for its own processes
-        patch_load(self._options)
-
-
-def patch_new_processes(options: HeadOptions) -> None:
-    """From now on :func:`patch_load` is called in each process that multiprocessing spawns.
-
-    A process is given the settings of the one that starts it, before the function that it runs.
-    """
-    process: Any = multiprocessing.current_process()
-    process._config["mlx_flashhead"] = _InNewProcesses(options)
+def patch_from_environment() -> None:
+    """`patch_load` with the options in the environment; a mistake in them is one warning."""
+    try:
+        patch_load(HeadOptions(**json.loads(os.environ[VARIABLE])))
+    except (ValueError, TypeError, OSError) as error:
+        print(f"Without FlashHead: {sentence(error)}", file=sys.stderr)
 
 
 def _with_check(original: Load) -> Load:
@@ -101,7 +107,7 @@ def _with_check(original: Load) -> Load:
 
     @wraps(original)
     def steps(prompt: Any, model: Any, *arguments: Any, **options: Any) -> Any:
-        loop = lossless_steps(model, original.__name__) or original
+        loop = verified_loop(model, original.__name__) or original
         return loop(prompt, model, *arguments, **options)
 
     return steps

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Generator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import mlx.nn as nn
 from ..common.new_folder import new_file
 from ..head.flash_head import FlashHead
 from ..index.files import FlashHeadIndex
-from ..lossless.tuning import LEAST_GAIN, Tuning, tune
+from ..lossless.policy import policy_of
+from ..lossless.tuning import LEAST_GAIN, Tuning, is_busy, tune
 from ..models.install import hidden_dtype, installed_head
 from . import head_cache as cache
 from .sources import HeadOptions
@@ -41,10 +42,8 @@ def tune_head(
     place, key = cache.speeds_of(index.config.fingerprint), _machine(head, model)
     known = read(place)
     tuning = known.get(key)
-    if tuning is None or tuning.again:
-        measured = yield from tune(model, index.config.verification.get("by_probes", ()))
-        again = measured.again and tuning is None  # one repetition, and no more
-        tuning = replace(measured, again=again)
+    if tuning is None or (tuning.provisional and not is_busy()):
+        tuning = yield from tune(model, index.config.verification.get("by_probes", ()))
         _write(place, known | {key: tuning})
         if tuning.dense and not options.always:
             options.say(
@@ -54,7 +53,7 @@ def tune_head(
             )
     tuning.apply(head)
     if options.always:
-        head.stays_dense = False
+        policy_of(head).dense = False
     return tuning
 
 

@@ -70,6 +70,11 @@ class PendingToken:
     def dense(self) -> bool:
         return self.proposal is None
 
+    @property
+    def state_before(self) -> mx.array | None:
+        """MLX's random state before the draw, where the sampler uses it."""
+        return None if self.random_state is None else self.random_state[0]
+
     def read(self, token: int) -> None:
         """Notes the token, which has been computed."""
         self.token = token

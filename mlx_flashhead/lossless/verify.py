@@ -315,7 +315,7 @@ class Verification:
         chosen = []
         for sequence, pending, index in doubtful:
             logits = self._proposer.dense_row(_hidden_of(pending))
-            with random_state(None if pending.random_state is None else pending.random_state[0]):
+            with random_state(pending.state_before):
                 chosen.append(sequence.choose(logits, index))
         mx.eval([token for token, _ in chosen])
         for (_, pending, _), (token, logprobs) in zip(doubtful, chosen, strict=True):

@@ -8,7 +8,6 @@ from threading import BoundedSemaphore
 from typing import Any
 from urllib.parse import unquote
 
-from ..common.time_limit import time_limit
 from .engine.engine import Engine
 from .engine.jobs import Job, Progress, Token, jobs_of
 from .network.connections import LimitedServer
@@ -24,7 +23,6 @@ TEXT_PATHS = ("/v1/completions",)
 # How often a waiting client's connection is checked.
 _LOOK_SECONDS = 0.25
 _PREPARED_AT_ONCE = 8
-READ_SECONDS = 5.0
 
 
 class ApiServer(LimitedServer):
@@ -64,16 +62,12 @@ class ApiHandler(GuardedHandler):
         if path not in CHAT_PATHS + TEXT_PATHS:
             places = ", ".join(TEXT_PATHS + CHAT_PATHS)
             raise ApiError(f"There is nothing at {path[:200]}: post to {places}.", status=404)
-        limit = f"within {READ_SECONDS:g} seconds"
-        remedy = "simplify its response_format or grammar"
-        too_slow = ApiError(f"The request could not be read {limit}: {remedy}.")
         with server.answering(self.connection, self.client_address[0]):
             body = self.read_body()
             with server.preparing:
-                with time_limit(READ_SECONDS, too_slow):
-                    request = read_request(
-                        _parsed(body), chat=chat, models=server.models, defaults=server.flags
-                    )
+                request = read_request(
+                    _parsed(body), chat=chat, models=server.models, defaults=server.flags
+                )
                 jobs = jobs_of(request)
             del body
             server.engine.submit(jobs)

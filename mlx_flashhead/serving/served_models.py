@@ -1,36 +1,32 @@
 """The models that are served: loaded at the start, known to clients by their names."""
 
 import logging
-import re
 from argparse import Namespace
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import mlx.core as mx
 import mlx.nn as nn
-from jinja2 import meta
 
 from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.load import load_draft, load_with_head
 from ..loading.sources import LATER, HeadOptions
-from ..models.compat.chat_templates import LimitedEnvironment
+from ..lossless.policy import decoding_mode
 from ..models.compat.mlx_lm import KVCache, make_prompt_cache
 from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.model_errors import UnsupportedHeadError
+from ..models.templates import template_variables
 from ..models.tokenizers import context_of
 from ..publishing.origin import local_origin
 
 # Variables that the server gives a template.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
 _GIVEN |= {"strftime_now", "raise_exception"}
-_GENERATION_TAG = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +54,12 @@ class ServedModel:
         # reads a shape, so nothing is computed
         self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
         self.template_settings = template_settings(self.tokenizer)
-        self.longest_token = max(map(len, self.tokenizer.get_vocab()))  # characters
 
     @property
     def head_in_use(self) -> str:
         """The head that answers: "FlashHead", or "dense" and why."""
         if self.head is not None and not self.dense:
-            return "dense: FlashHead is no faster here" if self.head.stays_dense else "FlashHead"
+            return decoding_mode(self.model, verify=self.verify)
         return "dense: FlashHead is being built" if self.build is not None else "dense"
 
     @property
@@ -86,15 +81,9 @@ def load_models(args: Namespace) -> list[ServedModel]:
 
 def template_settings(tokenizer: Any) -> frozenset[str]:
     """Variables of a chat template that the server does not give, as far as it is Jinja's."""
-    own = {"enable_thinking"} if tokenizer.has_thinking else set()  # mlx-lm's name for it
-    template = tokenizer.chat_template
-    if isinstance(template, str):
-        # a plain environment would compute constants
-        environment = LimitedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-        with suppress(jinja2.TemplateError):
-            tree = environment.parse(_GENERATION_TAG.sub("", template))
-            own |= meta.find_undeclared_variables(tree)
-    return frozenset(own - _GIVEN - set(tokenizer.special_tokens_map))
+    names = template_variables(tokenizer) - _GIVEN - set(tokenizer.special_tokens_map)
+    # mlx-lm's name for it
+    return names | {"enable_thinking"} if tokenizer.has_thinking else names
 
 
 def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bool) -> ServedModel:

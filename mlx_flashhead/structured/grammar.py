@@ -3,26 +3,31 @@
 llguidance reads them. It refuses unsupported parts, so none is ignored silently.
 """
 
+import argparse
 import json
 import re
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..common.command import from_extra
+from ..common.guarded import Guard, GuardError
 
 # Between the tokens of JSON: nothing, a space, or a new line with an indentation. The limit keeps
 # small models from endless spaces.
 _JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
 # The character 0 and its spellings. mlx-lm's detokenizers write it as another one.
 _ZERO = re.compile(r"\x00|\\(x00|u0000|U00000000|[xuU]\{0+\})")
-# Schemas that the search for the place of an error compiles, each of which may take milliseconds.
-MAX_COMPILED = 100
+# Rules of a grammar and references of a schema. llguidance calls itself for each of a chain.
+MAX_RULES = 1000
+_RULE = re.compile(r'^[ \t]*[?!]?\w+[^\n:"/]*:|"\$ref"', re.MULTILINE)
+_GUARD = Guard(Path(__file__).with_name("grammar_check.py"))
 
 
 class GrammarError(ValueError):
-    """A wrong schema, expression or grammar; the message names the place."""
+    """A wrong schema, expression or grammar; the message says what is wrong in it."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,16 @@ class Grammar:
         if schema is False:
             raise GrammarError("The JSON schema is false, which no text fits: give an object.")
         schema = {} if schema is True else schema
-        place = ""
+        compile_json = llguidance().LLMatcher.grammar_from_json_schema
         try:
-            compiled, problem = _compile_schema(schema)
-            if problem:
-                place, problem = _place(schema, problem)
+            compiled = compile_json(json.dumps(schema), defaults=_JSON_OPTIONS)
+            problem = _problem(compiled)
         except RecursionError:
             problem = "it is nested too deeply"
+        except ValueError as error:
+            problem = str(error)
         if problem:
-            raise GrammarError(f"The JSON schema is wrong at {place or 'its top'}: {problem}.")
+            raise GrammarError(f"The JSON schema is wrong: {_sentence(problem)}.")
         return cls("JSON schema", compiled)
 
     @classmethod
@@ -94,50 +100,52 @@ class Grammar:
         return cls("grammar", compiled)
 
 
+def add_grammar_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--json-schema``, ``--regex`` and ``--grammar``, which exclude each other."""
+    group = parser.add_argument_group("structured output").add_mutually_exclusive_group()
+    group.add_argument(
+        "--json-schema", metavar="FILE", help="Write JSON that the JSON schema in this file allows."
+    )
+    group.add_argument("--regex", help="Write text that this regular expression matches.")
+    group.add_argument(
+        "--grammar", metavar="FILE", help="Write text that the Lark grammar in this file allows."
+    )
+
+
+def grammar_of(args: argparse.Namespace) -> Grammar | None:
+    """The description of the text, if it is right; None without any of the options."""
+    try:
+        if args.json_schema is not None:
+            return Grammar.from_json_schema(_json(args.json_schema))
+        if args.regex is not None:
+            return Grammar.from_regex(args.regex)
+        if args.grammar is not None:
+            return Grammar.from_lark(_text("--grammar", args.grammar))
+    except GrammarError as error:
+        path = args.json_schema or args.grammar
+        raise GrammarError(f"{path}: {error}" if path else str(error)) from None
+    return None
+
+
 def llguidance(submodule: str = "") -> ModuleType:
     """llguidance or one of its modules; a ValueError that names its extra if it is absent."""
     name = f"llguidance.{submodule}" if submodule else "llguidance"
     return from_extra(name, "structured", "Structured output")
 
 
+@lru_cache(64)
 def _problem(compiled: str) -> str:
-    """llguidance's objection to a grammar; empty if there is none."""
-    is_error, messages = llguidance().LLMatcher.validate_grammar_with_warnings(compiled)
-    return messages[0] if is_error else ""
-
-
-def _compile_schema(schema: dict) -> tuple[str, str]:
-    """llguidance's form of the schema, and its objection."""
-    compile_json = llguidance().LLMatcher.grammar_from_json_schema
+    """llguidance's objection to a grammar; empty if there is none. A helper process asks it, since
+    some grammars take all of a stack, or of the memory."""
+    llguidance()
+    n_rules = sum(1 for _ in _RULE.finditer(compiled))
+    if n_rules > MAX_RULES:
+        most = f"at most {MAX_RULES:,} are followed: simplify it"
+        return f"it has {n_rules:,} rules and references, and {most}"
     try:
-        compiled = compile_json(json.dumps(schema), defaults=_JSON_OPTIONS)
-    except ValueError as error:
-        return "", str(error)
-    return compiled, _problem(compiled)
-
-
-def _place(schema: dict, problem: str) -> tuple[str, str]:
-    """The place of the problem in the schema, as a JSON pointer, and the problem as a sentence.
-
-    llguidance does not give the place. A part of the schema is the cause if the problem is gone
-    without it. The search goes on within that part, and ends after MAX_COMPILED schemas.
-    """
-    root = json.loads(json.dumps(schema))
-    place, here, left = "", root, MAX_COMPILED
-    while True:
-        items = [*(here.items() if isinstance(here, dict) else enumerate(here))]
-        parts = [(key, part) for key, part in items if isinstance(part, dict | list)]
-        for key, part in islice(parts, left):
-            left -= 1
-            here[key] = True
-            gone = _compile_schema(root)[1] != problem
-            here[key] = part
-            if gone:
-                place += "/" + str(key).replace("~", "~0").replace("/", "~1")
-                here = part
-                break
-        else:
-            return place, _sentence(problem)
+        return _GUARD.call(compiled)
+    except (GuardError, RuntimeError) as error:
+        return f"it {error}: simplify it"
 
 
 def _sentence(problem: str) -> str:
@@ -153,3 +161,23 @@ def _sentence(problem: str) -> str:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _text(option: str, path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{option} {path} is not UTF-8 text: check the file.") from None
+    except OSError as error:
+        reason = f"{option} {path} cannot be read ({error.strerror}): check the path."
+        raise ValueError(reason) from None
+
+
+def _json(path: str) -> dict | bool:
+    try:
+        return json.loads(_text("--json-schema", path))
+    except RecursionError:
+        reason = "is nested too deeply: simplify it."
+    except json.JSONDecodeError as error:
+        reason = f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}."
+    raise ValueError(f"--json-schema {path} {reason}")

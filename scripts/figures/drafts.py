@@ -24,8 +24,7 @@ from tqdm import tqdm
 from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, stream_generate
 from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.builtin_text import dialogues, given_documents
-from mlx_flashhead.evaluation.answers import usual_requests
-from mlx_flashhead.evaluation.text import bytes_share
+from mlx_flashhead.evaluation.agreement import bytes_share
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
 from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.head.steps import Candidates
@@ -36,6 +35,7 @@ from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.tokenizers import prompt_of
 
+REQUESTS = Path(__file__).with_name("requests.txt")  # calibration has others
 DENSE = "dense, 100.0 %"
 SETTINGS = {
     "greedy": {},
@@ -71,6 +71,7 @@ def main() -> None:
     target, tokenizer, _ = load_dense(resolve(args.target))
     model, _ = load_draft(args.drafter)
     head = get_flash_head(model)
+    requests = REQUESTS.read_text(encoding="utf-8").splitlines()
     drafter = Drafter(model, frequent_tokens(target, tokenizer, head.vocab_size))
     figures = {
         "target": Path(args.target).name,
@@ -81,7 +82,7 @@ def main() -> None:
     }
     for name, arguments in SETTINGS.items():
         right: dict[str, list[np.ndarray]] = {}
-        for seed, request in enumerate(tqdm(usual_requests()[: args.requests], desc=name)):
+        for seed, request in enumerate(tqdm(requests[: args.requests], desc=name)):
             sampler = make_sampler(**arguments, seed=seed)
             grammar = grammar_processor(tokenizer, json_schema=SCHEMA) if "JSON" in name else None
             prompt = prompt_of(tokenizer, request)

@@ -1,74 +1,96 @@
-"""Tuned FlashHead against dense decoding: models, precisions, sampling, sequences.
+"""FlashHead with the settings tuned on this machine against mlx-lm's own loop: docs/speed.md.
 
     python scripts/figures/grid.py models/SmolLM2-135M-Instruct models/Gemma-3-270M --json grid.json
 
-Each case runs dense, by mlx-lm's loop and sampler, and with the settings that this machine's tuning
-chose, in turns. Where the tuning leaves a model dense, this package's loop runs it densely. The
-ratio is that of each turn. A model of 4 bits is made beside the other one, for the time of the run.
+Each model in float32 and in 4 bits, greedy and top-p, 1 and 4 texts, in turns; the ratio is that of
+each turn. The figures are written after every case, and a second run continues where the first one
+ended. The 4-bit models and the FlashHeads are kept in the work folder.
 """
 
 import argparse
 import itertools
+import json
+import sys
 import tempfile
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import mlx_lm
 
-from mlx_flashhead import load
-from mlx_flashhead.benchmarks.kinds.model import PROMPT, SAMPLERS, Form, with_flash_head
-from mlx_flashhead.benchmarks.report import Case, add_number, add_report_arguments, cells, report
+import mlx_flashhead
+from mlx_flashhead.benchmarks.model_benchmark import PROMPT, SAMPLERS, Form, with_flash_head
+from mlx_flashhead.benchmarks.reporting import add_number, cells, machine
 from mlx_flashhead.common.arguments import Parser
-from mlx_flashhead.common.command import command
-from mlx_flashhead.common.tables import new_table
-from mlx_flashhead.common.timing import spread
+from mlx_flashhead.common.command import check_writable, command
+from mlx_flashhead.common.tables import new_table, show
+from mlx_flashhead.common.timing import in_turns, spread
 from mlx_flashhead.models.install import dense_copy, installed_head
 
 BATCHES = (1, 4)
-DENSE, TUNED = "dense", "tuned"
+BITS = (32, 4)
+DENSE, TUNED = "mlx-lm", "tuned"
+WORK = Path(tempfile.gettempdir()) / "mlx-flashhead-grid"
 
 
-def cases(args: argparse.Namespace) -> Generator[Case]:
-    """Each model as it is and in 4 bits, each sampling and number of sequences."""
-    for name, bits, model, tokenizer in models(args.models):
+def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
+    """Adds to ``cases`` what it lacks; yields after each case."""
+    done = {(c["model"], c["bits"], c["sampler"], c["batch"]) for c in cases}
+    for folder, bits in itertools.product(args.models, BITS):
+        settings = [
+            (sampler, batch)
+            for sampler, batch in itertools.product(SAMPLERS, BATCHES)
+            if (folder.name, bits, sampler, batch) not in done
+        ]
+        if not settings:
+            continue
+        model, tokenizer = prepared(folder, bits, args.work)
         head = installed_head(model)
         forms = {DENSE: Form(dense_copy(model)), TUNED: with_flash_head(model, verify=True)}
-        about = {"model": name, "bits": bits, "stays_dense": head.stays_dense, "tuned": head.gain}
-        about |= {"n_probes": head.checked_probes, "most_waiting": head.most_waiting}
-        prompt = tokenizer.encode(PROMPT)
-        for sampler, batch in itertools.product(SAMPLERS, BATCHES):
-            run = prompt, batch, args.tokens, SAMPLERS[sampler]
-            timers = {name: partial(form.timed, *run) for name, form in forms.items()}
-            figures = partial(summary, about | {"sampler": sampler, "batch": batch})
-            yield Case(f"{name}, {bits} bits, {sampler}, batch {batch}", timers, figures)
+        about = {"model": folder.name, "bits": bits, "stays_dense": head.stays_dense}
+        about |= {"predicted_gain": head.gain, "n_probes": head.checked_probes}
+        for sampler, batch in settings:
+            case = about | {"sampler": sampler, "batch": batch}
+            run = tokenizer.encode(PROMPT), batch, args.tokens, SAMPLERS[sampler]
+            cases.append(case | in_rounds(forms, run, args.rounds))
+            yield
 
 
-def models(folders: list[Path]) -> Iterator[tuple]:
-    """Each model as it is, and in 4 bits: its name, bits, model and tokenizer."""
-    for folder in folders:
-        model, tokenizer = load(str(folder))
-        yield folder.name, installed_head(model).clustered.rows.format.bits, model, tokenizer
-        with tempfile.TemporaryDirectory() as place:
-            small = Path(place) / folder.name
-            mlx_lm.convert(str(folder), str(small), quantize=True, q_bits=4)
-            yield folder.name, 4, *load(str(small))
+def prepared(folder: Path, bits: int, work: Path) -> tuple:
+    """The model with its FlashHead, and its tokenizer. One FlashHead serves both precisions."""
+    index = work / f"{folder.name}-flashhead"
+    if not index.exists():
+        mlx_flashhead.convert(str(folder), str(index), index_only=True)
+    if bits != BITS[0]:
+        small = work / f"{folder.name}-{bits}bit"
+        if not small.exists():
+            mlx_lm.convert(str(folder), str(small), quantize=True, q_bits=bits)
+        folder = small
+    return mlx_flashhead.load(str(folder), flash_head=str(index))
 
 
-def summary(about: dict, seconds: dict[str, list[float]]) -> dict:
-    """Ratios of the turns, and tokens per second of all sequences, JSON-ready."""
+def in_rounds(forms: dict[str, Form], run: tuple, rounds: int) -> dict:
+    """The ratio of each turn, tokens per second of all texts, and whether greedy texts agree."""
+    timers = {name: partial(form.timed, *run) for name, form in forms.items()}
+    *_, seconds = in_turns(timers, rounds)
     turns = zip(seconds[DENSE], seconds[TUNED], strict=True)
-    speeds = {form: about["batch"] / median(times) for form, times in seconds.items()}
-    ratio = spread([dense / tuned for dense, tuned in turns])
-    return about | {"ratio": ratio, "tokens_per_second": speeds}
+    figures = {
+        "ratio": spread([dense / tuned for dense, tuned in turns]),
+        "tokens_per_second": {name: run[1] / median(times) for name, times in seconds.items()},
+    }
+    if not run[3]["temp"]:
+        dense, tuned = (form.decode(*run)[1] for form in forms.values())
+        figures["same_text"] = dense == tuned
+    return figures
 
 
-def make_table(result: dict):
-    """The table of all cases."""
-    headings = ("model", "bits", "sampling", "batch", "ratio", "quartiles", "dense", "tuned", "")
-    table = new_table("Ratio of each turn, tuned / dense, and tokens/s", headings, left=4)
-    for case in result["cases"]:
+def make_table(cases: list[dict]):
+    """A line for each case."""
+    headings = ("model", "bits", "sampling", "batch", "ratio", "quartiles", DENSE, TUNED, "")
+    table = new_table("Ratio of each turn, and tokens/s", headings, left=4)
+    for case in cases:
         table.add_row(
             case["model"],
             f"{case['bits']}",
@@ -85,19 +107,27 @@ def make_table(result: dict):
 def main() -> None:
     """Entry point."""
     parser = Parser(prog="scripts/figures/grid.py", description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", type=Path, help="folders of models")
+    parser.add_argument("models", nargs="+", type=Path, help="folders of models in 16 bits or more")
+    parser.add_argument("--json", metavar="FILE", required=True, help="the figures; continued")
+    parser.add_argument("--work", type=Path, default=WORK, help="default: %(default)s")
     add_number(parser, "--tokens", 24, "Tokens of a run")
-    add_report_arguments(parser, rounds=7)
-    parser.set_defaults(kind="grid")
+    add_number(parser, "--rounds", 3, "Rounds that count")
     args = parser.parse_args()
-    report(
-        args,
-        cases(args),
-        2 * len(args.models) * len(SAMPLERS) * len(BATCHES),
-        make_table,
-        gather=lambda cases: [{"cases": cases}],
-        program="scripts/figures/grid.py",
-    )
+    check_writable("--json", args.json)
+    args.work.mkdir(parents=True, exist_ok=True)
+    file, began = Path(args.json), time.monotonic()
+    cases = json.loads(file.read_text())["cases"] if file.exists() else []
+    total = len(args.models) * len(BITS) * len(SAMPLERS) * len(BATCHES)
+    for _ in measure(args, cases):
+        about = {"kind": "grid", "machine": machine(), "command": " ".join(sys.argv)}
+        file.write_text(json.dumps(about | {"cases": cases}, indent=1) + "\n")
+        case, minutes = cases[-1], (time.monotonic() - began) / 60
+        print(
+            f"[{len(cases)} of {total}, {minutes:.1f} min] {case['model']}, {case['bits']} bits, "
+            f"{case['sampler']}, batch {case['batch']}: {case['ratio']['median']:.2f} x",
+            file=sys.stderr,
+        )
+    show(make_table(cases))
 
 
 if __name__ == "__main__":

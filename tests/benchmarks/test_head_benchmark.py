@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.benchmarks.kinds.head import (
+from mlx_flashhead.benchmarks.head_benchmark import (
     DENSE,
     LOGITS,
     OWN_DENSE,

@@ -117,7 +117,7 @@ def test_a_model_without_a_chat_template_or_with_one_that_raises(run, refused, t
 
 def test_draft_models(generated, refused, dense, converted, right, monkeypatch):
     """Also the target itself. A draft's FlashHead is used, and a dense folder has none."""
-    module = importlib.import_module("mlx_flashhead.generate")
+    module = importlib.import_module("mlx_flashhead.loading.load")
     drafts, load_draft = [], module.load_draft
 
     def look(path, **kwargs):
@@ -208,8 +208,14 @@ def test_own_code_of_a_model(run, generated, refused, tmp_path):
 def test_refuses_prompts_and_probes_before_it_prints(run, converted):
     probes = f"n_probes is {N_CLUSTERS + 1}, but "
     for flags, said in (
-        (("--prompt", ""), "The prompt is empty: give at least one token with --prompt"),
-        (("--prompt", "x" * 600), "The prompt has 600 tokens, and at most 511 are read"),
+        (("--prompt", ""), "--prompt is empty: give a text"),
+        (("--prompt", "x" * 600), "The prompt has 600 tokens, and at most 511 fit"),
+        (("--dense", "--no-verify"), "--dense uses no FlashHead: leave --no-verify out"),
+        (
+            ("--n-probes", 99_999_999),
+            f"--n-probes is 99,999,999: {converted} has {VOCAB_SIZE:,} tok",
+        ),
+        (("--image", "a.png"), f"{converted} is a text model: leave --image out"),
         (("--n-probes", N_CLUSTERS + 1), probes),
     ):
         code, output, errors = run("generate", "--model", converted, *ASK, *flags)
@@ -224,7 +230,7 @@ def test_json_schema(run, generated, converted, tmp_path, further):
     assert list(answer) == ["name", "on"] and isinstance(answer["on"], bool)
     code, output, errors = run("generate", *ASK, *arguments, "--max-tokens", 3)
     assert code == 0 and len(output) < 8
-    assert "not a whole one of the JSON schema: it was cut at --max-tokens 3" in errors
+    assert "does not complete the JSON schema: it was cut at --max-tokens 3" in errors
 
 
 def test_regular_expression_and_grammar(generated, converted, tmp_path, monkeypatch):

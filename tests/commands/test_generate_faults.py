@@ -22,7 +22,7 @@ from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 from stopped_generate import FILE, STEP, TEXT, Generate
 
-command = importlib.import_module("mlx_flashhead.generate")
+generation = importlib.import_module("mlx_flashhead.lossless.generation")
 RULE = "==========\n"
 N_MOMENTS = {TEXT: 4, STEP: 6, FILE: 10}
 MOST_SECONDS = 2.0  # half a second on a quiet machine
@@ -76,7 +76,7 @@ def test_stopped_at_twenty_moments(generate, arguments, text, folder, monkeypatc
             if number == signal.SIGKILL:
                 assert code == -number
             elif code == 0:
-                assert "Skipped: what is missing is built another time" in errors
+                assert "Skipped. The next answer tries again" in errors
                 assert output.split(RULE)[1] == text
             else:
                 assert code == 130 and errors.endswith("Interrupted.\n")
@@ -135,13 +135,13 @@ def test_a_full_disk(run, dense, quick, monkeypatch, flash_head_home, where):
 
 
 def test_a_model_that_is_deleted_meanwhile(run, quick, tmp_path, monkeypatch):
-    model, generate = write_model(tmp_path / "model"), command.generate
+    model, generate = write_model(tmp_path / "model"), generation.generate
 
     def deleted(*arguments, **options):
         shutil.rmtree(model)
         return generate(*arguments, **options)
 
-    monkeypatch.setattr(command, "generate", deleted)
+    monkeypatch.setattr(generation, "generate", deleted)
     code, output, errors = run("generate", "--model", model, "--max-tokens", 3)
     assert code == 0 and "Generation: 3 tokens" in output and "FlashHead is ready" in errors
     assert len(cache.entries()) == 1

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,12 @@ for folder in sys.argv[1:]:
 """
 
 
+STARTER = """
+import subprocess, sys
+sys.exit(subprocess.run([sys.executable, "program.py", *sys.argv[1:]]).returncode)
+"""
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, its FlashHead apart, texts, and two programs."""
@@ -41,6 +48,7 @@ def place(tmp_path_factory):
         lines = 2 * (json.dumps({"text": "One day " * 9}) + "\n")
         (place / "data" / f"{name}.jsonl").write_text(lines)
     (place / "program.py").write_text(PROGRAM)
+    (place / "starter.py").write_text(STARTER)
     (place / "many.py").write_text(MANY)
     return place
 
@@ -64,6 +72,25 @@ def test_programs_get_the_flash_head(place):
     assert "chat" in output and "Averages: prompt_tps=" in output
     assert len(programs) == 3 or "Perplexity: " in output
     assert DENSE not in errors and errors.count("With FlashHead: model") == 2 + len(programs)
+
+
+def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch):
+    """By a program, beside a sitecustomize that is there already; or by the variables alone."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; print('mine', file=sys.stderr)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    code, output, errors = start(place, "--flash-head", "head", "starter.py", "model")
+    assert (code, output.splitlines()) == (0, 3 * ["_FlashEmbedding __main__"]), errors
+    assert errors.count("mine") == 2 and DENSE not in errors
+
+    code, lines, errors = run("run", "--hook", "--flash-head", place / "head")
+    assert (code, errors) == (0, "")
+    words = ["sh", "-c", f'{lines}\nexec "$0" "$@"', sys.executable, "program.py", "model"]
+    program = subprocess.run(words, cwd=place, capture_output=True, text=True)
+    assert program.stdout == output and "mine" in program.stderr
+
+    monkeypatch.setenv("MLX_FLASHHEAD_RUN", '{"flash_head": "./absent"}')
+    program = subprocess.run(words[3:], cwd=place, capture_output=True, text=True, env=os.environ)
+    assert program.returncode == 0 and "FlashHead" not in program.stderr  # without the folder
 
 
 def test_what_does_not_generate_gets_the_dense_model_silently(place):
@@ -125,10 +152,12 @@ def test_a_program_from_pypi(place, monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ((), "-m MODULE or a program is needed"),
+        ((), "a program is needed, such as mlx_lm.server"),
         (("no_such_program",), "there is no file and no program no_such_program"),
-        (("ls",), "is not a Python program"),
-        (("-m", "no_such.module"), "there is no module no_such.module that can be run: check -m."),
+        (
+            ("-m", "no_such.module"),
+            "there is no module no_such.module that can be run: check the name.",
+        ),
         (("-m", "mlx_lm.no_such"), "there is no module mlx_lm.no_such that can be run"),
         (("-m", "model"), "there is no module model that can be run"),
         (("--n-probes", 0, "program.py"), "--n-probes is 0: give a whole number of 1 or more"),
@@ -137,10 +166,9 @@ def test_a_program_from_pypi(place, monkeypatch):
     ],
 )
 def test_mistakes(refused, place, monkeypatch, words, said):
-    command = importlib.import_module("mlx_flashhead.run")
     if "-m" in words:  # the loads of this process stay
-        monkeypatch.setattr(command, "patch_load", lambda _: None)
-        monkeypatch.setattr(command, "patch_new_processes", lambda _: None)
+        monkeypatch.setattr("mlx_flashhead.loading.patch.patch_load", lambda _: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.chdir(place)
     assert said in refused("run", *words)

@@ -72,11 +72,11 @@ def test_in_python():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["-n", "0"], "--number is 0: give a whole number of 1 or more."),
-        (["-n"], "--number needs one argument."),
-        (["-n", "1", "--kind", "c"], "--kind is c: choose a, b."),
-        ([], "--number is needed."),
-        (["-n", "1", "--other"], "there is no option --other: --help lists them."),
+        (["-n", "0"], "--number/-n is 0: give a whole number of 1 or more."),
+        (["-n"], "--number/-n: expected one argument."),
+        (["-n", "1", "--kind", "c"], "--kind: invalid choice: 'c' (choose from "),
+        ([], "the following arguments are required: --number/-n."),
+        (["-n", "1", "--other"], "unrecognized arguments: --other."),
     ],
 )
 def test_an_error_is_one_sentence(words, said, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from figures.drafts import REQUESTS
 from mlx_flashhead.conversion import builtin_text, calibration
 from mlx_flashhead.conversion.builtin_text import (
     CONTEXT,
@@ -21,7 +22,6 @@ from mlx_flashhead.conversion.builtin_text import (
 )
 from mlx_flashhead.conversion.calibration import given_states, read_windows, text_states
 from mlx_flashhead.conversion.steps import take_all
-from mlx_flashhead.evaluation.answers import usual_requests
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
@@ -183,7 +183,7 @@ def test_dialogues_alternate_and_are_no_requests_of_the_evaluation():
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         contents = [m["content"] for m in messages]
         assert all(text == text.strip() and "User:" not in text for text in contents)
-        assert not set(contents) & set(usual_requests())
+        assert not set(contents) & set(REQUESTS.read_text(encoding="utf-8").splitlines())
 
 
 @pytest.mark.parametrize("options", [{}, {"chat_template": None}], ids=["chat", "plain"])

@@ -5,13 +5,13 @@ import time
 
 import mlx_lm
 import pytest
+from mlx_flashhead.lossless.tuning import Tuning
 
 from mlx_flashhead import get_flash_head, stream_generate
 from mlx_flashhead.loading import head_cache as cache
 from mlx_flashhead.loading import tuned
 from mlx_flashhead.loading.background import IdleBuild, background_build
 from mlx_flashhead.loading.sources import HeadOptions
-from mlx_flashhead.lossless.tuning import Tuning
 from mlx_flashhead.publishing.origin import Origin
 from model_folders import write_model
 

@@ -5,49 +5,34 @@ import sys
 from functools import partial
 
 import architectures
-from figures import first_use, grid
-from mlx_flashhead import get_flash_head, load
-from mlx_flashhead.loading import first_build as build
+import mlx_flashhead
+from figures import grid
 from model_folders import write_model
 
 
-def test_the_grid_has_every_case_with_the_tuned_settings(run, tmp_path, monkeypatch):
+def test_the_grid_has_every_case_and_continues(run, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(grid, "BATCHES", (1, 2))
-    quick = partial(build.IndexOptions, calibration_positions=100)
-    monkeypatch.setattr(build, "IndexOptions", quick)
-
-    def tuned(path):
-        model, tokenizer = load(path)
-        get_flash_head(model).stays_dense = True
-        return model, tokenizer
-
-    monkeypatch.setattr(grid, "load", tuned)
+    convert = partial(mlx_flashhead.convert, calibration="none", progress=False)
+    monkeypatch.setattr(mlx_flashhead, "convert", convert)
     folder, file = write_model(tmp_path / "model", hidden_size=128), tmp_path / "grid.json"
-    run(grid, folder, "--rounds", 2, "--tokens", 3, "--json", file)
-    figures = json.loads(file.read_text())
-    assert (figures["complete"], figures["command"].split()[0]) == (True, "scripts/figures/grid.py")
-    (cases,) = (one["cases"] for one in figures["results"])
-    assert {(case["bits"], case["sampler"], case["batch"]) for case in cases} == {
+    flags = ("--rounds", 2, "--tokens", 3, "--json", file, "--work", tmp_path / "work")
+    run(grid, folder, *flags)
+    first = json.loads(file.read_text())
+    assert {(case["bits"], case["sampler"], case["batch"]) for case in first["cases"]} == {
         (bits, sampler, batch)
         for bits in (32, 4)
         for sampler in ("greedy", "top-p")
         for batch in (1, 2)
     }
-    for case in cases:
-        assert case["stays_dense"] is True and case["n_probes"] >= 1
-        assert case["ratio"]["runs"] == 2
-
-
-def test_the_first_text_after_a_mark():
-    """At a terminal, whose echo is not the text."""
-    program = first_use.Program("code", "-q")
-    program.settle()
-    program.type("print('=' * 10); import time; time.sleep(0.5); print('text')")
-    began = program.seconds()
-    assert program.text_after("==========") - began > 0.4
-    program.type("exit()")
-    assert program.end() > 0
+    for case in first["cases"]:
+        assert case["ratio"]["runs"] == 2 and case["n_probes"] >= 1
+        assert case.get("same_text", case["sampler"] == "top-p")
+    removed = first["cases"].pop()
+    file.write_text(json.dumps(first))
+    run(grid, folder, *flags)
+    *kept, new = json.loads(file.read_text())["cases"]
+    assert kept == first["cases"] and new["batch"] == removed["batch"]
 
 
 def test_architectures_need_their_extra(run, monkeypatch):

@@ -4,8 +4,6 @@ Tested with mlx-lm 0.31.3 to 0.32.2 and mlx 0.31.2 to 0.32.4."""
 import warnings
 from importlib.metadata import version
 
-from . import chat_templates as chat_templates
-
 NEWEST = (0, 32)  # of both that is tested
 
 

@@ -9,16 +9,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...common.time_limit import time_limit
 from ...lossless.sampler import make_sampler
 from ...models.compat.mlx_lm import make_logits_processors
+from ...models.templates import apply_template
 from ...structured.processor import GrammarProcessor
 from ..protocol.api_error import ApiError
 from ..protocol.completions import AnswerText, Token, token_logprobs
 from ..protocol.requests import Request
 from ..served_models import ServedModel
 
-RENDER_SECONDS = 5.0
+TOKENIZE_SECONDS = 5.0
+PART = 4096  # characters that are tokenized at once to see whether a text is too long
+MAX_TOKENS_PER_CUT = 16  # that a text has in addition if it is tokenized in two parts
 # The tokens that begin a thought are searched within this distance of a prompt's end.
 _THOUGHT_TAIL = 11
 
@@ -79,7 +81,7 @@ class Job:
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
         keep_space = self.prompt.keep_space
-        self._text = AnswerText(self.served, request.stop, self.prompt.state, keep_space)
+        self._text = AnswerText(self.served, request.stop_machine, self.prompt.state, keep_space)
 
     @property
     def all_tokens(self) -> list[int]:
@@ -159,30 +161,26 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
     if not tokenizer.has_chat_template:
         remedy = "use /v1/completions, or start the server with --chat-template"
         raise ApiError(f"This model has no chat template: {remedy}.", "messages")
-    limit = f"within {RENDER_SECONDS:g} seconds"
-    too_slow = ApiError(f"The chat template did not end {limit}: send fewer messages.", "messages")
+    settings = request.served.template_arguments | request.template_settings
     try:
-        with time_limit(RENDER_SECONDS, too_slow):
-            return tokenizer.apply_chat_template(
-                messages,
-                tools=request.tools or None,
-                add_generation_prompt=answer,
-                tokenize=False,
-                **(request.served.template_arguments | request.template_settings),
-            )
-    except ApiError:
-        raise
-    except Exception as error:  # templates raise any type
-        reason = str(error) or type(error).__name__
-        raise ApiError(f"The chat template cannot be filled in: {reason}", "messages") from error
+        return apply_template(
+            tokenizer,
+            messages,
+            tools=request.tools or None,
+            add_generation_prompt=answer,
+            remedy="send fewer or other messages",
+            **settings,
+        )
+    except ValueError as error:
+        raise ApiError(str(error), "messages") from error
 
 
 def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options: Any) -> list[int]:
     """The tokens of a prompt that the context has room for."""
     length = f"more than {served.context:,}"
-    if isinstance(prompt, str) and len(prompt) <= served.context * served.longest_token:
+    if isinstance(prompt, str) and not _is_too_long(served, prompt, field):
         prompt = served.tokenizer.encode(prompt, **options)
-    if not isinstance(prompt, str):  # which is too long, whatever its tokens are
+    if not isinstance(prompt, str):
         if not prompt:
             raise ApiError("The prompt is empty: it needs at least one token.", field)
         if len(prompt) < served.context:
@@ -192,6 +190,22 @@ def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options:
     reason = f"since the answer needs one of the context's {served.context:,}"
     refusal = f"The prompt has {length} tokens, and {most}, {reason}: send less."
     raise ApiError(refusal, field, code="context_length_exceeded")
+
+
+def _is_too_long(served: ServedModel, text: str, field: str) -> bool:
+    """Whether a text has more tokens than the context, found out in parts up to that many."""
+    if len(text.encode()) < served.context:
+        return False
+    n_tokens, ends = 0, time.monotonic() + TOKENIZE_SECONDS
+    for n_cuts, start in enumerate(range(0, len(text), PART)):
+        part = text[start : start + PART]
+        n_tokens += len(served.tokenizer.encode(part, add_special_tokens=False))
+        if n_tokens - n_cuts * MAX_TOKENS_PER_CUT > served.context:
+            return True
+        if time.monotonic() > ends:
+            limit = f"within {TOKENIZE_SECONDS:g} seconds"
+            raise ApiError(f"The prompt could not be made tokens {limit}: send less.", field)
+    return False
 
 
 def _end_of_system(request: Request, tokens: list[int]) -> list[int]:

@@ -54,12 +54,12 @@ class Token:
 class AnswerText:
     """The text of one answer, given out as soon as its part is certain.
 
-    It ends before a ``stop`` text, and begins in a ``state`` of mlx-lm's names. mlx-lm's
+    It ends before a text of ``stop``, and begins in a ``state`` of mlx-lm's names. mlx-lm's
     detokenizers drop a space at its beginning, unless it is told to ``keep_space``.
     """
 
     def __init__(
-        self, served: ServedModel, stop: tuple[str, ...], state: str, keep_space: bool = False
+        self, served: ServedModel, stop: TextStateMachine, state: str, keep_space: bool = False
     ):
         self._detokenizer = served.tokenizer.detokenizer
         if keep_space:
@@ -67,8 +67,7 @@ class AnswerText:
             for token in served.tokenizer.encode("a", add_special_tokens=False):
                 self._detokenizer.add_token(token)
             _ = self._detokenizer.last_segment
-        machine = TextStateMachine({"normal": [(word, None) for word in stop]} if stop else None)
-        self._until_stop = machine.make_state()
+        self._until_stop = stop.make_state()
         self._parts = make_text_state_machine(served.tokenizer).make_state(state)
         self._certain, self._call = Token(), ""  # not given out yet
 

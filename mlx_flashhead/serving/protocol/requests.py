@@ -5,8 +5,10 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from ...models.compat.mlx_lm import TextStateMachine
 from ...structured.grammar import Grammar
 from ..served_models import ServedModel
 from .api_error import ApiError, wrong
@@ -18,7 +20,7 @@ MAX_LOGPROBS = 20
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
 _MAX_NUMBER = 1e30
-_MAX_STOPS = 16
+_MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 1000
 # A larger bias has the same effect, and would be infinite in float16.
 _MAX_BIAS = 1e4
 # OpenAI's limit. Below the other one a draw is the likeliest token, but for overflows.
@@ -56,6 +58,12 @@ class Request:
     tools: list[dict[str, Any]]
     template_settings: dict[str, Any]
     prompts: list[str | list[int]]  # texts or token ids to continue
+
+    @cached_property
+    def stop_machine(self) -> TextStateMachine:
+        """Finds the texts of ``stop``, for all answers."""
+        edges = [(text, None) for text in self.stop]
+        return TextStateMachine({"normal": edges} if edges else None)
 
 
 class _Fields:
@@ -264,6 +272,9 @@ def _stop(stop: Any) -> tuple[str, ...]:
     if not sound or not all(isinstance(word, str) and word for word in words):
         most = f"must be a text or a list of at most {_MAX_STOPS} texts, none of them empty."
         raise wrong("stop", most)
+    if (longest := max(map(len, words), default=0)) > _MAX_STOP_CHARACTERS:
+        most = f"it may have {_MAX_STOP_CHARACTERS:,}: shorten it."
+        raise wrong("stop", f"holds a text of {longest:,} characters, and {most}")
     return tuple(words)
 
 

@@ -1,7 +1,6 @@
 """From requests to tokens: templates, their settings and their time, and the context's limit."""
 
 import copy
-import time
 
 import pytest
 
@@ -12,8 +11,6 @@ from mlx_flashhead.serving.served_models import ServedModel
 from served_models import checked
 
 MESSAGES = [{"role": "user", "content": "One day"}]
-# A thousand million rounds: nothing that ends while somebody waits.
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 def chat(served, messages=MESSAGES, **fields):
@@ -52,7 +49,7 @@ def test_settings_are_those_that_the_template_takes(tiny):
         text(other=1)
     for name in ("chat_template", "messages", "tools", "bos_token", "add_generation_prompt"):
         with pytest.raises(ApiError, match=f"{name} is not a setting") as told:
-            text(**{name: ENDLESS})
+            text(**{name: "x"})
         assert told.value.field == "chat_template_kwargs"
     # those by whoever starts the server may be anything
     served = with_template(tiny, "{{ a[0] }}{{ b }}", template_arguments={"a": ["x"], "b": 1})
@@ -76,23 +73,14 @@ def test_names_that_a_template_takes(tiny, template, names):
     "template, said",
     [
         (None, "no chat template: use /v1/completions"),
-        ("{{ raise_exception('only two messages') }}", "only two messages"),
-        ("{{ raise_exception('') }}", "cannot be filled in: TemplateError"),
-        ("{{ 7 ** 30000000 }}", r"the result of a \*\* in it is too large"),
-        ("{{ (7 ** 1000) * (7 ** 1000) }}", r"the result of a \* in it is too large"),
-        ("{{ 'a' * 10 ** 9 }}", r"the result of a \* in it is too large"),
-        (ENDLESS, r"did not end within 0\.1 seconds"),
+        ("{{ raise_exception('only two messages') }}", r"\(only two messages\): send fewer"),
+        ("{{ raise_exception('') }}", r"cannot be filled in \(TemplateError\)"),
     ],
 )
-def test_templates_that_fail_are_told(tiny, monkeypatch, template, said):
-    if template is ENDLESS:
-        monkeypatch.setattr(jobs, "RENDER_SECONDS", 0.1)
-    began = time.monotonic()
-    with pytest.raises(ApiError, match=said):
+def test_templates_that_fail_are_told(tiny, template, said):
+    with pytest.raises(ApiError, match=said) as told:
         chat(with_template(tiny, template))
-    assert time.monotonic() - began < 10
-    served = with_template(tiny, "{{ 2 ** 10 * 3 }}{{ '=' * 3 }}{{ 0.5 * 4 }}")
-    assert served.tokenizer.decode(chat(served).tokens) == "3072===2.0"  # it may compute
+    assert told.value.field == "messages"
 
 
 def test_a_prompt_leaves_room_for_a_token(tiny):
@@ -104,7 +92,7 @@ def test_a_prompt_leaves_room_for_a_token(tiny):
     with pytest.raises(ApiError, match="has 512 tokens, and at most 511 are read") as told:
         text(512)
     assert (told.value.field, told.value.code) == ("prompt", "context_length_exceeded")
-    with pytest.raises(ApiError, match="has 529 tokens, and at most 511"):
+    with pytest.raises(ApiError, match="more than 512 tokens, and at most 511"):
         chat(tiny, [{"role": "user", "content": "a" * 508}])
     with pytest.raises(ApiError, match="at most 511"):
         read_prompts(checked(tiny, {"prompt": [5] * 512}, chat=False))
@@ -113,10 +101,22 @@ def test_a_prompt_leaves_room_for_a_token(tiny):
             read_prompts(checked(tiny, {"prompt": empty}, chat=False))
 
 
-def test_what_is_much_too_long_is_refused_before_it_is_tokenized(tiny, monkeypatch):
-    longest = tiny.longest_token
-    assert longest == len("</s>")
-    request = checked(tiny, {"prompt": "a" * (512 * longest + 1)}, chat=False)
-    monkeypatch.setattr(type(tiny.tokenizer), "encode", None, raising=False)
+def test_a_text_that_is_too_long_is_tokenized_as_far_as_the_context_reaches(tiny, monkeypatch):
+    inner, lengths = type(tiny.tokenizer._tokenizer), []
+    encode = inner.encode
+
+    def encoded(self, text, **options):
+        lengths.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(inner, "encode", encoded)
+    request = checked(tiny, {"prompt": "\U0001f600" * 660_000}, chat=False)
+    lengths.clear()
     with pytest.raises(ApiError, match="more than 512 tokens"):
         read_prompts(request)
+    assert lengths == [jobs.PART]
+    monkeypatch.setattr(jobs, "PART", 100)  # what cuts add refuses nothing
+    assert len(read_prompts(checked(tiny, {"prompt": "a" * 511}, chat=False))[0].tokens) == 511
+    monkeypatch.setattr(jobs, "TOKENIZE_SECONDS", -1)
+    with pytest.raises(ApiError, match="could not be made tokens within"):
+        read_prompts(checked(tiny, {"prompt": "a" * 600}, chat=False))

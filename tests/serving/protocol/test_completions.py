@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 from tokenizers import decoders
 
+from mlx_flashhead.models.compat.mlx_lm import TextStateMachine
 from mlx_flashhead.serving.protocol.completions import (
     VERY_UNLIKELY,
     AnswerText,
@@ -42,7 +43,8 @@ def told(parts, stop=(), state="normal"):
         structural_markers=(),
         response_transitions={},
     )
-    text = AnswerText(SimpleNamespace(tokenizer=tokenizer), tuple(stop), state)
+    machine = TextStateMachine({"normal": [(word, None) for word in stop]} if stop else None)
+    text = AnswerText(SimpleNamespace(tokenizer=tokenizer), machine, state)
     given = []
     for part in parts:
         given.append(text.add(part))

@@ -156,7 +156,11 @@ CHAT_MISTAKES = {
     "max_completion_tokens": {"whole number": [1.5]},
     "n_probes": {f"1 to {N_CLUSTERS}": [0, N_CLUSTERS + 1], "n_probes is 2.5": [2.5]},
     "dense": {"true or false": [1]},
-    "stop": {"stop must be": ["", [1], {}], "at most 16": [["x"] * 17]},
+    "stop": {
+        "stop must be": ["", [1], {}],
+        "at most 16": [["x"] * 17],
+        "1,001 characters": [["a", "x" * 1001]],
+    },
     "seed": {"whole number": [2**64]},
     "logprobs": {"true or false": [5]},
     "top_logprobs": {"needs logprobs": [2], "0 to 20": [21]},
@@ -175,7 +179,7 @@ CHAT_MISTAKES = {
         "which no text fits": [json_schema(False)],
         "name is missing": [json_schema(SCHEMA, name=None)],
         "regex is missing": [{"type": "regex"}],
-        "response_format.json_schema.schema: The JSON schema is wrong at /properties/a": [
+        "response_format.json_schema.schema: The JSON schema is wrong: Invalid type: x": [
             json_schema({"properties": {"a": {"type": "x"}}})
         ],
     },

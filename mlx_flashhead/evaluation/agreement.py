@@ -1,4 +1,4 @@
-"""Measures a FlashHead on a text, against the dense head of the same model.
+"""Measures an unverified FlashHead on a text, against the dense head of the same model.
 
 Figures are of the head's output. A model that scales or caps its logits afterwards has the same
 agreement and coverage, but another perplexity.
@@ -24,10 +24,9 @@ from ..loading.load import load
 from ..models.install import installed_head
 from ..models.locate import find_head
 
-HELP = "measure on a text"
 DESCRIPTION = (
     "Measure on a text: agreement with the dense head, KL, perplexity and bytes, by the number of "
-    "clusters scored."
+    "clusters scored without verification."
 )
 LEGEND = """\
 agreement   same best token as the dense head
@@ -39,25 +38,22 @@ DEFAULT_PROBES = (48, 96, 128, 192, 256, 512)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``evaluate text``."""
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
-    add_probes(parser, "the usual ones and the model's own")
+    parser.add_argument(
+        "--probes",
+        type=whole_numbers(1),
+        metavar="48,96,…",
+        help="Numbers of clusters scored (default: powers of two and the model's own).",
+    )
     parser.add_argument(
         "--positions", type=whole_number(1), help="Positions to measure (default: all)."
     )
     parser.add_argument("--plot", metavar="OUT.png", help="Draw the curves into a picture.")
 
 
-def add_probes(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds ``--probes``."""
-    parser.add_argument(
-        "--probes",
-        type=whole_numbers(1),
-        metavar="48,96,…",
-        help=f"Numbers of clusters scored per token (default: {default}).",
-    )
-
-
 def run(args: argparse.Namespace) -> dict:
+    """Measures the model of the command line, and prints the table."""
     if args.plot:
         check_picture("--plot", args.plot)
     content = read_text(args.text)
@@ -83,8 +79,8 @@ def evaluate(
 
     Returns:
         Positions, the dense perplexity, the model's own probes and clusters, and for each number of
-        probes (default: the usual ones and the model's own) a row of `conversion.measures.Measures`
-        with its share of bytes.
+        probes (by default several and the model's own) a row of `conversion.measures.Measures` with
+        its share of bytes.
     """
     head = installed_head(model)
     if probe_counts is None:

@@ -1,18 +1,20 @@
 """The report of a benchmark: its rounds, and what is checked before them."""
 
 import argparse
+import json
 
+import mlx.core as mx
 import pytest
 
-from mlx_flashhead.benchmarks import report as module
-from mlx_flashhead.benchmarks.report import Case, report
+from mlx_flashhead.benchmarks import reporting as module
+from mlx_flashhead.benchmarks.reporting import Case, machine, read_bandwidth_gb_s, report
 from mlx_flashhead.common.tables import new_table
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    outputs = {"json": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png")}
-    return argparse.Namespace(kind="any", rounds=1, report=False, **outputs)
+    outputs = {"report": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png")}
+    return argparse.Namespace(kind="any", rounds=1, **outputs)
 
 
 def make_table(result):
@@ -50,3 +52,21 @@ def test_nothing_is_reported_before_the_first_figure(arguments, capsys, tmp_path
         report(arguments, cases(stopped), 2, make_table)
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_machine_is_json_and_names_what_matters(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    about = json.loads(json.dumps(machine()))
+    for key in ("processor", "system", "blas", "date"):
+        assert isinstance(about[key], str) and about[key]
+    assert about["versions"]["mlx"] == mx.__version__
+    assert about["threads"]["OPENBLAS_NUM_THREADS"] == "1"
+    assert about["cores"] >= 1 and about["memory_gb"] > 0.1
+    if mx.metal.is_available():
+        assert about["gpu"] and about["read_bandwidth_gb_s"] > 0
+
+
+def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
+    times = (1.0, 0.5, 0.25, 1.0, 1.0, 1.0)
+    monkeypatch.setattr(module, "timer", lambda _: times.__getitem__)
+    assert read_bandwidth_gb_s() == pytest.approx((512 << 20) / 0.25 / 1e9)

@@ -8,7 +8,7 @@ import pytest
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids
 from mlx_flashhead.conversion.steps import take_all
-from mlx_flashhead.evaluation.text import bytes_share, evaluate
+from mlx_flashhead.evaluation.agreement import bytes_share, evaluate
 from mlx_flashhead.models.install import detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
 from model_folders import VOCAB_SIZE, write_model

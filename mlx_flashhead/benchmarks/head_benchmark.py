@@ -1,4 +1,4 @@
-"""Times a head alone: dense, and FlashHead to a proposed token and to full logits."""
+"""Times a head by itself: dense, and FlashHead to a proposed token and to full logits."""
 
 import argparse
 import re
@@ -10,39 +10,40 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...common.head_flags import add_source_options, source_options
-from ...common.tables import Table, new_table
-from ...common.timing import spread, timer
-from ...conversion.options import HEAD_BITS
-from ...head.clustered import Centroids
-from ...head.flash_head import FlashHead
-from ...head.formats import DEFAULT_GROUP, affine_group
-from ...head.matrix import Matrix
-from ...loading.load import load
-from ...models.install import installed_head
-from ..report import ANY_MODEL, Case, add_number, add_report_arguments, cells, report
-from ..shapes import CLUSTER_SIZE, SHAPES
+from ..common.head_flags import add_source_options, source_options
+from ..common.tables import Table, new_table
+from ..common.timing import spread, timer
+from ..conversion.options import HEAD_BITS
+from ..head.clustered import Centroids
+from ..head.flash_head import FlashHead
+from ..head.formats import DEFAULT_GROUP, affine_group
+from ..head.matrix import Matrix
+from ..loading.load import load
+from ..models.install import installed_head
+from .reporting import ANY_MODEL, Case, add_number, add_report_arguments, cells, report
 
-DTYPES = ("float32", "float16", "bfloat16")
+SHAPES = {  # vocab_size, hidden_size
+    "smollm2": (49152, 576),
+    "gemma-3-270m": (262144, 640),
+    "gemma-3-1b": (262144, 1152),
+    "gemma-4-e2b": (262144, 1536),
+    "qwen3-0.6b": (151936, 1024),
+    "qwen3-4b": (151936, 2560),
+    "qwen3.5-0.8b": (248320, 1024),
+    "llama-3.2-1b": (128256, 2048),
+    "llama-3.1-8b": (128256, 4096),
+}
+CLUSTER_SIZE, DEFAULT_PROBES = 16, 256  # of random heads
 N_STATES = 16  # used in turn
-DEFAULT_PROBES = 256
 CACHES_BYTES = 128 << 20  # more than the last cache of most machines
-
 DENSE, OWN_DENSE = "dense (mlx-lm)", "dense (FlashHead's)"
-DENSE_FORMS = (DENSE, OWN_DENSE)
 PROPOSAL, LOGITS = "FlashHead proposal", "FlashHead full logits"
-
-TITLE = (
-    "{name}: V={vocab_size:,} D={hidden_size:,}, {head_bits}-bit rows, {dtype}, {n_probes:,} of "
-    "{n_clusters:,} clusters, batch {positions}"
-)
-READS = "Reads {read_mb:.1f} MB of weights, dense {head_mb:.1f} MB; cold caches."
 
 Form = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states (R, D)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of this kind."""
+    """The arguments of ``benchmark head``."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--shape",
@@ -54,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", help=ANY_MODEL)
     add_source_options(parser)
     add_number(parser, "--n-probes", None, "Clusters scored (default: 256, or the model's own).")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of random weights.")
+    dtypes = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="Of random weights.")
     parser.add_argument(
         "--head-bits",
         type=int,
@@ -73,12 +75,23 @@ def run(args: argparse.Namespace) -> None:
 
 def _cases(args: argparse.Namespace) -> Generator[Case]:
     memory = mx.zeros(CACHES_BYTES // 4)
+
+    def cold() -> None:
+        """Fills the caches as the body of a model does: on the GPU, or in the head's thread."""
+        mx.eval(memory + 1)
+
     for name, head, dtype in _heads(args):
         states = mx.random.normal((N_STATES, args.positions, head.hidden_size)).astype(dtype)
         mx.eval(states)
-        named = forms(head, args.positions)
-        timers = {form: _timer(run, states, memory) for form, run in named.items()}
+        timers = {
+            form: timer(partial(_use, use, states), cold)
+            for form, use in forms(head, args.positions).items()
+        }
         yield Case(name, timers, partial(summary, name, head, dtype, args.positions))
+
+
+def _use(form: Form, states: mx.array, number: int) -> Any:
+    return form(states[number % N_STATES])
 
 
 def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
@@ -87,11 +100,8 @@ def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]
         model, _ = load(args.model, n_probes=args.n_probes, **source_options(args))
         head = installed_head(model)
         rows = head.clustered.rows
-        yield (
-            Path(args.model).name,
-            head,
-            (rows.weight if rows.scales is None else rows.scales).dtype,
-        )
+        dtype = (rows.weight if rows.scales is None else rows.scales).dtype
+        yield Path(args.model).name, head, dtype
         return
     dtype = getattr(mx, args.dtype)
     for name, sizes in args.shape:
@@ -139,37 +149,27 @@ def random_head(
     return head
 
 
-def _timer(form: Form, states: mx.array, memory: mx.array) -> Callable[[int], float]:
-    """Times a form with cold caches, as the body of a model leaves them.
-
-    MLX fills them: on the GPU, or in the thread that runs the head next and is then awake.
-    """
-    return timer(lambda number: form(states[number % N_STATES]), lambda: mx.eval(memory + 1))
-
-
 def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
     """The ways to use a head, by name: functions of hidden states (R, D).
 
     mlx-lm's dense form has the rows in the FlashHead's order, which does not change its time. The
-    FlashHead's dense path may be faster, since it lays the rows out for the CPU. It retrieves from
-    the clusters of its proposals, at any number of positions.
+    FlashHead's dense product may be faster, since it lays the rows out for the CPU. FlashHead
+    scores the clusters of its verified proposals, at any number of positions.
     """
     rows = head.clustered.flat_rows().map(lambda array: array[: head.vocab_size])
     mx.eval(rows.arrays())
-    retrieving = head.copy()
-    retrieving.max_positions, retrieving.n_probes = n_positions, head.checked_probes
     return {
         DENSE: rows.matmul,
         OWN_DENSE: head.dense_logits,
-        PROPOSAL: lambda hidden: retrieving.propose(hidden, None).tokens,
-        LOGITS: retrieving,
+        PROPOSAL: lambda hidden: head.propose(hidden, None).tokens,
+        LOGITS: partial(head.unverified_logits, n_probes=head.n_probes),
     }
 
 
 def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
     """Shapes, milliseconds and ratios of the medians, JSON-ready."""
-    ms = {name: spread(times, 1000) for name, times in seconds.items()}
-    best_dense = min(DENSE_FORMS, key=lambda name: ms[name]["median"])
+    ms = {form: spread(times, 1000) for form, times in seconds.items()}
+    best_dense = min((DENSE, OWN_DENSE), key=lambda form: ms[form]["median"])
     rows = head.clustered.rows
     return {
         "name": name,
@@ -177,7 +177,7 @@ def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, secon
         "hidden_size": head.hidden_size,
         "n_clusters": head.n_clusters,
         "cluster_size": head.cluster_size,
-        "n_probes": head.checked_probes,
+        "n_probes": head.n_probes,
         "dtype": str(dtype).removeprefix("mlx.core."),
         "head_bits": rows.format.bits,
         "backend": head.backend,
@@ -188,9 +188,9 @@ def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, secon
         "best_dense": best_dense,
         "ms": ms,
         "times_faster": {
-            f"{name} against {dense}": ms[dense]["median"] / ms[name]["median"]
+            f"{form} against {dense}": ms[dense]["median"] / ms[form]["median"]
             for dense in dict.fromkeys((DENSE, best_dense))
-            for name in (PROPOSAL, LOGITS)
+            for form in (PROPOSAL, LOGITS)
         },
     }
 
@@ -200,20 +200,21 @@ def read_mb(head: FlashHead, n_positions: int = 1) -> float:
     stage_1 = head.clustered.centroids.matrix.nbytes
     if mx.default_device().type == mx.cpu:  # the centroids are float32 there
         stage_1 = 4 * head.n_clusters * head.hidden_size
-    probed = min(n_positions * head.checked_probes, head.n_clusters)
+    probed = min(n_positions * head.n_probes, head.n_clusters)
     return (stage_1 + head.clustered.rows.nbytes * probed / head.n_clusters) / 1e6
 
 
 def make_table(head: dict) -> Table:
     """The table of one head."""
     table = new_table(
-        TITLE.format(**head),
+        "{name}: V={vocab_size:,} D={hidden_size:,}, {head_bits}-bit rows, {dtype}, {n_probes:,} "
+        "of {n_clusters:,} clusters, batch {positions}".format(**head),
         ("", "ms", "quartiles", "vs mlx-lm", "vs best dense"),
-        READS.format(**head),
+        "Reads {read_mb:.1f} MB of weights, dense {head_mb:.1f} MB; cold caches.".format(**head),
     )
     for name, ms in head["ms"].items():
         ratios = ["", ""]
-        if name not in DENSE_FORMS:
+        if name in (PROPOSAL, LOGITS):
             pairs = (f"{name} against {dense}" for dense in (DENSE, head["best_dense"]))
             ratios = [f"{head['times_faster'][pair]:.1f} x" for pair in pairs]
         table.add_row(name, *cells(ms), *ratios)
@@ -223,7 +224,7 @@ def make_table(head: dict) -> Table:
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     """ "qwen3-0.6b" or "151936,1024" → its name and (V, D)."""
     if (name := text.lower()) in SHAPES:
-        return name, (SHAPES[name].vocab_size, SHAPES[name].hidden_size)
+        return name, SHAPES[name]
     if re.fullmatch(r"\s*0*[1-9]\d*\s*,\s*0*[1-9]\d*\s*", text):
         return text, tuple(map(int, text.split(",")))
     raise argparse.ArgumentTypeError(

@@ -1,7 +1,7 @@
-"""Times a model's decoding: dense, with the bare FlashHead, and with its checks.
+"""Times a model's decoding: dense, with FlashHead, and with FlashHead unverified.
 
 The dense model decodes with mlx-lm's loop and sampler. With FlashHead the loop and the sampler are
-this package's, and the time holds the checks of its tokens. The bare FlashHead has none.
+this package's, and the time holds the verification of its tokens.
 """
 
 import argparse
@@ -15,21 +15,28 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ...common.arguments import whole_number
-from ...common.head_flags import source_options
-from ...common.tables import Table, new_table
-from ...common.timing import spread
-from ...loading.load import load
-from ...lossless.batch import VerifiedBatchGenerator
-from ...lossless.loop import verified_steps
-from ...lossless.proposals import Proposer
-from ...lossless.sampler import make_sampler
-from ...models.compat.mlx_lm import sample_utils
-from ...models.compat.mlx_lm import BatchGenerator, generate_step
-from ...models.install import dense_copy, installed_head
-from ..report import Case, add_model_arguments, add_number, add_report_arguments, cells, report
+from ..common.arguments import whole_number
+from ..common.head_flags import source_options
+from ..common.tables import Table, new_table
+from ..common.timing import spread
+from ..loading.load import load
+from ..lossless.batch import VerifiedBatchGenerator
+from ..lossless.loop import verified_steps
+from ..lossless.policy import policy_of
+from ..lossless.proposer import Proposer
+from ..lossless.sampler import make_sampler
+from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
+from ..models.install import dense_copy, installed_head
+from .reporting import (
+    Case,
+    add_model_arguments,
+    add_number,
+    add_report_arguments,
+    cells,
+    report,
+)
 
-DENSE, BARE, FLASH_HEAD = "dense", "bare FlashHead", "FlashHead"
+DENSE, FLASH_HEAD, UNVERIFIED = "dense", "FlashHead", "unverified"
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temp": 0.0},
     "top-p": {"temp": 0.8, "top_p": 0.95},
@@ -38,12 +45,12 @@ PROMPT = (
     "The old bridge over the river had been closed for years, and nobody in the village could say "
     "who had built it. One morning in spring, a stranger came and"
 )
-LEGEND = "bare FlashHead: without the check, so that the text may differ."
-STAYS_DENSE = "It gains too little on this machine: the model stays dense by itself."
+LEGEND = "unverified: the head's own choices, so the text may differ."
+STAYS_DENSE = "FlashHead gains too little on this machine: the model stays dense by default."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of this kind."""
+    """The arguments of ``benchmark model``."""
     add_model_arguments(parser)
     parser.add_argument(
         "--sampler",
@@ -75,20 +82,31 @@ class Form(NamedTuple):
     generator: Callable[..., Any] = BatchGenerator
     make_sampler: Callable[..., Any] = sample_utils.make_sampler
 
-    def timed(self, prompt: list[int], batch: int, n_tokens: int, sampling: dict, _: int) -> float:
-        """Seconds of a token of each sequence: the mean of ``n_tokens`` after the first."""
-        sampler, times = self.make_sampler(**sampling), []
+    def decode(
+        self, prompt: list[int], batch: int, n_tokens: int, sampling: dict
+    ) -> tuple[float, list[int]]:
+        """Seconds per token, the mean of ``n_tokens`` after the first, and the first text's tokens.
+
+        The end of a text does not end a run.
+        """
+        sampler, times, tokens = self.make_sampler(**sampling), [], []
         if batch == 1:
             limits = {"max_tokens": n_tokens + 1, "sampler": sampler}
-            for _token in self.steps(mx.array(prompt), self.model, **limits):
+            for token, _ in self.steps(mx.array(prompt), self.model, **limits):
                 times.append(time.perf_counter())
+                tokens.append(int(token))
         else:
             generator = self.generator(self.model, sampler=sampler)
-            generator.insert([prompt] * batch, [n_tokens + 1] * batch)
-            while generator.next_generated():
+            first, *_ = generator.insert([prompt] * batch, [n_tokens + 1] * batch)
+            while responses := generator.next_generated():
                 times.append(time.perf_counter())
+                tokens += [response.token for response in responses if response.uid == first]
             generator.close()
-        return (times[-1] - times[0]) / n_tokens
+        return (times[-1] - times[0]) / n_tokens, tokens
+
+    def timed(self, prompt: list[int], batch: int, n_tokens: int, sampling: dict, _: int) -> float:
+        """The seconds of `decode`."""
+        return self.decode(prompt, batch, n_tokens, sampling)[0]
 
 
 def with_flash_head(model: nn.Module, *, verify: bool) -> Form:
@@ -103,25 +121,25 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
     """Each sampler and batch.
 
     Runs are short, so that other work on the machine slows all of them alike. A FlashHead is timed
-    where its machine is no faster with it, too.
+    even if the model would stay dense on this machine.
     """
     flash, tokenizer = load(args.model, n_probes=args.n_probes, **source_options(args))
     head = installed_head(flash)
     about = {
         "model": Path(args.model).name,
         "head_bits": head.clustered.rows.format.bits,
-        "n_probes": {BARE: head.n_probes, FLASH_HEAD: head.checked_probes},
+        "n_probes": {FLASH_HEAD: head.n_probes, UNVERIFIED: head.unverified_probes},
         "n_clusters": head.n_clusters,
         "backend": head.backend,
         "backend_reason": head.backend_reason,
-        "stays_dense": head.stays_dense,
+        "stays_dense": policy_of(head).dense,
         "tokens": args.tokens,
     }
-    head.stays_dense = False
+    policy_of(head).dense = False
     forms = {
         DENSE: Form(dense_copy(flash)),
-        BARE: with_flash_head(flash, verify=False),
         FLASH_HEAD: with_flash_head(flash, verify=True),
+        UNVERIFIED: with_flash_head(flash, verify=False),
     }
     prompt = tokenizer.encode(PROMPT)
     for sampler, batch in settings:
@@ -134,24 +152,27 @@ def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float
     """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
     token_ms = {form: spread(times, 1000) for form, times in seconds.items()}
     median_ms = {form: ms["median"] for form, ms in token_ms.items()}
-    faster = {form: median_ms[DENSE] / ms for form, ms in median_ms.items() if form != DENSE}
     return about | {
         "sampler": sampler,
         "batch": batch,
         "token_ms": token_ms,
         "tokens_per_second": {form: 1000 * batch / ms for form, ms in median_ms.items()},
-        "times_faster": faster,
+        "times_faster": {
+            form: median_ms[DENSE] / ms for form, ms in median_ms.items() if form != DENSE
+        },
     }
 
 
 def make_table(result: dict) -> Table:
     """The table of one sampler and batch."""
-    probes = result["n_probes"]
+    probes, notes = result["n_probes"], [LEGEND]
+    if result["stays_dense"]:
+        notes.append(STAYS_DENSE)
     table = new_table(
-        f"{result['model']}: {result['sampler']}, batch {result['batch']}, {probes[BARE]:,} and "
-        f"{probes[FLASH_HEAD]:,} of {result['n_clusters']:,} clusters",
+        f"{result['model']}: {result['sampler']}, batch {result['batch']}, {probes[FLASH_HEAD]:,} "
+        f"clusters of {result['n_clusters']:,} scored, {probes[UNVERIFIED]:,} unverified",
         ("", "ms", "quartiles", "tokens/s", "faster"),
-        f"{LEGEND}\n{STAYS_DENSE}" if result["stays_dense"] else LEGEND,
+        "\n".join(notes),
     )
     for form, ms in result["token_ms"].items():
         table.add_row(

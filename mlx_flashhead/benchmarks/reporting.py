@@ -1,32 +1,34 @@
-"""The run of a benchmark: its rounds on the screen, then its tables, its file and its picture.
+"""Runs a benchmark in rounds and reports it: tables, a JSON file, a picture, the machine.
 
-A benchmark that is stopped, by Ctrl-C or SIGTERM, reports the rounds that it has.
+A benchmark that is stopped by Ctrl-C or SIGTERM reports the rounds that it has.
 """
 
 import argparse
 import json
+import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import mlx.core as mx
 
 from ..common.arguments import whole_number
 from ..common.command import check_writable
 from ..common.head_flags import add_source_options
 from ..common.tables import Table, check_picture, pyplot, show
-from ..common.timing import in_turns
-from .machine import machine
+from ..common.timing import in_turns, timer
+from ..head.portable import blas_name
+from ..version import __version__
 
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
-REPORT = """\
-Please send this to the project as an issue, with the template "Benchmark":
-
-```json
-{figures}
-```"""
+PACKAGES = ("mlx", "mlx-lm", "numpy")
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 class Case(NamedTuple):
@@ -41,7 +43,7 @@ class Case(NamedTuple):
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the kinds that need a model."""
+    """Adds the flags of the benchmarks that need a model."""
     parser.add_argument("--model", required=True, help=ANY_MODEL)
     add_source_options(parser)
     add_number(parser, "--n-probes", None, "Clusters scored (default: the model's own).")
@@ -54,13 +56,15 @@ def add_number(parser: argparse.ArgumentParser, flag: str, default: int | None, 
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Adds the flags of all kinds that measure."""
+    """Adds the flags of every benchmark."""
     add_number(parser, "--rounds", rounds, "Rounds that count")
-    parser.add_argument("--json", metavar="OUT", help="Write the figures to a JSON file.")
-    parser.add_argument("--plot", metavar="OUT.png", help="Draw the figures into a picture.")
     parser.add_argument(
-        "--report", action="store_true", help="Print the figures as JSON, to be sent as an issue."
+        "--report",
+        "--json",
+        metavar="FILE",
+        help="Write the figures and the machine to a JSON file, ready to be attached to an issue.",
     )
+    parser.add_argument("--plot", metavar="FILE.png", help="Draw the figures into a picture.")
 
 
 def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:
@@ -78,7 +82,7 @@ def report(
     gather: Callable[[list[dict]], list[dict]] = list,
     program: str = "mlx_flashhead.benchmark",
 ) -> None:
-    """Runs a benchmark once its outputs have been found writable, and reports it.
+    """Runs a benchmark after checking that its outputs can be written, and reports it.
 
     ``gather`` makes the results of the cases' figures, and ``make_table`` the table of one result.
     A picture has the first column of figures of each table.
@@ -86,8 +90,8 @@ def report(
     Raises:
         ValueError: If an output cannot be written, or the benchmark cannot be run.
     """
-    if args.json:
-        check_writable("--json", args.json)
+    if args.report:
+        check_writable("--report", args.report)
     if args.plot:
         check_picture("--plot", args.plot)
     measured: list[dict] = []
@@ -101,13 +105,6 @@ def report(
         print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
         stopped = error
     about, results = machine(), gather(measured)
-    figures = {
-        "kind": args.kind,
-        "machine": about,
-        "command": " ".join([program, *sys.argv[1:]]),
-        "complete": stopped is None,
-        "results": results,
-    }
     tables = list(map(make_table, results))
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     show(
@@ -115,12 +112,17 @@ def report(
         f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
         f"{versions}; {about['date']}",
     )
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    if args.report:
+        figures = {
+            "kind": args.kind,
+            "machine": about,
+            "command": " ".join([program, *sys.argv[1:]]),
+            "complete": stopped is None,
+            "results": results,
+        }
+        Path(args.report).write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:
         _draw(tables, args.plot)
-    if args.report:
-        print(REPORT.format(figures=json.dumps(figures, indent=1)))
     if stopped is not None:
         raise stopped
 
@@ -131,21 +133,48 @@ def _run(cases: Generator[Case], n_cases: int, rounds: int, measured: list[dict]
     for number, case in enumerate(cases):
         if not done:
             began = time.monotonic()
-            _tell(f"[{total} rounds] {case.name}: {', '.join(case.timers)}")
+            _print(f"[{total} rounds] {case.name}: {', '.join(case.timers)}")
         for seconds in in_turns(case.timers, rounds):
             done += 1
             if not all(seconds.values()):
-                _tell(f"[{done} of {total}] {case.name}: warm")
+                _print(f"[{done} of {total}] {case.name}: warm")
                 continue
             measured[number:] = [case.figures(seconds)]
             latest = (f"{form} {1000 * times[-1]:.2f}" for form, times in seconds.items())
             left = (time.monotonic() - began) / done * (total - done)
             duration = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
-            _tell(f"[{done} of {total}, {duration} left] {case.name}: {', '.join(latest)} ms")
+            _print(f"[{done} of {total}, {duration} left] {case.name}: {', '.join(latest)} ms")
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def machine() -> dict:
+    """The machine, JSON-ready: processor, memory, versions, BLAS, threads."""
+    about: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": str(mx.device_info(mx.Device(mx.cpu, 0))["device_name"]),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
+        "versions": {"mlx-flashhead": __version__}
+        | {name: version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "blas": blas_name(),
+        "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+    }
+    if mx.metal.is_available():
+        about["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
+        about["read_bandwidth_gb_s"] = read_bandwidth_gb_s()
+    return about
+
+
+def read_bandwidth_gb_s() -> float:
+    """Memory read by one reduction over 512 MB on the default device, in GB/s: the best run."""
+    memory = mx.ones((512 << 20) // 4)
+    return memory.nbytes / min(map(timer(lambda _: mx.max(memory)), range(6))) / 1e9
 
 
 def _draw(tables: list[Table], path: str) -> None:

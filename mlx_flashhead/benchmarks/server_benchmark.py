@@ -1,0 +1,281 @@
+"""Puts three servers under load, in turns: with FlashHead, dense, and mlx-lm's own.
+
+Every server has a process of its own, and none of them keeps caches of prompts. Clients stream
+answers to prompts of different lengths, and some hang up after the first text. The other answers
+are compared with the answers to the same questions asked alone.
+"""
+
+import argparse
+import json
+import math
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
+from http.client import HTTPConnection, HTTPException
+from itertools import groupby
+from statistics import median
+from typing import NamedTuple
+
+from ..common.arguments import whole_numbers
+from ..common.tables import Table, new_table
+from ..common.timing import spread
+from ..models.fetch import resolve
+from .reporting import Case, add_model_arguments, add_number, add_report_arguments, report
+
+FLASH_HEAD, DENSE, MLX_LM = "FlashHead", "dense", "mlx_lm.server"
+CLIENTS = (1, 4, 8, 16)
+TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
+SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
+LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)  # sentences before each question
+HANGS_UP = 5  # one in so many clients
+HOST, END_SECONDS, ANSWER_SECONDS = "127.0.0.1", 30, 600
+MAX_PROBLEMS = 5
+
+
+class Reply(NamedTuple):
+    """An answer: its text, the server's count of tokens, and the seconds to the first text.
+
+    A client that hangs up has no count, and the text as far as it came.
+    """
+
+    text: str
+    n_tokens: int | None
+    first_seconds: float | None
+
+
+Answered = tuple[str, Reply | str]  # a question with its reply, or with the error's text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``benchmark server``."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--clients",
+        type=whole_numbers(1),
+        default=CLIENTS,
+        metavar="1,4,…",
+        help=f"Numbers of clients at once (default: {','.join(map(str, CLIENTS))}).",
+    )
+    add_number(parser, "--requests", 16, "Requests to a server for each number of clients")
+    add_number(parser, "--tokens", 16, "Tokens of each answer")
+    add_report_arguments(parser, rounds=1)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Puts the servers of the command line's model under load."""
+    folder = resolve(args.model)
+    about = {"model": folder.name, "requests": args.requests, "tokens": args.tokens}
+
+    def gather(cases: list[dict]) -> list[dict]:
+        return [about | {"loads": [load for case in cases for load in case["loads"]]}]
+
+    report(args, _cases(args, str(folder)), len(args.clients), make_table, gather=gather)
+
+
+def _cases(args: argparse.Namespace, folder: str) -> Generator[Case]:
+    """Each number of clients."""
+    model = ("--model", folder, "--prompt-cache-size", "0")
+    flags = ["--n-probes", str(args.n_probes)] if args.n_probes is not None else []
+    flags += ["--flash-head", args.flash_head] if args.flash_head is not None else []
+    # neither the build nor dense steps are to be measured
+    flags += ["--no-build" if args.no_build else "--build-first", "--flash-head-always"]
+    commands = {
+        FLASH_HEAD: ("mlx_flashhead.server", *model, *flags),
+        DENSE: ("mlx_flashhead.server", *model, "--dense"),
+        MLX_LM: ("mlx_lm.server", *model),
+    }
+    print("Three servers start, and answer each question alone.", file=sys.stderr, flush=True)
+    with ExitStack() as stack:
+        ports = {name: stack.enter_context(serving(*each)) for name, each in commands.items()}
+        alone = {
+            name: {q: ask(port, q, max_tokens=args.tokens).text for q in questions()}
+            for name, port in ports.items()
+        }
+        for n in args.clients:
+            replies: dict[str, list[Answered]] = {name: [] for name in ports}
+            timers = {
+                name: partial(visit, port, n, args.requests, args.tokens, replies[name])
+                for name, port in ports.items()
+            }
+            yield Case(f"{n} at once, per token", timers, partial(_loads, n, replies, alone))
+
+
+def questions() -> list[str]:
+    """Questions of different lengths."""
+    pairs = zip(LENGTHS, TOPICS, strict=True)
+    return [f"{SENTENCE * n}Write a sentence about {topic}." for n, topic in pairs]
+
+
+def visit(
+    port: int, clients: int, requests: int, tokens: int, replies: list[Answered], number: int
+) -> float:
+    """A round of one server: several clients at once, each with one question after the other.
+
+    Returns the seconds for a token of all clients, and adds to ``replies``.
+    """
+    if number == 0:
+        return 0.0  # the questions alone have warmed it up
+    several = questions()
+
+    def request(i: int) -> Answered:
+        question, leaves = several[i % len(several)], i % HANGS_UP == HANGS_UP - 1
+        try:
+            return question, ask(port, question, max_tokens=tokens, hang_up=leaves)
+        except (OSError, ValueError) as error:
+            return question, f"{question[-40:]!r}: {error}"[:300]
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(request, range(requests)))
+    seconds = time.monotonic() - began
+    replies += answers
+    n_tokens = sum(reply.n_tokens or 0 for _, reply in answers if isinstance(reply, Reply))
+    return seconds / n_tokens if n_tokens else math.inf
+
+
+def _loads(n: int, replies: dict, alone: dict, seconds: dict) -> dict:
+    each = {name: figures(replies[name], alone[name], seconds[name]) for name in replies}
+    return {"loads": [{"clients": n, "server": name} | load for name, load in each.items()]}
+
+
+def figures(pairs: list[Answered], alone: dict[str, str], seconds: list[float]) -> dict:
+    """The figures of one server with one number of clients.
+
+    Complete answers are ``as_alone`` if they have the text that their question has in ``alone``.
+    """
+    replies = [(question, reply) for question, reply in pairs if isinstance(reply, Reply)]
+    problems = [reply for _, reply in pairs if isinstance(reply, str)]
+    complete = [(question, reply) for question, reply in replies if reply.n_tokens is not None]
+    first = [reply.first_seconds for _, reply in replies if reply.first_seconds is not None]
+    return {
+        "answered": len(complete),
+        "hung_up": len(replies) - len(complete),
+        "lost": len(problems),
+        "as_alone": sum(reply.text == alone[question] for question, reply in complete),
+        "problems": problems[:MAX_PROBLEMS],
+        "tokens_per_second": spread([1 / each for each in seconds]),
+        "first_seconds": {
+            "median": median(first) if first else None,
+            "worst": max(first, default=None),
+        },
+    }
+
+
+def make_table(result: dict) -> Table:
+    """The table of all loads."""
+    table = new_table(
+        "{model}: {requests} requests for each number of clients, answers of at most {tokens} "
+        "tokens".format(**result),
+        ("clients", "server", "tokens/s", "first s", "worst", "as alone"),
+        "tokens/s: of all clients together. first s: median seconds to the first text.\n"
+        "as alone: complete answers with the text that the question has alone.\n"
+        f"{outcome(result)}",
+        left=2,
+    )
+    for n, loads in groupby(result["loads"], key=lambda load: load["clients"]):
+        for load in loads:
+            first = load["first_seconds"]
+            table.add_row(
+                str(n),
+                load["server"],
+                f"{load['tokens_per_second']['median']:.1f}",
+                *("–" if s is None else f"{s:.2f}" for s in (first["median"], first["worst"])),
+                f"{load['as_alone']} of {load['answered']}",
+            )
+        table.add_section()
+    return table
+
+
+def outcome(result: dict) -> str:
+    """A sentence on the answers that were lost, with the first reasons."""
+    lost = sum(load["lost"] for load in result["loads"])
+    problems = [problem for load in result["loads"] for problem in load["problems"]]
+    return "\n".join([f"Answers lost: {lost}.", *problems[:MAX_PROBLEMS]])
+
+
+@contextmanager
+def serving(module: str, *arguments: str) -> Iterator[int]:
+    """The port of a server that runs within the block: a module, and its arguments.
+
+    Raises:
+        ValueError: If it ends before it answers.
+    """
+    with socket.create_server((HOST, 0)) as free:
+        port: int = free.getsockname()[1]
+    command = [sys.executable, "-m", module, *arguments, "--host", HOST, "--port", str(port)]
+    nowhere = subprocess.DEVNULL
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=errors)
+        try:
+            while not _healthy(port):
+                if process.poll() is not None:
+                    errors.seek(0)
+                    lines = errors.read().strip().splitlines() or ["it printed nothing"]
+                    started = " ".join([module, *arguments])
+                    raise ValueError(f"{started} did not start: {lines[-1]}")
+                time.sleep(0.1)
+            yield port
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
+            process.kill()
+            process.wait()
+
+
+def _healthy(port: int) -> bool:
+    with (
+        suppress(OSError, HTTPException),
+        closing(HTTPConnection(HOST, port, timeout=10)) as client,
+    ):
+        client.request("GET", "/health")
+        return client.getresponse().status == 200
+    return False
+
+
+def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> Reply:
+    """Asks a server on this machine for a greedy answer, and receives it piece by piece.
+
+    With ``hang_up`` the client leaves after the first text.
+
+    Raises:
+        ValueError: If the server answers with an error, or not completely.
+        OSError: If it does not answer.
+    """
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    headers = {"Content-Type": "application/json"}
+    began, text, first = time.monotonic(), "", None
+    with closing(HTTPConnection(HOST, port, timeout=ANSWER_SECONDS)) as client:
+        client.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        try:
+            response = client.getresponse()
+            if response.status != 200:
+                raise ValueError(f"{response.status}: {response.read().decode(errors='replace')}")
+            for line in response:
+                if not line.startswith(b"data: {"):
+                    continue
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise ValueError(str(chunk["error"]))
+                text += "".join(c["delta"].get("content") or "" for c in chunk["choices"])
+                if text and first is None:
+                    first = time.monotonic() - began
+                    if hang_up:
+                        return Reply(text, None, first)
+                if chunk.get("usage"):
+                    return Reply(text, chunk["usage"]["completion_tokens"], first)
+        except HTTPException as error:
+            raise ValueError(f"the answer broke off: {error!r}") from error
+    raise ValueError("the stream ended without its usage")

@@ -1,0 +1,72 @@
+"""Work in helper processes: its limits, its failures, and what stays of it."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from mlx_flashhead.common import guarded
+from mlx_flashhead.common.guarded import Guard, GuardError, memory_of
+
+WORK = """
+import os, time
+
+def work(request):
+    print("nobody reads this")
+    kind, value = request
+    if kind == "sleep":
+        time.sleep(value)
+    elif kind == "fill":
+        return len(bytearray(value))
+    elif kind == "exit":
+        os._exit(value)
+    elif kind == "recurse":
+        return work(request)
+    elif kind == "raise":
+        raise SystemExit(value)
+    return [value, os.getpid()]
+"""
+
+
+@pytest.fixture
+def guard(tmp_path):
+    (tmp_path / "work.py").write_text(WORK)
+    return Guard(tmp_path / "work.py", seconds=0.5, max_bytes=200 << 20)
+
+
+@pytest.mark.parametrize(
+    "request_, error, said",
+    [
+        (("sleep", 60), GuardError, "takes more than 0.5 seconds"),
+        (("fill", 10**9), GuardError, "takes more than 200 MB of memory"),
+        (("exit", 3), GuardError, "is too complex for the library"),
+        (("raise", "why"), RuntimeError, "why"),
+        (("recurse", 0), RuntimeError, "recursion"),
+    ],
+)
+def test_what_goes_wrong_ends_the_work_alone(guard, request_, error, said):
+    with pytest.raises(error, match=said):
+        guard.call(request_)
+    assert guard.call(["", {"a": "é"}])[0] == {"a": "é"}
+
+
+def test_the_memory_of_a_helper_is_looked_at(guard, monkeypatch):
+    """As on macOS, which does not keep to a limit."""
+    assert memory_of(os.getpid()) > 1 << 20
+    guard.seconds = 30
+    monkeypatch.setattr(guarded, "memory_of", lambda pid: 300 << 20)
+    with pytest.raises(GuardError, match="takes more than 200 MB"):
+        guard.call(["sleep", 60])
+
+
+def test_helpers_stay_and_each_call_has_one_of_its_own(guard):
+    first = guard.call(["", 1])[1]
+    assert first == guard.call(["", 2])[1] != os.getpid()
+    with ThreadPoolExecutor(4) as pool:
+        processes = {answer[1] for answer in pool.map(guard.call, [["sleep", 0.2]] * 4)}
+    assert len(processes) == 4 and first in processes
+    assert len(guard._idle) == guarded.MAX_IDLE
+    guard._idle[0]._connection.close()  # as when the caller ends
+    assert guard._idle[0]._process.wait(20) == 0
+    with pytest.raises(GuardError, match="no helper process starts"):
+        Guard(guard._path.with_name("absent.py")).call(["", 1])
